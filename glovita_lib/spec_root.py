@@ -1,0 +1,46 @@
+"""The root of a spec: all sections of one experiment."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from glovita_lib.spec import Spec
+from glovita_lib.spec_data import Data, DigitsData
+from glovita_lib.spec_model import Model
+from glovita_lib.spec_peft import FullFinetuning, Peft
+from glovita_lib.spec_train import Dataloading, Infer, Logger, Optimizer, Supervised, Task, Training, WandbLogger
+
+
+class Root(Spec):
+    """One experiment."""
+
+    mode: Literal["train", "infer"] = "train"
+    """What the command does: train, or evaluate the run that this spec trained."""
+    name: str | None = None
+    """Group directory of the run; none is the spec's file name and the overrides that change the experiment."""
+    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    """Seed of initial weights, sample order, augmentation and random splits."""
+    exp_dir: str = "experiments"
+    """Folder of all runs."""
+    extends: str | None = None
+    """Spec file that this one changes, relative to this file."""
+    data: Data = DigitsData()
+    """Samples, labels and splits."""
+    model: Model = Model()
+    """Encoder, aggregation and head."""
+    peft: Peft = FullFinetuning()
+    """Which parameters train."""
+    task: Task = Supervised()
+    """What is learnt and how it is measured."""
+    training: Training = Training()
+    """The loop."""
+    dataloading: Dataloading = Dataloading()
+    """How batches are made."""
+    optimizer: Optimizer = Optimizer()
+    """Optimizer and schedule."""
+    logger: Logger = WandbLogger()
+    """Where metrics are sent beside metrics.jsonl."""
+    add_log: dict[str, Any] = {}
+    """Free notes that are saved and logged and change nothing."""
+    infer: Infer = Infer()
+    """What mode infer evaluates."""

@@ -1,0 +1,179 @@
+"""Learning sections of a spec: task, training, dataloading, optimizer, logger, infer."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from glovita_lib.spec import Spec
+
+Count = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Momentum = Annotated[float, Meta(ge=0, lt=1)]
+MetricName = Literal[
+    "acc", "balanced_acc", "f1", "f1_per_class", "pr", "top5acc", "auroc", "ap",
+    "mcc", "kappa", "quadratic_kappa", "ece", "brier",
+    "mse", "mae", "r2", "pearson", "spearman",
+]  # fmt: skip
+
+
+class Supervised(Spec, tag="supervised", tag_field="objective"):
+    """Predict the labels: cross-entropy, binary cross-entropy (multilabel) or a regression loss."""
+
+    metrics: tuple[MetricName, ...] | None = None
+    """Metrics of every evaluation; none is acc and f1, for regression mse, mae and r2."""
+    label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of the target spread over all classes (multiclass, multilabel)."""
+    class_weights: Literal["balanced"] | tuple[Positive, ...] | None = None
+    """Weight per class in the training loss: inverse frequency, or one number a class."""
+    regression_loss: Literal["mse", "mae", "huber"] = "mse"
+    """Loss of a regression task."""
+    mixup: bool = False
+    """Whether pairs of samples are blended, with targets blended likewise."""
+    mixup_alpha: Positive = 0.2
+    """Both parameters of the Beta distribution of the mixup share."""
+    cutmix: bool = False
+    """Whether a rectangle of one sample is pasted into another, with targets by area; with mixup each sample draws one."""
+    cutmix_alpha: Positive = 1.0
+    """Both parameters of the Beta distribution of the pasted area."""
+    result_plot: Literal["none", "val", "all"] = "val"
+    """Plots of the final results: none, of the held-out splits val and test, or of train too."""
+    bootstrap: Annotated[int, Meta(ge=0)] = 1000
+    """Resamples behind the 95 % confidence intervals of the final metrics; 0 leaves them out."""
+
+
+Task = Supervised
+
+
+class Training(Spec):
+    """The loop."""
+
+    epochs: Count = 20
+    """Passes over the train split."""
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Autocast type; auto is bf16 where the device computes it natively, else float32 (no)."""
+    gradient_accumulation_steps: Count = 1
+    """Batches whose gradients make one optimizer step."""
+    gradient_clip_val: Positive | None = None
+    """Largest global gradient norm, applied once per optimizer step."""
+    ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    """Decay per optimizer step of the averaged weights that are evaluated and saved; none is off."""
+    compile: bool = False
+    """Whether the model is compiled with torch.compile."""
+    best_checkpoint_metric: str | None = None
+    """Metric that picks best.pt, as logged, e.g. F1, val_F1 or val_loss; none is the first of task.metrics."""
+    early_stopping_patience: Count | None = None
+    """Epochs without a better metric after which training ends; none is off."""
+    early_stopping_min_delta: NonNegative = 0.0
+    """Smallest change of the metric that counts as better for early stopping."""
+    log_every: Count = 50
+    """Optimizer steps between two log lines; the only steps at which the device is waited for."""
+    save_every: Count | None = None
+    """Epochs between two kept checkpoints epoch_0000.pt; none keeps last.pt and best.pt only."""
+    save_every_steps: Count | None = None
+    """Optimizer steps between two saves of last.pt within an epoch; none saves at the end of each epoch."""
+    train_steps_per_epoch: Count | None = None
+    """Optimizer steps that end an epoch early; none passes over the whole train split."""
+    val_steps_per_epoch: Count | None = None
+    """Batches of the evaluation after each epoch; the final evaluation is always whole."""
+    num_sanity_val_steps: Annotated[int, Meta(ge=0)] = 0
+    """Batches evaluated before training starts, so that a broken evaluation shows at once."""
+    ddp_find_unused_parameters: bool = False
+    """Whether several ranks look for parameters that a step did not use."""
+    on_existing: Literal["resume", "overwrite", "new"] = "resume"
+    """What to do with an existing run: continue it, start over, or start a new one beside it (name_2, name_3 ...)."""
+
+
+class Dataloading(Spec):
+    """How batches are made."""
+
+    batch_size: Count = 32
+    """Samples per batch and rank."""
+    eval_batch_size: Count | None = None
+    """Samples per batch and rank in evaluation; none takes batch_size."""
+    num_workers: Annotated[int, Meta(ge=0)] | None = None
+    """Processes that decode; none is one per core of this rank, at most 12; data held in memory needs none."""
+    pin_memory: bool = True
+    """Whether batches are copied to the GPU from page-locked memory."""
+    persistent_workers: bool = True
+    """Whether workers live through all epochs."""
+    prefetch_factor: Count = 2
+    """Batches each worker prepares ahead."""
+    timeout: NonNegative = 0.0
+    """Seconds to wait for a batch before giving up; 0 waits for ever."""
+    drop_last_train: bool = False
+    """Whether an incomplete last training batch is left out."""
+    shuffle_train: bool = True
+    """Whether the train split is visited in a new random order each epoch."""
+    in_memory_mb: Annotated[int, Meta(ge=0)] = 2048
+    """Data sets whose decoded samples fit in this many MiB per rank are held in memory; 0 never."""
+
+
+class Optimizer(Spec):
+    """Optimizer and learning-rate schedule, stepped per optimizer step."""
+
+    name: Literal["SGD", "Adam", "AdamW", "RMSprop"] = "AdamW"
+    """Algorithm."""
+    lr: Positive = 2e-5
+    """Peak learning rate."""
+    weight_decay: NonNegative = 0.05
+    """Weight decay, decoupled for AdamW, L2 for the others."""
+    momentum: Momentum = 0.9
+    """Momentum of SGD and RMSprop."""
+    nesterov: bool = False
+    """Nesterov momentum of SGD."""
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """Decay of the moment estimates of Adam and AdamW."""
+    layer_wise_lr_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    """Factor of the learning rate per layer, from the head (1) down to the input; none is off."""
+    undecay_norm: bool = False
+    """Whether norms, biases, tokens and position embeddings are kept from weight decay."""
+    scheduler: Literal["CosineAnneal", "Step", "MultiStep", "None"] = "CosineAnneal"
+    """Schedule after the warm-up."""
+    warmup_epochs: NonNegative | None = None
+    """Epochs of linear warm-up; none is a tenth of the epochs, at most 10, and 0 for schedules other than CosineAnneal."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of CosineAnneal."""
+    gamma: Annotated[float, Meta(gt=0, lt=1)] = 0.1
+    """Factor of the learning rate at each step of Step and MultiStep."""
+
+
+class WandbLogger(Spec, tag="wandb", tag_field="backend"):
+    """Weights & Biases; without an API key it runs offline."""
+
+    entity: str | None = None
+    """Account or team."""
+    project: str | None = None
+    """Project; none is the data set's name."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+    group: str | None = None
+    """Group of the run; none is the run's group directory."""
+    name: str | None = None
+    """Display name; none is group and fold."""
+    offline: bool = False
+    """Whether nothing is sent; wandb sync sends it later."""
+
+
+class NoLogger(Spec, tag="none", tag_field="backend"):
+    """Only metrics.jsonl, which is always written."""
+
+
+Logger = WandbLogger | NoLogger
+
+
+class Infer(Spec):
+    """What mode infer evaluates."""
+
+    checkpoint: str | tuple[str, ...] | None = None
+    """Checkpoint file; several make an ensemble (mean of probabilities, mean of regression outputs); none is the spec's own run."""
+    folds: tuple[Annotated[int, Meta(ge=0)], ...] | None = None
+    """Folds of the spec's own run that make an ensemble; none is data.fold alone."""
+    use: Literal["best", "last"] = "best"
+    """Which checkpoint of the spec's own run."""
+    split: Literal["train", "val", "test"] | None = None
+    """Split to evaluate; none is test, or val where there is no test."""
+    input: str | None = None
+    """Folder of images, or a CSV file with a path column, to predict without labels; replaces split."""
+    output_dir: str | None = None
+    """Where predictions and metrics go; none is the folder infer below the run."""
