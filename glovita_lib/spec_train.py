@@ -28,12 +28,16 @@ class Supervised(Spec, tag="supervised", tag_field="objective"):
     """Weight per class in the training loss: inverse frequency, or one number a class."""
     regression_loss: Literal["mse", "mae", "huber"] = "mse"
     """Loss of a regression task."""
+    standardize_targets: bool = True
+    """Whether a regression learns targets of mean 0 and deviation 1 over the train split; results
+    are in target units either way."""
     mixup: bool = False
     """Whether pairs of samples are blended, with targets blended likewise."""
     mixup_alpha: Positive = 0.2
     """Both parameters of the Beta distribution of the mixup share."""
     cutmix: bool = False
-    """Whether a rectangle of one sample is pasted into another, with targets by area; with mixup each sample draws one."""
+    """Whether a rectangle of one sample is pasted into another, with targets by area; with mixup
+    each sample draws one."""
     cutmix_alpha: Positive = 1.0
     """Both parameters of the Beta distribution of the pasted area."""
     result_plot: Literal["none", "val", "all"] = "val"
@@ -57,11 +61,13 @@ class Training(Spec):
     gradient_clip_val: Positive | None = None
     """Largest global gradient norm, applied once per optimizer step."""
     ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
-    """Decay per optimizer step of the averaged weights that are evaluated and saved; none is off."""
+    """Decay per optimizer step of the averaged weights that are evaluated and saved; none is
+    off."""
     compile: bool = False
     """Whether the model is compiled with torch.compile."""
     best_checkpoint_metric: str | None = None
-    """Metric that picks best.pt, as logged, e.g. F1, val_F1 or val_loss; none is the first of task.metrics."""
+    """Metric that picks best.pt, as logged, e.g. F1, val_F1 or val_loss; none is the first of
+    task.metrics."""
     early_stopping_patience: Count | None = None
     """Epochs without a better metric after which training ends; none is off."""
     early_stopping_min_delta: NonNegative = 0.0
@@ -71,7 +77,8 @@ class Training(Spec):
     save_every: Count | None = None
     """Epochs between two kept checkpoints epoch_0000.pt; none keeps last.pt and best.pt only."""
     save_every_steps: Count | None = None
-    """Optimizer steps between two saves of last.pt within an epoch; none saves at the end of each epoch."""
+    """Optimizer steps between two saves of last.pt within an epoch; none saves at the end of each
+    epoch."""
     train_steps_per_epoch: Count | None = None
     """Optimizer steps that end an epoch early; none passes over the whole train split."""
     val_steps_per_epoch: Count | None = None
@@ -81,7 +88,8 @@ class Training(Spec):
     ddp_find_unused_parameters: bool = False
     """Whether several ranks look for parameters that a step did not use."""
     on_existing: Literal["resume", "overwrite", "new"] = "resume"
-    """What to do with an existing run: continue it, start over, or start a new one beside it (name_2, name_3 ...)."""
+    """What to do with an existing run: continue it, start over, or start a new one beside it
+    (name_2, name_3 ...)."""
 
 
 class Dataloading(Spec):
@@ -92,7 +100,8 @@ class Dataloading(Spec):
     eval_batch_size: Count | None = None
     """Samples per batch and rank in evaluation; none takes batch_size."""
     num_workers: Annotated[int, Meta(ge=0)] | None = None
-    """Processes that decode; none is one per core of this rank, at most 12; data held in memory needs none."""
+    """Processes that decode; none is one per core of this rank, at most 12; data held in memory
+    needs none."""
     pin_memory: bool = True
     """Whether batches are copied to the GPU from page-locked memory."""
     persistent_workers: bool = True
@@ -131,7 +140,8 @@ class Optimizer(Spec):
     scheduler: Literal["CosineAnneal", "Step", "MultiStep", "None"] = "CosineAnneal"
     """Schedule after the warm-up."""
     warmup_epochs: NonNegative | None = None
-    """Epochs of linear warm-up; none is a tenth of the epochs, at most 10, and 0 for schedules other than CosineAnneal."""
+    """Epochs of linear warm-up; none is a tenth of the epochs, at most 10, and 0 for schedules
+    other than CosineAnneal."""
     min_lr: NonNegative = 0.0
     """Learning rate at the end of CosineAnneal."""
     gamma: Annotated[float, Meta(gt=0, lt=1)] = 0.1
@@ -166,7 +176,8 @@ class Infer(Spec):
     """What mode infer evaluates."""
 
     checkpoint: str | tuple[str, ...] | None = None
-    """Checkpoint file; several make an ensemble (mean of probabilities, mean of regression outputs); none is the spec's own run."""
+    """Checkpoint file; several make an ensemble (mean of probabilities, mean of regression
+    outputs); none is the spec's own run."""
     folds: tuple[Annotated[int, Meta(ge=0)], ...] | None = None
     """Folds of the spec's own run that make an ensemble; none is data.fold alone."""
     use: Literal["best", "last"] = "best"
@@ -174,6 +185,7 @@ class Infer(Spec):
     split: Literal["train", "val", "test"] | None = None
     """Split to evaluate; none is test, or val where there is no test."""
     input: str | None = None
-    """Folder of images, or a CSV file with a path column, to predict without labels; replaces split."""
+    """Folder of images, or a CSV file with a path column, to predict without labels; replaces
+    split."""
     output_dir: str | None = None
     """Where predictions and metrics go; none is the folder infer below the run."""

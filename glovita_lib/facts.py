@@ -1,0 +1,130 @@
+"""Values derived at run time from the spec, the data and the encoder: in one place, saved with
+every checkpoint.
+
+K classes or targets.
+"""
+
+import numpy as np
+
+from glovita_lib.datasets import Data, Split
+from glovita_lib.policies import ResolvedAugmentation
+from glovita_lib.spec import Spec, UserError
+from glovita_lib.spec_data import Subtask
+from glovita_lib.spec_root import Root
+from glovita_lib.spec_train import Supervised
+
+
+class Facts(Spec):
+    """What resolved_config.json shows and a checkpoint carries."""
+
+    dataset: str
+    """Tag of the data set."""
+    subtask: Subtask
+    """Kind of target."""
+    class_names: tuple[str, ...]
+    """Names of the classes, or of the targets of a regression, in the order of the outputs."""
+    channels: int
+    """Channels of an image."""
+    bit_depth: int
+    """Bits per channel, 8 or 16."""
+    samples: dict[str, int]
+    """Number of samples per split."""
+    augmentation: ResolvedAugmentation
+    """Policies with all their parameters, sizes, mean and std."""
+    metrics: tuple[str, ...]
+    """Metrics of every evaluation."""
+    best_metric: str | None
+    """Logged name of the metric that picks the best checkpoint; none without a val split."""
+    class_weights: tuple[float, ...] | None
+    """Weight per class in the training loss."""
+    target_mean: tuple[float, ...]
+    """Mean per regression target over the train split; 0 otherwise."""
+    target_std: tuple[float, ...]
+    """Standard deviation per regression target over the train split; 1 otherwise."""
+    eval_batch_size: int
+    """Samples per batch and rank in evaluation."""
+
+
+def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation) -> Facts:
+    """All facts of a training run.
+
+    Raises:
+        UserError: no train split, targets that do not vary, or class weights that do not fit the
+        classes.
+    """
+    train = data.splits.get("train")
+    if train is None or not len(train):
+        raise UserError(f"data set {data.name}: the train split is empty")
+    metrics = root.task.metrics or default_metrics(data.subtask)
+    mean, std = target_scale(root.task, data, train)
+    return Facts(
+        dataset=data.name,
+        subtask=data.subtask,
+        class_names=data.class_names,
+        channels=data.channels,
+        bit_depth=data.bit_depth,
+        samples={name: len(split) for name, split in data.splits.items()},
+        augmentation=augmentation,
+        metrics=metrics,
+        best_metric=best_metric(root, data, metrics),
+        class_weights=class_weights(root.task, data, train),
+        target_mean=mean,
+        target_std=std,
+        eval_batch_size=root.dataloading.eval_batch_size or root.dataloading.batch_size,
+    )
+
+
+def default_metrics(subtask: str) -> tuple[str, ...]:
+    """Metrics where the spec names none."""
+    return ("mse", "mae", "r2") if subtask == "regression" else ("acc", "f1")
+
+
+def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
+    """Logged name, with its val_ prefix, of the metric that picks the best checkpoint."""
+    from glovita_lib.metrics import canonical, logged_names
+
+    if not len(data.splits.get("val") or ()):
+        return None
+    names = logged_names(metrics, class_names=data.class_names)
+    asked = root.training.best_checkpoint_metric or names[0]
+    return "val_" + canonical(asked, ("loss", *names))
+
+
+def class_weights(task: Supervised, data: Data, train: Split) -> tuple[float, ...] | None:
+    """Weights per class; balanced ones are N / (K n_k), so that their mean over the train samples
+    is 1.
+
+    A class without samples gets weight 1. Multilabel: n_k counts positive labels.
+    """
+    if task.class_weights is None:
+        return None
+    classes = len(data.class_names)
+    if task.class_weights != "balanced":
+        if len(task.class_weights) != classes:
+            raise UserError(
+                f"task.class_weights has {len(task.class_weights)} numbers, the data {classes}"
+                f" classes ({', '.join(data.class_names)}): give one number a class"
+            )
+        return task.class_weights
+    if data.subtask == "multilabel":
+        counts = train.targets.sum(0)
+        total = counts.sum()
+    else:
+        counts = np.bincount(train.targets, minlength=classes)
+        total = len(train)
+    weights = np.where(counts > 0, total / (classes * np.maximum(counts, 1)), 1.0)
+    return tuple(float(w) for w in weights)
+
+
+def target_scale(
+    task: Supervised, data: Data, train: Split
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (K,) that regression targets are standardised with; 0 and 1 for
+    the rest."""
+    outputs = len(data.class_names)
+    if data.subtask != "regression" or not task.standardize_targets:
+        return (0.0,) * outputs, (1.0,) * outputs
+    targets = train.targets.astype(np.float64)
+    std = targets.std(0)
+    std = np.where(std > 0, std, 1.0)  # a constant target is learnt as its mean
+    return tuple(map(float, targets.mean(0))), tuple(map(float, std))

@@ -1,0 +1,123 @@
+"""Objectives: what a batch has to say to the loop.
+
+An objective gives `loss(model, batch, ...)` for a training batch and `predict(model, batch)` for an
+evaluation
+batch; the trainer knows nothing else about the task. B batch, K classes or targets.
+"""
+
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glovita_lib.dist import mix
+from glovita_lib.facts import Facts
+from glovita_lib.loaders import Batch
+from glovita_lib.losses import build_criterion, plain_criterion
+from glovita_lib.mixing import mixup_cutmix
+from glovita_lib.policies import Augmenter
+from glovita_lib.spec_train import Supervised
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where a training batch stands; all random streams follow from it."""
+
+    seed: int
+    epoch: int
+    batch: int
+    rank: int
+
+    def stream(self, which: int) -> int:
+        """Seed of one of the random streams of this batch."""
+        return mix(self.seed, self.epoch, self.batch, self.rank, which)
+
+
+AUGMENT, MIX = 1, 2  # numbers of the random streams
+
+
+class SupervisedObjective:
+    """Predict labels from samples, with augmentation, mixup and cutmix on the training device."""
+
+    def __init__(self, task: Supervised, facts: Facts, device: torch.device) -> None:
+        self.task = task
+        self.subtask = facts.subtask
+        self.outputs = len(facts.class_names)
+        self.train_augment = Augmenter(facts.augmentation, train=True, bit_depth=facts.bit_depth)
+        self.eval_augment = Augmenter(facts.augmentation, train=False, bit_depth=facts.bit_depth)
+        self.criterion = build_criterion(
+            task, subtask=facts.subtask, class_weights=facts.class_weights
+        ).to(device)
+        self.plain = plain_criterion(task, subtask=facts.subtask).to(device)
+        self.mixes = task.mixup or task.cutmix
+        self.shift = torch.tensor(facts.target_mean, device=device)  # (K,), 0 unless regression
+        self.scale = torch.tensor(facts.target_std, device=device)  # (K,), 1 unless regression
+
+    def loss(
+        self, model: nn.Module, batch: Batch, clock: Clock
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean training loss of a batch () and the means to log beside it."""
+        inputs = self.train_augment(batch.inputs, batch.fitted, clock.stream(AUGMENT))
+        targets = self.standardized(batch.targets)
+        if self.mixes:
+            inputs, targets = mixup_cutmix(
+                inputs,
+                targets,
+                outputs=self.outputs,
+                mixup=self.task.mixup,
+                mixup_alpha=self.task.mixup_alpha,
+                cutmix=self.task.cutmix,
+                cutmix_alpha=self.task.cutmix_alpha,
+                seed=clock.stream(MIX),
+            )
+        logits = model(inputs)  # (B, K)
+        logs = {}
+        if self.subtask == "multiclass" and not self.mixes:
+            logs["Accuracy"] = (logits.detach().argmax(1) == targets).float().mean()
+        return self.criterion(logits, targets).mean(), logs
+
+    def standardized(self, targets: Tensor) -> Tensor:
+        """Regression targets in units of the train split's standard deviation; labels unchanged."""
+        return (targets - self.shift) / self.scale if self.subtask == "regression" else targets
+
+    def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Row, scores (B, K: probabilities, or regression outputs in target units) and loss (B,) of
+        each sample."""
+        inputs = self.eval_augment(batch.inputs, batch.fitted, 0)
+        logits = model(inputs).float()  # (B, K)
+        rows = {"rows": batch.rows, "scores": self.scores(logits)}
+        if batch.targets is not None:
+            rows["loss"] = self.plain(logits, self.standardized(batch.targets))
+        return rows
+
+    def nothing(self, device: torch.device, *, labelled: bool) -> dict[str, Tensor]:
+        """What `predict` gives for no sample, for a rank without rows."""
+        rows = {
+            "rows": torch.empty(0, dtype=torch.int64, device=device),
+            "scores": torch.empty(0, self.outputs, device=device),
+        }
+        return rows | ({"loss": torch.empty(0, device=device)} if labelled else {})
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Logits -> softmax or sigmoid probabilities, or outputs in target units, (B, K)."""
+        if self.subtask == "multiclass":
+            return logits.softmax(1)
+        return (
+            logits.sigmoid() if self.subtask == "multilabel" else logits * self.scale + self.shift
+        )
+
+
+Objective = SupervisedObjective
+
+
+@singledispatch
+def build_objective(task: Any, facts: Facts, device: torch.device) -> Objective:
+    """The objective of a task Struct."""
+    raise TypeError(f"no objective for {type(task).__name__}")
+
+
+@build_objective.register
+def _(task: Supervised, facts: Facts, device: torch.device) -> Objective:
+    return SupervisedObjective(task, facts, device)

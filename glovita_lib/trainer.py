@@ -1,0 +1,341 @@
+"""One loop for every objective: train, evaluate, keep the best, continue from any step.
+
+`step` counts optimizer steps, `batch` the batches of the current epoch on this rank. The device is
+waited for only
+where a number is shown: every `log_every` steps and at the end of an epoch.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from glovita_lib import dist
+from glovita_lib.evaluation import Predictions, evaluate
+from glovita_lib.loaders import Batch, Loader
+from glovita_lib.objectives import Clock, Objective
+from glovita_lib.optim import Schedule, build_optimizer, set_lr
+from glovita_lib.precision import autocast, build_scaler, resolve_precision
+from glovita_lib.progress import Bar, Meter, better, epoch_line
+from glovita_lib.spec import UserError
+from glovita_lib.spec_train import Optimizer, Training
+
+Record = dict[str, Any]
+
+
+@dataclass
+class State:
+    """Where a run stands; saved with every checkpoint."""
+
+    epoch: int = 0  # the current one; equal to training.epochs at the end
+    batch: int = 0  # batches of it that are done
+    step: int = 0  # optimizer steps since the start
+    best: float | None = None
+    best_epoch: int | None = None
+    mark: float | None = None  # the value early stopping compares with
+    stale: int = 0  # epochs since `mark` improved
+    stopped: bool = False
+    sums: dict[str, Tensor] = field(default_factory=dict)  # sample-weighted sums of this epoch
+    samples: int = 0  # samples of this epoch
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop asks of the run around it; called on the first rank only, except `measure`."""
+
+    measure: Callable[[Predictions], Record]  # metrics of the val split, without prefix
+    log: Callable[[Record], None]  # one record to metrics.jsonl and the logger
+    save: Callable[[dict[str, Any], bool, int | None], None]  # state, is it the best, epoch to keep
+    say: Callable[[str], None]  # one line to the console
+
+
+class Trainer:
+    """Trains `model` in place."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        train_loader: Loader,
+        val_loader: Loader | None,
+        training: Training,
+        optimizer: Optimizer,
+        best_metric: str | None,
+        seed: int,
+        ranks: dist.Ranks,
+        hooks: Hooks,
+    ) -> None:
+        self.model, self.objective, self.ranks, self.hooks = model, objective, ranks, hooks
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.spec, self.seed, self.best_metric = training, seed, best_metric
+        self.precision = resolve_precision(training.precision, ranks.device)
+        self.accumulation = training.gradient_accumulation_steps
+        cap = (training.train_steps_per_epoch or math.inf) * self.accumulation
+        self.batches = int(min(len(train_loader), cap))  # per epoch
+        self.optimizer = build_optimizer(model, optimizer)
+        steps = math.ceil(self.batches / self.accumulation)
+        self.schedule = Schedule(optimizer, epochs=training.epochs, steps_per_epoch=steps)
+        self.scaler = build_scaler(self.precision, ranks.device)
+        self.ema = build_ema(model, training.ema_decay)
+        # the order matters: 1 compile, 2 shard; both leave the state-dict keys of `model` alone
+        if training.compile:
+            model.compile()
+        self.parallel = dist.wrap(model, ranks, training.ddp_find_unused_parameters)
+        self.state = State()
+        self.meter = Meter()
+        self.first_bad = torch.tensor(-1, device=ranks.device)  # batch whose loss was not finite
+
+    # ------------------------------------------------------------------ the loop
+
+    def fit(self) -> None:
+        """Train from where `state` stands to the end."""
+        if self.val_loader is not None and self.spec.num_sanity_val_steps and self.state.step == 0:
+            self.evaluate(self.val_loader, self.spec.num_sanity_val_steps)
+        while self.state.epoch < self.spec.epochs and not self.state.stopped:
+            started = time.perf_counter()
+            self.train_epoch()
+            self.close_epoch(started)
+
+    def train_epoch(self) -> None:
+        """The rest of the current epoch."""
+        state = self.state
+        self.model.train()
+        self.meter.read()
+        bar = Bar(f"epoch {state.epoch + 1}", self.batches, state.batch, shown=self.ranks.is_main)
+        for batch in self.train_loader.epoch(state.epoch, state.batch):
+            self.train_batch(batch.to(self.ranks.device))
+            bar.advance()
+            if self.ends_step(state.batch):
+                self.after_step(bar)
+            if state.batch == self.batches:
+                break
+        bar.close()
+
+    def train_batch(self, batch: Batch) -> None:
+        """Forward and backward of one batch, and the optimizer step where it completes one."""
+        state = self.state
+        clock = Clock(self.seed, state.epoch, state.batch, self.ranks.rank)
+        dist.seed_step(self.seed, state.epoch, state.batch, self.ranks.rank)  # dropout
+        ends_step = self.ends_step(state.batch + 1)
+        with self.synchronized(ends_step):
+            with autocast(self.precision, self.ranks.device):
+                loss, logs = self.objective.loss(self.parallel, batch, clock)
+            self.scaler.scale(loss * self.share(state.batch)).backward()
+        self.count(loss, logs, len(batch.rows))
+        state.batch += 1
+        if ends_step:
+            self.optimizer_step()
+
+    def optimizer_step(self) -> None:
+        """Clip, update, forget the gradients, follow with the averaged weights."""
+        set_lr(self.optimizer, self.schedule(self.state.step))
+        if self.spec.gradient_clip_val is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.gradient_clip_val)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    def after_step(self, bar: Bar) -> None:
+        """Log and save where the step count asks for it."""
+        state, every = self.state, self.spec.save_every_steps
+        if state.step % self.spec.log_every == 0:
+            self.check_finite()
+            record = {"event": "step", "epoch": state.epoch, "step": state.step, **self.means()}
+            record |= self.vitals()
+            bar.show(loss=record["train_loss"], lr=record["lr"])
+            self.log(record)
+        if every and state.step % every == 0 and state.batch < self.batches:
+            self.check_finite()
+            self.save(is_best=False)
+
+    def close_epoch(self, started: float) -> None:
+        """Evaluate, log, decide what is best, save."""
+        self.check_finite()
+        state = self.state
+        record = {"event": "epoch", "epoch": state.epoch, "step": state.step, **self.means()}
+        record |= self.vitals()
+        if self.val_loader is not None:
+            record |= self.validate()
+        is_best = self.judge(record)
+        record |= {"best": state.best, "best_epoch": state.best_epoch}
+        record["seconds"] = time.perf_counter() - started
+        self.log(record)
+        if self.ranks.is_main:
+            self.hooks.say(
+                epoch_line(record, epochs=self.spec.epochs, best_metric=self.best_metric)
+            )
+        state.epoch, state.batch, state.sums, state.samples = state.epoch + 1, 0, {}, 0
+        self.save(is_best=is_best)
+
+    # ------------------------------------------------------------------ parts
+
+    def ends_step(self, batches: int) -> bool:
+        """Whether an optimizer step is complete after so many batches of the epoch."""
+        return batches % self.accumulation == 0 or batches == self.batches
+
+    def share(self, batch: int) -> float:
+        """Weight of a batch in its optimizer step: its samples over those of the whole step."""
+        if self.accumulation == 1:
+            return 1.0
+        first = batch - batch % self.accumulation
+        members = range(first, min(first + self.accumulation, self.batches))
+        sizes = {member: self.train_loader.size(member) for member in members}
+        return sizes[batch] / sum(sizes.values())
+
+    def synchronized(self, ends_step: bool) -> AbstractContextManager:
+        """Gradients travel between ranks only with the last batch of a step."""
+        if self.parallel is self.model or ends_step:
+            return nullcontext()
+        return self.parallel.no_sync()
+
+    def count(self, loss: Tensor, logs: dict[str, Tensor], samples: int) -> None:
+        """Add a batch to the epoch's means and remember the first loss that is not finite."""
+        state = self.state
+        loss = loss.detach()
+        for name, value in {"loss": loss, **logs}.items():
+            total = state.sums.get(name)
+            state.sums[name] = value * samples if total is None else total + value * samples
+        state.samples += samples
+        self.meter.add(samples * self.ranks.world)
+        bad = torch.isfinite(loss).logical_not() & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, state.batch, self.first_bad)
+
+    def check_finite(self) -> None:
+        """Stop where a loss was NaN or infinite since the last look.
+
+        Raises:
+            UserError: with the ids of the samples of the first such batch; no checkpoint was
+            written since.
+        """
+        bad = int(self.first_bad)
+        if not dist.any_rank(self.ranks, bad >= 0):
+            return
+        where = "on another rank"
+        if bad >= 0:
+            rows = self.train_loader.rows(self.state.epoch, bad)
+            ids = ", ".join(self.train_loader.split.ids[row] for row in rows)
+            where = f"in epoch {self.state.epoch + 1}, batch {bad}, samples {ids}"
+        raise UserError(
+            f"the loss became NaN or infinite {where}; the last checkpoint is kept; lower"
+            " optimizer.lr, set training.gradient_clip_val, try training.precision ="
+            ' "no" or look at these samples'
+        )
+
+    def means(self) -> Record:
+        """Means over the epoch's samples so far, over all ranks."""
+        state = self.state
+        names = list(state.sums)
+        sums = torch.stack([state.sums[n].double() for n in names]).cpu() / state.samples
+        sums = dist.all_mean(self.ranks, sums)
+        return {f"train_{name}": float(value) for name, value in zip(names, sums, strict=True)}
+
+    def vitals(self) -> Record:
+        """Learning rate of the last update, samples per second, peak memory in MiB."""
+        return {
+            "lr": self.schedule(self.state.step - 1),
+            "samples_per_s": self.meter.read(),
+            "memory_mb": dist.peak_memory_mb(self.ranks.device),
+        }
+
+    def validate(self) -> Record:
+        """Loss and metrics of the val split, the same numbers on every rank."""
+        predictions = self.evaluate(self.val_loader, None)
+        record = None
+        if predictions is not None:
+            record = {"loss": predictions.loss, **self.hooks.measure(predictions)}
+        record = dist.broadcast_object(self.ranks, record)
+        return {f"val_{name}": value for name, value in record.items()}
+
+    def evaluate(self, loader: Loader, batches: int | None) -> Predictions | None:
+        """Predictions of the averaged weights where there are some, else of the model."""
+        return evaluate(
+            self.model if self.ema is None else self.ema.module,
+            self.objective,
+            loader,
+            ranks=self.ranks,
+            precision=self.precision,
+            max_batches=batches,
+        )
+
+    def judge(self, record: Record) -> bool:
+        """Whether this epoch is the best so far; without a val split the last one is."""
+        state, spec = self.state, self.spec
+        if self.best_metric is None or self.val_loader is None:
+            state.best_epoch = state.epoch
+            return True
+        value = record[self.best_metric]
+        value = math.nan if value is None else value
+        if better(value, state.mark, self.best_metric, spec.early_stopping_min_delta):
+            state.mark, state.stale = value, 0
+        else:
+            state.stale += 1
+        patience = spec.early_stopping_patience
+        state.stopped = patience is not None and state.stale >= patience
+        if better(value, state.best, self.best_metric):
+            state.best, state.best_epoch = value, state.epoch
+            return True
+        if state.best_epoch is None:  # NaN from the start: still keep a checkpoint to look at
+            state.best_epoch = state.epoch
+            return True
+        return False
+
+    def log(self, record: Record) -> None:
+        """Hand a record to the run."""
+        if self.ranks.is_main:
+            self.hooks.log(record)
+
+    # ------------------------------------------------------------------ state
+
+    def save(self, *, is_best: bool) -> None:
+        """Hand the state to the run, which writes it."""
+        every = self.spec.save_every
+        keep = self.state.epoch - 1 if every and self.state.batch == 0 else None
+        if keep is not None and (keep + 1) % every:
+            keep = None
+        saved = self.state_dict()  # on every rank: sharded parameters are gathered by all
+        if self.ranks.is_main:
+            self.hooks.save(saved, is_best, keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that continues this run: tensors and plain values."""
+        state = self.state
+        sums = {k: dist.all_mean(self.ranks, v.clone()) for k, v in state.sums.items()}
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"step": state.step},
+            "scaler": self.scaler.state_dict(),
+            "state": {**vars(state), "sums": sums},
+            "rng": {"seed": self.seed, "epoch": state.epoch, "batch": state.batch},
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from a checkpoint of the same spec."""
+        self.model.load_state_dict(saved["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved["ema"])
+            self.ema.n_averaged.fill_(saved["state"]["step"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.state = State(**saved["state"])
+        self.state.sums = {k: v.to(self.ranks.device) for k, v in self.state.sums.items()}
+
+
+def build_ema(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """Weights averaged over the optimizer steps, w' <- decay w' + (1 - decay) w; None without a
+    decay."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
