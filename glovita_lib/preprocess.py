@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Preprocess:
-    """The input convention of an encoder: that of its published weights, else that of its architecture.
+    """The input convention of an encoder: that of its published weights, else that of its
+    architecture.
 
     Sizes in pixels. mean and std refer to values in 0..1, one per input channel.
     """

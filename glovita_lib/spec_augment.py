@@ -1,6 +1,8 @@
-"""Augmentation section of a spec: the policy names, the sizes and every parameter of every operation.
+"""Augmentation section of a spec: the policy names, the sizes and every parameter of every
+operation.
 
-A policy is one `Ops` value (see `policies.py`): naming `train_policy` picks the value, and a field set in
+A policy is one `Ops` value (see `policies.py`): naming `train_policy` picks the value, and a field
+set in
 `train_kwargs` replaces that one parameter, so nothing about a policy is hidden in code.
 """
 
@@ -35,7 +37,8 @@ class Ops(Spec):
     """Parameters of a policy; an unset one (none) keeps the value of the named policy."""
 
     crop: Literal["none", "center", "random", "resized", "padded"] | None = None
-    """How the image_size window is cut: whole image squashed, centre, random place, random resized, or padded by crop_padding then random."""
+    """How the image_size window is cut: whole image squashed, centre, random place, random resized,
+    or padded by crop_padding then random."""
     crop_padding: Annotated[int, Meta(ge=0)] | None = None
     """Zero padding on every side before a padded crop, pixels."""
     scale: tuple[Positive, Positive] | None = None
@@ -61,9 +64,11 @@ class Ops(Spec):
     jitter_p: Probability | None = None
     """Probability of a colour jitter."""
     jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] | None = None
-    """Colour jitter strength: brightness, contrast, saturation (factors 1 +- value), hue (share of the circle)."""
+    """Colour jitter strength: brightness, contrast, saturation (factors 1 +- value), hue (share of
+    the circle)."""
     brightness_contrast: NonNegative | None = None
-    """If above 0, half of the jittered samples get a brightness and contrast change of +- this instead of the colour jitter."""
+    """If above 0, half of the jittered samples get a brightness and contrast change of +- this
+    instead of the colour jitter."""
     blur_p: Probability | None = None
     """Probability of a blur."""
     blur_kernel: tuple[Pixels, Pixels] | None = None
@@ -91,7 +96,8 @@ class Ops(Spec):
 
 
 class Augmentation(Spec):
-    """Policies and sizes; what is unset is derived from the data set (policies) and the encoder (sizes, mean, std)."""
+    """Policies and sizes; what is unset is derived from the data set (policies) and the encoder
+    (sizes, mean, std)."""
 
     train_policy: TrainPolicy | None = None
     """Policy of the training split; none takes the data set's default."""

@@ -48,7 +48,8 @@ class Cifar10Data(BaseData, tag="cifar10", tag_field="dataset"):
     download: bool = True
     """Whether a missing data set is downloaded."""
     val_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.1
-    """Share of the 50,000 training images held out as val; 0 uses the test images as val too, as published recipes do."""
+    """Share of the 50,000 training images held out as val; 0 uses the test images as val too, as
+    published recipes do."""
 
 
 class Cifar100Data(BaseData, tag="cifar100", tag_field="dataset"):
@@ -59,7 +60,8 @@ class Cifar100Data(BaseData, tag="cifar100", tag_field="dataset"):
     download: bool = True
     """Whether a missing data set is downloaded."""
     val_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.1
-    """Share of the 50,000 training images held out as val; 0 uses the test images as val too, as published recipes do."""
+    """Share of the 50,000 training images held out as val; 0 uses the test images as val too, as
+    published recipes do."""
 
 
 class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset"):
@@ -70,15 +72,18 @@ class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset
     subtask: Subtask | None = None
     """Kind of target; none is regression for task Regression, else multiclass."""
     num_classes: Annotated[int, Meta(ge=1)] | None = None
-    """Number of classes (regression: of targets); none counts them, a number is checked against the data."""
+    """Number of classes (regression: of targets); none counts them, a number is checked against the
+    data."""
     images_dir: str = "images"
     """Folder of the images below data_root_dir."""
     split_source: Literal["splits_json", "subdirs", "kfold"] = "splits_json"
-    """Splits from split_file, from sub-folders of images_dir named like the splits, from the split column of the labels, or drawn as folds from the seed."""
+    """Splits from split_file, from sub-folders of images_dir named like the splits, from the split
+    column of the labels, or drawn as folds from the seed."""
     label_source: Literal["folder", "json", "csv"] = "json"
     """Labels from the class folder, a JSON object {path: label} or a CSV file."""
     split_file: str = "splits.json"
-    """JSON file below data_root_dir: {split: [path, ...]}, or a list (or {"0": ...}) of such objects, one a fold."""
+    """JSON file below data_root_dir: {split: [path, ...]}, or a list (or {"0": ...}) of such
+    objects, one a fold."""
     labels_file: str | None = None
     """Label file below data_root_dir; none is labels.json or labels.csv, after label_source."""
     path_column: str = "path"
@@ -113,7 +118,8 @@ class CustomData(BaseData, tag="custom", tag_field="dataset", kw_only=True):
     """A data set of your own: a function of your package that returns glovita_lib.datasets.Data."""
 
     target: str
-    """Where the function is: "package.module:function"; called as function(spec, seed, **options)."""
+    """Where the function is: "package.module:function"; called as function(spec, seed,
+    **options)."""
     options: dict[str, Any] = {}
     """Keyword arguments of the function."""
 

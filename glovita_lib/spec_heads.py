@@ -31,7 +31,8 @@ class CustomHead(Spec, tag="custom", tag_field="head_type", kw_only=True):
     """A head of your own: a function of your package that returns a module."""
 
     target: str
-    """Where the function is: "package.module:function"; called as function(width=..., outputs=..., **options)."""
+    """Where the function is: "package.module:function"; called as function(width=..., outputs=...,
+    **options)."""
     options: dict[str, Any] = {}
     """Keyword arguments of the function."""
 

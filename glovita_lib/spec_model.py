@@ -21,7 +21,11 @@ class TimmEncoder(Spec, tag="timm", tag_field="encoder_type"):
     weights: str | None = None
     """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then."""
     weights_order: bool = False
-    """Whether weights is matched by the order and shape of its tensors, for files of the same network under other names."""
+    """Whether weights is matched by the order and shape of its tensors, for files of the same
+    network under other names."""
+    small_images: bool = False
+    """Whether a ResNet's stem of stride 4 becomes a 3x3 convolution of stride 1, for images of
+    about 32 pixels."""
     input_channels: Channels | None = None
     """Channels of the input; none takes the data's."""
     model_kwargs: dict[str, Any] = {}
@@ -51,7 +55,8 @@ class CustomEncoder(Spec, tag="custom", tag_field="encoder_type", kw_only=True):
     """An encoder of your own: a function of your package that returns a module."""
 
     target: str
-    """Where the function is: "package.module:function"; called as function(input_channels=..., **options)."""
+    """Where the function is: "package.module:function"; called as function(input_channels=...,
+    **options)."""
     input_channels: Channels | None = None
     """Channels of the input; none takes the data's."""
     options: dict[str, Any] = {}

@@ -8,7 +8,16 @@ from glovita_lib.spec import Spec
 from glovita_lib.spec_data import Data, DigitsData
 from glovita_lib.spec_model import Model
 from glovita_lib.spec_peft import FullFinetuning, Peft
-from glovita_lib.spec_train import Dataloading, Infer, Logger, Optimizer, Supervised, Task, Training, WandbLogger
+from glovita_lib.spec_train import (
+    Dataloading,
+    Infer,
+    Logger,
+    Optimizer,
+    Supervised,
+    Task,
+    Training,
+    WandbLogger,
+)
 
 
 class Root(Spec):
@@ -17,7 +26,8 @@ class Root(Spec):
     mode: Literal["train", "infer"] = "train"
     """What the command does: train, or evaluate the run that this spec trained."""
     name: str | None = None
-    """Group directory of the run; none is the spec's file name and the overrides that change the experiment."""
+    """Group directory of the run; none is the spec's file name and the overrides that change the
+    experiment."""
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     """Seed of initial weights, sample order, augmentation and random splits."""
     exp_dir: str = "experiments"
