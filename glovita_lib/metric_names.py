@@ -135,9 +135,9 @@ def no_such_metric(name: str, available: tuple[str, ...], found: list[str]) -> s
         return f"metric {name!r} has several values, name one of them: {listed(found)}"
     rest = split_of(name)[1].lower()
     for short, logged in LOGGED_NAMES.items():
-        if rest == short or rest in (entry.lower() for entry in logged):
-            if split_of(name)[0] in (None, "val"):
-                return f"metric {name!r} is not computed; add {short!r} to task.metrics"
+        known = rest == short or rest in (entry.lower() for entry in logged)
+        if known and split_of(name)[0] in (None, "val"):
+            return f"metric {name!r} is not computed; add {short!r} to task.metrics"
     spelled = {split_of(entry)[1].lower(): entry for entry in reversed(available)}
     spelled |= {entry.lower(): entry for entry in available}
     close = get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
