@@ -1,0 +1,296 @@
+"""Ranks, devices, seeds and what travels between processes; one process is world size 1.
+
+torchrun starts the processes; nothing here does. CPU tensors and Python objects travel over gloo,
+CUDA tensors over NCCL.
+"""
+
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+
+from glovita_lib.spec import UserError
+
+# How long a rank waits for the others, e.g. for a download of the first one. torchrun ends all
+# processes as soon as one of them fails, so a long time never hides a crash.
+PATIENCE = timedelta(hours=2)
+WORD = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int  # 0 .. world - 1
+    world: int
+    local_rank: int  # among the processes of this machine
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.rank == 0
+
+
+# ---------------------------------------------------------------------- start and stop
+
+
+def start() -> Ranks:
+    """This process's ranks from torchrun's environment; without one a world of size 1.
+
+    Raises:
+        UserError: more processes on this machine than GPUs, or an incomplete environment.
+    """
+    rank, world, local = (
+        number_of(name, default)
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = pick_device(local, world)
+    if world > 1:
+        missing = [
+            name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+        ]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE is {world} but {', '.join(missing)} is not set: start several"
+                " processes with torchrun --nproc-per-node N glovita.py SPEC"
+            )
+        cuda = device.type == "cuda"
+        td.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=PATIENCE,
+            device_id=device if cuda else None,
+        )
+    return Ranks(rank, world, local, device)
+
+
+def number_of(name: str, default: int) -> int:
+    """An integer of the environment."""
+    text = os.environ.get(name, "")
+    if text and not text.isdecimal():
+        raise UserError(f"environment variable {name} is {text!r}, expected a number: unset it")
+    return int(text) if text else default
+
+
+def pick_device(local_rank: int, world: int) -> torch.device:
+    """cuda:local_rank, else mps for a single process, else cpu."""
+    if torch.cuda.is_available():
+        devices = torch.cuda.device_count()
+        if local_rank >= devices:
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU of its own, {devices} are"
+                f" visible: start torchrun with --nproc-per-node {devices}"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("mps" if world == 1 and torch.backends.mps.is_available() else "cpu")
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+# ---------------------------------------------------------------------- seeds
+
+
+def mix(*numbers: int) -> int:
+    """63-bit hash of counters, the seed of the stream that belongs to them.
+
+    h <- splitmix64(h + n) for each number n, with h = 0 at first; splitmix64 is one output of the
+    generator of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014).
+    """
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & WORD
+        state ^= state >> 31
+    return state >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
+    """Seed torch's generators, the stream of dropout and stochastic depth, for one step."""
+    torch.manual_seed(mix(seed, epoch, step, rank))
+
+
+# ---------------------------------------------------------------------- between ranks
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait for all ranks."""
+    if ranks.world > 1:
+        td.all_reduce(torch.zeros(1))  # a CPU tensor: the hosts wait, not the CUDA streams
+
+
+def broadcast_object(ranks: Ranks, value: Any) -> Any:
+    """The first rank's value, on every rank."""
+    if ranks.world == 1:
+        return value
+    box = [value]
+    td.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def all_sum(ranks: Ranks, tensor: Tensor) -> Tensor:
+    """Sum over ranks; the argument stays as it is."""
+    if ranks.world == 1:
+        return tensor
+    total = tensor.detach().clone()
+    td.all_reduce(total)
+    return total
+
+
+def all_mean(ranks: Ranks, tensor: Tensor) -> Tensor:
+    """Mean over ranks; the argument stays as it is."""
+    return tensor if ranks.world == 1 else all_sum(ranks, tensor) / ranks.world
+
+
+def any_rank(ranks: Ranks, flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return int(all_sum(ranks, torch.tensor(int(flag)))) > 0
+
+
+def gather_rows(ranks: Ranks, rows: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Concatenate every rank's rows on the first rank, in rank order.
+
+    rows: name -> (N, ...) CPU tensor of any type; N may differ between ranks and be 0. Returns
+    None on the other ranks.
+    """
+    if ranks.world == 1:
+        return rows
+    shapes: list[Any] | None = [None] * ranks.world if ranks.is_main else None
+    td.gather_object({k: (tuple(v.shape), v.dtype) for k, v in rows.items()}, shapes, dst=0)
+    if shapes is None:
+        for name in sorted(rows):
+            if rows[name].numel():
+                td.send(as_bytes(rows[name]), dst=0)
+        return None
+    parts = {name: [value] for name, value in rows.items()}
+    for source in range(1, ranks.world):
+        assert shapes[source].keys() == rows.keys(), (shapes[source].keys(), rows.keys())
+        for name in sorted(rows):
+            shape, dtype = shapes[source][name]
+            part = torch.empty(shape, dtype=dtype)
+            if part.numel():
+                received = as_bytes(part)  # shares memory: a fresh tensor is contiguous
+                td.recv(received, src=source)
+                parts[name].append(part)
+    # an empty first part gives way, its trailing shape may be unknown to a rank without rows
+    return {name: torch.cat([p for p in ps if len(p)] or ps[:1]) for name, ps in parts.items()}
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a tensor as uint8, so that every type travels."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def main_decides(ranks: Ranks, decide: Callable[[], Any]) -> Any:
+    """What `decide` returns or raises on the first rank, which alone calls it, on every rank."""
+    result, error = None, None
+    if ranks.is_main:
+        try:
+            result = decide()
+        except Exception as failure:
+            error = failure
+    result, failed = broadcast_object(ranks, (result, describe(error)))
+    if error is not None:
+        raise error
+    if failed is not None:
+        raise rebuild(failed)
+    return result
+
+
+@contextmanager
+def main_first(ranks: Ranks) -> Iterator[None]:
+    """The first rank runs the block before the others: downloads, caches.
+
+    Where the block fails on the first rank it fails on all.
+    """
+    if not ranks.is_main:
+        failed = broadcast_object(ranks, None)
+        if failed is not None:
+            raise rebuild(failed)
+        yield
+        return
+    try:
+        yield
+    except Exception as failure:
+        broadcast_object(ranks, describe(failure))
+        raise
+    broadcast_object(ranks, None)
+
+
+def describe(error: Exception | None) -> tuple[bool, str] | None:
+    """An error as it travels: whether it is the user's, and its text."""
+    if error is None:
+        return None
+    if isinstance(error, UserError):
+        return True, str(error)
+    return False, f"the first rank failed: {type(error).__name__}: {error}"
+
+
+def rebuild(failed: tuple[bool, str]) -> Exception:
+    """The error that `describe` sent."""
+    is_user_error, text = failed
+    return UserError(text) if is_user_error else RuntimeError(text)
+
+
+# ---------------------------------------------------------------------- model
+
+
+def wrap(model: nn.Module, ranks: Ranks, find_unused_parameters: bool) -> nn.Module:
+    """The module to call in training: DistributedDataParallel where several ranks train
+    something, else the model itself.
+
+    The state dict is always taken from `model`, whose keys stay as they are. Before each training
+    forward the buffers are those of the first rank; before evaluation `sync_buffers` does that.
+    """
+    if ranks.world == 1 or not any(p.requires_grad for p in model.parameters()):
+        return model
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+        find_unused_parameters=find_unused_parameters,
+        gradient_as_bucket_view=True,
+    )
+
+
+@torch.no_grad()
+def sync_buffers(ranks: Ranks, model: nn.Module) -> None:
+    """Give every rank the first rank's buffers, so that all evaluate the model that is saved.
+
+    The running statistics of batch normalisation follow each rank's own samples in a forward.
+    """
+    if ranks.world > 1:
+        for buffer in model.buffers():
+            td.broadcast(buffer, src=0)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory in use so far, in MiB: of tensors on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
