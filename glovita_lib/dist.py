@@ -101,6 +101,16 @@ def stop() -> None:
         td.destroy_process_group()
 
 
+@contextmanager
+def session() -> Iterator[Ranks]:
+    """`start` and, whatever happens in between, `stop`."""
+    ranks = start()
+    try:
+        yield ranks
+    finally:
+        stop()
+
+
 # ---------------------------------------------------------------------- seeds
 
 

@@ -259,8 +259,10 @@ class Trainer:
 
     def evaluate(self, loader: Loader, batches: int | None) -> Predictions | None:
         """Predictions of the averaged weights where there are some, else of the model."""
+        model = self.model if self.ema is None else self.ema.module
+        dist.sync_buffers(self.ranks, model)
         return evaluate(
-            self.model if self.ema is None else self.ema.module,
+            model,
             self.objective,
             loader,
             ranks=self.ranks,
