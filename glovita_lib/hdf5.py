@@ -1,0 +1,222 @@
+"""Feature files: what is in them, and whether it is sound.
+
+Layouts (N samples, B bags, M instances, D width, L instances of every bag):
+
+- vectors: features (N, D), labels (N,) or (N, K)
+- fixed:   features (B, L, D), labels (B,) or (B, K)
+- ragged:  features (M, D), labels (B,) or (B, K), bag_ptr (B + 1,) or bag_lengths (B,)
+
+Beside them, where there are some: ids, groups, coords (one row an instance, or a sample), and the
+attribute class_names. Files without them are read as well.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from glovita_lib.blocks import Rows, open_hdf5
+from glovita_lib.spec import UserError
+
+SCAN_BYTES = 64 * 2**20  # read at a time when all values are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Names of the datasets in a file."""
+
+    features: str
+    labels: str
+    bag_ptr: str
+    bag_lengths: str
+    ids: str
+    groups: str
+    coords: str
+
+
+@dataclass(slots=True)
+class FeatureFile:
+    """The tables of a feature file; the features themselves are read through `rows`."""
+
+    path: str
+    layout: Literal["vectors", "fixed", "ragged"]
+    rows: Rows  # (N, D), (B, L, D) or (M, D)
+    ptr: np.ndarray | None  # (B + 1,) int64: instances ptr[b]..ptr[b + 1] are bag b; None: vectors
+    labels: np.ndarray | None  # as stored; strings as str
+    ids: list[str]
+    groups: list[str] | None
+    class_names: tuple[str, ...] | None
+    has_coords: bool
+    attributes: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.rows.shape[-1]
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """Instances per bag (B,)."""
+        return None if self.ptr is None else np.diff(self.ptr)
+
+    def read_bag(self, bag: int) -> np.ndarray:
+        """Features of one bag, (n, D)."""
+        if self.layout == "fixed":
+            return self.rows.read(bag, bag + 1)[0]
+        return self.rows.read(int(self.ptr[bag]), int(self.ptr[bag + 1]))
+
+    def coords(self, key: str) -> np.ndarray | None:
+        """Coordinates of all instances, (M, 2 or more)."""
+        if not self.has_coords:
+            return None
+        with open_hdf5(self.path) as file:
+            return file[key][:].reshape(-1, file[key].shape[-1])
+
+
+def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool) -> FeatureFile:
+    """Tables of a feature file, checked; no feature is read.
+
+    Raises:
+        UserError: not HDF5, truncated, wrong ranks or lengths, pointers that do not rise from 0 to
+        M, an empty bag, no labels where `labelled` asks for them.
+    """
+    path = str(path)
+    rows = Rows(path, keys.features, threads=threads)
+    if len(rows.shape) not in (2, 3) or rows.dtype.kind != "f":
+        raise UserError(
+            f"{path}: {keys.features!r} has shape {rows.shape} and type {rows.dtype}; features are"
+            " floats of shape (N, D) or (B, N, D)"
+        )
+    with open_hdf5(path) as file:
+        ptr = bag_pointers(path, file, keys, rows.shape)
+        layout = "vectors" if ptr is None else "ragged" if len(rows.shape) == 2 else "fixed"
+        count = len(rows) if ptr is None else len(ptr) - 1
+        labels = table_of(path, file, keys.labels, count)
+        if labels is None and labelled:
+            raise UserError(
+                f"{path}: no dataset {keys.labels!r}; the file has {', '.join(sorted(file))};"
+                " name the labels with data.labels_key or give data.labels_file"
+            )
+        ids = table_of(path, file, keys.ids, count)
+        groups = table_of(path, file, keys.groups, count)
+        names = file.attrs.get("class_names")
+        attributes = {name: plain(value) for name, value in file.attrs.items()}
+        has_coords = keys.coords in file
+    return FeatureFile(
+        path=path,
+        layout=layout,
+        rows=rows,
+        ptr=ptr,
+        labels=labels,
+        ids=[str(i) for i in (range(count) if ids is None else ids)],
+        groups=None if groups is None else [str(group) for group in groups],
+        class_names=None if names is None else tuple(plain(names)),
+        has_coords=has_coords,
+        attributes=attributes,
+    )
+
+
+def bag_pointers(path: str, file: Any, keys: Keys, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Pointers (B + 1,) of either bag layout; None for vectors."""
+    if len(shape) == 3:
+        return np.arange(shape[0] + 1, dtype=np.int64) * shape[1]
+    if keys.bag_ptr in file:
+        name, ptr = keys.bag_ptr, integers(path, file, keys.bag_ptr)
+    elif keys.bag_lengths in file:
+        name, lengths = keys.bag_lengths, integers(path, file, keys.bag_lengths)
+        ptr = np.concatenate([[0], np.cumsum(lengths)])
+    else:
+        return None
+    steps = np.diff(ptr)
+    if len(ptr) < 1 or ptr[0] != 0 or ptr[-1] != shape[0] or (steps < 0).any():
+        falls = np.flatnonzero(steps < 0)
+        where = f" and falls after bag {falls[0]}" if len(falls) else ""
+        ends = f"begins at {ptr[0]} and ends at {ptr[-1]}" if len(ptr) else "is empty"
+        raise UserError(
+            f"{path}: {name!r} {ends}{where}; it must rise from 0 to the {shape[0]} instances of"
+            f" {keys.features!r}"
+        )
+    empty = np.flatnonzero(steps == 0)
+    if len(empty):
+        shown = ", ".join(map(str, empty[:10])) + (" ..." if len(empty) > 10 else "")
+        raise UserError(
+            f"{path}: {len(empty)} bags have no instance (bags {shown}); leave them out of the file"
+        )
+    return ptr
+
+
+def integers(path: str, file: Any, key: str) -> np.ndarray:
+    """A 1-D dataset of whole numbers as int64."""
+    values = file[key][()]
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise UserError(
+            f"{path}: {key!r} has shape {values.shape} and type {values.dtype}; it must be a list"
+            " of whole numbers"
+        )
+    return values.astype(np.int64)
+
+
+def table_of(path: str, file: Any, key: str, count: int) -> np.ndarray | None:
+    """A dataset with one row a sample; None where the file has none."""
+    if key not in file:
+        return None
+    values = file[key]
+    values = values.asstr()[()] if values.dtype.kind in "OS" else values[()]
+    if values.ndim == 0 or len(values) != count:
+        raise UserError(
+            f"{path}: {key!r} has {values.shape[0] if values.ndim else 0} rows, the file has"
+            f" {count} samples; each sample needs one"
+        )
+    return values
+
+
+def plain(value: Any) -> Any:
+    """An HDF5 attribute as plain Python."""
+    if isinstance(value, np.ndarray):
+        return [plain(entry) for entry in value]
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_finite(file: FeatureFile) -> None:
+    """Look at every feature once.
+
+    Raises:
+        UserError: NaN or infinity, with the first samples that have them.
+    """
+    rows = file.rows
+    step = max(1, SCAN_BYTES // max(1, rows.row_bytes))
+    if rows.chunk_rows:
+        step = max(rows.chunk_rows, step // rows.chunk_rows * rows.chunk_rows)
+    buffer = rows.empty(min(step, len(rows)))
+    bad: list[int] = []
+    for start in range(0, len(rows), step):
+        stop = min(start + step, len(rows))
+        values = rows.read(start, stop, buffer[: stop - start])
+        if not is_finite(values):
+            finite = np.isfinite(values).reshape(len(values), -1).all(1)
+            bad += (start + np.flatnonzero(~finite)).tolist()
+    if bad:
+        samples = bad if file.layout != "ragged" else np.searchsorted(file.ptr, bad, "right") - 1
+        names = list(dict.fromkeys(file.ids[sample] for sample in samples))
+        shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+        raise UserError(
+            f"{file.path}: NaN or infinite features in {len(names)} samples ({shown}); extract them"
+            " again (extract.precision = 32 if float16 overflowed) or leave them out"
+        )
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether all values are finite; float16 by its exponent bits, which is several times faster.
+
+    >>> bool(is_finite(np.array([1, 65504], np.float16))), bool(is_finite(np.float16([np.inf])))
+    (True, False)
+    """
+    if values.dtype == np.float16:
+        return not ((values.view(np.uint16) & 0x7C00) == 0x7C00).any()
+    return bool(np.isfinite(values).all())
