@@ -202,10 +202,14 @@ def inflate(data: bytes, rows: Rows) -> bytes:
         raise UserError(f"{rows.path}: damaged chunk in {rows.key!r} ({error})") from None
 
 
-def unshuffle(data: bytes, rows: Rows) -> bytes:
+def unshuffle(data: bytes, rows: Rows) -> np.ndarray:
     """Undo HDF5's byte shuffle: all first bytes, then all second bytes ... -> whole values."""
     planes = np.frombuffer(data, np.uint8).reshape(rows.dtype.itemsize, -1)
-    return np.ascontiguousarray(planes.T)
+    values = planes[-1].astype(f"u{rows.dtype.itemsize}")
+    for plane in planes[-2::-1]:  # shifts are several times faster than a transposed copy
+        values <<= 8
+        values |= plane
+    return values
 
 
 def merged_ranges(rows: np.ndarray) -> list[tuple[int, int]]:
