@@ -81,7 +81,7 @@ def default_metrics(subtask: str) -> tuple[str, ...]:
 
 def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
     """Logged name, with its val_ prefix, of the metric that picks the best checkpoint."""
-    from glovita_lib.metrics import canonical, logged_names
+    from glovita_lib.metric_names import canonical, logged_names
 
     if not len(data.splits.get("val") or ()):
         return None

@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any
 
-from glovita_lib.metrics import lower_is_better
+from glovita_lib.metric_names import lower_is_better
 
 
 class Bar:
