@@ -1,0 +1,153 @@
+"""Random splits and folds as pure functions of arrays and a seed.
+
+N samples. A stratum is what a split shall keep the proportions of: a class, or a quantile of a
+regression target.
+"""
+
+import numpy as np
+
+from glovita_lib.spec import UserError
+
+
+def strata(targets: np.ndarray, subtask: str, *, bins: int = 10) -> np.ndarray:
+    """Stratum (N,) int64 of each sample.
+
+    multiclass: the class. multilabel: the rarest of the sample's labels, which is the one a split
+    most easily loses. regression: the quantile bin of the target, of the mean standardised target
+    if there are several; at least 5 samples a bin.
+    """
+    if not len(targets):
+        return np.zeros(0, np.int64)
+    if subtask == "multiclass":
+        return targets.astype(np.int64)
+    if subtask == "multilabel":
+        order = np.argsort(targets.sum(0), kind="stable")  # rarest label first
+        positive = targets[:, order] > 0
+        return np.where(positive.any(1), order[positive.argmax(1)], targets.shape[1])
+    spread = targets.std(0)
+    score = ((targets - targets.mean(0)) / np.where(spread > 0, spread, 1)).mean(1)
+    count = max(1, min(bins, len(targets) // 5))
+    edges = np.quantile(score, np.linspace(0, 1, count + 1)[1:-1])
+    return np.searchsorted(edges, score, side="right")
+
+
+def draw(labels: np.ndarray, count: int, *, seed: int, keep: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `count` of N samples at random in the proportions of their strata.
+
+    Args:
+        labels: stratum (N,) of each sample; all equal draws without strata.
+        keep: "rest" leaves each stratum a sample that is not drawn, as a held-out set must not take
+            the last sample of a class from training; "drawn" draws at least one of each stratum;
+            both as far as the counts allow.
+
+    Returns:
+        Sorted rows that were drawn and sorted rows of the rest. A larger count of the same seed
+        draws from the same random order of each stratum.
+    """
+    values, stratum = np.unique(labels, return_inverse=True)
+    sizes = np.bincount(stratum, minlength=len(values))
+    low = np.minimum(sizes, 1) if keep == "drawn" else np.zeros_like(sizes)
+    high = np.maximum(sizes - 1, 0) if keep == "rest" else sizes
+    if low.sum() > count:
+        low = np.zeros_like(sizes)
+    if high.sum() < count:
+        high = sizes
+    counts = apportion(sizes, count, low=low, high=high)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(stratum[order], kind="stable")]  # random within each stratum
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    drawn = rank < np.repeat(counts, sizes)
+    return np.sort(order[drawn]), np.sort(order[~drawn])
+
+
+def apportion(sizes: np.ndarray, count: int, *, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Shares of `count` proportional to `sizes` by largest remainder, within low <= share <= high.
+
+    low.sum() <= count <= high.sum() must hold.
+    """
+    exact = sizes * (count / max(1, sizes.sum()))
+    shares = np.clip(np.floor(exact).astype(np.int64), low, high)
+    while (missing := count - int(shares.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        free = np.flatnonzero(shares < high if step > 0 else shares > low)
+        wanting = np.argsort(-step * (exact - shares)[free], kind="stable")
+        shares[free[wanting[: abs(missing)]]] += step
+    return shares
+
+
+def folds(
+    labels: np.ndarray, n_folds: int, *, seed: int, groups: np.ndarray | None = None
+) -> np.ndarray:
+    """Fold (N,) of each sample; folds are disjoint, of nearly equal size, and each has nearly its
+    share of every stratum. All samples of a group are in one fold.
+
+    Raises:
+        UserError: fewer samples, or groups, than folds.
+    """
+    units = len(labels) if groups is None else len(set(groups))
+    if units < n_folds:
+        what = "samples" if groups is None else "groups"
+        raise UserError(
+            f"data.n_folds = {n_folds}, but there are only {units} {what}: at most {units} folds"
+        )
+    if groups is None:
+        return deal(labels, n_folds, seed)
+    return grouped(labels, n_folds, seed, groups)
+
+
+def deal(labels: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """Deal shuffled samples out like cards, one stratum after the other: folds differ by at most
+    one sample, in total and in each stratum."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    fold = np.empty(len(labels), np.int64)
+    fold[order] = np.arange(len(order)) % n_folds
+    return fold
+
+
+def grouped(labels: np.ndarray, n_folds: int, seed: int, groups: np.ndarray) -> np.ndarray:
+    """Greedy stratified folds of whole groups: the least balanced groups first, each into the fold
+    where the strata stay most even, then the smaller one (as scikit-learn's StratifiedGroupKFold).
+
+    No fold stays empty: the last groups go to the empty folds.
+    """
+    stratum = np.unique(labels, return_inverse=True)[1]
+    names, member = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), stratum.max() + 1))
+    np.add.at(counts, (member, stratum), 1)
+    order = np.random.default_rng(seed).permutation(len(names))
+    order = order[np.argsort(-counts[order].std(1), kind="stable")]
+    total = counts.sum(0)
+    filled = np.zeros((n_folds, counts.shape[1]))
+    chosen = np.empty(len(names), np.int64)
+    for done, group in enumerate(order):
+        empty = np.flatnonzero(filled.sum(1) == 0)
+        candidates = empty if len(empty) >= len(names) - done else np.arange(n_folds)
+        chosen[group] = best = evenest(filled, counts[group] / total, candidates)
+        filled[best] += counts[group] / total
+    return chosen[member]
+
+
+def evenest(filled: np.ndarray, share: np.ndarray, candidates: np.ndarray) -> int:
+    """The candidate fold whose choice leaves the smallest spread of strata between the folds."""
+    spreads = []
+    for fold in candidates:
+        trial = filled.copy()
+        trial[fold] += share
+        spreads.append((round(float(trial.std(0).mean()), 12), float(trial[fold].sum()), fold))
+    return int(min(spreads)[2])
+
+
+def fold_splits(fold_of: np.ndarray, fold: int, n_folds: int) -> dict[str, np.ndarray]:
+    """Rows of train, val and test: fold `fold` is test, the next one val, the others train.
+
+    Raises:
+        UserError: there is no such fold.
+    """
+    if fold >= n_folds:
+        raise UserError(
+            f"data.fold = {fold}, but data.n_folds = {n_folds}: folds are 0 to {n_folds - 1}"
+        )
+    test, val = fold_of == fold, fold_of == (fold + 1) % n_folds
+    masks = {"train": ~(test | val), "val": val, "test": test}
+    return {name: np.flatnonzero(mask) for name, mask in masks.items()}
