@@ -22,7 +22,8 @@ def sum_by(groups: Array, count: int, weights: Array, values: Array | None = Non
     n, resamples = weights.shape
     if resamples == 1:
         scaled = weights[:, 0] if values is None else weights[:, 0] * values
-        return np.bincount(groups, scaled, minlength=count)[:, None]
+        sums = np.bincount(groups, scaled, minlength=count)[:, None]
+        return sums.astype(np.float64)  # of nothing they are integers
     from scipy.sparse import csc_array
 
     data = np.ones(n) if values is None else values.astype(np.float64)
