@@ -1,0 +1,212 @@
+"""Files that are whole at any moment: written under a temporary name, flushed, then renamed."""
+
+import csv
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from glovita_lib.spec import UserError
+
+TEMPORARY = ".tmp-"  # how temporary names begin; `remove_leftovers` takes them away after a kill
+HINTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "your quota is used up: free some space",
+    errno.EFBIG: "the largest allowed file size is reached: see ulimit -f",
+    errno.EIO: "the disk reports an error: write to another one",
+    errno.EROFS: "set exp_dir to a folder on a disk that can be written",
+    errno.EACCES: "set exp_dir to a folder that you may write to",
+    errno.EPERM: "set exp_dir to a folder that you may write to",
+}
+
+
+def write_error(path: Path | str, error: OSError) -> UserError:
+    """The one line that says why a file or folder could not be written, and what to do."""
+    hint = HINTS.get(error.errno or 0, "check the path and the disk")
+    return UserError(f"cannot write {path}: {error.strerror or error}; {hint}")
+
+
+def make_folder(path: Path | str) -> Path:
+    """Create a folder and its parents; one that exists is fine.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from None
+    return path
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path, with the suffix of `path`, that takes the place of `path` after the block.
+
+    For libraries that open files by name. The folder is created where it is missing.
+
+    Raises:
+        UserError: disk full, read-only ...; the previous file is as it was and no temporary file
+        is left.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        if error.errno in HINTS or error.filename in (str(temporary), str(path.parent)):
+            raise write_error(path, error) from None
+        raise  # the block met an error with a file of its own
+    finally:
+        with suppress(OSError):
+            temporary.unlink()  # also where dst was this very file: then the renaming did nothing
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of `path` after the block; errors as `atomic_path`."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or, for a folder, its entries."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that a killed process left anywhere below a folder."""
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        with suppress(OSError):
+            path.unlink()
+
+
+# ---------------------------------------------------------------------- formats
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Bytes, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """UTF-8 text, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Indented JSON in the order of the value; see `plain` for what becomes of its parts."""
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """CSV with a header; floats with as many digits as it takes to read them back equal."""
+    import io
+
+    with atomic_write(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+        text.flush()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: numpy and torch numbers and arrays become numbers and lists,
+    paths strings, NaN and infinities null."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):  # numpy's float64 too
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return value
+
+
+def read_json(path: Path | str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not valid JSON ({error})"
+        raise UserError(f"cannot read {path}: {reason}") from None
+
+
+# ---------------------------------------------------------------------- JSON lines
+
+
+def append_jsonl(path: Path | str, record: dict[str, Any]) -> None:
+    """Add one record as one line; half a line that a kill left behind is cut off first.
+
+    Raises:
+        UserError: disk full, read-only ...
+    """
+    line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        with open(path, "a+b") as file:
+            drop_half_line(file)
+            file.write(line.encode())
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+def drop_half_line(file: IO[bytes]) -> None:
+    """Cut a file back to its last line end."""
+    end = file.seek(0, os.SEEK_END)
+    if not end:
+        return
+    file.seek(end - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
+    """All whole records of a file; none where there is no file.
+
+    Raises:
+        UserError: a line that is not JSON, other than a half one at the end.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path} line {number} is not JSON: {line[:80]!r}") from None
+    return records
+
+
+def truncate_jsonl(path: Path | str, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep the records that a resumed run does not write again."""
+    records = read_jsonl(path)
+    kept = [record for record in records if keep(record)]
+    if len(kept) == len(records):
+        return
+    lines = (json.dumps(record, ensure_ascii=False) for record in kept)
+    write_text(path, "".join(line + "\n" for line in lines))

@@ -1,0 +1,196 @@
+"""A file is the previous one or the new one, whatever happens in between."""
+
+import csv
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glovita_lib import files
+from glovita_lib.spec import UserError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    files.write_json(path, {"old": 1})
+    return path
+
+
+def unchanged(file: Path) -> bool:
+    return files.read_json(file) == {"old": 1} and os.listdir(file.parent) == [file.name]
+
+
+def test_a_writer_that_fails_leaves_the_previous_file(file: Path) -> None:
+    with pytest.raises(ZeroDivisionError), files.atomic_write(file) as handle:
+        handle.write(b"half")
+        handle.flush()
+        assert len(os.listdir(file.parent)) == 2
+        raise ZeroDivisionError
+    assert unchanged(file)
+
+
+def test_full_disk(file: Path) -> None:
+    """The real thing: the system refuses to write more than 1,000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write .*config.json: File too large"):
+            files.write_text(file, "x" * 5000)
+        with pytest.raises(UserError, match=r"^cannot write .*metrics.jsonl: File too large"):
+            files.append_jsonl(file.with_name("metrics.jsonl"), {"x": "y" * 5000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    file.with_name("metrics.jsonl").unlink()
+    assert unchanged(file)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_every_step_that_can_fail(
+    file: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(UserError, match=os.strerror(code)) as caught:
+        files.write_json(file, {"new": 2})
+    assert "\n" not in str(caught.value)
+    assert unchanged(file)
+
+
+def test_read_only_folder(file: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    file.parent.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match="Permission denied; set exp_dir"):
+            files.write_json(file, {"new": 2})
+    finally:
+        file.parent.chmod(0o700)
+    assert unchanged(file)
+
+
+def test_a_folder_that_is_a_file(file: Path) -> None:
+    with pytest.raises(UserError, match="cannot write"):
+        files.write_text(file / "below", "x")
+    (file.parent / "folder").mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        files.write_text(file.parent / "folder", "x")
+
+
+def test_errors_of_the_block_itself_are_not_blamed_on_the_disk(file: Path) -> None:
+    with pytest.raises(FileNotFoundError), files.atomic_path(file):
+        open(file.parent / "no such sample")  # noqa: SIM115
+    assert unchanged(file)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from glovita_lib import files
+print("ready", flush=True)
+for i in range(1_000_000):
+    files.write_text(Path(sys.argv[1]), str(i % 10) * 200_000)
+    files.append_jsonl(Path(sys.argv[2]), {"step": i, "text": "x" * 5000})
+"""
+
+
+def test_kill_at_any_moment(tmp_path: Path) -> None:
+    whole, lines = tmp_path / "whole.txt", tmp_path / "lines.jsonl"
+    for attempt in range(5):
+        command = [sys.executable, "-c", KILLED, str(whole), str(lines)]
+        root = str(Path(files.__file__).parents[1])
+        with subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": root}, stdout=subprocess.PIPE
+        ) as process:
+            process.stdout.readline()
+            time.sleep(0.05 + 0.013 * attempt)
+            process.send_signal(signal.SIGKILL)
+        text = whole.read_text()
+        assert len(text) == 200_000
+        assert len(set(text)) == 1
+        assert files.read_jsonl(lines)
+        files.remove_leftovers(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == ["lines.jsonl", "whole.txt"]
+
+
+def test_json_of_numbers(tmp_path: Path) -> None:
+    value = {
+        "z": np.float32(0.5),
+        "a": float("nan"),
+        "inf": np.float64("inf"),
+        "array": np.array([[1, 2]], dtype=np.int64),
+        "tuple": (np.bool_(True), None, "é"),
+        "path": tmp_path,
+        3: [np.nan],
+    }
+    files.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {
+        "z": 0.5,
+        "a": None,
+        "inf": None,
+        "array": [[1, 2]],
+        "tuple": [True, None, "é"],
+        "path": str(tmp_path),
+        "3": [None],
+    }
+    assert list(json.loads(text))[:2] == ["z", "a"]
+    assert "é" in text
+
+
+def test_read_json_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="x.json: No such file"):
+        files.read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="x.json: not valid JSON"):
+        files.read_json(tmp_path / "x.json")
+
+
+def test_csv_reads_back_equal(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).normal(size=50)
+    singles = numbers.astype(np.float32)
+    rows = zip(['a,"b"', "line\nend", *map(str, range(48))], numbers, singles, strict=True)
+    files.write_csv(tmp_path / "x.csv", ("id", "p", "q"), rows)
+    with open(tmp_path / "x.csv", newline="", encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert [row["id"] for row in read[:2]] == ['a,"b"', "line\nend"]
+    assert np.array_equal(np.array([float(row["p"]) for row in read]), numbers)
+    assert np.array_equal(np.array([row["q"] for row in read], dtype=np.float32), singles)
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert files.read_jsonl(path) == []
+    for step in range(4):
+        files.append_jsonl(path, {"step": step, "loss": float("nan")})
+    whole = path.read_bytes()
+    assert files.read_jsonl(path)[3] == {"step": 3, "loss": None}
+
+    path.write_bytes(whole + b'{"step": 4, "lo')  # killed in the middle of a line
+    assert [record["step"] for record in files.read_jsonl(path)] == [0, 1, 2, 3]
+    files.append_jsonl(path, {"step": 4, "loss": None})
+    assert [record["step"] for record in files.read_jsonl(path)] == [0, 1, 2, 3, 4]
+
+    before = path.stat().st_ino
+    files.truncate_jsonl(path, lambda record: record["step"] <= 4)
+    assert path.stat().st_ino == before
+    files.truncate_jsonl(path, lambda record: record["step"] <= 3)
+    assert path.read_bytes() == whole
+    path.write_bytes(b'{"step": 4, "lo')
+    files.append_jsonl(path, {"step": 5})
+    assert path.read_bytes() == b'{"step": 5}\n'
+
+    path.write_bytes(b"no\n")
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        files.read_jsonl(path)
