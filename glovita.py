@@ -1,0 +1,82 @@
+"""Run an experiment: python glovita.py specs/digits_resnet.toml [--override a.b=value ...]."""
+
+import argparse
+import sys
+from importlib import import_module
+
+from glovita_lib.spec import UserError
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line; a mistake in it exits with code 2."""
+    parser = argparse.ArgumentParser(
+        prog="glovita.py", description="Train, evaluate and read out vision models."
+    )
+    add = parser.add_argument
+    add("specs", nargs="*", metavar="SPEC", help="TOML file of an experiment")
+    add("--override", nargs="+", action="extend", default=[], metavar="a.b=value",
+        help="change keys of the spec: TOML or a bare string; none unsets")  # fmt: skip
+    add("--check", action="store_true", help="only check the specs, all errors at once")
+    add("--dry-run", action="store_true", help="one batch through everything; writes no run")
+    add("--schema", action="store_true", help="print the JSON schema of a spec")
+    add("--explain", metavar="KEY", help="print what a key or section accepts")
+    add("--version", action="store_true", help="print the version")
+    asked = parser.parse_args(argv)
+    if not (asked.specs or asked.schema or asked.explain or asked.version):
+        parser.error("name a spec in front of the options, e.g. specs/digits_resnet.toml")
+    if len(asked.specs) > 1 and not asked.check:
+        parser.error("one spec a run; only --check takes several")
+    return asked
+
+
+def information(asked: argparse.Namespace) -> str | None:
+    """What is asked about specs in general; None if nothing is."""
+    if asked.version:
+        return f"glovita {import_module('glovita_lib').__version__}"
+    if asked.schema:
+        return import_module("glovita_lib.spec_schema").schema_text()
+    if asked.explain:
+        return import_module("glovita_lib.spec_explain").explain(asked.explain)
+    return None
+
+
+def check(paths: list[str], overrides: list[str]) -> int:
+    """Check all specs and print a line for each good one; 2 if there is a mistake in any."""
+    from glovita_lib.spec_check import load_checked
+
+    code = 0
+    for path in paths:
+        try:
+            load_checked(path, overrides)
+            print(f"{path}: ok")
+        except UserError as error:
+            print(error, file=sys.stderr)
+            code = 2
+    return code
+
+
+def main(argv: list[str]) -> int:
+    """Do what the command line asks; the exit code is 2 after a mistake of the user's."""
+    asked = arguments(argv)
+    try:
+        if text := information(asked):
+            print(text)
+            return 0
+        if asked.check:
+            return check(asked.specs, asked.override)
+        loaded = import_module("glovita_lib.spec_check").load_checked(
+            asked.specs[0], asked.override
+        )
+        mode = import_module(f"glovita_lib.run_{loaded.root.mode}")
+        mode.run(loaded, dry_run=asked.dry_run)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""Options that another setting leaves unread: changing one is an error, never without effect."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from glovita_lib.spec_check_data import is_regression, subtask_of
+from glovita_lib.spec_peft import LinearProbing
+from glovita_lib.spec_root import Root
+from glovita_lib.spec_types import shown
+
+
+class Option(NamedTuple):
+    """A key that is read only under a condition."""
+
+    key: str
+    """Dotted key."""
+    is_read: Callable[[Root], bool]
+    """Whether anything reads it; asked only where the key exists."""
+    needs: str
+    """The condition in words, as the setting that fulfils it."""
+
+
+OPTIONS = (
+    # ---- data
+    Option("data.split_file", lambda r: r.data.split_source == "splits_json",
+           'data.split_source = "splits_json"'),
+    Option("data.n_folds", lambda r: r.data.split_source == "kfold",
+           'data.split_source = "kfold"'),
+    Option("data.train_split_name", lambda r: r.data.split_source != "kfold",
+           'data.split_source other than "kfold"'),
+    Option("data.val_split_name", lambda r: r.data.split_source != "kfold",
+           'data.split_source other than "kfold"'),
+    Option("data.test_split_name", lambda r: r.data.split_source != "kfold",
+           'data.split_source other than "kfold"'),
+    Option("data.labels_file", lambda r: labels_in(r, "csv", "json"),
+           'data.label_source = "csv" or "json"'),
+    Option("data.path_column", lambda r: labels_in(r, "csv"), 'data.label_source = "csv"'),
+    Option("data.label_column", lambda r: labels_in(r, "csv"), 'data.label_source = "csv"'),
+    Option("data.group_column", lambda r: labels_in(r, "csv"), 'data.label_source = "csv"'),
+    Option("data.label_separator",
+           lambda r: labels_in(r, "csv") and subtask_of(r.data) == "multilabel"
+           and isinstance(r.data.label_column, str),
+           'data.label_source = "csv", data.subtask = "multilabel" and one data.label_column'),
+    # ---- model
+    Option("model.encoder.weights_order", lambda r: r.model.encoder.weights is not None,
+           "model.encoder.weights"),
+    # ---- task
+    Option("task.mixup_alpha", lambda r: r.task.mixup, "task.mixup = true"),
+    Option("task.cutmix_alpha", lambda r: r.task.cutmix, "task.cutmix = true"),
+    Option("task.regression_loss", is_regression, "a regression"),
+    Option("task.standardize_targets", is_regression, "a regression"),
+    # ---- training and loading
+    Option("training.early_stopping_min_delta",
+           lambda r: r.training.early_stopping_patience is not None,
+           "training.early_stopping_patience"),
+    Option("dataloading.prefetch_factor", lambda r: r.dataloading.num_workers != 0,
+           "dataloading.num_workers above 0"),
+    Option("dataloading.timeout", lambda r: r.dataloading.num_workers != 0,
+           "dataloading.num_workers above 0"),
+    # ---- optimizer
+    Option("optimizer.momentum", lambda r: r.optimizer.name in ("SGD", "RMSprop"),
+           'optimizer.name = "SGD" or "RMSprop"'),
+    Option("optimizer.nesterov", lambda r: r.optimizer.name == "SGD", 'optimizer.name = "SGD"'),
+    Option("optimizer.betas", lambda r: r.optimizer.name in ("Adam", "AdamW"),
+           'optimizer.name = "Adam" or "AdamW"'),
+    Option("optimizer.gamma", lambda r: r.optimizer.scheduler in ("Step", "MultiStep"),
+           'optimizer.scheduler = "Step" or "MultiStep"'),
+    Option("optimizer.min_lr", lambda r: r.optimizer.scheduler == "CosineAnneal",
+           'optimizer.scheduler = "CosineAnneal"'),
+    Option("optimizer.layer_wise_lr_decay", lambda r: not isinstance(r.peft, LinearProbing),
+           'peft.method other than "linear_probing", which trains the head alone'),
+    # ---- infer
+    Option("infer.use", lambda r: r.infer.checkpoint is None,
+           "the spec's own run: infer.checkpoint names its file itself"),
+)  # fmt: skip
+
+
+def labels_in(root: Root, *sources: str) -> bool:
+    """Whether labels come from one of the sources; data sets without that choice always read."""
+    return getattr(root.data, "label_source", sources[0]) in sources
+
+
+def ignored_options(root: Root) -> Iterator[str]:
+    """Options away from their default that nothing would read."""
+    for option in OPTIONS:
+        owner, name = owner_of(root, option.key)
+        if owner is None or getattr(owner, name) == default_of(owner, name):
+            continue
+        if not option.is_read(root):
+            value = shown(getattr(owner, name))
+            yield f"{option.key}: {value} would be ignored, it is read only with {option.needs}"
+
+
+def owner_of(root: Root, key: str) -> tuple[Any, str]:
+    """The Struct that holds a dotted key, None where this spec's members have no such field."""
+    *sections, name = key.split(".")
+    owner: Any = root
+    for section in sections:
+        owner = getattr(owner, section, None)
+    return (owner if hasattr(owner, name) else None), name
+
+
+def default_of(owner: Any, name: str) -> Any:
+    """Default of a field; fields and defaults are aligned at their ends."""
+    fields, defaults = owner.__struct_fields__, owner.__struct_defaults__
+    return defaults[fields.index(name) - len(fields)]
