@@ -1,0 +1,152 @@
+"""Splits held decoded in memory, on the host or on the GPU.
+
+N samples, C channels, H W pixels.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glovita_lib.samples import Source
+from glovita_lib.spec import UserError
+
+CHUNK = 32  # samples a thread decodes at a time
+TOLD_FROM = 2000  # samples whose decoding is announced
+ERRORS_SHOWN = 20
+# What stays on the GPU: no copy per batch, yet a small part of the memory the model needs.
+RESIDENT_MB, RESIDENT_SHARE = 1024, 0.1
+
+
+@dataclass(slots=True)
+class HeldSource:
+    """Decoded samples: one array (N, C, H, W) if they are uniform, else a list of arrays."""
+
+    samples: Any
+    fitted: bool  # whether they were cropped and resized when they were decoded
+    nbytes_: int = 0
+
+    @property
+    def uniform(self) -> tuple[int, ...] | None:
+        return self.samples.shape[1:] if isinstance(self.samples, np.ndarray) else None
+
+    def fetch(self, rows: np.ndarray) -> Any:
+        if isinstance(self.samples, np.ndarray):
+            return self.samples[rows]
+        return [self.samples[row] for row in rows]
+
+    def nbytes(self) -> int:
+        return self.nbytes_
+
+
+@dataclass(slots=True)
+class CollatingSource(HeldSource):
+    """Decoded samples of a source with its own way to make a batch of them."""
+
+    collate: Callable[[list[Any]], Any] = field(kw_only=True)
+
+
+def hold(
+    source: Source,
+    rows: np.ndarray,
+    *,
+    fit: Callable[[list[np.ndarray]], np.ndarray] | None,
+    threads: int,
+    shown: bool,
+) -> HeldSource:
+    """Decode rows of a source, in threads.
+
+    Args:
+        fit: crops and resizes samples of differing sizes once and for all, where that is the same
+            in every epoch (evaluation).
+        shown: whether a long decoding is announced.
+
+    Raises:
+        UserError: one line for each sample that cannot be read.
+    """
+    collate = getattr(source, "collate", None)
+    fitted = fit is not None and collate is None and source.uniform is None
+    if shown and len(rows) >= TOLD_FROM and source.nbytes() > 2**28:
+        print(f"decoding {len(rows)} samples into memory", file=sys.stderr, flush=True)
+
+    def decode(part: np.ndarray) -> Any:
+        samples = source.fetch(part)
+        return fit(samples) if fitted else samples
+
+    parts = in_threads(decode, np.array_split(rows, -(-len(rows) // CHUNK)), threads)
+    if collate is not None:
+        samples = [sample for part in parts for sample in part]
+        return CollatingSource(samples, False, source.nbytes(), collate=collate)
+    return HeldSource(*joined(parts, len(rows), fitted), source.nbytes())
+
+
+def joined(parts: Iterator[Any], count: int, fitted: bool) -> tuple[Any, bool]:
+    """Decoded parts as one array if they are arrays, written into it one by one, else a list."""
+    array, samples, done = None, [], 0
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            array = np.empty((count, *part.shape[1:]), part.dtype) if array is None else array
+            array[done : done + len(part)] = part
+            done += len(part)
+        else:
+            samples.extend(part)
+    return (samples if array is None else array), fitted
+
+
+def in_threads(work: Callable[[Any], Any], items: list[Any], threads: int) -> Iterator[Any]:
+    """Results in the order of the items; user errors of all items are raised as one.
+
+    Raises:
+        UserError: the lines of all errors, the first of them where they are many.
+    """
+    errors: list[str] = []
+    ahead: deque[Future] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) > 4 * threads:
+                yield from settled(ahead.popleft(), errors)
+        while ahead:
+            yield from settled(ahead.popleft(), errors)
+    if errors:
+        raise UserError(shortened(errors))
+
+
+def settled(future: Future, errors: list[str]) -> Iterator[Any]:
+    """The result, unless it or an earlier one is a user error; its lines are added to `errors`."""
+    try:
+        result = future.result()
+    except UserError as error:
+        errors += str(error).splitlines()
+        return
+    if not errors:
+        yield result
+
+
+def shortened(lines: list[str]) -> str:
+    """Lines as one text; after the first ones only how many more there are."""
+    more = len(lines) - ERRORS_SHOWN
+    return "\n".join(lines[:ERRORS_SHOWN] + [f"... and {more} more"] * (more > 0))
+
+
+def to_device(
+    source: HeldSource, targets: np.ndarray | None, device: torch.device
+) -> tuple[Tensor, Tensor | None] | None:
+    """Uniform samples and the targets on a GPU with room for them; None elsewhere."""
+    if device.type != "cuda" or source.uniform is None or hasattr(source, "collate"):
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    samples = source.samples
+    size = samples.size * (1 if samples.dtype == np.uint8 else 4)
+    if size > min(RESIDENT_MB * 2**20, RESIDENT_SHARE * free):
+        return None
+    if samples.dtype != np.uint8:
+        samples = samples.astype(np.int32)
+    labels = None if targets is None else torch.from_numpy(targets).to(device)
+    return torch.from_numpy(samples).to(device), labels
