@@ -1,0 +1,226 @@
+"""Where vectors and bags of features come from: one file, or a folder with one file a bag.
+
+N samples, B bags, M instances, D width.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from glovita_lib.bags import Bags
+from glovita_lib.blocks import Rows, open_hdf5
+from glovita_lib.hdf5 import FeatureFile, Keys, is_finite
+from glovita_lib.spec import UserError
+
+BAG_SUFFIXES = (".h5", ".hdf5", ".pt")
+
+
+@dataclass(frozen=True)
+class VectorSource:
+    """Vectors of some rows of a file."""
+
+    vectors: Rows  # (M, D)
+    index: np.ndarray  # (N,) rows of the file
+
+    @property
+    def uniform(self) -> tuple[int, ...]:
+        """(D,)."""
+        return self.vectors.shape[1:]
+
+    def fetch(self, rows: np.ndarray) -> np.ndarray:
+        """Vectors (B, D) in the file's float type."""
+        wanted = self.index[rows]
+        if (
+            len(wanted)
+            and wanted[-1] - wanted[0] == len(wanted) - 1
+            and (np.diff(wanted) == 1).all()
+        ):
+            return self.vectors.read(int(wanted[0]), int(wanted[-1]) + 1)
+        return self.vectors.take(wanted)
+
+    def nbytes(self) -> int:
+        """Size of the split, bytes."""
+        return self.vectors.row_bytes * len(self.index)
+
+
+class BagReader(Protocol):
+    """Bags by number."""
+
+    lengths: np.ndarray
+    """Instances per bag (B,)."""
+    width: int
+    item_bytes: int
+    """Bytes of a stored number."""
+
+    def read(self, bag: int) -> np.ndarray:
+        """Features (n, D) of a bag."""
+
+    def coords(self, bag: int) -> np.ndarray | None:
+        """Coordinates (n, 2 or more) of its instances, where there are some."""
+
+
+@dataclass(frozen=True)
+class FileBags:
+    """Bags of one file."""
+
+    file: FeatureFile
+    keys: Keys
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.file.lengths
+
+    @property
+    def width(self) -> int:
+        return self.file.width
+
+    @property
+    def item_bytes(self) -> int:
+        return self.file.rows.dtype.itemsize
+
+    def read(self, bag: int) -> np.ndarray:
+        return self.file.read_bag(bag)
+
+    @cached_property
+    def all_coords(self) -> np.ndarray | None:
+        """Coordinates of all instances (M, 2 or more)."""
+        return self.file.coords(self.keys.coords)
+
+    def coords(self, bag: int) -> np.ndarray | None:
+        if self.all_coords is None:
+            return None
+        return self.all_coords[self.file.ptr[bag] : self.file.ptr[bag + 1]]
+
+
+@dataclass(frozen=True)
+class FolderBags:
+    """One bag a file, as CLAM and TRIDENT write them: HDF5 with features (n, D) or (1, n, D) and
+    coords, or a tensor (n, D) saved by torch."""
+
+    paths: tuple[Path, ...]
+    keys: Keys
+    lengths: np.ndarray
+    width: int
+    item_bytes: int
+
+    def read(self, bag: int) -> np.ndarray:
+        path = self.paths[bag]
+        if path.suffix == ".pt":
+            return load_tensor(path).numpy()
+        rows = Rows(path, self.keys.features, threads=1)
+        return rows.read(0, len(rows)).reshape(-1, self.width)
+
+    def coords(self, bag: int) -> np.ndarray | None:
+        if self.paths[bag].suffix == ".pt":
+            return None
+        with open_hdf5(str(self.paths[bag])) as file:
+            if self.keys.coords not in file:
+                return None
+            return file[self.keys.coords][()].reshape(self.lengths[bag], -1)
+
+
+def open_folder(folder: Path, keys: Keys) -> FolderBags:
+    """The bags of a folder in the order of their names; only headers are read.
+
+    Raises:
+        UserError: no bag, or bags that are empty, damaged, or of different widths, listed together.
+    """
+    paths = tuple(sorted(path for path in folder.iterdir() if path.suffix in BAG_SUFFIXES))
+    if not paths:
+        raise UserError(f"{folder}: no file with suffix {', '.join(BAG_SUFFIXES)}, one a bag")
+    shapes, errors = [], []
+    for path in paths:
+        try:
+            shapes.append(bag_shape(path, keys))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise UserError("\n".join(errors[:20]))
+    widths = sorted({shape[1] for shape in shapes})
+    if len(widths) > 1:
+        raise UserError(f"{folder}: bags of different widths {widths}; one encoder makes one width")
+    lengths = np.array([shape[0] for shape in shapes], np.int64)
+    return FolderBags(paths, keys, lengths, widths[0], max(shape[2] for shape in shapes))
+
+
+def bag_shape(path: Path, keys: Keys) -> tuple[int, int, int]:
+    """Instances, width and bytes a number of a one-bag file.
+
+    Raises:
+        UserError: it is damaged, empty or holds something else.
+    """
+    if path.suffix == ".pt":
+        tensor = load_tensor(path)
+        shape, kind, size = tuple(tensor.shape), tensor.is_floating_point(), tensor.element_size()
+    else:
+        rows = Rows(path, keys.features, threads=1)
+        shape, kind, size = rows.shape, rows.dtype.kind == "f", rows.dtype.itemsize
+        shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+    if len(shape) != 2 or not kind:
+        raise UserError(f"{path}: features of shape {shape}; a bag is floats of shape (n, D)")
+    if not shape[0]:
+        raise UserError(f"{path}: the bag has no instance; remove the file")
+    return shape[0], shape[1], size
+
+
+def load_tensor(path: Path) -> torch.Tensor:
+    """The tensor of a pt file, mapped, not read.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{path}: not a tensor saved by torch ({error})".splitlines()[0]) from None
+    if not isinstance(value, torch.Tensor):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not a tensor (n, D)")
+    return value
+
+
+@dataclass(frozen=True)
+class BagSource:
+    """Some bags of a reader."""
+
+    reader: BagReader
+    index: np.ndarray  # (N,) bags of the reader
+    uniform: None = None
+
+    def fetch(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Features (n, D) of each bag."""
+        return [self.reader.read(int(bag)) for bag in self.index[rows]]
+
+    def collate(self, samples: list[np.ndarray]) -> Bags:
+        """Bags, packed."""
+        return Bags.from_list([torch.from_numpy(np.ascontiguousarray(bag)) for bag in samples])
+
+    def lengths(self) -> np.ndarray:
+        """Instances per bag (N,)."""
+        return self.reader.lengths[self.index]
+
+    def coords(self, row: int) -> np.ndarray | None:
+        """Coordinates (n, 2 or more) of the instances of a bag."""
+        return self.reader.coords(int(self.index[row]))
+
+    def nbytes(self) -> int:
+        """Size of the split, bytes."""
+        return int(self.lengths().sum()) * self.reader.width * self.reader.item_bytes
+
+
+def check_bags(folder: FolderBags) -> None:
+    """Look at every feature of a folder once.
+
+    Raises:
+        UserError: NaN or infinity, with the files that have them.
+    """
+    bad = [p.name for b, p in enumerate(folder.paths) if not is_finite(folder.read(b))]
+    if bad:
+        shown = ", ".join(bad[:10]) + (" ..." if len(bad) > 10 else "")
+        raise UserError(
+            f"{folder.paths[0].parent}: NaN or infinite features in {len(bad)} bags ({shown});"
+            " extract them again or remove the files"
+        )
