@@ -2,8 +2,7 @@
 operation.
 
 A policy is one `Ops` value (see `policies.py`): naming `train_policy` picks the value, and a field
-set in
-`train_kwargs` replaces that one parameter, so nothing about a policy is hidden in code.
+set in `train_kwargs` replaces that one parameter, so nothing about a policy is hidden in code.
 """
 
 from typing import Annotated, Literal
@@ -15,8 +14,8 @@ from glovita_lib.spec import Spec
 Probability = Annotated[float, Meta(ge=0, le=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
+Magnitude = Annotated[float, Meta(ge=0, le=10)]
 Pixels = Annotated[int, Meta(ge=1)]
-Range = tuple[float, float]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 TrainPolicy = Literal[
@@ -39,8 +38,11 @@ class Ops(Spec):
     crop: Literal["none", "center", "random", "resized", "padded"] | None = None
     """How the image_size window is cut: whole image squashed, centre, random place, random resized,
     or padded by crop_padding then random."""
+    resize: Literal["none", "image_size", "resize_size"] | None = None
+    """What the shortest side is resized to before a center, random or padded crop; with "none" the
+    pixels stay as they are."""
     crop_padding: Annotated[int, Meta(ge=0)] | None = None
-    """Zero padding on every side before a padded crop, pixels."""
+    """Black margin on every side that a padded crop may reach into, pixels of the source image."""
     scale: tuple[Positive, Positive] | None = None
     """Area of a random resized crop as a share of the image, lowest and highest."""
     ratio: tuple[Positive, Positive] | None = None
@@ -84,15 +86,16 @@ class Ops(Spec):
     dropout_holes: tuple[Pixels, Pixels] | None = None
     """Number of dropped rectangles, smallest and largest."""
     dropout_size: tuple[Probability, Probability] | None = None
-    """Side of a dropped rectangle, share of the image side, smallest and largest."""
+    """Height and width of a dropped rectangle, share of the image side, smallest and largest."""
     randaugment_ops: Annotated[int, Meta(ge=0)] | None = None
     """Number of RandAugment operations applied one after another to a sample; 0 turns it off."""
-    randaugment_magnitude: Annotated[float, Meta(ge=0, le=10)] | None = None
-    """Strength of the RandAugment operations, 0 to 10."""
+    randaugment_magnitude: tuple[Magnitude, Magnitude] | None = None
+    """Strength of the RandAugment operations, lowest and highest, 0 to 10; [9, 9] fixes it."""
     randaugment_p: Probability | None = None
     """Probability with which each of the RandAugment operations is applied."""
     cutout_size: Annotated[int, Meta(ge=0)] | None = None
-    """Side of the square that is painted over in every sample, pixels; 0 turns it off."""
+    """Side of the square that is painted over with the mean colour in every sample, pixels of the
+    canvas; 0 turns it off. The policies with cutout take 16, at most half of image_size."""
 
 
 class Augmentation(Spec):
