@@ -42,6 +42,10 @@ class VectorSource:
             return self.vectors.read(int(wanted[0]), int(wanted[-1]) + 1)
         return self.vectors.take(wanted)
 
+    def select(self, rows: np.ndarray) -> "VectorSource":
+        """Some of the samples."""
+        return VectorSource(self.vectors, self.index[rows])
+
     def nbytes(self) -> int:
         """Size of the split, bytes."""
         return self.vectors.row_bytes * len(self.index)
@@ -197,6 +201,10 @@ class BagSource:
     def collate(self, samples: list[np.ndarray]) -> Bags:
         """Bags, packed."""
         return Bags.from_list([torch.from_numpy(np.ascontiguousarray(bag)) for bag in samples])
+
+    def select(self, rows: np.ndarray) -> "BagSource":
+        """Some of the bags."""
+        return BagSource(self.reader, self.index[rows])
 
     def lengths(self) -> np.ndarray:
         """Instances per bag (N,)."""

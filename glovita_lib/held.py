@@ -143,10 +143,10 @@ def to_device(
         return None
     free, _ = torch.cuda.mem_get_info(device)
     samples = source.samples
-    size = samples.size * (1 if samples.dtype == np.uint8 else 4)
+    size = samples.nbytes * (2 if samples.dtype == np.uint16 else 1)
     if size > min(RESIDENT_MB * 2**20, RESIDENT_SHARE * free):
         return None
-    if samples.dtype != np.uint8:
-        samples = samples.astype(np.int32)
+    if samples.dtype == np.uint16:
+        samples = samples.astype(np.int32)  # torch calculates with few operations on uint16
     labels = None if targets is None else torch.from_numpy(targets).to(device)
     return torch.from_numpy(samples).to(device), labels

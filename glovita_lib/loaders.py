@@ -108,8 +108,8 @@ def fit_all(samples: list[np.ndarray], fit: Fit, seed: int) -> Tensor:
 
 
 def to_tensor(samples: np.ndarray) -> Tensor:
-    """uint8 as it is, uint16 as int32, which torch can calculate with."""
-    return torch.from_numpy(samples if samples.dtype == np.uint8 else samples.astype(np.int32))
+    """Samples as they are, uint16 as int32, which torch can calculate with."""
+    return torch.from_numpy(samples.astype(np.int32) if samples.dtype == np.uint16 else samples)
 
 
 def build_loader(

@@ -17,7 +17,8 @@ class Source(Protocol):
     A source of samples that are not images (bags of features, volumes) has one more method,
     `collate(samples) -> inputs`: it makes of a list of fetched samples what a batch holds as
     `inputs`, a tensor or an object with `to(device, non_blocking=...)` and `pin_memory()`. Its
-    samples may be of any type, reach no image augmentation and are held in memory as they are.
+    samples may be of any type, reach no image augmentation and are held in memory as they are. Such
+    a source also has `select(rows) -> Source`, the source of some of its samples.
     """
 
     uniform: tuple[int, ...] | None
@@ -98,9 +99,15 @@ def subset(split: Split, rows: np.ndarray) -> Split:
     return Split(
         ids=[split.ids[row] for row in rows],
         targets=None if split.targets is None else split.targets[rows],
-        source=RowsSource(split.source, rows),
+        source=select(split.source, rows),
         groups=None if split.groups is None else [split.groups[row] for row in rows],
     )
+
+
+def select(source: Source, rows: np.ndarray) -> Source:
+    """Some rows of a source, by its own method `select` where it has one."""
+    own = getattr(source, "select", None)
+    return RowsSource(source, rows) if own is None else own(rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,106 @@
+"""Windows of a feature file: every row once, well mixed, the same from any start."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from glovita_lib import windows
+from glovita_lib.blocks import Rows
+from glovita_lib.dist import Ranks
+from glovita_lib.feature_sources import VectorSource
+from glovita_lib.samples import Split
+from glovita_lib.spec_train import Dataloading
+from glovita_lib.windows import WindowLoader, build_feature_loader
+
+DIGITS = load_digits()
+ORDER = np.argsort(DIGITS.target, kind="stable")  # sorted by class: the worst file to shuffle
+FEATURES = DIGITS.data[ORDER].astype(np.float16)
+STORAGE = {
+    "contiguous": {},
+    "chunked": {"chunks": (16, 64)},
+    "gzip": {"chunks": (16, 64), "compression": "gzip", "shuffle": True},
+    "lzf": {"chunks": (16, 64), "compression": "lzf"},
+}
+
+
+def loader(path, monkeypatch, *, storage="contiguous", train=True, world=1, rank=0, memory=0):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("features", data=FEATURES, **STORAGE[storage])
+    monkeypatch.setattr(windows, "BLOCK_BYTES", 1024)  # 8 rows
+    rows = np.arange(len(FEATURES))
+    split = Split(
+        [str(row) for row in rows],
+        DIGITS.target[ORDER],
+        VectorSource(Rows(path, "features", threads=2), rows),
+    )
+    return build_feature_loader(
+        split,
+        Dataloading(in_memory_mb=memory),
+        fit=None,
+        window_mb=1,
+        train=train,
+        seed=3,
+        ranks=Ranks(rank, world, rank, torch.device("cpu")),
+        batch_size=50,
+    )
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("train", [True, False])
+def test_every_row_once_with_its_own_vector_and_label(storage, train, tmp_path, monkeypatch):
+    made = loader(tmp_path / "f.h5", monkeypatch, storage=storage, train=train)
+    assert isinstance(made, WindowLoader)
+    made.window = 5  # several windows, the last one incomplete
+    batches = list(made.epoch(0))
+    rows = torch.cat([batch.rows for batch in batches]).numpy()
+    assert sorted(rows) == list(range(len(FEATURES)))
+    assert train != (rows == np.arange(len(rows))).all()
+    vectors = torch.cat([batch.inputs for batch in batches]).numpy()
+    np.testing.assert_array_equal(vectors, FEATURES[rows])
+    targets = torch.cat([batch.targets for batch in batches]).numpy()
+    np.testing.assert_array_equal(targets, DIGITS.target[ORDER][rows])
+
+
+def test_an_epoch_continues_where_it_was_left(tmp_path, monkeypatch):
+    made = loader(tmp_path / "f.h5", monkeypatch)
+    made.window = made.order.window = 7
+    whole = list(made.epoch(2))
+    for start in (0, 1, 7, 13, 35, 36):
+        for ours, expected in zip(made.epoch(2, start), whole[start:], strict=True):
+            assert torch.equal(ours.inputs, expected.inputs)
+            assert torch.equal(ours.rows, torch.from_numpy(made.rows(2, start)))
+            start += 1
+
+
+def test_a_sorted_file_is_mixed_and_epochs_differ(tmp_path, monkeypatch):
+    made = loader(tmp_path / "f.h5", monkeypatch)
+    made.window = made.order.window = 7  # windows of 350 rows in 44 blocks
+    first = [batch.rows for batch in made.epoch(0)]
+    classes = [len(np.unique(DIGITS.target[ORDER][rows])) for rows in first[:-1]]
+    assert min(classes) >= 7  # a random batch of 50 has 9 or 10 of the 10 classes
+    assert not torch.equal(first[0], next(iter(made.epoch(1))).rows)
+
+
+def test_ranks_share_the_rows(tmp_path, monkeypatch):
+    seen = []
+    for rank in range(2):
+        made = loader(tmp_path / "f.h5", monkeypatch, world=2, rank=rank)
+        seen += [batch.rows for batch in made.epoch(0)]
+    assert set(torch.cat(seen).tolist()) == set(range(len(FEATURES)))
+
+
+def test_what_fits_is_held_in_memory(tmp_path, monkeypatch):
+    made = loader(tmp_path / "f.h5", monkeypatch, memory=10)
+    assert not isinstance(made, WindowLoader) and made.is_ready
+    batch = next(iter(made.epoch(0)))
+    np.testing.assert_array_equal(batch.inputs.numpy(), FEATURES[batch.rows.numpy()])
+
+
+def test_leaving_an_epoch_early_ends_the_reading(tmp_path, monkeypatch):
+    made = loader(tmp_path / "f.h5", monkeypatch)
+    made.window = 3
+    for _ in made.epoch(0):
+        break
+    assert len(list(made.epoch(1))) == len(made)
