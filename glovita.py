@@ -64,11 +64,10 @@ def main(argv: list[str]) -> int:
             return 0
         if asked.check:
             return check(asked.specs, asked.override)
-        loaded = import_module("glovita_lib.spec_check").load_checked(
-            asked.specs[0], asked.override
-        )
-        mode = import_module(f"glovita_lib.run_{loaded.root.mode}")
-        mode.run(loaded, dry_run=asked.dry_run)
+        from glovita_lib.spec_check import load_checked
+
+        loaded = load_checked(asked.specs[0], asked.override)
+        import_module(f"glovita_lib.run_{loaded.root.mode}").run(loaded, dry_run=asked.dry_run)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -151,7 +151,9 @@ def class_weights_fit(root: Root) -> Iterator[str]:
     """One weight a class, where the spec says how many classes there are."""
     weights = getattr(root.task, "class_weights", None)
     stated = data_rules.stated_outputs(root.data)
-    if isinstance(weights, tuple) and stated and len(weights) != stated[0][1]:
+    if is_regression(root) or not isinstance(weights, tuple) or not stated:
+        return
+    if len(weights) != stated[0][1]:
         key, count = stated[0]
         yield f"task.class_weights: {len(weights)} numbers, but {key} says {count} classes"
 
