@@ -1,0 +1,86 @@
+"""Rows read past h5py equal rows read through it, whatever the storage."""
+
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from glovita_lib.blocks import Rows, merged_ranges
+from glovita_lib.spec import UserError
+
+DIGITS = load_digits().data
+STORAGE = {
+    "contiguous": {},
+    "chunks": {"chunks": (100, 64)},
+    "one row a chunk": {"chunks": (1, 64), "compression": "gzip"},
+    "gzip": {"chunks": (128, 64), "compression": "gzip"},
+    "gzip and shuffle": {"chunks": (128, 64), "compression": "gzip", "shuffle": True},
+    "lzf": {"chunks": (128, 64), "compression": "lzf", "shuffle": True},
+    "checksum": {"chunks": (128, 64), "fletcher32": True},
+    "narrow chunks": {"chunks": (64, 16), "compression": "gzip"},
+}
+
+
+@pytest.fixture(params=STORAGE)
+def storage(request):
+    return STORAGE[request.param]
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4"])
+def test_any_storage_and_type(tmp_path, storage, dtype):
+    values = (DIGITS / 7).astype(dtype)
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file.create_dataset("features", data=values, **storage)
+    rows = Rows(tmp_path / "f.h5", "features", threads=2)
+    np.testing.assert_array_equal(rows.read(0, len(rows)), values)
+    np.testing.assert_array_equal(rows.read(90, 1111), values[90:1111])
+    wanted = np.random.default_rng(0).permutation(len(rows))[:400]
+    wanted = np.concatenate([wanted, wanted[:3], [0, len(rows) - 1]])  # also twice and the ends
+    np.testing.assert_array_equal(rows.take(wanted), values[wanted])
+    assert rows.take(np.array([], np.int64)).shape == (0, 64)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows)).read(5, 9), values[5:9])
+
+
+def test_three_axes_and_chunks_that_were_never_written(tmp_path, storage):
+    values = DIGITS.reshape(-1, 8, 8)[:300].astype(np.float32)
+    chunks = {"chunks": (64, 8, 8)} if "chunks" in storage else {}
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        data = file.create_dataset("features", (600, 8, 8), np.float32, **(storage | chunks))
+        data[:300] = values
+    rows = Rows(tmp_path / "f.h5", "features", threads=2)
+    np.testing.assert_array_equal(rows.read(0, 300), values)
+    assert not rows.read(400, 600).any()
+
+
+def test_ranges_join_near_rows():
+    assert merged_ranges(np.array([1, 2, 40, 500, 501])) == [(1, 41), (500, 502)]
+    assert merged_ranges(np.array([], np.int64)) == []
+
+
+def test_what_is_no_feature_file_is_named(tmp_path):
+    (tmp_path / "text.h5").write_text("no HDF5")
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file.create_dataset("features", data=DIGITS)
+    whole = (tmp_path / "f.h5").read_bytes()
+    (tmp_path / "half.h5").write_bytes(whole[: len(whole) // 2])
+    cases = {"absent.h5": "no such file", "text.h5": "not an HDF5 file", "half.h5": "truncated"}
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            Rows(tmp_path / name, "features", threads=1)
+    with pytest.raises(UserError, match="no dataset 'tokens'; the file has features"):
+        Rows(tmp_path / "f.h5", "tokens", threads=1)
+
+
+def test_a_damaged_chunk_is_named(tmp_path):
+    path = tmp_path / "f.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("features", data=DIGITS, chunks=(128, 64), compression="gzip")
+    rows = Rows(path, "features", threads=2)
+    chunk = rows.chunks[3]
+    with open(path, "r+b") as file:
+        file.seek(chunk.offset + 10)
+        file.write(bytes(200))
+    with pytest.raises(UserError, match="damaged chunk"):
+        rows.read(0, len(rows))

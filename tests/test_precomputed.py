@@ -1,0 +1,201 @@
+"""Feature files as a data set: layouts, labels, splits, and what is wrong with them."""
+
+import csv
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from glovita_lib import precomputed  # noqa: F401  registers the data set
+from glovita_lib.datasets import build_data
+from glovita_lib.spec import UserError
+from glovita_lib.spec_features import PrecomputedData
+
+DIGITS = load_digits()
+X, Y = DIGITS.data.astype(np.float32), DIGITS.target
+LENGTHS = np.array([3, 1, 7, 4, 5, 10, 2, 8, 6, 4])
+
+
+def write(path, **datasets):
+    attributes = datasets.pop("attributes", {})
+    with h5py.File(path, "w") as file:
+        for name, values in datasets.items():
+            file[name] = values
+        file.attrs.update(attributes)
+    return path.name
+
+
+def build(tmp_path, **fields):
+    return build_data(PrecomputedData(data_root_dir=str(tmp_path), **fields), seed=0)
+
+
+def ragged(tmp_path, name="bags.h5", pointers="bag_ptr", **datasets):
+    ptr = np.concatenate([[0], np.cumsum(LENGTHS)])
+    table = {"bag_ptr": ptr} if pointers == "bag_ptr" else {"bag_lengths": LENGTHS}
+    content = {"features": X[: LENGTHS.sum()], "labels": np.arange(10) % 2, **table} | datasets
+    return write(tmp_path / name, **content)
+
+
+def test_vectors(tmp_path):
+    train = write(tmp_path / "a.h5", features=X[:100], labels=Y[:100])
+    val = write(tmp_path / "b.h5", features=X[100:150], labels=Y[100:150])
+    data = build(tmp_path, train_features_file=train, val_features_file=val)
+    assert data.subtask == "multiclass" and data.class_names == tuple("0123456789")
+    assert data.channels == 64 and list(data.splits) == ["train", "val"]
+    split = data.splits["val"]
+    np.testing.assert_array_equal(split.targets, Y[100:150])
+    np.testing.assert_array_equal(split.source.fetch(np.array([7, 3])), X[[107, 103]])
+
+
+@pytest.mark.parametrize("pointers", ["bag_ptr", "bag_lengths"])
+def test_ragged_bags(tmp_path, pointers):
+    data = build(tmp_path, train_features_file=ragged(tmp_path, pointers=pointers))
+    source = data.splits["train"].source
+    bags = source.collate(source.fetch(np.array([5, 1])))
+    assert bags.lengths.tolist() == [10, 1]
+    expected = np.concatenate([X[20:30], X[3:4]])
+    assert torch.equal(bags.features, torch.from_numpy(expected))
+    assert source.nbytes() == LENGTHS.sum() * 64 * 4
+
+
+def test_fixed_bags_and_other_keys(tmp_path):
+    name = write(tmp_path / "f.h5", x=X[:60].reshape(20, 3, 64), y=Y[:20])
+    data = build(tmp_path, train_features_file=name, features_key="x", labels_key="y")
+    (bag,) = data.splits["train"].source.fetch(np.array([4]))
+    np.testing.assert_array_equal(bag, X[12:15])
+
+
+def test_a_folder_of_bags(tmp_path):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for number in range(6):
+        if number % 2:
+            torch.save(torch.from_numpy(X[number : number + 3]), folder / f"s{number}.pt")
+        else:
+            write(
+                folder / f"s{number}.h5", features=X[number : number + 4][None], coords=np.eye(4, 2)
+            )
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "label", "split", "patient"])
+        for number in range(6):
+            rows.writerow([f"s{number}", "ab"[number % 2], ["train", "val"][number > 3], number])
+    data = build(
+        tmp_path,
+        features_file="slides",
+        labels_file="labels.csv",
+        split_source="csv",
+        group_column="patient",
+    )
+    assert data.class_names == ("a", "b") and data.splits["train"].ids == ["s0", "s1", "s2", "s3"]
+    source = data.splits["train"].source
+    assert [len(bag) for bag in source.fetch(np.arange(4))] == [4, 3, 4, 3]
+    assert source.coords(0).shape == (4, 2) and source.coords(1) is None
+
+
+def test_label_kinds(tmp_path):
+    cases = {
+        "multilabel": np.stack([Y[:50] % 2, Y[:50] > 4], 1).astype(np.uint8),
+        "regression": Y[:50] / 3,
+    }
+    for subtask, labels in cases.items():
+        name = write(tmp_path / f"{subtask}.h5", features=X[:50], labels=labels)
+        data = build(tmp_path, train_features_file=name)
+        assert data.subtask == subtask
+        expected = labels.reshape(50, -1).astype(np.float32)
+        np.testing.assert_array_equal(data.splits["train"].targets, expected)
+    name = write(
+        tmp_path / "names.h5",
+        features=X[:4],
+        labels=np.array(["cat", "dog", "cat", "eel"], "S"),
+        ids=np.array(["p", "q", "r", "s"], "S"),
+    )
+    data = build(tmp_path, train_features_file=name)
+    assert data.class_names == ("cat", "dog", "eel")
+    assert data.splits["train"].targets.tolist() == [0, 1, 0, 2]
+    assert data.splits["train"].ids == ["p", "q", "r", "s"]
+
+
+def test_kfold_by_group_is_disjoint_and_covers_all(tmp_path):
+    groups = np.array([f"g{i // 5}" for i in range(200)], "S")
+    name = write(tmp_path / "f.h5", features=X[:200], labels=Y[:200] % 2, groups=groups)
+    tests = []
+    for fold in range(4):
+        data = build(tmp_path, features_file=name, split_source="kfold", n_folds=4, fold=fold)
+        parts = [set(split.groups) for split in data.splits.values()]
+        assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+        tests += data.splits["test"].ids
+    assert sorted(map(int, tests)) == list(range(200))
+
+
+def test_listed_splits_with_folds(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:6], labels=Y[:6] % 2)
+    folds = [{"train": [0, 1], "val": [2]}, {"train": [3, 4], "val": [5]}]
+    (tmp_path / "splits.json").write_text(json.dumps(folds))
+    data = build(tmp_path, features_file=name, split_source="splits_json", fold=1)
+    assert data.splits["train"].ids == ["3", "4"]
+    with pytest.raises(UserError, match="it has 2 folds"):
+        build(tmp_path, features_file=name, split_source="splits_json", fold=2)
+
+
+def test_data_fraction_cuts_train_only(tmp_path):
+    bags = ragged(tmp_path)
+    data = build(tmp_path, train_features_file=bags, val_features_file=bags, data_fraction=0.5)
+    assert len(data.splits["train"]) == 5 and len(data.splits["val"]) == 10
+    source = data.splits["train"].source
+    assert source.collate(source.fetch(np.arange(5))).lengths.sum() > 0
+
+
+BAD = {
+    "truncated": ("bytes", "truncated"),
+    "nan": ({"features": np.where(X[:43] == X[20], np.nan, X[:43])}, "NaN or infinite"),
+    "inf16": ({"features": np.full((43, 64), np.inf, np.float16)}, "NaN or infinite"),
+    "pointer ends": ({"bag_ptr": np.arange(11)}, "must rise from 0 to the 50 instances"),
+    "pointer falls": (
+        {"bag_ptr": np.array([0, 9, 4, 50, 50, 50, 50, 50, 50, 50, 50])},
+        "falls after bag 1",
+    ),
+    "empty bag": (
+        {"bag_ptr": np.array([0, 4, 4, 20, 30, 35, 40, 42, 44, 46, 50])},
+        "no instance",
+    ),
+    "labels": ({"labels": np.arange(9)}, "has 9 rows, the file has 10 samples"),
+    "range": ({"labels": np.arange(10) - 1}, "label -1 of sample 0 is no class"),
+    "integers": ({"features": np.ones((50, 64), int)}, "features are floats"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, case):
+    change, message = BAD[case]
+    if change == "bytes":
+        name = ragged(tmp_path)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-2000])
+    elif case in ("nan", "inf16"):
+        name = write(tmp_path / "f.h5", labels=Y[:43], **change)
+    else:
+        name = ragged(tmp_path, **change)
+    with pytest.raises(UserError, match=message) as raised:
+        build(tmp_path, train_features_file=name)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_num_classes_and_absent_labels(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:10], labels=np.arange(10))
+    with pytest.raises(UserError, match="num_classes = 3, but .* 10 classes"):
+        build(tmp_path, train_features_file=name, num_classes=3)
+    assert build(tmp_path, train_features_file=name, num_classes=10).outputs == 10
+    name = write(tmp_path / "g.h5", features=X[:10])
+    with pytest.raises(UserError, match="no dataset 'labels'"):
+        build(tmp_path, train_features_file=name)
+
+
+def test_a_group_in_two_splits_is_refused(tmp_path):
+    groups = np.array(["p1", "p2"], "S")
+    a = write(tmp_path / "a.h5", features=X[:2], labels=Y[:2], groups=groups)
+    with pytest.raises(UserError, match="group 'p1' is in the splits train and val"):
+        build(tmp_path, train_features_file=a, val_features_file=a)
