@@ -1,5 +1,6 @@
 """What an encoder expects of its input images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -23,3 +24,11 @@ class Preprocess:
     """Divides each channel after that."""
     fixed_size: bool
     """Whether the encoder must be built for its input size and accepts no other."""
+
+
+def fit_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Statistics of RGB for another number of channels, as its first kernel is fitted: one channel
+    takes their mean, more repeat them."""
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return tuple(float(values[i % len(values)]) for i in range(channels))

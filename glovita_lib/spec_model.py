@@ -8,7 +8,7 @@ from glovita_lib.spec import Spec
 from glovita_lib.spec_heads import ClassificationHead, Head
 
 Channels = Annotated[int, Meta(ge=1)]
-Aggregation = Literal["cls_token", "avg", "sum", "mean_all", "joint"]
+Aggregation = Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"]
 
 
 class TimmEncoder(Spec, tag="timm", tag_field="encoder_type"):
@@ -24,8 +24,8 @@ class TimmEncoder(Spec, tag="timm", tag_field="encoder_type"):
     """Whether weights is matched by the order and shape of its tensors, for files of the same
     network under other names."""
     small_images: bool = False
-    """Whether a ResNet's stem of stride 4 becomes a 3x3 convolution of stride 1, for images of
-    about 32 pixels."""
+    """Whether a ResNet's stem of stride 4 becomes one of 3x3 convolutions of stride 1, for images
+    of about 32 pixels."""
     input_channels: Channels | None = None
     """Channels of the input; none takes the data's."""
     model_kwargs: dict[str, Any] = {}
@@ -56,7 +56,8 @@ class CustomEncoder(Spec, tag="custom", tag_field="encoder_type", kw_only=True):
 
     target: str
     """Where the function is: "package.module:function"; called as function(input_channels=...,
-    **options)."""
+    **options). Its module gives vectors (B, D), maps (B, D, H, W) or tokens (B, N, D), of which
+    its attributes n_prefix and has_cls say what comes before the patches."""
     input_channels: Channels | None = None
     """Channels of the input; none takes the data's."""
     options: dict[str, Any] = {}
@@ -74,4 +75,6 @@ class Model(Spec):
     head: Head = ClassificationHead()
     """What turns features into predictions."""
     feature_aggregation_method: Aggregation | None = None
-    """How tokens become one vector; none is cls_token where the encoder has one, else avg."""
+    """How tokens become one vector; pooled is the library's own pooling. none is that where more
+    than picking or averaging tokens is trained into it, else cls_token where the encoder has one,
+    else avg."""

@@ -1,0 +1,89 @@
+"""Heads: from the vector of a sample, or its raw features, to predictions.
+
+A head's attribute `consumes` says what it takes: "pooled", vectors (B, D), or "features", a
+`Features`. It gives logits (B, K), or a dict of them under "logits" and auxiliary losses under
+"aux". B batch, D width, K classes or targets.
+"""
+
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glovita_lib.plugins import call_target
+from glovita_lib.spec import UserError
+from glovita_lib.spec_heads import ClassificationHead, CustomHead, RegressionHead
+
+
+class LinearHead(nn.Module):
+    """logits = W dropout(x) + b."""
+
+    consumes = "pooled"
+
+    def __init__(self, width: int, outputs: int, *, dropout: float, init_std: float | None) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(dropout)
+        self.linear = nn.Linear(width, outputs)
+        if init_std is not None:
+            nn.init.normal_(self.linear.weight, std=init_std)
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vectors (B, D) -> logits (B, K)."""
+        return self.linear(self.drop(x))
+
+
+@singledispatch
+def build_head(spec: Any, *, width: int, outputs: int) -> nn.Module:
+    """The head of a Struct for vectors or tokens of `width`, with `outputs` classes or targets."""
+    raise TypeError(f"no head for {type(spec).__name__}")
+
+
+@build_head.register
+def _(spec: ClassificationHead, *, width: int, outputs: int) -> nn.Module:
+    return LinearHead(width, outputs, dropout=spec.dropout, init_std=spec.init_std)
+
+
+@build_head.register
+def _(spec: RegressionHead, *, width: int, outputs: int) -> nn.Module:
+    if spec.out_dim is not None and spec.out_dim != outputs:
+        raise UserError(
+            f"model.head.out_dim = {spec.out_dim}: the data have {outputs} targets; remove out_dim"
+            " or give the data as many"
+        )
+    return LinearHead(width, outputs, dropout=spec.dropout, init_std=None)
+
+
+@build_head.register
+def _(spec: CustomHead, *, width: int, outputs: int) -> nn.Module:
+    head = call_target("model.head", spec.target, width=width, outputs=outputs, **spec.options)
+    if not isinstance(head, nn.Module):
+        raise UserError(
+            f'model.head.target = "{spec.target}" returned a {type(head).__name__}: it must return'
+            " a torch.nn.Module"
+        )
+    if not hasattr(head, "consumes"):
+        head.consumes = "pooled"
+    if head.consumes not in ("pooled", "features"):
+        raise UserError(
+            f'model.head.target = "{spec.target}": attribute consumes is {head.consumes!r}; valid:'
+            ' "pooled", "features"'
+        )
+    if head.consumes == "pooled":
+        check_outputs(head, spec.target, width, outputs)
+    return head
+
+
+def check_outputs(head: nn.Module, target: str, width: int, outputs: int) -> None:
+    """A custom head must give as many logits as the data have outputs."""
+    was, _ = head.training, head.eval()
+    with torch.no_grad():
+        logits = head(torch.zeros(2, width))
+    head.train(was)
+    logits = logits["logits"] if isinstance(logits, dict) else logits
+    if logits.shape != (2, outputs):
+        raise UserError(
+            f'model.head.target = "{target}": gives {tuple(logits.shape)} for 2 samples, the data'
+            f" have {outputs} classes or targets: it must give (2, {outputs})"
+        )

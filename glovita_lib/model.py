@@ -1,0 +1,144 @@
+"""encoder -> aggregation -> head.
+
+B batch, C channels, H W pixels, D width, K classes or targets.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glovita_lib.aggregate import aggregate, output_width, reads_pooled, resolve_method
+from glovita_lib.encoders import Encoder, build_encoder
+from glovita_lib.heads import build_head
+from glovita_lib.layers import Features
+from glovita_lib.peft import apply_peft
+from glovita_lib.spec_model import Model as ModelSpec
+from glovita_lib.spec_peft import Peft
+
+
+class Model(nn.Module):
+    """What is trained: an encoder, the method that makes one vector of its tokens, and a head.
+
+    Its state-dict keys are those of its two children, encoder.* and head.*.
+    """
+
+    def __init__(self, encoder: Encoder, head: nn.Module, aggregation: str) -> None:
+        super().__init__()
+        self.encoder, self.head, self.aggregation = encoder, head, aggregation
+        self.reads_pooled = head.consumes == "pooled" and reads_pooled(aggregation, encoder)
+        self.refresh()
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        """Inputs (B, C, H, W) -> logits (B, K), or what a head on raw features gives.
+
+        Args:
+            targets: for heads whose auxiliary losses need them.
+        """
+        features = self.features(x)
+        if self.head.consumes == "pooled":
+            return self.head(aggregate(features, self.aggregation))
+        return self.head(features) if targets is None else self.head(features, targets)
+
+    def features(self, x: Tensor) -> Features:
+        """Inputs (B, C, H, W) -> features; without autograd where nothing of the encoder trains."""
+        with torch.no_grad() if self.encoder_is_frozen else nullcontext():
+            return self.encoder(x, pooled=self.reads_pooled)
+
+    def embed(self, x: Tensor, method: str) -> Tensor:
+        """Inputs (B, C, H, W) -> one vector each (B, D), by any method that the encoder serves."""
+        with torch.no_grad() if self.encoder_is_frozen else nullcontext():
+            features = self.encoder(x, pooled=reads_pooled(method, self.encoder))
+            return aggregate(features, method)
+
+    def train(self, mode: bool = True) -> "Model":
+        """Train mode for what trains; frozen parts stay in eval mode (dropout, BatchNorm)."""
+        super().train(mode)
+        for part in self.frozen_parts:
+            part.eval()
+        return self
+
+    def refresh(self) -> None:
+        """Take note of what is frozen; to be called when requires_grad flags have changed."""
+        self.encoder_is_frozen = not any(p.requires_grad for p in self.encoder.parameters())
+        self.frozen_parts = [self.encoder] if self.encoder_is_frozen else list(frozen(self))
+        self.train(self.training)
+
+
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts of a module that have parameters, none of which trains."""
+    for child in module.children():
+        flags = [parameter.requires_grad for parameter in child.parameters()]
+        if flags and not any(flags):
+            yield child
+        else:
+            yield from frozen(child)
+
+
+def build_model(
+    spec: ModelSpec,
+    peft: Peft,
+    *,
+    outputs: int,
+    channels: int,
+    image_size: int | None,
+    load_weights: bool,
+) -> Model:
+    """The model of a spec, with its PEFT method applied.
+
+    Parameters that the aggregation leaves unused (the pooling layers of the library where another
+    method was chosen) are frozen.
+
+    Args:
+        outputs: number of classes or targets of the data.
+        image_size: side of the square input in pixels; none: the encoder's own.
+        load_weights: False where a checkpoint is loaded over it.
+
+    Raises:
+        UserError: see build_encoder, resolve_method, build_head and apply_peft.
+    """
+    encoder = build_encoder(
+        spec.encoder, channels=channels, image_size=image_size, load_weights=load_weights
+    )
+    method = resolve_method(spec.feature_aggregation_method, encoder)
+    head = build_head(spec.head, width=output_width(encoder, method), outputs=outputs)
+    if head.consumes == "features":
+        head = build_head(spec.head, width=encoder.width, outputs=outputs)
+    model = Model(encoder, head, method)
+    if not model.reads_pooled:
+        for name in encoder.pooling_parameters:
+            encoder.net.get_parameter(name).requires_grad_(False)
+    apply_peft(peft, model)
+    model.refresh()
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Numbers of parameters."""
+
+    total: int
+    trainable: int
+    encoder: int
+    head: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(1, self.total)
+        return (
+            f"{self.total:,} parameters (encoder {self.encoder:,}, head {self.head:,}),"
+            f" {self.trainable:,} of them train ({share:.3g} %)"
+        )
+
+
+def count_parameters(model: Model) -> Counts:
+    """Numbers of parameters of a model and its parts."""
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    return Counts(
+        total=sum(sizes),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        encoder=sum(p.numel() for p in model.encoder.parameters()),
+        head=sum(p.numel() for p in model.head.parameters()),
+    )
