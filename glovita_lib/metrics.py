@@ -13,6 +13,7 @@ import numpy as np
 
 from glovita_lib.bootstrap import intervals
 from glovita_lib.classification import Drawn, Multiclass, Multilabel
+from glovita_lib.files import plain
 from glovita_lib.metric_names import LOGGED_NAMES, logged_names
 from glovita_lib.regression import FUNCTIONS, Regression
 from glovita_lib.weighted import Array
@@ -82,7 +83,7 @@ def report(
         result["per_class"] = per_class(samples, class_names)
         if subtask == "multiclass" and len(class_names) <= LARGEST_CONFUSION:
             result["confusion"] = confusion(targets, samples.predictions, len(class_names))
-    return jsonable(result)
+    return plain(result)
 
 
 def usable(scores: Array) -> bool:
@@ -145,14 +146,3 @@ def confusion(targets: Array, predictions: Array, classes: int) -> Array:
     """Counts (K, K): rows are true classes, columns predicted ones."""
     pairs = targets.astype(np.int64) * classes + predictions
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
-def jsonable(value: Any) -> Any:
-    """Plain lists, dicts and numbers, with null for what is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, np.ndarray):
-        return jsonable(value.tolist())
-    if isinstance(value, list | tuple):
-        return [jsonable(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
