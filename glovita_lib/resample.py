@@ -148,6 +148,47 @@ def resample_windows(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def library_windows(
+    images: Tensor, boxes: Tensor, size: int, *, window_only: bool, interpolation: str
+) -> Tensor:
+    """Windows resampled by torch's 8-bit integer code, on a CPU 10 times as fast as the products.
+
+    images (B, C, H, W) uint8, boxes (B, 4) as drawn by `Fit.boxes` -> (B, C, S, S) uint8, within
+    one level of `resample_windows`.
+    """
+    how = {"mode": interpolation, "antialias": True}
+
+    def window(part: Tensor, box: list[float]) -> Tensor:
+        y, x, h, w = box
+        if window_only:
+            return F.interpolate(cut(part, round(y), round(x), round(h), round(w)), size, **how)
+        height, width = part.shape[2:]
+        scaled = round(size * height / h), round(size * width / w)  # undo the folding
+        top, left = round(y * scaled[0] / height), round(x * scaled[1] / width)
+        whole = F.interpolate(part, scaled, **how)
+        return whole[:, :, top : top + size, left : left + size]
+
+    parts = zip(images.split(1), boxes.tolist(), strict=True)
+    return torch.cat([window(part, box) for part, box in parts])
+
+
+def cut(images: Tensor, y: int, x: int, h: int, w: int) -> Tensor:
+    """Window at whole pixels; what lies outside is 0."""
+    height, width = images.shape[2:]
+    inside = images[:, :, max(y, 0) : y + h, max(x, 0) : x + w]
+    outside = (max(-x, 0), max(x + w - width, 0), max(-y, 0), max(y + h - height, 0))
+    return F.pad(inside, outside) if any(outside) else inside
+
+
+def mirrored(images: Tensor, hflip: Tensor | None, vflip: Tensor | None) -> Tensor:
+    """Chosen rows of images (B, C, H, W) flipped; hflip and vflip (B,) bool on the CPU."""
+    for flip, axis in ((hflip, 3), (vflip, 2)):
+        if flip is not None and bool(flip.any()):
+            rows = flip.nonzero()[:, 0]
+            images = images.index_copy(0, rows, images.index_select(0, rows).flip(axis))
+    return images
+
+
 class Fit:
     """The way from an image to the canvas under one policy: draws windows and resamples them.
 
@@ -248,12 +289,11 @@ class Fit:
         """One sample in a worker: image (C, H, W) uint8 or uint16, box (4,) -> (C, S, S) uint8 or
         int32."""
         wide = image.dtype != np.uint8
-        source = torch.from_numpy(np.ascontiguousarray(image.astype(np.int32) if wide else image))
-        return self.rounded(self.canvas(source[None], box[None]), source.dtype)[0]
-
-    def rounded(self, canvas: Tensor, dtype: torch.dtype) -> Tensor:
-        """Canvas in whole units of the image type."""
-        return canvas.round().to(dtype) if canvas.is_floating_point() else canvas
+        if wide or not image.flags.writeable:  # torch has no uint16 and warns of read-only memory
+            image = image.astype(np.int32 if wide else np.uint8)
+        source = torch.from_numpy(image)
+        canvas = self.canvas(source[None], box[None])[0]
+        return canvas.round().to(source.dtype) if canvas.is_floating_point() else canvas
 
     def batch(self, images: Tensor, boxes: Tensor) -> Tensor:
         """Images (B, C, H, W) and their windows (B, 4) -> (B, C, S, S) float32 in 0..1."""
@@ -274,7 +314,8 @@ class Fit:
             hflip, vflip: (B,) bool on the CPU.
 
         Returns:
-            (B, C, S, S): the type of the images where pixels are only moved, else float32.
+            (B, C, S, S): the type of the images where pixels are only moved, and for uint8 on the
+            CPU; else float32.
         """
         boxes = boxes.double()
         rows, columns = self.positions(len(boxes), vflip), self.positions(len(boxes), hflip)
@@ -288,14 +329,11 @@ class Fit:
             if whole and images.shape[2:] == (self.size, self.size) and untouched(rows, columns):
                 return images
             return gather_pixels(images, rows, columns)
-        canvas = resample_windows(
-            images,
-            boxes,
-            rows,
-            columns,
-            window_only=self.window_only,
-            interpolation=self.interpolation,
-        )
+        how = {"window_only": self.window_only, "interpolation": self.interpolation}
+        quick = images.dtype == torch.uint8 and images.device.type == "cpu"
+        if quick and self.interpolation in ("bilinear", "bicubic"):
+            return mirrored(library_windows(images, boxes, self.size, **how), hflip, vflip)
+        canvas = resample_windows(images, boxes, rows, columns, **how)
         return canvas if self.interpolation == "bilinear" else canvas.clamp(0, self.peak)
 
     def positions(self, count: int, flip: Tensor | None) -> Tensor:
