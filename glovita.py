@@ -9,9 +9,7 @@ from glovita_lib.spec import UserError
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line; a mistake in it exits with code 2."""
-    parser = argparse.ArgumentParser(
-        prog="glovita.py", description="Train, evaluate and read out vision models."
-    )
+    parser = argparse.ArgumentParser(description="Train, evaluate and read out vision models.")
     add = parser.add_argument
     add("specs", nargs="*", metavar="SPEC", help="TOML file of an experiment")
     add("--override", nargs="+", action="extend", default=[], metavar="a.b=value",
