@@ -157,7 +157,14 @@ def extended(path: str, merge: Merge, problems: list[str], chain: tuple[str, ...
 
 def to_plain(root: Spec) -> dict:
     """A spec as dict, list, str, int, float, bool and None, with all defaults and tags."""
-    return msgspec.to_builtins(root)
+    return with_lists(msgspec.to_builtins(root))
+
+
+def with_lists(value: Any) -> Any:
+    """Tuples as lists, as JSON and TOML read them."""
+    if isinstance(value, dict):
+        return {key: with_lists(entry) for key, entry in value.items()}
+    return [with_lists(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def dump(root: Spec) -> str:
@@ -187,7 +194,7 @@ def changes_experiment(key: str) -> bool:
 
 def changed_keys(old: dict, new: dict) -> list[str]:
     """Differences of two plain specs that make another experiment, as "key: old -> new"."""
-    before, after = dict(flattened(old)), dict(flattened(new))
+    before, after = dict(flattened(with_lists(old))), dict(flattened(with_lists(new)))
     return [
         f"{key}: {spec_types.shown(before.get(key))} -> {spec_types.shown(after.get(key))}"
         for key in dict.fromkeys([*before, *after])
@@ -196,12 +203,12 @@ def changed_keys(old: dict, new: dict) -> list[str]:
 
 
 def flattened(table: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested tables; arrays as lists."""
+    """Dotted keys and values of nested tables."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from flattened(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
+            yield prefix + key, value
 
 
 def group_name(path: str, plain: dict, overridden: Iterable[tuple[str, ...]]) -> str:

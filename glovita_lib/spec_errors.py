@@ -148,24 +148,23 @@ def inside(value: float, kind: kinds.IntType | kinds.FloatType) -> bool:
 def hint(value: Any, kind: Type) -> str:
     """How to mend a value of the wrong type, where that can be told."""
     options = types.options(kind)
+    if isinstance(value, str) and (near := meant(value, texts(kind))):
+        return near
     if isinstance(value, float) and value.is_integer() and fits(int(value), kind):
         return f"; write {int(value)}"
-    if any(isinstance(option, kinds.VarTupleType) for option in options) and not isinstance(
-        value, list | dict
-    ):
-        return f"; write [{types.shown(value)}]" + meant(str(value), texts(item_type(kind)))
-    if isinstance(value, str):
-        number = parsed(value)
-        if number is not None and any(fits(number, option) for option in options):
-            return f"; write {types.shown(number)} without quotes"
-        return meant(value, texts(kind))
+    entry = item_type(kind)
+    if entry is not None and not isinstance(value, list | dict):
+        return f"; write [{types.shown(value)}]" + meant(str(value), texts(entry))
+    number = parsed(value) if isinstance(value, str) else None
+    if number is not None and any(fits(number, option) for option in options):
+        return f"; write {types.shown(number)} without quotes"
     return ""
 
 
-def item_type(kind: Type) -> Type:
+def item_type(kind: Type) -> Type | None:
     """Type of the entries of an array type."""
     arrays = (option for option in types.options(kind) if isinstance(option, kinds.VarTupleType))
-    return next(arrays).item_type
+    return next((array.item_type for array in arrays), None)
 
 
 def texts(kind: Type) -> list[str]:
