@@ -294,13 +294,13 @@ def separable(x: Tensor, taps: Tensor) -> Tensor:
 
 def filtered(x: Tensor, kernels: Tensor) -> Tensor:
     """Each sample correlated with its own kernel (B, KH, KW), borders reflected."""
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     (kernels,) = to(x.device, kernels)
     down, right = kernels.shape[1] // 2, kernels.shape[2] // 2
     padded = F.pad(x, (right, right, down, down), mode="reflect")
-    grouped = padded.view(1, batch * channels, *padded.shape[2:])
+    grouped = padded.reshape(1, batch * channels, *padded.shape[2:])
     kernels = kernels.repeat_interleave(channels, 0)[:, None]  # (B C, 1, KH, KW)
-    return F.conv2d(grouped, kernels, groups=batch * channels).view(batch, channels, height, width)
+    return F.conv2d(grouped, kernels, groups=batch * channels).reshape(x.shape)
 
 
 def random_noise(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
