@@ -123,7 +123,10 @@ def nothing_to_show(axes: Any, reason: str) -> None:
 
 
 def number(value: float | None) -> str:
-    """Three decimals, fewer digits for large numbers; a dash where undefined."""
+    """Three decimals, four digits of numbers from 10 on, three of tiny ones; a dash where
+    undefined."""
     if value is None or value != value:
         return "–"
-    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+    if value == 0 or 0.001 <= abs(value) < 10:
+        return f"{value:.3f}"
+    return f"{value:.4g}" if abs(value) >= 10 else f"{value:.3g}"

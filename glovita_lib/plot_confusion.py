@@ -23,6 +23,7 @@ from glovita_lib.figures import (
 
 NAMED = 100  # classes with their names at the axes
 COUNTED = 40  # classes with counts in the cells
+SHARES = 8  # classes with the share of the true class in the cells
 LISTED = 12  # most frequent confusions beside a matrix without counts
 LABELS = 50  # labels of a multilabel figure: the worst ones
 
@@ -52,7 +53,8 @@ def confusion_matrix(counts: np.ndarray, class_names: tuple[str, ...], path: Pat
         name_axes(axes, names, counts.sum(1))
         if classes <= COUNTED:
             write_counts(axes, counts)
-        colour_bars(figure, axes)
+        if classes > SHARES:
+            colour_bars(figure, axes)
         right = np.trace(counts) / max(counts.sum(), 1)
         axes.set_title(f"Confusion matrix · {counts.sum():,} samples, {right:.1%} right")
 
@@ -109,12 +111,12 @@ def write_counts(axes: Any, counts: np.ndarray) -> None:
     empty."""
     classes = len(counts)
     totals = np.maximum(counts.sum(1), 1)
-    size = 9 if classes <= 8 else 7.5 if classes <= 12 else 6 if classes <= 25 else 4.5
+    size = 9 if classes <= SHARES else 7.5 if classes <= 12 else 6 if classes <= 25 else 4.5
     for row, column in zip(*np.nonzero(counts), strict=True):
         count = int(counts[row, column])
         share = count / totals[row]
-        text = f"{count:,}" if count < 10_000 or classes <= 8 else f"{count / 1000:.0f}k"
-        if classes <= 8:
+        text = f"{count:,}" if count < 10_000 or classes <= SHARES else f"{count / 1000:.0f}k"
+        if classes <= SHARES:
             text += f"\n{share:.1%}"
         dark = share > (0.55 if row == column else 0.35)
         axes.text(

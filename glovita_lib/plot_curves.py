@@ -38,10 +38,10 @@ def learning_curves(records: Sequence[Record], path: Path) -> None:
     history = [epochs[epoch] for epoch in sorted(epochs)]
     panels = panel_names(history)
     best = history[-1].get("best_epoch") if history else None
-    columns = min(3, len(panels) + 1)
+    columns = 2 if len(panels) in (1, 3) else 3
     rows = -(-(len(panels) + 1) // columns)
-    with drawing(path, WIDTH if columns > 1 else 4.5, 2.35 * rows) as figure:
-        places = grid(figure, len(panels) + 1, 3)
+    with drawing(path, WIDTH, (2.35 if columns == 3 else 2.6) * rows) as figure:
+        places = grid(figure, len(panels) + 1, columns)
         for axes, name in zip(places, panels, strict=False):
             if name == "loss":
                 draw_fine_loss(axes, records, history)
@@ -49,6 +49,9 @@ def learning_curves(records: Sequence[Record], path: Path) -> None:
         draw_lr(places[-1], history)
         for axes in places:
             finish(axes, len(history), best)
+        if best is not None:
+            note = f"dotted line: epoch {best + 1}, the best checkpoint"
+            figure.text(0.99, -0.005, note, ha="right", va="top", fontsize=7.5, color=GREY)
 
 
 def panel_names(history: list[Record]) -> list[str]:
@@ -93,7 +96,7 @@ def draw_panel(axes: Any, history: list[Record], name: str) -> None:
         if split == "val":
             at = int(np.argmin(y) if lower_is_better(name) else np.argmax(y))
             label = f"best {number(y[at])}"
-            axes.plot(x[at], y[at], "o", color=ORANGE, ms=5, zorder=5, label=label)
+            axes.plot(x[at], y[at], "o", color=ORANGE, ms=5, zorder=5, clip_on=False, label=label)
     if drawn:
         axes.legend(loc="best", handlelength=1.6, borderaxespad=0.3, labelspacing=0.25)
     else:

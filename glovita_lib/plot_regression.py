@@ -36,7 +36,7 @@ def regression_scatter(
     with drawing(path, *size) as figure:
         for axes, k in zip(grid(figure, len(shown), 3), shown, strict=True):
             scatter(figure, axes, samples.targets[:, k], samples.scores[:, k])
-            axes.set_title(short(names[k], 60 // columns))
+            axes.set_title(short(names[k], 72 // columns))
             lines = (
                 f"R²  {number(values['R2'][k])}",
                 f"MAE  {number(values['MAE'][k])}",
@@ -62,10 +62,13 @@ def scatter(figure: Any, axes: Any, true: np.ndarray, predicted: np.ndarray) -> 
         hexagons = axes.hexbin(
             true, predicted, gridsize=45, bins="log", cmap=shades, mincnt=1, lw=0.1, extent=extent
         )
-        bar = figure.colorbar(hexagons, ax=axes, shrink=0.6, aspect=22, pad=0.02)
+        small = axes.inset_axes([0.6, 0.12, 0.34, 0.03])  # a corner that good predictions avoid
+        bar = figure.colorbar(hexagons, cax=small, orientation="horizontal")
         bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0, labelsize=7, which="both")
-        bar.ax.set_title("samples", fontsize=7, fontweight="normal", loc="left")
+        bar.ax.set_title("samples", fontsize=7, fontweight="normal", pad=3)
+        bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        bar.ax.tick_params(length=0, labelsize=6.5, which="both", pad=2)
+        bar.ax.minorticks_off()
     else:
         size, alpha = np.interp(np.log10(len(true)), [1.5, 3.5], [26, 7]), 0.45
         axes.scatter(true, predicted, s=size, color=BLUE, alpha=alpha, linewidths=0)

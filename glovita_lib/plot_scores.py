@@ -51,7 +51,7 @@ def curves_of(name: str, positive: np.ndarray, scores: np.ndarray) -> Curves:
     found = np.cumsum(positive[order])[ends]
     alarms = ends + 1 - found
     recall, fpr = found / found[-1], alarms / alarms[-1]
-    at = np.minimum(np.searchsorted(recall, GRID - 1e-12), len(recall) - 1)
+    at = np.minimum(np.searchsorted(recall, np.maximum(GRID - 1e-12, 1e-12)), len(recall) - 1)
     precision = (found / (ends + 1))[at]
     roc = np.interp(GRID, np.append(0, fpr), np.append(0, recall))
     ladder = Ladder.of(scores, positive)
@@ -77,10 +77,10 @@ def roc_pr_curves(
         for k, name in enumerate(class_names)
         if 0 < positives[:, k].sum() < len(positives)
     ]
-    with drawing(path, WIDTH + 0.6, 4.6) as figure:
+    with drawing(path, WIDTH + 0.6, 5.1) as figure:
         left, right = figure.subplots(1, 2)
         left.set_title("ROC, one against the rest")
-        right.set_title("Precision and recall, one against the rest")
+        right.set_title("Precision–recall, one against the rest")
         if not curves:
             reason = "not defined: no class has both\nsamples and other samples"
             nothing_to_show(left, reason)
@@ -88,19 +88,23 @@ def roc_pr_curves(
             return
         left.plot([0, 1], [0, 1], color=GREY, lw=0.9, ls=(0, (2, 3)))
         right.axhline(np.mean([c.share for c in curves]), color=GREY, lw=0.9, ls=(0, (2, 3)))
-        draw_family(left, [(c.name, c.roc, c.auroc) for c in curves], "AUROC")
-        draw_family(right, [(c.name, c.pr, c.ap) for c in curves], "AP")
+        corner = np.append(0.0, GRID)  # a ROC curve starts at (0, 0)
+        rocs = [(c.name, np.append(0.0, c.roc), c.auroc) for c in curves]
+        draw_family(left, corner, rocs, "AUROC")
+        draw_family(right, GRID, [(c.name, c.pr, c.ap) for c in curves], "AP")
         left.set(xlabel="false positive rate", ylabel="true positive rate")
         right.set(xlabel="recall", ylabel="precision")
 
 
-def draw_family(axes: Any, lines: list[tuple[str, np.ndarray, float]], area: str) -> None:
-    """Curves of (name, values on GRID, area), their mean, and a legend below."""
+def draw_family(
+    axes: Any, x: np.ndarray, lines: list[tuple[str, np.ndarray, float]], area: str
+) -> None:
+    """Curves of (name, values at x, area), their mean, and a legend below."""
     from matplotlib.collections import LineCollection
 
     worst = sorted(range(len(lines)), key=lambda i: lines[i][2])
     coloured = range(len(lines)) if len(lines) <= SHOWN else worst[: SHOWN - 2]
-    rest = [np.stack([GRID, lines[i][1]], 1) for i in worst if i not in coloured]
+    rest = [np.stack([x, lines[i][1]], 1) for i in worst if i not in coloured]
     if rest:
         fade = float(np.clip(8 / len(rest), 0.06, 0.5))
         label = f"{len(rest)} other classes"
@@ -109,10 +113,10 @@ def draw_family(axes: Any, lines: list[tuple[str, np.ndarray, float]], area: str
         name, values, value = lines[i]
         style = ("-", (0, (5, 1.6)))[place // 4]
         label = f"{short(name, 22)}  {number(value)}"
-        axes.plot(GRID, values, color=COLOURS[place], ls=style, lw=1.4, label=label)
+        axes.plot(x, values, color=COLOURS[place], ls=style, lw=1.4, label=label)
     if len(lines) > 1:
         mean, value = np.mean([v for _, v, _ in lines], 0), np.mean([a for _, _, a in lines])
-        axes.plot(GRID, mean, color=INK, lw=2.4, label=f"mean of classes  {number(value)}")
+        axes.plot(x, mean, color=INK, lw=2.4, label=f"mean of classes  {number(value)}")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
     title = area if len(lines) <= SHOWN else f"{area}, lowest classes"
     legend = axes.legend(
@@ -154,16 +158,26 @@ def calibration(
     hits = np.bincount(bins, outcome, minlength=BINS)[used]
     mean = np.bincount(bins, probability, minlength=BINS)[used] / n[used]
     rate = hits / n[used]
-    with drawing(path, 4.7, 5.6) as figure:
+    sizes = 14 + 40 * np.sqrt(n[used] / n.max())
+    with drawing(path, 4.7, 6.0) as figure:
         above, below = figure.subplots(2, 1, height_ratios=[4, 1.1], sharex=True)
         above.plot([0, 1], [0, 1], color=GREY, lw=0.9, ls=(0, (2, 3)))
         above.vlines(mean, mean, rate, color=ORANGE, lw=3.5, alpha=0.35, label="gap")
         low, high = wilson(hits, n[used])
         above.vlines(mean, low, high, color=BLUE, lw=1, label="95 % interval")
-        above.plot(mean, rate, "o-", color=BLUE, ms=4.5, lw=1.2, label=what[1])
-        above.set(ylabel=what[1], xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-        above.set_title(f"Calibration · ECE {number(ece)} · Brier {number(brier)}")
-        above.legend(loc="upper left")
+        above.scatter(
+            mean, rate, sizes, color=BLUE, zorder=3, label="bin, larger with more samples"
+        )
+        above.set(ylabel=what[1], xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        above.set_title(f"Calibration · ECE {number(ece)} · Brier {number(brier)}", pad=24)
+        above.legend(
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 0.995),
+            ncols=3,
+            columnspacing=1.1,
+            handlelength=1.2,
+            handletextpad=0.5,
+        )
         below.bar((np.arange(BINS) + 0.5) / BINS, n / max(n.sum(), 1), 0.92 / BINS, color=BLUE)
         below.set(xlabel=what[0], ylabel="share")
         below.grid(axis="x", visible=False)
