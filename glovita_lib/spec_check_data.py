@@ -119,11 +119,6 @@ def folds_exist(root: Root) -> Iterator[str]:
     """The fold is one that exists, so that no two folds train on the same split."""
     data = root.data
     fold, count = getattr(data, "fold", 0), fold_count(data)
-    if getattr(data, "split_source", None) == "kfold" and data.n_folds < 3:
-        yield (
-            f"data.n_folds: {data.n_folds} leaves no fold to train on (one is test, one val):"
-            " at least 3"
-        )
     if count is not None and fold >= count:
         valid = (
             f"0 to {count - 1}" if count > 1 else '0 only; data.split_source = "kfold" makes more'

@@ -1,0 +1,298 @@
+"""Rules between the sections of a spec: each is broken once here, and sound specs break none."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from glovita_lib import spec_check, spec_check_data, spec_ignored
+from glovita_lib.spec import UserError, load
+from glovita_lib.spec_check import check, load_checked
+from glovita_lib.spec_root import Root
+
+SPECS = sorted((Path(__file__).parent.parent / "specs").glob("*.toml"))
+
+GENERIC = ["data.dataset=generic_image_dataset"]
+FOLDER = [*GENERIC, "data.split_source=subdirs", "data.label_source=folder"]
+KFOLD = [*GENERIC, "data.split_source=kfold", "data.label_source=folder"]
+CSV = [*GENERIC, "data.label_source=csv"]
+REGRESSION = [*CSV, "data.subtask=regression", "model.head.head_type=regression"]
+MULTILABEL = [*CSV, "data.subtask=multilabel"]
+CUSTOM = ["data.dataset=custom", "data.target=a.b:c"]
+
+BROKEN = [
+    (["name=../x"], "name", "cannot name a directory"),
+    (["name=.."], "name", "cannot name a directory"),
+    # data
+    ([*GENERIC, "data.task=Regression", "data.subtask=multilabel"], "data.subtask", "contradicts"),
+    (
+        [*FOLDER, "data.subtask=multilabel"],
+        "data.label_source",
+        '"folder" gives each image one class, not multilabel',
+    ),
+    ([*CSV, "data.label_column=['a','b']"], "data.label_column", "multiclass reads one"),
+    ([*MULTILABEL, "data.label_column=['a','a']"], "data.label_column", "different columns"),
+    ([*FOLDER, "data.num_classes=3", "data.class_names=['a','b']"], "data.class_names", "says 3"),
+    (
+        [*MULTILABEL, "data.num_classes=3", "data.label_column=['a','b']"],
+        "data.label_column",
+        "2 entries, but data.num_classes says 3",
+    ),
+    ([*REGRESSION, "data.num_classes=2"], "data.label_column", "1 entries"),
+    ([*FOLDER, "data.class_names=['a','b','a']"], "data.class_names", '["a"] given more than once'),
+    ([*KFOLD, "data.fold=5"], "data.fold", "5 does not exist: 0 to 4"),
+    ([*FOLDER, "data.fold=1"], "data.fold", "0 only"),
+    (["data.fold=1"], "data.fold", "this data set has one split"),
+    (["data.dataset=cifar10", "data.fold=1"], "data.fold", "this data set has one split"),
+    (["data.val_fraction=0.5", "data.test_fraction=0.5"], "data.val_fraction", "below 1"),
+    ([*FOLDER, "data.val_split_name=test"], "data.train_split_name", "name each its own"),
+    ([*FOLDER, "data.allowed_exts=[]"], "data.allowed_exts", "name one suffix at least"),
+    (
+        ["data.augmentation.image_size=64", "data.augmentation.resize_size=32"],
+        "data.augmentation.resize_size",
+        "at least 64",
+    ),
+    (
+        ["data.augmentation.train_kwargs.scale=[1.0, 0.5]"],
+        "data.augmentation.train_kwargs.scale",
+        "write [0.5, 1.0]",
+    ),
+    (
+        ["data.augmentation.test_kwargs.blur_kernel=[3, 4]"],
+        "data.augmentation.test_kwargs.blur_kernel",
+        "odd",
+    ),
+    (
+        ["data.augmentation.train_kwargs.jitter=[0.1, 0.1, 0.1, 0.6]"],
+        "data.augmentation.train_kwargs.jitter",
+        "at most 0.5",
+    ),
+    # head and metrics
+    ([*CSV, "data.subtask=regression"], "model.head.head_type", 'set it to "regression"'),
+    (["model.head.head_type=regression"], "model.head.head_type", 'set it to "classification"'),
+    ([*REGRESSION, "model.head.out_dim=2"], "model.head.out_dim", "data.label_column says 1"),
+    (["task.metrics=[]"], "task.metrics", "names none"),
+    (["task.metrics=['acc','acc']"], "task.metrics", "2 times"),
+    (["task.metrics=['mse']"], "task.metrics", '"mse" is not defined for multiclass'),
+    ([*REGRESSION, "task.metrics=['acc']"], "task.metrics", "not defined for regression"),
+    ([*MULTILABEL, "task.metrics=['top5acc']"], "task.metrics", "not defined for multilabel"),
+    (
+        ["training.best_checkpoint_metric=f11"],
+        "training.best_checkpoint_metric",
+        "did you mean val_F1?",
+    ),
+    (
+        ["training.best_checkpoint_metric=val_AUROC"],
+        "training.best_checkpoint_metric",
+        "add 'auroc' to task.metrics",
+    ),
+    (
+        ["training.best_checkpoint_metric=test_F1"],
+        "training.best_checkpoint_metric",
+        "no metric 'test_F1'",
+    ),
+    (["task.class_weights=[1, 2]"], "task.class_weights", "says 10 classes"),
+    ([*REGRESSION, "task.mixup=true"], "task.mixup", "this is a regression"),
+    ([*REGRESSION, "task.cutmix=true"], "task.cutmix", "this is a regression"),
+    ([*REGRESSION, "task.label_smoothing=0.1"], "task.label_smoothing", "this is a regression"),
+    ([*REGRESSION, "task.class_weights=balanced"], "task.class_weights", "this is a regression"),
+    (
+        [*CUSTOM, "model.head.head_type=regression", "task.mixup=true"],
+        "task.mixup",
+        "this is a regression",
+    ),
+    # encoder
+    (
+        ["data.dataset=cifar10", "model.encoder.input_channels=1"],
+        "model.encoder.input_channels",
+        "3 channels",
+    ),
+    (
+        ["data.augmentation.mean=[0.5, 0.5, 0.5]"],
+        "data.augmentation.mean",
+        "3 numbers, but the images have 1 channels",
+    ),
+    (
+        ["data.dataset=cifar10", "data.augmentation.std=[0.5]"],
+        "data.augmentation.std",
+        "1 numbers",
+    ),
+    (
+        ["model.encoder.model_kwargs.in_chans=1"],
+        "model.encoder.model_kwargs.in_chans",
+        "model.encoder.input_channels",
+    ),
+    (
+        ["model.encoder.encoder_type=torchvision", "model.encoder.model_kwargs.weights=x"],
+        "model.encoder.model_kwargs.weights",
+        "model.encoder.weights",
+    ),
+    (
+        ["model.encoder.type=resnet18.a1_in1k", "model.feature_aggregation_method=joint"],
+        "model.feature_aggregation_method",
+        "needs a class token",
+    ),
+    (
+        [
+            "model.encoder.encoder_type=torchvision",
+            "model.encoder.type=swin_t",
+            "model.feature_aggregation_method=cls_token",
+        ],
+        "model.feature_aggregation_method",
+        "swin_t does not have",
+    ),
+    (["data.dataset=custom", "data.target=a.b.c"], "data.target", "package.module:function"),
+    (
+        ["model.head.head_type=custom", "model.head.target=:f"],
+        "model.head.target",
+        "package.module:function",
+    ),
+    # training
+    (
+        ["training.epochs=5", "optimizer.warmup_epochs=6"],
+        "optimizer.warmup_epochs",
+        "longer than the training",
+    ),
+    (["optimizer.lr=0.1", "optimizer.min_lr=0.2"], "optimizer.min_lr", "above optimizer.lr"),
+    (
+        ["optimizer.name=SGD", "optimizer.momentum=0", "optimizer.nesterov=true"],
+        "optimizer.nesterov",
+        "needs optimizer.momentum above 0",
+    ),
+    # infer
+    ([*KFOLD, "infer.folds=[0]", "infer.checkpoint=x.pt"], "infer.folds", "drop one"),
+    (["infer.split=val", "infer.input=x"], "infer.split", "replaced by infer.input"),
+    (["infer.checkpoint=[]"], "infer.checkpoint", "names none"),
+    ([*KFOLD, "infer.folds=[]"], "infer.folds", "names none"),
+    ([*KFOLD, "infer.folds=[1, 1]"], "infer.folds", "twice"),
+    ([*KFOLD, "infer.folds=[0, 7]"], "infer.folds", "[7] do not exist"),
+]
+
+IGNORED = [
+    ([*FOLDER, "data.split_file=x.json"], "data.split_file"),
+    ([*FOLDER, "data.n_folds=4"], "data.n_folds"),
+    ([*KFOLD, "data.train_split_name=x"], "data.train_split_name"),
+    ([*KFOLD, "data.val_split_name=x"], "data.val_split_name"),
+    ([*KFOLD, "data.test_split_name=x"], "data.test_split_name"),
+    ([*FOLDER, "data.labels_file=x.csv"], "data.labels_file"),
+    ([*FOLDER, "data.path_column=x"], "data.path_column"),
+    ([*GENERIC, "data.label_column=x"], "data.label_column"),
+    ([*GENERIC, "data.group_column=x"], "data.group_column"),
+    ([*CSV, "data.label_separator=;"], "data.label_separator"),
+    (["model.encoder.weights_order=true"], "model.encoder.weights_order"),
+    (["task.mixup_alpha=0.5"], "task.mixup_alpha"),
+    (["task.cutmix_alpha=0.5"], "task.cutmix_alpha"),
+    (["task.regression_loss=mae"], "task.regression_loss"),
+    (["task.standardize_targets=false"], "task.standardize_targets"),
+    (["training.early_stopping_min_delta=0.1"], "training.early_stopping_min_delta"),
+    (["dataloading.num_workers=0", "dataloading.prefetch_factor=4"], "dataloading.prefetch_factor"),
+    (["dataloading.num_workers=0", "dataloading.timeout=4"], "dataloading.timeout"),
+    (["optimizer.momentum=0.5"], "optimizer.momentum"),
+    (["optimizer.nesterov=true"], "optimizer.nesterov"),
+    (["optimizer.name=SGD", "optimizer.betas=[0.5, 0.9]"], "optimizer.betas"),
+    (["optimizer.gamma=0.5"], "optimizer.gamma"),
+    (["optimizer.scheduler=Step", "optimizer.min_lr=1e-6"], "optimizer.min_lr"),
+    (
+        ["peft.method=linear_probing", "optimizer.layer_wise_lr_decay=0.5"],
+        "optimizer.layer_wise_lr_decay",
+    ),
+    (["infer.checkpoint=x.pt", "infer.use=last"], "infer.use"),
+]
+
+SOUND = [
+    [],
+    ["data.fold=3", *GENERIC],  # a split file may list folds
+    [*KFOLD, "data.fold=4", "data.n_folds=7"],
+    [*GENERIC, "data.label_source=json", "data.class_names=['a','b']", "data.num_classes=2"],
+    [*MULTILABEL, "data.label_separator=;"],
+    [*MULTILABEL, "data.label_column=['a','b']", "task.mixup=true", "task.label_smoothing=0.1"],
+    [
+        *REGRESSION,
+        "data.label_column=['a','b']",
+        "model.head.out_dim=2",
+        "task.regression_loss=mae",
+    ],
+    [*REGRESSION, "training.best_checkpoint_metric=val_MSE"],
+    ["training.best_checkpoint_metric=val_loss"],
+    ["training.best_checkpoint_metric=F1"],
+    ["task.metrics=['f1_per_class']", "training.best_checkpoint_metric=F1_3"],
+    [*CUSTOM, "task.metrics=['mse']", "training.best_checkpoint_metric=MSE"],
+    ["model.feature_aggregation_method=joint"],  # of the default ViT
+    ["model.encoder.weights=x.pth", "model.encoder.weights_order=true"],
+    ["optimizer.warmup_epochs=20"],
+    ["optimizer.name=SGD", "optimizer.nesterov=true"],
+    [*KFOLD, "infer.folds=[0, 1, 4]"],
+    ["data.dataset=cifar100", "data.augmentation.mean=[0.5, 0.5, 0.5]"],
+    ["data.augmentation.train_kwargs.scale=[0.5, 0.5]"],
+    ["name=my run (2)"],
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The root Struct of overrides over the defaults."""
+    path = tmp_path_factory.mktemp("specs") / "empty.toml"
+    path.touch()
+    return lambda overrides: load(path, overrides, Root).root
+
+
+def keys_of(lines):
+    """Keys that the lines open with."""
+    return [line.partition(": ")[0] for line in lines]
+
+
+@pytest.mark.parametrize(("overrides", "key", "part"), BROKEN)
+def test_a_broken_rule_is_one_line_that_opens_with_its_key(root, overrides, key, part):
+    lines = check(root(overrides))
+    assert keys_of(lines) == [key], lines
+    assert part in lines[0]
+
+
+@pytest.mark.parametrize(("overrides", "key"), IGNORED)
+def test_an_option_that_nothing_reads_is_an_error(root, overrides, key):
+    lines = check(root(overrides))
+    assert keys_of(lines) == [key], lines
+    assert "would be ignored, it is read only with " in lines[0]
+
+
+@pytest.mark.parametrize("overrides", SOUND)
+def test_sound_specs_break_no_rule(root, overrides):
+    assert check(root(overrides)) == []
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_committed_specs_break_no_rule(path):
+    assert load_checked(path).root == load(path, [], Root).root
+
+
+def test_every_rule_is_broken_here(root):
+    roots = [root(overrides) for overrides, *_ in BROKEN]
+    rules = [*rules_of(spec_check), *spec_check_data.RULES]
+    assert {rule.__name__ for rule in rules if not any(list(rule(one)) for one in roots)} == set()
+    assert {option.key for option in spec_ignored.OPTIONS} == {key for _, key in IGNORED}
+
+
+def rules_of(module):
+    """The rules that a module defines: its functions of a root that yield lines."""
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if function.__module__ == module.__name__ and inspect.isgeneratorfunction(function):
+            assert list(inspect.signature(function).parameters) == ["root"], name
+            yield function
+
+
+def test_every_rule_is_asked(root):
+    asked = {rule.__name__ for rule in spec_check_data.RULES}
+    assert asked == {rule.__name__ for rule in rules_of(spec_check_data)}
+    source = inspect.getsource(check)
+    for rule in rules_of(spec_check):
+        assert f"{rule.__name__}," in source
+
+
+def test_all_contradictions_at_once_with_the_file(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("[optimizer]\nnesterov = true\n[task]\nmetrics = ['mse']\n")
+    with pytest.raises(UserError) as raised:
+        load_checked(path)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(f"{path}: ") for line in lines)
