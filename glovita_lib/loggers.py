@@ -1,0 +1,207 @@
+"""Where a run's numbers go beside metrics.jsonl: nowhere, or to Weights & Biases."""
+
+import os
+import sys
+import uuid
+from contextlib import suppress
+from functools import singledispatch
+from pathlib import Path
+from typing import Any, Protocol
+
+from glovita_lib.dist import Ranks
+from glovita_lib.files import write_text
+from glovita_lib.rundir import RunDir
+from glovita_lib.spec import UserError
+from glovita_lib.spec_train import NoLogger, WandbLogger
+
+PATIENCE = 30  # seconds for the first answer of the server, then the run goes on offline
+KEPT_APART = ("event", "step")  # keys of a record that are no metrics
+
+
+class Logger(Protocol):
+    """Takes records; never stops a run."""
+
+    run_id: str | None  # of the backend, by which a continued run finds itself again
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Numbers at an optimizer step."""
+
+    def finish(self) -> None:
+        """Hand over what is left."""
+
+
+class Silent:
+    """Takes everything and does nothing: no logger, and all ranks but the first."""
+
+    run_id: str | None = None
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Nothing: metrics.jsonl has it."""
+
+    def finish(self) -> None:
+        """Nothing is left."""
+
+
+@singledispatch
+def build_logger(
+    spec: Any, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
+) -> Logger:
+    """The logger of a spec.
+
+    Args:
+        spec: the logger section.
+        run: directory of the run.
+        config: plain spec, shown by the backend.
+        run_id: of a continued run; none: the one that its directory keeps, else a new one.
+        ranks: all but the first get a silent one.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    raise AssertionError(f"no logger for {type(spec).__name__}")
+
+
+@build_logger.register
+def _(
+    spec: NoLogger, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
+) -> Logger:
+    return Silent()
+
+
+@build_logger.register
+def _(
+    spec: WandbLogger, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
+) -> Logger:
+    return Wandb(spec, run, config, run_id) if ranks.is_main else Silent()
+
+
+def tell(line: str) -> None:
+    """One line to the console."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Wandb:
+    """A run of Weights & Biases, online where there is a key and an answer, else offline.
+
+    Its files and its id are in the folder wandb of the run directory.
+    """
+
+    def __init__(
+        self, spec: WandbLogger, run: RunDir, config: dict[str, Any], run_id: str | None
+    ) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                'logger.backend = "wandb" needs the package wandb: pip install wandb, or set'
+                ' logger.backend = "none"'
+            ) from None
+        self.wandb, self.run = wandb, None
+        self.run_id = run_id or kept_id(run)
+        arguments = {
+            "id": self.run_id,
+            "entity": spec.entity,
+            "project": spec.project or config["data"]["dataset"],
+            "group": spec.group or run.group.name,
+            "name": spec.name or f"{run.group.name}/{run.path.name}",
+            "tags": spec.tags,
+            "config": config,
+            "dir": str(run.path),
+        }
+        try:
+            self.start(spec, arguments)
+        except Exception as error:  # of the network, the server, the disk, wandb's own process
+            self.give_up("could not start", error)
+
+    def start(self, spec: WandbLogger, arguments: dict[str, Any]) -> None:
+        """Begin or continue the run online; where that cannot be, offline."""
+        reason = "logger.offline is set" if spec.offline else self.hindrance()
+        if reason is None:
+            try:
+                self.init(arguments, mode=os.environ.get("WANDB_MODE", "online"), resume="allow")
+                return
+            except Exception as error:
+                reason = first_line(error)
+                self.wandb.teardown()  # forgets the id, which is tried again offline
+        self.init(arguments, mode="offline")  # where resume is not known; sync joins by the id
+        if not spec.offline:
+            folder = Path(arguments["dir"]) / "wandb" / f"offline-run-*-{self.run_id}"
+            tell(f"W&B runs offline ({reason}); send it later with: wandb sync {folder}")
+
+    def init(self, arguments: dict[str, Any], *, mode: str, **more: Any) -> None:
+        """wandb.init without its console output."""
+        settings = self.wandb.Settings(silent=True, console="off", init_timeout=PATIENCE)
+        self.run = self.wandb.init(**arguments, **more, mode=mode, settings=settings)
+
+    def hindrance(self) -> str | None:
+        """Why nothing can be sent, as far as the settings and the key files tell; None: it can."""
+        mode = os.environ.get("WANDB_MODE")
+        if mode == "disabled":
+            return None
+        if mode in ("offline", "dryrun"):
+            return f"WANDB_MODE is {mode}"
+        settings = self.wandb.setup(self.wandb.Settings(silent=True)).settings
+        if settings.api_key or settings.identity_token_file or netrc_key(settings.base_url):
+            return None
+        return "no API key: run wandb login"
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Send the numbers of a record; steps that a continued run repeats are known already."""
+        if self.run is None:
+            return
+        values = {k: v for k, v in record.items() if v is not None and k not in KEPT_APART}
+        try:
+            self.run.log(values, step=step)
+        except Exception as error:
+            self.give_up("stopped", error)
+
+    def finish(self) -> None:
+        """Hand over what is left and end wandb's own process; during an error the run is marked
+        as failed."""
+        run, self.run = self.run, None
+        if run is None:
+            return
+        try:
+            run.finish(exit_code=0 if sys.exception() is None else 1)
+            self.wandb.teardown()
+        except Exception as error:
+            self.give_up("could not finish", error)
+
+    def give_up(self, what: str, error: Exception) -> None:
+        """Say so once and go on without."""
+        self.run = None
+        with suppress(Exception):
+            self.wandb.teardown(exit_code=1)
+        tell(f"W&B {what}: {first_line(error)}; the run goes on, metrics.jsonl has everything")
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def kept_id(run: RunDir) -> str:
+    """The id that the directory keeps, else a new one that it keeps from now on.
+
+    A run that starts over has lost the old one with its directory's content.
+    """
+    path = run.path / "wandb" / "run_id"
+    if path.is_file():
+        return path.read_text().strip()
+    new = uuid.uuid4().hex[:12]
+    write_text(path, new + "\n")
+    return new
+
+
+def netrc_key(base_url: str) -> str | None:
+    """The key that wandb login left for a server."""
+    import netrc
+    from urllib.parse import urlparse
+
+    names = (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")
+    for path in (os.path.expanduser(name) for name in names if name):
+        with suppress(OSError, netrc.NetrcParseError):
+            entry = netrc.netrc(path).authenticators(urlparse(base_url).hostname or "")
+            if entry:
+                return entry[2]
+    return None

@@ -1,0 +1,235 @@
+"""Loggers: real offline W&B runs, ids that continue, failures that never stop a run."""
+
+import gc
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glovita_lib import loggers
+from glovita_lib.dist import Ranks
+from glovita_lib.loggers import Logger, Silent, Wandb, build_logger
+from glovita_lib.rundir import RunDir
+from glovita_lib.spec import UserError
+from glovita_lib.spec_train import NoLogger, WandbLogger
+
+FIRST, SECOND = (Ranks(rank, 2, rank, torch.device("cpu")) for rank in (0, 1))
+CONFIG = {"data": {"dataset": "digits"}, "optimizer": {"lr": 0.1}}
+RECORD = {"event": "epoch", "step": 3, "train_loss": 0.5, "val_F1": None, "lr": float("nan")}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunDir]:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
+    run = RunDir(tmp_path / "digits" / "group" / "0")
+    run.path.mkdir(parents=True)
+    yield run
+    if sys.modules.get("wandb"):
+        sys.modules["wandb"].teardown()
+    gc.collect()
+
+
+def build(spec: Any, run: RunDir, *, ranks: Ranks = FIRST, run_id: str | None = None) -> Logger:
+    return build_logger(spec, run=run, config=CONFIG, run_id=run_id, ranks=ranks)
+
+
+def offline_runs(run: RunDir) -> list[Path]:
+    return sorted((run.path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_no_logger_and_other_ranks_leave_nothing(run: RunDir) -> None:
+    for logger in (build(NoLogger(), run), build(WandbLogger(), run, ranks=SECOND)):
+        assert isinstance(logger, Silent)
+        logger.log(RECORD, step=3)
+        logger.finish()
+        assert logger.run_id is None
+    assert not os.listdir(run.path)
+
+
+def test_without_a_key_it_runs_offline_and_says_so(
+    run: RunDir, capfd: pytest.CaptureFixture
+) -> None:
+    logger = build(WandbLogger(tags=("a",)), run)
+    assert isinstance(logger, Wandb)
+    settings = logger.run.settings
+    assert settings.mode == "offline"
+    shown = (logger.run.project, settings.run_group, logger.run.name, logger.run.tags)
+    assert shown == ("digits", "group", "group/0", ("a",))
+    assert dict(logger.run.config)["optimizer"] == {"lr": 0.1}
+    logger.log(RECORD, step=3)
+    logger.finish()
+    logger.log(RECORD, step=4)
+    logger.finish()
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "W&B runs offline (no API key: run wandb login)" in captured.err
+    assert len(offline_runs(run)) == 1
+    assert b"train_loss" in offline_runs(run)[0].read_bytes()
+    assert list(run.path.iterdir()) == [run.path / "wandb"]
+
+
+def test_a_continued_run_keeps_its_id(run: RunDir, capfd: pytest.CaptureFixture) -> None:
+    spec = WandbLogger(offline=True, project="p", group="g", name="n")
+    ids = []
+    for run_id in (None, None, "given"):
+        logger = build(spec, run, run_id=run_id)
+        assert (logger.run.project, logger.run.settings.run_group, logger.run.name) == tuple("pgn")
+        ids.append(logger.run_id)
+        assert logger.run.id == logger.run_id
+        logger.log(RECORD, step=3)
+        logger.finish()
+    assert ids[0] == ids[1]
+    assert ids[2] == "given"
+    assert capfd.readouterr() == ("", "")  # asked for, so nothing to say
+    assert {path.name for path in offline_runs(run)} == {f"run-{ids[0]}.wandb", "run-given.wandb"}
+    other = RunDir(run.path.with_name("1"))
+    other.path.mkdir()
+    logger = build(spec, other)
+    logger.finish()
+    assert logger.run_id != ids[0]
+
+
+def test_no_answer_from_the_server(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setattr(loggers, "PATIENCE", 1)
+    logger = build(WandbLogger(), run)
+    logger.log(RECORD, step=3)
+    logger.finish()
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert "W&B runs offline (" in captured.err
+    assert len(offline_runs(run)) == 1
+
+
+def test_environment_and_key_files(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loggers.netrc_key("https://api.wandb.ai") is None
+    Path(os.environ["NETRC"]).write_text("machine api.wandb.ai login user password secret\n")
+    Path(os.environ["NETRC"]).chmod(0o600)
+    assert loggers.netrc_key("https://api.wandb.ai") == "secret"
+    assert loggers.netrc_key("https://other.org") is None
+    Path(os.environ["NETRC"]).write_text("not a netrc file")
+    assert loggers.netrc_key("https://api.wandb.ai") is None
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    logger = build(WandbLogger(), run)
+    assert logger.run.settings.mode == "offline"
+    logger.finish()
+
+
+def test_disabled_by_the_environment(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = build(WandbLogger(), run)
+    logger.log(RECORD, step=3)
+    logger.finish()
+    assert capfd.readouterr() == ("", "")
+    assert not offline_runs(run)
+
+
+def test_failures_never_stop_a_run(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def fail(*args: object, **more: object) -> None:
+        raise OSError("No space left on device\nand more")
+
+    logger = build(WandbLogger(offline=True), run)
+    monkeypatch.setattr(logger.run, "log", fail)
+    for step in range(3):
+        logger.log(RECORD, step=step)
+    logger.finish()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "W&B stopped: No space left on device; the run goes on, metrics.jsonl has everything"
+    ]
+    monkeypatch.setattr("wandb.init", fail)
+    logger = build(WandbLogger(offline=True), run)
+    logger.log(RECORD, step=3)
+    logger.finish()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("W&B could not start: No space left")
+
+
+def test_an_error_marks_the_run_as_failed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = []
+    logger = build(WandbLogger(offline=True), run)
+    finish = logger.run.finish
+    monkeypatch.setattr(
+        logger.run, "finish", lambda exit_code: codes.append(exit_code) or finish(exit_code)
+    )
+    with pytest.raises(ZeroDivisionError):
+        try:
+            raise ZeroDivisionError
+        finally:
+            logger.finish()
+    assert codes == [1]
+
+
+def test_missing_package(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        build(WandbLogger(), run)
+
+
+def test_import_leaves_wandb_alone() -> None:
+    root = str(Path(loggers.__file__).parents[1])
+    script = "import sys, glovita_lib.loggers; sys.exit('wandb' in sys.modules)"
+    subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": root}, check=True
+    )
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from glovita_lib.dist import Ranks
+from glovita_lib.loggers import build_logger
+from glovita_lib.rundir import RunDir
+from glovita_lib.spec_train import WandbLogger
+logger = build_logger(
+    WandbLogger(offline=True), run=RunDir(Path(sys.argv[1])), config={"data": {"dataset": "d"}},
+    run_id=None, ranks=Ranks(0, 1, 0, torch.device("cpu")),
+)
+logger.log({"loss": 1.0}, step=1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_kill_leaves_no_process_behind(run: RunDir) -> None:
+    root = str(Path(loggers.__file__).parents[1])
+    env = os.environ | {"PYTHONPATH": root, "MARK_OF_TEST": str(run.path)}
+    subprocess.run([sys.executable, "-c", KILLED, str(run.path)], env=env, check=False)
+    assert offline_runs(run)
+    for _ in range(100):
+        if not processes_with(str(run.path).encode()):
+            return
+        time.sleep(0.1)
+    pytest.fail("wandb's own process is still there 10 s after the kill")
+
+
+def processes_with(mark: bytes) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if b"MARK_OF_TEST=" + mark in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
