@@ -1,0 +1,206 @@
+"""LoRA and its relatives DoRA, rsLoRA, LoRA+ and PiSSA; the low-rank adapter that others build on.
+
+r rank, N rows. A convolution's weight is read as the matrix (out, in * kernel).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from glovita_lib.adapter import (
+    Adapter,
+    Members,
+    adapt,
+    base_bias,
+    base_weight,
+    call,
+    freeze,
+    train_biases,
+    trunk,
+)
+from glovita_lib.lowrank import low_rank_linear
+from glovita_lib.spec_lora import Lora
+from glovita_lib.structure import Rows
+from glovita_lib.targets import Target, by_pattern, resolve
+
+
+class LowRank(Adapter):
+    """W + B A with A (r, in) and B (out, r)."""
+
+    dropout: float
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B with every scale in them."""
+        raise NotImplementedError
+
+    def start(self, weight: Tensor) -> Tensor:
+        """What the change is added to."""
+        return weight
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W + B A."""
+        down, up = self.factors()
+        return self.start(weight) + (up @ down).view(weight.shape)
+
+    @classmethod
+    def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
+        """The layer with its changes, the gradient of the full weight never formed."""
+        weight = started(layer, members)
+        return changed_output(x, layer, members, weight, base_bias(layer))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input of A."""
+        return F.dropout(x, self.dropout, self.training)
+
+
+def rows_of(layer: nn.Module, rows: Rows | None) -> Rows:
+    """Rows of a member; all rows for the whole weight."""
+    return rows or (0, base_weight(layer).shape[0])
+
+
+def started(layer: nn.Module, members: Members) -> Tensor:
+    """The base weight with every member's start in its rows."""
+    base = base_weight(layer)
+    pieces, end = [], 0
+    for rows, adapter in members:
+        first, last = rows_of(layer, rows)
+        part = base[first:last]
+        moved = adapter.start(part)
+        if moved is not part:
+            pieces += [base[end:first], moved]
+            end = last
+    return torch.cat([*pieces, base[end:]]) if pieces else base
+
+
+def changed_output(
+    x: Tensor, layer: nn.Module, members: Members, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Output of a Linear layer or convolution with `weight` and the members' low-rank changes."""
+    pairs = [(rows_of(layer, rows), adapter) for rows, adapter in members]
+    dropping = any(a.training and a.dropout > 0 for _, a in pairs)
+    if isinstance(layer, _ConvNd):
+        return changed_convolution(x, layer, pairs[0][1], weight, bias)
+    if not dropping:
+        factors = tuple(f for _, a in pairs for f in a.factors())
+        return low_rank_linear(x, weight, bias, tuple(rows for rows, _ in pairs), factors)
+    y = F.linear(x, weight, bias)
+    for (first, last), adapter in pairs:
+        down, up = adapter.factors()
+        y[..., first:last] += F.linear(F.linear(adapter.dropped(x), down), up)
+    return y
+
+
+def changed_convolution(
+    x: Tensor, layer: _ConvNd, adapter: LowRank, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """A convolution to r channels and one of a single voxel beside the frozen one; with groups the
+    weight itself is changed, since the factors mix groups."""
+    down, up = adapter.factors()
+    if layer.groups > 1:
+        return call(layer, x, weight + (up @ down).view(weight.shape), bias)
+    y = call(layer, x, weight, bias)
+    low = call(layer, adapter.dropped(x), down.view(-1, *weight.shape[1:]), None)  # (B, r, ...)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
+    return y.add_(conv(low, up.view(*up.shape, *[1] * (weight.ndim - 2))))
+
+
+class LoraAdapter(LowRank):
+    """s B A with s = alpha / r, or alpha / sqrt(r) (rsLoRA)."""
+
+    def __init__(self, spec: Lora, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        out, width = weight.flatten(1).shape
+        self.scale = spec.alpha / (math.sqrt(rank) if spec.use_rslora else rank)
+        self.dropout = spec.dropout
+        self.A = nn.Parameter(torch.empty(rank, width))
+        self.B = nn.Parameter(torch.zeros(out, rank))
+        self.B.lr_scale = spec.lora_plus_ratio
+        self.anchored = spec.init_lora_weights == "pissa"
+        if self.anchored:
+            self.start_from_singular_vectors(weight.flatten(1))
+        elif spec.init_lora_weights == "gaussian":
+            nn.init.normal_(self.A, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    @torch.no_grad()
+    def start_from_singular_vectors(self, weight: Tensor) -> None:
+        """s B A = the main part of W; what was there at the start is subtracted for good."""
+        left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
+        rank = min(self.A.shape[0], len(values))
+        root = (values[:rank] / self.scale).sqrt()
+        self.A.zero_()
+        self.A[:rank] = root[:, None] * right[:rank]
+        self.B[:, :rank] = left[:, :rank] * root
+        self.register_buffer("A_0", self.A.detach().clone())
+        self.register_buffer("B_0", self.B.detach().clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and s B."""
+        return self.A, self.B * self.scale
+
+    def start(self, weight: Tensor) -> Tensor:
+        """W, for PiSSA W - s B_0 A_0."""
+        if not self.anchored:
+            return weight
+        return weight - self.scale * (self.B_0 @ self.A_0).view(weight.shape)
+
+
+class DoraAdapter(LoraAdapter):
+    """m (W + s B A) / |W + s B A| by rows, the norm outside the gradient (section 4.3)."""
+
+    def __init__(self, spec: Lora, weight: Tensor, rank: int) -> None:
+        super().__init__(spec, weight, rank)
+        self.m = nn.Parameter(weight.flatten(1).norm(dim=1))
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """m / |W + s B A|, one per row (out,)."""
+        with torch.no_grad():
+            norm = super().merged_weight(weight).flatten(1).norm(dim=1)
+        return self.m / norm
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """The rows with their trained norms."""
+        gain = self.gain(weight).view(-1, *[1] * (weight.ndim - 1))
+        return gain * super().merged_weight(weight)
+
+    @classmethod
+    def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
+        """The low-rank output times the gain, then the bias."""
+        y = changed_output(x, layer, members, started(layer, members), None)
+        gain = cls.gains(layer, members).to(y.dtype)
+        bias = base_bias(layer)
+        if isinstance(layer, _ConvNd):
+            shape = (-1, *[1] * (base_weight(layer).ndim - 2))
+            gain = gain.view(shape)
+            bias = None if bias is None else bias.view(shape)
+        return y * gain if bias is None else torch.addcmul(bias.to(y.dtype), y, gain)
+
+    @staticmethod
+    def gains(layer: nn.Module, members: Members) -> Tensor:
+        """Gain of every row; 1 where no member is."""
+        pieces, end = [], 0
+        weight = base_weight(layer)
+        for rows, adapter in members:
+            first, last = rows_of(layer, rows)
+            pieces += [weight.new_ones(first - end), adapter.gain(weight[first:last])]
+            end = last
+        return torch.cat([*pieces, weight.new_ones(weight.shape[0] - end)])
+
+
+def apply_lora(spec: Lora, model: nn.Module) -> None:
+    """Freeze the encoder and put a LoRA adapter on every target."""
+    root = trunk(model)
+    targets = resolve(root, spec.targets, allowed=("linear", "conv"))
+    ranks = by_pattern(spec.rank_pattern, targets, spec.rank)
+    kind = DoraAdapter if spec.use_dora else LoraAdapter
+
+    def make(target: Target, weight: Tensor) -> Adapter:
+        return kind(spec, weight, ranks[target.name])
+
+    freeze(root)
+    adapt(targets, make)
+    train_biases(root, spec.lora_bias)
