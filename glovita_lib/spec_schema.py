@@ -12,6 +12,7 @@ from msgspec import inspect as kinds
 from msgspec.inspect import StructType, Type
 
 from glovita_lib import spec_types as types
+from glovita_lib.spec import with_lists
 from glovita_lib.spec_docs import field_docs, struct_doc
 from glovita_lib.spec_root import Root
 
@@ -19,14 +20,21 @@ BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exc
 
 
 class Schema:
-    """Collects the definitions of all Structs that a schema refers to."""
+    """Collects the definitions of all Structs that a schema refers to.
 
-    def __init__(self) -> None:
-        self.definitions: dict[str, dict] = {}
+    In a file that `extends` another, a tag or a required key may be left to the other: then
+    `extending` definitions of the tables concerned stand beside the strict ones.
+    """
+
+    def __init__(self, definitions: dict[str, dict], *, extending: bool) -> None:
+        self.definitions = definitions
+        self.extending = extending
 
     def reference(self, member: StructType) -> dict:
         """Reference to the definition of a Struct, which is made the first time."""
         name = member.cls.__name__
+        if self.extending and leaves_keys(member):
+            name += "Extending"
         if name not in self.definitions:
             self.definitions[name] = {}  # keeps its place, and ends recursion
             self.definitions[name] |= self.struct(member)
@@ -43,7 +51,7 @@ class Schema:
                 "description": docs[field.name],
                 **self.value(field.type, types.default_of(field)),
             }
-        required = [field.name for field in member.fields if field.required]
+        required = [field.name for field in member.fields if field.required and not self.extending]
         return {
             "description": struct_doc(member.cls),
             "type": "object",
@@ -62,7 +70,7 @@ class Schema:
             return {"allOf": [self.reference(members[0])]}
         plain = [option for option in types.options(kind) if not isinstance(option, kinds.NoneType)]
         schemas = [self.plain(option) for option in plain]
-        stated = {} if default in (None, msgspec.NODEFAULT) else {"default": as_json(default)}
+        stated = {} if default in (None, msgspec.NODEFAULT) else {"default": with_lists(default)}
         return {**(schemas[0] if len(schemas) == 1 else {"anyOf": schemas}), **stated}
 
     def union(self, members: list[StructType], default: StructType | None) -> dict:
@@ -75,8 +83,13 @@ class Schema:
             }
             for member in members
         ]
-        if default is not None:
-            cases.append({"if": {"not": {"required": [field]}}, "then": self.reference(default)})
+        untagged: dict[str, Any] = {"if": {"not": {"required": [field]}}}
+        if self.extending:
+            names = dict.fromkeys(entry.name for member in members for entry in member.fields)
+            known = {"properties": {name: {} for name in names}, "additionalProperties": False}
+            cases.append({**untagged, "then": known})
+        elif default is not None:
+            cases.append({**untagged, "then": self.reference(default)})
         choices = "; ".join(f"{member.tag}: {struct_doc(member.cls)}" for member in members)
         tag: dict[str, Any] = {
             "description": choices,
@@ -86,7 +99,7 @@ class Schema:
         schema: dict[str, Any] = {"type": "object", "properties": {field: tag}, "allOf": cases}
         schema["additionalProperties"] = True  # the member forbids them; said twice, Tombi warns
         if default is None:
-            return {**schema, "required": [field]}
+            return schema if self.extending else {**schema, "required": [field]}
         tag["default"] = default.tag
         return schema
 
@@ -108,20 +121,31 @@ class Schema:
         return {"type": simple[type(kind)]} if type(kind) in simple else {}
 
 
-def as_json(value: Any) -> Any:
-    """A default as JSON types."""
-    return msgspec.to_builtins(value)
+def leaves_keys(member: StructType) -> bool:
+    """Whether a table has a tag or a required key, here or below, that a base may give instead."""
+    return any(
+        field.required
+        or len(types.structs(field.type)) > 1
+        or any(leaves_keys(below) for below in types.structs(field.type))
+        for field in member.fields
+    )
 
 
 def schema(root_type: type = Root) -> dict:
     """JSON schema of a whole spec."""
-    collected = Schema()
-    root = collected.struct(kinds.type_info(root_type))
+    definitions: dict[str, dict] = {}
+    root = kinds.type_info(root_type)
+    extends = {"required": ["extends"]}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "glovita spec",
-        **root,
-        "definitions": dict(sorted(collected.definitions.items())),
+        "type": "object",
+        "additionalProperties": True,  # as in a union
+        "allOf": [
+            {"if": {"not": extends}, "then": Schema(definitions, extending=False).reference(root)},
+            {"if": extends, "then": Schema(definitions, extending=True).reference(root)},
+        ],
+        "definitions": definitions,
     }
 
 
