@@ -198,8 +198,8 @@ def test_batches_of_any_channels(channels):
     x = torch.cat([x, x[:, :1]], 1)[:, :channels].contiguous()
     out = apply(x, count=3, probability=1.0)
     assert out.shape == x.shape and torch.isfinite(out).all()
-    assert out.min() >= 0 and out.max() <= 1 + 1e-6
-    assert len(out.flatten(1).unique(dim=0)) > 30
+    assert out.min() >= -1e-6 and out.max() <= 1 + 1e-6
+    assert len(out.flatten(1).unique(dim=0)) > 30  # of 48: samples draw for themselves
 
 
 def test_alpha_goes_through_geometry_only(monkeypatch):
