@@ -4,9 +4,12 @@ every checkpoint.
 K classes or targets.
 """
 
+from typing import Literal
+
 import numpy as np
 
 from glovita_lib.datasets import Data, Split
+from glovita_lib.feature_sources import BagSource, VectorSource
 from glovita_lib.policies import ResolvedAugmentation
 from glovita_lib.spec import Spec, UserError
 from glovita_lib.spec_data import Subtask
@@ -23,14 +26,16 @@ class Facts(Spec):
     """Kind of target."""
     class_names: tuple[str, ...]
     """Names of the classes, or of the targets of a regression, in the order of the outputs."""
+    kind: Literal["images", "vectors", "bags"]
+    """What a sample is."""
     channels: int
-    """Channels of an image."""
+    """Channels of an image, or width of a feature."""
     bit_depth: int
     """Bits per channel, 8 or 16."""
     samples: dict[str, int]
     """Number of samples per split."""
-    augmentation: ResolvedAugmentation
-    """Policies with all their parameters, sizes, mean and std."""
+    augmentation: ResolvedAugmentation | None
+    """Policies with all their parameters, sizes, mean and std; none for precomputed features."""
     metrics: tuple[str, ...]
     """Metrics of every evaluation."""
     best_metric: str | None
@@ -45,7 +50,7 @@ class Facts(Spec):
     """Samples per batch and rank in evaluation."""
 
 
-def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation) -> Facts:
+def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation | None) -> Facts:
     """All facts of a training run.
 
     Raises:
@@ -61,6 +66,7 @@ def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation) -> 
         dataset=data.name,
         subtask=data.subtask,
         class_names=data.class_names,
+        kind=kind_of(train),
         channels=data.channels,
         bit_depth=data.bit_depth,
         samples={name: len(split) for name, split in data.splits.items()},
@@ -72,6 +78,13 @@ def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation) -> 
         target_std=std,
         eval_batch_size=root.dataloading.eval_batch_size or root.dataloading.batch_size,
     )
+
+
+def kind_of(split: Split) -> str:
+    """What a sample of a split is."""
+    if isinstance(split.source, BagSource):
+        return "bags"
+    return "vectors" if isinstance(split.source, VectorSource) else "images"
 
 
 def default_metrics(subtask: str) -> tuple[str, ...]:

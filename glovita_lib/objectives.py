@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glovita_lib.bags import Bags
 from glovita_lib.dist import mix
 from glovita_lib.facts import Facts
 from glovita_lib.loaders import Batch
@@ -38,6 +39,33 @@ class Clock:
 AUGMENT, MIX = 1, 2  # numbers of the random streams
 
 
+class FeatureInputs:
+    """Precomputed features as a head takes them; there is nothing to augment."""
+
+    fit = None
+
+    def __call__(self, inputs: Tensor | Bags, fitted: bool, seed: int) -> Tensor | Bags:
+        """Vectors (B, D) in float32; bags as they are, their heads convert piece by piece."""
+        return inputs if isinstance(inputs, Bags) else inputs.float()
+
+
+def build_inputs(facts: Facts, *, train: bool) -> Augmenter | FeatureInputs:
+    """What makes the encoder's input of a batch, on the training device."""
+    if facts.augmentation is None:
+        return FeatureInputs()
+    return Augmenter(facts.augmentation, train=train, bit_depth=facts.bit_depth)
+
+
+def unpack(output: Tensor | dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], float]:
+    """Logits (B, K), auxiliary losses to add, and the factor of the loss itself.
+
+    Most heads give logits alone; see heads.build_head.
+    """
+    if isinstance(output, Tensor):
+        return output, {}, 1.0
+    return output["logits"], output["aux"], output.get("bag_weight", 1.0)
+
+
 class SupervisedObjective:
     """Predict labels from samples, with augmentation, mixup and cutmix on the training device."""
 
@@ -45,8 +73,8 @@ class SupervisedObjective:
         self.task = task
         self.subtask = facts.subtask
         self.outputs = len(facts.class_names)
-        self.train_augment = Augmenter(facts.augmentation, train=True, bit_depth=facts.bit_depth)
-        self.eval_augment = Augmenter(facts.augmentation, train=False, bit_depth=facts.bit_depth)
+        self.train_inputs = build_inputs(facts, train=True)
+        self.eval_inputs = build_inputs(facts, train=False)
         self.criterion = build_criterion(
             task, subtask=facts.subtask, class_weights=facts.class_weights
         ).to(device)
@@ -59,7 +87,7 @@ class SupervisedObjective:
         self, model: nn.Module, batch: Batch, clock: Clock
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean training loss of a batch () and the means to log beside it."""
-        inputs = self.train_augment(batch.inputs, batch.fitted, clock.stream(AUGMENT))
+        inputs = self.train_inputs(batch.inputs, batch.fitted, clock.stream(AUGMENT))
         targets = self.standardized(batch.targets)
         if self.mixes:
             inputs, targets = mixup_cutmix(
@@ -72,11 +100,12 @@ class SupervisedObjective:
                 cutmix_alpha=self.task.cutmix_alpha,
                 seed=clock.stream(MIX),
             )
-        logits = model(inputs)  # (B, K)
-        logs = {}
+        logits, extra, weight = unpack(model(inputs, targets))  # (B, K)
+        logs = {name: value.detach() for name, value in extra.items()}
         if self.subtask == "multiclass" and not self.mixes:
             logs["Accuracy"] = (logits.detach().argmax(1) == targets).float().mean()
-        return self.criterion(logits, targets).mean(), logs
+        loss = self.criterion(logits, targets).mean()
+        return sum(extra.values(), loss if weight == 1 else weight * loss), logs
 
     def standardized(self, targets: Tensor) -> Tensor:
         """Regression targets in units of the train split's standard deviation; labels unchanged."""
@@ -85,8 +114,8 @@ class SupervisedObjective:
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Row, scores (B, K: probabilities, or regression outputs in target units) and loss (B,) of
         each sample."""
-        inputs = self.eval_augment(batch.inputs, batch.fitted, 0)
-        logits = model(inputs).float()  # (B, K)
+        inputs = self.eval_inputs(batch.inputs, batch.fitted, 0)
+        logits = unpack(model(inputs))[0].float()  # (B, K)
         rows = {"rows": batch.rows, "scores": self.scores(logits)}
         if batch.targets is not None:
             rows["loss"] = self.plain(logits, self.standardized(batch.targets))

@@ -92,6 +92,17 @@ def better(value: float, than: float | None, metric: str, min_delta: float = 0.0
     return value < than - min_delta if lower_is_better(metric) else value > than + min_delta
 
 
+def say(text: str) -> None:
+    """Lines on the console, past a bar where one is shown; at once, also into a file."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stdout)
+    else:
+        print(text)
+    sys.stdout.flush()
+
+
 def table(rows: list[tuple[str, str]]) -> str:
     """Two aligned columns."""
     width = max(len(name) for name, _ in rows)

@@ -6,8 +6,8 @@ from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_augment import Augmentation
+from glovita_lib.spec_features import PrecomputedData, Subtask
 
-Subtask = Literal["multiclass", "multilabel", "regression"]
 Fraction = Annotated[float, Meta(gt=0, le=1)]
 
 
@@ -76,9 +76,9 @@ class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset
     data."""
     images_dir: str = "images"
     """Folder of the images below data_root_dir."""
-    split_source: Literal["splits_json", "subdirs", "kfold"] = "splits_json"
-    """Splits from split_file, from sub-folders of images_dir named like the splits, from the split
-    column of the labels, or drawn as folds from the seed."""
+    split_source: Literal["splits_json", "subdirs", "column", "kfold"] = "splits_json"
+    """Splits from split_file, from sub-folders of images_dir named like the splits, from
+    split_column of the CSV file, or drawn as folds from the seed."""
     label_source: Literal["folder", "json", "csv"] = "json"
     """Labels from the class folder, a JSON object {path: label} or a CSV file."""
     split_file: str = "splits.json"
@@ -91,13 +91,16 @@ class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset
     label_column: str | tuple[str, ...] = "label"
     """CSV column of the label; several for multilabel (0/1 each) and multi-target regression."""
     group_column: str | None = None
-    """CSV column of the group (patient, slide) that must stay in one split."""
+    """CSV column of the group (patient, slide) that must stay in one split; needs label_source
+    csv."""
+    split_column: str = "split"
+    """CSV column of the split's name, for split_source column."""
     train_split_name: str = "train"
-    """Name of the train split in the split file or folder."""
+    """Name of the train split in the split file, folder or column."""
     val_split_name: str = "val"
-    """Name of the val split in the split file or folder."""
+    """Name of the val split; the name of the test split uses its images as both."""
     test_split_name: str = "test"
-    """Name of the test split in the split file or folder; may be absent."""
+    """Name of the test split; may be absent unless another name than this one is given."""
     allowed_exts: tuple[str, ...] = ("jpg", "jpeg", "png", "bmp", "tif", "tiff")
     """File suffixes that count as images."""
     class_names: tuple[str, ...] | None = None
@@ -106,12 +109,13 @@ class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset
     """Separator of several labels in one CSV cell (multilabel with one label column)."""
     strict: bool = True
     """Whether a missing, unlabelled or broken image is an error; else it is left out and listed."""
-    n_folds: Annotated[int, Meta(ge=2)] = 5
+    n_folds: Annotated[int, Meta(ge=3)] = 5
     """Number of folds of split_source kfold; fold i is test, the next one val, the others train."""
     channels: Literal[1, 3, 4] = 3
     """Channels of an image as the encoder sees it: grey, RGB or RGBA; files are converted."""
     bit_depth: Literal[8, 16] = 8
-    """Bits per channel of the files; 16 keeps the full range of grey images."""
+    """Bits per channel as the encoder sees them; files of the other depth are scaled, white stays
+    white."""
 
 
 class CustomData(BaseData, tag="custom", tag_field="dataset", kw_only=True):
@@ -124,4 +128,6 @@ class CustomData(BaseData, tag="custom", tag_field="dataset", kw_only=True):
     """Keyword arguments of the function."""
 
 
-Data = DigitsData | Cifar10Data | Cifar100Data | GenericImageData | CustomData
+Data = (
+    DigitsData | Cifar10Data | Cifar100Data | GenericImageData | PrecomputedData | CustomData
+)

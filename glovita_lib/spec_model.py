@@ -51,6 +51,13 @@ class TorchvisionEncoder(Spec, tag="torchvision", tag_field="encoder_type"):
     """Further arguments of the model's constructor; an unknown one is an error."""
 
 
+class PrecomputedEncoder(Spec, tag="precomputed", tag_field="encoder_type"):
+    """No network: the samples of data set precomputed_features are features already."""
+
+    feature_dim: Annotated[int, Meta(ge=1)] | None = None
+    """Width of the features; none takes the file's, a number is checked."""
+
+
 class CustomEncoder(Spec, tag="custom", tag_field="encoder_type", kw_only=True):
     """An encoder of your own: a function of your package that returns a module."""
 
@@ -64,7 +71,7 @@ class CustomEncoder(Spec, tag="custom", tag_field="encoder_type", kw_only=True):
     """Keyword arguments of the function."""
 
 
-Encoder = TimmEncoder | TorchvisionEncoder | CustomEncoder
+Encoder = TimmEncoder | TorchvisionEncoder | PrecomputedEncoder | CustomEncoder
 
 
 class Model(Spec):

@@ -1,0 +1,180 @@
+"""What a spec becomes, the same way in every mode: data, facts, model, objective, loaders."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+from glovita_lib import (  # the last three register builders
+    checkpoint,
+    clam,  # noqa: F401
+    dist,
+    encoders_features,  # noqa: F401
+    precomputed,  # noqa: F401
+)
+from glovita_lib.datasets import Data, Split, build_data
+from glovita_lib.encoders import describe
+from glovita_lib.evaluation import Predictions, evaluate
+from glovita_lib.facts import Facts, derive_facts
+from glovita_lib.loaders import Loader, build_loader
+from glovita_lib.model import build_model
+from glovita_lib.objectives import Objective, build_objective
+from glovita_lib.policies import resolve
+from glovita_lib.precision import resolve_precision
+from glovita_lib.samples import subset
+from glovita_lib.spec import UserError
+from glovita_lib.spec_features import PrecomputedData
+from glovita_lib.spec_root import Root
+from glovita_lib.trainer import Hooks, Trainer
+from glovita_lib.windows import build_feature_loader
+
+
+@dataclass
+class Experiment:
+    """A model with everything it takes to train it or to ask it for predictions."""
+
+    root: Root
+    facts: Facts
+    model: nn.Module  # on the device of this rank
+    objective: Objective
+    ranks: dist.Ranks
+
+    @property
+    def precision(self) -> str:
+        """Autocast type on this device: no, bf16 or fp16."""
+        return resolve_precision(self.root.training.precision, self.ranks.device)
+
+    def loader(self, split: Split, *, train: bool) -> Loader:
+        """Batches of a split, with the geometry of the policy that it is used with."""
+        objective, spec = self.objective, self.root.dataloading
+        inputs = objective.train_inputs if train else objective.eval_inputs
+        arguments = {
+            "fit": inputs.fit,
+            "train": train,
+            "seed": self.root.seed,
+            "ranks": self.ranks,
+            "batch_size": spec.batch_size if train else self.facts.eval_batch_size,
+        }
+        if self.facts.kind == "vectors":
+            window = self.root.data.window_mb
+            return build_feature_loader(split, spec, window_mb=window, **arguments)
+        return build_loader(split, spec, **arguments)
+
+    def predict(self, split: Split) -> Predictions | None:
+        """Predictions of a whole split on the first rank, None on the others."""
+        return evaluate(
+            self.model,
+            self.objective,
+            self.loader(split, train=False),
+            ranks=self.ranks,
+            precision=self.precision,
+        )
+
+
+def read_data(root: Root, ranks: dist.Ranks) -> Data:
+    """The data of a spec; the first rank reads (and downloads) before the others."""
+    with dist.main_first(ranks):
+        return build_data(root.data, seed=root.seed)
+
+
+def resolve_facts(root: Root, data: Data) -> Facts:
+    """Run-time values from the spec, the data and the encoder's input convention."""
+    if isinstance(root.data, PrecomputedData):
+        return derive_facts(root, data, None)
+    sizes = {split.source.uniform for split in data.splits.values() if len(split)}
+    same = sizes.pop() if len(sizes) == 1 else None
+    augmentation = resolve(
+        root.data.augmentation,
+        default_policies=root.data.default_policies,
+        encoder=describe(root.model.encoder, channels=data.channels),
+        channels=data.channels,
+        native_size=None if same is None else same[1:],
+    )
+    return derive_facts(root, data, augmentation)
+
+
+def assemble(root: Root, facts: Facts, ranks: dist.Ranks, *, load_weights: bool) -> Experiment:
+    """Model and objective on this rank's device; initial weights follow from the seed alone."""
+    dist.seed_everything(root.seed)
+    augmentation = facts.augmentation
+    model = build_model(
+        root.model,
+        root.peft,
+        outputs=len(facts.class_names),
+        channels=facts.channels,
+        image_size=None if augmentation is None else augmentation.image_size,
+        load_weights=load_weights,
+    ).to(ranks.device)
+    objective = build_objective(root.task, facts, ranks.device)
+    return Experiment(root, facts, model, objective, ranks)
+
+
+def build_trainer(experiment: Experiment, data: Data, hooks: Hooks) -> Trainer:
+    """The loop over the train split, with evaluations of the val split where there is one."""
+    root, facts, ranks = experiment.root, experiment.facts, experiment.ranks
+    val, steps = data.splits.get("val"), root.training.val_steps_per_epoch
+    if val is not None and steps is not None:
+        val = some_of(val, steps * facts.eval_batch_size * ranks.world, root.seed)
+    return Trainer(
+        experiment.model,
+        experiment.objective,
+        train_loader=experiment.loader(data.splits["train"], train=True),
+        val_loader=experiment.loader(val, train=False) if val is not None and len(val) else None,
+        training=root.training,
+        optimizer=root.optimizer,
+        best_metric=facts.best_metric,
+        seed=root.seed,
+        ranks=ranks,
+        hooks=hooks,
+    )
+
+
+def some_of(split: Split, count: int, seed: int) -> Split:
+    """At most `count` samples of a split, drawn from the seed, in the split's order."""
+    if count >= len(split):
+        return split
+    rows = np.random.default_rng(seed).permutation(len(split))[:count]
+    return subset(split, np.sort(rows))
+
+
+def restore(path: Path, ranks: dist.Ranks) -> Experiment:
+    """The experiment that wrote a checkpoint, with its trained weights.
+
+    Raises:
+        UserError: no such file, not a checkpoint of glovita, or one of another version's model.
+    """
+    saved = checkpoint.load(path, map_location="cpu")
+    root, facts = spec_of(saved, path), facts_of(saved, path)
+    experiment = assemble(root, facts, ranks, load_weights=False)
+    checkpoint.load_model(experiment.model, trained_weights(saved), path)
+    return experiment
+
+
+def trained_weights(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that were evaluated: the averaged ones where the run kept an average."""
+    return saved["model"] if saved["ema"] is None else saved["ema"]
+
+
+def spec_of(saved: dict[str, Any], path: Path) -> Root:
+    """The resolved spec inside a checkpoint."""
+    return part(saved, "spec", Root, path)
+
+
+def facts_of(saved: dict[str, Any], path: Path) -> Facts:
+    """The run-time values inside a checkpoint."""
+    return part(saved, "facts", Facts, path)
+
+
+def part(saved: dict[str, Any], key: str, kind: type, path: Path) -> Any:
+    """A Struct inside a checkpoint."""
+    try:
+        return msgspec.convert(saved[key], kind)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise UserError(
+            f"{path} holds no {key} that this version of glovita reads ({error}); give a"
+            " checkpoint that glovita wrote"
+        ) from None

@@ -1,0 +1,213 @@
+"""Mode train: learn, keep the best model, evaluate it, write everything down."""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from glovita_lib import checkpoint, dist, files
+from glovita_lib.datasets import Data
+from glovita_lib.experiment import (
+    Experiment,
+    assemble,
+    build_trainer,
+    read_data,
+    resolve_facts,
+    trained_weights,
+)
+from glovita_lib.loggers import build_logger
+from glovita_lib.metrics import compute
+from glovita_lib.model import count_parameters
+from glovita_lib.plots import learning_curves
+from glovita_lib.progress import say, table
+from glovita_lib.rehearsal import rehearse
+from glovita_lib.results import measure, plot_augmented, summary_lines, write_results
+from glovita_lib.rundir import RunDir, decide, locate, runtime_info
+from glovita_lib.spec import Loaded, dump
+from glovita_lib.summary import write_summary
+from glovita_lib.trainer import Hooks
+
+FORMAT = 1  # of what a checkpoint holds
+
+
+def run(loaded: Loaded, *, dry_run: bool) -> None:
+    """Train a spec, or continue its run, or report it where it is finished.
+
+    A dry run takes one batch through everything and leaves nothing behind.
+    """
+    with dist.session() as ranks:
+        if dry_run:
+            rehearse(loaded.root, ranks)
+        else:
+            train(loaded, ranks)
+
+
+def train(loaded: Loaded, ranks: dist.Ranks) -> None:
+    """One run from wherever it stands to its results."""
+    root = loaded.root
+    run, decision = dist.main_decides(ranks, lambda: decide(locate(loaded), loaded))
+    if decision == "finished":
+        conclude(run, ranks, "was finished before; nothing to do")
+        return
+    data = read_data(root, ranks)
+    facts = resolve_facts(root, data)
+    experiment = assemble(root, facts, ranks, load_weights=decision != "resume")
+    if ranks.is_main:
+        introduce(run, experiment, data)
+    with run.opened(ranks, overwrite=decision == "overwrite"):
+        learn(run, loaded, experiment, data, resume=decision == "resume")
+        finish(run, experiment, data)
+    conclude(run, ranks, "is finished")
+
+
+def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
+    """What is about to be trained."""
+    facts, ranks = experiment.facts, experiment.ranks
+    sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
+    what = "targets" if facts.subtask == "regression" else "classes"
+    device = f"{ranks.device}" + (f" x {ranks.world}" if ranks.world > 1 else "")
+    say(
+        table(
+            [
+                ("data", f"{facts.dataset}: {sizes}; {len(facts.class_names)} {what}"),
+                ("model", str(count_parameters(experiment.model))),
+                ("device", f"{device}, precision {experiment.precision}"),
+                ("run", str(run.path)),
+            ]
+        )
+    )
+    for line in data.report:
+        say(f"  note: {line}")
+
+
+# ---------------------------------------------------------------------- training
+
+
+def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, resume: bool) -> None:
+    """The training itself, from the start or from the last checkpoint."""
+    root, facts, ranks = experiment.root, experiment.facts, experiment.ranks
+    saved = checkpoint.load(run.last, map_location="cpu") if resume else None
+    if ranks.is_main:
+        prepare(run, loaded, experiment, saved)
+    logger = build_logger(
+        root.logger,
+        run=run,
+        config=loaded.plain,
+        run_id=None if saved is None else saved["logger_id"],
+        ranks=ranks,
+    )
+    identity = {
+        "format": FORMAT,
+        "spec": loaded.plain,
+        "facts": msgspec.to_builtins(facts),
+        "class_names": list(facts.class_names),
+        "logger_id": logger.run_id,
+    }
+
+    def log(record: dict[str, Any]) -> None:
+        files.append_jsonl(run.metrics, record)
+        logger.log(record, step=record["step"])
+
+    def save(state: dict[str, Any], is_best: bool, keep: int | None) -> None:
+        checkpoint.save(run.last, state | identity)
+        if is_best:  # after last.pt: `mend_best` completes it after a kill in between
+            checkpoint.link(run.last, run.best)
+        if keep is not None:
+            checkpoint.link(run.last, run.epoch(keep))
+
+    hooks = Hooks(lambda predictions: measure(predictions, facts), log, save, say)
+    trainer = build_trainer(experiment, data, hooks)
+    if saved is not None:
+        trainer.load_state_dict(saved)
+        if ranks.is_main:
+            state = trainer.state
+            say(f"continuing in epoch {state.epoch + 1} after optimizer step {state.step}")
+    elif ranks.is_main and root.task.result_plot != "none":
+        plot_augmented(run.plots / "augmented.png", experiment, trainer.train_loader)
+    try:
+        trainer.fit()
+    finally:
+        logger.finish()
+        trainer.train_loader.close()
+
+
+def prepare(
+    run: RunDir, loaded: Loaded, experiment: Experiment, saved: dict[str, Any] | None
+) -> None:
+    """The files that describe a run; of a run that goes on, the state its checkpoint knows."""
+    if saved is None:
+        root, facts = experiment.root, experiment.facts
+        files.write_text(run.spec, dump(root))
+        files.write_json(run.resolved_config, msgspec.to_builtins(facts))
+        files.write_json(run.config, loaded.plain)
+    else:
+        step = saved["state"]["step"]
+        files.truncate_jsonl(run.metrics, lambda record: record["step"] <= step)
+        mend_best(run, saved["state"])
+    run.note_start(runtime_info(experiment.ranks, seed=experiment.root.seed))
+
+
+def mend_best(run: RunDir, state: dict[str, Any]) -> None:
+    """Complete what a kill between writing last.pt and best.pt left undone."""
+    if state["batch"] == 0 and state["best_epoch"] == state["epoch"] - 1:
+        checkpoint.link(run.last, run.best)
+
+
+# ---------------------------------------------------------------------- results
+
+
+def finish(run: RunDir, experiment: Experiment, data: Data) -> None:
+    """Evaluate the best model on the whole of the held-out splits and write the results."""
+    task, ranks = experiment.root.task, experiment.ranks
+    best = checkpoint.load(run.best, map_location="cpu")
+    checkpoint.load_model(experiment.model, trained_weights(best), run.best)
+    for name, split in data.splits.items():
+        if not len(split) or (name == "train" and task.result_plot != "all"):
+            continue
+        predictions = experiment.predict(split)
+        if predictions is not None:
+            plot = task.result_plot != "none"
+            write_results(run.path, name, predictions, experiment, split=split, plot=plot)
+    if ranks.is_main:
+        if task.result_plot != "none":
+            learning_curves(files.read_jsonl(run.metrics), run.plots / "curves.png")
+        summarize(run, experiment)
+        run.mark_finished()
+    dist.barrier(ranks)
+
+
+def summarize(run: RunDir, experiment: Experiment) -> None:
+    """Metrics over the folds that are finished, and of all their predictions together."""
+    facts = experiment.facts
+
+    def metrics(targets: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+        kind = {"subtask": facts.subtask, "class_names": facts.class_names}
+        return compute(facts.metrics, targets=targets, scores=scores, **kind)
+
+    write_summary(
+        run.group,
+        config=files.read_json(run.config),
+        subtask=facts.subtask,
+        class_names=facts.class_names,
+        measure=metrics,
+    )
+
+
+def conclude(run: RunDir, ranks: dist.Ranks, what: str) -> None:
+    """Say where everything is and what came out."""
+    if not ranks.is_main:
+        return
+    reports = {
+        name: files.read_json(run.metrics_of(name))
+        for name in ("train", "val", "test")
+        if run.metrics_of(name).is_file()
+    }
+    rows = summary_lines(reports)
+    rows += [
+        ("best model", str(run.best)),
+        ("predictions", ", ".join(str(run.predictions_of(name)) for name in reports)),
+        ("metrics", ", ".join(str(run.metrics_of(name)) for name in reports)),
+    ]
+    if run.plots.is_dir():
+        rows.append(("plots", f"{run.plots}/"))
+    say(f"{run.path} {what}\n{table(rows)}")
