@@ -261,6 +261,11 @@ class Augmenter:
         Returns:
             (B, C, S, S) float32 on the device of the inputs.
         """
+        with torch.autocast(inputs.device.type, enabled=False):  # 8 bits of bf16 move pixels
+            return self.transformed(inputs, fitted, seed)
+
+    def transformed(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
+        """The same in the precision of the caller."""
         batch, channels = inputs.shape[:2]
         if not batch:
             return torch.empty(0, channels, self.size, self.size, device=inputs.device)

@@ -1,5 +1,7 @@
 """Resolution of sizes, policies and statistics, and whole policies on real images."""
 
+import pickle
+
 import msgspec
 import numpy as np
 import pytest
@@ -323,7 +325,8 @@ def test_parameters_do_not_depend_on_the_device(monkeypatch):
     augmenter(train="default_2d_5")(photos(4), False, 0)
     assert len(devices) > 5 and set(devices) == {"cpu"}
     quiet = Ops(noise_p=0.0, randaugment_ops=2)  # there are no generators for meta tensors
-    shapes = augmenter(train="default_2d_5", train_kwargs=quiet)(photos(4).to("meta"), True, 0)
+    augment = augmenter(train="default_2d_5", train_kwargs=quiet)
+    shapes = augment.transformed(photos(4).to("meta"), True, 0)
     assert shapes.device.type == "meta" and shapes.shape == (4, 3, 32, 32)  # no value is read back
 
 
@@ -356,3 +359,22 @@ def test_extreme_settings_stay_finite():
     out = augment(photos(16), False, 0)
     assert torch.isfinite(out).all()
     assert augment2d.coin(4, 0.0, torch.Generator()) is None
+
+
+@pytest.mark.parametrize("name", ["default_2d_5", "randaugment"])
+def test_autocast_does_not_lower_the_precision(name):
+    augment = augmenter(train=name, channels=3)
+    images = photos(8).int()  # the matrix products of the GPU
+    expected = augment(images, False, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augment(images, False, 1), expected)
+
+
+def test_geometry_travels_to_workers():
+    geometry = augmenter(train="default_2d_4").fit
+    copied = pickle.loads(pickle.dumps(geometry))
+    size = np.array([[60, 80]])
+    box = geometry.boxes(size, torch.Generator().manual_seed(1))
+    assert torch.equal(copied.boxes(size, torch.Generator().manual_seed(1)), box)
+    image = photos(1, 60, 80)[0].numpy()
+    assert torch.equal(copied.one(image, box[0]), geometry.one(image, box[0]))
