@@ -107,7 +107,7 @@ class Instances:
     def __call__(self, rows: Tensor) -> Tensor:
         """rows (...) int64 -> h (..., H), at least float32, with gradients."""
         h = hidden_rows(self.bags, rows.flatten(), self.weights, self.plan)
-        return h.to(torch.promote_types(h.dtype, torch.float32)).view(*rows.shape, -1)
+        return h.to(torch.promote_types(h.dtype, torch.float32)).view(*rows.shape, h.shape[1])
 
 
 class BagClassifier(nn.Module):
