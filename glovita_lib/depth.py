@@ -21,13 +21,20 @@ def weighted(module: nn.Module) -> int:
 
 def is_stage(module: nn.Module) -> bool:
     """Whether a module is a row of blocks rather than a block."""
-    children = dict(module.named_children())
-    if isinstance(module, CONTAINERS) or STAGE_CHILDREN & set(children):
+    if isinstance(module, CONTAINERS):
         return True
-    kinds = [type(child) for child in children.values() if weighted(child)]
-    composite = [c for c in children.values() if weighted(c) > 1]
-    alike = len(kinds) > 1 and len(set(kinds)) == 1 and len(composite) == len(kinds)
-    return alike and not issubclass(kinds[0], CONTAINERS)  # those are branches of one block
+    children = {n: child for n, child in module.named_children() if weighted(child)}
+    if any(are_blocks(list(children[name].children())) for name in STAGE_CHILDREN & set(children)):
+        return True
+    kinds = {type(child) for child in children.values()}
+    alike = len(children) > 1 and len(kinds) == 1 and are_blocks(list(children.values()))
+    return alike and not issubclass(kinds.pop(), CONTAINERS)  # those are branches of one block
+
+
+def are_blocks(parts: list[nn.Module]) -> bool:
+    """Whether every part that has weights has several."""
+    counts = [weighted(part) for part in parts]
+    return any(counts) and all(n != 1 for n in counts)
 
 
 def units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glovita_lib.plugins import reason
 from glovita_lib.preprocess import Preprocess, fit_channels
 from glovita_lib.spec import UserError
 from glovita_lib.spec_model import TorchvisionEncoder
@@ -206,7 +207,7 @@ def construct(builder: Any, arguments: dict[str, Any], spec: TorchvisionEncoder)
             f"model.encoder.{where}{culprit}: {spec.type} does not take it ({error})"
         ) from error
     except (AssertionError, ValueError) as error:
-        raise UserError(f"model.encoder: {spec.type}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model.encoder: {spec.type}: {reason(error)}") from error
 
 
 def accepted(builder: Any) -> frozenset[str]:
@@ -221,7 +222,8 @@ def accepted(builder: Any) -> frozenset[str]:
         and "num_classes" in inspect.signature(value).parameters
         and "in_channels" not in inspect.signature(value).parameters
     ]
-    return frozenset(key for c in classes for key in inspect.signature(c).parameters)
+    keys = {key for c in classes for key in inspect.signature(c).parameters}
+    return frozenset(keys - {"kwargs"})  # what a class swallows unread is not accepted
 
 
 def fit_first_conv(net: nn.Module, channels: int) -> str:

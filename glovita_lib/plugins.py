@@ -1,4 +1,5 @@
-"""Functions of the user's own package, named in the spec as "package.module:function"."""
+"""Other people's code: functions named in the spec as "package.module:function", and what their
+errors say."""
 
 import importlib
 import inspect
@@ -50,3 +51,8 @@ def call_target(key: str, target: str, *args: Any, **options: Any) -> Any:
             f'{key}.target = "{target}": {error}; it is called with {", ".join(options)}'
         ) from error
     return function(*args, **options)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -7,6 +7,7 @@ features. B batch, N tokens, D width, C channels, H W pixels.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from glovita_lib import depth
 from glovita_lib.layers import Features
+from glovita_lib.plugins import reason
 from glovita_lib.preprocess import Preprocess
 from glovita_lib.spec import UserError
 
@@ -105,13 +107,9 @@ class Encoder(nn.Module):
         Raises:
             UserError: the network does not take inputs of this shape.
         """
-        runner = Trunk(self)
-        state = {**dict(runner.named_parameters()), **dict(runner.named_buffers())}
-        state = {name: tensor.to("meta") for name, tensor in state.items()}
-        x = torch.zeros(input_shape, device="meta")
         try:
             with torch.no_grad():
-                return torch.func.functional_call(runner, state, (x,))
+                return without_data(self).trunk(torch.zeros(input_shape, device="meta"))
         except (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError):
             pass  # tensors that are no buffers, operators without shapes: compute it
         try:
@@ -120,7 +118,7 @@ class Encoder(nn.Module):
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             raise UserError(
                 f"encoder {self.name} does not take images of {input_shape[-1]} pixels with"
-                f" {input_shape[1]} channels ({str(error).splitlines()[0]}); set"
+                f" {input_shape[1]} channels ({reason(error)}); set"
                 " data.augmentation.image_size to a size it takes"
             ) from error
 
@@ -168,16 +166,14 @@ class Encoder(nn.Module):
         return {f"net.{name}": number for name, number in depths.items()}
 
 
-class Trunk(nn.Module):
-    """An encoder's trunk as a module, to be run without data."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.net = encoder.net
-        self.run = [encoder.trunk]  # in a list: not a child
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run[0](x)
+def without_data(module: nn.Module) -> nn.Module:
+    """A copy of a module with the shapes of its tensors only; what it caches stays in the copy."""
+    tensors: dict[int, Tensor] = {}
+    for parameter in module.parameters():
+        tensors[id(parameter)] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    for buffer in module.buffers():
+        tensors[id(buffer)] = buffer.to("meta")
+    return deepcopy(module, tensors)
 
 
 @contextmanager

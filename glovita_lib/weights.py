@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glovita_lib.plugins import reason
 from glovita_lib.spec import UserError
 
 WRAPPERS = ("ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model", "teacher")
@@ -109,9 +110,7 @@ def read_torch(path: Path) -> Any:
             " torch.save(state_dict, path) or as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f'weights = "{path}": not a whole torch file ({str(error).splitlines()[0]})'
-        ) from error
+        raise UserError(f'weights = "{path}": not a whole torch file ({reason(error)})') from error
 
 
 # -------------------------------------------------------------------- by name
@@ -256,17 +255,3 @@ def rename_by_order(tensors: Tensors, target: Target, path: str | Path) -> Tenso
             )
     pairs = zip(ours, theirs, strict=False)
     return {our_name: their for (our_name, _), (_, their) in pairs}
-
-
-def load_strict(model: nn.Module, tensors: Tensors, *, source: str) -> None:
-    """Load a checkpoint's own tensors into the model of its spec, names and shapes all equal.
-
-    Raises:
-        UserError: with a table of the differences; `source` opens it.
-    """
-    state = model.state_dict()
-    found = compare(tensors, state)
-    found.missing += [n for n in state if n.endswith(COUNTER) and n not in tensors]
-    if found:
-        raise UserError(f"{source} is of another model:\n{found.table()}")
-    model.load_state_dict(tensors)

@@ -1,0 +1,187 @@
+"""The whole model: every family trains a step, saves and reloads strictly; frozen parts stay."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glovita_lib.model import Model, build_model, count_parameters
+from glovita_lib.spec import UserError
+from glovita_lib.spec_heads import ClassificationHead, CustomHead, RegressionHead
+from glovita_lib.spec_model import Model as ModelSpec
+from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_peft import FullFinetuning, LinearProbing
+
+
+def make(encoder, *, peft=None, head=None, method=None, size=64, outputs=3, channels=3) -> Model:
+    torch.manual_seed(0)
+    return build_model(
+        ModelSpec(
+            encoder=encoder, head=head or ClassificationHead(), feature_aggregation_method=method
+        ),
+        peft or FullFinetuning(),
+        outputs=outputs,
+        channels=channels,
+        image_size=size,
+        load_weights=False,
+    )
+
+
+def timm_spec(name: str, **model_kwargs) -> TimmEncoder:
+    return TimmEncoder(type=name, pretrained=False, model_kwargs=model_kwargs)
+
+
+def tv_spec(name: str, **model_kwargs) -> TorchvisionEncoder:
+    return TorchvisionEncoder(type=name, pretrained=False, model_kwargs=model_kwargs)
+
+
+FAMILIES = [
+    tv_spec("convnext_tiny"),
+    tv_spec("vgg11", init_weights=False),
+    tv_spec("mobilenet_v3_small"),
+    tv_spec("resnet18"),
+    tv_spec("vit_b_16"),
+    tv_spec("swin_t"),
+    timm_spec("vit_tiny_patch16_224", depth=2),
+    timm_spec("vit_small_patch16_dinov3", depth=2),
+    timm_spec("swin_tiny_patch4_window7_224", depths=[1, 1, 1, 1]),
+    timm_spec("convnext_atto"),
+    timm_spec("resnet18"),
+    timm_spec("vit_base_patch16_siglip_224", depth=1),
+    timm_spec("mobilenetv3_small_100"),
+    timm_spec("efficientnet_lite0"),
+]
+
+
+@pytest.mark.parametrize("spec", FAMILIES, ids=lambda s: f"{type(s).__name__}-{s.type}")
+def test_trains_a_step_saves_and_reloads_strictly(spec, tmp_path: Path) -> None:
+    model = make(spec)
+    assert {name.split(".")[0] for name in model.state_dict()} == {"encoder", "head"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    F.cross_entropy(model(x), y).backward()
+    unread = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unread  # DDP would wait for them
+    optimizer.step()
+    assert any(not torch.equal(before[n], p) for n, p in model.encoder.named_parameters("encoder"))
+    assert not torch.equal(before["head.linear.weight"], model.head.linear.weight)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    assert list(model.state_dict()) == keys
+    again = make(spec)
+    again.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True), strict=True)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("vit_base_patch16_siglip_224", "avg"),  # its attention pooling is not read
+        ("convnext_atto", "sum"),  # nor its norm behind the mean
+        ("vit_small_patch16_dinov3", "joint"),
+        ("vit_tiny_patch16_224", "mean_all"),
+    ],
+)
+def test_what_no_gradient_reaches_is_frozen(name: str, method: str) -> None:
+    spec = timm_spec(name) if name == "convnext_atto" else timm_spec(name, depth=1)
+    model = make(spec, method=method).train()
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    flags = {n: (p.requires_grad, p.grad is not None) for n, p in model.named_parameters()}
+    assert all(trains == reached for trains, reached in flags.values())
+    model.eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert model.embed(x, "pooled").shape == (2, model.encoder.pooled_width)  # still there
+    torch.testing.assert_close(model.head(model.embed(x, method)), model(x))
+
+
+def test_linear_probing_leaves_the_encoder_alone() -> None:
+    """BatchNorm statistics and dropout too, and nothing of it is recorded."""
+    model = make(timm_spec("mobilenetv3_small_100", drop_rate=0.5), peft=LinearProbing(), size=32)
+    before = {k: v.clone() for k, v in model.encoder.state_dict().items()}
+    model.train()
+    assert model.head.training and not any(m.training for m in model.encoder.modules())
+    x = torch.randn(4, 3, 32, 32)
+    features = model.features(x)
+    assert not features.pooled.requires_grad
+    loss = model(x).sum()
+    loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    assert all(torch.equal(before[k], v) for k, v in model.encoder.state_dict().items())
+    assert all(p.grad is None for p in model.encoder.parameters())
+    assert model.head.linear.weight.grad is not None
+    for same in (model.eval(), deepcopy(model).eval()):  # an average of the weights is a copy
+        assert same.train().head.training and not same.encoder.training
+
+
+def test_compiling_keeps_the_keys() -> None:
+    model = make(timm_spec("test_vit"), size=32)
+    keys = list(model.state_dict())
+    model.compile(backend="eager")
+    out = model(torch.randn(2, 3, 32, 32))
+    assert out.shape == (2, 3) and list(model.state_dict()) == keys
+
+
+def test_initial_weights_follow_from_the_seed() -> None:
+    one, two = make(timm_spec("resnet18"), size=32), make(timm_spec("resnet18"), size=48)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_counts() -> None:
+    model = make(timm_spec("resnet18"), peft=LinearProbing(), size=32)
+    counts = count_parameters(model)
+    assert counts.head == counts.trainable == 512 * 3 + 3
+    assert counts.encoder == sum(p.numel() for p in model.encoder.parameters())
+    assert counts.total == counts.encoder + counts.head
+    assert "(encoder 11,176,512, head 1,539), 1,539 of them train (0.0138 %)" in str(counts)
+
+
+def test_one_channel_and_one_sample_and_one_class() -> None:
+    model = make(timm_spec("test_vit"), size=32, outputs=1, channels=1)
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 1)
+
+
+def test_regression_checks_its_targets() -> None:
+    with pytest.raises(UserError, match="out_dim = 2"):
+        make(timm_spec("test_vit"), head=RegressionHead(out_dim=2), size=32)
+
+
+def test_a_method_that_the_encoder_cannot_serve() -> None:
+    with pytest.raises(UserError, match="resnet18 has no CLS token; valid: avg"):
+        make(timm_spec("resnet18"), method="cls_token", size=32)
+
+
+class TokenHead(nn.Module):
+    """Takes raw features and gives an auxiliary loss where it knows the targets."""
+
+    consumes = "features"
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, features, targets: Tensor | None = None):
+        logits = self.linear(features.tokens).amax(1)
+        if targets is None:
+            return logits
+        return {"logits": logits, "aux": F.cross_entropy(logits, targets)}
+
+
+def token_head(*, width: int, outputs: int) -> nn.Module:
+    return TokenHead(width, outputs)
+
+
+def test_a_head_on_raw_features() -> None:
+    head = CustomHead(target="tests.test_model:token_head")
+    model = make(timm_spec("mobilenetv3_small_100"), head=head)
+    x = torch.randn(2, 3, 64, 64)
+    assert model(x).shape == (2, 3)  # token width 576, not the 1024 of the pooled vector
+    out = model(x, torch.tensor([0, 1]))
+    out["aux"].backward()
+    flags = {n: (p.requires_grad, p.grad is not None) for n, p in model.named_parameters()}
+    assert all(trains == reached for trains, reached in flags.values())
