@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from glovita_lib import (  # the last three register builders
@@ -141,15 +142,20 @@ def some_of(split: Split, count: int, seed: int) -> Split:
     return subset(split, np.sort(rows))
 
 
-def restore(path: Path, ranks: dist.Ranks) -> Experiment:
-    """The experiment that wrote a checkpoint, with its trained weights.
+def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
+    """The model of a checkpoint with its own transforms, to be asked as `root` says: data, batches,
+    metrics, intervals and plots are those of the present spec.
 
     Raises:
-        UserError: no such file, not a checkpoint of glovita, or one of another version's model.
+        UserError: no such file, not a checkpoint of glovita, or of another model.
     """
     saved = checkpoint.load(path, map_location="cpu")
-    root, facts = spec_of(saved, path), facts_of(saved, path)
-    experiment = assemble(root, facts, ranks, load_weights=False)
+    own, facts = spec_of(saved, path), facts_of(saved, path)
+    size = root.dataloading.eval_batch_size or root.dataloading.batch_size
+    facts = replace(facts, eval_batch_size=size, metrics=root.task.metrics or facts.metrics)
+    task = replace(own.task, bootstrap=root.task.bootstrap, result_plot=root.task.result_plot)
+    own = replace(own, data=root.data, dataloading=root.dataloading, task=task)
+    experiment = assemble(own, facts, ranks, load_weights=False)
     checkpoint.load_model(experiment.model, trained_weights(saved), path)
     return experiment
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -136,6 +137,18 @@ class SupervisedObjective:
         return (
             logits.sigmoid() if self.subtask == "multilabel" else logits * self.scale + self.shift
         )
+
+    def losses_of(self, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Loss (N,) of given scores (N, K), for scores that no single model gave."""
+        device = self.shift.device
+        score = torch.from_numpy(scores).to(device)
+        if self.subtask == "multiclass":
+            logits = score.clamp_min(1e-12).log()  # softmax of it is the score again
+        else:
+            logits = (score - self.shift) / self.scale
+            logits = score.logit(1e-7) if self.subtask == "multilabel" else logits
+        wanted = self.standardized(torch.from_numpy(targets).to(device))
+        return self.plain(logits, wanted).cpu().numpy()
 
 
 Objective = SupervisedObjective

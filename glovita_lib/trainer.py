@@ -89,7 +89,7 @@ class Trainer:
             model.compile()
         self.parallel = dist.wrap(model, ranks, training.ddp_find_unused_parameters)
         self.state = State()
-        self.meter = Meter()
+        self.meter, self.epoch_meter = Meter(), Meter()
         self.first_bad = torch.tensor(-1, device=ranks.device)  # batch whose loss was not finite
 
     # ------------------------------------------------------------------ the loop
@@ -108,6 +108,7 @@ class Trainer:
         state = self.state
         self.model.train()
         self.meter.read()
+        self.epoch_meter.read()
         bar = Bar(f"epoch {state.epoch + 1}", self.batches, state.batch, shown=self.ranks.is_main)
         for batch in self.train_loader.epoch(state.epoch, state.batch):
             self.train_batch(batch.to(self.ranks.device))
@@ -152,7 +153,7 @@ class Trainer:
         if state.step % self.spec.log_every == 0:
             self.check_finite()
             record = {"event": "step", "epoch": state.epoch, "step": state.step, **self.means()}
-            record |= self.vitals()
+            record |= self.vitals(self.meter)
             bar.show(loss=record["train_loss"], lr=record["lr"])
             self.log(record)
         if every and state.step % every == 0 and state.batch < self.batches:
@@ -164,7 +165,7 @@ class Trainer:
         self.check_finite()
         state = self.state
         record = {"event": "epoch", "epoch": state.epoch, "step": state.step, **self.means()}
-        record |= self.vitals()
+        record |= self.vitals(self.epoch_meter)
         if self.val_loader is not None:
             record |= self.validate()
         is_best = self.judge(record)
@@ -207,7 +208,8 @@ class Trainer:
             total = state.sums.get(name)
             state.sums[name] = value * samples if total is None else total + value * samples
         state.samples += samples
-        self.meter.add(samples * self.ranks.world)
+        for meter in (self.meter, self.epoch_meter):
+            meter.add(samples * self.ranks.world)
         bad = torch.isfinite(loss).logical_not() & (self.first_bad < 0)
         self.first_bad = torch.where(bad, state.batch, self.first_bad)
 
@@ -240,11 +242,11 @@ class Trainer:
         sums = dist.all_mean(self.ranks, sums)
         return {f"train_{name}": float(value) for name, value in zip(names, sums, strict=True)}
 
-    def vitals(self) -> Record:
+    def vitals(self, meter: Meter) -> Record:
         """Learning rate of the last update, samples per second, peak memory in MiB."""
         return {
             "lr": self.schedule(self.state.step - 1),
-            "samples_per_s": self.meter.read(),
+            "samples_per_s": meter.read(),
             "memory_mb": dist.peak_memory_mb(self.ranks.device),
         }
 

@@ -1,0 +1,201 @@
+"""Mode infer: predictions and metrics of trained checkpoints, with the transforms of training."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from glovita_lib import dist, files
+from glovita_lib.datasets import Data, Split
+from glovita_lib.evaluation import Predictions
+from glovita_lib.experiment import Experiment, read_data, restore, some_of
+from glovita_lib.facts import Facts
+from glovita_lib.progress import say, table
+from glovita_lib.results import summary_lines, write_predictions, write_results
+from glovita_lib.rundir import RunDir, locate
+from glovita_lib.spec import Loaded, UserError, changed_keys
+from glovita_lib.spec_data import GenericImageData
+from glovita_lib.spec_root import Root
+from glovita_lib.unlabelled import build_unlabelled
+
+
+def run(loaded: Loaded, *, dry_run: bool) -> None:
+    """Predict a split, or new images, with one checkpoint or an explicit ensemble.
+
+    A dry run predicts one batch with every member and writes nothing.
+    """
+    with dist.session() as ranks:
+        infer(loaded, ranks, dry_run=dry_run)
+
+
+def infer(loaded: Loaded, ranks: dist.Ranks, *, dry_run: bool) -> None:
+    """Predictions of every member, their mean, and what is written about it."""
+    root = loaded.root
+    paths = dist.main_decides(ranks, lambda: member_paths(loaded))
+    first = restore(paths[0], root, ranks)
+    name, split = wanted_split(root, first.facts, ranks)
+    if dry_run:
+        split = some_of(split, first.facts.eval_batch_size, root.seed)
+    members: list[Predictions] = []
+    for path in paths:
+        member = first if path == paths[0] else restore(path, root, ranks)
+        check_same_outputs(first.facts, paths[0], member.facts, path)
+        predictions = member.predict(split)
+        if predictions is not None:
+            members.append(predictions)
+            say(f"predicted {len(split):,} samples of {name} with {path}")
+    if ranks.is_main and not dry_run:
+        predictions = mean_of(members, first)
+        write(output_folder(loaded), name, split, predictions, first)
+
+
+# ---------------------------------------------------------------------- which checkpoints
+
+
+def member_paths(loaded: Loaded) -> list[Path]:
+    """The checkpoints to use: those named, those of the folds named, or that of the spec's run.
+
+    Raises:
+        UserError: the run does not exist, was trained with another spec, or has seen the samples.
+    """
+    spec, data = loaded.root.infer, loaded.root.data
+    if spec.checkpoint is not None:
+        named = (spec.checkpoint,) if isinstance(spec.checkpoint, str) else spec.checkpoint
+        return [Path(name) for name in named]
+    folds = spec.folds or (data.fold,)
+    if len(folds) > 1 and spec.input is None:
+        refuse_seen_samples(loaded, folds)
+    own = locate(loaded)
+    return [member_of(RunDir(own.group / str(fold)), loaded) for fold in folds]
+
+
+def member_of(run: RunDir, loaded: Loaded) -> Path:
+    """The checkpoint of a run of this very spec."""
+    path = run.best if loaded.root.infer.use == "best" else run.last
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: train the spec first (mode = train), give the overrides it was"
+            ' trained with, or name a file with infer.checkpoint = "<path>"'
+        )
+    changes = changed_keys(files.read_json(run.config), loaded.plain)
+    if changes:
+        raise UserError(
+            f"{run.path} was trained with another spec: {'; '.join(changes[:8])}; undo the changes,"
+            f' or evaluate it with them by infer.checkpoint = "{path}"'
+        )
+    return path
+
+
+def refuse_seen_samples(loaded: Loaded, folds: tuple[int, ...]) -> None:
+    """Folds of a k-fold split have trained on each other's test samples."""
+    if msgspec.to_builtins(loaded.root.data).get("split_source") == "kfold":
+        raise UserError(
+            f"infer.folds = {list(folds)}: with split_source = kfold the folds have trained on each"
+            " other's samples, so an ensemble is for new ones: give infer.input; summary.json in"
+            " the group's directory has the pooled metrics over the folds"
+        )
+
+
+def check_same_outputs(first: Facts, first_path: Path, other: Facts, path: Path) -> None:
+    """The members of an ensemble predict the same classes.
+
+    Raises:
+        UserError: they do not.
+    """
+    if (first.subtask, first.class_names) != (other.subtask, other.class_names):
+        raise UserError(
+            f"{path} predicts {other.subtask} {', '.join(other.class_names[:8])}, but {first_path}"
+            f" {first.subtask} {', '.join(first.class_names[:8])}: members of an ensemble must"
+            " have the same classes"
+        )
+
+
+# ---------------------------------------------------------------------- which samples
+
+
+def wanted_split(root: Root, facts: Facts, ranks: dist.Ranks) -> tuple[str, Split]:
+    """The samples to predict, and what they are called in file names.
+
+    Raises:
+        UserError: there is no such split or folder, or its classes are others than the model's.
+    """
+    spec = root.infer
+    if spec.input is not None:
+        if facts.kind != "images":
+            raise UserError(
+                "infer.input takes images; for features put the file into data and name a split"
+            )
+        images = root.data if isinstance(root.data, GenericImageData) else GenericImageData()
+        split = build_unlabelled(
+            spec.input,
+            channels=facts.channels,
+            bit_depth=facts.bit_depth,
+            allowed_exts=images.allowed_exts,
+        )
+        return Path(spec.input).stem, split
+    data = read_data(root, ranks)
+    check_classes(data, facts)
+    name = spec.split or ("test" if len(data.splits.get("test") or ()) else "val")
+    if not len(data.splits.get(name) or ()):
+        there = ", ".join(name for name, split in data.splits.items() if len(split))
+        raise UserError(f"data set {data.name} has no split {name}; set infer.split to {there}")
+    return name, data.splits[name]
+
+
+def check_classes(data: Data, facts: Facts) -> None:
+    """The data's targets are those that the model predicts.
+
+    Raises:
+        UserError: they are not.
+    """
+    ours = (data.subtask, data.class_names, data.channels)
+    if ours != (facts.subtask, facts.class_names, facts.channels):
+        raise UserError(
+            f"data set {data.name} is {data.subtask} of {', '.join(data.class_names[:8])} with"
+            f" {data.channels} channels, the checkpoint was trained for {facts.subtask} of"
+            f" {', '.join(facts.class_names[:8])} with {facts.channels}; set data.class_names and"
+            " data.channels to the latter, or use infer.input to predict without labels"
+        )
+
+
+# ---------------------------------------------------------------------- results
+
+
+def mean_of(members: list[Predictions], experiment: Experiment) -> Predictions:
+    """Mean over the members of probabilities, or of regression outputs; one member stays itself.
+
+    The loss of an ensemble is that of its mean prediction.
+    """
+    if len(members) == 1:
+        return members[0]
+    scores = np.mean([member.scores.astype(np.float64) for member in members], axis=0)
+    scores = scores.astype(np.float32)
+    losses = None
+    if members[0].targets is not None:
+        losses = experiment.objective.losses_of(scores, members[0].targets)
+    return replace(members[0], scores=scores, losses=losses)
+
+
+def output_folder(loaded: Loaded) -> Path:
+    """Where the results go: as asked, else the folder infer of the spec's run directory."""
+    if loaded.root.infer.output_dir is not None:
+        return Path(loaded.root.infer.output_dir)
+    return locate(loaded).path / "infer"
+
+
+def write(
+    folder: Path, name: str, split: Split, predictions: Predictions, experiment: Experiment
+) -> None:
+    """Predictions, and of labelled samples metrics and plots too; says where they are."""
+    rows = [("predictions", str(folder / f"predictions_{name}.csv"))]
+    if predictions.targets is None:
+        write_predictions(folder / f"predictions_{name}.csv", predictions, experiment.facts)
+    else:
+        plot = experiment.root.task.result_plot != "none"
+        report = write_results(folder, name, predictions, experiment, split=split, plot=plot)
+        rows = [*summary_lines({name: report}), *rows]
+        rows.append(("metrics", str(folder / f"metrics_{name}.json")))
+        if plot:
+            rows.append(("plots", f"{folder / 'plots'}/"))
+    say(table(rows))
