@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glovita_lib.attention_pool import Plan, Weights, attention_pool, hidden_rows
+from glovita_lib.attention_chunk import Plan, Weights
+from glovita_lib.attention_pool import attention_pool, hidden_rows
 from glovita_lib.bags import Bags, Chosen, as_bags, segment_order, segment_softmax
 from glovita_lib.heads import build_head
 from glovita_lib.random_masks import Keep
