@@ -1,0 +1,318 @@
+"""The source itself: import direction, sizes, type hints, docstrings, names, ruff."""
+
+import ast
+import configparser
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGE = REPOSITORY / "glovita_lib"
+
+LAYERS = """
+    spec_docs spec_types spec_errors spec_merge spec
+
+    spec_augment spec_features spec_heads spec_lora spec_adapters spec_data spec_peft spec_model
+    spec_train spec_extract spec_umap spec_probe spec_export spec_root
+    metric_names spec_check_data spec_ignored spec_check spec_schema spec_explain
+
+    plugins files lock dist checkpoint precision rundir prediction_csv summary loggers
+
+    samples tables labels splits blocks bags readers leakage hdf5 unlabelled
+    preprocess resample augment1d augment2d augment3d randaugment mixing presets policies
+    datasets_cifar datasets_folder datasets feature_sources feature_labels
+    order held loaders windows precomputed
+
+    depth layers structure random_masks weights trunk aggregate heads
+    attention_chunk attention_pool clam mil
+    encoders_timm encoders_torchvision encoders3d encoders_video encoders encoders_features
+    lowrank targets adapter adapters lora peft model
+
+    losses weighted bootstrap classification regression metrics neighbors retrieval
+    metric_learning jepa probe features
+    facts objectives evaluation optim progress trainer
+
+    figures plot_confusion plot_curves plot_regression plot_scores plots sheets export
+
+    experiment results rehearsal run_train run_infer run_extract run_umap run_probe
+"""
+"""Every module, those still to come included; a module imports only from modules before it."""
+
+ORDER = LAYERS.split()
+
+HEAVY = {
+    "decord", "dynamic_network_architectures", "matplotlib", "mlflow", "nibabel", "onnx",
+    "onnxruntime", "pandas", "peft", "pytorchvideo", "scipy", "sklearn", "tensorboard", "timm",
+    "torchvision", "transformers", "umap", "wandb",
+}  # fmt: skip
+"""Packages that are imported only inside the function that needs them."""
+
+TORCH = {"torch", "numpy", "h5py", "tqdm", "PIL"}  # packages that no spec module imports
+FORBIDDEN_NAMES = re.compile(r"(^|_)(utils?|helpers?|common|managers?|misc|tools?)(_|$)")
+
+MODULE_LINES = 400
+FUNCTION_LINES = 60
+COLUMNS = 100
+
+MODULES = sorted(PACKAGE.glob("*.py"))
+SOURCES = [REPOSITORY / "glovita.py", *MODULES]
+EVERYTHING = [
+    *SOURCES,
+    *sorted((REPOSITORY / "tests").glob("*.py")),
+    *sorted((REPOSITORY / "benchmarks").glob("*.py")),
+]
+
+
+@cache
+def tree(path):
+    """Syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def place(path, node):
+    """File and line, for the message."""
+    return f"{path.relative_to(REPOSITORY)}:{node.lineno} {getattr(node, 'name', '')}".rstrip()
+
+
+def imports(path, nodes=None):
+    """Names that a file imports, dotted, with the statements."""
+    for node in ast.walk(tree(path)) if nodes is None else nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.module == "glovita_lib":
+                yield from ((f"glovita_lib.{alias.name}", node) for alias in node.names)
+            else:
+                yield node.module or "", node
+
+
+def own_imports(path):
+    """Modules of the package that a module imports, anywhere in it."""
+    names = {path.stem for path in MODULES}
+    found = (name.split(".")[1] for name, _ in imports(path) if name.startswith("glovita_lib."))
+    return {name for name in found if name in names}
+
+
+def functions(path):
+    """All functions of a file, nested ones and methods included."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return [node for node in ast.walk(tree(path)) if isinstance(node, kinds)]
+
+
+def public(nodes):
+    """Public classes and functions among the statements of a file or a class."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    return [node for node in nodes if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def public_functions(path):
+    """Public functions of a file and public methods of its public classes."""
+    for node in public(tree(path).body):
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        else:
+            yield from (method for method in public(node.body) if not is_autograd(method))
+
+
+def is_autograd(method):
+    """Whether a method has the signature that torch.autograd.Function prescribes."""
+    arguments = method.args.args
+    return bool(arguments) and arguments[0].arg == "ctx"
+
+
+def report(problems):
+    """All problems in one message."""
+    problems = list(problems)
+    assert not problems, "\n" + "\n".join(problems)
+
+
+# ---------------------------------------------------------------- imports
+
+
+def test_every_module_has_one_place_in_the_order():
+    assert len(set(ORDER)) == len(ORDER)
+    report(
+        f"{path.stem}: give it its place in ORDER"
+        for path in MODULES
+        if path.stem not in ORDER and path.stem != "__init__"
+    )
+
+
+def test_imports_point_to_modules_that_stand_before():
+    rank = {name: index for index, name in enumerate(ORDER)}
+    report(
+        f"{path.stem} imports {name}, which stands after it"
+        for path in MODULES
+        for name in sorted(own_imports(path))
+        if path.stem in rank and name in rank and rank[name] >= rank[path.stem]
+    )
+
+
+def test_no_import_goes_in_a_circle():
+    graph = {path.stem: own_imports(path) for path in MODULES}
+    left = dict(graph)
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    report(f"{name} is in, or depends on, a circle with {needs}" for name, needs in left.items())
+
+
+def test_spec_modules_are_free_of_torch_and_numpy():
+    specs = [REPOSITORY / "glovita.py", *(p for p in MODULES if p.stem.startswith("spec"))]
+    specs.append(PACKAGE / "metric_names.py")
+    report(
+        f"{place(path, node)}: {name}"
+        for path in specs
+        for name, node in imports(path)
+        if name.partition(".")[0] in TORCH | HEAVY
+    )
+    light = {path.stem for path in specs}
+    report(
+        f"{path.stem} imports {name}"
+        for path in specs[1:]
+        for name in own_imports(path)
+        if name not in light
+    )
+
+
+def test_heavy_packages_are_imported_where_they_are_needed():
+    report(
+        f"{place(path, node)}: {name} at the top of the module"
+        for path in SOURCES
+        for name, node in imports(path, tree(path).body)
+        if name.partition(".")[0] in HEAVY
+    )
+
+
+def test_no_star_imports_and_no_postponed_annotations_in_specs():
+    report(
+        place(path, node)
+        for path in EVERYTHING
+        for name, node in imports(path)
+        if isinstance(node, ast.ImportFrom)
+        and (
+            any(alias.name == "*" for alias in node.names)
+            or (name == "__future__" and path.stem.startswith("spec"))
+        )
+    )
+
+
+# ---------------------------------------------------------------- sizes and names
+
+
+def test_modules_and_functions_are_short():
+    long = [
+        f"{path.relative_to(REPOSITORY)}: {count} lines, at most {MODULE_LINES}"
+        for path in SOURCES
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > MODULE_LINES
+    ]
+    long += [
+        f"{place(path, node)}: {node.end_lineno - node.lineno + 1} lines, at most {FUNCTION_LINES}"
+        for path in SOURCES
+        for node in functions(path)
+        if node.end_lineno - node.lineno + 1 > FUNCTION_LINES
+    ]
+    report(long)
+
+
+def test_lines_are_short():
+    report(
+        f"{path.relative_to(REPOSITORY)}:{number}: {len(line)} columns"
+        for path in EVERYTHING
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > COLUMNS
+    )
+
+
+def test_modules_are_named_after_what_they_hold():
+    report(path.name for path in EVERYTHING if FORBIDDEN_NAMES.search(path.stem))
+
+
+def test_nothing_is_left_undone():
+    marks = re.compile(r"#.*\b(TODO|FIXME|XXX|HACK)\b")
+    report(
+        f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()}"
+        for path in SOURCES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if marks.search(line)
+    )
+
+
+# ---------------------------------------------------------------- hints and docstrings
+
+
+def test_public_functions_have_type_hints():
+    problems = []
+    for path in SOURCES:
+        for node in public_functions(path):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [
+                argument.arg
+                for argument in arguments
+                if argument.annotation is None and argument.arg not in ("self", "cls")
+            ]
+            if node.returns is None:
+                bare.append("the result")
+            if bare:
+                problems.append(f"{place(path, node)}: {', '.join(bare)}")
+    report(problems)
+
+
+def test_modules_and_public_functions_and_classes_have_docstrings():
+    problems = [
+        f"{path.relative_to(REPOSITORY)}: the module"
+        for path in EVERYTHING
+        if not ast.get_docstring(tree(path)) and path.stem != "__init__"
+    ]
+    problems += [
+        place(path, node)
+        for path in SOURCES
+        for node in public(tree(path).body)
+        if not ast.get_docstring(node)
+    ]
+    report(problems)
+
+
+def test_every_field_of_a_struct_has_a_docstring():
+    problems = []
+    for path in (p for p in MODULES if p.stem.startswith("spec")):
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef) and is_struct(node):
+                problems += [f"{place(path, field)}: {node.name}" for field in undocumented(node)]
+    report(problems)
+
+
+def is_struct(node):
+    """Whether a class of a spec module is a Struct: it is tagged, or built on one."""
+    bases = {ast.unparse(base) for base in node.bases}
+    return bool(node.keywords or bases & {"Spec", "BaseData"} or "Option" in bases)
+
+
+def undocumented(node):
+    """Fields of a class without a string below them."""
+    for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign) or "ClassVar" in ast.unparse(field.annotation):
+            continue
+        if not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)):
+            yield field
+
+
+# ---------------------------------------------------------------- ruff
+
+
+def test_ruff_finds_nothing():
+    pytest.importorskip("ruff")
+    settings = configparser.ConfigParser()
+    settings.read(REPOSITORY / "setup.cfg")
+    command = [
+        sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache",
+        "--output-format=concise", "--target-version=py311",
+        f"--line-length={settings['ruff']['line-length']}",
+        f"--select={settings['ruff']['select']}", *map(str, EVERYTHING),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, "\n" + result.stdout + result.stderr
