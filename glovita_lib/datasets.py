@@ -4,20 +4,27 @@ M samples of a whole data set.
 """
 
 import importlib
-from functools import singledispatch
 
 import numpy as np
 
+from glovita_lib import datasets_cifar, datasets_folder  # noqa: F401  register their builders
 from glovita_lib.dist import mix
-from glovita_lib.samples import ArraySource, Data, Source, Split, subset
+from glovita_lib.samples import (
+    ArraySource,
+    Data,
+    Source,
+    Split,
+    read_data,
+    refuse_fold,
+    subset,
+)
 from glovita_lib.spec import UserError
 from glovita_lib.spec_data import BaseData, CustomData, DigitsData
-from glovita_lib.splits import draw, strata
+from glovita_lib.splits import FRACTION, VAL, draw, strata
+from glovita_lib.unlabelled import build_unlabelled
 
-__all__ = ["Data", "Source", "Split", "build_data"]
+__all__ = ["Data", "Source", "Split", "build_data", "build_unlabelled", "read_data"]
 
-# Streams of the seed, so that one draw does not depend on another.
-VAL, FRACTION = 1, 2
 DIGITS_TEST_SEED = 0
 
 
@@ -42,30 +49,13 @@ def build_data(spec: BaseData, *, seed: int) -> Data:
     return data
 
 
-@singledispatch
-def read_data(spec: BaseData, *, seed: int) -> Data:
-    """The whole data set of a spec, before data_fraction."""
-    raise TypeError(f"no builder for {type(spec).__name__}")
-
-
 def cut(train: Split, spec: BaseData, subtask: str, seed: int) -> Split:
     """The share data_fraction of the train split; a smaller share of the same seed is taken from
     the same random order."""
     count = max(1, round(len(train) * spec.data_fraction))
-    labels = strata_of(train.targets, subtask, spec.stratified)
+    labels = strata(train.targets, subtask, kept=spec.stratified)
     rows, _ = draw(labels, count, seed=mix(seed, FRACTION), keep="drawn")
     return subset(train, rows)
-
-
-def strata_of(targets: np.ndarray, subtask: str, stratified: bool) -> np.ndarray:
-    """Strata of the targets, or a single one."""
-    return strata(targets, subtask) if stratified else np.zeros(len(targets), np.int64)
-
-
-def refuse_fold(spec: BaseData, why: str) -> None:
-    """Refuse a fold of a data set that has none, instead of training the same split again."""
-    if spec.fold:
-        raise UserError(f"data.fold = {spec.fold}, but {why}: only fold 0 exists")
 
 
 # ---------------------------------------------------------------------- digits

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from glovita_lib.dist import Ranks, mix
-from glovita_lib.held import hold, to_device
+from glovita_lib.held import hold, shortened, to_device
 from glovita_lib.order import EvalOrder, TrainOrder
 from glovita_lib.samples import Source, Split
 from glovita_lib.spec import UserError
@@ -125,8 +125,10 @@ def build_loader(
     """Loader of a split on this rank, with the split decoded in memory if it fits.
 
     Raises:
-        UserError: nothing to train on, or (listed together) samples that cannot be read.
+        UserError: nothing to train on, or (listed together) samples that cannot be read or are
+            too small for the crop.
     """
+    check_sizes(split, fit)
     order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
     first, end = (0, len(split)) if train else order.shard
     source, fitted = split.source, False
@@ -138,6 +140,29 @@ def build_loader(
         fitted = source.fitted
     maker = Maker(source, first if held else 0, split.targets, fit, seed, ranks.rank, fitted)
     return Loader(split, order, maker, spec, held=held, device=ranks.device)
+
+
+def check_sizes(split: Split, fit: Fit) -> None:
+    """Refuse images that are too small for the crop before anything is decoded.
+
+    Raises:
+        UserError: the images and why.
+    """
+    sizes = getattr(split.source, "sizes", None)
+    if sizes is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    try:
+        fit.boxes(sizes, generator)
+        return
+    except UserError:
+        lines = []
+    for identity, size in zip(split.ids, sizes, strict=True):
+        try:
+            fit.boxes(size[None], generator)
+        except UserError as error:
+            lines.append(f"{identity}: {error}")
+    raise UserError(shortened(lines))
 
 
 def build_order(

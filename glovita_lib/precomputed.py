@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from glovita_lib.datasets import read_data
 from glovita_lib.feature_labels import (
     Collection,
     encode,
@@ -20,7 +19,7 @@ from glovita_lib.feature_sources import FileBags, check_bags, open_folder
 from glovita_lib.files import read_json
 from glovita_lib.hdf5 import Keys, check_finite, open_features
 from glovita_lib.loaders import cores
-from glovita_lib.samples import Data, Split
+from glovita_lib.samples import Data, Split, read_data
 from glovita_lib.spec import UserError
 from glovita_lib.spec_features import PrecomputedData
 from glovita_lib.splits import fold_splits, folds, strata

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import IO
 
@@ -33,6 +34,7 @@ from glovita_lib.spec import UserError
 ORIENTATION = 0x0112  # EXIF tag
 STRIP_TAGS = ((273, 279), (324, 325))  # TIFF tags: offsets and byte counts of strips, of tiles
 BITS_TAG = 258  # TIFF tag: bits per sample
+FILE_THREADS = 8  # file systems answer several readers faster than one, whatever the cores
 TAIL = 4096  # bytes at the end of a JPEG where its end marker may be
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda a: a[:, ::-1],
@@ -340,3 +342,8 @@ class FileSource:
 
     def nbytes(self) -> int:
         return int(self.sizes.prod(1).sum()) * self.channels * self.bit_depth // 8
+
+    def select(self, rows: np.ndarray) -> "FileSource":
+        part = copy(self)
+        part.paths, part.sizes = self.paths[rows], self.sizes[rows]
+        return part

@@ -4,11 +4,13 @@ B batch, C channels, H W pixels, N samples of a split, K classes or targets.
 """
 
 from dataclasses import dataclass, field
+from functools import singledispatch
 from typing import Protocol
 
 import numpy as np
 
-from glovita_lib.spec_data import Subtask
+from glovita_lib.spec import Spec, UserError
+from glovita_lib.spec_data import BaseData, Subtask
 
 
 class Source(Protocol):
@@ -17,8 +19,7 @@ class Source(Protocol):
     A source of samples that are not images (bags of features, volumes) has one more method,
     `collate(samples) -> inputs`: it makes of a list of fetched samples what a batch holds as
     `inputs`, a tensor or an object with `to(device, non_blocking=...)` and `pin_memory()`. Its
-    samples may be of any type, reach no image augmentation and are held in memory as they are. Such
-    a source also has `select(rows) -> Source`, the source of some of its samples.
+    samples may be of any type, reach no image augmentation and are held in memory as they are.
     """
 
     uniform: tuple[int, ...] | None
@@ -34,6 +35,9 @@ class Source(Protocol):
 
     def nbytes(self) -> int:
         """Size of the whole split, decoded, in bytes."""
+
+    def select(self, rows: np.ndarray) -> "Source":
+        """The source of these rows, in this order."""
 
 
 @dataclass(slots=True)
@@ -75,6 +79,23 @@ class Data:
         return len(self.class_names)
 
 
+@singledispatch
+def read_data(spec: Spec, *, seed: int) -> Data:
+    """The whole data set of a spec, before data_fraction; one registered function a Struct of the
+    union in spec_data, in a module that datasets.py imports.
+
+    Raises:
+        UserError: what is missing, broken or contradictory, all of a kind at once.
+    """
+    raise TypeError(f"no builder for {type(spec).__name__}")
+
+
+def refuse_fold(spec: BaseData, why: str) -> None:
+    """Refuse a fold of a data set that has none, instead of training the same split again."""
+    if spec.fold:
+        raise UserError(f"data.fold = {spec.fold}, but {why}: only fold 0 exists")
+
+
 @dataclass(frozen=True, slots=True)
 class ArraySource:
     """Samples that are in memory already; several splits may share one array."""
@@ -93,37 +114,15 @@ class ArraySource:
         size = int(np.prod(self.samples.shape[1:])) * self.samples.itemsize
         return size * len(self.rows)
 
+    def select(self, rows: np.ndarray) -> "ArraySource":
+        return ArraySource(self.samples, self.rows[rows])
+
 
 def subset(split: Split, rows: np.ndarray) -> Split:
     """The split of these rows, in this order."""
     return Split(
         ids=[split.ids[row] for row in rows],
         targets=None if split.targets is None else split.targets[rows],
-        source=select(split.source, rows),
+        source=split.source.select(rows),
         groups=None if split.groups is None else [split.groups[row] for row in rows],
     )
-
-
-def select(source: Source, rows: np.ndarray) -> Source:
-    """Some rows of a source, by its own method `select` where it has one."""
-    own = getattr(source, "select", None)
-    return RowsSource(source, rows) if own is None else own(rows)
-
-
-@dataclass(frozen=True, slots=True)
-class RowsSource:
-    """Some rows of another source."""
-
-    whole: Source
-    rows: np.ndarray  # (N,) rows of `whole`
-
-    @property
-    def uniform(self) -> tuple[int, ...] | None:
-        return self.whole.uniform
-
-    def fetch(self, rows: np.ndarray) -> np.ndarray | list[np.ndarray]:
-        return self.whole.fetch(self.rows[rows])
-
-    def nbytes(self) -> int:
-        whole = max(len(self.rows), int(self.rows.max(initial=0)) + 1)
-        return self.whole.nbytes() * len(self.rows) // whole

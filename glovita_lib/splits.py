@@ -8,16 +8,19 @@ import numpy as np
 
 from glovita_lib.spec import UserError
 
+# Streams of the seed, so that one draw does not depend on another.
+VAL, FRACTION, FOLDS = 1, 2, 3
 
-def strata(targets: np.ndarray, subtask: str, *, bins: int = 10) -> np.ndarray:
-    """Stratum (N,) int64 of each sample.
+
+def strata(targets: np.ndarray, subtask: str, *, kept: bool = True, bins: int = 10) -> np.ndarray:
+    """Stratum (N,) int64 of each sample; all in one stratum where proportions are not `kept`.
 
     multiclass: the class. multilabel: the rarest of the sample's labels, which is the one a split
     most easily loses. regression: the quantile bin of the target, of the mean standardised target
     if there are several; at least 5 samples a bin.
     """
-    if not len(targets):
-        return np.zeros(0, np.int64)
+    if not kept or not len(targets):
+        return np.zeros(len(targets), np.int64)
     if subtask == "multiclass":
         return targets.astype(np.int64)
     if subtask == "multilabel":

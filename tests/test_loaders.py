@@ -1,7 +1,6 @@
 """Loaders: order, ranks, resume, memory against workers, errors."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,12 +78,12 @@ def digits(count=50):
     return split_of(ArraySource(DIGITS, np.arange(count)), count)
 
 
-def loader_of(split, spec=HELD, *, train=True, rank=0, world=1, seed=3, batch_size=None):
+def loader_of(split, spec=HELD, *, train=True, rank=0, world=1, seed=3, batch_size=None, fit=None):
     ranks = Ranks(rank, world, rank, CPU)
     return build_loader(
         split,
         spec,
-        fit=CornerFit(),
+        fit=fit or CornerFit(),
         train=train,
         seed=seed,
         ranks=ranks,
@@ -324,7 +323,35 @@ def test_dead_and_slow_workers_are_user_errors(hangs, said, monkeypatch):
         list(loader.epoch(0))
 
 
-def test_the_memory_limit_counts_the_shard_of_a_rank(tmp_path: Path):
+@dataclass(frozen=True)
+class SizedSource(RaggedSource):
+    """Digits whose heights, 4 to 8, are known before they are decoded."""
+
+    @property
+    def sizes(self):
+        return np.array([(4 + row % 5, 8) for row in range(self.count)])
+
+
+@dataclass(frozen=True)
+class PickyFit(CornerFit):
+    """Refuses images lower than 5 pixels."""
+
+    def boxes(self, sizes, generator):
+        if (np.asarray(sizes)[:, 0] < 5).any():
+            raise UserError("an image is smaller than the crop")
+        return super().boxes(sizes, generator)
+
+
+def test_images_that_are_too_small_are_named_before_decoding():
+    split = split_of(SizedSource(12, broken=(1,)), 12)
+    with pytest.raises(UserError) as caught:
+        loader_of(split, fit=PickyFit())
+    assert str(caught.value).splitlines() == [
+        f"{identity}: an image is smaller than the crop" for identity in (0, 5, 10)
+    ]
+
+
+def test_the_memory_limit_counts_the_shard_of_a_rank():
     wide = np.zeros((40, 1, 256, 256), np.uint8)  # 2.5 MiB
     split = split_of(ArraySource(wide, np.arange(40)), 40)
     spec = Dataloading(in_memory_mb=2, num_workers=0)
