@@ -1,0 +1,102 @@
+"""Multiple-instance heads besides CLAM: attention pooling, mean and max over the instances.
+
+B bags, M instances of all bags, D width, K classes or targets.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glovita_lib.bags import Bags, as_bags, segment_max, segment_pool, segment_softmax
+from glovita_lib.clam import AttentionPool
+from glovita_lib.heads import build_head
+from glovita_lib.spec_heads import AbmilHead, MaxMilHead, MeanMilHead
+
+NORM_EPS = 1e-6  # as CLAM's default
+
+
+class Abmil(nn.Module):
+    """logits = W sum_i alpha_i h_i + b, with the (gated) attention of Ilse, Tomczak, Welling, ICML
+    2018; see `attention_pool`."""
+
+    consumes = "features"
+
+    def __init__(self, spec: AbmilHead, *, width: int, outputs: int) -> None:
+        super().__init__()
+        self.pool = AttentionPool(
+            width,
+            hidden=spec.hidden,
+            attention=spec.attention,
+            branches=1,
+            gated=spec.gate,
+            dropout=spec.dropout,
+            norm_eps=NORM_EPS if spec.feature_prep else None,
+            unit_length=False,
+            attn_drop=0.0,
+        )
+        self.classifier = nn.Linear(spec.hidden, outputs)
+
+    def forward(self, inputs: Any, targets: Tensor | None = None) -> dict[str, Any]:
+        """What `as_bags` takes -> "logits" (B, K), "scores" (M, 1) before the softmax, "aux" {}.
+
+        Targets are given to every head on instances; this one has no auxiliary loss for them.
+        """
+        scores, pooled, _ = self.pool(as_bags(inputs))
+        return {"logits": self.classifier(pooled.squeeze(1)), "scores": scores, "aux": {}}
+
+    def attention(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Attention of each instance, before and after the softmax over its bag: 2 x (M, 1)."""
+        bags = as_bags(inputs)
+        scores, _, _ = self.pool(bags)
+        return scores, segment_softmax(scores, bags)
+
+
+class PooledMil(nn.Module):
+    """logits = W dropout(v) + b, v the mean or the largest value per feature over a bag."""
+
+    consumes = "features"
+
+    def __init__(self, width: int, outputs: int, *, pool: str, dropout: float) -> None:
+        super().__init__()
+        self.pool = {"mean": mean_of_bags, "max": max_of_bags}[pool]
+        self.drop = nn.Dropout(dropout)
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, inputs: Any, targets: Tensor | None = None) -> Tensor:
+        """What `as_bags` takes -> logits (B, K).
+
+        Targets are given to every head on instances; this one has no auxiliary loss for them.
+        """
+        bags = as_bags(inputs)
+        return self.linear(self.drop(self.pool(bags).to(self.linear.weight.dtype)))
+
+
+def mean_of_bags(bags: Bags) -> Tensor:
+    """Mean over the instances of each bag, (B, D), at least float32."""
+    features = bags.features
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    if bags.whole.long:
+        return torch.stack([bag.mean(0, dtype=dtype) for bag in bags.split(features)])
+    shares = (1 / bags.ptr.diff().to(dtype))[bags.index]  # (M,)
+    return segment_pool(shares[:, None], features.to(dtype), bags).squeeze(1)
+
+
+def max_of_bags(bags: Bags) -> Tensor:
+    """Largest value per feature over the instances of each bag, (B, D)."""
+    return segment_max(bags.features, bags)
+
+
+@build_head.register
+def _(spec: AbmilHead, *, width: int, outputs: int) -> nn.Module:
+    return Abmil(spec, width=width, outputs=outputs)
+
+
+@build_head.register
+def _(spec: MeanMilHead, *, width: int, outputs: int) -> nn.Module:
+    return PooledMil(width, outputs, pool="mean", dropout=spec.dropout)
+
+
+@build_head.register
+def _(spec: MaxMilHead, *, width: int, outputs: int) -> nn.Module:
+    return PooledMil(width, outputs, pool="max", dropout=spec.dropout)
