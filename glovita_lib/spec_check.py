@@ -12,9 +12,11 @@ from glovita_lib import spec_check_data as data_rules
 from glovita_lib.metric_names import DEFAULT_METRICS, METRICS_OF, canonical, logged_names
 from glovita_lib.spec import Loaded, UserError, load
 from glovita_lib.spec_check_data import is_regression, known_channels, subtask_of
-from glovita_lib.spec_heads import ClassificationHead, RegressionHead
+from glovita_lib.spec_data import CustomData
+from glovita_lib.spec_features import PrecomputedData
+from glovita_lib.spec_heads import ClamHead, ClassificationHead, RegressionHead
 from glovita_lib.spec_ignored import ignored_options
-from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_model import PrecomputedEncoder, TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Supervised
 from glovita_lib.spec_types import one_of, shown
@@ -56,11 +58,13 @@ def check(root: Root) -> list[str]:
         *data_rules.RULES,
         head_fits_targets,
         head_size,
+        instances_have_classes,
         metrics_exist,
         metrics_fit_targets,
         best_metric_is_logged,
         class_weights_fit,
         classification_only_options,
+        features_have_their_encoder,
         encoder_channels,
         normalisation_fits_channels,
         encoder_arguments,
@@ -108,6 +112,13 @@ def head_size(root: Root) -> Iterator[str]:
         key, count = stated[0]
         if head.out_dim != count:
             yield f"model.head.out_dim: {head.out_dim} outputs, but {key} says {count} targets"
+
+
+def instances_have_classes(root: Root) -> Iterator[str]:
+    """Instances are labelled by the class of their bag."""
+    head = root.model.head
+    if isinstance(head, ClamHead) and head.instance_eval and is_regression(root):
+        yield "model.head.instance_eval: true needs classes, and this is a regression: drop it"
 
 
 def metrics_exist(root: Root) -> Iterator[str]:
@@ -176,9 +187,25 @@ def classification_only_options(root: Root) -> Iterator[str]:
 # ------------------------------------------------------------------ encoder
 
 
+def features_have_their_encoder(root: Root) -> Iterator[str]:
+    """Features pass by the encoder, images do not."""
+    reads_features = isinstance(root.data, PrecomputedData)
+    no_network = isinstance(root.model.encoder, PrecomputedEncoder)
+    if reads_features and not no_network:
+        yield (
+            'model.encoder.encoder_type: data.dataset = "precomputed_features" are features'
+            ' already: set it to "precomputed"'
+        )
+    if no_network and not reads_features and not isinstance(root.data, CustomData):
+        yield (
+            'model.encoder.encoder_type: "precomputed" takes features: set data.dataset to'
+            ' "precomputed_features", or name an encoder for images, e.g. "timm"'
+        )
+
+
 def encoder_channels(root: Root) -> Iterator[str]:
     """The encoder takes the channels that the data have."""
-    asked, channels = root.model.encoder.input_channels, known_channels(root.data)
+    asked, channels = input_channels(root), known_channels(root.data)
     if asked and channels and asked != channels:
         yield (
             f"model.encoder.input_channels: {asked}, but the images have {channels} channels:"
@@ -186,12 +213,17 @@ def encoder_channels(root: Root) -> Iterator[str]:
         )
 
 
+def input_channels(root: Root) -> int | None:
+    """Channels that the encoder section states."""
+    return getattr(root.model.encoder, "input_channels", None)
+
+
 def normalisation_fits_channels(root: Root) -> Iterator[str]:
     """Mean and std have a number for each channel."""
     augmentation = getattr(root.data, "augmentation", None)
     if augmentation is None:
         return
-    channels = known_channels(root.data) or root.model.encoder.input_channels
+    channels = known_channels(root.data) or input_channels(root)
     for name in ("mean", "std"):
         numbers = getattr(augmentation, name, None)
         if numbers is not None and channels and len(numbers) != channels:

@@ -7,7 +7,7 @@ from glovita_lib.spec_augment import Ops
 from glovita_lib.spec_data import Cifar10Data, Cifar100Data, DigitsData, GenericImageData, Subtask
 from glovita_lib.spec_heads import RegressionHead
 from glovita_lib.spec_root import Root
-from glovita_lib.spec_types import one_of, shown
+from glovita_lib.spec_types import shown
 
 
 def subtask_of(data: Any) -> Subtask | None:
@@ -41,7 +41,7 @@ def fold_count(data: Any) -> int | None:
     source = getattr(data, "split_source", None)
     if source == "kfold":
         return data.n_folds
-    return 1 if source in ("subdirs", "files", "csv") else None
+    return 1 if source in ("subdirs", "column", "files", "csv") else None
 
 
 def stated_outputs(data: Any) -> list[tuple[str, int]]:
@@ -104,6 +104,11 @@ def labels_fit_subtask(root: Root) -> Iterator[str]:
             f'data.label_source: "folder" gives each image one class, not {subtask} targets: use'
             ' "csv" or "json"'
         )
+    if data.split_source == "column" and data.label_source != "csv":
+        yield (
+            f'data.split_source: "column" needs data.label_source = "csv", not'
+            f" {shown(data.label_source)}"
+        )
     columns = data.label_column
     if data.label_source == "csv" and isinstance(columns, tuple):
         if subtask == "multiclass" and len(columns) != 1:
@@ -137,12 +142,15 @@ def fractions_leave_train(root: Root) -> Iterator[str]:
 
 
 def split_names_differ(root: Root) -> Iterator[str]:
-    """The splits have different names."""
+    """Nothing is trained on and evaluated; val and test may be one split."""
     data = root.data
     if isinstance(data, GenericImageData):
-        names = (data.train_split_name, data.val_split_name, data.test_split_name)
-        if len(set(names)) < 3:
-            yield f"data.train_split_name: the splits are named {one_of(names)}: name each its own"
+        held_out = (data.val_split_name, data.test_split_name)
+        if data.train_split_name in held_out:
+            yield (
+                f"data.train_split_name: {shown(data.train_split_name)} is the name of val or test"
+                " too: no sample may be trained on and evaluated"
+            )
 
 
 def suffixes_are_named(root: Root) -> Iterator[str]:

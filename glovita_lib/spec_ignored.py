@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from glovita_lib.spec_check_data import is_regression, subtask_of
+from glovita_lib.spec_data import GenericImageData
 from glovita_lib.spec_peft import LinearProbing
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_types import shown
@@ -20,6 +21,22 @@ class Option(NamedTuple):
     """The condition in words, as the setting that fulfils it."""
 
 
+def reads_table(root: Root) -> bool:
+    """Whether labels come from a CSV file."""
+    if isinstance(root.data, GenericImageData):
+        return root.data.label_source == "csv"
+    return root.data.labels_file is not None
+
+
+def reads_label_file(root: Root) -> bool:
+    """Whether labels come from a file of their own."""
+    return getattr(root.data, "label_source", None) != "folder"
+
+
+INSTANCES = "model.head.instance_eval = true"
+TOP_INSTANCES = "model.head.stochastic_topk = true"
+LABEL_TABLE = 'data.label_source = "csv" (features: data.labels_file)'
+
 OPTIONS = (
     # ---- data
     Option("data.split_file", lambda r: r.data.split_source == "splits_json",
@@ -32,18 +49,36 @@ OPTIONS = (
            'data.split_source other than "kfold"'),
     Option("data.test_split_name", lambda r: r.data.split_source != "kfold",
            'data.split_source other than "kfold"'),
-    Option("data.labels_file", lambda r: labels_in(r, "csv", "json"),
+    Option("data.labels_file", reads_label_file,
            'data.label_source = "csv" or "json"'),
-    Option("data.path_column", lambda r: labels_in(r, "csv"), 'data.label_source = "csv"'),
-    Option("data.label_column", lambda r: labels_in(r, "csv"), 'data.label_source = "csv"'),
-    Option("data.group_column", lambda r: labels_in(r, "csv"), 'data.label_source = "csv"'),
+    Option("data.split_column", lambda r: r.data.split_source == "column",
+           'data.split_source = "column"'),
+    Option("data.path_column", reads_table, LABEL_TABLE),
+    Option("data.id_column", reads_table, LABEL_TABLE),
+    Option("data.label_column", reads_table, LABEL_TABLE),
+    Option("data.group_column", reads_table, LABEL_TABLE),
     Option("data.label_separator",
-           lambda r: labels_in(r, "csv") and subtask_of(r.data) == "multilabel"
+           lambda r: reads_table(r) and subtask_of(r.data) == "multilabel"
            and isinstance(r.data.label_column, str),
            'data.label_source = "csv", data.subtask = "multilabel" and one data.label_column'),
     # ---- model
     Option("model.encoder.weights_order", lambda r: r.model.encoder.weights is not None,
            "model.encoder.weights"),
+    Option("model.head.k_sample", lambda r: r.model.head.instance_eval, INSTANCES),
+    Option("model.head.subtyping", lambda r: r.model.head.instance_eval, INSTANCES),
+    Option("model.head.instance_loss", lambda r: r.model.head.instance_eval, INSTANCES),
+    Option("model.head.instance_loss_weight", lambda r: r.model.head.instance_eval, INSTANCES),
+    Option("model.head.l2_normalize_features", lambda r: r.model.head.feature_prep,
+           "model.head.feature_prep = true"),
+    Option("model.head.layer_norm_eps", lambda r: r.model.head.feature_prep,
+           "model.head.feature_prep = true"),
+    Option("model.head.cosine_scale", lambda r: r.model.head.cosine_head,
+           "model.head.cosine_head = true"),
+    Option("model.head.topk_k", lambda r: r.model.head.stochastic_topk, TOP_INSTANCES),
+    Option("model.head.topk_tau", lambda r: r.model.head.stochastic_topk, TOP_INSTANCES),
+    Option("model.head.topk_noise_std", lambda r: r.model.head.stochastic_topk, TOP_INSTANCES),
+    Option("model.head.topk_consistency_weight", lambda r: r.model.head.stochastic_topk,
+           TOP_INSTANCES),
     # ---- task
     Option("task.mixup_alpha", lambda r: r.task.mixup, "task.mixup = true"),
     Option("task.cutmix_alpha", lambda r: r.task.cutmix, "task.cutmix = true"),
@@ -73,11 +108,6 @@ OPTIONS = (
     Option("infer.use", lambda r: r.infer.checkpoint is None,
            "the spec's own run: infer.checkpoint names its file itself"),
 )  # fmt: skip
-
-
-def labels_in(root: Root, *sources: str) -> bool:
-    """Whether labels come from one of the sources; data sets without that choice always read."""
-    return getattr(root.data, "label_source", sources[0]) in sources
 
 
 def ignored_options(root: Root) -> Iterator[str]:

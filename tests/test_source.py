@@ -24,8 +24,8 @@ LAYERS = """
 
     samples tables labels splits blocks bags readers leakage hdf5 unlabelled
     preprocess resample augment1d augment2d augment3d randaugment mixing presets policies
-    datasets_cifar datasets_folder datasets feature_sources feature_labels
-    order held loaders windows precomputed
+    datasets_cifar datasets_folder feature_sources feature_labels
+    order held loaders windows precomputed datasets
 
     depth layers structure random_masks weights trunk aggregate heads
     attention_chunk attention_pool clam mil
@@ -314,5 +314,5 @@ def test_ruff_finds_nothing():
         f"--line-length={settings['ruff']['line-length']}",
         f"--select={settings['ruff']['select']}", *map(str, EVERYTHING),
     ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert result.returncode == 0, "\n" + result.stdout + result.stderr

@@ -4,11 +4,13 @@ import inspect
 from pathlib import Path
 
 import pytest
+from msgspec import inspect as inspect_types
 
 from glovita_lib import spec_check, spec_check_data, spec_ignored
 from glovita_lib.spec import UserError, load
 from glovita_lib.spec_check import check, load_checked
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_types import structs
 
 SPECS = sorted((Path(__file__).parent.parent / "specs").glob("*.toml"))
 
@@ -18,6 +20,9 @@ KFOLD = [*GENERIC, "data.split_source=kfold", "data.label_source=folder"]
 CSV = [*GENERIC, "data.label_source=csv"]
 REGRESSION = [*CSV, "data.subtask=regression", "model.head.head_type=regression"]
 MULTILABEL = [*CSV, "data.subtask=multilabel"]
+FEATURES = ["data.dataset=precomputed_features", "model.encoder.encoder_type=precomputed"]
+INSTANCES = "model.head.instance_eval=true"
+CLAM = [*FEATURES, "model.head.head_type=clam"]
 CUSTOM = ["data.dataset=custom", "data.target=a.b:c"]
 
 BROKEN = [
@@ -45,7 +50,16 @@ BROKEN = [
     (["data.fold=1"], "data.fold", "this data set has one split"),
     (["data.dataset=cifar10", "data.fold=1"], "data.fold", "this data set has one split"),
     (["data.val_fraction=0.5", "data.test_fraction=0.5"], "data.val_fraction", "below 1"),
-    ([*FOLDER, "data.val_split_name=test"], "data.train_split_name", "name each its own"),
+    ([*FOLDER, "data.val_split_name=train"], "data.train_split_name", "trained on and evaluated"),
+    ([*FOLDER, "data.split_source=column"], "data.split_source", 'needs data.label_source = "csv"'),
+    ([*CSV, "data.split_source=column", "data.fold=1"], "data.fold", "0 only"),
+    (FEATURES[:1], "model.encoder.encoder_type", 'set it to "precomputed"'),
+    (FEATURES[1:], "model.encoder.encoder_type", '"precomputed" takes features'),
+    (
+        [*FEATURES, "data.subtask=regression", "model.head.head_type=clam", INSTANCES],
+        "model.head.instance_eval",
+        "this is a regression",
+    ),
     ([*FOLDER, "data.allowed_exts=[]"], "data.allowed_exts", "name one suffix at least"),
     (
         ["data.augmentation.image_size=64", "data.augmentation.resize_size=32"],
@@ -179,7 +193,29 @@ IGNORED = [
     ([*GENERIC, "data.label_column=x"], "data.label_column"),
     ([*GENERIC, "data.group_column=x"], "data.group_column"),
     ([*CSV, "data.label_separator=;"], "data.label_separator"),
+    ([*CSV, "data.split_column=x"], "data.split_column"),
+    ([*FEATURES, "data.id_column=x"], "data.id_column"),
     (["model.encoder.weights_order=true"], "model.encoder.weights_order"),
+    ([*CLAM, "model.head.k_sample=4"], "model.head.k_sample"),
+    ([*CLAM, "model.head.subtyping=true"], "model.head.subtyping"),
+    ([*CLAM, "model.head.instance_loss=svm"], "model.head.instance_loss"),
+    ([*CLAM, "model.head.instance_loss_weight=2"], "model.head.instance_loss_weight"),
+    (
+        [*CLAM, "model.head.feature_prep=false", "model.head.l2_normalize_features=false"],
+        "model.head.l2_normalize_features",
+    ),
+    (
+        [*CLAM, "model.head.feature_prep=false", "model.head.layer_norm_eps=1e-5"],
+        "model.head.layer_norm_eps",
+    ),
+    (
+        [*CLAM, "model.head.cosine_head=false", "model.head.cosine_scale=5"],
+        "model.head.cosine_scale",
+    ),
+    ([*CLAM, "model.head.topk_k=4"], "model.head.topk_k"),
+    ([*CLAM, "model.head.topk_tau=4"], "model.head.topk_tau"),
+    ([*CLAM, "model.head.topk_noise_std=4"], "model.head.topk_noise_std"),
+    ([*CLAM, "model.head.topk_consistency_weight=4"], "model.head.topk_consistency_weight"),
     (["task.mixup_alpha=0.5"], "task.mixup_alpha"),
     (["task.cutmix_alpha=0.5"], "task.cutmix_alpha"),
     (["task.regression_loss=mae"], "task.regression_loss"),
@@ -225,6 +261,10 @@ SOUND = [
     ["data.dataset=cifar100", "data.augmentation.mean=[0.5, 0.5, 0.5]"],
     ["data.augmentation.train_kwargs.scale=[0.5, 0.5]"],
     ["name=my run (2)"],
+    [*FOLDER, "data.val_split_name=test"],  # one split is both
+    [*CSV, "data.split_source=column", "data.split_column=x"],
+    [*CLAM, INSTANCES, "model.head.k_sample=4"],
+    [*FEATURES, "data.labels_file=x.csv", "data.id_column=x", "data.label_column=['a', 'b']"],
 ]
 
 
@@ -258,6 +298,20 @@ def test_an_option_that_nothing_reads_is_an_error(root, overrides, key):
 @pytest.mark.parametrize("overrides", SOUND)
 def test_sound_specs_break_no_rule(root, overrides):
     assert check(root(overrides)) == []
+
+
+def test_every_union_member_can_be_checked(root):
+    """Rules ask no section for a field that it does not have."""
+    kind = inspect_types.type_info(Root)
+    for key in ("data", "model.encoder", "model.head", "peft", "task", "logger"):
+        field_kind = kind
+        for part in key.split("."):
+            (field_kind,) = [f.type for f in field_kind.fields if f.name == part]
+        members = structs(field_kind)
+        assert members
+        for member in members:
+            given = [f"{key}.{f.name}=a.b:c" for f in member.fields if f.required]
+            check(root([f"{key}.{member.tag_field}={member.tag}", *given]))
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
