@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glovita_lib import mil  # noqa: F401  registers the heads
 from glovita_lib.bags import Bags
 from glovita_lib.heads import build_head
-from glovita_lib import mil  # noqa: F401
 from glovita_lib.spec import UserError
 from glovita_lib.spec_heads import AbmilHead, ClamHead, MaxMilHead, MeanMilHead
 
