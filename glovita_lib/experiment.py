@@ -10,11 +10,12 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from glovita_lib import (  # the last three register builders
+from glovita_lib import (  # modules with noqa register builders
     checkpoint,
     clam,  # noqa: F401
     dist,
     encoders_features,  # noqa: F401
+    mil,  # noqa: F401
     precomputed,  # noqa: F401
 )
 from glovita_lib.datasets import Data, Split, build_data
