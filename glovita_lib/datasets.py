@@ -3,12 +3,11 @@
 M samples of a whole data set.
 """
 
-import importlib
-
 import numpy as np
 
-from glovita_lib import datasets_cifar, datasets_folder  # noqa: F401  register their builders
+from glovita_lib import datasets_cifar, datasets_folder, precomputed  # noqa: F401  their builders
 from glovita_lib.dist import mix
+from glovita_lib.plugins import call_target
 from glovita_lib.samples import (
     ArraySource,
     Data,
@@ -112,22 +111,7 @@ def array_split(samples: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> S
 @read_data.register
 def _(spec: CustomData, *, seed: int) -> Data:
     """The user's own function."""
-    module_name, _, name = spec.target.partition(":")
-    if not module_name or not name:
-        raise UserError(f'data.target = "{spec.target}": expected "package.module:function"')
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # something that the user's module itself imports
-        raise UserError(
-            f'data.target = "{spec.target}": there is no module {error.name}; install it or start'
-            " from the folder it is in"
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f'data.target = "{spec.target}": {module_name} has no function {name}')
-    data = function(spec, seed, **spec.options)
+    data = call_target("data", spec.target, spec, seed, **spec.options)
     if not isinstance(data, Data):
         raise UserError(
             f'data.target = "{spec.target}" returned {type(data).__name__}, expected'

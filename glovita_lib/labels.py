@@ -113,11 +113,13 @@ def indices(
         raise UserError(f"data.class_names: a name occurs twice in {', '.join(class_names)}")
     if words and all(is_whole(name) and name not in place for name in set(words)):
         place = {str(index): index for index in range(len(class_names))}
-    unknown = {name: i for name, i in zip(reversed(words), reversed(ids), strict=True)
-               if name not in place}  # fmt: skip
+    unknown: dict[str, str] = {}
+    for name, identity in zip(words, ids, strict=True):
+        if name not in place:
+            unknown.setdefault(name, identity)
     if unknown:
-        shown = [f'"{name}" ({identity}){meant(name, list(place))}'
-                 for name, identity in reversed(list(unknown.items())[-SHOWN:])]  # fmt: skip
+        first = list(unknown.items())[:SHOWN]
+        shown = [f'"{name}" ({identity}){meant(name, list(place))}' for name, identity in first]
         more = f" and {len(unknown) - SHOWN} more" * (len(unknown) > SHOWN)
         raise UserError(
             f"label not in class list: {', '.join(shown)}{more}; data.class_names:"
@@ -184,13 +186,11 @@ def are_hot(labels: Sequence[Any], rules: LabelRules) -> bool:
         return False
     lengths = {len(label) for label in labels}
     classes = len(rules.class_names) if rules.class_names else rules.num_classes
-    values = {value for label in labels for value in label if not isinstance(value, str)}
     return (
         len(lengths) == 1
         and lengths != {0}
         and lengths <= {classes or max(lengths)}
-        and values <= {0, 1}
-        and not any(isinstance(value, str) for label in labels for value in label)
+        and all(value in (0, 1) for label in labels for value in label)
     )
 
 

@@ -566,13 +566,15 @@ def test_custom_data(tmp_path, monkeypatch):
 
     assert len(custom("my_data:digits", test_fraction=0.5).splits["test"]) == 898
     for target, said in {
-        "my_data": 'expected "package.module:function"',
-        "other_data:digits": "there is no module other_data",
+        "my_data": 'write it as "package.module:function"',
+        "other_data:digits": "no module other_data",
         "my_data:digit": "my_data has no function digit",
         "my_data:nothing": "returned NoneType, expected glovita_lib.datasets.Data",
     }.items():
         with pytest.raises(UserError, match=said):
             custom(target)
+    with pytest.raises(UserError, match="unexpected keyword argument 'fraction'"):
+        custom("my_data:nothing", fraction=0.5)
     with pytest.raises(ModuleNotFoundError, match="there_is_no_such_module"):
         custom("bad_import:f")
 
