@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from torch import nn
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-STAGE_CHILDREN = {"blocks", "layers", "stages"}
-STEMS = {"patch_embed", "stem"}
+STAGE_CHILDREN = {"blocks", "layers", "stages", "transformer_encoder"}
+STEMS = {"patch_embed", "embeds", "stem"}
 
 
 def weighted(module: nn.Module) -> int:
@@ -23,7 +23,7 @@ def is_stage(module: nn.Module) -> bool:
     """Whether a module is a row of blocks rather than a block."""
     if isinstance(module, CONTAINERS):
         return True
-    children = {n: child for n, child in module.named_children() if weighted(child)}
+    children = {n: c for n, c in module.named_children() if any(True for _ in c.parameters())}
     if any(are_blocks(list(children[name].children())) for name in STAGE_CHILDREN & set(children)):
         return True
     kinds = {type(child) for child in children.values()}

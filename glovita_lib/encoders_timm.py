@@ -3,9 +3,14 @@
 B batch, N tokens, D width, C channels, H W pixels.
 """
 
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from torch import Tensor, nn
 
@@ -193,13 +198,32 @@ def downloaded(spec: TimmEncoder, arguments: dict[str, Any]) -> nn.Module:
     except ImportError:  # before huggingface_hub 1.0: requests, whose errors are OSErrors
         HTTPError = HfHubHTTPError
     try:
-        return timm.create_model(spec.type, pretrained=True, **arguments)
+        with cache_only_without_network():
+            return timm.create_model(spec.type, pretrained=True, **arguments)
     except (OSError, HTTPError, HfHubHTTPError) as error:
         raise UserError(
             f'model.encoder.pretrained = true: the weights of "{spec.type}" cannot be downloaded'
             f' ({type(error).__name__}); offline: model.encoder.weights = "<file>" (pth, pt,'
             " safetensors), or pretrained = false"
         ) from error
+
+
+@contextmanager
+def cache_only_without_network() -> Iterator[None]:
+    """Where the hub has no address, look into its cache alone: its own retries take 45 s and say
+    so line by line. Behind a proxy addresses are the proxy's business."""
+    from huggingface_hub import constants
+
+    was = constants.HF_HUB_OFFLINE
+    try:
+        if not getproxies():
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was
 
 
 def prefix_tokens(net: nn.Module) -> tuple[int, bool]:

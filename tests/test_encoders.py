@@ -1,13 +1,19 @@
 """Features of timm's and torchvision's models against the libraries' own pooled forward pass."""
 
+import socket
+import time
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 import torchvision
+from huggingface_hub import constants
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from glovita_lib.aggregate import aggregate, output_width, resolve_method, served
+from glovita_lib.depth import block_names
 from glovita_lib.encoders import build_encoder, describe
 from glovita_lib.spec import UserError
 from glovita_lib.spec_model import CustomEncoder, TimmEncoder, TorchvisionEncoder
@@ -180,6 +186,24 @@ def test_layer_ids_rise_from_the_stem(spec, first: str, stem: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("mixer_s32_224", 8),
+        ("regnetx_002", 1 + 1 + 4 + 7),
+        ("maxvit_rmlp_pico_rw_256", 2 + 2 + 5 + 2),
+        ("nest_tiny", 2 + 2 + 8),
+        ("tiny_vit_5m_224", 2 + 2 + 6 + 2 + 3),  # and three downsamplings of three convolutions
+        ("mobilevit_xxs", 1 + 3 + 2 + 2 + 2),
+    ],
+)
+def test_blocks_are_neither_stages_nor_their_parts(name: str, blocks: int) -> None:
+    """Numbers of the papers."""
+    with torch.device("meta"):
+        net = timm.create_model(name, num_classes=0)
+    assert len(block_names(net, frozenset())) == blocks
+
+
 def test_input_convention_is_that_of_the_weights() -> None:
     config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg("resnet18").to_dict())
     found = describe(TimmEncoder(type="resnet18"), channels=3)
@@ -325,6 +349,25 @@ def test_offline_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
             build_encoder(spec, channels=3, image_size=32, load_weights=True)
         assert "\n" not in str(caught.value)
         build_encoder(spec, channels=3, image_size=32, load_weights=False)  # nothing is fetched
+
+
+def test_without_an_address_the_hub_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its own retries would take 45 s; the cache is still looked into."""
+
+    def no_address(*args, **kwargs):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_address)
+    monkeypatch.setattr("glovita_lib.encoders_timm.getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    spec = TimmEncoder(type="test_vit3")
+    with pytest.raises(UserError, match=r'cannot be downloaded .*weights = "<file>"'):
+        build_encoder(spec, channels=3, image_size=160, load_weights=True)
+    assert time.monotonic() - start < 10
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_published_weights_do_not_fit_a_small_stem() -> None:
