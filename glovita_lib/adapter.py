@@ -14,10 +14,11 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from glovita_lib.spec import UserError
-from glovita_lib.structure import Rows
+from glovita_lib.structure import Rows, trunk, weight_names
 from glovita_lib.targets import Target
 
 PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -48,11 +49,13 @@ class Adapter(nn.Module):
 
     @classmethod
     def after_step(cls, adapters: list["Adapter"], step: int, total_steps: int) -> None:
-        """Called after optimizer step `step` of `total_steps`, before gradients are forgotten."""
+        """Called after optimizer step `step` = 1 ... `total_steps`, before gradients are forgotten,
+        with all adapters of this class in the model."""
 
-    def auxiliary_loss(self) -> Tensor | None:
-        """A term of the training loss."""
-        return None
+    @classmethod
+    def auxiliary_losses(cls, adapters: list["Adapter"]) -> dict[str, Tensor]:
+        """Terms of the training loss by name."""
+        return {}
 
 
 Members = list[tuple[Rows | None, Adapter]]
@@ -79,13 +82,6 @@ def members_of(layer: nn.Module) -> Members:
     """Adapters of an adapted layer with their rows; rows None for the whole weight."""
     adapter = layer._modules["adapter"]
     return adapter.members() if isinstance(adapter, Parts) else [(None, adapter)]
-
-
-def weight_names(layer: nn.Module) -> tuple[str, str]:
-    """Names of the weight and the bias."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return "in_proj_weight", "in_proj_bias"
-    return "weight", "bias"
 
 
 def base_weight(layer: nn.Module, rows: Rows | None = None) -> Tensor:
@@ -151,7 +147,7 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a layer's weight is read through an adapter."""
-    return hasattr(type(module), "plain_class")
+    return isinstance(module._modules.get("adapter"), Adapter | Parts)
 
 
 def attach(target: Target, adapter: Adapter) -> None:
@@ -159,7 +155,7 @@ def attach(target: Target, adapter: Adapter) -> None:
     layer = target.layer.module
     if not is_adapted(layer):
         layer.__class__ = adapted_class(type(layer))
-    adapter.to(base_weight(layer).device)
+    adapter.to(base_weight(layer).device).train(layer.training)
     if target.part is None:
         layer.adapter = adapter
         return
@@ -168,10 +164,18 @@ def attach(target: Target, adapter: Adapter) -> None:
     layer.adapter.add(target, adapter)
 
 
-def adapt(targets: list[Target], make: Callable[[Target, Tensor], Adapter]) -> None:
-    """Attach to every target what `make(target, its base weight)` gives."""
+def attach_all(
+    root: nn.Module,
+    targets: list[Target],
+    make: Callable[[Target, Tensor], Adapter],
+    biases: str,
+) -> None:
+    """Freeze a network, attach to every target what `make(target, its base weight)` gives, and let
+    biases train: "none", "all" of the network or those of the "adapted" layers."""
+    free = freeze(root)
     for target in targets:
         attach(target, make(target, base_weight(target.layer.module, target.rows).detach()))
+    train_biases(root, biases, free)
 
 
 class Insert(nn.Module):
@@ -201,6 +205,29 @@ def insert(module: nn.Module, child: Insert) -> None:
     module.insert = child
 
 
+def by_class(root: nn.Module) -> dict[type[Adapter], list[Adapter]]:
+    """All adapters by their class."""
+    found: dict[type[Adapter], list[Adapter]] = {}
+    for _, adapter in adapters(root):
+        found.setdefault(type(adapter), []).append(adapter)
+    return found
+
+
+def after_step(model: nn.Module, step: int, total_steps: int) -> None:
+    """What methods do behind optimizer step `step` = 1 ... `total_steps`, while the gradients are
+    still there: AdaLoRA's rank budget, OFT's constraint."""
+    for kind, members in by_class(model).items():
+        kind.after_step(members, step, total_steps)
+
+
+def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
+    """Terms that methods add to the training loss: AdaLoRA's orthogonality."""
+    losses: dict[str, Tensor] = {}
+    for kind, members in by_class(model).items():
+        losses |= kind.auxiliary_losses(members)
+    return losses
+
+
 def adapters(root: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """All adapters with their keys."""
     return ((n, m) for n, m in root.named_modules() if isinstance(m, Adapter))
@@ -226,7 +253,9 @@ def merge(model: nn.Module) -> nn.Module:
             if bias is not None:
                 base_bias(layer).copy_(bias.detach().clone())
         del layer.adapter
-        layer.__class__ = type(layer).plain_class
+    for module in model.modules():
+        while hasattr(type(module), "plain_class"):
+            module.__class__ = type(module).plain_class
     for name, child in list(trunk(model).named_children()):
         if isinstance(child, Shared):
             delattr(trunk(model), name)
@@ -237,16 +266,29 @@ class Shared(nn.Module):
     """Tensors that all adapters of a model use together; a child of the encoder."""
 
 
-def trunk(model: nn.Module) -> nn.Module:
-    """The encoder of an encoder with a head; any other network itself."""
-    children = dict(model.named_children())
-    return children["encoder"] if {"encoder", "head"} <= children.keys() else model
+def freeze(root: nn.Module) -> list[nn.Parameter]:
+    """No parameter of `root` trains and no batch norm updates its statistics.
+
+    Returns:
+        the parameters that trained before; the others are ones that nothing reads.
+    """
+    free = [p for p in root.parameters() if p.requires_grad]
+    root.requires_grad_(False)
+    for module in root.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            module.__class__ = held_class(type(module))
+            module.eval()
+    return free
 
 
-def freeze(root: nn.Module) -> None:
-    """No parameter of `root` trains."""
-    for parameter in root.parameters():
-        parameter.requires_grad_(False)
+@cache
+def held_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Subclass of a norm layer that is always in eval mode: its statistics are the base's."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        return super(held_class(base), self).train(False)
+
+    return type(base.__name__, (base,), {"train": train, "plain_class": base})
 
 
 def is_bias(name: str, parameter: nn.Parameter) -> bool:
@@ -254,11 +296,15 @@ def is_bias(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 1 and name.rsplit(".", 1)[-1].endswith("bias")
 
 
-def train_biases(root: nn.Module, which: str) -> None:
-    """Let biases train: none, "all" of the network, or those of the "adapted" layers."""
-    for module in root.modules():
-        if which == "none" or isinstance(module, Adapter | Insert):
-            continue
+def train_biases(root: nn.Module, which: str, free: list[nn.Parameter]) -> None:
+    """Let biases train: none, "all" of the network, or those of the "adapted" layers.
+
+    Args:
+        free: what `freeze` returned.
+    """
+    allowed = {id(p) for p in free}
+    for module in root.modules() if which != "none" else ():
         for name, parameter in module.named_parameters(recurse=False):
-            if is_bias(name, parameter) and (which == "all" or is_adapted(module)):
+            chosen = id(parameter) in allowed and (which == "all" or is_adapted(module))
+            if chosen and is_bias(name, parameter):
                 parameter.requires_grad_(True)

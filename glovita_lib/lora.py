@@ -4,6 +4,7 @@ r rank, N rows. A convolution's weight is read as the matrix (out, in * kernel).
 """
 
 import math
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +14,15 @@ from torch.nn.modules.conv import _ConvNd
 from glovita_lib.adapter import (
     Adapter,
     Members,
-    adapt,
+    attach_all,
     base_bias,
     base_weight,
     call,
-    freeze,
-    train_biases,
-    trunk,
+    changed_bias,
 )
 from glovita_lib.lowrank import low_rank_linear
 from glovita_lib.spec_lora import Lora
-from glovita_lib.structure import Rows
+from glovita_lib.structure import Rows, trunk
 from glovita_lib.targets import Target, by_pattern, resolve
 
 
@@ -32,8 +31,8 @@ class LowRank(Adapter):
 
     dropout: float
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B with every scale in them."""
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B with every scale in them, for the base weight (out, in, *kernel)."""
         raise NotImplementedError
 
     def start(self, weight: Tensor) -> Tensor:
@@ -42,14 +41,14 @@ class LowRank(Adapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + B A."""
-        down, up = self.factors()
+        down, up = self.factors(weight)
         return self.start(weight) + (up @ down).view(weight.shape)
 
     @classmethod
     def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
         """The layer with its changes, the gradient of the full weight never formed."""
         weight = started(layer, members)
-        return changed_output(x, layer, members, weight, base_bias(layer))
+        return changed_output(x, layer, members, weight, changed_bias(layer))
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input of A."""
@@ -83,12 +82,12 @@ def changed_output(
     dropping = any(a.training and a.dropout > 0 for _, a in pairs)
     if isinstance(layer, _ConvNd):
         return changed_convolution(x, layer, pairs[0][1], weight, bias)
+    found = [a.factors(base_weight(layer, rows)) for rows, a in pairs]
     if not dropping:
-        factors = tuple(f for _, a in pairs for f in a.factors())
+        factors = tuple(chain.from_iterable(found))
         return low_rank_linear(x, weight, bias, tuple(rows for rows, _ in pairs), factors)
     y = F.linear(x, weight, bias)
-    for (first, last), adapter in pairs:
-        down, up = adapter.factors()
+    for ((first, last), adapter), (down, up) in zip(pairs, found, strict=True):
         y[..., first:last] += F.linear(F.linear(adapter.dropped(x), down), up)
     return y
 
@@ -98,7 +97,7 @@ def changed_convolution(
 ) -> Tensor:
     """A convolution to r channels and one of a single voxel beside the frozen one; with groups the
     weight itself is changed, since the factors mix groups."""
-    down, up = adapter.factors()
+    down, up = adapter.factors(base_weight(layer))
     if layer.groups > 1:
         return call(layer, x, weight + (up @ down).view(weight.shape), bias)
     y = call(layer, x, weight, bias)
@@ -138,7 +137,7 @@ class LoraAdapter(LowRank):
         self.register_buffer("A_0", self.A.detach().clone())
         self.register_buffer("B_0", self.B.detach().clone())
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """A and s B."""
         return self.A, self.B * self.scale
 
@@ -201,6 +200,4 @@ def apply_lora(spec: Lora, model: nn.Module) -> None:
     def make(target: Target, weight: Tensor) -> Adapter:
         return kind(spec, weight, ranks[target.name])
 
-    freeze(root)
-    adapt(targets, make)
-    train_biases(root, spec.lora_bias)
+    attach_all(root, targets, make, spec.lora_bias)

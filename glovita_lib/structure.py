@@ -249,3 +249,16 @@ def is_unit(module: nn.Module) -> bool:
     """Whether a module has at least two Linear or convolution layers."""
     weighted = (m for m in module.modules() if is_linear(m) or is_conv(m))
     return sum(1 for _, _ in zip(range(2), weighted, strict=False)) == 2
+
+
+def weight_names(layer: nn.Module) -> tuple[str, str]:
+    """Names of the weight and the bias."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return "in_proj_weight", "in_proj_bias"
+    return "weight", "bias"
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The encoder of an encoder with a head; any other network itself."""
+    children = dict(model.named_children())
+    return children["encoder"] if {"encoder", "head"} <= children.keys() else model

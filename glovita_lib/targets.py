@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from torch import nn
 
 from glovita_lib.spec import UserError
-from glovita_lib.structure import Layer, Rows, is_conv, is_norm, layers
+from glovita_lib.structure import Layer, Rows, is_conv, is_norm, layers, weight_names
 
 LOGICAL = ("q", "k", "v", "qkv", "proj", "fc1", "fc2", "conv", "norm", "all-linear")
-DEFAULT = ("q", "k", "v", "proj", "fc1", "fc2")  # where targets are unset
+PROJECTIONS = ("q", "k", "v", "proj", "fc1", "fc2")
 WHOLE_KIND = {"conv": "conv", "norm": "norm", "all-linear": "linear"}
 
 
@@ -40,24 +40,27 @@ class Target:
 
 
 def resolve(
-    root: nn.Module, wanted: tuple[str, ...] | None, *, allowed: Iterable[str] | None = None
+    root: nn.Module,
+    wanted: tuple[str, ...] | None,
+    *,
+    allowed: tuple[str, ...],
+    unset: tuple[str, ...] = PROJECTIONS,
 ) -> list[Target]:
     """The targets in the order of the network.
 
     Args:
         wanted: logical names (q, k, v, qkv, proj, fc1, fc2, conv, norm, all-linear) or regular
-            expressions searched in the layers' keys; None: the projections of attention and MLP
-            as far as there are any, else the convolutions.
-        allowed: kinds of layer the method works on ("linear", "conv", "norm"); all by default.
+            expressions searched in the layers' keys; None: `unset`.
+        allowed: kinds of layer the method works on ("linear", "conv", "norm").
+        unset: logical names of which at least one must match, else the convolutions are taken.
 
     Raises:
         UserError: a name or expression matches nothing; the message lists what there is.
     """
     found = layers(root)
-    kinds = set(allowed or ("linear", "conv", "norm"))
-    usable = [layer for layer in found if kind_of(layer) in kinds]
+    usable = [layer for layer in found if kind_of(layer) in allowed and is_read(layer)]
     if wanted is None:
-        chosen = list(expand(usable, DEFAULT) or expand(usable, ("conv",)))
+        chosen = list(expand(usable, unset) or expand(usable, ("conv",)))
         if not chosen:
             raise nothing("unset", usable)
         return tidy(chosen, found)
@@ -75,6 +78,12 @@ def kind_of(layer: Layer) -> str:
     if is_conv(layer.module):
         return "conv"
     return "norm" if is_norm(layer.module) else "linear"
+
+
+def is_read(layer: Layer) -> bool:
+    """Whether the model reads the layer: before a method is applied only unread weights are
+    frozen."""
+    return layer.module._parameters[weight_names(layer.module)[0]].requires_grad
 
 
 def expand(usable: list[Layer], names: Iterable[str]) -> list[Target]:
@@ -152,3 +161,8 @@ def by_pattern(patterns: dict[str, int], targets: list[Target], default: int) ->
             )
         ranks |= dict.fromkeys(matched, rank)
     return ranks
+
+
+def every(root: nn.Module, kinds: tuple[str, ...]) -> list[Target]:
+    """All layers of these kinds that the model reads."""
+    return [Target(la, None) for la in layers(root) if kind_of(la) in kinds and is_read(la)]

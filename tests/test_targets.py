@@ -6,11 +6,16 @@ import pytest
 import timm
 from small_networks import build
 
+from glovita_lib import targets as targets_module
 from glovita_lib.spec import UserError
 from glovita_lib.structure import attentions, blocks, feed_forwards, layers
-from glovita_lib.targets import by_pattern, resolve
+from glovita_lib.targets import by_pattern
 
 ATTENTION = {"qkv": 2, "proj": 2, "fc1": 2, "fc2": 2}
+
+
+def resolve(net, wanted):
+    return targets_module.resolve(net, wanted, allowed=("linear", "conv"))
 
 
 def roles(net) -> Counter:
@@ -22,7 +27,7 @@ def roles(net) -> Counter:
     [
         ("vit", ATTENTION),
         ("dinov3", ATTENTION),
-        ("eva02", ATTENTION | {"fc1": 4}),  # the gate reads the same input
+        ("eva02", ATTENTION),
         ("swin", ATTENTION | {"qkv": 4, "proj": 4, "fc1": 4, "fc2": 4, "linear": 1}),
         ("convnext", {"fc1": 4, "fc2": 4}),
         ("resnet", {}),
@@ -141,3 +146,22 @@ def test_convolutional_mlp_but_not_squeeze_and_excitation():
     assert roles(net) == {"fc1": 12, "fc2": 12}
     excited = timm.create_model("seresnet18", num_classes=0)
     assert not roles(excited)
+
+
+def test_reference_defect_gate_and_input_of_a_gated_mlp_are_fc1():
+    net = timm.create_model(
+        "eva02_base_patch14_224", embed_dim=32, depth=1, num_heads=2, img_size=28, num_classes=0
+    )
+    found = {layer.name: layer.role for layer in layers(net) if "mlp" in layer.name}
+    del found["blocks.0.mlp.norm"]
+    assert found == {
+        "blocks.0.mlp.fc1_g": "fc1",
+        "blocks.0.mlp.fc1_x": "fc1",
+        "blocks.0.mlp.fc2": "fc2",
+    }
+
+
+def test_layers_that_nothing_reads_are_no_targets():
+    net = build("vit")
+    net.blocks[1].requires_grad_(False)  # as the model builder does with unused pooling layers
+    assert {t.name for t in resolve(net, ("qkv",))} == {"blocks.0.attn.qkv"}
