@@ -12,6 +12,7 @@ from glovita_lib import spec_check_data as data_rules
 from glovita_lib.metric_names import DEFAULT_METRICS, METRICS_OF, canonical, logged_names
 from glovita_lib.spec import Loaded, UserError, load
 from glovita_lib.spec_check_data import is_regression, known_channels, subtask_of
+from glovita_lib.spec_check_umap import umap_options
 from glovita_lib.spec_data import CustomData
 from glovita_lib.spec_features import PrecomputedData
 from glovita_lib.spec_heads import ClamHead, ClassificationHead, RegressionHead
@@ -75,6 +76,7 @@ def check(root: Root) -> list[str]:
         nesterov_needs_momentum,
         infer_source,
         infer_folds,
+        umap_options,
         ignored_options,
     )
     return [line for rule in rules for line in rule(root)]

@@ -6,6 +6,7 @@ from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_data import Data, DigitsData
+from glovita_lib.spec_features import Extract
 from glovita_lib.spec_model import Model
 from glovita_lib.spec_peft import FullFinetuning, Peft
 from glovita_lib.spec_train import (
@@ -18,13 +19,15 @@ from glovita_lib.spec_train import (
     Training,
     WandbLogger,
 )
+from glovita_lib.spec_umap import Umap
 
 
 class Root(Spec):
     """One experiment."""
 
-    mode: Literal["train", "infer"] = "train"
-    """What the command does: train, or evaluate the run that this spec trained."""
+    mode: Literal["train", "infer", "extract", "umap"] = "train"
+    """What the command does: train, evaluate the run that this spec trained, or draw a map of
+    features."""
     name: str | None = None
     """Group directory of the run; none is the spec's file name and the overrides that change the
     experiment."""
@@ -54,3 +57,7 @@ class Root(Spec):
     """Free notes that are saved and logged and change nothing."""
     infer: Infer = Infer()
     """What mode infer evaluates."""
+    extract: Extract = Extract()
+    """What mode extract writes."""
+    umap: Umap = Umap()
+    """What mode umap draws."""

@@ -18,7 +18,7 @@ LAYERS = """
 
     spec_augment spec_features spec_heads spec_lora spec_adapters spec_data spec_peft spec_model
     spec_train spec_extract spec_umap spec_probe spec_export spec_root
-    metric_names spec_check_data spec_ignored spec_check spec_schema spec_explain
+    metric_names spec_check_data spec_check_umap spec_ignored spec_check spec_schema spec_explain
 
     plugins files lock dist checkpoint precision rundir prediction_csv summary loggers
 
@@ -33,10 +33,11 @@ LAYERS = """
     lowrank targets adapter adapters lora peft model
 
     losses weighted bootstrap classification regression metrics neighbors retrieval
-    metric_learning jepa probe features
+    metric_learning jepa probe features projection projection_source
     facts objectives evaluation optim progress trainer
 
     figures plot_confusion plot_curves plot_regression plot_scores plots sheets export
+    coloring plot_projection projection_html
 
     experiment results rehearsal run_train run_infer run_extract run_umap run_probe
 """
