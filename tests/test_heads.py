@@ -30,7 +30,7 @@ def test_dropout_drops_features_in_training_only() -> None:
 
 def test_init_std() -> None:
     head = build_head(ClassificationHead(init_std=0.01), width=400, outputs=100)
-    assert float(head.linear.weight.std()) == pytest.approx(0.01, rel=0.02)
+    assert float(head.linear.weight.detach().std()) == pytest.approx(0.01, rel=0.02)
     assert not head.linear.bias.any()
 
 
