@@ -126,7 +126,7 @@ class Running:
             weights *= kept
         self.largest[span.bags] = now
         self.total[span.bags] = self.total[span.bags] * shrink + span.sum(weights)
-        sums = span.pool(weights.to(h.dtype), h)
+        sums = span.pool(weights, h.to(weights.dtype))  # float16 would overflow in long bags
         self.pooled[span.bags] = self.pooled[span.bags] * shrink[..., None] + sums
 
     def add_top(self, bags: Bags, work: Pass) -> None:
@@ -229,7 +229,7 @@ class Gradients:
             return
         # y . dy = sum_h dpre_h (W1 y)_h, and W1 y + b1 = h wherever dpre is not 0
         along = (d_pre * (h - self.work.weights.project_bias)).sum(1).to(scaled.dtype)  # (R,) d_i
-        self.squares.add_(along @ scaled.square())
+        self.squares.add_(along @ (scaled * scaled))
         along = along * length[:, 0]
         self.crossed.add_(along @ scaled)
         self.norms.add_(along @ length)

@@ -1,5 +1,6 @@
 """CLAM: packed, padded and one bag at a time agree, with the published method too, in float64."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -288,6 +289,45 @@ def test_memory_plans_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(results(head, head(bags, targets), targets))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+
+
+def saved_bytes(forward: Callable[[], object], without: list[Tensor]) -> int:
+    """What autograd keeps for the backward pass, except given tensors."""
+    sizes = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept_alive = forward()
+    assert kept_alive is not None
+    for tensor in without:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("name", ["published", "ungated", "raw"])
+def test_memory_is_that_of_the_largest_bag(name: str) -> None:
+    """A batch keeps no more than plain autograd keeps for its largest bag."""
+    spec = replace_spec(OPTIONS[name], feature_prep=False, instance_eval=False, variant="sb")
+    head, bags = make_head(spec), make_bags(lengths=[700, 300] + [500] * 30)
+    largest, pool = bags.features[:700], head.pool
+    drop = torch.nn.Dropout(spec.dropout)
+
+    def plain() -> Tensor:
+        h = drop(pool.project(largest).relu())
+        parts = pool.attention(h).split(pool.score.in_features, 1)
+        gated = drop(parts[0].tanh())
+        gated = gated * drop(parts[1].sigmoid()) if spec.gate else gated
+        return head.classifier((pool.score(gated).softmax(0).T @ h)[None])
+
+    weights = [bags.features, *head.parameters()]
+    ours = saved_bytes(lambda: head(bags)["logits"], weights)
+    # besides: a score per instance, two vectors per bag, and weights that dropout scales
+    small = 4 * (len(bags.features) + 2 * len(bags) * 512) + pool.project.weight.nbytes
+    assert 0 < ours - small <= saved_bytes(plain, weights)
 
 
 def test_evaluation_is_deterministic_and_without_auxiliary_losses() -> None:
