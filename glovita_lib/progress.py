@@ -34,6 +34,39 @@ class Bar:
             self.bar.close()
 
 
+class Rate:
+    """Progress of a pass over samples: a bar on a terminal, else a line now and then."""
+
+    EVERY = 30.0  # seconds between two lines
+
+    def __init__(self, title: str, total: int, *, shown: bool) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.started = self.told = time.perf_counter()
+        self.bar: Any = None
+        self.shown = shown and not sys.stderr.isatty()
+        if shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=title, leave=False, unit="sample", unit_scale=True)
+
+    def add(self, samples: int) -> None:
+        """Samples that are done."""
+        self.done += samples
+        if self.bar is not None:
+            self.bar.update(samples)
+        now = time.perf_counter()
+        if self.shown and now - self.told > self.EVERY:
+            self.told = now
+            rate = self.done / (now - self.started)
+            left = (self.total - self.done) / rate
+            say(f"{self.title}: {self.done:,} of {self.total:,}, {rate:,.0f}/s, {left:,.0f} s left")
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        if self.bar is not None:
+            self.bar.close()
+
+
 class Meter:
     """Samples per second since the last reading."""
 

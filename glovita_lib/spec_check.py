@@ -76,6 +76,7 @@ def check(root: Root) -> list[str]:
         nesterov_needs_momentum,
         infer_source,
         infer_folds,
+        extract_source,
         umap_options,
         ignored_options,
     )
@@ -318,6 +319,21 @@ def infer_source(root: Root) -> Iterator[str]:
         yield f"infer.split: {shown(infer.split)} is replaced by infer.input: drop one of them"
     if infer.checkpoint == ():
         yield "infer.checkpoint: [] names none: leave it out for this spec's own run"
+
+
+def extract_source(root: Root) -> Iterator[str]:
+    """One source of weights; bags are made of vectors."""
+    extract = root.extract
+    if extract.checkpoint is not None and extract.source == "encoder":
+        yield (
+            'extract.source: "encoder" is the model of the spec, but extract.checkpoint is set:'
+            " drop one of them"
+        )
+    if extract.bag_by is not None and extract.output != "embedding":
+        yield (
+            f"extract.bag_by: bags are made of one vector a sample, not of"
+            f' {shown(extract.output)}: set extract.output = "embedding"'
+        )
 
 
 def infer_folds(root: Root) -> Iterator[str]:

@@ -115,6 +115,8 @@ class Extract(Spec):
     """Whether data.data_fraction cuts the train split here too."""
     bag_by: Literal["group"] | None = None
     """Samples of one group (case, slide) become one bag; none keeps a row a sample."""
+    coords_file: str | None = None
+    """CSV file with the columns id, x, y (and z): where the samples of a bag lie; for bag_by."""
     on_error: Literal["stop", "skip"] = "stop"
     """What an unreadable sample does: end the extraction, or be left out and listed at the end."""
     block_samples: Count = 1024

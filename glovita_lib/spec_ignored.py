@@ -61,6 +61,16 @@ OPTIONS = (
            lambda r: reads_table(r) and subtask_of(r.data) == "multilabel"
            and isinstance(r.data.label_column, str),
            'data.label_source = "csv", data.subtask = "multilabel" and one data.label_column'),
+    # ---- extract
+    Option("extract.norm", lambda r: r.extract.layers, "extract.layers"),
+    Option("extract.prefix_tokens", lambda r: r.extract.output == "tokens",
+           'extract.output = "tokens"'),
+    Option("extract.method", lambda r: r.extract.output == "embedding",
+           'extract.output = "embedding"'),
+    Option("extract.coords_file", lambda r: r.extract.bag_by is not None, "extract.bag_by"),
+    Option("extract.use",
+           lambda r: r.extract.checkpoint is None and r.extract.source == "run",
+           'extract.source = "run" and no extract.checkpoint'),
     # ---- model
     Option("model.encoder.weights_order", lambda r: r.model.encoder.weights is not None,
            "model.encoder.weights"),

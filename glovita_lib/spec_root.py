@@ -26,8 +26,8 @@ class Root(Spec):
     """One experiment."""
 
     mode: Literal["train", "infer", "extract", "umap"] = "train"
-    """What the command does: train, evaluate the run that this spec trained, or draw a map of
-    features."""
+    """What the command does: train, evaluate the run that this spec trained, write features, or
+    draw a map of features."""
     name: str | None = None
     """Group directory of the run; none is the spec's file name and the overrides that change the
     experiment."""
