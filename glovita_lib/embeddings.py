@@ -1,0 +1,63 @@
+"""Embeddings of the samples of a data set, in memory, for modes that look at them.
+
+N samples, D width, K classes or targets.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from msgspec.structs import replace
+
+from glovita_lib import dist
+from glovita_lib.datasets import Split
+from glovita_lib.extraction import Extractor
+from glovita_lib.progress import Rate
+from glovita_lib.run_extract import plan_job, source_of, wanted_splits
+from glovita_lib.spec import Loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors of the samples of one or several splits, one split after another."""
+
+    features: np.ndarray  # (N, D) float32
+    targets: np.ndarray | None  # (N,) int64 or (N, K) float32
+    ids: list[str]
+    class_names: tuple[str, ...]
+    subtask: str
+    scores: np.ndarray | None  # (N, K) predictions; None of an encoder that was not trained
+    splits: list[Split]  # whose samples follow one another
+
+
+def embeddings_of(loaded: Loaded, ranks: dist.Ranks, split: str | None) -> Embeddings:
+    """Embeddings of a split, or of all, as mode extract makes them under the spec's `extract`.
+
+    Raises:
+        UserError: as mode extract.
+    """
+    spec = replace(loaded.root.extract, output="embedding", split=split, precision=32, bag_by=None)
+    root = replace(loaded.root, extract=spec)
+    experiment, data = source_of(loaded, ranks)
+    extractor = Extractor(experiment, spec)
+    trained = spec.checkpoint is not None or spec.source == "run"
+    splits, parts, scores = wanted_splits(spec, data), [], []
+    for name, part in splits.items():
+        loader = plan_job(root, extractor, data, name, part).loader(part, 0)
+        rate = Rate(name, len(part), shown=ranks.is_main)
+        for batch in loader.epoch(0):
+            parts.append(extractor(batch, augment=None).features)
+            rate.add(len(batch.rows))
+        rate.close()
+        loader.close()
+        if trained:
+            scores.append(experiment.predict(part).scores)
+    targets = [part.targets for part in splits.values()]
+    return Embeddings(
+        features=np.concatenate(parts).astype(np.float32),
+        targets=None if any(t is None for t in targets) else np.concatenate(targets),
+        ids=[name for part in splits.values() for name in part.ids],
+        class_names=data.class_names,
+        subtask=data.subtask,
+        scores=np.concatenate(scores) if scores else None,
+        splits=list(splits.values()),
+    )
