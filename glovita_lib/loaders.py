@@ -11,105 +11,35 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from glovita_lib.dist import Ranks, mix
+from glovita_lib.batches import Batch, Fit, Maker, Task, fit_all, to_tensor
+from glovita_lib.dist import Ranks
 from glovita_lib.held import hold, shortened, to_device
 from glovita_lib.order import EvalOrder, TrainOrder
-from glovita_lib.samples import Source, Split
+from glovita_lib.samples import Split
 from glovita_lib.spec import UserError
 from glovita_lib.spec_train import Dataloading
 
+__all__ = [
+    "Batch",
+    "Fit",
+    "Loader",
+    "Maker",
+    "build_loader",
+    "build_order",
+    "cores",
+    "fit_all",
+    "to_tensor",
+]
+
 MAX_WORKERS = 12
-Task = tuple[int, int, np.ndarray]  # epoch, batch, rows
-
-
-class Fit(Protocol):
-    """Crop and resize of single images to the encoder's input, see policies.Fit."""
-
-    def boxes(self, sizes: np.ndarray, generator: torch.Generator) -> Tensor: ...
-
-    def one(self, image: np.ndarray, box: Tensor) -> Tensor: ...
-
-
-@dataclass(slots=True)
-class Batch:
-    """Samples as they come from disk or memory; augmentation follows on the training device."""
-
-    inputs: Any
-    """(B, C, H, W) uint8, or int32 for 16-bit images; what Source.collate makes for other data."""
-    targets: Tensor | None
-    """(B,) int64 or (B, K) float32."""
-    rows: Tensor
-    """(B,) int64, rows of the split."""
-    fitted: bool
-    """Whether the images are cropped and resized already, because their sizes differ."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; the copy overlaps with computation if it is pinned."""
-        return self.moved(lambda part: part.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory."""
-        return self.moved(lambda part: part.pin_memory())
-
-    def moved(self, move: Callable[[Any], Any]) -> "Batch":
-        """The batch with every tensor moved."""
-        targets = None if self.targets is None else move(self.targets)
-        return Batch(move(self.inputs), targets, move(self.rows), self.fitted)
-
-
-@dataclass(frozen=True, slots=True)
-class Maker:
-    """Makes batches of rows; runs in this process, in threads or in worker processes."""
-
-    source: Source
-    first: int  # row of the split that is row 0 of the source
-    targets: np.ndarray | None
-    fit: Fit
-    seed: int
-    rank: int
-    fitted: bool  # whether the source's samples are fitted already
-
-    def __call__(self, task: Task) -> Batch:
-        """Batch of a task.
-
-        Raises:
-            UserError: a sample cannot be read.
-        """
-        epoch, batch, rows = task
-        samples = self.source.fetch(rows - self.first)
-        inputs, fitted = self.inputs(samples, mix(self.seed, epoch, batch, self.rank))
-        targets = None if self.targets is None else torch.from_numpy(self.targets[rows])
-        return Batch(inputs, targets, torch.from_numpy(rows), fitted)
-
-    def inputs(self, samples: Any, seed: int) -> tuple[Any, bool]:
-        """Inputs of a batch, and whether they are fitted."""
-        if collate := getattr(self.source, "collate", None):
-            return collate(samples), False
-        if isinstance(samples, np.ndarray):
-            return to_tensor(samples), self.fitted
-        return fit_all(samples, self.fit, seed), True
-
-
-def fit_all(samples: list[np.ndarray], fit: Fit, seed: int) -> Tensor:
-    """Images (C, H, W) of any sizes as one batch (B, C, S, S), each with its own window."""
-    sizes = np.array([sample.shape[1:] for sample in samples])  # (B, 2)
-    boxes = fit.boxes(sizes, torch.Generator().manual_seed(seed))
-    return torch.stack([fit.one(*pair) for pair in zip(samples, boxes, strict=True)])
-
-
-def to_tensor(samples: np.ndarray) -> Tensor:
-    """Samples as they are, uint16 as int32, which torch can calculate with."""
-    return torch.from_numpy(samples.astype(np.int32) if samples.dtype == np.uint16 else samples)
 
 
 def build_loader(

@@ -228,6 +228,65 @@ def test_evaluation_shards_are_disjoint_complete_and_in_order(world, count):
     assert all(o.size(b) <= 4 for o in orders for b in range(len(o)))
 
 
+def test_fitting_leaves_the_number_of_cores_as_it_was():
+    before = torch.get_num_threads()
+    list(loader_of(split_of(RaggedSource(20), 20), INLINE).epoch(0))
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("start", [0, 3, 7])
+def test_samples_that_live_on_a_device_give_the_same_batches(start):
+    loader = loader_of(digits())
+    expected = list(loader.epoch(2, start))
+    samples = torch.from_numpy(loader.maker.source.samples)
+    loader.resident = samples, torch.from_numpy(loader.split.targets)
+    found = list(loader.epoch(2, start))
+    assert len(found) == 7 - start
+    assert all(same(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_shard_that_lives_on_a_device():
+    loader = loader_of(digits(), train=False, rank=1, world=2)
+    expected = list(loader.epoch(0))
+    samples = torch.from_numpy(loader.maker.source.samples)
+    loader.resident = samples, torch.from_numpy(loader.split.targets)
+    assert all(same(a, b) for a, b in zip(expected, loader.epoch(0), strict=True))
+    assert expected[0].rows[0] == 25
+
+
+def test_real_photos_through_a_real_policy(tmp_path):
+    """Photographs of differing sizes, random crops: decoded in workers as in memory."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    from glovita_lib.policies import Augmenter, resolve
+    from glovita_lib.preprocess import Preprocess
+    from glovita_lib.readers import FileSource, read_headers
+    from glovita_lib.spec_augment import Augmentation
+
+    for number, photo in enumerate(load_sample_images().images * 4):
+        Image.fromarray(photo[: 100 + 10 * number, :120]).save(tmp_path / f"{number}.jpg")
+    paths = [str(tmp_path / f"{number}.jpg") for number in range(8)]
+    source = FileSource(paths, read_headers(paths, threads=1)[0], channels=3, bit_depth=8)
+    encoder = Preprocess(64, 72, "bilinear", (0.5,) * 3, (0.5,) * 3, False)
+    resolved = resolve(
+        Augmentation(train_policy="default_2d_2"),
+        default_policies=("default_2d_2", "shared_default_2d"),
+        encoder=encoder,
+        channels=3,
+        native_size=None,
+    )
+    fit = Augmenter(resolved, train=True, bit_depth=8).fit
+    runs = [
+        list(loader_of(split_of(source, 8), spec, fit=fit, batch_size=3).epoch(1))
+        for spec in (HELD, WORKERS, INLINE)
+    ]
+    for one, two, three in zip(*runs, strict=True):
+        assert same(one, two) and same(one, three)
+        assert one.inputs.shape[1:] == (3, 64, 64) and one.inputs.dtype == torch.uint8
+    assert not torch.equal(runs[0][0].inputs[0], runs[0][0].inputs[1])
+
+
 @pytest.mark.parametrize("spec", [HELD, INLINE])
 def test_evaluation_of_a_shard(spec):
     source = RaggedSource(11)

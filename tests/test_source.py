@@ -25,7 +25,7 @@ LAYERS = """
     samples tables labels splits blocks bags readers leakage hdf5 unlabelled
     preprocess resample augment1d augment2d augment3d randaugment mixing presets policies
     datasets_cifar datasets_folder feature_sources feature_labels
-    order held loaders windows precomputed datasets
+    order held batches loaders windows precomputed datasets
 
     depth layers structure random_masks weights trunk aggregate heads
     attention_chunk attention_pool clam mil
