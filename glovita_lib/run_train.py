@@ -4,8 +4,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
-from glovita_lib import checkpoint, dist, files
+from glovita_lib import checkpoint, dist, files, run_probe
 from glovita_lib.datasets import Data
 from glovita_lib.experiment import (
     Experiment,
@@ -24,6 +25,7 @@ from glovita_lib.rehearsal import rehearse
 from glovita_lib.results import measure, plot_augmented, summary_lines, write_results
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
 from glovita_lib.spec import Loaded, dump
+from glovita_lib.spec_train import Probe
 from glovita_lib.summary import write_summary
 from glovita_lib.trainer import Hooks
 
@@ -35,6 +37,9 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
 
     A dry run takes one batch through everything and leaves nothing behind.
     """
+    if isinstance(loaded.root.task, Probe):
+        run_probe.run(loaded, dry_run=dry_run)
+        return
     with dist.session() as ranks:
         if dry_run:
             rehearse(loaded.root, ranks)
@@ -136,8 +141,9 @@ def prepare(
 ) -> None:
     """The files that describe a run; of a run that goes on, the state its checkpoint knows."""
     if saved is None:
-        root, facts = experiment.root, experiment.facts
-        files.write_text(run.spec, dump(root))
+        facts = experiment.facts
+        named = replace(experiment.root, name=loaded.group)  # so that spec.toml finds this run
+        files.write_text(run.spec, dump(named))
         files.write_json(run.resolved_config, msgspec.to_builtins(facts))
         files.write_json(run.config, loaded.plain)
     else:

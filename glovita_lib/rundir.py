@@ -210,7 +210,7 @@ def decide(wanted: RunDir, loaded: Loaded) -> tuple[RunDir, Decision]:
     if on_existing == "new":
         return beside(wanted), "start"
     check_free(wanted.lock)
-    if not wanted.last.is_file():
+    if not wanted.last.is_file() and not wanted.is_finished:
         return wanted, "start"
     if on_existing == "overwrite":
         return wanted, "overwrite"

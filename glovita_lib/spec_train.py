@@ -46,7 +46,34 @@ class Supervised(Spec, tag="supervised", tag_field="objective"):
     """Resamples behind the 95 % confidence intervals of the final metrics; 0 leaves them out."""
 
 
-Task = Supervised
+class Probe(Spec, tag="probe", tag_field="objective"):
+    """Judge precomputed features: nearest neighbours and linear models, what they are set to chosen
+    on val. Nothing is trained by gradient steps, model and optimizer are not used."""
+
+    metrics: tuple[MetricName, ...] | None = None
+    """Metrics of the results; the first one chooses. None is acc and f1, for regression mse, mae
+    and r2."""
+    methods: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
+    """Weighted vote of nearest neighbours; logistic regression (ridge for regression)."""
+    k: tuple[Count, ...] = (1, 5, 10, 20, 50, 100)
+    """Numbers of neighbours to choose from."""
+    distance: Literal["cosine", "euclidean"] = "cosine"
+    """Distance of neighbours."""
+    temperature: Positive = 0.07
+    """Neighbours are weighted by exp(-distance / temperature), in units of the distance."""
+    l2: tuple[Positive, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    """Strengths of the L2 penalty to choose from, per sample: scikit-learn's C is 1 / (l2 N)."""
+    standardize: bool = True
+    """Whether the linear model sees features of mean 0 and deviation 1 over the train split."""
+    max_iterations: Count = 1000
+    """L-BFGS iterations of each linear model."""
+    result_plot: Literal["none", "val", "all"] = "val"
+    """Plots of the results: none, or of val and test."""
+    bootstrap: Annotated[int, Meta(ge=0)] = 1000
+    """Resamples behind the 95 % confidence intervals; 0 leaves them out."""
+
+
+Task = Supervised | Probe
 
 
 class Training(Spec):
