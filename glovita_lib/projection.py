@@ -1,0 +1,257 @@
+"""Features in two dimensions: which samples are shown, the layout, how far it can be trusted.
+
+N samples, D width, k neighbours.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from glovita_lib.neighbors import Metric, nearest, normalized
+from glovita_lib.spec import UserError
+from glovita_lib.spec_umap import Umap
+
+PLANE = 3  # samples up to which a plane holds them without loss
+START = 1e-4  # standard deviation of t-SNE's first positions (Kobak and Berens, 2019)
+TRUST_SAMPLES = 2000  # of which trustworthiness is computed: it needs all pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A layout and what was measured of it."""
+
+    points: np.ndarray
+    """Coordinates (N, 2) float64."""
+    method: str
+    """How they were made: umap, pca or tsne; pca where there is nothing to lay out."""
+    axes: tuple[str, str]
+    """Names of the axes; empty where they mean nothing."""
+    trustworthiness: float | None
+    """Of the layout, 0 to 1; None below 3 samples."""
+    trust_neighbors: int
+    """Neighbours it was measured with."""
+    trust_samples: int
+    """Samples it was measured on."""
+    notes: list[str] = field(default_factory=list)
+    """Lines worth saying."""
+
+
+def project(features: np.ndarray, spec: Umap, *, seed: int, device: torch.device) -> Projection:
+    """Features (N, D) as points of a plane; the same seed gives the same points.
+
+    Raises:
+        UserError: umap-learn is missing.
+    """
+    given = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)).to(device)
+    if spec.metric == "cosine":
+        given = normalized(given)
+    axes, notes = ("", ""), []
+    method = spec.method
+    if method != "pca" and distinct(given) <= PLANE:
+        method = "pca"
+        notes.append(
+            f"{len(given)} samples with at most {PLANE} different features lie in a plane:"
+            " principal components show them without loss"
+        )
+    if method == "pca":
+        points, shares = principal_components(given, 2)
+        axes = tuple(f"component {i + 1} ({share:.1%})" for i, share in enumerate(shares))
+    else:
+        reduced = given if spec.pca is None else reduce(given, spec.pca)
+        lay_out = umap_layout if method == "umap" else tsne_layout
+        points = lay_out(reduced, spec, seed)
+    points = np.asarray(points, dtype=np.float64)
+    trust, neighbors, samples = trust_in(given, points, spec, seed)
+    return Projection(points, method, axes, trust, neighbors, samples, notes)
+
+
+def distinct(features: torch.Tensor) -> int:
+    """Number of different rows, counted up to PLANE + 1."""
+    left, count = features, 0
+    while len(left) and count <= PLANE:
+        left = left[(left != left[0]).any(1)]
+        count += 1
+    return count
+
+
+# ---------------------------------------------------------------------- which samples
+
+
+def choose(classes: np.ndarray | None, count: int, spec: Umap, *, seed: int) -> np.ndarray:
+    """Rows of the samples that are shown, sorted.
+
+    Up to max_samples all of them. Else every class keeps at most max_per_class, and if these are
+    still more than max_samples, every class the same share, but at least one sample while there is
+    room.
+
+    Args:
+        classes: (N,) class of each sample; None where there are none.
+        count: N.
+        seed: of the choice within a class.
+    """
+    if count <= spec.max_samples:
+        return np.arange(count)
+    generator = np.random.default_rng(seed)
+    if classes is None:
+        return np.sort(generator.permutation(count)[: spec.max_samples])
+    members = np.unique(classes, return_inverse=True)[1]
+    sizes = np.bincount(members)
+    kept = sizes if spec.max_per_class is None else np.minimum(sizes, spec.max_per_class)
+    kept = shares(kept, spec.max_samples)
+    order = generator.permutation(count)
+    order = order[np.argsort(members[order], kind="stable")]  # by class, in random order within
+    place = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(order[place < np.repeat(kept, sizes)])
+
+
+def shares(sizes: np.ndarray, room: int) -> np.ndarray:
+    """Sizes cut to a sum of at most `room` in proportion (largest remainders), at least 1 each
+    while there is room.
+
+    >>> shares(np.array([70, 29, 1]), 10)
+    array([7, 2, 1])
+    """
+    if sizes.sum() <= room:
+        return sizes
+    exact = sizes * (room / sizes.sum())
+    kept = np.maximum(np.floor(exact), np.minimum(sizes, 1)).astype(np.int64)
+    while kept.sum() > room:  # more classes than room, or many with the one they are granted
+        kept[np.argmax(np.where(kept > 0, kept - exact, -np.inf))] -= 1
+    rest = np.where(kept < sizes, exact - kept, -np.inf)
+    kept[np.argsort(-rest, kind="stable")[: room - kept.sum()]] += 1
+    return kept
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+def principal_components(features: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (N, count) along the directions of the largest variance, and its shares (count,).
+
+    Eigenvectors of X'X or of XX', whichever is smaller, in float64, X the centred features. The
+    largest weight of a component is positive, as in scikit-learn. Components that do not exist are
+    zeros.
+    """
+    centred = features.double().cpu()
+    centred = centred - centred.mean(0)  # (N, D)
+    rows, width = centred.shape
+    kept = min(count, rows, width)
+    if width <= rows:
+        values, vectors = torch.linalg.eigh(centred.T @ centred)
+        directions = vectors[:, -kept:].flip(1)  # (D, kept)
+    else:
+        values, vectors = torch.linalg.eigh(centred @ centred.T)
+        directions = centred.T @ vectors[:, -kept:].flip(1)
+        directions = torch.nn.functional.normalize(directions, dim=0)
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))  # (1, kept)
+    points = centred @ (directions * torch.where(largest < 0, -1.0, 1.0))
+    values = values.flip(0)[:kept].clamp(min=0)
+    total = float(centred.square().sum())
+    explained = (values / total if total > 0 else torch.zeros(kept)).numpy()
+    missing = count - kept
+    return (
+        np.pad(points.numpy(), ((0, 0), (0, missing))),
+        np.pad(explained, (0, missing)),
+    )
+
+
+def reduce(features: torch.Tensor, count: int) -> torch.Tensor:
+    """Features (N, D) as their first principal components, (N, at most count)."""
+    count = min(count, *features.shape)
+    points, _ = principal_components(features, count)
+    return torch.from_numpy(points).to(features)
+
+
+def umap_layout(features: torch.Tensor, spec: Umap, seed: int) -> np.ndarray:
+    """UMAP (McInnes, Healy and Melville, 2018) by umap-learn on exact neighbours."""
+    umap = umap_learn()
+    neighbors = min(spec.n_neighbors, len(features) - 1)
+    model = umap.UMAP(
+        n_neighbors=neighbors,
+        min_dist=spec.min_dist,
+        metric=spec.metric,
+        random_state=seed,
+        n_jobs=1,  # what a seed means to umap-learn
+        precomputed_knn=exact_neighbors(features, neighbors, spec.metric),
+    )
+    with warnings.catch_warnings():
+        for message in EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
+        return model.fit_transform(features.cpu().numpy())
+
+
+EXPECTED = (
+    r"precomputed_knn\[2\] \(knn_search_index\) is not an NNDescent",  # nothing is added later
+    "Spectral initialisation failed",  # it goes on from random positions
+    "Graph is not fully connected",  # nor are clusters that lie apart; they are placed one by one
+)
+"""What umap-learn warns of and what is meant to be."""
+
+
+def umap_learn():
+    """The package, which takes seconds to import.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its optional parts
+            import umap
+    except ImportError as error:
+        raise UserError(
+            f'umap.method = "umap" needs umap-learn ({error}): pip install umap-learn, or set'
+            ' umap.method to "pca" or "tsne"'
+        ) from None
+    return umap
+
+
+def exact_neighbors(
+    features: torch.Tensor, count: int, metric: Metric
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices int32 and distances float32 (N, count) as umap-learn takes them: the sample itself is
+    its first neighbour."""
+    distances, indices = nearest(features, features, count - 1, metric, exclude_self=True)
+    own = torch.arange(len(features), device=indices.device).unsqueeze(1)
+    indices = torch.cat([own, indices], 1)
+    distances = torch.nn.functional.pad(distances, (1, 0))
+    return indices.int().cpu().numpy(), distances.float().cpu().numpy()
+
+
+def tsne_layout(features: torch.Tensor, spec: Umap, seed: int) -> np.ndarray:
+    """t-SNE (van der Maaten and Hinton, 2008) by scikit-learn, begun from principal components."""
+    from sklearn.manifold import TSNE
+
+    start, _ = principal_components(features, 2)
+    model = TSNE(
+        perplexity=min(spec.perplexity, (len(features) - 1) / 3),
+        metric=spec.metric,
+        init=(start / start[:, 0].std() * START).astype(np.float32),
+        random_state=seed,
+    )
+    return model.fit_transform(features.cpu().numpy())
+
+
+# ---------------------------------------------------------------------- trust
+
+
+def trust_in(
+    features: torch.Tensor, points: np.ndarray, spec: Umap, seed: int
+) -> tuple[float | None, int, int]:
+    """Trustworthiness (Venna and Kaski, 2001), its neighbours and samples.
+
+    1 if all k nearest points of a sample are among its k nearest features, about 0.5 if the layout
+    is random. Of more than TRUST_SAMPLES samples it is that of a random choice.
+    """
+    from sklearn.manifold import trustworthiness
+
+    rows = np.sort(np.random.default_rng(seed).permutation(len(points))[:TRUST_SAMPLES])
+    neighbors = min(spec.n_neighbors, (len(rows) - 1) // 2)
+    if neighbors < 1:
+        return None, 0, len(rows)
+    value = trustworthiness(
+        features[rows].cpu().numpy(), points[rows], n_neighbors=neighbors, metric=spec.metric
+    )
+    return float(value), neighbors, len(rows)
