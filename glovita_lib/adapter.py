@@ -194,15 +194,21 @@ def inserted_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         own = super(inserted_class(base), self).forward
-        return self._modules["insert"].around(own, x, *args, **kwargs)
+        return self._modules["added"].around(own, x, *args, **kwargs)
 
-    return type(base.__name__, (base,), {"forward": forward, "plain_class": base})
+    def steps(self: nn.Module) -> Iterator[nn.Module]:
+        return (child for name, child in self._modules.items() if name != "added")
+
+    body = {"forward": forward, "plain_class": base}
+    if issubclass(base, nn.Sequential):  # which would run the insert behind its other children
+        body["__iter__"] = steps
+    return type(base.__name__, (base,), body)
 
 
 def insert(module: nn.Module, child: Insert) -> None:
     """Put an insert into a module."""
     module.__class__ = inserted_class(type(module))
-    module.insert = child
+    module.added = child
 
 
 def by_class(root: nn.Module) -> dict[type[Adapter], list[Adapter]]:

@@ -17,7 +17,9 @@ class Targeted(Spec):
 
     targets: tuple[str, ...] | None = None
     """Layers: q, k, v, qkv, proj, fc1, fc2, conv, all-linear, or regular expressions over layer
-    names; none: the attention and MLP projections, in an encoder without any the convolutions."""
+    names; none: the attention and MLP projections, in an encoder without any the convolutions of
+    its
+    blocks."""
 
 
 class Ranked(Targeted):
@@ -157,7 +159,7 @@ class Vera(Targeted, tag="vera", tag_field="method"):
 
 class Ia3(Targeted, tag="ia3", tag_field="method"):
     """Keys, values and the hidden units of the MLP are multiplied by learned factors (Liu et al.,
-    (IA)^3, NeurIPS 2022); unset targets: k, v and the input of fc2, else every convolution."""
+    (IA)^3, NeurIPS 2022); unset targets: k, v and the input of fc2, else the convolutions."""
 
 
 class FourierFt(Targeted, tag="fourierft", tag_field="method"):

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from glovita_lib.spec import UserError
-from glovita_lib.structure import Layer, Rows, is_conv, is_norm, layers, weight_names
+from glovita_lib.structure import Layer, Rows, blocks, is_conv, is_norm, layers, weight_names
 
 LOGICAL = ("q", "k", "v", "qkv", "proj", "fc1", "fc2", "conv", "norm", "all-linear")
 PROJECTIONS = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -52,7 +52,8 @@ def resolve(
         wanted: logical names (q, k, v, qkv, proj, fc1, fc2, conv, norm, all-linear) or regular
             expressions searched in the layers' keys; None: `unset`.
         allowed: kinds of layer the method works on ("linear", "conv", "norm").
-        unset: logical names of which at least one must match, else the convolutions are taken.
+        unset: logical names of which at least one must match, else the convolutions of
+            the blocks are taken.
 
     Raises:
         UserError: a name or expression matches nothing; the message lists what there is.
@@ -60,7 +61,10 @@ def resolve(
     found = layers(root)
     usable = [layer for layer in found if kind_of(layer) in allowed and is_read(layer)]
     if wanted is None:
-        chosen = list(expand(usable, unset) or expand(usable, ("conv",)))
+        inside = {m for block in blocks(root) for m in block.modules()}
+        chosen = expand(usable, unset) or [
+            t for t in expand(usable, ("conv",)) if t.layer.module in inside or not inside
+        ]
         if not chosen:
             raise nothing("unset", usable)
         return tidy(chosen, found)

@@ -117,7 +117,7 @@ def build(name: str) -> nn.Module:
         )
     elif name == "eva02":
         net = timm.create_model(
-            "eva02_tiny_patch14_224", embed_dim=32, depth=2, num_heads=2, img_size=28, **small
+            "eva02_tiny_patch14_224", embed_dim=48, depth=2, num_heads=2, img_size=28, **small
         )
     elif name == "swin":
         net = timm.models.SwinTransformer(
