@@ -9,10 +9,11 @@ from typing import Literal
 import numpy as np
 
 from glovita_lib.datasets import Data, Split
-from glovita_lib.feature_sources import BagSource, VectorSource
+from glovita_lib.feature_sources import BagSource, VectorSource, feature_moments
 from glovita_lib.policies import ResolvedAugmentation
 from glovita_lib.spec import Spec, UserError
 from glovita_lib.spec_data import Subtask
+from glovita_lib.spec_features import PrecomputedData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Supervised
 
@@ -36,6 +37,10 @@ class Facts(Spec):
     """Number of samples per split."""
     augmentation: ResolvedAugmentation | None
     """Policies with all their parameters, sizes, mean and std; none for precomputed features."""
+    feature_mean: tuple[float, ...] | None
+    """Mean of each precomputed feature over the train split, where they are standardised."""
+    feature_std: tuple[float, ...] | None
+    """Standard deviation of each feature, likewise."""
     metrics: tuple[str, ...]
     """Metrics of every evaluation."""
     best_metric: str | None
@@ -61,6 +66,9 @@ def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation | No
     if train is None or not len(train):
         raise UserError(f"data set {data.name}: the train split is empty")
     metrics = root.task.metrics or default_metrics(data.subtask)
+    moments = None
+    if isinstance(root.data, PrecomputedData) and root.data.standardize:
+        moments = feature_moments(train.source)
     mean, std = target_scale(root.task, data, train)
     return Facts(
         dataset=data.name,
@@ -71,6 +79,8 @@ def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation | No
         bit_depth=data.bit_depth,
         samples={name: len(split) for name, split in data.splits.items()},
         augmentation=augmentation,
+        feature_mean=None if moments is None else tuple(moments[0].tolist()),
+        feature_std=None if moments is None else tuple(moments[1].tolist()),
         metrics=metrics,
         best_metric=best_metric(root, data, metrics),
         class_weights=class_weights(root.task, data, train),

@@ -3,6 +3,7 @@
 N samples, B bags, M instances, D width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from glovita_lib.blocks import Rows, open_hdf5
 from glovita_lib.hdf5 import FeatureFile, Keys, is_finite
 from glovita_lib.spec import UserError
 
+MOMENT_ROWS = 4096  # vectors, or bags, that are looked at together
 BAG_SUFFIXES = (".h5", ".hdf5", ".pt")
 
 
@@ -232,3 +234,22 @@ def check_bags(folder: FolderBags) -> None:
             f"{folder.paths[0].parent}: NaN or infinite features in {len(bad)} bags ({shown});"
             " extract them again or remove the files"
         )
+
+
+def feature_moments(source: VectorSource | BagSource) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (D,) over all vectors, or instances of all bags, in float64; the
+    deviation of a constant feature is 1. Two passes, so that large values keep their digits."""
+    count = len(source.index)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, count, MOMENT_ROWS):
+            part = source.fetch(np.arange(start, min(start + MOMENT_ROWS, count)))
+            yield from part if isinstance(part, list) else [part]
+
+    total, number = 0.0, 0
+    for block in blocks():
+        total, number = total + block.sum(0, dtype=np.float64), number + len(block)
+    mean = total / number
+    squares = sum(np.square(block - mean).sum(0) for block in blocks())
+    std = np.sqrt(squares / number)
+    return mean, np.where(std > 0, std, 1.0)

@@ -5,6 +5,7 @@ evaluation
 batch; the trainer knows nothing else about the task. B batch, K classes or targets.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -41,19 +42,32 @@ AUGMENT, MIX = 1, 2  # numbers of the random streams
 
 
 class FeatureInputs:
-    """Precomputed features as a head takes them; there is nothing to augment."""
+    """Precomputed features as a head takes them, standardised where the spec asks for it."""
 
     fit = None
 
+    def __init__(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        self.mean = None if mean is None else torch.tensor(mean)  # (D,)
+        self.std = None if std is None else torch.tensor(std)
+
     def __call__(self, inputs: Tensor | Bags, fitted: bool, seed: int) -> Tensor | Bags:
         """Vectors (B, D) in float32; bags as they are, their heads convert piece by piece."""
-        return inputs if isinstance(inputs, Bags) else inputs.float()
+        if isinstance(inputs, Bags):
+            if self.mean is None:
+                return inputs
+            return Bags(self.standardized(inputs.features), inputs.lengths)
+        return inputs.float() if self.mean is None else self.standardized(inputs)
+
+    def standardized(self, features: Tensor) -> Tensor:
+        """Features (N, D) of mean 0 and deviation 1 over the train split, float32."""
+        self.mean, self.std = self.mean.to(features.device), self.std.to(features.device)
+        return (features.float() - self.mean) / self.std
 
 
 def build_inputs(facts: Facts, *, train: bool) -> Augmenter | FeatureInputs:
     """What makes the encoder's input of a batch, on the training device."""
     if facts.augmentation is None:
-        return FeatureInputs()
+        return FeatureInputs(facts.feature_mean, facts.feature_std)
     return Augmenter(facts.augmentation, train=train, bit_depth=facts.bit_depth)
 
 
