@@ -79,31 +79,38 @@ def distinct(features: torch.Tensor) -> int:
 # ---------------------------------------------------------------------- which samples
 
 
-def choose(classes: np.ndarray | None, count: int, spec: Umap, *, seed: int) -> np.ndarray:
-    """Rows of the samples that are shown, sorted.
+def choose(classes: np.ndarray | None, lengths: np.ndarray, spec: Umap, *, seed: int) -> np.ndarray:
+    """Rows that are shown, sorted; samples of several rows (bags) have them one after another.
 
-    Up to max_samples all of them. Else every class keeps at most max_per_class, and if these are
-    still more than max_samples, every class the same share, but at least one sample while there is
+    Up to max_samples rows all of them. Else every class keeps at most max_per_class, and if these
+    are still more than max_samples, every class the same share, but at least one row while there is
     room.
 
     Args:
-        classes: (N,) class of each sample; None where there are none.
-        count: N.
+        classes: (B,) class of each sample; None where there are none.
+        lengths: (B,) rows of each sample.
         seed: of the choice within a class.
     """
-    if count <= spec.max_samples:
-        return np.arange(count)
+    total = int(lengths.sum())
+    if total <= spec.max_samples:
+        return np.arange(total)
+    members, limit = np.zeros(len(lengths), np.int64), None
+    if classes is not None:
+        members, limit = np.unique(classes, return_inverse=True)[1], spec.max_per_class
+    sizes = np.bincount(members, lengths).astype(np.int64)  # rows of each class
+    kept = shares(sizes if limit is None else np.minimum(sizes, limit), spec.max_samples)
     generator = np.random.default_rng(seed)
-    if classes is None:
-        return np.sort(generator.permutation(count)[: spec.max_samples])
-    members = np.unique(classes, return_inverse=True)[1]
-    sizes = np.bincount(members)
-    kept = sizes if spec.max_per_class is None else np.minimum(sizes, spec.max_per_class)
-    kept = shares(kept, spec.max_samples)
-    order = generator.permutation(count)
-    order = order[np.argsort(members[order], kind="stable")]  # by class, in random order within
-    place = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return np.sort(order[place < np.repeat(kept, sizes)])
+    by_class = np.argsort(members, kind="stable")
+    starts = np.cumsum(lengths) - lengths
+    rows = []
+    for own, size, count in zip(
+        np.split(by_class, np.cumsum(np.bincount(members))[:-1]), sizes, kept, strict=True
+    ):
+        drawn = generator.choice(size, count, replace=False, shuffle=False)  # among its own rows
+        ends = np.cumsum(lengths[own])
+        which = np.searchsorted(ends, drawn, side="right")
+        rows.append(starts[own[which]] + drawn - (ends[which] - lengths[own[which]]))
+    return np.sort(np.concatenate(rows))
 
 
 def shares(sizes: np.ndarray, room: int) -> np.ndarray:
