@@ -10,6 +10,7 @@ take a faster way with the same result.
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -193,7 +194,9 @@ def inserted_class(base: type[nn.Module]) -> type[nn.Module]:
     """Subclass of a module's class that calls its insert."""
 
     def forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-        own = super(inserted_class(base), self).forward
+        def own(*args, **kwargs) -> Any:
+            return base.forward(self, *args, **kwargs)
+
         return self._modules["added"].around(own, x, *args, **kwargs)
 
     def steps(self: nn.Module) -> Iterator[nn.Module]:
@@ -292,7 +295,7 @@ def held_class(base: type[nn.Module]) -> type[nn.Module]:
     """Subclass of a norm layer that is always in eval mode: its statistics are the base's."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        return super(held_class(base), self).train(False)
+        return base.train(self, False)
 
     return type(base.__name__, (base,), {"train": train, "plain_class": base})
 
