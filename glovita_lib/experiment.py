@@ -67,7 +67,12 @@ class Experiment:
         return build_loader(split, spec, **arguments)
 
     def predict(self, split: Split) -> Predictions | None:
-        """Predictions of a whole split on the first rank, None on the others."""
+        """Predictions of a whole split on the first rank, None on the others.
+
+        Never compiled: results are the same after training, in mode infer and on other machines.
+        """
+        if self.root.training.compile:
+            self.model.compile(disable=True)
         return evaluate(
             self.model,
             self.objective,

@@ -25,6 +25,7 @@ from glovita_lib.rehearsal import rehearse
 from glovita_lib.results import measure, plot_augmented, summary_lines, write_results
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
 from glovita_lib.spec import Loaded, dump
+from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Probe
 from glovita_lib.summary import write_summary
 from glovita_lib.trainer import Hooks
@@ -142,8 +143,7 @@ def prepare(
     """The files that describe a run; of a run that goes on, the state its checkpoint knows."""
     if saved is None:
         facts = experiment.facts
-        named = replace(experiment.root, name=loaded.group)  # so that spec.toml finds this run
-        files.write_text(run.spec, dump(named))
+        files.write_text(run.spec, dump(as_of(run, experiment.root)))
         files.write_json(run.resolved_config, msgspec.to_builtins(facts))
         files.write_json(run.config, loaded.plain)
     else:
@@ -151,6 +151,12 @@ def prepare(
         files.truncate_jsonl(run.metrics, lambda record: record["step"] <= step)
         mend_best(run, saved["state"])
     run.note_start(runtime_info(experiment.ranks, seed=experiment.root.seed))
+
+
+def as_of(run: RunDir, root: Root) -> Root:
+    """The spec that, run again, finds this very run, also where it was started beside another."""
+    training = replace(root.training, on_existing="resume")
+    return replace(root, name=run.group.name, mode="train", training=training)
 
 
 def mend_best(run: RunDir, state: dict[str, Any]) -> None:

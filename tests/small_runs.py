@@ -1,0 +1,121 @@
+"""Whole runs on tiny real data: the specs, the data, and how their results are read."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A ViT of two blocks with dropout and no batch norm on 8x8 digits, 117 of them to train on.
+TINY = """
+mode = "train"
+[data]
+dataset = "digits"
+data_fraction = 0.1
+[data.augmentation]
+image_size = 8
+[model.encoder]
+type = "test_vit"
+pretrained = false
+model_kwargs = { patch_size = 4, embed_dim = 16, depth = 2, num_heads = 2, proj_drop_rate = 0.1 }
+[task]
+result_plot = "none"
+bootstrap = 0
+[training]
+epochs = 2
+[optimizer]
+lr = 1e-3
+[logger]
+backend = "none"
+"""
+
+
+FOLDERS = TINY.replace(
+    'dataset = "digits"\ndata_fraction = 0.1\n',
+    'dataset = "generic_image_dataset"\nsplit_source = "subdirs"\nlabel_source = "folder"\n'
+    'channels = 1\ndata_root_dir = "ROOT"\n',
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: exit code, what it printed, and the run directory it was about."""
+
+    code: int
+    out: str
+    err: str
+    path: Path
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The best checkpoint."""
+        return load(self.path / "checkpoints" / "best.pt")
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last checkpoint."""
+        return load(self.path / "checkpoints" / "last.pt")
+
+    def records(self, event: str = "epoch") -> list[dict[str, Any]]:
+        """Records of metrics.jsonl."""
+        lines = (self.path / "metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["event"] == event]
+
+    def json(self, name: str) -> Any:
+        """A JSON file of the run."""
+        return json.loads((self.path / name).read_text())
+
+    def rows(self, split: str = "test") -> list[dict[str, str]]:
+        """Rows of a predictions file."""
+        with open(self.path / f"predictions_{split}.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint."""
+    from glovita_lib import checkpoint
+
+    return checkpoint.load(path, map_location="cpu")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content, and every folder; the spec that `command` writes
+    is left out."""
+    return {
+        f"{path.relative_to(folder)}{'/' * path.is_dir()}": b""
+        if path.is_dir()
+        else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.name != "tiny.toml"
+    }
+
+
+# ---------------------------------------------------------------------- data
+
+
+def digits(count: int) -> tuple[Any, Any]:
+    """Real digits as uint8 images (N, 8, 8) and their labels (N,)."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.round(data.images[:count] * (255 / 16)).astype(np.uint8)
+    return images, data.target[:count]
+
+
+def write_png(path: Path, image: Any, side: int | None = None) -> None:
+    """An image as PNG, enlarged to a side in pixels if given."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(image)
+    if side is not None:
+        picture = picture.resize((side, side))
+    picture.save(path)
+
+
+def one_layer(input_channels: int) -> Any:
+    """A custom encoder: one convolution of the whole 8x8 image, a vector of 16 (B, 16, 1, 1)."""
+    from torch import nn
+
+    return nn.Sequential(nn.Conv2d(input_channels, 16, 8), nn.GELU())
