@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from glovita_lib.adapter import Adapter, Insert, Shared
 from glovita_lib.spec import UserError
@@ -15,27 +16,36 @@ ADDED = (Adapter, Insert, Shared)
 def trained_names(model: nn.Module) -> list[str]:
     """Keys of the state dict that differ from the base: parameters that train, what methods have
     added, and everything outside the encoder; without what only continues a run."""
+    skipped = {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, ADDED)
+        for buffer in getattr(module, "transient", ())
+    }
+    base = base_state(model)
+    return [key for key in model.state_dict() if key not in base and key not in skipped]
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the encoder that the method has left alone."""
     root = trunk(model)
-    prefixes = [n for n, m in model.named_modules() if m is root]
-    inside = f"{prefixes[0]}." if prefixes[0] else ""
-    added = {n: m for n, m in model.named_modules() if isinstance(m, ADDED)}
-    skipped = {f"{n}.{b}" for n, m in added.items() for b in getattr(m, "transient", ())}
+    prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is root)
+    added = [f"{n}." for n, m in model.named_modules() if isinstance(m, ADDED)]
     training = {n for n, p in model.named_parameters() if p.requires_grad}
     owners = {n.rpartition(".")[0] for n in training}
-    chosen = []
-    for key in model.state_dict():
+    base = {}
+    for key, tensor in model.state_dict().items():
         owner = key.rpartition(".")[0]
-        own = any(key.startswith(f"{name}.") for name in added)
-        statistics = owner in owners and is_statistic(model.get_submodule(owner), key)
-        outside = not key.startswith(inside)
-        if (key in training or own or statistics or outside) and key not in skipped:
-            chosen.append(key)
-    return chosen
+        moves = owner in owners and is_statistic(model.get_submodule(owner), key)
+        inside = key.startswith(prefix) and not key.startswith(tuple(added))
+        if inside and key not in training and not moves:
+            base[key] = tensor
+    return base
 
 
 def is_statistic(module: nn.Module, key: str) -> bool:
-    """A stored buffer of a layer whose own parameters train (batch norm's running mean)."""
-    return key.rpartition(".")[2] in module._buffers
+    """A running mean or variance that the layer updates in training."""
+    return isinstance(module, _NormBase) and key.rpartition(".")[2] in module._buffers
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
