@@ -29,6 +29,12 @@ lr = 1e-3
 backend = "none"
 """
 
+# A small network with batch norm.
+RESNET = (
+    TINY.replace("test_vit", "test_resnet")
+    .replace("image_size = 8", "image_size = 16")
+    .replace(TINY[TINY.index("model_kwargs") : TINY.index("[task]")], "")
+)
 
 FOLDERS = TINY.replace(
     'dataset = "digits"\ndata_fraction = 0.1\n',

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from small_runs import FOLDERS, TINY, snapshot
+from small_runs import snapshot
 
 from glovita_lib import trainer
 from glovita_lib.spec_check import load_checked
@@ -46,10 +46,18 @@ def test_the_directory_holds_what_is_documented_and_nothing_else(command):
     assert low <= report["metrics"]["Accuracy"] <= high and low < high
 
 
-def test_train_results_and_plots_only_if_asked(command):
+def test_train_results_and_plots_only_if_asked(command, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "glovita_lib.results.plots.plot_results", lambda path, *a, **k: drawn.append(a[0])
+    )
+    for name in ("results.plot_worst", "run_train.plot_augmented", "run_train.learning_curves"):
+        monkeypatch.setattr(f"glovita_lib.{name}", lambda *arguments, **options: None)
     run = command("task.result_plot=all", "training.epochs=1")
     assert len(run.rows("train")) == run.json("metrics_train.json")["n"] == 117
-    assert (run.path / "plots" / "worst_train.png").is_file()
+    assert drawn == ["train", "val", "test"]
+    command("task.result_plot=val", "training.epochs=1", "name=held_out")
+    assert drawn[3:] == ["val", "test"]
 
 
 def test_lines_of_metrics(command):
@@ -262,9 +270,11 @@ def test_resume_overwrite_new(command):
 
 
 def test_overwriting_leaves_nothing_of_the_old_run_and_others_files_alone(command):
-    run = command("task.result_plot=all", "training.save_every=1", "training.epochs=3")
-    (run.path / "notes.txt").write_text("mine")
-    command("training.on_existing=overwrite", "name=" + run.path.parent.name, "training.epochs=1")
+    run = command("training.save_every=1", "training.epochs=3", "name=tiny")
+    for stale in ("plots/old.png", "predictions_train.csv", "metrics_train.json", "notes.txt"):
+        (run.path / stale).parent.mkdir(exist_ok=True)
+        (run.path / stale).write_text("{}")
+    command("training.on_existing=overwrite", "name=tiny", "training.epochs=1")
     names = folders_and_files(run.path)
     assert not any("train" in name or "epoch_" in name for name in names)
     assert "notes.txt" in names and "plots" not in names
@@ -342,4 +352,3 @@ def test_class_folders(command, folder_spec):
     assert run.json("resolved_config.json")["class_names"] == ["one", "two", "zero"]
     assert {row["label"] for row in run.rows()} == {"one", "two", "zero"}
     assert all(row["id"].startswith("test/") for row in run.rows())
-    assert TINY != FOLDERS
