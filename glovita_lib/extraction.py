@@ -5,13 +5,14 @@ B batch, N tokens, D width, C channels, H W grid, M instances.
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.aggregate import aggregate, output_width, resolve_method
+from glovita_lib.aggregate import aggregate, resolve_method
 from glovita_lib.experiment import Experiment
 from glovita_lib.intermediates import choose_layers
 from glovita_lib.layers import Features
@@ -19,6 +20,12 @@ from glovita_lib.loaders import Batch
 from glovita_lib.precision import autocast
 from glovita_lib.spec import UserError
 from glovita_lib.spec_features import Extract
+
+LAYOUTS = {
+    "embedding": "(N, D)",
+    "tokens": "(M, D), tokens of sample i at bag_ptr[i] to bag_ptr[i + 1]",
+    "map": "(N, C, H, W)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +38,11 @@ class Readout:
 
 
 class Extractor:
-    """Reads embeddings, tokens or maps out of the encoder of an experiment."""
+    """Reads embeddings, tokens or maps out of the encoder of an experiment.
+
+    Raises:
+        UserError: what is asked for, this encoder or data set does not have.
+    """
 
     def __init__(self, experiment: Experiment, spec: Extract) -> None:
         if experiment.facts.augmentation is None:
@@ -40,40 +51,72 @@ class Extractor:
         self.model = experiment.model.eval()
         facts, encoder = experiment.facts, experiment.model.encoder
         size = facts.augmentation.image_size
-        self.layers = None
+        self.layers, self.normed, probed = None, (), []
         if spec.layers:
             shape = (1, facts.channels, size, size)
             self.layers = choose_layers(encoder, spec.layers, norm=spec.norm, input_shape=shape)
-        self.method = self.resolve_method()
+            probed, self.normed = self.layers.probe(shape)
+        self.method = self.resolve_method(probed)
         self.dtype = torch.float16 if spec.precision == 16 else torch.float32
-        if spec.output != "embedding" and not encoder.has_tokens:
-            raise UserError(
-                f'extract.output = "{spec.output}": encoder {encoder.name} gives one vector per'
-                ' sample; only output = "embedding" is possible'
-            )
+        if spec.output != "embedding":
+            self.check_tokens(probed)
 
-    def resolve_method(self) -> str:
-        """How tokens become one vector."""
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the encoder's weights."""
+        return weights_hash(self.model)
+
+    def resolve_method(self, probed: list[Features]) -> str:
+        """How tokens become one vector.
+
+        Args:
+            probed: features of the layers, where layers are read.
+        """
         model, spec = self.experiment.model, self.spec
-        if spec.method is None and not self.layers:
-            return model.aggregation
+        has_cls = all(part.has_cls for part in probed)
         if spec.method is None:
-            return "cls_token" if model.encoder.has_cls else "avg"
+            if not probed:
+                return model.aggregation
+            return "cls_token" if has_cls else "avg"
+        if probed and not has_cls and spec.method in ("cls_token", "joint"):
+            raise UserError(
+                f'extract.method = "{spec.method}": the layers {list(spec.layers)} of'
+                f" {model.encoder.name} have no CLS token; valid: avg, sum, mean_all, or none for"
+                " its default"
+            )
+        if probed:
+            return spec.method
         try:
             return resolve_method(spec.method, model.encoder)
         except UserError as error:
             text = str(error).replace("model.feature_aggregation_method", "extract.method")
             raise UserError(text) from None
 
+    def check_tokens(self, probed: list[Features]) -> None:
+        """Whether the encoder, or its layers, have patch tokens to write.
+
+        Raises:
+            UserError: they do not.
+        """
+        encoder, output = self.experiment.model.encoder, self.spec.output
+        if probed:
+            self.check_grids(probed)
+        elif not encoder.has_patches:
+            raise UserError(
+                f'extract.output = "{output}": encoder {encoder.name} gives one vector per sample;'
+                ' only output = "embedding" is possible'
+            )
+
     @torch.no_grad()
-    def __call__(self, batch: Batch, *, augment: int | None) -> Readout:
+    def __call__(self, batch: Batch, *, ids: list[str], augment: int | None) -> Readout:
         """Read a batch out.
 
         Args:
+            ids: of the split that the batch is from, for messages.
             augment: seed of the train policy; None is the test policy.
 
         Raises:
-            UserError: features too large for float16.
+            UserError: features too large for float16, NaN or infinite ones.
         """
         objective, ranks = self.experiment.objective, self.experiment.ranks
         batch = batch.to(ranks.device)
@@ -83,8 +126,9 @@ class Extractor:
             features = self.features(inputs)
             read, lengths, coords = self.read(inputs, features)
         stored = read.to(self.dtype)
-        if self.dtype == torch.float16:
-            self.refuse_overflow(read, stored, batch, lengths)
+        if not torch.isfinite(stored).all():
+            per_sample = read.unflatten(0, (len(batch.rows), -1))  # (B, ...)
+            self.refuse_infinite(per_sample, [ids[row] for row in batch.rows.tolist()])
         return Readout(stored.cpu().numpy(), lengths, coords)
 
     def features(self, inputs: Tensor) -> list[Features]:
@@ -122,32 +166,36 @@ class Extractor:
         """
         grids = [part.grid for part in features]
         if len(set(grids)) > 1:
-            listed = ", ".join("x".join(map(str, grid or ())) for grid in grids)
+            sizes = ", ".join("x".join(map(str, grid or ())) for grid in grids)
             raise UserError(
-                f"extract.layers = {list(self.spec.layers)} have different grids ({listed});"
+                f"extract.layers = {list(self.spec.layers)} have different grids ({sizes});"
                 " extract each of them to a file of its own"
             )
         if self.spec.output == "map" and grids[0] is None:
             raise UserError('extract.output = "map": the tokens of this encoder are no grid')
 
-    def refuse_overflow(
-        self, read: Tensor, stored: Tensor, batch: Batch, lengths: np.ndarray | None
-    ) -> None:
-        """float16 ends at 65,504.
+    def refuse_infinite(self, read: Tensor, ids: list[str]) -> None:
+        """Say which samples of a batch have features (B, ...) that cannot be stored.
 
         Raises:
-            UserError: a feature became infinite.
+            UserError: always.
         """
-        bad = (torch.isinf(stored) & torch.isfinite(read)).flatten(1).any(1).cpu().numpy()
-        if bad.any():
-            rows = np.flatnonzero(bad) if lengths is None else np.flatnonzero(bad) // lengths[0]
-            largest = float(read[torch.isfinite(read)].abs().max())
+        read = read.flatten(1)
+        broken = ~torch.isfinite(read).all(1)
+        if broken.any():
             raise UserError(
-                f"features up to {largest:.4g} overflow float16 (65,504) in"
-                f" {len(np.unique(rows))} samples of a batch, first row"
-                f" {int(batch.rows[rows[0]])}; set extract.precision = 32, or another"
-                f" extract.method than {self.method}"
+                f"the encoder gives NaN or infinite features for {listed(ids, broken)};"
+                f" it computed with training.precision = {self.experiment.precision}: fp16 may"
+                ' overflow inside it, "bf16" and "no" do not; else its weights are broken'
             )
+        too_large = torch.isinf(read.half()).any(1)
+        largest = float(read.abs().max())
+        other = f", or another extract.method than {self.method}"
+        raise UserError(
+            f"features up to {largest:.4g} overflow float16 (largest number 65,504) in"
+            f" {listed(ids, too_large)}; set extract.precision = 32"
+            f"{other if self.spec.output == 'embedding' else ''}"
+        )
 
     def attributes(self) -> dict[str, Any]:
         """How the features are made, as attributes of the file."""
@@ -155,10 +203,11 @@ class Extractor:
         pooled = spec.output == "embedding"
         return {
             "output": spec.output,
+            "layout": LAYOUTS[spec.output],
             "aggregation": self.method if pooled else "none",
             "layers": json.dumps(list(self.layers.indices)) if self.layers else "encoder output",
             "norm": self.norm_text(),
-            "prefix_tokens": "in" if not pooled and spec.prefix_tokens else "out",
+            "prefix_tokens": self.prefix_text(),
             "pooling": self.pooling_text() if pooled else "none",
             "encoder": experiment.model.encoder.name,
             "compute_precision": experiment.precision,
@@ -168,19 +217,33 @@ class Extractor:
     def norm_text(self) -> str:
         """Whether tokens are final-normed."""
         if self.layers is None:
-            return "final norm"
-        return "final norm applied to each layer" if self.spec.norm else "raw, no norm"
+            return "final norm, where the encoder has one"
+        raw = [index for index in self.layers.indices if index not in self.normed]
+        parts = [f"final norm on layers {list(self.normed)}"] if self.normed else []
+        return ", ".join([*parts, f"raw layers {raw}"] if raw else parts)
+
+    def prefix_text(self) -> str:
+        """Whether CLS and register tokens are among what is written."""
+        if self.spec.output == "embedding":
+            return "as the aggregation says; registers out"
+        return "in" if self.spec.output == "tokens" and self.spec.prefix_tokens else "out"
 
     def pooling_text(self) -> str:
         """Whether vectors are the library's own pre-logits, or pooled here."""
-        encoder = self.experiment.model.encoder
-        own = self.layers is None and self.method in ("pooled", encoder.pooling)
-        return "pre_logits of the library" if own else f"{self.method} of the tokens"
+        encoder, method = self.experiment.model.encoder, self.method
+        if method == "mean_all" and not encoder.has_cls:
+            method = "avg"
+        parts = ("cls_token", "avg") if method == "joint" else (method,)
+        own = () if self.layers is not None else ("pooled", encoder.pooling)
+        texts = ["pre_logits of the library" if p in own else f"{p} of the tokens" for p in parts]
+        return ", ".join(texts)
 
-    @property
-    def width(self) -> int:
-        """D of an embedding of the encoder's output."""
-        return output_width(self.experiment.model.encoder, self.method)
+
+def listed(ids: list[str], chosen: Tensor) -> str:
+    """The chosen (B,) samples of a batch, in words."""
+    names = [name for name, is_chosen in zip(ids, chosen.tolist(), strict=True) if is_chosen]
+    more = f" and {len(names) - 1} more of its batch" if len(names) > 1 else ""
+    return f"sample {names[0]}{more}"
 
 
 def as_map(features: Features) -> Tensor:
@@ -189,10 +252,9 @@ def as_map(features: Features) -> Tensor:
 
 
 def grid_places(grid: tuple[int, ...] | None, n_prefix: int, tokens: int) -> np.ndarray:
-    """Row and column (N, 2) of each token in the grid; -1, -1 for prefix tokens; a single column
-    of running numbers where there is no grid."""
-    if grid is None:
-        return np.arange(tokens)[:, None].repeat(2, 1).astype(np.int32)
+    """Row and column (N, 2) of each token in the grid; -1, -1 for prefix tokens; where there is no
+    grid row 0 and a running number."""
+    grid = grid or (1, tokens - n_prefix)
     places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, len(grid))
     return np.concatenate([np.full((n_prefix, len(grid)), -1), places]).astype(np.int32)
 

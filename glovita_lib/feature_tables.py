@@ -5,8 +5,9 @@ N samples, B bags, K classes or targets.
 """
 
 import csv
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -82,24 +83,50 @@ def read_coords(path: str, ids: np.ndarray) -> np.ndarray:
     """Coordinates (N, 2 or 3) of samples, from a CSV with the columns id, x, y and perhaps z.
 
     Raises:
-        UserError: no such file or column, a sample without a row, a cell that is no number.
+        UserError: no such file or column, a sample without a row or with two, a cell that is no
+        number.
     """
-    if not Path(path).is_file():
-        raise UserError(f"extract.coords_file {path}: no such file")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        header = reader.fieldnames or []
-        if not {"id", "x", "y"} <= set(header):
-            raise UserError(f"{path}: columns id, x and y are needed, it has {', '.join(header)}")
-        axes = [axis for axis in AXES if axis in header]
+    table: dict[str, list[float]] = {}
+    for number, row in coords_rows(path):
+        name, *cells = row
+        if name in table:
+            raise UserError(f"{path} line {number}: id {name!r} occurs twice; give it one row")
         try:
-            table = {row["id"]: [float(row[axis]) for axis in axes] for row in reader}
-        except ValueError as error:
-            raise UserError(f"{path}: a coordinate is no number ({error})") from None
+            table[name] = [float(cell) for cell in cells]
+        except (TypeError, ValueError):  # TypeError: the row is too short
+            table[name] = [math.nan]
+        if not all(map(math.isfinite, table[name])):
+            shown = ", ".join(str(cell) for cell in cells)
+            raise UserError(f"{path} line {number}: coordinates of {name!r} are {shown}")
     absent = [name for name in ids if name not in table]
     if absent:
-        raise UserError(f"{path}: no row for {len(absent)} samples ({', '.join(absent[:10])})")
+        example = f"; the file has e.g. {next(iter(table))}" if table else ""
+        raise UserError(
+            f"{path}: no row for {len(absent)} samples ({', '.join(absent[:10])}){example}"
+        )
     return np.array([table[name] for name in ids])
+
+
+def coords_rows(path: str) -> Iterator[tuple[int, list[str | None]]]:
+    """Line number, and id and coordinates as text, of each row of a CSV.
+
+    Raises:
+        UserError: no such file or column.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header = reader.fieldnames or []
+            if not {"id", "x", "y"} <= set(header):
+                raise UserError(
+                    f"extract.coords_file {path}: columns id, x and y are needed, it has"
+                    f" {', '.join(header) or 'none'}"
+                )
+            axes = [axis for axis in AXES if axis in header]
+            for row in reader:
+                yield reader.line_num, [row["id"], *(row[axis] for axis in axes)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"extract.coords_file {path} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +140,11 @@ class Plan:
     def blocks(self) -> int:
         """Number of blocks."""
         return -(-len(self.rows) // self.block)
+
+    @property
+    def block_of(self) -> np.ndarray:
+        """Block (N,) of each of `rows`."""
+        return np.arange(len(self.rows)) // self.block
 
     def rows_of(self, block: int) -> np.ndarray:
         """Rows of the split in a block."""

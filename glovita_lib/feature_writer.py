@@ -7,9 +7,12 @@ data set. Ranks write different blocks; the first one puts them together.
 N samples, D width, M instances.
 """
 
+import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,12 @@ import numpy as np
 
 from glovita_lib import files
 from glovita_lib.extraction import Readout
+from glovita_lib.feature_tables import Plan
 from glovita_lib.spec import UserError
 
 CHUNK_BYTES = 256 * 2**10  # of a compressed chunk: large enough to inflate fast
+SHOWN = 60  # characters of two values that are shown beside each other
+LOCK = ".lock"  # of the process that writes blocks
 
 
 @dataclass(frozen=True)
@@ -28,30 +34,46 @@ class Parts:
     """The finished blocks of one feature file."""
 
     target: Path
-    recipe: dict[str, Any]
-    blocks: int
+    recipe: dict[str, Any]  # what determines the features
+    plan: Plan
 
     @property
     def folder(self) -> Path:
         """Where the blocks are."""
         return self.target.with_name(f"{self.target.name}.parts")
 
+    @property
+    def lock(self) -> Path:
+        """File that the running process has locked."""
+        return self.folder / LOCK
+
     def path(self, block: int) -> Path:
         """File of a block."""
         return self.folder / f"{block:06d}.npz"
 
     def open(self) -> None:
-        """Make the folder; blocks of another recipe are removed."""
-        recipe = self.folder / "recipe.json"
-        if recipe.is_file() and files.read_json(recipe) != files.plain(self.recipe):
-            shutil.rmtree(self.folder)
+        """Make the folder ready; blocks of another recipe and what a kill left are removed.
+
+        The lock is held, so nobody else writes there.
+        """
+        note, recipe = self.folder / "recipe.json", self.recipe_of_parts()
+        # Without its recipe a folder was being cleared when it was killed.
+        if not note.is_file() or files.read_json(note) != recipe:
+            self.clear()
         files.make_folder(self.folder)
         files.remove_leftovers(self.folder)
-        files.write_json(recipe, self.recipe)
+        for path in self.target.parent.glob(f"{files.TEMPORARY}*-{self.target.name}"):
+            path.unlink(missing_ok=True)
+        files.write_json(note, recipe)
+
+    def recipe_of_parts(self) -> dict[str, Any]:
+        """What determines the content of the blocks: also which samples are in which."""
+        order = hashlib.sha256(self.plan.rows.astype(np.int64).tobytes()).hexdigest()
+        return files.plain({**self.recipe, "block_samples": self.plan.block, "order": order})
 
     def pending(self) -> list[int]:
         """Blocks that are not finished."""
-        return [block for block in range(self.blocks) if not self.path(block).is_file()]
+        return [block for block in range(self.plan.blocks) if not self.path(block).is_file()]
 
     def write(self, block: int, rows: np.ndarray, readouts: list[Readout]) -> None:
         """Write a finished block: rows of the split, and what was read out of them."""
@@ -64,13 +86,25 @@ class Parts:
 
     def read(self) -> Iterator[dict[str, np.ndarray]]:
         """The blocks in order."""
-        for block in range(self.blocks):
+        for block in range(self.plan.blocks):
             with np.load(self.path(block)) as arrays:
                 yield dict(arrays)
 
+    def clear(self) -> None:
+        """Remove all but the lock; the recipe last, lest blocks without one pass for another's."""
+        paths = [path for path in self.folder.glob("*") if path.name != LOCK]
+        for path in sorted(paths, key=lambda path: path.name == "recipe.json"):
+            path.unlink(missing_ok=True)
+
     def remove(self) -> None:
-        """Remove the blocks."""
-        shutil.rmtree(self.folder)
+        """Remove the blocks and their folder."""
+        if not self.folder.is_dir():
+            return
+        self.clear()
+        files.remove_leftovers(self.folder)
+        with suppress(OSError):  # a process that waits has just made a lock of its own there
+            self.lock.unlink(missing_ok=True)
+            self.folder.rmdir()
 
 
 def put_together(
@@ -81,7 +115,7 @@ def put_together(
     keep: np.ndarray,
     notes: dict[str, Any],
 ) -> tuple[int, ...]:
-    """Put the blocks together: the feature file appears whole, the blocks go.
+    """Put the blocks together: the feature file appears whole, the blocks stay.
 
     Returns the shape of the features.
 
@@ -89,24 +123,25 @@ def put_together(
         tables: datasets beside the features, e.g. labels, ids; one row a sample or bag.
         compression: none, lzf or gzip.
         keep: (N,) whether each sample, in the order of the blocks, is written.
-        notes: further attributes, beside those of the recipe.
+        notes: further attributes, beside those of the features' recipe.
 
     Raises:
-        UserError: disk full ...; the blocks stay.
+        UserError: disk full ...
     """
-    import h5py
-
-    with files.atomic_path(parts.target) as temporary, h5py.File(temporary, "w") as file:
+    total = total_rows(parts, keep)
+    with files.atomic_path(parts.target) as temporary, hdf5_file(temporary, parts.target) as file:
         place, done, lengths = 0, 0, []
         for block in parts.read():
             kept = keep[done : done + len(block["rows"])]
             done += len(kept)
+            if not kept.any():
+                continue
             instances = np.repeat(kept, block["lengths"]) if "lengths" in block else kept
             features = block["features"][instances]
-            if not place and "features" not in file:
-                create(file, "features", features, compression, total_rows(parts, keep))
+            if "features" not in file:
+                create(file, "features", features, compression, total)
                 if "coords" in block:
-                    create(file, "coords", block["coords"], "none", total_rows(parts, keep))
+                    create(file, "coords", block["coords"], "none", total)
             file["features"][place : place + len(features)] = features
             if "lengths" in block:
                 file["coords"][place : place + len(features)] = block["coords"][instances]
@@ -119,14 +154,57 @@ def put_together(
         for name, value in {**parts.recipe, **notes}.items():
             file.attrs[name] = value
         shape = file["features"].shape
-    parts.remove()
     return shape
+
+
+@contextmanager
+def hdf5_file(path: Path, target: Path) -> Iterator[Any]:
+    """A new HDF5 file to write; attributes may be larger than 64 KiB, as many class names are.
+
+    Raises:
+        UserError: the disk is full ...; h5py says so in errors of several kinds.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "w", libver=("v108", "v108")) as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        number = system_error(error)
+        if number is None:
+            raise
+        raise files.write_error(target, OSError(number, os.strerror(number))) from None
+
+
+def system_error(error: BaseException | None) -> int | None:
+    """The number of the system's error behind one of h5py's; None where there is none."""
+    while error is not None:
+        said = re.search(r"errno = (\d+)", str(error))
+        number = int(said[1]) if said else getattr(error, "errno", None)
+        if number is not None:
+            return number
+        error = error.__context__
+    return None
+
+
+def refuse_full_disk(folder: Path, size: int) -> None:
+    """Look before a long writing whether there is room for it.
+
+    Raises:
+        UserError: there is not.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"the disk of {folder} has {free / 2**20:,.0f} MiB left, the features need"
+            f" {size / 2**20:,.0f}: free some space and start again, finished blocks are kept"
+        )
 
 
 def total_rows(parts: Parts, keep: np.ndarray) -> int:
     """Rows of the assembled features."""
     total, done = 0, 0
-    for block in range(parts.blocks):
+    for block in range(parts.plan.blocks):
         with np.load(parts.path(block)) as arrays:
             kept = keep[done : done + len(arrays["rows"])]
             done += len(kept)
@@ -135,11 +213,17 @@ def total_rows(parts: Parts, keep: np.ndarray) -> int:
 
 
 def create(file: Any, name: str, example: np.ndarray, compression: str, rows: int) -> None:
-    """An empty dataset for `rows` rows like those of the example."""
+    """An empty dataset for `rows` rows like those of the example.
+
+    Raises:
+        UserError: no room for it, if it is stored as it is.
+    """
     shape, options = (rows, *example.shape[1:]), {}
-    if compression != "none":
-        row = max(1, int(np.prod(shape[1:])) * example.dtype.itemsize)
-        chunk = max(1, min(rows, CHUNK_BYTES // row))
+    size = int(np.prod(shape)) * example.dtype.itemsize
+    if compression == "none":
+        refuse_full_disk(Path(file.filename).parent, size)
+    else:
+        chunk = max(1, min(rows, CHUNK_BYTES * rows // max(1, size)))
         options = {"chunks": (chunk, *shape[1:]), "shuffle": True, "compression": compression}
         if compression == "gzip":
             options["compression_opts"] = 1  # more costs time and gains next to nothing on floats
@@ -155,8 +239,11 @@ def as_stored(values: np.ndarray) -> Any:
     return values
 
 
-def refuse_other(target: Path, recipe: dict[str, Any]) -> bool:
-    """Whether the file is there already, made by the same recipe.
+# ---------------------------------------------------------------------- what is there already
+
+
+def refuse_other(target: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the file is there already, made as it is wanted.
 
     Raises:
         UserError: it was made in another way.
@@ -167,18 +254,37 @@ def refuse_other(target: Path, recipe: dict[str, Any]) -> bool:
         return False
     try:
         with h5py.File(target, "r") as file:
-            known = {name: file.attrs.get(name) for name in recipe}
+            known = {name: files.plain(value) for name, value in file.attrs.items()}
     except OSError:
         known = {}
+    way_out = "set extract.output_filename or extract.output_dir, or remove it"
+    if not wanted.keys() & known.keys():
+        raise UserError(f"{target} exists and was not written by mode extract; {way_out}")
     differing = [
-        name for name, value in recipe.items() if files.plain(known.get(name)) != files.plain(value)
+        difference(name, known.get(name), files.plain(value))
+        for name, value in wanted.items()
+        if known.get(name) != files.plain(value)
     ]
     if differing:
         raise UserError(
-            f"{target} exists and was made otherwise ({', '.join(differing)}); set"
-            " extract.output_filename or extract.output_dir, or remove it"
+            f"{target} exists and was made otherwise: {'; '.join(differing)}; {way_out}"
         )
     return True
+
+
+def difference(name: str, known: Any, wanted: Any) -> str:
+    """How an attribute differs, with its values where they are short."""
+    if len(f"{known}{wanted}") > SHOWN:
+        return f"another {name}"
+    return f"{name} {known}, now {wanted}"
+
+
+def left_out(target: Path) -> list[str]:
+    """Lines about the samples that a feature file lacks."""
+    import h5py
+
+    with h5py.File(target, "r") as file:
+        return list(file["left_out"].asstr()[()]) if "left_out" in file else []
 
 
 def size_text(path: Path) -> str:

@@ -1,0 +1,244 @@
+"""The extraction of one split: blocks, by all ranks, then the file.
+
+N samples.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import replace as with_fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from glovita_lib import dist, files
+from glovita_lib.extraction import Extractor, Readout
+from glovita_lib.feature_recipe import notes_of
+from glovita_lib.feature_tables import Plan, bag_tables, sample_tables
+from glovita_lib.feature_writer import (
+    Parts,
+    left_out,
+    put_together,
+    refuse_other,
+    size_text,
+)
+from glovita_lib.loaders import Batch, Loader, build_loader
+from glovita_lib.lock import Lock
+from glovita_lib.progress import Rate, say
+from glovita_lib.samples import ArraySource, Split
+from glovita_lib.skipping import PartSource, SkippingSource, skipped
+from glovita_lib.spec import UserError
+from glovita_lib.spec_root import Root
+
+SHOWN = 10  # unreadable samples that an error lists
+
+
+@dataclass(frozen=True)
+class Job:
+    """The extraction of one split."""
+
+    root: Root
+    extractor: Extractor
+    name: str
+    split: Split
+    plan: Plan
+    parts: Parts
+    recipe: dict[str, Any]  # of all that is written beside the features
+    augmented: bool
+
+    @property
+    def ranks(self) -> dist.Ranks:
+        """Ranks of the experiment."""
+        return self.extractor.experiment.ranks
+
+    def check(self) -> None:
+        """Look at all that can be wrong before anything is computed.
+
+        Raises:
+            UserError: a file made otherwise, bags with two labels, samples without coordinates.
+        """
+
+        def look() -> None:
+            self.is_complete()
+            self.tables(self.plan.rows)
+
+        dist.main_decides(self.ranks, look)
+
+    def is_complete(self) -> bool:
+        """Whether the file is there already."""
+        # Where a broken sample ends the extraction, a file that lacks some is another one.
+        complete = {"left_out": 0} if self.root.extract.on_error == "stop" else {}
+        return refuse_other(self.parts.target, self.parts.recipe | self.recipe | complete)
+
+    def run(self) -> None:
+        """Write what is missing, then the file."""
+        lock = Lock(self.parts.lock)
+        try:
+            if dist.main_decides(self.ranks, lambda: self.prepare(lock)):
+                return
+            self.write()
+            dist.barrier(self.ranks)
+            dist.main_decides(self.ranks, self.finish)
+        finally:
+            lock.release()
+
+    def prepare(self, lock: Lock) -> bool:
+        """Whether the file is complete; if not, the folder of the blocks is ready and locked."""
+        parts = self.parts
+        if not parts.folder.is_dir() and self.is_complete():
+            self.say_complete()
+            return True
+        files.make_folder(parts.folder)
+        try:
+            lock.acquire()
+        except UserError as error:
+            raise UserError(str(error).partition(", or start beside it")[0]) from None
+        if self.is_complete():  # by another process, or killed before the blocks were removed
+            parts.remove()
+            self.say_complete()
+            return True
+        parts.open()
+        self.forget_broken()
+        return False
+
+    def say_complete(self) -> None:
+        """Say that nothing is left to do."""
+        say(f"{self.name}: {self.parts.target} is complete; nothing to do")
+        for line in left_out(self.parts.target):
+            say(f"  left out: {line}")
+
+    def forget_broken(self) -> None:
+        """Give samples that could not be read another chance: those of unfinished blocks, and all
+        of them where none may be left out."""
+        block_of = dict(zip(self.plan.rows.tolist(), self.plan.block_of.tolist(), strict=True))
+        for row in skipped(self.parts.folder):
+            block = self.parts.path(block_of[row])
+            if self.root.extract.on_error == "stop":
+                block.unlink(missing_ok=True)
+            if not block.is_file():
+                (self.parts.folder / f"{row}.txt").unlink()
+
+    def write(self) -> None:
+        """Write this rank's share of the blocks that are missing."""
+        pending = dist.broadcast_object(self.ranks, self.parts.pending())
+        mine = pending[self.ranks.rank :: self.ranks.world]
+        done = self.plan.blocks - len(pending)
+        if done:
+            say_main(self.ranks, f"{self.name}: {done} of {self.plan.blocks} blocks were finished")
+        total = sum(len(self.plan.rows_of(block)) for block in mine)
+        rate = Rate(self.name, total, shown=self.ranks.is_main)
+        for block, readouts in self.read(mine, rate):
+            self.parts.write(block, self.plan.rows_of(block), readouts)
+        rate.close()
+
+    def finish(self) -> None:
+        """Put the blocks together and say what came out."""
+        parts, compression = self.parts, self.root.extract.compression
+        broken = skipped(parts.folder)
+        keep = ~np.isin(self.plan.rows, list(broken))
+        rows = self.plan.rows[keep]
+        if not len(rows):
+            lines = "\n".join(["", *broken.values()][: SHOWN + 1])
+            parts.remove()  # mended ones are to be read when it is started again
+            raise UserError(f"{self.name}: none of the {len(keep)} samples could be read{lines}")
+        tables = self.tables(rows)
+        if broken:
+            tables["left_out"] = np.array(list(broken.values()), object)
+        notes = {**self.recipe, **notes_of(self.root, self.extractor), "left_out": len(broken)}
+        shape = put_together(parts, tables=tables, compression=compression, keep=keep, notes=notes)
+        parts.remove()
+        size = size_text(parts.target)
+        say(f"{self.name}: {len(rows):,} samples, features {shape}, {size}: {parts.target}")
+        for line in broken.values():
+            say(f"  left out: {line}")
+
+    def tables(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What is written beside the features of some rows."""
+        spec = self.root.extract
+        if spec.bag_by is None:
+            return sample_tables(self.split, rows)
+        return bag_tables(self.split, rows, spec.coords_file)
+
+    def rehearse(self) -> None:
+        """Read one batch out and write nothing."""
+        count = self.extractor.experiment.facts.eval_batch_size
+        rows = self.plan.rows[:count]
+        with tempfile.TemporaryDirectory() as folder:
+            part = self.readable(rows, Path(folder))
+            batch = next(iter(self.loader(part, 0).epoch(0)))
+            shape = self.extractor(batch, ids=part.ids, augment=None).features.shape
+            broken = skipped(Path(folder))
+        say_main(self.ranks, f"{self.name}: one batch gives features {shape}; nothing was written")
+        for line in broken.values():
+            say_main(self.ranks, f"  left out: {line}")
+
+    def read(self, blocks: list[int], rate: Rate) -> Iterator[tuple[int, list[Readout]]]:
+        """Blocks one after another, each with the readouts of its batches.
+
+        One loader serves all blocks, so that decoding never pauses; under a train policy each
+        block has its own, as its random draws must not depend on the blocks before it.
+        """
+        groups = [[block] for block in blocks] if self.augmented else [blocks] if blocks else []
+        for group in groups:
+            rows = np.concatenate([self.plan.rows_of(block) for block in group])
+            loader = self.loader(self.readable(rows, self.parts.folder), group[0])
+            batches = enumerate(loader.epoch(0))
+            for block in group:
+                yield block, self.read_block(block, loader.split.ids, batches, rate)
+            loader.close()
+
+    def read_block(
+        self, block: int, ids: list[str], batches: Iterator[tuple[int, Batch]], rate: Rate
+    ) -> list[Readout]:
+        """Readouts of the batches of a block, from batches of samples with these ids."""
+        readouts, missing = [], len(self.plan.rows_of(block))
+        while missing > 0:
+            index, batch = next(batches)
+            seed = dist.mix(self.root.seed, block, index) if self.augmented else None
+            try:
+                readouts.append(self.extractor(batch, ids=ids, augment=seed))
+            except UserError as error:
+                raise UserError(f"{self.name}: {error}") from None
+            missing -= len(batch.rows)
+            rate.add(len(batch.rows))
+        return readouts
+
+    def readable(self, rows: np.ndarray, notes: Path) -> Split:
+        """Some rows of the split, without labels; where broken ones are to be left out, black
+        images in their place and notes about them in a folder."""
+        whole, facts = self.split.source, self.extractor.experiment.facts
+        if isinstance(whole, ArraySource):
+            source = whole.select(rows)
+        elif self.root.extract.on_error == "skip":
+            size = facts.augmentation.image_size
+            blank = (facts.channels, size, size)
+            source = SkippingSource(whole, rows, notes, blank, facts.bit_depth)
+        else:
+            source = PartSource(whole, rows)
+        return Split([self.split.ids[row] for row in rows], None, source)
+
+    def loader(self, split: Split, block: int) -> Loader:
+        """Batches of a split, in order, decoded while the encoder computes."""
+        experiment, spec = self.extractor.experiment, self.root.dataloading
+        if not isinstance(split.source, ArraySource):
+            spec = replace(spec, in_memory_mb=0)  # every sample is needed once
+        objective = experiment.objective
+        fit = objective.train_inputs.fit if self.augmented else objective.eval_inputs.fit
+        alone = with_fields(self.ranks, rank=0, world=1)  # the rows are shared out already
+        return build_loader(
+            split,
+            spec,
+            fit=fit,
+            train=False,
+            seed=dist.mix(self.root.seed, block),
+            ranks=alone,
+            batch_size=experiment.facts.eval_batch_size,
+        )
+
+
+def say_main(ranks: dist.Ranks, text: str) -> None:
+    """A line from the first rank."""
+    if ranks.is_main:
+        say(text)
