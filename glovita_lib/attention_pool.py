@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from glovita_lib.attention_chunk import BLANK, Pass, Plan, Prepared, Weights, drop_
 from glovita_lib.bags import Bags, Span
 
-CHUNK_ROWS = {"cpu": 1024, "cuda": 32768}  # a CPU chunk's activations fit its caches
+CHUNK_ROWS = {"cpu": 2048, "cuda": 32768}  # a CPU chunk's activations fit its caches
 
 
 def chunks(bags: Bags) -> Iterator[tuple[slice, Span]]:

@@ -33,7 +33,6 @@ from glovita_lib.attention_pool import attention_pool, hidden_rows
 from glovita_lib.bags import Bags, Chosen, as_bags, segment_order, segment_softmax
 from glovita_lib.heads import build_head
 from glovita_lib.random_masks import Keep
-from glovita_lib.spec import UserError
 from glovita_lib.spec_heads import ClamHead
 
 SIZES = {"tiny": (256, 128), "small": (512, 256), "big": (512, 384)}  # hidden, attention
@@ -184,7 +183,8 @@ class Clam(nn.Module):
 
         Args:
             inputs: bags, see `as_bags`.
-            targets: (B,) int64 classes, or (B, C) float labels 0 and 1; instance_eval needs them.
+            targets: (B,) int64 classes, or (B, C) float labels 0 and 1; instance_eval needs them
+                and has no meaning for a regression, which the spec's rules refuse.
 
         Returns:
             "logits" (B, C); "scores" (M, K) attention before the softmax, in the packed order of
@@ -297,19 +297,6 @@ class Clam(nn.Module):
             h = h + torch.randn_like(h) * spec.topk_noise_std
         noisy = self.classifier((weights[..., None] * h).sum(1))
         return F.mse_loss(noisy, logits.detach())
-
-
-def check_clam(spec: ClamHead, subtask: str) -> None:
-    """What the task must be for the options of the head.
-
-    Raises:
-        UserError: instance_eval on a regression, whose targets label no instance.
-    """
-    if spec.instance_eval and subtask == "regression":
-        raise UserError(
-            "model.head.instance_eval = true needs classes, but the data are a regression; set it"
-            " to false"
-        )
 
 
 @build_head.register

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from glovita_lib import attention_pool as pooling
 from glovita_lib.bags import Bags
-from glovita_lib.clam import Clam, check_clam
+from glovita_lib.clam import Clam
 from glovita_lib.heads import build_head
 from glovita_lib.random_masks import Keep
-from glovita_lib.spec import UserError
 from glovita_lib.spec_heads import ClamHead
 
 LENGTHS = [1, 2, 40, 5, 17, 3, 90]
@@ -381,8 +380,6 @@ def test_regression() -> None:
     head = build_head(ClamHead(cosine_head=False), width=WIDTH, outputs=2)
     out = head(make_bags(), torch.randn(len(LENGTHS), 2))
     assert out["logits"].shape == (len(LENGTHS), 2) and out["aux"] == {}
-    with pytest.raises(UserError, match="instance_eval = true needs classes"):
-        check_clam(ClamHead(instance_eval=True), "regression")
 
 
 def test_smooth_svm_is_softplus() -> None:
