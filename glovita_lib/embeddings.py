@@ -3,13 +3,14 @@
 N samples, D width, K classes or targets.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from msgspec.structs import replace
 
 from glovita_lib import dist
-from glovita_lib.datasets import Split
+from glovita_lib.datasets import Data, Split
 from glovita_lib.extraction import Extractor
 from glovita_lib.progress import Rate
 from glovita_lib.run_extract import plan_job, source_of, wanted_splits
@@ -26,11 +27,18 @@ class Embeddings:
     class_names: tuple[str, ...]
     subtask: str
     scores: np.ndarray | None  # (N, K) predictions; None of an encoder that was not trained
-    splits: list[Split]  # whose samples follow one another
+    splits: dict[str, Split]  # whose samples follow one another
 
 
-def embeddings_of(loaded: Loaded, ranks: dist.Ranks, split: str | None) -> Embeddings:
-    """Embeddings of a split, or of all, as mode extract makes them under the spec's `extract`.
+Choice = Callable[[dict[str, Split], Data], dict[str, Split]]
+"""Which samples of the splits are wanted."""
+
+
+def embeddings_of(
+    loaded: Loaded, ranks: dist.Ranks, split: str | None, choose: Choice
+) -> Embeddings:
+    """Embeddings of a split, or of all, as mode extract makes them under the spec's `extract`, of
+    the samples that `choose` leaves of them; predictions are on the first rank alone.
 
     Raises:
         UserError: as mode extract.
@@ -40,17 +48,18 @@ def embeddings_of(loaded: Loaded, ranks: dist.Ranks, split: str | None) -> Embed
     experiment, data = source_of(loaded, ranks)
     extractor = Extractor(experiment, spec)
     trained = spec.checkpoint is not None or spec.source == "run"
-    splits, parts, scores = wanted_splits(spec, data), [], []
+    splits, parts, scores = choose(wanted_splits(spec, data), data), [], []
     for name, part in splits.items():
         loader = plan_job(root, extractor, data, name, part).loader(part, 0)
         rate = Rate(name, len(part), shown=ranks.is_main)
         for batch in loader.epoch(0):
-            parts.append(extractor(batch, augment=None).features)
+            parts.append(extractor(batch, ids=part.ids, augment=None).features)
             rate.add(len(batch.rows))
         rate.close()
         loader.close()
         if trained:
-            scores.append(experiment.predict(part).scores)
+            predictions = experiment.predict(part)
+            scores += [] if predictions is None else [predictions.scores]
     targets = [part.targets for part in splits.values()]
     return Embeddings(
         features=np.concatenate(parts).astype(np.float32),
@@ -59,5 +68,5 @@ def embeddings_of(loaded: Loaded, ranks: dist.Ranks, split: str | None) -> Embed
         class_names=data.class_names,
         subtask=data.subtask,
         scores=np.concatenate(scores) if scores else None,
-        splits=list(splits.values()),
+        splits=splits,
     )

@@ -52,7 +52,8 @@ def draw_points(
 
     size = diameter(len(points)) if point_size is None else point_size
     order = np.random.default_rng(0).permutation(len(points))  # no class lies on top of the others
-    with drawing(png, SIDE + 1.6, SIDE) as figure:
+    columns = -(-min(len(coloring.names), LEGEND + 1) // ROWS)  # of the legend
+    with drawing(png, SIDE + 1.8 * max(columns, 1), SIDE) as figure:
         matplotlib.rcParams.update({"savefig.dpi": dpi, "svg.hashsalt": "glovita"})
         axes = figure.add_subplot()
         if coloring.values is not None:
@@ -90,8 +91,9 @@ def frame(figure: Any, axes: Any, points: np.ndarray, text: Text) -> None:
     axes.spines[:].set(visible=True, color="#c8c8c8")
     if not any(text.axes):
         axes.set(xticks=[], yticks=[])
-    axes.text(0, 1.05, text.title, transform=axes.transAxes, fontsize=11.5, fontweight="bold")
-    axes.text(0, 1.018, text.subtitle, transform=axes.transAxes, fontsize=7.8, color="#666666")
+    above = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(text.title, xytext=(0, 22), fontsize=11.5, fontweight="bold", **above)
+    axes.annotate(text.subtitle, xytext=(0, 8), fontsize=7.8, color="#666666", **above)
 
 
 # ---------------------------------------------------------------------- numbers
@@ -160,15 +162,15 @@ def key(axes: Any, coloring: Coloring, counts: np.ndarray, shown: np.ndarray, un
     from matplotlib.lines import Line2D
 
     entries = [
-        (*style(i), f"{short(coloring.names[code], 28)}  {counts[code]:,}")
+        (*style(i), f"{short(coloring.names[code], 28)} ({counts[code]:,})")
         for i, code in enumerate(shown)
     ]
     if len(shown) < len(counts):
         left = counts.sum() - counts[shown].sum()
         others = len(counts) - len(shown)
-        entries.append((UNKNOWN, "circle", f"{others:,} other classes  {left:,}"))
+        entries.append((UNKNOWN, "circle", f"{others:,} other classes ({left:,})"))
     if unknown:
-        entries.append((UNKNOWN, "circle", f"not known  {unknown:,}"))
+        entries.append((UNKNOWN, "circle", f"not known ({unknown:,})"))
     handles = [
         Line2D([], [], ls="", marker=MARKS[mark], color=colour, mec="none", ms=6, label=label)
         for colour, mark, label in entries
@@ -191,14 +193,14 @@ def key(axes: Any, coloring: Coloring, counts: np.ndarray, shown: np.ndarray, un
 def name_places(
     figure: Any, axes: Any, points: np.ndarray, coloring: Coloring, shown: np.ndarray
 ) -> None:
-    """Names among the points, each where its class is densest; one that has no room is left out."""
+    """Names above the densest part of their class; one that has no room is left out."""
     from matplotlib.patheffects import withStroke
 
     span = float((points.max(0) - points.min(0)).max()) or 1.0
     taken: list[tuple[float, float, float]] = []  # x, y, half width, in shares of the span
     counts = np.bincount(coloring.codes[coloring.codes >= 0], minlength=len(coloring.names))
     for i, code in sorted(enumerate(shown), key=lambda pair: -counts[pair[1]]):
-        x, y = densest(points[coloring.codes == code])
+        x, y = above(points[coloring.codes == code])
         name = short(coloring.names[code], 16)
         half = (0.012 * len(name) + 0.008) / 2
         if any(
@@ -208,10 +210,10 @@ def name_places(
         taken.append((x, y, half))
         axes.text(
             x,
-            y,
+            y + 0.008 * span,
             name,
             ha="center",
-            va="center",
+            va="bottom",
             fontsize=9,
             fontweight="bold",
             color=darker(style(i)[0]),
@@ -220,13 +222,18 @@ def name_places(
         )
 
 
-def densest(points: np.ndarray) -> tuple[float, float]:
-    """The point (of n) whose sqrt(n)-th neighbour is the nearest: within the largest cluster."""
+def above(points: np.ndarray) -> tuple[float, float]:
+    """The place over the densest part of n points.
+
+    That part surrounds the point whose (n/4)-th neighbour is the nearest, so it lies in the largest
+    cluster and not in the tightest one.
+    """
     some = points[:: max(1, len(points) // DENSE)]
     distances = np.linalg.norm(some[:, None] - some[None], axis=2)  # (n, n)
-    reach = np.sort(distances, axis=1)[:, int(np.sqrt(len(some) - 1))]
-    x, y = some[reach.argmin()]
-    return float(x), float(y)
+    reach = np.sort(distances, axis=1)[:, len(some) // 4]
+    middle = int(reach.argmin())
+    part = some[distances[middle] <= 2.5 * reach[middle]]
+    return float(np.median(part[:, 0])), float(part[:, 1].max())
 
 
 def darker(colour: str) -> str:

@@ -14,6 +14,10 @@ from glovita_lib.spec import UserError
 from glovita_lib.spec_umap import Umap
 
 PLANE = 3  # samples up to which a plane holds them without loss
+MISSING = (
+    'umap.method = "umap" needs umap-learn: pip install umap-learn, or set umap.method to "pca" or'
+    ' "tsne"'
+)
 START = 1e-4  # standard deviation of t-SNE's first positions (Kobak and Berens, 2019)
 TRUST_SAMPLES = 2000  # of which trustworthiness is computed: it needs all pairs
 
@@ -208,10 +212,7 @@ def umap_learn():
             warnings.simplefilter("ignore")  # of its optional parts
             import umap
     except ImportError as error:
-        raise UserError(
-            f'umap.method = "umap" needs umap-learn ({error}): pip install umap-learn, or set'
-            ' umap.method to "pca" or "tsne"'
-        ) from None
+        raise UserError(f"{MISSING} ({error})") from None
     return umap
 
 

@@ -1,7 +1,6 @@
-"""The samples that are drawn as points: from a feature file or a folder of bags, or from the spec's
-own model.
+"""The samples that are drawn as points, chosen from splits of images or features.
 
-N samples, B bags, M instances, D width.
+N samples, B bags, D width.
 """
 
 from collections.abc import Callable
@@ -11,17 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from glovita_lib.feature_labels import Collection, encode, resolve_names, resolve_subtask
-from glovita_lib.feature_sources import FileBags, FolderBags, open_folder
-from glovita_lib.hdf5 import FeatureFile, Keys, open_features
+from glovita_lib.feature_sources import BagSource, FileBags, open_folder
+from glovita_lib.hdf5 import Keys, open_features
 from glovita_lib.loaders import cores
 from glovita_lib.precomputed import keys
 from glovita_lib.projection import choose
-from glovita_lib.spec import UserError
+from glovita_lib.samples import Data, Split, subset
+from glovita_lib.spec import Spec, UserError
 from glovita_lib.spec_features import PrecomputedData
 from glovita_lib.spec_umap import Umap
 from glovita_lib.splits import strata
 
 Images = Callable[[int], np.ndarray]
+"""The image (C, H, W) of a sample, uint8 or uint16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,125 +31,173 @@ class Samples:
 
     features: np.ndarray  # (N, D) float32
     ids: list[str]
-    bags: list[str] | None  # bag of each instance
+    owners: list[str]  # bag of each instance; else the ids again
     targets: np.ndarray | None  # (N,) int64 or (N, K) float32
     scores: np.ndarray | None  # (N, K) predictions
     subtask: str
     class_names: tuple[str, ...]
-    splits: list[str] | None  # name of the split of each sample, where there are several
-    image: Images | None  # image (C, H, W) of a sample, where there are some
+    splits: list[str]  # name of the split of each sample
+    image: Images | None
     total: int  # samples that they were chosen from
     name: str  # of the data, for the heading
 
 
-def from_file(path: Path, spec: Umap, data: object, *, seed: int) -> Samples:
-    """Samples of a feature file in any layout, or of a folder of bags; labels are not needed.
+# ---------------------------------------------------------------------- choice
+
+
+def choose_rows(
+    splits: dict[str, Split], lengths: dict[str, np.ndarray], subtask: str, spec: Umap, seed: int
+) -> dict[str, np.ndarray]:
+    """Sorted rows of each split that are shown; a sample has as many rows as its length says."""
+    targets = [split.targets for split in splits.values()]
+    classes = None
+    if subtask != "regression" and all(part is not None for part in targets):
+        classes = strata(np.concatenate(targets), subtask)  # of several labels the rarest
+    counts = [int(lengths[name].sum()) for name in splits]
+    rows = choose(classes, np.concatenate(list(lengths.values())), spec, seed=seed)
+    ends = np.cumsum(counts)
+    parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
+    begins = ends - counts
+    return {
+        name: part - begin
+        for name, part, begin in zip(splits, parts, begins, strict=True)
+        if len(part)
+    }
+
+
+def choose_samples(splits: dict[str, Split], data: Data, spec: Umap, seed: int) -> dict[str, Split]:
+    """The splits with the samples that are shown; a split without any is left out."""
+    lengths = {name: np.ones(len(split), np.int64) for name, split in splits.items()}
+    rows = choose_rows(splits, lengths, data.subtask, spec, seed)
+    return {name: subset(splits[name], part) for name, part in rows.items()}
+
+
+# ---------------------------------------------------------------------- features
+
+
+def samples_of_features(splits: dict[str, Split], data: Data, spec: Umap, seed: int) -> Samples:
+    """Vectors, bags or instances of splits whose samples are features.
+
+    Raises:
+        UserError: NaN or infinity among the chosen ones.
+    """
+    lengths = {
+        name: split.source.lengths()
+        if isinstance(split.source, BagSource) and spec.bags == "instances"
+        else np.ones(len(split), np.int64)
+        for name, split in splits.items()
+    }
+    rows = choose_rows(splits, lengths, data.subtask, spec, seed)
+    features, ids, owners, targets, names = [], [], [], [], []
+    for name, chosen in rows.items():
+        split = splits[name]
+        ends = np.cumsum(lengths[name])
+        owner = np.searchsorted(ends, chosen, side="right")  # sample of each row
+        inside = chosen - (ends - lengths[name])[owner]
+        if isinstance(split.source, BagSource) and spec.bags == "instances":
+            features.append(instances(split.source, owner, inside))
+            ids += [f"{split.ids[bag]}#{i}" for bag, i in zip(owner, inside, strict=True)]
+        else:
+            features.append(vectors(split, owner))
+            ids += [split.ids[row] for row in owner]
+        owners += [split.ids[row] for row in owner]
+        targets += [] if split.targets is None else [split.targets[owner]]
+        names += [name] * len(owner)
+    found = Samples(
+        features=np.concatenate(features).astype(np.float32, copy=False),
+        ids=ids,
+        owners=owners,
+        targets=np.concatenate(targets) if len(targets) == len(rows) else None,
+        scores=None,
+        subtask=data.subtask,
+        class_names=data.class_names,
+        splits=names,
+        image=None,
+        total=int(sum(part.sum() for part in lengths.values())),
+        name=data.name,
+    )
+    refuse_nan(found)
+    return found
+
+
+def vectors(split: Split, rows: np.ndarray) -> np.ndarray:
+    """Features (N, D) of samples; of a bag the mean of its instances."""
+    if not isinstance(split.source, BagSource):
+        return split.source.fetch(rows)
+    return np.stack([
+        split.source.fetch(rows[i : i + 1])[0].mean(0, dtype=np.float64) for i in range(len(rows))
+    ])  # fmt: skip
+
+
+def instances(source: BagSource, owner: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Features (N, D) of instances, given by their bag and place in it, sorted."""
+    reader = source.reader
+    if isinstance(reader, FileBags) and reader.file.layout == "ragged":
+        return reader.file.rows.take(reader.file.ptr[source.index[owner]] + inside)
+    return np.concatenate([
+        source.fetch(np.array([bag]))[0][inside[owner == bag]] for bag in np.unique(owner)
+    ])  # fmt: skip
+
+
+def refuse_nan(samples: Samples) -> None:
+    """All features are numbers.
+
+    Raises:
+        UserError: some are not.
+    """
+    finite = np.isfinite(samples.features).all(1)
+    if not finite.all():
+        bad = [samples.ids[row] for row in np.flatnonzero(~finite)]
+        raise UserError(
+            f"{samples.name}: NaN or infinite features in {len(bad)} samples"
+            f" ({', '.join(bad[:10])}{' ...' if len(bad) > 10 else ''}); extract them again"
+            " (extract.precision = 32 if float16 overflowed)"
+        )
+
+
+# ---------------------------------------------------------------------- files
+
+
+def open_input(path: Path, data: Spec) -> Data:
+    """A feature file in any layout, or a folder of one-bag files, as a data set of one split.
+
+    Labels are not needed.
 
     Args:
         data: section data of the spec; the names of the datasets are its, where it has some.
 
     Raises:
-        UserError: no such file, damaged, empty, or with NaN among the chosen features.
+        UserError: no such file, damaged, empty, or with labels that are none.
     """
-    names = keys(data if isinstance(data, PrecomputedData) else PrecomputedData())
     if not path.exists():
         raise UserError(f'umap.input: "{path}" does not exist')
-    collection = open_collection(path, names)
-    if not len(collection.ids):
+    collection = open_collection(path, keys(data if is_features(data) else PrecomputedData()))
+    if not collection.ids:
         raise UserError(f"{path}: the file has no sample")
-    targets, subtask, class_names = labels_of(collection)
-    lengths = np.ones(len(collection.ids), np.int64)
-    if collection.bags is not None and spec.bags == "instances":
-        lengths = collection.bags.lengths
-    chosen = choose(sampling_classes(targets, subtask), lengths, spec, seed=seed)
-    owner = np.searchsorted(np.cumsum(lengths), chosen, side="right")  # sample of each row
-    instances = collection.bags is not None and spec.bags == "instances"
-    features, ids = read(collection, chosen, owner, instances=instances)
-    if not np.isfinite(features).all():
-        bad = [ids[row] for row in np.flatnonzero(~np.isfinite(features).all(1))]
-        raise UserError(
-            f"{path}: NaN or infinite features in {len(bad)} samples ({', '.join(bad[:10])});"
-            " extract them again (extract.precision = 32 if float16 overflowed)"
-        )
-    return Samples(
-        features=features,
-        ids=ids,
-        bags=[collection.ids[bag] for bag in owner] if instances else None,
-        targets=None if targets is None else targets[owner],
-        scores=None,
-        subtask=subtask,
-        class_names=class_names,
-        splits=None,
-        image=None,
-        total=int(lengths.sum()),
-        name=path.stem,
-    )
+    targets, subtask, names = None, "multiclass", ()
+    if collection.labels is not None:
+        subtask = resolve_subtask(PrecomputedData(), [collection])
+        names = resolve_names(PrecomputedData(), [collection], subtask)
+        targets = encode(collection, subtask, names)
+    source = collection.source(np.arange(len(collection.ids)))
+    split = Split(ids=collection.ids, targets=targets, source=source)
+    return Data(path.stem, {"": split}, subtask, names, channels=collection.width, bit_depth=16)
+
+
+def is_features(data: Spec) -> bool:
+    """Whether the data of a spec are features."""
+    return isinstance(data, PrecomputedData)
 
 
 def open_collection(path: Path, names: Keys) -> Collection:
-    """A file or folder, its labels as stored; None where it has none."""
-    file: FeatureFile | None = None
+    """A file or folder with its labels as stored, None where it has none."""
     if path.is_dir():
-        bags: FileBags | FolderBags | None = open_folder(path, names)
-        ids = [part.stem for part in bags.paths]
+        bags = open_folder(path, names)
+        known = {"ids": [part.stem for part in bags.paths], "labels": None}
+        known |= {"class_names": None, "subtask": None, "vectors": None, "bags": bags}
     else:
         file = open_features(path, names, threads=cores(), labelled=False)
-        bags = None if file.layout == "vectors" else FileBags(file, names)
-        ids = file.ids
-    return Collection(
-        where=str(path),
-        ids=ids,
-        labels=None if file is None else file.labels,
-        groups=None,
-        class_names=None if file is None else file.class_names,
-        subtask=None if file is None else file.attributes.get("subtask"),
-        split_of=None,
-        vectors=file,
-        bags=bags,
-    )
-
-
-def labels_of(collection: Collection) -> tuple[np.ndarray | None, str, tuple[str, ...]]:
-    """Targets, their kind and names; None where there are no labels."""
-    if collection.labels is None or not len(collection.ids):
-        return None, "multiclass", ()
-    spec = PrecomputedData()
-    subtask = resolve_subtask(spec, [collection])
-    names = resolve_names(spec, [collection], subtask)
-    return encode(collection, subtask, names), subtask, names
-
-
-def sampling_classes(targets: np.ndarray | None, subtask: str) -> np.ndarray | None:
-    """Class by which samples are thinned out: of several labels the rarest; none of numbers."""
-    if targets is None or subtask == "regression":
-        return None
-    return strata(targets, subtask)
-
-
-def read(
-    collection: Collection, chosen: np.ndarray, owner: np.ndarray, *, instances: bool
-) -> tuple[np.ndarray, list[str]]:
-    """Features (N, D) float32 and ids of the chosen rows.
-
-    Args:
-        chosen: (N,) rows: vectors, bags, or instances counted through all bags.
-        owner: (N,) sample that each row belongs to.
-        instances: whether rows are instances of bags.
-    """
-    if collection.bags is None:
-        features = collection.vectors.rows.take(chosen).astype(np.float32)
-        return features, [collection.ids[row] for row in chosen]
-    if not instances:
-        means = [collection.bags.read(int(bag)).mean(0, dtype=np.float64) for bag in chosen]
-        features = np.array(means, np.float32).reshape(-1, collection.width)
-        return features, [collection.ids[bag] for bag in chosen]
-    starts = np.cumsum(collection.bags.lengths) - collection.bags.lengths
-    inside = chosen - starts[owner]
-    ids = [f"{collection.ids[bag]}#{i}" for bag, i in zip(owner, inside, strict=True)]
-    if collection.vectors is not None and collection.vectors.layout == "ragged":
-        return collection.vectors.rows.take(chosen).astype(np.float32), ids
-    parts = [
-        collection.bags.read(int(bag))[inside[owner == bag]].astype(np.float32)
-        for bag in np.unique(owner)  # rows are sorted, so are their bags
-    ]
-    return np.concatenate(parts), ids
+        known = {"ids": file.ids, "labels": file.labels, "class_names": file.class_names}
+        known |= {"subtask": file.attributes.get("subtask"), "vectors": file}
+        known["bags"] = None if file.layout == "vectors" else FileBags(file, names)
+    return Collection(where=str(path), groups=None, split_of=None, **known)

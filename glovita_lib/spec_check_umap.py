@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from glovita_lib.spec_features import PrecomputedData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_types import shown
 from glovita_lib.spec_umap import Umap
@@ -25,6 +26,11 @@ def umap_options(root: Root) -> Iterator[str]:
                 f"umap.{key}: {shown(value)} would be ignored, it is read only with umap.method ="
                 f" {needs}"
             )
+    if umap.bags != "mean" and umap.input is None and not isinstance(root.data, PrecomputedData):
+        yield (
+            f"umap.bags: {shown(umap.bags)} would be ignored, it is read only with umap.input or"
+            ' data.dataset = "precomputed_features"'
+        )
     if umap.input is not None and umap.split is not None:
         yield (
             f"umap.split: {shown(umap.split)} is a split of the spec's own data, but umap.input is"

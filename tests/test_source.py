@@ -37,7 +37,7 @@ LAYERS = """
     facts objectives evaluation optim progress trainer
 
     figures plot_confusion plot_curves plot_regression plot_scores plots sheets export
-    coloring plot_projection projection_html
+    coloring plot_projection projection_page projection_html
 
     experiment results rehearsal run_train run_infer run_extract run_umap run_probe
 """
