@@ -56,7 +56,8 @@ class OftAdapter(Adapter):
     def rotation(self) -> Tensor:
         """R's blocks (r, n, n)."""
         half = self.q.new_zeros(self.spec.r, self.size, self.size)
-        half = half.index_put((torch.arange(self.spec.r)[:, None], *self.above), self.q)
+        blocks = torch.arange(self.spec.r, device=self.q.device)
+        half = half.index_put((blocks[:, None], *self.above), self.q)
         skew = half - half.transpose(1, 2)
         blocks = series(skew) if self.spec.use_cayley_neumann else solved(skew)
         return some_identity(blocks, self.spec.dropout, training=self.training)

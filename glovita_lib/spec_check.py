@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from glovita_lib import spec_check_data as data_rules
+from glovita_lib import spec_check_peft as peft_rules
 from glovita_lib.metric_names import DEFAULT_METRICS, METRICS_OF, canonical, logged_names
 from glovita_lib.spec import Loaded, UserError, load
 from glovita_lib.spec_check_data import is_regression, known_channels, subtask_of
@@ -57,6 +58,7 @@ def check(root: Root) -> list[str]:
     rules = (
         run_name,
         *data_rules.RULES,
+        *peft_rules.RULES,
         head_fits_targets,
         head_size,
         instances_have_classes,
