@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from torch import nn
 
 from glovita_lib import (  # modules with noqa register builders
+    adapter,
     checkpoint,
     clam,  # noqa: F401
     dist,
@@ -30,6 +31,7 @@ from glovita_lib.precision import resolve_precision
 from glovita_lib.samples import subset
 from glovita_lib.spec import UserError
 from glovita_lib.spec_features import PrecomputedData
+from glovita_lib.spec_peft import Gps
 from glovita_lib.spec_root import Root
 from glovita_lib.trainer import Hooks, Trainer
 from glovita_lib.windows import build_feature_loader
@@ -134,6 +136,7 @@ def build_trainer(experiment: Experiment, data: Data, hooks: Hooks) -> Trainer:
         training=root.training,
         optimizer=root.optimizer,
         best_metric=facts.best_metric,
+        calibration_batches=root.peft.calibration_batches if isinstance(root.peft, Gps) else 0,
         seed=root.seed,
         ranks=ranks,
         hooks=hooks,
@@ -163,6 +166,8 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
     own = replace(own, data=root.data, dataloading=root.dataloading, task=task)
     experiment = assemble(own, facts, ranks, load_weights=False)
     checkpoint.load_model(experiment.model, trained_weights(saved), path)
+    if root.mode == "infer" and root.infer.merge:
+        adapter.merge(experiment.model)
     return experiment
 
 

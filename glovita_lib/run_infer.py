@@ -1,5 +1,6 @@
 """Mode infer: predictions and metrics of trained checkpoints, with the transforms of training."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import msgspec
 import numpy as np
 
 from glovita_lib import dist, files
+from glovita_lib.attention import Recorder
 from glovita_lib.datasets import Data, Split
 from glovita_lib.evaluation import Predictions
 from glovita_lib.experiment import Experiment, read_data, restore, some_of
 from glovita_lib.facts import Facts
+from glovita_lib.plot_attention import draw_bags
 from glovita_lib.progress import say, table
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, locate
@@ -34,20 +37,44 @@ def infer(loaded: Loaded, ranks: dist.Ranks, *, dry_run: bool) -> None:
     root = loaded.root
     paths = dist.main_decides(ranks, lambda: member_paths(loaded))
     first = restore(paths[0], root, ranks)
+    if root.infer.export is not None and ranks.is_main and not dry_run:
+        export(Path(root.infer.export), first)
     name, split = wanted_split(root, first.facts, ranks)
     if dry_run:
         split = some_of(split, first.facts.eval_batch_size, root.seed)
+    folder = output_folder(loaded)
+    target = folder / f"attention_{name}.h5"
     members: list[Predictions] = []
-    for path in paths:
-        member = first if path == paths[0] else restore(path, root, ranks)
-        check_same_outputs(first.facts, paths[0], member.facts, path)
-        predictions = member.predict(split)
+    with Recorder(target, ranks, wanted=root.infer.attention and not dry_run) as recorder:
+        for path in paths:
+            member = first if path == paths[0] else restore(path, root, ranks)
+            check_same_outputs(first.facts, paths[0], member.facts, path)
+            with recorder.listening(member.model.head):
+                predictions = member.predict(split)
+            if predictions is not None:
+                members.append(predictions)
+                say(f"predicted {len(split):,} samples of {name} with {path}")
+        if dry_run:
+            return
+        predictions = mean_of(members, first) if ranks.is_main else None
         if predictions is not None:
-            members.append(predictions)
-            say(f"predicted {len(split):,} samples of {name} with {path}")
-    if ranks.is_main and not dry_run:
-        predictions = mean_of(members, first)
-        write(output_folder(loaded), name, split, predictions, first)
+            write(folder, name, split, predictions, first)
+        notes = {"split": name, "checkpoints": list(map(str, paths))}
+        attention = recorder.write(split, first.facts, notes)
+        if ranks.is_main and attention is not None:
+            draw(attention, split, predictions, first, root.infer.attention_maps)
+
+
+def export(path: Path, experiment: Experiment) -> None:
+    """The weights of a model as safetensors, keys encoder.* and head.*."""
+    import safetensors.torch
+
+    state = {
+        name: value.cpu().contiguous() for name, value in experiment.model.state_dict().items()
+    }
+    spec = json.dumps(msgspec.to_builtins(experiment.root.model))
+    files.write_bytes(path, safetensors.torch.save(state, {"format": "pt", "model": spec}))
+    say(f"wrote {len(state)} tensors to {path}")
 
 
 # ---------------------------------------------------------------------- which checkpoints
@@ -198,4 +225,15 @@ def write(
         rows.append(("metrics", str(folder / f"metrics_{name}.json")))
         if plot:
             rows.append(("plots", f"{folder / 'plots'}/"))
+    say(table(rows))
+
+
+def draw(
+    attention: Path, split: Split, predictions: Predictions, experiment: Experiment, maps: int
+) -> None:
+    """Heat maps of some of the bags; says where they and the attention of all are."""
+    rows = [("attention", str(attention))]
+    folder = attention.parent / "plots" / attention.stem
+    if draw_bags(attention, folder, split, predictions, experiment.facts, count=maps):
+        rows.append(("heat maps", f"{folder}/"))
     say(table(rows))

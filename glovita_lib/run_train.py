@@ -7,6 +7,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from glovita_lib import checkpoint, dist, files, run_probe
+from glovita_lib.adapter_file import save_adapter
 from glovita_lib.datasets import Data
 from glovita_lib.experiment import (
     Experiment,
@@ -25,10 +26,12 @@ from glovita_lib.rehearsal import rehearse
 from glovita_lib.results import measure, plot_augmented, summary_lines, write_results
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
 from glovita_lib.spec import Loaded, dump
+from glovita_lib.spec_peft import FullFinetuning
 from glovita_lib.spec_root import Root
-from glovita_lib.spec_train import Probe
+from glovita_lib.spec_train import Probe, Training
 from glovita_lib.summary import write_summary
-from glovita_lib.trainer import Hooks
+from glovita_lib.trained import parameter_table
+from glovita_lib.trainer import Hooks, kept_epoch
 
 FORMAT = 1  # of what a checkpoint holds
 
@@ -82,6 +85,8 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
             ]
         )
     )
+    if not isinstance(experiment.root.peft, FullFinetuning):
+        say("\n".join(f"    {share}" for share in parameter_table(experiment.model)))
     for line in data.report:
         say(f"  note: {line}")
 
@@ -116,7 +121,7 @@ def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, re
 
     def save(state: dict[str, Any], is_best: bool, keep: int | None) -> None:
         checkpoint.save(run.last, state | identity)
-        if is_best:  # after last.pt: `mend_best` completes it after a kill in between
+        if is_best:  # after last.pt: `mend_links` completes it after a kill in between
             checkpoint.link(run.last, run.best)
         if keep is not None:
             checkpoint.link(run.last, run.epoch(keep))
@@ -144,12 +149,14 @@ def prepare(
     if saved is None:
         facts = experiment.facts
         files.write_text(run.spec, dump(as_of(run, experiment.root)))
-        files.write_json(run.resolved_config, msgspec.to_builtins(facts))
+        table = {share.part: share.counts() for share in parameter_table(experiment.model)}
+        resolved = {**msgspec.to_builtins(facts), "parameters": table}
+        files.write_json(run.resolved_config, resolved)
         files.write_json(run.config, loaded.plain)
     else:
         step = saved["state"]["step"]
         files.truncate_jsonl(run.metrics, lambda record: record["step"] <= step)
-        mend_best(run, saved["state"])
+        mend_links(run, saved["state"], experiment.root.training)
     run.note_start(runtime_info(experiment.ranks, seed=experiment.root.seed))
 
 
@@ -159,10 +166,15 @@ def as_of(run: RunDir, root: Root) -> Root:
     return replace(root, name=run.group.name, mode="train", training=training)
 
 
-def mend_best(run: RunDir, state: dict[str, Any]) -> None:
-    """Complete what a kill between writing last.pt and best.pt left undone."""
-    if state["batch"] == 0 and state["best_epoch"] == state["epoch"] - 1:
+def mend_links(run: RunDir, state: dict[str, Any], training: Training) -> None:
+    """Complete what a kill behind writing last.pt left undone: best.pt, a kept epoch."""
+    if state["batch"]:
+        return
+    if state["best_epoch"] == state["epoch"] - 1:
         checkpoint.link(run.last, run.best)
+    kept = kept_epoch(training, state["epoch"])
+    if kept is not None:
+        checkpoint.link(run.last, run.epoch(kept))
 
 
 # ---------------------------------------------------------------------- results
@@ -173,6 +185,10 @@ def finish(run: RunDir, experiment: Experiment, data: Data) -> None:
     task, ranks = experiment.root.task, experiment.ranks
     best = checkpoint.load(run.best, map_location="cpu")
     checkpoint.load_model(experiment.model, trained_weights(best), run.best)
+    if ranks.is_main and not isinstance(experiment.root.peft, FullFinetuning):
+        base = msgspec.to_builtins(experiment.root.model.encoder)
+        name = f"{base['encoder_type']} {base.get('type', base.get('target', ''))}"
+        save_adapter(run.checkpoints / "adapter.safetensors", experiment.model, base=name)
     for name, split in data.splits.items():
         if not len(split) or (name == "train" and task.result_plot != "all"):
             continue

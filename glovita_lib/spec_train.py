@@ -214,5 +214,16 @@ class Infer(Spec):
     input: str | None = None
     """Folder of images, or a CSV file with a path column, to predict without labels; replaces
     split."""
+    merge: bool = False
+    """Whether the change that a PEFT method has learnt is folded into the base's weights first:
+    the speed of the base, equal up to rounding."""
+    export: str | None = None
+    """File (safetensors) to which the weights of the one checkpoint are written, merged where merge
+    is set; another run starts from it by model.encoder.weights."""
     output_dir: str | None = None
     """Where predictions and metrics go; none is the folder infer below the run."""
+    attention: bool = True
+    """Whether heads with attention (clam, abmil) write that of every instance to
+    attention_<split>.h5."""
+    attention_maps: Annotated[int, Meta(ge=0)] = 16
+    """Bags whose attention is drawn over their coordinates, the classes in turn; 0 draws none."""

@@ -86,6 +86,10 @@ class Share:
         """Trainable of all."""
         return self.trainable / max(1, self.total)
 
+    def counts(self) -> dict[str, float]:
+        """The numbers, to be saved."""
+        return {"trainable": self.trainable, "total": self.total, "share": self.share}
+
     def __str__(self) -> str:
         return f"{self.part:<8} {self.trainable:>13,} of {self.total:>13,}  {self.share:8.3%}"
 

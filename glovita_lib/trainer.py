@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from glovita_lib import dist
+from glovita_lib import adapter, dist, selective
+from glovita_lib.averaging import build_average
 from glovita_lib.evaluation import Predictions, evaluate
 from glovita_lib.loaders import Batch, Loader
 from glovita_lib.objectives import Clock, Objective
@@ -68,6 +69,7 @@ class Trainer:
         training: Training,
         optimizer: Optimizer,
         best_metric: str | None,
+        calibration_batches: int,
         seed: int,
         ranks: dist.Ranks,
         hooks: Hooks,
@@ -75,6 +77,7 @@ class Trainer:
         self.model, self.objective, self.ranks, self.hooks = model, objective, ranks, hooks
         self.train_loader, self.val_loader = train_loader, val_loader
         self.spec, self.seed, self.best_metric = training, seed, best_metric
+        self.calibration_batches = calibration_batches  # whose gradient chooses what trains
         self.precision = resolve_precision(training.precision, ranks.device)
         self.accumulation = training.gradient_accumulation_steps
         cap = (training.train_steps_per_epoch or math.inf) * self.accumulation
@@ -83,11 +86,12 @@ class Trainer:
         steps = math.ceil(self.batches / self.accumulation)
         self.schedule = Schedule(optimizer, epochs=training.epochs, steps_per_epoch=steps)
         self.scaler = build_scaler(self.precision, ranks.device)
-        self.ema = build_ema(model, training.ema_decay)
+        self.ema = build_average(model, training.ema_decay)
         # the order matters: 1 compile, 2 shard; both leave the state-dict keys of `model` alone
         if training.compile:
             model.compile()
         self.parallel = dist.wrap(model, ranks, training.ddp_find_unused_parameters)
+        self.adapts = any(True for _ in adapter.adapters(model))
         self.state = State()
         self.meter, self.epoch_meter = Meter(), Meter()
         self.first_bad = torch.tensor(-1, device=ranks.device)  # batch whose loss was not finite
@@ -96,6 +100,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train from where `state` stands to the end."""
+        if self.calibration_batches and self.state.step == 0:
+            self.calibrate()
         if self.val_loader is not None and self.spec.num_sanity_val_steps and self.state.step == 0:
             self.evaluate(self.val_loader, self.spec.num_sanity_val_steps)
         while self.state.epoch < self.spec.epochs and not self.state.stopped:
@@ -128,11 +134,36 @@ class Trainer:
         with self.synchronized(ends_step):
             with autocast(self.precision, self.ranks.device):
                 loss, logs = self.objective.loss(self.parallel, batch, clock)
+                loss, logs = self.with_terms(loss, logs)
             self.scaler.scale(loss * self.share(state.batch)).backward()
         self.count(loss, logs, len(batch.rows))
         state.batch += 1
         if ends_step:
             self.optimizer_step()
+
+    def with_terms(self, loss: Tensor, logs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with what a PEFT method adds to it."""
+        terms = adapter.auxiliary_losses(self.model) if self.adapts else {}
+        logs = logs | {name: term.detach() for name, term in terms.items()}
+        return sum(terms.values(), loss), logs
+
+    def calibrate(self) -> None:
+        """Let a PEFT method choose what trains by the gradient of some training batches."""
+        batches = islice(self.train_loader.epoch(0), self.calibration_batches)
+
+        def loss(batch: Batch) -> Tensor:
+            clock = Clock(self.seed, 0, 0, self.ranks.rank)
+            with autocast(self.precision, self.ranks.device):
+                return self.objective.loss(self.model, batch, clock)[0]
+
+        self.model.train()
+        selective.calibrate(
+            self.model,
+            (batch.to(self.ranks.device) for batch in batches),
+            loss,
+            lambda tensor: dist.all_mean(self.ranks, tensor),
+        )
+        self.ema = build_average(self.model, self.spec.ema_decay)  # follows what was chosen
 
     def optimizer_step(self) -> None:
         """Clip, update, forget the gradients, follow with the averaged weights."""
@@ -142,6 +173,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.gradient_clip_val)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.adapts:
+            adapter.after_step(self.model, self.state.step + 1, self.schedule.total)
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         if self.ema is not None:
@@ -303,10 +336,7 @@ class Trainer:
 
     def save(self, *, is_best: bool) -> None:
         """Hand the state to the run, which writes it."""
-        every = self.spec.save_every
-        keep = self.state.epoch - 1 if every and self.state.batch == 0 else None
-        if keep is not None and (keep + 1) % every:
-            keep = None
+        keep = None if self.state.batch else kept_epoch(self.spec, self.state.epoch)
         saved = self.state_dict()  # on every rank: sharded parameters are gathered by all
         if self.ranks.is_main:
             self.hooks.save(saved, is_best, keep)
@@ -337,9 +367,7 @@ class Trainer:
         self.state.sums = {k: v.to(self.ranks.device) for k, v in self.state.sums.items()}
 
 
-def build_ema(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """Weights averaged over the optimizer steps, w' <- decay w' + (1 - decay) w; None without a
-    decay."""
-    if decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+def kept_epoch(training: Training, done: int) -> int | None:
+    """The epoch whose checkpoint is kept when so many are done, if it is one of those."""
+    every = training.save_every
+    return None if every is None or done % every else done - 1
