@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from glovita_lib.files import read_json, write_json
+from glovita_lib.files import TEMPORARY, read_json, write_json
 from glovita_lib.lock import Lock
 from glovita_lib.prediction_csv import Table, read_predictions
 from glovita_lib.rundir import RunDir
@@ -45,6 +45,8 @@ def write_summary(
         UserError: disk full, read-only ...
     """
     with Lock(group / ".summary.lock"):  # folds may end at the same time
+        for path in group.glob(f"{TEMPORARY}*"):  # what a kill left; nobody else writes here
+            path.unlink()
         folds, left_out = members(group, config)
         result: dict[str, Any] = {
             split: summarize(folds, split, subtask, class_names, measure, left_out)
