@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ class Parts:
         if not note.is_file() or files.read_json(note) != recipe:
             self.clear()
         files.make_folder(self.folder)
-        files.remove_leftovers(self.folder)
-        for path in self.target.parent.glob(f"{files.TEMPORARY}*-{self.target.name}"):
+        halves = list(self.folder.glob(f"{files.TEMPORARY}*"))
+        halves += self.target.parent.glob(f"{files.TEMPORARY}*-{escape(self.target.name)}")
+        for path in halves:
             path.unlink(missing_ok=True)
         files.write_json(note, recipe)
 
@@ -101,7 +103,6 @@ class Parts:
         if not self.folder.is_dir():
             return
         self.clear()
-        files.remove_leftovers(self.folder)
         with suppress(OSError):  # a process that waits has just made a lock of its own there
             self.lock.unlink(missing_ok=True)
             self.folder.rmdir()
