@@ -57,12 +57,13 @@ def infer(loaded: Loaded, ranks: dist.Ranks, *, dry_run: bool) -> None:
         if dry_run:
             return
         predictions = mean_of(members, first) if ranks.is_main else None
-        if predictions is not None:
-            write(folder, name, split, predictions, first)
+        rows = [] if predictions is None else write(folder, name, split, predictions, first)
         notes = {"split": name, "checkpoints": list(map(str, paths))}
         attention = recorder.write(split, first.facts, notes)
-        if ranks.is_main and attention is not None:
-            draw(attention, split, predictions, first, root.infer.attention_maps)
+    if predictions is not None:
+        if attention is not None:
+            rows += draw(attention, split, predictions, first, root.infer.attention_maps)
+        say(table(rows))
 
 
 def export(path: Path, experiment: Experiment) -> None:
@@ -213,27 +214,28 @@ def output_folder(loaded: Loaded) -> Path:
 
 def write(
     folder: Path, name: str, split: Split, predictions: Predictions, experiment: Experiment
-) -> None:
-    """Predictions, and of labelled samples metrics and plots too; says where they are."""
+) -> list[tuple[str, str]]:
+    """Write predictions, and of labelled samples metrics and plots too; lines on what came out and
+    where it is."""
     rows = [("predictions", str(folder / f"predictions_{name}.csv"))]
     if predictions.targets is None:
         write_predictions(folder / f"predictions_{name}.csv", predictions, experiment.facts)
-    else:
-        plot = experiment.root.task.result_plot != "none"
-        report = write_results(folder, name, predictions, experiment, split=split, plot=plot)
-        rows = [*summary_lines({name: report}), *rows]
-        rows.append(("metrics", str(folder / f"metrics_{name}.json")))
-        if plot:
-            rows.append(("plots", f"{folder / 'plots'}/"))
-    say(table(rows))
+        return rows
+    plot = experiment.root.task.result_plot != "none"
+    report = write_results(folder, name, predictions, experiment, split=split, plot=plot)
+    rows = [*summary_lines({name: report}), *rows]
+    rows.append(("metrics", str(folder / f"metrics_{name}.json")))
+    if plot:
+        rows.append(("plots", f"{folder / 'plots'}/"))
+    return rows
 
 
 def draw(
     attention: Path, split: Split, predictions: Predictions, experiment: Experiment, maps: int
-) -> None:
-    """Heat maps of some of the bags; says where they and the attention of all are."""
+) -> list[tuple[str, str]]:
+    """Draw heat maps of some of the bags; lines on where they and the attention of all are."""
     rows = [("attention", str(attention))]
     folder = attention.parent / "plots" / attention.stem
     if draw_bags(attention, folder, split, predictions, experiment.facts, count=maps):
         rows.append(("heat maps", f"{folder}/"))
-    say(table(rows))
+    return rows

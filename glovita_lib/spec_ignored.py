@@ -117,6 +117,7 @@ OPTIONS = (
     # ---- infer
     Option("infer.use", lambda r: r.infer.checkpoint is None,
            "the spec's own run: infer.checkpoint names its file itself"),
+    Option("infer.attention_maps", lambda r: r.infer.attention, "infer.attention = true"),
 )  # fmt: skip
 
 

@@ -112,6 +112,9 @@ class Training(Spec):
     """Batches of the evaluation after each epoch; the final evaluation is always whole."""
     num_sanity_val_steps: Annotated[int, Meta(ge=0)] = 0
     """Batches evaluated before training starts, so that a broken evaluation shows at once."""
+    cache_frozen_features: bool = False
+    """Whether a frozen encoder reads every sample once, and later epochs train the head on what it
+    gave; needs a train policy that draws nothing, such as default_2d_1."""
     ddp_find_unused_parameters: bool = False
     """Whether several ranks look for parameters that a step did not use."""
     on_existing: Literal["resume", "overwrite", "new"] = "resume"
