@@ -109,6 +109,12 @@ class Trainer:
             self.train_epoch()
             self.close_epoch(started)
 
+    def close(self) -> None:
+        """End the worker processes."""
+        for loader in (self.train_loader, self.val_loader):
+            if loader is not None:
+                loader.close()
+
     def train_epoch(self) -> None:
         """The rest of the current epoch."""
         state = self.state
