@@ -53,7 +53,7 @@ def rehearse(root: Root, ranks: dist.Ranks) -> None:
         )
         trainer = build_trainer(experiment, data, hooks)
         trainer.fit()
-        trainer.train_loader.close()
+        trainer.close()
         probe = some_of(data.splits.get("val") or data.splits["train"], facts.eval_batch_size, 0)
         saved = dist.broadcast_object(ranks, path.read_bytes() if ranks.is_main else None)
         path = Path(folder) / "copy.pt"  # ranks on other machines have no file of their own
