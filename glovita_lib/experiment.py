@@ -23,6 +23,7 @@ from glovita_lib.datasets import Data, Split, build_data
 from glovita_lib.encoders import describe
 from glovita_lib.evaluation import Predictions, evaluate
 from glovita_lib.facts import Facts, derive_facts
+from glovita_lib.feature_sources import VectorSource
 from glovita_lib.loaders import Loader, build_loader
 from glovita_lib.model import build_model
 from glovita_lib.objectives import Objective, build_objective
@@ -63,7 +64,7 @@ class Experiment:
             "ranks": self.ranks,
             "batch_size": spec.batch_size if train else self.facts.eval_batch_size,
         }
-        if self.facts.kind == "vectors":
+        if isinstance(split.source, VectorSource):
             window = self.root.data.window_mb
             return build_feature_loader(split, spec, window_mb=window, **arguments)
         return build_loader(split, spec, **arguments)
@@ -75,13 +76,13 @@ class Experiment:
         """
         if self.root.training.compile:
             self.model.compile(disable=True)
-        return evaluate(
-            self.model,
-            self.objective,
-            self.loader(split, train=False),
-            ranks=self.ranks,
-            precision=self.precision,
-        )
+        loader = self.loader(split, train=False)
+        try:
+            return evaluate(
+                self.model, self.objective, loader, ranks=self.ranks, precision=self.precision
+            )
+        finally:
+            loader.close()
 
 
 def read_data(root: Root, ranks: dist.Ranks) -> Data:

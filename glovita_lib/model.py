@@ -35,9 +35,14 @@ class Model(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
         """Inputs (B, C, H, W) -> logits (B, K), or what a head on raw features gives.
 
+        Vectors (B, D) are what the encoder and the aggregation gave before (see frozen_cache); the
+        head takes them.
+
         Args:
             targets: for heads whose auxiliary losses need them.
         """
+        if isinstance(x, Tensor) and x.ndim == 2 and self.head.consumes == "pooled":
+            return self.head(x)
         features = self.features(x)
         if self.head.consumes == "pooled":
             return self.head(aggregate(features, self.aggregation))

@@ -159,19 +159,24 @@ def check_range(key: str, pair: tuple[float, float]) -> None:
         raise UserError(f"{key}: {list(pair)} is empty; lowest first: {[pair[1], pair[0]]}")
 
 
-def check_still(test: Ops) -> None:
-    """Evaluation is deterministic: a test policy must not draw anything."""
-    moving = [
+def random_operations(ops: Ops) -> list[str]:
+    """Parameters that make a policy draw something; none where it gives the same every time."""
+    names = [
         name
         for name in Ops.__struct_fields__
-        if (name.endswith("_p") and name != "randaugment_p") or name in ("randaugment_ops",)
-        if getattr(test, name)
+        if (name.endswith("_p") and name != "randaugment_p") or name == "randaugment_ops"
+        if getattr(ops, name)
     ]
-    moving += ["cutout_size"] * bool(test.cutout_size)
-    moving += ["crop"] * (test.crop not in ("none", "center"))
-    if moving:
+    names += ["cutout_size"] * bool(ops.cutout_size)
+    return names + ["crop"] * (ops.crop not in ("none", "center"))
+
+
+def check_still(test: Ops) -> None:
+    """Evaluation is deterministic: a test policy must not draw anything."""
+    drawn = random_operations(test)
+    if drawn:
         raise UserError(
-            f"data.augmentation.test_kwargs.{moving[0]} = {getattr(test, moving[0])!r}: evaluation"
+            f"data.augmentation.test_kwargs.{drawn[0]} = {getattr(test, drawn[0])!r}: evaluation"
             " is deterministic; valid there: crop = 'none' or 'center', and resize. Move it to"
             " train_kwargs"
         )

@@ -11,7 +11,7 @@ from glovita_lib.datasets import Split
 from glovita_lib.evaluation import Predictions
 from glovita_lib.experiment import Experiment
 from glovita_lib.facts import Facts
-from glovita_lib.loaders import Loader, fit_all, to_tensor
+from glovita_lib.loaders import fit_all, to_tensor
 from glovita_lib.metrics import compute, report
 
 WORST = 24  # samples on the sheet of the worst predictions
@@ -98,14 +98,14 @@ def plot_worst(path: Path, predictions: Predictions, split: Split, facts: Facts)
     )
 
 
-def plot_augmented(path: Path, experiment: Experiment, loader: Loader) -> None:
-    """A sheet of training samples beside what the train policy makes of them."""
+def plot_augmented(path: Path, experiment: Experiment, split: Split, rows: np.ndarray) -> None:
+    """A sheet of some training samples beside what the train policy makes of them."""
     facts = experiment.facts
     if facts.augmentation is None:
         return
     augment = experiment.objective.train_inputs
-    rows = loader.rows(0, 0)[:SHEET_ROWS]
-    originals = loader.split.source.fetch(rows)
+    rows = rows[:SHEET_ROWS]
+    originals = split.source.fetch(rows)
     columns = []
     for seed in range(SHEET_COLUMNS):
         if isinstance(originals, np.ndarray):
@@ -119,7 +119,7 @@ def plot_augmented(path: Path, experiment: Experiment, loader: Loader) -> None:
         mean=facts.augmentation.mean,
         std=facts.augmentation.std,
         path=path,
-        captions=[loader.split.ids[row] for row in rows],
+        captions=[split.ids[row] for row in rows],
     )
 
 

@@ -17,6 +17,7 @@ from glovita_lib.experiment import (
     resolve_facts,
     trained_weights,
 )
+from glovita_lib.frozen_cache import cached
 from glovita_lib.loggers import build_logger
 from glovita_lib.metrics import compute
 from glovita_lib.model import count_parameters
@@ -127,19 +128,23 @@ def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, re
             checkpoint.link(run.last, run.epoch(keep))
 
     hooks = Hooks(lambda predictions: measure(predictions, facts), log, save, say)
-    trainer = build_trainer(experiment, data, hooks)
+    if root.training.cache_frozen_features:
+        trainer = build_trainer(*cached(experiment, data), hooks)
+    else:
+        trainer = build_trainer(experiment, data, hooks)
     if saved is not None:
         trainer.load_state_dict(saved)
         if ranks.is_main:
             state = trainer.state
             say(f"continuing in epoch {state.epoch + 1} after optimizer step {state.step}")
     elif ranks.is_main and root.task.result_plot != "none":
-        plot_augmented(run.plots / "augmented.png", experiment, trainer.train_loader)
+        rows = trainer.train_loader.rows(0, 0)
+        plot_augmented(run.plots / "augmented.png", experiment, data.splits["train"], rows)
     try:
         trainer.fit()
     finally:
         logger.finish()
-        trainer.train_loader.close()
+        trainer.close()
 
 
 def prepare(
