@@ -404,7 +404,8 @@ def whole_command(folder: Path, width: int) -> float:
     spec = write_spec(folder, "baseline", width, "")
     start = time.perf_counter()
     command = [sys.executable, str(REPOSITORY / "glovita.py"), str(spec)]
-    subprocess.run(command, check=True, capture_output=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | threads)
     return time.perf_counter() - start
 
 
