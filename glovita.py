@@ -15,6 +15,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--override", nargs="+", action="extend", default=[], metavar="a.b=value",
         help="change keys of the spec: TOML or a bare string; none unsets")  # fmt: skip
     add("--check", action="store_true", help="only check the specs, all errors at once")
+    add("--compare", action="store_true", help="table of the finished runs of several specs")
     add("--dry-run", action="store_true", help="one batch through everything; writes no run")
     add("--schema", action="store_true", help="print the JSON schema of a spec")
     add("--explain", metavar="KEY", help="print what a key or section accepts")
@@ -22,8 +23,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     asked = parser.parse_args(argv)
     if not (asked.specs or asked.schema or asked.explain or asked.version):
         parser.error("name a spec in front of the options, e.g. specs/digits_resnet.toml")
-    if len(asked.specs) > 1 and not asked.check:
-        parser.error("one spec a run; only --check takes several")
+    if len(asked.specs) > 1 and not asked.check and not asked.compare:
+        parser.error("one spec a run; only --check and --compare take several")
     return asked
 
 
@@ -38,21 +39,6 @@ def information(asked: argparse.Namespace) -> str | None:
     return None
 
 
-def check(paths: list[str], overrides: list[str]) -> int:
-    """Check all specs and print a line for each good one; 2 if there is a mistake in any."""
-    from glovita_lib.spec_check import load_checked
-
-    code = 0
-    for path in paths:
-        try:
-            load_checked(path, overrides)
-            print(f"{path}: ok")
-        except UserError as error:
-            print(error, file=sys.stderr)
-            code = 2
-    return code
-
-
 def main(argv: list[str]) -> int:
     """Do what the command line asks; the exit code is 2 after a mistake of the user's."""
     asked = arguments(argv)
@@ -60,11 +46,14 @@ def main(argv: list[str]) -> int:
         if text := information(asked):
             print(text)
             return 0
-        if asked.check:
-            return check(asked.specs, asked.override)
-        from glovita_lib.spec_check import load_checked
+        from glovita_lib.spec_check import check_files, load_checked
 
-        loaded = load_checked(asked.specs[0], asked.override)
+        if asked.check:
+            return check_files(asked.specs, asked.override)
+        loaded, *others = [load_checked(path, asked.override) for path in asked.specs]
+        if asked.compare:
+            print(import_module("glovita_lib.compare").compare([loaded, *others]))
+            return 0
         import_module(f"glovita_lib.run_{loaded.root.mode}").run(loaded, dry_run=asked.dry_run)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -6,6 +6,7 @@ built model can tell (classes that are there, tokens that an encoder has) is che
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 
 from glovita_lib import spec_check_data as data_rules
@@ -51,6 +52,19 @@ def load_checked(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Load
     if problems := check(loaded.root):
         raise UserError("\n".join(f"{loaded.path}: {problem}" for problem in problems))
     return loaded
+
+
+def check_files(paths: Sequence[str], overrides: Sequence[str]) -> int:
+    """Check all specs and print a line for each good one; 2 if any has a mistake, else 0."""
+    code = 0
+    for path in paths:
+        try:
+            load_checked(path, overrides)
+            print(f"{path}: ok")
+        except UserError as error:
+            print(error, file=sys.stderr)
+            code = 2
+    return code
 
 
 def check(root: Root) -> list[str]:
