@@ -52,10 +52,10 @@ def draw_points(
 
     size = diameter(len(points)) if point_size is None else point_size
     order = np.random.default_rng(0).permutation(len(points))  # no class lies on top of the others
-    columns = -(-min(len(coloring.names), LEGEND + 1) // ROWS)  # of the legend
-    with drawing(png, SIDE + 1.8 * max(columns, 1), SIDE) as figure:
+    with drawing(png, SIDE, SIDE) as figure:
         matplotlib.rcParams.update({"savefig.dpi": dpi, "svg.hashsalt": "glovita"})
-        axes = figure.add_subplot()
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((0, 0, 1, 1))  # words and legend lie around it and widen the paper
         if coloring.values is not None:
             draw_numbers(figure, axes, points, coloring, order, size)
         else:
@@ -79,7 +79,7 @@ def diameter(count: int) -> float:
 def frame(figure: Any, axes: Any, points: np.ndarray, text: Text) -> None:
     """Equal scales in a square, heading, and axes as far as they mean something."""
     low, high = points.min(0), points.max(0)
-    half = max(float((high - low).max()) / 2 * 1.06, 1e-6)
+    half = float((high - low).max()) / 2 * 1.1 or 1.0
     centre = (low + high) / 2
     axes.set(
         xlim=(centre[0] - half, centre[0] + half),
@@ -117,7 +117,7 @@ def draw_numbers(
         alpha=0.85,
         zorder=2,
     )
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.55, aspect=24, pad=0.02)
+    bar = figure.colorbar(drawn, cax=figure.add_axes((1.025, 0.4, 0.024, 0.55)))
     bar.outline.set_visible(False)
     bar.solids.set_alpha(1)
     bar.ax.tick_params(length=2)
@@ -154,7 +154,16 @@ def draw_classes(
 def scatter(axes: Any, points: np.ndarray, colours: Any, mark: str, size: float, **more) -> None:
     """Points of one shape."""
     scale = {"o": 1.0, "D": 0.9, "s": 0.95}.get(mark, 1.15)
-    axes.scatter(*points.T, c=colours, marker=mark, s=(size * scale) ** 2, lw=0, alpha=0.8, **more)
+    axes.scatter(
+        *points.T,
+        c=colours,
+        marker=mark,
+        s=(size * scale) ** 2,
+        edgecolors="white",
+        linewidths=0.07 * size,  # neighbours stay apart
+        alpha=0.9,
+        **more,
+    )
 
 
 def key(axes: Any, coloring: Coloring, counts: np.ndarray, shown: np.ndarray, unknown: int) -> None:

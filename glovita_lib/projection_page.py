@@ -153,7 +153,7 @@ function draw() {
   const r = radius();
   pen.lineWidth = 0.5;
   pen.strokeStyle = "#fff";
-  const faint = i => (lit >= 0 && classOf(i) !== lit) || (found && !found.has(i));
+  const faint = i => (lit >= 0 && classOf(i) !== lit) || (found !== null && !found.has(i));
   for (const front of [false, true]) {
     for (const i of order) {
       if (!visible(i) || faint(i) === front) continue;

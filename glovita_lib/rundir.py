@@ -40,6 +40,7 @@ OURS = (
     "predictions_*.csv",
     "plots",
     "infer",
+    "umap",
     "wandb",
     "resolved_config.json",
     "spec.toml",

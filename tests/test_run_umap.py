@@ -1,0 +1,450 @@
+"""Mode umap from end to end: every layout of feature files, a trained run, the page, mistakes."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from small_runs import TINY
+
+import glovita
+from glovita_lib.projection_source import open_input, samples_of_features
+from glovita_lib.spec import UserError
+from glovita_lib.spec_check import load_checked
+from glovita_lib.spec_data import DigitsData
+from glovita_lib.spec_features import PrecomputedData
+from glovita_lib.spec_umap import Umap
+
+X, Y = load_digits(return_X_y=True)
+X = X.astype(np.float32)
+LENGTHS = np.array([3, 1, 7, 4, 5])
+PTR = np.concatenate([[0], np.cumsum(LENGTHS)])
+SPEC = 'mode = "umap"\n[logger]\nbackend = "none"\n[umap]\nmethod = "pca"\ndpi = 50\n'
+
+
+def write(path, attributes=None, **datasets):
+    with h5py.File(path, "w") as file:
+        for name, values in datasets.items():
+            file[name] = values
+        file.attrs.update(attributes or {})
+    return path
+
+
+def samples(path, **fields):
+    data = open_input(path, DigitsData())
+    return samples_of_features(data.splits, data, Umap(**fields), 0)
+
+
+def command(tmp_path, *overrides, spec=SPEC, name="map.toml"):
+    """Exit code of the entry script on a spec."""
+    path = tmp_path / name
+    path.write_text(spec)
+    changed = [f"exp_dir={tmp_path / 'exp'}", *overrides]
+    return glovita.main([str(path), "--override", *changed])
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def embedded(page):
+    """The data inside a page."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    return json.loads(found[1])
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+def test_vectors(tmp_path):
+    path = write(tmp_path / "v.h5", features=X[:50].astype(np.float16), labels=Y[:50])
+    found = samples(path)
+    np.testing.assert_array_equal(found.features, X[:50])
+    assert found.features.dtype == np.float32
+    np.testing.assert_array_equal(found.targets, Y[:50])
+    assert found.ids == [str(i) for i in range(50)] == found.owners
+    some = samples(path, max_samples=20, max_per_class=None)
+    np.testing.assert_array_equal(some.features, X[[int(i) for i in some.ids]])
+    assert len(some.ids) == 20 and some.total == 50
+
+
+@pytest.mark.parametrize("layout", ["bag_ptr", "bag_lengths", "fixed", "folder"])
+def test_bags(tmp_path, layout):
+    lengths, labels = LENGTHS, np.array([0, 1, 0, 1, 1])
+    if layout == "fixed":
+        lengths = np.full(5, 4)
+        path = write(tmp_path / "b.h5", features=X[:20].reshape(5, 4, 64), labels=labels)
+    elif layout == "folder":
+        path = tmp_path / "b"
+        path.mkdir()
+        for i in range(5):
+            if i % 2:
+                torch.save(torch.from_numpy(X[PTR[i] : PTR[i + 1]]), path / f"{i}.pt")
+            else:
+                write(path / f"{i}.h5", features=X[PTR[i] : PTR[i + 1]])
+    else:
+        table = {"bag_ptr": PTR} if layout == "bag_ptr" else {"bag_lengths": LENGTHS}
+        path = write(tmp_path / "b.h5", features=X[:20], labels=labels, **table)
+    parts = np.split(X[:20], np.cumsum(lengths)[:-1])
+    found = samples(path)
+    np.testing.assert_allclose(found.features, [part.mean(0) for part in parts], rtol=1e-6)
+    assert found.ids == list("01234")
+    found = samples(path, bags="instances")
+    np.testing.assert_array_equal(found.features, X[:20])
+    owner = np.repeat(np.arange(5), lengths)
+    assert found.owners == [str(bag) for bag in owner]
+    assert found.ids[:5] == ["0#0", "0#1", "0#2", *(["0#3", "1#0"] if layout == "fixed" else
+                             ["1#0", "2#0"])]  # fmt: skip
+    if layout == "folder":
+        assert found.targets is None
+    else:
+        np.testing.assert_array_equal(found.targets, labels[owner])
+    some = samples(path, bags="instances", max_samples=9, max_per_class=None)
+    place = [
+        owner.tolist().index(int(b)) + int(i) for b, _, i in (n.partition("#") for n in some.ids)
+    ]
+    np.testing.assert_array_equal(some.features, X[place])
+    assert len(some.ids) == 9 and some.total == 20
+
+
+def test_names_labels_and_keys_of_the_file(tmp_path):
+    attributes = {"class_names": ["even", "odd"], "subtask": "multiclass"}
+    ids = [f"img/{i}.png" for i in range(30)]
+    path = write(tmp_path / "v.h5", attributes, x=X[:30], labels=Y[:30] % 2, ids=ids)
+    data = PrecomputedData(features_file="unused", features_key="x")
+    found = open_input(path, data)
+    assert found.class_names == ("even", "odd") and found.splits[""].ids == ids
+
+
+# ---------------------------------------------------------------------- whole runs
+
+
+def test_a_file_becomes_pictures_table_page_and_numbers(tmp_path, capsys):
+    names = [f"class {k}" for k in range(10)]
+    ids = [f"scan {i} <b>&amp;" for i in range(60)]
+    path = write(tmp_path / "v.h5", {"class_names": names}, features=X[:60], labels=Y[:60], ids=ids)
+    assert command(tmp_path, f"umap.input={path}", "umap.title=<i>Map</i>") == 0
+    folder = tmp_path / "umap_plots" / "v"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        f"pca.{suffix}" for suffix in ("csv", "html", "json", "png", "svg")
+    ]
+    table = rows(folder / "pca.csv")
+    assert [row["id"] for row in table] == ids
+    assert [row["label"] for row in table] == [names[label] for label in Y[:60]]
+    page = (folder / "pca.html").read_text()
+    data = embedded(page)
+    assert data["ids"] == ids and data["title"] == "<i>Map</i>" and data["thumbnails"] is None
+    assert not re.search(r"https?://|//[a-z]|@import|src=", page.replace(json.dumps(data), ""))
+    assert "<i>Map" not in page and "&lt;i&gt;Map" in page
+    np.testing.assert_allclose(data["x"], [float(row["x"]) for row in table], rtol=1e-4)
+    numbers = json.loads((folder / "pca.json").read_text())
+    assert numbers["samples"] == 60 and 0.5 < numbers["trustworthiness"] <= 1
+    assert numbers["umap"]["method"] == "pca" and numbers["versions"]["umap-learn"]
+    assert "class 3" in (folder / "pca.svg").read_text()
+    out = capsys.readouterr().out
+    assert f"{numbers['trustworthiness']:.3f}" in out and str(folder / "pca.html") in out
+
+
+def test_the_same_command_gives_the_same_files(tmp_path):
+    path = write(tmp_path / "v.h5", features=X[:300], labels=Y[:300])
+    some = ["umap.max_samples=200", "umap.max_per_class=15", f"umap.input={path}"]
+    for name in "ab":
+        assert command(tmp_path, *some, f"umap.output_dir={tmp_path / name}") == 0
+    for suffix in ("csv", "html", "png", "svg"):
+        first, second = (tmp_path / name / f"pca.{suffix}" for name in "ab")
+        assert first.read_bytes() == second.read_bytes()
+    assert len(rows(tmp_path / "a" / "pca.csv")) == 150
+    assert command(tmp_path, *some, f"umap.output_dir={tmp_path / 'c'}", "umap.seed=1") == 0
+    assert rows(tmp_path / "a" / "pca.csv") != rows(tmp_path / "c" / "pca.csv")
+
+
+@pytest.mark.parametrize("kind", ["regression", "multilabel", "none"])
+def test_other_labels(tmp_path, kind, capsys):
+    labels = {"regression": X[:40].mean(1), "multilabel": np.stack([Y[:40] % 2, Y[:40] > 4], 1)}
+    more = {} if kind == "none" else {"labels": labels[kind].astype(np.float32)}
+    path = write(tmp_path / "v.h5", features=X[:40], **more)
+    assert command(tmp_path, f"umap.input={path}") == 0
+    table = rows(tmp_path / "umap_plots" / "v" / "pca.csv")
+    data = embedded((tmp_path / "umap_plots" / "v" / "pca.html").read_text())
+    if kind == "regression":
+        np.testing.assert_allclose([float(row["label"]) for row in table], labels[kind], rtol=1e-5)
+        np.testing.assert_allclose(data["colorings"][0]["values"], labels[kind], rtol=1e-4)
+    elif kind == "multilabel":
+        wanted = {"": "no label", "0": "target_0", "1": "target_1", "01": "target_0 + target_1"}
+        expected = ["".join(str(k) for k in (0, 1) if row[k]) for row in labels[kind]]
+        assert [row["label"] for row in table] == [wanted[text] for text in expected]
+    else:
+        assert list(table[0]) == ["id", "x", "y"] and data["colorings"] == []
+        assert "no labels" in capsys.readouterr().out
+
+
+def test_a_column_gives_the_colours(tmp_path):
+    path = write(tmp_path / "v.h5", features=X[:20], labels=Y[:20])
+    colors = tmp_path / "who.csv"
+    colors.write_text("id,label\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(19)))
+    chosen = [f"umap.input={path}", f"umap.color_file={colors}", "umap.color_column=label"]
+    assert command(tmp_path, *chosen, "umap.color_by=column") == 0
+    data = embedded((tmp_path / "umap_plots" / "v" / "pca.html").read_text())
+    assert [c["title"] for c in data["colorings"]] == [
+        "label",
+        "label_",
+    ]  # what was asked for first
+    assert data["colorings"][0]["names"] == ["x", "y"]
+    assert data["colorings"][0]["codes"][-1] == -1
+    assert rows(tmp_path / "umap_plots" / "v" / "pca.csv")[1]["label"] == "y"
+
+
+ENCODER = TINY.replace('mode = "train"', 'mode = "umap"') + '[umap]\nmethod = "pca"\ndpi = 50\n'
+
+
+def test_an_encoder_on_the_specs_own_images(tmp_path, capsys):
+    overrides = ["extract.source=encoder", "umap.max_samples=60", "umap.max_per_class=none"]
+    assert command(tmp_path, *overrides, spec=ENCODER) == 0
+    folder = tmp_path / "exp" / "digits" / "map" / "0" / "umap"
+    table = rows(folder / "pca.csv")
+    assert len(table) == 60 and set(table[0]) == {"id", "x", "y", "label", "split"}
+    assert {row["split"] for row in table} == {"train", "val", "test"}
+    assert [row["label"] for row in table] == [str(Y[int(row["id"])]) for row in table]
+    data = embedded((folder / "pca.html").read_text())
+    assert data["thumbnails"]["cell"] == 8 and len(data["thumbnails"]["sheets"]) == 1
+    assert command(tmp_path, *overrides, "umap.color_by=prediction", spec=ENCODER) == 2
+    assert "nothing was trained" in capsys.readouterr().err
+
+
+def test_a_trained_run_with_its_predictions(tmp_path, capsys):
+    run = ["training.epochs=1", "umap.split=test", "umap.max_samples=40"]
+    assert command(tmp_path, *run, spec=ENCODER) == 2
+    assert "does not exist: train the spec first" in capsys.readouterr().err
+    assert command(tmp_path, *run, "mode=train", spec=ENCODER) == 0
+    assert command(tmp_path, *run, "umap.color_by=prediction", spec=ENCODER) == 0
+    folder = next((tmp_path / "exp").rglob("umap"))
+    table = {row["id"]: row for row in rows(folder / "pca_test.csv")}
+    saved = {row["id"]: row for row in rows(folder.parent / "predictions_test.csv")}
+    assert len(table) == 40
+    for name, row in table.items():
+        assert (row["label"], row["prediction"]) == (
+            saved[name]["label"],
+            saved[name]["prediction"],
+        )
+        assert row["mistakes"] == ("right" if row["label"] == row["prediction"] else "wrong")
+    data = embedded((folder / "pca_test.html").read_text())
+    assert [c["title"] for c in data["colorings"]] == ["prediction", "label", "mistakes"]
+
+
+def test_a_data_set_of_features_draws_its_own(tmp_path):
+    write(tmp_path / "t.h5", features=X[:40], labels=Y[:40])
+    write(tmp_path / "v.h5", features=X[40:60], labels=Y[40:60])
+    spec = SPEC + (
+        f'[data]\ndataset = "precomputed_features"\ndata_root_dir = "{tmp_path}"\n'
+        'train_features_file = "t.h5"\nval_features_file = "v.h5"\n'
+        '[model.encoder]\nencoder_type = "precomputed"\nfeature_dim = 64\n'
+    )
+    assert command(tmp_path, spec=spec) == 0
+    table = rows(next((tmp_path / "exp").rglob("pca.csv")))
+    assert [row["split"] for row in table] == ["train"] * 40 + ["val"] * 20
+    assert command(tmp_path, "umap.split=val", spec=spec) == 0
+    assert len(rows(next((tmp_path / "exp").rglob("pca_val.csv")))) == 20
+    assert command(tmp_path, "umap.split=test", spec=spec) == 2
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    path = write(tmp_path / "v.h5", features=X[:300], labels=Y[:300])
+    spec = tmp_path / "map.toml"
+    spec.write_text(SPEC)
+    assert glovita.main([str(spec), "--dry-run", "--override", f"umap.input={path}"]) == 0
+    assert "50 of 300 samples" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["map.toml", "v.h5"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_samples(tmp_path, count):
+    path = write(tmp_path / "v.h5", features=X[:count], labels=Y[:count])
+    assert command(tmp_path, f"umap.input={path}", "umap.method=umap") == 0
+    assert len(rows(tmp_path / "umap_plots" / "v" / "umap.csv")) == count
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["umap.input=nowhere.h5"], '"nowhere.h5" does not exist'),
+        (["umap.input=FILE", "umap.split=test"], "umap.split"),
+        (["umap.input=FILE", "umap.color_by=prediction"], "predictions of mode infer"),
+        (["umap.input=FILE", "umap.color_by=column"], "needs umap.color_file"),
+        (["umap.input=FILE", "umap.color_column=a"], "umap.color_column"),
+        (["umap.input=FILE", "umap.color_file=a.csv"], "name the column"),
+        (["umap.input=FILE", "umap.color_file=a.csv", "umap.color_column=b"], "no such file"),
+        (["umap.input=FILE", "umap.min_dist=0.5"], "min_dist: 0.5 would be ignored"),
+        (["umap.input=FILE", "umap.perplexity=5"], "perplexity"),
+        (["umap.input=FILE", "umap.pca=5"], "umap.pca: 5 would be ignored"),
+        (["umap.bags=instances"], "umap.bags"),
+        (["umap.input=FILE", "umap.method=umpa"], 'did you mean "umap"'),
+        (["umap.input=FILE", "umap.n_neighbors=1"], "n_neighbors"),
+        (["umap.input=BAD"], "NaN or infinite features in 2 samples (3, 5)"),
+        (["umap.input=EMPTY"], "no sample"),
+        (["umap.input=SPEC"], "map.toml"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, overrides, message):
+    bad = X[:10].copy()
+    bad[[3, 5], 7] = np.nan
+    places = {
+        "FILE": write(tmp_path / "v.h5", features=X[:10], labels=Y[:10]),
+        "BAD": write(tmp_path / "bad.h5", features=bad, labels=Y[:10]),
+        "EMPTY": write(tmp_path / "empty.h5", features=X[:0], labels=Y[:0]),
+        "SPEC": tmp_path / "map.toml",
+    }
+    for name, path in places.items():
+        overrides = [text.replace(f"={name}", f"={path}") for text in overrides]
+    assert command(tmp_path, *overrides) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not (tmp_path / "umap_plots").exists()
+
+
+def test_missing_umap_learn_is_said_before_any_work(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "v.h5", features=X[:10], labels=Y[:10])
+    monkeypatch.setattr("glovita_lib.run_umap.util.find_spec", lambda name: None)
+    monkeypatch.setattr("glovita_lib.run_umap.find_samples", lambda *a: pytest.fail("worked"))
+    assert command(tmp_path, f"umap.input={path}", "umap.method=umap") == 2
+    assert "pip install umap-learn" in capsys.readouterr().err
+    load_checked(tmp_path / "map.toml", ["umap.method=umap"])  # and nothing else needs it
+
+
+def test_an_unknown_layout_of_features_is_refused(tmp_path):
+    path = write(tmp_path / "v.h5", features=np.arange(10), labels=Y[:10])
+    with pytest.raises(UserError, match="features are floats"):
+        samples(path)
+
+
+# ---------------------------------------------------------------------- the page's program
+
+STAGE = """
+const fs = require("fs"), page = fs.readFileSync(process.argv[2], "utf8");
+const data = page.match(/id="data">([^]*?)<\\/script>/)[1];
+const program = page.match(/<script>\\n([^]*?)<\\/script>/)[1];
+const calls = { fill: 0, stroke: 0, drawImage: [], styles: new Set() };
+const pen = new Proxy({}, {
+  get: (_, key) => key === "drawImage" ? (...a) => calls.drawImage.push(a.slice(1))
+    : () => { calls[key] = (calls[key] || 0) + 1 },
+  set: (_, key, value) => { if (key === "fillStyle") calls.styles.add(value); return true } });
+class Element {
+  constructor() {
+    this.children = []; this.style = {}; this.dataset = {}; this.listeners = {};
+    this.names = new Set(); this.textContent = ""; this.offsetWidth = this.offsetHeight = 50;
+    this.classList = { add: n => this.names.add(n), remove: n => this.names.delete(n),
+      toggle: (n, on) => on ? this.names.add(n) : this.names.delete(n) };
+  }
+  set innerHTML(html) {
+    this.html = html;
+    this.children = [...html.matchAll(/<(div|span)/g)].map(() => new Element());
+    if (html.includes('id="ends"')) {
+      elements.bar = this.children[0]; elements.ends = new Element();
+      elements.ends.children = [new Element(), new Element()];
+    }
+  }
+  append(...parts) { this.children.push(...parts) }
+  replaceChildren(...parts) { this.children = parts }
+  addEventListener(name, call) { this.listeners[name] = call }
+  getBoundingClientRect() { return { left: 0, top: 0, width: 800, height: 600 } }
+  setPointerCapture() {}
+  getContext() { return pen }
+  text() {
+    return this.textContent + this.children.map(c => c.text ? c.text() : c).join("");
+  }
+}
+const elements = {};
+for (const id of ["plot", "stage", "card", "by", "find", "legend", "hint", "in", "out", "home",
+  "data"]) elements[id] = new Element();
+elements.data.textContent = data;
+globalThis.document = { getElementById: id => elements[id], createElement: () => new Element() };
+globalThis.window = { devicePixelRatio: 2, addEventListener() {} };
+globalThis.Image = class {};
+globalThis.Option = class { constructor(text, value) { this.text = () => text } };
+globalThis.requestAnimationFrame = call => call();
+eval(program);
+const fire = (name, x, y, more) =>
+  elements.plot.listeners[name]({ clientX: x, clientY: y, pointerId: 1, preventDefault() {},
+    deltaMode: 0, type: name, ...more });
+const painted = act => { calls.fill = 0; act(); return calls.fill };
+const cards = () => {
+  const seen = new Set();
+  for (let x = 0; x < 800; x += 8) for (let y = 0; y < 600; y += 8) {
+    fire("pointermove", x, y);
+    if (elements.card.style.display === "block") seen.add(elements.card.text());
+  }
+  return [...seen];
+};
+const rows = () => elements.legend.children;
+const result = { all: painted(() => elements.home.onclick()), cards: cards(),
+  legend: rows().map(r => r.text()), colours: [...calls.styles], images: calls.drawImage.length };
+result.withoutFirst = painted(() => rows()[0].onclick());
+result.again = painted(() => rows()[0].onclick());
+result.alone = painted(() => { rows()[1].onclick(); rows()[1].onclick(); rows()[1].ondblclick() });
+result.off = rows().map(r => r.names.has("off"));
+result.everything = painted(() => rows()[1].ondblclick());
+elements.find.oninput({ target: { value: "SCAN 7" } });
+result.found = elements.hint.textContent;
+elements.find.oninput({ target: { value: "" } });
+result.zoomed = painted(() => { for (let i = 0; i < 30; i++) fire("wheel", 790, 590,
+  { deltaY: -300 }) });
+result.home = painted(() => elements.home.onclick());
+fire("pointerdown", 100, 100);
+result.moved = painted(() => fire("pointermove", 5000, 100));
+fire("pointerup", 5000, 100);
+if (elements.by.children.length > 1) {
+  elements.by.onchange({ target: { value: "1" } });
+  result.second = { legend: elements.legend.html || rows().map(r => r.text()),
+    ends: elements.ends ? elements.ends.children.map(c => String(c.textContent)) : null };
+}
+console.log(JSON.stringify(result));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_page_shows_hides_finds_and_moves(tmp_path):
+    ids, ink = [f"scan {i}" for i in range(12)], X[:12].mean(1)
+    path = write(tmp_path / "v.h5", features=X[:12], labels=Y[:12] % 3, ids=ids)
+    colors = tmp_path / "ink.csv"
+    colors.write_text("id,ink\n" + "".join(f"scan {i},{v}\n" for i, v in enumerate(ink)))
+    colored = [f"umap.color_file={colors}", "umap.color_column=ink"]
+    assert command(tmp_path, f"umap.input={path}", *colored) == 0
+    page, stage = tmp_path / "umap_plots" / "v" / "pca.html", tmp_path / "stage.js"
+    stage.write_text(STAGE)
+    done = subprocess.run(
+        ["node", str(stage), str(page)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    sizes = np.bincount(Y[:12] % 3).tolist()
+    assert shown["all"] == 12 and shown["legend"] == [f"{k}{n}" for k, n in enumerate(sizes)]
+    assert len(shown["cards"]) == 12  # each sample has its card, with id and all properties
+    assert any(re.fullmatch(r"id scan 7label 1ink [\d.]+", card) for card in shown["cards"])
+    assert {"#0072B2", "#D55E00", "#009E73"} <= set(shown["colours"])
+    assert shown["withoutFirst"] == 12 - sizes[0] and shown["again"] == 12
+    assert shown["alone"] >= sizes[1] and shown["off"] == [True, False, True]
+    assert shown["everything"] == 12 and shown["found"] == "1 found"
+    assert shown["zoomed"] < shown["home"] == 12 and shown["moved"] == 0
+    assert shown["second"]["ends"] == [f"{v:.5g}" for v in (ink.min(), ink.max())]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_page_of_images_shows_thumbnails_below_the_pointer(tmp_path):
+    overrides = ["extract.source=encoder", "umap.max_samples=30", "umap.split=val"]
+    assert command(tmp_path, *overrides, spec=ENCODER) == 0
+    page, stage = next((tmp_path / "exp").rglob("pca_val.html")), tmp_path / "stage.js"
+    stage.write_text(STAGE)
+    done = subprocess.run(
+        ["node", str(stage), str(page)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] >= 25
