@@ -70,8 +70,8 @@ class PrecomputedData(Spec, tag="precomputed_features", tag_field="dataset"):
     coords_key: str = "coords"
     """Dataset of the coordinates, one row an instance."""
     standardize: bool = False
-    """Whether features are brought to mean 0 and deviation 1 over the train split, for features that
-    no network made; the figures are kept in every checkpoint."""
+    """Whether features are brought to mean 0 and deviation 1 over the train split, for features
+    that no network made; the figures are kept in every checkpoint."""
     check_values: bool = True
     """Whether all features are looked at for NaN and infinity before training."""
     window_mb: Annotated[int, Meta(ge=1)] = 256

@@ -18,7 +18,8 @@ LAYERS = """
 
     spec_augment spec_features spec_heads spec_lora spec_adapters spec_data spec_peft spec_model
     spec_train spec_extract spec_umap spec_probe spec_export spec_root
-    metric_names spec_check_data spec_check_umap spec_ignored spec_check spec_schema spec_explain
+    metric_names spec_check_data spec_check_umap spec_check_peft
+    spec_ignored spec_check spec_schema spec_explain
 
     plugins files lock dist checkpoint precision rundir prediction_csv summary loggers
 
@@ -30,16 +31,19 @@ LAYERS = """
     depth layers structure random_masks weights trunk aggregate heads
     attention_chunk attention_pool clam mil
     encoders_timm encoders_torchvision encoders3d encoders_video encoders encoders_features
-    lowrank targets adapter adapters lora peft model
+    targets adapter grid lowrank lora adalora products orthogonal fourierft scaling shared_factors
+    rep_adapter selective inserts prompts peft trained adapter_file model intermediates
 
     losses weighted bootstrap classification regression metrics neighbors retrieval
     metric_learning jepa probe features projection projection_source
-    facts objectives evaluation optim progress trainer
+    facts objectives evaluation optim averaging progress trainer
 
     figures plot_confusion plot_curves plot_regression plot_scores plots sheets export
     coloring plot_projection projection_page projection_html
 
-    experiment results rehearsal run_train run_infer run_extract run_umap run_probe
+    experiment results rehearsal frozen_cache compare extraction attention plot_attention
+    feature_tables feature_recipe feature_writer skipping feature_job
+    run_probe run_train run_infer run_extract embeddings run_umap
 """
 """Every module, those still to come included; a module imports only from modules before it."""
 

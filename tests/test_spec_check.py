@@ -180,9 +180,17 @@ BROKEN = [
     ([*KFOLD, "infer.folds=[]"], "infer.folds", "names none"),
     ([*KFOLD, "infer.folds=[1, 1]"], "infer.folds", "twice"),
     ([*KFOLD, "infer.folds=[0, 7]"], "infer.folds", "[7] do not exist"),
+    # extract
+    (["extract.source=encoder", "extract.checkpoint=x.pt"], "extract.source", "drop one"),
+    (["extract.bag_by=group", "extract.output=map"], "extract.bag_by", "one vector a sample"),
 ]
 
 IGNORED = [
+    (["extract.norm=false"], "extract.norm"),
+    (["extract.prefix_tokens=true"], "extract.prefix_tokens"),
+    (["extract.output=map", "extract.method=avg"], "extract.method"),
+    (["extract.coords_file=x.csv"], "extract.coords_file"),
+    (["extract.source=encoder", "extract.use=last"], "extract.use"),
     ([*FOLDER, "data.split_file=x.json"], "data.split_file"),
     ([*FOLDER, "data.n_folds=4"], "data.n_folds"),
     ([*KFOLD, "data.train_split_name=x"], "data.train_split_name"),
