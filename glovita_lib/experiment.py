@@ -16,7 +16,7 @@ from glovita_lib import (  # modules with noqa register builders
     clam,  # noqa: F401
     dist,
     encoders_features,  # noqa: F401
-    mil,  # noqa: F401
+    mil,
     precomputed,  # noqa: F401
 )
 from glovita_lib.datasets import Data, Split, build_data
@@ -119,6 +119,7 @@ def assemble(root: Root, facts: Facts, ranks: dist.Ranks, *, load_weights: bool)
         image_size=None if augmentation is None else augmentation.image_size,
         load_weights=load_weights,
     ).to(ranks.device)
+    mil.check_instances(root.model.head, model.head, model.encoder, facts)
     objective = build_objective(root.task, facts, ranks.device)
     return Experiment(root, facts, model, objective, ranks)
 

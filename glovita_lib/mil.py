@@ -10,10 +10,50 @@ from torch import Tensor, nn
 
 from glovita_lib.bags import Bags, as_bags, segment_max, segment_pool, segment_softmax
 from glovita_lib.clam import AttentionPool
+from glovita_lib.encoders_features import Identity
+from glovita_lib.facts import Facts
 from glovita_lib.heads import build_head
-from glovita_lib.spec_heads import AbmilHead, MaxMilHead, MeanMilHead
+from glovita_lib.spec import UserError
+from glovita_lib.spec_heads import AbmilHead, ClamHead, MaxMilHead, MeanMilHead
+from glovita_lib.trunk import Encoder
 
 NORM_EPS = 1e-6  # as CLAM's default
+
+
+def check_instances(spec: Any, head: nn.Module, encoder: Encoder, facts: Facts) -> None:
+    """What the data are must fit the head: bags one that takes instances, and the other way round.
+
+    Args:
+        spec: the head's Struct.
+
+    Raises:
+        UserError: they do not fit, or instance_eval on a regression, whose targets label nothing.
+    """
+    if facts.kind == "bags" and head.consumes == "pooled":
+        raise UserError(
+            f'model.head.head_type = "{tag(spec)}": the samples are bags of instances, and this'
+            ' head takes one vector a sample; heads for bags are "clam", "abmil", "mean", "max"'
+        )
+    if not isinstance(spec, ClamHead | AbmilHead | MeanMilHead | MaxMilHead):
+        return
+    of_data = facts.kind == "bags" or isinstance(encoder, Identity)  # also bags of custom data
+    if facts.kind == "vectors" or not (of_data or encoder.has_patches):
+        one = "the features hold" if facts.kind == "vectors" else "the encoder gives"
+        raise UserError(
+            f'model.head.head_type = "{tag(spec)}" takes bags of instances, but {one} one vector a'
+            ' sample: set it to "classification" or "regression", or give bags (bag_ptr in the'
+            " feature file) or an encoder with patch tokens"
+        )
+    if isinstance(spec, ClamHead) and spec.instance_eval and facts.subtask == "regression":
+        raise UserError(
+            "model.head.instance_eval = true labels instances by the class of their bag, but the"
+            " targets are numbers: set it to false"
+        )
+
+
+def tag(spec: Any) -> str:
+    """What the spec file calls a Struct."""
+    return spec.__struct_config__.tag
 
 
 class Abmil(nn.Module):
