@@ -9,7 +9,6 @@ N samples, D width, M instances.
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -130,7 +129,7 @@ def put_together(
         UserError: disk full ...
     """
     total = total_rows(parts, keep)
-    with files.atomic_path(parts.target) as temporary, hdf5_file(temporary, parts.target) as file:
+    with files.atomic_path(parts.target) as temporary, hdf5_file(temporary) as file:
         place, done, lengths = 0, 0, []
         for block in parts.read():
             kept = keep[done : done + len(block["rows"])]
@@ -140,6 +139,8 @@ def put_together(
             instances = np.repeat(kept, block["lengths"]) if "lengths" in block else kept
             features = block["features"][instances]
             if "features" not in file:
+                if compression == "none":
+                    refuse_full_disk(parts.folder, total * features[0].nbytes)
                 create(file, "features", features, compression, total)
                 if "coords" in block:
                     create(file, "coords", block["coords"], "none", total)
@@ -158,34 +159,58 @@ def put_together(
     return shape
 
 
+class GuardedFile:
+    """A new file for h5py that remembers an error of the disk instead of raising it.
+
+    HDF5 cannot close a file that a full disk keeps from being written; it crashes at the end of the
+    process. So all goes on as if there were room, and the error is raised when the file is closed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "w+b", buffering=0)  # noqa: SIM115  closed by hdf5_file
+        self.error: OSError | None = None
+
+    def write(self, data: memoryview) -> int:
+        """Write all, or remember why not."""
+        done = 0
+        while done < len(data) and self.error is None:
+            try:
+                done += self.file.write(data[done:])
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        """Cut or extend, or remember why not."""
+        if self.error is None:
+            try:
+                self.file.truncate(size)
+            except OSError as error:
+                self.error = error
+        return size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
 @contextmanager
-def hdf5_file(path: Path, target: Path) -> Iterator[Any]:
+def hdf5_file(path: Path) -> Iterator[Any]:
     """A new HDF5 file to write; attributes may be larger than 64 KiB, as many class names are.
 
     Raises:
-        UserError: the disk is full ...; h5py says so in errors of several kinds.
+        OSError: the disk is full ...
     """
     import h5py
 
+    guarded = GuardedFile(path)
     try:
-        with h5py.File(path, "w", libver=("v108", "v108")) as file:
+        with guarded.file, h5py.File(guarded, "w", libver=("v108", "v108")) as file:
             yield file
-    except (OSError, RuntimeError) as error:
-        number = system_error(error)
-        if number is None:
+    except (OSError, RuntimeError):  # h5py's, where it misses what it believes to be written
+        if guarded.error is None:
             raise
-        raise files.write_error(target, OSError(number, os.strerror(number))) from None
-
-
-def system_error(error: BaseException | None) -> int | None:
-    """The number of the system's error behind one of h5py's; None where there is none."""
-    while error is not None:
-        said = re.search(r"errno = (\d+)", str(error))
-        number = int(said[1]) if said else getattr(error, "errno", None)
-        if number is not None:
-            return number
-        error = error.__context__
-    return None
+    if guarded.error is not None:
+        raise guarded.error
 
 
 def refuse_full_disk(folder: Path, size: int) -> None:
@@ -214,17 +239,10 @@ def total_rows(parts: Parts, keep: np.ndarray) -> int:
 
 
 def create(file: Any, name: str, example: np.ndarray, compression: str, rows: int) -> None:
-    """An empty dataset for `rows` rows like those of the example.
-
-    Raises:
-        UserError: no room for it, if it is stored as it is.
-    """
+    """An empty dataset for `rows` rows like those of the example."""
     shape, options = (rows, *example.shape[1:]), {}
-    size = int(np.prod(shape)) * example.dtype.itemsize
-    if compression == "none":
-        refuse_full_disk(Path(file.filename).parent, size)
-    else:
-        chunk = max(1, min(rows, CHUNK_BYTES * rows // max(1, size)))
+    if compression != "none":
+        chunk = max(1, min(rows, CHUNK_BYTES // max(1, example[0].nbytes)))
         options = {"chunks": (chunk, *shape[1:]), "shuffle": True, "compression": compression}
         if compression == "gzip":
             options["compression_opts"] = 1  # more costs time and gains next to nothing on floats
