@@ -26,7 +26,7 @@ from glovita_lib.progress import say, table
 from glovita_lib.rehearsal import rehearse
 from glovita_lib.results import measure, plot_augmented, summary_lines, write_results
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
-from glovita_lib.spec import Loaded, dump
+from glovita_lib.spec import Loaded, UserError, changed_keys, dump
 from glovita_lib.spec_peft import FullFinetuning
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Probe, Training
@@ -98,7 +98,7 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
 def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, resume: bool) -> None:
     """The training itself, from the start or from the last checkpoint."""
     root, facts, ranks = experiment.root, experiment.facts, experiment.ranks
-    saved = checkpoint.load(run.last, map_location="cpu") if resume else None
+    saved = saved_state(run, loaded) if resume else None
     if ranks.is_main:
         prepare(run, loaded, experiment, saved)
     logger = build_logger(
@@ -145,6 +145,22 @@ def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, re
     finally:
         logger.finish()
         trainer.close()
+
+
+def saved_state(run: RunDir, loaded: Loaded) -> dict[str, Any]:
+    """The checkpoint that a run is continued from.
+
+    Raises:
+        UserError: it is damaged, or another run's.
+    """
+    saved = checkpoint.load(run.last, map_location="cpu")
+    changes = changed_keys(saved.get("spec", {}), loaded.plain)
+    if changes:
+        raise UserError(
+            f"{run.last} is not of this run but of another spec: {'; '.join(changes[:8])}; put its"
+            ' own checkpoint back, or set training.on_existing = "overwrite" to train again'
+        )
+    return saved
 
 
 def prepare(

@@ -190,18 +190,18 @@ class Trainer:
         """Log and save where the step count asks for it."""
         state, every = self.state, self.spec.save_every_steps
         if state.step % self.spec.log_every == 0:
-            self.check_finite()
+            self.check_finite(weights=False)
             record = {"event": "step", "epoch": state.epoch, "step": state.step, **self.means()}
             record |= self.vitals(self.meter)
             bar.show(loss=record["train_loss"], lr=record["lr"])
             self.log(record)
         if every and state.step % every == 0 and state.batch < self.batches:
-            self.check_finite()
+            self.check_finite(weights=True)
             self.save(is_best=False)
 
     def close_epoch(self, started: float) -> None:
         """Evaluate, log, decide what is best, save."""
-        self.check_finite()
+        self.check_finite(weights=True)
         state = self.state
         record = {"event": "epoch", "epoch": state.epoch, "step": state.step, **self.means()}
         record |= self.vitals(self.epoch_meter)
@@ -252,14 +252,19 @@ class Trainer:
         bad = torch.isfinite(loss).logical_not() & (self.first_bad < 0)
         self.first_bad = torch.where(bad, state.batch, self.first_bad)
 
-    def check_finite(self) -> None:
-        """Stop where a loss was NaN or infinite since the last look.
+    def check_finite(self, *, weights: bool) -> None:
+        """Stop where a loss was NaN or infinite since the last look or, if asked, a weight is.
+
+        The weights are looked at before they are saved: the loss of a batch may be finite and its
+        gradient not, so that no good checkpoint is ever replaced by a useless one.
 
         Raises:
             UserError: with the ids of the samples of the first such batch; no checkpoint was
             written since.
         """
-        bad = int(self.first_bad)
+        what, bad = "loss", int(self.first_bad)
+        if weights and bad < 0 and not self.weights_are_finite():
+            what, bad = "weights", self.state.batch - 1
         if not dist.any_rank(self.ranks, bad >= 0):
             return
         where = "on another rank"
@@ -268,10 +273,15 @@ class Trainer:
             ids = ", ".join(self.train_loader.split.ids[row] for row in rows)
             where = f"in epoch {self.state.epoch + 1}, batch {bad}, samples {ids}"
         raise UserError(
-            f"the loss became NaN or infinite {where}; the last checkpoint is kept; lower"
+            f"the {what} became NaN or infinite {where}; the last checkpoint is kept; lower"
             " optimizer.lr, set training.gradient_clip_val, try training.precision ="
             ' "no" or look at these samples'
         )
+
+    def weights_are_finite(self) -> bool:
+        """Whether everything that trains is; the device is waited for once."""
+        trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        return not trained or bool(torch.stack([p.isfinite().all() for p in trained]).all())
 
     def means(self) -> Record:
         """Means over the epoch's samples so far, over all ranks."""
