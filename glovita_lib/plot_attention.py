@@ -127,9 +127,14 @@ def caption(predictions: Predictions, bag: int, facts: Facts) -> str:
         parts = [f"predicted {listed(names, scores >= 0.5)}"]
         truth = [] if targets is None else [f"labels {listed(names, targets[bag] > 0.5)}"]
     else:
-        parts = [f"predicted {', '.join(number(float(value)) for value in scores[:4])}"]
-        truth = [] if targets is None else [", ".join(number(float(v)) for v in targets[bag][:4])]
+        parts = [f"predicted {numbers(scores)}"]
+        truth = [] if targets is None else [f"label {numbers(targets[bag])}"]
     return ", ".join([*truth, *parts])
+
+
+def numbers(values: np.ndarray) -> str:
+    """The first targets of a regression."""
+    return ", ".join(number(float(value)) for value in values[:4])
 
 
 def listed(names: Sequence[str], chosen: np.ndarray) -> str:
@@ -153,7 +158,7 @@ def attention_map(bag: BagMap, path: Path) -> None:
     columns = min(panels, COLUMNS)
     rows = -(-panels // columns)
     width, height = panel_size(bag.coords)
-    with drawing(path, columns * width + 1.3, rows * (height + 0.5) + 0.7) as figure:
+    with drawing(path, columns * width + 1.7, rows * (height + 0.42) + 0.45) as figure:
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for spare in axes[panels:]:
             spare.set_axis_off()
