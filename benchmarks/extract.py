@@ -1,0 +1,135 @@
+"""Rate of mode extract against the bare forward passes of the same encoder.
+
+    python benchmarks/extract.py [--images 2000] [--repeats 5] [--type vit_tiny_patch16_224]
+
+Images are JPEG files of 256 pixels cut from real photos. "forward" runs the encoder on ready
+normalised batches and copies the vectors to the host; "extract" is the whole mode: decoding,
+transform, forward, blocks on disk, the finished HDF5 file. Both run with the same number of
+threads, alternating; on few cores decoding takes its share of them, so "decode" gives the time that
+decoding alone needs in as many processes.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import glovita
+from glovita_lib.spec_check import load_checked
+
+SPEC = """
+mode = "extract"
+[data]
+dataset = "generic_image_dataset"
+data_root_dir = "{folder}"
+split_source = "subdirs"
+label_source = "folder"
+[model.encoder]
+encoder_type = "timm"
+type = "{type}"
+pretrained = false
+[extract]
+source = "encoder"
+split = "train"
+output_dir = "{folder}/features"
+[dataloading]
+eval_batch_size = 64
+num_workers = {workers}
+[logger]
+backend = "none"
+"""
+
+
+def write_images(folder: Path, count: int) -> None:
+    """JPEG crops of real photos, two classes, and a val split of two images."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    draw = np.random.default_rng(0)
+    photos = load_sample_images().images
+    for number in range(count + 2):
+        photo = photos[number % len(photos)]
+        y, x = (draw.integers(side - 256) for side in photo.shape[:2])
+        split = "train" if number < count else "val"
+        path = folder / "images" / split / "ab"[number % 2] / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo[y : y + 256, x : x + 256]).save(path, quality=90)
+
+
+def forward_seconds(spec: Path, images: int) -> float:
+    """Seconds of the forward passes alone."""
+    from glovita_lib import dist
+    from glovita_lib.run_extract import source_of
+
+    loaded = load_checked(spec)
+    with dist.session() as ranks:
+        experiment, _ = source_of(loaded, ranks)
+        model, size = experiment.model.eval(), experiment.facts.augmentation.image_size
+        batches = [torch.randn(64, 3, size, size) for _ in range(2)]
+        started = time.perf_counter()
+        with torch.no_grad():
+            for number in range(-(-images // 64)):
+                count = min(64, images - 64 * number)
+                model.embed(batches[number % 2][:count], model.aggregation).half().cpu()
+        return time.perf_counter() - started
+
+
+def extract_seconds(spec: Path, folder: Path) -> float:
+    """Seconds from the first block to the finished file, as the mode itself."""
+    for path in (folder / "features").glob("*"):
+        path.unlink()
+    started = time.perf_counter()
+    with redirect_stdout(StringIO()):
+        code = glovita.main([str(spec)])
+    assert code == 0
+    return time.perf_counter() - started
+
+
+def decode_seconds(folder: Path) -> float:
+    """Seconds to decode all images in one process."""
+    from glovita_lib.readers import read_image
+
+    paths = sorted((folder / "images" / "train").rglob("*.jpg"))
+    started = time.perf_counter()
+    for path in paths:
+        read_image(str(path), channels=3, bit_depth=8)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--type", default="vit_tiny_patch16_224")
+    parser.add_argument("--workers", type=int, default=2)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_images(folder, asked.images)
+        spec = folder / "spec.toml"
+        spec.write_text(SPEC.format(folder=folder, type=asked.type, workers=asked.workers))
+        bare, whole = [], []
+        for repeat in range(asked.repeats + 1):
+            pair = forward_seconds(spec, asked.images), extract_seconds(spec, folder)
+            if repeat:  # the first round warms up
+                bare.append(pair[0])
+                whole.append(pair[1])
+        floor, total = statistics.median(bare), statistics.median(whole)
+        threads = torch.get_num_threads()
+        print(
+            f"{asked.images:,} images, {asked.type}, {threads} threads, medians of {asked.repeats}"
+        )
+        print(f"  forward   {asked.images / floor:8,.1f} images/s")
+        print(f"  extract   {asked.images / total:8,.1f} images/s, {floor / total:.2f} of forward")
+        print(f"  decoding  {decode_seconds(folder) / floor:8.2f} of the forward time, one process")
+
+
+if __name__ == "__main__":
+    main()
