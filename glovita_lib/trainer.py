@@ -287,7 +287,7 @@ class Trainer:
         """Means over the epoch's samples so far, over all ranks."""
         state = self.state
         names = list(state.sums)
-        sums = torch.stack([state.sums[n].double() for n in names]).cpu() / state.samples
+        sums = torch.stack([state.sums[n] for n in names]).cpu().double() / state.samples
         sums = dist.all_mean(self.ranks, sums)
         return {f"train_{name}": float(value) for name, value in zip(names, sums, strict=True)}
 
