@@ -5,6 +5,7 @@ N samples, D width, k neighbours.
 
 import warnings
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -98,11 +99,11 @@ def choose(classes: np.ndarray | None, lengths: np.ndarray, spec: Umap, *, seed:
     total = int(lengths.sum())
     if total <= spec.max_samples:
         return np.arange(total)
-    members, limit = np.zeros(len(lengths), np.int64), None
+    members, limit = np.zeros(len(lengths), np.int64), 0
     if classes is not None:
         members, limit = np.unique(classes, return_inverse=True)[1], spec.max_per_class
     sizes = np.bincount(members, lengths).astype(np.int64)  # rows of each class
-    kept = shares(sizes if limit is None else np.minimum(sizes, limit), spec.max_samples)
+    kept = shares(np.minimum(sizes, limit) if limit else sizes, spec.max_samples)
     generator = np.random.default_rng(seed)
     by_class = np.argsort(members, kind="stable")
     starts = np.cumsum(lengths) - lengths
@@ -201,7 +202,7 @@ EXPECTED = (
 """What umap-learn warns of and what is meant to be."""
 
 
-def umap_learn():
+def umap_learn() -> ModuleType:
     """The package, which takes seconds to import.
 
     Raises:

@@ -21,8 +21,8 @@ class Umap(Spec):
     """How the features become two dimensional."""
     max_samples: Count = 5000
     """Samples that are drawn; more are thinned out in the proportions of their classes."""
-    max_per_class: Count | None = 200
-    """Samples of a class that are drawn where there are more than max_samples samples; none sets no
+    max_per_class: Annotated[int, Meta(ge=0)] = 200
+    """Samples of a class that are drawn where there are more than max_samples samples; 0 sets no
     limit; without meaning for regression."""
     seed: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
     """Seed of the choice of samples and of the layout; none is the spec's seed."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
-from sklearn.manifold import trustworthiness
+from sklearn.manifold import TSNE, trustworthiness
 from sklearn.neighbors import NearestNeighbors
 
 from glovita_lib.coloring import (
@@ -98,11 +98,13 @@ def test_umap_on_exact_neighbours_is_as_good_as_its_own_search_and_deterministic
 
 
 def test_umap_after_pca_and_tsne_keep_neighbours():
-    reduced = lay_out(X[:300], pca=20, metric="cosine")
+    reduced = lay_out(X[:200], pca=20, metric="cosine")
     assert reduced.trustworthiness > 0.95
-    tsne = lay_out(X[:200], method="tsne")
-    assert tsne.trustworthiness > 0.95
-    np.testing.assert_array_equal(tsne.points, lay_out(X[:200], method="tsne").points)
+    tsne = lay_out(X[:120], method="tsne")
+    own = TSNE(random_state=0).fit_transform(X[:120])
+    assert tsne.trustworthiness > trustworthiness(X[:120], own, n_neighbors=15) - 0.01
+    assert tsne.trustworthiness > 0.9
+    np.testing.assert_array_equal(tsne.points, lay_out(X[:120], method="tsne").points)
 
 
 @pytest.mark.parametrize("method", ["umap", "tsne", "pca"])
@@ -184,7 +186,7 @@ def test_up_to_max_samples_all_are_shown():
 def test_classes_keep_their_share_or_at_most_so_many():
     labels = np.repeat([0, 1, 2, 3], [700, 200, 90, 10])
     ones = np.ones(1000, np.int64)
-    rows = choose(labels, ones, Umap(max_samples=100, max_per_class=None), seed=0)
+    rows = choose(labels, ones, Umap(max_samples=100, max_per_class=0), seed=0)
     assert np.bincount(labels[rows]).tolist() == [70, 20, 9, 1]
     rows = choose(labels, ones, Umap(max_samples=999, max_per_class=50), seed=0)
     assert np.bincount(labels[rows]).tolist() == [50, 50, 50, 10]

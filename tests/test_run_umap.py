@@ -70,7 +70,7 @@ def test_vectors(tmp_path):
     assert found.features.dtype == np.float32
     np.testing.assert_array_equal(found.targets, Y[:50])
     assert found.ids == [str(i) for i in range(50)] == found.owners
-    some = samples(path, max_samples=20, max_per_class=None)
+    some = samples(path, max_samples=20, max_per_class=0)
     np.testing.assert_array_equal(some.features, X[[int(i) for i in some.ids]])
     assert len(some.ids) == 20 and some.total == 50
 
@@ -106,7 +106,7 @@ def test_bags(tmp_path, layout):
         assert found.targets is None
     else:
         np.testing.assert_array_equal(found.targets, labels[owner])
-    some = samples(path, bags="instances", max_samples=9, max_per_class=None)
+    some = samples(path, bags="instances", max_samples=9, max_per_class=0)
     place = [
         owner.tolist().index(int(b)) + int(i) for b, _, i in (n.partition("#") for n in some.ids)
     ]
@@ -205,7 +205,7 @@ ENCODER = TINY.replace('mode = "train"', 'mode = "umap"') + '[umap]\nmethod = "p
 
 
 def test_an_encoder_on_the_specs_own_images(tmp_path, capsys):
-    overrides = ["extract.source=encoder", "umap.max_samples=60", "umap.max_per_class=none"]
+    overrides = ["extract.source=encoder", "umap.max_samples=60", "umap.max_per_class=0"]
     assert command(tmp_path, *overrides, spec=ENCODER) == 0
     folder = tmp_path / "exp" / "digits" / "map" / "0" / "umap"
     table = rows(folder / "pca.csv")
