@@ -50,9 +50,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
-
 from glovita_lib import run_train
 from glovita_lib.spec_check import load_checked
 from glovita_lib.trainer import Trainer
@@ -108,9 +105,7 @@ nesterov = true
 [logger]
 backend = "none"
 """
-POLICIES: dict[
-    str, tuple[str, list[Any]]
-] = {  # parameters of ours, operations of torchvision
+POLICIES: dict[str, tuple[str, list[Any]]] = {  # parameters of ours, operations of torchvision
     "baseline": ("", []),
     "randaugment": (
         "cutout_size = 0\nrandaugment_p = 1.0\nrandaugment_magnitude = [3, 3]",
@@ -133,9 +128,7 @@ def write_images(folder: Path, count: int) -> None:
         labels = rng.integers(CLASSES, size=size)
         data = np.stack([crop(photos[label // 5], label % 5, rng) for label in labels])
         write(folder, name, {"data": data, "labels": labels.tolist()})
-    write(
-        folder, "batches.meta", {"label_names": [f"part_{i}" for i in range(CLASSES)]}
-    )
+    write(folder, "batches.meta", {"label_names": [f"part_{i}" for i in range(CLASSES)]})
 
 
 def crop(photo: np.ndarray, fifth: int, rng: np.random.Generator) -> np.ndarray:
@@ -216,9 +209,7 @@ def since(start: Times) -> Times:
 
 def network(width: int) -> nn.Module:
     """The network of SPEC, from timm alone."""
-    return timm.create_model(
-        "resnet10t", num_classes=CLASSES, **network_arguments(width)
-    )
+    return timm.create_model("resnet10t", num_classes=CLASSES, **network_arguments(width))
 
 
 def network_arguments(width: int) -> dict[str, Any]:
@@ -298,23 +289,17 @@ def lightning_epoch(folder: Path, width: int, train: Batches, val: Batches) -> E
 
         def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
             loss, accuracy = self.measure(batch)
-            self.log_dict(
-                {"train_loss": loss, "train_acc": accuracy}, on_step=True, on_epoch=True
-            )
+            self.log_dict({"train_loss": loss, "train_acc": accuracy}, on_step=True, on_epoch=True)
             return loss
 
         def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
             loss, accuracy = self.measure(batch)
-            self.log_dict(
-                {"val_loss": loss, "val_acc": accuracy}, batch_size=len(batch[1])
-            )
+            self.log_dict({"val_loss": loss, "val_acc": accuracy}, batch_size=len(batch[1]))
 
         def measure(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             x, y = batch
             logits = self.model(x)
-            return F.cross_entropy(logits, y), (
-                logits.detach().argmax(1) == y
-            ).float().mean()
+            return F.cross_entropy(logits, y), (logits.detach().argmax(1) == y).float().mean()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), **SGD)
@@ -342,8 +327,7 @@ def build_rows(
 ) -> dict[str, Epoch]:
     """All rows of one policy; the ready batches do not depend on it."""
     loaders = tuple(
-        sample_loader(folder, train=train, extra=POLICIES[policy][1])
-        for train in (True, False)
+        sample_loader(folder, train=train, extra=POLICIES[policy][1]) for train in (True, False)
     )
     rows = {
         "floor": bare_epoch(width, *ready),
@@ -372,9 +356,7 @@ def measure(rows: dict[str, Epoch], runs: int) -> dict[str, list[Times]]:
 
 def ratio(ours: list[Times], theirs: list[Times], which: int) -> float:
     """Median over the rounds of wall (0) or CPU (1) seconds of ours over theirs."""
-    return statistics.median(
-        a[which] / b[which] for a, b in zip(ours, theirs, strict=True)
-    )
+    return statistics.median(a[which] / b[which] for a, b in zip(ours, theirs, strict=True))
 
 
 def report(policy: str, results: dict[str, list[Times]], images: int) -> None:
@@ -382,7 +364,8 @@ def report(policy: str, results: dict[str, list[Times]], images: int) -> None:
     floor, ours = results["floor"], results["glovita"]
     print(f"\npolicy {policy}")
     print(
-        f"{'':22} {'seconds':>8} {'low..high':>12} {'samples/s':>10} {'x floor':>8} {'CPU s':>7} {'x floor':>8}"
+        f"{'':22} {'seconds':>8} {'low..high':>12} {'samples/s':>10} {'x floor':>8}"
+        f" {'CPU s':>7} {'x floor':>8}"
     )
     for name, pairs in results.items():
         wall, cpu = zip(*pairs, strict=True)
@@ -392,9 +375,7 @@ def report(policy: str, results: dict[str, list[Times]], images: int) -> None:
             f" {ratio(pairs, floor, 0):8.2f} {statistics.median(cpu):7.2f}"
             f" {ratio(pairs, floor, 1):8.2f}"
         )
-    print(
-        f"glovita / floor: {ratio(ours, floor, 0):.3f} (target at most {FLOOR_TARGET})"
-    )
+    print(f"glovita / floor: {ratio(ours, floor, 0):.3f} (target at most {FLOOR_TARGET})")
     gain = ratio(results["per sample"], ours, 0)
     print(f"per sample / glovita: {gain:.2f} (target at least {SAMPLE_TARGET})")
 
@@ -425,18 +406,10 @@ def main() -> None:
     """Write the images, measure each policy, print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=10_000, help="training images")
-    parser.add_argument(
-        "--runs", type=int, default=5, help="epochs of each row, at least 5"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of torch"
-    )
-    parser.add_argument(
-        "--width", type=int, default=16, help="channels of the first stage"
-    )
-    parser.add_argument(
-        "--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES)
-    )
+    parser.add_argument("--runs", type=int, default=5, help="epochs of each row, at least 5")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--no-lightning", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -445,9 +418,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_images(folder, options.images)
-        loaders = (
-            sample_loader(folder, train=train, extra=[]) for train in (True, False)
-        )
+        loaders = (sample_loader(folder, train=train, extra=[]) for train in (True, False))
         ready = tuple(Ready([tuple(batch) for batch in loader]) for loader in loaders)
         count = sum(len(targets) for _, targets in ready[0])
         print(
@@ -459,9 +430,7 @@ def main() -> None:
         for policy in options.policies:
             rows = build_rows(folder, policy, options.width, ready, peers=peers)
             report(policy, measure(rows, max(5, options.runs)), count)
-        print(
-            f"\nwhole command with plots: {whole_command(folder, options.width):.1f} s"
-        )
+        print(f"\nwhole command with plots: {whole_command(folder, options.width):.1f} s")
 
 
 if __name__ == "__main__":

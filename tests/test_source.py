@@ -29,14 +29,14 @@ LAYERS = """
     order held batches loaders windows precomputed datasets
 
     depth layers structure random_masks weights trunk aggregate heads
-    attention_chunk attention_pool clam mil
+    attention_chunk attention_pool clam
     encoders_timm encoders_torchvision encoders3d encoders_video encoders encoders_features
     targets adapter grid lowrank lora adalora products orthogonal fourierft scaling shared_factors
     rep_adapter selective inserts prompts peft trained adapter_file model intermediates
 
     losses weighted bootstrap classification regression metrics neighbors retrieval
     metric_learning jepa probe features projection projection_source
-    facts objectives evaluation optim averaging progress trainer
+    facts mil objectives evaluation optim averaging progress trainer
 
     figures plot_confusion plot_curves plot_regression plot_scores plots sheets export
     coloring plot_projection projection_page projection_html

@@ -186,6 +186,7 @@ BROKEN = [
 ]
 
 IGNORED = [
+    (["infer.attention=false", "infer.attention_maps=3"], "infer.attention_maps"),
     (["extract.norm=false"], "extract.norm"),
     (["extract.prefix_tokens=true"], "extract.prefix_tokens"),
     (["extract.output=map", "extract.method=avg"], "extract.method"),
