@@ -50,6 +50,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
+import glovita
 from glovita_lib import run_train
 from glovita_lib.spec_check import load_checked
 from glovita_lib.trainer import Trainer
@@ -384,7 +385,7 @@ def whole_command(folder: Path, width: int) -> float:
     """Wall seconds of the command with that one epoch, final results, plots and intervals."""
     spec = write_spec(folder, "baseline", width, "")
     start = time.perf_counter()
-    command = [sys.executable, str(REPOSITORY / "glovita.py"), str(spec)]
+    command = [sys.executable, glovita.__file__, str(spec)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run(command, check=True, capture_output=True, env=os.environ | threads)
     return time.perf_counter() - start
