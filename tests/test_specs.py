@@ -67,7 +67,7 @@ def test_digits_resnet_and_what_follows_from_it():
     probe = run("probe_knn", *few)
     assert len(probe.rows("knn_test")) == len(probe.rows("linear_test")) == 90
     run("umap_digits", *changes, "umap.method=pca", "umap.dpi=50")  # UMAP: test_run_umap
-    assert (trained.path / "umap" / "umap_test.csv").is_file()
+    assert (trained.path / "umap" / "pca_test.csv").is_file()
 
 
 def test_digits_vit_linear_probe():
