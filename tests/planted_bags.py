@@ -6,6 +6,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from torch import nn
 
 CLASSES = ("none", "left", "right")
 WIDTH = 16
@@ -40,7 +41,7 @@ def plant(folder: Path, *, sizes: dict[str, int], coords: bool = True) -> Plante
             if label:
                 chosen = start + generator.choice(length, generator.integers(2, 7), replace=False)
                 planted[chosen] = True
-                features[chosen, (label - 1) * 3 : label * 3] += 3.0
+                features[chosen, (label - 1) * 3 : label * 3] += 4.0
         tables = {"features": features, "bag_ptr": ptr, "labels": labels}
         if coords:
             place = np.arange(ptr[-1]) - np.repeat(ptr[:-1], lengths)
@@ -67,3 +68,8 @@ def recall(attention: np.ndarray, bags: dict[str, Any]) -> float:
             top = np.argsort(-attention[rows, branch])[: planted.sum()]
             found.append(planted[top].mean())
     return float(np.mean(found))
+
+
+def vector_encoder(input_channels: int) -> nn.Module:
+    """An encoder of one vector an image, without tokens."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(input_channels * 64, 8))
