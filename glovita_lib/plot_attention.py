@@ -24,6 +24,8 @@ PANELS = 6  # branches shown
 COLUMNS = 3
 SIDE = 3.0  # inches of the longer side of a map
 SHORTEST = 0.9  # of its shorter side
+TILES = 5000  # instances up to which each is drawn as a square of its own
+CELLS = 1500  # of the picture's longer side where they are more
 PROBED = 256  # instances whose neighbours tell the size of a tile
 SHADES = ("#fff4e0", "#fdd49e", "#fc8d59", "#d7301f", "#7f0000")  # low to high
 MARKED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)  # shares of a bag; the last has the darkest shade
@@ -157,7 +159,8 @@ def attention_map(bag: BagMap, path: Path) -> None:
     panels = len(shown) + (bag.image is not None)
     columns = min(panels, COLUMNS)
     rows = -(-panels // columns)
-    width, height = panel_size(bag.coords)
+    side = tile_side(bag.coords)
+    width, height = panel_size(bag.coords, side)
     with drawing(path, columns * width + 1.7, rows * (height + 0.42) + 0.45) as figure:
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for spare in axes[panels:]:
@@ -166,7 +169,7 @@ def attention_map(bag: BagMap, path: Path) -> None:
             show_image(axes[0], bag.image)
         drawn = axes[panels - len(shown) : panels]
         for place, k in zip(drawn, shown, strict=True):
-            tiles = draw_branch(place, bag.coords, bag.attention[:, k])
+            tiles = draw_branch(place, bag.coords, side, bag.attention[:, k])
             place.set_title(short(bag.branches[k], 40))
         bar = figure.colorbar(tiles, ax=axes, shrink=0.6, aspect=18, ticks=-np.log10(MARKED))
         bar.outline.set_visible(False)
@@ -176,35 +179,58 @@ def attention_map(bag: BagMap, path: Path) -> None:
         figure.suptitle(f"{short(bag.title, 60)}   {bag.caption}".rstrip(), x=0.01, ha="left")
 
 
-def panel_size(coords: np.ndarray) -> tuple[float, float]:
+def panel_size(coords: np.ndarray, side: float) -> tuple[float, float]:
     """Width and height of a map, inches."""
-    extent = np.ptp(coords, axis=0) + tile_side(coords)
+    extent = np.ptp(coords, axis=0) + side
     return tuple(np.maximum(SIDE * extent / extent.max(), SHORTEST))
 
 
-def draw_branch(axes: Any, coords: np.ndarray, attention: np.ndarray) -> Any:
-    """A tile for every instance; its upper left corner is at its coordinates."""
-    from matplotlib.collections import PolyCollection
+def draw_branch(axes: Any, coords: np.ndarray, side: float, attention: np.ndarray) -> Any:
+    """A tile for every instance; its upper left corner is at its coordinates. Where tiles overlap
+    the one with the highest attention is seen."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    order = np.argsort(attention, kind="stable")  # where tiles overlap the highest is on top
-    side = tile_side(coords)
-    corners = side * np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
-    tiles = PolyCollection(
-        coords[order][:, None] + corners,  # (n, 4, 2)
-        array=-np.log10(top_shares(attention))[order],
-        cmap=LinearSegmentedColormap.from_list("attention", SHADES),
-        clim=(0, -np.log10(MARKED[-1])),
-        linewidths=0,
-        antialiaseds=False,  # else seams between neighbours
-    )
-    axes.add_collection(tiles)
+    order = np.argsort(attention, kind="stable")  # the highest on top
+    colours = {
+        "cmap": LinearSegmentedColormap.from_list("attention", SHADES),
+        "clim": (0, -np.log10(MARKED[-1])),
+    }
+    draw = draw_tiles if len(coords) <= TILES else draw_cells
+    values = -np.log10(top_shares(attention))
+    tiles = draw(axes, coords[order], values[order], side, colours)
     low, high = coords.min(0), coords.max(0) + side
     margin = 0.02 * (high - low).max()
     axes.set(xlim=(low[0] - margin, high[0] + margin), ylim=(high[1] + margin, low[1] - margin))
     bare(axes)
     axes.set_xlabel(concentration(attention), color=GREY, fontsize=7.5)
     return tiles
+
+
+def draw_tiles(
+    axes: Any, coords: np.ndarray, values: np.ndarray, side: float, colours: dict[str, Any]
+) -> Any:
+    """Squares at exact places, in the order given."""
+    from matplotlib.collections import PolyCollection
+
+    corners = side * np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+    places = coords[:, None] + corners  # (n, 4, 2)
+    # without antialiasing, which would draw seams between neighbours
+    tiles = PolyCollection(places, array=values, linewidths=0, antialiaseds=False, **colours)
+    axes.add_collection(tiles)
+    return tiles
+
+
+def draw_cells(
+    axes: Any, coords: np.ndarray, values: np.ndarray, side: float, colours: dict[str, Any]
+) -> Any:
+    """Many tiles as the cells of a picture, each at most half a tile from its place."""
+    low = coords.min(0)
+    side = max(side, float(np.ptp(coords, axis=0).max()) / CELLS)
+    x, y = np.round((coords - low) / side).astype(int).T
+    cells = np.full((y.max() + 1, x.max() + 1), np.nan)
+    cells[y, x] = values  # of equal places the last one stays
+    extent = (low[0], low[0] + cells.shape[1] * side, low[1] + cells.shape[0] * side, low[1])
+    return axes.imshow(cells, extent=extent, interpolation="nearest", **colours)
 
 
 def show_image(axes: Any, image: np.ndarray) -> None:
@@ -239,11 +265,11 @@ def top_shares(values: np.ndarray) -> np.ndarray:
 def tile_side(coords: np.ndarray) -> float:
     """Side of a tile in the units of the coordinates (n, 2): the usual distance, in the larger of
     both axes, to the nearest other instance; 1 for a single one."""
-    places = np.unique(coords, axis=0)
-    probes = places[np.linspace(0, len(places) - 1, min(len(places), PROBED)).astype(int)]
+    probes = np.linspace(0, len(coords) - 1, min(len(coords), PROBED)).astype(int)
+    x, y = np.ascontiguousarray(coords.T)
     nearest = []
     for probe in probes:
-        distance = np.abs(places - probe).max(1)
+        distance = np.maximum(np.abs(x - x[probe]), np.abs(y - y[probe]))
         nearest.append(distance[distance > 0].min(initial=np.inf))
     side = float(np.median(nearest))
     return side if np.isfinite(side) else 1.0

@@ -316,7 +316,7 @@ def test_map_of_many_branches_shows_the_likeliest(tmp_path, monkeypatch):
     monkeypatch.setattr(
         plot_attention,
         "draw_branch",
-        lambda axes, coords, values: drawn.append(values[0]) or original(axes, coords, values),
+        lambda *arguments: drawn.append(arguments[-1][0]) or original(*arguments),
     )
     attention_ = np.tile(np.arange(8.0), (1, 1))  # one instance
     names = [f"class {k}" for k in range(8)]
@@ -326,10 +326,12 @@ def test_map_of_many_branches_shows_the_likeliest(tmp_path, monkeypatch):
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
-def test_map_colours_are_where_the_instances_are(tmp_path):
-    """The top instance's tile is the darkest place of the picture."""
+@pytest.mark.parametrize("tiles", [5000, 50])
+def test_map_colours_are_where_the_instances_are(tmp_path, monkeypatch, tiles):
+    """The top instance's tile is the darkest place, drawn one by one or as cells of a picture."""
     from PIL import Image
 
+    monkeypatch.setattr(plot_attention, "TILES", tiles)
     coords = np.stack(np.meshgrid(np.arange(10), np.arange(10)), -1).reshape(-1, 2).astype(float)
     values = np.full(100, 1e-3)
     values[[0, 1, 10, 11]] = 0.2  # the upper left corner
