@@ -121,6 +121,7 @@ def test_averaged_weights_are_the_average_and_are_what_is_evaluated(command, mon
     run = command("training.ema_decay=0.8", "optimizer.lr=0.01", "training.epochs=2",
                   "training.best_checkpoint_metric=loss")  # fmt: skip
     assert run.best["state"]["epoch"] == 2
+    assert run.records()[-1]["val_loss"] == run.json("metrics_val.json")["loss"]
     average = {key: value.double() for key, value in steps[0].items()}
     for weights in steps[1:]:
         average = {key: 0.8 * value + 0.2 * weights[key].double() for key, value in average.items()}
