@@ -23,13 +23,7 @@ from glovita_lib.spec import UserError
 
 def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
     """The same experiment on vectors: the train and val splits as the encoder and the aggregation
-    give them, for a model whose encoder does not change.
-
-    Raises:
-        UserError: the encoder trains, the head takes raw features, or the train policy draws
-        something.
-    """
-    check(experiment)
+    give them, for a model whose encoder does not change; see `refuse_unstable`."""
     wanted = {name: split for name, split in data.splits.items() if name in ("train", "val")}
     splits = {name: embedded(experiment, name, split) for name, split in wanted.items()}
     facts = replace(experiment.facts, kind="vectors", augmentation=None)
@@ -38,23 +32,24 @@ def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
     return small, with_fields(data, splits={**data.splits, **splits})
 
 
-def check(experiment: Experiment) -> None:
-    """What makes the vectors of every epoch the same.
+def refuse_unstable(experiment: Experiment) -> None:
+    """The vectors of every epoch are the same.
 
     Raises:
-        UserError: something does not.
+        UserError: the samples are no images, the encoder trains, the head takes raw features, or
+            the train policy draws something.
     """
-    key, model = "training.cache_frozen_features = true", experiment.model
+    key = "training.cache_frozen_features = true"
+    model, augmentation = experiment.model, experiment.facts.augmentation
+    if augmentation is None:
+        raise UserError(f"{key}: the samples are features already; leave it out")
     if not model.encoder_is_frozen or model.head.consumes != "pooled":
         raise UserError(
             f"{key}: the encoder trains, or the head reads its tokens; set peft.method ="
             ' "linear_probing" with head_type classification or regression, or leave it out'
         )
-    augmentation = experiment.facts.augmentation
-    if augmentation is None:
-        raise UserError(f"{key}: the samples are features already; leave it out")
-    drawn = random_operations(augmentation.train)
     task = experiment.root.task
+    drawn = random_operations(augmentation.train)
     drawn += [name for name in ("mixup", "cutmix") if getattr(task, name)]
     if drawn:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from dataclasses import replace as with_fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 from msgspec.structs import replace
 
 from glovita_lib import checkpoint, dist
+from glovita_lib.datasets import Data
 from glovita_lib.experiment import (
+    Experiment,
     assemble,
     build_trainer,
     read_data,
@@ -17,6 +20,7 @@ from glovita_lib.experiment import (
     some_of,
     trained_weights,
 )
+from glovita_lib.frozen_cache import cached, refuse_unstable
 from glovita_lib.model import count_parameters
 from glovita_lib.progress import say, table
 from glovita_lib.results import measure
@@ -51,7 +55,7 @@ def rehearse(root: Root, ranks: dist.Ranks) -> None:
             save=lambda state, is_best, keep: checkpoint.save(path, state),
             say=lambda text: None,
         )
-        trainer = build_trainer(experiment, data, hooks)
+        trainer = build_trainer(*seen_by_trainer(experiment, data), hooks)
         trainer.fit()
         trainer.close()
         probe = some_of(data.splits.get("val") or data.splits["train"], facts.eval_batch_size, 0)
@@ -82,3 +86,15 @@ def rehearse(root: Root, ranks: dist.Ranks) -> None:
     ]
     seconds = time.perf_counter() - started
     say(f"dry run passed in {seconds:.1f} s; nothing was written\n{table(rows)}")
+
+
+def seen_by_trainer(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
+    """The same experiment on what its frozen encoder gives, where the spec asks for that."""
+    if not experiment.root.training.cache_frozen_features:
+        return experiment, data
+    refuse_unstable(experiment)
+    splits = dict(data.splits)
+    if splits.get("val"):
+        count = experiment.facts.eval_batch_size * experiment.ranks.world
+        splits["val"] = some_of(splits["val"], count, experiment.root.seed)
+    return cached(experiment, with_fields(data, splits=splits))

@@ -17,7 +17,7 @@ from glovita_lib.experiment import (
     resolve_facts,
     trained_weights,
 )
-from glovita_lib.frozen_cache import cached
+from glovita_lib.frozen_cache import cached, refuse_unstable
 from glovita_lib.loggers import build_logger
 from glovita_lib.metrics import compute
 from glovita_lib.model import count_parameters
@@ -62,6 +62,8 @@ def train(loaded: Loaded, ranks: dist.Ranks) -> None:
     data = read_data(root, ranks)
     facts = resolve_facts(root, data)
     experiment = assemble(root, facts, ranks, load_weights=decision != "resume")
+    if root.training.cache_frozen_features:
+        refuse_unstable(experiment)
     if ranks.is_main:
         introduce(run, experiment, data)
     with run.opened(ranks, overwrite=decision == "overwrite"):
