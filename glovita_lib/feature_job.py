@@ -5,6 +5,7 @@ N samples.
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from pathlib import Path
@@ -167,7 +168,8 @@ class Job:
         rows = self.plan.rows[:count]
         with tempfile.TemporaryDirectory() as folder:
             part = self.readable(rows, Path(folder))
-            batch = next(iter(self.loader(part, 0).epoch(0)))
+            with closing(self.loader(part, 0)) as loader:
+                batch = next(iter(loader.epoch(0)))
             shape = self.extractor(batch, ids=part.ids, augment=None).features.shape
             broken = skipped(Path(folder))
         say_main(self.ranks, f"{self.name}: one batch gives features {shape}; nothing was written")
@@ -183,11 +185,11 @@ class Job:
         groups = [[block] for block in blocks] if self.augmented else [blocks] if blocks else []
         for group in groups:
             rows = np.concatenate([self.plan.rows_of(block) for block in group])
-            loader = self.loader(self.readable(rows, self.parts.folder), group[0])
-            batches = enumerate(loader.epoch(0))
-            for block in group:
-                yield block, self.read_block(block, loader.split.ids, batches, rate)
-            loader.close()
+            split = self.readable(rows, self.parts.folder)
+            with closing(self.loader(split, group[0])) as loader:
+                batches = enumerate(loader.epoch(0))
+                for block in group:
+                    yield block, self.read_block(block, split.ids, batches, rate)
 
     def read_block(
         self, block: int, ids: list[str], batches: Iterator[tuple[int, Batch]], rate: Rate

@@ -110,10 +110,11 @@ def sha256(content: bytes) -> str:
 
 def notes_of(root: Root, extractor: Extractor) -> dict[str, str]:
     """Where the features come from."""
-    found = versions()
+    found, spec = versions(), msgspec.to_builtins(extractor.experiment.root)
+    asked = {section: spec[section] for section in ("seed", "data", "model", "peft")}
     return {
         "weights": weights_text(root),
-        "spec_sha256": sha256(msgspec.json.encode(extractor.experiment.root)),
+        "spec_sha256": sha256(json.dumps(asked, sort_keys=True).encode()),
         "glovita": __version__,
         **{package: str(found[package]) for package in ("torch", "torchvision", "timm")},
     }

@@ -16,9 +16,9 @@ from glovita_lib.spec import UserError
 class PartSource:
     """Some samples of a source.
 
-    Whether they are of one size is said of the whole source: images of one size are cropped and
-    resized as a batch, others one by one, which rounds differently. So a sample gives the same
-    features in a whole run, in one that was continued, and on any number of ranks.
+    Whether they are of one size is said of the whole source: images of one size are resized as a
+    batch on the training device, others one by one where they are decoded. So a sample takes the
+    same way in a whole run, in one that was continued, and on any number of ranks.
     """
 
     whole: Source

@@ -7,6 +7,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
+from skimage import data as photos
 from sklearn.datasets import load_digits
 
 from glovita_lib import feature_writer, files
@@ -15,7 +17,8 @@ from glovita_lib.extraction import Readout
 from glovita_lib.feature_tables import Plan
 from glovita_lib.feature_writer import Parts, left_out, put_together, refuse_other
 from glovita_lib.lock import Lock
-from glovita_lib.skipping import SkippingSource, skipped
+from glovita_lib.readers import FileSource, Header
+from glovita_lib.skipping import PartSource, SkippingSource, skipped
 from glovita_lib.spec import UserError
 
 X = (load_digits().data / 7).astype(np.float16)
@@ -321,3 +324,21 @@ def test_unreadable_samples_become_black_and_are_noted(tmp_path):
     assert list(skipped(tmp_path)) == [1, 12]  # by number, not by name
     images.sizes = None  # a source that does not know them
     assert source.select(np.array([1])).fetch(np.array([0]))[0].shape == (1, 9, 9)
+
+
+def test_a_part_is_read_as_the_whole_is(tmp_path):
+    """Images of one size travel as one array, others in a list: the same way for every part."""
+    sizes = [(8, 8)] * 3 + [(9, 8)] * 3
+    paths = [str(tmp_path / f"{i}.png") for i in range(6)]
+    for path, (height, width) in zip(paths, sizes, strict=True):
+        Image.fromarray(photos.camera()[:height, :width]).save(path)
+    headers = [Header(height, width, 1) for height, width in sizes]
+    mixed = FileSource(paths, headers, channels=1, bit_depth=8)
+    rows = np.arange(3, 6)
+    assert isinstance(mixed.select(rows).fetch(np.arange(3)), np.ndarray)
+    part = PartSource(mixed, rows)
+    assert isinstance(part.fetch(np.arange(3)), list) and part.uniform is None
+    assert part.sizes.tolist() == [[9, 8]] * 3
+    alike = PartSource(mixed.select(rows), np.array([2, 0]))
+    assert alike.uniform == (1, 9, 8) and alike.fetch(np.arange(2)).shape == (2, 1, 9, 8)
+    assert alike.select(np.array([1])).rows.tolist() == [0]
