@@ -187,7 +187,7 @@ def minimize(
         start.ravel(),
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": max_iterations, "ftol": 1e-12, "gtol": 1e-6},
+        options={"maxiter": max_iterations, "ftol": 1e-10, "gtol": 1e-6},
     )
     return result.x.reshape(start.shape), int(result.nit), bool(result.success)
 
