@@ -47,8 +47,12 @@ class Rows:
                     f"{path}: no dataset {key!r}; the file has {', '.join(sorted(file)) or 'none'}"
                 )
             dataset = file[key]
+            if not hasattr(dataset, "shape") or dataset.shape in ((), None):
+                raise UserError(
+                    f"{path}: {key!r} is no array; say with data.features_key which one is"
+                )
             self.shape: tuple[int, ...] = dataset.shape
-            self.dtype: np.dtype = dataset.dtype
+            self.dtype: np.dtype = readable_type(dataset.dtype)
             self.chunk_rows = dataset.chunks[0] if dataset.chunks else None
             self.offset = contiguous_offset(dataset)
             self.filters = readable_filters(dataset)
@@ -60,6 +64,7 @@ class Rows:
             self.check_length(chunk.offset + chunk.size)
         self._file: int | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._owner = 0  # process whose threads the pool has
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -136,9 +141,11 @@ class Rows:
 
     @property
     def pool(self) -> ThreadPoolExecutor:
-        """Threads of this process that read and inflate."""
-        if self._pool is None:
+        """Threads of this process that read and inflate; a forked process has none of those of the
+        process it was forked from, and would wait for them for ever."""
+        if self._pool is None or self._owner != os.getpid():
             self._pool = ThreadPoolExecutor(self.threads, "feature-reader")
+            self._owner = os.getpid()
         return self._pool
 
     def __getstate__(self) -> dict[str, Any]:
@@ -242,17 +249,28 @@ def open_hdf5(path: str) -> Any:
         raise UserError(f"{path}: {reason} ({error})") from None
 
 
+def readable_type(dtype: np.dtype) -> np.dtype:
+    """The type that rows are given in: native, as torch knows no other, and of at most 64 bits."""
+    wide = dtype.kind == "f" and dtype.itemsize > 8
+    return np.dtype(np.float64) if wide else dtype.newbyteorder("=")
+
+
 def contiguous_offset(dataset: Any) -> int | None:
     """Where a contiguous dataset of native numbers begins in its file; None if it is not that."""
-    if dataset.chunks or dataset.external or dataset.is_virtual or not dataset.dtype.isnative:
+    if dataset.chunks or dataset.external or dataset.is_virtual or converts(dataset):
         return None
     return dataset.id.get_offset()
+
+
+def converts(dataset: Any) -> bool:
+    """Whether its numbers are given in another type than they are stored in."""
+    return readable_type(dataset.dtype) != dataset.dtype
 
 
 def readable_filters(dataset: Any) -> tuple[int, ...] | None:
     """Filters of a chunked dataset in the order of writing; None unless all can be undone here."""
     whole_rows = dataset.chunks and dataset.chunks[1:] == dataset.shape[1:]
-    if not whole_rows or dataset.is_virtual or not dataset.dtype.isnative:
+    if not whole_rows or dataset.is_virtual or converts(dataset):
         return None
     plist = dataset.id.get_create_plist()
     filters = tuple(plist.get_filter(i)[0] for i in range(plist.get_nfilters()))

@@ -4,7 +4,10 @@ N samples, D width, K classes or targets.
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from msgspec.structs import replace
@@ -12,9 +15,12 @@ from msgspec.structs import replace
 from glovita_lib import dist
 from glovita_lib.datasets import Data, Split
 from glovita_lib.extraction import Extractor
+from glovita_lib.feature_job import Job, say_main
 from glovita_lib.progress import Rate
 from glovita_lib.run_extract import plan_job, source_of, wanted_splits
-from glovita_lib.spec import Loaded
+from glovita_lib.samples import subset
+from glovita_lib.skipping import skipped
+from glovita_lib.spec import Loaded, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +49,20 @@ def embeddings_of(
     Raises:
         UserError: as mode extract.
     """
-    spec = replace(loaded.root.extract, output="embedding", split=split, precision=32, bag_by=None)
+    spec = loaded.root.extract
+    spec = replace(spec, output="embedding", split=split, precision=32, bag_by=None)
+    spec = replace(spec, coords_file=None, use_eval_transform_for_train=True)
     root = replace(loaded.root, extract=spec)
     experiment, data = source_of(loaded, ranks)
     extractor = Extractor(experiment, spec)
     trained = spec.checkpoint is not None or spec.source == "run"
     splits, parts, scores = choose(wanted_splits(spec, data), data), [], []
     for name, part in splits.items():
-        loader = plan_job(root, extractor, data, name, part).loader(part, 0)
-        rate = Rate(name, len(part), shown=ranks.is_main)
-        for batch in loader.epoch(0):
-            parts.append(extractor(batch, ids=part.ids, augment=None).features)
-            rate.add(len(batch.rows))
-        rate.close()
-        loader.close()
+        features, kept = read_split(plan_job(root, extractor, data, name, part))
+        parts.append(features)
+        splits[name] = subset(part, kept) if len(kept) < len(part) else part
         if trained:
-            predictions = experiment.predict(part)
+            predictions = experiment.predict(splits[name])
             scores += [] if predictions is None else [predictions.scores]
     targets = [part.targets for part in splits.values()]
     return Embeddings(
@@ -70,3 +74,27 @@ def embeddings_of(
         scores=np.concatenate(scores) if scores else None,
         splits=splits,
     )
+
+
+def read_split(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (N, D) of a split, and the rows (N,) of it that could be read.
+
+    Raises:
+        UserError: a sample cannot be read and none may be left out, or all of them.
+    """
+    count = len(job.split)
+    rate, parts = Rate(job.name, count, shown=job.ranks.is_main), []
+    with TemporaryDirectory() as notes:
+        split = job.readable(np.arange(count), Path(notes))
+        with closing(job.loader(split, 0)) as loader:
+            for batch in loader.epoch(0):
+                parts.append(job.extractor(batch, ids=split.ids, augment=None).features)
+                rate.add(len(batch.rows))
+        broken = skipped(Path(notes))
+    rate.close()
+    for line in broken.values():
+        say_main(job.ranks, f"  left out: {line}")
+    kept = np.delete(np.arange(count), list(broken))
+    if not len(kept):
+        raise UserError(f"{job.name}: none of the {count} samples could be read")
+    return np.concatenate(parts)[kept], kept

@@ -10,6 +10,7 @@ Beside them, where there are some: ids, groups, coords (one row an instance, or 
 attribute class_names. Files without them are read as well.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -114,7 +115,7 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
         labels=labels,
         ids=[str(i) for i in (range(count) if ids is None else ids)],
         groups=None if groups is None else [str(group) for group in groups],
-        class_names=None if names is None else tuple(plain(names)),
+        class_names=None if names is None else listed(plain(names)),
         has_coords=has_coords,
         attributes=attributes,
     )
@@ -181,6 +182,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode()
     return value.item() if isinstance(value, np.generic) else value
+
+
+def listed(names: Any) -> tuple[str, ...]:
+    """Class names from an attribute: a list, or text that holds one as JSON or with commas."""
+    if isinstance(names, str):
+        try:
+            names = json.loads(names)
+        except ValueError:
+            names = names.split(",")
+    return tuple(str(name).strip() for name in names)
 
 
 def check_finite(file: FeatureFile) -> None:

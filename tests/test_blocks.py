@@ -1,10 +1,13 @@
 """Rows read past h5py equal rows read through it, whatever the storage."""
 
+import multiprocessing
 import pickle
+import warnings
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
 from glovita_lib.blocks import Rows, merged_ranges
@@ -84,3 +87,40 @@ def test_a_damaged_chunk_is_named(tmp_path):
         file.write(bytes(200))
     with pytest.raises(UserError, match="damaged chunk"):
         rows.read(0, len(rows))
+
+
+def test_what_is_no_array_is_named(tmp_path):
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file.create_group("features")
+        file["one"] = 3.0
+        file["none"] = h5py.Empty("f4")
+    for key in ("features", "one", "none"):
+        with pytest.raises(UserError, match=f"'{key}' is no array; say with data.features_key"):
+            Rows(tmp_path / "f.h5", key, threads=1)
+
+
+@pytest.mark.parametrize("stored", [">f2", ">f4", np.longdouble])
+def test_rows_are_of_a_type_that_torch_knows(tmp_path, stored):
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["features"] = DIGITS.astype(stored)
+    rows = Rows(tmp_path / "f.h5", "features", threads=1)
+    found = torch.from_numpy(rows.take(np.array([3, 900])))
+    np.testing.assert_array_equal(found, DIGITS[[3, 900]])
+    assert rows.row_bytes == found[0].nbytes
+
+
+def test_threads_after_a_fork(tmp_path):
+    """A worker process has no thread of the pool that was used before it was forked."""
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file.create_dataset("features", data=DIGITS, chunks=(10, 64), compression="gzip")
+    rows = Rows(tmp_path / "f.h5", "features", threads=2)
+    rows.read(0, len(rows))
+    assert rows._pool is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        worker = multiprocessing.get_context("fork").Process(target=rows.read, args=(0, 900))
+        worker.start()
+    worker.join(30)
+    is_done = worker.exitcode == 0
+    worker.kill()
+    assert is_done

@@ -199,3 +199,11 @@ def test_a_group_in_two_splits_is_refused(tmp_path):
     a = write(tmp_path / "a.h5", features=X[:2], labels=Y[:2], groups=groups)
     with pytest.raises(UserError, match="group 'p1' is in the splits train and val"):
         build(tmp_path, train_features_file=a, val_features_file=a)
+
+
+@pytest.mark.parametrize("text", ['["even", "odd"]', "even, odd"])
+def test_class_names_that_are_one_text(tmp_path, text):
+    name = write(
+        tmp_path / "f.h5", features=X[:60], labels=Y[:60] % 2, attributes={"class_names": text}
+    )
+    assert build(tmp_path, train_features_file=name).class_names == ("even", "odd")

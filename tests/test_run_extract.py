@@ -755,6 +755,28 @@ def test_what_was_broken_and_then_mended(
     same(tmp_path / "stop" / "train.h5", tmp_path / "sound" / "train.h5")
 
 
+def test_embeddings_in_memory_leave_the_same_ones_out(
+    extract, folder_spec, class_folders, tmp_path, capsys
+):
+    """What mode umap looks at."""
+    from glovita_lib import dist
+    from glovita_lib.embeddings import embeddings_of
+
+    for path in some_files(class_folders, 4, 20):
+        damaged(path)
+    skip = [*BLOCKS, "extract.on_error=skip", "extract.precision=32"]
+    extract(*skip, spec=folder_spec)
+    overrides = [*skip, "mode=extract", "extract.source=encoder"]
+    loaded = load_checked(str(tmp_path / "tiny.toml"), overrides)
+    ranks = dist.Ranks(0, 1, 0, torch.device("cpu"))
+    found = embeddings_of(loaded, ranks, "train", lambda splits, data: splits)
+    file = content(tmp_path / "out" / "train.h5")
+    np.testing.assert_array_equal(found.features, file["features"])
+    np.testing.assert_array_equal(found.targets, file["labels"])
+    assert found.ids == list(file["ids"]) == found.splits["train"].ids
+    assert capsys.readouterr().out.count("left out: ") == 2
+
+
 def test_a_file_that_vanishes_is_left_out_too(extract, folder_spec, class_folders, monkeypatch):
     (path,) = some_files(class_folders, 13)
     plan_job = __import__("glovita_lib.run_extract", fromlist=["plan_job"]).plan_job
