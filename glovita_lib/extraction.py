@@ -78,13 +78,15 @@ class Extractor:
             if not probed:
                 return model.aggregation
             return "cls_token" if has_cls else "avg"
-        if probed and not has_cls and spec.method in ("cls_token", "joint"):
-            raise UserError(
-                f'extract.method = "{spec.method}": the layers {list(spec.layers)} of'
-                f" {model.encoder.name} have no CLS token; valid: avg, sum, mean_all, or none for"
-                " its default"
-            )
         if probed:
+            valid = ["avg", "sum", "mean_all", *["cls_token", "joint"] * has_cls]
+            if spec.method not in valid:
+                what = "are not pooled" if spec.method == "pooled" else "have no CLS token"
+                raise UserError(
+                    f'extract.method = "{spec.method}": the layers {list(spec.layers)} of'
+                    f" {model.encoder.name} {what}; valid: {', '.join(valid)}, or none for its"
+                    " default"
+                )
             return spec.method
         try:
             return resolve_method(spec.method, model.encoder)

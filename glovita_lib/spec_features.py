@@ -89,16 +89,18 @@ class Extract(Spec):
     """Checkpoint file instead of the spec's own run; model, PEFT and transforms come from it."""
     use: Literal["best", "last"] = "best"
     """Which checkpoint of the spec's own run."""
-    method: Literal["cls_token", "avg", "sum", "mean_all", "joint"] | None = None
-    """How tokens become one vector; none is the model's own aggregation."""
+    method: Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"] | None = None
+    """How tokens become one vector; pooled is the library's own vector before the classifier. none
+    is the model's own aggregation; of layers the CLS token where they have one, else avg."""
     output: Literal["embedding", "tokens", "map"] = "embedding"
     """One vector a sample (N, D); all patch tokens as a bag (M, D) with bag_ptr and coords; or
     feature maps (N, C, H, W)."""
     layers: tuple[int, ...] = ()
-    """Blocks whose outputs are read, from 0, negative from the last one, concatenated along the
-    width; none is the encoder's output."""
+    """Blocks (stages of a convolutional network of timm) whose outputs are read, from 0, negative
+    from the last one, side by side along the width in this order; none is the encoder's output."""
     norm: bool = True
-    """Whether the encoder's final norm is applied to the outputs of layers."""
+    """Whether the encoder's final norm is applied to the outputs of layers, where its width fits;
+    else they are the raw residual stream."""
     prefix_tokens: bool = False
     """Whether output tokens keeps CLS and register tokens in front of the patches."""
     split: Literal["train", "val", "test"] | None = None
@@ -111,7 +113,8 @@ class Extract(Spec):
     """Folder of the files."""
     output_filename: str | None = None
     """File name with {method} {model} {dataset} {split} {imgsize} {precision} {checkpoint}; none is
-    agg_{method}_{model}_{dataset}_{split}_size{imgsize}_float{precision}.h5."""
+    agg_{method}_{model}_{dataset}_{split}_size{imgsize}_float{precision}.h5, with tokens or map
+    instead of agg_{method} for those outputs."""
     use_eval_transform_for_train: bool = True
     """Whether the train split goes through the test policy; else it is augmented."""
     use_data_fraction: bool = False
@@ -119,8 +122,9 @@ class Extract(Spec):
     bag_by: Literal["group"] | None = None
     """Samples of one group (case, slide) become one bag; none keeps a row a sample."""
     coords_file: str | None = None
-    """CSV file with the columns id, x, y (and z): where the samples of a bag lie; for bag_by."""
+    """CSV file with the columns id (of the sample, for images the path below images_dir), x, y
+    (and z): where the samples of a bag lie; for bag_by."""
     on_error: Literal["stop", "skip"] = "stop"
     """What an unreadable sample does: end the extraction, or be left out and listed at the end."""
     block_samples: Count = 1024
-    """Samples of a block; finished blocks survive a kill."""
+    """Samples of a block, rounded up to whole batches; finished blocks survive a kill."""

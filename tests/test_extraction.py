@@ -122,6 +122,7 @@ def test_the_librarys_own_pooling(row):
     assert is_own == (found.shape == own.shape and np.allclose(found, own, 1e-4, 1e-4))
     assert is_own == (row is not MODELS["DINOv3"])  # timm pools by the mean, its authors by CLS
     assert own.shape[1] == net.head_hidden_size
+    close(read(extractor_of(name, kwargs, method="pooled")).features, own)
     if is_own:  # which is the model without its classifier
         net.reset_classifier(0)
         with torch.no_grad():
@@ -273,6 +274,8 @@ def test_layers_that_cannot_be_put_together():
     with pytest.raises(UserError, match=r'method = "joint": the layers \[1\] .* have no CLS'):
         extractor_of("xcit_nano_12_p16_224", SMALL, layers=(1,), method="joint")
     assert extractor_of("xcit_nano_12_p16_224", SMALL, layers=(1,)).method == "avg"
+    with pytest.raises(UserError, match=r"are not pooled; valid: avg, sum, mean_all, cls_token, j"):
+        extractor_of("test_vit", layers=(1,), method="pooled")
 
 
 def test_output_that_an_encoder_does_not_have():
