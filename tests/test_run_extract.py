@@ -546,9 +546,13 @@ def test_kills_at_the_end(extract, tmp_path, monkeypatch, moment):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["val.h5"]
 
 
-def test_two_ranks_write_what_one_writes(extract, tmp_path):
-    small = ["dataloading.eval_batch_size=16", "extract.block_samples=48", "extract.output=tokens"]
-    extract(*small)
+def test_two_ranks_write_what_one_writes(extract, folder_spec, class_folders, tmp_path):
+    """Also where each of them meets a broken image."""
+    for path in some_files(class_folders, 2, 7, 13):
+        damaged(path)
+    small = ["dataloading.eval_batch_size=4", "extract.block_samples=4", "extract.output=tokens"]
+    small.append("extract.on_error=skip")
+    alone = extract(*small, spec=folder_spec)
     overrides = ["mode=extract", "extract.source=encoder", *small]
     overrides += [f"extract.output_dir={tmp_path / 'two'}", "extract.output_filename='{split}.h5'"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -566,6 +570,9 @@ def test_two_ranks_write_what_one_writes(extract, tmp_path):
         same(first, second)
         assert first.read_bytes() == second.read_bytes()
         assert done.stdout.count(f"{split}.h5") == 1  # the first rank alone says so
+    lines = [line for line in alone.out.splitlines() if "left out" in line]
+    assert len(lines) == 3
+    assert [line for line in done.stdout.splitlines() if "left out" in line] == lines
 
 
 def test_a_second_process_is_told(extract, tmp_path, monkeypatch):
