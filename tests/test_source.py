@@ -41,7 +41,7 @@ LAYERS = """
     figures plot_confusion plot_curves plot_regression plot_scores plots sheets export
     coloring plot_projection projection_page projection_html
 
-    experiment results rehearsal frozen_cache compare extraction attention plot_attention
+    experiment results frozen_cache rehearsal compare extraction attention plot_attention
     feature_tables feature_recipe feature_writer skipping feature_job
     run_probe run_train run_infer run_extract embeddings run_umap
 """
