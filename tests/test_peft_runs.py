@@ -1,4 +1,5 @@
-"""PEFT runs as a user starts them: the adapter file, other modes, merging, stacking, starting again.
+"""PEFT runs as a user starts them: the adapter file, other modes, merging, stacking, starting
+again.
 
 Weights are compared bit for bit, predictions of merged models within 1e-5.
 """
@@ -101,7 +102,8 @@ def test_life_of_a_run(command, refused, tmp_path, method):
 
     # mode extract: the vectors that the head saw
     command("mode=extract", *changes(method), f"extract.output_dir={tmp_path / 'features'}",
-            "extract.output_filename=x.h5", "extract.split=test", "extract.precision=32")  # fmt: skip
+            "extract.output_filename=x.h5", "extract.split=test",
+            "extract.precision=32")  # fmt: skip
     with h5py.File(tmp_path / "features" / "x.h5") as file:
         vectors = torch.from_numpy(file["features"][:])
     with torch.no_grad():
