@@ -4,8 +4,9 @@ with that of an undisturbed run, bit for bit.
     python tests/kill_and_continue.py [--kills 20] [--spec specs/digits_resnet.toml]
                                       [--override training.epochs=4 ...]
 
-Exit code 1 if a file differs. Moments are drawn uniformly over the first half of the time that
-the undisturbed run took, counted from each start, so that a run is killed several times, and every file of the run directory must be whole after every kill.
+Exit code 1 if a file differs. Moments are drawn uniformly over the first half of the time that the
+undisturbed run took, counted from each start, so that a run is killed several times. Every file of
+the run directory must be whole after every kill.
 """
 
 import argparse
