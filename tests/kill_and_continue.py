@@ -2,11 +2,11 @@
 with that of an undisturbed run, bit for bit.
 
     python tests/kill_and_continue.py [--kills 20] [--spec specs/digits_resnet.toml]
-                                      [--override training.epochs=4 ...]
+                                      [--within 20] [--override training.epochs=4 ...]
 
-Exit code 1 if a file differs. Moments are drawn uniformly over the first half of the time that the
-undisturbed run took, counted from each start, so that a run is killed several times. Every file of
-the run directory must be whole after every kill.
+Exit code 1 if a file differs. Moments are drawn uniformly over --within seconds from each start,
+half of the time that the undisturbed run took unless set, so that a run is killed several times.
+Every file of the run directory must be whole after every kill.
 """
 
 import argparse
@@ -68,10 +68,10 @@ def killed(argv: list[str], folder: Path, after: float) -> bool:
     return False
 
 
-def harry(argv: list[str], folder: Path, duration: float, draw: random.Random) -> int:
+def harry(argv: list[str], folder: Path, within: float, draw: random.Random) -> int:
     """Start a run and kill it at random moments until it ends; the number of kills."""
     kills = 0
-    while killed(argv, folder, draw.uniform(0.05, 0.5) * duration):
+    while killed(argv, folder, draw.uniform(0.05, 1.0) * within):
         kills += 1
         check_whole(folder)
         print(f"kill {kills}", end=" ", flush=True)
@@ -89,6 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--spec", type=Path, default=ROOT / "specs" / "digits_resnet.toml")
+    parser.add_argument("--within", type=float, help="seconds in which a kill comes; none: half")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--override", nargs="*", default=[])
     asked = parser.parse_args()
@@ -101,7 +102,7 @@ def main() -> int:
         print(f"undisturbed run: {duration:.1f} s", flush=True)
         while kills < asked.kills:
             with tempfile.TemporaryDirectory() as harried:
-                kills += harry(argv, Path(harried), duration, draw)
+                kills += harry(argv, Path(harried), asked.within or duration / 2, draw)
                 runs += 1
                 found = differences(Path(calm), Path(harried))
             print(f"| run {runs}: {', '.join(found) + ' differ' if found else 'equal'}", flush=True)
