@@ -68,14 +68,16 @@ def killed(argv: list[str], folder: Path, after: float) -> bool:
     return False
 
 
-def harry(argv: list[str], folder: Path, within: float, draw: random.Random) -> int:
-    """Start a run and kill it at random moments until it ends; the number of kills."""
-    kills = 0
-    while killed(argv, folder, draw.uniform(0.05, 1.0) * within):
-        kills += 1
+def harry(argv: list[str], folder: Path, within: float, draw: random.Random, most: int) -> int:
+    """Start a run and kill it at random moments until it ends by itself, or after `most` kills is
+    left in peace; the number of kills."""
+    for kills in range(most):
+        if not killed(argv, folder, draw.uniform(0.05, 1.0) * within):
+            return kills
         check_whole(folder)
-        print(f"kill {kills}", end=" ", flush=True)
-    return kills
+        print(f"kill {kills + 1}", end=" ", flush=True)
+    subprocess.run(argv, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return most
 
 
 def differences(calm: Path, harried: Path) -> list[str]:
@@ -102,7 +104,8 @@ def main() -> int:
         print(f"undisturbed run: {duration:.1f} s", flush=True)
         while kills < asked.kills:
             with tempfile.TemporaryDirectory() as harried:
-                kills += harry(argv, Path(harried), asked.within or duration / 2, draw)
+                within = asked.within or duration / 2
+                kills += harry(argv, Path(harried), within, draw, asked.kills - kills)
                 runs += 1
                 found = differences(Path(calm), Path(harried))
             print(f"| run {runs}: {', '.join(found) + ' differ' if found else 'equal'}", flush=True)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import h5py
@@ -18,6 +18,7 @@ import torch
 from skimage import data as photos
 from small_runs import FOLDERS, load, snapshot, write_png
 
+import glovita
 from glovita_lib import feature_job, feature_writer
 from glovita_lib.datasets import build_data
 from glovita_lib.extraction import Extractor
@@ -460,13 +461,36 @@ def test_a_corrected_label_keeps_the_blocks(extract, table_spec, tmp_path, monke
     assert "made otherwise: another labels_sha256;" in extract(*batches, spec=spec, code=2).err
 
 
-def in_child(work) -> multiprocessing.Process:
-    """A process that does the work; it has all modules loaded already."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-        process = multiprocessing.get_context("fork").Process(target=work)
-        process.start()
+SERVER = multiprocessing.get_context("forkserver")  # a fork of this process could inherit a lock
+
+
+def in_child(tmp_path: Path, *overrides: str, moment: str = "") -> multiprocessing.Process:
+    """A process that extracts as the fixture does; it dies at the moment of MOMENTS, if one."""
+    SERVER.set_forkserver_preload(["glovita_lib.run_extract"])
+    argv = [str(tmp_path / "tiny.toml"), "--override", f"exp_dir={tmp_path / 'runs'}"]
+    argv += ["mode=extract", "extract.source=encoder", f"extract.output_dir={tmp_path / 'out'}"]
+    argv += ["extract.output_filename='{split}.h5'", "extract.block_samples=32", *overrides]
+    process = SERVER.Process(target=run_main, args=(argv, moment))
+    process.start()
     return process
+
+
+def run_main(argv: list[str], moment: str) -> None:
+    """The command without a word and without waiting for the disk."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.fsync = lambda handle: None
+    if moment:
+        owner, name = MOMENTS[moment]
+        original = getattr(owner, name)
+
+        def late(*arguments, **options):
+            if name != "replace" or str(arguments[1]).endswith("val.h5"):
+                die()
+            return original(*arguments, **options)
+
+        setattr(owner, name, late)
+    with open(os.devnull, "w") as silence, redirect_stdout(silence):
+        sys.exit(glovita.main(argv))
 
 
 def check_whole(folder: Path, reference: bytes) -> None:
@@ -492,7 +516,7 @@ def test_kills_at_random_moments(extract, tmp_path):
 
     for _ in range(6):
         enough = blocks() + draw.randint(1, 20)
-        child = in_child(lambda: extract(*small))
+        child = in_child(tmp_path, *small)
         while child.is_alive() and blocks() < enough:
             time.sleep(1e-4)
         time.sleep(draw.uniform(0, 0.01))
@@ -521,22 +545,12 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS.values(), ids=list(MOMENTS))
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_kills_at_the_end(extract, tmp_path, monkeypatch, moment):
     extract("extract.split=val", f"extract.output_dir={tmp_path / 'whole'}")
     expected = (tmp_path / "whole" / "val.h5").read_bytes()
-    owner, name = moment
-    original = getattr(owner, name)
-
-    def late(*arguments, **options):
-        if name != "replace" or str(arguments[1]).endswith("val.h5"):
-            die()
-        return original(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, late)
-        child = in_child(lambda: extract("extract.split=val"))
-        child.join()
+    child = in_child(tmp_path, "extract.split=val", moment=moment)
+    child.join()
     assert child.exitcode == -signal.SIGKILL
     check_whole(tmp_path / "out", expected)
     sizes = counted(monkeypatch)
