@@ -49,7 +49,7 @@ def features(samples: int, width: int) -> np.ndarray:
     from sklearn.datasets import load_sample_images
 
     photos = [
-        torch.from_numpy(p).permute(2, 0, 1).float() / 255 for p in load_sample_images().images
+        torch.tensor(p).permute(2, 0, 1).float() / 255 for p in load_sample_images().images
     ]
     torch.manual_seed(0)
     net = nn.Sequential(

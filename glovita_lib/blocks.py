@@ -120,15 +120,10 @@ class Rows:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """The given rows in the given order, (len(rows), ...); near ones are read together."""
-        order = np.argsort(rows, kind="stable")
-        ranges = merged_ranges(rows[order])
+        ranges, places = locate(rows)
         buffer = self.empty(sum(stop - start for start, stop in ranges))
         self.read_ranges(ranges, buffer)
-        starts = np.array([start for start, _ in ranges], np.int64)
-        sizes = np.array([stop - start for start, stop in ranges], np.int64)
-        before = np.cumsum(sizes) - sizes  # where each range begins in the buffer
-        which = np.searchsorted(starts, rows, side="right") - 1
-        return buffer[before[which] + rows - starts[which]] if len(rows) else buffer
+        return buffer[places]
 
     # ------------------------------------------------------------------ bytes
 
@@ -219,14 +214,22 @@ def unshuffle(data: bytes, rows: Rows) -> np.ndarray:
     return values
 
 
+def locate(rows: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Ranges that cover the rows, in the order of the file, and where each row lies in what is read
+    of them one after another (len(rows),)."""
+    ranges = merged_ranges(np.sort(rows))
+    starts = np.array([start for start, _ in ranges], np.int64)
+    sizes = np.array([stop - start for start, stop in ranges], np.int64)
+    before = np.cumsum(sizes) - sizes
+    which = np.searchsorted(starts, rows, side="right") - 1
+    return ranges, before[which] + rows - starts[which]
+
+
 def merged_ranges(rows: np.ndarray) -> list[tuple[int, int]]:
     """Sorted rows -> ranges that cover them, joined where at most NEAR rows lie between."""
-    if not len(rows):
-        return []
-    cuts = np.flatnonzero(np.diff(rows) > NEAR)
-    starts = rows[np.concatenate([[0], cuts + 1])]
-    stops = rows[np.concatenate([cuts, [len(rows) - 1]])] + 1
-    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+    cuts = np.flatnonzero(np.diff(rows) > NEAR) + 1
+    firsts, lasts = np.append(rows[:1], rows[cuts]), np.append(rows[cuts - 1], rows[-1:])
+    return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
 
 
 # ---------------------------------------------------------------------- what HDF5 says

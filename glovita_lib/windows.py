@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glovita_lib.blocks import locate
 from glovita_lib.dist import Ranks, mix
 from glovita_lib.feature_sources import VectorSource
 from glovita_lib.loaders import Batch, Fit, Loader, Maker, build_loader, build_order
@@ -49,38 +50,52 @@ class WindowOrder(TrainOrder):
 
 
 class WindowLoader(Loader):
-    """Batches of vectors from a file, read window by window."""
+    """Batches of vectors from a file, read window by window.
+
+    Each of two buffers holds a window: one is read while batches are gathered from the other.
+    """
 
     def __init__(self, *args: Any, window: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.window = window  # batches
+        self._buffers: list[Tensor] = []  # of the epoch before, as fresh memory is slow
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches of an epoch from batch `start` on."""
-        spans = []
-        while start < len(self):
-            stop = min(len(self), start - start % self.window + self.window)
-            spans.append((start, stop))
-            start = stop
+        empty = torch.from_numpy(self.maker.source.vectors.empty(0))
+        buffers, self._buffers = self._buffers or [empty, empty], []
         with ThreadPoolExecutor(1) as pool:
             ahead: deque[Future] = deque()
-            for span in spans:
-                ahead.append(pool.submit(self.read, epoch, *span))
+            while start < len(self):
+                stop = min(len(self), start - start % self.window + self.window)
+                ahead.append(pool.submit(self.read, epoch, start, stop, buffers))
                 if len(ahead) > 1:
                     yield from self.cut(*ahead.popleft().result())
+                start = stop
             while ahead:
                 yield from self.cut(*ahead.popleft().result())
+        self._buffers = buffers
 
-    def read(self, epoch: int, start: int, stop: int) -> tuple[list[np.ndarray], Tensor]:
-        """Rows of each batch of a window, and their vectors one batch after another."""
-        parts = [self.rows(epoch, batch) for batch in range(start, stop)]
-        vectors = torch.from_numpy(self.maker.source.fetch(np.concatenate(parts)))
-        return parts, vectors.pin_memory() if self.pinned else vectors
+    def read(
+        self, epoch: int, start: int, stop: int, buffers: list[Tensor]
+    ) -> tuple[list[np.ndarray], Tensor, Tensor]:
+        """Read a window into the buffer that comes next -> the rows of each batch, the buffer, and
+        where in it their vectors are."""
+        source, parts = self.maker.source, [self.rows(epoch, b) for b in range(start, stop)]
+        ranges, places = locate(source.index[np.concatenate(parts)])
+        buffer, count = buffers.pop(0), sum(stop - start for start, stop in ranges)
+        if len(buffer) < count:
+            buffer = torch.from_numpy(source.vectors.empty(count))
+        source.vectors.read_ranges(ranges, buffer.numpy()[:count])
+        buffers.append(buffer)
+        return parts, buffer, torch.from_numpy(places)
 
-    def cut(self, parts: list[np.ndarray], vectors: Tensor) -> Iterator[Batch]:
-        """The batches of a window: views of it."""
+    def cut(self, parts: list[np.ndarray], buffer: Tensor, places: Tensor) -> Iterator[Batch]:
+        """The batches of a window."""
         targets = self.split.targets
-        for rows, inputs in zip(parts, vectors.split([len(part) for part in parts]), strict=True):
+        for rows, where in zip(parts, places.split([len(p) for p in parts]), strict=True):
+            inputs = buffer.new_empty((len(rows), *buffer.shape[1:]), pin_memory=self.pinned)
+            torch.index_select(buffer, 0, where, out=inputs)
             labels = None if targets is None else torch.from_numpy(targets[rows])
             yield Batch(inputs, labels, torch.from_numpy(rows), fitted=True)
 
