@@ -89,6 +89,8 @@ METHODS = {
 }
 PAIRS = [(method, name) for method, (_, names) in METHODS.items() for name in names]
 EVERY_PAIR = pytest.mark.parametrize(("method", "name"), PAIRS)
+# each method on one network, in turn; tracing takes seconds, so the other pairs are marked slow
+FEW = {(m, names[i % len(names)]) for i, (m, (_, names)) in enumerate(METHODS.items())}
 UNMERGED = ("adapt", "convpass", "vpt")
 
 
@@ -167,6 +169,33 @@ def train(net: nn.Module, x: torch.Tensor, steps: int) -> None:
         optimizer.step()
         after_step(net, step, steps)
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [pytest.param(*pair, marks=() if pair in FEW else pytest.mark.slow) for pair in PAIRS],
+)
+def test_compiled(method, name):
+    """Traced without a break: the same output, the same gradients, the same keys."""
+    net, x = adapted(method, name), sample(name)
+    disturb(net)
+    y, gradients = with_gradients(net, net, x)
+    keys = list(net.state_dict())
+    torch.compiler.reset()
+    again, others = with_gradients(net, torch.compile(net, backend="aot_eager", fullgraph=True), x)
+    torch.testing.assert_close(again, y, atol=1e-5, rtol=1e-5)
+    assert gradients.keys() == others.keys() and gradients
+    for key, value in gradients.items():
+        torch.testing.assert_close(others[key], value, atol=1e-4, rtol=1e-4, msg=key)
+    assert list(net.state_dict()) == keys
+
+
+def with_gradients(net, forward, x):
+    """Output of a forward pass, and the gradients of its mean square."""
+    net.zero_grad(set_to_none=True)
+    y = forward(x)
+    y.square().mean().backward()
+    return y.detach(), {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,29 @@ from glovita_lib.trained import trained_names
 from glovita_lib.trainer import Trainer
 
 METHODS = {
+    "linear_probing": [],
+    "partial_finetuning": ["peft.num_frozen_layers=1"],
+    "bitfit": [],
+    "ln_tuning": [],
+    "ssf": [],
+    "difffit": [],
     "lora": ["peft.rank=2", "peft.dropout=0.1"],
     "adalora": ["peft.rank=1", "peft.init_rank=3"],
-    "gps": [],
-    "ssf": [],
-    "bitfit": [],
+    "loha": ["peft.rank=2"],
+    "lokr": ["peft.rank=2"],
+    "oft": ["peft.r=4"],
+    "boft": ["peft.block_size=4"],
+    "vera": ["peft.rank=4"],
+    "ia3": [],
+    "fourierft": ["peft.n_frequency=20"],
+    "adapt_former": ["peft.bottleneck=4"],
     "convpass": ["peft.bottleneck=4"],
+    "rep_adapter": ["peft.bottleneck=4"],
+    "fact": ["peft.r=3"],
+    "gps": [],
     "visual_prompt_tuning": ["peft.num_tokens=2"],
 }
-UNMERGED = ("convpass", "visual_prompt_tuning")
+UNMERGED = ("adapt_former", "convpass", "visual_prompt_tuning")
 LEARN = ["optimizer.lr=0.02", "training.epochs=3"]
 
 
