@@ -1,6 +1,7 @@
 """The file of a PEFT run's trained part: adapter.safetensors, to be laid over the same base."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import safetensors
@@ -11,6 +12,8 @@ from torch import nn
 from glovita_lib.files import write_bytes
 from glovita_lib.spec import UserError
 from glovita_lib.trained import base_state, load_trained, trained_state
+
+KEY = "glovita_adapter"  # of the metadata; a single one, as safetensors writes several in any order
 
 
 def base_hash(model: nn.Module) -> str:
@@ -31,8 +34,8 @@ def save_adapter(path: Path | str, model: nn.Module, *, base: str) -> None:
     Raises:
         UserError: disk full, read-only ...; the previous file is as it was.
     """
-    metadata = {"format": "glovita adapter", "base": base, "base_hash": base_hash(model)}
-    write_bytes(path, safetensors.torch.save(trained_state(model), metadata))
+    facts = json.dumps({"base": base, "base_hash": base_hash(model)})
+    write_bytes(path, safetensors.torch.save(trained_state(model), {KEY: facts}))
 
 
 def load_adapter(path: Path | str, model: nn.Module) -> None:
@@ -50,12 +53,13 @@ def load_adapter(path: Path | str, model: nn.Module) -> None:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: no safetensors file, or only a part of one: {error}") from None
-    if metadata.get("format") != "glovita adapter":
+    if KEY not in metadata:
         raise UserError(f"{path}: no adapter of glovita; weights of a whole model go into weights")
-    if metadata["base_hash"] != base_hash(model):
+    facts = json.loads(metadata[KEY])
+    if facts["base_hash"] != base_hash(model):
         raise UserError(
-            f"{path} was trained over another base: {metadata['base']} with hash"
-            f" {metadata['base_hash'][:12]}, here {base_hash(model)[:12]}; load the weights it"
+            f"{path} was trained over another base: {facts['base']} with hash"
+            f" {facts['base_hash'][:12]}, here {base_hash(model)[:12]}; load the weights it"
             " started from"
         )
     load_trained(model, state)

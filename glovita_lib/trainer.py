@@ -1,8 +1,7 @@
 """One loop for every objective: train, evaluate, keep the best, continue from any step.
 
 `step` counts optimizer steps, `batch` the batches of the current epoch on this rank. The device is
-waited for only
-where a number is shown: every `log_every` steps and at the end of an epoch.
+waited for only where a number is shown: every `log_every` steps and at the end of an epoch.
 """
 
 import math

@@ -30,6 +30,8 @@ def test_round_trip(spec, tmp_path):
     save_adapter(path, trained, base="vit")
     whole = sum(t.numel() * t.element_size() for t in trained.state_dict().values())
     assert path.stat().st_size < whole
+    save_adapter(tmp_path / "again", trained, base="vit")
+    assert path.read_bytes() == (tmp_path / "again").read_bytes()
     fresh = model(spec, seed=7)
     load_adapter(path, fresh)
     expected = trained["head"](trained["encoder"](x))

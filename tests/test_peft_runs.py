@@ -215,9 +215,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(command, monkeypatch, method, mo
             for key, value in first[part].items():
                 assert torch.equal(value, second[part][key]), (name, part, key)
     assert again.rows() == calm.rows()
-    values, others = adapter_of(calm), adapter_of(again)
-    assert values.keys() == others.keys()
-    assert all(torch.equal(values[key], others[key]) for key in values)
+    files = [run.path / "checkpoints" / "adapter.safetensors" for run in (calm, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("decay", ["none", "0.8"])
