@@ -188,9 +188,9 @@ class Clam(nn.Module):
 
         Returns:
             "logits" (B, C); "scores" (M, K) attention before the softmax, in the packed order of
-            the instances; "bag_weight", the factor of the bag loss; "aux", losses () to add to it,
-            weights applied: instance_loss and consistency_loss as far as the spec asks for them,
-            nothing in evaluation.
+            the instances; "fitted", see `heads`; "aux", losses () to add, weights applied:
+            instance_loss and consistency_loss as far as the spec asks for them, nothing in
+            evaluation.
         """
         bags = as_bags(inputs)
         scores, pooled, instances = self.pool(bags)
@@ -201,7 +201,7 @@ class Clam(nn.Module):
                 order = segment_order(scores.detach(), bags)
                 aux = self.auxiliary(bags, scores, order, instances, logits, targets)
         weight = 1.0 if self.spec.bag_weight is None else self.spec.bag_weight
-        return {"logits": logits, "scores": scores, "bag_weight": weight, "aux": aux}
+        return {"logits": logits, "scores": scores, "fitted": [(weight, logits)], "aux": aux}
 
     def attention(self, inputs: Any) -> tuple[Tensor, Tensor]:
         """Attention of each instance, before and after the softmax over its bag: 2 x (M, K); K is

@@ -1,8 +1,9 @@
 """Heads: from the vector of a sample, or its raw features, to predictions.
 
 A head's attribute `consumes` says what it takes: "pooled", vectors (B, D), or "features", a
-`Features`. It gives logits (B, K), or a dict of them under "logits" and auxiliary losses under
-"aux". B batch, D width, K classes or targets.
+`Features`. It gives logits (B, K), or a dict: "logits", auxiliary losses () to add under "aux" and,
+unless the loss is that of the logits, under "fitted" pairs of a weight and the logits (B, K) whose
+loss it weighs. B batch, D width, K classes or targets.
 """
 
 from functools import singledispatch

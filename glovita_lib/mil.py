@@ -1,4 +1,4 @@
-"""Multiple-instance heads besides CLAM: attention pooling, mean and max over the instances.
+"""Multiple-instance heads besides CLAM: attention pooling, two streams, mean and max.
 
 B bags, M instances of all bags, D width, K classes or targets.
 """
@@ -8,13 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.bags import Bags, as_bags, segment_max, segment_pool, segment_softmax
+from glovita_lib.bags import (
+    Bags,
+    as_bags,
+    segment_max,
+    segment_order,
+    segment_pool,
+    segment_softmax,
+)
 from glovita_lib.clam import AttentionPool
 from glovita_lib.encoders_features import Identity
 from glovita_lib.facts import Facts
 from glovita_lib.heads import build_head
 from glovita_lib.spec import UserError
-from glovita_lib.spec_heads import AbmilHead, ClamHead, MaxMilHead, MeanMilHead
+from glovita_lib.spec_heads import AbmilHead, ClamHead, DsmilHead, MaxMilHead, MeanMilHead
 from glovita_lib.trunk import Encoder
 
 NORM_EPS = 1e-6  # as CLAM's default
@@ -32,9 +39,10 @@ def check_instances(spec: Any, head: nn.Module, encoder: Encoder, facts: Facts) 
     if facts.kind == "bags" and head.consumes == "pooled":
         raise UserError(
             f'model.head.head_type = "{tag(spec)}": the samples are bags of instances, and this'
-            ' head takes one vector a sample; heads for bags are "clam", "abmil", "mean", "max"'
+            ' head takes one vector a sample; heads for bags are "clam", "abmil", "dsmil", "mean",'
+            ' "max"'
         )
-    if not isinstance(spec, ClamHead | AbmilHead | MeanMilHead | MaxMilHead):
+    if not isinstance(spec, ClamHead | AbmilHead | DsmilHead | MeanMilHead | MaxMilHead):
         return
     of_data = facts.kind == "bags" or isinstance(encoder, Identity)  # also bags of custom data
     if facts.kind == "vectors" or not (of_data or encoder.has_patches):
@@ -92,6 +100,62 @@ class Abmil(nn.Module):
         return scores, segment_softmax(scores, bags)
 
 
+class Dsmil(nn.Module):
+    """Two streams (Li, Li, Eliceiri, "Dual-stream multiple instance learning network for whole
+    slide image classification with self-supervised contrastive learning", CVPR 2021).
+
+    With the instances x_i of a bag and m_k = argmax_i c_ik:
+
+    - instance stream c_i = W_0 x_i + b_0, of the bag: c_{m_k, k}
+    - attention stream q_i = tanh(W_2 relu(W_1 x_i + b_1) + b_2),
+      alpha_ik = softmax_i(q_i . q_{m_k} / sqrt(Q)), z_k = sum_i alpha_ik dropout(x_i), and of
+      the bag W (z_1, ..., z_K) + b
+    - loss: half of each stream's; prediction: the mean of both, or the attention stream
+    """
+
+    consumes = "features"
+
+    def __init__(self, spec: DsmilHead, *, width: int, outputs: int) -> None:
+        super().__init__()
+        self.average = spec.average
+        self.instance = nn.Linear(width, outputs)
+        size = spec.attention
+        self.query = nn.Sequential(
+            nn.Linear(width, size), nn.ReLU(), nn.Linear(size, size), nn.Tanh()
+        )
+        self.drop = nn.Dropout(spec.dropout)
+        self.classifier = nn.Linear(outputs * width, outputs)
+
+    def forward(self, inputs: Any, targets: Tensor | None = None) -> dict[str, Any]:
+        """What `as_bags` takes -> "logits" (B, K), "fitted", "scores" (M, K) before the softmax,
+        "aux" {}."""
+        bags = as_bags(inputs)
+        x = bags.features.to(self.instance.weight.dtype)  # (M, D)
+        best, scores = self.streams(bags, x)
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = segment_pool(segment_softmax(scores, bags), self.drop(x), bags)  # (B, K, D)
+            attended = self.classifier(pooled.flatten(1))
+        logits = (best + attended) / 2 if self.average else attended
+        fitted = [(0.5, attended), (0.5, best)]
+        return {"logits": logits, "fitted": fitted, "scores": scores, "aux": {}}
+
+    def streams(self, bags: Bags, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the highest-scoring instances (B, K), raw attention (M, K)."""
+        c, q = self.instance(x), self.query(x).to(x.dtype)  # (M, K), (M, Q)
+        first = torch.tensor(bags.bounds[:-1]).to(x.device, non_blocking=True)
+        best = segment_order(c.detach(), bags)[first]  # (B, K) rows
+        pairs = zip(bags.split(q), q[best], strict=True)  # (n, Q) and (K, Q) of each bag
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.cat([own @ critical.T for own, critical in pairs])
+        return c.gather(0, best).to(x.dtype), scores / q.shape[1] ** 0.5
+
+    def attention(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Attention of each instance, before and after the softmax over its bag: 2 x (M, K)."""
+        bags = as_bags(inputs)
+        _, scores = self.streams(bags, bags.features.to(self.instance.weight.dtype))
+        return scores, segment_softmax(scores, bags)
+
+
 class PooledMil(nn.Module):
     """logits = W dropout(v) + b, v the mean or the largest value per feature over a bag."""
 
@@ -130,6 +194,11 @@ def max_of_bags(bags: Bags) -> Tensor:
 @build_head.register
 def _(spec: AbmilHead, *, width: int, outputs: int) -> nn.Module:
     return Abmil(spec, width=width, outputs=outputs)
+
+
+@build_head.register
+def _(spec: DsmilHead, *, width: int, outputs: int) -> nn.Module:
+    return Dsmil(spec, width=width, outputs=outputs)
 
 
 @build_head.register

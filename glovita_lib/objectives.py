@@ -1,8 +1,7 @@
 """Objectives: what a batch has to say to the loop.
 
 An objective gives `loss(model, batch, ...)` for a training batch and `predict(model, batch)` for an
-evaluation
-batch; the trainer knows nothing else about the task. B batch, K classes or targets.
+evaluation batch; the trainer knows nothing else about the task. B batch, K classes or targets.
 """
 
 from collections.abc import Sequence
@@ -71,14 +70,20 @@ def build_inputs(facts: Facts, *, train: bool) -> Augmenter | FeatureInputs:
     return Augmenter(facts.augmentation, train=train, bit_depth=facts.bit_depth)
 
 
-def unpack(output: Tensor | dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], float]:
-    """Logits (B, K), auxiliary losses to add, and the factor of the loss itself.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a head gives, see `heads`; most give logits alone."""
 
-    Most heads give logits alone; see heads.build_head.
-    """
-    if isinstance(output, Tensor):
-        return output, {}, 1.0
-    return output["logits"], output["aux"], output.get("bag_weight", 1.0)
+    logits: Tensor  # (B, K)
+    fitted: list[tuple[float, Tensor]]  # weight of the loss of logits (B, K)
+    aux: dict[str, Tensor]  # losses () to add
+
+    @classmethod
+    def of(cls, output: Tensor | dict[str, Any]) -> "Answer":
+        """In one form."""
+        output = {"logits": output, "aux": {}} if isinstance(output, Tensor) else output
+        logits = output["logits"]
+        return cls(logits, output.get("fitted", [(1.0, logits)]), output["aux"])
 
 
 class SupervisedObjective:
@@ -115,12 +120,12 @@ class SupervisedObjective:
                 cutmix_alpha=self.task.cutmix_alpha,
                 seed=clock.stream(MIX),
             )
-        logits, extra, weight = unpack(model(inputs, targets))  # (B, K)
-        logs = {name: value.detach() for name, value in extra.items()}
+        answer = Answer.of(model(inputs, targets))
+        logs = {name: value.detach() for name, value in answer.aux.items()}
         if self.subtask == "multiclass" and not self.mixes:
-            logs["Accuracy"] = (logits.detach().argmax(1) == targets).float().mean()
-        loss = self.criterion(logits, targets).mean()
-        return sum(extra.values(), loss if weight == 1 else weight * loss), logs
+            logs["Accuracy"] = (answer.logits.detach().argmax(1) == targets).float().mean()
+        losses = [weight * self.criterion(y, targets).mean() for weight, y in answer.fitted]
+        return sum([*losses, *answer.aux.values()]), logs
 
     def standardized(self, targets: Tensor) -> Tensor:
         """Regression targets in units of the train split's standard deviation; labels unchanged."""
@@ -130,7 +135,7 @@ class SupervisedObjective:
         """Row, scores (B, K: probabilities, or regression outputs in target units) and loss (B,) of
         each sample."""
         inputs = self.eval_inputs(batch.inputs, batch.fitted, 0)
-        logits = unpack(model(inputs))[0].float()  # (B, K)
+        logits = Answer.of(model(inputs)).logits.float()  # (B, K)
         rows = {"rows": batch.rows, "scores": self.scores(logits)}
         if batch.targets is not None:
             rows["loss"] = self.plain(logits, self.standardized(batch.targets))

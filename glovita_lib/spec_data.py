@@ -128,6 +128,4 @@ class CustomData(BaseData, tag="custom", tag_field="dataset", kw_only=True):
     """Keyword arguments of the function."""
 
 
-Data = (
-    DigitsData | Cifar10Data | Cifar100Data | GenericImageData | PrecomputedData | CustomData
-)
+Data = DigitsData | Cifar10Data | Cifar100Data | GenericImageData | PrecomputedData | CustomData

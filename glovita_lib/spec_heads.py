@@ -97,6 +97,19 @@ class AbmilHead(Spec, tag="abmil", tag_field="head_type"):
     """Whether instances pass a LayerNorm before the projection."""
 
 
+class DsmilHead(Spec, tag="dsmil", tag_field="head_type"):
+    """Dual-stream pooling (Li, Li, Eliceiri, CVPR 2021): the highest-scoring instance of each
+    class, and attention by likeness to it; both are fitted to the labels, half and half."""
+
+    attention: Annotated[int, Meta(ge=1)] = 128
+    """Features of an instance in the comparison with the highest-scoring one."""
+    dropout: Dropout = 0.0
+    """Probability of dropping a feature of an instance before the attention stream sums it up."""
+    average: bool = True
+    """Whether the prediction is the mean of both streams, as in the paper, or that of the attention
+    stream alone, the default of the published code."""
+
+
 class MeanMilHead(Spec, tag="mean", tag_field="head_type"):
     """Mean over the instances of a bag, then one linear layer."""
 
@@ -127,6 +140,7 @@ Head = (
     | RegressionHead
     | ClamHead
     | AbmilHead
+    | DsmilHead
     | MeanMilHead
     | MaxMilHead
     | CustomHead

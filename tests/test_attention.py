@@ -84,6 +84,7 @@ def one_by_one(path: Path, spec: Path, bags: dict[str, Any]) -> tuple[np.ndarray
         ('clam"\nvariant = "sb"\nsize_arg = "tiny', ["all classes"]),
         ('clam"\nvariant = "mb"\nsize_arg = "tiny', list(CLASSES)),
         ('abmil"\nhidden = 16\nattention = 8 #', ["all classes"]),
+        ('dsmil"\nattention = 8 #', list(CLASSES)),
     ],
 )
 def test_file(command, bags, tmp_path, monkeypatch, head, branches):

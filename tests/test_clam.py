@@ -143,7 +143,9 @@ def total_loss(out: dict, targets: Tensor) -> Tensor:
     kind = targets.dtype == torch.int64
     loss = F.cross_entropy if kind else F.binary_cross_entropy_with_logits
     bag = loss(out["logits"], targets if kind else targets.to(out["logits"].dtype))
-    return out["bag_weight"] * bag + sum(out["aux"].values())
+    ((weight, fitted),) = out["fitted"]
+    assert fitted is out["logits"]
+    return weight * bag + sum(out["aux"].values())
 
 
 def gradients(head: Clam, loss: Tensor) -> dict[str, Tensor]:
@@ -207,7 +209,8 @@ def test_published_method(name: str, kind: str, monkeypatch: pytest.MonkeyPatch)
     expected = {k: factors[k] * torch.stack([a[k] for a in aux]).mean() for k in aux[0]}
     torch.testing.assert_close(out["aux"], expected)
     weight = 1.0 if spec.bag_weight is None else spec.bag_weight
-    reference = {"logits": torch.stack(logits), "aux": expected, "bag_weight": weight}
+    logits = torch.stack(logits)
+    reference = {"logits": logits, "aux": expected, "fitted": [(weight, logits)]}
     ours = gradients(head, total_loss(out, targets))
     theirs = gradients(head, total_loss(reference, targets))
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)

@@ -14,7 +14,7 @@ from glovita_lib import mil  # noqa: F401  registers the heads
 from glovita_lib.bags import Bags
 from glovita_lib.heads import build_head
 from glovita_lib.spec import UserError
-from glovita_lib.spec_heads import AbmilHead, ClamHead, MaxMilHead, MeanMilHead
+from glovita_lib.spec_heads import AbmilHead, ClamHead, DsmilHead, MaxMilHead, MeanMilHead
 
 LENGTHS = [[1], [4, 1, 30, 2], [200, 70], [1, 1, 1]]
 
@@ -67,7 +67,48 @@ def test_abmil(lengths: list[int], gate: bool, prepared: bool) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("spec", [MeanMilHead(), MaxMilHead(), AbmilHead(hidden=8)])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("average", [True, False])
+def test_dsmil(lengths: list[int], average: bool) -> None:
+    """Both streams, their gradients and the attention against a loop over bags and classes."""
+    bags = make_bags(lengths)
+    head = build_head(DsmilHead(attention=5, average=average), width=6, outputs=3).double()
+    out = head(bags)
+    best, attended, scores = [], [], []
+    for x in bags.split(bags.features):
+        c = x @ head.instance.weight.T + head.instance.bias
+        first, _, second, _ = head.query
+        q = (second.weight @ (first.weight @ x.T + first.bias[:, None]).relu()).T + second.bias
+        q = q.tanh()
+        raw = torch.stack([(q * q[c[:, k].argmax()]).sum(1) for k in range(3)], 1) / 5**0.5
+        z = [raw[:, k].exp() / raw[:, k].exp().sum() @ x for k in range(3)]
+        best.append(c.max(0).values)
+        attended.append(head.classifier(torch.cat(z)))
+        scores.append(raw)
+    best, attended = torch.stack(best), torch.stack(attended)
+    torch.testing.assert_close(out["logits"], (best + attended) / 2 if average else attended)
+    torch.testing.assert_close(out["scores"], torch.cat(scores))
+    assert [weight for weight, _ in out["fitted"]] == [0.5, 0.5]
+    for (_, ours), theirs in zip(out["fitted"], (attended, best), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    raw, weights = head.attention(bags)
+    assert torch.equal(raw, out["scores"])
+    torch.testing.assert_close(weights, torch.cat([s.softmax(0) for s in scores]))
+    parameters = list(head.parameters())
+    ours = torch.autograd.grad(sum(y.square().sum() for _, y in out["fitted"]), parameters)
+    theirs = torch.autograd.grad(attended.square().sum() + best.square().sum(), parameters)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_dropout_of_dsmil_spares_the_instance_stream() -> None:
+    head = build_head(DsmilHead(dropout=0.5), width=6, outputs=2).double()
+    bags = make_bags([5, 5])
+    first, second = head(bags), head(bags)
+    assert torch.equal(first["fitted"][1][1], second["fitted"][1][1])
+    assert not torch.equal(first["fitted"][0][1], second["fitted"][0][1])
+
+
+@pytest.mark.parametrize("spec", [MeanMilHead(), MaxMilHead(), AbmilHead(hidden=8), DsmilHead()])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[3, 2], [100, 90]])
 def test_half_precision_features(spec: object, dtype: torch.dtype, lengths: list[int]) -> None:
@@ -107,7 +148,9 @@ def musk() -> tuple[list[Tensor], np.ndarray]:
     return [x[names == name] for name in dict.fromkeys(names.tolist())], labels
 
 
-@pytest.mark.parametrize("spec", [ClamHead(size_arg="tiny", variant="sb"), AbmilHead(hidden=64)])
+@pytest.mark.parametrize(
+    "spec", [ClamHead(size_arg="tiny", variant="sb"), AbmilHead(hidden=64), DsmilHead()]
+)
 def test_musk(spec: object) -> None:
     """A fifth of the molecules, held out, is predicted well above the 51 % of the larger class."""
     bags, labels = musk()
