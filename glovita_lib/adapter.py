@@ -35,6 +35,10 @@ class Adapter(nn.Module):
         """The changed weight, of the same shape."""
         raise NotImplementedError
 
+    def read_weight(self, weight: Tensor) -> Tensor:
+        """The changed weight for code that reads it instead of calling the layer."""
+        return self.merged_weight(weight)
+
     def merged_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The changed bias; a layer without bias stays without."""
         return bias
@@ -103,8 +107,8 @@ def changed_weight(layer: nn.Module) -> Tensor:
     pieces, end = [], 0
     for rows, adapter in members_of(layer):
         if rows is None:
-            return adapter.merged_weight(base)
-        pieces += [base[end : rows[0]], adapter.merged_weight(base[rows[0] : rows[1]])]
+            return adapter.read_weight(base)
+        pieces += [base[end : rows[0]], adapter.read_weight(base[rows[0] : rows[1]])]
         end = rows[1]
     return torch.cat([*pieces, base[end:]])
 
@@ -256,6 +260,7 @@ def merge(model: nn.Module) -> nn.Module:
             " use the checkpoint with its peft section"
         )
     for layer in [m for m in model.modules() if is_adapted(m)]:
+        layer.adapter.eval()  # without dropout
         weight, bias = changed_weight(layer).detach(), changed_bias(layer)
         with torch.no_grad():
             base_weight(layer).copy_(weight)

@@ -44,6 +44,15 @@ class LowRank(Adapter):
         down, up = self.factors(weight)
         return self.start(weight) + (up @ down).view(weight.shape)
 
+    def read_weight(self, weight: Tensor) -> Tensor:
+        """The changed weight; in training a feature is dropped for the whole batch, as the samples
+        are not seen here."""
+        if not (self.training and self.dropout):
+            return self.merged_weight(weight)
+        down, up = self.factors(weight)
+        down = down * F.dropout(down.new_ones(down.shape[1]), self.dropout)
+        return self.start(weight) + (up @ down).view(weight.shape)
+
     @classmethod
     def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
         """The layer with its changes, the gradient of the full weight never formed."""
@@ -99,7 +108,10 @@ def changed_convolution(
     weight itself is changed, since the factors mix groups."""
     down, up = adapter.factors(base_weight(layer))
     if layer.groups > 1:
-        return call(layer, x, weight + (up @ down).view(weight.shape), bias)
+        change = (up @ down).view(weight.shape)
+        if adapter.training and adapter.dropout:
+            return call(layer, x, weight, bias) + call(layer, adapter.dropped(x), change, None)
+        return call(layer, x, weight + change, bias)
     y = call(layer, x, weight, bias)
     low = call(layer, adapter.dropped(x), down.view(-1, *weight.shape[1:]), None)  # (B, r, ...)
     conv = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
@@ -163,8 +175,16 @@ class DoraAdapter(LoraAdapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """The rows with their trained norms."""
-        gain = self.gain(weight).view(-1, *[1] * (weight.ndim - 1))
-        return gain * super().merged_weight(weight)
+        return self.gains_of(weight) * super().merged_weight(weight)
+
+    def read_weight(self, weight: Tensor) -> Tensor:
+        """The rows with their trained norms, with dropout in training."""
+        changed = super().read_weight(weight)
+        return self.gains_of(weight) * changed if self.training and self.dropout else changed
+
+    def gains_of(self, weight: Tensor) -> Tensor:
+        """`gain` in the shape of a factor of the weight."""
+        return self.gain(weight).view(-1, *[1] * (weight.ndim - 1))
 
     @classmethod
     def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:

@@ -131,15 +131,34 @@ def butterfly_order(width: int, level: int, block: int) -> Tensor:
     return torch.cat([pieces[:, 0::2], pieces[:, 1::2]], dim=1).flatten()
 
 
-def check_multiple(name: str, width: int, unit: int, field: str, offered: int) -> None:
-    """Raises UserError where a layer's input width does not divide."""
-    if width % unit:
-        near = [n for n in range(1, min(width, 4 * unit) + 1) if width % n == 0]
+def check_blocks(name: str, width: int, block: int) -> None:
+    """Raises UserError where a layer's inputs do not divide into blocks."""
+    if width % block:
+        near = [n for n in range(1, min(width, 4 * block) + 1) if width % n == 0]
         raise UserError(
-            f"peft.{field} = {offered}: {name} reads {width} inputs, not a multiple of {unit};"
-            f" divisors of {width} near it: {', '.join(map(str, near[-6:]))};"
-            " change it or leave the layer out of peft.targets"
+            f"peft.r = {block}: {name} reads {width} inputs, not a multiple of it; divisors near"
+            f" it: {', '.join(map(str, near[-6:]))}; change it or leave the layer out of"
+            " peft.targets"
         )
+
+
+def check_butterfly(name: str, width: int, spec: Boft) -> None:
+    """Raises UserError where a layer's inputs do not divide into the factors' blocks."""
+    factors = spec.n_butterfly
+    unit = spec.block_size * 2 ** (factors - 1)
+    if width % unit == 0:
+        return
+    sizes = [n for n in range(1, width + 1) if width % (n * 2 ** (factors - 1)) == 0]
+    sizes = [n for n in sizes if factors == 1 or n % 2 == 0]
+    fewer = [n for n in range(1, factors) if width % (spec.block_size * 2 ** (n - 1)) == 0]
+    mend = [f"peft.block_size one of {', '.join(map(str, sizes[-8:]))}"] if sizes else []
+    mend += [f"peft.n_butterfly at most {fewer[-1]}"] if fewer else []
+    raise UserError(
+        f"peft.block_size = {spec.block_size} with peft.n_butterfly = {factors}: {name} reads"
+        f" {width} inputs, not a multiple of block_size * 2^(n_butterfly - 1) = {unit}; possible"
+        f" there: {' or '.join(mend) or 'no block size with so many factors'}; or leave the layer"
+        " out of peft.targets"
+    )
 
 
 def apply_orthogonal(spec: Oft | Boft, model: nn.Module) -> None:
@@ -154,10 +173,9 @@ def apply_orthogonal(spec: Oft | Boft, model: nn.Module) -> None:
     def make(target: Target, weight: Tensor) -> Adapter:
         out, width = weight.flatten(1).shape
         if isinstance(spec, Oft):
-            check_multiple(target.name, width, spec.r, "r", spec.r)
+            check_blocks(target.name, width, spec.r)
             return OftAdapter(spec, width)
-        unit = spec.block_size * 2 ** (spec.n_butterfly - 1)
-        check_multiple(target.name, width, unit, "block_size", spec.block_size)
+        check_butterfly(target.name, width, spec)
         if spec.n_butterfly > 1 and spec.block_size % 2:
             raise UserError(
                 f"peft.block_size = {spec.block_size} must be even for peft.n_butterfly ="

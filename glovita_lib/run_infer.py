@@ -73,17 +73,40 @@ def export(path: Path, experiment: Experiment) -> None:
 
     Raises:
         UserError: a PEFT method has put something beside the weights, so that they alone are not
-            the model.
+            the model; the file exists and is no export.
     """
     import safetensors.torch
 
     refuse_unmerged(experiment)
+    refuse_foreign(path)
     state = {
         name: value.cpu().contiguous() for name, value in experiment.model.state_dict().items()
     }
     spec = json.dumps(msgspec.to_builtins(experiment.root.model))
     files.write_bytes(path, safetensors.torch.save(state, {"format": "pt", "model": spec}))
     say(f"wrote {len(state)} tensors to {path}")
+
+
+def refuse_foreign(path: Path) -> None:
+    """Only an export is replaced by an export.
+
+    Raises:
+        UserError: the file exists and is something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            own = "model" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        own = False
+    if not own:
+        raise UserError(
+            f"infer.export: {path} exists and is no export of glovita; name another file, or remove"
+            " it"
+        )
 
 
 def refuse_unmerged(experiment: Experiment) -> None:

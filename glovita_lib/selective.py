@@ -20,7 +20,7 @@ from glovita_lib.adapter import (
 from glovita_lib.spec import UserError
 from glovita_lib.spec_lora import Gps
 from glovita_lib.spec_peft import Bitfit, LnTuning
-from glovita_lib.structure import is_norm, trunk
+from glovita_lib.structure import Rows, is_norm, trunk
 from glovita_lib.targets import Target, every, resolve
 
 
@@ -57,8 +57,7 @@ def apply_ln_tuning(spec: LnTuning, model: nn.Module) -> None:
 
 class SelectedEntries(Adapter):
     """k entries of every row of a weight train, as a matrix of their own: whatever an optimizer
-    does
-    to parameters (decay, momentum), the others are none and stay as they are.
+    does to parameters (decay, momentum), the others are none and stay as they are.
 
     Until `calibrate` has chosen them they are the first of each row.
     """
@@ -95,12 +94,11 @@ def apply_gps(spec: Gps, model: nn.Module) -> None:
         targets = every(root, kinds)
     else:
         targets = resolve(root, spec.targets, allowed=kinds)
-    whole = {t.layer.name: Target(t.layer, None) for t in targets}  # rows are chosen one by one
 
     def make(target: Target, weight: Tensor) -> Adapter:
         return SelectedEntries(weight, spec.gps_topk_per_row)
 
-    attach_all(root, list(whole.values()), make, "adapted")
+    attach_all(root, targets, make, "adapted")
 
 
 def needs_calibration(model: nn.Module) -> bool:
@@ -124,19 +122,36 @@ def calibrate(
     layers = [m for m in model.modules() if is_adapted(m)]
     layers = [m for m in layers if isinstance(members_of(m)[0][1], SelectedEntries)]
     weights = [base_weight(layer) for layer in layers]
-    chosen = [members_of(layer)[0][1] for layer in layers]
     with trained(weights):
-        entries = [a.values for a in chosen]
         sums = [torch.zeros_like(w) for w in weights]
         for batch in batches:
-            grads = torch.autograd.grad(loss(batch), [*weights, *entries], allow_unused=True)
-            halves = grads[: len(weights)], grads[len(weights) :]
-            for total, dense, part, adapter in zip(sums, *halves, chosen, strict=True):
-                if dense is not None:  # the entries that train now have their gradient apart
-                    total += dense
-                    total.view(len(total), -1).scatter_add_(1, adapter.places, part.to(total))
-    for adapter, weight, total in zip(chosen, weights, sums, strict=True):
-        adapter.choose(weight, average(total))
+            add_gradients(loss(batch), layers, sums)
+    for layer, total in zip(layers, sums, strict=True):
+        total = average(total)
+        for rows, adapter in members_of(layer):
+            adapter.choose(base_weight(layer, rows), part_of(total, rows))
+
+
+def add_gradients(loss: Tensor, layers: list[nn.Module], sums: list[Tensor]) -> None:
+    """Add the gradients of whole weights to `sums`."""
+    weights = [base_weight(layer) for layer in layers]
+    members = [(layer, *member) for layer in layers for member in members_of(layer)]
+    entries = [adapter.values for _, _, adapter in members]
+    found = torch.autograd.grad(loss, [*weights, *entries], allow_unused=True)
+    totals = dict(zip(layers, sums, strict=True))
+    for total, dense in zip(sums, found, strict=False):
+        if dense is not None:
+            total += dense
+    # the entries that train now have their gradient apart
+    for (layer, rows, adapter), own in zip(members, found[len(weights) :], strict=True):
+        if own is not None:
+            total = part_of(totals[layer], rows).flatten(1)  # a view
+            total.scatter_add_(1, adapter.places, own.to(total))
+
+
+def part_of(tensor: Tensor, rows: Rows | None) -> Tensor:
+    """Rows of a tensor, or all of it."""
+    return tensor if rows is None else tensor[rows[0] : rows[1]]
 
 
 @contextmanager

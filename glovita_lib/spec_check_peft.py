@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from glovita_lib.spec_lora import Adalora, Boft, Oft, RepAdapter
+from glovita_lib.spec_lora import Adalora, Boft, Lokr, Oft, RepAdapter
 from glovita_lib.spec_model import PrecomputedEncoder
 from glovita_lib.spec_peft import (
     AdaptFormer,
@@ -70,6 +70,8 @@ def blocks_fit(root: Root) -> Iterator[str]:
     peft = root.peft
     if isinstance(peft, RepAdapter) and peft.bottleneck % peft.groups:
         yield f"peft.groups: {peft.groups} must divide peft.bottleneck = {peft.bottleneck}"
+    if isinstance(peft, Lokr) and peft.decompose_factor == 0:
+        yield "peft.decompose_factor: 0 is no size: use -1 for the usual one, or 1 and more"
     if isinstance(peft, Boft) and peft.n_butterfly > 1 and peft.block_size % 2:
         yield (
             f"peft.block_size: {peft.block_size} must be even for peft.n_butterfly ="
@@ -101,12 +103,28 @@ def default(struct: Any, name: str) -> Any:
 
 def merging_is_possible(root: Root) -> Iterator[str]:
     """infer.merge has something to merge, and can."""
-    if not root.infer.merge:
+    if not root.infer.merge or root.infer.checkpoint is not None:  # which knows its own method
         return
     if isinstance(root.peft, UNMERGED):
         yield (
             f"infer.merge: {shown(method_of(root))} computes something the base cannot, so it does"
             " not merge: leave it out"
+        )
+
+
+def export_is_one_file(root: Root) -> Iterator[str]:
+    """infer.export is a safetensors file with the weights of one checkpoint."""
+    infer = root.infer
+    if infer.export is None:
+        return
+    if not infer.export.endswith(".safetensors"):
+        yield f'infer.export: {shown(infer.export)} must end in ".safetensors", which it is'
+    members = len(infer.folds or ()) if isinstance(infer.checkpoint, str | None) else 0
+    members = max(members, len(infer.checkpoint) if isinstance(infer.checkpoint, tuple) else 1)
+    if members > 1:
+        yield (
+            f"infer.export: it takes one checkpoint, and infer names {members}: export them one"
+            " after another"
         )
 
 
@@ -118,4 +136,5 @@ RULES = (
     places_named,
     unread,
     merging_is_possible,
+    export_is_one_file,
 )

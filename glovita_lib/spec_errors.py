@@ -48,7 +48,11 @@ class Walk:
         if isinstance(value, dict):
             if types.structs(kind):
                 return self.table(value, kind, default, path)
-            if not types.is_free(kind):
+            entries = [o for o in types.options(kind) if isinstance(o, kinds.DictType)]
+            if entries and not types.is_free(entries[0].value_type):
+                for key, entry in value.items():
+                    self.value(entry, entries[0].value_type, None, (*path, key))
+            elif not types.is_free(kind):
                 self.mismatch(value, kind, path)
             return value
         if isinstance(value, list):

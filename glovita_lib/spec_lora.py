@@ -18,8 +18,7 @@ class Targeted(Spec):
     targets: tuple[str, ...] | None = None
     """Layers: q, k, v, qkv, proj, fc1, fc2, conv, all-linear, or regular expressions over layer
     names; none: the attention and MLP projections, in an encoder without any the convolutions of
-    its
-    blocks."""
+    its blocks."""
 
 
 class Ranked(Targeted):
@@ -38,7 +37,8 @@ class Lora(Ranked, tag="lora", tag_field="method"):
     alpha: Positive = 16.0
     """Scale of the change before the division by r."""
     dropout: Dropout = 0.0
-    """Probability of dropping an input of A; above 0 a second copy of every input is kept."""
+    """Probability of dropping an input of A, for the whole batch where the network reads a weight
+    instead of calling its layer; above 0 a second copy of every input is kept."""
     use_rslora: bool = False
     """Divide alpha by sqrt(r) instead of r (Kalajdzievski, rsLoRA, 2023)."""
     use_dora: bool = False
@@ -49,13 +49,13 @@ class Lora(Ranked, tag="lora", tag_field="method"):
     """Start of A with B = 0, or the r main singular vectors of W for both (Meng et al., PiSSA,
     NeurIPS 2024): W + (alpha / r) (B A - B_0 A_0), with B_0 A_0 kept, so that W stays as it is."""
     lora_bias: Bias = "none"
-    """Biases that train: none, all of the encoder, or those of the adapted layers."""
+    """Biases that train: none, all of the encoder, or those of the adapted layers; a fused qkv has
+    one bias, which trains whole."""
 
 
 class Adalora(Targeted, tag="adalora", tag_field="method"):
     """W + P diag(e) Q with a budget of ranks that goes from init_rank to rank per layer and is
-    given
-    to the layers that need it (Zhang et al., AdaLoRA, ICLR 2023)."""
+    given to the layers that need it (Zhang et al., AdaLoRA, ICLR 2023)."""
 
     rank: Rank = 4
     """Mean rank per layer at the end."""
@@ -68,7 +68,8 @@ class Adalora(Targeted, tag="adalora", tag_field="method"):
     use_rslora: bool = False
     """Divide alpha by sqrt(init_rank) instead of init_rank."""
     lora_bias: Bias = "none"
-    """Biases that train: none, all of the encoder, or those of the adapted layers."""
+    """Biases that train: none, all of the encoder, or those of the adapted layers; a fused qkv has
+    one bias, which trains whole."""
     orth_reg: Annotated[float, Meta(ge=0)] = 0.5
     """Weight of the loss |P'P - I| + |QQ' - I|, mean over layers."""
     beta1: Annotated[float, Meta(gt=0, lt=1)] = 0.85
@@ -122,7 +123,8 @@ class Oft(Targeted, tag="oft", tag_field="method"):
     eps: Positive = 6e-5
     """Bound of coft."""
     bias: Bias = "none"
-    """Biases that train: none, all of the encoder, or those of the adapted layers."""
+    """Biases that train: none, all of the encoder, or those of the adapted layers; a fused qkv has
+    one bias, which trains whole."""
     use_cayley_neumann: bool = True
     """R = (I + Q)(I - Q)^-1 by five terms of its series, faster; off: solved, exactly
     orthogonal."""
@@ -139,7 +141,8 @@ class Boft(Targeted, tag="boft", tag_field="method"):
     dropout: Dropout = 0.0
     """Share of blocks of one factor that are the identity in a training step."""
     bias: Bias = "none"
-    """Biases that train: none, all of the encoder, or those of the adapted layers."""
+    """Biases that train: none, all of the encoder, or those of the adapted layers; a fused qkv has
+    one bias, which trains whole."""
 
 
 class Vera(Targeted, tag="vera", tag_field="method"):
@@ -153,7 +156,7 @@ class Vera(Targeted, tag="vera", tag_field="method"):
     """Probability of dropping an input of A."""
     d_initial: Positive = 0.1
     """Start of d; b starts at 0."""
-    projection_prng_key: Annotated[int, Meta(ge=0)] = 0
+    projection_prng_key: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     """Seed of A and B, which are saved with the adapter."""
 
 
@@ -178,6 +181,9 @@ class Fact(Targeted, tag="fact", tag_field="method"):
     """All changes of the encoder as one tensor in tensor-train or Tucker form (Jie and Deng, FacT,
     AAAI 2023): s U Sigma_l V' per layer l, U and V shared; wide layers are slices of the width."""
 
+    targets: tuple[str, ...] | None = None
+    """Linear layers: q, k, v, qkv, proj, fc1, fc2, all-linear, or regular expressions over layer
+    names; none: the attention and MLP projections."""
     r: Rank = 4
     """Rank of the decomposition."""
     decomposition: Literal["tt", "tk"] = "tt"
@@ -213,7 +219,7 @@ class DiffFit(Spec, tag="difffit", tag_field="method"):
 class Gps(Targeted, tag="gps", tag_field="method"):
     """Of every row of the weights the entries with the largest loss gradient train (Zhang et al.,
     GPS, CVPR 2024), with all biases of Linear layers and convolutions; unset targets: all of these
-    layers."""
+    layers. A fused qkv has one bias, which trains whole."""
 
     gps_topk_per_row: Annotated[int, Meta(ge=1)] = 1
     """Entries per row that train."""

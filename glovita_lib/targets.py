@@ -12,6 +12,7 @@ from glovita_lib.structure import Layer, Rows, blocks, is_conv, is_norm, layers,
 
 LOGICAL = ("q", "k", "v", "qkv", "proj", "fc1", "fc2", "conv", "norm", "all-linear")
 PROJECTIONS = ("q", "k", "v", "proj", "fc1", "fc2")
+KINDS = {"linear": "Linear layers", "conv": "convolutions", "norm": "norm layers"}
 WHOLE_KIND = {"conv": "conv", "norm": "norm", "all-linear": "linear"}
 
 
@@ -66,13 +67,13 @@ def resolve(
             t for t in expand(usable, ("conv",)) if t.layer.module in inside or not inside
         ]
         if not chosen:
-            raise nothing("unset", usable)
+            raise nothing(None, usable, allowed)
         return tidy(chosen, found)
     chosen = []
     for name in wanted:
         matched = expand(usable, (name,)) if name in LOGICAL else list(search(usable, name))
         if not matched:
-            raise nothing(repr(name), usable)
+            raise nothing(name, usable, allowed)
         chosen += matched
     return tidy(chosen, found)
 
@@ -135,16 +136,22 @@ def tidy(chosen: list[Target], found: list[Layer]) -> list[Target]:
     return sorted(kept.values(), key=lambda t: (order[t.layer.name], t.rows or (0, 0)))
 
 
-def nothing(offered: str, usable: list[Layer]) -> UserError:
-    """The error of targets that match nothing."""
-    roles = sorted({layer.role for layer in usable} | {p for la in usable for p in la.parts})
+def nothing(offered: str | None, usable: list[Layer], allowed: tuple[str, ...]) -> UserError:
+    """The error of targets that match nothing; `offered` None where they are unset."""
+    if not usable:
+        kinds = " and ".join(KINDS[kind] for kind in allowed)
+        return UserError(
+            f"peft.method changes {kinds}, and this encoder has none: use another method"
+        )
     names = [layer.name for layer in usable]
-    near = get_close_matches(offered.strip("'"), [*LOGICAL, *names], n=1)
+    logical = [name for name in LOGICAL if expand(usable, (name,))]
+    near = get_close_matches(offered or "", [*logical, *names], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+    what = "unset, the attention and MLP projections," if offered is None else repr(offered)
     return UserError(
-        f"peft.targets: {offered} matches no layer of this encoder{hint}; logical names here:"
-        f" {', '.join(roles) or 'none'}; layers here: {shown or 'none'}"
+        f"peft.targets: {what} matches no layer of this encoder{hint}; logical names here:"
+        f" {', '.join(logical) or 'none'}; layers here: {shown}"
     )
 
 
@@ -152,9 +159,15 @@ def by_pattern(patterns: dict[str, int], targets: list[Target], default: int) ->
     """Rank of every target by name: the last pattern of rank_pattern that its key contains.
 
     Raises:
-        UserError: a pattern that matches no target.
+        UserError: a pattern that matches no target, a rank that no target's weight can have.
     """
     ranks = {target.name: default for target in targets}
+    limit = max(possible_rank(target) for target in targets)
+    for rank in (default, *patterns.values()):
+        if rank > limit:
+            raise UserError(
+                f"peft.rank = {rank}: no weight that it changes has a rank above {limit}; lower it"
+            )
     for pattern, rank in patterns.items():
         expression = compile_pattern(pattern)
         matched = [name for name in ranks if expression.search(name)]
@@ -165,6 +178,14 @@ def by_pattern(patterns: dict[str, int], targets: list[Target], default: int) ->
             )
         ranks |= dict.fromkeys(matched, rank)
     return ranks
+
+
+def possible_rank(target: Target) -> int:
+    """Rank of the weight as a matrix (out, in * kernel) at most."""
+    module = target.layer.module
+    weight = module._parameters[weight_names(module)[0]]
+    out = weight.shape[0] if target.rows is None else target.rows[1] - target.rows[0]
+    return min(out, weight[0].numel())
 
 
 def every(root: nn.Module, kinds: tuple[str, ...]) -> list[Target]:

@@ -5,6 +5,7 @@ wrapped in a checkpoint, with prefixes before its names. Files hold tensors only
 executed.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ WRAPPERS = ("ema", "model_ema", "state_dict", "model_state_dict", "model_state",
 POSITIONS = ("pos_embed", "pos_embedding")
 COUNTER = "num_batches_tracked"  # of BatchNorm; files of old torch versions lack it
 Tensors = dict[str, Tensor]
+ADAPTER = re.compile(r"(^|\.)(adapter|added|shared)\.")  # children that PEFT methods add
 Converter = Callable[[Tensors, nn.Module], Tensors]
 
 
@@ -141,6 +143,12 @@ def load_tensors(target: Target, tensors: Tensors, *, source: str) -> None:
         if converted is not None:
             fitted = fit(converted, target, state)
             found = compare(fitted, state)
+    if any(ADAPTER.search(name) for name in found.unexpected):
+        raise UserError(
+            f"{source} holds adapters of a PEFT run beside its base: fold them in with mode ="
+            ' "infer", infer.merge = true and infer.export = "merged.safetensors", and take that'
+            " file"
+        )
     if found:
         raise UserError(
             f"{source} does not fit {type(target.net).__name__}:\n{found.table()}\n"

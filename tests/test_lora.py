@@ -56,6 +56,39 @@ def test_parts_of_a_fused_weight_and_the_whole_agree(name):
     torch.testing.assert_close(merge(net)(x), y, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("torch_attention", ("q", "v")), ("volume", ("second",)), ("vit", ("qkv",))],
+    ids=["a weight that is read", "grouped convolutions", "called layers"],
+)
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_acts_in_training_only(name, targets, dora):
+    net, x = build(name), sample(name)
+    apply_lora(Lora(rank=3, dropout=0.5, targets=targets, use_dora=dora), net)
+    disturb(net)
+    y = net(x)
+    assert torch.equal(net(x), y)
+    net.train()
+    assert not torch.equal(net(x), net(x))
+    torch.testing.assert_close(merge(net)(x), y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_of_a_weight_that_is_read_keeps_its_mean(dora):
+    net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}).double()
+    apply_lora(Lora(rank=3, dropout=0.5, targets=("q", "v"), use_dora=dora), net)
+    disturb(net)
+    expected = net.eval()["attn"].in_proj_weight
+    net.train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draws = torch.stack([net["attn"].in_proj_weight for _ in range(2000)])
+    error = draws.std(0) / 2000**0.5
+    assert ((draws.mean(0) - expected).abs() <= 5 * error + 1e-12).all()
+    assert torch.equal(error[8:16] > 0, torch.zeros(8, 8, dtype=torch.bool))  # k has no adapter
+    assert (error[:8] > 0).all() and (error[16:] > 0).all()
+
+
 def test_gradients_of_parts_against_a_formula_in_float64():
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "x": nn.Linear(8, 24)})
     del net["attn"]

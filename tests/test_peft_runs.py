@@ -173,6 +173,33 @@ def test_export_of_what_added_nothing_needs_no_merge(command, tmp_path):
     written, state = safetensors.torch.load_file(file), run.best["model"]
     assert written.keys() == state.keys()
     assert all(torch.equal(written[name], state[name]) for name in state)
+    command("mode=infer", *changes("bitfit"), f"infer.export={file}")  # its own file is replaced
+
+
+def test_an_export_replaces_no_file_of_others(command, refused, tmp_path):
+    command(*changes("bitfit"))
+    file = tmp_path / "base.safetensors"
+    for content in (b"text", safetensors.torch.save({"x": torch.ones(1)})):
+        file.write_bytes(content)
+        line = refused("mode=infer", *changes("bitfit"), f"infer.export={file}")
+        assert "is no export of glovita" in line and file.read_bytes() == content
+
+
+def test_a_checkpoint_with_adapters_is_no_start(command, refused):
+    run = command(*changes("lora"))
+    for name in ("best.pt", "adapter.safetensors"):
+        weights = run.path / "checkpoints" / name
+        line = refused("name=second", f"model.encoder.weights={weights}")
+        assert "infer.merge = true" in line and "infer.export" in line
+
+
+def test_the_checkpoint_says_what_merges(command):
+    """Not the spec it is used with."""
+    run = command(*changes("lora"))
+    command("mode=infer", "peft.method=visual_prompt_tuning", "infer.merge=true",
+            f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}",
+            f"infer.output_dir={run.path / 'merged'}")  # fmt: skip
+    np.testing.assert_allclose(scores(run.path / "merged"), scores(run.path), atol=1e-5)
 
 
 # ---------------------------------------------------------------------- state of methods

@@ -56,6 +56,25 @@ def test_gps_picks_the_largest_gradients_of_every_row(name):
     assert checked >= 4
 
 
+def test_gps_of_a_part_leaves_the_other_rows():
+    net, plain, x = build("vit"), build("vit"), sample("vit")
+    apply_gps(Gps(gps_topk_per_row=2, targets=("q", "v")), net)
+    calibrate(net, [x], lambda batch: squares(net, batch), lambda t: t)
+    squares(plain, x).backward()
+    adapted = plain.blocks[0].attn.qkv.weight
+    layer = net.blocks[0].attn.qkv
+    width = adapted.shape[1]
+    for part, start in (("q", 0), ("v", 2 * width)):
+        gradient = adapted.grad[start : start + width].abs()
+        picked = gradient.gather(1, layer.adapter.get_submodule(part).places)
+        assert torch.equal(picked.sort(1).values, gradient.topk(2).values.sort(1).values)
+    disturb(net)
+    moved = (changed_weight(layer) != adapted).sum(1)
+    assert (moved[:width] == 2).all() and (moved[2 * width :] == 2).all()
+    assert not moved[width : 2 * width].any()
+    assert not is_adapted(net.blocks[0].mlp.fc1)
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "RMSprop"])
 def test_reference_defect_masked_weights_do_not_move(optimizer):
     net, x = calibrated("vit", sample("vit")), sample("vit")

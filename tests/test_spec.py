@@ -78,6 +78,10 @@ def every_struct(kind=None, seen=None):
         ("[training]\nepochs = 0", ["0 is not valid", "a whole number >= 1"]),
         ("[training]\nepochs = true", ["true is not valid"]),
         ("[training]\ncompile = 1", ["1 is not valid: it must be true or false"]),
+        (
+            '[peft]\nmethod = "lora"\nrank_pattern = { "blocks.0" = 0 }',
+            ["rank_pattern.blocks.0: 0 is not valid: it must be a whole number >= 1"],
+        ),
         ("[training]\nprecision = 'bf_16'", ['"auto", "bf16"', 'did you mean "bf16"?']),
         ("training = 3", ["training: 3 is not valid: it must be a table"]),
         ("seed = [1]", ["seed: [1] is not valid"]),

@@ -39,6 +39,14 @@ BROKEN = [
     ),
     (["peft.method=oft", "peft.eps=1e-3"], "peft.eps", "read with peft.coft"),
     (["peft.method=convpass", "infer.merge=true"], "infer.merge", "does not merge"),
+    (["peft.method=lokr", "peft.decompose_factor=0"], "peft.decompose_factor", "no size"),
+    (["infer.export=merged.pth"], "infer.export", '"merged.pth" must end in ".safetensors"'),
+    (
+        ["infer.export=x.safetensors", "infer.checkpoint=['a.pt', 'b.pt']"],
+        "infer.export",
+        "infer names 2",
+    ),
+    (["infer.export=x.safetensors", "infer.folds=[0, 1, 2]"], "infer.export", "infer names 3"),
 ]
 
 
