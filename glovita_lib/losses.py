@@ -18,10 +18,8 @@ class Criterion(nn.Module):
     - regression: mean_k of the squared, absolute or Huber (delta 1) error, in units of `target_std`
 
     Class weights multiply; the mean over samples is not divided by their sum, so that accumulated
-    batches and
-    shards of different composition add up to the loss of one large batch. Balanced weights have
-    mean 1 over the
-    train split.
+    batches and shards of different composition add up to the loss of one large batch. Balanced
+    weights have mean 1 over the train split.
     """
 
     def __init__(

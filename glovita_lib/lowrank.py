@@ -21,8 +21,7 @@ Rows = tuple[int, int]
 
 def joined(rows: tuple[Rows, ...], factors: tuple[Tensor, ...], like: Tensor) -> list[Tensor]:
     """All parts as one pair: A (R, in) of all ranks below each other, B (out, R) with B_i in its
-    rows
-    and columns. One wide product is faster than a skinny one per part."""
+    rows and columns. One wide product is faster than a skinny one per part."""
     downs, ups = factors[::2], factors[1::2]
     if len(rows) == 1 and rows[0] == (0, like.shape[0]):
         return [downs[0].to(like.dtype), ups[0].to(like.dtype)]

@@ -1,8 +1,7 @@
 """Optimizers, parameter groups and learning-rate schedules.
 
 The learning rate is a function of the optimizer step alone, so a run continues from any step
-without scheduler
-state, and what is logged is what was used.
+without scheduler state, and what is logged is what was used.
 """
 
 import math
@@ -62,8 +61,7 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[dict]:
     order.
 
     The factor is layer_wise_lr_decay to the power of the distance from the head (the head has
-    factor 1) times the
-    parameter's own `lr_scale` where a PEFT method set one (LoRA+).
+    factor 1) times the parameter's own `lr_scale` where a PEFT method set one (LoRA+).
     """
     depths = layer_depths(model) if spec.layer_wise_lr_decay else {}
     deepest = max(depths.values(), default=0)

@@ -86,8 +86,7 @@ class Adalora(Targeted, tag="adalora", tag_field="method"):
 
 class Loha(Ranked, tag="loha", tag_field="method"):
     """W + (alpha / r) (B1 A1) * (B2 A2), an elementwise product that has rank up to r^2 (Hyeon-Woo
-    et
-    al., FedPara, ICLR 2022)."""
+    et al., FedPara, ICLR 2022)."""
 
     rank: Rank = 4
     """Rank of each factor."""
@@ -147,8 +146,7 @@ class Boft(Targeted, tag="boft", tag_field="method"):
 
 class Vera(Targeted, tag="vera", tag_field="method"):
     """W + diag(b) B diag(d) A with random A and B that all layers share (Kopiczko et al., VeRA,
-    ICLR
-    2024)."""
+    ICLR 2024)."""
 
     rank: Rank = 8
     """Rank of the change; the paper uses 256 and more, since only vectors train."""

@@ -69,8 +69,7 @@ class AdaptFormer(Spec, tag="adapt_former", tag_field="method"):
 
 class Convpass(Spec, tag="convpass", tag_field="method"):
     """Down -> GELU -> 3 x 3 convolution over the grid of patches -> GELU -> Up beside the MLP;
-    prefix
-    tokens are a grid of one (Jie and Deng, Convpass, 2022)."""
+    prefix tokens are a grid of one (Jie and Deng, Convpass, 2022)."""
 
     bottleneck: Size = 64
     """Width between Down and Up."""
