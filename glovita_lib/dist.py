@@ -4,6 +4,7 @@ torchrun starts the processes; nothing here does. CPU tensors and Python objects
 CUDA tensors over NCCL.
 """
 
+import gc
 import os
 import random
 import sys
@@ -96,8 +97,13 @@ def pick_device(local_rank: int, world: int) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one.
+
+    Models in reference cycles are freed first: one that still holds the group keeps its threads,
+    which abort the process if they end behind the interpreter.
+    """
     if td.is_initialized():
+        gc.collect()
         td.destroy_process_group()
 
 

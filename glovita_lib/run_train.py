@@ -206,6 +206,7 @@ def mend_links(run: RunDir, state: dict[str, Any], training: Training) -> None:
 def finish(run: RunDir, experiment: Experiment, data: Data) -> None:
     """Evaluate the best model on the whole of the held-out splits and write the results."""
     task, ranks = experiment.root.task, experiment.ranks
+    dist.barrier(ranks)  # until the first rank has written the last epoch
     best = checkpoint.load(run.best, map_location="cpu")
     checkpoint.load_model(experiment.model, trained_weights(best), run.best)
     if ranks.is_main and not isinstance(experiment.root.peft, FullFinetuning):

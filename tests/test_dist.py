@@ -119,6 +119,7 @@ before = model[1].running_mean.clone()
 dist.sync_buffers(ranks, model)
 assert torch.equal(before, model[1].running_mean) == (r == 0)
 torch.save(model.state_dict(), folder / f"model_{r}.pt")
+del parallel  # it holds the group, whose threads would outlive the interpreter
 dist.stop()
 dist.stop()
 """

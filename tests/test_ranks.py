@@ -49,7 +49,7 @@ dist.stop()
 
 # One command with a fault on the first rank.
 FAULT = """
-import os, signal, sys
+import os, signal, sys, time
 import glovita
 from glovita_lib import checkpoint, dist, run_train
 from glovita_lib.spec import UserError
@@ -68,8 +68,14 @@ def die(self):
     if self.state.step == 5 and self.ranks.is_main:
         os.kill(os.getpid(), signal.SIGKILL)
 
+def slow(path, state):
+    time.sleep(2)
+    save(path, state)
+
 if sys.argv[1] == "full":
     checkpoint.save = full
+elif sys.argv[1] == "slow":
+    checkpoint.save = slow
 else:
     Trainer.optimizer_step = die
 sys.exit(glovita.main(sys.argv[2:]))
@@ -210,6 +216,15 @@ def test_evaluation_on_shards_that_do_not_divide_is_exact(two_ranks, specs, comm
         assert two.json(f"metrics_{split}.json")["loss"] == pytest.approx(report["loss"], rel=1e-6)
     for name in ("predictions_val.csv", "metrics_val.json"):  # mode infer on two ranks
         assert (two.path / "infer" / name).read_bytes() == (two.path / name).read_bytes()
+
+
+def test_all_ranks_wait_for_the_last_checkpoint(specs, tmp_path):
+    """The only epoch's, written by a first rank with a slow disk."""
+    script = tmp_path / "fault.py"
+    script.write_text(FAULT)
+    arguments = ["--override", f"exp_dir={tmp_path}", "name=slow", "training.epochs=1"]
+    out = torchrun(script, "slow", specs / "exact.toml", *arguments)
+    assert "slow/0 is finished" in out
 
 
 def test_faults_end_all_ranks_and_the_run_goes_on(two_ranks, specs, tmp_path):
