@@ -168,7 +168,7 @@ class FourierFt(Targeted, tag="fourierft", tag_field="method"):
     FourierFT, ICML 2024)."""
 
     n_frequency: Annotated[int, Meta(ge=1)] = 1000
-    """Coefficients per layer."""
+    """Coefficients per layer; as many as its weight has numbers where that is fewer."""
     scaling: Positive = 150.0
     """Scale of the change."""
     random_loc_seed: Annotated[int, Meta(ge=0)] = 777
