@@ -59,12 +59,14 @@ def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation | No
     """All facts of a training run.
 
     Raises:
-        UserError: no train split, targets that do not vary, or class weights that do not fit the
-        classes.
+        UserError: no train split, targets that do not vary, class weights that do not fit the
+            classes, or options that have no meaning for these targets or samples.
     """
     train = data.splits.get("train")
     if train is None or not len(train):
         raise UserError(f"data set {data.name}: the train split is empty")
+    check_metrics(root.task.metrics, data.subtask)
+    check_options(root.task, data.subtask, kind_of(train))
     metrics = root.task.metrics or default_metrics(data.subtask)
     moments = None
     if isinstance(root.data, PrecomputedData) and root.data.standardize:
@@ -95,6 +97,38 @@ def kind_of(split: Split) -> str:
     if isinstance(split.source, BagSource):
         return "bags"
     return "vectors" if isinstance(split.source, VectorSource) else "images"
+
+
+def check_metrics(metrics: tuple[str, ...] | None, subtask: str) -> None:
+    """The spec's rule again, for data that alone tell what their targets are.
+
+    Raises:
+        UserError: a metric that is not defined for the subtask.
+    """
+    from glovita_lib.metric_names import METRICS_OF
+
+    for name in metrics or ():
+        if name not in METRICS_OF[subtask]:
+            raise UserError(
+                f'task.metrics: "{name}" is not defined for {subtask}, which the data are; valid'
+                f" are {', '.join(METRICS_OF[subtask])}"
+            )
+
+
+def check_options(task: Supervised, subtask: str, kind: str) -> None:
+    """Mixing is for images, and with weights and smoothing for classes.
+
+    Raises:
+        UserError: an option that has no meaning here.
+    """
+    mixing = {"mixup": task.mixup, "cutmix": task.cutmix}
+    softening = {"label_smoothing": task.label_smoothing, "class_weights": task.class_weights}
+    if subtask == "regression":
+        for name in (name for name, value in (mixing | softening).items() if value):
+            raise UserError(f"task.{name} is for classes, and the data are a regression: drop it")
+    if kind != "images":
+        for name in (name for name, value in mixing.items() if value):
+            raise UserError(f"task.{name} mixes images, and the samples are {kind}: drop it")
 
 
 def default_metrics(subtask: str) -> tuple[str, ...]:

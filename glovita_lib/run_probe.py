@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glovita_lib import dist, files, plots, prediction_csv
 from glovita_lib.datasets import Data, Split, build_data
+from glovita_lib.facts import check_metrics
 from glovita_lib.feature_sources import BagSource, VectorSource
 from glovita_lib.metric_names import DEFAULT_METRICS, logged_names, lower_is_better
 from glovita_lib.metrics import compute, report
@@ -85,9 +86,11 @@ def read(loaded: Loaded) -> tuple[Data, dict[str, Samples]]:
     """The splits in memory, bags averaged.
 
     Raises:
-        UserError: samples are no features, or there is no val split to choose on.
+        UserError: samples are no features, there is no val split to choose on, or a metric is not
+            defined for the targets.
     """
     data = build_data(loaded.root.data, seed=loaded.root.seed)
+    check_metrics(loaded.root.task.metrics, data.subtask)
     source = data.splits["train"].source
     if not isinstance(source, VectorSource | BagSource):
         raise UserError(

@@ -21,7 +21,7 @@ from glovita_lib.spec_heads import ClamHead, ClassificationHead, RegressionHead
 from glovita_lib.spec_ignored import ignored_options
 from glovita_lib.spec_model import PrecomputedEncoder, TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_root import Root
-from glovita_lib.spec_train import Supervised
+from glovita_lib.spec_train import Probe, Supervised
 from glovita_lib.spec_types import one_of, shown
 
 WITHOUT_CLASS_TOKEN = (
@@ -78,6 +78,8 @@ def check(root: Root) -> list[str]:
         instances_have_classes,
         metrics_exist,
         metrics_fit_targets,
+        probes_have_choices,
+        features_are_not_mixed,
         best_metric_is_logged,
         class_weights_fit,
         classification_only_options,
@@ -157,6 +159,22 @@ def metrics_fit_targets(root: Root) -> Iterator[str]:
         if subtask and name not in METRICS_OF[subtask]:
             valid = ", ".join(METRICS_OF[subtask])
             yield f"task.metrics: {shown(name)} is not defined for {subtask}; valid are {valid}"
+
+
+def probes_have_choices(root: Root) -> Iterator[str]:
+    """Probes choose between something."""
+    if isinstance(root.task, Probe):
+        for name in ("methods", "k", "l2"):
+            if not getattr(root.task, name):
+                yield f"task.{name}: [] names none: leave it out for the usual ones, or name one"
+
+
+def features_are_not_mixed(root: Root) -> Iterator[str]:
+    """Mixup and CutMix mix images."""
+    if isinstance(root.data, PrecomputedData) and isinstance(root.task, Supervised):
+        mixing = {"mixup": root.task.mixup, "cutmix": root.task.cutmix}
+        for name in (name for name, value in mixing.items() if value):
+            yield f"task.{name}: it mixes images, and the samples are features: drop it"
 
 
 def best_metric_is_logged(root: Root) -> Iterator[str]:

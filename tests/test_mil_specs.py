@@ -119,6 +119,26 @@ def test_heads_for_bags_take_no_vectors(refused, vectors, head):
     assert f'head_type = "{head}"' in line and '"classification"' in line and "bag_ptr" in line
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("task.metrics=['auroc']", '"auroc" is not defined for regression'),
+        ("task.label_smoothing=0.1", "is for classes"),
+        ("task.objective=probe task.metrics=['auroc']", '"auroc" is not defined for regression'),
+    ],
+)
+def test_what_the_targets_alone_refuse(refused, tmp_path, override, words):
+    """The spec does not say that they are numbers; the file does."""
+    for split in ("train", "val"):
+        with h5py.File(tmp_path / f"{split}.h5", "w") as file:
+            file["features"] = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+            file["labels"] = np.arange(8) / 3
+    files = [f"data.{split}_features_file={split}.h5" for split in ("train", "val")]
+    spec = FEATURES.replace("HEAD", "regression")
+    line = refused(f"data.data_root_dir={tmp_path}", *files, *override.split(), spec=spec)
+    assert words in line and not list(tmp_path.glob("**/*.pt"))
+
+
 def test_instances_of_a_regression_have_no_class(refused, tmp_path):
     """Where the feature file alone says that the targets are numbers."""
     with h5py.File(tmp_path / "train.h5", "w") as file:
