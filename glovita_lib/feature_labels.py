@@ -81,7 +81,7 @@ def with_table(
     """Labels, groups and splits from the CSV, where there is one.
 
     Raises:
-        UserError: a sample that the table lacks.
+        UserError: a sample that the table lacks, or an empty label or group.
     """
     if table is None:
         if spec.group_column is not None or spec.split_source == "csv":
@@ -98,6 +98,13 @@ def with_table(
         )
     rows = [table[name] for name in collection.ids]
     columns = label_columns(spec)
+    for column in (*columns, *([spec.group_column] if spec.group_column else [])):
+        blank = [row[spec.id_column] for row in rows if not (row[column] or "").strip()]
+        if blank:
+            raise UserError(
+                f"{spec.labels_file}: column {column} is empty for {len(blank)} samples"
+                f" ({', '.join(blank[:10])}); fill it in, or remove these samples"
+            )
     labels = np.array([[row[column] for column in columns] for row in rows])
     numeric = as_numbers(labels)
     labels = labels if numeric is None else numeric

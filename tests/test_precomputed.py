@@ -68,6 +68,19 @@ def test_fixed_bags_and_other_keys(tmp_path):
     np.testing.assert_array_equal(bag, X[12:15])
 
 
+def test_an_empty_cell_is_no_class(tmp_path):
+    write(tmp_path / "all.h5", features=X[:6], ids=np.array(list("abcdef"), object))
+    tables = {
+        "label": "id,label,p\na,1,x\nb,2,x\nc,,y\nd,1,y\ne, ,z\nf,2,z\n",
+        "p": "id,label,p\na,1,\nb,2,x\nc,1,y\nd,1,y\ne,2,\nf,2,z\n",
+    }
+    for column, text in tables.items():
+        (tmp_path / "labels.csv").write_text(text)
+        with pytest.raises(UserError, match=f"column {column} is empty for 2 samples"):
+            build(tmp_path, features_file="all.h5", labels_file="labels.csv", group_column="p",
+                  split_source="kfold", n_folds=3)  # fmt: skip
+
+
 def test_a_folder_of_bags(tmp_path):
     folder = tmp_path / "slides"
     folder.mkdir()
