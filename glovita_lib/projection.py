@@ -229,13 +229,18 @@ def exact_neighbors(
     return indices.int().cpu().numpy(), distances.float().cpu().numpy()
 
 
+def perplexity_of(spec: Umap, count: int) -> float:
+    """The perplexity that so many points allow: at most a third of the others."""
+    return min(spec.perplexity, (count - 1) / 3)
+
+
 def tsne_layout(features: torch.Tensor, spec: Umap, seed: int) -> np.ndarray:
     """t-SNE (van der Maaten and Hinton, 2008) by scikit-learn, begun from principal components."""
     from sklearn.manifold import TSNE
 
     start, _ = principal_components(features, 2)
     model = TSNE(
-        perplexity=min(spec.perplexity, (len(features) - 1) / 3),
+        perplexity=perplexity_of(spec, len(features)),
         metric=spec.metric,
         init=(start / start[:, 0].std() * START).astype(np.float32),
         random_state=seed,

@@ -154,18 +154,19 @@ def candidates_of(
     targets = one_hot(torch.from_numpy(train.targets), data.outputs, data.subtask)
     held_out = {name: part for name, part in samples.items() if name != "train"}
     if method == "knn":
+        ks = sorted({min(k, len(train.ids)) for k in task.k})  # no more neighbours than there are
         scores = {
             name: knn_scores(
                 part.features.to(device),
                 train.features.to(device),
                 targets.to(device),
-                ks=task.k,
+                ks=tuple(ks),
                 metric=task.distance,
                 temperature=task.temperature,
             )
             for name, part in held_out.items()
         }
-        for k in task.k:
+        for k in ks:
             yield {"k": k}, {name: found[k].cpu().numpy() for name, found in scores.items()}
         return
     for strength, model in fit_linear(

@@ -16,7 +16,7 @@ from glovita_lib.experiment import read_data
 from glovita_lib.files import write_csv, write_json
 from glovita_lib.plot_projection import Text, draw_points
 from glovita_lib.progress import say, table
-from glovita_lib.projection import MISSING, Projection, project
+from glovita_lib.projection import MISSING, Projection, perplexity_of, project
 from glovita_lib.projection_html import write_page
 from glovita_lib.projection_source import (
     Images,
@@ -248,7 +248,7 @@ def words_of(spec: Umap, samples: Samples, projection: Projection) -> Text:
     if projection.method == "umap":
         parts.append(f"{spec.n_neighbors} neighbours, min_dist {spec.min_dist:g}")
     if projection.method == "tsne":
-        parts.append(f"perplexity {spec.perplexity:g}")
+        parts.append(f"perplexity {perplexity_of(spec, count):.3g}")
     parts.append(f"{spec.metric} distance")
     if spec.pca is not None and projection.method != "pca":
         parts.append(f"of {spec.pca} principal components")

@@ -56,7 +56,7 @@ class Probe(Spec, tag="probe", tag_field="objective"):
     methods: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
     """Weighted vote of nearest neighbours; logistic regression (ridge for regression)."""
     k: tuple[Count, ...] = (1, 5, 10, 20, 50, 100)
-    """Numbers of neighbours to choose from."""
+    """Numbers of neighbours to choose from; at most as many as there are train samples."""
     distance: Literal["cosine", "euclidean"] = "cosine"
     """Distance of neighbours."""
     temperature: Positive = 0.07

@@ -33,6 +33,7 @@ from glovita_lib.plot_projection import Text, above, draw_points
 from glovita_lib.projection import (
     choose,
     exact_neighbors,
+    perplexity_of,
     principal_components,
     project,
     shares,
@@ -45,6 +46,11 @@ from glovita_lib.spec_umap import Umap
 DIGITS = load_digits()
 X, Y = DIGITS.data[:500].astype(np.float32), DIGITS.target[:500]
 CPU = torch.device("cpu")
+
+
+def test_perplexity_is_what_the_points_allow():
+    assert perplexity_of(Umap(method="tsne", perplexity=500), 91) == 30
+    assert perplexity_of(Umap(method="tsne", perplexity=20), 91) == 20
 
 
 def lay_out(features, seed=0, **fields):

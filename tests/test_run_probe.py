@@ -79,6 +79,13 @@ def test_both_probes_choose_on_val_and_report_test(tmp_path, capsys):
     assert "finished before" in capsys.readouterr().out
 
 
+def test_no_more_neighbours_than_there_are(tmp_path):
+    task = 'methods = ["knn"]\nk = [5, 5000, 9000]'
+    assert run(write(tmp_path, DIGITS.data, DIGITS.target, task), tmp_path) == 0
+    _, content = results(tmp_path)
+    assert [c["k"] for c in content["knn"]["candidates"]] == [5, 900]
+
+
 def test_regression_and_bags(tmp_path):
     data = load_diabetes()
     splits = {"train": slice(0, 300), "val": slice(300, 370), "test": slice(370, None)}
