@@ -129,7 +129,11 @@ def as_numbers(labels: np.ndarray) -> np.ndarray | None:
 
 
 def resolve_subtask(spec: PrecomputedData, collections: list[Collection]) -> str:
-    """Kind of target: as given, as the file says, or as the labels look."""
+    """Kind of target: as given, as the file says, or as the labels look.
+
+    Raises:
+        UserError: whole numbers in columns, which may be classes or targets.
+    """
     if spec.subtask is not None:
         return spec.subtask
     said = {c.subtask for c in collections if c.subtask is not None}
@@ -140,6 +144,12 @@ def resolve_subtask(spec: PrecomputedData, collections: list[Collection]) -> str
         return "multiclass"
     if all(label.ndim == 2 and np.isin(label, (0, 1)).all() for label in labels):
         return "multilabel"
+    for c in collections:
+        if c.labels.ndim == 2 and c.labels.dtype.kind in "iu":
+            raise UserError(
+                f"{c.where}: labels of shape {c.labels.shape} are whole numbers; store classes as"
+                ' (N,), or set data.subtask = "regression"'
+            )
     return "regression"
 
 

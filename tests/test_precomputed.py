@@ -68,6 +68,16 @@ def test_fixed_bags_and_other_keys(tmp_path):
     np.testing.assert_array_equal(bag, X[12:15])
 
 
+def test_whole_numbers_in_a_column_may_be_classes_or_targets(tmp_path):
+    labels = np.arange(6)[:, None] % 3
+    write(tmp_path / "all.h5", features=X[:6], labels=labels)
+    given = {"features_file": "all.h5", "split_source": "kfold", "n_folds": 3}
+    with pytest.raises(UserError, match=r"shape \(6, 1\) are whole numbers; store classes as"):
+        build(tmp_path, **given)
+    data = build(tmp_path, **given, subtask="regression")
+    assert data.subtask == "regression" and data.splits["train"].targets.shape[1] == 1
+
+
 def test_an_empty_cell_is_no_class(tmp_path):
     write(tmp_path / "all.h5", features=X[:6], ids=np.array(list("abcdef"), object))
     tables = {
