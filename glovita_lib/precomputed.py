@@ -55,7 +55,7 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
         class_names=names,
         channels=next(iter(widths.values())),
         bit_depth=16,
-        report=shared_ids(splits),
+        report=[*shared_ids(splits), *untrained(splits, names, subtask)],
     )
 
 
@@ -207,6 +207,18 @@ def refuse_shared_groups(splits: dict[str, Split]) -> None:
                     " group must stay together"
                 )
             owner[group] = name
+
+
+def untrained(splits: dict[str, Split], names: tuple[str, ...], subtask: str) -> list[str]:
+    """A line about classes that other splits have and train lacks."""
+    if subtask != "multiclass" or "train" not in splits:
+        return []
+    others = [split.targets for name, split in splits.items() if name != "train"]
+    found = np.unique(np.concatenate([np.empty(0, np.int64), *others]))
+    absent = [names[number] for number in np.setdiff1d(found, splits["train"].targets)]
+    if not absent:
+        return []
+    return [f"{len(absent)} classes have no train sample: {', '.join(absent[:10])}"]
 
 
 def shared_ids(splits: dict[str, Split]) -> list[str]:

@@ -78,6 +78,13 @@ def test_whole_numbers_in_a_column_may_be_classes_or_targets(tmp_path):
     assert data.subtask == "regression" and data.splits["train"].targets.shape[1] == 1
 
 
+def test_classes_that_train_lacks_are_reported(tmp_path):
+    for split, labels in (("train", [0, 1, 1, 0, 1, 0]), ("val", [0, 1, 2, 4, 4, 1])):
+        write(tmp_path / f"{split}.h5", features=X[:6], labels=np.array(labels))
+    files = {"train_features_file": "train.h5", "val_features_file": "val.h5"}
+    assert "2 classes have no train sample: 2, 4" in build(tmp_path, **files).report
+
+
 def test_an_empty_cell_is_no_class(tmp_path):
     write(tmp_path / "all.h5", features=X[:6], ids=np.array(list("abcdef"), object))
     tables = {
