@@ -50,7 +50,8 @@ def _(spec: GenericImageData, *, seed: int) -> Data:
     targets, class_names = encode([kept[i].label for i in ids], ids, rules_of(spec, subtask))
     samples = Samples(ids, targets, [kept[i].header for i in ids], groups_of(spec, table, ids))
     rows = rows_of(spec, members, samples, subtask, seed)
-    refuse_shared_groups(ids, samples.groups, rows)
+    if samples.groups is not None:
+        refuse_shared_groups(ids, samples.groups, rows)
     report += duplicate_notes([images.path(i) for i in ids], ids, targets, rows)
     report += notes(samples, rows["train"], subtask, class_names)
     return Data(

@@ -3,7 +3,6 @@
 N samples, K classes or targets, D width.
 """
 
-import csv
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from glovita_lib.hdf5 import FeatureFile
 from glovita_lib.samples import Source
 from glovita_lib.spec import UserError
 from glovita_lib.spec_features import PrecomputedData
+from glovita_lib.tables import read_csv
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class Collection:
 
     where: str
     ids: list[str]
-    labels: np.ndarray  # as stored: numbers or names, (N,) or (N, K)
+    labels: np.ndarray | None  # as stored: numbers or names, (N,) or (N, K)
     groups: list[str] | None
     class_names: tuple[str, ...] | None
     subtask: str | None  # where the file says so
@@ -50,18 +50,10 @@ def read_table(spec: PrecomputedData) -> dict[str, dict[str, str]]:
         UserError: no such file or column, or an id twice.
     """
     path = Path(spec.data_root_dir) / spec.labels_file
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header, rows = reader.fieldnames or [], list(reader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.labels_file {path} cannot be read: {error}") from None
     wanted = [spec.id_column, *label_columns(spec)]
     wanted += [spec.group_column] if spec.group_column else []
     wanted += ["split"] if spec.split_source == "csv" else []
-    missing = [column for column in wanted if column not in header]
-    if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}; the file has {', '.join(header)}")
+    rows = read_csv(path, wanted)
     table = {row[spec.id_column]: row for row in rows}
     if len(table) < len(rows):
         counts = Counter(row[spec.id_column] for row in rows)
@@ -84,11 +76,6 @@ def with_table(
         UserError: a sample that the table lacks, or an empty label or group.
     """
     if table is None:
-        if spec.group_column is not None or spec.split_source == "csv":
-            raise UserError(
-                "data.group_column and data.split_source = csv are read from a table;"
-                " give data.labels_file"
-            )
         return collection
     absent = [name for name in collection.ids if name not in table]
     if absent:
@@ -99,7 +86,7 @@ def with_table(
     rows = [table[name] for name in collection.ids]
     columns = label_columns(spec)
     for column in (*columns, *([spec.group_column] if spec.group_column else [])):
-        blank = [row[spec.id_column] for row in rows if not (row[column] or "").strip()]
+        blank = [row[spec.id_column] for row in rows if not row[column]]
         if blank:
             raise UserError(
                 f"{spec.labels_file}: column {column} is empty for {len(blank)} samples"
@@ -132,13 +119,17 @@ def resolve_subtask(spec: PrecomputedData, collections: list[Collection]) -> str
     """Kind of target: as given, as the file says, or as the labels look.
 
     Raises:
-        UserError: whole numbers in columns, which may be classes or targets.
+        UserError: files that contradict each other, or whole numbers in columns, which may be
+        classes or targets.
     """
     if spec.subtask is not None:
         return spec.subtask
-    said = {c.subtask for c in collections if c.subtask is not None}
-    if len(said) == 1:
-        return said.pop()
+    said = {c.subtask: c.where for c in collections if c.subtask is not None}
+    if len(said) > 1:
+        listed = ", ".join(f"{where} {subtask}" for subtask, where in said.items())
+        raise UserError(f"feature files of different subtasks: {listed}; set data.subtask")
+    if said:
+        return next(iter(said))
     labels = [c.labels for c in collections]
     if all(label.ndim == 1 and label.dtype.kind in "iuUOb" for label in labels):
         return "multiclass"
@@ -159,10 +150,15 @@ def resolve_names(
     """Names of the classes or targets; a given number is checked.
 
     Raises:
-        UserError: data.num_classes does not fit.
+        UserError: data.num_classes does not fit, or the files name different classes.
     """
-    stored = next((c.class_names for c in collections if c.class_names), None)
-    names = spec.class_names or stored
+    stored = {c.class_names: c.where for c in collections if c.class_names}
+    if len(stored) > 1:
+        listed = "; ".join(f"{where}: {', '.join(names[:20])}" for names, where in stored.items())
+        raise UserError(
+            f"feature files of different class_names ({listed}); a label would mean two"
+        )
+    names = spec.class_names or next(iter(stored), None)
     labels = [c.labels for c in collections]
     if names is None and subtask != "multiclass":
         count = 1 if labels[0].ndim == 1 else labels[0].shape[1]

@@ -3,6 +3,8 @@
 N samples, B bags, M instances, D width.
 """
 
+import pickle
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,7 +107,7 @@ class FileBags:
 @dataclass(frozen=True)
 class FolderBags:
     """One bag a file, as CLAM and TRIDENT write them: HDF5 with features (n, D) or (1, n, D) and
-    coords, or a tensor (n, D) saved by torch."""
+    coords, or a tensor of such a shape saved by torch."""
 
     paths: tuple[Path, ...]
     keys: Keys
@@ -116,7 +118,8 @@ class FolderBags:
     def read(self, bag: int) -> np.ndarray:
         path = self.paths[bag]
         if path.suffix == ".pt":
-            return load_tensor(path).numpy()
+            tensor = load_tensor(path).reshape(-1, self.width)
+            return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         rows = Rows(path, self.keys.features, threads=1)
         return rows.read(0, len(rows)).reshape(-1, self.width)
 
@@ -146,11 +149,19 @@ def open_folder(folder: Path, keys: Keys) -> FolderBags:
             errors.append(str(error))
     if errors:
         raise UserError("\n".join(errors[:20]))
-    widths = sorted({shape[1] for shape in shapes})
-    if len(widths) > 1:
-        raise UserError(f"{folder}: bags of different widths {widths}; one encoder makes one width")
+    width, most = Counter(shape[1] for shape in shapes).most_common(1)[0]
+    if most < len(shapes):
+        others = [
+            f"{path.name} {shape[1]}"
+            for path, shape in zip(paths, shapes, strict=True)
+            if shape[1] != width
+        ]
+        raise UserError(
+            f"{folder}: bags of different widths: most have {width}, but {', '.join(others[:10])}"
+            f"{' ...' if len(others) > 10 else ''}; one encoder makes one width"
+        )
     lengths = np.array([shape[0] for shape in shapes], np.int64)
-    return FolderBags(paths, keys, lengths, widths[0], max(shape[2] for shape in shapes))
+    return FolderBags(paths, keys, lengths, width, max(shape[2] for shape in shapes))
 
 
 def bag_shape(path: Path, keys: Keys) -> tuple[int, int, int]:
@@ -161,13 +172,17 @@ def bag_shape(path: Path, keys: Keys) -> tuple[int, int, int]:
     """
     if path.suffix == ".pt":
         tensor = load_tensor(path)
-        shape, kind, size = tuple(tensor.shape), tensor.is_floating_point(), tensor.element_size()
+        kind, size = str(tensor.dtype).removeprefix("torch."), tensor.element_size()
+        shape, floating = tuple(tensor.shape), tensor.is_floating_point()
     else:
         rows = Rows(path, keys.features, threads=1)
-        shape, kind, size = rows.shape, rows.dtype.kind == "f", rows.dtype.itemsize
-        shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
-    if len(shape) != 2 or not kind:
-        raise UserError(f"{path}: features of shape {shape}; a bag is floats of shape (n, D)")
+        shape, kind, size = rows.shape, rows.dtype.name, rows.dtype.itemsize
+        floating = rows.dtype.kind == "f"
+    shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+    if len(shape) != 2 or not floating:
+        raise UserError(
+            f"{path}: features of shape {shape} and type {kind}; a bag is floats of shape (n, D)"
+        )
     if not shape[0]:
         raise UserError(f"{path}: the bag has no instance; remove the file")
     return shape[0], shape[1], size
@@ -181,6 +196,11 @@ def load_tensor(path: Path) -> torch.Tensor:
     """
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds other objects than tensors, which only running their code could read;"
+            " write the features alone: torch.save(features, path)"
+        ) from None
     except Exception as error:  # torch raises many kinds
         raise UserError(f"{path}: not a tensor saved by torch ({error})".splitlines()[0]) from None
     if not isinstance(value, torch.Tensor):

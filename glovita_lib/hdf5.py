@@ -34,6 +34,7 @@ class Keys:
     ids: str
     groups: str
     coords: str
+    named: frozenset[str] = frozenset()  # those that a spec names itself: they must be there
 
 
 @dataclass(slots=True)
@@ -83,7 +84,8 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
 
     Raises:
         UserError: not HDF5, truncated, wrong ranks or lengths, pointers that do not rise from 0 to
-        M, an empty bag, no labels where `labelled` asks for them.
+        M, an empty bag, no labels where `labelled` asks for them, no dataset of a name in
+        `keys.named`.
     """
     path = str(path)
     rows = Rows(path, keys.features, threads=threads)
@@ -93,6 +95,7 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
             " floats of shape (N, D) or (B, N, D)"
         )
     with open_hdf5(path) as file:
+        refuse_absent(path, file, keys)
         ptr = bag_pointers(path, file, keys, rows.shape)
         layout = "vectors" if ptr is None else "ragged" if len(rows.shape) == 2 else "fixed"
         count = len(rows) if ptr is None else len(ptr) - 1
@@ -119,6 +122,21 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
         has_coords=has_coords,
         attributes=attributes,
     )
+
+
+def refuse_absent(path: str, file: Any, keys: Keys) -> None:
+    """The datasets that a spec names itself are there: without its groups or pointers a file would
+    be read as another one.
+
+    Raises:
+        UserError: one is not.
+    """
+    absent = sorted(name for name in keys.named if name not in file)
+    if absent:
+        raise UserError(
+            f"{path}: no dataset {absent[0]!r}; the file has {', '.join(sorted(file))}; correct the"
+            " name in the section data"
+        )
 
 
 def bag_pointers(path: str, file: Any, keys: Keys, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 
 import numpy as np
 
@@ -17,21 +18,35 @@ TAIL = 4096  # last bytes, which tell compressed images of one size apart
 SHOWN = 5
 
 
+def refuse_shared_rows(ids: Sequence[str], rows: dict[str, np.ndarray]) -> None:
+    """Refuse a sample in two splits; val and test may be the same samples, if that was asked for.
+
+    Raises:
+        UserError: the samples.
+    """
+    for (first, one), (second, other) in combinations(different(rows).items(), 2):
+        shared = np.intersect1d(one, other)
+        if len(shared):
+            raise UserError(
+                f"{len(shared)} samples are in the splits {first} and {second}:"
+                f" {some_of([ids[row] for row in shared])}; keep each in one"
+            )
+
+
 def refuse_shared_groups(
-    ids: Sequence[str], groups: Sequence[str] | None, rows: dict[str, np.ndarray]
+    ids: Sequence[str], groups: Sequence[str | None], rows: dict[str, np.ndarray]
 ) -> None:
     """Refuse a group (patient, slide) with samples in two splits; val and test may be the same
-    samples, if that was asked for.
+    samples, if that was asked for. A sample of group None is in none.
 
     Raises:
         UserError: the groups, with a sample in each of their splits.
     """
-    if groups is None:
-        return
     where: dict[str, dict[str, str]] = {}
     for split, numbers in different(rows).items():
         for row in numbers:
-            where.setdefault(groups[row], {}).setdefault(split, ids[row])
+            if groups[row] is not None:
+                where.setdefault(groups[row], {}).setdefault(split, ids[row])
     shared = {group: splits for group, splits in where.items() if len(splits) > 1}
     if shared:
         shown = [

@@ -3,6 +3,7 @@
 N samples, K classes or targets, D width.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,46 +17,51 @@ from glovita_lib.feature_labels import (
     with_table,
 )
 from glovita_lib.feature_sources import FileBags, check_bags, open_folder
-from glovita_lib.files import read_json
 from glovita_lib.hdf5 import Keys, check_finite, open_features
+from glovita_lib.leakage import refuse_shared_groups, refuse_shared_rows
 from glovita_lib.loaders import cores
 from glovita_lib.samples import Data, Split, read_data
 from glovita_lib.spec import UserError
 from glovita_lib.spec_features import PrecomputedData
 from glovita_lib.splits import fold_splits, folds, strata
+from glovita_lib.tables import read_splits
+
+KINDS = ("features", "labels", "bag_ptr", "bag_lengths", "ids", "groups", "coords")
+"""Datasets of a feature file; data.<kind>_key is the name of each."""
 
 
 @read_data.register
 def _(spec: PrecomputedData, *, seed: int) -> Data:
-    collections = open_all(spec)
-    widths = {c.where: c.width for c in collections.values()}
-    if len(set(widths.values())) > 1:
-        listed = ", ".join(f"{where} {width}" for where, width in widths.items())
-        raise UserError(f"feature files of different widths: {listed}; use one encoder for all")
-    if len({c.bags is None for c in collections.values()}) > 1:
-        raise UserError("some of the feature files hold bags, others vectors; use one kind for all")
-    subtask = resolve_subtask(spec, list(collections.values()))
-    names = resolve_names(spec, list(collections.values()), subtask)
-    targets = {name: encode(collection, subtask, names) for name, collection in collections.items()}
+    table = None if spec.labels_file is None else read_table(spec)
+    files = files_of(spec)
+    opened = {file: open_collection(spec, file, table) for file in dict.fromkeys(files.values())}
+    collections = list(opened.values())
+    refuse_mixture(collections)
+    subtask = resolve_subtask(spec, collections)
+    names = resolve_names(spec, collections, subtask)
+    targets = {file: encode(whole, subtask, names) for file, whole in opened.items()}
     if spec.split_source == "files":
-        rows = {name: np.arange(len(c.ids)) for name, c in collections.items()}
-        origin = {name: name for name in collections}
+        rows = {name: np.arange(len(opened[file].ids)) for name, file in files.items()}
     else:
-        rows = split_rows(spec, collections["all"], targets["all"], subtask, seed)
-        origin = dict.fromkeys(rows, "all")
+        file = spec.features_file
+        rows = split_rows(spec, opened[file], targets[file], subtask, seed)
+        files = dict.fromkeys(rows, file)
     splits = {
-        name: make_split(collections[origin[name]], targets[origin[name]], rows[name])
-        for name in rows
+        name: make_split(opened[files[name]], targets[files[name]], rows[name]) for name in rows
     }
-    refuse_shared_groups(splits)
+    refuse_shared(opened, files, rows)
     return Data(
         name="precomputed_features",
         splits=splits,
         subtask=subtask,
         class_names=names,
-        channels=next(iter(widths.values())),
+        channels=collections[0].width,
         bit_depth=16,
-        report=[*shared_ids(splits), *untrained(splits, names, subtask)],
+        report=[
+            *unused(spec, table, collections, splits),
+            *shared_ids(splits),
+            *untrained(splits, names, subtask),
+        ],
     )
 
 
@@ -73,81 +79,92 @@ def make_split(collection: Collection, targets: np.ndarray, rows: np.ndarray) ->
 # ---------------------------------------------------------------------- opening
 
 
-def open_all(spec: PrecomputedData) -> dict[str, Collection]:
-    """Collections by split, or one named "all"."""
+def files_of(spec: PrecomputedData) -> dict[str, str]:
+    """The file or folder of each split, or of "all" where the splits are drawn from one."""
     if spec.split_source != "files":
-        return {"all": open_collection(spec, spec.features_file)}
+        return {"all": spec.features_file}
     files = {
         "train": spec.train_features_file,
         "val": spec.val_features_file,
         "test": spec.test_features_file,
     }
-    return {name: open_collection(spec, file) for name, file in files.items() if file is not None}
+    return {name: file for name, file in files.items() if file is not None}
 
 
-def open_collection(spec: PrecomputedData, name: str) -> Collection:
+def refuse_mixture(collections: list[Collection]) -> None:
+    """The files of one data set have the same width and kind.
+
+    Raises:
+        UserError: what differs, by file.
+    """
+    widths = {c.where: c.width for c in collections}
+    kinds = {c.where: "vectors" if c.bags is None else "bags" for c in collections}
+    for what, values, advice in (
+        ("widths", widths, "use one encoder for all"),
+        ("kinds", kinds, "use one kind for all"),
+    ):
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{where} {value}" for where, value in values.items())
+            raise UserError(f"feature files of different {what}: {listed}; {advice}")
+
+
+def open_collection(
+    spec: PrecomputedData, name: str, table: dict[str, dict[str, str]] | None
+) -> Collection:
     """A file or folder with its labels, checked.
+
+    Args:
+        table: rows of labels_file, where there is one.
 
     Raises:
         UserError: whatever is wrong with it, see hdf5.open_features.
     """
     path = Path(spec.data_root_dir) / name
-    table = None if spec.labels_file is None else read_table(spec)
-    if path.is_dir():
-        return with_table(spec, open_bag_folder(spec, path), table)
-    file = open_features(path, keys(spec), threads=cores(), labelled=table is None)
-    if not len(file):
-        raise UserError(f"{path}: the file has no sample")
-    if spec.check_values:
-        check_finite(file)
-    collection = Collection(
-        where=str(path),
-        ids=file.ids,
-        labels=file.labels,
-        groups=file.groups,
-        class_names=file.class_names,
-        subtask=file.attributes.get("subtask"),
-        split_of=None,
-        vectors=file,
-        bags=None if file.layout == "vectors" else FileBags(file, keys(spec)),
-    )
-    return with_table(spec, collection, table)
-
-
-def keys(spec: PrecomputedData) -> Keys:
-    """Names of the datasets."""
-    return Keys(
-        features=spec.features_key,
-        labels=spec.labels_key,
-        bag_ptr=spec.bag_ptr_key,
-        bag_lengths=spec.bag_lengths_key,
-        ids=spec.ids_key,
-        groups=spec.groups_key,
-        coords=spec.coords_key,
-    )
-
-
-def open_bag_folder(spec: PrecomputedData, path: Path) -> Collection:
-    """A folder of one-bag files; their names without suffix are the ids."""
-    if spec.labels_file is None:
+    if path.is_dir() and table is None:
         raise UserError(
             f"{path} is a folder of bags without labels; give data.labels_file, a CSV with the"
             f" columns {spec.id_column} and {spec.label_column}"
         )
-    bags = open_folder(path, keys(spec))
-    if spec.check_values:
-        check_bags(bags)
-    return Collection(
-        where=str(path),
-        ids=[file.stem for file in bags.paths],
-        labels=np.zeros(len(bags.paths)),  # replaced by those of the table
-        groups=None,
-        class_names=None,
-        subtask=None,
-        split_of=None,
-        vectors=None,
-        bags=bags,
-    )
+    collection = read_collection(path, keys(spec), labelled=table is None)
+    if spec.check_values and collection.vectors is None:
+        check_bags(collection.bags)
+    elif spec.check_values:
+        check_finite(collection.vectors)
+    return with_table(spec, collection, table)
+
+
+def read_collection(path: Path, names: Keys, *, labelled: bool) -> Collection:
+    """A feature file, or a folder of one-bag files whose names without suffix are the ids.
+
+    Raises:
+        UserError: it is damaged, has no sample or, where `labelled` asks for them, no labels; or
+        two samples have the same id.
+    """
+    groups = labels = class_names = subtask = vectors = None
+    if path.is_dir():
+        bags = open_folder(path, names)
+        ids = [file.stem for file in bags.paths]
+    else:
+        vectors = open_features(path, names, threads=cores(), labelled=labelled)
+        bags = None if vectors.layout == "vectors" else FileBags(vectors, names)
+        ids, groups, labels = vectors.ids, vectors.groups, vectors.labels
+        class_names, subtask = vectors.class_names, vectors.attributes.get("subtask")
+    if not ids:
+        raise UserError(f"{path}: the file has no sample")
+    if len(set(ids)) < len(ids):
+        twice, times = Counter(ids).most_common(1)[0]
+        raise UserError(
+            f"{path}: id {twice!r} is that of {times} samples; splits, labels and predictions go by"
+            " ids: give each sample its own"
+        )
+    return Collection(str(path), ids, labels, groups, class_names, subtask, None, vectors, bags)
+
+
+def keys(spec: PrecomputedData) -> Keys:
+    """Names of the datasets."""
+    names = {kind: getattr(spec, f"{kind}_key") for kind in KINDS}
+    defaults = {getattr(PrecomputedData(), f"{kind}_key") for kind in KINDS}
+    return Keys(**names, named=frozenset(names.values()) - defaults)
 
 
 # ---------------------------------------------------------------------- splits
@@ -163,50 +180,90 @@ def split_rows(
         fold_of = folds(labels, spec.n_folds, seed=seed, groups=groups)
         return fold_splits(fold_of, spec.fold, spec.n_folds)
     if spec.split_source == "csv":
-        names = np.array(whole.split_of)
-        found = {name: np.flatnonzero(names == name) for name in ("train", "val", "test")}
-        return {name: rows for name, rows in found.items() if len(rows)}
+        return column_rows(whole)
     return listed_rows(spec, whole)
+
+
+def column_rows(whole: Collection) -> dict[str, np.ndarray]:
+    """Rows of each split that the column split names; rows without one are not used.
+
+    Raises:
+        UserError: another name.
+    """
+    rows: dict[str, list[int]] = {"train": [], "val": [], "test": [], "": []}
+    unknown = [name for name in whole.split_of if name not in rows]
+    if unknown:
+        raise UserError(
+            f"column split of data.labels_file: {unknown[0]!r} ({len(unknown)} samples) is no"
+            " split; write train, val or test, or nothing where a sample is not to be used"
+        )
+    for row, name in enumerate(whole.split_of):
+        rows[name].append(row)
+    return {name: np.array(found) for name, found in rows.items() if name and found}
 
 
 def listed_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarray]:
     """Rows of the ids that split_file lists.
 
     Raises:
-        UserError: no such fold, or an id that is not there.
+        UserError: no such fold or split, or an id that is not there or is listed twice.
     """
     path = Path(spec.data_root_dir) / spec.split_file
-    content = read_json(path)
-    if isinstance(content, list):
-        if spec.fold >= len(content):
-            raise UserError(f"{path}: data.fold = {spec.fold}, but it has {len(content)} folds")
-        content = content[spec.fold]
+    content = read_splits(path, spec.fold)
+    unknown = [name for name in content if name not in ("train", "val", "test")]
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]!r} is no split; there are train, val and test")
     place = {name: row for row, name in enumerate(whole.ids)}
-    listed = {name: content[name] for name in ("train", "val", "test") if content.get(name)}
-    absent = [i for ids in listed.values() for i in ids if str(i) not in place]
-    if absent:
-        raise UserError(
-            f"{path}: {len(absent)} ids are not in {whole.where}"
-            f" ({', '.join(map(str, absent[:10]))})"
-        )
-    return {name: np.array([place[str(i)] for i in ids]) for name, ids in listed.items()}
+    for name, ids in content.items():
+        absent = [identity for identity in ids if identity not in place]
+        if absent:
+            raise UserError(
+                f"{path}: {len(absent)} ids of {name} are not in {whole.where}"
+                f" ({', '.join(absent[:10])}); it has e.g. {whole.ids[0]}"
+            )
+        if len(set(ids)) < len(ids):
+            again = Counter(ids).most_common(1)[0][0]
+            raise UserError(f"{path}: {name} lists {again!r} twice; list each id once")
+    return {name: np.array([place[i] for i in ids]) for name, ids in content.items() if ids}
 
 
-def refuse_shared_groups(splits: dict[str, Split]) -> None:
-    """No group may be in two splits.
+def refuse_shared(
+    opened: dict[str, Collection], files: dict[str, str], rows: dict[str, np.ndarray]
+) -> None:
+    """No sample and no group may be in two splits; but test may be the same samples as val.
 
     Raises:
         UserError: one is.
     """
-    owner: dict[str, str] = {}
-    for name, split in splits.items():
-        for group in dict.fromkeys(split.groups or ()):
-            if group in owner:
-                raise UserError(
-                    f"group {group!r} is in the splits {owner[group]} and {name}: the samples of a"
-                    " group must stay together"
-                )
-            owner[group] = name
+    ends = np.cumsum([len(whole.ids) for whole in opened.values()])
+    first = dict(zip(opened, [0, *ends], strict=False))  # number of the first sample of each file
+    numbers = {split: first[files[split]] + found for split, found in rows.items()}
+    ids = [identity for whole in opened.values() for identity in whole.ids]
+    refuse_shared_rows(ids, numbers)
+    groups: list[str | None] = []
+    for whole in opened.values():
+        groups += [None] * len(whole.ids) if whole.groups is None else whole.groups
+    refuse_shared_groups(ids, groups, numbers)
+
+
+def unused(
+    spec: PrecomputedData,
+    table: dict[str, dict[str, str]] | None,
+    collections: list[Collection],
+    splits: dict[str, Split],
+) -> list[str]:
+    """Lines about rows of the table without a sample, and samples in no split."""
+    lines = []
+    ids = {identity for whole in collections for identity in whole.ids}
+    absent = [name for name in table or () if name not in ids]
+    if absent:
+        lines.append(
+            f"{len(absent)} rows of {spec.labels_file} have no sample, e.g. {absent[0]}: not used"
+        )
+    left = sum(len(whole.ids) for whole in collections) - sum(map(len, splits.values()))
+    if left > 0 and spec.split_source != "files":
+        lines.append(f"{left} samples of {collections[0].where} are in no split: not used")
+    return lines
 
 
 def untrained(splits: dict[str, Split], names: tuple[str, ...], subtask: str) -> list[str]:

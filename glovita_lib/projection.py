@@ -34,7 +34,7 @@ class Projection:
     axes: tuple[str, str]
     """Names of the axes; empty where they mean nothing."""
     trustworthiness: float | None
-    """Of the layout, 0 to 1; None below 3 samples."""
+    """Of the layout, 0 to 1; None below 3 different samples."""
     trust_neighbors: int
     """Neighbours it was measured with."""
     trust_samples: int
@@ -62,7 +62,8 @@ def project(features: np.ndarray, spec: Umap, *, seed: int, device: torch.device
         )
     if method == "pca":
         points, shares = principal_components(given, 2)
-        axes = tuple(f"component {i + 1} ({share:.1%})" for i, share in enumerate(shares))
+        shown = [f" ({share:.1%})" if shares.any() else "" for share in shares]
+        axes = (f"component 1{shown[0]}", f"component 2{shown[1]}")
     else:
         reduced = given if spec.pca is None else reduce(given, spec.pca)
         lay_out = umap_layout if method == "umap" else tsne_layout
@@ -263,7 +264,7 @@ def trust_in(
 
     rows = np.sort(np.random.default_rng(seed).permutation(len(points))[:TRUST_SAMPLES])
     neighbors = min(spec.n_neighbors, (len(rows) - 1) // 2)
-    if neighbors < 1:
+    if neighbors < 1 or distinct(features[rows]) < 3:
         return None, 0, len(rows)
     value = trustworthiness(
         features[rows].cpu().numpy(), points[rows], n_neighbors=neighbors, metric=spec.metric

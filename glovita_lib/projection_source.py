@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from glovita_lib.feature_labels import Collection, encode, resolve_names, resolve_subtask
-from glovita_lib.feature_sources import BagSource, FileBags, open_folder
-from glovita_lib.hdf5 import Keys, open_features
-from glovita_lib.loaders import cores
-from glovita_lib.precomputed import keys
+from glovita_lib.feature_labels import encode, resolve_names, resolve_subtask
+from glovita_lib.feature_sources import BagSource, FileBags
+from glovita_lib.precomputed import keys, read_collection
 from glovita_lib.projection import choose
 from glovita_lib.samples import Data, Split, subset
 from glovita_lib.spec import Spec, UserError
@@ -171,9 +169,8 @@ def open_input(path: Path, data: Spec) -> Data:
     """
     if not path.exists():
         raise UserError(f'umap.input: "{path}" does not exist')
-    collection = open_collection(path, keys(data if is_features(data) else PrecomputedData()))
-    if not collection.ids:
-        raise UserError(f"{path}: the file has no sample")
+    names = keys(data if is_features(data) else PrecomputedData())
+    collection = read_collection(path, names, labelled=False)
     targets, subtask, names = None, "multiclass", ()
     if collection.labels is not None:
         subtask = resolve_subtask(PrecomputedData(), [collection])
@@ -187,17 +184,3 @@ def open_input(path: Path, data: Spec) -> Data:
 def is_features(data: Spec) -> bool:
     """Whether the data of a spec are features."""
     return isinstance(data, PrecomputedData)
-
-
-def open_collection(path: Path, names: Keys) -> Collection:
-    """A file or folder with its labels as stored, None where it has none."""
-    if path.is_dir():
-        bags = open_folder(path, names)
-        known = {"ids": [part.stem for part in bags.paths], "labels": None}
-        known |= {"class_names": None, "subtask": None, "vectors": None, "bags": bags}
-    else:
-        file = open_features(path, names, threads=cores(), labelled=False)
-        known = {"ids": file.ids, "labels": file.labels, "class_names": file.class_names}
-        known |= {"subtask": file.attributes.get("subtask"), "vectors": file}
-        known["bags"] = None if file.layout == "vectors" else FileBags(file, names)
-    return Collection(where=str(path), groups=None, split_of=None, **known)

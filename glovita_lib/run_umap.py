@@ -233,7 +233,7 @@ def output_stem(loaded: Loaded, spec: Umap) -> Path:
 def trust_text(projection: Projection) -> str:
     """Trustworthiness with what it was measured on."""
     if projection.trustworthiness is None:
-        return "not defined for fewer than 3 samples"
+        return "not defined for fewer than 3 different samples"
     return (
         f"{projection.trustworthiness:.3f} ({projection.trust_neighbors} neighbours,"
         f" {projection.trust_samples:,} samples)"

@@ -5,6 +5,7 @@ from typing import Any
 
 from glovita_lib.spec_augment import Ops
 from glovita_lib.spec_data import Cifar10Data, Cifar100Data, DigitsData, GenericImageData, Subtask
+from glovita_lib.spec_features import PrecomputedData
 from glovita_lib.spec_heads import RegressionHead
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_types import shown
@@ -133,6 +134,28 @@ def folds_exist(root: Root) -> Iterator[str]:
         yield f"data.fold: {fold} does not exist: {valid}"
 
 
+def feature_files_are_named(root: Root) -> Iterator[str]:
+    """There is a file to read, and a table where the splits are read from one."""
+    data = root.data
+    elsewhere = root.mode == "umap" and root.umap.input is not None
+    if not isinstance(data, PrecomputedData) or elsewhere:
+        return
+    drawn = data.split_source != "files"
+    if drawn and data.features_file is None:
+        yield (
+            f"data.features_file: data.split_source = {shown(data.split_source)} divides the"
+            " samples of one file or folder: name it here"
+        )
+    split_files = (data.train_features_file, data.val_features_file, data.test_features_file)
+    if not drawn and split_files == (None, None, None):
+        yield (
+            "data.train_features_file: no feature file is named: name one a split, or data."
+            'features_file with data.split_source = "kfold", "splits_json" or "csv"'
+        )
+    if data.split_source == "csv" and data.labels_file is None:
+        yield 'data.labels_file: data.split_source = "csv" reads its column split: name it here'
+
+
 def fractions_leave_train(root: Root) -> Iterator[str]:
     """val and test leave something to train on."""
     data = root.data
@@ -204,6 +227,7 @@ RULES = (
     outputs_agree,
     class_names_differ,
     folds_exist,
+    feature_files_are_named,
     fractions_leave_train,
     split_names_differ,
     suffixes_are_named,

@@ -26,7 +26,7 @@ def umap_options(root: Root) -> Iterator[str]:
                 f"umap.{key}: {shown(value)} would be ignored, it is read only with umap.method ="
                 f" {needs}"
             )
-    if umap.bags != "mean" and umap.input is None and not isinstance(root.data, PrecomputedData):
+    if umap.bags != "mean" and umap.input is None and not is_features(root):
         yield (
             f"umap.bags: {shown(umap.bags)} would be ignored, it is read only with umap.input or"
             ' data.dataset = "precomputed_features"'
@@ -36,16 +36,21 @@ def umap_options(root: Root) -> Iterator[str]:
             f"umap.split: {shown(umap.split)} is a split of the spec's own data, but umap.input is"
             " set: drop one of them"
         )
-    yield from color_options(umap)
+    yield from color_options(umap, of_features=umap.input is not None or is_features(root))
 
 
-def color_options(umap: Umap) -> Iterator[str]:
+def is_features(root: Root) -> bool:
+    """Whether the spec's own data are features."""
+    return isinstance(root.data, PrecomputedData)
+
+
+def color_options(umap: Umap, *, of_features: bool) -> Iterator[str]:
     """Where the colours come from."""
     if umap.color_by == "column" and umap.color_file is None:
         yield 'umap.color_by: "column" needs umap.color_file, a CSV file with the column id'
-    if umap.color_by == "prediction" and umap.input is not None:
+    if umap.color_by == "prediction" and of_features:
         yield (
-            'umap.color_by: "prediction" needs the spec\'s own run, a feature file holds none: use'
+            'umap.color_by: "prediction" needs a run on images, feature files hold none: use'
             ' "column" with umap.color_file = "<predictions of mode infer>" and umap.color_column ='
             ' "prediction"'
         )

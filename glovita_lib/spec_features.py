@@ -31,7 +31,7 @@ class PrecomputedData(Spec, tag="precomputed_features", tag_field="dataset"):
     of labels_file."""
     split_file: str = "splits.json"
     """JSON file {split: [id, ...]}, or a list of such objects, one a fold."""
-    n_folds: Annotated[int, Meta(ge=2)] = 5
+    n_folds: Annotated[int, Meta(ge=3)] = 5
     """Folds of kfold; fold i is test, the next one val, the others train."""
     fold: Annotated[int, Meta(ge=0)] = 0
     """Which fold of a cross-validation this run is."""

@@ -213,7 +213,7 @@ class Problems:
         if self.lines and self.strict:
             raise UserError(self.text("cannot be used; mend them or set data.strict = false:"))
         if self.lines:
-            report.append(self.text("left out (data.strict = false):"))
+            report.append(self.text("left out:"))
 
     def text(self, head: str) -> str:
         """How many images, and the first of them with their reasons, one a line."""
@@ -300,13 +300,14 @@ def agree(path: Path, name: str, what: str, first: Any, second: Any) -> None:
 
 
 def read_splits(path: Path, fold: int) -> dict[str, list[str]]:
-    """Splits of a JSON file: {split: [path, ...]}, or a list or {"0": ...} of these, one a fold.
+    """Splits of a JSON file: {split: [path or id, ...]}, or a list or {"0": ...} of these, one a
+    fold.
 
     Raises:
         UserError: another form, or no such fold.
     """
     content = read_json(path)
-    form = f"{path}: expected {{split: [path, ...]}}, or a list of such objects, one a fold"
+    form = f"{path}: expected {{split: [path or id, ...]}}, or a list of such objects, one a fold"
     if isinstance(content, dict) and content and all(isinstance(v, dict) for v in content.values()):
         if sorted(content) != sorted(map(str, range(len(content)))):
             raise UserError(f'{form}; folds in an object are named "0", "1", ...')
@@ -320,6 +321,6 @@ def read_splits(path: Path, fold: int) -> dict[str, list[str]]:
     if not isinstance(content, dict):
         raise UserError(form)
     for name, paths in content.items():
-        if not isinstance(paths, list) or not all(isinstance(entry, str) for entry in paths):
-            raise UserError(f'{form}; "{name}" is no list of paths')
-    return content
+        if not isinstance(paths, list) or not all(isinstance(entry, str | int) for entry in paths):
+            raise UserError(f'{form}; "{name}" is no list of paths or ids')
+    return {name: [str(entry) for entry in paths] for name, paths in content.items()}

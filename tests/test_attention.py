@@ -36,6 +36,7 @@ SPEC = """
 mode = "train"
 [data]
 dataset = "precomputed_features"
+train_features_file = "t.h5"
 [model.encoder]
 encoder_type = "precomputed"
 [model.head]

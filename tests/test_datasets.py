@@ -493,7 +493,7 @@ def test_all_unusable_images_are_listed_at_once_or_left_out(root):
     assert rows_of(data.splits["train"]) == [r for r in range(20) if r not in (3, 5, 7)]
     assert rows_of(data.splits["val"]) == [20, 22, 23, 24, 25]
     assert (data.splits["train"].targets == DIGITS.target[rows_of(data.splits["train"])]).all()
-    assert data.report[0].startswith("4 images left out (data.strict = false):")
+    assert data.report[0].startswith("4 images left out:")
 
 
 def test_missing_images_of_a_label_file_that_folds_are_drawn_from(root):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -167,13 +168,14 @@ def test_listed_splits_with_folds(tmp_path):
     (tmp_path / "splits.json").write_text(json.dumps(folds))
     data = build(tmp_path, features_file=name, split_source="splits_json", fold=1)
     assert data.splits["train"].ids == ["3", "4"]
-    with pytest.raises(UserError, match="it has 2 folds"):
+    with pytest.raises(UserError, match="has folds 0 to 1"):
         build(tmp_path, features_file=name, split_source="splits_json", fold=2)
 
 
 def test_data_fraction_cuts_train_only(tmp_path):
     bags = ragged(tmp_path)
-    data = build(tmp_path, train_features_file=bags, val_features_file=bags, data_fraction=0.5)
+    val = ragged(tmp_path, "val.h5")
+    data = build(tmp_path, train_features_file=bags, val_features_file=val, data_fraction=0.5)
     assert len(data.splits["train"]) == 5 and len(data.splits["val"]) == 10
     source = data.splits["train"].source
     assert source.collate(source.fetch(np.arange(5))).lengths.sum() > 0
@@ -227,8 +229,118 @@ def test_num_classes_and_absent_labels(tmp_path):
 def test_a_group_in_two_splits_is_refused(tmp_path):
     groups = np.array(["p1", "p2"], "S")
     a = write(tmp_path / "a.h5", features=X[:2], labels=Y[:2], groups=groups)
-    with pytest.raises(UserError, match="group 'p1' is in the splits train and val"):
+    b = write(tmp_path / "b.h5", features=X[2:4], labels=Y[:2], groups=np.array(["p3", "p1"], "S"))
+    c = write(tmp_path / "c.h5", features=X[4:6], labels=Y[:2])  # of other patients, unknown ones
+    with pytest.raises(UserError, match=r"1 groups are in more than one .* p1 \(train: 0, val: 1"):
+        build(tmp_path, train_features_file=a, val_features_file=b, test_features_file=c)
+    assert len(build(tmp_path, train_features_file=a, val_features_file=c).splits) == 2
+
+
+def test_a_sample_in_two_splits_is_refused_but_test_may_be_val(tmp_path):
+    a, b = (write(tmp_path / f"{x}.h5", features=X[:6], labels=Y[:6] % 2) for x in "ab")
+    with pytest.raises(UserError, match="6 samples are in the splits train and val: 0, 1, 2, 3, 4"):
         build(tmp_path, train_features_file=a, val_features_file=a)
+    data = build(tmp_path, train_features_file=a, val_features_file=b, test_features_file=b)
+    assert [len(split) for split in data.splits.values()] == [6, 6, 6]
+    (tmp_path / "splits.json").write_text(json.dumps({"train": [0, 1, 2], "val": ["2", "3"]}))
+    with pytest.raises(UserError, match="1 samples are in the splits train and val: 2; keep each"):
+        build(tmp_path, features_file=a, split_source="splits_json")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"train": [0, 1], "valid": [2]}, "'valid' is no split; there are train, val and test"),
+        ({"train": [0, 7], "val": [2]}, r"1 ids of train are not in .* \(7\); it has e.g. 0"),
+        ({"train": [0, 1, 0], "val": [2]}, "train lists '0' twice"),
+    ],
+)
+def test_split_files_that_do_not_fit(tmp_path, content, said):
+    name = write(tmp_path / "f.h5", features=X[:6], labels=Y[:6] % 2)
+    (tmp_path / "splits.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        build(tmp_path, features_file=name, split_source="splits_json")
+
+
+def test_what_no_split_uses_is_reported(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:6], labels=Y[:6] % 2)
+    (tmp_path / "splits.json").write_text(json.dumps({"train": [0, 1, 2], "val": [3]}))
+    data = build(tmp_path, features_file=name, split_source="splits_json")
+    assert f"2 samples of {tmp_path}/f.h5 are in no split: not used" in data.report
+    table = "id,label,split\n0,a,train\n1,b,train\n2,a,val\n3,b,\n4,b,test\n5,a,val\n9,a,val\n"
+    (tmp_path / "labels.csv").write_text(table)
+    given = {"features_file": name, "labels_file": "labels.csv", "split_source": "csv"}
+    data = build(tmp_path, **given)
+    assert data.report[:2] == [
+        "1 rows of labels.csv have no sample, e.g. 9: not used",
+        f"1 samples of {tmp_path}/f.h5 are in no split: not used",
+    ]
+    assert {key: split.ids for key, split in data.splits.items()} == {
+        "train": ["0", "1"],
+        "val": ["2", "5"],
+        "test": ["4"],
+    }
+    (tmp_path / "labels.csv").write_text(table.replace("a,train", "a,trian"))
+    with pytest.raises(UserError, match=r"'trian' \(1 samples\) is no split"):
+        build(tmp_path, **given)
+
+
+def test_tables_may_be_separated_by_semicolons(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:6])
+    rows = "".join(f"{number} ; {'ab'[number % 2]}\n" for number in range(6))
+    (tmp_path / "labels.csv").write_text("id;label\n" + rows)
+    given = {"labels_file": "labels.csv", "features_file": name, "split_source": "kfold"}
+    data = build(tmp_path, **given, n_folds=3)
+    assert data.class_names == ("a", "b")
+    with pytest.raises(UserError, match='no column "lable"; did you mean "label"'):
+        build(tmp_path, **given, label_column="lable")
+
+
+def test_equal_ids_are_refused(tmp_path):
+    name = write(
+        tmp_path / "f.h5", features=X[:4], labels=Y[:4], ids=np.array(["a", "b", "a", "c"], "S")
+    )
+    with pytest.raises(UserError, match="id 'a' is that of 2 samples"):
+        build(tmp_path, train_features_file=name)
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    write(folder / "s.h5", features=X[:4])
+    torch.save(torch.from_numpy(X[4:9]), folder / "s.pt")
+    (tmp_path / "labels.csv").write_text("id,label\ns,0\n")
+    with pytest.raises(UserError, match="id 's' is that of 2 samples"):
+        build(tmp_path, train_features_file="slides", labels_file="labels.csv")
+
+
+def test_files_that_contradict_each_other(tmp_path):
+    def pair(**attributes):
+        for name, values in zip("ab", zip(*attributes.values(), strict=True), strict=True):
+            given = dict(zip(attributes, values, strict=True))
+            write(tmp_path / f"{name}.h5", features=X[:6], labels=Y[:6] % 2, attributes=given)
+        return {"train_features_file": "a.h5", "val_features_file": "b.h5"}
+
+    with pytest.raises(
+        UserError, match=r"different class_names \(.*a.h5: cat, dog; .*: dog, cat\)"
+    ):
+        build(tmp_path, **pair(class_names=(["cat", "dog"], ["dog", "cat"])))
+    files = pair(subtask=("multiclass", "regression"))
+    with pytest.raises(UserError, match="different subtasks: .*a.h5 multiclass, .*b.h5 regression"):
+        build(tmp_path, **files)
+    assert build(tmp_path, **files, subtask="multiclass").subtask == "multiclass"
+    write(tmp_path / "b.h5", features=X[:6, :32], labels=Y[:6])
+    with pytest.raises(UserError, match="different widths: .*a.h5 64, .*b.h5 32; use one encoder"):
+        build(tmp_path, **files)
+    ragged(tmp_path, "b.h5")
+    with pytest.raises(UserError, match="different kinds: .*a.h5 vectors, .*b.h5 bags"):
+        build(tmp_path, **files)
+
+
+@pytest.mark.parametrize("kind", ["bag_ptr", "bag_lengths", "ids", "groups", "coords"])
+def test_a_dataset_that_the_spec_names_must_be_there(tmp_path, kind):
+    name = ragged(tmp_path)
+    with pytest.raises(
+        UserError, match="no dataset 'mine'; the file has bag_ptr, features, labels"
+    ):
+        build(tmp_path, train_features_file=name, **{f"{kind}_key": "mine"})
 
 
 @pytest.mark.parametrize("text", ['["even", "odd"]', "even, odd"])
@@ -237,3 +349,48 @@ def test_class_names_that_are_one_text(tmp_path, text):
         tmp_path / "f.h5", features=X[:60], labels=Y[:60] % 2, attributes={"class_names": text}
     )
     assert build(tmp_path, train_features_file=name).class_names == ("even", "odd")
+
+
+BAD_BAGS = {
+    "width": (
+        lambda folder: write(folder / "s1.h5", features=X[:4, :32]),
+        "most have 64, but s1.h5 32",
+    ),
+    "integers": (
+        lambda folder: torch.save(torch.ones(3, 64, dtype=torch.long), folder / "s1.pt"),
+        r"s1.pt: features of shape \(3, 64\) and type int64; a bag is floats",
+    ),
+    "pickle": (
+        lambda folder: torch.save({"features": Path("x")}, folder / "s1.pt"),
+        r"s1.pt: holds other objects than tensors.*torch.save\(features, path\)",
+    ),
+    "dictionary": (
+        lambda folder: torch.save({"features": torch.ones(3, 64)}, folder / "s1.pt"),
+        "s1.pt: holds a dict, not a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BAGS)
+def test_one_bad_bag_among_good_ones(tmp_path, case):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for name in ("s0", "s2", "s3"):
+        write(folder / f"{name}.h5", features=X[:4])
+    spoil, said = BAD_BAGS[case]
+    spoil(folder)
+    (tmp_path / "labels.csv").write_text("id,label\ns0,0\ns1,1\ns2,0\ns3,1\n")
+    with pytest.raises(UserError, match=said) as raised:
+        build(tmp_path, train_features_file="slides", labels_file="labels.csv")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_bag_of_bfloat16(tmp_path):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    stored = torch.from_numpy(X[:3]).bfloat16()
+    torch.save(stored[None], folder / "s0.pt")
+    (tmp_path / "labels.csv").write_text("id,label\ns0,0\n")
+    data = build(tmp_path, train_features_file="slides", labels_file="labels.csv")
+    (bag,) = data.splits["train"].source.fetch(np.array([0]))
+    np.testing.assert_array_equal(bag, stored.float().numpy())

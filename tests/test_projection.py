@@ -130,6 +130,7 @@ def test_few_samples(method, count):
 def test_constant_repeated_and_one_dimensional_features(method):
     constant = lay_out(np.ones((30, 5)), method=method)
     assert (constant.points == 0).all() and (constant.notes != []) == (method != "pca")
+    assert constant.trustworthiness is None and constant.axes == ("component 1", "component 2")
     repeated = lay_out(np.repeat(X[:5], 8, 0), method=method, n_neighbors=3)
     line = lay_out(np.arange(12.0)[:, None], method=method)
     for result in (repeated, line):

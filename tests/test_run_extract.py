@@ -245,12 +245,13 @@ def test_tokens_are_bags(extract, tmp_path):
     assert file["bag_ptr"].tolist() == list(range(0, 270 * 5 + 1, 5))
     places = [[-1, -1], [0, 0], [0, 1], [1, 0], [1, 1]]
     assert file["coords"].tolist() == places * 270
-    again = read_back(tmp_path / "out", train_features_file="val.h5", test_features_file=None)
-    source = again.splits["val"].source
+    only = {"train_features_file": "val.h5", "val_features_file": None, "test_features_file": None}
+    again = read_back(tmp_path / "out", **only)
+    source = again.splits["train"].source
     bags = source.collate(source.fetch(np.array([3, 0])))
     assert bags.lengths.tolist() == [5, 5]
     np.testing.assert_array_equal(bags.features[:5], file["features"][15:20])
-    assert again.splits["val"].ids == list(file["ids"])
+    assert again.splits["train"].ids == list(file["ids"])
 
 
 def test_maps(extract, tmp_path):

@@ -26,6 +26,11 @@ X = X.astype(np.float32)
 LENGTHS = np.array([3, 1, 7, 4, 5])
 PTR = np.concatenate([[0], np.cumsum(LENGTHS)])
 SPEC = 'mode = "umap"\n[logger]\nbackend = "none"\n[umap]\nmethod = "pca"\ndpi = 50\n'
+OWN_FEATURES = [
+    "data.dataset=precomputed_features",
+    "model.encoder.encoder_type=precomputed",
+    "data.train_features_file=FILE",
+]
 
 
 def write(path, attributes=None, **datasets):
@@ -279,6 +284,7 @@ def test_few_samples(tmp_path, count):
         (["umap.input=nowhere.h5"], '"nowhere.h5" does not exist'),
         (["umap.input=FILE", "umap.split=test"], "umap.split"),
         (["umap.input=FILE", "umap.color_by=prediction"], "predictions of mode infer"),
+        ([*OWN_FEATURES, "umap.color_by=prediction"], "predictions of mode infer"),
         (["umap.input=FILE", "umap.color_by=column"], "needs umap.color_file"),
         (["umap.input=FILE", "umap.color_column=a"], "umap.color_column"),
         (["umap.input=FILE", "umap.color_file=a.csv"], "name the column"),

@@ -20,7 +20,12 @@ KFOLD = [*GENERIC, "data.split_source=kfold", "data.label_source=folder"]
 CSV = [*GENERIC, "data.label_source=csv"]
 REGRESSION = [*CSV, "data.subtask=regression", "model.head.head_type=regression"]
 MULTILABEL = [*CSV, "data.subtask=multilabel"]
-FEATURES = ["data.dataset=precomputed_features", "model.encoder.encoder_type=precomputed"]
+FEATURES = [
+    "data.dataset=precomputed_features",
+    "data.train_features_file=t.h5",
+    "model.encoder.encoder_type=precomputed",
+]
+FOLDS_OF_FEATURES = [FEATURES[0], FEATURES[2], "data.features_file=t.h5"]
 INSTANCES = "model.head.instance_eval=true"
 CLAM = [*FEATURES, "model.head.head_type=clam"]
 CUSTOM = ["data.dataset=custom", "data.target=a.b:c"]
@@ -53,8 +58,15 @@ BROKEN = [
     ([*FOLDER, "data.val_split_name=train"], "data.train_split_name", "trained on and evaluated"),
     ([*FOLDER, "data.split_source=column"], "data.split_source", 'needs data.label_source = "csv"'),
     ([*CSV, "data.split_source=column", "data.fold=1"], "data.fold", "0 only"),
-    (FEATURES[:1], "model.encoder.encoder_type", 'set it to "precomputed"'),
-    (FEATURES[1:], "model.encoder.encoder_type", '"precomputed" takes features'),
+    (FEATURES[:2], "model.encoder.encoder_type", 'set it to "precomputed"'),
+    ([FEATURES[0], FEATURES[2]], "data.train_features_file", "no feature file is named"),
+    (
+        [FEATURES[0], FEATURES[2], "data.split_source=kfold"],
+        "data.features_file",
+        '"kfold" divides the samples of one file or folder',
+    ),
+    ([*FOLDS_OF_FEATURES, "data.split_source=csv"], "data.labels_file", "reads its column split"),
+    (FEATURES[2:], "model.encoder.encoder_type", '"precomputed" takes features'),
     (
         [*FEATURES, "data.subtask=regression", "model.head.head_type=clam", INSTANCES],
         "model.head.instance_eval",
@@ -229,6 +241,12 @@ IGNORED = [
     ([*CLAM, "model.head.topk_tau=4"], "model.head.topk_tau"),
     ([*CLAM, "model.head.topk_noise_std=4"], "model.head.topk_noise_std"),
     ([*CLAM, "model.head.topk_consistency_weight=4"], "model.head.topk_consistency_weight"),
+    ([*FEATURES, "data.features_file=x.h5"], "data.features_file"),
+    *(
+        ([*FOLDS_OF_FEATURES, "data.split_source=kfold", f"{key}=x.h5"], key)
+        for key in (f"data.{split}_features_file" for split in ("train", "val", "test"))
+    ),
+    ([*FEATURES, "data.labels_file=x.csv", "data.labels_key=y"], "data.labels_key"),
     (["task.mixup_alpha=0.5"], "task.mixup_alpha"),
     (["task.cutmix_alpha=0.5"], "task.cutmix_alpha"),
     (["task.regression_loss=mae"], "task.regression_loss"),
@@ -278,6 +296,9 @@ SOUND = [
     [*CSV, "data.split_source=column", "data.split_column=x"],
     [*CLAM, INSTANCES, "model.head.k_sample=4"],
     [*FEATURES, "data.labels_file=x.csv", "data.id_column=x", "data.label_column=['a', 'b']"],
+    [*FOLDS_OF_FEATURES, "data.split_source=csv", "data.labels_file=x.csv"],
+    [*FOLDS_OF_FEATURES, "data.split_source=kfold", "data.fold=4"],
+    [FEATURES[0], FEATURES[2], "mode=umap", "umap.input=t.h5"],  # names the datasets of t.h5
 ]
 
 

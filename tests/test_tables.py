@@ -140,7 +140,7 @@ def test_split_files(tmp_path):
             read_splits(path, 2)
     path.write_text(json.dumps(one))
     assert read_splits(path, 0) == one
-    for content in ("[[1]]", '{"train": "a"}', '{"train": [1]}', '{"a": {}, "b": {}}', "3"):
+    for content in ("[[1]]", '{"train": "a"}', '{"train": [1.5]}', '{"a": {}, "b": {}}', "3"):
         path.write_text(content)
         with pytest.raises(UserError, match="expected {split: "):
             read_splits(path, 0)
