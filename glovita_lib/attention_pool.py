@@ -90,6 +90,9 @@ class _AttentionPool(torch.autograd.Function):
         work = Pass(features, weights, plan, ctx.dtype)
         wanted = dict(zip(Weights._fields, ctx.needs_input_grad[4:], strict=True))
         grads = Gradients(work, features if ctx.needs_input_grad[3] else None, wanted)
+        # As it enters the products: what rounding does to it must cancel between each h_j . dz_k
+        # and their mean, of which the gradients of the attention are small differences.
+        d_pooled = d_pooled.to(ctx.dtype).to(pooled.dtype)
         offsets = (d_pooled * pooled).sum(2)  # (B, K) sum_j alpha_jk (h_j . dz_k)
         attended = attended_rows(scores, largest, plan, bags)
         for rows, span in chunks(bags):

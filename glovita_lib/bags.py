@@ -313,6 +313,7 @@ def segment_pool(weights: Tensor, rows: Tensor, bags: Bags) -> Tensor:
 
 def segment_max(rows: Tensor, bags: Bags) -> Tensor:
     """Largest value per feature over the instances of each bag: (M, D) -> (B, D)."""
-    if bags.whole.long:
-        return torch.stack([bag.amax(0) for bag in bags.split(rows)])
-    return bags.whole.max(rows)
+    with torch.autocast(rows.device.type, enabled=False):  # it stacks no float16 among bfloat16
+        if bags.whole.long:
+            return torch.stack([bag.amax(0) for bag in bags.split(rows)])
+        return bags.whole.max(rows)

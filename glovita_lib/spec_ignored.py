@@ -82,6 +82,7 @@ OPTIONS = (
     Option("model.head.k_sample", lambda r: r.model.head.instance_eval, INSTANCES),
     Option("model.head.subtyping", lambda r: r.model.head.instance_eval, INSTANCES),
     Option("model.head.instance_loss", lambda r: r.model.head.instance_eval, INSTANCES),
+    Option("model.head.bag_weight", lambda r: r.model.head.instance_eval, INSTANCES),
     Option("model.head.instance_loss_weight", lambda r: r.model.head.instance_eval, INSTANCES),
     Option("model.head.l2_normalize_features", lambda r: r.model.head.feature_prep,
            "model.head.feature_prep = true"),

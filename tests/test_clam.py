@@ -379,6 +379,46 @@ def test_autocast(name: str) -> None:
         assert F.cosine_similarity(half[key].flatten(), exact[key].flatten(), dim=0) > 0.99, key
 
 
+def plain_logits(weights: dict[str, Tensor], bags: Bags, dtype: torch.dtype) -> Tensor:
+    """The defaults of CLAM, bag by bag, in operations that autograd knows."""
+    logits = []
+    for x in bags.split(bags.features.to(dtype)):
+        x = F.layer_norm(
+            x, x.shape[1:], weights["pool.norm.weight"], weights["pool.norm.bias"], 1e-6
+        )
+        x = F.normalize(x)
+        h = F.linear(x, weights["pool.project.weight"], weights["pool.project.bias"]).relu()
+        both = F.linear(h, weights["pool.attention.weight"], weights["pool.attention.bias"])
+        gated = both.chunk(2, 1)[0].tanh() * both.chunk(2, 1)[1].sigmoid()
+        scores = F.linear(gated, weights["pool.score.weight"], weights["pool.score.bias"])
+        pooled = (scores.softmax(0).T @ h).to(dtype)
+        vectors = F.normalize(weights["classifier.weight"], dim=-1)
+        logits.append((F.normalize(pooled, dim=-1) * 20 * vectors).sum(-1))
+    return torch.stack(logits)
+
+
+def test_gradients_under_autocast_are_as_good_as_those_of_autograd() -> None:
+    head = make_head(ClamHead())
+    torch.manual_seed(1)
+    bags = Bags(torch.randn(2200, WIDTH), torch.tensor([1000, 500, 700]))
+    targets = torch.tensor([0, 1, 2])
+    names = [name for name, _ in head.named_parameters()]
+
+    def plain(dtype: torch.dtype, half: bool) -> tuple[Tensor, ...]:
+        copies = {n: p.detach().to(dtype).requires_grad_() for n, p in head.named_parameters()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = F.cross_entropy(plain_logits(copies, bags, dtype).to(dtype), targets)
+        return torch.autograd.grad(loss, list(copies.values()))
+
+    exact, theirs = plain(torch.float64, False), plain(torch.float32, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(head(bags, targets)["logits"], targets)
+    ours = torch.autograd.grad(loss, list(head.parameters()))
+    for name, true, one, other in zip(names, exact, ours, theirs, strict=True):
+        if name != "pool.score.bias":  # its gradient is 0, as the softmax knows no shift
+            assert (one - true).norm() <= 1.5 * (other - true).norm() + 0.01 * true.norm(), name
+
+
 def test_regression() -> None:
     head = build_head(ClamHead(cosine_head=False), width=WIDTH, outputs=2)
     out = head(make_bags(), torch.randn(len(LENGTHS), 2))

@@ -119,6 +119,32 @@ def test_half_precision_features(spec: object, dtype: torch.dtype, lengths: list
     torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [MeanMilHead(), MaxMilHead(), AbmilHead(hidden=8), DsmilHead(), ClamHead(size_arg="tiny")],
+)
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("lengths", [[3, 2], [100, 90]])
+def test_any_stored_type_under_autocast(
+    spec: object, stored: torch.dtype, lengths: list[int]
+) -> None:
+    features = make_bags(lengths).features.to(stored)
+    head = build_head(spec, width=6, outputs=2)
+
+    def trained(x: Tensor) -> list[Tensor]:
+        out = head(Bags(x, torch.tensor(lengths)))
+        logits = (out["logits"] if isinstance(out, dict) else out).float()
+        loss = F.cross_entropy(logits, torch.tensor([0, 1]))
+        grads = torch.autograd.grad(loss, list(head.parameters()), allow_unused=True)
+        return [logits.detach(), *(g.flatten() for g in grads if g is not None)]
+
+    exact = trained(features.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = trained(features)
+    for one, other in zip(ours, exact, strict=True):
+        assert (one - other).norm() < 0.05 * other.norm() + 0.01
+
+
 def test_vectors_are_no_bags() -> None:
     with pytest.raises(UserError, match="valid are"):
         build_head(MeanMilHead(), width=6, outputs=2)(torch.zeros(6))

@@ -237,6 +237,7 @@ IGNORED = [
         [*CLAM, "model.head.cosine_head=false", "model.head.cosine_scale=5"],
         "model.head.cosine_scale",
     ),
+    ([*CLAM, "model.head.bag_weight=0.7"], "model.head.bag_weight"),
     ([*CLAM, "model.head.topk_k=4"], "model.head.topk_k"),
     ([*CLAM, "model.head.topk_tau=4"], "model.head.topk_tau"),
     ([*CLAM, "model.head.topk_noise_std=4"], "model.head.topk_noise_std"),
