@@ -27,19 +27,22 @@ __all__ = ["Data", "Source", "Split", "build_data", "build_unlabelled", "read_da
 DIGITS_TEST_SEED = 0
 
 
-def build_data(spec: BaseData, *, seed: int) -> Data:
+def build_data(spec: BaseData, *, seed: int, trains: bool = True) -> Data:
     """The data set of a spec with all its splits; data_fraction has cut the train split.
+
+    Args:
+        trains: whether there must be a train split.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
     """
     data = read_data(spec, seed=seed)
     empty = [name for name, split in data.splits.items() if not len(split)]
-    if empty or "train" not in data.splits:
+    if empty or (trains and "train" not in data.splits):
         what = f"the {' and the '.join(empty)} split has no sample" if empty else "no train split"
         raise UserError(f"data set {data.name}: {what} (data.data_root_dir = {spec.data_root_dir})")
-    train = data.splits["train"]
-    if spec.data_fraction < 1:
+    train = data.splits.get("train")
+    if train is not None and spec.data_fraction < 1:
         data.splits["train"] = cut(train, spec, data.subtask, seed)
         data.report.append(
             f"train split cut to {len(data.splits['train'])} of {len(train)} samples"

@@ -86,9 +86,13 @@ class Experiment:
 
 
 def read_data(root: Root, ranks: dist.Ranks) -> Data:
-    """The data of a spec; the first rank reads (and downloads) before the others."""
+    """The data of a spec; the first rank reads (and downloads) before the others, and alone looks
+    at all values of features. Only training needs a train split."""
+    spec = root.data
+    if isinstance(spec, PrecomputedData) and not ranks.is_main:
+        spec = replace(spec, check_values=False)
     with dist.main_first(ranks):
-        return build_data(root.data, seed=root.seed)
+        return build_data(spec, seed=root.seed, trains=root.mode == "train")
 
 
 def resolve_facts(root: Root, data: Data) -> Facts:

@@ -110,7 +110,7 @@ def as_numbers(labels: np.ndarray) -> np.ndarray | None:
     for kind in (np.int64, np.float64):
         try:
             return labels.astype(kind)
-        except ValueError:
+        except (ValueError, OverflowError):
             continue
     return None
 
@@ -185,7 +185,7 @@ def encode(collection: Collection, subtask: str, names: tuple[str, ...]) -> np.n
     """
     labels, where = collection.labels, collection.where
     if subtask != "multiclass":
-        return encode_numbers(labels, where, subtask, names)
+        return encode_numbers(collection, subtask, names)
     if labels.ndim != 1:
         raise UserError(f"{where}: labels of shape {labels.shape} are not one class a sample")
     if labels.dtype.kind in "iub":
@@ -205,20 +205,24 @@ def encode(collection: Collection, subtask: str, names: tuple[str, ...]) -> np.n
     return values
 
 
-def encode_numbers(
-    labels: np.ndarray, where: str, subtask: str, names: tuple[str, ...]
-) -> np.ndarray:
+def encode_numbers(collection: Collection, subtask: str, names: tuple[str, ...]) -> np.ndarray:
     """Multilabel or regression targets (N, K) float32."""
+    labels, where = collection.labels, collection.where
     if labels.dtype.kind not in "iubf":
         raise UserError(f"{where}: labels of a {subtask} must be numbers, found {labels.flat[0]!s}")
-    values = labels.reshape(len(labels), -1).astype(np.float32)
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused
+        values = labels.reshape(len(labels), -1).astype(np.float32)
     if values.shape[1] != len(names):
         raise UserError(
             f"{where}: labels have {values.shape[1]} columns, but {len(names)} names"
             f" ({', '.join(names[:20])})"
         )
-    if not np.isfinite(values).all():
-        raise UserError(f"{where}: labels hold NaN or infinity")
+    bad = np.flatnonzero(~np.isfinite(values).all(1))
+    if len(bad):
+        raise UserError(
+            f"{where}: labels of {len(bad)} samples are NaN or beyond float32 (first sample"
+            f" {collection.ids[bad[0]]}); correct them or leave the samples out"
+        )
     if subtask == "multilabel" and not np.isin(values, (0, 1)).all():
         raise UserError(f"{where}: multilabel labels are 0 or 1")
     return values

@@ -6,6 +6,7 @@ N samples, B bags, M instances, D width.
 import pickle
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from glovita_lib.bags import Bags
 from glovita_lib.blocks import Rows, open_hdf5
-from glovita_lib.hdf5 import FeatureFile, Keys, is_finite
+from glovita_lib.hdf5 import FeatureFile, Keys, check_coords, is_finite
 from glovita_lib.spec import UserError
 
 MOMENT_ROWS = 4096  # vectors, or bags, that are looked at together
@@ -185,6 +186,9 @@ def bag_shape(path: Path, keys: Keys) -> tuple[int, int, int]:
         )
     if not shape[0]:
         raise UserError(f"{path}: the bag has no instance; remove the file")
+    if path.suffix != ".pt":
+        with open_hdf5(str(path)) as file:
+            check_coords(str(path), file, keys.coords, shape[0])
     return shape[0], shape[1], size
 
 
@@ -195,7 +199,10 @@ def load_tensor(path: Path) -> torch.Tensor:
         UserError: it holds something else.
     """
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6: such a file can only be read
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: holds other objects than tensors, which only running their code could read;"
@@ -205,7 +212,7 @@ def load_tensor(path: Path) -> torch.Tensor:
         raise UserError(f"{path}: not a tensor saved by torch ({error})".splitlines()[0]) from None
     if not isinstance(value, torch.Tensor):
         raise UserError(f"{path}: holds a {type(value).__name__}, not a tensor (n, D)")
-    return value
+    return value.detach()
 
 
 @dataclass(frozen=True)
@@ -241,13 +248,15 @@ class BagSource:
         return int(self.lengths().sum()) * self.reader.width * self.reader.item_bytes
 
 
-def check_bags(folder: FolderBags) -> None:
-    """Look at every feature of a folder once.
+def check_bags(folder: FolderBags, *, threads: int) -> None:
+    """Look at every feature of a folder once, so many files at a time.
 
     Raises:
         UserError: NaN or infinity, with the files that have them.
     """
-    bad = [p.name for b, p in enumerate(folder.paths) if not is_finite(folder.read(b))]
+    with ThreadPoolExecutor(threads) as pool:
+        sound = pool.map(lambda bag: is_finite(folder.read(bag)), range(len(folder.paths)))
+        bad = [path.name for path, fine in zip(folder.paths, sound, strict=True) if not fine]
     if bad:
         shown = ", ".join(bad[:10]) + (" ..." if len(bad) > 10 else "")
         raise UserError(

@@ -109,6 +109,7 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
         groups = table_of(path, file, keys.groups, count)
         names = file.attrs.get("class_names")
         attributes = {name: plain(value) for name, value in file.attrs.items()}
+        check_coords(path, file, keys.coords, count if ptr is None else int(ptr[-1]))
         has_coords = keys.coords in file
     return FeatureFile(
         path=path,
@@ -136,6 +137,22 @@ def refuse_absent(path: str, file: Any, keys: Keys) -> None:
         raise UserError(
             f"{path}: no dataset {absent[0]!r}; the file has {', '.join(sorted(file))}; correct the"
             " name in the section data"
+        )
+
+
+def check_coords(path: str, file: Any, key: str, rows: int) -> None:
+    """Coordinates, where there are some, are numbers with one row an instance (or sample).
+
+    Raises:
+        UserError: they are not.
+    """
+    if key not in file:
+        return
+    shape, kind = file[key].shape, file[key].dtype
+    if len(shape) < 2 or int(np.prod(shape[:-1])) != rows or kind.kind not in "iuf":
+        raise UserError(
+            f"{path}: {key!r} has shape {shape} and type {kind}; coordinates are numbers of shape"
+            f" ({rows}, 2 or more), one row an instance"
         )
 
 

@@ -126,11 +126,49 @@ def open_collection(
             f" columns {spec.id_column} and {spec.label_column}"
         )
     collection = read_collection(path, keys(spec), labelled=table is None)
-    if spec.check_values and collection.vectors is None:
-        check_bags(collection.bags)
-    elif spec.check_values:
-        check_finite(collection.vectors)
+    if spec.check_values:
+        check_values(collection)
     return with_table(spec, collection, table)
+
+
+def check_values(collection: Collection) -> None:
+    """Look at every feature once.
+
+    Raises:
+        UserError: NaN or infinity, with the samples that have them.
+    """
+    if collection.vectors is None:
+        check_bags(collection.bags, threads=cores())
+    else:
+        check_finite(collection.vectors)
+
+
+def unlabelled_features(path: Path, spec: PrecomputedData, *, kind: str, width: int) -> Split:
+    """Features without labels, for inference; labels in the file are not read.
+
+    Args:
+        spec: the names of the datasets are its.
+        kind: "vectors" or "bags", what the model takes.
+        width: of the features that the model takes.
+
+    Raises:
+        UserError: see hdf5.open_features; or the features are of another kind or width.
+    """
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file or folder, expected a feature file, or a folder of one-bag files"
+        )
+    collection = read_collection(path, keys(spec), labelled=False)
+    found = ("vectors" if collection.bags is None else "bags", collection.width)
+    if found != (kind, width):
+        raise UserError(
+            f"{path} holds {found[0]} of width {found[1]}, the checkpoint was trained on {kind} of"
+            f" width {width}"
+        )
+    if spec.check_values:
+        check_values(collection)
+    rows = np.arange(len(collection.ids))
+    return Split(ids=collection.ids, targets=None, source=collection.source(rows))
 
 
 def read_collection(path: Path, names: Keys, *, labelled: bool) -> Collection:

@@ -15,18 +15,20 @@ from glovita_lib.evaluation import Predictions
 from glovita_lib.experiment import Experiment, read_data, restore, some_of
 from glovita_lib.facts import Facts
 from glovita_lib.plot_attention import draw_bags
+from glovita_lib.precomputed import unlabelled_features
 from glovita_lib.progress import say, table
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, UserError, changed_keys
-from glovita_lib.spec_data import GenericImageData
+from glovita_lib.spec_data import BaseData, GenericImageData
+from glovita_lib.spec_features import PrecomputedData
 from glovita_lib.spec_root import Root
 from glovita_lib.trained import ADDED
 from glovita_lib.unlabelled import build_unlabelled
 
 
 def run(loaded: Loaded, *, dry_run: bool) -> None:
-    """Predict a split, or new images, with one checkpoint or an explicit ensemble.
+    """Predict a split, or new samples, with one checkpoint or an explicit ensemble.
 
     A dry run predicts one batch with every member and writes nothing.
     """
@@ -198,18 +200,7 @@ def wanted_split(root: Root, facts: Facts, ranks: dist.Ranks) -> tuple[str, Spli
     """
     spec = root.infer
     if spec.input is not None:
-        if facts.kind != "images":
-            raise UserError(
-                "infer.input takes images; for features put the file into data and name a split"
-            )
-        images = root.data if isinstance(root.data, GenericImageData) else GenericImageData()
-        split = build_unlabelled(
-            spec.input,
-            channels=facts.channels,
-            bit_depth=facts.bit_depth,
-            allowed_exts=images.allowed_exts,
-        )
-        return Path(spec.input).stem, split
+        return Path(spec.input).stem, new_samples(spec.input, root.data, facts)
     data = read_data(root, ranks)
     check_classes(data, facts)
     name = spec.split or ("test" if len(data.splits.get("test") or ()) else "val")
@@ -217,6 +208,24 @@ def wanted_split(root: Root, facts: Facts, ranks: dist.Ranks) -> tuple[str, Spli
         there = ", ".join(name for name, split in data.splits.items() if len(split))
         raise UserError(f"data set {data.name} has no split {name}; set infer.split to {there}")
     return name, data.splits[name]
+
+
+def new_samples(path: str, data: BaseData | PrecomputedData, facts: Facts) -> Split:
+    """Samples without labels, of the kind that the model takes.
+
+    Raises:
+        UserError: there are none.
+    """
+    if facts.kind != "images":
+        names = data if isinstance(data, PrecomputedData) else PrecomputedData()
+        return unlabelled_features(Path(path), names, kind=facts.kind, width=facts.channels)
+    images = data if isinstance(data, GenericImageData) else GenericImageData()
+    return build_unlabelled(
+        path,
+        channels=facts.channels,
+        bit_depth=facts.bit_depth,
+        allowed_exts=images.allowed_exts,
+    )
 
 
 def check_classes(data: Data, facts: Facts) -> None:

@@ -215,8 +215,8 @@ class Infer(Spec):
     split: Literal["train", "val", "test"] | None = None
     """Split to evaluate; none is test, or val where there is no test."""
     input: str | None = None
-    """Folder of images, or a CSV file with a path column, to predict without labels; replaces
-    split."""
+    """What to predict without labels, instead of a split: a folder of images or a CSV file with a
+    path column; for a model of features a feature file, or a folder of one-bag files."""
     merge: bool = False
     """Whether the change that a PEFT method has learnt is folded into the base's weights first:
     the speed of the base, equal up to rounding."""

@@ -1,5 +1,7 @@
 """Attention of infer against the head itself, a bag at a time; blocks, ranks, ensembles, maps."""
 
+import csv
+import json
 import os
 import socket
 import subprocess
@@ -112,6 +114,65 @@ def test_file(command, bags, tmp_path, monkeypatch, head, branches):
     maps = sorted(path.name for path in (result.path / "infer/plots/attention_test").iterdir())
     assert len(maps) == 4 and all(name.startswith("test_") for name in maps)
     assert not list(result.path.glob("infer/*.parts"))
+
+
+def test_new_bags_without_labels(command, refused, bags, tmp_path):
+    """A feature file without labels and a folder of bags are predicted as the test split is."""
+    spec = SPEC.replace("HEAD", "abmil")
+    run = command(*bags.overrides, spec=spec)
+    command(*bags.overrides, "mode=infer", spec=spec)
+    expected = read(run.path / "infer" / "attention_test.h5")
+    scores = [
+        {k: v for k, v in row.items() if k not in ("id", "target")} for row in run.rows("test")
+    ]
+    test, folder, file = bags.bags["test"], tmp_path / "slides", tmp_path / "new.h5"
+    folder.mkdir()
+    with h5py.File(file, "w") as written:
+        for name in ("features", "bag_ptr", "coords"):
+            written[name] = test[name]
+    for b in range(len(test["ids"])):
+        rows = slice(test["bag_ptr"][b], test["bag_ptr"][b + 1])
+        with h5py.File(folder / f"slide{b}.h5", "w") as written:
+            written["features"], written["coords"] = test["features"][rows], test["coords"][rows]
+    for path, ids in ((file, "{}"), (folder, "slide{}")):
+        result = command(*bags.overrides, "mode=infer", f"infer.input={path}", spec=spec)
+        assert not (result.path / "infer" / f"metrics_{path.stem}.json").exists()
+        with open(result.path / "infer" / f"predictions_{path.stem}.csv", newline="") as table:
+            rows = list(csv.DictReader(table))
+        assert [row.pop("id") for row in rows] == [ids.format(b) for b in range(len(rows))]
+        assert all(row.items() <= known.items() for row, known in zip(rows, scores, strict=True))
+        got = read(result.path / "infer" / f"attention_{path.stem}.h5")
+        for name in ("attention", "raw", "coords", "bag_ptr"):
+            np.testing.assert_array_equal(got[name], expected[name])
+    with h5py.File(file, "a") as written:
+        written["narrow"] = test["features"][:, :3]
+    narrow = (f"infer.input={file}", "data.features_key=narrow")
+    known = f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}"
+    line = refused(*bags.overrides, "mode=infer", known, *narrow, spec=spec)
+    assert "holds bags of width 3, the checkpoint was trained on bags of width 16" in line
+    line = refused(*bags.overrides, "mode=infer", "infer.input=nowhere", spec=spec)
+    assert "nowhere: no such file or folder, expected a feature file" in line
+
+
+def test_a_test_file_alone(command, bags):
+    """A checkpoint is evaluated on an external file; the files it was trained on are not needed."""
+    spec = SPEC.replace("HEAD", "abmil").replace('train_features_file = "t.h5"\n', "")
+    run = command(*bags.overrides, spec=spec)
+    saved = run.rows("test")
+    for name in ("train", "val"):
+        (bags.folder / f"{name}.h5").unlink()
+    command(
+        f"data.data_root_dir={bags.folder}",
+        "data.test_features_file=test.h5",
+        "mode=infer",
+        f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}",
+        f"infer.output_dir={bags.folder / 'external'}",
+        spec=spec,
+    )
+    with open(bags.folder / "external" / "predictions_test.csv", newline="") as table:
+        assert list(csv.DictReader(table)) == saved
+    metrics = json.loads((bags.folder / "external" / "metrics_test.json").read_text())
+    assert metrics == run.json("metrics_test.json")
 
 
 def test_what_is_not_wanted_is_not_written(command, bags):

@@ -371,6 +371,19 @@ BAD_BAGS = {
 }
 
 
+def test_coordinates_are_one_row_an_instance(tmp_path):
+    for coords in (np.zeros((49, 2)), np.zeros(50), np.array([["a", "b"]] * 50, "S1")):
+        name = ragged(tmp_path, coords=coords)
+        with pytest.raises(UserError, match=r"coordinates are numbers of shape \(50, 2 or more\)"):
+            build(tmp_path, train_features_file=name)
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    write(folder / "s0.h5", features=X[:4], coords=np.zeros((3, 2)))
+    (tmp_path / "labels.csv").write_text("id,label\ns0,0\n")
+    with pytest.raises(UserError, match=r"s0.h5: 'coords' has shape \(3, 2\)"):
+        build(tmp_path, train_features_file="slides", labels_file="labels.csv")
+
+
 @pytest.mark.parametrize("case", BAD_BAGS)
 def test_one_bad_bag_among_good_ones(tmp_path, case):
     folder = tmp_path / "slides"
@@ -385,12 +398,25 @@ def test_one_bad_bag_among_good_ones(tmp_path, case):
     assert len(str(raised.value).splitlines()) == 1
 
 
-def test_a_bag_of_bfloat16(tmp_path):
+def test_tensors_of_other_makes(tmp_path):
     folder = tmp_path / "slides"
     folder.mkdir()
-    stored = torch.from_numpy(X[:3]).bfloat16()
-    torch.save(stored[None], folder / "s0.pt")
-    (tmp_path / "labels.csv").write_text("id,label\ns0,0\n")
+    stored = torch.from_numpy(X[:3])
+    torch.save(stored.bfloat16()[None], folder / "bfloat16.pt")
+    torch.save(stored.clone().requires_grad_(), folder / "grad.pt")
+    torch.save(stored, folder / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "labels.csv").write_text("id,label\nbfloat16,0\ngrad,1\nold,1\n")
     data = build(tmp_path, train_features_file="slides", labels_file="labels.csv")
-    (bag,) = data.splits["train"].source.fetch(np.array([0]))
-    np.testing.assert_array_equal(bag, stored.float().numpy())
+    first, second, third = data.splits["train"].source.fetch(np.arange(3))
+    np.testing.assert_array_equal(first, stored.bfloat16().float().numpy())
+    np.testing.assert_array_equal(second, X[:3])
+    np.testing.assert_array_equal(third, X[:3])
+
+
+def test_numbers_beyond_any_type_are_one_line(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:2])
+    (tmp_path / "labels.csv").write_text(f"id,label\n0,{10**40}\n1,1e999\n")
+    with pytest.raises(
+        UserError, match=r"labels of 2 samples are NaN or beyond float32 \(first sample 0\)"
+    ):
+        build(tmp_path, train_features_file=name, labels_file="labels.csv")
