@@ -1,6 +1,6 @@
 """CLAM: time of a training epoch and memory above the features, against three other ways.
 
-    python benchmarks/clam.py [--bags 100] [--repeats 5] [--threads 2] [--original]
+    python benchmarks/clam.py [--bags 100] [--repeats 5] [--threads 2]
 
 100 bags of 500 to 5,000 instances x 1,024 float32 features, batches of 8, forward and backward,
 one branch (sb), gated, small, two classes, instance loss with k = 8. Variants alternate within one

@@ -225,6 +225,40 @@ def test_options_matter() -> None:
     assert len(set(losses.values())) == len(OPTIONS)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dropout": 0.5},
+        {"attn_drop": 0.9},
+        {"k_sample": 3},
+        {"subtyping": False},
+        {"instance_eval": False},
+        {"instance_loss": "svm"},
+        {"instance_loss_weight": 0.5},
+        {"bag_weight": 0.5},
+        {"l2_normalize_features": False},
+        {"layer_norm_eps": 0.1},
+        {"cosine_scale": 5.0},
+        {"stochastic_topk": False},
+        {"topk_k": 1},
+        {"topk_tau": 2.0},
+        {"topk_noise_std": 3.0},
+        {"topk_consistency_weight": 4.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_option_matters_with_the_same_weights(change: dict[str, object]) -> None:
+    bags, targets = make_bags(), make_targets("multiclass")
+    spec, losses = OPTIONS["everything"], []
+    state = make_head(spec).state_dict()
+    for own in (spec, replace_spec(spec, **change)):
+        head = make_head(own)
+        head.load_state_dict(state, strict="instance_eval" not in change)
+        torch.manual_seed(0)
+        losses.append(total_loss(head(bags, targets), targets).item())
+    assert losses[0] != losses[1]
+
+
 @pytest.mark.parametrize("lengths", [[1], [2, 1, 1], [6], [3] * 5])
 def test_small_bags(lengths: list[int]) -> None:
     spec = replace_spec(OPTIONS["everything"], k_sample=50, topk_k=50)
