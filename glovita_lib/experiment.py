@@ -18,6 +18,7 @@ from glovita_lib import (  # modules with noqa register builders
     encoders_features,  # noqa: F401
     mil,
     precomputed,  # noqa: F401
+    transmil,  # noqa: F401
 )
 from glovita_lib.datasets import Data, Split, build_data
 from glovita_lib.encoders import describe

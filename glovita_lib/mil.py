@@ -21,10 +21,18 @@ from glovita_lib.encoders_features import Identity
 from glovita_lib.facts import Facts
 from glovita_lib.heads import build_head
 from glovita_lib.spec import UserError
-from glovita_lib.spec_heads import AbmilHead, ClamHead, DsmilHead, MaxMilHead, MeanMilHead
+from glovita_lib.spec_heads import (
+    AbmilHead,
+    ClamHead,
+    DsmilHead,
+    MaxMilHead,
+    MeanMilHead,
+    TransmilHead,
+)
 from glovita_lib.trunk import Encoder
 
 NORM_EPS = 1e-6  # as CLAM's default
+OF_BAGS = ClamHead | AbmilHead | DsmilHead | TransmilHead | MeanMilHead | MaxMilHead
 
 
 def check_instances(spec: Any, head: nn.Module, encoder: Encoder, facts: Facts) -> None:
@@ -39,10 +47,10 @@ def check_instances(spec: Any, head: nn.Module, encoder: Encoder, facts: Facts) 
     if facts.kind == "bags" and head.consumes == "pooled":
         raise UserError(
             f'model.head.head_type = "{tag(spec)}": the samples are bags of instances, and this'
-            ' head takes one vector a sample; heads for bags are "clam", "abmil", "dsmil", "mean",'
-            ' "max"'
+            ' head takes one vector a sample; heads for bags are "clam", "abmil", "dsmil",'
+            ' "transmil", "mean", "max"'
         )
-    if not isinstance(spec, ClamHead | AbmilHead | DsmilHead | MeanMilHead | MaxMilHead):
+    if not isinstance(spec, OF_BAGS):
         return
     of_data = facts.kind == "bags" or isinstance(encoder, Identity)  # also bags of custom data
     if facts.kind == "vectors" or not (of_data or encoder.has_patches):

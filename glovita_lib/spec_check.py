@@ -17,7 +17,7 @@ from glovita_lib.spec_check_data import is_regression, known_channels, subtask_o
 from glovita_lib.spec_check_umap import umap_options
 from glovita_lib.spec_data import CustomData
 from glovita_lib.spec_features import PrecomputedData
-from glovita_lib.spec_heads import ClamHead, ClassificationHead, RegressionHead
+from glovita_lib.spec_heads import ClamHead, ClassificationHead, RegressionHead, TransmilHead
 from glovita_lib.spec_ignored import ignored_options
 from glovita_lib.spec_model import PrecomputedEncoder, TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_root import Root
@@ -76,6 +76,7 @@ def check(root: Root) -> list[str]:
         head_fits_targets,
         head_size,
         instances_have_classes,
+        heads_share_hidden,
         metrics_exist,
         metrics_fit_targets,
         probes_have_choices,
@@ -140,6 +141,16 @@ def instances_have_classes(root: Root) -> Iterator[str]:
     head = root.model.head
     if isinstance(head, ClamHead) and head.instance_eval and is_regression(root):
         yield "model.head.instance_eval: true needs classes, and this is a regression: drop it"
+
+
+def heads_share_hidden(root: Root) -> Iterator[str]:
+    """Attention heads have equally many features."""
+    head = root.model.head
+    if isinstance(head, TransmilHead) and head.hidden % head.heads:
+        yield (
+            f"model.head.heads: {head.heads} heads cannot share model.head.hidden = {head.hidden}"
+            " features: it must divide them"
+        )
 
 
 def metrics_exist(root: Root) -> Iterator[str]:

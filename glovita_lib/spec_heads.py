@@ -110,6 +110,22 @@ class DsmilHead(Spec, tag="dsmil", tag_field="head_type"):
     stream alone, the default of the published code."""
 
 
+class TransmilHead(Spec, tag="transmil", tag_field="head_type"):
+    """Transformer over the instances of a bag (TransMIL, Shao et al., NeurIPS 2021): two layers of
+    Nystrom attention with convolutions over a square of the instances between them; instances are
+    to stand in an order that means something, such as that of their coordinates."""
+
+    hidden: Annotated[int, Meta(ge=1)] = 512
+    """Features of an instance after the projection."""
+    heads: Annotated[int, Meta(ge=1)] = 8
+    """Attention heads; they share the hidden features."""
+    landmarks: Annotated[int, Meta(ge=1)] = 256
+    """Means of neighbouring instances by which attention is approximated; bags are filled up with
+    zeros to a multiple of them."""
+    dropout: Dropout = 0.1
+    """Probability of dropping a feature of what attention adds."""
+
+
 class MeanMilHead(Spec, tag="mean", tag_field="head_type"):
     """Mean over the instances of a bag, then one linear layer."""
 
@@ -141,6 +157,7 @@ Head = (
     | ClamHead
     | AbmilHead
     | DsmilHead
+    | TransmilHead
     | MeanMilHead
     | MaxMilHead
     | CustomHead

@@ -226,7 +226,7 @@ class Infer(Spec):
     output_dir: str | None = None
     """Where predictions and metrics go; none is the folder infer below the run."""
     attention: bool = True
-    """Whether heads with attention (clam, abmil, dsmil) write that of every instance to
+    """Whether heads with attention (clam, abmil, dsmil, transmil) write that of every instance to
     attention_<split>.h5."""
     attention_maps: Annotated[int, Meta(ge=0)] = 16
     """Bags whose attention is drawn over their coordinates, the classes in turn; 0 draws none."""

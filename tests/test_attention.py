@@ -88,6 +88,7 @@ def one_by_one(path: Path, spec: Path, bags: dict[str, Any]) -> tuple[np.ndarray
         ('clam"\nvariant = "mb"\nsize_arg = "tiny', list(CLASSES)),
         ('abmil"\nhidden = 16\nattention = 8 #', ["all classes"]),
         ('dsmil"\nattention = 8 #', list(CLASSES)),
+        ('transmil"\nhidden = 16\nheads = 2\nlandmarks = 4 #', ["all classes"]),
     ],
 )
 def test_file(command, bags, tmp_path, monkeypatch, head, branches):

@@ -109,11 +109,11 @@ def test_standard_heads_take_no_bags(refused, bags):
             *bags.overrides, spec=FEATURES.replace("HEAD", "classification"), flags=flags
         )
         assert 'head_type = "classification"' in line
-        for head in ("clam", "abmil", "dsmil", "mean", "max"):
+        for head in ("clam", "abmil", "dsmil", "transmil", "mean", "max"):
             assert f'"{head}"' in line
 
 
-@pytest.mark.parametrize("head", ["clam", "abmil", "dsmil", "mean", "max"])
+@pytest.mark.parametrize("head", ["clam", "abmil", "dsmil", "transmil", "mean", "max"])
 def test_heads_for_bags_take_no_vectors(refused, vectors, head):
     line = refused(*vectors, spec=FEATURES.replace("HEAD", head))
     assert f'head_type = "{head}"' in line and '"classification"' in line and "bag_ptr" in line

@@ -29,7 +29,7 @@ LAYERS = """
     order held batches loaders windows precomputed datasets
 
     depth layers structure random_masks weights trunk aggregate heads
-    attention_chunk attention_pool clam
+    attention_chunk attention_pool clam transmil
     encoders_timm encoders_torchvision encoders3d encoders_video encoders encoders_features
     targets adapter grid lowrank lora adalora products orthogonal fourierft scaling shared_factors
     rep_adapter selective inserts prompts peft trained adapter_file model intermediates

@@ -72,6 +72,11 @@ BROKEN = [
         "model.head.instance_eval",
         "this is a regression",
     ),
+    (
+        [*FEATURES, "model.head.head_type=transmil", "model.head.heads=7"],
+        "model.head.heads",
+        "7 heads cannot share model.head.hidden = 512",
+    ),
     ([*FOLDER, "data.allowed_exts=[]"], "data.allowed_exts", "name one suffix at least"),
     (
         ["data.augmentation.image_size=64", "data.augmentation.resize_size=32"],
