@@ -16,7 +16,7 @@ from glovita_lib.bags import (
 )
 from glovita_lib.spec import UserError
 
-LENGTHS = [[1], [5, 1, 3], [1] * 7, [200, 3, 90], [70, 65]]
+LENGTHS = [[1], [5, 1, 3], [1] * 7, [200, 3, 90], [70, 65], [6] * 4, [90] * 3]
 
 
 def make(lengths: list[int], width: int = 4) -> Bags:
