@@ -75,8 +75,8 @@ class ImageFolder:
 
     def find(self, name: str, prefix: str = "") -> str | None:
         """Id of the image that a table calls `name`: its path below the images folder, below
-        `prefix` in it, or below the data set's folder; with or without suffix; at last its mere
-        file name, if only one image has it. None if there is no such image.
+        `prefix` in it, or below the data set's folder; with or without suffix; at last the end of
+        that path, or a longer path that ends with it. None if there is no such image.
 
         Raises:
             UserError: several images fit.
@@ -91,7 +91,7 @@ class ImageFolder:
         for path in (self.folder / name, self.base / name):
             if path.is_file():  # outside of the images folder, or of another suffix
                 return Path(os.path.relpath(path, self.folder)).as_posix()
-        found = self.by_name().get(PurePosixPath(name).name, [])
+        found = [i for i in self.by_name().get(PurePosixPath(name).name, []) if alike(name, i)]
         return self.only(name, found) if found else None
 
     def spellings(self, name: str, prefix: str) -> Iterator[str]:
@@ -123,6 +123,25 @@ class ImageFolder:
                 " write the path below the images folder"
             )
         return found[0]
+
+
+def alike(name: str, identity: str) -> bool:
+    """Whether a name is the end of an id, or a path from elsewhere that ends with it, suffixes
+    apart. The mere file name of an id is the end of too many paths, so that counts for absolute
+    ones alone: images of one name in the folders of several slides are different images.
+
+    >>> alike("x.png", "b/x.png"), alike("old/b/x", "b/x.png"), alike("/old/x.png", "x.png")
+    (True, True, True)
+    >>> alike("a/x.png", "b/x.png"), alike("a/x.png", "x.png")
+    (False, False)
+    """
+    named, known = (PurePosixPath(path) for path in (name, identity))
+    ours, theirs = [*known.parts[:-1], known.stem], [*named.parts[:-1], named.stem]
+    if named.suffix != known.suffix:  # a name without suffix, that may hold a dot
+        theirs[-1] = named.name
+    shorter = min(len(ours), len(theirs))
+    inside = shorter == len(theirs) or len(ours) > 1 or named.is_absolute()
+    return inside and ours[-shorter:] == theirs[-shorter:]
 
 
 # ---------------------------------------------------------------------- files

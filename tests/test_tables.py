@@ -50,7 +50,10 @@ def test_walk_finds_images_in_stable_order(images, tmp_path):
         ("x.jpg", "train", "train/x.jpg"),
         ("x", "train", "train/x.jpg"),
         ("x", "", "train/x.jpg"),  # the only image of this name
-        ("somewhere/else/2.PNG", "", "cat/2.PNG"),
+        ("somewhere/else/cat/2.PNG", "", "cat/2.PNG"),
+        ("/somewhere/else/cat/2", "", "cat/2.PNG"),
+        ("dog/2.PNG", "", None),  # that of another folder is another image
+        ("somewhere/else/2.PNG", "", None),
         ("other/b.png", "", "../other/b.png"),
         ("notes.txt", "", "notes.txt"),  # named, so it counts; the reader decides
         ("cat/3.png", "", None),
