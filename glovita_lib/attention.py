@@ -10,6 +10,7 @@ The file, for B bags of M instances in all:
 - ids (B,), bag_ptr (B + 1,): instances bag_ptr[b]..bag_ptr[b + 1] are bag b, in the order of the
   feature file
 - coords (M, 2 or more) float64, where there are some; NaN in bags without them
+- instance_ids (M,), where the feature file has them: which tile an instance is
 - attributes: class_names, branches (what the K columns are), coords (their axes), checkpoints ...
 
 Of an ensemble both are means over its members. B bags, M instances, K branches, W ranks.
@@ -239,23 +240,26 @@ def softmax(scores: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 class Places:
-    """Coordinates of the instances of a split, where it has some."""
+    """Coordinates and names of the instances of a split, where it has some."""
 
     def __init__(self, split: Split, sizes: Sizes) -> None:
         source = split.source
         self.lengths = sizes.lengths
         self.read = getattr(source, "coords", None)
+        self.names = getattr(source, "instance_ids", None)
         self.axes = axes_of(source)
         if sizes.grid is not None:  # patch tokens of images
             places = grid_places(sizes.grid, 0, int(sizes.lengths[0]))
             self.read, self.axes = (lambda row: places), "row,column"
 
     def write(self, file: Any, first: int, end: int, ptr: np.ndarray) -> None:
-        """Coordinates of the bags [first, end) to the dataset coords, made when the first appear.
+        """Coordinates of the bags [first, end) to the dataset coords, names to instance_ids, made
+        when the first appear.
 
         Raises:
             UserError: a bag with other axes than those before.
         """
+        self.write_names(file, first, end, ptr)
         for bag in range(first, end if self.read is not None else first):
             coords = self.read(bag)  # (n, 2 or more)
             if coords is None:
@@ -269,6 +273,16 @@ class Places:
                     f" others {file['coords'].shape[1]} numbers an instance"
                 )
             file["coords"][int(ptr[bag]) : int(ptr[bag + 1])] = coords
+
+    def write_names(self, file: Any, first: int, end: int, ptr: np.ndarray) -> None:
+        """Names of the instances of the bags [first, end)."""
+        for bag in range(first, end if self.names is not None else first):
+            names = self.names(bag)
+            if names is None:
+                return
+            if "instance_ids" not in file:
+                file.create_dataset("instance_ids", (int(ptr[-1]),), file["ids"].dtype)
+            file["instance_ids"][int(ptr[bag]) : int(ptr[bag + 1])] = names
 
 
 def axes_of(source: Any) -> str:

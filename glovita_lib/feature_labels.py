@@ -19,10 +19,12 @@ from glovita_lib.tables import read_csv
 
 @dataclass(slots=True)
 class Collection:
-    """All samples of one file or folder, before splits."""
+    """The samples of one file or folder, before splits."""
 
     where: str
     ids: list[str]
+    rows: np.ndarray  # (N,) where they are in the file or folder
+    named: bool  # whether the ids are names, that mean the same in other files
     labels: np.ndarray | None  # as stored: numbers or names, (N,) or (N, K)
     groups: list[str] | None
     class_names: tuple[str, ...] | None
@@ -36,11 +38,16 @@ class Collection:
         """D."""
         return self.vectors.width if self.bags is None else self.bags.width
 
+    @property
+    def stored(self) -> int:
+        """Samples of the file or folder, also those that no table lists."""
+        return len(self.bags.lengths) if self.vectors is None else len(self.vectors)
+
     def source(self, rows: np.ndarray) -> Source:
         """Source of some of the samples."""
         if self.bags is not None:
-            return BagSource(self.bags, rows)
-        return VectorSource(self.vectors.rows, rows)
+            return BagSource(self.bags, self.rows[rows])
+        return VectorSource(self.vectors.rows, self.rows[rows])
 
 
 def read_table(spec: PrecomputedData) -> dict[str, dict[str, str]]:
@@ -70,20 +77,22 @@ def label_columns(spec: PrecomputedData) -> tuple[str, ...]:
 def with_table(
     spec: PrecomputedData, collection: Collection, table: dict[str, dict[str, str]] | None
 ) -> Collection:
-    """Labels, groups and splits from the CSV, where there is one.
+    """The samples that the CSV lists, with its labels, groups and splits, where there is one.
 
     Raises:
-        UserError: a sample that the table lacks, or an empty label or group.
+        UserError: it lists none of them, or an empty label or group.
     """
     if table is None:
         return collection
-    absent = [name for name in collection.ids if name not in table]
-    if absent:
+    kept = [place for place, name in enumerate(collection.ids) if name in table]
+    if not kept:
         raise UserError(
-            f"{spec.labels_file}: no row for {len(absent)} samples of {collection.where}"
-            f" ({', '.join(absent[:10])}); ids are in the column {spec.id_column}"
+            f"{spec.labels_file}: no row for any sample of {collection.where}; its ids are"
+            f" {', '.join(collection.ids[:3])} ..., in column {spec.id_column} stand"
+            f" {', '.join(list(table)[:3]) or 'none'} ..."
         )
-    rows = [table[name] for name in collection.ids]
+    ids = [collection.ids[place] for place in kept]
+    rows = [table[name] for name in ids]
     columns = label_columns(spec)
     for column in (*columns, *([spec.group_column] if spec.group_column else [])):
         blank = [row[spec.id_column] for row in rows if not row[column]]
@@ -96,11 +105,14 @@ def with_table(
     numeric = as_numbers(labels)
     labels = labels if numeric is None else numeric
     group = spec.group_column
+    groups = collection.groups and [collection.groups[place] for place in kept]
     return replace(
         collection,
+        ids=ids,
+        rows=collection.rows[kept],
         labels=labels[:, 0] if len(columns) == 1 else labels,
         class_names=columns if len(columns) > 1 else None,
-        groups=[row[group] for row in rows] if group else collection.groups,
+        groups=[row[group] for row in rows] if group else groups,
         split_of=[row["split"] for row in rows] if spec.split_source == "csv" else None,
     )
 

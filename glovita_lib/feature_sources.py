@@ -104,6 +104,14 @@ class FileBags:
             return None
         return self.all_coords[self.file.ptr[bag] : self.file.ptr[bag + 1]]
 
+    def instance_ids(self, bag: int) -> np.ndarray | None:
+        """Names of its instances (n,), where the file has some, as those of mode extract do."""
+        with open_hdf5(self.file.path) as file:
+            if "instance_ids" not in file:
+                return None
+            names = file["instance_ids"].asstr()
+            return names[int(self.file.ptr[bag]) : int(self.file.ptr[bag + 1])]
+
 
 @dataclass(frozen=True)
 class FolderBags:
@@ -242,6 +250,11 @@ class BagSource:
     def coords(self, row: int) -> np.ndarray | None:
         """Coordinates (n, 2 or more) of the instances of a bag."""
         return self.reader.coords(int(self.index[row]))
+
+    def instance_ids(self, row: int) -> np.ndarray | None:
+        """Names of the instances of a bag (n,)."""
+        named = getattr(self.reader, "instance_ids", None)
+        return None if named is None else named(int(self.index[row]))
 
     def nbytes(self) -> int:
         """Size of the split, bytes."""

@@ -47,6 +47,7 @@ class FeatureFile:
     ptr: np.ndarray | None  # (B + 1,) int64: instances ptr[b]..ptr[b + 1] are bag b; None: vectors
     labels: np.ndarray | None  # as stored; strings as str
     ids: list[str]
+    named: bool  # whether the file has ids; else they are row numbers
     groups: list[str] | None
     class_names: tuple[str, ...] | None
     has_coords: bool
@@ -118,6 +119,7 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
         ptr=ptr,
         labels=labels,
         ids=[str(i) for i in (range(count) if ids is None else ids)],
+        named=ids is not None,
         groups=None if groups is None else [str(group) for group in groups],
         class_names=None if names is None else listed(plain(names)),
         has_coords=has_coords,

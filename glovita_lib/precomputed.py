@@ -59,7 +59,7 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
         bit_depth=16,
         report=[
             *unused(spec, table, collections, splits),
-            *shared_ids(splits),
+            *shared_ids({name: splits[name] for name in splits if opened[files[name]].named}),
             *untrained(splits, names, subtask),
         ],
     )
@@ -195,7 +195,19 @@ def read_collection(path: Path, names: Keys, *, labelled: bool) -> Collection:
             f"{path}: id {twice!r} is that of {times} samples; splits, labels and predictions go by"
             " ids: give each sample its own"
         )
-    return Collection(str(path), ids, labels, groups, class_names, subtask, None, vectors, bags)
+    return Collection(
+        where=str(path),
+        ids=ids,
+        rows=np.arange(len(ids)),
+        named=vectors is None or vectors.named,
+        labels=labels,
+        groups=groups,
+        class_names=class_names,
+        subtask=subtask,
+        split_of=None,
+        vectors=vectors,
+        bags=bags,
+    )
 
 
 def keys(spec: PrecomputedData) -> Keys:
@@ -291,7 +303,12 @@ def unused(
     splits: dict[str, Split],
 ) -> list[str]:
     """Lines about rows of the table without a sample, and samples in no split."""
-    lines = []
+    lines = [
+        f"{whole.stored - len(whole.ids)} of {whole.stored} samples of {whole.where} are not in"
+        f" {spec.labels_file}: not used"
+        for whole in collections
+        if whole.stored > len(whole.ids)
+    ]
     ids = {identity for whole in collections for identity in whole.ids}
     absent = [name for name in table or () if name not in ids]
     if absent:
@@ -317,12 +334,11 @@ def untrained(splits: dict[str, Split], names: tuple[str, ...], subtask: str) ->
 
 
 def shared_ids(splits: dict[str, Split]) -> list[str]:
-    """A line about ids that occur in two splits; row numbers as ids say nothing."""
+    """Lines about ids that occur in two splits of several files."""
     lines, names = [], list(splits)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            ids = [i for i in splits[second].ids if not i.isdigit()]
-            both = set(splits[first].ids).intersection(ids)
+            both = set(splits[first].ids).intersection(splits[second].ids)
             if both:
                 example = min(both)
                 lines.append(f"{len(both)} ids are in {first} and {second}, e.g. {example}")

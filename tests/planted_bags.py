@@ -51,6 +51,9 @@ def plant(folder: Path, *, sizes: dict[str, int], coords: bool = True) -> Plante
             for name, values in tables.items():
                 file[name] = values
             file["ids"] = np.array(ids, h5py.string_dtype())
+            if coords:
+                names = [f"{split}/{row}.png" for row in range(ptr[-1])]
+                file["instance_ids"] = np.array(names, h5py.string_dtype())
             file.attrs["class_names"] = list(CLASSES)
         bags[split] = tables | {"ids": ids, "planted": planted, "lengths": lengths}
     return Planted(folder, bags)

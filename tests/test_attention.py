@@ -66,8 +66,9 @@ def bags(tmp_path: Path) -> Planted:
 def read(path: Path) -> dict[str, Any]:
     """An attention file."""
     with h5py.File(path) as file:
-        tables = {name: file[name][()] for name in file if name != "ids"}
-        tables["ids"] = file["ids"].asstr()[()].tolist()
+        texts = {"ids", "instance_ids"} & set(file)
+        tables = {name: file[name][()] for name in file if name not in texts}
+        tables |= {name: file[name].asstr()[()].tolist() for name in texts}
         return tables | {"attributes": dict(file.attrs)}
 
 
@@ -108,6 +109,7 @@ def test_file(command, bags, tmp_path, monkeypatch, head, branches):
     assert got["ids"] == test["ids"]
     np.testing.assert_array_equal(got["bag_ptr"], test["bag_ptr"])
     np.testing.assert_array_equal(got["coords"], test["coords"])
+    assert got["instance_ids"] == [f"test/{row}.png" for row in range(test["bag_ptr"][-1])]
     assert list(got["attributes"]["branches"]) == branches
     assert list(got["attributes"]["class_names"]) == list(CLASSES)
     assert got["attributes"]["coords"] == "x,y"

@@ -86,6 +86,48 @@ def test_classes_that_train_lacks_are_reported(tmp_path):
     assert "2 classes have no train sample: 2, 4" in build(tmp_path, **files).report
 
 
+def test_the_table_says_which_samples_there_are(tmp_path):
+    """A folder may hold more slides than a study has."""
+    names = np.array(list("abcdef"), object)
+    groups = np.array(list("uuvvww"), object)
+    write(tmp_path / "all.h5", features=X[:6], ids=names, groups=groups)
+    (tmp_path / "labels.csv").write_text("id,label\nf,1\nb,0\nd,1\nx,0\n")
+    given = {"features_file": "all.h5", "labels_file": "labels.csv", "split_source": "kfold"}
+    data = build(tmp_path, **given, n_folds=3)
+    assert data.report[:2] == [
+        f"3 of 6 samples of {tmp_path}/all.h5 are not in labels.csv: not used",
+        "1 rows of labels.csv have no sample, e.g. x: not used",
+    ]
+    expected = {"b": (0, X[1], "u"), "d": (1, X[3], "v"), "f": (1, X[5], "w")}
+    found = {}
+    for split in data.splits.values():
+        for row, name in enumerate(split.ids):
+            found[name] = (
+                split.targets[row],
+                split.source.fetch(np.array([row]))[0],
+                split.groups[row],
+            )
+    for name, (label, vector, group) in expected.items():
+        assert found[name][0] == label and found[name][2] == group
+        np.testing.assert_array_equal(found[name][1], vector)
+    (tmp_path / "labels.csv").write_text("id,label\na.h5,1\nb.h5,0\n")
+    with pytest.raises(
+        UserError, match=r"no row for any sample .* its ids are a, b, c .* a.h5, b.h5"
+    ):
+        build(tmp_path, **given, n_folds=3)
+
+
+def test_equal_ids_of_several_files_are_reported(tmp_path):
+    for split, first in (("train", 0), ("val", 4)):
+        ids = np.array([str(100 + number) for number in range(first, first + 6)], object)
+        write(tmp_path / f"{split}.h5", features=X[:6], labels=Y[:6] % 2, ids=ids)
+    files = {"train_features_file": "train.h5", "val_features_file": "val.h5"}
+    assert build(tmp_path, **files).report == ["2 ids are in train and val, e.g. 104"]
+    for split in ("train", "val"):
+        write(tmp_path / f"{split}.h5", features=X[:6], labels=Y[:6] % 2)
+    assert build(tmp_path, **files).report == []  # row numbers
+
+
 def test_an_empty_cell_is_no_class(tmp_path):
     write(tmp_path / "all.h5", features=X[:6], ids=np.array(list("abcdef"), object))
     tables = {
