@@ -30,6 +30,7 @@ from glovita_lib.model import build_model
 from glovita_lib.objectives import Objective, build_objective
 from glovita_lib.policies import resolve
 from glovita_lib.precision import resolve_precision
+from glovita_lib.progress import say
 from glovita_lib.samples import subset
 from glovita_lib.spec import UserError
 from glovita_lib.spec_features import PrecomputedData
@@ -37,6 +38,12 @@ from glovita_lib.spec_peft import Gps
 from glovita_lib.spec_root import Root
 from glovita_lib.trainer import Hooks, Trainer
 from glovita_lib.windows import build_feature_loader
+
+SPLIT_KEYS = (
+    "fold", "n_folds", "split_source", "split_file", "split_column", "stratified", "group_column",
+    "val_fraction", "test_fraction", "train_split_name", "val_split_name", "test_split_name",
+)  # fmt: skip
+"""Keys of the section data that say which sample is in which split."""
 
 
 @dataclass
@@ -167,6 +174,8 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
     """
     saved = checkpoint.load(path, map_location="cpu")
     own, facts = spec_of(saved, path), facts_of(saved, path)
+    for line in split_notes(own, root) if ranks.is_main else ():
+        say(f"  note: {path} was trained with {line}: it may know samples of this split")
     size = root.dataloading.eval_batch_size or root.dataloading.batch_size
     facts = replace(facts, eval_batch_size=size, metrics=root.task.metrics or facts.metrics)
     task = replace(own.task, bootstrap=root.task.bootstrap, result_plot=root.task.result_plot)
@@ -176,6 +185,26 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
     if root.mode == "infer" and root.infer.merge:
         adapter.merge(experiment.model)
     return experiment
+
+
+def split_notes(own: Root, root: Root) -> list[str]:
+    """What divides the samples of one data set in another way than when a model was trained, where
+    it is asked about a split."""
+    if root.mode not in ("infer", "extract") or (root.mode == "infer" and root.infer.input):
+        return []
+    ours, theirs = msgspec.to_builtins(root.data), msgspec.to_builtins(own.data)
+    if any(ours[key] != theirs.get(key) for key in ("dataset", "data_root_dir")):
+        return []
+    split = root.extract.split if root.mode == "extract" else root.infer.split or "test"
+    keys, drawn = SPLIT_KEYS, ours.get("split_source") == "kfold"
+    if "val_fraction" in ours:  # val is drawn, test is always the same
+        drawn = split != "test"
+        keys = SPLIT_KEYS if drawn else ("test_fraction",)
+    changed = [key for key in keys if ours.get(key) != theirs.get(key)]
+    notes = [f"data.{key} = {theirs.get(key)!r}, not {ours.get(key)!r}" for key in changed]
+    if drawn and own.seed != root.seed:
+        notes.append(f"seed = {own.seed}, not {root.seed}")
+    return notes
 
 
 def trained_weights(saved: dict[str, Any]) -> dict[str, torch.Tensor]:

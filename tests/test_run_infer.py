@@ -83,6 +83,24 @@ def test_before_training_and_with_another_spec(command, refused):
     assert "optimizer.lr: 0.001 -> 0.5" in line and "infer.checkpoint" in line
 
 
+def test_a_checkpoint_that_may_know_the_samples_is_noted(command):
+    run = command("seed=1", "name=one")
+    known = ["mode=infer", f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}"]
+    notes = {
+        "infer.split=val": ["seed = 1, not 0"],
+        "infer.split=test": [],  # the same for every seed
+        "infer.split=test data.test_fraction=0.3": ["data.test_fraction = 0.2, not 0.3"],
+        "infer.split=val seed=1": [],
+    }
+    for changes, expected in notes.items():
+        out = command(*known, *changes.split(), "name=two").out
+        found = [line for line in out.splitlines() if "may know samples" in line]
+        assert len(found) == len(expected)
+        assert all(
+            f"trained with {text}:" in line for text, line in zip(expected, found, strict=True)
+        )
+
+
 def test_no_such_split(command, refused, folder_spec, class_folders):
     run = command(spec=folder_spec)
     shutil.rmtree(class_folders / "images" / "test")
