@@ -1,7 +1,7 @@
-"""Rows of an HDF5 dataset, read in contiguous blocks and past the HDF5 lock.
+"""Rows of an HDF5 dataset, read in long pieces and past the HDF5 lock.
 
 h5py serialises all reads of a process behind one lock and inflates in the calling thread. A feature
-file is read only, so its bytes can be fetched where HDF5 says they are: contiguous storage by one
+file is read only, so its bytes can be fetched where HDF5 says they are: contiguous storage by
 `pread`, chunks (gzip and byte shuffle included) by `pread` and zlib in several threads, which both
 release the interpreter lock. Every other storage goes through h5py.
 
@@ -12,6 +12,7 @@ import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ import numpy as np
 from glovita_lib.spec import UserError
 
 DEFLATE, SHUFFLE = 1, 2  # HDF5's numbers of the filters that are read here
-NEAR = 64  # rows closer than this are read in one go, with what lies between them
+# What is read at a time: long enough to be worth a task of its own, and, as rows between those that
+# are wanted are read into a buffer of this size, small enough that a sparse choice stays cheap.
+PIECE_BYTES = 4 * 2**20
+GAP_BYTES = 64 * 2**10  # an SSD reads about as much in the time in which it finds another place
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class Chunk:
 
 
 class Rows:
-    """Random access to the rows of one dataset, by contiguous ranges; safe to use from threads.
+    """Random access to the rows of one dataset; safe to use from threads and after a fork.
 
     Raises:
         UserError: the file is not HDF5, is truncated, or has no such dataset.
@@ -57,14 +61,14 @@ class Rows:
             self.offset = contiguous_offset(dataset)
             self.filters = readable_filters(dataset)
             self.chunks = {} if self.filters is None else chunk_table(dataset)
+            self.fill_value = None if self.filters is None else dataset.fillvalue
         self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         if self.offset is not None:
             self.check_length(self.offset + self.row_bytes * len(self))
         for chunk in self.chunks.values():
             self.check_length(chunk.offset + chunk.size)
-        self._file: int | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._owner = 0  # process whose threads the pool has
+        self.file = os.open(self.path, os.O_RDONLY)
+        self._pools: dict[int, ThreadPoolExecutor] = {}  # by process
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -91,64 +95,98 @@ class Rows:
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Rows start..stop (exclusive) -> (stop - start, ...), into `out` where given."""
-        out = self.empty(stop - start) if out is None else out
-        if stop <= start:
-            return out
-        if self.offset is not None:
-            self.pread(out, self.offset + start * self.row_bytes)
-        elif self.filters is not None:
-            self.read_chunks([(start, stop)], out)
-        else:
-            with open_hdf5(self.path) as file:
-                file[self.key].read_direct(out, np.s_[start:stop])
-        return out
-
-    def read_ranges(self, ranges: list[tuple[int, int]], out: np.ndarray) -> None:
-        """Several ranges one after another into `out`; chunks are inflated in parallel."""
-        if self.filters is not None:
-            self.read_chunks(ranges, out)
-            return
-        place, jobs = 0, []
-        for start, stop in ranges:
-            jobs.append((start, stop, out[place : place + stop - start]))
-            place += stop - start
-        if self.offset is None or len(jobs) == 1:
-            for job in jobs:
-                self.read(*job)
-        else:
-            list(self.pool.map(lambda job: self.read(*job), jobs))
+        return self.read_rows(np.arange(start, stop), out)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """The given rows in the given order, (len(rows), ...); near ones are read together."""
-        ranges, places = locate(rows)
-        buffer = self.empty(sum(stop - start for start, stop in ranges))
-        self.read_ranges(ranges, buffer)
-        return buffer[places]
+        """The given rows in the given order, (len(rows), ...); a row may be asked for twice."""
+        if (np.diff(rows) > 0).all():
+            return self.read_rows(rows)
+        distinct, places = np.unique(rows, return_inverse=True)
+        return self.read_rows(distinct)[places]
+
+    def read_rows(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Distinct rows in ascending order -> (len(rows), ...), into `out` where given.
+
+        Every chunk is decoded once, and no more memory is taken than that of the rows and, for each
+        thread, that of a piece or a chunk.
+        """
+        out = self.empty(len(rows)) if out is None else out
+        pieces = self.pieces(rows)
+        if self.offset is None and self.filters is None:
+            with open_hdf5(self.path) as file:
+                self.fill(pieces, rows, out, file[self.key])
+            return out
+        # a task of several pieces, or small ones would cost more to hand over than to read
+        size = max(1, min(len(pieces) // (4 * self.threads), 64))
+        tasks = [pieces[i : i + size] for i in range(0, len(pieces), size)]
+        if self.threads == 1 or len(tasks) <= 1:
+            self.fill(pieces, rows, out)
+        else:
+            list(self.pool.map(lambda task: self.fill(task, rows, out), tasks))
+        return out
+
+    def pieces(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """Ranges of `rows` that are read in one go: those of a chunk, or near ones of several MiB
+        that end at the end of a chunk."""
+        chunk, row = self.chunk_rows or 1, max(1, self.row_bytes)
+        if self.filters is not None:
+            return cut(rows, length=chunk, gap=chunk)
+        length = max(1, PIECE_BYTES // (row * chunk)) * chunk
+        return cut(rows, length=length, gap=max(GAP_BYTES // row, chunk - 1))
+
+    def fill(
+        self, pieces: list[tuple[int, int]], rows: np.ndarray, out: np.ndarray, dataset: Any = None
+    ) -> None:
+        """Read pieces of `rows` to their places in `out`.
+
+        Args:
+            dataset: the open dataset, for storage that only h5py reads.
+        """
+        between = self.empty(0)
+        for first, end in pieces:
+            wanted, target = rows[first:end], out[first:end]
+            start, stop = int(wanted[0]), int(wanted[-1]) + 1
+            if self.filters is not None:
+                index = start // self.chunk_rows
+                pick(self.chunk(index), wanted - index * self.chunk_rows, target)
+            elif stop - start == len(wanted):
+                self.load(start, stop, target, dataset)
+            else:
+                if len(between) < stop - start:
+                    between = self.empty(stop - start)
+                self.load(start, stop, between[: stop - start], dataset)
+                pick(between, wanted - start, target)
+
+    def load(self, start: int, stop: int, out: np.ndarray, dataset: Any) -> None:
+        """Rows start..stop of a storage without chunks, or of one that h5py reads, into `out`."""
+        if dataset is None:
+            self.pread(out, self.offset + start * self.row_bytes)
+        else:
+            dataset.read_direct(out, np.s_[start:stop])
 
     # ------------------------------------------------------------------ bytes
-
-    @property
-    def file(self) -> int:
-        """Descriptor of the open file, opened by the process that first reads."""
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
-        return self._file
 
     @property
     def pool(self) -> ThreadPoolExecutor:
         """Threads of this process that read and inflate; a forked process has none of those of the
         process it was forked from, and would wait for them for ever."""
-        if self._pool is None or self._owner != os.getpid():
-            self._pool = ThreadPoolExecutor(self.threads, "feature-reader")
-            self._owner = os.getpid()
-        return self._pool
+        # No lock, which a fork could leave closed: setdefault is atomic, and a pool that comes too
+        # late is dropped before it has a thread.
+        process = os.getpid()
+        if process not in self._pools:
+            self._pools.setdefault(process, ThreadPoolExecutor(self.threads, "feature-reader"))
+        return self._pools[process]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None, "_pool": None}
+        return self.__dict__ | {"file": None, "_pools": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.file = os.open(self.path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
-            os.close(self._file)
+        if getattr(self, "file", None) is not None:
+            os.close(self.file)
 
     def pread(self, out: np.ndarray, offset: int) -> None:
         """Fill `out` (C-contiguous) with the file's bytes from offset on."""
@@ -159,35 +197,11 @@ class Rows:
                 raise UserError(f"{self.path}: became shorter while it was read")
             done += got
 
-    def read_chunks(self, ranges: list[tuple[int, int]], out: np.ndarray) -> None:
-        """All chunks that the ranges touch, in parallel, each piece to its place in `out`."""
-        jobs, place = [], 0
-        for start, stop in ranges:
-            for index in range(start // self.chunk_rows, (stop - 1) // self.chunk_rows + 1):
-                first = index * self.chunk_rows
-                lo, hi = max(start, first), min(stop, first + self.chunk_rows)
-                target = out[place + lo - start : place + hi - start]
-                jobs.append((index, lo - first, hi - first, target))
-            place += stop - start
-        # a task of several chunks, or small ones would cost more to hand over than to inflate
-        size = max(1, min(len(jobs) // (4 * self.threads), 64))
-        tasks = [jobs[i : i + size] for i in range(0, len(jobs), size)]
-        if self.threads == 1 or len(tasks) == 1:
-            for task in tasks:
-                self.fill(task)
-        else:
-            list(self.pool.map(self.fill, tasks))
-
-    def fill(self, jobs: list[tuple[int, int, int, np.ndarray]]) -> None:
-        """Rows lo..hi of each chunk into its target."""
-        for index, lo, hi, target in jobs:
-            target[...] = self.chunk(index)[lo:hi]
-
     def chunk(self, index: int) -> np.ndarray:
-        """A whole chunk (chunk_rows, ...); one that was never written holds zeros."""
+        """A whole chunk (chunk_rows, ...); one that was never written holds the fill value."""
         where = self.chunks.get(index)
         if where is None:
-            return np.zeros((self.chunk_rows, *self.shape[1:]), self.dtype)
+            return np.full((self.chunk_rows, *self.shape[1:]), self.fill_value, self.dtype)
         data = os.pread(self.file, where.size, where.offset)
         for number in reversed(range(len(self.filters))):
             if where.skipped >> number & 1:
@@ -214,22 +228,22 @@ def unshuffle(data: bytes, rows: Rows) -> np.ndarray:
     return values
 
 
-def locate(rows: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """Ranges that cover the rows, in the order of the file, and where each row lies in what is read
-    of them one after another (len(rows),)."""
-    ranges = merged_ranges(np.sort(rows))
-    starts = np.array([start for start, _ in ranges], np.int64)
-    sizes = np.array([stop - start for start, stop in ranges], np.int64)
-    before = np.cumsum(sizes) - sizes
-    which = np.searchsorted(starts, rows, side="right") - 1
-    return ranges, before[which] + rows - starts[which]
+def cut(rows: np.ndarray, *, length: int, gap: int) -> list[tuple[int, int]]:
+    """Cut ascending rows -> ranges of `rows` (first, end) of which none reaches over a multiple of
+    `length` rows or over more than `gap` rows that are not wanted."""
+    if not len(rows):
+        return []
+    ends = (np.diff(rows) - 1 > gap) | (np.diff(rows // length) > 0)
+    return list(pairwise([0, *(np.flatnonzero(ends) + 1).tolist(), len(rows)]))
 
 
-def merged_ranges(rows: np.ndarray) -> list[tuple[int, int]]:
-    """Sorted rows -> ranges that cover them, joined where at most NEAR rows lie between."""
-    cuts = np.flatnonzero(np.diff(rows) > NEAR) + 1
-    firsts, lasts = np.append(rows[:1], rows[cuts]), np.append(rows[cuts - 1], rows[-1:])
-    return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
+def pick(values: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    """Ascending places of values, into `out`."""
+    first, last = int(places[0]), int(places[-1])
+    if last - first + 1 == len(places):
+        out[...] = values[first : last + 1]
+    else:
+        np.take(values, places, axis=0, out=out, mode="clip")  # mode raise would copy once more
 
 
 # ---------------------------------------------------------------------- what HDF5 says

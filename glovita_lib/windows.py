@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glovita_lib.blocks import locate
 from glovita_lib.dist import Ranks, mix
 from glovita_lib.feature_sources import VectorSource
 from glovita_lib.loaders import Batch, Fit, Loader, Maker, build_loader, build_order
@@ -82,11 +81,11 @@ class WindowLoader(Loader):
         """Read a window into the buffer that comes next -> the rows of each batch, the buffer, and
         where in it their vectors are."""
         source, parts = self.maker.source, [self.rows(epoch, b) for b in range(start, stop)]
-        ranges, places = locate(source.index[np.concatenate(parts)])
-        buffer, count = buffers.pop(0), sum(stop - start for start, stop in ranges)
-        if len(buffer) < count:
-            buffer = torch.from_numpy(source.vectors.empty(count))
-        source.vectors.read_ranges(ranges, buffer.numpy()[:count])
+        wanted, places = np.unique(source.index[np.concatenate(parts)], return_inverse=True)
+        buffer = buffers.pop(0)
+        if len(buffer) < len(wanted):
+            buffer = torch.from_numpy(source.vectors.empty(len(wanted)))
+        source.vectors.read_rows(wanted, buffer.numpy()[: len(wanted)])
         buffers.append(buffer)
         return parts, buffer, torch.from_numpy(places)
 

@@ -25,14 +25,16 @@ STORAGE = {
 }
 
 
-def loader(path, monkeypatch, *, storage="contiguous", train=True, world=1, rank=0, memory=0):
+def loader(
+    path, monkeypatch, *, storage="contiguous", train=True, world=1, rank=0, memory=0, every=1
+):
     with h5py.File(path, "w") as file:
         file.create_dataset("features", data=FEATURES, **STORAGE[storage])
     monkeypatch.setattr(windows, "BLOCK_BYTES", 1024)  # 8 rows
-    rows = np.arange(len(FEATURES))
+    rows = np.arange(0, len(FEATURES), every)
     split = Split(
         [str(row) for row in rows],
-        DIGITS.target[ORDER],
+        DIGITS.target[ORDER][rows],
         VectorSource(Rows(path, "features", threads=2), rows),
     )
     return build_feature_loader(
@@ -81,6 +83,16 @@ def test_a_sorted_file_is_mixed_and_epochs_differ(tmp_path, monkeypatch):
     classes = [len(np.unique(DIGITS.target[ORDER][rows])) for rows in first[:-1]]
     assert min(classes) >= 7  # a random batch of 50 has 9 or 10 of the 10 classes
     assert not torch.equal(first[0], next(iter(made.epoch(1))).rows)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_a_window_of_a_sparse_split_holds_its_rows_only(storage, tmp_path, monkeypatch):
+    """With a row in seven, as after data_fraction, a buffer must not hold the rows between."""
+    made = loader(tmp_path / "f.h5", monkeypatch, storage=storage, every=7)
+    made.window = made.order.window = 2  # batches of 50
+    for batch in made.epoch(0):
+        np.testing.assert_array_equal(batch.inputs.numpy(), FEATURES[::7][batch.rows.numpy()])
+    assert max(map(len, made._buffers)) == 100
 
 
 def test_ranks_share_the_rows(tmp_path, monkeypatch):
