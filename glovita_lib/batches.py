@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glovita_lib.dist import mix
+from glovita_lib.held import HeldSource, gather
 from glovita_lib.samples import Source
 
 Task = tuple[int, int, np.ndarray]  # epoch, batch, rows
@@ -58,7 +59,7 @@ class Batch:
 class Maker:
     """Makes batches of rows; runs in this process, in threads or in worker processes."""
 
-    source: Source
+    source: Source | HeldSource
     first: int  # row of the split that is row 0 of the source
     targets: np.ndarray | None
     fit: Fit
@@ -66,17 +67,31 @@ class Maker:
     rank: int
     fitted: bool  # whether the source's samples are fitted already
 
-    def __call__(self, task: Task) -> Batch:
+    def __call__(self, task: Task, *, pinned: bool = False) -> Batch:
         """Batch of a task.
+
+        Args:
+            pinned: whether what needs only a copy is copied into page-locked memory.
 
         Raises:
             UserError: a sample cannot be read.
         """
         epoch, batch, rows = task
-        samples = self.source.fetch(rows - self.first)
-        inputs, fitted = self.inputs(samples, mix(self.seed, epoch, batch, self.rank))
+        if (samples := self.ready) is not None:
+            inputs, fitted = gather(samples, rows - self.first, pinned=pinned), self.fitted
+        else:
+            fetched = self.source.fetch(rows - self.first)
+            inputs, fitted = self.inputs(fetched, mix(self.seed, epoch, batch, self.rank))
         targets = None if self.targets is None else torch.from_numpy(self.targets[rows])
         return Batch(inputs, targets, torch.from_numpy(rows), fitted)
+
+    @property
+    def ready(self) -> Tensor | None:
+        """All samples (N, ...) where they are in memory as torch calculates with them."""
+        if not isinstance(self.source, HeldSource) or self.source.uniform is None:
+            return None
+        samples = self.source.samples
+        return None if samples.dtype == np.uint16 else torch.from_numpy(samples)
 
     def inputs(self, samples: Any, seed: int) -> tuple[Any, bool]:
         """Inputs of a batch, and whether they are fitted."""

@@ -34,6 +34,7 @@ from glovita_lib.progress import say
 from glovita_lib.samples import subset
 from glovita_lib.spec import UserError
 from glovita_lib.spec_features import PrecomputedData
+from glovita_lib.spec_model import PrecomputedEncoder
 from glovita_lib.spec_peft import Gps
 from glovita_lib.spec_root import Root
 from glovita_lib.trainer import Hooks, Trainer
@@ -73,7 +74,9 @@ class Experiment:
             "batch_size": spec.batch_size if train else self.facts.eval_batch_size,
         }
         if isinstance(split.source, VectorSource):
-            window = self.root.data.window_mb
+            # a custom data set may give vectors too
+            data = self.root.data
+            window = (data if isinstance(data, PrecomputedData) else PrecomputedData()).window_mb
             return build_feature_loader(split, spec, window_mb=window, **arguments)
         return build_loader(split, spec, **arguments)
 
@@ -105,7 +108,7 @@ def read_data(root: Root, ranks: dist.Ranks) -> Data:
 
 def resolve_facts(root: Root, data: Data) -> Facts:
     """Run-time values from the spec, the data and the encoder's input convention."""
-    if isinstance(root.data, PrecomputedData):
+    if isinstance(root.model.encoder, PrecomputedEncoder):
         return derive_facts(root, data, None)
     sizes = {split.source.uniform for split in data.splits.values() if len(split)}
     same = sizes.pop() if len(sizes) == 1 else None

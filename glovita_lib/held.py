@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glovita_lib.feature_sources import VectorSource
 from glovita_lib.samples import Source
 from glovita_lib.spec import UserError
 
 CHUNK = 32  # samples a thread decodes at a time
 TOLD_FROM = 2000  # samples whose decoding is announced
 ERRORS_SHOWN = 20
-# What stays on the GPU: no copy per batch, yet a small part of the memory the model needs.
-RESIDENT_MB, RESIDENT_SHARE = 1024, 0.1
+# Shares of a GPU's free memory that a split may stay in, which saves a copy per batch. An encoder
+# of images needs the rest for activations, which come only with the first batch; a head on vectors
+# needs next to nothing, and half leaves as much to the next split.
+IMAGE_SHARE, VECTOR_SHARE = 0.1, 0.5
 
 
 @dataclass(slots=True)
@@ -30,7 +33,6 @@ class HeldSource:
 
     samples: Any
     fitted: bool  # whether they were cropped and resized when they were decoded
-    nbytes_: int = 0
 
     @property
     def uniform(self) -> tuple[int, ...] | None:
@@ -40,9 +42,6 @@ class HeldSource:
         if isinstance(self.samples, np.ndarray):
             return self.samples[rows]
         return [self.samples[row] for row in rows]
-
-    def nbytes(self) -> int:
-        return self.nbytes_
 
 
 @dataclass(slots=True)
@@ -62,6 +61,9 @@ def hold(
 ) -> HeldSource:
     """Decode rows of a source, in threads.
 
+    Vectors are read at once, past a few at a time: their file is read in long pieces by threads of
+    its own, and each of its chunks is inflated once.
+
     Args:
         fit: crops and resizes samples of differing sizes once and for all, where that is the same
             in every epoch (evaluation).
@@ -74,6 +76,8 @@ def hold(
     fitted = fit is not None and collate is None and source.uniform is None
     if shown and len(rows) >= TOLD_FROM and source.nbytes() > 2**28:
         print(f"decoding {len(rows)} samples into memory", file=sys.stderr, flush=True)
+    if isinstance(source, VectorSource):
+        return HeldSource(source.fetch(rows), fitted=False)
 
     def decode(part: np.ndarray) -> Any:
         samples = source.fetch(part)
@@ -82,8 +86,8 @@ def hold(
     parts = in_threads(decode, np.array_split(rows, -(-len(rows) // CHUNK)), threads)
     if collate is not None:
         samples = [sample for part in parts for sample in part]
-        return CollatingSource(samples, False, source.nbytes(), collate=collate)
-    return HeldSource(*joined(parts, len(rows), fitted), source.nbytes())
+        return CollatingSource(samples, False, collate=collate)
+    return HeldSource(*joined(parts, len(rows), fitted))
 
 
 def joined(parts: Iterator[Any], count: int, fitted: bool) -> tuple[Any, bool]:
@@ -141,12 +145,20 @@ def to_device(
     """Uniform samples and the targets on a GPU with room for them; None elsewhere."""
     if device.type != "cuda" or source.uniform is None or hasattr(source, "collate"):
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    samples = source.samples
+    samples, (free, _) = source.samples, torch.cuda.mem_get_info(device)
     size = samples.nbytes * (2 if samples.dtype == np.uint16 else 1)
-    if size > min(RESIDENT_MB * 2**20, RESIDENT_SHARE * free):
+    if size > free * (VECTOR_SHARE if samples.ndim == 2 else IMAGE_SHARE):
         return None
     if samples.dtype == np.uint16:
         samples = samples.astype(np.int32)  # torch calculates with few operations on uint16
     labels = None if targets is None else torch.from_numpy(targets).to(device)
     return torch.from_numpy(samples).to(device), labels
+
+
+def gather(samples: Tensor, rows: np.ndarray, *, pinned: bool) -> Tensor:
+    """Rows of samples on the host, copied once, into page-locked memory where that is asked for."""
+    out = samples.new_empty((len(rows), *samples.shape[1:]), pin_memory=pinned)
+    # NumPy copies in this thread alone: torch's threads take longer to wake up than to copy a
+    # batch, and those of the training are busy. Mode raise would copy twice.
+    np.take(samples.numpy(), rows, axis=0, out=out.numpy(), mode="clip")
+    return out

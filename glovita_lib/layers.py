@@ -29,7 +29,6 @@ class Features:
     pooled: Tensor | None  # (B, D'); None where not asked for
     pooling: str | None = None
     mask: Tensor | None = None  # (B, N) bool, True where a token is real; None: all are
-    intermediates: dict[str, Tensor] | None = None
 
     @property
     def patches(self) -> Tensor:

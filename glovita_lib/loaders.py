@@ -60,16 +60,28 @@ def build_loader(
     """
     check_sizes(split, fit)
     order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
-    first, end = (0, len(split)) if train else order.shard
+    first, end = needed(split, train=train, ranks=ranks)
     source, fitted = split.source, False
-    share = (end - first) / max(1, len(split))
-    held = source.nbytes() * share <= spec.in_memory_mb * 2**20 and end > first
+    held = end > first and fits(split, spec, end - first)
     if held:
         once = None if train else lambda samples: fit_all(samples, fit, seed).numpy()
         source = hold(source, np.arange(first, end), fit=once, threads=cores(), shown=ranks.is_main)
         fitted = source.fitted
     maker = Maker(source, first if held else 0, split.targets, fit, seed, ranks.rank, fitted)
     return Loader(split, order, maker, spec, held=held, device=ranks.device)
+
+
+def needed(split: Split, *, train: bool, ranks: Ranks) -> tuple[int, int]:
+    """First row that this rank needs and the first one behind: in training all rows, which every
+    epoch shares out anew."""
+    if train:
+        return 0, len(split)
+    return EvalOrder(len(split), 1, ranks.rank, ranks.world).shard
+
+
+def fits(split: Split, spec: Dataloading, count: int) -> bool:
+    """Whether so many samples of a split, decoded, fit in memory as the spec limits it."""
+    return split.source.nbytes() * count <= spec.in_memory_mb * 2**20 * len(split)
 
 
 def check_sizes(split: Split, fit: Fit) -> None:
@@ -147,8 +159,8 @@ class Loader:
     ) -> None:
         self.split, self.order, self.maker, self.spec = split, order, maker, spec
         self.held, self.device = held, device
-        self.workers = self.count_workers()
         self.pinned = spec.pin_memory and device.type == "cuda"
+        self.workers = self.count_workers()
         self.resident = to_device(maker.source, split.targets, device) if held else None
         self._tasks: list[Task] | Iterator[Task] = ()
         self._processes: DataLoader | None = None
@@ -166,10 +178,11 @@ class Loader:
         return self.order.rows(epoch, batch)
 
     def count_workers(self) -> int:
-        """Processes that decode, or, for what is in memory and need only be fitted, threads."""
+        """Processes that decode, or, for what is in memory and need only be fitted, threads; for
+        what need only be copied one thread if it is copied into page-locked memory."""
         asked = self.spec.num_workers
         if self.is_ready:
-            return 0
+            return int(self.pinned)
         return min(len(self.order), min(cores(), MAX_WORKERS) if asked is None else asked)
 
     @property
@@ -187,8 +200,8 @@ class Loader:
             return self.gathered(epoch, start)
         tasks = ((epoch, b, self.rows(epoch, b)) for b in range(start, len(self)))
         if self.workers == 0:
-            return (self.pin(self.maker(task)) for task in tasks)
-        if self.held and self.spec.num_workers is None:
+            return (self.make(task) for task in tasks)
+        if self.is_ready or (self.held and self.spec.num_workers is None):
             return self.threaded(tasks)
         return self.processed(tasks)
 
@@ -210,11 +223,11 @@ class Loader:
         ahead: deque = deque()
         try:
             for task in tasks:
-                ahead.append(pool.submit(self.maker, task))
+                ahead.append(pool.submit(self.make, task))
                 if len(ahead) > self.workers * self.spec.prefetch_factor:
-                    yield self.pin(ahead.popleft().result())
+                    yield ahead.popleft().result()
             while ahead:
-                yield self.pin(ahead.popleft().result())
+                yield ahead.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -265,6 +278,10 @@ class Loader:
                 " shared memory (/dev/shm): lower dataloading.num_workers or prefetch_factor"
             )
         return error
+
+    def make(self, task: Task) -> Batch:
+        """Batch of a task, in page-locked memory where that helps; not for worker processes."""
+        return self.pin(self.maker(task, pinned=self.pinned))
 
     def pin(self, batch: Batch) -> Batch:
         """The batch in page-locked memory where that helps."""

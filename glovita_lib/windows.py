@@ -18,7 +18,17 @@ from torch import Tensor
 
 from glovita_lib.dist import Ranks, mix
 from glovita_lib.feature_sources import VectorSource
-from glovita_lib.loaders import Batch, Fit, Loader, Maker, build_loader, build_order
+from glovita_lib.held import gather
+from glovita_lib.loaders import (
+    Batch,
+    Fit,
+    Loader,
+    Maker,
+    build_loader,
+    build_order,
+    fits,
+    needed,
+)
 from glovita_lib.order import ORDER, TrainOrder
 from glovita_lib.samples import Split
 from glovita_lib.spec_train import Dataloading
@@ -77,7 +87,7 @@ class WindowLoader(Loader):
 
     def read(
         self, epoch: int, start: int, stop: int, buffers: list[Tensor]
-    ) -> tuple[list[np.ndarray], Tensor, Tensor]:
+    ) -> tuple[list[np.ndarray], Tensor, np.ndarray]:
         """Read a window into the buffer that comes next -> the rows of each batch, the buffer, and
         where in it their vectors are."""
         source, parts = self.maker.source, [self.rows(epoch, b) for b in range(start, stop)]
@@ -87,16 +97,15 @@ class WindowLoader(Loader):
             buffer = torch.from_numpy(source.vectors.empty(len(wanted)))
         source.vectors.read_rows(wanted, buffer.numpy()[: len(wanted)])
         buffers.append(buffer)
-        return parts, buffer, torch.from_numpy(places)
+        return parts, buffer, places
 
-    def cut(self, parts: list[np.ndarray], buffer: Tensor, places: Tensor) -> Iterator[Batch]:
+    def cut(self, parts: list[np.ndarray], buffer: Tensor, places: np.ndarray) -> Iterator[Batch]:
         """The batches of a window."""
-        targets = self.split.targets
-        for rows, where in zip(parts, places.split([len(p) for p in parts]), strict=True):
-            inputs = buffer.new_empty((len(rows), *buffer.shape[1:]), pin_memory=self.pinned)
-            torch.index_select(buffer, 0, where, out=inputs)
+        targets, ends = self.split.targets, np.cumsum([len(rows) for rows in parts])
+        for rows, where in zip(parts, np.split(places, ends[:-1]), strict=True):
+            inputs = gather(buffer, where, pinned=self.pinned)
             labels = None if targets is None else torch.from_numpy(targets[rows])
-            yield Batch(inputs, labels, torch.from_numpy(rows), fitted=True)
+            yield self.pin(Batch(inputs, labels, torch.from_numpy(rows), fitted=True))
 
 
 def build_feature_loader(
@@ -114,12 +123,12 @@ def build_feature_loader(
     or bag by bag.
 
     Args:
-        fit: not used, as features have no geometry.
+        fit: as for build_loader; vectors and bags have no geometry and ask nothing of it.
         window_mb: size of a window of vectors, MiB.
     """
     source = split.source
-    fits = source.nbytes() <= spec.in_memory_mb * 2**20
-    if fits or not isinstance(source, VectorSource):
+    first, end = needed(split, train=train, ranks=ranks)
+    if fits(split, spec, end - first) or not isinstance(source, VectorSource):
         return build_loader(
             split, spec, fit=fit, train=train, seed=seed, ranks=ranks, batch_size=batch_size
         )

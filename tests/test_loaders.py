@@ -1,13 +1,20 @@
 """Loaders: order, ranks, resume, memory against workers, errors."""
 
+import threading
+import time
 from dataclasses import dataclass
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from glovita_lib import batches, blocks
+from glovita_lib.blocks import Rows
 from glovita_lib.dist import Ranks
+from glovita_lib.feature_sources import VectorSource
+from glovita_lib.held import HeldSource, gather, hold, to_device
 from glovita_lib.loaders import build_loader
 from glovita_lib.order import EvalOrder, TrainOrder
 from glovita_lib.samples import ArraySource, Split
@@ -78,8 +85,19 @@ def digits(count=50):
     return split_of(ArraySource(DIGITS, np.arange(count)), count)
 
 
-def loader_of(split, spec=HELD, *, train=True, rank=0, world=1, seed=3, batch_size=None, fit=None):
-    ranks = Ranks(rank, world, rank, CPU)
+def loader_of(
+    split,
+    spec=HELD,
+    *,
+    train=True,
+    rank=0,
+    world=1,
+    seed=3,
+    batch_size=None,
+    fit=None,
+    device=CPU,
+):
+    ranks = Ranks(rank, world, rank, device)
     return build_loader(
         split,
         spec,
@@ -417,3 +435,104 @@ def test_the_memory_limit_counts_the_shard_of_a_rank():
     assert not loader_of(split, spec, train=False).held
     assert loader_of(split, spec, train=False, rank=1, world=2).held
     assert not loader_of(split, spec, rank=1, world=2).held
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16])
+def test_a_gather_copies_the_rows(dtype):
+    samples = torch.from_numpy(DIGITS.astype(dtype))
+    rows = np.array([3, 1796, 0, 3])
+    found = gather(samples, rows, pinned=False)
+    assert (found.numpy() == DIGITS[rows]).all() and found.data_ptr() != samples.data_ptr()
+    assert gather(samples, rows[:0], pinned=False).shape == (0, 1, 8, 8)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device that says it is a GPU with no room left; what is made page-locked is noted with
+    the thread that does it."""
+    noted = []
+
+    def copied(samples, rows, *, pinned):
+        noted.append((pinned, threading.current_thread()))
+        return gather(samples, rows, pinned=False)
+
+    def pinned(batch):
+        noted.append((True, threading.current_thread()))
+        return batch
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(batches, "gather", copied)
+    monkeypatch.setattr(batches.Batch, "pin_memory", pinned)
+    return torch.device("cuda"), noted
+
+
+@pytest.mark.parametrize("source", [ArraySource(DIGITS, np.arange(50)), SetSource(50)])
+def test_batches_from_memory_are_page_locked_outside_the_main_thread(gpu, source):
+    """What does not live on the GPU is copied into page-locked memory once, and ahead of its use;
+    bags and the like are collated and copied there by threads."""
+    device, noted = gpu
+    split = split_of(source, 50)
+    plain, loader = loader_of(split), loader_of(split, device=device)
+    assert loader.pinned and loader.resident is None
+    for start in (0, 3):
+        noted.clear()
+        found, expected = list(loader.epoch(1, start)), list(plain.epoch(1, start))
+        assert len(found) == 7 - start
+        assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+        own = [thread for is_pinned, thread in noted if is_pinned]
+        assert len(own) >= len(found) and threading.main_thread() not in own
+
+
+def test_a_batch_is_made_ahead_of_its_use(gpu):
+    batches = iter(loader_of(digits(), device=gpu[0]).epoch(0))
+    next(batches)
+    end = time.monotonic() + 10
+    while len(gpu[1]) <= 2 and time.monotonic() < end:  # gather and pin of the first batch
+        time.sleep(0.01)
+    assert len(gpu[1]) > 2  # and of later ones
+    batches.close()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "free", "lives"),
+    [
+        ((100, 512), np.float32, 409_600, True),  # 204,800 bytes: half of what is free
+        ((100, 512), np.float32, 409_599, False),
+        ((100, 2, 16, 16), np.float32, 2_048_000, True),  # a tenth
+        ((100, 2, 16, 16), np.float32, 2_047_999, False),
+        ((100, 2, 16, 16), np.uint16, 2_048_000, True),  # there as int32
+        ((100, 2, 16, 16), np.uint16, 2_047_999, False),
+    ],
+)
+def test_what_lives_on_a_gpu_follows_its_free_memory(shape, dtype, free, lives, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    source = HeldSource(np.ones(shape, dtype), fitted=False)
+    found = to_device(source, np.arange(100), torch.device("cuda"))
+    assert (found is not None) == lives
+    if lives:
+        assert (found[0].numpy() == 1).all() and (found[1].numpy() == np.arange(100)).all()
+    assert to_device(source, None, CPU) is None
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_vectors_are_held_with_every_chunk_inflated_once(tmp_path, monkeypatch, every):
+    inflated, real = [], blocks.inflate
+    monkeypatch.setattr(blocks, "inflate", lambda *a: inflated.append(1) or real(*a))
+    opened, real_open = [], blocks.open_hdf5
+    monkeypatch.setattr(blocks, "open_hdf5", lambda path: opened.append(1) or real_open(path))
+    values = DIGITS.reshape(-1, 64).astype(np.float32)
+    storage = {"gzip": {"compression": "gzip"}, "lzf": {"compression": "lzf"}}
+    for name, options in storage.items():
+        with h5py.File(tmp_path / name, "w") as file:
+            file.create_dataset("features", data=values, chunks=(170, 64), **options)
+    for name in storage:
+        vectors = Rows(tmp_path / name, "features", threads=2)
+        source = VectorSource(vectors, np.arange(0, len(values), every))
+        opened.clear()
+        rows = np.arange(5, len(source.index))
+        held = hold(source, rows, fit=None, threads=2, shown=False)
+        np.testing.assert_array_equal(held.samples, values[::every][5:])
+        assert held.uniform == (64,) and not held.fitted
+        assert len(opened) == (name == "lzf")
+    assert len(inflated) == 11

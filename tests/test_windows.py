@@ -1,5 +1,8 @@
 """Windows of a feature file: every row once, well mixed, the same from any start."""
 
+import json
+import sys
+
 import h5py
 import numpy as np
 import pytest
@@ -116,3 +119,83 @@ def test_leaving_an_epoch_early_ends_the_reading(tmp_path, monkeypatch):
     for _ in made.epoch(0):
         break
     assert len(list(made.epoch(1))) == len(made)
+
+
+def test_ranks_whose_share_fits_hold_it_in_memory(tmp_path):
+    """The limit is that of a rank, as for images: 1.75 MiB of vectors in two ranks' memory."""
+    values = np.tile(FEATURES, (8, 1))
+    with h5py.File(tmp_path / "wide.h5", "w") as file:
+        file["features"] = values
+    rows = np.arange(len(values))
+    source = VectorSource(Rows(tmp_path / "wide.h5", "features", threads=1), rows)
+    split = Split([""] * len(rows), np.tile(DIGITS.target[ORDER], 8), source)
+
+    def made(*, train, world):
+        return build_feature_loader(
+            split,
+            Dataloading(in_memory_mb=1),
+            fit=None,
+            window_mb=1,
+            train=train,
+            seed=3,
+            ranks=Ranks(world - 1, world, 0, torch.device("cpu")),
+            batch_size=500,
+        )
+
+    assert isinstance(made(train=False, world=1), WindowLoader)
+    assert isinstance(made(train=True, world=2), WindowLoader)  # an epoch may ask for any row
+    last = made(train=False, world=2)
+    assert last.held and last.maker.source.samples.nbytes == source.nbytes() / 2
+    found = torch.cat([batch.inputs for batch in last.epoch(0)]).numpy()
+    np.testing.assert_array_equal(found, values[len(values) // 2 :])
+
+
+def test_a_rank_without_vectors_has_no_batch(tmp_path, monkeypatch):
+    made = loader(tmp_path / "f.h5", monkeypatch, train=False, world=2, every=len(FEATURES))
+    assert list(made.epoch(0)) == []
+
+
+CUSTOM = """
+from glovita_lib.blocks import Rows
+from glovita_lib.datasets import Data, Split
+from glovita_lib.feature_sources import VectorSource
+import numpy as np
+
+def vectors(spec, seed, path):
+    rows, splits = Rows(path, "features", threads=1), {}
+    targets = np.load(path + ".npy")
+    for start, name in enumerate(("train", "val", "test")):
+        index = np.arange(start, len(rows), 3)
+        source = VectorSource(rows, index)
+        splits[name] = Split([str(row) for row in index], targets[index], source)
+    return Data("mine", splits, "multiclass", tuple("0123456789"), channels=64, bit_depth=16)
+"""
+
+
+@pytest.mark.parametrize("memory", [0, 2048])
+def test_vectors_of_a_custom_data_set(command, tmp_path, monkeypatch, memory):
+    """They need no field of precomputed features: windows have their default size."""
+    (tmp_path / "own_vectors.py").write_text(CUSTOM)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["features"] = FEATURES / 16
+    np.save(tmp_path / "f.h5.npy", DIGITS.target[ORDER])
+    spec = f"""
+        [data]
+        dataset = "custom"
+        target = "own_vectors:vectors"
+        options = {{path = "{tmp_path / "f.h5"}"}}
+        [model.encoder]
+        encoder_type = "precomputed"
+        [training]
+        epochs = 3
+        [optimizer]
+        lr = 1e-2
+        [dataloading]
+        in_memory_mb = {memory}
+        [logger]
+        backend = "none"
+        """
+    result = command(spec=spec)
+    metrics = json.loads((result.path / "metrics_test.json").read_text())
+    assert metrics["metrics"]["Accuracy"] > 0.8
