@@ -4,15 +4,22 @@
 
 Every variant feeds the same linear model, loss and optimizer. The floor iterates over float32
 batches that lie in memory, shuffled beforehand. "memory" is glovita on a file that fits
-`dataloading.in_memory_mb`, "windows" on one that is taken for larger than memory. "h5py a sample"
-is what most code does: a map-style data set that reads a row by h5py, in a DataLoader with two
-workers; it runs on a part of the samples, and its time is scaled up. Variants alternate; medians.
+`dataloading.in_memory_mb`, "windows" on one that is taken for larger than memory. The files are
+smaller than memory, and after the first epoch the operating system has them in its page cache:
+"windows" shows what reading and shuffling by windows costs, not the disk. "windows, cold" drops the
+file from the page cache before each epoch, as far as the kernel lets an ordinary user, and so
+depends on the disk (and on what a virtual machine's host keeps of it); where the first page stays
+cached all the same (tmpfs, some network file systems) it is left out. "h5py a sample" is what most
+code does: a map-style data set that reads a row by h5py, in a DataLoader with two workers; it runs
+on a part of the samples, from the page cache, and its time is scaled up. Variants alternate;
+medians.
 
 The features are those of a random convolutional network on real images, so that compression has
 what it has to do with in practice; the sizes of the files are printed beside the times.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -48,9 +55,7 @@ def features(samples: int, width: int) -> np.ndarray:
     """(N, D) float16: a random network's activations on crops of real photos."""
     from sklearn.datasets import load_sample_images
 
-    photos = [
-        torch.tensor(p).permute(2, 0, 1).float() / 255 for p in load_sample_images().images
-    ]
+    photos = [torch.tensor(p).permute(2, 0, 1).float() / 255 for p in load_sample_images().images]
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 64, 5, 2), nn.ReLU(), nn.Conv2d(64, width, 3, 2), nn.GELU(),
@@ -115,6 +120,30 @@ def ours(path: Path, labels: Tensor, *, in_memory_mb: int) -> Callable[[], Batch
     return lambda: ((batch.inputs, batch.targets) for batch in loader.epoch(next(count)))
 
 
+def drop(path: Path) -> bool:
+    """Drop a file from the page cache -> whether its first page is out of it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())  # pages that are not on the disk yet would stay
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:  # it would have to be read from the disk
+            return True
+        except OSError:  # a file system that cannot tell
+            return False
+    return False
+
+
+def cold(path: Path, batches: Callable[[], Batches]) -> Callable[[], Batches]:
+    """The batches with the file dropped from the page cache before each epoch."""
+
+    def epoch_from_disk() -> Batches:
+        drop(path)
+        return batches()
+
+    return epoch_from_disk
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -149,7 +178,10 @@ def measure(
         "memory": (ours(paths["none"], labels, in_memory_mb=10**6), 1.0),
     }
     for name in STORAGE:
-        variants[f"windows, {name}"] = (ours(paths[name], labels, in_memory_mb=0), 1.0)
+        windows = ours(paths[name], labels, in_memory_mb=0)
+        variants[f"windows, {name}"] = (windows, 1.0)
+        if drop(paths[name]):
+            variants[f"windows, cold, {name}"] = (cold(paths[name], windows), 1.0)
     for name, count in (("none", asked.per_sample), ("gzip", asked.gzip_per_sample)):
         count = min(count, len(labels))
         loader = DataLoader(
@@ -170,6 +202,9 @@ def measure(
         print(
             f"  {name:<30} {statistics.median(ratios):8.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         )
+    print("  windows: files in the page cache; cold: dropped from it before each epoch")
+    if not any("cold" in name for name in variants):
+        print("  no cold variant: this file system keeps the files in its cache")
     raw = values.nbytes
     for name, path in paths.items():
         print(f"  size of the file, {name:<5} {path.stat().st_size / raw:.2f} of the raw numbers")
