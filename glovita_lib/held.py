@@ -61,8 +61,8 @@ def hold(
 ) -> HeldSource:
     """Decode rows of a source, in threads.
 
-    Vectors are read at once, past a few at a time: their file is read in long pieces by threads of
-    its own, and each of its chunks is inflated once.
+    Vectors are read all at once instead of a few at a time: their file is read in long pieces by
+    threads of its own, and each of its chunks is inflated once.
 
     Args:
         fit: crops and resizes samples of differing sizes once and for all, where that is the same

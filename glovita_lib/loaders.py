@@ -178,8 +178,8 @@ class Loader:
         return self.order.rows(epoch, batch)
 
     def count_workers(self) -> int:
-        """Processes that decode, or, for what is in memory and need only be fitted, threads; for
-        what need only be copied one thread if it is copied into page-locked memory."""
+        """Processes that decode, or threads that fit what is in memory; for what only has to be
+        copied, one thread if it is copied into page-locked memory, else none."""
         asked = self.spec.num_workers
         if self.is_ready:
             return int(self.pinned)
