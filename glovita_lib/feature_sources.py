@@ -20,7 +20,7 @@ from glovita_lib.blocks import Rows, open_hdf5
 from glovita_lib.hdf5 import FeatureFile, Keys, check_coords, is_finite
 from glovita_lib.spec import UserError
 
-MOMENT_ROWS = 4096  # vectors, or bags, that are looked at together
+MOMENT_ROWS = 4096  # vectors, or instances of a bag, that are looked at together
 BAG_SUFFIXES = (".h5", ".hdf5", ".pt")
 
 
@@ -280,13 +280,16 @@ def check_bags(folder: FolderBags, *, threads: int) -> None:
 
 def feature_moments(source: VectorSource | BagSource) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (D,) over all vectors, or instances of all bags, in float64; the
-    deviation of a constant feature is 1. Two passes, so that large values keep their digits."""
-    count = len(source.index)
+    deviation of a constant feature is 1. Two passes, so that large values keep their digits; one
+    bag at a time is in memory."""
+    count, size = len(source.index), 1 if isinstance(source, BagSource) else MOMENT_ROWS
 
     def blocks() -> Iterator[np.ndarray]:
-        for start in range(0, count, MOMENT_ROWS):
-            part = source.fetch(np.arange(start, min(start + MOMENT_ROWS, count)))
-            yield from part if isinstance(part, list) else [part]
+        for start in range(0, count, size):
+            part = source.fetch(np.arange(start, min(start + size, count)))
+            rows = part[0] if isinstance(part, list) else part
+            for first in range(0, len(rows), MOMENT_ROWS):
+                yield rows[first : first + MOMENT_ROWS]
 
     total, number = 0.0, 0
     for block in blocks():
