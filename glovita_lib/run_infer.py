@@ -23,6 +23,7 @@ from glovita_lib.spec import Loaded, UserError, changed_keys
 from glovita_lib.spec_data import BaseData, GenericImageData
 from glovita_lib.spec_features import PrecomputedData
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_train import Probe
 from glovita_lib.trained import ADDED
 from glovita_lib.unlabelled import build_unlabelled
 
@@ -135,12 +136,19 @@ def member_paths(loaded: Loaded) -> list[Path]:
     """The checkpoints to use: those named, those of the folds named, or that of the spec's run.
 
     Raises:
-        UserError: the run does not exist, was trained with another spec, or has seen the samples.
+        UserError: the run does not exist, was trained with another spec, is a probe, or has seen
+            the samples.
     """
     spec, data = loaded.root.infer, loaded.root.data
     if spec.checkpoint is not None:
         named = (spec.checkpoint,) if isinstance(spec.checkpoint, str) else spec.checkpoint
         return [Path(name) for name in named]
+    if isinstance(loaded.root.task, Probe):
+        raise UserError(
+            "a probe keeps no model to predict with: mode = train writes its metrics and"
+            f" predictions, metrics_probe.json and predictions_<method>_<split>.csv in"
+            f" {locate(loaded).path}"
+        )
     folds = spec.folds or (data.fold,)
     if len(folds) > 1 and spec.input is None:
         refuse_seen_samples(loaded, folds)
