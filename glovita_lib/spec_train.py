@@ -48,7 +48,8 @@ class Supervised(Spec, tag="supervised", tag_field="objective"):
 
 class Probe(Spec, tag="probe", tag_field="objective"):
     """Judge precomputed features: nearest neighbours and linear models, what they are set to chosen
-    on val. Nothing is trained by gradient steps, model and optimizer are not used."""
+    on val. Nothing is trained by gradient steps, model and optimizer are not used. Bags are
+    averaged. With data.standardize both methods see features of mean 0 and deviation 1."""
 
     metrics: tuple[MetricName, ...] | None = None
     """Metrics of the results; the first one chooses. None is acc and f1, for regression mse, mae
@@ -64,7 +65,8 @@ class Probe(Spec, tag="probe", tag_field="objective"):
     l2: tuple[Positive, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """Strengths of the L2 penalty to choose from, per sample: scikit-learn's C is 1 / (l2 N)."""
     standardize: bool = True
-    """Whether the linear model sees features of mean 0 and deviation 1 over the train split."""
+    """Whether the linear model sees features of mean 0 and deviation 1 over the train split, which
+    its L2 strengths are meant for; after data.standardize vectors stay as they are."""
     max_iterations: Count = 1000
     """L-BFGS iterations of each linear model."""
     result_plot: Literal["none", "val", "all"] = "val"

@@ -1,5 +1,8 @@
 """Probes against scikit-learn."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from glovita_lib import probe
-from glovita_lib.probe import fit_linear, knn_scores, one_hot
+from glovita_lib.neighbors import nearest
+from glovita_lib.probe import fit_linear, knn_scores
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +32,12 @@ def test_knn_equals_scikit_learn(digits, metric):
     def weights(distances):
         return np.exp((distances[:, :1] - distances) / 0.5)
 
-    scores = knn_scores(
-        features[test],
-        features[train],
-        one_hot(targets[train], 10, "multiclass"),
-        ks=(1, 7, 20),
-        metric=metric,
-        temperature=0.5,
-    )
-    for k, ours in scores.items():
+    distances, indices = nearest(features[test], features[train], 20, metric, exclude_self=False)
+    for k in (1, 7, 20):
+        near = distances[:, :k], indices[:, :k]
+        ours = knn_scores(*near, targets[train], outputs=10, temperature=0.5)
+        rows = torch.nn.functional.one_hot(targets[train], 10)
+        torch.testing.assert_close(ours, knn_scores(*near, rows, outputs=10, temperature=0.5))
         reference = KNeighborsClassifier(k, metric=metric, weights=weights)
         reference.fit(features[train].double().numpy(), targets[train].numpy())
         expected = reference.predict_proba(features[test].double().numpy())
@@ -44,26 +47,27 @@ def test_knn_equals_scikit_learn(digits, metric):
 
 def test_knn_of_more_neighbours_than_samples_is_their_mean(digits):
     features, targets = digits
-    rows = one_hot(targets[:4], 10, "multiclass")
-    scores = knn_scores(
-        features[10:12], features[:4], rows, ks=(100,), metric="cosine", temperature=1e6
-    )
-    torch.testing.assert_close(scores[100], rows.mean(0).expand(2, -1), atol=1e-5, rtol=0)
+    near = nearest(features[10:12], features[:4], 100, "cosine", exclude_self=False)
+    scores = knn_scores(*near, targets[:4], outputs=10, temperature=1e6)
+    rows = torch.nn.functional.one_hot(targets[:4], 10).float()
+    torch.testing.assert_close(scores, rows.mean(0).expand(2, -1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("block", [16384, 100])
 def test_logistic_regression_equals_scikit_learn(digits, block, monkeypatch):
     monkeypatch.setattr(probe, "BLOCK", block)
     features, targets = digits[0][:600], digits[1][:600]
-    rows = one_hot(targets, 10, "multiclass")
     fits = dict(
         fit_linear(
             features.half(),
-            rows,
+            targets,
+            outputs=10,
             subtask="multiclass",
-            l2=(1e-3, 1e-1),
+            l2=(1e-1, 1e-3),
             standardize=True,
             max_iterations=1000,
+            device=CPU,
+            start=None,
         )
     )
     scaled = StandardScaler().fit_transform(features.numpy())
@@ -82,10 +86,13 @@ def test_multilabel_is_one_logistic_regression_a_label(digits):
     ((_, model),) = fit_linear(
         features,
         labels.float(),
+        outputs=2,
         subtask="multilabel",
         l2=(1e-2,),
         standardize=False,
         max_iterations=20000,
+        device=CPU,
+        start=None,
     )
     for column in range(2):
         reference = LogisticRegression(C=1 / (1e-2 * 400), tol=1e-7, max_iter=5000)
@@ -101,7 +108,15 @@ def test_regression_is_ridge():
     features = torch.tensor(data.data).float()
     targets = torch.tensor(data.target)[:, None].float()
     ((_, model),) = fit_linear(
-        features, targets, subtask="regression", l2=(0.01,), standardize=True, max_iterations=1
+        features,
+        targets,
+        outputs=1,
+        subtask="regression",
+        l2=(0.01,),
+        standardize=True,
+        max_iterations=1,
+        device=CPU,
+        start=None,
     )
     scaled = StandardScaler().fit_transform(data.data)
     expected = Ridge(alpha=0.01 * len(scaled)).fit(scaled, data.target).predict(scaled)
@@ -112,10 +127,52 @@ def test_regression_is_ridge():
 def test_a_constant_feature_and_one_sample_are_legal():
     ((_, model),) = fit_linear(
         torch.ones(1, 3),
-        torch.tensor([[1.0, 0.0]]),
+        torch.tensor([0]),
+        outputs=2,
         subtask="multiclass",
         l2=(1.0,),
         standardize=True,
         max_iterations=10,
+        device=CPU,
+        start=None,
     )
     assert torch.isfinite(model.logits(torch.zeros(2, 3))).all()
+
+
+def test_a_fit_goes_on_from_the_last_solution_bit_for_bit(digits):
+    options = {"outputs": 10, "subtask": "multiclass", "standardize": True, "device": CPU}
+    options["max_iterations"] = 50
+    given = digits[0][:300], digits[1][:300]
+    (_, first), (_, second) = fit_linear(*given, l2=(1e-1, 1e-3), start=None, **options)
+    ((_, again),) = fit_linear(*given, l2=(1e-3,), start=first.solution, **options)
+    assert torch.equal(again.solution, second.solution) and again.iterations == second.iterations
+
+
+def test_no_dense_targets_and_no_copies():
+    """Peak memory beside the features is that of a block, whatever the number of samples."""
+    code = """
+import resource, torch
+from glovita_lib import probe
+probe.NUMBERS = 2**20
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+torch.manual_seed(0)
+features = torch.empty(60_000, 16, dtype=torch.float16)
+for block in features.split(4096):
+    block.copy_(torch.randn(block.shape))
+targets = torch.arange(len(features)) % 1000
+def fit(rows):
+    options = dict(outputs=1000, subtask="multiclass", l2=(1.0,), standardize=True)
+    device = torch.device("cpu")
+    return next(probe.fit_linear(features[:rows], targets[:rows], max_iterations=1, device=device,
+        start=None, **options))[1]
+def vote(rows):
+    near = torch.zeros(8, 3), torch.zeros(8, 3, dtype=torch.int64)
+    return probe.knn_scores(*near, targets[:rows], outputs=1000, temperature=1.0)
+fit(6_000); vote(6_000)
+before = peak()
+fit(None).scores(features[:8], "multiclass"); vote(None)
+print(peak() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert float(result.stdout) < 40, result.stderr  # MiB; one-hot rows in float32 are 229

@@ -2,17 +2,25 @@
 
 import csv
 import json
+from contextlib import contextmanager
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import glovita
+from glovita_lib import probe, run_probe
+from glovita_lib.dist import Ranks
+from glovita_lib.feature_sources import BagSource, feature_moments
+from glovita_lib.prediction_csv import read_predictions
+from glovita_lib.samples import Split
 
 DIGITS = load_digits()
+FEW = "k = [1]\nl2 = [1.0]\nresult_plot = 'none'"
 SPLITS = {"train": slice(0, 900), "val": slice(900, 1200), "test": slice(1200, None)}
 SPEC = """
 [data]
@@ -126,3 +134,169 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert glovita.main([spec, "--dry-run", "--override", f"exp_dir={tmp_path / 'runs'}"]) == 0
     assert "train (900, 64)" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------- stopped and started again
+
+
+def outputs(folder):
+    """Bytes of what a run predicts and reports, by name."""
+    path, _ = results(folder)
+    kept = [*path.glob("*.csv"), path / "metrics_probe.json"]
+    return {file.name: file.read_bytes() for file in kept}
+
+
+@pytest.mark.parametrize("task", ["", 'metrics = ["mae"]'])
+def test_a_restart_goes_on_with_the_next_strength(tmp_path, monkeypatch, capsys, task):
+    """Stopped after every state that is written, a run gives what the undisturbed one gives."""
+    targets = DIGITS.data[:, 20] if task else DIGITS.target
+    task += "\nl2 = [1e-4, 1e-1, 1e-2]\nk = [1, 5]\nresult_plot = 'none'"
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    assert run(write(tmp_path / "whole", DIGITS.data, targets, task), tmp_path / "whole") == 0
+    expected = outputs(tmp_path / "whole")
+    spec = write(tmp_path / "stopped", DIGITS.data, targets, task)
+    fits, saved = [], run_probe.State.save
+
+    def save_and_stop(state):
+        saved(state)
+        raise KeyboardInterrupt
+
+    def counted(function):
+        return lambda *args: fits.append(args) or function(*args)
+
+    monkeypatch.setattr(probe, "minimize", counted(probe.minimize))
+    monkeypatch.setattr(probe, "ridge", counted(probe.ridge))
+    monkeypatch.setattr(run_probe.State, "save", save_and_stop)
+    for _ in range(1 + 3 + 1):  # k-NN, three strengths, the linear probe
+        assert run(spec, tmp_path / "stopped") == 130
+    monkeypatch.setattr(run_probe.State, "save", saved)
+    capsys.readouterr()
+    assert run(spec, tmp_path / "stopped") == 0
+    assert outputs(tmp_path / "stopped") == expected
+    assert len(fits) == 3
+    assert not list((tmp_path / "stopped").rglob("*.pt"))
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_progress_says_what_is_left(tmp_path, capsys):
+    task = 'methods = ["linear"]\nl2 = [1e-2, 1.0]\nresult_plot = "none"'
+    assert run(write(tmp_path, DIGITS.data, DIGITS.target, task), tmp_path) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("linear: ")]
+    assert "l2 1 (1 of 2)" in said[0] and "l2 0.01 (2 of 2)" in said[1]
+    assert said[1].endswith("about 0 s left")
+
+
+def test_features_that_have_changed_size_are_not_continued(tmp_path, monkeypatch, capsys):
+    spec = write(tmp_path, DIGITS.data, DIGITS.target, FEW)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_probe, "fit_models", stop)
+    assert run(spec, tmp_path) == 130
+    write(tmp_path, DIGITS.data[:, :60], DIGITS.target, FEW)
+    assert run(spec, tmp_path) == 2
+    assert "the files have changed" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Reader:
+    """Bags by number that are never together in memory."""
+
+    width, item_bytes = 4, 2
+    lengths = np.array([5000, 1, 3])
+
+    def read(self, bag):
+        generator = np.random.default_rng(bag)
+        return (generator.normal(size=(self.lengths[bag], 4)) * 3 + 100).astype(np.float16)
+
+
+class OneByOne(BagSource):
+    """Bags of which only one may be asked for at a time."""
+
+    def fetch(self, rows):
+        assert len(rows) == 1
+        return super().fetch(rows)
+
+
+def test_one_bag_at_a_time_is_in_memory():
+    source = OneByOne(Reader(), np.array([2, 0, 1]))
+    split = Split(["c", "a", "b"], np.arange(3), source)
+    bags = [Reader().read(bag).astype(np.float64) for bag in (2, 0, 1)]
+    means = np.stack([bag.mean(0) for bag in bags])
+    np.testing.assert_allclose(run_probe.gather(split, None), means, rtol=1e-6)
+    mean, std = feature_moments(source)
+    np.testing.assert_allclose(mean, np.concatenate(bags).mean(0))
+    np.testing.assert_allclose(std, np.concatenate(bags).std(0))
+    scaled = run_probe.gather(split, (mean, std))
+    np.testing.assert_allclose(scaled, (means - mean) / std, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def scaled_runs(tmp_path_factory):
+    """Probes of a label in a small feature and noise in large ones, by what standardises them:
+    method -> test scores of class 1 and accuracy."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, len(DIGITS.data))
+    features = generator.normal(size=(len(labels), 4)) * [0.25, 100, 100, 0]
+    features[:, 0] += labels
+    task = 'k = [5]\ndistance = "euclidean"\nl2 = [1e-3]\nresult_plot = "none"'
+    found = {}
+    for data in (False, True):
+        for linear in (False, True):
+            folder = tmp_path_factory.mktemp("scaled")
+            spec = write(folder, features, labels, f"{task}\nstandardize = {str(linear).lower()}")
+            assert run(spec, folder, f"data.standardize={str(data).lower()}") == 0
+            path, content = results(folder)
+            for method in ("knn", "linear"):
+                table = read_predictions(
+                    path / f"predictions_{method}_test.csv",
+                    subtask="multiclass",
+                    class_names=("0", "1"),
+                )
+                accuracy = content[method]["test"]["metrics"]["Accuracy"]
+                found[method, data, linear] = table.scores[:, 1], accuracy
+    return found
+
+
+def test_standardised_features_have_other_neighbours(scaled_runs):
+    assert scaled_runs["knn", True, False][1] > 0.95 > 0.7 > scaled_runs["knn", False, False][1]
+    np.testing.assert_array_equal(
+        scaled_runs["knn", True, True][0], scaled_runs["knn", True, False][0]
+    )
+
+
+def test_linear_models_may_be_standardised_by_either_option(scaled_runs):
+    expected = scaled_runs["linear", False, True][0]
+    for options in ((True, False), (True, True)):
+        np.testing.assert_allclose(scaled_runs["linear", *options][0], expected, atol=1e-4)
+    assert np.abs(scaled_runs["linear", False, False][0] - expected).max() > 1e-2  # L2 differs
+
+
+# ---------------------------------------------------------------- what a probe is not for
+
+
+def test_infer_says_where_the_predictions_are(tmp_path, capsys):
+    spec = write(tmp_path, DIGITS.data, DIGITS.target, FEW)
+    assert run(spec, tmp_path) == 0
+    capsys.readouterr()
+    assert run(spec, tmp_path, "mode=infer") == 2
+    error = capsys.readouterr().err.strip()
+    assert "a probe keeps no model" in error and len(error.splitlines()) == 1
+    path, _ = results(tmp_path)
+    assert str(path) in error and "metrics_probe.json" in error
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
+    @contextmanager
+    def session():
+        yield Ranks(1, 2, 1, torch.device("cpu"))
+
+    monkeypatch.setattr(run_probe.dist, "session", session)
+    assert run(write(tmp_path, DIGITS.data, DIGITS.target), tmp_path) == 2
+    assert capsys.readouterr().err.strip() == (
+        "a probe runs in one process: start it without torchrun"
+    )
