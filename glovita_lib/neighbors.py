@@ -18,6 +18,7 @@ from torch import Tensor
 
 Metric = Literal["euclidean", "cosine"]
 QUERIES, REFERENCES = 1024, 16384  # of the similarities that exist at a time, 64 MiB
+ROWS = 1024  # that are converted to points at a time: room for more is slower to get than to fill
 GROUP = 16384  # queries for which a block of references is prepared once
 MARGIN = 8  # candidates beside the k, which keep rounding errors apart from the k-th distance
 DIFFERENCES = 2**18  # numbers of the differences that exist at a time, 2 MiB, which caches hold
@@ -110,7 +111,7 @@ class Space:
     def small(self, points: Tensor) -> Tensor:
         """Shifted and scaled, by which no ranking changes: products of small numbers have small
         errors, and those of numbers about 1 stay in the range of float32."""
-        return (points - self.center) / self.scale
+        return (points - self.center).div_(self.scale)
 
 
 def space_of(references: Tensor, metric: Metric, device: torch.device) -> Space:
@@ -118,10 +119,10 @@ def space_of(references: Tensor, metric: Metric, device: torch.device) -> Space:
     nothing = torch.zeros(references.shape[1], dtype=torch.float64, device=device)
     space = Space(metric, nothing, 1.0, device)
     total, square = nothing.clone(), nothing.clone()
-    for block in references.split(REFERENCES):
+    for block in references.split(ROWS):
         total += space.points(block).sum(0)
     space = replace(space, center=total / len(references))
-    for block in references.split(REFERENCES):
+    for block in references.split(ROWS):
         square += space.small(space.points(block)).square().sum(0)
     scale = float(square.sum() / len(references)) ** 0.5
     return replace(space, scale=scale or 1.0)
@@ -216,21 +217,22 @@ def most_similar(
     space: Space,
     k: int,
     own: Tensor | None,
-    prepare: Callable[[Tensor], Any],
-    similarity: Callable[[Tensor, Any], Tensor],
+    prepare: Callable[[Tensor], Tensor],
+    similarity: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The k + MARGIN references (n, C) of the largest similarity, and that of the last one (n,).
 
     Args:
         own: (n,) the query's number as a reference, which is left out.
-        prepare: what is done once to a block of points of references.
-        similarity: (n, m) of a block of queries and a prepared block.
+        prepare: what is done once to points of references, (m, ...) to (m, ...).
+        similarity: (n, m) of a block of queries and prepared references.
     """
     count = min(k + MARGIN, len(references) - (own is not None))
     blocks = queries.split(QUERIES)
     best: list[tuple[Tensor, Tensor] | None] = [None] * len(blocks)
     for first in range(0, len(references), REFERENCES):
-        prepared = prepare(space.points(references[first : first + REFERENCES]))
+        rows = references[first : first + REFERENCES].split(ROWS)
+        prepared = torch.cat([prepare(space.points(part)) for part in rows])
         for number, block in enumerate(blocks):
             similar = similarity(block, prepared)  # (n, m)
             if own is not None:

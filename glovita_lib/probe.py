@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 16384  # samples whose logits exist at a time, at most
-NUMBERS = 2**24  # features, or logits, that exist at a time: 128 MiB in float64
+ON_CPU, ON_GPU = 2**19, 2**24  # features, or logits, of a block: 4 MiB in a cache, or busy cores
 SHARE = 0.5  # of the free memory of a device that features may take
 
 
-def block_size(width: int, outputs: int) -> int:
+def block_size(width: int, outputs: int, device: torch.device) -> int:
     """Samples of a block of so many features and logits."""
-    return max(1, min(BLOCK, NUMBERS // max(width, outputs, 1)))
+    numbers = ON_CPU if device.type == "cpu" else ON_GPU
+    return max(1, min(BLOCK, numbers // max(width, outputs, 1)))
 
 
 def resident(features: Tensor, device: torch.device) -> Tensor:
@@ -45,7 +46,7 @@ def knn_scores(
         targets: (M,) class indices, of which the mean is that of one-hot rows, or (M, K) values.
     """
     scores = torch.empty(len(distances), outputs, device=distances.device)
-    size = block_size(1, outputs)
+    size = block_size(1, outputs, distances.device)
     for start in range(0, len(distances), size):
         part = slice(start, start + size)
         # relative to the nearest one, which cancels in the mean and keeps exp from vanishing
@@ -78,7 +79,7 @@ class Linear:
         """(N, D) -> (N, K) float32, on the device of the model."""
         weight, bias = self.solution[:-1].float(), self.solution[-1].float()
         logits = torch.empty(len(features), len(bias), device=bias.device)
-        size = block_size(*weight.shape)
+        size = block_size(*weight.shape, bias.device)
         for start in range(0, len(features), size):
             block = features[start : start + size].to(bias.device).float()
             block = (block - self.mean) / self.std
@@ -107,7 +108,8 @@ class Train:
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Standardised features (B, D) and targets (B,) or (B, K), block after block, float64: in
         float32 the line search of L-BFGS ends in rounding errors long before the minimum."""
-        size, device = block_size(self.features.shape[1], self.outputs), self.mean.device
+        device = self.mean.device
+        size = block_size(self.features.shape[1], self.outputs, device)
         for x, t in zip(self.features.split(size), self.targets.split(size), strict=True):
             x, t = x.to(device).double(), t.to(device)
             yield (x - self.mean) / self.std, t.double() if t.ndim == 2 else t
@@ -115,7 +117,7 @@ class Train:
 
 def moments(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (D,) over the samples, float32; of a constant feature 1."""
-    blocks = features.split(block_size(features.shape[1], 1))
+    blocks = features.split(block_size(features.shape[1], 1, device))
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
     square = total.clone()
     for block in blocks:
