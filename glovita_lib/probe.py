@@ -7,6 +7,7 @@ N samples, D width, K classes or targets, M train samples, B samples of a block.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 BLOCK = 16384  # samples whose logits exist at a time, at most
 ON_CPU, ON_GPU = 2**19, 2**24  # features, or logits, of a block: 4 MiB in a cache, or busy cores
+KEPT = 2**24  # features that stay as they are computed with: 128 MiB in float64
 SHARE = 0.5  # of the free memory of a device that features may take
 
 
@@ -94,7 +96,7 @@ class Linear:
         return logits.sigmoid_() if subtask == "multilabel" else logits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Train:
     """The samples that linear models are fitted to."""
 
@@ -105,14 +107,23 @@ class Train:
     mean: Tensor  # (D,) on the device that computes
     std: Tensor
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Standardised features (B, D) and targets (B,) or (B, K), block after block, float64: in
         float32 the line search of L-BFGS ends in rounding errors long before the minimum."""
+        return self.converted() if self.features.numel() > KEPT else self.kept
+
+    @cached_property
+    def kept(self) -> list[tuple[Tensor, Tensor]]:
+        """The blocks of few samples, which take longer to convert than to compute with."""
+        return list(self.converted())
+
+    def converted(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The blocks, made one by one."""
         device = self.mean.device
         size = block_size(self.features.shape[1], self.outputs, device)
         for x, t in zip(self.features.split(size), self.targets.split(size), strict=True):
-            x, t = x.to(device).double(), t.to(device)
-            yield (x - self.mean) / self.std, t.double() if t.ndim == 2 else t
+            x, t = x.to(device).double() - self.mean, t.to(device)
+            yield x.div_(self.std), t.double() if t.ndim == 2 else t
 
 
 def moments(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
