@@ -16,7 +16,7 @@ from torch import Tensor
 
 BLOCK = 16384  # samples whose logits exist at a time, at most
 ON_CPU, ON_GPU = 2**19, 2**24  # features, or logits, of a block: 4 MiB in a cache, or busy cores
-KEPT = 2**24  # features that stay as they are computed with: 128 MiB in float64
+KEPT = 2**26  # features that stay as they are computed with: 512 MiB in float64
 SHARE = 0.5  # of the free memory of a device that features may take
 
 
