@@ -175,7 +175,7 @@ def attention_map(bag: BagMap, path: Path) -> None:
         bar.outline.set_visible(False)
         bar.ax.set_yticklabels([f"{100 * share:g} %" for share in MARKED])
         bar.ax.tick_params(length=0)
-        bar.set_label("among the first ... of the bag")
+        bar.set_label("rank by attention: top ... of the bag")
         figure.suptitle(f"{short(bag.title, 60)}   {bag.caption}".rstrip(), x=0.01, ha="left")
 
 
@@ -250,9 +250,14 @@ def bare(axes: Any) -> None:
 
 
 def concentration(attention: np.ndarray) -> str:
-    """How few instances have half of the attention."""
+    """How few instances have half of the attention, and how far the first one stands out: colours
+    are ranks, which look the same where attention is even."""
     half = int(np.searchsorted(np.cumsum(np.sort(attention)[::-1]), 0.5 - 1e-6)) + 1
-    return f"{half:,} of {len(attention):,} have half of the attention"
+    factor = attention.max() / attention.mean()
+    return (
+        f"{half:,} of {len(attention):,} have half of the attention,\n"
+        f"the first {factor:,.{0 if factor >= 10 else 1}f} times the mean"
+    )
 
 
 def top_shares(values: np.ndarray) -> np.ndarray:

@@ -341,8 +341,10 @@ def test_tile_side_and_concentration():
     assert tile_side(grid) == 224
     assert tile_side(np.concatenate([grid, grid + [3000, 17]])) == 224  # two pieces of tissue
     assert tile_side(np.array([[7.0, 7.0]])) == tile_side(np.array([[7.0, 7.0]] * 3)) == 1
-    assert concentration(np.array([0.1, 0.6, 0.3])).startswith("1 of 3 ")
-    assert concentration(np.full(2000, 1 / 2000)).startswith("1,000 of 2,000 ")
+    line = concentration(np.array([0.1, 0.6, 0.3])).replace("\n", " ")
+    assert line == "1 of 3 have half of the attention, the first 1.8 times the mean"
+    line = concentration(np.full(2000, 1 / 2000))
+    assert line.startswith("1,000 of 2,000 ") and line.endswith("the first 1.0 times the mean")
 
 
 def predictions(targets: Any, scores: Any = None) -> Predictions:
