@@ -386,11 +386,11 @@ def test_map_of_many_branches_shows_the_likeliest(tmp_path, monkeypatch):
         "draw_branch",
         lambda *arguments: drawn.append(arguments[-1][0]) or original(*arguments),
     )
-    attention_ = np.tile(np.arange(8.0), (1, 1))  # one instance
+    attention_ = np.tile(np.arange(1.0, 9.0), (1, 1))  # one instance
     names = [f"class {k}" for k in range(8)]
     bag = BagMap("one", "label", np.zeros((1, 2)), attention_, names, [7, 0, 3, 4, 5, 6, 1, 2])
     attention_map(bag, tmp_path / "a.png")
-    assert drawn == [0, 3, 4, 5, 6, 7]
+    assert drawn == [1, 4, 5, 6, 7, 8]
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
