@@ -4,15 +4,15 @@ begins and where its instances lie.
 N samples, B bags, K classes or targets.
 """
 
-import csv
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from glovita_lib.samples import Split
 from glovita_lib.spec import UserError
+from glovita_lib.tables import read_csv
 
 AXES = ("x", "y", "z")
 
@@ -87,17 +87,18 @@ def read_coords(path: str, ids: np.ndarray) -> np.ndarray:
         number.
     """
     table: dict[str, list[float]] = {}
-    for number, row in coords_rows(path):
-        name, *cells = row
+    for row in read_csv(Path(path), ("id", *AXES[:2])):
+        name, cells = row["id"], [row[axis] for axis in AXES if axis in row]
         if name in table:
-            raise UserError(f"{path} line {number}: id {name!r} occurs twice; give it one row")
+            raise UserError(f"{path}: id {name!r} occurs twice; give it one row")
         try:
             table[name] = [float(cell) for cell in cells]
-        except (TypeError, ValueError):  # TypeError: the row is too short
+        except ValueError:
             table[name] = [math.nan]
         if not all(map(math.isfinite, table[name])):
-            shown = ", ".join(str(cell) for cell in cells)
-            raise UserError(f"{path} line {number}: coordinates of {name!r} are {shown}")
+            raise UserError(
+                f"{path}: coordinates of {name!r} are {', '.join(map(repr, cells))}; write numbers"
+            )
     absent = [name for name in ids if name not in table]
     if absent:
         example = f"; the file has e.g. {next(iter(table))}" if table else ""
@@ -105,28 +106,6 @@ def read_coords(path: str, ids: np.ndarray) -> np.ndarray:
             f"{path}: no row for {len(absent)} samples ({', '.join(absent[:10])}){example}"
         )
     return np.array([table[name] for name in ids])
-
-
-def coords_rows(path: str) -> Iterator[tuple[int, list[str | None]]]:
-    """Line number, and id and coordinates as text, of each row of a CSV.
-
-    Raises:
-        UserError: no such file or column.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header = reader.fieldnames or []
-            if not {"id", "x", "y"} <= set(header):
-                raise UserError(
-                    f"extract.coords_file {path}: columns id, x and y are needed, it has"
-                    f" {', '.join(header) or 'none'}"
-                )
-            axes = [axis for axis in AXES if axis in header]
-            for row in reader:
-                yield reader.line_num, [row["id"], *(row[axis] for axis in axes)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"extract.coords_file {path} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
