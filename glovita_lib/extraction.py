@@ -1,6 +1,6 @@
 """What is read out of an encoder for each sample.
 
-B batch, N tokens, D width, C channels, H W grid, M instances.
+B batch, N tokens, D width, C channels, H W grid, M instances, K classes or targets.
 """
 
 import json
@@ -17,6 +17,7 @@ from glovita_lib.experiment import Experiment
 from glovita_lib.intermediates import choose_layers
 from glovita_lib.layers import Features
 from glovita_lib.loaders import Batch
+from glovita_lib.objectives import Answer
 from glovita_lib.precision import autocast
 from glovita_lib.spec import UserError
 from glovita_lib.spec_features import Extract
@@ -35,19 +36,40 @@ class Readout:
     features: np.ndarray  # (B, D), (B, D, H, W), or (M, D) instances of B samples
     lengths: np.ndarray | None  # (B,) instances per sample; None: one row a sample
     coords: np.ndarray | None  # (M, 2) grid row and column of every instance; -1: prefix token
+    scores: np.ndarray | None = None  # (B, K) predictions of the head, where they are read too
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return len(self.features if self.lengths is None else self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What is read out of a batch, while the device still computes it or copies it to the host."""
+
+    rows: Tensor  # (B,) of the split
+    read: Tensor  # values in float32, on the device, in the layout of Readout.features
+    lengths: np.ndarray | None
+    coords: np.ndarray | None
+    host: tuple[Tensor, ...]  # stored values, whether all are finite (), and scores where wanted
+    copied: torch.cuda.Event | None  # after the copies to the host; None: they are there
 
 
 class Extractor:
     """Reads embeddings, tokens or maps out of the encoder of an experiment.
 
+    Args:
+        predicts: whether the scores of the head are read too, beside an embedding.
+
     Raises:
         UserError: what is asked for, this encoder or data set does not have.
     """
 
-    def __init__(self, experiment: Experiment, spec: Extract) -> None:
+    def __init__(self, experiment: Experiment, spec: Extract, *, predicts: bool = False) -> None:
         if experiment.facts.augmentation is None:
             raise UserError("mode extract reads images; data set precomputed_features is read out")
-        self.experiment, self.spec = experiment, spec
+        self.experiment, self.spec, self.predicts = experiment, spec, predicts
         self.model = experiment.model.eval()
         facts, encoder = experiment.facts, experiment.model.encoder
         size = facts.augmentation.image_size
@@ -65,6 +87,16 @@ class Extractor:
     def weights_sha256(self) -> str:
         """Hash of the encoder's weights."""
         return weights_hash(self.model)
+
+    @cached_property
+    def sample_bytes(self) -> int:
+        """Bytes of the features of a sample as they are stored: those of a black image."""
+        facts, device = self.experiment.facts, self.experiment.ranks.device
+        size = facts.augmentation.image_size
+        inputs = torch.zeros(1, facts.channels, size, size, device=device)
+        with torch.no_grad(), autocast(self.experiment.precision, device):
+            read, *_ = self.read(inputs, self.features(inputs))
+        return read.numel() * self.dtype.itemsize
 
     def resolve_method(self, probed: list[Features]) -> str:
         """How tokens become one vector.
@@ -109,9 +141,8 @@ class Extractor:
                 ' only output = "embedding" is possible'
             )
 
-    @torch.no_grad()
     def __call__(self, batch: Batch, *, ids: list[str], augment: int | None) -> Readout:
-        """Read a batch out.
+        """Read a batch out and wait for it.
 
         Args:
             ids: of the split that the batch is from, for messages.
@@ -120,18 +151,47 @@ class Extractor:
         Raises:
             UserError: features too large for float16, NaN or infinite ones.
         """
-        objective, ranks = self.experiment.objective, self.experiment.ranks
-        batch = batch.to(ranks.device)
+        return self.finish(self.start(batch, augment=augment), ids=ids)
+
+    @torch.no_grad()
+    def start(self, batch: Batch, *, augment: int | None) -> Running:
+        """Let the device read a batch out and copy it to the host, without waiting for it.
+
+        Args:
+            augment: seed of the train policy; None is the test policy.
+        """
+        objective, device = self.experiment.objective, self.experiment.ranks.device
+        moved = batch.to(device)
         prepare = objective.eval_inputs if augment is None else objective.train_inputs
-        inputs = prepare(batch.inputs, batch.fitted, augment or 0)
-        with autocast(self.experiment.precision, ranks.device):
-            features = self.features(inputs)
-            read, lengths, coords = self.read(inputs, features)
+        inputs = prepare(moved.inputs, moved.fitted, augment or 0)
+        with autocast(self.experiment.precision, device):
+            values, lengths, coords = self.read(inputs, self.features(inputs))
+            scores = (self.scores(inputs, values),) if self.predicts else ()
+        read = values.float()
         stored = read.to(self.dtype)
-        if not torch.isfinite(stored).all():
-            per_sample = read.unflatten(0, (len(batch.rows), -1))  # (B, ...)
-            self.refuse_infinite(per_sample, [ids[row] for row in batch.rows.tolist()])
-        return Readout(stored.cpu().numpy(), lengths, coords)
+        host, copied = to_host((stored, torch.isfinite(stored).all(), *scores))
+        return Running(batch.rows, read, lengths, coords, host, copied)
+
+    def finish(self, running: Running, *, ids: list[str]) -> Readout:
+        """Wait for what `start` began.
+
+        Args:
+            ids: of the split that the batch is from, for messages.
+
+        Raises:
+            UserError: features too large for float16, NaN or infinite ones.
+        """
+        if running.copied is not None:
+            running.copied.synchronize()
+        stored, is_finite, *scores = running.host
+        if not is_finite:
+            per_sample = running.read.unflatten(0, (len(running.rows), -1))  # (B, ...)
+            self.refuse_infinite(per_sample, [ids[row] for row in running.rows.tolist()])
+        if running.copied is not None:
+            # Out of page-locked memory, which is scarce and serves the next batches again.
+            stored, scores = stored.clone(), [part.clone() for part in scores]
+        scores = scores[0].numpy() if scores else None
+        return Readout(stored.numpy(), running.lengths, running.coords, scores)
 
     def features(self, inputs: Tensor) -> list[Features]:
         """Features of the chosen layers, or of the encoder's output where tokens are asked for."""
@@ -147,18 +207,24 @@ class Extractor:
         """Values, and for tokens instances per sample and their places."""
         if self.spec.output == "embedding":
             if not features:
-                return self.model.embed(inputs, self.method).float(), None, None
-            parts = [aggregate(part, self.method) for part in features]
-            return torch.cat(parts, dim=1).float(), None, None
+                return self.model.embed(inputs, self.method), None, None
+            return torch.cat([aggregate(part, self.method) for part in features], dim=1), None, None
         self.check_grids(features)
         if self.spec.output == "map":
-            return torch.cat([as_map(part) for part in features], dim=1).float(), None, None
+            return torch.cat([as_map(part) for part in features], dim=1), None, None
         keep = self.spec.prefix_tokens
-        parts = [part.tokens if keep else part.patches for part in features]
-        tokens = torch.cat(parts, dim=2).float()  # (B, N, D)
-        lengths = np.full(len(tokens), tokens.shape[1], np.int64)
+        tokens = torch.cat([part.tokens if keep else part.patches for part in features], dim=2)
         places = grid_places(features[0].grid, features[0].n_prefix if keep else 0, tokens.shape[1])
+        lengths = np.full(len(tokens), tokens.shape[1], np.int64)
         return tokens.flatten(0, 1), lengths, np.tile(places, (len(tokens), 1))
+
+    def scores(self, inputs: Tensor, vectors: Tensor) -> Tensor:
+        """Predictions (B, K); the encoder runs again only where its head takes something else than
+        the vectors (B, D) that are read out."""
+        model = self.model
+        is_shared = self.layers is None and self.method == model.aggregation
+        takes = vectors if is_shared and model.head.consumes == "pooled" else inputs
+        return self.experiment.objective.scores(Answer.of(model(takes)).logits.float())
 
     def check_grids(self, features: list[Features]) -> None:
         """Layers of different grids cannot be put side by side.
@@ -239,6 +305,22 @@ class Extractor:
         own = () if self.layers is not None else ("pooled", encoder.pooling)
         texts = ["pre_logits of the library" if p in own else f"{p} of the tokens" for p in parts]
         return ", ".join(texts)
+
+
+def to_host(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
+    """Tensors on the host, and what to wait for before they may be looked at.
+
+    From a GPU they are copied while the host goes on, which only page-locked memory allows.
+    """
+    if tensors[0].device.type != "cuda":
+        # A class token is a view of all tokens, which would stay in memory with it.
+        return tuple(tensor.cpu().contiguous() for tensor in tensors), None
+    host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    for mine, theirs in zip(host, tensors, strict=True):
+        mine.copy_(theirs, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return tuple(host), copied
 
 
 def listed(ids: list[str], chosen: Tensor) -> str:

@@ -5,6 +5,7 @@ N samples.
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
@@ -15,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from glovita_lib import dist, files
-from glovita_lib.extraction import Extractor, Readout
+from glovita_lib.extraction import Extractor, Readout, Running
 from glovita_lib.feature_recipe import notes_of
 from glovita_lib.feature_tables import Plan, bag_tables, sample_tables
 from glovita_lib.feature_writer import (
@@ -25,7 +26,7 @@ from glovita_lib.feature_writer import (
     refuse_other,
     size_text,
 )
-from glovita_lib.loaders import Batch, Loader, build_loader
+from glovita_lib.loaders import Loader, build_loader
 from glovita_lib.lock import Lock
 from glovita_lib.progress import Rate, say
 from glovita_lib.samples import ArraySource, Split
@@ -122,7 +123,7 @@ class Job:
                 (self.parts.folder / f"{row}.txt").unlink()
 
     def write(self) -> None:
-        """Write this rank's share of the blocks that are missing."""
+        """Write this rank's share of the blocks that are missing, each while the next is read."""
         pending = dist.broadcast_object(self.ranks, self.parts.pending())
         mine = pending[self.ranks.rank :: self.ranks.world]
         done = self.plan.blocks - len(pending)
@@ -130,8 +131,15 @@ class Job:
             say_main(self.ranks, f"{self.name}: {done} of {self.plan.blocks} blocks were finished")
         total = sum(len(self.plan.rows_of(block)) for block in mine)
         rate = Rate(self.name, total, shown=self.ranks.is_main)
-        for block, readouts in self.read(mine, rate):
-            self.parts.write(block, self.plan.rows_of(block), readouts)
+        writing: Future | None = None
+        with ThreadPoolExecutor(1) as pool:  # left, also by Ctrl-C, when the block is on the disk
+            for block, readouts in self.read(mine, rate):
+                if writing is not None:
+                    writing.result()  # one at a time, lest blocks pile up before a slow disk
+                rows = self.plan.rows_of(block)
+                writing = pool.submit(self.parts.write, block, rows, readouts)
+            if writing is not None:
+                writing.result()
         rate.close()
 
     def finish(self) -> None:
@@ -151,7 +159,8 @@ class Job:
         shape = put_together(parts, tables=tables, compression=compression, keep=keep, notes=notes)
         parts.remove()
         size = size_text(parts.target)
-        say(f"{self.name}: {len(rows):,} samples, features {shape}, {size}: {parts.target}")
+        count = f"{len(rows):,} of {len(keep):,}" if broken else f"{len(rows):,}"
+        say(f"{self.name}: {count} samples, features {shape}, {size}: {parts.target}")
         for line in broken.values():
             say(f"  left out: {line}")
 
@@ -186,26 +195,43 @@ class Job:
         for group in groups:
             rows = np.concatenate([self.plan.rows_of(block) for block in group])
             split = self.readable(rows, self.parts.folder)
-            with closing(self.loader(split, group[0])) as loader:
-                batches = enumerate(loader.epoch(0))
+            with closing(self.readouts(split, group[0], rate)) as stream:
                 for block in group:
-                    yield block, self.read_block(block, split.ids, batches, rate)
+                    readouts, missing = [], len(self.plan.rows_of(block))
+                    while missing > 0:
+                        readouts.append(next(stream))
+                        missing -= readouts[-1].samples
+                    yield block, readouts
 
-    def read_block(
-        self, block: int, ids: list[str], batches: Iterator[tuple[int, Batch]], rate: Rate
-    ) -> list[Readout]:
-        """Readouts of the batches of a block, from batches of samples with these ids."""
-        readouts, missing = [], len(self.plan.rows_of(block))
-        while missing > 0:
-            index, batch = next(batches)
-            seed = dist.mix(self.root.seed, block, index) if self.augmented else None
-            try:
-                readouts.append(self.extractor(batch, ids=ids, augment=seed))
-            except UserError as error:
-                raise UserError(f"{self.name}: {error}") from None
-            missing -= len(batch.rows)
-            rate.add(len(batch.rows))
-        return readouts
+    def readouts(self, split: Split, block: int, rate: Rate) -> Iterator[Readout]:
+        """What is read out of the batches of a readable split; each is copied to the host while
+        the device computes the next one.
+
+        Args:
+            block: that the random draws of a train policy follow from.
+
+        Raises:
+            UserError: a sample cannot be read, or its features cannot be stored.
+        """
+        running: Running | None = None
+        with closing(self.loader(split, block)) as loader:
+            for index, batch in enumerate(loader.epoch(0)):
+                seed = dist.mix(self.root.seed, block, index) if self.augmented else None
+                started = self.extractor.start(batch, augment=seed)
+                if running is not None:
+                    yield self.settled(running, split.ids, rate)
+                running = started
+            if running is not None:
+                yield self.settled(running, split.ids, rate)
+
+    def settled(self, running: Running, ids: list[str], rate: Rate) -> Readout:
+        """The readout of a batch, when it is there."""
+        try:
+            readout = self.extractor.finish(running, ids=ids)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
+        rate.add(readout.samples)
+        return readout
 
     def readable(self, rows: np.ndarray, notes: Path) -> Split:
         """Some rows of the split, without labels; where broken ones are to be left out, black

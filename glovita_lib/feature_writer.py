@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -78,12 +79,13 @@ class Parts:
 
     def write(self, block: int, rows: np.ndarray, readouts: list[Readout]) -> None:
         """Write a finished block: rows of the split, and what was read out of them."""
-        arrays = {"rows": rows, "features": np.concatenate([r.features for r in readouts])}
+        arrays = {"rows": [rows], "features": [r.features for r in readouts]}
         if readouts[0].lengths is not None:
-            arrays["lengths"] = np.concatenate([r.lengths for r in readouts])
-            arrays["coords"] = np.concatenate([r.coords for r in readouts])
-        with files.atomic_path(self.path(block)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            arrays["lengths"] = [r.lengths for r in readouts]
+            arrays["coords"] = [r.coords for r in readouts]
+        with files.atomic_path(self.path(block)) as temporary, ZipFile(temporary, "w") as archive:
+            for name, pieces in arrays.items():
+                write_array(archive, name, pieces)
 
     def read(self) -> Iterator[dict[str, np.ndarray]]:
         """The blocks in order."""
@@ -105,6 +107,20 @@ class Parts:
         with suppress(OSError):  # a process that waits has just made a lock of its own there
             self.lock.unlink(missing_ok=True)
             self.folder.rmdir()
+
+
+def write_array(archive: ZipFile, name: str, pieces: list[np.ndarray]) -> None:
+    """Write arrays one below the other as one array of an npz file, without a copy of them all."""
+    first = pieces[0]
+    header = {
+        "descr": np.lib.format.dtype_to_descr(first.dtype),
+        "fortran_order": False,
+        "shape": (sum(map(len, pieces)), *first.shape[1:]),
+    }
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
 
 
 def put_together(
@@ -137,7 +153,8 @@ def put_together(
             if not kept.any():
                 continue
             instances = np.repeat(kept, block["lengths"]) if "lengths" in block else kept
-            features = block["features"][instances]
+            # A mask copies, which most blocks need not.
+            features = block["features"] if kept.all() else block["features"][instances]
             if "features" not in file:
                 if compression == "none":
                     refuse_full_disk(parts.folder, total * features[0].nbytes)

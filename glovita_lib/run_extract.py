@@ -25,6 +25,8 @@ from glovita_lib.spec_data import GenericImageData
 from glovita_lib.spec_features import Extract
 from glovita_lib.spec_root import Root
 
+BLOCK_BYTES = 256 * 2**20  # of features: a block is kept in memory until it is written
+
 
 def run(loaded: Loaded, *, dry_run: bool) -> None:
     """Extract the wanted splits; a dry run reads one batch of each and writes nothing."""
@@ -32,8 +34,9 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
         experiment, data = source_of(loaded, ranks)
         extractor = Extractor(experiment, loaded.root.extract)
         notes = data.report if ranks.is_main else []
-        for line in notes:
-            say(f"  note: {line}")
+        at_end = loaded.root.extract.on_error == "skip" and not dry_run
+        for note in notes:
+            say(f"  note: {heading(note) if at_end else note}")
         splits = wanted_splits(loaded.root.extract, data)
         jobs = [plan_job(loaded.root, extractor, data, *split) for split in splits.items()]
         refuse_one_name(jobs)
@@ -44,9 +47,15 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
                 job.rehearse()
             else:
                 job.run()
-        if loaded.root.extract.on_error == "skip" and not dry_run:
-            for line in notes:  # again, as they may have scrolled away
-                say(f"  note: {line}")
+        for note in notes if at_end else ():
+            if heading(note) != note:
+                say(f"  note: {note}")
+
+
+def heading(note: str) -> str:
+    """A note without its list of samples, which comes at the end."""
+    head, newline, _ = note.partition("\n")
+    return f"{head} listed at the end" if newline else head
 
 
 # ---------------------------------------------------------------------- what is read out
@@ -119,7 +128,7 @@ def plan_job(root: Root, extractor: Extractor, data: Data, name: str, split: Spl
     spec, experiment = root.extract, extractor.experiment
     rows = np.arange(len(split)) if spec.bag_by is None else group_order(split)
     batch = experiment.facts.eval_batch_size
-    plan = Plan(rows, -(-spec.block_samples // batch) * batch)  # whole batches
+    plan = Plan(rows, block_size(spec, batch, extractor.sample_bytes))
     augmented = name == "train" and not spec.use_eval_transform_for_train
     features = recipe_of_features(root, extractor, data, name, split)
     features |= policy_of(root, plan, augmented=augmented, batch_size=batch)
@@ -134,6 +143,16 @@ def plan_job(root: Root, extractor: Extractor, data: Data, name: str, split: Spl
         recipe=recipe_of_tables(root, data, split),
         augmented=augmented,
     )
+
+
+def block_size(spec: Extract, batch: int, sample_bytes: int) -> int:
+    """Samples of a block: whole batches, at least one, with at most BLOCK_BYTES of features.
+
+    It follows from the spec and the model alone, so that all ranks, and a run that goes on after a
+    kill, number the blocks alike.
+    """
+    wanted = -(-spec.block_samples // batch)
+    return batch * max(1, min(wanted, BLOCK_BYTES // (batch * sample_bytes)))
 
 
 def refuse_one_name(jobs: list[Job]) -> None:

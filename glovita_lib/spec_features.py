@@ -127,4 +127,5 @@ class Extract(Spec):
     on_error: Literal["stop", "skip"] = "stop"
     """What an unreadable sample does: end the extraction, or be left out and listed at the end."""
     block_samples: Count = 1024
-    """Samples of a block, rounded up to whole batches; finished blocks survive a kill."""
+    """Samples of a block, in whole batches, fewer where these have more than 256 MiB of features;
+    finished blocks survive a kill."""

@@ -358,6 +358,26 @@ def test_bfloat16_on_the_cpu():
     assert extractor.attributes()["compute_precision"] == "bf16"
 
 
+@pytest.mark.parametrize("precision", [16, 32])
+@pytest.mark.parametrize("output", ["embedding", "tokens", "map"])
+@pytest.mark.parametrize("layers", [(), (0, -1)])
+def test_bytes_of_a_sample(output, layers, precision):
+    extractor = extractor_of("test_vit", output=output, layers=layers, precision=precision)
+    assert extractor.sample_bytes * 5 == read(extractor).features.nbytes
+
+
+def test_a_batch_begins_before_the_one_ahead_is_finished():
+    """Nothing of a batch is waited for until then, and what is kept of it is its own memory."""
+    extractor = extractor_of("test_vit")
+    first, second = (extractor.start(batch(), augment=None) for _ in range(2))
+    found = extractor.finish(first, ids=[""] * 5)
+    np.testing.assert_array_equal(found.features, extractor.finish(second, ids=[""] * 5).features)
+    np.testing.assert_array_equal(found.features, read(extractor).features)
+    assert found.samples == 5 and found.scores is None
+    base = found.features if found.features.base is None else found.features.base
+    assert base.nbytes == found.features.nbytes  # not a view of all tokens
+
+
 def test_a_hash_of_the_weights():
     first, second = extractor_of("test_vit"), extractor_of("test_vit", method="avg")
     assert first.weights_sha256 == second.weights_sha256

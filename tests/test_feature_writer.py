@@ -114,15 +114,54 @@ def test_a_block_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     parts = parts_of(tmp_path)
     parts.open()
 
-    def half(file, **arrays):
-        file.write(b"PK half")
+    def half(archive, name, pieces):
+        archive.writestr(f"{name}.npy", b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(np, "savez", half)
+    monkeypatch.setattr(feature_writer, "write_array", half)
     with pytest.raises(KeyboardInterrupt):
         parts.write(0, *vectors(parts, 0))
     assert parts.pending()[0] == 0
     assert {path.name for path in parts.folder.iterdir()} == {"recipe.json"}
+
+
+def test_a_block_is_what_numpy_writes(tmp_path):
+    """In pieces, some of them not contiguous; read by numpy in its own format."""
+    parts = parts_of(tmp_path)
+    parts.open()
+    rows = parts.plan.rows_of(1)
+    maps = X[:32].reshape(16, 2, 8, 8)
+    pieces = [maps[:5].transpose(0, 2, 3, 1), maps[5:].transpose(0, 2, 3, 1)]
+    lengths, coords = np.arange(1, 17), np.arange(272, dtype=np.int32).reshape(136, 2)
+    parts.write(1, rows, [
+        Readout(piece, lengths[part], coords[part])
+        for piece, part in zip(pieces, (slice(5), slice(5, None)), strict=True)
+    ])  # fmt: skip
+    np.savez(tmp_path / "own.npz", rows=rows, features=np.concatenate(pieces),
+             lengths=lengths, coords=coords)  # fmt: skip
+    with np.load(parts.path(1)) as found, np.load(tmp_path / "own.npz") as own:
+        assert found.files == own.files
+        for name in own.files:
+            assert found[name].dtype == own[name].dtype
+            np.testing.assert_array_equal(found[name], own[name])
+
+
+def test_no_block_is_copied_to_be_written(tmp_path):
+    """Peak memory beside the readouts, writing, and beside one block, putting together."""
+    import tracemalloc
+
+    parts = parts_of(tmp_path, count=16)
+    parts.open()
+    pieces = [np.ones((8, 2**19), np.float16) for _ in range(2)]  # 16 MiB in all
+    tracemalloc.start()
+    try:
+        parts.write(0, np.arange(16), [Readout(piece, None, None) for piece in pieces])
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        del pieces
+        assemble(parts)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_removal_takes_everything(tmp_path):

@@ -1,12 +1,14 @@
 """Mode extract end to end: content, continuation after kills, ranks, broken images, bags."""
 
 import csv
+import errno
 import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,11 +17,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from skimage import data as photos
 from small_runs import FOLDERS, load, snapshot, write_png
 
 import glovita
-from glovita_lib import feature_job, feature_writer
+from glovita_lib import feature_job, feature_writer, files
 from glovita_lib.datasets import build_data
 from glovita_lib.extraction import Extractor
 from glovita_lib.lock import Lock
@@ -91,29 +94,29 @@ def read_back(folder: Path, **fields):
 
 
 def counted(monkeypatch) -> list[int]:
-    """Samples of each forward pass from now on."""
-    sizes, call = [], Extractor.__call__
+    """Samples of each batch that is read out from now on."""
+    sizes, finish = [], Extractor.finish
 
-    def counting(self, batch, **options):
-        sizes.append(len(batch.rows))
-        return call(self, batch, **options)
+    def counting(self, running, **options):
+        sizes.append(len(running.rows))
+        return finish(self, running, **options)
 
-    monkeypatch.setattr(Extractor, "__call__", counting)
+    monkeypatch.setattr(Extractor, "finish", counting)
     return sizes
 
 
 def interrupted(extract, monkeypatch, after: int, *overrides, **options) -> None:
     """Ctrl-C after so many batches."""
     with monkeypatch.context() as patch:
-        sizes, call = [], Extractor.__call__
+        sizes, finish = [], Extractor.finish
 
-        def stopping(self, batch, **kwargs):
-            sizes.append(len(batch.rows))
+        def stopping(self, running, **kwargs):
+            sizes.append(len(running.rows))
             if len(sizes) > after:
                 raise KeyboardInterrupt
-            return call(self, batch, **kwargs)
+            return finish(self, running, **kwargs)
 
-        patch.setattr(Extractor, "__call__", stopping)
+        patch.setattr(Extractor, "finish", stopping)
         extract(*overrides, code=130, **options)
 
 
@@ -433,6 +436,72 @@ def test_finished_blocks_are_not_computed_again(extract, tmp_path, monkeypatch):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("output", ["tokens", "map", "embedding"])
+def test_blocks_are_bound_by_bytes_too(extract, tmp_path, monkeypatch, output):
+    """Whole batches, at least one; the file is the same, also when blocks are gone on with."""
+    small = ["extract.split=val", "dataloading.eval_batch_size=16", "extract.block_samples=100"]
+    small.append(f"extract.output={output}")
+    extract(*small, f"extract.output_dir={tmp_path / 'large'}")
+    sample = 16 * 2 * (1 if output == "embedding" else 4)  # width 16, float16, 2 x 2 patches
+    written, write = [], feature_writer.Parts.write
+
+    def seen(self, block, rows, readouts):
+        written.append((block, len(rows)))
+        write(self, block, rows, readouts)
+
+    monkeypatch.setattr(feature_writer.Parts, "write", seen)
+    monkeypatch.setattr("glovita_lib.run_extract.BLOCK_BYTES", 3 * 16 * sample - 1)
+    interrupted(extract, monkeypatch, 5, *small)
+    assert written == [(0, 32), (1, 32)]
+    extract(*small)
+    assert [block for block, _ in written] == list(range(9))
+    assert {size for _, size in written} == {32, 270 - 8 * 32}
+    same(tmp_path / "out" / "val.h5", tmp_path / "large" / "val.h5")
+    monkeypatch.setattr("glovita_lib.run_extract.BLOCK_BYTES", 1)
+    written.clear()
+    extract(*small, f"extract.output_dir={tmp_path / 'least'}")
+    assert [size for _, size in written] == [16] * 16 + [14]
+
+
+def test_the_next_block_is_computed_while_one_is_written(extract, tmp_path, monkeypatch):
+    small = ["extract.split=val", "dataloading.eval_batch_size=32"]
+    extract(*small, f"extract.output_dir={tmp_path / 'plain'}")
+    computed, write = threading.Event(), feature_writer.Parts.write
+    sizes, start = [], Extractor.start
+
+    def starting(self, batch, **options):
+        sizes.append(len(batch.rows))
+        if len(sizes) == 3:  # a batch is started before the one ahead of it is finished
+            computed.set()
+        return start(self, batch, **options)
+
+    def slow(self, block, rows, readouts):
+        assert block or computed.wait(20)
+        write(self, block, rows, readouts)
+
+    monkeypatch.setattr(Extractor, "start", starting)
+    monkeypatch.setattr(feature_writer.Parts, "write", slow)
+    extract(*small)
+    same(tmp_path / "out" / "val.h5", tmp_path / "plain" / "val.h5")
+
+
+def test_a_block_that_cannot_be_written_ends_it(extract, tmp_path, monkeypatch):
+    """Though it is written beside the computing; what is finished stays."""
+    write = feature_writer.Parts.write
+
+    def full(self, block, rows, readouts):
+        if block == 3:
+            raise files.write_error(self.path(block), OSError(errno.ENOSPC, "No space left"))
+        write(self, block, rows, readouts)
+
+    monkeypatch.setattr(feature_writer.Parts, "write", full)
+    small = ["extract.split=val", "dataloading.eval_batch_size=32"]
+    result = extract(*small, code=2)
+    assert "No space left; free some space" in result.err and len(result.err.splitlines()) == 1
+    done = sorted(path.stem for path in (tmp_path / "out" / "val.h5.parts").glob("*.npz"))
+    assert done == ["000000", "000001", "000002"]
+
+
 @pytest.mark.parametrize(
     "override",
     ["extract.block_samples=64", "dataloading.eval_batch_size=48", "extract.method=avg", "seed=2"],
@@ -712,9 +781,10 @@ def test_broken_images_are_left_out_and_listed(
         BREAK[how](path)
     options = [*BLOCKS, "extract.on_error=skip", f"dataloading.num_workers={workers}"]
     result = extract(*options, spec=folder_spec)
-    end = result.out[result.out.index("27 samples, features (27, 16)") :]
+    count = "27 of 30" if how == "pixels" else "27"  # the data set leaves the others out
+    end = result.out[result.out.index(f"{count} samples, features (27, 16)") :]
     for path in broken:
-        assert path.name in end
+        assert end.count(path.name) == result.out.count(path.name) == 1
     sound, found = content(tmp_path / "sound" / "train.h5"), content(tmp_path / "out" / "train.h5")
     keep = np.isin(np.arange(30), [0, 13, 29], invert=True)
     assert list(found["ids"]) == list(sound["ids"][keep])
@@ -810,6 +880,41 @@ def test_a_file_that_vanishes_is_left_out_too(extract, folder_spec, class_folder
     monkeypatch.setattr("glovita_lib.run_extract.plan_job", vanishing)
     result = extract(*BLOCKS, "extract.on_error=skip", spec=folder_spec)
     assert f"left out: {path}: no such file" in result.out
+
+
+@pytest.mark.parametrize("sizes", ["equal", "differing"])
+def test_images_broken_in_every_way_are_listed_once(
+    extract, folder_spec, class_folders, tmp_path, sizes, monkeypatch
+):
+    """Before the start, where the data set finds it, and after it, where decoding does."""
+    if sizes == "equal":
+        for path in class_folders.rglob("*.png"):
+            with Image.open(path) as image:
+                image = image.resize((9, 9))
+            image.save(path)
+    extract(*BLOCKS, f"extract.output_dir={tmp_path / 'sound'}", spec=folder_spec)
+    ways = [not_an_image, cut, Path.unlink, lambda path: path.write_bytes(b"")]
+    early, late = some_files(class_folders, 0, 5, 9), some_files(class_folders, 11, 13, 16, 20, 29)
+    plan_job = __import__("glovita_lib.run_extract", fromlist=["plan_job"]).plan_job
+
+    def breaking(*arguments):
+        for path, way in zip(late, [damaged, *ways], strict=True):
+            if path.is_file():
+                way(path)
+        return plan_job(*arguments)
+
+    for path, way in zip(early, [not_an_image, cut, ways[-1]], strict=True):
+        way(path)
+    monkeypatch.setattr("glovita_lib.run_extract.plan_job", breaking)
+    result = extract(*BLOCKS, "extract.on_error=skip", spec=folder_spec)
+    assert not result.err and "note: 3 images left out: listed at the end" in result.out
+    end = result.out[result.out.index("train: 22 of 27 samples, features (22, 16)") :]
+    for path in early + late:
+        assert end.count(path.name) == result.out.count(path.name) == 1, path.name
+    sound, found = content(tmp_path / "sound" / "train.h5"), content(tmp_path / "out" / "train.h5")
+    keep = np.isin(np.arange(30), [0, 5, 9, 11, 13, 16, 20, 29], invert=True)
+    assert list(found["ids"]) == list(sound["ids"][keep])
+    np.testing.assert_array_equal(found["features"], sound["features"][keep])
 
 
 def test_a_dry_run_writes_nothing(extract, folder_spec, class_folders, tmp_path):
@@ -1013,17 +1118,17 @@ WRONG = {
     "no number": (
         "coords.csv",
         lambda rows: with_cell(rows, 3, x="left"),
-        "line 5: coordinates of 'cat0/0_3.png' are left, 90",
+        "coordinates of 'cat0/0_3.png' are 'left', '90'; write numbers",
     ),
     "nan": (
         "coords.csv",
         lambda rows: with_cell(rows, 0, y="nan"),
-        "line 2: coordinates of 'cat0/0_0.png' are 40, nan",
+        "coordinates of 'cat0/0_0.png' are '40', 'nan'; write numbers",
     ),
     "no column": (
         "coords.csv",
         lambda rows: [{"id": row["id"], "x": row["x"]} for row in rows],
-        "columns id, x and y are needed, it has id, x",
+        'no column "y"; columns are id, x',
     ),
 }
 
@@ -1042,9 +1147,20 @@ def test_tables_of_bags_are_checked_before_anything_is_computed(
 
 def test_short_rows_and_missing_files_of_coordinates(bags, tiles, tmp_path):
     (tiles / "coords.csv").write_text("id,x,y\ncat0/0_0.png,3\n")
-    assert "line 2: coordinates of 'cat0/0_0.png' are 3, None" in bags(code=2).err
+    assert "coords.csv, line 2: 2 cells, the header has 3" in bags(code=2).err
+    (tiles / "coords.csv").write_text("")
+    assert "coords.csv: no header; the first line must hold" in bags(code=2).err
     (tiles / "coords.csv").unlink()
     assert "coords.csv: No such file or directory" in bags(code=2).err
+
+
+def test_coordinates_separated_as_spreadsheets_do(bags, tiles, tmp_path):
+    small = ["extract.split=val"]
+    bags(*small)
+    text = (tiles / "coords.csv").read_text().replace(",", ";")
+    (tiles / "coords.csv").write_text(text, encoding="utf-8-sig")
+    bags(*small, f"extract.output_dir={tmp_path / 'again'}")
+    same(tmp_path / "out" / "my_tiles_val.h5", tmp_path / "again" / "my_tiles_val.h5")
 
 
 def test_corrected_coordinates_keep_the_blocks(bags, tiles, tmp_path, monkeypatch):
