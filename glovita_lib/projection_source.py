@@ -4,13 +4,13 @@ N samples, B bags, D width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from glovita_lib.feature_labels import encode, resolve_names, resolve_subtask
-from glovita_lib.feature_sources import BagSource, FileBags
+from glovita_lib.feature_sources import BagSource, FileBags, feature_moments
 from glovita_lib.precomputed import keys, read_collection
 from glovita_lib.projection import choose
 from glovita_lib.samples import Data, Split, subset
@@ -24,6 +24,15 @@ Images = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """What a model says about samples, in terms of the data it was trained on."""
+
+    scores: np.ndarray  # (N, K): probabilities, or outputs in target units
+    subtask: str
+    class_names: tuple[str, ...]  # K names
+
+
+@dataclass(frozen=True, slots=True)
 class Samples:
     """The chosen samples and what is known of them."""
 
@@ -31,13 +40,15 @@ class Samples:
     ids: list[str]
     owners: list[str]  # bag of each instance; else the ids again
     targets: np.ndarray | None  # (N,) int64 or (N, K) float32
-    scores: np.ndarray | None  # (N, K) predictions
+    said: Said | None  # predictions
     subtask: str
     class_names: tuple[str, ...]
     splits: list[str]  # name of the split of each sample
     image: Images | None
     total: int  # samples that they were chosen from
     name: str  # of the data, for the heading
+    standardized: bool = False  # whether each feature has mean 0 and deviation 1 over train
+    notes: tuple[str, ...] = ()  # lines for the console
 
 
 # ---------------------------------------------------------------------- choice
@@ -106,7 +117,7 @@ def samples_of_features(splits: dict[str, Split], data: Data, spec: Umap, seed: 
         ids=ids,
         owners=owners,
         targets=np.concatenate(targets) if len(targets) == len(rows) else None,
-        scores=None,
+        said=None,
         subtask=data.subtask,
         class_names=data.class_names,
         splits=names,
@@ -114,6 +125,20 @@ def samples_of_features(splits: dict[str, Split], data: Data, spec: Umap, seed: 
         total=int(sum(part.sum() for part in lengths.values())),
         name=data.name,
     )
+    refuse_nan(found)
+    return found
+
+
+def standardize(samples: Samples, data: Data) -> Samples:
+    """The samples with features of mean 0 and deviation 1 over the train split, as a model that
+    data.standardize asks for takes them; a mean of instances is that of standardised ones.
+
+    Raises:
+        UserError: the train split has NaN or infinity.
+    """
+    moments = feature_moments(data.splits["train"].source)
+    mean, std = (moment.astype(np.float32) for moment in moments)
+    found = replace(samples, features=(samples.features - mean) / std, standardized=True)
     refuse_nan(found)
     return found
 

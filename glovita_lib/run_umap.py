@@ -25,6 +25,7 @@ from glovita_lib.projection_source import (
     is_features,
     open_input,
     samples_of_features,
+    standardize,
 )
 from glovita_lib.rundir import locate, versions
 from glovita_lib.samples import Split
@@ -46,10 +47,18 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
     if dry_run:
         spec = replace(spec, max_samples=min(spec.max_samples, DRY))
     with dist.session() as ranks:
-        dist.main_decides(ranks, lambda: refuse_early(spec))
-        samples = find_samples(loaded, spec, ranks)
-        if samples is not None:
-            draw(loaded, spec, samples, ranks, dry_run=dry_run)
+        # A picture of some thousand samples is work for one process; the others wait for it.
+        alone = with_fields(ranks, rank=0, world=1)
+        dist.main_decides(ranks, lambda: show(loaded, spec, alone, dry_run=dry_run))
+
+
+def show(loaded: Loaded, spec: Umap, ranks: dist.Ranks, *, dry_run: bool) -> None:
+    """Find the samples, lay them out, write everything and say where it is."""
+    refuse_early(spec)
+    samples = find_samples(loaded, spec, ranks)
+    for note in samples.notes:
+        say(f"  note: {note}")
+    draw(loaded, spec, samples, ranks, dry_run=dry_run)
 
 
 def refuse_early(spec: Umap) -> None:
@@ -67,20 +76,18 @@ def refuse_early(spec: Umap) -> None:
 # ---------------------------------------------------------------------- samples
 
 
-def find_samples(loaded: Loaded, spec: Umap, ranks: dist.Ranks) -> Samples | None:
-    """The chosen samples with their features; None on all ranks but the first."""
-    seed = seed_of(loaded, spec)
-    if spec.input is None and not is_features(loaded.root.data):
+def find_samples(loaded: Loaded, spec: Umap, ranks: dist.Ranks) -> Samples:
+    """The chosen samples with their features."""
+    seed, own = seed_of(loaded, spec), loaded.root.data
+    if spec.input is not None:
+        data = open_input(Path(spec.input), own)
+        return samples_of_features(data.splits, data, spec, seed)
+    if not is_features(own):
         return samples_of_model(loaded, spec, ranks, seed)
-
-    def read() -> Samples:
-        if spec.input is not None:
-            data = open_input(Path(spec.input), loaded.root.data)
-            return samples_of_features(data.splits, data, spec, seed)
-        data = read_data(loaded.root, ranks)
-        return samples_of_features(wanted(data.splits, spec.split, data.name), data, spec, seed)
-
-    return read() if ranks.is_main else None
+    data = read_data(loaded.root, ranks)
+    splits = wanted(data.splits, spec.split, data.name)
+    samples = samples_of_features(splits, data, spec, seed)
+    return standardize(samples, data) if own.standardize else samples
 
 
 def seed_of(loaded: Loaded, spec: Umap) -> int:
@@ -102,7 +109,7 @@ def wanted(splits: dict[str, Split], name: str | None, data: str) -> dict[str, S
     return {name: there[name]}
 
 
-def samples_of_model(loaded: Loaded, spec: Umap, ranks: dist.Ranks, seed: int) -> Samples | None:
+def samples_of_model(loaded: Loaded, spec: Umap, ranks: dist.Ranks, seed: int) -> Samples:
     """Samples of the spec's own data with what its model makes of them."""
     total, name = 0, ""
 
@@ -115,21 +122,20 @@ def samples_of_model(loaded: Loaded, spec: Umap, ranks: dist.Ranks, seed: int) -
         found = embeddings_of(loaded, ranks, spec.split, some)
     except UserError as error:
         raise UserError(str(error).replace("extract.split", "umap.split")) from None
-    if not ranks.is_main:
-        return None
     names = [key for key, split in found.splits.items() for _ in split.ids]
     return Samples(
         features=found.features,
         ids=found.ids,
         owners=found.ids,
         targets=found.targets,
-        scores=found.scores,
+        said=found.said,
         subtask=found.subtask,
         class_names=found.class_names,
         splits=names,
         image=image_of(list(found.splits.values())),
         total=total,
         name=name,
+        notes=found.notes,
     )
 
 
@@ -155,9 +161,12 @@ def colorings_of(samples: Samples, spec: Umap) -> list[Coloring]:
     Raises:
         UserError: it is not known.
     """
-    of = {"subtask": samples.subtask, "names": samples.class_names}
-    truth = [] if samples.targets is None else of_targets("label", samples.targets, **of)
-    said = [] if samples.scores is None else of_scores("prediction", samples.scores, **of)
+    outputs = (samples.subtask, samples.class_names)
+    truth = [] if samples.targets is None else of_targets("label", samples.targets, *outputs)
+    said, are_alike = [], False
+    if samples.said is not None:
+        own = (samples.said.subtask, samples.said.class_names)
+        said, are_alike = of_scores("prediction", samples.said.scores, *own), own == outputs
     column = []
     if spec.color_file is not None:
         ids = list(zip(samples.ids, samples.owners, strict=True))
@@ -168,7 +177,7 @@ def colorings_of(samples: Samples, spec: Umap) -> list[Coloring]:
             'umap.color_by = "prediction": nothing was trained that could predict; use "label", or'
             ' "column" with the predictions of mode infer as umap.color_file'
         )
-    mistakes = [of_mistakes(truth[0], said[0])] if len(truth) == 1 and said else []
+    mistakes = [of_mistakes(truth[0], said[0])] if len(truth) == 1 and are_alike else []
     known = [*first, *truth, *said, *mistakes, *column, *splits_of(samples)]
     return distinct_titles(list({id(coloring): coloring for coloring in known}.values()))
 
@@ -249,6 +258,8 @@ def words_of(spec: Umap, samples: Samples, projection: Projection) -> Text:
         parts.append(f"{spec.n_neighbors} neighbours, min_dist {spec.min_dist:g}")
     if projection.method == "tsne":
         parts.append(f"perplexity {perplexity_of(spec, count):.3g}")
+    if samples.standardized:
+        parts.append("standardised features")
     parts.append(f"{spec.metric} distance")
     if spec.pca is not None and projection.method != "pca":
         parts.append(f"of {spec.pca} principal components")
@@ -312,6 +323,7 @@ def numbers_of(
         "samples": len(samples.ids),
         "of": samples.total,
         "width": samples.features.shape[1],
+        "standardized": samples.standardized,
         "trustworthiness": projection.trustworthiness,
         "trustworthiness_neighbors": projection.trust_neighbors,
         "trustworthiness_samples": projection.trust_samples,

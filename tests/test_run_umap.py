@@ -2,25 +2,33 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from small_runs import TINY
+from small_runs import FOLDERS, TINY, write_png
 
 import glovita
+from glovita_lib import dist
+from glovita_lib.embeddings import embeddings_of
+from glovita_lib.projection import project
 from glovita_lib.projection_source import open_input, samples_of_features
+from glovita_lib.readers import FileSource
 from glovita_lib.spec import UserError
 from glovita_lib.spec_check import load_checked
 from glovita_lib.spec_data import DigitsData
 from glovita_lib.spec_features import PrecomputedData
 from glovita_lib.spec_umap import Umap
 
+ROOT = Path(__file__).parents[1]
 X, Y = load_digits(return_X_y=True)
 X = X.astype(np.float32)
 LENGTHS = np.array([3, 1, 7, 4, 5])
@@ -243,13 +251,150 @@ def test_a_trained_run_with_its_predictions(tmp_path, capsys):
     assert [c["title"] for c in data["colorings"]] == ["prediction", "label", "mistakes"]
 
 
+def digit_folders(folder, names, **sizes):
+    """A spec on digits in {train,val,test}/<name>, `names` of the digits 0, 1 ..."""
+    chosen = [i for i in range(len(Y)) if Y[i] < len(names)][: sum(sizes.values())]
+    splits = [split for split, size in sizes.items() for _ in range(size)]
+    for split, i in zip(splits, chosen, strict=True):
+        image = np.round(X[i].reshape(8, 8) * (255 / 16)).astype(np.uint8)
+        write_png(folder / "images" / split / names[Y[i]] / f"{i:03d}.png", image)
+    return FOLDERS.replace("ROOT", str(folder)).replace('mode = "train"', 'mode = "umap"') + (
+        '[umap]\nmethod = "pca"\ndpi = 50\n'
+    )
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_a_checkpoint_on_data_with_other_classes(tmp_path, capsys, count):
+    """Features and labels are those of the data, predictions have the model's own names."""
+    trained = digit_folders(tmp_path / "a", ("nil", "one", "two"), train=30, val=10)
+    run = ["mode=train", "training.epochs=1"]
+    assert command(tmp_path, *run, spec=trained) == 0
+    best = next((tmp_path / "exp").rglob("best.pt"))
+    names = [f"digit {k}" for k in range(count)]
+    other = digit_folders(tmp_path / "b", names, train=30, val=10)
+    asked = [f"extract.checkpoint={best}", f"umap.output_dir={tmp_path / 'out'}"]
+    capsys.readouterr()
+    assert command(tmp_path, *asked, "umap.color_by=prediction", spec=other) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "other classes" in line]
+    assert len(lines) == 1 and "(multiclass: nil, one, two)" in lines[0]
+    table = rows(tmp_path / "out" / "pca.csv")
+    assert list(table[0]) == ["id", "x", "y", "prediction", "label", "split"]
+    assert {row["prediction"] for row in table} <= {"nil", "one", "two"}
+    assert {row["label"] for row in table} == set(names)
+    assert all(f"/{row['label']}/" in row["id"] for row in table)
+    assert command(tmp_path, *asked, "umap.split=val", spec=trained) == 0  # its own classes
+    assert "other classes" not in capsys.readouterr().out
+    assert "mistakes" in rows(tmp_path / "out" / "pca_val.csv")[0]
+
+
+@pytest.mark.parametrize("method", ["none", "avg"])
+@pytest.mark.parametrize("head", ["classification", "abmil"])
+def test_features_and_predictions_are_of_one_pass(tmp_path, monkeypatch, method, head):
+    """Each sample is decoded once; predictions are those of mode infer, features of mode extract,
+    also where the head takes other vectors than those that are drawn."""
+    spec = digit_folders(tmp_path / "a", ("nil", "one", "two"), train=30, val=10)
+    spec += f'[model.head]\nhead_type = "{head}"\n'
+    chosen = [f"extract.method={method}", "extract.precision=32", "dataloading.num_workers=0"]
+    spec = spec.replace("epochs = 2", "epochs = 1")
+    assert command(tmp_path, "mode=train", spec=spec) == 0
+    fetched, fetch = [], FileSource.fetch
+
+    def counting(self, rows):
+        fetched.extend(rows.tolist())
+        return fetch(self, rows)
+
+    monkeypatch.setattr(FileSource, "fetch", counting)
+    path = tmp_path / "map.toml"
+    loaded = load_checked(path, [f"exp_dir={tmp_path / 'exp'}", *chosen])
+    ranks = dist.Ranks(0, 1, 0, torch.device("cpu"))
+    found = embeddings_of(loaded, ranks, "val", lambda splits, data: splits)
+    assert sorted(fetched) == list(range(10))
+    out = f"extract.output_dir={tmp_path / 'out'}"
+    assert command(tmp_path, "mode=extract", "extract.split=val", *chosen[:2], out, spec=spec) == 0
+    with h5py.File(next((tmp_path / "out").glob("*.h5"))) as file:
+        np.testing.assert_array_equal(found.features, file["features"])
+    assert command(tmp_path, "mode=infer", "infer.split=val", spec=spec) == 0
+    saved = rows(next((tmp_path / "exp").rglob("predictions_val.csv")))
+    assert [row["id"] for row in saved] == found.ids
+    scores = [[float(row[f"p_{name}"]) for name in ("nil", "one", "two")] for row in saved]
+    np.testing.assert_allclose(found.said.scores, scores, rtol=1e-5, atol=1e-7)
+
+
+def test_the_first_of_several_ranks_draws_alone(tmp_path):
+    """Images and feature files; the others wait and fail with it."""
+    write(tmp_path / "t.h5", features=X[:40], labels=Y[:40])
+    images, vectors = tmp_path / "images.toml", tmp_path / "vectors.toml"
+    images.write_text(ENCODER)
+    vectors.write_text(OWN.replace("FOLDER", str(tmp_path)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(spec, *overrides):
+        fixed = [f"exp_dir={tmp_path / 'exp'}", f"umap.output_dir={tmp_path / spec.stem}"]
+        command = [*launcher, str(ROOT / "glovita.py"), str(spec), "--override", *fixed, *overrides]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=170)
+
+    for spec in (images, vectors):
+        done = run(spec, "extract.source=encoder", "umap.max_samples=40")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("trustworthiness") == 1
+        assert len(rows(tmp_path / spec.stem / "pca.csv")) == 40
+    done = run(vectors, "umap.split=test")
+    assert done.returncode != 0 and 'umap.split = "test"' in done.stderr
+
+
+OWN = SPEC + (
+    '[data]\ndataset = "precomputed_features"\ndata_root_dir = "FOLDER"\n'
+    'train_features_file = "t.h5"\n'
+    '[model.encoder]\nencoder_type = "precomputed"\nfeature_dim = 64\n'
+)
+
+
+@pytest.mark.parametrize("bags", ["", "mean", "instances"])
+def test_standardised_features_are_what_a_model_takes(tmp_path, monkeypatch, bags):
+    """Moments of the whole train split, whichever samples and split are drawn."""
+    scale = np.linspace(0.1, 50, 64, dtype=np.float32)
+    for name, part in (("t", slice(0, 40)), ("v", slice(40, 60))):
+        table = {"bag_lengths": np.full(len(X[part]) // 5, 5)} if bags else {}
+        labels = Y[part][::5] if bags else Y[part]
+        write(tmp_path / f"{name}.h5", features=X[part] * scale + scale, labels=labels, **table)
+    drawn = []
+
+    def seen(features, *others, **options):
+        drawn.append(features)
+        return project(features, *others, **options)
+
+    monkeypatch.setattr("glovita_lib.run_umap.project", seen)
+    spec = OWN.replace("FOLDER", str(tmp_path))
+    asked = ["data.val_features_file=v.h5", "umap.split=val", "data.standardize=true"]
+    asked += [f"umap.bags={bags}"] if bags else []
+    assert command(tmp_path, *asked, spec=spec) == 0
+    train = (X[:40] * scale + scale).astype(np.float64)
+    std = train.std(0)
+    expected = (X[40:60] * scale + scale - train.mean(0)) / np.where(std > 0, std, 1)
+    if bags == "mean":
+        expected = expected.reshape(4, 5, 64).mean(1)
+    np.testing.assert_allclose(drawn[0], expected, rtol=1e-4, atol=1e-4)
+    assert drawn[0].dtype == np.float32
+    assert json.loads(next((tmp_path / "exp").rglob("pca_val.json")).read_text())["standardized"]
+    assert "standardised features" in next((tmp_path / "exp").rglob("pca_val.svg")).read_text()
+
+
+def test_standardised_features_without_a_train_split(tmp_path, capsys):
+    write(tmp_path / "v.h5", features=X[:20], labels=Y[:20])
+    spec = OWN.replace("FOLDER", str(tmp_path)).replace("train_features", "val_features")
+    spec = spec.replace("t.h5", "v.h5")
+    assert command(tmp_path, "data.standardize=true", spec=spec) == 2
+    error = capsys.readouterr().err.strip()
+    assert "data set precomputed_features: no train split" in error
+    assert "\n" not in error
+
+
 def test_a_data_set_of_features_draws_its_own(tmp_path):
     write(tmp_path / "t.h5", features=X[:40], labels=Y[:40])
     write(tmp_path / "v.h5", features=X[40:60], labels=Y[40:60])
-    spec = SPEC + (
-        f'[data]\ndataset = "precomputed_features"\ndata_root_dir = "{tmp_path}"\n'
-        'train_features_file = "t.h5"\nval_features_file = "v.h5"\n'
-        '[model.encoder]\nencoder_type = "precomputed"\nfeature_dim = 64\n'
+    spec = OWN.replace("FOLDER", str(tmp_path)).replace(
+        "[model", 'val_features_file = "v.h5"\n[model'
     )
     assert command(tmp_path, spec=spec) == 0
     table = rows(next((tmp_path / "exp").rglob("pca.csv")))
