@@ -56,6 +56,8 @@ class Experiment:
     model: nn.Module  # on the device of this rank
     objective: Objective
     ranks: dist.Ranks
+    checkpoint: Path | None = None
+    """File that the weights come from; None: from the encoder's own, or the seed."""
 
     @property
     def precision(self) -> str:
@@ -185,6 +187,7 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
     own = replace(own, data=root.data, dataloading=root.dataloading, task=task)
     experiment = assemble(own, facts, ranks, load_weights=False)
     checkpoint.load_model(experiment.model, trained_weights(saved), path)
+    experiment.checkpoint = path
     if root.mode == "infer" and root.infer.merge:
         adapter.merge(experiment.model)
     return experiment

@@ -26,6 +26,7 @@ LAYOUTS = {
     "embedding": "(N, D)",
     "tokens": "(M, D), tokens of sample i at bag_ptr[i] to bag_ptr[i + 1]",
     "map": "(N, C, H, W)",
+    "bags": "(M, D), samples of group i at bag_ptr[i] to bag_ptr[i + 1]",
 }
 
 
@@ -271,7 +272,8 @@ class Extractor:
         pooled = spec.output == "embedding"
         return {
             "output": spec.output,
-            "layout": LAYOUTS[spec.output],
+            "layout": LAYOUTS["bags" if spec.bag_by else spec.output],
+            **self.coords_text(),
             "aggregation": self.method if pooled else "none",
             "layers": json.dumps(list(self.layers.indices)) if self.layers else "encoder output",
             "norm": self.norm_text(),
@@ -281,6 +283,14 @@ class Extractor:
             "compute_precision": experiment.precision,
             "stored_precision": spec.precision,
         }
+
+    def coords_text(self) -> dict[str, str]:
+        """What coordinates mean, where there are some."""
+        if self.spec.output == "tokens":
+            return {"coords": "row and column in the grid of patches, from 0; -1: a prefix token"}
+        if self.spec.coords_file is not None:
+            return {"coords": "x, y (and z) as in extract.coords_file"}
+        return {}
 
     def norm_text(self) -> str:
         """Whether tokens are final-normed."""

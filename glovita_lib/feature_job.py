@@ -49,6 +49,7 @@ class Job:
     parts: Parts
     recipe: dict[str, Any]  # of all that is written beside the features
     augmented: bool
+    report: list[str]  # what was noted when the data were read, left-out samples among it
 
     @property
     def ranks(self) -> dist.Ranks:
@@ -155,12 +156,15 @@ class Job:
         tables = self.tables(rows)
         if broken:
             tables["left_out"] = np.array(list(broken.values()), object)
+        if self.report:
+            tables["notes"] = np.array(self.report, object)
         notes = {**self.recipe, **notes_of(self.root, self.extractor), "left_out": len(broken)}
         shape = put_together(parts, tables=tables, compression=compression, keep=keep, notes=notes)
         parts.remove()
         size = size_text(parts.target)
         count = f"{len(rows):,} of {len(keep):,}" if broken else f"{len(rows):,}"
-        say(f"{self.name}: {count} samples, features {shape}, {size}: {parts.target}")
+        bags = f" in {len(tables['ids']):,} bags" if self.root.extract.bag_by else ""
+        say(f"{self.name}: {count} samples{bags}, features {shape}, {size}: {parts.target}")
         for line in broken.values():
             say(f"  left out: {line}")
 

@@ -113,20 +113,18 @@ def notes_of(root: Root, extractor: Extractor) -> dict[str, str]:
     found, spec = versions(), msgspec.to_builtins(extractor.experiment.root)
     asked = {section: spec[section] for section in ("seed", "data", "model", "peft")}
     return {
-        "weights": weights_text(root),
-        "spec_sha256": sha256(json.dumps(asked, sort_keys=True).encode()),
+        "weights": weights_text(root, extractor.experiment.checkpoint),
+        "spec": json.dumps(asked),
         "glovita": __version__,
         **{package: str(found[package]) for package in ("torch", "torchvision", "timm")},
     }
 
 
-def weights_text(root: Root) -> str:
+def weights_text(root: Root, checkpoint: Path | None) -> str:
     """Where the weights come from, in words."""
-    spec, encoder = root.extract, msgspec.to_builtins(root.model.encoder)
-    if spec.checkpoint is not None:
-        return f"checkpoint {spec.checkpoint}"
-    if spec.source == "run":
-        return f"{spec.use} checkpoint of the spec's run"
+    encoder = msgspec.to_builtins(root.model.encoder)
+    if checkpoint is not None:
+        return f"checkpoint {checkpoint}"
     if encoder.get("weights"):
         return f"file {encoder['weights']}"
     return "published" if encoder.get("pretrained") else f"random, seed {root.seed}"

@@ -122,6 +122,10 @@ def draw_numbers(
     bar.solids.set_alpha(1)
     bar.ax.tick_params(length=2)
     bar.ax.set_title(short(coloring.title, 24), fontsize=8.5, loc="left", pad=8)
+    if not known.all():
+        text = f"not known ({np.count_nonzero(~known):,})"
+        bar.ax.text(0, -0.06, "\u25cf", transform=bar.ax.transAxes, color=UNKNOWN, va="top")
+        bar.ax.text(1, -0.07, text, transform=bar.ax.transAxes, fontsize=8.5, va="top")
 
 
 # ---------------------------------------------------------------------- classes

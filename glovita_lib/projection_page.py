@@ -244,6 +244,9 @@ function legend() {
     box.innerHTML = '<div id="bar"></div><div id="ends"><span></span><span></span></div>';
     at("bar").style.background = `linear-gradient(to right, ${data.scale.join(",")})`;
     range.forEach((value, k) => { at("ends").children[k].textContent = value });
+    const unknown = shown.values.filter(value => value === null).length;
+    if (unknown) box.insertAdjacentHTML("beforeend", '<div class="row">' + symbol(-1)
+      + "<span>not known</span><b>" + unknown.toLocaleString("en") + "</b></div>");
     return;
   }
   const sizes = new Map();

@@ -134,8 +134,13 @@ def standardize(samples: Samples, data: Data) -> Samples:
     data.standardize asks for takes them; a mean of instances is that of standardised ones.
 
     Raises:
-        UserError: the train split has NaN or infinity.
+        UserError: there is no train split, or it has NaN or infinity.
     """
+    if "train" not in data.splits:
+        raise UserError(
+            "data.standardize takes the mean and deviation of the train split, but there is none:"
+            " name data.train_features_file, or drop data.standardize"
+        )
     moments = feature_moments(data.splits["train"].source)
     mean, std = (moment.astype(np.float32) for moment in moments)
     found = replace(samples, features=(samples.features - mean) / std, standardized=True)

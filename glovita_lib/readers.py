@@ -97,6 +97,8 @@ def read_header(path: str) -> Header:
         pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         if is_cut(file, image):
             image.load()
+            if image.format == "PNG" and not has_end(file):
+                raise OSError("it has no end")  # Pillow takes what is missing for black
     return Header(height, width, pages)
 
 
@@ -125,6 +127,12 @@ def is_cut(file: IO[bytes], image: Image.Image) -> bool:
         cut = end_of_tiff(image) > size
     file.seek(position)
     return cut
+
+
+def has_end(file: IO[bytes]) -> bool:
+    """Whether a PNG's last chunk is anywhere in the file; leaves the position at its end."""
+    file.seek(0)
+    return b"IEND" in file.read()
 
 
 def end_of_tiff(image: Image.Image) -> int:

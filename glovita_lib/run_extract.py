@@ -142,6 +142,7 @@ def plan_job(root: Root, extractor: Extractor, data: Data, name: str, split: Spl
         parts=Parts(target, features, plan),
         recipe=recipe_of_tables(root, data, split),
         augmented=augmented,
+        report=data.report,
     )
 
 

@@ -1,5 +1,6 @@
 """Mode umap: features in two dimensions as PNG, SVG, CSV and interactive HTML."""
 
+import re
 from dataclasses import replace as with_fields
 from importlib import metadata, util
 from pathlib import Path
@@ -212,6 +213,8 @@ def draw(loaded: Loaded, spec: Umap, samples: Samples, ranks: dist.Ranks, *, dry
     projection = project(samples.features, spec, seed=seed, device=ranks.device)
     for note in projection.notes:
         say(f"  note: {note}")
+    if samples.subtask == "regression" and len(samples.class_names) > 1:
+        say(f"  note: the picture shows {colorings[0].title}, the page the other targets too")
     if samples.targets is None and spec.color_by == "label":
         say("  note: the samples have no labels; umap.color_file can give them colours")
     shown = f"{len(samples.ids):,} of {samples.total:,} samples"
@@ -236,7 +239,9 @@ def output_stem(loaded: Loaded, spec: Umap) -> Path:
         folder = path.parent / "umap_plots" / path.stem
     else:
         folder = locate(loaded).path / "umap"
-    return folder / (spec.method if spec.split is None else f"{spec.method}_{spec.split}")
+    colour = {"label": None, "prediction": "prediction", "column": spec.color_column}[spec.color_by]
+    parts = [part for part in (spec.method, spec.split, colour) if part]
+    return folder / re.sub(r"[^\w.-]+", "_", "_".join(parts))
 
 
 def trust_text(projection: Projection) -> str:

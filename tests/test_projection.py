@@ -353,6 +353,7 @@ def test_other_kinds_of_colours(tmp_path):
     values = np.where(np.arange(500) % 9 == 0, np.nan, X.mean(1))
     pixels, *_ = drawn(tmp_path, numbers("ink", values), axes=("component 1", "component 2"))
     assert has(pixels, "#440154") or has(pixels, "#3b528b")
+    assert "not known (56)" in (tmp_path / "p.svg").read_text()
     drawn(tmp_path, numbers("nothing", np.full(500, np.nan)))
     drawn(tmp_path, numbers("constant", np.ones(500)), size=3.0)
     drawn(tmp_path, classes("label", np.full(500, -1), ["a"]))

@@ -201,6 +201,15 @@ def test_a_truncated_file_is_found_by_its_header_and_when_decoded(tmp_path, suff
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
+def test_a_png_whose_second_half_was_never_written(tmp_path):
+    path = save(tmp_path / "a.png", np.tile(CHINA, (8, 8, 1)))
+    data = path.read_bytes()
+    half = len(data) // 2
+    path.write_bytes(data[:half] + bytes(len(data) - half))
+    with pytest.raises(UserError, match="a.png: broken image file"):
+        read_header(str(path))
+
+
 def test_a_jpeg_with_something_behind_its_end_is_whole(tmp_path):
     path = save(tmp_path / "a.jpg", CHINA)
     before = read(path)

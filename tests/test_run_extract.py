@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -191,8 +192,9 @@ def test_attributes_say_how_the_features_were_made(extract, tmp_path):
     assert list(found["class_names"]) == list("0123456789")
     for name in ("transform", "encoder_spec", "peft_spec", "norm", "pooling", "prefix_tokens"):
         assert found[name]
-    for name in ("weights_sha256", "ids_sha256", "spec_sha256"):
+    for name in ("weights_sha256", "ids_sha256"):
         assert len(found[name]) == 64
+    assert list(json.loads(found["spec"])) == ["seed", "data", "model", "peft"]
     assert found["timm"] == __import__("timm").__version__
     assert '"image_size": 8' in found["transform"] and '"interpolation"' in found["transform"]
 
@@ -311,8 +313,7 @@ def test_checkpoint_and_explicit_mode_agree(command, extract, tmp_path):
     found = attributes(tmp_path / "out" / "val.h5")
     others = [attributes(tmp_path / where / "val.h5") for where in ("named", "explicit")]
     assert {other["weights_sha256"] for other in others} == {found["weights_sha256"]}
-    assert found["weights"] == "best checkpoint of the spec's run"
-    assert others[0]["weights"] == f"checkpoint {best}"
+    assert found["weights"] == others[0]["weights"] == f"checkpoint {best}"
     assert others[1]["weights"] == f"file {tmp_path / 'encoder.pth'}"
 
 
@@ -790,6 +791,9 @@ def test_broken_images_are_left_out_and_listed(
     assert list(found["ids"]) == list(sound["ids"][keep])
     for name in ("features", "labels"):
         np.testing.assert_array_equal(found[name], sound[name][keep])
+    if how != "pixels":  # the file itself says that the data set has more
+        (note,) = [line for line in found["notes"] if line.startswith("3 images left out:")]
+        assert all(path.name in note for path in broken)
     if how == "pixels":
         assert attributes(tmp_path / "out" / "train.h5")["left_out"] == 3
         assert [str(path) in line for path, line in zip(broken, found["left_out"], strict=True)]
@@ -1029,7 +1033,10 @@ def bags(command, tiles, tmp_path):
 
 
 def test_bags_from_tiles(bags, tiles, tmp_path):
-    bags()
+    assert " in 12 bags, features " in bags().out
+    said = attributes(tmp_path / "out" / "my_tiles_train.h5")
+    assert said["layout"] == "(M, D), samples of group i at bag_ptr[i] to bag_ptr[i + 1]"
+    assert said["coords"] == "x, y (and z) as in extract.coords_file"
     rows = read_table(tiles / "labels.csv")
     places = {row["id"]: row for row in read_table(tiles / "coords.csv")}
     for split, count in (("train", 12), ("val", 4), ("test", 4)):

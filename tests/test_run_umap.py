@@ -204,14 +204,14 @@ def test_a_column_gives_the_colours(tmp_path):
     colors.write_text("id,label\n" + "".join(f"{i},{'xy'[i % 2]}\n" for i in range(19)))
     chosen = [f"umap.input={path}", f"umap.color_file={colors}", "umap.color_column=label"]
     assert command(tmp_path, *chosen, "umap.color_by=column") == 0
-    data = embedded((tmp_path / "umap_plots" / "v" / "pca.html").read_text())
+    data = embedded((tmp_path / "umap_plots" / "v" / "pca_label.html").read_text())
     assert [c["title"] for c in data["colorings"]] == [
         "label",
         "label_",
     ]  # what was asked for first
     assert data["colorings"][0]["names"] == ["x", "y"]
     assert data["colorings"][0]["codes"][-1] == -1
-    assert rows(tmp_path / "umap_plots" / "v" / "pca.csv")[1]["label"] == "y"
+    assert rows(tmp_path / "umap_plots" / "v" / "pca_label.csv")[1]["label"] == "y"
 
 
 ENCODER = TINY.replace('mode = "train"', 'mode = "umap"') + '[umap]\nmethod = "pca"\ndpi = 50\n'
@@ -238,7 +238,7 @@ def test_a_trained_run_with_its_predictions(tmp_path, capsys):
     assert command(tmp_path, *run, "mode=train", spec=ENCODER) == 0
     assert command(tmp_path, *run, "umap.color_by=prediction", spec=ENCODER) == 0
     folder = next((tmp_path / "exp").rglob("umap"))
-    table = {row["id"]: row for row in rows(folder / "pca_test.csv")}
+    table = {row["id"]: row for row in rows(folder / "pca_test_prediction.csv")}
     saved = {row["id"]: row for row in rows(folder.parent / "predictions_test.csv")}
     assert len(table) == 40
     for name, row in table.items():
@@ -247,7 +247,7 @@ def test_a_trained_run_with_its_predictions(tmp_path, capsys):
             saved[name]["prediction"],
         )
         assert row["mistakes"] == ("right" if row["label"] == row["prediction"] else "wrong")
-    data = embedded((folder / "pca_test.html").read_text())
+    data = embedded((folder / "pca_test_prediction.html").read_text())
     assert [c["title"] for c in data["colorings"]] == ["prediction", "label", "mistakes"]
 
 
@@ -277,7 +277,7 @@ def test_a_checkpoint_on_data_with_other_classes(tmp_path, capsys, count):
     assert command(tmp_path, *asked, "umap.color_by=prediction", spec=other) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "other classes" in line]
     assert len(lines) == 1 and "(multiclass: nil, one, two)" in lines[0]
-    table = rows(tmp_path / "out" / "pca.csv")
+    table = rows(tmp_path / "out" / "pca_prediction.csv")
     assert list(table[0]) == ["id", "x", "y", "prediction", "label", "split"]
     assert {row["prediction"] for row in table} <= {"nil", "one", "two"}
     assert {row["label"] for row in table} == set(names)
@@ -386,7 +386,7 @@ def test_standardised_features_without_a_train_split(tmp_path, capsys):
     spec = spec.replace("t.h5", "v.h5")
     assert command(tmp_path, "data.standardize=true", spec=spec) == 2
     error = capsys.readouterr().err.strip()
-    assert "data set precomputed_features: no train split" in error
+    assert "data.standardize takes the mean and deviation of the train split" in error
     assert "\n" not in error
 
 
