@@ -208,7 +208,7 @@ def open_input(path: Path, data: Spec) -> Data:
         targets = encode(collection, subtask, names)
     source = collection.source(np.arange(len(collection.ids)))
     split = Split(ids=collection.ids, targets=targets, source=source)
-    return Data(path.stem, {"": split}, subtask, names, channels=collection.width, bit_depth=16)
+    return Data(str(path), {"": split}, subtask, names, channels=collection.width, bit_depth=16)
 
 
 def is_features(data: Spec) -> bool:

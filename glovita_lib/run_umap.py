@@ -270,7 +270,8 @@ def words_of(spec: Umap, samples: Samples, projection: Projection) -> Text:
         parts.append(f"of {spec.pca} principal components")
     if projection.trustworthiness is not None:
         parts.append(f"trustworthiness {projection.trustworthiness:.3f}")
-    where = samples.name if spec.split is None else f"{samples.name}, {spec.split} split"
+    where = samples.name if spec.input is None else Path(spec.input).stem
+    where += "" if spec.split is None else f", {spec.split} split"
     title = spec.title or f"{NAMES[projection.method]} of {where}"
     return Text(title, " · ".join(parts), projection.axes)
 

@@ -40,7 +40,8 @@ class PrecomputedData(Spec, tag="precomputed_features", tag_field="dataset"):
     stratified: bool = True
     """Whether folds and data_fraction keep the class proportions."""
     labels_file: str | None = None
-    """CSV file with a row a sample, instead of the labels in the feature file."""
+    """CSV file with a row a sample, instead of the labels in the feature file; samples without a
+    row are not used."""
     id_column: str = "id"
     """CSV column of the sample's id: its id in the feature file, or the name of the bag's file."""
     label_column: str | tuple[str, ...] = "label"

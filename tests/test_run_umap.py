@@ -440,7 +440,7 @@ def test_few_samples(tmp_path, count):
         (["umap.bags=instances"], "umap.bags"),
         (["umap.input=FILE", "umap.method=umpa"], 'did you mean "umap"'),
         (["umap.input=FILE", "umap.n_neighbors=1"], "n_neighbors"),
-        (["umap.input=BAD"], "NaN or infinite features in 2 samples (3, 5)"),
+        (["umap.input=BAD"], "bad.h5: NaN or infinite features in 2 samples (3, 5)"),
         (["umap.input=EMPTY"], "no sample"),
         (["umap.input=SPEC"], "map.toml"),
     ],
