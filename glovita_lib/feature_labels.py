@@ -168,7 +168,8 @@ def resolve_names(
     if len(stored) > 1:
         listed = "; ".join(f"{where}: {', '.join(names[:20])}" for names, where in stored.items())
         raise UserError(
-            f"feature files of different class_names ({listed}); a label would mean two"
+            f"feature files of different class_names ({listed}), so that a number would"
+            " mean two classes; write the same list and labels to all of them"
         )
     names = spec.class_names or next(iter(stored), None)
     labels = [c.labels for c in collections]
