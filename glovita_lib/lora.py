@@ -97,7 +97,9 @@ def changed_output(
         return low_rank_linear(x, weight, bias, tuple(rows for rows, _ in pairs), factors)
     y = F.linear(x, weight, bias)
     for ((first, last), adapter), (down, up) in zip(pairs, found, strict=True):
-        y[..., first:last] += F.linear(F.linear(adapter.dropped(x), down), up)
+        change = F.linear(F.linear(adapter.dropped(x), down), up)
+        around = (first, y.shape[-1] - last)  # not added in place: y may be a view of a leaf
+        y = y + (F.pad(change, around) if any(around) else change)
     return y
 
 
