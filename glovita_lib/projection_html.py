@@ -20,10 +20,10 @@ from glovita_lib.coloring import MARKERS, STYLES, UNKNOWN, Coloring, style
 from glovita_lib.files import write_text
 from glovita_lib.loaders import cores
 from glovita_lib.plot_projection import Text
-from glovita_lib.projection_page import PAGE
 from glovita_lib.projection_source import Images
 from glovita_lib.sheets import displayed, window
 
+PAGE = Path(__file__).with_name("projection_page.html")  # style and program, without the data
 SHEET = 2048  # pixels of the longest side of a sheet of thumbnails; every browser decodes it
 QUALITY = 80  # of JPEG
 SCALE = 24  # colours of a scale of numbers
@@ -68,7 +68,7 @@ def write_page(
         "subtitle": escape(text.subtitle),
         "data": as_script(content),
     }
-    write_text(path, re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], PAGE))
+    write_text(path, re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], PAGE.read_text("utf-8")))
 
 
 def as_script(content: Any) -> str:

@@ -4,7 +4,8 @@ N samples, B bags, D width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,7 @@ def standardize(samples: Samples, data: Data) -> Samples:
         )
     moments = feature_moments(data.splits["train"].source)
     mean, std = (moment.astype(np.float32) for moment in moments)
-    found = replace(samples, features=(samples.features - mean) / std, standardized=True)
+    found = with_fields(samples, features=(samples.features - mean) / std, standardized=True)
     refuse_nan(found)
     return found
 

@@ -39,7 +39,7 @@ LAYERS = """
     facts mil objectives evaluation optim averaging progress trainer
 
     figures plot_confusion plot_curves plot_regression plot_scores plots sheets export
-    coloring plot_projection projection_page projection_html
+    coloring plot_projection projection_html
 
     experiment results frozen_cache rehearsal compare extraction attention plot_attention
     feature_tables feature_recipe feature_writer skipping feature_job
