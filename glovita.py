@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -33,9 +33,9 @@ def information(asked: argparse.Namespace) -> str | None:
     if asked.version:
         return f"glovita {import_module('glovita_lib').__version__}"
     if asked.schema:
-        return import_module("glovita_lib.spec_schema").schema_text()
+        return import_module("glovita_lib.spec_help").schema_text()
     if asked.explain:
-        return import_module("glovita_lib.spec_explain").explain(asked.explain)
+        return import_module("glovita_lib.spec_help").explain(asked.explain)
     return None
 
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
             return check_files(asked.specs, asked.override)
         loaded, *others = [load_checked(path, asked.override) for path in asked.specs]
         if asked.compare:
-            print(import_module("glovita_lib.compare").compare([loaded, *others]))
+            print(import_module("glovita_lib.results").compare([loaded, *others]))
             return 0
         import_module(f"glovita_lib.run_{loaded.root.mode}").run(loaded, dry_run=asked.dry_run)
     except UserError as error:

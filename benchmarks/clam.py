@@ -8,7 +8,7 @@ process; the numbers are medians. Memory is the growth of the resident set over 
 variant in a process of its own.
 
 - floor: only the matrix products that the mathematics needs, on one bag at a time
-- packed: glovita_lib.clam on batches of 8
+- packed: glovita_lib.head_clam on batches of 8
 - one by one: modules of torch.nn, one bag at a time, eight to an optimizer step
 - padded: the same modules on batches of 8 padded to their longest bag
 """
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from glovita_lib.bags import Bags  # noqa: E402
-from glovita_lib.clam import Clam  # noqa: E402
-from glovita_lib.spec_heads import ClamHead  # noqa: E402
+from glovita_lib.bags import Bags
+from glovita_lib.head_clam import Clam
+from glovita_lib.spec_model import ClamHead
 
 WIDTH, HIDDEN, ATTENTION, BATCH, K = 1024, 512, 256, 8, 8
 DROPOUT = 0.25

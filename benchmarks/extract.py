@@ -84,7 +84,7 @@ def forward_seconds(spec: Path, images: int) -> float:
 
 def extract_seconds(spec: Path, folder: Path) -> tuple[float, float]:
     """Seconds of the whole mode, and from the first block to the finished file."""
-    from glovita_lib.feature_job import Job
+    from glovita_lib.run_extract import Job
 
     for path in (folder / "features").glob("*"):
         path.unlink()
@@ -104,7 +104,7 @@ def extract_seconds(spec: Path, folder: Path) -> tuple[float, float]:
 
 def decode_seconds(folder: Path) -> float:
     """Seconds to decode all images in one process."""
-    from glovita_lib.readers import read_image
+    from glovita_lib.read_image import read_image
 
     paths = sorted((folder / "images" / "train").rglob("*.jpg"))
     started = time.perf_counter()

@@ -33,12 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from glovita_lib.blocks import Rows
+from glovita_lib.data import Split
 from glovita_lib.dist import Ranks
-from glovita_lib.feature_sources import VectorSource
-from glovita_lib.samples import Split
+from glovita_lib.loader import build_feature_loader
+from glovita_lib.read_features import VectorSource
+from glovita_lib.read_hdf5 import Rows
 from glovita_lib.spec_train import Dataloading
-from glovita_lib.windows import build_feature_loader
 
 CLASSES, BATCH = 100, 512
 STORAGE = {

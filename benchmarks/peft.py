@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # this file has the name of the library
 
-from glovita_lib.adapter import merge  # noqa: E402
-from glovita_lib.lora import apply_lora  # noqa: E402
+from glovita_lib.peft_base import merge  # noqa: E402
+from glovita_lib.peft_lora import apply_lora  # noqa: E402
 from glovita_lib.spec_peft import Lora  # noqa: E402
 
 RANK = 8
@@ -197,11 +197,11 @@ def probing(name: str, args: argparse.Namespace) -> None:
 def methods(paths: list[str], args: argparse.Namespace) -> None:
     """Print a line per spec: one training step of its model, size and optimizer on random images;
     no weights are read."""
-    from glovita_lib import adapter, dist
+    from glovita_lib import dist, peft_base
     from glovita_lib.experiment import assemble, read_data, resolve_facts
     from glovita_lib.optim import build_optimizer
+    from glovita_lib.peft_base import parameter_table
     from glovita_lib.spec_check import load_checked
-    from glovita_lib.trained import parameter_table
 
     models: dict[str, nn.Module] = {}
     steps: dict[str, Step] = {}
@@ -218,10 +218,10 @@ def methods(paths: list[str], args: argparse.Namespace) -> None:
         optimizer = build_optimizer(model, root.optimizer)
 
         def one(model=model, optimizer=optimizer, x=x, labels=labels) -> None:
-            terms = adapter.auxiliary_losses(model).values()
+            terms = peft_base.auxiliary_losses(model).values()
             sum(terms, nn.functional.cross_entropy(model(x), labels)).backward()
             optimizer.step()
-            adapter.after_step(model, 1, 2)
+            peft_base.after_step(model, 1, 2)
             optimizer.zero_grad()
 
         name = Path(path).stem

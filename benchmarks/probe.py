@@ -45,7 +45,7 @@ def data(asked: argparse.Namespace) -> Any:
 def knn_ours(train: Any, classes: Any, queries: Any) -> Any:
     """Probabilities (N, K) of the neighbours' vote."""
     from glovita_lib.neighbors import nearest
-    from glovita_lib.probe import knn_scores
+    from glovita_lib.run_probe import knn_scores
 
     near = nearest(queries, train, K, "euclidean", exclude_self=False)
     return knn_scores(*near, classes, outputs=int(classes.max()) + 1, temperature=1e9).numpy()
@@ -64,7 +64,7 @@ def linear_ours(train: Any, classes: Any, queries: Any) -> Any:
     """Probabilities (N, K) of a logistic regression."""
     import torch
 
-    from glovita_lib.probe import fit_linear
+    from glovita_lib.run_probe import fit_linear
 
     ((_, model),) = fit_linear(
         train,

@@ -45,7 +45,7 @@ def ours(given: Any) -> Any:
     import torch
 
     from glovita_lib.projection import umap_layout
-    from glovita_lib.spec_umap import Umap
+    from glovita_lib.spec_train import Umap
 
     return umap_layout(torch.from_numpy(given), Umap(), 0)
 
@@ -53,7 +53,7 @@ def ours(given: Any) -> Any:
 def theirs(given: Any) -> Any:
     """The layout with umap-learn's own search."""
     from glovita_lib.projection import umap_learn
-    from glovita_lib.spec_umap import Umap
+    from glovita_lib.spec_train import Umap
 
     spec = Umap()
     model = umap_learn().UMAP(
@@ -71,7 +71,7 @@ def search_ours(given: Any) -> Any:
     import torch
 
     from glovita_lib.projection import exact_neighbors
-    from glovita_lib.spec_umap import Umap
+    from glovita_lib.spec_train import Umap
 
     return exact_neighbors(torch.from_numpy(given), Umap().n_neighbors, "euclidean")[0]
 
@@ -81,7 +81,7 @@ def search_theirs(given: Any) -> Any:
     import numpy as np
     from umap.umap_ import nearest_neighbors
 
-    from glovita_lib.spec_umap import Umap
+    from glovita_lib.spec_train import Umap
 
     state = np.random.RandomState(0)
     count = Umap().n_neighbors

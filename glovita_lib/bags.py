@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 
 LONG = 64  # mean rows per bag from which one matrix product per bag beats row-wise operations
 

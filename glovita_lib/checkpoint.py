@@ -1,18 +1,27 @@
-"""Checkpoints: tensors and plain values in one file, the same bytes for the same state."""
+"""Checkpoints, and weights from anybody's files into networks."""
 
 import errno
 import os
 import pickle
+import re
 import shutil
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
+from glovita_lib.errors import UserError, reason
 from glovita_lib.files import atomic_path, atomic_write
-from glovita_lib.spec import UserError
+
+# ------------------------------------------------------------------------------- checkpoints
+#
+# Checkpoints: tensors and plain values in one file, the same bytes for the same state.
 
 MARK, VERSION = "glovita_checkpoint", 1
 ZIP = b"PK\x03\x04"  # how a file of torch.save begins
@@ -187,3 +196,257 @@ def load_model(model: nn.Module, state_dict: dict[str, Tensor], path: Path | str
 def first(keys: list[str]) -> str:
     """The first few keys."""
     return ", ".join(keys[:SHOWN]) + (" ..." if len(keys) > SHOWN else "")
+
+
+# ------------------------------------------------------------------------ weights from files
+#
+# Weights from files into networks: by name, or by order and shape.
+#
+# A file may come from anywhere: from this program, from timm, torchvision or the network's authors,
+# wrapped in a checkpoint, with prefixes before its names. Files hold tensors only; nothing in them
+# is executed.
+
+WRAPPERS = ("ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model", "teacher")
+POSITIONS = ("pos_embed", "pos_embedding")
+COUNTER = "num_batches_tracked"  # of BatchNorm; files of old torch versions lack it
+Tensors = dict[str, Tensor]
+ADAPTER = re.compile(r"(^|\.)(adapter|added|shared)\.")  # children that PEFT methods add
+Converter = Callable[[Tensors, nn.Module], Tensors]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is loaded into: a network and what is known about it."""
+
+    net: nn.Module
+    classifier: tuple[str, ...] = ()  # names of the classifiers that were taken off
+    n_prefix: int = 0  # prefix tokens in a position embedding
+    first_conv: str | None = None  # name of the convolution that sees the input
+    converter: Converter | None = None  # from the names of the network's authors
+
+
+@dataclass
+class Mismatch:
+    """Where a file and a network differ."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def table(self) -> str:
+        """A line per tensor; long lists are cut."""
+        lines = []
+        for title, names in (
+            ("missing in the file", self.missing),
+            ("not in the network", self.unexpected),
+            ("another shape", self.shapes),
+        ):
+            lines += [f"  {title:20}  {name}" for name in names[:8]]
+            if len(names) > 8:
+                lines.append(f"  {title:20}  ... and {len(names) - 8} more")
+        return "\n".join(lines)
+
+
+# -------------------------------------------------------------------- files
+
+
+def read_tensors(path: str | Path) -> Tensors:
+    """The tensors of a pth, pt or safetensors file, out of their wrappers.
+
+    Raises:
+        UserError: no such file, not readable, holds other things than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'weights = "{path}": no such file')
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    while isinstance(content, dict) and not is_flat(content):
+        inner = next((k for k in WRAPPERS if isinstance(content.get(k), dict) and content[k]), None)
+        if inner is None:
+            break
+        content = content[inner]
+    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f'weights = "{path}": holds no tensors under names')
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def is_flat(content: dict[str, Any]) -> bool:
+    """Whether a dict is itself the tensors, not a wrapper around them."""
+    return bool(content) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """Tensors of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f'weights = "{path}": not a whole safetensors file ({error})') from error
+
+
+def read_torch(path: Path) -> Any:
+    """Content of a file of torch.save."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(
+            f'weights = "{path}": not a torch file of tensors only; save its state_dict alone, as'
+            " torch.save(state_dict, path) or as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f'weights = "{path}": not a whole torch file ({reason(error)})') from error
+
+
+# -------------------------------------------------------------------- by name
+
+
+def load_weights(target: Target, path: str | Path, *, by_order: bool) -> None:
+    """Load a file into a network: every tensor of it, or an error.
+
+    Classifier tensors of the file are left out where the network's classifier was taken off;
+    position embeddings are interpolated to the network's grid, first kernels to its channels.
+
+    Raises:
+        UserError: with a table of missing and unexpected names and other shapes.
+    """
+    tensors = read_tensors(path)
+    if by_order:
+        tensors = rename_by_order(tensors, target, path)
+    load_tensors(target, tensors, source=f'weights = "{path}"')
+
+
+def load_tensors(target: Target, tensors: Tensors, *, source: str) -> None:
+    """Load named tensors into a network, as `load_weights`; `source` opens the error."""
+    state = target.net.state_dict()
+    fitted = fit(tensors, target, state)
+    found = compare(fitted, state)
+    if found and target.converter:
+        converted = convert(tensors, target)
+        if converted is not None:
+            fitted = fit(converted, target, state)
+            found = compare(fitted, state)
+    if any(ADAPTER.search(name) for name in found.unexpected):
+        raise UserError(
+            f"{source} holds adapters of a PEFT run beside its base: fold them in with mode ="
+            ' "infer", infer.merge = true and infer.export = "merged.safetensors", and take that'
+            " file"
+        )
+    if found:
+        raise UserError(
+            f"{source} does not fit {type(target.net).__name__}:\n{found.table()}\n"
+            "  take the file of this very model, or weights_order = true if only names differ"
+        )
+    counters = {name: state[name] for name in state if name.endswith(COUNTER)}
+    target.net.load_state_dict({**counters, **fitted})
+
+
+def convert(tensors: Tensors, target: Target) -> Tensors | None:
+    """Tensors under the library's names; None where the library does not know theirs."""
+    try:
+        with torch.no_grad():
+            return target.converter(dict(tensors), target.net)
+    except (KeyError, IndexError, RuntimeError, AttributeError, AssertionError):
+        return None
+
+
+def fit(tensors: Tensors, target: Target, state: Tensors) -> Tensors:
+    """Tensors without prefix and classifier, position embeddings and first kernel fitted."""
+    tensors = without_prefix(tensors, state)
+    kept = {n: t for n, t in tensors.items() if n in state or not of_classifier(n, target)}
+    return {name: fit_shape(name, t, state.get(name), target) for name, t in kept.items()}
+
+
+def of_classifier(name: str, target: Target) -> bool:
+    """Whether a tensor belongs to a classifier that was taken off."""
+    return any(name.startswith(f"{classifier}.") for classifier in target.classifier)
+
+
+def without_prefix(tensors: Tensors, names: Iterable[str]) -> Tensors:
+    """Cut off the prefix behind which most names of the network stand in the file.
+
+    Tensors elsewhere belong to other parts of a larger model (its head, a text tower): left out.
+    """
+    names = set(names)
+    prefixes: Counter[str] = Counter()
+    for key in tensors:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in names:
+                prefixes[".".join(parts[:start])] += 1
+    if not prefixes:
+        return tensors
+    prefix, _ = min(prefixes.items(), key=lambda item: (-item[1], len(item[0])))
+    if not prefix:
+        return tensors
+    start = len(prefix) + 1
+    return {key[start:]: t for key, t in tensors.items() if key.startswith(f"{prefix}.")}
+
+
+def fit_shape(name: str, tensor: Tensor, wanted: Tensor | None, target: Target) -> Tensor:
+    """Interpolate a position embedding, sum or repeat the input channels of the first kernel."""
+    from timm.layers import resample_abs_pos_embed
+    from timm.models import adapt_input_conv
+
+    if wanted is None or tensor.shape == wanted.shape:
+        return tensor
+    if name.split(".")[-1] in POSITIONS and tensor.ndim == wanted.ndim == 3:
+        grids = [(t.shape[1] - target.n_prefix) ** 0.5 for t in (tensor, wanted)]
+        if tensor.shape[2] == wanted.shape[2] and all(grid == int(grid) > 0 for grid in grids):
+            side = int(grids[1])
+            return resample_abs_pos_embed(tensor, [side, side], num_prefix_tokens=target.n_prefix)
+    same_kernel = tensor.ndim == 4 and tensor.shape[:1] + tensor.shape[2:] == (
+        wanted.shape[:1] + wanted.shape[2:]
+    )
+    if same_kernel and name == f"{target.first_conv}.weight":
+        return adapt_input_conv(wanted.shape[1], tensor, base_chans=tensor.shape[1])
+    return tensor
+
+
+def compare(tensors: Tensors, state: Tensors) -> Mismatch:
+    """Differences between a file and a network."""
+    missing = [n for n in state if n not in tensors and not n.endswith(COUNTER)]
+    shapes = [
+        f"{name}: file {tuple(tensors[name].shape)}, network {tuple(state[name].shape)}"
+        for name in tensors
+        if name in state and tensors[name].shape != state[name].shape
+    ]
+    return Mismatch(missing, [name for name in tensors if name not in state], shapes)
+
+
+# -------------------------------------------------------------------- by order
+
+
+def rename_by_order(tensors: Tensors, target: Target, path: str | Path) -> Tensors:
+    """Give the tensors of a file the names of the network's in the same place.
+
+    The last parts of the names (weight, bias, running_mean ...) must agree. Where the network's
+    classifier was taken off, the file may end with a classifier's one or two tensors.
+
+    Raises:
+        UserError: naming the first place where file and network differ.
+    """
+    ours = [(n, t) for n, t in target.net.state_dict().items() if not n.endswith(COUNTER)]
+    theirs = [(n, t) for n, t in tensors.items() if not n.endswith(COUNTER)]
+    rest = theirs[len(ours) :]
+    one_layer = len({name.rpartition(".")[0] for name, _ in rest}) <= 1 and len(rest) <= 2
+    if len(theirs) < len(ours) or (rest and not (target.classifier and one_layer)):
+        raise UserError(
+            f'weights = "{path}": {len(theirs)} tensors, {type(target.net).__name__} has'
+            f" {len(ours)}; weights_order needs a file of the same network"
+        )
+    for (our_name, our), (their_name, their) in zip(ours, theirs, strict=False):
+        kinds = our_name.rpartition(".")[2], their_name.rpartition(".")[2]
+        fitted = fit_shape(our_name, their, our, target)
+        if kinds[0] != kinds[1] or our.shape != fitted.shape:
+            raise UserError(
+                f'weights = "{path}": {their_name} {tuple(their.shape)} stands in the place of'
+                f" {our_name} {tuple(our.shape)}; weights_order needs the same network in the same"
+                " order"
+            )
+    pairs = zip(ours, theirs, strict=False)
+    return {our_name: their for (our_name, _), (_, their) in pairs}

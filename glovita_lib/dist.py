@@ -1,15 +1,11 @@
-"""Ranks, devices, seeds and what travels between processes; one process is world size 1.
-
-torchrun starts the processes; nothing here does. CPU tensors and Python objects travel over gloo,
-CUDA tensors over NCCL.
-"""
+"""Ranks, devices, seeds, precision, and what travels between processes."""
 
 import gc
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,7 +14,14 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
+
+# ------------------------------------------------------------------------------------- ranks
+#
+# Ranks, devices, seeds and what travels between processes; one process is world size 1.
+#
+# torchrun starts the processes; nothing here does. CPU tensors and Python objects travel over gloo,
+# CUDA tensors over NCCL.
 
 # How long a rank waits for the others, e.g. for a download of the first one. torchrun ends all
 # processes as soon as one of them fails, so a long time never hides a crash.
@@ -319,3 +322,47 @@ def peak_memory_mb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
+
+
+def cores() -> int:
+    """Cores that this rank may use."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this platform
+        count = os.cpu_count() or 1
+    return max(1, count // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+
+
+# --------------------------------------------------------------------------------- precision
+#
+# Autocast types: which one a device gets and the contexts that apply it.
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """ "no", "bf16" or "fp16" for a spec's precision; auto is bf16 on GPUs that compute it
+    natively, else "no".
+
+    Raises:
+        UserError: fp16 on a CPU, whose kernels lack it.
+    """
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "no"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError(
+            'training.precision = "fp16" needs a GPU, this is a CPU; use "auto", "no" or "bf16"'
+        )
+    return name
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context of a forward pass."""
+    if precision == "no":
+        return nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype)
+
+
+def build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaler; it does nothing unless precision is fp16."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

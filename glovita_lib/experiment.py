@@ -1,6 +1,7 @@
 """What a spec becomes, the same way in every mode: data, facts, model, objective, loaders."""
 
 from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +11,82 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from glovita_lib import (  # modules with noqa register builders
-    adapter,
+from glovita_lib import (  # those with noqa register builders
     checkpoint,
-    clam,  # noqa: F401
+    data_features,  # noqa: F401
     dist,
-    encoders_features,  # noqa: F401
-    mil,
-    precomputed,  # noqa: F401
-    transmil,  # noqa: F401
+    head_clam,  # noqa: F401
+    peft_base,
 )
-from glovita_lib.datasets import Data, Split, build_data
-from glovita_lib.encoders import describe
-from glovita_lib.evaluation import Predictions, evaluate
-from glovita_lib.facts import Facts, derive_facts
-from glovita_lib.feature_sources import VectorSource
-from glovita_lib.loaders import Loader, build_loader
+from glovita_lib.augment import random_operations, resolve
+from glovita_lib.data import ArraySource, Data, Split, subset
+from glovita_lib.datasets import build_data
+from glovita_lib.dist import autocast, resolve_precision
+from glovita_lib.encoder import Encoder, Identity, describe, output_width
+from glovita_lib.errors import UserError
+from glovita_lib.loader import Loader, build_feature_loader, build_loader
+from glovita_lib.loggers import Rate, say
 from glovita_lib.model import build_model
-from glovita_lib.objectives import Objective, build_objective
-from glovita_lib.policies import resolve
-from glovita_lib.precision import resolve_precision
-from glovita_lib.progress import say
-from glovita_lib.samples import subset
-from glovita_lib.spec import UserError
-from glovita_lib.spec_features import PrecomputedData
-from glovita_lib.spec_model import PrecomputedEncoder
+from glovita_lib.objectives import Objective, Predictions, build_objective, evaluate
+from glovita_lib.read_features import VectorSource
+from glovita_lib.resolved import Facts, derive_facts
+from glovita_lib.spec_data import PrecomputedData
+from glovita_lib.spec_model import (
+    AbmilHead,
+    ClamHead,
+    DsmilHead,
+    MaxMilHead,
+    MeanMilHead,
+    PrecomputedEncoder,
+    TransmilHead,
+)
 from glovita_lib.spec_peft import Gps
 from glovita_lib.spec_root import Root
 from glovita_lib.trainer import Hooks, Trainer
-from glovita_lib.windows import build_feature_loader
+
+OF_BAGS = ClamHead | AbmilHead | DsmilHead | TransmilHead | MeanMilHead | MaxMilHead
+
+
+def check_instances(spec: Any, head: nn.Module, encoder: Encoder, facts: Facts) -> None:
+    """What the data are must fit the head: bags one that takes instances, and the other way round.
+
+    Args:
+        spec: the head's Struct.
+
+    Raises:
+        UserError: they do not fit, or instance_eval on a regression, whose targets label nothing.
+    """
+    if facts.kind == "bags" and head.consumes == "pooled":
+        raise UserError(
+            f'model.head.head_type = "{tag(spec)}": the samples are bags of instances, and this'
+            ' head takes one vector a sample; heads for bags are "clam", "abmil", "dsmil",'
+            ' "transmil", "mean", "max"'
+        )
+    if not isinstance(spec, OF_BAGS):
+        return
+    of_data = facts.kind == "bags" or isinstance(encoder, Identity)  # also bags of custom data
+    if facts.kind == "vectors" or not (of_data or encoder.has_patches):
+        one = "the features hold" if facts.kind == "vectors" else "the encoder gives"
+        raise UserError(
+            f'model.head.head_type = "{tag(spec)}" takes bags of instances, but {one} one vector a'
+            ' sample: set it to "classification" or "regression", or give bags (bag_ptr in the'
+            " feature file) or an encoder with patch tokens"
+        )
+    if isinstance(spec, ClamHead) and spec.instance_eval and facts.subtask == "regression":
+        raise UserError(
+            "model.head.instance_eval = true labels instances by the class of their bag, but the"
+            " targets are numbers: set it to false"
+        )
+
+
+def tag(spec: Any) -> str:
+    """What the spec file calls a Struct."""
+    return spec.__struct_config__.tag
+
+
+# ------------------------------------------------------------------------------- experiments
+#
+# What a spec becomes, the same way in every mode: data, facts, model, objective, loaders.
 
 SPLIT_KEYS = (
     "fold", "n_folds", "split_source", "split_file", "split_column", "stratified", "group_column",
@@ -136,7 +184,7 @@ def assemble(root: Root, facts: Facts, ranks: dist.Ranks, *, load_weights: bool)
         image_size=None if augmentation is None else augmentation.image_size,
         load_weights=load_weights,
     ).to(ranks.device)
-    mil.check_instances(root.model.head, model.head, model.encoder, facts)
+    check_instances(root.model.head, model.head, model.encoder, facts)
     objective = build_objective(root.task, facts, ranks.device)
     return Experiment(root, facts, model, objective, ranks)
 
@@ -189,7 +237,7 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
     checkpoint.load_model(experiment.model, trained_weights(saved), path)
     experiment.checkpoint = path
     if root.mode == "infer" and root.infer.merge:
-        adapter.merge(experiment.model)
+        peft_base.merge(experiment.model)
     return experiment
 
 
@@ -237,3 +285,77 @@ def part(saved: dict[str, Any], key: str, kind: type, path: Path) -> Any:
             f"{path} holds no {key} that this version of glovita reads ({error}); give a"
             " checkpoint that glovita wrote"
         ) from None
+
+
+# -------------------------------------------------------------- features of a frozen encoder
+#
+# What a frozen encoder gives for the samples of a run, computed once.
+#
+# N samples, D width.
+
+
+def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
+    """The same experiment on vectors: the train and val splits as the encoder and the aggregation
+    give them, for a model whose encoder does not change; see `refuse_unstable`."""
+    wanted = {name: split for name, split in data.splits.items() if name in ("train", "val")}
+    splits = {name: embedded(experiment, name, split) for name, split in wanted.items()}
+    facts = replace(experiment.facts, kind="vectors", augmentation=None)
+    objective = build_objective(experiment.root.task, facts, experiment.ranks.device)
+    small = with_fields(experiment, facts=facts, objective=objective)
+    return small, with_fields(data, splits={**data.splits, **splits})
+
+
+def refuse_unstable(experiment: Experiment) -> None:
+    """The vectors of every epoch are the same.
+
+    Raises:
+        UserError: the samples are no images, the encoder trains, the head takes raw features, or
+            the train policy draws something.
+    """
+    key = "training.cache_frozen_features = true"
+    model, augmentation = experiment.model, experiment.facts.augmentation
+    if augmentation is None:
+        raise UserError(f"{key}: the samples are features already; leave it out")
+    if not model.encoder_is_frozen or model.head.consumes != "pooled":
+        raise UserError(
+            f"{key}: the encoder trains, or the head reads its tokens; set peft.method ="
+            ' "linear_probing" with head_type classification or regression, or leave it out'
+        )
+    task = experiment.root.task
+    drawn = random_operations(augmentation.train)
+    drawn += [name for name in ("mixup", "cutmix") if getattr(task, name)]
+    if drawn:
+        raise UserError(
+            f"{key}: training draws {', '.join(drawn)}, so no two epochs are alike; set"
+            ' data.augmentation.train_policy = "default_2d_1" without mixup and cutmix, or leave it'
+            " out"
+        )
+
+
+@torch.no_grad()
+def embedded(experiment: Experiment, name: str, split: Split) -> Split:
+    """A split of vectors (N, D) float32, in its order, the same on every rank."""
+    model, ranks = experiment.model.eval(), experiment.ranks
+    loader = experiment.loader(split, train=False)
+    objective = experiment.objective
+    prepare = objective.train_inputs if name == "train" else objective.eval_inputs
+    rate = Rate(f"encoding {name}", len(split) // ranks.world, shown=ranks.is_main)
+    rows: list[np.ndarray] = [np.empty(0, np.int64)]
+    width = output_width(model.encoder, model.aggregation)
+    vectors: list[torch.Tensor] = [torch.empty(0, width, device=ranks.device)]
+    for batch in loader.epoch(0):
+        batch = batch.to(ranks.device)
+        with autocast(experiment.precision, ranks.device):
+            inputs = prepare(batch.inputs, batch.fitted, 0)
+            vectors.append(model.embed(inputs, model.aggregation).float())
+        rows.append(batch.rows.cpu().numpy())
+        rate.add(len(batch.rows))
+    rate.close()
+    loader.close()
+    gathered = dist.gather_rows(
+        ranks, {"rows": torch.from_numpy(np.concatenate(rows)), "vectors": torch.cat(vectors).cpu()}
+    )
+    gathered = dist.broadcast_object(ranks, gathered)
+    samples = np.empty((len(split), gathered["vectors"].shape[1]), np.float32)
+    samples[gathered["rows"].numpy()] = gathered["vectors"].numpy()
+    return with_fields(split, source=ArraySource(samples, np.arange(len(split))))

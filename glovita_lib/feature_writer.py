@@ -1,13 +1,8 @@
-"""Writing a feature file block by block, so that a kill loses the running block only.
-
-Finished blocks lie as files of their own in `<file>.parts/`, beside a recipe that says what they
-are blocks of. When all are there they are put together, under a temporary name, in the order of the
-data set. Ranks write different blocks; the first one puts them together.
-
-N samples, D width, M instances.
-"""
+"""Writing a feature file: its recipe, the tables beside the features, block by block."""
 
 import hashlib
+import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,12 +13,267 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+import msgspec
 import numpy as np
 
-from glovita_lib import files
-from glovita_lib.extraction import Readout
-from glovita_lib.feature_tables import Plan
-from glovita_lib.spec import UserError
+from glovita_lib import __version__, files
+from glovita_lib.data import Data, Split
+from glovita_lib.errors import UserError
+from glovita_lib.extraction import Extractor, Readout
+from glovita_lib.files import read_csv
+from glovita_lib.rundir import versions
+from glovita_lib.spec_root import Root
+from glovita_lib.spec_train import Extract
+
+# ------------------------------------------------------------------------------------ tables
+#
+# What is written beside the features: ids, labels, groups, and for bags made of samples where each
+# begins and where its instances lie.
+#
+# N samples, B bags, K classes or targets.
+
+AXES = ("x", "y", "z")
+
+
+def group_order(split: Split) -> np.ndarray:
+    """Rows (N,) with the samples of a group together: groups by their first sample, samples in the
+    split's order.
+
+    Raises:
+        UserError: the data set knows no groups.
+    """
+    if split.groups is None:
+        raise UserError(
+            'extract.bag_by = "group": the data set has no groups; name their column with'
+            " data.group_column"
+        )
+    first: dict[str, int] = {}
+    for group in split.groups:
+        first.setdefault(group, len(first))
+    return np.argsort([first[group] for group in split.groups], kind="stable")
+
+
+def sample_tables(split: Split, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """ids, labels and groups of some rows, one row a sample."""
+    tables = {"ids": np.array([split.ids[row] for row in rows], object)}
+    if split.targets is not None:
+        tables["labels"] = split.targets[rows]
+    if split.groups is not None:
+        tables["groups"] = np.array([split.groups[row] for row in rows], object)
+    return tables
+
+
+def bag_tables(split: Split, rows: np.ndarray, coords_file: str | None) -> dict[str, np.ndarray]:
+    """ids, labels and bag_ptr of the groups, one row a bag; instance_ids and coords, one row a
+    sample.
+
+    Args:
+        rows: of the split, the samples of a group together.
+
+    Raises:
+        UserError: a group whose samples have different labels, a sample without coordinates.
+    """
+    groups = [split.groups[row] for row in rows]
+    starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
+    ptr = np.array([*starts, len(rows)], np.int64)
+    tables = {
+        "ids": np.array([groups[start] for start in starts], object),
+        "bag_ptr": ptr,
+        "instance_ids": np.array([split.ids[row] for row in rows], object),
+    }
+    if split.targets is not None:
+        targets = split.targets[rows]
+        own = np.repeat(targets[starts], np.diff(ptr), axis=0)
+        differs = (targets != own).reshape(len(rows), -1).any(1)
+        if differs.any():
+            group = groups[int(np.flatnonzero(differs)[0])]
+            raise UserError(
+                f"group {group!r} has samples of different labels; a bag has one label: correct the"
+                " labels, or leave extract.bag_by out"
+            )
+        tables["labels"] = targets[starts]
+    if coords_file is not None:
+        tables["coords"] = read_coords(coords_file, tables["instance_ids"])
+    return tables
+
+
+def read_coords(path: str, ids: np.ndarray) -> np.ndarray:
+    """Coordinates (N, 2 or 3) of samples, from a CSV with the columns id, x, y and perhaps z.
+
+    Raises:
+        UserError: no such file or column, a sample without a row or with two, a cell that is no
+        number.
+    """
+    table: dict[str, list[float]] = {}
+    for row in read_csv(Path(path), ("id", *AXES[:2])):
+        name, cells = row["id"], [row[axis] for axis in AXES if axis in row]
+        if name in table:
+            raise UserError(f"{path}: id {name!r} occurs twice; give it one row")
+        try:
+            table[name] = [float(cell) for cell in cells]
+        except ValueError:
+            table[name] = [math.nan]
+        if not all(map(math.isfinite, table[name])):
+            raise UserError(
+                f"{path}: coordinates of {name!r} are {', '.join(map(repr, cells))}; write numbers"
+            )
+    absent = [name for name in ids if name not in table]
+    if absent:
+        example = f"; the file has e.g. {next(iter(table))}" if table else ""
+        raise UserError(
+            f"{path}: no row for {len(absent)} samples ({', '.join(absent[:10])}){example}"
+        )
+    return np.array([table[name] for name in ids])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which samples are read in which order, and how they make blocks."""
+
+    rows: np.ndarray  # (N,) rows of the split in the order of the file
+    block: int  # samples of a block
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return -(-len(self.rows) // self.block)
+
+    @property
+    def block_of(self) -> np.ndarray:
+        """Block (N,) of each of `rows`."""
+        return np.arange(len(self.rows)) // self.block
+
+    def rows_of(self, block: int) -> np.ndarray:
+        """Rows of the split in a block."""
+        return self.rows[block * self.block : (block + 1) * self.block]
+
+
+# ------------------------------------------------------------------------------------ recipe
+#
+# What a feature file is: its name, and the attributes that say how it was made.
+#
+# Attributes of the recipe determine the content; a file with others is another file. Notes tell
+# more.
+
+
+def file_name(root: Root, extractor: Extractor, split: str) -> str:
+    """Name of the feature file.
+
+    Raises:
+        UserError: a placeholder that does not exist.
+    """
+    spec, augmentation = root.extract, extractor.experiment.facts.augmentation
+    pattern = spec.output_filename
+    if pattern is None:
+        kind = "agg_{method}" if spec.output == "embedding" else spec.output
+        pattern = kind + "_{model}_{dataset}_{split}_size{imgsize}_float{precision}.h5"
+    known = {
+        "method": extractor.method,
+        "model": extractor.model.encoder.name.replace("/", "_"),
+        "dataset": msgspec.to_builtins(root.data)["dataset"],
+        "split": split,
+        "imgsize": augmentation.image_size,
+        "precision": spec.precision,
+        "checkpoint": checkpoint_name(spec),
+    }
+    try:
+        return pattern.format(**known)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f'extract.output_filename = "{pattern}": unknown placeholder {error}; there are'
+            f" {', '.join('{' + name + '}' for name in known)}"
+        ) from None
+
+
+def checkpoint_name(spec: Extract) -> str:
+    """What the placeholder checkpoint stands for."""
+    if spec.checkpoint is not None:
+        return Path(spec.checkpoint).stem
+    return spec.use if spec.source == "run" else "encoder"
+
+
+def recipe_of_features(
+    root: Root, extractor: Extractor, data: Data, name: str, split: Split
+) -> dict[str, Any]:
+    """What determines the features of the samples."""
+    experiment = extractor.experiment
+    return {
+        "dataset": data.name,
+        "split": name,
+        **extractor.attributes(),
+        "encoder_spec": json.dumps(msgspec.to_builtins(experiment.root.model.encoder)),
+        "peft_spec": json.dumps(msgspec.to_builtins(experiment.root.peft)),
+        "weights_sha256": extractor.weights_sha256,
+        "transform": json.dumps(msgspec.to_builtins(experiment.facts.augmentation)),
+        "ids_sha256": sha256("\n".join(split.ids).encode()),
+        "bag_by": root.extract.bag_by or "none",
+    }
+
+
+def policy_of(root: Root, plan: Plan, *, augmented: bool, batch_size: int) -> dict[str, Any]:
+    """Test policy, or train policy with what its random draws follow from."""
+    if not augmented:
+        return {"policy": "test"}
+    return {"policy": "train", "seed": root.seed, "draws": f"{plan.block} / {batch_size}"}
+
+
+def recipe_of_tables(root: Root, data: Data, split: Split) -> dict[str, Any]:
+    """What determines the rest: a corrected label makes another file of the same features.
+
+    Raises:
+        UserError: coords_file cannot be read.
+    """
+    spec, targets = root.extract, split.targets
+    labels = b"" if targets is None else np.ascontiguousarray(targets).tobytes()
+    try:
+        coords = b"" if spec.coords_file is None else Path(spec.coords_file).read_bytes()
+    except OSError as error:
+        raise UserError(f"extract.coords_file {spec.coords_file}: {error.strerror}") from None
+    return {
+        "subtask": data.subtask,
+        "class_names": list(data.class_names),
+        "labels_sha256": sha256("\n".join(split.groups or ()).encode() + b"\n" + labels),
+        "coords_sha256": sha256(coords) if coords else "none",
+        "compression": spec.compression,
+    }
+
+
+def sha256(content: bytes) -> str:
+    """A hash as text."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def notes_of(root: Root, extractor: Extractor) -> dict[str, str]:
+    """Where the features come from."""
+    found, spec = versions(), msgspec.to_builtins(extractor.experiment.root)
+    asked = {section: spec[section] for section in ("seed", "data", "model", "peft")}
+    return {
+        "weights": weights_text(root, extractor.experiment.checkpoint),
+        "spec": json.dumps(asked),
+        "glovita": __version__,
+        **{package: str(found[package]) for package in ("torch", "torchvision", "timm")},
+    }
+
+
+def weights_text(root: Root, checkpoint: Path | None) -> str:
+    """Where the weights come from, in words."""
+    encoder = msgspec.to_builtins(root.model.encoder)
+    if checkpoint is not None:
+        return f"checkpoint {checkpoint}"
+    if encoder.get("weights"):
+        return f"file {encoder['weights']}"
+    return "published" if encoder.get("pretrained") else f"random, seed {root.seed}"
+
+
+# ------------------------------------------------------------------------------------ blocks
+#
+# Writing a feature file block by block, so that a kill loses the running block only.
+#
+# Finished blocks lie as files of their own in `<file>.parts/`, beside a recipe that says what they
+# are blocks of. When all are there they are put together, under a temporary name, in the order of
+# the data set. Ranks write different blocks; the first one puts them together.
+#
+# N samples, D width, M instances.
 
 CHUNK_BYTES = 256 * 2**10  # of a compressed chunk: large enough to inflate fast
 SHOWN = 60  # characters of two values that are shown beside each other

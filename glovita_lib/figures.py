@@ -1,23 +1,28 @@
-"""One look for all figures: paper, type, colours; drawn without pyplot and written whole.
-
-Colours are those of Okabe and Ito, told apart with any colour vision; no meaning rests on colour
-alone.
-"""
+"""How figures look, and sheets of images."""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 
 from glovita_lib.files import atomic_path
+
+# ---------------------------------------------------------------------------------- the look
+#
+# One look for all figures: paper, type, colours; drawn without pyplot and written whole.
+#
+# Colours are those of Okabe and Ito, told apart with any colour vision; no meaning rests on colour
+# alone.
 
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 AMBER, SKY, INK, GREY, PALE = "#E69F00", "#56B4E9", "#222222", "#8a8a8a", "#d9d9d9"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK, GREY)
 WIDTH = 7.5  # inches: A4 less its margins
 HEIGHT = 10.5  # inches
-
 STYLE: dict[str, Any] = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
@@ -130,3 +135,248 @@ def number(value: float | None) -> str:
     if value == 0 or 0.001 <= abs(value) < 10:
         return f"{value:.3f}"
     return f"{value:.4g}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+# -------------------------------------------------------------------------- sheets of images
+#
+# Sheets of images: what the augmentation does, and where the model is most wrong.
+#
+# B samples, R augmented versions of each, C channels, H W pixels, S side, K classes or targets.
+#
+# Images are shown as they are stored: one or two channels in grey (the first), three or more as RGB
+# (the first three; alpha or infrared are left out). 16-bit images, which seldom use their range,
+# are stretched between their 0.5 and 99.5 percentiles.
+
+GAP = 0.07  # inches between images
+COLUMNS = 5  # of the sheet of worst predictions
+LINE = 0.125  # inches of a caption line
+SMALL = 96  # pixels up to which each pixel stays a sharp square
+
+
+class Line(NamedTuple):
+    """One line of a caption."""
+
+    text: str
+    colour: str
+
+
+# ---------------------------------------------------------------------- the two sheets
+
+
+def augmented_sheet(
+    originals: Sequence[np.ndarray],
+    augmented: torch.Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: Path,
+    captions: Sequence[str],
+) -> None:
+    """A row per sample: the stored image with its caption, then augmented versions.
+
+    Args:
+        originals: B arrays (C, H, W), uint8, or wider for 16-bit images; sizes may differ.
+        augmented: (R, B, C, S, S) as the encoder sees them, on any device.
+        mean: C values that were subtracted, of pixels in 0..1.
+        std: C values divided by.
+        path: of the PNG.
+        captions: B texts, e.g. the class.
+    """
+    rounds, rows = augmented.shape[:2]
+    scale = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+    shift = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+    pixels = (augmented.detach().cpu().float() * scale + shift).clamp(0, 1).numpy()
+    side = min(WIDTH / (rounds + 1.2), (HEIGHT - 0.5) / max(rows, 1) - LINE, 1.7)
+    page = Page(side, caption=1, gutter=0.2 * side)  # the originals stand a little apart
+    with drawing(path, page.width(rounds + 1), page.height(rows)) as figure:
+        figure.set_layout_engine("none")
+        page.heading(figure, 0, "stored")
+        if rounds:
+            page.heading(figure, 1, "augmented, as the encoder sees it")
+        room = int(side / 0.055)
+        for row, (image, caption) in enumerate(zip(originals, captions, strict=True)):
+            depth = 8 if image.dtype == np.uint8 else 16
+            low, high = window(image, depth)
+            lines = [Line(short(caption, room), INK)]
+            page.image(figure, row, 0, displayed(image, low, high), lines)
+            for column in range(rounds):
+                values = pixels[column, row] * (2**depth - 1)
+                shown = displayed(values, low, high)
+                page.image(figure, row, column + 1, shown, [])
+
+
+def worst_sheet(
+    images: Sequence[np.ndarray],
+    *,
+    ids: Sequence[str],
+    targets: np.ndarray,
+    scores: np.ndarray,
+    losses: np.ndarray,
+    subtask: str,
+    class_names: tuple[str, ...],
+    bit_depth: int,
+    path: Path,
+) -> None:
+    """Samples in the given order, each with id, truth, prediction and loss.
+
+    Args:
+        images: B arrays (C, H, W); sizes may differ.
+        ids: B ids.
+        targets: (B,) class indices or (B, K).
+        scores: (B, K) probabilities or outputs.
+        losses: (B,).
+        subtask: multiclass, multilabel or regression.
+        class_names: K names.
+        bit_depth: 8 or 16.
+        path: of the PNG.
+    """
+    columns = max(1, min(COLUMNS, len(images)))
+    rows = -(-len(images) // columns)
+    side = WIDTH / COLUMNS - GAP
+    room = int(side / 0.056)  # characters of a caption line
+    captions = caption_lines(targets, scores, subtask, class_names, room)
+    page = Page(side, caption=4, gutter=0.0)
+    with drawing(path, page.width(max(columns, 3)), page.height(max(rows, 1))) as figure:
+        figure.set_layout_engine("none")
+        page.heading(figure, 0, "Largest losses" if len(images) else "No samples")
+        names = unique_short(ids, room)
+        for i, (image, lines) in enumerate(zip(images, captions, strict=True)):
+            low, high = window(image, bit_depth)
+            lines = [Line(names[i], GREY), *lines, Line(f"loss {number(float(losses[i]))}", GREY)]
+            page.image(figure, *divmod(i, columns), displayed(image, low, high), lines)
+
+
+# ---------------------------------------------------------------------- pixels
+
+
+def window(image: np.ndarray, bit_depth: int) -> tuple[float, float]:
+    """Values shown as black and white."""
+    if bit_depth == 8:
+        return 0.0, 255.0
+    low, high = np.percentile(image[:3], (0.5, 99.5))
+    return float(low), max(float(high), float(low) + 1.0)
+
+
+def displayed(image: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Image (C, H, W) as RGB (H, W, 3) uint8."""
+    kept = image[:3] if len(image) >= 3 else image[:1].repeat(3, 0)
+    scaled = (kept.astype(np.float32) - low) / (high - low)
+    return np.round(np.clip(scaled, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+# ---------------------------------------------------------------------- words
+
+
+def caption_lines(
+    targets: np.ndarray,
+    scores: np.ndarray,
+    subtask: str,
+    class_names: tuple[str, ...],
+    room: int,
+) -> list[list[Line]]:
+    """Two lines a sample: the truth and what the model says."""
+    rows = range(len(targets))
+    if subtask == "multiclass":
+        return [class_lines(int(targets[i]), scores[i], class_names, room) for i in rows]
+    if subtask == "multilabel":
+        return [label_lines(targets[i] > 0.5, scores[i], class_names, room) for i in rows]
+    spread = targets.std(0) if len(targets) else np.ones(len(class_names))
+    spread = np.where(spread > 0, spread, 1.0)
+    return [value_lines(targets[i], scores[i], spread, class_names, room) for i in rows]
+
+
+def class_lines(target: int, scores: np.ndarray, names: tuple[str, ...], room: int) -> list[Line]:
+    """Probability of the true and of the predicted class."""
+    predicted = int(scores.argmax())
+    sign, colour = ("✓", BLUE) if predicted == target else ("✗", ORANGE)
+    return [
+        Line(f"true {short(names[target], room - 12)} · {scores[target]:.0%}", INK),
+        Line(f"{sign} {short(names[predicted], room - 9)} · {scores[predicted]:.0%}", colour),
+    ]
+
+
+def label_lines(
+    truth: np.ndarray, scores: np.ndarray, names: tuple[str, ...], room: int
+) -> list[Line]:
+    """Labels that were missed and false ones, the surest mistake first."""
+    said = scores >= 0.5
+    missed = [k for k in np.argsort(scores, kind="stable") if truth[k] and not said[k]]
+    false = [k for k in np.argsort(-scores, kind="stable") if said[k] and not truth[k]]
+    if not missed and not false:
+        return [Line("✓ all labels", BLUE), Line("", INK)]
+    both = (("✗ missed ", missed), ("✗ false ", false))
+    lines = [
+        Line(start + some([names[k] for k in wrong], room - len(start)), ORANGE)
+        for start, wrong in both
+        if wrong
+    ]
+    return (lines + [Line("", INK)])[:2]
+
+
+def some(names: list[str], room: int) -> str:
+    """As many names as have room, and how many more there are."""
+    text = ", ".join(names)
+    if len(text) <= room:
+        return text
+    more = f" +{len(names) - 1}" if len(names) > 1 else ""
+    return short(names[0], room - len(more)) + more
+
+
+def value_lines(
+    target: np.ndarray, output: np.ndarray, spread: np.ndarray, names: tuple[str, ...], room: int
+) -> list[Line]:
+    """True and predicted value of the target with the largest error in units of its spread."""
+    k = int((np.abs(output - target) / spread).argmax())
+    start = f"{short(names[k], room - 15)} " if len(names) > 1 else ""
+    return [
+        Line(f"true {start}{float(target[k]):.4g}", INK),
+        Line(f"predicted {float(output[k]):.4g}", ORANGE),
+    ]
+
+
+# ---------------------------------------------------------------------- the page
+
+
+class Page:
+    """Places of equal square images in rows, each with caption lines below. Inches."""
+
+    def __init__(self, side: float, *, caption: int, gutter: float) -> None:
+        self.side, self.gutter = side, gutter
+        self.step = side + caption * LINE + 0.1  # from row to row
+        self.top = 0.32  # for the headings
+
+    def width(self, columns: int) -> float:
+        """Of a page with so many columns."""
+        return columns * (self.side + GAP) + self.gutter
+
+    def height(self, rows: int) -> float:
+        """Of a page with so many rows."""
+        return self.top + rows * self.step
+
+    def left(self, column: int) -> float:
+        """Left edge of a column; a gutter follows the first."""
+        return column * (self.side + GAP) + (self.gutter if column else 0)
+
+    def heading(self, figure: Any, column: int, text: str) -> None:
+        """Bold words above a column."""
+        width, height = figure.get_size_inches()
+        y = (height - self.top + 0.08) / height
+        figure.text(self.left(column) / width, y, text, fontweight="bold", fontsize=9.5)
+
+    def image(
+        self, figure: Any, row: int, column: int, pixels: np.ndarray, lines: list[Line]
+    ) -> None:
+        """Pixels (H, W, 3) in their place, whole and in proportion, with their caption."""
+        width, height = figure.get_size_inches()
+        left, top = self.left(column), height - self.top - row * self.step
+        axes = figure.add_axes(
+            (left / width, (top - self.side) / height, self.side / width, self.side / height)
+        )
+        small = max(pixels.shape[:2]) <= SMALL
+        axes.imshow(pixels, interpolation="nearest" if small else "antialiased", aspect="equal")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, color=PALE, linewidth=0.5)  # for images as white as paper
+        axes.set_anchor("SW")  # the caption stays close
+        for i, line in enumerate(lines):
+            y = (top - self.side - (i + 0.35) * LINE) / height
+            figure.text(left / width, y, line.text, color=line.colour, fontsize=6.6, va="top")

@@ -1,16 +1,28 @@
-"""Files that are whole at any moment: written under a temporary name, flushed, then renamed."""
+"""Files that are whole at any moment, the files of users, and one process per folder."""
 
 import csv
 import errno
+import fcntl
+import io
 import json
 import math
 import os
+import socket
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError, meant
+
+FILE_THREADS = 8  # file systems answer several readers faster than one, whatever the cores
+
+
+# ----------------------------------------------------------------------- writing and reading
+#
+# Files that are whole at any moment: written under a temporary name, flushed, then renamed.
 
 TEMPORARY = ".tmp-"  # how temporary names begin; `remove_leftovers` takes them away after a kill
 HINTS = {
@@ -210,3 +222,190 @@ def truncate_jsonl(path: Path | str, keep: Callable[[dict[str, Any]], bool]) -> 
         return
     lines = (json.dumps(record, ensure_ascii=False) for record in kept)
     write_text(path, "".join(line + "\n" for line in lines))
+
+
+# ---------------------------------------------------------------------------- files of users
+
+
+# ---------------------------------------------------------------------- files
+
+
+def read_json_table(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        UserError: missing or not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+
+
+def read_text(path: Path) -> str:
+    """Content of a UTF-8 file, without a byte-order mark.
+
+    Raises:
+        UserError: missing, a folder or not UTF-8.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header, separated by comma, semicolon or tab.
+
+    Args:
+        columns: those that must be there.
+
+    Raises:
+        UserError: missing, empty, without one of the columns, or with a row of another length.
+    """
+    text = read_text(path)
+    first, *_ = text.splitlines() or [""]
+    if not first:
+        raise UserError(f"{path}: no header; the first line must hold the column names")
+    separator = max(",;\t", key=lambda mark: (first.count(mark), mark == ","))
+    try:
+        header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    except csv.Error as error:
+        raise UserError(f"{path}: not valid CSV ({error})") from None
+    header = [name.strip() for name in header]
+    for column in columns:
+        if column not in header:
+            raise UserError(
+                f'{path}: no column "{column}"{meant(column, header)}; columns are'
+                f" {', '.join(header)}"
+            )
+        if header.count(column) > 1:
+            raise UserError(f'{path}: several columns are named "{column}"; rename all but one')
+    for number, row in enumerate(rows, 2):
+        if row and len(row) != len(header):
+            raise UserError(
+                f"{path}, line {number}: {len(row)} cells, the header has {len(header)}"
+            )
+    return [
+        {name: cell.strip() for name, cell in zip(header, row, strict=True)} for row in rows if row
+    ]
+
+
+# ---------------------------------------------------------------------- the lock of a folder
+#
+# One process per folder: a lock that dies with the process that holds it.
+
+ATTEMPTS, PAUSE = 5, 0.1  # a look at the lock by another process holds it for a moment
+TAKEN = (errno.EACCES, errno.EAGAIN)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_held: set[str] = set()  # of this process, for which POSIX locks never conflict
+
+
+class Lock:
+    """A POSIX record lock on a file that says who holds it.
+
+    The system drops it when the process ends in any way, and worker processes do not inherit it.
+    The file stays: were it removed, two processes could lock two files of one name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle: int | None = None
+
+    def acquire(self, *, wait: bool = False) -> None:
+        """Take the lock, at once or when it comes free.
+
+        Raises:
+            UserError: another process holds it (unless waiting), or the file cannot be written.
+        """
+        name = os.path.realpath(self.path)
+        if name in _held:
+            raise UserError(taken(self.path, "this process"))
+        try:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise write_error(self.path, error) from None
+        try:
+            self.lock(handle, wait)
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except BaseException:
+            os.close(handle)
+            raise
+        self.handle = handle
+        _held.add(name)
+
+    def lock(self, handle: int, wait: bool) -> None:
+        """Lock an open file."""
+        for attempt in range(ATTEMPTS):
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                return
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    note = f"note: the disk of {self.path.parent} has no file locks: see to it that"
+                    print(f"{note} no other process uses this folder", file=sys.stderr)
+                    return
+                if error.errno not in TAKEN:
+                    raise write_error(self.path, error) from None
+                if attempt == ATTEMPTS - 1:
+                    raise UserError(taken(self.path, owner(self.path))) from None
+            time.sleep(PAUSE)
+
+    def release(self) -> None:
+        """Let others have it; twice is fine."""
+        if self.handle is not None:
+            os.ftruncate(self.handle, 0)
+            os.close(self.handle)  # which drops the lock
+            self.handle = None
+            _held.discard(os.path.realpath(self.path))
+
+    def __enter__(self) -> "Lock":
+        """Wait for the lock and take it."""
+        self.acquire(wait=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let others have it."""
+        self.release()
+
+
+def check_free(path: Path) -> None:
+    """Look at a lock without taking it or writing anything.
+
+    Raises:
+        UserError: a process holds it.
+    """
+    if os.path.realpath(path) in _held:  # opening the file here would drop our own lock
+        raise UserError(taken(path, "this process"))
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in TAKEN:
+            raise UserError(taken(path, owner(path))) from None
+    finally:
+        os.close(handle)
+
+
+def owner(path: Path) -> str:
+    """Who holds a lock, as its file says."""
+    try:
+        return path.read_text().strip() or "another process"
+    except OSError:
+        return "another process"
+
+
+def taken(path: Path, who: str) -> str:
+    """The message for the second process."""
+    return (
+        f"{path.parent} is in use by {who}: wait for it or stop it, or start beside it with"
+        ' training.on_existing = "new"'
+    )

@@ -7,7 +7,7 @@ Neither torch nor numpy is imported: the spec checker needs these tables.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 
 LOGGED_NAMES: dict[str, tuple[str, ...]] = {
     "acc": ("Accuracy",),
@@ -30,7 +30,6 @@ LOGGED_NAMES: dict[str, tuple[str, ...]] = {
     "spearman": ("Spearman",),
 }
 """Name in `task.metrics` -> names it is logged under; * stands for the name of each class."""
-
 REGRESSION = ("mse", "mae", "r2", "pearson", "spearman")
 MULTICLASS = tuple(name for name in LOGGED_NAMES if name not in REGRESSION)
 MULTILABEL = tuple(name for name in MULTICLASS if name not in ("top5acc", "quadratic_kappa"))
@@ -40,17 +39,14 @@ METRICS_OF: dict[str, tuple[str, ...]] = {
     "regression": REGRESSION,
 }
 """Subtask -> the names in `task.metrics` that are defined for it."""
-
 DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
     "multiclass": ("acc", "f1"),
     "multilabel": ("acc", "f1"),
     "regression": ("mse", "mae", "r2"),
 }
 """Subtask -> what `task.metrics = none` stands for."""
-
 LOWER_IS_BETTER = frozenset({"loss", "MSE", "MAE", "ECE", "Brier"})
 """Logged names, without their split, of which the smallest value is the best."""
-
 SPLITS = ("val", "train", "test")  # in the order in which a name without a split is looked up
 
 

@@ -1,26 +1,155 @@
-"""Metrics of predictions: numbers for the epoch line, and the report with intervals per split.
-
-Which metrics exist and what they are called: metric_names. Formulas and what happens to absent
-classes: classification, regression. An empty split, and scores that are not finite, make every
-metric NaN (null in JSON). N samples, K classes or targets, R sets of weights.
-"""
+"""Metrics of a split, their formulas for regression, and their intervals."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from glovita_lib.bootstrap import intervals
-from glovita_lib.classification import Drawn, Multiclass, Multilabel
 from glovita_lib.files import plain
 from glovita_lib.metric_names import LOGGED_NAMES, logged_names
-from glovita_lib.regression import FUNCTIONS, Regression
-from glovita_lib.weighted import Array
+from glovita_lib.metrics_classification import (
+    Array,
+    Drawn,
+    Multiclass,
+    Multilabel,
+    correlation,
+    mean_defined,
+    mid_ranks,
+    ratio,
+    spread,
+    weighted_mean,
+)
+
+# --------------------------------------------------------------------------------- bootstrap
+#
+# Percentile bootstrap: intervals of metrics from samples drawn with replacement.
+#
+# Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. A resample is not a list
+# of samples but how often each was drawn, so that one pass over the samples serves many resamples.
+# N samples, R resamples.
+
+ELEMENTS_AT_ONCE = 4_000_000  # weights held at a time: 32 MB
+
+
+def draws(n: int, resamples: int, seed: int) -> Iterator[Array]:
+    """Weights (N, r) of the resamples, in blocks that fit the memory; their sum r is `resamples`.
+
+    Resample i is the i-th draw of n row numbers from the stream of the seed, whatever the blocks.
+    """
+    stream = np.random.default_rng(seed)
+    block = max(1, ELEMENTS_AT_ONCE // max(n, 1))
+    for start in range(0, resamples, block):
+        rows = range(start, min(start + block, resamples))
+        counts = [np.bincount(stream.integers(0, n, n), minlength=n) for _ in rows]
+        yield np.ascontiguousarray(np.stack(counts, 1), np.float64)
+
+
+def intervals(
+    measure: Callable[[Array], dict[str, Array]],
+    n: int,
+    *,
+    resamples: int,
+    seed: int,
+    level: float,
+) -> dict[str, tuple[float, float]]:
+    """Lower and upper end of the percentile interval of each metric.
+
+    Resamples in which a metric is undefined (no sample of a class was drawn) are left out of its
+    interval; it is (NaN, NaN) where none is left, and where fewer than two samples say nothing
+    about the spread.
+
+    Args:
+        measure: weights (N, r) -> name -> values (r,).
+        n: N.
+        level: share of the resamples inside, e.g. 0.95.
+    """
+    blocks = [measure(weights) for weights in draws(n, resamples, seed)]
+    tail = 100 * (1 - level) / 2
+    found: dict[str, tuple[float, float]] = {}
+    for name in blocks[0] if blocks else ():
+        values = np.concatenate([block[name] for block in blocks])
+        defined = values[~np.isnan(values)]
+        if n < 2 or not len(defined):
+            found[name] = (float("nan"), float("nan"))
+            continue
+        low, high = np.percentile(defined, (tail, 100 - tail))
+        found[name] = (float(low), float(high))
+    return found
+
+
+# -------------------------------------------------------------------------------- regression
+#
+# Regression metrics under weights, each the mean over the targets for which it is defined.
+#
+# R2, Pearson and Spearman are NaN for a target that does not vary (so for a single sample); Pearson
+# and Spearman are 0 where the target varies and the predictions do not. N samples, K targets, R
+# sets of weights.
+
+
+class Regression:
+    """Outputs and targets (N, K) in target units, computed with in float64."""
+
+    def __init__(self, targets: Array, scores: Array) -> None:
+        self.targets = targets.astype(np.float64)
+        self.scores = scores.astype(np.float64)
+
+    def each(self, name: str, weights: Array) -> Array:
+        """A metric, by its logged name, of each target: (K, R)."""
+        pairs = zip(self.scores.T, self.targets.T, strict=True)
+        return np.stack([FUNCTIONS[name](x[:, None], y[:, None], weights) for x, y in pairs])
+
+    def mean(self, name: str, weights: Array) -> Array:
+        """Mean of a metric over the targets, (R,)."""
+        return mean_defined(self.each(name, weights))
+
+
+def mse(predictions: Array, targets: Array, weights: Array) -> Array:
+    """Mean of (x - y)^2."""
+    return weighted_mean((predictions - targets)[:, 0] ** 2, weights)
+
+
+def mae(predictions: Array, targets: Array, weights: Array) -> Array:
+    """Mean of |x - y|."""
+    return weighted_mean(np.abs(predictions - targets)[:, 0], weights)
+
+
+def r2(predictions: Array, targets: Array, weights: Array) -> Array:
+    """1 - sum (x - y)^2 / sum (y - mean y)^2, the coefficient of determination."""
+    residual = (predictions - targets)[:, 0] ** 2 @ weights
+    return 1 - ratio(residual, spread(targets - targets.mean(0), weights))
+
+
+def pearson(predictions: Array, targets: Array, weights: Array) -> Array:
+    """Linear correlation."""
+    return correlation(predictions, targets, weights)
+
+
+def spearman(predictions: Array, targets: Array, weights: Array) -> Array:
+    """Linear correlation of the ranks; equal values share their mean rank."""
+    ranks = (mid_ranks(values[:, 0], weights) for values in (predictions, targets))
+    return correlation(*ranks, weights)
+
+
+FUNCTIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "MSE": mse,
+    "MAE": mae,
+    "R2": r2,
+    "Pearson": pearson,
+    "Spearman": spearman,
+}
+
+
+# ------------------------------------------------------------------------ metrics of a split
+#
+# Metrics of predictions: numbers for the epoch line, and the report with intervals per split.
+#
+# Which metrics exist and what they are called: metric_names. Formulas and what happens to absent
+# classes: classification, regression. An empty split, and scores that are not finite, make every
+# metric NaN (null in JSON). N samples, K classes or targets, R sets of weights.
 
 LEVEL = 0.95  # of the intervals
 LARGEST_CONFUSION = 200  # classes; a larger matrix is left out of the report
-
 Samples = Multiclass | Multilabel | Regression
 Measure = Callable[[Array], dict[str, Array]]
 
@@ -50,7 +179,7 @@ def compute(
     return {name: float(values[name][0]) for name in logged}
 
 
-def report(
+def metrics_report(
     names: tuple[str, ...],
     *,
     subtask: str,

@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.aggregate import aggregate, output_width, reads_pooled, resolve_method
-from glovita_lib.encoders import Encoder, build_encoder
+from glovita_lib import encoder_timm, encoder_torchvision  # noqa: F401  register their builders
+from glovita_lib.encoder import (
+    Encoder,
+    Features,
+    aggregate,
+    build_encoder,
+    output_width,
+    reads_pooled,
+    resolve_method,
+)
 from glovita_lib.heads import build_head
-from glovita_lib.layers import Features
 from glovita_lib.peft import apply_peft
 from glovita_lib.spec_model import Model as ModelSpec
 from glovita_lib.spec_peft import Peft

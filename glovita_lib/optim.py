@@ -1,16 +1,20 @@
-"""Optimizers, parameter groups and learning-rate schedules.
-
-The learning rate is a function of the optimizer step alone, so a run continues from any step
-without scheduler state, and what is logged is what was used.
-"""
+"""Optimizer, schedule, and weights averaged over the steps."""
 
 import math
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from glovita_lib.spec_train import Optimizer as OptimizerSpec
+
+# --------------------------------------------------------------------------------- optimizer
+#
+# Optimizers, parameter groups and learning-rate schedules.
+#
+# The learning rate is a function of the optimizer step alone, so a run continues from any step
+# without scheduler state, and what is logged is what was used.
 
 
 def warmup_epochs(spec: OptimizerSpec, epochs: int) -> float:
@@ -109,3 +113,26 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group its learning rate: lr times the group's lr_scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+# -------------------------------------------------------------------------- averaged weights
+#
+# Weights averaged over the optimizer steps.
+
+
+def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """The average w' <- decay w' + (1 - decay) w of parameters and buffers; None without a decay.
+
+    Whole numbers (counters, the places of entries that train) are copied, as they have no mean.
+    """
+    if decay is None:
+        return None
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+        if torch.is_floating_point(averages[0]) or torch.is_complex(averages[0]):
+            torch._foreach_lerp_(averages, values, 1 - decay)
+        else:
+            torch._foreach_copy_(averages, values)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

@@ -1,29 +1,40 @@
-"""Which parameters train, and what is added to them: one function per method.
+"""PEFT methods by their Structs, and the file of what one has trained."""
 
-A method changes a model in place. Parameters it freezes stay in the state dict under their names;
-`Model.refresh`, called afterwards, keeps the frozen parts in eval mode.
-"""
-
+import hashlib
+import json
 from functools import singledispatch
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
 from torch import nn
 
 from glovita_lib import spec_peft
-from glovita_lib.adalora import apply_adalora
-from glovita_lib.fourierft import apply_fourierft
-from glovita_lib.inserts import apply_adapt_former, apply_convpass
-from glovita_lib.lora import apply_lora
-from glovita_lib.orthogonal import apply_orthogonal
-from glovita_lib.plugins import call_target
-from glovita_lib.products import apply_product
-from glovita_lib.prompts import apply_prompts
-from glovita_lib.rep_adapter import apply_rep_adapter
-from glovita_lib.scaling import apply_ia3, apply_ssf
-from glovita_lib.selective import apply_bitfit, apply_gps, apply_ln_tuning
-from glovita_lib.shared_factors import apply_fact, apply_vera
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError, call_target
+from glovita_lib.files import write_bytes
+from glovita_lib.peft_base import base_state, load_trained, trained_state
+from glovita_lib.peft_lora import apply_lora
+from glovita_lib.peft_lowrank import apply_adalora, apply_fact, apply_rep_adapter, apply_vera
+from glovita_lib.peft_modules import apply_adapt_former, apply_convpass, apply_prompts
+from glovita_lib.peft_weights import (
+    apply_bitfit,
+    apply_fourierft,
+    apply_gps,
+    apply_ia3,
+    apply_ln_tuning,
+    apply_orthogonal,
+    apply_product,
+    apply_ssf,
+)
 from glovita_lib.spec_peft import CustomPeft, FullFinetuning, LinearProbing, PartialFinetuning
+
+# ---------------------------------------------------------------------------------- dispatch
+#
+# Which parameters train, and what is added to them: one function per method.
+#
+# A method changes a model in place. Parameters it freezes stay in the state dict under their names;
+# `Model.refresh`, called afterwards, keeps the frozen parts in eval mode.
 
 
 @singledispatch
@@ -82,3 +93,59 @@ apply_peft.register(spec_peft.RepAdapter, apply_rep_adapter)
 apply_peft.register(spec_peft.Fact, apply_fact)
 apply_peft.register(spec_peft.Gps, apply_gps)
 apply_peft.register(spec_peft.VisualPromptTuning, apply_prompts)
+
+
+# ----------------------------------------------------------------------- adapter.safetensors
+#
+# The file of a PEFT run's trained part: adapter.safetensors, to be laid over the same base.
+
+KEY = "glovita_adapter"  # of the metadata; a single one, as safetensors writes several in any order
+
+
+def base_hash(model: nn.Module) -> str:
+    """SHA-256 of names, types, shapes and bytes of all tensors that the method has left alone."""
+    digest = hashlib.sha256()
+    for name, tensor in base_state(model).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_adapter(path: Path | str, model: nn.Module, *, base: str) -> None:
+    """Write the trained part with the base's name and hash.
+
+    Args:
+        base: name of the base, such as "timm vit_tiny_patch16_224".
+
+    Raises:
+        UserError: disk full, read-only ...; the previous file is as it was.
+    """
+    facts = json.dumps({"base": base, "base_hash": base_hash(model)})
+    write_bytes(path, safetensors.torch.save(trained_state(model), {KEY: facts}))
+
+
+def load_adapter(path: Path | str, model: nn.Module) -> None:
+    """Lay a trained part over a model of the same spec, whose base weights are loaded.
+
+    Raises:
+        UserError: no such file, not ours, another base or another method.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: no safetensors file, or only a part of one: {error}") from None
+    if KEY not in metadata:
+        raise UserError(f"{path}: no adapter of glovita; weights of a whole model go into weights")
+    facts = json.loads(metadata[KEY])
+    if facts["base_hash"] != base_hash(model):
+        raise UserError(
+            f"{path} was trained over another base: {facts['base']} with hash"
+            f" {facts['base_hash'][:12]}, here {base_hash(model)[:12]}; load the weights it"
+            " started from"
+        )
+    load_trained(model, state)

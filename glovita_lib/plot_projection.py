@@ -1,17 +1,200 @@
-"""Points of a plane as a picture: colours, shapes and names of classes, or a scale of numbers.
+"""Points of a plane as a picture and as an interactive page."""
 
-N samples.
-"""
-
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glovita_lib.coloring import MARKERS, UNKNOWN, Coloring, style
-from glovita_lib.figures import INK, drawing, short
-from glovita_lib.files import atomic_path
+from glovita_lib.data import Images
+from glovita_lib.dist import cores
+from glovita_lib.errors import UserError
+from glovita_lib.figures import (
+    AMBER,
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PINK,
+    SKY,
+    displayed,
+    drawing,
+    short,
+    window,
+)
+from glovita_lib.files import atomic_path, read_csv, write_text
+from glovita_lib.metrics_classification import THRESHOLD
+
+# ----------------------------------------------------------------------------------- colours
+#
+# What the colours of a plot of samples mean: classes, sets of labels, values, columns of a table.
+#
+# N samples, K classes or targets.
+
+PALETTE = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, "#7A2FD0", "#5A2A00", INK, "#CFC76A")
+"""Okabe and Ito's colours and four that are as far from them with any colour vision."""
+MARKERS = ("circle", "triangle", "square", "diamond", "cross")
+"""Shapes that tell classes of one colour apart; the classes go through the colours first."""
+STYLES = len(PALETTE) * len(MARKERS)
+UNKNOWN = "#C4C4C4"
+WHOLE_NUMBERS = 20  # different whole numbers up to which a column holds classes
+NO_LABEL = "no label"
+
+
+@dataclass(frozen=True, slots=True)
+class Coloring:
+    """One property of the samples, as classes or as numbers."""
+
+    title: str
+    names: tuple[str, ...]
+    """Of the classes, in the order of the legend; empty for numbers."""
+    codes: np.ndarray
+    """Class (N,) int64 of each sample, -1 where it is not known; all -1 for numbers."""
+    values: np.ndarray | None
+    """Number (N,) float64 of each sample, NaN where it is not known; None for classes."""
+
+    def words(self) -> list[str]:
+        """The property of each sample as text; empty where it is not known."""
+        if self.values is None:
+            return [self.names[code] if code >= 0 else "" for code in self.codes]
+        return ["" if np.isnan(value) else f"{value:.7g}" for value in self.values]
+
+
+def style(place: int) -> tuple[str, str]:
+    """Colour and marker of a class."""
+    return PALETTE[place % len(PALETTE)], MARKERS[place // len(PALETTE) % len(MARKERS)]
+
+
+# ---------------------------------------------------------------------- what is known of samples
+
+
+def classes(title: str, codes: np.ndarray, names: Sequence[str]) -> Coloring:
+    """One class a sample, out of a list of names; classes without samples are left out."""
+    used = np.unique(codes[codes >= 0])
+    place = np.full(len(names) + 1, -1)  # the last one is found by -1
+    place[used] = np.arange(len(used))
+    return Coloring(title, tuple(names[code] for code in used), place[codes], None)
+
+
+def numbers(title: str, values: np.ndarray) -> Coloring:
+    """One number a sample."""
+    values = np.asarray(values, np.float64)
+    return Coloring(title, (), np.full(len(values), -1), values)
+
+
+def words(title: str, texts: Sequence[str]) -> Coloring:
+    """One word a sample, the most frequent first; an empty one is not known."""
+    found, codes, counts = np.unique(
+        np.array(texts, dtype=object).astype(str), return_inverse=True, return_counts=True
+    )
+    order = np.argsort(-counts, kind="stable")
+    order = order[found[order] != ""]
+    place = np.full(len(found), -1)
+    place[order] = np.arange(len(order))
+    return Coloring(title, tuple(found[order].tolist()), place[codes], None)
+
+
+def label_sets(title: str, labels: np.ndarray, names: Sequence[str]) -> Coloring:
+    """Labels (N, K) 0/1: samples with the same set of labels have the same colour."""
+    texts = [" + ".join(names[k] for k in np.flatnonzero(row)) or NO_LABEL for row in labels > 0.5]
+    return words(title, texts)
+
+
+def of_targets(
+    title: str, targets: np.ndarray, subtask: str, names: Sequence[str]
+) -> list[Coloring]:
+    """Truth of the samples: their class, their set of labels, or each target of a regression.
+
+    Args:
+        targets: (N,) class indices, or (N, K) labels or values.
+        names: K names.
+    """
+    if subtask == "multiclass":
+        return [classes(title, targets, names)]
+    if subtask == "multilabel":
+        return [label_sets(title, targets, names)]
+    several = targets.shape[1] > 1
+    return [
+        numbers(f"{title} {name}" if several else title, column)
+        for name, column in zip(names, targets.T, strict=True)
+    ]
+
+
+def of_scores(title: str, scores: np.ndarray, subtask: str, names: Sequence[str]) -> list[Coloring]:
+    """What a model predicts from its scores (N, K): as of_targets."""
+    if subtask == "multiclass":
+        return of_targets(title, scores.argmax(1), subtask, names)
+    if subtask == "multilabel":
+        return of_targets(title, scores >= THRESHOLD, subtask, names)
+    return of_targets(title, scores, subtask, names)
+
+
+def of_mistakes(truth: Coloring, prediction: Coloring) -> Coloring:
+    """Right or wrong; of numbers the absolute error."""
+    if truth.values is not None:
+        return numbers("absolute error", np.abs(truth.values - prediction.values))
+    pairs = zip(truth.words(), prediction.words(), strict=True)
+    wrong = np.array([first != second for first, second in pairs], np.int64)
+    return classes("mistakes", wrong, ("right", "wrong"))
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def of_column(path: Path, column: str, ids: Sequence[Sequence[str]]) -> Coloring:
+    """A column of a CSV file with the column id.
+
+    Numbers are a continuous scale, but at most 20 different whole numbers, and words, are classes.
+
+    Args:
+        ids: for each sample the ids that it may have in the file, the first one that is there
+            counts.
+
+    Raises:
+        UserError: no such file or column, an id twice, or a file that has none of the samples.
+    """
+    rows = read_csv(path, ("id", column))
+    table = {row["id"]: row[column] for row in rows}
+    if len(table) < len(rows):
+        raise UserError(f"{path}: some ids occur twice; give each sample one row")
+    texts = [next((table[name] for name in names if name in table), "") for names in ids]
+    if not any(any(name in table for name in names) for names in ids) and len(ids):
+        raise UserError(
+            f"{path} has none of the samples: its ids are like {next(iter(table), 'none')!r}, those"
+            f" of the samples like {ids[0][0]!r}; write the latter into the column id"
+        )
+    values = as_numbers(texts)
+    if values is None:
+        return words(column, texts)
+    known = np.unique(values[~np.isnan(values)])
+    if len(known) <= WHOLE_NUMBERS and (known == np.round(known)).all():
+        codes = np.where(np.isnan(values), -1, np.searchsorted(known, values))
+        return Coloring(column, tuple(f"{value:.0f}" for value in known), codes, None)
+    return numbers(column, values)
+
+
+def as_numbers(texts: Sequence[str]) -> np.ndarray | None:
+    """Cells as finite numbers, NaN where empty or not finite; None where one is a word."""
+    try:
+        values = np.array([float(text) if text else np.nan for text in texts], np.float64)
+    except ValueError:
+        return None
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+# ------------------------------------------------------------------------------- the picture
+#
+# Points of a plane as a picture: colours, shapes and names of classes, or a scale of numbers.
+#
+# N samples.
 
 SIDE = 6.2  # inches of the square of points
 LEGEND = 36  # classes with a colour of their own; the others are grey
@@ -254,3 +437,139 @@ def darker(colour: str) -> str:
     from matplotlib.colors import to_hex, to_rgb
 
     return to_hex([0.6 * part for part in to_rgb(colour)])
+
+
+# ---------------------------------------------------------------------------------- the page
+#
+# Points of a plane as one HTML file that needs no network: zoom, search, classes, thumbnails.
+#
+# N samples.
+
+PAGE = Path(__file__).with_name("projection_page.html")  # style and program, without the data
+SHEET = 2048  # pixels of the longest side of a sheet of thumbnails; every browser decodes it
+QUALITY = 80  # of JPEG
+SCALE = 24  # colours of a scale of numbers
+
+
+def write_page(
+    path: Path,
+    points: np.ndarray,
+    *,
+    ids: Sequence[str],
+    colorings: Sequence[Coloring],
+    text: Text,
+    images: Images | None,
+    thumbnail: int,
+) -> None:
+    """The points (N, 2) as a page with everything inside.
+
+    Args:
+        path: of the HTML file.
+        ids: N ids.
+        colorings: all that can be chosen; the first one is shown.
+        images: image (C, H, W) of a sample, uint8 or uint16.
+        thumbnail: longer side of a thumbnail, pixels; 0 makes none.
+    """
+    content = {
+        "title": text.title,
+        "axes": list(text.axes),
+        "x": compact(points[:, 0]),
+        "y": compact(points[:, 1]),
+        "ids": list(ids),
+        "colorings": [described(coloring) for coloring in colorings],
+        "styles": [style(i) for i in range(STYLES)],
+        "markers": list(MARKERS),
+        "unknown": UNKNOWN,
+        "scale": scale(),
+        "thumbnails": None,
+    }
+    if images is not None and thumbnail and len(ids):
+        content["thumbnails"] = thumbnails(images, len(ids), thumbnail)
+    parts = {
+        "title": escape(text.title),
+        "subtitle": escape(text.subtitle),
+        "data": as_script(content),
+    }
+    write_text(path, re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], PAGE.read_text("utf-8")))
+
+
+def as_script(content: Any) -> str:
+    """JSON that no text in it can break out of a script element."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def compact(values: np.ndarray) -> list[float | None]:
+    """Numbers with 5 digits, which is finer than a screen; None where they are not known."""
+    return [None if np.isnan(value) else float(f"{value:.5g}") for value in values]
+
+
+def described(coloring: Coloring) -> dict[str, Any]:
+    """A property of the samples as the page reads it."""
+    return {
+        "title": coloring.title,
+        "names": list(coloring.names),
+        "codes": coloring.codes.tolist() if coloring.values is None else None,
+        "values": None if coloring.values is None else compact(coloring.values),
+    }
+
+
+def scale() -> list[str]:
+    """Colours of rising numbers, those of the picture."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colour) for colour in colormaps["viridis"](np.linspace(0, 1, SCALE))]
+
+
+# ---------------------------------------------------------------------- thumbnails
+
+
+def thumbnails(image: Images, count: int, side: int) -> dict[str, Any]:
+    """Images (C, H, W), side by side on as few sheets as a browser decodes safely.
+
+    Images that are already small are kept exactly (PNG), others are shrunk (JPEG).
+    """
+    from PIL import Image
+
+    with ThreadPoolExecutor(cores()) as pool:  # decoding and shrinking need no interpreter
+        small = list(pool.map(lambda i: shrunk(image(i), side), range(count)))
+    cell = max(max(picture.size) for picture, _ in small)
+    columns = max(1, min(SHEET // cell, math.ceil(math.sqrt(count))))
+    a_sheet = columns * (SHEET // cell)
+    exact = all(whole for _, whole in small)
+    sheets = []
+    for first in range(0, count, a_sheet):
+        part = small[first : first + a_sheet]
+        sheet = Image.new("RGB", (columns * cell, -(-len(part) // columns) * cell), "white")
+        for i, (picture, _) in enumerate(part):
+            left = (i % columns) * cell + (cell - picture.width) // 2
+            sheet.paste(picture, (left, (i // columns) * cell + (cell - picture.height) // 2))
+        sheets.append(encoded(sheet, exact=exact))
+    return {"sheets": sheets, "cell": cell, "columns": columns, "perSheet": a_sheet}
+
+
+def shrunk(image: np.ndarray, side: int) -> tuple[Any, bool]:
+    """An image as it is displayed, whole, at most `side` pixels high and wide; whether it already
+    was."""
+    from PIL import Image
+
+    low, high = window(image, 8 if image.dtype == np.uint8 else 16)
+    picture = Image.fromarray(displayed(image, low, high))
+    if max(picture.size) <= side:
+        return picture, True
+    picture.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
+    return picture, False
+
+
+def encoded(sheet: Any, *, exact: bool) -> str:
+    """A sheet as a data URL; grey ones without colours."""
+    if exact and all(band.tobytes() == sheet.getchannel(0).tobytes() for band in sheet.split()):
+        sheet = sheet.convert("L")
+    content = io.BytesIO()
+    if exact:
+        sheet.save(content, "PNG", optimize=True)
+    else:
+        sheet.save(content, "JPEG", quality=QUALITY)
+    kind = "png" if exact else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -10,9 +10,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from glovita_lib.errors import UserError
 from glovita_lib.neighbors import Metric, nearest, normalized
-from glovita_lib.spec import UserError
-from glovita_lib.spec_umap import Umap
+from glovita_lib.spec_train import Umap
 
 PLANE = 3  # samples up to which a plane holds them without loss
 MISSING = (

@@ -1,18 +1,132 @@
-"""What a run leaves behind about a split: predictions with ids, metrics, plots."""
+"""What a run leaves behind: predictions, metrics, summaries of folds, comparisons of runs."""
 
+import csv
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from glovita_lib import files, plots, prediction_csv, sheets
-from glovita_lib.datasets import Split
-from glovita_lib.evaluation import Predictions
+from glovita_lib import figures, files, plots
+from glovita_lib.data import Split
+from glovita_lib.errors import UserError
 from glovita_lib.experiment import Experiment
-from glovita_lib.facts import Facts
-from glovita_lib.loaders import fit_all, to_tensor
-from glovita_lib.metrics import compute, report
+from glovita_lib.files import TEMPORARY, Lock, read_json, read_jsonl, write_csv, write_json
+from glovita_lib.loader import fit_all, to_tensor
+from glovita_lib.metric_names import lower_is_better
+from glovita_lib.metrics import compute, metrics_report
+from glovita_lib.metrics_classification import THRESHOLD
+from glovita_lib.objectives import Predictions
+from glovita_lib.resolved import Facts
+from glovita_lib.rundir import RunDir, locate
+from glovita_lib.spec import Loaded, changed_keys
+
+# ------------------------------------------------------------------------------- predictions
+#
+# Predictions of a split as CSV, one row a sample. N samples, K classes or targets.
+
+
+def write_prediction_csv(
+    path: Path | str,
+    *,
+    ids: Sequence[str],
+    targets: np.ndarray | None,
+    scores: np.ndarray,
+    subtask: str,
+    class_names: Sequence[str],
+) -> None:
+    """CSV of predictions: id, the truth unless unlabelled, the prediction, the probabilities.
+
+    multiclass: label, prediction (names), p_<class>; regression of one target: label, prediction;
+    multilabel and several targets: label_<name> ..., prediction_<name> ..., and p_<class> for
+    multilabel, where a probability of at least 0.5 predicts 1. Numbers read back equal.
+
+    Args:
+        ids: N ids.
+        targets: (N,) class indices; (N, K) labels or values; None: unlabelled.
+        scores: (N, K) probabilities, or outputs in target units.
+        subtask: multiclass, multilabel or regression.
+        class_names: K names.
+
+    Raises:
+        UserError: disk full, read-only ...
+    """
+    assert scores.shape == (len(ids), len(class_names)), (scores.shape, len(ids), len(class_names))
+    columns: dict[str, Sequence[Any]] = {"id": ids}
+    names = np.array(class_names, dtype=object)
+    if subtask == "multiclass":
+        if targets is not None:
+            columns["label"] = names[targets]
+        columns["prediction"] = names[scores.argmax(1)]
+    else:
+        labels, predictions = value_columns(subtask, class_names)
+        if targets is not None:
+            whole = targets.astype(np.int64) if subtask == "multilabel" else targets
+            columns |= dict(zip(labels, whole.T, strict=True))
+        predicted = (scores >= THRESHOLD).astype(np.int64) if subtask == "multilabel" else scores
+        columns |= dict(zip(predictions, predicted.T, strict=True))
+    if subtask != "regression":
+        columns |= {f"p_{name}": column for name, column in zip(names, scores.T, strict=True)}
+    write_csv(path, columns, zip(*columns.values(), strict=True))
+
+
+def value_columns(subtask: str, class_names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Columns of the truth and of the prediction, one a class or target."""
+    if subtask == "regression" and len(class_names) == 1:
+        return ["label"], ["prediction"]
+    return [f"label_{name}" for name in class_names], [f"prediction_{name}" for name in class_names]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Predictions as read from a file."""
+
+    ids: list[str]
+    targets: np.ndarray | None  # (N,) int64 | (N, K) float32
+    scores: np.ndarray  # (N, K) float32
+
+
+def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[str]) -> Table:
+    """What `write_predictions` wrote.
+
+    Raises:
+        UserError: missing, or of other classes.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    columns = dict(
+        zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True)
+    )
+    labels, predictions = value_columns(subtask, class_names)
+    shown = predictions if subtask == "regression" else [f"p_{name}" for name in class_names]
+    truth = ["label"] if subtask == "multiclass" else labels
+    missing = [name for name in ("id", *shown) if name not in columns]
+    if missing:
+        raise UserError(f"{path} is of other classes: it has no column {missing[0]}")
+    index = {name: i for i, name in enumerate(class_names)}
+    try:
+        scores = np.array([columns[name] for name in shown], dtype=np.float32).T
+        targets = None
+        if truth[0] in columns and subtask == "multiclass":
+            targets = np.array([index[name] for name in columns["label"]], dtype=np.int64)
+        elif truth[0] in columns:
+            targets = np.array([columns[name] for name in truth], dtype=np.float32).T
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is of other classes: {error}") from None
+    return Table(list(columns["id"]), targets, scores)
+
+
+# ------------------------------------------------------------------------ results of a split
+#
+# What a run leaves behind about a split: predictions with ids, metrics, plots.
 
 WORST = 24  # samples on the sheet of the worst predictions
 SHEET_ROWS, SHEET_COLUMNS = 6, 7  # samples and their augmented versions
@@ -31,7 +145,7 @@ def measure(predictions: Predictions, facts: Facts) -> dict[str, float]:
 
 def write_predictions(path: Path, predictions: Predictions, facts: Facts) -> None:
     """The predictions of a split as CSV: id, label, prediction, p_<class> ..."""
-    prediction_csv.write_predictions(
+    write_prediction_csv(
         path,
         ids=predictions.ids,
         targets=predictions.targets,
@@ -56,7 +170,7 @@ def write_results(
     """
     facts, task = experiment.facts, experiment.root.task
     write_predictions(folder / f"predictions_{name}.csv", predictions, facts)
-    content = report(
+    content = metrics_report(
         facts.metrics,
         subtask=facts.subtask,
         targets=predictions.targets,
@@ -85,7 +199,7 @@ def plot_worst(path: Path, predictions: Predictions, split: Split, facts: Facts)
     """A sheet of the samples with the largest losses, worst first."""
     worst = np.argsort(-predictions.losses, kind="stable")[:WORST]
     images = list(split.source.fetch(predictions.rows[worst]))
-    sheets.worst_sheet(
+    figures.worst_sheet(
         images,
         ids=[predictions.ids[row] for row in worst],
         targets=predictions.targets[worst],
@@ -113,7 +227,7 @@ def plot_augmented(path: Path, experiment: Experiment, split: Split, rows: np.nd
         else:
             inputs, fitted = fit_all(originals, augment.fit, seed), True
         columns.append(augment(inputs, fitted, seed))  # (R, C, S, S)
-    sheets.augmented_sheet(
+    figures.augmented_sheet(
         list(originals),
         torch.stack(columns),
         mean=facts.augmentation.mean,
@@ -136,3 +250,280 @@ def summary_lines(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
             parts.append(f"{metric} {shown}")
         rows.append((split, "  ".join(parts)))
     return rows
+
+
+# ------------------------------------------------------------------------------------- folds
+#
+# summary.json of a group directory: metrics over its folds, and of all held-out predictions
+# together.
+#
+# N samples, K classes or targets.
+
+SPLITS = ("val", "test")
+Measure = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # targets, scores -> metrics
+
+
+def write_summary(
+    group: Path, *, config: dict, subtask: str, class_names: Sequence[str], measure: Measure
+) -> dict[str, Any]:
+    """Write and return what summary.json says of the folds that are evaluated so far.
+
+    Per split: `folds`; per metric `mean`, `sd` (over folds, n - 1 in the denominator; null for one
+    fold), `n` and the `values` by fold, where an undefined value is null and left out of the mean;
+    `pooled`, the metrics of all folds' predictions taken as one set; `samples` in it;
+    `repeated_ids`, how many samples several folds predicted (each prediction counts: a test split
+    that is the same in all folds is no out-of-fold prediction). `left_out` names folds that do
+    not belong, with the reason.
+
+    Args:
+        group: folder of the folds.
+        config: plain spec of the run that has just ended; folds of another spec are left out.
+        subtask: multiclass, multilabel or regression.
+        class_names: K names.
+        measure: metrics of targets and scores.
+
+    Raises:
+        UserError: disk full, read-only ...
+    """
+    with Lock(group / ".summary.lock"):  # folds may end at the same time
+        for path in group.glob(f"{TEMPORARY}*"):  # what a kill left; nobody else writes here
+            path.unlink()
+        folds, left_out = members(group, config)
+        result: dict[str, Any] = {
+            split: summarize(folds, split, subtask, class_names, measure, left_out)
+            for split in SPLITS
+        }
+        result = {split: content for split, content in result.items() if content}
+        result["left_out"] = left_out
+        write_json(group / "summary.json", result)
+    return result
+
+
+def members(group: Path, config: dict) -> tuple[list[RunDir], dict[str, str]]:
+    """Folds of the same spec in their order, and why others are left out."""
+    folds, left_out = [], {}
+    paths = [path for path in group.iterdir() if path.name.isdecimal()]
+    for run in sorted(map(RunDir, paths), key=lambda run: int(run.path.name)):
+        if not run.config.is_file():
+            continue
+        try:
+            changes = changed_keys(config, read_json(run.config))
+        except UserError as error:
+            changes = [str(error)]
+        if changes:
+            left_out[run.path.name] = "another spec: " + "; ".join(changes)
+        else:
+            folds.append(run)
+    return folds, left_out
+
+
+def summarize(
+    folds: list[RunDir],
+    split: str,
+    subtask: str,
+    class_names: Sequence[str],
+    measure: Measure,
+    left_out: dict[str, str],
+) -> dict[str, Any] | None:
+    """One split over the folds that have it; None where none has."""
+    reports: dict[str, dict[str, Any]] = {}
+    tables: list[Table] = []
+    for run in folds:
+        if not run.metrics_of(split).is_file():
+            continue
+        try:
+            table = read_predictions(
+                run.predictions_of(split), subtask=subtask, class_names=class_names
+            )
+            report = read_json(run.metrics_of(split))
+        except UserError as error:
+            left_out[run.path.name] = str(error)
+            continue
+        tables.append(table)
+        reports[run.path.name] = {"loss": report.get("loss"), **report["metrics"]}
+    if not reports:
+        return None
+    return {"folds": list(reports), "metrics": spread(reports), **pool(tables, measure)}
+
+
+def spread(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and deviation of each metric over the folds."""
+    result = {}
+    for name in dict.fromkeys(name for report in reports.values() for name in report):
+        values = {fold: report.get(name) for fold, report in reports.items()}
+        known = np.array([v for v in values.values() if v is not None and math.isfinite(v)])
+        result[name] = {
+            "mean": known.mean() if len(known) else None,
+            "sd": known.std(ddof=1) if len(known) > 1 else None,
+            "n": len(known),
+            "values": values,
+        }
+    return result
+
+
+def pool(tables: list[Table], measure: Measure) -> dict[str, Any]:
+    """Metrics of all folds' predictions as one set."""
+    tables = [table for table in tables if table.targets is not None]
+    ids = [sample for table in tables for sample in table.ids]
+    if not ids:
+        return {"pooled": None, "samples": 0, "repeated_ids": 0}
+    counts = np.unique(np.array(ids, dtype=object).astype(str), return_counts=True)[1]
+    targets = np.concatenate([table.targets for table in tables if len(table.ids)])
+    scores = np.concatenate([table.scores for table in tables if len(table.ids)])
+    return {
+        "pooled": measure(targets, scores),
+        "samples": len(ids),
+        "repeated_ids": int((counts > 1).sum()),
+    }
+
+
+# -------------------------------------------------------------------------------- comparison
+#
+# Finished runs side by side: what each reached, with how much, how fast.
+
+NOTE = (
+    "ms/step: one optimizer step, median over the epochs, evaluation left out. MiB: peak memory, on"
+    " a GPU of its tensors, on a CPU of the process with its libraries."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One run in the table."""
+
+    name: str
+    metric: str  # split and logged name, "test Accuracy"
+    value: float | None  # None: undefined on these samples
+    interval: tuple[float, float] | None
+    samples: int  # that were judged
+    trainable: int  # parameters
+    share: float  # of all parameters
+    step_ms: float
+    memory_mb: float
+    best_epoch: int | None
+    device: str
+
+    def cells(self) -> dict[str, str]:
+        """Texts of the columns."""
+        low_high = "" if self.interval is None else "{:.4f} to {:.4f}".format(*self.interval)
+        return {
+            "spec": self.name,
+            self.metric: "undefined" if self.value is None else f"{self.value:.4f}",
+            "95 % interval": low_high,
+            "trainable": f"{self.trainable:,}",
+            "share": f"{self.share:.2%}",
+            "ms/step": f"{self.step_ms:.1f}",
+            "MiB": f"{self.memory_mb:,.0f}",
+            "best epoch": "" if self.best_epoch is None else str(self.best_epoch + 1),
+            "device": self.device,
+        }
+
+
+def compare(specs: list[Loaded]) -> str:
+    """A table of the runs of several specs as Markdown, best first; below it what its columns mean.
+
+    Raises:
+        UserError: one line for each run that is not there, not finished or of another spec; runs
+            that report different metrics.
+    """
+    entries: list[Entry] = []
+    problems: list[str] = []
+    for loaded, name in zip(specs, names(specs), strict=True):
+        run = locate(loaded)
+        if problem := unfit(loaded, run):
+            problems.append(f"{loaded.path}: {problem}")
+        else:
+            entries.append(entry_of(name, run))
+    if problems:
+        raise UserError("\n".join(problems))
+    metrics = sorted({entry.metric for entry in entries})
+    if len(metrics) > 1:
+        raise UserError(
+            f"the runs report different metrics first: {', '.join(metrics)}; compare those with the"
+            " same task.metrics and splits"
+        )
+    sign = 1 if lower_is_better(metrics[0].partition(" ")[2]) else -1
+    entries.sort(key=lambda e: (e.value is None, sign * (e.value or 0.0), e.trainable))
+    rows = [entry.cells() for entry in entries]
+    devices = sorted({entry.device for entry in entries})
+    if len(devices) == 1:
+        rows = [{k: v for k, v in row.items() if k != "device"} for row in rows]
+    return "\n".join([table(rows), "", *notes(entries, devices)])
+
+
+def names(specs: list[Loaded]) -> list[str]:
+    """What the runs are called: file names, or whole paths where those are the same."""
+    stems = [Path(loaded.path).stem for loaded in specs]
+    many = Counter(stems)
+    return [s if many[s] == 1 else o.path for s, o in zip(stems, specs, strict=True)]
+
+
+def unfit(loaded: Loaded, run: RunDir) -> str | None:
+    """Why a run cannot be in the table; None if it can."""
+    if not run.is_finished:
+        state = "is not finished" if run.last.is_file() else "does not exist"
+        return f"its run {run.path} {state}; train it first"
+    if changes := changed_keys(read_json(run.config), loaded.plain):
+        return (
+            f"{run.path} was trained with another spec: {'; '.join(changes[:8])}; undo the changes"
+            " or train it again"
+        )
+    if not run.metrics.is_file():
+        return "objective probe has no steps and no trained parameters to compare; leave it out"
+    if judged_split(run) is None:
+        return "its data have neither a test nor a val split; leave it out"
+    return None
+
+
+def judged_split(run: RunDir) -> str | None:
+    """The split whose result counts: test, else val."""
+    return next((name for name in ("test", "val") if run.metrics_of(name).is_file()), None)
+
+
+def entry_of(name: str, run: RunDir) -> Entry:
+    """What a run directory says."""
+    split = judged_split(run)
+    report: dict[str, Any] = read_json(run.metrics_of(split))
+    metric, value = next(iter(report["metrics"].items()))
+    interval = report["ci95"].get(metric)
+    everything = read_json(run.resolved_config)["parameters"]["all"]
+    epochs = [record for record in read_jsonl(run.metrics) if record["event"] == "epoch"]
+    config, info = read_json(run.config), read_json(run.runtime_info)
+    batch = config["dataloading"]["batch_size"] * info["world_size"]
+    batch *= config["training"]["gradient_accumulation_steps"]
+    threads = f" with {info['threads']} thread{'s'[: info['threads'] != 1]}"
+    return Entry(
+        name=name,
+        metric=f"{split} {metric}",
+        value=value,
+        interval=None if interval is None or None in interval else tuple(interval),
+        samples=report["n"],
+        trainable=everything["trainable"],
+        share=everything["share"],
+        step_ms=1000 * batch / median(record["samples_per_s"] for record in epochs),
+        memory_mb=max(record["memory_mb"] for record in epochs),
+        best_epoch=epochs[-1]["best_epoch"],
+        device=info["device"] + (threads if info["device"] == "cpu" else ""),
+    )
+
+
+def notes(entries: list[Entry], devices: list[str]) -> list[str]:
+    """What to know about the numbers."""
+    lines = [NOTE if len(devices) > 1 else f"{NOTE} Device: {devices[0]}."]
+    counts = sorted({entry.samples for entry in entries})
+    if len(counts) > 1:
+        lines.append(f"The runs were judged on different samples: {', '.join(map(str, counts))}.")
+    return lines
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Rows as an aligned Markdown table; numbers to the right."""
+    texts = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for cells in [texts[0], rules, *texts[1:]]:
+        sides = zip(cells, widths, strict=True)
+        padded = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(sides)]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)

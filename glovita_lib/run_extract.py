@@ -1,29 +1,298 @@
 """Mode extract: features of every sample of a split, in the order of the data set, as HDF5."""
 
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
-from glovita_lib import dist
-from glovita_lib.datasets import Data, Split
+from glovita_lib import dist, files
+from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Split, skipped
+from glovita_lib.errors import UserError
 from glovita_lib.experiment import Experiment, assemble, read_data, resolve_facts, restore
-from glovita_lib.extraction import Extractor
-from glovita_lib.feature_job import Job
-from glovita_lib.feature_recipe import (
+from glovita_lib.extraction import Extractor, Readout, Running
+from glovita_lib.feature_writer import (
+    Parts,
+    Plan,
+    bag_tables,
     file_name,
+    group_order,
+    left_out,
+    notes_of,
     policy_of,
+    put_together,
     recipe_of_features,
     recipe_of_tables,
+    refuse_other,
+    sample_tables,
+    size_text,
 )
-from glovita_lib.feature_tables import Plan, group_order
-from glovita_lib.feature_writer import Parts
-from glovita_lib.progress import say
+from glovita_lib.files import Lock
+from glovita_lib.loader import Loader, build_loader
+from glovita_lib.loggers import Rate, say
 from glovita_lib.rundir import locate
-from glovita_lib.spec import Loaded, UserError
+from glovita_lib.spec import Loaded
 from glovita_lib.spec_data import GenericImageData
-from glovita_lib.spec_features import Extract
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_train import Extract
+
+# --------------------------------------------------------------------------------- one split
+#
+# The extraction of one split: blocks, by all ranks, then the file.
+#
+# N samples.
+
+SHOWN = 10  # unreadable samples that an error lists
+
+
+@dataclass(frozen=True)
+class Job:
+    """The extraction of one split."""
+
+    root: Root
+    extractor: Extractor
+    name: str
+    split: Split
+    plan: Plan
+    parts: Parts
+    recipe: dict[str, Any]  # of all that is written beside the features
+    augmented: bool
+    report: list[str]  # what was noted when the data were read, left-out samples among it
+
+    @property
+    def ranks(self) -> dist.Ranks:
+        """Ranks of the experiment."""
+        return self.extractor.experiment.ranks
+
+    def check(self) -> None:
+        """Look at all that can be wrong before anything is computed.
+
+        Raises:
+            UserError: a file made otherwise, bags with two labels, samples without coordinates.
+        """
+
+        def look() -> None:
+            self.is_complete()
+            self.tables(self.plan.rows)
+
+        dist.main_decides(self.ranks, look)
+
+    def is_complete(self) -> bool:
+        """Whether the file is there already."""
+        # Where a broken sample ends the extraction, a file that lacks some is another one.
+        complete = {"left_out": 0} if self.root.extract.on_error == "stop" else {}
+        return refuse_other(self.parts.target, self.parts.recipe | self.recipe | complete)
+
+    def run(self) -> None:
+        """Write what is missing, then the file."""
+        lock = Lock(self.parts.lock)
+        try:
+            if dist.main_decides(self.ranks, lambda: self.prepare(lock)):
+                return
+            self.write()
+            dist.barrier(self.ranks)
+            dist.main_decides(self.ranks, self.finish)
+        finally:
+            lock.release()
+
+    def prepare(self, lock: Lock) -> bool:
+        """Whether the file is complete; if not, the folder of the blocks is ready and locked."""
+        parts = self.parts
+        if not parts.folder.is_dir() and self.is_complete():
+            self.say_complete()
+            return True
+        files.make_folder(parts.folder)
+        try:
+            lock.acquire()
+        except UserError as error:
+            raise UserError(str(error).partition(", or start beside it")[0]) from None
+        if self.is_complete():  # by another process, or killed before the blocks were removed
+            parts.remove()
+            self.say_complete()
+            return True
+        parts.open()
+        self.forget_broken()
+        return False
+
+    def say_complete(self) -> None:
+        """Say that nothing is left to do."""
+        say(f"{self.name}: {self.parts.target} is complete; nothing to do")
+        for line in left_out(self.parts.target):
+            say(f"  left out: {line}")
+
+    def forget_broken(self) -> None:
+        """Give samples that could not be read another chance: those of unfinished blocks, and all
+        of them where none may be left out."""
+        block_of = dict(zip(self.plan.rows.tolist(), self.plan.block_of.tolist(), strict=True))
+        for row in skipped(self.parts.folder):
+            block = self.parts.path(block_of[row])
+            if self.root.extract.on_error == "stop":
+                block.unlink(missing_ok=True)
+            if not block.is_file():
+                (self.parts.folder / f"{row}.txt").unlink()
+
+    def write(self) -> None:
+        """Write this rank's share of the blocks that are missing, each while the next is read."""
+        pending = dist.broadcast_object(self.ranks, self.parts.pending())
+        mine = pending[self.ranks.rank :: self.ranks.world]
+        done = self.plan.blocks - len(pending)
+        if done:
+            say_main(self.ranks, f"{self.name}: {done} of {self.plan.blocks} blocks were finished")
+        total = sum(len(self.plan.rows_of(block)) for block in mine)
+        rate = Rate(self.name, total, shown=self.ranks.is_main)
+        writing: Future | None = None
+        with ThreadPoolExecutor(1) as pool:  # left, also by Ctrl-C, when the block is on the disk
+            for block, readouts in self.read(mine, rate):
+                if writing is not None:
+                    writing.result()  # one at a time, lest blocks pile up before a slow disk
+                rows = self.plan.rows_of(block)
+                writing = pool.submit(self.parts.write, block, rows, readouts)
+            if writing is not None:
+                writing.result()
+        rate.close()
+
+    def finish(self) -> None:
+        """Put the blocks together and say what came out."""
+        parts, compression = self.parts, self.root.extract.compression
+        broken = skipped(parts.folder)
+        keep = ~np.isin(self.plan.rows, list(broken))
+        rows = self.plan.rows[keep]
+        if not len(rows):
+            lines = "\n".join(["", *broken.values()][: SHOWN + 1])
+            parts.remove()  # mended ones are to be read when it is started again
+            raise UserError(f"{self.name}: none of the {len(keep)} samples could be read{lines}")
+        tables = self.tables(rows)
+        if broken:
+            tables["left_out"] = np.array(list(broken.values()), object)
+        if self.report:
+            tables["notes"] = np.array(self.report, object)
+        notes = {**self.recipe, **notes_of(self.root, self.extractor), "left_out": len(broken)}
+        shape = put_together(parts, tables=tables, compression=compression, keep=keep, notes=notes)
+        parts.remove()
+        size = size_text(parts.target)
+        count = f"{len(rows):,} of {len(keep):,}" if broken else f"{len(rows):,}"
+        bags = f" in {len(tables['ids']):,} bags" if self.root.extract.bag_by else ""
+        say(f"{self.name}: {count} samples{bags}, features {shape}, {size}: {parts.target}")
+        for line in broken.values():
+            say(f"  left out: {line}")
+
+    def tables(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What is written beside the features of some rows."""
+        spec = self.root.extract
+        if spec.bag_by is None:
+            return sample_tables(self.split, rows)
+        return bag_tables(self.split, rows, spec.coords_file)
+
+    def rehearse(self) -> None:
+        """Read one batch out and write nothing."""
+        count = self.extractor.experiment.facts.eval_batch_size
+        rows = self.plan.rows[:count]
+        with tempfile.TemporaryDirectory() as folder:
+            part = self.readable(rows, Path(folder))
+            with closing(self.loader(part, 0)) as loader:
+                batch = next(iter(loader.epoch(0)))
+            shape = self.extractor(batch, ids=part.ids, augment=None).features.shape
+            broken = skipped(Path(folder))
+        say_main(self.ranks, f"{self.name}: one batch gives features {shape}; nothing was written")
+        for line in broken.values():
+            say_main(self.ranks, f"  left out: {line}")
+
+    def read(self, blocks: list[int], rate: Rate) -> Iterator[tuple[int, list[Readout]]]:
+        """Blocks one after another, each with the readouts of its batches.
+
+        One loader serves all blocks, so that decoding never pauses; under a train policy each
+        block has its own, as its random draws must not depend on the blocks before it.
+        """
+        groups = [[block] for block in blocks] if self.augmented else [blocks] if blocks else []
+        for group in groups:
+            rows = np.concatenate([self.plan.rows_of(block) for block in group])
+            split = self.readable(rows, self.parts.folder)
+            with closing(self.readouts(split, group[0], rate)) as stream:
+                for block in group:
+                    readouts, missing = [], len(self.plan.rows_of(block))
+                    while missing > 0:
+                        readouts.append(next(stream))
+                        missing -= readouts[-1].samples
+                    yield block, readouts
+
+    def readouts(self, split: Split, block: int, rate: Rate) -> Iterator[Readout]:
+        """What is read out of the batches of a readable split; each is copied to the host while
+        the device computes the next one.
+
+        Args:
+            block: that the random draws of a train policy follow from.
+
+        Raises:
+            UserError: a sample cannot be read, or its features cannot be stored.
+        """
+        running: Running | None = None
+        with closing(self.loader(split, block)) as loader:
+            for index, batch in enumerate(loader.epoch(0)):
+                seed = dist.mix(self.root.seed, block, index) if self.augmented else None
+                started = self.extractor.start(batch, augment=seed)
+                if running is not None:
+                    yield self.settled(running, split.ids, rate)
+                running = started
+            if running is not None:
+                yield self.settled(running, split.ids, rate)
+
+    def settled(self, running: Running, ids: list[str], rate: Rate) -> Readout:
+        """The readout of a batch, when it is there."""
+        try:
+            readout = self.extractor.finish(running, ids=ids)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
+        rate.add(readout.samples)
+        return readout
+
+    def readable(self, rows: np.ndarray, notes: Path) -> Split:
+        """Some rows of the split, without labels; where broken ones are to be left out, black
+        images in their place and notes about them in a folder."""
+        whole, facts = self.split.source, self.extractor.experiment.facts
+        if isinstance(whole, ArraySource):
+            source = whole.select(rows)
+        elif self.root.extract.on_error == "skip":
+            size = facts.augmentation.image_size
+            blank = (facts.channels, size, size)
+            source = SkippingSource(whole, rows, notes, blank, facts.bit_depth)
+        else:
+            source = PartSource(whole, rows)
+        return Split([self.split.ids[row] for row in rows], None, source)
+
+    def loader(self, split: Split, block: int) -> Loader:
+        """Batches of a split, in order, decoded while the encoder computes."""
+        experiment, spec = self.extractor.experiment, self.root.dataloading
+        if not isinstance(split.source, ArraySource):
+            spec = replace(spec, in_memory_mb=0)  # every sample is needed once
+        objective = experiment.objective
+        fit = objective.train_inputs.fit if self.augmented else objective.eval_inputs.fit
+        alone = with_fields(self.ranks, rank=0, world=1)  # the rows are shared out already
+        return build_loader(
+            split,
+            spec,
+            fit=fit,
+            train=False,
+            seed=dist.mix(self.root.seed, block),
+            ranks=alone,
+            batch_size=experiment.facts.eval_batch_size,
+        )
+
+
+def say_main(ranks: dist.Ranks, text: str) -> None:
+    """A line from the first rank."""
+    if ranks.is_main:
+        say(text)
+
+
+# ---------------------------------------------------------------------------------- the mode
+#
+# Mode extract: features of every sample of a split, in the order of the data set, as HDF5.
 
 BLOCK_BYTES = 256 * 2**20  # of features: a block is kept in memory until it is written
 

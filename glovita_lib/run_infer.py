@@ -8,24 +8,22 @@ import msgspec
 import numpy as np
 
 from glovita_lib import dist, files
-from glovita_lib.adapter import Insert
-from glovita_lib.attention import Recorder
-from glovita_lib.datasets import Data, Split
-from glovita_lib.evaluation import Predictions
+from glovita_lib.attention_maps import Recorder, draw_bags
+from glovita_lib.data import Data, Split
+from glovita_lib.data_features import unlabelled_features
+from glovita_lib.data_folder import build_unlabelled
+from glovita_lib.errors import UserError
 from glovita_lib.experiment import Experiment, read_data, restore, some_of
-from glovita_lib.facts import Facts
-from glovita_lib.plot_attention import draw_bags
-from glovita_lib.precomputed import unlabelled_features
-from glovita_lib.progress import say, table
+from glovita_lib.loggers import say, table
+from glovita_lib.objectives import Predictions
+from glovita_lib.peft_base import ADDED, Insert
+from glovita_lib.resolved import Facts
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, locate
-from glovita_lib.spec import Loaded, UserError, changed_keys
-from glovita_lib.spec_data import BaseData, GenericImageData
-from glovita_lib.spec_features import PrecomputedData
+from glovita_lib.spec import Loaded, changed_keys
+from glovita_lib.spec_data import BaseData, GenericImageData, PrecomputedData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Probe
-from glovita_lib.trained import ADDED
-from glovita_lib.unlabelled import build_unlabelled
 
 
 def run(loaded: Loaded, *, dry_run: bool) -> None:

@@ -1,9 +1,13 @@
 """Mode umap: features in two dimensions as PNG, SVG, CSV and interactive HTML."""
 
 import re
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from importlib import metadata, util
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -11,28 +15,340 @@ import numpy as np
 from msgspec.structs import replace
 
 from glovita_lib import dist
-from glovita_lib.coloring import Coloring, classes, of_column, of_mistakes, of_scores, of_targets
-from glovita_lib.embeddings import embeddings_of
+from glovita_lib.data import Data, Images, Split, skipped, subset
+from glovita_lib.data_features import encode, keys, read_collection, resolve_names, resolve_subtask
+from glovita_lib.data_splits import strata
+from glovita_lib.errors import UserError
 from glovita_lib.experiment import read_data
-from glovita_lib.files import write_csv, write_json
-from glovita_lib.plot_projection import Text, draw_points
-from glovita_lib.progress import say, table
-from glovita_lib.projection import MISSING, Projection, perplexity_of, project
-from glovita_lib.projection_html import write_page
-from glovita_lib.projection_source import (
-    Images,
-    Samples,
-    choose_samples,
-    is_features,
-    open_input,
-    samples_of_features,
-    standardize,
+from glovita_lib.extraction import Extractor, Readout
+from glovita_lib.files import read_csv, write_csv, write_json
+from glovita_lib.loggers import Rate, say, table
+from glovita_lib.plot_projection import (
+    Coloring,
+    Text,
+    classes,
+    draw_points,
+    of_column,
+    of_mistakes,
+    of_scores,
+    of_targets,
+    write_page,
 )
+from glovita_lib.projection import MISSING, Projection, choose, perplexity_of, project
+from glovita_lib.read_features import BagSource, FileBags, feature_moments
+from glovita_lib.resolved import Facts
+from glovita_lib.run_extract import Job, plan_job, say_main, source_of, wanted_splits
 from glovita_lib.rundir import locate, versions
-from glovita_lib.samples import Split
-from glovita_lib.spec import Loaded, UserError
-from glovita_lib.spec_umap import Umap
-from glovita_lib.tables import read_csv
+from glovita_lib.spec import Loaded, Spec
+from glovita_lib.spec_data import PrecomputedData
+from glovita_lib.spec_train import Umap
+
+# ----------------------------------------------------------------------------------- samples
+#
+# The samples that are drawn as points, chosen from splits of images or features.
+#
+# N samples, B bags, D width.
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a model says about samples, in terms of the data it was trained on."""
+
+    scores: np.ndarray  # (N, K): probabilities, or outputs in target units
+    subtask: str
+    class_names: tuple[str, ...]  # K names
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The chosen samples and what is known of them."""
+
+    features: np.ndarray  # (N, D) float32
+    ids: list[str]
+    owners: list[str]  # bag of each instance; else the ids again
+    targets: np.ndarray | None  # (N,) int64 or (N, K) float32
+    said: Said | None  # predictions
+    subtask: str
+    class_names: tuple[str, ...]
+    splits: list[str]  # name of the split of each sample
+    image: Images | None
+    total: int  # samples that they were chosen from
+    name: str  # of the data, for the heading
+    standardized: bool = False  # whether each feature has mean 0 and deviation 1 over train
+    notes: tuple[str, ...] = ()  # lines for the console
+
+
+# ---------------------------------------------------------------------- choice
+
+
+def choose_rows(
+    splits: dict[str, Split], lengths: dict[str, np.ndarray], subtask: str, spec: Umap, seed: int
+) -> dict[str, np.ndarray]:
+    """Sorted rows of each split that are shown; a sample has as many rows as its length says."""
+    targets = [split.targets for split in splits.values()]
+    classes = None
+    if subtask != "regression" and all(part is not None for part in targets):
+        classes = strata(np.concatenate(targets), subtask)  # of several labels the rarest
+    counts = [int(lengths[name].sum()) for name in splits]
+    rows = choose(classes, np.concatenate(list(lengths.values())), spec, seed=seed)
+    ends = np.cumsum(counts)
+    parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
+    begins = ends - counts
+    return {
+        name: part - begin
+        for name, part, begin in zip(splits, parts, begins, strict=True)
+        if len(part)
+    }
+
+
+def choose_samples(splits: dict[str, Split], data: Data, spec: Umap, seed: int) -> dict[str, Split]:
+    """The splits with the samples that are shown; a split without any is left out."""
+    lengths = {name: np.ones(len(split), np.int64) for name, split in splits.items()}
+    rows = choose_rows(splits, lengths, data.subtask, spec, seed)
+    return {name: subset(splits[name], part) for name, part in rows.items()}
+
+
+# ---------------------------------------------------------------------- features
+
+
+def samples_of_features(splits: dict[str, Split], data: Data, spec: Umap, seed: int) -> Samples:
+    """Vectors, bags or instances of splits whose samples are features.
+
+    Raises:
+        UserError: NaN or infinity among the chosen ones.
+    """
+    lengths = {
+        name: split.source.lengths()
+        if isinstance(split.source, BagSource) and spec.bags == "instances"
+        else np.ones(len(split), np.int64)
+        for name, split in splits.items()
+    }
+    rows = choose_rows(splits, lengths, data.subtask, spec, seed)
+    features, ids, owners, targets, names = [], [], [], [], []
+    for name, chosen in rows.items():
+        split = splits[name]
+        ends = np.cumsum(lengths[name])
+        owner = np.searchsorted(ends, chosen, side="right")  # sample of each row
+        inside = chosen - (ends - lengths[name])[owner]
+        if isinstance(split.source, BagSource) and spec.bags == "instances":
+            features.append(instances(split.source, owner, inside))
+            ids += [f"{split.ids[bag]}#{i}" for bag, i in zip(owner, inside, strict=True)]
+        else:
+            features.append(vectors(split, owner))
+            ids += [split.ids[row] for row in owner]
+        owners += [split.ids[row] for row in owner]
+        targets += [] if split.targets is None else [split.targets[owner]]
+        names += [name] * len(owner)
+    found = Samples(
+        features=np.concatenate(features).astype(np.float32, copy=False),
+        ids=ids,
+        owners=owners,
+        targets=np.concatenate(targets) if len(targets) == len(rows) else None,
+        said=None,
+        subtask=data.subtask,
+        class_names=data.class_names,
+        splits=names,
+        image=None,
+        total=int(sum(part.sum() for part in lengths.values())),
+        name=data.name,
+    )
+    refuse_nan(found)
+    return found
+
+
+def standardize(samples: Samples, data: Data) -> Samples:
+    """The samples with features of mean 0 and deviation 1 over the train split, as a model that
+    data.standardize asks for takes them; a mean of instances is that of standardised ones.
+
+    Raises:
+        UserError: there is no train split, or it has NaN or infinity.
+    """
+    if "train" not in data.splits:
+        raise UserError(
+            "data.standardize takes the mean and deviation of the train split, but there is none:"
+            " name data.train_features_file, or drop data.standardize"
+        )
+    moments = feature_moments(data.splits["train"].source)
+    mean, std = (moment.astype(np.float32) for moment in moments)
+    found = with_fields(samples, features=(samples.features - mean) / std, standardized=True)
+    refuse_nan(found)
+    return found
+
+
+def vectors(split: Split, rows: np.ndarray) -> np.ndarray:
+    """Features (N, D) of samples; of a bag the mean of its instances."""
+    if not isinstance(split.source, BagSource):
+        return split.source.fetch(rows)
+    return np.stack([
+        split.source.fetch(rows[i : i + 1])[0].mean(0, dtype=np.float64) for i in range(len(rows))
+    ])  # fmt: skip
+
+
+def instances(source: BagSource, owner: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Features (N, D) of instances, given by their bag and place in it, sorted."""
+    reader = source.reader
+    if isinstance(reader, FileBags) and reader.file.layout == "ragged":
+        return reader.file.rows.take(reader.file.ptr[source.index[owner]] + inside)
+    return np.concatenate([
+        source.fetch(np.array([bag]))[0][inside[owner == bag]] for bag in np.unique(owner)
+    ])  # fmt: skip
+
+
+def refuse_nan(samples: Samples) -> None:
+    """All features are numbers.
+
+    Raises:
+        UserError: some are not.
+    """
+    finite = np.isfinite(samples.features).all(1)
+    if not finite.all():
+        bad = [samples.ids[row] for row in np.flatnonzero(~finite)]
+        raise UserError(
+            f"{samples.name}: NaN or infinite features in {len(bad)} samples"
+            f" ({', '.join(bad[:10])}{' ...' if len(bad) > 10 else ''}); extract them again"
+            " (extract.precision = 32 if float16 overflowed)"
+        )
+
+
+# ---------------------------------------------------------------------- files
+
+
+def open_input(path: Path, data: Spec) -> Data:
+    """A feature file in any layout, or a folder of one-bag files, as a data set of one split.
+
+    Labels are not needed.
+
+    Args:
+        data: section data of the spec; the names of the datasets are its, where it has some.
+
+    Raises:
+        UserError: no such file, damaged, empty, or with labels that are none.
+    """
+    if not path.exists():
+        raise UserError(f'umap.input: "{path}" does not exist')
+    names = keys(data if is_features(data) else PrecomputedData())
+    collection = read_collection(path, names, labelled=False)
+    targets, subtask, names = None, "multiclass", ()
+    if collection.labels is not None:
+        subtask = resolve_subtask(PrecomputedData(), [collection])
+        names = resolve_names(PrecomputedData(), [collection], subtask)
+        targets = encode(collection, subtask, names)
+    source = collection.source(np.arange(len(collection.ids)))
+    split = Split(ids=collection.ids, targets=targets, source=source)
+    return Data(str(path), {"": split}, subtask, names, channels=collection.width, bit_depth=16)
+
+
+def is_features(data: Spec) -> bool:
+    """Whether the data of a spec are features."""
+    return isinstance(data, PrecomputedData)
+
+
+# -------------------------------------------------------------------------------- embeddings
+#
+# Embeddings of the samples of a data set, in memory, for modes that look at them.
+#
+# N samples, D width, K classes or targets.
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors of the samples of one or several splits, one split after another."""
+
+    features: np.ndarray  # (N, D) float32
+    targets: np.ndarray | None  # (N,) int64 or (N, K) float32
+    ids: list[str]
+    class_names: tuple[str, ...]
+    subtask: str
+    said: Said | None  # predictions; None of an encoder that was not trained
+    splits: dict[str, Split]  # whose samples follow one another
+    notes: tuple[str, ...]  # what is to be known about them
+
+
+Choice = Callable[[dict[str, Split], Data], dict[str, Split]]
+"""Which samples of the splits are wanted."""
+
+
+def embeddings_of(
+    loaded: Loaded, ranks: dist.Ranks, split: str | None, choose: Choice
+) -> Embeddings:
+    """Embeddings of a split, or of all, as mode extract makes them under the spec's `extract`, of
+    the samples that `choose` leaves of them, with the predictions of the same pass.
+
+    This process does it all: `ranks` has a world of one.
+
+    Raises:
+        UserError: as mode extract.
+    """
+    spec = loaded.root.extract
+    spec = replace(spec, output="embedding", split=split, precision=32, bag_by=None)
+    spec = replace(spec, coords_file=None, use_eval_transform_for_train=True)
+    root = replace(loaded.root, extract=spec)
+    experiment, data = source_of(loaded, ranks)
+    trained = spec.checkpoint is not None or spec.source == "run"
+    extractor = Extractor(experiment, spec, predicts=trained)
+    splits, parts = choose(wanted_splits(spec, data), data), []
+    for name, part in splits.items():
+        readouts, kept = read_split(plan_job(root, extractor, data, name, part))
+        parts.append(readouts)
+        splits[name] = subset(part, kept) if len(kept) < len(part) else part
+    targets = [part.targets for part in splits.values()]
+    facts = experiment.facts
+    return Embeddings(
+        features=np.concatenate([part.features for part in parts]),
+        targets=None if any(t is None for t in targets) else np.concatenate(targets),
+        ids=[name for part in splits.values() for name in part.ids],
+        class_names=data.class_names,
+        subtask=data.subtask,
+        said=Said(np.concatenate([part.scores for part in parts]), facts.subtask, facts.class_names)
+        if trained
+        else None,
+        splits=splits,
+        notes=other_outputs(facts, data) if trained else (),
+    )
+
+
+def other_outputs(facts: Facts, data: Data) -> tuple[str, ...]:
+    """A note where the data have other classes or targets than those the model was trained on."""
+    if (facts.subtask, facts.class_names) == (data.subtask, data.class_names):
+        return ()
+    names = ", ".join(facts.class_names[:10]) + ", ..." * (len(facts.class_names) > 10)
+    return (
+        f"{data.name} has other classes or targets than the model was trained on"
+        f" ({facts.subtask}: {names}); predictions are shown under the model's own, without"
+        " mistakes",
+    )
+
+
+def read_split(job: Job) -> tuple[Readout, np.ndarray]:
+    """Embeddings (N, D) of a split with the predictions, and the rows (N,) of it that could be
+    read.
+
+    Raises:
+        UserError: a sample cannot be read and none may be left out, or all of them.
+    """
+    count = len(job.split)
+    rate = Rate(job.name, count, shown=job.ranks.is_main)
+    with TemporaryDirectory() as notes:
+        split = job.readable(np.arange(count), Path(notes))
+        with closing(job.readouts(split, 0, rate)) as stream:
+            parts = list(stream)
+        broken = skipped(Path(notes))
+    rate.close()
+    for line in broken.values():
+        say_main(job.ranks, f"  left out: {line}")
+    kept = np.delete(np.arange(count), list(broken))
+    if not len(kept):
+        raise UserError(f"{job.name}: none of the {count} samples could be read")
+    features = np.concatenate([part.features for part in parts])[kept]
+    scores = None
+    if parts[0].scores is not None:
+        scores = np.concatenate([part.scores for part in parts])[kept]
+    return Readout(features, None, None, scores), kept
+
+
+# ---------------------------------------------------------------------------------- the mode
+#
+# Mode umap: features in two dimensions as PNG, SVG, CSV and interactive HTML.
 
 DRY = 50  # samples of a dry run
 SUFFIXES = {"picture": "png", "vectors": "svg", "page": "html", "table": "csv", "numbers": "json"}

@@ -22,14 +22,21 @@ import torch
 
 from glovita_lib import __version__
 from glovita_lib.dist import Ranks, main_decides
-from glovita_lib.files import make_folder, read_json, remove_leftovers, write_error, write_json
-from glovita_lib.lock import Lock, check_free
-from glovita_lib.spec import Loaded, UserError, changed_keys
+from glovita_lib.errors import UserError
+from glovita_lib.files import (
+    Lock,
+    check_free,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    write_error,
+    write_json,
+)
+from glovita_lib.spec import Loaded, changed_keys
 
 Decision = Literal["start", "resume", "overwrite", "finished"]
 SHOWN_CHANGES = 8
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors", "wandb")
-
 # What a run writes, in the order in which it is removed when a run starts over: the mark of being
 # finished first and config.json last, so that no kill in between leaves an apparently whole run.
 OURS = (

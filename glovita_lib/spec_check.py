@@ -9,27 +9,36 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from glovita_lib import spec_check_data as data_rules
-from glovita_lib import spec_check_peft as peft_rules
+from glovita_lib import spec_rules
+from glovita_lib.errors import UserError
 from glovita_lib.metric_names import DEFAULT_METRICS, METRICS_OF, canonical, logged_names
-from glovita_lib.spec import Loaded, UserError, load
-from glovita_lib.spec_check_data import is_regression, known_channels, subtask_of
-from glovita_lib.spec_check_umap import umap_options
-from glovita_lib.spec_data import CustomData
-from glovita_lib.spec_features import PrecomputedData
-from glovita_lib.spec_heads import ClamHead, ClassificationHead, RegressionHead, TransmilHead
-from glovita_lib.spec_ignored import ignored_options
-from glovita_lib.spec_model import PrecomputedEncoder, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec import Loaded, load
+from glovita_lib.spec_data import CustomData, PrecomputedData
+from glovita_lib.spec_errors import one_of, shown
+from glovita_lib.spec_model import (
+    ClamHead,
+    ClassificationHead,
+    PrecomputedEncoder,
+    RegressionHead,
+    TimmEncoder,
+    TorchvisionEncoder,
+    TransmilHead,
+)
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_rules import (
+    ignored_options,
+    is_regression,
+    known_channels,
+    subtask_of,
+    umap_options,
+)
 from glovita_lib.spec_train import Probe, Supervised
-from glovita_lib.spec_types import one_of, shown
 
 WITHOUT_CLASS_TOKEN = (
     r"(wide_)?res(net|nex)t?|seresnet|convnext|vgg|(tf_)?efficientnet|(tf_)?mobilenet|densenet"
     r"|regnet|swin|alexnet|squeezenet|googlenet|inception|mnasnet|shufflenet"
 )
 """Opening of the names of encoders of timm and torchvision that have no class token."""
-
 SET_ELSEWHERE = {
     "pretrained": "model.encoder.pretrained",
     "in_chans": "model.encoder.input_channels",
@@ -71,8 +80,8 @@ def check(root: Root) -> list[str]:
     """All contradictions of a spec, one line each; empty if it holds together."""
     rules = (
         run_name,
-        *data_rules.RULES,
-        *peft_rules.RULES,
+        *spec_rules.DATA_RULES,
+        *spec_rules.PEFT_RULES,
         head_fits_targets,
         head_size,
         instances_have_classes,
@@ -129,7 +138,7 @@ def head_fits_targets(root: Root) -> Iterator[str]:
 
 def head_size(root: Root) -> Iterator[str]:
     """A stated number of outputs agrees with the stated number of targets."""
-    head, stated = root.model.head, data_rules.stated_outputs(root.data)
+    head, stated = root.model.head, spec_rules.stated_outputs(root.data)
     if isinstance(head, RegressionHead) and head.out_dim and stated:
         key, count = stated[0]
         if head.out_dim != count:
@@ -209,7 +218,7 @@ def class_names(root: Root) -> tuple[str, ...] | None:
 def class_weights_fit(root: Root) -> Iterator[str]:
     """One weight a class, where the spec says how many classes there are."""
     weights = getattr(root.task, "class_weights", None)
-    stated = data_rules.stated_outputs(root.data)
+    stated = spec_rules.stated_outputs(root.data)
     if is_regression(root) or not isinstance(weights, tuple) or not stated:
         return
     if len(weights) != stated[0][1]:
@@ -390,7 +399,7 @@ def infer_folds(root: Root) -> Iterator[str]:
         yield "infer.folds: [] names none: leave it out for data.fold alone"
     if len(set(folds)) < len(folds):
         yield f"infer.folds: {shown(folds)} names a fold twice"
-    count = data_rules.fold_count(root.data)
+    count = spec_rules.fold_count(root.data)
     unknown = [fold for fold in folds if count is not None and fold >= count]
     if unknown:
         known = one_of(range(count))

@@ -1,17 +1,184 @@
-"""Every mistake in a spec's tables at once, each with what was offered and what is valid.
-
-msgspec's own conversion stops at the first mistake and names no valid tag, so the tables are
-walked here beside the types, and are converted only when nothing was found.
-"""
+"""The types of a spec's fields, and every mistake in its tables at once."""
 
 import math
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 from msgspec import inspect as kinds
-from msgspec.inspect import StructType, Type
+from msgspec.inspect import Field, StructType, Type
 
-from glovita_lib import spec_types as types
+from glovita_lib import errors
+from glovita_lib.errors import meant
+
+Fraction = Annotated[float, Meta(gt=0, le=1)]
+
+
+# --------------------------------------------------------------------------- bounded numbers
+
+Count = Annotated[int, Meta(ge=1)]
+
+
+# --------------------------------------------------------------------------- types of fields
+#
+# What the spec engine asks of a field's type: its union members, its description in words.
+#
+# The types are those of `msgspec.inspect`; nothing here knows a particular section of the spec.
+
+MOST_SHOWN = 60  # characters of an offered value in a message
+
+
+def options_of(kind: Type) -> tuple[Type, ...]:
+    """The types that a union allows; any other type allows itself."""
+    return tuple(kind.types) if isinstance(kind, kinds.UnionType) else (kind,)
+
+
+def structs(kind: Type) -> list[StructType]:
+    """Tables that the type allows: the members of a tagged union, one Struct, or none."""
+    return [option for option in options_of(kind) if isinstance(option, StructType)]
+
+
+def is_optional(kind: Type) -> bool:
+    """Whether the field may be unset (None)."""
+    return any(isinstance(option, kinds.NoneType) for option in options_of(kind))
+
+
+def is_free(kind: Type) -> bool:
+    """Whether the type is a table with keys of the user's choice, or accepts anything."""
+    return any(isinstance(option, kinds.DictType | kinds.AnyType) for option in options_of(kind))
+
+
+def literals(kind: Type) -> list[Any]:
+    """Values that the type lists one by one."""
+    listed = (option for option in options_of(kind) if isinstance(option, kinds.LiteralType))
+    return [value for option in listed for value in option.values]
+
+
+def default_member(kind: Type, default: Any) -> StructType | None:
+    """Member of a union that a table without a tag is: the type of the field's default."""
+    members = structs(kind)
+    if len(members) == 1:
+        return members[0]
+    return next((member for member in members if type(default) is member.cls), None)
+
+
+def chosen_member(kind: Type, default: Any, table: dict) -> StructType | None:
+    """Member of a union that a table names by its tag; None where the tag is unknown or missing."""
+    members = structs(kind)
+    tag_field = members[0].tag_field if members else None
+    if tag_field is None or tag_field not in table:
+        return default_member(kind, default)
+    return next((member for member in members if member.tag == table[tag_field]), None)
+
+
+def default_of(field: Field) -> Any:
+    """Default of a field; msgspec.NODEFAULT where it must be given."""
+    if field.default_factory is not msgspec.NODEFAULT:
+        return field.default_factory()
+    return field.default
+
+
+def shown(value: Any) -> str:
+    """A value as TOML writes it, shortened.
+
+    >>> shown("resnet"), shown(True), shown([1, 2.5]), shown(None)
+    ('"resnet"', 'true', '[1, 2.5]', 'none')
+    """
+    if value is None:
+        text = "none"
+    elif isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, str):
+        text = f'"{value}"'
+    elif isinstance(value, list | tuple):
+        text = "[" + ", ".join(map(shown, value)) + "]"
+    elif isinstance(value, dict):
+        text = "{" + ", ".join(f"{key} = {shown(entry)}" for key, entry in value.items()) + "}"
+    else:
+        text = str(value)
+    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
+
+
+def describe(kind: Type) -> str:
+    """What a field accepts, in words; that it may be unset is left out.
+
+    >>> from typing import Annotated
+    >>> describe(kinds.type_info(Annotated[int, msgspec.Meta(ge=1)]))
+    'a whole number >= 1'
+    """
+    tables = structs(kind)
+    parts = ["a table"] if tables else []
+    if len(tables) > 1:
+        parts = [f"a table with {tables[0].tag_field} = {one_of(t.tag for t in tables)}"]
+    for option in options_of(kind):
+        if not isinstance(option, StructType | kinds.NoneType):
+            parts.append(describe_plain(option))
+    return " or ".join(parts)
+
+
+def describe_plain(kind: Type) -> str:
+    """Description of a type that is neither a union nor a Struct."""
+    if isinstance(kind, kinds.LiteralType):
+        return one_of(kind.values)
+    if isinstance(kind, kinds.IntType):
+        return "a whole number" + bounds(kind)
+    if isinstance(kind, kinds.FloatType):
+        return "a number" + bounds(kind)
+    if isinstance(kind, kinds.VarTupleType | kinds.ListType):
+        return f"an array, each entry {describe(kind.item_type)}"
+    if isinstance(kind, kinds.TupleType):
+        entries = [describe(item) for item in kind.item_types]
+        each = f"each {entries[0]}" if len(set(entries)) == 1 else ", ".join(entries)
+        return f"an array of {len(entries)}, {each}"
+    simple = {
+        kinds.BoolType: "true or false",
+        kinds.StrType: "a string",
+        kinds.DictType: "a table",
+        kinds.AnyType: "any value",
+    }
+    return simple[type(kind)]
+
+
+def bounds(kind: kinds.IntType | kinds.FloatType) -> str:
+    """Bounds of a number, e.g. ' > 0 and <= 1'; empty where there are none."""
+    signs = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+    limits = [(sign, getattr(kind, name)) for name, sign in signs]
+    stated = [f"{sign} {limit}" for sign, limit in limits if limit is not None]
+    return (" " + " and ".join(stated)) if stated else ""
+
+
+def one_of(values: Iterable[Any]) -> str:
+    """Choices with commas: "a", "b" or "c"."""
+    *most, last = map(shown, values)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def all_keys(kind: Type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key below a type, those of all union members, tags included."""
+    for member in structs(kind):
+        if member.tag_field:
+            yield f"{prefix}{member.tag_field}"
+        for field in member.fields:
+            yield f"{prefix}{field.name}"
+            yield from all_keys(field.type, f"{prefix}{field.name}.")
+
+
+def dotted(path: Iterable[str]) -> str:
+    """A key as the user writes it; an index of an array follows its key directly.
+
+    >>> dotted(("data", "augmentation", "mean", "[0]"))
+    'data.augmentation.mean[0]'
+    """
+    return ".".join(path).replace(".[", "[")
+
+
+# ---------------------------------------------------------------------------------- mistakes
+#
+# Every mistake in a spec's tables at once, each with what was offered and what is valid.
+#
+# msgspec's own conversion stops at the first mistake and names no valid tag, so the tables are
+# walked here beside the types, and are converted only when nothing was found.
 
 Path = tuple[str, ...]
 
@@ -26,7 +193,7 @@ class Walk:
 
     def table(self, table: dict, kind: Type, default: Any, path: Path) -> dict:
         """A table with its tag filled in, checked against the Struct it stands for."""
-        member = types.chosen_member(kind, default, table)
+        member = chosen_member(kind, default, table)
         if member is None:
             self.unknown_tag(table, kind, path)
             return table
@@ -35,36 +202,36 @@ class Walk:
         for key, value in table.items():
             if key in fields:
                 field = fields[key]
-                done[key] = self.value(value, field.type, types.default_of(field), (*path, key))
+                done[key] = self.value(value, field.type, default_of(field), (*path, key))
             elif key != member.tag_field:
                 self.unknown_key(key, value, member, kind, path)
         for name, field in fields.items():
             if field.required and name not in table:
-                self.add((*path, name), f"missing: it must be {types.describe(field.type)}")
+                self.add((*path, name), f"missing: it must be {describe(field.type)}")
         return done
 
     def value(self, value: Any, kind: Type, default: Any, path: Path) -> Any:
         """Any value; tables and arrays are walked, the rest is compared with its type."""
         if isinstance(value, dict):
-            if types.structs(kind):
+            if structs(kind):
                 return self.table(value, kind, default, path)
-            entries = [o for o in types.options(kind) if isinstance(o, kinds.DictType)]
-            if entries and not types.is_free(entries[0].value_type):
+            entries = [o for o in options_of(kind) if isinstance(o, kinds.DictType)]
+            if entries and not is_free(entries[0].value_type):
                 for key, entry in value.items():
                     self.value(entry, entries[0].value_type, None, (*path, key))
-            elif not types.is_free(kind):
+            elif not is_free(kind):
                 self.mismatch(value, kind, path)
             return value
         if isinstance(value, list):
             self.array(value, kind, path)
-        elif not any(fits(value, option) for option in types.options(kind)):
+        elif not any(fits(value, option) for option in options_of(kind)):
             self.mismatch(value, kind, path)
         return value
 
     def array(self, value: list, kind: Type, path: Path) -> None:
         """An array: its length and each of its entries."""
-        free = any(isinstance(option, kinds.AnyType) for option in types.options(kind))
-        for option in types.options(kind):
+        free = any(isinstance(option, kinds.AnyType) for option in options_of(kind))
+        for option in options_of(kind):
             if isinstance(option, kinds.VarTupleType):
                 for index, entry in enumerate(value):
                     self.value(entry, option.item_type, None, (*path, f"[{index}]"))
@@ -82,43 +249,41 @@ class Walk:
 
     def mismatch(self, value: Any, kind: Type, path: Path) -> None:
         """A value of the wrong type or outside its bounds."""
-        text = f"{types.shown(value)} is not valid: it must be {types.describe(kind)}"
+        text = f"{shown(value)} is not valid: it must be {describe(kind)}"
         self.add(path, text + hint(value, kind))
 
     def unknown_tag(self, table: dict, kind: Type, path: Path) -> None:
         """A union's table that names no member."""
-        members = types.structs(kind)
+        members = structs(kind)
         field, tags = members[0].tag_field, [member.tag for member in members]
         if field not in table:
-            self.add((*path, field), f"missing: it must be {types.one_of(tags)}")
+            self.add((*path, field), f"missing: it must be {one_of(tags)}")
             return
         offered = table[field]
-        text = f"{types.shown(offered)} is unknown: it must be {types.one_of(tags)}"
+        text = f"{shown(offered)} is unknown: it must be {one_of(tags)}"
         self.add((*path, field), text + meant(str(offered), tags))
 
     def unknown_key(self, key: str, value: Any, member: StructType, kind: Type, path: Path) -> None:
         """A key that the table does not have; says where it belongs if it exists elsewhere."""
         names = [field.name for field in member.fields]
         names += [member.tag_field] if member.tag_field else []
-        text = f"unknown key (offered {types.shown(value)}); valid here: {', '.join(names)}"
+        text = f"unknown key (offered {shown(value)}); valid here: {', '.join(names)}"
         owners = [
-            other.tag
-            for other in types.structs(kind)
-            if any(field.name == key for field in other.fields)
+            other.tag for other in structs(kind) if any(field.name == key for field in other.fields)
         ]
         if owners:
-            text += f"; {key} belongs to {member.tag_field} = {types.one_of(owners)}"
-        elif near := types.nearest(key, names, 0.75):
+            text += f"; {key} belongs to {member.tag_field} = {one_of(owners)}"
+        elif near := errors.nearest(key, names, 0.75):
             text += f'; did you mean "{near}"?'
         elif places := self.places(key):
             text += f"; did you mean {' or '.join(places[:3])}?"
-        elif near := types.nearest(key, names):
+        elif near := errors.nearest(key, names):
             text += f'; did you mean "{near}"?'
         self.add((*path, key), text)
 
     def places(self, key: str) -> list[str]:
         """Dotted keys of the whole spec that end in this name."""
-        every = dict.fromkeys(types.all_keys(self.root))
+        every = dict.fromkeys(all_keys(self.root))
         return [dotted for dotted in every if dotted.rpartition(".")[2] == key]
 
 
@@ -151,30 +316,30 @@ def inside(value: float, kind: kinds.IntType | kinds.FloatType) -> bool:
 
 def hint(value: Any, kind: Type) -> str:
     """How to mend a value of the wrong type, where that can be told."""
-    options = types.options(kind)
+    options = options_of(kind)
     if isinstance(value, str) and (near := meant(value, texts(kind))):
         return near
     if isinstance(value, float) and value.is_integer() and fits(int(value), kind):
         return f"; write {int(value)}"
     entry = item_type(kind)
     if entry is not None and not isinstance(value, list | dict):
-        return f"; write [{types.shown(value)}]" + meant(str(value), texts(entry))
+        return f"; write [{shown(value)}]" + meant(str(value), texts(entry))
     number = parsed(value) if isinstance(value, str) else None
     if number is not None and any(fits(number, option) for option in options):
-        return f"; write {types.shown(number)} without quotes"
+        return f"; write {shown(number)} without quotes"
     return ""
 
 
 def item_type(kind: Type) -> Type | None:
     """Type of the entries of an array type."""
-    arrays = (option for option in types.options(kind) if isinstance(option, kinds.VarTupleType))
+    arrays = (option for option in options_of(kind) if isinstance(option, kinds.VarTupleType))
     return next((array.item_type for array in arrays), None)
 
 
 def texts(kind: Type) -> list[str]:
     """Strings that a type lists one by one; true and false for a boolean."""
-    words = [value for value in types.literals(kind) if isinstance(value, str)]
-    is_bool = any(isinstance(option, kinds.BoolType) for option in types.options(kind))
+    words = [value for value in literals(kind) if isinstance(value, str)]
+    is_bool = any(isinstance(option, kinds.BoolType) for option in options_of(kind))
     return words + (["true", "false"] if is_bool else [])
 
 
@@ -190,12 +355,6 @@ def parsed(text: str) -> bool | int | float | None:
     return None
 
 
-def meant(word: str, words: list[str]) -> str:
-    """The question after the nearest valid word; empty if none is near."""
-    near = types.nearest(word, words)
-    return f'; did you mean "{near}"?' if near and near != word else ""
-
-
 def convert(plain: dict, root_type: type, kind: StructType) -> tuple[Any, list[tuple[Path, str]]]:
     """The Structs of a spec's tables, or None and all mistakes with the paths of their keys.
 
@@ -209,3 +368,8 @@ def convert(plain: dict, root_type: type, kind: StructType) -> tuple[Any, list[t
         return msgspec.convert(done, root_type, strict=True), []
     except msgspec.ValidationError as error:  # a bound that the walk does not know
         return None, [((), str(error))]
+
+
+Dropout = Annotated[float, Meta(ge=0, lt=1)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]

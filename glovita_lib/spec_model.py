@@ -5,7 +5,171 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
-from glovita_lib.spec_heads import ClassificationHead, Head
+from glovita_lib.spec_errors import Dropout
+
+# ------------------------------------------------------------------------------------- heads
+#
+# Head section of a spec: what turns features into predictions.
+
+
+class ClassificationHead(Spec, tag="classification", tag_field="head_type"):
+    """Dropout and one linear layer to the classes."""
+
+    dropout: Dropout = 0.0
+    """Probability of dropping a feature before the linear layer."""
+    init_std: Annotated[float, Meta(gt=0)] | None = None
+    """Standard deviation of normal initial weights with bias 0; none keeps torch's default."""
+
+
+class RegressionHead(Spec, tag="regression", tag_field="head_type"):
+    """Dropout and one linear layer to the targets."""
+
+    dropout: Dropout = 0.0
+    """Probability of dropping a feature before the linear layer."""
+    out_dim: Annotated[int, Meta(ge=1)] | None = None
+    """Number of targets; none takes the data's, a number is checked against it."""
+
+
+class ClamHead(Spec, tag="clam", tag_field="head_type"):
+    """Clustering-constrained attention over the instances of a bag (Lu et al., Nature Biomedical
+    Engineering 2021).
+
+    The published method is feature_prep = false, cosine_head = false, dropout = 0.25,
+    instance_eval = true, instance_loss = "svm", bag_weight = 0.7.
+    """
+
+    variant: Literal["sb", "mb"] = "mb"
+    """One attention branch for all classes (sb) or one per class, each with its own scorer (mb)."""
+    gate: bool = True
+    """Whether the tanh of the attention is multiplied by a sigmoid gate."""
+    size_arg: Literal["tiny", "small", "big"] = "small"
+    """Hidden and attention sizes: tiny 256 and 128, small 512 and 256, big 512 and 384."""
+    dropout: Dropout = 0.0
+    """Probability of dropping a hidden feature, and an attention feature after tanh and gate."""
+    k_sample: Annotated[int, Meta(ge=1)] = 8
+    """Instances labelled at each end of the attention, at most half of the bag at either end."""
+    subtyping: bool = False
+    """Whether the classes exclude one another: the most attended instances of every absent class
+    are labelled negative too."""
+    feature_prep: bool = True
+    """Whether instances pass a LayerNorm before the projection."""
+    l2_normalize_features: bool = True
+    """Whether instances get length 1 after the LayerNorm; nothing without feature_prep."""
+    layer_norm_eps: Annotated[float, Meta(gt=0)] = 1e-6
+    """Added to the variance in the LayerNorm."""
+    cosine_head: bool = True
+    """Whether bag logits are scaled cosines with a vector per class instead of linear scores."""
+    cosine_scale: Annotated[float, Meta(gt=0)] = 20.0
+    """Logit of a bag vector that points along its class vector."""
+    instance_eval: bool = False
+    """Whether instances at both ends of the attention train a classifier per class."""
+    instance_loss: Literal["ce", "svm"] = "ce"
+    """Loss of the instance classifiers: cross-entropy or smooth top-1 SVM."""
+    instance_loss_weight: Annotated[float, Meta(ge=0)] = 1.0
+    """Factor of the instance loss."""
+    bag_weight: Annotated[float, Meta(ge=0, le=1)] | None = None
+    """Share c of the bag loss: c bag + (1 - c) instance_loss_weight instance, 0.7 in the original;
+    none is bag + instance_loss_weight instance."""
+    attn_drop: Dropout = 0.0
+    """Probability that training leaves an instance out of a branch's attention; the most attended
+    one always stays."""
+    stochastic_topk: bool = False
+    """Whether the bag logits must agree with those of the noisy top instances alone."""
+    topk_k: Annotated[int, Meta(ge=1)] = 2
+    """Top instances of that comparison; all of a smaller bag."""
+    topk_tau: Annotated[float, Meta(gt=0)] = 0.25
+    """Temperature of the attention over the top instances."""
+    topk_noise_std: Annotated[float, Meta(ge=0)] = 0.1
+    """Standard deviation of the noise on their hidden features."""
+    topk_consistency_weight: Annotated[float, Meta(ge=0)] = 1.0
+    """Factor of the squared difference of the logits."""
+
+
+class AbmilHead(Spec, tag="abmil", tag_field="head_type"):
+    """Attention-based pooling of instances (Ilse et al., ICML 2018) and one linear layer."""
+
+    gate: bool = True
+    """Whether the tanh of the attention is multiplied by a sigmoid gate."""
+    hidden: Annotated[int, Meta(ge=1)] = 512
+    """Features of an instance after the projection."""
+    attention: Annotated[int, Meta(ge=1)] = 128
+    """Features of an instance in the attention."""
+    dropout: Dropout = 0.0
+    """Probability of dropping a hidden feature, and an attention feature after tanh and gate."""
+    feature_prep: bool = False
+    """Whether instances pass a LayerNorm before the projection."""
+
+
+class DsmilHead(Spec, tag="dsmil", tag_field="head_type"):
+    """Dual-stream pooling (Li, Li, Eliceiri, CVPR 2021): the highest-scoring instance of each
+    class, and attention by likeness to it; both are fitted to the labels, half and half."""
+
+    attention: Annotated[int, Meta(ge=1)] = 128
+    """Features of an instance in the comparison with the highest-scoring one."""
+    dropout: Dropout = 0.0
+    """Probability of dropping a feature of an instance before the attention stream sums it up."""
+    average: bool = True
+    """Whether the prediction is the mean of both streams, as in the paper, or that of the attention
+    stream alone, the default of the published code."""
+
+
+class TransmilHead(Spec, tag="transmil", tag_field="head_type"):
+    """Transformer over the instances of a bag (TransMIL, Shao et al., NeurIPS 2021): two layers of
+    Nystrom attention with convolutions over a square of the instances between them; instances are
+    to stand in an order that means something, such as that of their coordinates."""
+
+    hidden: Annotated[int, Meta(ge=1)] = 512
+    """Features of an instance after the projection."""
+    heads: Annotated[int, Meta(ge=1)] = 8
+    """Attention heads; they share the hidden features."""
+    landmarks: Annotated[int, Meta(ge=1)] = 256
+    """Means of neighbouring instances by which attention is approximated; bags are filled up with
+    zeros to a multiple of them."""
+    dropout: Dropout = 0.1
+    """Probability of dropping a feature of what attention adds."""
+
+
+class MeanMilHead(Spec, tag="mean", tag_field="head_type"):
+    """Mean over the instances of a bag, then one linear layer."""
+
+    dropout: Dropout = 0.0
+    """Probability of dropping a feature of the bag before the linear layer."""
+
+
+class MaxMilHead(Spec, tag="max", tag_field="head_type"):
+    """Largest value per feature over the instances of a bag, then one linear layer."""
+
+    dropout: Dropout = 0.0
+    """Probability of dropping a feature of the bag before the linear layer."""
+
+
+class CustomHead(Spec, tag="custom", tag_field="head_type", kw_only=True):
+    """A head of your own: a function of your package that returns a module."""
+
+    target: str
+    """Where the function is: "package.module:function"; called as function(width=..., outputs=...,
+    **options). Its module's attribute consumes is "pooled", vectors (B, D), unless it says
+    "features"."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the function."""
+
+
+Head = (
+    ClassificationHead
+    | RegressionHead
+    | ClamHead
+    | AbmilHead
+    | DsmilHead
+    | TransmilHead
+    | MeanMilHead
+    | MaxMilHead
+    | CustomHead
+)
+
+
+# ---------------------------------------------------------------------------------- encoders
+#
+# Model section of a spec: encoder, aggregation and head.
 
 Channels = Annotated[int, Meta(ge=1)]
 Aggregation = Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"]

@@ -5,24 +5,232 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
-from glovita_lib.spec_lora import (
-    Adalora,
-    Boft,
-    DiffFit,
-    Dropout,
-    Fact,
-    FourierFt,
-    Gps,
-    Ia3,
-    Loha,
-    Lokr,
-    Lora,
-    Oft,
-    Positive,
-    RepAdapter,
-    Ssf,
-    Vera,
-)
+from glovita_lib.spec_errors import Dropout, Positive
+
+# --------------------------------------------------------------- methods that change weights
+#
+# PEFT methods that change the weights of chosen layers; all merge into the base.
+
+Rank = Annotated[int, Meta(ge=1)]
+Bias = Literal["none", "all", "adapted"]
+
+
+class Targeted(Spec):
+    """A method that changes chosen layers of the encoder."""
+
+    targets: tuple[str, ...] | None = None
+    """Layers: q, k, v, qkv, proj, fc1, fc2, conv, all-linear, or regular expressions over layer
+    names; none: the attention and MLP projections, in an encoder without any the convolutions of
+    its blocks."""
+
+
+class Ranked(Targeted):
+    """A method with a rank per layer."""
+
+    rank: Rank = 8
+    """Rank of the change of a weight."""
+    rank_pattern: dict[str, Rank] = {}
+    """Rank by regular expression over layer names, the last match counts: {"blocks.1[01]" = 16}."""
+
+
+class Lora(Ranked, tag="lora", tag_field="method"):
+    """Low-rank change W + (alpha / r) B A of frozen weights (Hu et al., LoRA, ICLR 2022); a
+    convolution's weight counts as the matrix (out, in * kernel)."""
+
+    alpha: Positive = 16.0
+    """Scale of the change before the division by r."""
+    dropout: Dropout = 0.0
+    """Probability of dropping an input of A, for the whole batch where the network reads a weight
+    instead of calling its layer; above 0 a second copy of every input is kept."""
+    use_rslora: bool = False
+    """Divide alpha by sqrt(r) instead of r (Kalajdzievski, rsLoRA, 2023)."""
+    use_dora: bool = False
+    """Train the norm of every row apart: m (W + B A) / |W + B A| (Liu et al., DoRA, ICML 2024)."""
+    lora_plus_ratio: Annotated[float, Meta(ge=1)] = 1.0
+    """Learning rate of B over that of A (Hayou et al., LoRA+, ICML 2024)."""
+    init_lora_weights: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    """Start of A with B = 0, or the r main singular vectors of W for both (Meng et al., PiSSA,
+    NeurIPS 2024): W + (alpha / r) (B A - B_0 A_0), with B_0 A_0 kept, so that W stays as it is."""
+    lora_bias: Bias = "none"
+    """Biases that train: none, all of the encoder, or those of the adapted layers; a fused qkv has
+    one bias, which trains whole."""
+
+
+class Adalora(Targeted, tag="adalora", tag_field="method"):
+    """W + P diag(e) Q with a budget of ranks that goes from init_rank to rank per layer and is
+    given to the layers that need it (Zhang et al., AdaLoRA, ICLR 2023)."""
+
+    rank: Rank = 4
+    """Mean rank per layer at the end."""
+    init_rank: Rank = 12
+    """Rank of every layer at the start."""
+    alpha: Positive = 32.0
+    """Scale of the change before the division by init_rank."""
+    dropout: Dropout = 0.0
+    """Probability of dropping an input of Q."""
+    use_rslora: bool = False
+    """Divide alpha by sqrt(init_rank) instead of init_rank."""
+    lora_bias: Bias = "none"
+    """Biases that train: none, all of the encoder, or those of the adapted layers; a fused qkv has
+    one bias, which trains whole."""
+    orth_reg: Annotated[float, Meta(ge=0)] = 0.5
+    """Weight of the loss |P'P - I| + |QQ' - I|, mean over layers."""
+    beta1: Annotated[float, Meta(gt=0, lt=1)] = 0.85
+    """Smoothing of the sensitivity |w dL/dw| over steps."""
+    beta2: Annotated[float, Meta(gt=0, lt=1)] = 0.85
+    """Smoothing of the uncertainty of the sensitivity over steps."""
+    tinit: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of the training at the start with the full budget."""
+    tfinal: Annotated[float, Meta(ge=0, lt=1)] = 0.2
+    """Share of the training at the end with the final ranks fixed."""
+    deltaT: Annotated[int, Meta(ge=1)] = 1
+    """Optimizer steps between two allocations."""
+
+
+class Loha(Ranked, tag="loha", tag_field="method"):
+    """W + (alpha / r) (B1 A1) * (B2 A2), an elementwise product that has rank up to r^2 (Hyeon-Woo
+    et al., FedPara, ICLR 2022)."""
+
+    rank: Rank = 4
+    """Rank of each factor."""
+    alpha: Positive = 4.0
+    """Scale of the change before the division by r."""
+    rank_dropout: Dropout = 0.0
+    """Probability of dropping a row of the change in a training step."""
+
+
+class Lokr(Ranked, tag="lokr", tag_field="method"):
+    """W + (alpha / r) kron(W1, B2 A2) (Yeh et al., LyCORIS, ICLR 2024)."""
+
+    rank: Rank = 4
+    """Rank of the second factor; from half its size on it is a full matrix."""
+    alpha: Positive = 4.0
+    """Scale of the change before the division by r."""
+    rank_dropout: Dropout = 0.0
+    """Probability of dropping a row of the change in a training step."""
+    decompose_factor: Annotated[int, Meta(ge=-1)] = -1
+    """Largest size of W1; -1: the divisor nearest to the square root."""
+
+
+class Oft(Targeted, tag="oft", tag_field="method"):
+    """W R with R orthogonal in r blocks (Qiu et al., OFT, NeurIPS 2023): R turns the inputs, angles
+    between neurons stay."""
+
+    r: Annotated[int, Meta(ge=1)] = 8
+    """Number of blocks; the input width must be a multiple of it."""
+    dropout: Dropout = 0.0
+    """Share of blocks that are the identity in a training step."""
+    coft: bool = False
+    """Keep R near the identity: |Q| <= eps / sqrt(r) for each block."""
+    eps: Positive = 6e-5
+    """Bound of coft."""
+    bias: Bias = "none"
+    """Biases that train: none, all of the encoder, or those of the adapted layers; a fused qkv has
+    one bias, which trains whole."""
+    use_cayley_neumann: bool = True
+    """R = (I + Q)(I - Q)^-1 by five terms of its series, faster; off: solved, exactly
+    orthogonal."""
+
+
+class Boft(Targeted, tag="boft", tag_field="method"):
+    """s W R with R a product of orthogonal butterfly factors (Liu et al., BOFT, ICLR 2024)."""
+
+    block_size: Annotated[int, Meta(ge=2)] = 8
+    """Size of an orthogonal block; the input width must be a multiple of it, and even for more than
+    one factor."""
+    n_butterfly: Annotated[int, Meta(ge=1)] = 1
+    """Number of factors; a product of m reaches 2^(m - 1) blocks from every input."""
+    dropout: Dropout = 0.0
+    """Share of blocks of one factor that are the identity in a training step."""
+    bias: Bias = "none"
+    """Biases that train: none, all of the encoder, or those of the adapted layers; a fused qkv has
+    one bias, which trains whole."""
+
+
+class Vera(Targeted, tag="vera", tag_field="method"):
+    """W + diag(b) B diag(d) A with random A and B that all layers share (Kopiczko et al., VeRA,
+    ICLR 2024)."""
+
+    rank: Rank = 8
+    """Rank of the change; the paper uses 256 and more, since only vectors train."""
+    dropout: Dropout = 0.0
+    """Probability of dropping an input of A."""
+    d_initial: Positive = 0.1
+    """Start of d; b starts at 0."""
+    projection_prng_key: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    """Seed of A and B, which are saved with the adapter."""
+
+
+class Ia3(Targeted, tag="ia3", tag_field="method"):
+    """Keys, values and the hidden units of the MLP are multiplied by learned factors (Liu et al.,
+    (IA)^3, NeurIPS 2022); unset targets: k, v and the input of fc2, else the convolutions."""
+
+
+class FourierFt(Targeted, tag="fourierft", tag_field="method"):
+    """W + scaling Re IDFT2(S) with a sparse spectrum S of learned coefficients (Gao et al.,
+    FourierFT, ICML 2024)."""
+
+    n_frequency: Annotated[int, Meta(ge=1)] = 1000
+    """Coefficients per layer; as many as its weight has numbers where that is fewer."""
+    scaling: Positive = 150.0
+    """Scale of the change."""
+    random_loc_seed: Annotated[int, Meta(ge=0)] = 777
+    """Seed of the places of the coefficients, which layers of one shape share."""
+
+
+class Fact(Targeted, tag="fact", tag_field="method"):
+    """All changes of the encoder as one tensor in tensor-train or Tucker form (Jie and Deng, FacT,
+    AAAI 2023): s U Sigma_l V' per layer l, U and V shared; wide layers are slices of the width."""
+
+    targets: tuple[str, ...] | None = None
+    """Linear layers: q, k, v, qkv, proj, fc1, fc2, all-linear, or regular expressions over layer
+    names; none: the attention and MLP projections."""
+    r: Rank = 4
+    """Rank of the decomposition."""
+    decomposition: Literal["tt", "tk"] = "tt"
+    """tt: a matrix Sigma_l per slice; tk: Sigma_l mixed from r matrices that all slices share."""
+    scale: Positive = 1.0
+    """Factor s of the change."""
+    dropout: Dropout = 0.0
+    """Probability of dropping an input of the change."""
+
+
+class RepAdapter(Targeted, tag="rep_adapter", tag_field="method"):
+    """W (x + s U (D x)) with a dense D and a grouped U, linear and so a part of W at inference (Luo
+    et al., RepAdapter, 2023); unset targets: the inputs of attention and MLP, else convolutions."""
+
+    bottleneck: Annotated[int, Meta(ge=1)] = 8
+    """Width between D and U."""
+    groups: Annotated[int, Meta(ge=1)] = 2
+    """Groups of U; must divide the bottleneck and the input width."""
+    scale: Positive = 1.0
+    """Factor s; U starts at 0."""
+
+
+class Ssf(Spec, tag="ssf", tag_field="method"):
+    """Learned scale and shift after every norm, Linear layer and convolution of the blocks (Lian et
+    al., SSF, NeurIPS 2022); a layer without bias gets no shift."""
+
+
+class DiffFit(Spec, tag="difffit", tag_field="method"):
+    """Learned scales at the places of ssf and every bias of the encoder (Xie et al., DiffFit, ICCV
+    2023)."""
+
+
+class Gps(Targeted, tag="gps", tag_field="method"):
+    """Of every row of the weights the entries with the largest loss gradient train (Zhang et al.,
+    GPS, CVPR 2024), with all biases of Linear layers and convolutions; unset targets: all of these
+    layers. A fused qkv has one bias, which trains whole."""
+
+    gps_topk_per_row: Annotated[int, Meta(ge=1)] = 1
+    """Entries per row that train."""
+    calibration_batches: Annotated[int, Meta(ge=1)] = 1
+    """Training batches whose gradient decides, per rank."""
+
+
+# ------------------------------------------------------------------------------- all methods
+#
+# PEFT section of a spec: which parameters train and what is added to them.
 
 Size = Annotated[int, Meta(ge=1)]
 

@@ -6,20 +6,20 @@ from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_data import Data, DigitsData
-from glovita_lib.spec_features import Extract
 from glovita_lib.spec_model import Model
 from glovita_lib.spec_peft import FullFinetuning, Peft
 from glovita_lib.spec_train import (
     Dataloading,
+    Extract,
     Infer,
     Logger,
     Optimizer,
     Supervised,
     Task,
     Training,
+    Umap,
     WandbLogger,
 )
-from glovita_lib.spec_umap import Umap
 
 
 class Root(Spec):

@@ -1,14 +1,16 @@
-"""Learning sections of a spec: task, training, dataloading, optimizer, logger, infer."""
+"""Sections of a spec on learning and on the modes: task, training, optimizer, logger, infer ..."""
 
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
+from glovita_lib.spec_errors import Count, NonNegative, Positive
 
-Count = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[float, Meta(ge=0)]
-Positive = Annotated[float, Meta(gt=0)]
+# ---------------------------------------------------------------------------------- learning
+#
+# Learning sections of a spec: task, training, dataloading, optimizer, logger, infer.
+
 Momentum = Annotated[float, Meta(ge=0, lt=1)]
 MetricName = Literal[
     "acc", "balanced_acc", "f1", "f1_per_class", "pr", "top5acc", "auroc", "ap",
@@ -232,3 +234,117 @@ class Infer(Spec):
     attention_<split>.h5."""
     attention_maps: Annotated[int, Meta(ge=0)] = 16
     """Bags whose attention is drawn over their coordinates, the classes in turn; 0 draws none."""
+
+
+# ------------------------------------------------------------------------------ mode extract
+#
+# Feature files in a spec: the data set of precomputed features, and how features are extracted.
+
+
+class Extract(Spec):
+    """What mode extract writes."""
+
+    source: Literal["run", "encoder"] = "run"
+    """Model of the run that this spec trained, with its PEFT and transforms, or the encoder as the
+    spec describes it."""
+    checkpoint: str | None = None
+    """Checkpoint file instead of the spec's own run; model, PEFT and transforms come from it."""
+    use: Literal["best", "last"] = "best"
+    """Which checkpoint of the spec's own run."""
+    method: Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"] | None = None
+    """How tokens become one vector; pooled is the library's own vector before the classifier. none
+    is the model's own aggregation; of layers the CLS token where they have one, else avg."""
+    output: Literal["embedding", "tokens", "map"] = "embedding"
+    """One vector a sample (N, D); all patch tokens as a bag (M, D) with bag_ptr and coords; or
+    feature maps (N, C, H, W)."""
+    layers: tuple[int, ...] = ()
+    """Blocks (stages of a convolutional network of timm) whose outputs are read, from 0, negative
+    from the last one, side by side along the width in this order; none is the encoder's output."""
+    norm: bool = True
+    """Whether the encoder's final norm is applied to the outputs of layers, where its width fits;
+    else they are the raw residual stream."""
+    prefix_tokens: bool = False
+    """Whether output tokens keeps CLS and register tokens in front of the patches."""
+    split: Literal["train", "val", "test"] | None = None
+    """Split to extract; none is every split there is."""
+    precision: Literal[16, 32] = 16
+    """Bits of a stored number."""
+    compression: Literal["none", "lzf", "gzip"] = "none"
+    """Compression of the features; see benchmarks/features.py."""
+    output_dir: str = "precomputed_features"
+    """Folder of the files."""
+    output_filename: str | None = None
+    """File name with {method} {model} {dataset} {split} {imgsize} {precision} {checkpoint}; none is
+    agg_{method}_{model}_{dataset}_{split}_size{imgsize}_float{precision}.h5, with tokens or map
+    instead of agg_{method} for those outputs."""
+    use_eval_transform_for_train: bool = True
+    """Whether the train split goes through the test policy; else it is augmented."""
+    use_data_fraction: bool = False
+    """Whether data.data_fraction cuts the train split here too."""
+    bag_by: Literal["group"] | None = None
+    """Samples of one group (case, slide) become one bag; none keeps a row a sample."""
+    coords_file: str | None = None
+    """CSV file with the columns id (of the sample, for images the path below images_dir), x, y
+    (and z): where the samples of a bag lie; for bag_by."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What an unreadable sample does: end the extraction, or be left out and listed at the end."""
+    block_samples: Count = 1024
+    """Samples of a block, in whole batches, fewer where these have more than 256 MiB of features;
+    finished blocks survive a kill."""
+
+
+# --------------------------------------------------------------------------------- mode umap
+#
+# Maps of features in a spec: what mode umap draws.
+
+
+class Umap(Spec):
+    """What mode umap draws: features in two dimensions, as PNG, SVG, CSV and interactive HTML."""
+
+    input: str | None = None
+    """Feature file (HDF5), or folder with one file (h5, pt) a bag; none is the features of this
+    spec's own run or encoder, computed in memory as the section extract says."""
+    split: Literal["train", "val", "test"] | None = None
+    """Split of the spec's own data; none is all of them."""
+    method: Literal["umap", "pca", "tsne"] = "umap"
+    """How the features become two dimensional."""
+    max_samples: Count = 5000
+    """Samples that are drawn; more are thinned out in the proportions of their classes."""
+    max_per_class: Annotated[int, Meta(ge=0)] = 200
+    """Samples of a class that are drawn where there are more than max_samples samples; 0 sets no
+    limit; without meaning for regression."""
+    seed: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    """Seed of the choice of samples and of the layout; none is the spec's seed."""
+    n_neighbors: Annotated[int, Meta(ge=2)] = 15
+    """Neighbours whose distances UMAP keeps, the sample itself among them: few show detail, many
+    the large shape. Trustworthiness is measured with as many."""
+    min_dist: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    """UMAP: how close samples may come in the plot, of its unit of length."""
+    perplexity: Annotated[float, Meta(gt=0)] = 30.0
+    """t-SNE: effective number of neighbours; at most a third of the samples."""
+    metric: Literal["euclidean", "cosine"] = "euclidean"
+    """Distance of features; cosine normalises every vector to length 1 first."""
+    pca: Count | None = None
+    """Principal components that features are reduced to before UMAP or t-SNE; none keeps them."""
+    bags: Literal["mean", "instances"] = "mean"
+    """A bag is one point, the mean of its instances, or each instance is one, with the label of its
+    bag."""
+    color_by: Literal["label", "prediction", "column"] = "label"
+    """What the colours of the pictures mean; the HTML offers everything that is known."""
+    color_file: str | None = None
+    """CSV file with a column id and color_column, e.g. the predictions of mode infer."""
+    color_column: str | None = None
+    """Column of color_file: numbers give a continuous scale, words or at most 20 whole numbers
+    classes."""
+    title: str | None = None
+    """Heading of the plot; none says method and data."""
+    dpi: Annotated[int, Meta(ge=30, le=1200)] = 200
+    """Resolution of the PNG, pixels per inch."""
+    point_size: Annotated[float, Meta(gt=0, le=50)] | None = None
+    """Diameter of a point, 1/72 inch; none follows from the number of points."""
+    thumbnails: Annotated[int, Meta(ge=0, le=48)] = 48
+    """Longer side of the images that the HTML shows beside the pointer, pixels; 0 leaves them
+    out."""
+    output_dir: str | None = None
+    """Folder of the results; none is umap below the run directory, for a file umap_plots/<name>
+    beside it."""

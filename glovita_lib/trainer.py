@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glovita_lib import adapter, dist, selective
-from glovita_lib.averaging import build_average
-from glovita_lib.evaluation import Predictions, evaluate
-from glovita_lib.loaders import Batch, Loader
-from glovita_lib.objectives import Clock, Objective
-from glovita_lib.optim import Schedule, build_optimizer, set_lr
-from glovita_lib.precision import autocast, build_scaler, resolve_precision
-from glovita_lib.progress import Bar, Meter, better, epoch_line
-from glovita_lib.spec import UserError
+from glovita_lib import dist, peft_base, peft_weights
+from glovita_lib.dist import autocast, build_scaler, resolve_precision
+from glovita_lib.errors import UserError
+from glovita_lib.loader import Batch, Loader
+from glovita_lib.loggers import Bar, Meter, better, epoch_line
+from glovita_lib.objectives import Clock, Objective, Predictions, evaluate
+from glovita_lib.optim import Schedule, build_average, build_optimizer, set_lr
 from glovita_lib.spec_train import Optimizer, Training
 
 Record = dict[str, Any]
@@ -90,7 +88,7 @@ class Trainer:
         if training.compile:
             model.compile()
         self.parallel = dist.wrap(model, ranks, training.ddp_find_unused_parameters)
-        self.adapts = any(True for _ in adapter.adapters(model))
+        self.adapts = any(True for _ in peft_base.adapters(model))
         self.state = State()
         self.meter, self.epoch_meter = Meter(), Meter()
         self.first_bad = torch.tensor(-1, device=ranks.device)  # batch whose loss was not finite
@@ -148,7 +146,7 @@ class Trainer:
 
     def with_terms(self, loss: Tensor, logs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with what a PEFT method adds to it."""
-        terms = adapter.auxiliary_losses(self.model) if self.adapts else {}
+        terms = peft_base.auxiliary_losses(self.model) if self.adapts else {}
         logs = logs | {name: term.detach() for name, term in terms.items()}
         return sum(terms.values(), loss), logs
 
@@ -162,7 +160,7 @@ class Trainer:
                 return self.objective.loss(self.model, batch, clock)[0]
 
         self.model.train()
-        selective.calibrate(
+        peft_weights.calibrate(
             self.model,
             (batch.to(self.ranks.device) for batch in batches),
             loss,
@@ -179,7 +177,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.adapts:
-            adapter.after_step(self.model, self.state.step + 1, self.schedule.total)
+            peft_base.after_step(self.model, self.state.step + 1, self.schedule.total)
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         if self.ema is not None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glovita_lib.spec_heads import ClamHead
+from glovita_lib.spec_model import ClamHead
 
 
 @dataclass

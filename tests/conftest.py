@@ -30,8 +30,8 @@ def command(
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
     def run(*overrides: str, spec: str | Path = TINY, code: int = 0, flags: Iterable = ()):
+        from glovita_lib.errors import UserError
         from glovita_lib.rundir import locate
-        from glovita_lib.spec import UserError
         from glovita_lib.spec_check import load_checked
 
         if isinstance(spec, str):

@@ -5,11 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glovita_lib import attention_pool as pooling
-from glovita_lib.attention_chunk import Plan, Weights, tanh_
-from glovita_lib.attention_pool import attention_pool, hidden_rows
+import glovita_lib.attention_pool as pooling
+from glovita_lib.attention_pool import Keep, Plan, Weights, attention_pool, hidden_rows, tanh_
 from glovita_lib.bags import Bags
-from glovita_lib.random_masks import Keep
 
 WIDTH, HIDDEN, ATTENTION = 12, 10, 6
 LENGTHS = [[1, 2, 9, 30, 3], [200], [1] * 5, [64, 70], [7] * 9, [80] * 3]

@@ -14,7 +14,7 @@ from glovita_lib.bags import (
     segment_pool,
     segment_softmax,
 )
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 
 LENGTHS = [[1], [5, 1, 3], [1] * 7, [200, 3, 90], [70, 65], [6] * 4, [90] * 3]
 

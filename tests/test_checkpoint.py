@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from glovita_lib import checkpoint
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 
 
 def state() -> dict[str, Any]:

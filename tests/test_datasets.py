@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from glovita_lib import datasets_cifar
-from glovita_lib.datasets import build_data, build_unlabelled
-from glovita_lib.spec import UserError
+from glovita_lib import datasets
+from glovita_lib.data_folder import build_unlabelled
+from glovita_lib.datasets import build_data
+from glovita_lib.errors import UserError
 from glovita_lib.spec_data import (
     Cifar10Data,
     Cifar100Data,
@@ -160,7 +161,7 @@ def write_cifar(folder, files, classes, sizes):
 
 @pytest.fixture
 def cifar(tmp_path):
-    files = datasets_cifar.CIFAR10
+    files = datasets.CIFAR10
     sizes = dict.fromkeys([*files.train, *files.test], 40)
     write_cifar(tmp_path / files.folder, files, 10, sizes)
     return tmp_path
@@ -199,14 +200,14 @@ def test_cifar_without_a_val_fraction_takes_the_test_images(cifar):
 def test_cifar_md5_sums_are_those_of_torchvision(cifar, monkeypatch):
     from torchvision.datasets import CIFAR10, CIFAR100
 
-    for ours, theirs in ((datasets_cifar.CIFAR10, CIFAR10), (datasets_cifar.CIFAR100, CIFAR100)):
+    for ours, theirs in ((datasets.CIFAR10, CIFAR10), (datasets.CIFAR100, CIFAR100)):
         assert ours.train == dict(theirs.train_list) and ours.test == dict(theirs.test_list)
         assert ours.folder == theirs.base_folder and ours.meta == theirs.meta["filename"]
         assert ours.names_key == theirs.meta["key"]
 
 
 def test_cifar100_fine_labels(tmp_path):
-    files = datasets_cifar.CIFAR100
+    files = datasets.CIFAR100
     write_cifar(tmp_path / files.folder, files, 100, {"train": 50, "test": 20})
     data = build_data(Cifar100Data(data_root_dir=str(tmp_path), download=False), seed=0)
     assert data.outputs == 100 and len(data.splits["test"]) == 20

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from glovita_lib import dist
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 
 ONE = dist.Ranks(0, 1, 0, torch.device("cpu"))
 

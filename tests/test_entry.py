@@ -11,7 +11,7 @@ import pytest
 
 import glovita
 import glovita_lib
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 SPECS = sorted((REPOSITORY / "specs").glob("*.toml"))

@@ -11,11 +11,11 @@ from skimage import data as photos
 from torch import nn
 
 from glovita_lib import dist
+from glovita_lib.data import ArraySource, Data, Split
+from glovita_lib.errors import UserError
 from glovita_lib.experiment import assemble, resolve_facts
 from glovita_lib.extraction import Extractor, grid_places, weights_hash
-from glovita_lib.loaders import Batch
-from glovita_lib.samples import ArraySource, Data, Split
-from glovita_lib.spec import UserError
+from glovita_lib.loader import Batch
 from glovita_lib.spec_root import Root
 
 RANKS = dist.Ranks(0, 1, 0, torch.device("cpu"))

@@ -12,14 +12,13 @@ from skimage import data as photos
 from sklearn.datasets import load_digits
 
 from glovita_lib import feature_writer, files
-from glovita_lib.blocks import Rows
+from glovita_lib.data import PartSource, SkippingSource, skipped
+from glovita_lib.errors import UserError
 from glovita_lib.extraction import Readout
-from glovita_lib.feature_tables import Plan
-from glovita_lib.feature_writer import Parts, left_out, put_together, refuse_other
-from glovita_lib.lock import Lock
-from glovita_lib.readers import FileSource, Header
-from glovita_lib.skipping import PartSource, SkippingSource, skipped
-from glovita_lib.spec import UserError
+from glovita_lib.feature_writer import Parts, Plan, left_out, put_together, refuse_other
+from glovita_lib.files import Lock
+from glovita_lib.read_hdf5 import Rows
+from glovita_lib.read_image import FileSource, Header
 
 X = (load_digits().data / 7).astype(np.float16)
 RECIPE = {"encoder": "resnet18", "class_names": ["a", "b"], "stored_precision": 16}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from glovita_lib import files
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from glovita_lib.errors import UserError
 from glovita_lib.heads import build_head
-from glovita_lib.spec import UserError
-from glovita_lib.spec_heads import ClassificationHead, CustomHead, RegressionHead
+from glovita_lib.spec_model import ClassificationHead, CustomHead, RegressionHead
 
 
 def test_linear_formula() -> None:

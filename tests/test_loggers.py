@@ -14,9 +14,9 @@ import torch
 
 from glovita_lib import loggers
 from glovita_lib.dist import Ranks
+from glovita_lib.errors import UserError
 from glovita_lib.loggers import Logger, Silent, Wandb, build_logger
 from glovita_lib.rundir import RunDir
-from glovita_lib.spec import UserError
 from glovita_lib.spec_train import NoLogger, WandbLogger
 
 FIRST, SECOND = (Ranks(rank, 2, rank, torch.device("cpu")) for rank in (0, 1))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from glovita_lib.classification import MULTICLASS_FUNCTIONS, MULTILABEL_FUNCTIONS
+from glovita_lib.errors import UserError
 from glovita_lib.metric_names import (
     DEFAULT_METRICS,
     LOGGED_NAMES,
@@ -15,8 +15,8 @@ from glovita_lib.metric_names import (
     lower_is_better,
     split_of,
 )
-from glovita_lib.regression import FUNCTIONS
-from glovita_lib.spec import UserError
+from glovita_lib.metrics import FUNCTIONS
+from glovita_lib.metrics_classification import MULTICLASS_FUNCTIONS, MULTILABEL_FUNCTIONS
 
 LOGGED = ["train_loss", "val_loss", "val_Accuracy", "val_F1", "val_Precision", "val_Recall"]
 

@@ -9,7 +9,7 @@ import scipy.stats
 import sklearn.metrics as sk
 
 from glovita_lib.metric_names import METRICS_OF, logged_names
-from glovita_lib.metrics import compute, report
+from glovita_lib.metrics import compute, metrics_report
 
 NAMES = tuple("abcdefg")
 
@@ -189,7 +189,7 @@ def test_regression_targets_that_do_not_vary() -> None:
     moving = rng.normal(size=(20, 1))
     targets = np.concatenate([moving, np.full((20, 1), 1e6 / 3), moving], 1).astype(np.float32)
     scores = np.concatenate([moving, moving, np.full((20, 1), 0.1)], 1).astype(np.float32)
-    found = report(
+    found = metrics_report(
         METRICS_OF["regression"],
         subtask="regression",
         targets=targets,
@@ -249,7 +249,7 @@ def test_report_is_json_and_agrees_with_compute(subtask: str) -> None:
     )
     data = {"subtask": subtask, "targets": targets, "scores": scores, "class_names": NAMES[:4]}
     names = METRICS_OF[subtask]
-    found = report(names, bootstrap=50, seed=3, **data)
+    found = metrics_report(names, bootstrap=50, seed=3, **data)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     direct = compute(names, **data)
     defined = {name: value for name, value in direct.items() if not math.isnan(value)}
@@ -263,5 +263,5 @@ def test_report_is_json_and_agrees_with_compute(subtask: str) -> None:
         assert found["per_class"]["d"]["AUROC"] is None
     else:
         assert found["confusion"] is None
-    without = report(names, bootstrap=0, seed=3, **data)
+    without = metrics_report(names, bootstrap=0, seed=3, **data)
     assert without["ci95"] == {} and without["metrics"] == found["metrics"]

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glovita_lib.errors import UserError
 from glovita_lib.model import Model, build_model, count_parameters
-from glovita_lib.spec import UserError
-from glovita_lib.spec_heads import ClassificationHead, CustomHead, RegressionHead
+from glovita_lib.spec_model import (
+    ClassificationHead,
+    CustomHead,
+    RegressionHead,
+    TimmEncoder,
+    TorchvisionEncoder,
+)
 from glovita_lib.spec_model import Model as ModelSpec
-from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_peft import FullFinetuning, LinearProbing
 
 

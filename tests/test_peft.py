@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from glovita_lib.errors import UserError
 from glovita_lib.model import Model, build_model
-from glovita_lib.spec import UserError
 from glovita_lib.spec_model import Model as ModelSpec
 from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_peft import CustomPeft, FullFinetuning, LinearProbing, PartialFinetuning

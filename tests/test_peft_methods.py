@@ -9,9 +9,17 @@ import torch
 from small_networks import SHAPES, build, disturb, sample
 from torch import nn
 
-from glovita_lib.adapter import after_step, auxiliary_losses, merge
+from glovita_lib.errors import UserError
 from glovita_lib.peft import apply_peft
-from glovita_lib.spec import UserError
+from glovita_lib.peft_base import (
+    after_step,
+    auxiliary_losses,
+    load_trained,
+    merge,
+    parameter_table,
+    trained_names,
+    trained_state,
+)
 from glovita_lib.spec_peft import (
     Adalora,
     AdaptFormer,
@@ -32,12 +40,6 @@ from glovita_lib.spec_peft import (
     Ssf,
     Vera,
     VisualPromptTuning,
-)
-from glovita_lib.trained import (
-    load_trained,
-    parameter_table,
-    trained_names,
-    trained_state,
 )
 
 ALL = tuple(SHAPES)

@@ -10,11 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from glovita_lib.adapter import auxiliary_losses, merge
+from glovita_lib.errors import UserError
 from glovita_lib.model import build_model
 from glovita_lib.optim import parameter_groups
 from glovita_lib.peft import apply_peft
-from glovita_lib.spec import UserError
+from glovita_lib.peft_base import auxiliary_losses, merge
 from glovita_lib.spec_model import Model as ModelSpec
 from glovita_lib.spec_model import TimmEncoder
 from glovita_lib.spec_peft import (
@@ -154,8 +154,8 @@ def test_merged_model_is_a_start_for_another_run():
 
 def test_a_custom_method():
     """A function of the user's own package."""
-    target = "glovita_lib.adapter:train_biases"
-    model = make(CustomPeft(target="glovita_lib.adapter:freeze"))
+    target = "glovita_lib.peft_base:train_biases"
+    model = make(CustomPeft(target="glovita_lib.peft_base:freeze"))
     assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(UserError, match="missing a required argument"):
         make(CustomPeft(target=target, options={"nonsense": 1}))

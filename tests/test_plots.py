@@ -13,11 +13,26 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from glovita_lib.figures import drawing, number, short, unique_short
-from glovita_lib.plot_curves import panel_names, series
-from glovita_lib.plot_scores import GRID, curves_of, wilson
-from glovita_lib.plots import learning_curves, plot_results
-from glovita_lib.sheets import augmented_sheet, caption_lines, displayed, window, worst_sheet
+from glovita_lib.figures import (
+    augmented_sheet,
+    caption_lines,
+    displayed,
+    drawing,
+    number,
+    short,
+    unique_short,
+    window,
+    worst_sheet,
+)
+from glovita_lib.plots import (
+    GRID,
+    curves_of,
+    learning_curves,
+    panel_names,
+    plot_results,
+    series,
+    wilson,
+)
 
 
 def picture(path: Path) -> np.ndarray:

@@ -17,19 +17,24 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, trustworthiness
 from sklearn.neighbors import NearestNeighbors
 
-from glovita_lib.coloring import (
+from glovita_lib.errors import UserError
+from glovita_lib.plot_projection import (
     MARKERS,
     PALETTE,
     STYLES,
+    Text,
+    above,
+    as_script,
     classes,
+    draw_points,
     numbers,
     of_column,
     of_mistakes,
     of_scores,
     of_targets,
     style,
+    thumbnails,
 )
-from glovita_lib.plot_projection import Text, above, draw_points
 from glovita_lib.projection import (
     choose,
     exact_neighbors,
@@ -39,9 +44,7 @@ from glovita_lib.projection import (
     shares,
     umap_learn,
 )
-from glovita_lib.projection_html import as_script, thumbnails
-from glovita_lib.spec import UserError
-from glovita_lib.spec_umap import Umap
+from glovita_lib.spec_train import Umap
 
 DIGITS = load_digits()
 X, Y = DIGITS.data[:500].astype(np.float32), DIGITS.target[:500]

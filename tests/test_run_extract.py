@@ -23,13 +23,13 @@ from skimage import data as photos
 from small_runs import FOLDERS, load, snapshot, write_png
 
 import glovita
-from glovita_lib import feature_job, feature_writer, files
+from glovita_lib import feature_writer, files, run_extract
 from glovita_lib.datasets import build_data
 from glovita_lib.extraction import Extractor
-from glovita_lib.lock import Lock
-from glovita_lib.progress import Rate
+from glovita_lib.files import Lock
+from glovita_lib.loggers import Rate
 from glovita_lib.spec_check import load_checked
-from glovita_lib.spec_features import PrecomputedData
+from glovita_lib.spec_data import PrecomputedData
 
 ROOT = Path(__file__).parents[1]
 
@@ -608,7 +608,7 @@ def die(*arguments, **options) -> None:
 
 
 MOMENTS = {
-    "before it is put together": (feature_job, "put_together"),
+    "before it is put together": (run_extract, "put_together"),
     "while it is put together": (feature_writer, "as_stored"),
     "before the renaming": (feature_writer.files.os, "replace"),
     "after the renaming": (feature_writer.Parts, "remove"),
@@ -856,7 +856,7 @@ def test_embeddings_in_memory_leave_the_same_ones_out(
 ):
     """What mode umap looks at."""
     from glovita_lib import dist
-    from glovita_lib.embeddings import embeddings_of
+    from glovita_lib.run_umap import embeddings_of
 
     for path in some_files(class_folders, 4, 20):
         damaged(path)

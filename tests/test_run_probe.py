@@ -13,11 +13,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import glovita
-from glovita_lib import probe, run_probe
+from glovita_lib import run_probe
+from glovita_lib.data import Split
 from glovita_lib.dist import Ranks
-from glovita_lib.feature_sources import BagSource, feature_moments
-from glovita_lib.prediction_csv import read_predictions
-from glovita_lib.samples import Split
+from glovita_lib.read_features import BagSource, feature_moments
+from glovita_lib.results import read_predictions
 
 DIGITS = load_digits()
 FEW = "k = [1]\nl2 = [1.0]\nresult_plot = 'none'"
@@ -165,8 +165,8 @@ def test_a_restart_goes_on_with_the_next_strength(tmp_path, monkeypatch, capsys,
     def counted(function):
         return lambda *args: fits.append(args) or function(*args)
 
-    monkeypatch.setattr(probe, "minimize", counted(probe.minimize))
-    monkeypatch.setattr(probe, "ridge", counted(probe.ridge))
+    monkeypatch.setattr(run_probe, "minimize", counted(run_probe.minimize))
+    monkeypatch.setattr(run_probe, "ridge", counted(run_probe.ridge))
     monkeypatch.setattr(run_probe.State, "save", save_and_stop)
     for _ in range(1 + 3 + 1):  # k-NN, three strengths, the linear probe
         assert run(spec, tmp_path / "stopped") == 130

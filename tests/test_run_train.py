@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_runs import snapshot
 
-from glovita_lib import trainer
+from glovita_lib import objectives, trainer
 from glovita_lib.spec_check import load_checked
 
 DESCRIPTION = {"spec.toml", "config.json", "resolved_config.json", "runtime_info.json"}
@@ -195,7 +195,7 @@ def test_sanity_batches_come_first(command, monkeypatch, asked):
         calls.append(max_batches)
         return evaluate(*arguments, max_batches=max_batches, **options)
 
-    evaluate = trainer.evaluate
+    evaluate = objectives.evaluate
     monkeypatch.setattr(trainer, "evaluate", spied)
     command(f"training.num_sanity_val_steps={asked}", "training.epochs=2")
     assert calls == [asked] * (asked > 0) + [None, None]

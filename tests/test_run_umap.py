@@ -18,15 +18,13 @@ from small_runs import FOLDERS, TINY, write_png
 
 import glovita
 from glovita_lib import dist
-from glovita_lib.embeddings import embeddings_of
+from glovita_lib.errors import UserError
 from glovita_lib.projection import project
-from glovita_lib.projection_source import open_input, samples_of_features
-from glovita_lib.readers import FileSource
-from glovita_lib.spec import UserError
+from glovita_lib.read_image import FileSource
+from glovita_lib.run_umap import embeddings_of, open_input, samples_of_features
 from glovita_lib.spec_check import load_checked
-from glovita_lib.spec_data import DigitsData
-from glovita_lib.spec_features import PrecomputedData
-from glovita_lib.spec_umap import Umap
+from glovita_lib.spec_data import DigitsData, PrecomputedData
+from glovita_lib.spec_train import Umap
 
 ROOT = Path(__file__).parents[1]
 X, Y = load_digits(return_X_y=True)

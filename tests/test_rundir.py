@@ -12,9 +12,10 @@ import torch
 
 from glovita_lib import checkpoint, files, rundir
 from glovita_lib.dist import Ranks
-from glovita_lib.lock import Lock
+from glovita_lib.errors import UserError
+from glovita_lib.files import Lock
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
-from glovita_lib.spec import Loaded, UserError, load
+from glovita_lib.spec import Loaded, load
 from glovita_lib.spec_root import Root
 
 ONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -163,7 +164,7 @@ def test_locked_directory(tmp_path: Path) -> None:
     spec = loaded(tmp_path)
     run = started(spec)
     script = (
-        "import sys; from pathlib import Path; from glovita_lib.lock import Lock;"
+        "import sys; from pathlib import Path; from glovita_lib.files import Lock;"
         "Lock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
     )
     env = os.environ | {"PYTHONPATH": str(Path(rundir.__file__).parents[1])}

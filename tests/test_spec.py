@@ -7,11 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from glovita_lib import spec, spec_types
-from glovita_lib.spec import UserError, changed_keys, dump, load
+from glovita_lib import spec, spec_errors
+from glovita_lib.errors import UserError
+from glovita_lib.spec import changed_keys, dump, load
 from glovita_lib.spec_data import CustomData, DigitsData, GenericImageData
-from glovita_lib.spec_heads import RegressionHead
-from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_model import RegressionHead, TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_root import Root
 
 SPECS = sorted((Path(__file__).parent.parent / "specs").glob("*.toml"))
@@ -54,7 +54,7 @@ def errors(write):
 def every_struct(kind=None, seen=None):
     """All Structs that a spec may hold."""
     seen = {} if seen is None else seen
-    for member in spec_types.structs(kind or msgspec.inspect.type_info(Root)):
+    for member in spec_errors.structs(kind or msgspec.inspect.type_info(Root)):
         if member.cls not in seen:
             seen[member.cls] = member
             for field in member.fields:
@@ -365,8 +365,8 @@ def test_dump_of_unusual_values(root, write):
 def test_leaving_an_unset_key_out_says_the_same():
     for cls, member in every_struct().items():
         for field in member.fields:
-            if spec_types.is_optional(field.type):
-                assert spec_types.default_of(field) is None, f"{cls.__name__}.{field.name}"
+            if spec_errors.is_optional(field.type):
+                assert spec_errors.default_of(field) is None, f"{cls.__name__}.{field.name}"
 
 
 def test_changed_keys(write):
@@ -392,7 +392,7 @@ def test_changed_keys(write):
 
 def test_keys_outside_the_experiment_exist():
     planned = {"extract", "umap", "probe"}
-    every = set(spec_types.all_keys(msgspec.inspect.type_info(Root)))
+    every = set(spec_errors.all_keys(msgspec.inspect.type_info(Root)))
     assert set(spec.NOT_THE_EXPERIMENT) - every <= planned
 
 
@@ -415,11 +415,11 @@ def test_no_union_of_a_bounded_number_and_a_fixed_array():
 def test_unions_have_distinct_tags_and_a_default():
     for cls, member in every_struct().items():
         for field in member.fields:
-            members = spec_types.structs(field.type)
+            members = spec_errors.structs(field.type)
             if len(members) > 1:
                 assert len({m.tag_field for m in members}) == 1
                 assert len({m.tag for m in members}) == len(members)
-                assert spec_types.default_member(field.type, field.default), cls
+                assert spec_errors.default_member(field.type, field.default), cls
 
 
 def test_regression_head_by_override(root):

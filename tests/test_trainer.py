@@ -229,7 +229,7 @@ def test_the_optimizer_has_every_parameter_that_trains_once(tmp_path, change):
 @pytest.mark.parametrize("count", [1, 2, 33])
 def test_few_samples_and_a_last_batch_of_one(command, monkeypatch, count):
     """Batch norm cannot train on one sample; the loader fills such a batch up."""
-    read = run_train.read_data
+    read = experiment.read_data
 
     def cut(root, ranks):
         data = read(root, ranks)

@@ -1,0 +1,578 @@
+"""Attention of every instance of a split: HDF5, and heat maps."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import nn
+
+from glovita_lib import dist, files
+from glovita_lib.bags import as_bags
+from glovita_lib.data import Split
+from glovita_lib.encoder import Features
+from glovita_lib.errors import UserError, file_name
+from glovita_lib.extraction import grid_places
+from glovita_lib.figures import GREY, displayed, drawing, number, short, window
+from glovita_lib.objectives import Predictions
+from glovita_lib.resolved import Facts
+
+# ---------------------------------------------------------------------------------- the file
+#
+# Attention of every instance of a split, written to HDF5 beside the predictions.
+#
+# Scores are taken from the passes that make the predictions, go to a file of each rank and member
+# as they come, and are put together at the end, so that no more than a block of them is in memory.
+#
+# The file, for B bags of M instances in all:
+#
+# - attention (M, K) float32: softmax over the instances of a bag, per branch; 1 in sum
+# - raw (M, K) float32: the same before the softmax
+# - ids (B,), bag_ptr (B + 1,): instances bag_ptr[b]..bag_ptr[b + 1] are bag b, in the order of the
+#   feature file
+# - coords (M, 2 or more) float64, where there are some; NaN in bags without them
+# - instance_ids (M,), where the feature file has them: which tile an instance is
+# - attributes: class_names, branches (what the K columns are), coords (their axes), checkpoints ...
+#
+# Of an ensemble both are means over its members. B bags, M instances, K branches, W ranks.
+
+BLOCK = 2**18  # instances that are put together at once
+ALL_CLASSES = "all classes"  # the branch of a head that has only one
+
+
+def pays_attention(head: nn.Module) -> bool:
+    """Whether a head has attention: its method attention(inputs) gives raw scores and softmax."""
+    return hasattr(head, "attention")
+
+
+class Listener:
+    """Writes the raw scores of all bags that pass a head to a file, and notes their sizes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.lengths: list[torch.Tensor] = []  # (b,) each
+        self.branches = 0
+        self.grid: tuple[int, ...] | None = None  # of tokens
+
+    def __call__(self, head: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Forward hook. Heads that return their scores are not asked a second time."""
+        known = isinstance(output, dict) and "scores" in output
+        scores = output["scores"] if known else head.attention(inputs[0])[0]  # (m, K)
+        self.branches = scores.shape[1]
+        self.lengths.append(as_bags(inputs[0]).lengths)
+        if isinstance(inputs[0], Features):
+            self.grid = inputs[0].grid
+        try:
+            self.file.write(scores.float().cpu().numpy().tobytes())
+        except OSError as error:
+            raise files.write_error(self.file.name, error) from None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What all ranks have heard."""
+
+    lengths: np.ndarray  # (B,) int64
+    branches: int
+    grid: tuple[int, ...] | None
+
+
+class Recorder:
+    """The attention of the members of an ensemble, or of a single model, to one file."""
+
+    def __init__(self, target: Path, ranks: dist.Ranks, *, wanted: bool) -> None:
+        self.target, self.ranks, self.wanted = target, ranks, wanted
+        self.folder = target.with_name(f"{target.name}.parts")
+        self.members: list[Sizes | None] = []  # None: a head without attention, or not rank 0
+        self.own: list[Path] = []
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for path in self.own:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # the last rank finds it empty
+            self.folder.rmdir()
+
+    def listening(self, head: nn.Module) -> Any:
+        """Context in which the passes of a head over its shard of the split are written down."""
+        if self.wanted and pays_attention(head):
+            return self._listening(head)
+        self.members.append(None)
+        return nullcontext()
+
+    @contextmanager
+    def _listening(self, head: nn.Module) -> Iterator[None]:
+        path = self.part(len(self.members), self.ranks.rank)
+        files.make_folder(self.folder)
+        self.own.append(path)
+        with open(path, "wb") as file:
+            listener = Listener(file)
+            handle = head.register_forward_hook(listener)
+            try:
+                yield
+            finally:
+                handle.remove()
+        self.members.append(self.gathered(listener))
+
+    def part(self, member: int, rank: int) -> Path:
+        """File of a member's scores on a rank: (m, K) float32."""
+        return self.folder / f"{member:03d}-{rank:05d}.f32"
+
+    def gathered(self, listener: Listener) -> Sizes | None:
+        """Sizes on the first rank, None on the others; a rank without bags knows no branches."""
+        numbers = [listener.branches, *(listener.grid or ())]
+        lengths = torch.cat([torch.empty(0, dtype=torch.int64), *listener.lengths])
+        shape = torch.tensor([numbers] if listener.branches else [], dtype=torch.int64)
+        got = dist.gather_rows(self.ranks, {"lengths": lengths, "shape": shape})
+        if got is None:
+            return None
+        branches, *grid = got["shape"][0].tolist()
+        return Sizes(got["lengths"].numpy(), branches, tuple(grid) or None)
+
+    def write(self, split: Split, facts: Facts, notes: dict[str, Any]) -> Path | None:
+        """Put the parts together; the path of the file, None if no member has attention. All ranks
+        must call it.
+
+        Raises:
+            UserError: members with different branches, disk full ...
+        """
+        dist.barrier(self.ranks)  # all parts are complete
+
+        def put_together() -> Path | None:
+            if not self.members or not all(self.members):
+                return None
+            sizes = self.one_size()
+            tables = {"ids": np.array(split.ids, object), "bag_ptr": pointers(sizes.lengths)}
+            with files.atomic_path(self.target) as temporary:
+                self.assemble(temporary, split, sizes, tables, described(facts, sizes) | notes)
+            return self.target
+
+        return dist.main_decides(self.ranks, put_together)  # the parts go after it
+
+    def one_size(self) -> Sizes:
+        """The sizes of all members.
+
+        Raises:
+            UserError: one has other branches, so that there is no mean.
+        """
+        branches = [sizes.branches for sizes in self.members]
+        if len(set(branches)) > 1:
+            raise UserError(
+                f"the members of the ensemble have {', '.join(map(str, branches))} attention"
+                " branches, which have no mean: name members of one kind (sb or mb), or set"
+                " infer.attention = false"
+            )
+        return self.members[0]
+
+    def assemble(
+        self,
+        path: Path,
+        split: Split,
+        sizes: Sizes,
+        tables: dict[str, np.ndarray],
+        notes: dict[str, Any],
+    ) -> None:
+        """Write the file block by block."""
+        import h5py
+
+        ptr, shape = tables["bag_ptr"], (int(tables["bag_ptr"][-1]), sizes.branches)
+        with h5py.File(path, "w") as file:
+            for name, values in tables.items():
+                file[name] = values.astype(h5py.string_dtype()) if name == "ids" else values
+            for name in ("raw", "attention"):
+                file.create_dataset(name, shape, np.float32)
+            places = Places(split, sizes)
+            scores = [self.read(member, sizes) for member in range(len(self.members))]
+            for first, end in blocks(sizes.lengths):
+                rows = slice(int(ptr[first]), int(ptr[end]))
+                raw = np.stack([next(member) for member in scores])  # (members, m, K)
+                starts = ptr[first:end] - ptr[first]
+                file["raw"][rows] = raw.mean(0)
+                file["attention"][rows] = np.mean([softmax(part, starts) for part in raw], 0)
+                places.write(file, first, end, ptr)
+            file.attrs.update(notes | ({"coords": places.axes} if "coords" in file else {}))
+
+    def read(self, member: int, sizes: Sizes) -> Iterator[np.ndarray]:
+        """Scores (m, K) of the blocks of bags; ranks hold contiguous shards in their order."""
+        ranks = iter(range(self.ranks.world))
+        left = np.empty((0, sizes.branches), np.float32)
+        file: Any = np.zeros((0, sizes.branches), np.float32)
+        for first, end in blocks(sizes.lengths):
+            wanted = int(sizes.lengths[first:end].sum())
+            while len(left) < wanted:
+                if not len(file):
+                    file = mapped(self.part(member, next(ranks)), sizes.branches)
+                take = wanted - len(left)
+                left, file = np.concatenate([left, file[:take]]), file[take:]
+            yield left[:wanted]
+            left = left[wanted:]
+
+
+def mapped(path: Path, branches: int) -> np.ndarray:
+    """Scores (m, K) of a part, mapped; an empty file cannot be."""
+    if not path.stat().st_size:
+        return np.empty((0, branches), np.float32)
+    return np.memmap(path, np.float32, "r").reshape(-1, branches)
+
+
+def pointers(lengths: np.ndarray) -> np.ndarray:
+    """(B + 1,) positions where bags begin and the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def blocks(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First bag of each block of at most BLOCK instances, but at least one bag, and of the next."""
+    ends = np.cumsum(lengths)
+    first = 0
+    while first < len(lengths):
+        before = int(ends[first - 1]) if first else 0
+        end = max(first + 1, int(np.searchsorted(ends, before + BLOCK, side="right")))
+        yield first, end
+        first = end
+
+
+def softmax(scores: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """exp(a_ik) / sum_j exp(a_jk) over the rows of each bag: (m, K), first rows (b,) -> (m, K)."""
+    scores = scores.astype(np.float64)
+    counts = np.diff(np.append(starts, len(scores)))
+    weights = np.exp(scores - np.repeat(np.maximum.reduceat(scores, starts), counts, axis=0))
+    return weights / np.repeat(np.add.reduceat(weights, starts), counts, axis=0)
+
+
+class Places:
+    """Coordinates and names of the instances of a split, where it has some."""
+
+    def __init__(self, split: Split, sizes: Sizes) -> None:
+        source = split.source
+        self.lengths = sizes.lengths
+        self.read = getattr(source, "coords", None)
+        self.names = getattr(source, "instance_ids", None)
+        self.axes = axes_of(source)
+        if sizes.grid is not None:  # patch tokens of images
+            places = grid_places(sizes.grid, 0, int(sizes.lengths[0]))
+            self.read, self.axes = (lambda row: places), "row,column"
+
+    def write(self, file: Any, first: int, end: int, ptr: np.ndarray) -> None:
+        """Coordinates of the bags [first, end) to the dataset coords, names to instance_ids, made
+        when the first appear.
+
+        Raises:
+            UserError: a bag with other axes than those before.
+        """
+        self.write_names(file, first, end, ptr)
+        for bag in range(first, end if self.read is not None else first):
+            coords = self.read(bag)  # (n, 2 or more)
+            if coords is None:
+                continue
+            if "coords" not in file:
+                shape = (int(ptr[-1]), coords.shape[1])
+                file.create_dataset("coords", shape, np.float64, fillvalue=np.nan)
+            if coords.shape != (self.lengths[bag], file["coords"].shape[1]):
+                raise UserError(
+                    f"bag {file['ids'].asstr()[bag]} has coordinates of shape {coords.shape}, the"
+                    f" others {file['coords'].shape[1]} numbers an instance"
+                )
+            file["coords"][int(ptr[bag]) : int(ptr[bag + 1])] = coords
+
+    def write_names(self, file: Any, first: int, end: int, ptr: np.ndarray) -> None:
+        """Names of the instances of the bags [first, end)."""
+        for bag in range(first, end if self.names is not None else first):
+            names = self.names(bag)
+            if names is None:
+                return
+            if "instance_ids" not in file:
+                file.create_dataset("instance_ids", (int(ptr[-1]),), file["ids"].dtype)
+            file["instance_ids"][int(ptr[bag]) : int(ptr[bag + 1])] = names
+
+
+def axes_of(source: Any) -> str:
+    """Axes of a source's coordinates; extracted tokens have rows and columns of their grid."""
+    file = getattr(getattr(source, "reader", None), "file", None)
+    tokens = file is not None and file.attributes.get("output") == "tokens"
+    return "row,column" if tokens else "x,y"
+
+
+def described(facts: Facts, sizes: Sizes) -> dict[str, Any]:
+    """Attributes of the file that follow from the model."""
+    names = list(facts.class_names)
+    branches = names if sizes.branches == len(names) > 1 else list(map(str, range(sizes.branches)))
+    return {
+        "dataset": facts.dataset,
+        "subtask": facts.subtask,
+        "class_names": names,
+        "branches": [ALL_CLASSES] if sizes.branches == 1 else branches,
+    }
+
+
+# --------------------------------------------------------------------------------- heat maps
+#
+# Heat maps of attention over the coordinates of instances.
+#
+# The colour of an instance tells its rank in the bag, as CLAM's maps do (Lu et al. 2021), because
+# attention itself spans orders of magnitude; on a scale that tells the first tenth and the first
+# hundredth apart, because the order of the many without attention is noise. The line below each map
+# says how concentrated the attention is. n instances of a bag, K branches.
+
+PANELS = 6  # branches shown
+COLUMNS = 3
+SIDE = 3.0  # inches of the longer side of a map
+SHORTEST = 0.9  # of its shorter side
+TILES = 5000  # instances up to which each is drawn as a square of its own
+CELLS = 1500  # of the picture's longer side where they are more
+PROBED = 256  # instances whose neighbours tell the size of a tile
+SHADES = ("#fff4e0", "#fdd49e", "#fc8d59", "#d7301f", "#7f0000")  # low to high
+MARKED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)  # shares of a bag; the last has the darkest shade
+
+
+@dataclass(frozen=True, slots=True)
+class BagMap:
+    """What is drawn of a bag."""
+
+    title: str
+    caption: str
+    """Truth and prediction."""
+    coords: np.ndarray  # (n, 2): to the right, down
+    attention: np.ndarray  # (n, K), 1 in sum over the n
+    branches: Sequence[str]
+    """K names."""
+    order: Sequence[int]
+    """Branches by their importance, should they be too many."""
+    image: np.ndarray | None = None  # (H, W, 3) uint8, what the instances are parts of
+
+
+# ---------------------------------------------------------------------- which bags
+
+
+def draw_bags(
+    attention: Path,
+    folder: Path,
+    split: Split,
+    predictions: Predictions,
+    facts: Facts,
+    *,
+    count: int,
+) -> int:
+    """Heat maps of at most `count` bags, as <bag>.png in the folder, whose earlier ones go.
+
+    Returns how many were drawn: bags without coordinates are not.
+
+    Args:
+        attention: the file that attention.Recorder wrote of the split.
+    """
+    import h5py
+
+    for old in folder.glob("*.png"):
+        old.unlink()
+    with h5py.File(attention, "r") as file:
+        chosen = chosen_bags(predictions, facts.subtask, count) if "coords" in file else []
+        bags = [bag_map(file, bag, split, predictions, facts) for bag in chosen]
+    drawn = [bag for bag in bags if np.isfinite(bag.coords).all()]
+    for bag in drawn:
+        attention_map(bag, folder / f"{file_name(bag.title)}.png")
+    return len(drawn)
+
+
+def chosen_bags(predictions: Predictions, subtask: str, count: int) -> list[int]:
+    """Rows of at most `count` bags in ascending order: of classes the first bags of each, by turns;
+    of other targets evenly from the lowest to the highest (of several, the first); without labels
+    evenly over the split."""
+    bags = len(predictions.ids)
+    if predictions.targets is None:
+        order = np.arange(bags)
+    elif subtask == "multiclass":
+        turns = [np.flatnonzero(predictions.targets == k) for k in np.unique(predictions.targets)]
+        turn = np.concatenate([np.arange(len(rows)) for rows in turns])
+        order = np.concatenate(turns)[np.argsort(turn, kind="stable")]
+        return sorted(order[:count].tolist())
+    else:
+        order = np.argsort(predictions.targets[:, 0], kind="stable")
+    places = np.linspace(0, bags - 1, min(count, bags)).astype(int)
+    return sorted(order[places].tolist())
+
+
+def bag_map(file: Any, bag: int, split: Split, predictions: Predictions, facts: Facts) -> BagMap:
+    """What the file holds of a bag."""
+    rows = slice(*file["bag_ptr"][bag : bag + 2].tolist())
+    coords = file["coords"][rows][:, :2]
+    scores = predictions.scores[bag]
+    branches = [str(name) for name in file.attrs["branches"]]
+    of_classes = len(branches) == len(scores)
+    image = None
+    if facts.kind == "images":
+        (pixels,) = split.source.fetch(np.array([bag]))
+        image = displayed(pixels, *window(pixels, facts.bit_depth))
+    return BagMap(
+        title=predictions.ids[bag],
+        caption=caption(predictions, bag, facts),
+        coords=coords[:, ::-1] if file.attrs["coords"] == "row,column" else coords,
+        attention=file["attention"][rows],
+        branches=branches,
+        order=np.argsort(-scores, kind="stable") if of_classes else range(len(branches)),
+        image=image,
+    )
+
+
+def caption(predictions: Predictions, bag: int, facts: Facts) -> str:
+    """Truth and prediction of a bag in words."""
+    scores, targets, names = predictions.scores[bag], predictions.targets, facts.class_names
+    if facts.subtask == "multiclass":
+        parts = [f"predicted {short(names[scores.argmax()], 24)} ({number(float(scores.max()))})"]
+        truth = [] if targets is None else [f"label {short(names[targets[bag]], 24)}"]
+    elif facts.subtask == "multilabel":
+        parts = [f"predicted {listed(names, scores >= 0.5)}"]
+        truth = [] if targets is None else [f"labels {listed(names, targets[bag] > 0.5)}"]
+    else:
+        parts = [f"predicted {numbers(scores)}"]
+        truth = [] if targets is None else [f"label {numbers(targets[bag])}"]
+    return ", ".join([*truth, *parts])
+
+
+def numbers(values: np.ndarray) -> str:
+    """The first targets of a regression."""
+    return ", ".join(number(float(value)) for value in values[:4])
+
+
+def listed(names: Sequence[str], chosen: np.ndarray) -> str:
+    """Names of the chosen labels; a dash where there are none."""
+    return (
+        ", ".join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen) or "–"
+    )
+
+
+# ---------------------------------------------------------------------- one bag
+
+
+def attention_map(bag: BagMap, path: Path) -> None:
+    """One panel a branch; of more than six those named first by `order`.
+
+    Args:
+        path: of the PNG.
+    """
+    shown = sorted(bag.order[:PANELS])
+    panels = len(shown) + (bag.image is not None)
+    columns = min(panels, COLUMNS)
+    rows = -(-panels // columns)
+    side = tile_side(bag.coords)
+    width, height = panel_size(bag.coords, side)
+    with drawing(path, columns * width + 1.7, rows * (height + 0.42) + 0.45) as figure:
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for spare in axes[panels:]:
+            spare.set_axis_off()
+        if bag.image is not None:
+            show_image(axes[0], bag.image)
+        drawn = axes[panels - len(shown) : panels]
+        for place, k in zip(drawn, shown, strict=True):
+            tiles = draw_branch(place, bag.coords, side, bag.attention[:, k])
+            place.set_title(short(bag.branches[k], 40))
+        bar = figure.colorbar(tiles, ax=axes, shrink=0.6, aspect=18, ticks=-np.log10(MARKED))
+        bar.outline.set_visible(False)
+        bar.ax.set_yticklabels([f"{100 * share:g} %" for share in MARKED])
+        bar.ax.tick_params(length=0)
+        bar.set_label("rank by attention: top ... of the bag")
+        figure.suptitle(f"{short(bag.title, 60)}   {bag.caption}".rstrip(), x=0.01, ha="left")
+
+
+def panel_size(coords: np.ndarray, side: float) -> tuple[float, float]:
+    """Width and height of a map, inches."""
+    extent = np.ptp(coords, axis=0) + side
+    return tuple(np.maximum(SIDE * extent / extent.max(), SHORTEST))
+
+
+def draw_branch(axes: Any, coords: np.ndarray, side: float, attention: np.ndarray) -> Any:
+    """A tile for every instance; its upper left corner is at its coordinates. Where tiles overlap
+    the one with the highest attention is seen."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    order = np.argsort(attention, kind="stable")  # the highest on top
+    colours = {
+        "cmap": LinearSegmentedColormap.from_list("attention", SHADES),
+        "clim": (0, -np.log10(MARKED[-1])),
+    }
+    draw = draw_tiles if len(coords) <= TILES else draw_cells
+    values = -np.log10(top_shares(attention))
+    tiles = draw(axes, coords[order], values[order], side, colours)
+    low, high = coords.min(0), coords.max(0) + side
+    margin = 0.02 * (high - low).max()
+    axes.set(xlim=(low[0] - margin, high[0] + margin), ylim=(high[1] + margin, low[1] - margin))
+    bare(axes)
+    axes.set_xlabel(concentration(attention), color=GREY, fontsize=7.5)
+    return tiles
+
+
+def draw_tiles(
+    axes: Any, coords: np.ndarray, values: np.ndarray, side: float, colours: dict[str, Any]
+) -> Any:
+    """Squares at exact places, in the order given."""
+    from matplotlib.collections import PolyCollection
+
+    corners = side * np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+    places = coords[:, None] + corners  # (n, 4, 2)
+    # without antialiasing, which would draw seams between neighbours
+    tiles = PolyCollection(places, array=values, linewidths=0, antialiaseds=False, **colours)
+    axes.add_collection(tiles)
+    return tiles
+
+
+def draw_cells(
+    axes: Any, coords: np.ndarray, values: np.ndarray, side: float, colours: dict[str, Any]
+) -> Any:
+    """Many tiles as the cells of a picture, each at most half a tile from its place."""
+    low = coords.min(0)
+    side = max(side, float(np.ptp(coords, axis=0).max()) / CELLS)
+    x, y = np.round((coords - low) / side).astype(int).T
+    cells = np.full((y.max() + 1, x.max() + 1), np.nan)
+    cells[y, x] = values  # of equal places the last one stays
+    extent = (low[0], low[0] + cells.shape[1] * side, low[1] + cells.shape[0] * side, low[1])
+    return axes.imshow(cells, extent=extent, interpolation="nearest", **colours)
+
+
+def show_image(axes: Any, image: np.ndarray) -> None:
+    """The sample that the instances are parts of."""
+    axes.imshow(image, interpolation="nearest")
+    axes.set_title("image")
+    bare(axes)
+
+
+def bare(axes: Any) -> None:
+    """Equal scales, no ticks, no grid."""
+    axes.set_aspect("equal")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def concentration(attention: np.ndarray) -> str:
+    """How few instances have half of the attention, and how far the first one stands out: colours
+    are ranks, which look the same where attention is even."""
+    half = int(np.searchsorted(np.cumsum(np.sort(attention)[::-1]), 0.5 - 1e-6)) + 1
+    factor = attention.max() / attention.mean()
+    return (
+        f"{half:,} of {len(attention):,} have half of the attention,\n"
+        f"the first {factor:,.{0 if factor >= 10 else 1}f} times the mean"
+    )
+
+
+def top_shares(values: np.ndarray) -> np.ndarray:
+    """Share (n,) of the values that come before each, counted from the highest, half of it and of
+    its equals included: 0.5 / n for the highest of n, 1 - 0.5 / n for the lowest."""
+    _, index, counts = np.unique(-values, return_inverse=True, return_counts=True)
+    return ((np.cumsum(counts) - counts / 2) / len(values))[index]
+
+
+def tile_side(coords: np.ndarray) -> float:
+    """Side of a tile in the units of the coordinates (n, 2): the usual distance, in the larger of
+    both axes, to the nearest other instance; 1 for a single one."""
+    probes = np.linspace(0, len(coords) - 1, min(len(coords), PROBED)).astype(int)
+    x, y = np.ascontiguousarray(coords.T)
+    nearest = []
+    for probe in probes:
+        distance = np.maximum(np.abs(x - x[probe]), np.abs(y - y[probe]))
+        nearest.append(distance[distance > 0].min(initial=np.inf))
+    side = float(np.median(nearest))
+    return side if np.isfinite(side) else 1.0

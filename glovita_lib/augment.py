@@ -1,0 +1,428 @@
+"""Augmentation of a run: named policies, what a spec makes of them, and their application."""
+
+import math
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from glovita_lib import augment_images
+from glovita_lib.augment_crop import Fit
+from glovita_lib.encoder import Preprocess
+from glovita_lib.errors import UserError
+from glovita_lib.spec import Spec
+from glovita_lib.spec_data import Augmentation, Ops
+
+# ---------------------------------------------------------------------------- named policies
+#
+# The named augmentation policies: every parameter of each.
+#
+# A policy of the training split differs from `PLAIN` in what it lists; fields and units are those
+# of `Ops`. Nothing here is random or needs torch.
+
+PLAIN = Ops(
+    crop="center",
+    resize="resize_size",
+    crop_padding=4,
+    scale=(0.7, 1.0),
+    ratio=(0.8, 1.25),
+    hflip_p=0.0,
+    vflip_p=0.0,
+    rotate_degrees=20.0,
+    rotate_p=0.0,
+    affine_p=0.0,
+    affine_scale=(0.85, 1.15),
+    affine_translate=0.08,
+    affine_shear=8.0,
+    jitter_p=0.0,
+    jitter=(0.2, 0.2, 0.2, 0.03),
+    brightness_contrast=0.0,
+    blur_p=0.0,
+    blur_kernel=(3, 5),
+    motion_blur=False,
+    noise_p=0.0,
+    noise_std=(0.01, 0.04),
+    dropout_p=0.0,
+    dropout_holes=(1, 6),
+    dropout_size=(0.05, 0.18),
+    randaugment_ops=0,
+    randaugment_magnitude=(1.0, 10.0),
+    randaugment_p=0.5,
+    cutout_size=0,
+)  # a centre crop and nothing else; what is off has the strength it gets when it is switched on
+
+
+def policy(base: Ops, **changes: object) -> Ops:
+    """A policy that differs from another one in a few parameters."""
+    return msgspec.structs.replace(base, **changes)
+
+
+CUTOUT = 16  # pixels; half the side of a CIFAR image, as in DeVries and Taylor 2017
+SHIFTED = policy(PLAIN, crop="padded", resize="image_size", hflip_p=0.5)
+TRAIN: dict[str, Ops] = {
+    "default_2d_1": PLAIN,
+    "default_2d_2": policy(PLAIN, crop="random", hflip_p=0.5, vflip_p=0.2, rotate_p=0.3),
+    "default_2d_3": policy(
+        PLAIN,
+        crop="random",
+        hflip_p=0.5,
+        vflip_p=0.5,
+        rotate_degrees=45.0,
+        rotate_p=0.5,
+        jitter_p=0.5,
+        jitter=(0.15, 0.15, 0.10, 0.02),
+    ),
+    "default_2d_4": policy(
+        PLAIN,
+        crop="resized",
+        hflip_p=0.5,
+        vflip_p=0.5,
+        rotate_degrees=90.0,
+        rotate_p=0.5,
+        jitter_p=0.6,
+        blur_p=0.15,
+        noise_p=0.15,
+    ),
+    "default_2d_5": policy(
+        PLAIN,
+        crop="resized",
+        scale=(0.6, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        hflip_p=0.5,
+        vflip_p=0.5,
+        rotate_degrees=180.0,
+        rotate_p=0.6,
+        affine_p=0.3,
+        jitter_p=0.7,
+        jitter=(0.25, 0.25, 0.2, 0.04),
+        brightness_contrast=0.2,
+        blur_p=0.2,
+        blur_kernel=(3, 7),
+        motion_blur=True,
+        noise_p=0.2,
+        noise_std=(0.01, 0.05),
+        dropout_p=0.2,
+    ),
+    "default_2d_randaugment": policy(
+        PLAIN, crop="random", hflip_p=0.5, randaugment_ops=2, cutout_size=CUTOUT
+    ),
+    "baseline": SHIFTED,
+    "baseline_cutout": policy(SHIFTED, cutout_size=CUTOUT),
+    "randaugment": policy(SHIFTED, randaugment_ops=2, cutout_size=CUTOUT),
+}
+TEST: dict[str, Ops] = {
+    "shared_default_2d": PLAIN,
+    "default": policy(PLAIN, resize="image_size"),
+    "native": policy(PLAIN, resize="none"),
+}
+
+
+# ------------------------------------------------------------------------------- application
+#
+# Augmentation of a run: what spec, encoder and policy make together, and its application.
+#
+# B batch, C channels, H W source pixels, S side of the canvas.
+
+RANGES = (
+    *("scale", "ratio", "affine_scale", "blur_kernel", "noise_std"),
+    *("dropout_holes", "dropout_size", "randaugment_magnitude"),
+)  # parameters that are lowest and highest
+
+
+class ResolvedAugmentation(Spec):
+    """What augmentation and preprocessing a run uses, complete; saved with its checkpoints."""
+
+    train_policy: str
+    """Policy of the training split."""
+    test_policy: str
+    """Policy of evaluation, inference and extraction."""
+    image_size: int
+    """Side of the square that the encoder receives, pixels."""
+    resize_size: int
+    """Length of the shortest side before the crop, pixels; read by policies with resize
+    resize_size."""
+    interpolation: str
+    """Resampling: nearest, bilinear, bicubic or lanczos."""
+    mean: tuple[float, ...]
+    """Mean per channel, values in 0..1."""
+    std: tuple[float, ...]
+    """Standard deviation per channel, values in 0..1."""
+    train: Ops
+    """Every parameter of the train policy."""
+    test: Ops
+    """Every parameter of the test policy."""
+
+
+def resolve(
+    aug: Augmentation,
+    *,
+    default_policies: tuple[str, str],
+    encoder: Preprocess,
+    channels: int,
+    native_size: tuple[int, int] | None,
+) -> ResolvedAugmentation:
+    """The augmentation of a run: spec before encoder before policy and data.
+
+    Args:
+        aug: the section of the spec.
+        default_policies: train and test policy of the data set.
+        encoder: input convention of the encoder.
+        channels: channels of the data. Where the encoder's mean and std are for another number, 1
+            channel gets their average and further channels (alpha) get the average too.
+        native_size: height and width of the images where all have the same, else none.
+
+    Raises:
+        UserError: no size known, an image smaller than the crop, random operations in evaluation,
+            mean or std of another number of channels, an empty range.
+    """
+    names = (
+        aug.train_policy or default_policies[0],
+        aug.test_policy or default_policies[1],
+    )
+    size = image_size(aug, encoder, native_size, names[1])
+    train = completed(TRAIN[names[0]], aug.train_kwargs, "train_kwargs", size)
+    test = completed(TEST[names[1]], aug.test_kwargs, "test_kwargs", size)
+    check_still(test)
+    resolved = ResolvedAugmentation(
+        train_policy=names[0],
+        test_policy=names[1],
+        image_size=size,
+        resize_size=resize_size(aug, encoder, native_size, size),
+        interpolation=aug.interpolation or encoder.interpolation,
+        mean=per_channel(aug.mean, encoder.mean, channels, "mean"),
+        std=per_channel(aug.std, encoder.std, channels, "std"),
+        train=train,
+        test=test,
+    )
+    check_sizes(resolved, native_size)
+    return resolved
+
+
+def image_size(
+    aug: Augmentation, encoder: Preprocess, native: tuple[int, int] | None, test_policy: str
+) -> int:
+    """Side of the canvas: the spec's, the encoder's, else the shortest side of the images.
+
+    The policy "native" keeps the size of the images where the encoder accepts any.
+    """
+    if aug.image_size is not None:
+        return aug.image_size
+    keeps = test_policy == "native" and native is not None and not encoder.fixed_size
+    if encoder.image_size is not None and not keeps:
+        return encoder.image_size
+    if native is None:
+        raise UserError(
+            "data.augmentation.image_size: none given, the encoder asks for none and the images"
+            " differ in size: set it, e.g. image_size = 224"
+        )
+    return min(native)
+
+
+def resize_size(
+    aug: Augmentation, encoder: Preprocess, native: tuple[int, int] | None, size: int
+) -> int:
+    """Shortest side before the crop: the spec's, else in the encoder's proportion to image_size,
+    else none where the images have that size already, else 256 for 224."""
+    if aug.resize_size is not None:
+        return aug.resize_size
+    if encoder.image_size is not None and encoder.resize_size is not None:
+        if native is not None and min(native) == size != encoder.image_size:
+            return size  # taken at their own size
+        return max(size, round(size * encoder.resize_size / encoder.image_size))
+    return size if native is not None and min(native) == size else round(size * 256 / 224)
+
+
+def completed(preset: Ops, asked: Ops, where: str, size: int) -> Ops:
+    """A policy with the asked parameters in the place of its own; ranges checked."""
+    changes = {
+        name: value for name in Ops.__struct_fields__ if (value := getattr(asked, name)) is not None
+    }
+    if "cutout_size" not in changes:  # half of a small image, as 16 is of CIFAR's 32
+        changes["cutout_size"] = min(preset.cutout_size, size // 2)
+    ops = msgspec.structs.replace(preset, **changes)
+    where = f"data.augmentation.{where}"
+    for name in RANGES:
+        check_range(f"{where}.{name}", getattr(ops, name))
+    if ops.scale[1] > 1:
+        raise UserError(f"{where}.scale: {ops.scale[1]} is more than the whole image; at most 1")
+    if not any(side % 2 for side in range(ops.blur_kernel[0], ops.blur_kernel[1] + 1)):
+        raise UserError(f"{where}.blur_kernel: no odd number in {ops.blur_kernel}; e.g. [3, 5]")
+    if ops.jitter[3] > 0.5:
+        raise UserError(
+            f"{where}.jitter: hue {ops.jitter[3]} is above half the circle; at most 0.5"
+        )
+    if ops.cutout_size >= size:
+        raise UserError(
+            f"{where}.cutout_size: a square of {ops.cutout_size} pixels covers the whole"
+            f" {size}x{size} image; take at most {size // 2}"
+        )
+    return ops
+
+
+def check_range(key: str, pair: tuple[float, float]) -> None:
+    """Lowest first."""
+    if pair[0] > pair[1]:
+        raise UserError(f"{key}: {list(pair)} is empty; lowest first: {[pair[1], pair[0]]}")
+
+
+def random_operations(ops: Ops) -> list[str]:
+    """Parameters that make a policy draw something; none where it gives the same every time."""
+    names = [
+        name
+        for name in Ops.__struct_fields__
+        if (name.endswith("_p") and name != "randaugment_p") or name == "randaugment_ops"
+        if getattr(ops, name)
+    ]
+    names += ["cutout_size"] * bool(ops.cutout_size)
+    return names + ["crop"] * (ops.crop not in ("none", "center"))
+
+
+def check_still(test: Ops) -> None:
+    """Evaluation is deterministic: a test policy must not draw anything."""
+    drawn = random_operations(test)
+    if drawn:
+        raise UserError(
+            f"data.augmentation.test_kwargs.{drawn[0]} = {getattr(test, drawn[0])!r}: evaluation"
+            " is deterministic; valid there: crop = 'none' or 'center', and resize. Move it to"
+            " train_kwargs"
+        )
+
+
+def check_sizes(resolved: ResolvedAugmentation, native: tuple[int, int] | None) -> None:
+    """A crop fits into the resized image and, where their size is known, into the images."""
+    for policy_ops in (resolved.train, resolved.test):
+        if policy_ops.crop in ("none", "resized"):
+            continue
+        if policy_ops.resize == "resize_size" and resolved.resize_size < resolved.image_size:
+            raise UserError(
+                f"data.augmentation.resize_size {resolved.resize_size} is smaller than image_size"
+                f" {resolved.image_size}, the crop does not fit: raise it or lower image_size"
+            )
+        if native is not None:
+            fit = build_fit(resolved, policy_ops, bit_depth=8)
+            fit.boxes(np.array([native]), torch.Generator())
+
+
+def per_channel(
+    asked: tuple[float, ...] | None, own: tuple[float, ...], channels: int, name: str
+) -> tuple[float, ...]:
+    """Mean or std for the channels of the data.
+
+    A 1-channel or 4-channel encoder made from RGB weights has its input layer averaged or repeated,
+    so the average of the RGB values is its natural unit.
+    """
+    if asked is not None:
+        if len(asked) != channels:
+            raise UserError(
+                f"data.augmentation.{name} has {len(asked)} numbers, the images {channels}"
+                f" channels: give {channels}"
+            )
+        return asked
+    if len(own) == channels:
+        return tuple(own)
+    average = math.fsum(own) / len(own)
+    return (average,) if channels == 1 else (*own, *(average,) * channels)[:channels]
+
+
+def build_fit(resolved: ResolvedAugmentation, ops: Ops, *, bit_depth: int) -> Fit:
+    """The geometry of one policy."""
+    return Fit(
+        ops,
+        image_size=resolved.image_size,
+        resize_size=resolved.resize_size,
+        interpolation=resolved.interpolation,
+        bit_depth=bit_depth,
+    )
+
+
+class Augmenter:
+    """Turns a batch as it lies in memory into the encoder's input under one policy.
+
+    Every sample has its own parameters. They are drawn on the CPU from the seed, so they are the
+    same on every device and nothing waits for the device; only noise fields are drawn there.
+    """
+
+    def __init__(self, resolved: ResolvedAugmentation, *, train: bool, bit_depth: int) -> None:
+        self.ops = resolved.train if train else resolved.test
+        self.fit = build_fit(resolved, self.ops, bit_depth=bit_depth)
+        self.size = resolved.image_size
+        self.peak = self.fit.peak
+        self.mean, self.std = torch.tensor(resolved.mean), torch.tensor(resolved.std)  # (C,)
+        self.placed_constants: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self.varies = any(
+            (
+                self.ops.rotate_p,
+                self.ops.affine_p,
+                self.ops.jitter_p,
+                self.ops.blur_p,
+                self.ops.noise_p,
+                self.ops.dropout_p,
+                self.ops.randaugment_ops and self.ops.randaugment_p,
+            )
+        )  # whether anything happens between the geometry and the normalisation
+
+    def __call__(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
+        """Augmented and normalised batch.
+
+        Args:
+            inputs: (B, C, H, W) uint8, or int32 for 16-bit images.
+            fitted: whether the crop and resize already happened, H = W = S.
+            seed: of the random parameters; unused in evaluation.
+
+        Returns:
+            (B, C, S, S) float32 on the device of the inputs.
+        """
+        with torch.autocast(inputs.device.type, enabled=False):  # 8 bits of bf16 move pixels
+            return self.transformed(inputs, fitted, seed)
+
+    def transformed(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
+        """The same in the precision of the caller."""
+        batch, channels = inputs.shape[:2]
+        if not batch:
+            return torch.empty(0, channels, self.size, self.size, device=inputs.device)
+        generator = torch.Generator().manual_seed(seed)
+        x = self.placed(inputs, fitted, generator).float()  # (B, C, S, S), 0..peak; a fresh tensor
+        scale, shift, mean = self.constants(x.device)
+        if self.varies:
+            x = augment_images.apply_ops(x.div_(self.peak), self.ops, generator)
+            if self.ops.randaugment_ops:
+                x = augment_images.randaugment(
+                    x,
+                    generator,
+                    count=self.ops.randaugment_ops,
+                    magnitude=self.ops.randaugment_magnitude,
+                    probability=self.ops.randaugment_p,
+                    fill=mean,
+                )
+            x = x.mul_(self.peak)
+        x = x.mul_(scale).sub_(shift)
+        if self.ops.cutout_size:  # 0 is the mean colour now
+            x = augment_images.cutout(x, self.ops.cutout_size, generator)
+        return x
+
+    def placed(self, inputs: Tensor, fitted: bool, generator: torch.Generator) -> Tensor:
+        """Crop, resize and flips: (B, C, H, W) -> (B, C, S, S); the inputs themselves where nothing
+        moves."""
+        batch, _, height, width = inputs.shape
+        if fitted:
+            boxes = torch.tensor([0.0, 0.0, self.size, self.size]).expand(batch, -1)
+        else:
+            boxes = self.fit.boxes(np.tile([height, width], (batch, 1)), generator)
+        return self.fit.canvas(
+            inputs,
+            boxes,
+            hflip=augment_images.coin(batch, self.ops.hflip_p, generator),
+            vflip=augment_images.coin(batch, self.ops.vflip_p, generator),
+        )
+
+    def constants(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Factor and shift (C, 1, 1) of the normalisation of values 0..peak, and the mean (C,)."""
+        if device not in self.placed_constants:
+            mean, std = self.mean.to(device), self.std.to(device)
+            self.placed_constants[device] = (
+                (1 / (self.peak * std))[:, None, None],
+                (mean / std)[:, None, None],
+                mean,
+            )
+        return self.placed_constants[device]

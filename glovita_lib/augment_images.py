@@ -1,0 +1,619 @@
+"""Augmentations of a batch of images in which every sample has its own parameters."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glovita_lib.spec_data import Ops
+
+# ------------------------------------------------------------------------- single operations
+#
+# Augmentations of a batch of images in which every sample has its own parameters.
+#
+# The operations take images (B, C, H, W) float32 in 0..1 and parameters (B,) on their device, and
+# return new images. `augment` draws the parameters on the CPU and applies an operation only to the
+# samples that drew it. Colour operations leave a fourth channel (alpha) alone and do without
+# saturation and hue on grey images. B batch, C channels, H W pixels.
+
+GREY = (0.2989, 0.587, 0.114)  # luma of R, G, B, ITU-R BT.601 as in torchvision
+MAX_SHEAR_DEGREES = 89.0  # degrees
+
+
+def coin(count: int, probability: float, generator: torch.Generator) -> Tensor | None:
+    """Which of count samples are chosen, (count,) bool on the CPU; none where nothing can be."""
+    return torch.rand(count, generator=generator) < probability if probability else None
+
+
+def uniform(count: int, low: float, high: float, generator: torch.Generator, *more: int) -> Tensor:
+    """(count, *more) float32 numbers between low and high, on the CPU."""
+    return low + (high - low) * torch.rand(count, *more, generator=generator)
+
+
+def to(device: torch.device, *values: Tensor) -> list[Tensor]:
+    """Parameters moved to the device of the images without waiting for it."""
+    return [value.to(device, non_blocking=True) for value in values]
+
+
+def on_rows(x: Tensor, chosen: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
+    """The operation on the chosen rows of x only; x itself may be changed.
+
+    chosen: row numbers, int64 on the CPU, without repeats.
+    """
+    if not len(chosen):
+        return x
+    if len(chosen) == len(x):  # row order is kept, as coin and grouping give sorted rows
+        return operation(x)
+    rows = chosen.to(x.device, non_blocking=True)
+    return x.index_copy_(0, rows, operation(x.index_select(0, rows)))
+
+
+def colours(x: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
+    """The operation on grey or RGB, a fourth channel untouched."""
+    if x.shape[1] != 4:
+        return operation(x)
+    return torch.cat([operation(x[:, :3]), x[:, 3:]], 1)
+
+
+def apply_ops(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+    """Warp, colour, blur, noise and dropout of a policy, in this order; x may be changed."""
+    x = random_warp(x, ops, generator)
+    x = random_colour(x, ops, generator)
+    x = random_blur(x, ops, generator)
+    x = random_noise(x, ops, generator)
+    return random_dropout(x, ops, generator)
+
+
+# --- geometry ---------------------------------------------------------------------------------
+
+
+def random_warp(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+    """Rotation, then affine warp, as one resampling with reflected borders."""
+    count = len(x)
+    rotated = coin(count, ops.rotate_p, generator)
+    warped = coin(count, ops.affine_p, generator)
+    if rotated is None and warped is None:
+        return x
+    never = torch.zeros(count, dtype=torch.bool)
+    rotated = never if rotated is None else rotated
+    warped = never if warped is None else warped
+    angle = uniform(count, -ops.rotate_degrees, ops.rotate_degrees, generator)
+    zoom = uniform(count, *ops.affine_scale, generator)
+    shift = uniform(count, -ops.affine_translate, ops.affine_translate, generator, 2)
+    shear = uniform(count, -ops.affine_shear, ops.affine_shear, generator, 2)
+    matrices = affine(
+        torch.where(warped, zoom, 1.0), shift * warped[:, None], shear * warped[:, None]
+    ) @ rotation(angle * rotated)
+    rows = (rotated | warped).nonzero()[:, 0]
+    return on_rows(x, rows, lambda part: warp(part, matrices[rows], padding="reflection"))
+
+
+def rotation(degrees: Tensor) -> Tensor:
+    """Counter-clockwise rotations about the centre: (B,) -> (B, 3, 3) float64, see `warp`."""
+    angle = degrees.double().deg2rad()
+    matrices = torch.eye(3, dtype=torch.float64).repeat(len(degrees), 1, 1)
+    matrices[:, 0, 0] = matrices[:, 1, 1] = angle.cos()
+    matrices[:, 0, 1], matrices[:, 1, 0] = angle.sin(), -angle.sin()  # y points down
+    return matrices
+
+
+def affine(zoom: Tensor, shift: Tensor, shear: Tensor) -> Tensor:
+    """Zoom and shear about the centre, then a shift.
+
+    zoom (B,), shift (B, 2) along x and y as a share of the image side, shear (B, 2) degrees along x
+    and y -> (B, 3, 3) float64, see `warp`.
+    """
+    tangent = shear.double().clamp(-MAX_SHEAR_DEGREES, MAX_SHEAR_DEGREES).deg2rad().tan()
+    matrices = torch.eye(3, dtype=torch.float64).repeat(len(zoom), 1, 1)
+    matrices[:, 0, 0] = matrices[:, 1, 1] = zoom.double()
+    matrices[:, 0, 1], matrices[:, 1, 0] = zoom * tangent[:, 0], zoom * tangent[:, 1]
+    matrices[:, :2, 2] = 2 * shift  # the side is 2 long
+    return matrices
+
+
+def warp(x: Tensor, matrices: Tensor, *, padding: str, fill: float = 0.0) -> Tensor:
+    """Square images moved by affine maps, bilinear.
+
+    Args:
+        x: (B, C, S, S).
+        matrices: (B, 3, 3) on the CPU, where a point goes; x to the right and y down, each -1..1
+            from edge to edge.
+        padding: "reflection" mirrors at the edge of the border pixels, "zeros" shows fill.
+        fill: value of what comes from outside with padding "zeros".
+    """
+    back = torch.linalg.inv(matrices)[:, :2].float()  # output -> input
+    grid = F.affine_grid(*to(x.device, back), list(x.shape), align_corners=False)
+    if not fill:
+        return F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
+    return F.grid_sample(x - fill, grid, padding_mode=padding, align_corners=False).add_(fill)
+
+
+# --- colour -----------------------------------------------------------------------------------
+
+
+def random_colour(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+    """Colour jitter with its four steps in a random order per sample, or for half of the chosen
+    samples a brightness and contrast change where the policy has one."""
+    chosen = coin(len(x), ops.jitter_p, generator)
+    if chosen is None:
+        return x
+    simple = torch.rand(len(x), generator=generator) < (0.5 if ops.brightness_contrast else 0.0)
+    x = jittered(x, (chosen & ~simple).nonzero()[:, 0], ops, generator)
+    rows = (chosen & simple).nonzero()[:, 0]
+    amount = uniform(
+        len(rows), -ops.brightness_contrast, ops.brightness_contrast, generator, 2
+    ).unbind(1)
+    change = to(x.device, *amount)
+    return on_rows(
+        x, rows, lambda part: colours(part, lambda rgb: brightness_contrast(rgb, *change))
+    )
+
+
+def jittered(x: Tensor, rows: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+    """Colour jitter of some rows; the samples at the same step in their own order go together."""
+    count = len(rows)
+    factors = [
+        uniform(count, max(0.0, 1 - strength), 1 + strength, generator)
+        for strength in ops.jitter[:3]
+    ]
+    factors.append(uniform(count, -ops.jitter[3], ops.jitter[3], generator))
+    steps = (brightness, contrast, saturation, hue)
+    if x.shape[1] == 1:
+        steps = steps[:2]
+    order = torch.rand(count, 4, generator=generator).argsort(1)  # (n, 4)
+    for turn in range(4):
+        for step, operation in enumerate(steps):
+            here = (order[:, turn] == step).nonzero()[:, 0]
+            if ops.jitter[step] and len(here):
+                (factor,) = to(x.device, factors[step][here])
+                x = on_rows(x, rows[here], part_of_colours(operation, factor))
+    return x
+
+
+def part_of_colours(
+    operation: Callable[[Tensor, Tensor], Tensor], factor: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """A colour operation with its parameters bound."""
+    return lambda part: colours(part, lambda rgb: operation(rgb, factor))
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)."""
+    return values[:, None, None, None]
+
+
+def grey(x: Tensor) -> Tensor:
+    """Luma of RGB, (B, 1, H, W); grey images as they are."""
+    if x.shape[1] == 1:
+        return x
+    red, green, blue = x.unbind(1)
+    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]
+
+
+def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """other + factor (x - other), clipped to 0..1."""
+    return torch.lerp(other.expand_as(x), x, per_sample(factor)).clamp_(0, 1)
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """factor x, clipped."""
+    return (x * per_sample(factor)).clamp_(0, 1)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Distance to the mean luma of the image times factor."""
+    return blend(x, grey(x).mean((2, 3), keepdim=True), factor)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Distance to the luma of each pixel times factor."""
+    return blend(x, grey(x), factor)
+
+
+def brightness_contrast(x: Tensor, bright: Tensor, contrasted: Tensor) -> Tensor:
+    """(1 + contrasted) x + bright, clipped (albumentations' RandomBrightnessContrast)."""
+    return torch.addcmul(per_sample(bright), x, 1 + per_sample(contrasted)).clamp_(0, 1)
+
+
+def hue(x: Tensor, turn: Tensor) -> Tensor:
+    """RGB with the HSV hue turned by a share of the circle, saturation and value kept.
+
+    Channel c of a colour with hue h (sextants), value v and chroma d is
+    v - d max(0, min(1, k, 4 - k)) with k = (n_c + h) mod 6, n = 5, 3, 1 for R, G, B
+    (the closed form of the HSV cone).
+    """
+    red, green, blue = x.unbind(1)
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    angle = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    angle = angle + 6 * turn[:, None, None]  # (B, H, W) sextants
+    starts = torch.tensor([5.0, 3.0, 1.0]).to(x.device, non_blocking=True)[:, None, None]
+    k = (angle[:, None] + starts).remainder_(6)  # (B, 3, H, W)
+    share = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return torch.addcmul(value[:, None], chroma[:, None], share, value=-1)
+
+
+# --- blur, noise, dropout ---------------------------------------------------------------------
+
+
+def random_blur(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+    """Gaussian blur, or motion blur for half of the chosen samples where the policy has it."""
+    chosen = coin(len(x), ops.blur_p, generator)
+    if chosen is None:
+        return x
+    motion = torch.rand(len(x), generator=generator) < (0.5 if ops.motion_blur else 0.0)
+    largest = 2 * min(x.shape[2:]) - 1  # a border cannot be reflected further
+    odd = [side for side in range(ops.blur_kernel[0], ops.blur_kernel[1] + 1) if side % 2]
+    sides = torch.tensor(odd)[torch.randint(len(odd), (len(x),), generator=generator)]
+    sides = sides.clamp(max=largest)
+    angle = uniform(len(x), 0, math.pi, generator)
+    rows = (chosen & ~motion).nonzero()[:, 0]
+    x = on_rows(x, rows, lambda part: separable(part, gaussian_taps(sides[rows])))
+    lines = (chosen & motion).nonzero()[:, 0]
+    return on_rows(x, lines, lambda part: filtered(part, motion_taps(sides[lines], angle[lines])))
+
+
+def gaussian_taps(sides: Tensor) -> Tensor:
+    """Gaussian taps for odd sides (B,), centred in the largest: (B, K), sum 1.
+
+    sigma = 0.3 ((side - 1) / 2 - 1) + 0.8 (OpenCV's rule for a kernel side).
+    """
+    half = int(sides.max()) // 2
+    offset = torch.arange(-half, half + 1)  # (K,)
+    sigma = 0.3 * ((sides - 1) * 0.5 - 1) + 0.8
+    taps = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    taps *= offset.abs() <= (sides // 2)[:, None]
+    return taps / taps.sum(1, keepdim=True)
+
+
+def motion_taps(sides: Tensor, angle: Tensor) -> Tensor:
+    """Straight strokes through the centre: (B, K, K), sum 1.
+
+    A pixel weighs 1 minus its distance from the line, within half a side from the centre along the
+    line's longer direction.
+    """
+    half = int(sides.max()) // 2
+    offset = torch.arange(-half, half + 1, dtype=torch.float32)
+    down, right = offset[None, :, None], offset[None, None, :]
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    distance = (right * sin + down * cos).abs()  # y points down
+    reach = (sides // 2)[:, None, None]
+    taps = (1 - distance).clamp(min=0) * (torch.maximum(down.abs(), right.abs()) <= reach)
+    return taps / taps.sum((1, 2), keepdim=True)
+
+
+def separable(x: Tensor, taps: Tensor) -> Tensor:
+    """Each sample filtered with its own taps (B, K) along both axes, borders reflected."""
+    (taps,) = to(x.device, taps)
+    across = filtered(x, taps[:, None, :])
+    return filtered(across, taps[:, :, None])
+
+
+def filtered(x: Tensor, kernels: Tensor) -> Tensor:
+    """Each sample correlated with its own kernel (B, KH, KW), borders reflected."""
+    batch, channels = x.shape[:2]
+    (kernels,) = to(x.device, kernels)
+    down, right = kernels.shape[1] // 2, kernels.shape[2] // 2
+    padded = F.pad(x, (right, right, down, down), mode="reflect")
+    grouped = padded.reshape(1, batch * channels, *padded.shape[2:])
+    kernels = kernels.repeat_interleave(channels, 0)[:, None]  # (B C, 1, KH, KW)
+    return F.conv2d(grouped, kernels, groups=batch * channels).reshape(x.shape)
+
+
+def random_noise(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+    """Gaussian noise, independent per pixel and channel."""
+    chosen = coin(len(x), ops.noise_p, generator)
+    if chosen is None:
+        return x
+    rows = chosen.nonzero()[:, 0]
+    (std,) = to(x.device, uniform(len(rows), *ops.noise_std, generator))
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    field = torch.Generator(x.device).manual_seed(seed)
+    return on_rows(x, rows, lambda part: colours(part, lambda rgb: noisy(rgb, std, field)))
+
+
+def noisy(x: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
+    """x plus normal noise of standard deviation std (B,), clipped; the generator is on the device
+    of x."""
+    field = torch.randn(x.shape, generator=generator, device=x.device)
+    return torch.addcmul(x, field, per_sample(std)).clamp_(0, 1)
+
+
+def random_dropout(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+    """Black rectangles at random places, wholly inside the image."""
+    chosen = coin(len(x), ops.dropout_p, generator)
+    if chosen is None:
+        return x
+    rows = chosen.nonzero()[:, 0]
+    low, high = ops.dropout_holes
+    holes = torch.randint(low, high + 1, (len(rows), 1), generator=generator)
+    side = torch.tensor(x.shape[2:])
+    share = uniform(len(rows), *ops.dropout_size, generator, high, 2)  # (n, M, 2) of y, x
+    extent = (share * side).round().clamp(min=1)
+    start = (torch.rand(share.shape, generator=generator) * (side - extent + 1)).floor()
+    extent *= (torch.arange(high) < holes)[:, :, None]  # no more than drawn
+    return on_rows(x, rows, lambda part: painted(part, start, start + extent, 0.0))
+
+
+def cutout(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A square of zeros around a random pixel, cut at the border (DeVries and Taylor 2017)."""
+    centre = torch.rand(len(x), 1, 2, generator=generator) * torch.tensor(x.shape[2:])
+    start = centre.floor() - side // 2  # (B, 1, 2)
+    return painted(x, start, start + side, 0.0)
+
+
+def painted(x: Tensor, start: Tensor, stop: Tensor, fill: float | Tensor) -> Tensor:
+    """Rectangles painted over, in place.
+
+    start, stop: (B, M, 2) rows and columns on the CPU, stop excluded. fill: a number or (C,).
+    """
+    start, stop = to(x.device, start, stop)
+    lines = torch.arange(x.shape[2], device=x.device)
+    columns = torch.arange(x.shape[3], device=x.device)
+    tall = (lines >= start[:, :, :1]) & (lines < stop[:, :, :1])  # (B, M, H)
+    wide = (columns >= start[:, :, 1:]) & (columns < stop[:, :, 1:])  # (B, M, W)
+    mask = torch.einsum("bmh,bmw->bhw", tall.float(), wide.float()) > 0  # inside any rectangle
+    if isinstance(fill, Tensor):
+        return torch.where(mask[:, None], fill[:, None, None], x)
+    return x.masked_fill_(mask[:, None], fill)
+
+
+# ------------------------------------------------------------------------------- RandAugment
+#
+# RandAugment: a few operations from one list, applied one after another (Cubuk et al. 2020).
+#
+# The list, its ranges and the chance to skip an operation are those of the AutoAugment search space
+# (Cubuk et al. 2019): strength 1 is its upper end. Samples that drew the same operation in a step
+# go through it together. Images are float32 in 0..1; B batch, C channels, H W pixels, S side.
+
+MAX_SHEAR = 0.3  # slope
+MAX_TRANSLATE = 150 / 331  # share of the image side
+MAX_ROTATE = 30.0  # degrees
+MAX_ENHANCE = 0.9  # factors of colour, contrast, brightness and sharpness are 1 +- this
+MAX_CUTOUT = 20, 0.625  # pixels, but at most this share of the side (20 of CIFAR's 32)
+FILL = 128 / 255  # of what a geometric operation moves in from outside
+GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+
+
+def invert(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """1 - x."""
+    return 1 - x
+
+
+def auto_contrast(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Each channel stretched to 0..1; a constant channel stays."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    spread = high - low
+    return torch.where(spread > 0, (x - low) / torch.where(spread > 0, spread, 1.0), x)
+
+
+def equalize(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Histogram of each channel flattened, in 256 levels (the integer arithmetic of PIL)."""
+    batch, channels = x.shape[:2]
+    levels = (x * 255).round_().long().view(batch * channels, -1)  # (B C, H W)
+    counts = torch.zeros(batch * channels, 256, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(1, levels, torch.ones_like(levels))
+    last = counts.gather(1, levels.amax(1, keepdim=True))  # pixels of the highest level
+    step = (counts.sum(1, keepdim=True) - last) // 255
+    below = counts.cumsum(1) - counts  # (B C, 256)
+    table = (below + step // 2) // step.clamp(min=1)
+    new = table.clamp_(max=255).gather(1, levels).view_as(x).float() / 255
+    return torch.where((step > 0).view(batch, channels, 1, 1), new, x)
+
+
+def posterize(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """8 to 4 bits of 8 kept."""
+    width = per_sample(2.0 ** (4 * strength).round())  # levels that become one
+    return ((x * 255).round() / width).floor() * width / 255
+
+
+def solarize(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Values from a threshold on inverted; the threshold goes from 256 down to 0 of 255."""
+    return torch.where(x >= per_sample((1 - strength) * 256 / 255), 1 - x, x)
+
+
+def enhance(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """An operation with a factor where 1 changes nothing."""
+    return lambda x, strength, sign: operation(x, 1 + sign * MAX_ENHANCE * strength)
+
+
+def sharpness(x: Tensor, factor: Tensor) -> Tensor:
+    """Distance to the image smoothed by (1 1 1; 1 5 1; 1 1 1) / 13 times factor; the border pixels
+    stay (PIL)."""
+    if min(x.shape[2:]) < 3:
+        return x
+    kernel = torch.ones(3, 3, device=x.device) / 13
+    kernel[1, 1] = 5 / 13
+    smooth = filtered(x, kernel.expand(len(x), 3, 3))[:, :, 1:-1, 1:-1]
+    out = x.clone()
+    inner = x[:, :, 1:-1, 1:-1]
+    out[:, :, 1:-1, 1:-1] = torch.lerp(smooth, inner, per_sample(factor)).clamp_(0, 1)
+    return out
+
+
+COLOUR: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "invert": invert,
+    "auto_contrast": auto_contrast,
+    "equalize": equalize,
+    "posterize": posterize,
+    "solarize": solarize,
+    "brightness": enhance(brightness),
+    "contrast": enhance(contrast),
+    "saturation": enhance(saturation),
+    "sharpness": enhance(sharpness),
+}
+NAMES = (*GEOMETRIC, *COLOUR, "cutout")
+
+
+def randaugment(
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    count: int,
+    magnitude: tuple[float, float],
+    probability: float,
+    fill: Tensor,
+) -> Tensor:
+    """RandAugment of a batch; x may be changed.
+
+    Args:
+        x: (B, C, S, S).
+        generator: CPU generator of the parameters.
+        count: operations drawn per sample, with replacement.
+        magnitude: lowest and highest strength, 0 to 10, drawn per operation.
+        probability: of applying a drawn operation.
+        fill: (C,) colour of the cutout operation, on the device of x.
+    """
+    batch, side = len(x), x.shape[2]
+    for _ in range(count):
+        choice = torch.randint(len(NAMES), (batch,), generator=generator)
+        strength = uniform(batch, *magnitude, generator) / 10
+        sign = torch.randint(2, (batch,), generator=generator) * 2.0 - 1
+        place = torch.rand(batch, 1, 2, generator=generator)
+        applied = torch.rand(batch, generator=generator) < probability
+        choice = torch.where(applied, choice, -1)
+        rows = ((choice >= 0) & (choice < len(GEOMETRIC))).nonzero()[:, 0]
+        if len(rows):
+            matrices = moves(choice[rows], (sign * strength)[rows])
+            x = on_rows(x, rows, bound_warp(matrices))
+        for index, operation in enumerate(COLOUR.values(), start=len(GEOMETRIC)):
+            rows = (choice == index).nonzero()[:, 0]
+            if len(rows):
+                x = on_rows(x, rows, bound(operation, *to(x.device, strength[rows], sign[rows])))
+        rows = (choice == len(NAMES) - 1).nonzero()[:, 0]
+        if len(rows):
+            edge = (strength[rows] * min(MAX_CUTOUT[0], MAX_CUTOUT[1] * side)).round()
+            start = (place[rows] * side).floor() - (edge / 2).floor()[:, None, None]
+            x = on_rows(x, rows, bound_paint(start, start + edge[:, None, None], fill))
+    return x
+
+
+def moves(choice: Tensor, amount: Tensor) -> Tensor:
+    """Affine maps of the geometric operations: choice (B,) into GEOMETRIC, amount (B,) in -1..1
+    -> (B, 3, 3), see `warp`. Shears keep the upper left corner."""
+    matrices = torch.eye(3, dtype=torch.float64).repeat(len(choice), 1, 1)
+    slope = (amount * MAX_SHEAR).double()
+    shift = (2 * amount * MAX_TRANSLATE).double()  # the side is 2 long
+    for axis in (0, 1):
+        sheared, shifted = choice == axis, choice == 2 + axis
+        matrices[sheared, axis, 1 - axis] = slope[sheared]
+        matrices[sheared, axis, 2] = slope[sheared]
+        matrices[shifted, axis, 2] = shift[shifted]
+    turned = choice == 4
+    matrices[turned] = rotation(amount[turned] * MAX_ROTATE)
+    return matrices
+
+
+def bound_warp(matrices: Tensor) -> Callable[[Tensor], Tensor]:
+    """The warp of some rows, grey outside."""
+    return lambda part: warp(part, matrices, padding="zeros", fill=FILL)
+
+
+def bound(
+    operation: Callable[..., Tensor], strength: Tensor, sign: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """A colour operation with its parameters."""
+    return lambda part: colours(part, lambda rgb: operation(rgb, strength, sign))
+
+
+def bound_paint(start: Tensor, stop: Tensor, fill: Tensor) -> Callable[[Tensor], Tensor]:
+    """The cutout of some rows."""
+    return lambda part: painted(part, start, stop, fill)
+
+
+# -------------------------------------------------------------------------- mixup and cutmix
+#
+# Mixup and CutMix of a batch with soft targets, every sample with its own share and partner.
+#
+# Mixup (Zhang et al. 2018): x = l x_i + (1 - l) x_j, l from Beta(alpha, alpha). CutMix (Yun et al.
+# 2019): a rectangle of x_j pasted into x_i, l the share of x_i that remains visible. Targets are
+# mixed with the same l. B batch, C channels, H W pixels, K classes or targets.
+
+
+def mixup_cutmix(
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    outputs: int,
+    mixup: bool,
+    mixup_alpha: float,
+    cutmix: bool,
+    cutmix_alpha: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Mixed inputs and soft targets; where both are on, each sample draws one of them.
+
+    Args:
+        inputs: (B, C, H, W) float.
+        targets: (B,) int64 class numbers, or (B, K) multilabel or regression targets.
+        outputs: K.
+        mixup, cutmix: which of the two are on; with neither only the targets change their form.
+        mixup_alpha, cutmix_alpha: of the Beta distribution that l is drawn from.
+        seed: of the parameters, which are drawn on the CPU.
+
+    Returns:
+        Inputs (B, C, H, W) and targets (B, K) float32.
+    """
+    soft = F.one_hot(targets, outputs).float() if targets.dim() == 1 else targets.float()
+    count = len(inputs)
+    if not count or not (mixup or cutmix):
+        return inputs, soft
+    generator = torch.Generator().manual_seed(seed)
+    partner = torch.randperm(count, generator=generator)
+    pasted = torch.full((count,), cutmix)
+    if mixup and cutmix:
+        pasted = torch.rand(count, generator=generator) < 0.5
+    kept = torch.ones(count)  # l, the share of the sample itself
+    boxes = torch.zeros(count, 4, dtype=torch.int64)
+    if mixup:
+        kept = torch.where(pasted, kept, beta(count, mixup_alpha, generator))
+    if cutmix:
+        height, width = inputs.shape[2:]
+        drawn = rectangles(beta(count, cutmix_alpha, generator), height, width, generator)
+        boxes = torch.where(pasted[:, None], drawn, boxes)
+    moved = [t.to(inputs.device, non_blocking=True) for t in (partner, kept, boxes, pasted)]
+    return mixed(inputs, soft, *moved)
+
+
+def mixed(
+    inputs: Tensor, soft: Tensor, partner: Tensor, kept: Tensor, boxes: Tensor, pasted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mix with given parameters: partner (B,), kept (B,), boxes (B, 4) y0 y1 x0 x1 (empty for
+    mixup), pasted (B,) bool, all on the device of the inputs."""
+    height, width = inputs.shape[2:]
+    y0, y1, x0, x1 = boxes[:, :, None].unbind(1)  # (B, 1) each
+    rows, columns = (torch.arange(side, device=inputs.device) for side in (height, width))
+    tall, wide = (rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1)
+    inside = tall[:, :, None] & wide[:, None, :]  # (B, H, W)
+    share = torch.where(inside, 0.0, kept[:, None, None])[:, None]  # (B, 1, H, W) of the own pixel
+    area = (y1 - y0) * (x1 - x0) / (height * width)  # (B, 1), what was really pasted
+    kept = torch.where(pasted[:, None], 1 - area, kept[:, None])  # (B, 1)
+    mixed_inputs = torch.lerp(inputs[partner], inputs, share.to(inputs.dtype))
+    return mixed_inputs, torch.lerp(soft[partner], soft, kept)
+
+
+def rectangles(kept: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Rectangles of share 1 - kept (B,) around random pixels, cut at the border: (B, 4) int64 y0 y1
+    x0 x1."""
+    side = (1 - kept).sqrt()  # of the image side
+    pairs = []
+    for extent in (height, width):
+        length = (side * extent).round().long()
+        centre = torch.randint(extent, (len(kept),), generator=generator)
+        start = centre - length // 2
+        pairs += [start.clamp(0, extent), (start + length).clamp(0, extent)]
+    return torch.stack(pairs, 1)
+
+
+def beta(count: int, alpha: float, generator: torch.Generator) -> Tensor:
+    """(count,) draws of Beta(alpha, alpha), float32; torch has no seeded ones."""
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    draws = np.random.default_rng(seed).beta(alpha, alpha, count)
+    return torch.from_numpy(draws).float()

@@ -1,0 +1,225 @@
+"""What a data set is made of: splits, and the sources their samples come from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import singledispatch
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from glovita_lib import files
+from glovita_lib.errors import UserError
+from glovita_lib.spec import Spec
+from glovita_lib.spec_data import BaseData, Subtask
+
+# --------------------------------------------------------------------------------- data sets
+#
+# What a data set is made of: splits, and the sources their samples come from.
+#
+# B batch, C channels, H W pixels, N samples of a split, K classes or targets.
+
+
+class Source(Protocol):
+    """Random access to the decoded samples of one split; picklable, for worker processes.
+
+    A source of samples that are not images (bags of features, volumes) has one more method,
+    `collate(samples) -> inputs`: it makes of a list of fetched samples what a batch holds as
+    `inputs`, a tensor or an object with `to(device, non_blocking=...)` and `pin_memory()`. Its
+    samples may be of any type, reach no image augmentation and are held in memory as they are.
+    """
+
+    uniform: tuple[int, ...] | None
+    """(C, H, W) where all samples have one size, else None."""
+
+    def fetch(self, rows: np.ndarray) -> np.ndarray | list[np.ndarray]:
+        """Samples (C, H, W), uint8 or uint16, of these rows in this order; one (B, C, H, W) array
+        where they are uniform.
+
+        Raises:
+            UserError: one line for each sample that cannot be read, with its path.
+        """
+
+    def nbytes(self) -> int:
+        """Size of the whole split, decoded, in bytes."""
+
+    def select(self, rows: np.ndarray) -> "Source":
+        """The source of these rows, in this order."""
+
+
+@dataclass(slots=True)
+class Split:
+    """One split of a data set in its stable order."""
+
+    ids: list[str]
+    """Stable name of each sample: path below the images folder, or row of the original data."""
+    targets: np.ndarray | None
+    """(N,) int64 for multiclass, (N, K) float32 for multilabel and regression, None unlabelled."""
+    source: Source
+    groups: list[str] | None = None
+    """What each sample belongs to (patient, slide), if known."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(slots=True)
+class Data:
+    """A data set, ready to load from."""
+
+    name: str
+    """Tag of the data set."""
+    splits: dict[str, Split]
+    """train, val and test, as far as they exist."""
+    subtask: Subtask
+    class_names: tuple[str, ...]
+    """Names of the classes, or of the targets of a regression, in the order of the outputs."""
+    channels: int
+    bit_depth: int
+    """8 (uint8 samples) or 16 (uint16 samples)."""
+    report: list[str] = field(default_factory=list)
+    """Lines worth showing: left-out files, duplicates, classes without samples."""
+
+    @property
+    def outputs(self) -> int:
+        """Number of classes or targets."""
+        return len(self.class_names)
+
+
+@singledispatch
+def read_data(spec: Spec, *, seed: int) -> Data:
+    """The whole data set of a spec, before data_fraction; one registered function a Struct of the
+    union in spec_data, in a module that datasets.py imports.
+
+    Raises:
+        UserError: what is missing, broken or contradictory, all of a kind at once.
+    """
+    raise TypeError(f"no builder for {type(spec).__name__}")
+
+
+def refuse_fold(spec: BaseData, why: str) -> None:
+    """Refuse a fold of a data set that has none, instead of training the same split again."""
+    if spec.fold:
+        raise UserError(f"data.fold = {spec.fold}, but {why}: only fold 0 exists")
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySource:
+    """Samples that are in memory already; several splits may share one array."""
+
+    samples: np.ndarray  # (M, C, H, W) uint8 or uint16
+    rows: np.ndarray  # (N,) rows of `samples` that make up the split
+
+    @property
+    def uniform(self) -> tuple[int, int, int]:
+        return self.samples.shape[1:]
+
+    def fetch(self, rows: np.ndarray) -> np.ndarray:
+        return self.samples[self.rows[rows]]
+
+    def nbytes(self) -> int:
+        size = int(np.prod(self.samples.shape[1:])) * self.samples.itemsize
+        return size * len(self.rows)
+
+    def select(self, rows: np.ndarray) -> "ArraySource":
+        return ArraySource(self.samples, self.rows[rows])
+
+
+def subset(split: Split, rows: np.ndarray) -> Split:
+    """The split of these rows, in this order."""
+    return Split(
+        ids=[split.ids[row] for row in rows],
+        targets=None if split.targets is None else split.targets[rows],
+        source=split.source.select(rows),
+        groups=None if split.groups is None else [split.groups[row] for row in rows],
+    )
+
+
+Images = Callable[[int], np.ndarray]
+"""The image (C, H, W) of a sample, uint8 or uint16."""
+
+
+# ------------------------------------------------------------------ some samples of a source
+#
+# Some samples of a source that stay what they are among all: read in the same way whichever others
+# are read with them, and, where that is asked, left out with a note if they cannot be read.
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """Some samples of a source.
+
+    Whether they are of one size is said of the whole source: images of one size are resized as a
+    batch on the training device, others one by one where they are decoded. So a sample takes the
+    same way in a whole run, in one that was continued, and on any number of ranks.
+    """
+
+    whole: Source
+    rows: np.ndarray  # (N,) rows of `whole`
+
+    @property
+    def uniform(self) -> tuple[int, ...] | None:
+        """(C, H, W) where all samples of the whole source have one size."""
+        return self.whole.uniform
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        """Height and width (N, 2), where they are known."""
+        sizes = getattr(self.whole, "sizes", None)
+        return None if sizes is None else sizes[self.rows]
+
+    def fetch(self, rows: np.ndarray) -> Any:
+        """Samples of these rows."""
+        return self.whole.fetch(self.rows[rows])
+
+    def nbytes(self) -> int:
+        """Size of all samples of the whole source, decoded, bytes."""
+        return self.whole.nbytes()
+
+    def select(self, rows: np.ndarray) -> "PartSource":
+        """Some of the samples."""
+        return PartSource(self.whole, self.rows[rows])
+
+
+@dataclass(frozen=True)
+class SkippingSource(PartSource):
+    """Gives a black image in the place of one that cannot be read and leaves a note about it in a
+    folder, where every process finds it, named by the row of the whole source."""
+
+    notes: Path
+    blank: tuple[int, int, int]  # (C, H, W) of a black image whose own size is unknown
+    bit_depth: int
+
+    def fetch(self, rows: np.ndarray) -> Any:
+        """Samples, read one by one where one of them fails."""
+        wanted = self.rows[rows]
+        try:
+            return self.whole.fetch(wanted)
+        except UserError:
+            images = [self.one(int(row)) for row in wanted]
+            return np.stack(images) if self.uniform is not None else images
+
+    def one(self, row: int) -> np.ndarray:
+        """A sample, or a black one."""
+        try:
+            return self.whole.fetch(np.array([row]))[0]
+        except UserError as error:
+            files.write_text(self.notes / f"{row}.txt", str(error))
+            return np.zeros(self.shape(row), np.uint8 if self.bit_depth == 8 else np.uint16)
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """(C, H, W) of a sample that cannot be read."""
+        if self.uniform is not None:
+            return self.uniform
+        sizes = getattr(self.whole, "sizes", None)
+        return self.blank if sizes is None else (self.blank[0], *map(int, sizes[row]))
+
+    def select(self, rows: np.ndarray) -> "SkippingSource":
+        """Some of the samples."""
+        return SkippingSource(self.whole, self.rows[rows], self.notes, self.blank, self.bit_depth)
+
+
+def skipped(notes: Path) -> dict[int, str]:
+    """Rows that could not be read, in order, and why."""
+    paths = sorted(notes.glob("[0-9]*.txt"), key=lambda path: int(path.stem))
+    return {int(path.stem): path.read_text() for path in paths}

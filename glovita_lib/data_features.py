@@ -1,0 +1,588 @@
+"""The data set of precomputed features: files or folders, labels, splits."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from glovita_lib.data import Data, Source, Split, read_data
+from glovita_lib.data_splits import (
+    fold_splits,
+    folds,
+    read_splits,
+    refuse_shared_groups,
+    refuse_shared_rows,
+    strata,
+)
+from glovita_lib.dist import cores
+from glovita_lib.errors import UserError
+from glovita_lib.files import read_csv
+from glovita_lib.read_features import (
+    BagSource,
+    FeatureFile,
+    FileBags,
+    FolderBags,
+    Keys,
+    VectorSource,
+    check_bags,
+    check_finite,
+    open_features,
+    open_folder,
+)
+from glovita_lib.spec_data import PrecomputedData
+
+# ------------------------------------------------------------------------------------ labels
+#
+# Labels of precomputed features: from the feature file or a CSV table, as targets.
+#
+# N samples, K classes or targets, D width.
+
+
+@dataclass(slots=True)
+class Collection:
+    """The samples of one file or folder, before splits."""
+
+    where: str
+    ids: list[str]
+    rows: np.ndarray  # (N,) where they are in the file or folder
+    named: bool  # whether the ids are names, that mean the same in other files
+    labels: np.ndarray | None  # as stored: numbers or names, (N,) or (N, K)
+    groups: list[str] | None
+    class_names: tuple[str, ...] | None
+    subtask: str | None  # where the file says so
+    split_of: list[str] | None  # from the column split of labels_file
+    vectors: FeatureFile | None
+    bags: FileBags | FolderBags | None
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.vectors.width if self.bags is None else self.bags.width
+
+    @property
+    def stored(self) -> int:
+        """Samples of the file or folder, also those that no table lists."""
+        return len(self.bags.lengths) if self.vectors is None else len(self.vectors)
+
+    def source(self, rows: np.ndarray) -> Source:
+        """Source of some of the samples."""
+        if self.bags is not None:
+            return BagSource(self.bags, self.rows[rows])
+        return VectorSource(self.vectors.rows, self.rows[rows])
+
+
+def read_table(spec: PrecomputedData) -> dict[str, dict[str, str]]:
+    """Rows of labels_file by id.
+
+    Raises:
+        UserError: no such file or column, or an id twice.
+    """
+    path = Path(spec.data_root_dir) / spec.labels_file
+    wanted = [spec.id_column, *label_columns(spec)]
+    wanted += [spec.group_column] if spec.group_column else []
+    wanted += ["split"] if spec.split_source == "csv" else []
+    rows = read_csv(path, wanted)
+    table = {row[spec.id_column]: row for row in rows}
+    if len(table) < len(rows):
+        counts = Counter(row[spec.id_column] for row in rows)
+        twice = counts.most_common(1)[0][0]
+        raise UserError(f"{path}: id {twice!r} occurs twice; give each sample one row")
+    return table
+
+
+def label_columns(spec: PrecomputedData) -> tuple[str, ...]:
+    """Label columns as a tuple."""
+    return (spec.label_column,) if isinstance(spec.label_column, str) else spec.label_column
+
+
+def with_table(
+    spec: PrecomputedData, collection: Collection, table: dict[str, dict[str, str]] | None
+) -> Collection:
+    """The samples that the CSV lists, with its labels, groups and splits, where there is one.
+
+    Raises:
+        UserError: it lists none of them, or an empty label or group.
+    """
+    if table is None:
+        return collection
+    kept = [place for place, name in enumerate(collection.ids) if name in table]
+    if not kept:
+        raise UserError(
+            f"{spec.labels_file}: no row for any sample of {collection.where}; its ids are"
+            f" {', '.join(collection.ids[:3])} ..., in column {spec.id_column} stand"
+            f" {', '.join(list(table)[:3]) or 'none'} ..."
+        )
+    ids = [collection.ids[place] for place in kept]
+    rows = [table[name] for name in ids]
+    columns = label_columns(spec)
+    for column in (*columns, *([spec.group_column] if spec.group_column else [])):
+        blank = [row[spec.id_column] for row in rows if not row[column]]
+        if blank:
+            raise UserError(
+                f"{spec.labels_file}: column {column} is empty for {len(blank)} samples"
+                f" ({', '.join(blank[:10])}); fill it in, or remove these samples"
+            )
+    labels = np.array([[row[column] for column in columns] for row in rows])
+    numeric = as_numbers(labels)
+    labels = labels if numeric is None else numeric
+    group = spec.group_column
+    groups = collection.groups and [collection.groups[place] for place in kept]
+    return replace(
+        collection,
+        ids=ids,
+        rows=collection.rows[kept],
+        labels=labels[:, 0] if len(columns) == 1 else labels,
+        class_names=columns if len(columns) > 1 else None,
+        groups=[row[group] for row in rows] if group else groups,
+        split_of=[row["split"] for row in rows] if spec.split_source == "csv" else None,
+    )
+
+
+def as_numbers(labels: np.ndarray) -> np.ndarray | None:
+    """Cells as whole numbers or floats; None where one is something else."""
+    for kind in (np.int64, np.float64):
+        try:
+            return labels.astype(kind)
+        except (ValueError, OverflowError):
+            continue
+    return None
+
+
+def resolve_subtask(spec: PrecomputedData, collections: list[Collection]) -> str:
+    """Kind of target: as given, as the file says, or as the labels look.
+
+    Raises:
+        UserError: files that contradict each other, or whole numbers in columns, which may be
+        classes or targets.
+    """
+    if spec.subtask is not None:
+        return spec.subtask
+    said = {c.subtask: c.where for c in collections if c.subtask is not None}
+    if len(said) > 1:
+        listed = ", ".join(f"{where} {subtask}" for subtask, where in said.items())
+        raise UserError(f"feature files of different subtasks: {listed}; set data.subtask")
+    if said:
+        return next(iter(said))
+    labels = [c.labels for c in collections]
+    if all(label.ndim == 1 and label.dtype.kind in "iuUOb" for label in labels):
+        return "multiclass"
+    if all(label.ndim == 2 and np.isin(label, (0, 1)).all() for label in labels):
+        return "multilabel"
+    for c in collections:
+        if c.labels.ndim == 2 and c.labels.dtype.kind in "iu":
+            raise UserError(
+                f"{c.where}: labels of shape {c.labels.shape} are whole numbers; store classes as"
+                ' (N,), or set data.subtask = "regression"'
+            )
+    return "regression"
+
+
+def resolve_names(
+    spec: PrecomputedData, collections: list[Collection], subtask: str
+) -> tuple[str, ...]:
+    """Names of the classes or targets; a given number is checked.
+
+    Raises:
+        UserError: data.num_classes does not fit, or the files name different classes.
+    """
+    stored = {c.class_names: c.where for c in collections if c.class_names}
+    if len(stored) > 1:
+        listed = "; ".join(f"{where}: {', '.join(names[:20])}" for names, where in stored.items())
+        raise UserError(
+            f"feature files of different class_names ({listed}), so that a number would"
+            " mean two classes; write the same list and labels to all of them"
+        )
+    names = spec.class_names or next(iter(stored), None)
+    labels = [c.labels for c in collections]
+    if names is None and subtask != "multiclass":
+        count = 1 if labels[0].ndim == 1 else labels[0].shape[1]
+        names = ("target",) if count == 1 else tuple(f"target_{i}" for i in range(count))
+    elif names is None and labels[0].dtype.kind in "iub":
+        largest = max(int(label.max()) for label in labels)
+        names = tuple(str(i) for i in range(max(largest + 1, spec.num_classes or 0)))
+    elif names is None:
+        names = tuple(sorted({str(entry) for label in labels for entry in label}))
+    if spec.num_classes is not None and spec.num_classes != len(names):
+        raise UserError(
+            f"data.num_classes = {spec.num_classes}, but the labels of {collections[0].where} have"
+            f" {len(names)} classes ({', '.join(names[:20])}); set num_classes = {len(names)} or"
+            " leave it out"
+        )
+    return names
+
+
+def encode(collection: Collection, subtask: str, names: tuple[str, ...]) -> np.ndarray:
+    """Labels as targets: (N,) int64, or (N, K) float32.
+
+    Raises:
+        UserError: a label that is no class, a number that is none.
+    """
+    labels, where = collection.labels, collection.where
+    if subtask != "multiclass":
+        return encode_numbers(collection, subtask, names)
+    if labels.ndim != 1:
+        raise UserError(f"{where}: labels of shape {labels.shape} are not one class a sample")
+    if labels.dtype.kind in "iub":
+        values = labels.astype(np.int64)
+        bad = np.flatnonzero((values < 0) | (values >= len(names)))
+        known = f"0 to {len(names) - 1}"
+    else:
+        index = {name: i for i, name in enumerate(names)}
+        values = np.array([index.get(str(entry), -1) for entry in labels], np.int64)
+        bad = np.flatnonzero(values < 0)
+        known = ", ".join(names[:20])
+    if len(bad):
+        raise UserError(
+            f"{where}: label {labels[bad[0]]!s} of sample {collection.ids[bad[0]]} is no class"
+            f" ({len(bad)} samples); classes are {known}"
+        )
+    return values
+
+
+def encode_numbers(collection: Collection, subtask: str, names: tuple[str, ...]) -> np.ndarray:
+    """Multilabel or regression targets (N, K) float32."""
+    labels, where = collection.labels, collection.where
+    if labels.dtype.kind not in "iubf":
+        raise UserError(f"{where}: labels of a {subtask} must be numbers, found {labels.flat[0]!s}")
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused
+        values = labels.reshape(len(labels), -1).astype(np.float32)
+    if values.shape[1] != len(names):
+        raise UserError(
+            f"{where}: labels have {values.shape[1]} columns, but {len(names)} names"
+            f" ({', '.join(names[:20])})"
+        )
+    bad = np.flatnonzero(~np.isfinite(values).all(1))
+    if len(bad):
+        raise UserError(
+            f"{where}: labels of {len(bad)} samples are NaN or beyond float32 (first sample"
+            f" {collection.ids[bad[0]]}); correct them or leave the samples out"
+        )
+    if subtask == "multilabel" and not np.isin(values, (0, 1)).all():
+        raise UserError(f"{where}: multilabel labels are 0 or 1")
+    return values
+
+
+# ------------------------------------------------------------------------------ the data set
+#
+# The data set of precomputed features: files or folders, labels, splits.
+#
+# N samples, K classes or targets, D width.
+
+KINDS = ("features", "labels", "bag_ptr", "bag_lengths", "ids", "groups", "coords")
+"""Datasets of a feature file; data.<kind>_key is the name of each."""
+
+
+@read_data.register
+def _(spec: PrecomputedData, *, seed: int) -> Data:
+    table = None if spec.labels_file is None else read_table(spec)
+    files = files_of(spec)
+    opened = {file: open_collection(spec, file, table) for file in dict.fromkeys(files.values())}
+    collections = list(opened.values())
+    refuse_mixture(collections)
+    subtask = resolve_subtask(spec, collections)
+    names = resolve_names(spec, collections, subtask)
+    targets = {file: encode(whole, subtask, names) for file, whole in opened.items()}
+    if spec.split_source == "files":
+        rows = {name: np.arange(len(opened[file].ids)) for name, file in files.items()}
+    else:
+        file = spec.features_file
+        rows = split_rows(spec, opened[file], targets[file], subtask, seed)
+        files = dict.fromkeys(rows, file)
+    splits = {
+        name: make_split(opened[files[name]], targets[files[name]], rows[name]) for name in rows
+    }
+    refuse_shared(opened, files, rows)
+    return Data(
+        name="precomputed_features",
+        splits=splits,
+        subtask=subtask,
+        class_names=names,
+        channels=collections[0].width,
+        bit_depth=16,
+        report=[
+            *unused(spec, table, collections, splits),
+            *shared_ids({name: splits[name] for name in splits if opened[files[name]].named}),
+            *untrained(splits, names, subtask),
+        ],
+    )
+
+
+def make_split(collection: Collection, targets: np.ndarray, rows: np.ndarray) -> Split:
+    """Some samples of a collection as a split."""
+    groups = collection.groups
+    return Split(
+        ids=[collection.ids[row] for row in rows],
+        targets=targets[rows],
+        source=collection.source(rows),
+        groups=None if groups is None else [groups[row] for row in rows],
+    )
+
+
+# ---------------------------------------------------------------------- opening
+
+
+def files_of(spec: PrecomputedData) -> dict[str, str]:
+    """The file or folder of each split, or of "all" where the splits are drawn from one."""
+    if spec.split_source != "files":
+        return {"all": spec.features_file}
+    files = {
+        "train": spec.train_features_file,
+        "val": spec.val_features_file,
+        "test": spec.test_features_file,
+    }
+    return {name: file for name, file in files.items() if file is not None}
+
+
+def refuse_mixture(collections: list[Collection]) -> None:
+    """The files of one data set have the same width and kind.
+
+    Raises:
+        UserError: what differs, by file.
+    """
+    widths = {c.where: c.width for c in collections}
+    kinds = {c.where: "vectors" if c.bags is None else "bags" for c in collections}
+    for what, values, advice in (
+        ("widths", widths, "use one encoder for all"),
+        ("kinds", kinds, "use one kind for all"),
+    ):
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{where} {value}" for where, value in values.items())
+            raise UserError(f"feature files of different {what}: {listed}; {advice}")
+
+
+def open_collection(
+    spec: PrecomputedData, name: str, table: dict[str, dict[str, str]] | None
+) -> Collection:
+    """A file or folder with its labels, checked.
+
+    Args:
+        table: rows of labels_file, where there is one.
+
+    Raises:
+        UserError: whatever is wrong with it, see hdf5.open_features.
+    """
+    path = Path(spec.data_root_dir) / name
+    if path.is_dir() and table is None:
+        raise UserError(
+            f"{path} is a folder of bags without labels; give data.labels_file, a CSV with the"
+            f" columns {spec.id_column} and {spec.label_column}"
+        )
+    collection = read_collection(path, keys(spec), labelled=table is None)
+    if spec.check_values:
+        check_values(collection)
+    return with_table(spec, collection, table)
+
+
+def check_values(collection: Collection) -> None:
+    """Look at every feature once.
+
+    Raises:
+        UserError: NaN or infinity, with the samples that have them.
+    """
+    if collection.vectors is None:
+        check_bags(collection.bags, threads=cores())
+    else:
+        check_finite(collection.vectors)
+
+
+def unlabelled_features(path: Path, spec: PrecomputedData, *, kind: str, width: int) -> Split:
+    """Features without labels, for inference; labels in the file are not read.
+
+    Args:
+        spec: the names of the datasets are its.
+        kind: "vectors" or "bags", what the model takes.
+        width: of the features that the model takes.
+
+    Raises:
+        UserError: see hdf5.open_features; or the features are of another kind or width.
+    """
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file or folder, expected a feature file, or a folder of one-bag files"
+        )
+    collection = read_collection(path, keys(spec), labelled=False)
+    found = ("vectors" if collection.bags is None else "bags", collection.width)
+    if found != (kind, width):
+        raise UserError(
+            f"{path} holds {found[0]} of width {found[1]}, the checkpoint was trained on {kind} of"
+            f" width {width}"
+        )
+    if spec.check_values:
+        check_values(collection)
+    rows = np.arange(len(collection.ids))
+    return Split(ids=collection.ids, targets=None, source=collection.source(rows))
+
+
+def read_collection(path: Path, names: Keys, *, labelled: bool) -> Collection:
+    """A feature file, or a folder of one-bag files whose names without suffix are the ids.
+
+    Raises:
+        UserError: it is damaged, has no sample or, where `labelled` asks for them, no labels; or
+        two samples have the same id.
+    """
+    groups = labels = class_names = subtask = vectors = None
+    if path.is_dir():
+        bags = open_folder(path, names)
+        ids = [file.stem for file in bags.paths]
+    else:
+        vectors = open_features(path, names, threads=cores(), labelled=labelled)
+        bags = None if vectors.layout == "vectors" else FileBags(vectors, names)
+        ids, groups, labels = vectors.ids, vectors.groups, vectors.labels
+        class_names, subtask = vectors.class_names, vectors.attributes.get("subtask")
+    if not ids:
+        raise UserError(f"{path}: the file has no sample")
+    if len(set(ids)) < len(ids):
+        twice, times = Counter(ids).most_common(1)[0]
+        raise UserError(
+            f"{path}: id {twice!r} is that of {times} samples; splits, labels and predictions go by"
+            " ids: give each sample its own"
+        )
+    return Collection(
+        where=str(path),
+        ids=ids,
+        rows=np.arange(len(ids)),
+        named=vectors is None or vectors.named,
+        labels=labels,
+        groups=groups,
+        class_names=class_names,
+        subtask=subtask,
+        split_of=None,
+        vectors=vectors,
+        bags=bags,
+    )
+
+
+def keys(spec: PrecomputedData) -> Keys:
+    """Names of the datasets."""
+    names = {kind: getattr(spec, f"{kind}_key") for kind in KINDS}
+    defaults = {getattr(PrecomputedData(), f"{kind}_key") for kind in KINDS}
+    return Keys(**names, named=frozenset(names.values()) - defaults)
+
+
+# ---------------------------------------------------------------------- splits
+
+
+def split_rows(
+    spec: PrecomputedData, whole: Collection, targets: np.ndarray, subtask: str, seed: int
+) -> dict[str, np.ndarray]:
+    """Rows of the splits of one collection."""
+    if spec.split_source == "kfold":
+        labels = strata(targets, subtask) if spec.stratified else np.zeros(len(targets), np.int64)
+        groups = None if whole.groups is None else np.array(whole.groups)
+        fold_of = folds(labels, spec.n_folds, seed=seed, groups=groups)
+        return fold_splits(fold_of, spec.fold, spec.n_folds)
+    if spec.split_source == "csv":
+        return column_rows(whole)
+    return listed_rows(spec, whole)
+
+
+def column_rows(whole: Collection) -> dict[str, np.ndarray]:
+    """Rows of each split that the column split names; rows without one are not used.
+
+    Raises:
+        UserError: another name.
+    """
+    rows: dict[str, list[int]] = {"train": [], "val": [], "test": [], "": []}
+    unknown = [name for name in whole.split_of if name not in rows]
+    if unknown:
+        raise UserError(
+            f"column split of data.labels_file: {unknown[0]!r} ({len(unknown)} samples) is no"
+            " split; write train, val or test, or nothing where a sample is not to be used"
+        )
+    for row, name in enumerate(whole.split_of):
+        rows[name].append(row)
+    return {name: np.array(found) for name, found in rows.items() if name and found}
+
+
+def listed_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarray]:
+    """Rows of the ids that split_file lists.
+
+    Raises:
+        UserError: no such fold or split, or an id that is not there or is listed twice.
+    """
+    path = Path(spec.data_root_dir) / spec.split_file
+    content = read_splits(path, spec.fold)
+    unknown = [name for name in content if name not in ("train", "val", "test")]
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]!r} is no split; there are train, val and test")
+    place = {name: row for row, name in enumerate(whole.ids)}
+    for name, ids in content.items():
+        absent = [identity for identity in ids if identity not in place]
+        if absent:
+            raise UserError(
+                f"{path}: {len(absent)} ids of {name} are not in {whole.where}"
+                f" ({', '.join(absent[:10])}); it has e.g. {whole.ids[0]}"
+            )
+        if len(set(ids)) < len(ids):
+            again = Counter(ids).most_common(1)[0][0]
+            raise UserError(f"{path}: {name} lists {again!r} twice; list each id once")
+    return {name: np.array([place[i] for i in ids]) for name, ids in content.items() if ids}
+
+
+def refuse_shared(
+    opened: dict[str, Collection], files: dict[str, str], rows: dict[str, np.ndarray]
+) -> None:
+    """No sample and no group may be in two splits; but test may be the same samples as val.
+
+    Raises:
+        UserError: one is.
+    """
+    ends = np.cumsum([len(whole.ids) for whole in opened.values()])
+    first = dict(zip(opened, [0, *ends], strict=False))  # number of the first sample of each file
+    numbers = {split: first[files[split]] + found for split, found in rows.items()}
+    ids = [identity for whole in opened.values() for identity in whole.ids]
+    refuse_shared_rows(ids, numbers)
+    groups: list[str | None] = []
+    for whole in opened.values():
+        groups += [None] * len(whole.ids) if whole.groups is None else whole.groups
+    refuse_shared_groups(ids, groups, numbers)
+
+
+def unused(
+    spec: PrecomputedData,
+    table: dict[str, dict[str, str]] | None,
+    collections: list[Collection],
+    splits: dict[str, Split],
+) -> list[str]:
+    """Lines about rows of the table without a sample, and samples in no split."""
+    lines = [
+        f"{whole.stored - len(whole.ids)} of {whole.stored} samples of {whole.where} are not in"
+        f" {spec.labels_file}: not used"
+        for whole in collections
+        if whole.stored > len(whole.ids)
+    ]
+    ids = {identity for whole in collections for identity in whole.ids}
+    absent = [name for name in table or () if name not in ids]
+    if absent:
+        lines.append(
+            f"{len(absent)} rows of {spec.labels_file} have no sample, e.g. {absent[0]}: not used"
+        )
+    left = sum(len(whole.ids) for whole in collections) - sum(map(len, splits.values()))
+    if left > 0 and spec.split_source != "files":
+        lines.append(f"{left} samples of {collections[0].where} are in no split: not used")
+    return lines
+
+
+def untrained(splits: dict[str, Split], names: tuple[str, ...], subtask: str) -> list[str]:
+    """A line about classes that other splits have and train lacks."""
+    if subtask != "multiclass" or "train" not in splits:
+        return []
+    others = [split.targets for name, split in splits.items() if name != "train"]
+    found = np.unique(np.concatenate([np.empty(0, np.int64), *others]))
+    absent = [names[number] for number in np.setdiff1d(found, splits["train"].targets)]
+    if not absent:
+        return []
+    return [f"{len(absent)} classes have no train sample: {', '.join(absent[:10])}"]
+
+
+def shared_ids(splits: dict[str, Split]) -> list[str]:
+    """Lines about ids that occur in two splits of several files."""
+    lines, names = [], list(splits)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            both = set(splits[first].ids).intersection(splits[second].ids)
+            if both:
+                example = min(both)
+                lines.append(f"{len(both)} ids are in {first} and {second}, e.g. {example}")
+    return lines

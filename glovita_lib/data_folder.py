@@ -1,0 +1,642 @@
+"""Folders of images with labels from folder names, JSON or CSV, and new images without."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from glovita_lib.data import Data, Split, read_data, refuse_fold
+from glovita_lib.data_labels import LabelRules, encode, is_missing
+from glovita_lib.data_splits import (
+    FOLDS,
+    duplicate_notes,
+    fold_splits,
+    folds,
+    read_splits,
+    refuse_shared_groups,
+    some_of,
+    strata,
+)
+from glovita_lib.dist import mix
+from glovita_lib.errors import UserError, meant
+from glovita_lib.files import FILE_THREADS, read_csv, read_json_table
+from glovita_lib.read_image import FileSource, Header, read_headers
+from glovita_lib.spec_data import GenericImageData
+
+# ------------------------------------------------------------------------------------ tables
+#
+# Folders, CSV and JSON files as rows: which images there are, their labels, groups and splits.
+#
+# An image is known by its id, its path below the images folder with forward slashes.
+
+SHOWN = 20  # images that a message lists
+
+
+def suffixes(exts: Sequence[str]) -> tuple[str, ...]:
+    """File suffixes in lower case, each with its dot."""
+    return tuple("." + ext.lower().lstrip(".") for ext in exts)
+
+
+def walk(folder: Path, exts: Sequence[str]) -> list[str]:
+    """Ids of all images below a folder, sorted; hidden files and folders are left out, links
+    followed.
+
+    Raises:
+        UserError: no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    endings = suffixes(exts)
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to a folder above itself
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(parent).relative_to(folder)
+        found += [
+            (inside / name).as_posix()
+            for name in files
+            if name.lower().endswith(endings) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+@dataclass(slots=True)
+class ImageFolder:
+    """The images below a folder, found by the many ways tables spell their paths."""
+
+    folder: Path
+    base: Path  # folder of the data set; tables may give paths relative to it too
+    ids: list[str]
+    _known: set[str] = field(init=False)
+    _by_stem: dict[str, list[str]] = field(init=False)  # id without suffix -> ids
+    _by_name: dict[str, list[str]] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._known = set(self.ids)
+        self._by_stem = {}
+        for identity in self.ids:
+            self._by_stem.setdefault(str(PurePosixPath(identity).with_suffix("")), []).append(
+                identity
+            )
+
+    def path(self, identity: str) -> str:
+        """Path of an image."""
+        return str(self.folder / identity)
+
+    def find(self, name: str, prefix: str = "") -> str | None:
+        """Id of the image that a table calls `name`: its path below the images folder, below
+        `prefix` in it, or below the data set's folder; with or without suffix; at last the end of
+        that path, or a longer path that ends with it. None if there is no such image.
+
+        Raises:
+            UserError: several images fit.
+        """
+        name = name.strip().replace("\\", "/")
+        for spelled in self.spellings(name, prefix):
+            if spelled in self._known:
+                return spelled
+        for spelled in self.spellings(name, prefix):
+            if found := self._by_stem.get(spelled):
+                return self.only(name, found)
+        for path in (self.folder / name, self.base / name):
+            if path.is_file():  # outside of the images folder, or of another suffix
+                return Path(os.path.relpath(path, self.folder)).as_posix()
+        found = [i for i in self.by_name().get(PurePosixPath(name).name, []) if alike(name, i)]
+        return self.only(name, found) if found else None
+
+    def spellings(self, name: str, prefix: str) -> Iterator[str]:
+        """Ids that a name may stand for."""
+        if os.path.isabs(name):
+            name = os.path.relpath(name, self.folder)
+        yield os.path.normpath(name)
+        if prefix:
+            yield os.path.normpath(f"{prefix}/{name}")
+        below = os.path.relpath(self.base / name, self.folder)
+        if not below.startswith(".."):
+            yield below
+
+    def by_name(self) -> dict[str, list[str]]:
+        """Ids by file name and by file name without suffix."""
+        if self._by_name is None:
+            self._by_name = {}
+            for identity in self.ids:
+                name = PurePosixPath(identity)
+                for spelled in {name.name, name.stem}:
+                    self._by_name.setdefault(spelled, []).append(identity)
+        return self._by_name
+
+    def only(self, name: str, found: list[str]) -> str:
+        """The one image that fits a name."""
+        if len(found) > 1:
+            raise UserError(
+                f"{name}: {len(found)} images below {self.folder} fit: {', '.join(found[:5])};"
+                " write the path below the images folder"
+            )
+        return found[0]
+
+
+def alike(name: str, identity: str) -> bool:
+    """Whether a name is the end of an id, or a path from elsewhere that ends with it, suffixes
+    apart. The mere file name of an id is the end of too many paths, so that counts for absolute
+    ones alone: images of one name in the folders of several slides are different images.
+
+    >>> alike("x.png", "b/x.png"), alike("old/b/x", "b/x.png"), alike("/old/x.png", "x.png")
+    (True, True, True)
+    >>> alike("a/x.png", "b/x.png"), alike("a/x.png", "x.png")
+    (False, False)
+    """
+    named, known = (PurePosixPath(path) for path in (name, identity))
+    ours, theirs = [*known.parts[:-1], known.stem], [*named.parts[:-1], named.stem]
+    if named.suffix != known.suffix:  # a name without suffix, that may hold a dot
+        theirs[-1] = named.name
+    shorter = min(len(ours), len(theirs))
+    inside = shorter == len(theirs) or len(ours) > 1 or named.is_absolute()
+    return inside and ours[-shorter:] == theirs[-shorter:]
+
+
+@dataclass(slots=True)
+class Problems:
+    """Images that cannot be used: an error if the spec is strict, else lines of the report."""
+
+    strict: bool
+    lines: dict[str, str] = field(default_factory=dict)  # image -> why, in the order found
+
+    def add(self, name: str, why: str) -> None:
+        """Note an image; what was found first counts."""
+        self.lines.setdefault(name, why)
+
+    def settle(self, report: list[str]) -> None:
+        """Raise or report what was found.
+
+        Raises:
+            UserError: all images that cannot be used, with their paths.
+        """
+        if self.lines and self.strict:
+            raise UserError(self.text("cannot be used; mend them or set data.strict = false:"))
+        if self.lines:
+            report.append(self.text("left out:"))
+
+    def text(self, head: str) -> str:
+        """How many images, and the first of them with their reasons, one a line."""
+        lines = [f"  {name}: {why}" for name, why in list(self.lines.items())[:SHOWN]]
+        if len(self.lines) > SHOWN:
+            lines.append(f"  ... and {len(self.lines) - SHOWN} more")
+        count = f"{len(self.lines)} image{'s' * (len(self.lines) > 1)}"
+        return "\n".join([f"{count} {head}", *lines])
+
+
+# ---------------------------------------------------------------------- labels and splits
+
+
+@dataclass(slots=True)
+class LabelTable:
+    """What a label file says, by the id of the image."""
+
+    labels: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)  # names for which there is no image
+
+
+def json_labels(path: Path, images: ImageFolder) -> LabelTable:
+    """Labels of a JSON object {path: label}.
+
+    Raises:
+        UserError: not such an object, or two labels for one image.
+    """
+    content = read_json_table(path)
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: holds a {type(content).__name__}, expected an object {{path: label}}"
+        )
+    table = LabelTable()
+    for name, label in content.items():
+        enter(table, path, images.find(name), name, label)
+    return table
+
+
+def csv_labels(
+    path: Path,
+    images: ImageFolder,
+    *,
+    path_column: str,
+    label_column: str | tuple[str, ...],
+    group_column: str | None,
+    split_column: str | None,
+) -> LabelTable:
+    """Labels of a CSV file: a string, or a tuple of strings for several label columns.
+
+    Raises:
+        UserError: a missing column, or two rows that differ for one image.
+    """
+    several = not isinstance(label_column, str)
+    wanted = [path_column, *(label_column if several else [label_column])]
+    wanted += [column for column in (group_column, split_column) if column]
+    table = LabelTable()
+    for row in read_csv(path, wanted):
+        name = row[path_column]
+        label = tuple(row[column] for column in label_column) if several else row[label_column]
+        identity = images.find(name)
+        enter(table, path, identity, name, label)
+        for column, store in ((group_column, table.groups), (split_column, table.splits)):
+            if column and identity is not None:
+                agree(path, name, column, store.setdefault(identity, row[column]), row[column])
+    return table
+
+
+def enter(table: LabelTable, path: Path, identity: str | None, name: str, label: Any) -> None:
+    """Note the label of an image, or that there is no such image."""
+    if identity is None:
+        table.missing.append(name)
+    else:
+        agree(path, name, "label", table.labels.setdefault(identity, label), label)
+
+
+def agree(path: Path, name: str, what: str, first: Any, second: Any) -> None:
+    """Refuse two different values for one image."""
+    if first != second:
+        raise UserError(
+            f"{path}: {name} has two values of {what}: {first!r} and {second!r}; keep one"
+        )
+
+
+# ------------------------------------------------------------------------------ the data set
+#
+# Folders of images with labels from folder names, JSON or CSV, and any way to split them.
+#
+# N samples, K classes or targets.
+
+ALL = "all"  # the one split of a data set that folds are drawn from
+
+
+@read_data.register
+def _(spec: GenericImageData, *, seed: int) -> Data:
+    """A folder of images."""
+    subtask = subtask_of(spec)
+    check_fields(spec)
+    base = Path(spec.data_root_dir)
+    folder = base / spec.images_dir
+    images = ImageFolder(folder, base, walk(folder, spec.allowed_exts))
+    report: list[str] = []
+    problems = Problems(spec.strict)
+    table = label_table(spec, images)
+    members = members_of(spec, images, table, problems, report)
+    kept = usable(spec, images, table, members, subtask, problems)
+    problems.settle(report)
+    ids = [identity for identity in unique(members) if identity in kept]
+    targets, class_names = encode([kept[i].label for i in ids], ids, rules_of(spec, subtask))
+    samples = Samples(ids, targets, [kept[i].header for i in ids], groups_of(spec, table, ids))
+    rows = rows_of(spec, members, samples, subtask, seed)
+    if samples.groups is not None:
+        refuse_shared_groups(ids, samples.groups, rows)
+    report += duplicate_notes([images.path(i) for i in ids], ids, targets, rows)
+    report += notes(samples, rows["train"], subtask, class_names)
+    return Data(
+        name="generic_image_dataset",
+        splits={name: split_of(spec, images, samples, rows[name]) for name in rows},
+        subtask=subtask,
+        class_names=class_names,
+        channels=spec.channels,
+        bit_depth=spec.bit_depth,
+        report=report,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An image that can be used."""
+
+    label: Any
+    header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """All images of a data set, in order, before they are split."""
+
+    ids: list[str]
+    targets: np.ndarray
+    headers: list[Header]
+    groups: list[str] | None
+
+
+# ---------------------------------------------------------------------- the spec
+
+
+def subtask_of(spec: GenericImageData) -> str:
+    """Kind of target, from subtask, else from task.
+
+    Raises:
+        UserError: the two contradict each other.
+    """
+    if spec.subtask is None:
+        return "regression" if spec.task == "Regression" else "multiclass"
+    if spec.task is not None and (spec.task == "Regression") != (spec.subtask == "regression"):
+        raise UserError(
+            f'data.task = "{spec.task}" contradicts data.subtask = "{spec.subtask}": leave task out'
+        )
+    return spec.subtask
+
+
+def check_fields(spec: GenericImageData) -> None:
+    """Refuse fields that do not go together.
+
+    Raises:
+        UserError: which, and what would go.
+    """
+    several = not isinstance(spec.label_column, str)
+    subtask = subtask_of(spec)
+    wrong = {
+        'data.group_column needs data.label_source = "csv"': spec.group_column is not None
+        and spec.label_source != "csv",
+        'data.split_source = "column" needs data.label_source = "csv"': spec.split_source
+        == "column"
+        and spec.label_source != "csv",
+        'several data.label_column need data.label_source = "csv"': several
+        and spec.label_source != "csv",
+        f'data.subtask = "{subtask}" takes one data.label_column': several
+        and subtask == "multiclass",
+        f'data.label_source = "folder" gives one class an image, not data.subtask = "{subtask}":'
+        ' use "json" or "csv"': spec.label_source == "folder" and subtask != "multiclass",
+    }
+    lines = [text for text, is_wrong in wrong.items() if is_wrong]
+    if lines:
+        raise UserError("\n".join(lines))
+    if spec.split_source in ("subdirs", "column"):
+        refuse_fold(spec, f'data.split_source = "{spec.split_source}" has one split')
+
+
+def rules_of(spec: GenericImageData, subtask: str) -> LabelRules:
+    """How the labels are meant."""
+    columns = None if isinstance(spec.label_column, str) else tuple(spec.label_column)
+    return LabelRules(subtask, spec.class_names, spec.num_classes, columns, spec.label_separator)
+
+
+# ---------------------------------------------------------------------- labels and members
+
+
+def label_table(spec: GenericImageData, images: ImageFolder) -> LabelTable | None:
+    """What the label file says; None where the folders are the labels."""
+    base = Path(spec.data_root_dir)
+    if spec.label_source == "folder":
+        return None
+    path = base / (spec.labels_file or f"labels.{spec.label_source}")
+    if spec.label_source == "json":
+        return json_labels(path, images)
+    return csv_labels(
+        path,
+        images,
+        path_column=spec.path_column,
+        label_column=spec.label_column,
+        group_column=spec.group_column,
+        split_column=spec.split_column if spec.split_source == "column" else None,
+    )
+
+
+def members_of(
+    spec: GenericImageData,
+    images: ImageFolder,
+    table: LabelTable | None,
+    problems: Problems,
+    report: list[str],
+) -> dict[str, list[str]]:
+    """Ids of each split; those of ALL where folds are drawn later.
+
+    Raises:
+        UserError: a split that does not exist, or an image in two splits.
+    """
+    if spec.split_source in ("kfold", "column") and table is not None:
+        for name in table.missing:
+            problems.add(name, "no such file")
+        unused = len(set(images.ids) - set(table.labels))
+        if unused:
+            report.append(f"{unused} images of {images.folder} are not in the label file: not used")
+    if spec.split_source == "kfold":
+        return {ALL: images.ids if table is None else list(table.labels)}
+    if spec.split_source == "splits_json":
+        path = Path(spec.data_root_dir) / spec.split_file
+        listed = read_splits(path, spec.fold)
+        where = str(path)
+    elif spec.split_source == "column":
+        listed, where = {}, f"column {spec.split_column}"
+        for identity, name in table.splits.items():
+            listed.setdefault(name, []).append(identity)
+    else:
+        listed, where = by_first_folder(images), str(images.folder)
+    members = {}
+    for split, name in split_names(spec, listed, where).items():
+        found = {entry: images.find(entry, prefix=name) for entry in listed[name]}
+        for entry in [entry for entry, identity in found.items() if identity is None]:
+            problems.add(entry, f"no such file (in split {name})")
+        members[split] = [identity for identity in found.values() if identity is not None]
+        again = len(listed[name]) - len(set(members[split])) - list(found.values()).count(None)
+        if again > 0:
+            report.append(f"{again} entries of split {name} name an image again: used once")
+        members[split] = list(dict.fromkeys(members[split]))
+    refuse_shared_images(spec, members)
+    return members
+
+
+def by_first_folder(images: ImageFolder) -> dict[str, list[str]]:
+    """Ids by the first folder of their path."""
+    listed: dict[str, list[str]] = {}
+    for identity in images.ids:
+        first, _, rest = identity.partition("/")
+        if rest:
+            listed.setdefault(first, []).append(identity)
+    return listed
+
+
+def split_names(spec: GenericImageData, listed: Iterable[str], where: str) -> dict[str, str]:
+    """What the data set calls each split that is there.
+
+    Raises:
+        UserError: a split that must be there is not.
+    """
+    names = {
+        "train": spec.train_split_name,
+        "val": spec.val_split_name,
+        "test": spec.test_split_name,
+    }
+    default_test = type(spec)().test_split_name
+    for split, name in list(names.items()):
+        if name in listed:
+            continue
+        if split == "test" and name == default_test:
+            del names[split]
+            continue
+        known = ", ".join(listed) or "none"
+        raise UserError(
+            f'{where}: no split "{name}"{meant(name, list(listed))}; splits there: {known};'
+            f" set data.{split}_split_name"
+        )
+    return names
+
+
+def refuse_shared_images(spec: GenericImageData, members: dict[str, list[str]]) -> None:
+    """Refuse an image in two splits; val and test of the same name are one split, as asked."""
+    where: dict[str, str] = {}
+    for split, ids in members.items():
+        if split == "test" and spec.test_split_name == spec.val_split_name:
+            continue
+        for identity in ids:
+            if where.setdefault(identity, split) != split:
+                shared = [i for i in ids if where.get(i, split) != split]
+                raise UserError(
+                    f"{len(shared)} images are in the splits {where[identity]} and {split}:"
+                    f" {', '.join(shared[:5])}{', ...' * (len(shared) > 5)}; keep each in one"
+                )
+
+
+def unique(members: dict[str, list[str]]) -> list[str]:
+    """All ids, each once."""
+    return list(dict.fromkeys(identity for ids in members.values() for identity in ids))
+
+
+def usable(
+    spec: GenericImageData,
+    images: ImageFolder,
+    table: LabelTable | None,
+    members: dict[str, list[str]],
+    subtask: str,
+    problems: Problems,
+) -> dict[str, Kept]:
+    """The images that have a label, a group where groups are asked for, and a readable header."""
+    names = {"train": spec.train_split_name, "val": spec.val_split_name}
+    names["test"] = spec.test_split_name
+    split_of_id = {i: names.get(split, "") for split, ids in members.items() for i in ids}
+    ids = list(split_of_id)
+    headers, broken = read_headers([images.path(i) for i in ids], threads=FILE_THREADS)
+    kept = {}
+    for number, (identity, header) in enumerate(zip(ids, headers, strict=True)):
+        if table is None:
+            label = class_folder(identity, split_of_id[identity], spec)
+        else:
+            label = table.labels.get(identity)
+        if number in broken:
+            problems.add(identity, broken[number].removeprefix(f"{images.path(identity)}: "))
+        elif is_missing(label, subtask):
+            problems.add(identity, "no label" if table else "in no class folder")
+        elif spec.group_column and not table.groups.get(identity):
+            problems.add(identity, f"no group in column {spec.group_column}")
+        else:
+            kept[identity] = Kept(label, header)
+    return kept
+
+
+def class_folder(identity: str, split: str, spec: GenericImageData) -> str | None:
+    """Class of an image by its folder: the first one of its path, after that of its split."""
+    folders = PurePosixPath(identity).parts[:-1]
+    skips = spec.split_source == "subdirs" or len(folders) > 1
+    if folders and folders[0] == split and skips:
+        folders = folders[1:]
+    return folders[0] if folders else None
+
+
+def groups_of(spec: GenericImageData, table: LabelTable | None, ids: list[str]) -> list[str] | None:
+    """Group of each image."""
+    return [table.groups[i] for i in ids] if spec.group_column and table else None
+
+
+# ---------------------------------------------------------------------- splits
+
+
+def rows_of(
+    spec: GenericImageData,
+    members: dict[str, list[str]],
+    samples: Samples,
+    subtask: str,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Rows of each split among the samples."""
+    if ALL not in members:
+        place = {identity: row for row, identity in enumerate(samples.ids)}
+        return {
+            split: np.array([place[i] for i in ids if i in place], np.int64)
+            for split, ids in members.items()
+        }
+    labels = strata(samples.targets, subtask, kept=spec.stratified)
+    groups = None if samples.groups is None else np.array(samples.groups)
+    fold_of = folds(labels, spec.n_folds, seed=mix(seed, FOLDS), groups=groups)
+    return fold_splits(fold_of, spec.fold, spec.n_folds)
+
+
+def split_of(
+    spec: GenericImageData, images: ImageFolder, samples: Samples, rows: np.ndarray
+) -> Split:
+    """A split of files."""
+    ids = [samples.ids[row] for row in rows]
+    return Split(
+        ids=ids,
+        targets=samples.targets[rows],
+        source=FileSource(
+            [images.path(i) for i in ids],
+            [samples.headers[row] for row in rows],
+            channels=spec.channels,
+            bit_depth=spec.bit_depth,
+        ),
+        groups=None if samples.groups is None else [samples.groups[row] for row in rows],
+    )
+
+
+def notes(
+    samples: Samples, train: np.ndarray, subtask: str, class_names: tuple[str, ...]
+) -> list[str]:
+    """Lines on stacks and on classes without a training sample."""
+    lines = []
+    stacks = [i for i, h in zip(samples.ids, samples.headers, strict=True) if h.pages > 1]
+    if stacks:
+        lines.append(
+            f"{len(stacks)} TIFF files have several pages, the first is read: {some_of(stacks)}"
+        )
+    if subtask != "regression":
+        targets = samples.targets[train]
+        one_hot = np.eye(len(class_names))[targets] if targets.ndim == 1 else targets
+        absent = [n for n, any_ in zip(class_names, one_hot.any(0), strict=True) if not any_]
+        if absent:
+            lines.append(f"classes without a training sample: {some_of(absent)}")
+    return lines
+
+
+# -------------------------------------------------------------------------------- new images
+#
+# New images without labels, for inference.
+
+
+def build_unlabelled(
+    path: str, *, channels: int, bit_depth: int, allowed_exts: tuple[str, ...]
+) -> Split:
+    """New images without labels: of a folder and all below it in sorted order, of a CSV file with a
+    column `path` (relative to the CSV file's folder) in its order, or a single image.
+
+    Raises:
+        UserError: nothing there, no image, or images that are missing or broken, all together.
+    """
+    where = Path(path)
+    if where.is_dir():
+        ids = walk(where, allowed_exts)
+        paths = [str(where / name) for name in ids]
+    elif where.suffix.lower() == ".csv":
+        ids = [row["path"] for row in read_csv(where, ["path"])]
+        paths = [str(where.parent / name) for name in ids]
+    elif where.exists():
+        ids, paths = [where.name], [path]
+    else:
+        raise UserError(f"{path}: no such file or folder, expected images, or a CSV of their paths")
+    if not ids:
+        raise UserError(f"{path}: no image with a suffix of {', '.join(allowed_exts)}")
+    headers, broken = read_headers(paths, threads=FILE_THREADS)
+    problems = Problems(strict=True)
+    for number, line in broken.items():
+        problems.add(paths[number], line.removeprefix(f"{paths[number]}: "))
+    if problems.lines:
+        raise UserError(problems.text(f"of {len(ids)} cannot be read:"))
+    source = FileSource(paths, headers, channels=channels, bit_depth=bit_depth)
+    return Split(ids=ids, targets=None, source=source)

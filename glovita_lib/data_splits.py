@@ -1,0 +1,316 @@
+"""Splits: drawn at random, read from files, and checked for what they share."""
+
+import hashlib
+import os
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from glovita_lib.errors import UserError
+from glovita_lib.files import FILE_THREADS, read_json_table
+
+# ------------------------------------------------------------------------------- split files
+
+
+def read_splits(path: Path, fold: int) -> dict[str, list[str]]:
+    """Splits of a JSON file: {split: [path or id, ...]}, or a list or {"0": ...} of these, one a
+    fold.
+
+    Raises:
+        UserError: another form, or no such fold.
+    """
+    content = read_json_table(path)
+    form = f"{path}: expected {{split: [path or id, ...]}}, or a list of such objects, one a fold"
+    if isinstance(content, dict) and content and all(isinstance(v, dict) for v in content.values()):
+        if sorted(content) != sorted(map(str, range(len(content)))):
+            raise UserError(f'{form}; folds in an object are named "0", "1", ...')
+        content = [content[str(number)] for number in range(len(content))]
+    if isinstance(content, list):
+        if fold >= len(content):
+            raise UserError(f"data.fold = {fold}, but {path} has folds 0 to {len(content) - 1}")
+        content = content[fold]
+    elif fold:
+        raise UserError(f"data.fold = {fold}, but {path} has one split, no folds: only 0 exists")
+    if not isinstance(content, dict):
+        raise UserError(form)
+    for name, paths in content.items():
+        if not isinstance(paths, list) or not all(isinstance(entry, str | int) for entry in paths):
+            raise UserError(f'{form}; "{name}" is no list of paths or ids')
+    return {name: [str(entry) for entry in paths] for name, paths in content.items()}
+
+
+# ------------------------------------------------------------------- random splits and folds
+#
+# Random splits and folds as pure functions of arrays and a seed.
+#
+# N samples. A stratum is what a split shall keep the proportions of: a class, or a quantile of a
+# regression target.
+
+# Streams of the seed, so that one draw does not depend on another.
+VAL, FRACTION, FOLDS = 1, 2, 3
+
+
+def strata(targets: np.ndarray, subtask: str, *, kept: bool = True, bins: int = 10) -> np.ndarray:
+    """Stratum (N,) int64 of each sample; all in one stratum where proportions are not `kept`.
+
+    multiclass: the class. multilabel: the rarest of the sample's labels, which is the one a split
+    most easily loses. regression: the quantile bin of the target, of the mean standardised target
+    if there are several; at least 5 samples a bin.
+    """
+    if not kept or not len(targets):
+        return np.zeros(len(targets), np.int64)
+    if subtask == "multiclass":
+        return targets.astype(np.int64)
+    if subtask == "multilabel":
+        order = np.argsort(targets.sum(0), kind="stable")  # rarest label first
+        positive = targets[:, order] > 0
+        return np.where(positive.any(1), order[positive.argmax(1)], targets.shape[1])
+    spread = targets.std(0)
+    score = ((targets - targets.mean(0)) / np.where(spread > 0, spread, 1)).mean(1)
+    count = max(1, min(bins, len(targets) // 5))
+    edges = np.quantile(score, np.linspace(0, 1, count + 1)[1:-1])
+    return np.searchsorted(edges, score, side="right")
+
+
+def draw(labels: np.ndarray, count: int, *, seed: int, keep: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `count` of N samples at random in the proportions of their strata.
+
+    Args:
+        labels: stratum (N,) of each sample; all equal draws without strata.
+        keep: "rest" leaves each stratum a sample that is not drawn, as a held-out set must not take
+            the last sample of a class from training; "drawn" draws at least one of each stratum;
+            both as far as the counts allow.
+
+    Returns:
+        Sorted rows that were drawn and sorted rows of the rest. A larger count of the same seed
+        draws from the same random order of each stratum.
+    """
+    values, stratum = np.unique(labels, return_inverse=True)
+    sizes = np.bincount(stratum, minlength=len(values))
+    low = np.minimum(sizes, 1) if keep == "drawn" else np.zeros_like(sizes)
+    high = np.maximum(sizes - 1, 0) if keep == "rest" else sizes
+    if low.sum() > count:
+        low = np.zeros_like(sizes)
+    if high.sum() < count:
+        high = sizes
+    counts = apportion(sizes, count, low=low, high=high)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(stratum[order], kind="stable")]  # random within each stratum
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    drawn = rank < np.repeat(counts, sizes)
+    return np.sort(order[drawn]), np.sort(order[~drawn])
+
+
+def apportion(sizes: np.ndarray, count: int, *, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Shares of `count` proportional to `sizes` by largest remainder, within low <= share <= high.
+
+    low.sum() <= count <= high.sum() must hold.
+    """
+    exact = sizes * (count / max(1, sizes.sum()))
+    shares = np.clip(np.floor(exact).astype(np.int64), low, high)
+    while (missing := count - int(shares.sum())) != 0:
+        step = 1 if missing > 0 else -1
+        free = np.flatnonzero(shares < high if step > 0 else shares > low)
+        wanting = np.argsort(-step * (exact - shares)[free], kind="stable")
+        shares[free[wanting[: abs(missing)]]] += step
+    return shares
+
+
+def folds(
+    labels: np.ndarray, n_folds: int, *, seed: int, groups: np.ndarray | None = None
+) -> np.ndarray:
+    """Fold (N,) of each sample; folds are disjoint, of nearly equal size, and each has nearly its
+    share of every stratum. All samples of a group are in one fold.
+
+    Raises:
+        UserError: fewer samples, or groups, than folds.
+    """
+    units = len(labels) if groups is None else len(set(groups))
+    if units < n_folds:
+        what = "samples" if groups is None else "groups"
+        raise UserError(
+            f"data.n_folds = {n_folds}, but there are only {units} {what}: at most {units} folds"
+        )
+    if groups is None:
+        return deal(labels, n_folds, seed)
+    return grouped(labels, n_folds, seed, groups)
+
+
+def deal(labels: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """Deal shuffled samples out like cards, one stratum after the other: folds differ by at most
+    one sample, in total and in each stratum."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    fold = np.empty(len(labels), np.int64)
+    fold[order] = np.arange(len(order)) % n_folds
+    return fold
+
+
+def grouped(labels: np.ndarray, n_folds: int, seed: int, groups: np.ndarray) -> np.ndarray:
+    """Greedy stratified folds of whole groups: the least balanced groups first, each into the fold
+    where the strata stay most even, then the smaller one (as scikit-learn's StratifiedGroupKFold).
+
+    No fold stays empty: the last groups go to the empty folds.
+    """
+    stratum = np.unique(labels, return_inverse=True)[1]
+    names, member = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), stratum.max() + 1))
+    np.add.at(counts, (member, stratum), 1)
+    order = np.random.default_rng(seed).permutation(len(names))
+    order = order[np.argsort(-counts[order].std(1), kind="stable")]
+    total = counts.sum(0)
+    filled = np.zeros((n_folds, counts.shape[1]))
+    chosen = np.empty(len(names), np.int64)
+    for done, group in enumerate(order):
+        empty = np.flatnonzero(filled.sum(1) == 0)
+        candidates = empty if len(empty) >= len(names) - done else np.arange(n_folds)
+        chosen[group] = best = evenest(filled, counts[group] / total, candidates)
+        filled[best] += counts[group] / total
+    return chosen[member]
+
+
+def evenest(filled: np.ndarray, share: np.ndarray, candidates: np.ndarray) -> int:
+    """The candidate fold whose choice leaves the smallest spread of strata between the folds."""
+    spreads = []
+    for fold in candidates:
+        trial = filled.copy()
+        trial[fold] += share
+        spreads.append((round(float(trial.std(0).mean()), 12), float(trial[fold].sum()), fold))
+    return int(min(spreads)[2])
+
+
+def fold_splits(fold_of: np.ndarray, fold: int, n_folds: int) -> dict[str, np.ndarray]:
+    """Rows of train, val and test: fold `fold` is test, the next one val, the others train.
+
+    Raises:
+        UserError: there is no such fold.
+    """
+    if fold >= n_folds:
+        raise UserError(
+            f"data.fold = {fold}, but data.n_folds = {n_folds}: folds are 0 to {n_folds - 1}"
+        )
+    test, val = fold_of == fold, fold_of == (fold + 1) % n_folds
+    masks = {"train": ~(test | val), "val": val, "test": test}
+    return {name: np.flatnonzero(mask) for name, mask in masks.items()}
+
+
+# ----------------------------------------------------------------------------------- leakage
+#
+# What two splits must not share: groups, and files with the same bytes.
+#
+# N samples.
+
+TAIL = 4096  # last bytes, which tell compressed images of one size apart
+SHOWN = 5
+
+
+def refuse_shared_rows(ids: Sequence[str], rows: dict[str, np.ndarray]) -> None:
+    """Refuse a sample in two splits; val and test may be the same samples, if that was asked for.
+
+    Raises:
+        UserError: the samples.
+    """
+    for (first, one), (second, other) in combinations(different(rows).items(), 2):
+        shared = np.intersect1d(one, other)
+        if len(shared):
+            raise UserError(
+                f"{len(shared)} samples are in the splits {first} and {second}:"
+                f" {some_of([ids[row] for row in shared])}; keep each in one"
+            )
+
+
+def refuse_shared_groups(
+    ids: Sequence[str], groups: Sequence[str | None], rows: dict[str, np.ndarray]
+) -> None:
+    """Refuse a group (patient, slide) with samples in two splits; val and test may be the same
+    samples, if that was asked for. A sample of group None is in none.
+
+    Raises:
+        UserError: the groups, with a sample in each of their splits.
+    """
+    where: dict[str, dict[str, str]] = {}
+    for split, numbers in different(rows).items():
+        for row in numbers:
+            if groups[row] is not None:
+                where.setdefault(groups[row], {}).setdefault(split, ids[row])
+    shared = {group: splits for group, splits in where.items() if len(splits) > 1}
+    if shared:
+        shown = [
+            f"{group} ({', '.join(f'{split}: {identity}' for split, identity in splits.items())})"
+            for group, splits in list(shared.items())[:SHOWN]
+        ]
+        raise UserError(
+            f"{len(shared)} groups are in more than one split: {'; '.join(shown)}; move each into"
+            ' one split or use data.split_source = "kfold"'
+        )
+
+
+def different(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The splits without a test split that is the val split."""
+    same = "test" in rows and "val" in rows and np.array_equal(rows["val"], rows["test"])
+    return {split: numbers for split, numbers in rows.items() if not (same and split == "test")}
+
+
+def duplicate_notes(
+    paths: Sequence[str], ids: Sequence[str], targets: np.ndarray, rows: dict[str, np.ndarray]
+) -> list[str]:
+    """Lines on files that are equal byte for byte: across splits (leakage), within a split, and
+    with different labels."""
+    split = {int(row): name for name, numbers in different(rows).items() for row in numbers}
+    used = sorted(split)
+    across, within, torn = [], [], []
+    for twins in duplicates([paths[row] for row in used], threads=FILE_THREADS):
+        members = [used[number] for number in twins]
+        shown = " = ".join(f"{ids[row]} ({split[row]})" for row in members[:4])
+        (across if len({split[row] for row in members}) > 1 else within).append(shown)
+        if len({targets[row].tobytes() for row in members}) > 1:
+            torn.append(shown)
+    texts = {
+        "leakage: {} images are in several splits under different names: {}": across,
+        "{} images occur several times within a split: {}": within,
+        "{} images occur with different labels: {}": torn,
+    }
+    return [text.format(len(found), some_of(found)) for text, found in texts.items() if found]
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
+    return ", ".join(names[:SHOWN]) + more
+
+
+def duplicates(paths: Sequence[str], *, threads: int) -> list[list[int]]:
+    """Numbers of files that are equal byte for byte, in groups of two or more.
+
+    Only files of equal size are opened, and only those with equal ends are read as a whole.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+
+        def divided(groups: list[list[int]], key: Callable[[str], Hashable]) -> list[list[int]]:
+            """Groups divided by a key of their files; what is alone then is left out."""
+            members = [number for group in groups for number in group]
+            keys = dict(zip(members, pool.map(key, [paths[i] for i in members]), strict=True))
+            parts: dict[Hashable, list[int]] = {}
+            for place, group in enumerate(groups):
+                for number in group:
+                    parts.setdefault((place, keys[number]), []).append(number)
+            return [part for part in parts.values() if len(part) > 1]
+
+        groups = divided([list(range(len(paths)))], os.path.getsize)
+        return divided(divided(groups, tail), digest)
+
+
+def tail(path: str) -> bytes:
+    """Last bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+        return file.read()
+
+
+def digest(path: str) -> bytes:
+    """Hash of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()

@@ -1,0 +1,525 @@
+"""What an encoder is: its inputs, its output, its facts, and how one is built."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glovita_lib import network
+from glovita_lib.bags import Bags
+from glovita_lib.errors import UserError, call_target, reason
+from glovita_lib.spec_model import CustomEncoder, PrecomputedEncoder
+
+# ------------------------------------------------------------------------------------ inputs
+#
+# What an encoder expects of its input images.
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess:
+    """The input convention of an encoder: that of its published weights, else that of its
+    architecture.
+
+    Sizes in pixels. mean and std refer to values in 0..1, one per input channel.
+    """
+
+    image_size: int | None
+    """Side of the square input; none where nothing asks for a certain one."""
+    resize_size: int | None
+    """Shorter side before the centre crop to image_size, e.g. 256 before 224."""
+    interpolation: str
+    """nearest, bilinear, bicubic or lanczos."""
+    mean: tuple[float, ...]
+    """Subtracted from each channel."""
+    std: tuple[float, ...]
+    """Divides each channel after that."""
+    fixed_size: bool
+    """Whether the encoder must be built for its input size and accepts no other."""
+
+
+def fit_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Statistics of RGB for another number of channels, as its first kernel is fitted: one channel
+    takes their mean, more repeat them."""
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return tuple(float(values[i % len(values)]) for i in range(channels))
+
+
+# ------------------------------------------------------------------------------------ output
+#
+# What an encoder gives: one type for every family.
+#
+# B batch, N tokens, D width, H W grid of patches.
+
+
+@dataclass(slots=True)
+class Features:
+    """The output of an encoder.
+
+    tokens are final-normed, prefix tokens (CLS first, then registers) before patch tokens, which
+    run over the grid row by row. Feature maps (B, D, H, W) or (B, H, W, D) come as their H W
+    tokens, as the library pools them. pooled is the library's own vector before the classifier,
+    and pooling says what it is:
+
+    - "cls_token": the CLS token and the layers trained behind it
+    - "avg": the mean of the patch tokens and the layers trained behind it
+    - "pooled": anything else, e.g. attention pooling, or a flattened map (VGG)
+    """
+
+    tokens: Tensor | None  # (B, N, D); None for encoders that give one vector only
+    grid: tuple[int, ...] | None  # of the N - n_prefix patch tokens
+    n_prefix: int  # CLS and registers
+    has_cls: bool
+    pooled: Tensor | None  # (B, D'); None where not asked for
+    pooling: str | None = None
+    mask: Tensor | None = None  # (B, N) bool, True where a token is real; None: all are
+
+    @property
+    def patches(self) -> Tensor:
+        """Patch tokens (B, N - n_prefix, D)."""
+        return self.tokens[:, self.n_prefix :]
+
+
+# --------------------------------------------------------------------- networks of libraries
+#
+# What all encoders share: features out of a library's own network.
+#
+# Facts about a network (width, layout of its maps, kind of pooling, blocks) are read off the
+# network itself: shapes from a pass without data, the kind of pooling from what the pooling does to
+# random features. B batch, N tokens, D width, C channels, H W pixels.
+
+
+class Encoder(nn.Module):
+    """A network without its classifier, kept under `net` with the library's own names.
+
+    A subclass says how raw features are made (`trunk`), pooled (`pool`) and normed (`norm`).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        name: str,
+        preprocess: Preprocess,
+        n_prefix: int,
+        has_cls: bool,
+        channels_last: bool,
+        input_shape: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.net, self.name, self.preprocess = net, name, preprocess
+        self.n_prefix, self.has_cls, self.channels_last = n_prefix, has_cls, channels_last
+        with evaluating(self):
+            self.inspect(input_shape)
+
+    # ------------------------------------------------------------------ forward
+
+    def trunk(self, x: Tensor) -> Any:
+        """Inputs (B, C, H, W) -> raw features: tokens (B, N, D), a map, a vector or several."""
+        raise NotImplementedError
+
+    def pool(self, raw: Any) -> Tensor:
+        """Raw features -> the library's own vector before the classifier, (B, D')."""
+        raise NotImplementedError
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        """Final norm of tokens (B, N, D) where the raw ones lack it."""
+        return tokens
+
+    def forward(self, x: Tensor, *, pooled: bool = True) -> Features:
+        """Features of inputs (B, C, H, W); without the library's own vector if not asked for."""
+        raw = self.trunk(x)
+        if self.layout is None:
+            return Features(None, None, 0, False, self.pool(raw), self.pooling)
+        vector = self.pool(raw) if pooled and self.pooling else None
+        tokens = self.norm(self.to_tokens(raw))
+        grid = self.grid(raw, x.shape[-2:])
+        return Features(tokens, grid, self.n_prefix, self.has_cls, vector, self.pooling)
+
+    def to_tokens(self, raw: Tensor) -> Tensor:
+        """Raw tokens or map -> (B, N, D)."""
+        if raw.ndim == 3:
+            return raw
+        return raw.flatten(1, 2) if self.channels_last else raw.flatten(2).transpose(1, 2)
+
+    def grid(self, raw: Tensor, size: torch.Size) -> tuple[int, ...] | None:
+        """Rows and columns of the patch tokens; None where tokens are no grid."""
+        if raw.ndim == 4:
+            return tuple(raw.shape[1:3] if self.channels_last else raw.shape[2:])
+        patches = raw.shape[1] - self.n_prefix
+        rows = round((patches * size[0] / size[1]) ** 0.5)
+        return (rows, patches // rows) if rows and patches % rows == 0 else None
+
+    # ------------------------------------------------------------------ facts
+
+    def inspect(self, input_shape: tuple[int, ...]) -> None:
+        """Read the facts off the network."""
+        raw = random_like(self.raw_shape(input_shape))
+        self.layout = raw.ndim if isinstance(raw, Tensor) and raw.ndim in (3, 4) else None
+        self.has_tokens = self.layout is not None
+        if not self.has_tokens:
+            self.n_prefix, self.has_cls = 0, False
+        self.has_patches = self.has_tokens and self.to_tokens(raw).shape[1] > self.n_prefix
+        pooled = self.pool(raw)
+        if pooled.ndim != 2:  # the user switched the library's pooling off
+            self.pooling, self.plain, self.pooled_width = None, False, None
+        else:
+            self.pooling, self.plain = self.kind_of_pooling(raw, pooled)
+            self.pooled_width = pooled.shape[1]
+        self.width = self.to_tokens(raw).shape[2] if self.has_tokens else self.pooled_width
+        self.pooling_parameters = self.only_pooling(raw, pooled)
+        self.block_names = network.block_names(self.net, self.pooling_parameters)
+
+    def raw_shape(self, input_shape: tuple[int, ...]) -> Any:
+        """Raw features of an input of this shape, without computing them where that is possible.
+
+        Raises:
+            UserError: the network does not take inputs of this shape.
+        """
+        try:
+            with torch.no_grad():
+                return without_data(self).trunk(torch.zeros(input_shape, device="meta"))
+        except (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError):
+            pass  # tensors that are no buffers, operators without shapes: compute it
+        try:
+            with torch.no_grad():
+                return self.trunk(torch.zeros(input_shape))
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            raise UserError(
+                f"encoder {self.name} does not take images of {input_shape[-1]} pixels with"
+                f" {input_shape[1]} channels ({reason(error)}); set"
+                " data.augmentation.image_size to a size it takes"
+            ) from error
+
+    @torch.no_grad()
+    def kind_of_pooling(self, raw: Any, pooled: Tensor) -> tuple[str, bool]:
+        """What the library's own vector is, and whether it is just that, without layers behind.
+
+        A vector that does not change with the patch tokens is the CLS token's; one that does not
+        change when every patch token is replaced by their mean is the mean's.
+        """
+        if not self.has_tokens:
+            return "pooled", False
+        tokens = self.to_tokens(raw)
+        n = self.n_prefix
+        if self.has_cls and same(self.pool(self.with_patches(raw, -tokens[:, n:])), pooled):
+            return "cls_token", same(self.norm(tokens)[:, 0], pooled)
+        mean = tokens[:, n:].mean(1, keepdim=True)
+        if same(self.pool(self.with_patches(raw, mean.expand_as(tokens[:, n:]))), pooled):
+            return "avg", same(self.norm(tokens)[:, n:].mean(1), pooled)
+        return "pooled", False
+
+    def with_patches(self, raw: Tensor, patches: Tensor) -> Tensor:
+        """Raw features with other patch tokens (B, N - n_prefix, D)."""
+        if raw.ndim == 3:
+            return torch.cat([raw[:, : self.n_prefix], patches], dim=1)
+        if self.channels_last:
+            return patches.reshape(raw.shape)
+        return patches.transpose(1, 2).reshape(raw.shape)
+
+    def only_pooling(self, raw: Any, pooled: Tensor) -> frozenset[str]:
+        """Names, below `net`, of the parameters that only the library's own vector depends on."""
+        behind = dependencies(self.net, pooled)
+        if self.has_tokens:
+            behind -= dependencies(self.net, self.norm(self.to_tokens(raw)))
+        return behind
+
+    def blocks(self) -> list[nn.Module]:
+        """Blocks in order from the input, as `network` defines them."""
+        return [self.net.get_submodule(name) for name in self.block_names]
+
+    def layer_ids(self) -> dict[str, int]:
+        """Depth of every parameter by its name in the encoder: 0 before the first block, i + 1 in
+        block i, one more behind the last."""
+        depths = network.layer_ids(self.net, self.block_names)
+        return {f"net.{name}": number for name, number in depths.items()}
+
+
+def without_data(module: nn.Module) -> nn.Module:
+    """A copy of a module with the shapes of its tensors only; what it caches stays in the copy."""
+    tensors: dict[int, Tensor] = {}
+    for parameter in module.parameters():
+        tensors[id(parameter)] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    for buffer in module.buffers():
+        tensors[id(buffer)] = buffer.to("meta")
+    return deepcopy(module, tensors)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, the former modes afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    yield
+    for part, mode in modes:
+        part.training = mode
+
+
+def random_like(raw: Any) -> Any:
+    """Random features of the same shape for two samples, grids of at least 2 x 2; own stream."""
+    if isinstance(raw, dict):
+        return {key: random_like(value) for key, value in raw.items()}
+    if isinstance(raw, list | tuple):
+        return type(raw)(random_like(value) for value in raw)
+    shape = [2, *raw.shape[1:]]
+    if len(shape) == 4:
+        shape = [2, *(max(2, side) for side in shape[1:])]
+    return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding in float32."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.std()))
+
+
+def dependencies(net: nn.Module, output: Tensor) -> frozenset[str]:
+    """Names of the parameters that an output was computed with."""
+    if not output.requires_grad:
+        return frozenset()
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    grads = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+    return frozenset(name for name, grad in zip(names, grads, strict=True) if grad is not None)
+
+
+# ------------------------------------------------------------------------------- aggregation
+#
+# From tokens to one vector per sample.
+#
+# t_0 is the CLS token, t_1 ... t_P the patch tokens; registers are neither. B batch, D width.
+#
+# - cls_token: t_0
+# - avg: mean of t_1 ... t_P
+# - sum: sum of t_1 ... t_P
+# - mean_all: mean of t_0 ... t_P, where there is no CLS token that of t_1 ... t_P
+# - joint: t_0 and avg side by side, width 2D
+# - pooled: what the library itself gives its classifier
+#
+# Where the library's own pooling is the CLS token or the mean, cls_token or avg is its vector, with
+# the layers it trained behind the pooling (norm, hidden layer, dropout): a ConvNeXt's avg is
+# norm(mean), a MobileNetV3's act(W mean + b).
+
+
+def aggregate(features: Features, method: str) -> Tensor:
+    """One vector per sample, (B, D), or (B, 2D) for joint; masked tokens count for nothing."""
+    if method == "pooled" or (method == features.pooling and features.mask is None):
+        return features.pooled
+    if method == "cls_token":
+        return features.tokens[:, 0]
+    if method == "avg":
+        return masked_sum(features) / count(features)
+    if method == "sum":
+        return masked_sum(features)
+    if method == "joint":
+        return torch.cat([aggregate(features, "cls_token"), aggregate(features, "avg")], dim=1)
+    assert method == "mean_all", method
+    if not features.has_cls:
+        return aggregate(features, "avg")
+    total = features.tokens[:, 0] + masked_sum(features)
+    return total / (count(features) + 1)
+
+
+def masked_sum(features: Features) -> Tensor:
+    """Sum of the real patch tokens, (B, D)."""
+    if features.mask is None:
+        return features.patches.sum(1)
+    real = features.mask[:, features.n_prefix :, None]
+    return features.patches.where(real, 0).sum(1)  # not a product: padding may hold NaN
+
+
+def count(features: Features) -> Tensor | int:
+    """Number of real patch tokens, (B, 1) where it varies; at least 1."""
+    if features.mask is None:
+        return features.patches.shape[1]
+    return features.mask[:, features.n_prefix :].sum(1, keepdim=True).clamp(min=1)
+
+
+def served(encoder: Encoder) -> tuple[str, ...]:
+    """The methods an encoder can serve."""
+    cls = ["cls_token"] if encoder.has_cls else []
+    patches = ["avg", "sum", "mean_all"] if encoder.has_patches else []
+    joint = ["joint"] if cls and patches else []
+    pooled = ["pooled"] if encoder.pooling else []
+    return (*cls, *patches, *joint, *pooled)
+
+
+def resolve_method(method: str | None, encoder: Encoder) -> str:
+    """The method asked for; unset: the library's own pooling where layers are trained behind it or
+    where it is neither CLS token nor mean, else the CLS token, else the mean.
+
+    Raises:
+        UserError: the encoder has no CLS token, or gives one vector only.
+    """
+    methods = served(encoder)
+    if method is None:
+        if encoder.pooling and not encoder.plain:
+            return encoder.pooling
+        return "cls_token" if encoder.has_cls else "avg"
+    if method not in methods:
+        why = "has no CLS token" if encoder.has_patches else "gives one vector per sample"
+        raise UserError(
+            f'model.feature_aggregation_method = "{method}": encoder {encoder.name} {why}; valid:'
+            f" {', '.join(methods)}, or none for its default"
+        )
+    return method
+
+
+def reads_pooled(method: str, encoder: Encoder) -> bool:
+    """Whether a method reads the library's own vector."""
+    parts = {"joint": ("cls_token", "avg"), "mean_all": () if encoder.has_cls else ("avg",)}
+    return method == "pooled" or encoder.pooling in parts.get(method, (method,))
+
+
+def output_width(encoder: Encoder, method: str) -> int:
+    """Width of the vector that a method gives."""
+    if method == "joint":
+        return output_width(encoder, "cls_token") + output_width(encoder, "avg")
+    return encoder.pooled_width if reads_pooled(method, encoder) else encoder.width
+
+
+# ---------------------------------------------------------------------------------- building
+#
+# Encoders: what they expect and how they are built, one function of each kind per Struct.
+#
+# B batch, N tokens, D width, C channels, H W pixels.
+
+
+def check_channels(spec: Any, channels: int) -> None:
+    """The spec may state the channels, but the data have them."""
+    if spec.input_channels is not None and spec.input_channels != channels:
+        raise UserError(
+            f"model.encoder.input_channels = {spec.input_channels}: the data have {channels};"
+            " remove input_channels or change how the data are read"
+        )
+
+
+@singledispatch
+def describe(spec: Any, *, channels: int) -> Preprocess:
+    """What the encoder of a Struct expects of images with so many channels; builds nothing.
+
+    Raises:
+        UserError: unknown model.
+    """
+    raise TypeError(f"no encoder for {type(spec).__name__}")
+
+
+@singledispatch
+def build_encoder(
+    spec: Any, *, channels: int, image_size: int | None, load_weights: bool
+) -> Encoder:
+    """The encoder of a Struct for square images of `image_size` pixels, none: of its own size.
+
+    Args:
+        load_weights: False where a checkpoint is loaded over it; then no file is read or fetched.
+
+    Raises:
+        UserError: unknown model or argument, weights that are not there or do not fit, a size it
+        does not take.
+    """
+    raise TypeError(f"no encoder for {type(spec).__name__}")
+
+
+# -------------------------------------------------------------------- a user's own
+
+
+class CustomTrunk(Encoder):
+    """A user's module: gives a vector (B, D), tokens (B, N, D) or a map (B, D, H, W).
+
+    The module's attributes n_prefix and has_cls say how many of its tokens are prefix tokens and
+    whether the first is a CLS token; without them none is.
+    """
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Inputs (B, C, H, W) -> the module's output."""
+        return self.net(x)
+
+    def pool(self, raw: Tensor) -> Tensor:
+        """The vector itself, the CLS token, or the mean of patch tokens, (B, D)."""
+        if raw.ndim == 2:
+            return raw
+        tokens = self.to_tokens(raw)
+        return tokens[:, 0] if self.has_cls else tokens[:, self.n_prefix :].mean(1)
+
+
+@describe.register
+def _(spec: CustomEncoder, *, channels: int) -> Preprocess:
+    check_channels(spec, channels)
+    return Preprocess(
+        image_size=None,
+        resize_size=None,
+        interpolation="bilinear",
+        mean=fit_channels((0.485, 0.456, 0.406), channels),
+        std=fit_channels((0.229, 0.224, 0.225), channels),
+        fixed_size=False,
+    )
+
+
+@build_encoder.register
+def _(spec: CustomEncoder, *, channels: int, image_size: int | None, load_weights: bool) -> Encoder:
+    check_channels(spec, channels)
+    net = call_target("model.encoder", spec.target, input_channels=channels, **spec.options)
+    if not isinstance(net, nn.Module):
+        raise UserError(
+            f'model.encoder.target = "{spec.target}" returned a {type(net).__name__}: it must'
+            " return a torch.nn.Module"
+        )
+    has_cls = bool(getattr(net, "has_cls", False))
+    size = image_size or 224
+    return CustomTrunk(
+        net,
+        name=spec.target,
+        preprocess=describe(spec, channels=channels),
+        n_prefix=int(getattr(net, "n_prefix", has_cls)),
+        has_cls=has_cls,
+        channels_last=False,
+        input_shape=(1, channels, size, size),
+    )
+
+
+# ---------------------------------------------------------------------- precomputed features
+#
+# The encoder of precomputed features: it hands them on, so that everything behind it is the same.
+#
+# B batch, D width.
+
+
+class Identity(nn.Module):
+    """Vectors (B, D) or bags of them, as they are."""
+
+    name = "precomputed"
+    has_cls = has_patches = has_tokens = False
+    n_prefix = 0
+    pooling, plain = "pooled", False  # a vector is what a head takes, see layers.Features
+    pooling_parameters: frozenset[str] = frozenset()
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = self.pooled_width = width
+
+    def forward(self, x: Tensor | Bags, *, pooled: bool = True) -> Features | Bags:
+        """Vectors become features; bags are for heads that take instances."""
+        return x if isinstance(x, Bags) else Features(None, None, 0, False, x, self.pooling)
+
+    def blocks(self) -> list[nn.Module]:
+        """None."""
+        return []
+
+    def layer_ids(self) -> dict[str, int]:
+        """No parameters."""
+        return {}
+
+
+@build_encoder.register
+def _(
+    spec: PrecomputedEncoder, *, channels: int, image_size: int | None, load_weights: bool
+) -> nn.Module:
+    if spec.feature_dim is not None and spec.feature_dim != channels:
+        raise UserError(
+            f"model.encoder.feature_dim = {spec.feature_dim}: the features have width {channels};"
+            f" set feature_dim = {channels} or leave it out"
+        )
+    return Identity(channels)

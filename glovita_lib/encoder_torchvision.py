@@ -1,0 +1,311 @@
+"""Encoders of torchvision: every image classification model it has, by name.
+
+All but the ViT are a chain of children, then a classifier: what stands before the pooling makes the
+map, the rest without its last layer the library's own vector. B batch, N tokens, D width, C
+channels, H W pixels.
+"""
+
+import inspect
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glovita_lib.checkpoint import Target, load_tensors, load_weights
+from glovita_lib.encoder import (
+    Encoder,
+    Preprocess,
+    build_encoder,
+    check_channels,
+    describe,
+    fit_channels,
+)
+from glovita_lib.errors import UserError, reason
+from glovita_lib.spec_model import TorchvisionEncoder
+
+TAIL = ("avgpool", "flatten", "dropout", "classifier", "fc", "head")  # pooling and classifier
+AUXILIARY = ("aux1", "aux2", "AuxLogits")  # classifiers for training GoogLeNet and Inception
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OURS = {  # arguments of torchvision that other keys of the spec decide
+    "num_classes": "the data",
+    "weights": "model.encoder.pretrained or model.encoder.weights",
+    "weights_backbone": "model.encoder.pretrained",
+    "pretrained": "model.encoder.pretrained",
+    "image_size": "data.augmentation.image_size",
+    "input_size": "data.augmentation.image_size",
+    "dropout": "model.encoder.dropout",
+    "stochastic_depth_prob": "model.encoder.stochastic_depth_prob",
+    "aux_logits": "nothing: auxiliary classifiers are left out",
+    "transform_input": "model.encoder.pretrained",
+}
+
+
+class ChainTrunk(Encoder):
+    """A model that is a chain of children with pooling and classifier at the end."""
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Inputs (B, C, H, W) -> the last map (B, D, h, w)."""
+        if getattr(self.net, "transform_input", False):
+            x = self.net._transform_input(x)
+        for name, child in self.net.named_children():
+            if name not in TAIL and name not in AUXILIARY:
+                for part in child if isinstance(child, nn.ModuleList) else (child,):
+                    x = part(x)
+        # DenseNet's last activation is no module
+        return F.relu(x) if type(self.net).__name__ == "DenseNet" else x
+
+    def pool(self, raw: Tensor) -> Tensor:
+        """The last map -> what the model gives its last layer, (B, D')."""
+        net = self.net
+        x = net.avgpool(raw) if hasattr(net, "avgpool") else raw
+        classifier = getattr(net, "classifier", nn.Identity())
+        if any(isinstance(part, nn.AdaptiveAvgPool2d) for part in classifier.modules()):
+            return classifier(x).flatten(1)
+        if not hasattr(net, "avgpool"):
+            x = F.adaptive_avg_pool2d(x, 1)
+        if not any(isinstance(part, nn.Flatten) for part in classifier.modules()):
+            x = x.flatten(1)
+        x = net.dropout(x) if hasattr(net, "dropout") else x
+        return classifier(x)
+
+
+class VitTrunk(Encoder):
+    """torchvision's VisionTransformer: a CLS token before the patch tokens."""
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Inputs (B, C, H, W) -> final-normed tokens (B, 1 + N, D)."""
+        patches = self.net._process_input(x)  # (B, N, D)
+        cls = self.net.class_token.expand(len(x), -1, -1)
+        return self.net.encoder(torch.cat([cls, patches], dim=1))
+
+    def pool(self, raw: Tensor) -> Tensor:
+        """Tokens -> what the model gives its last layer, (B, D')."""
+        return self.net.heads(raw[:, 0])
+
+
+def builder_of(spec: TorchvisionEncoder) -> Any:
+    """torchvision's function that builds a model.
+
+    Raises:
+        UserError: no such image classification model.
+    """
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if spec.type not in names:
+        close = get_close_matches(spec.type, names, n=3)
+        hint = f"nearest: {', '.join(close)}" if close else f"valid: {', '.join(names)}"
+        raise UserError(
+            f'model.encoder.type = "{spec.type}": torchvision {torchvision.__version__} has no such'
+            f" image classification model; {hint}"
+        )
+    return torchvision.models.get_model_builder(spec.type)
+
+
+def published(spec: TorchvisionEncoder) -> Any:
+    """The default published weights of a model (an enum member), None where there are none."""
+    import torchvision
+
+    return getattr(torchvision.models.get_model_weights(spec.type), "DEFAULT", None)
+
+
+def size_argument(spec: TorchvisionEncoder) -> str | None:
+    """The argument that tells a model of fixed input size that size; None for the others."""
+    if spec.type.startswith("vit_"):
+        return "image_size"
+    return "input_size" if spec.type.startswith("maxvit") else None
+
+
+def describe_torchvision(spec: TorchvisionEncoder, *, channels: int) -> Preprocess:
+    """Input convention of the published weights; the size only where weights or the architecture
+    ask for one."""
+    builder_of(spec)
+    weights = published(spec)
+    fixed = size_argument(spec) is not None
+    sized = fixed or spec.pretrained or spec.weights is not None
+    if weights is None:
+        means, stds, size, resize, interpolation = *IMAGENET, 224, 256, "bilinear"
+    else:
+        preset = weights.transforms()
+        means, stds = preset.mean, preset.std
+        size, resize = preset.crop_size[0], preset.resize_size[0]
+        interpolation = preset.interpolation.value
+    if fixed and not spec.pretrained:  # the size of some weights is not that of the architecture
+        size, resize = 224, 256
+    return Preprocess(
+        image_size=size if sized else None,
+        resize_size=resize if sized else None,
+        interpolation=interpolation,
+        mean=fit_channels(means, channels),
+        std=fit_channels(stds, channels),
+        fixed_size=fixed,
+    )
+
+
+def build_torchvision(
+    spec: TorchvisionEncoder, *, channels: int, image_size: int | None, load_weights: bool
+) -> Encoder:
+    """The encoder of a Struct, built for its input."""
+    preprocess = describe_torchvision(spec, channels=channels)
+    size = image_size or preprocess.image_size or 224
+    net = create(spec, size=size)
+    first = fit_first_conv(net, channels)
+    classifier = take_off_classifier(net)
+    is_vit = hasattr(net, "class_token")
+    encoder = (VitTrunk if is_vit else ChainTrunk)(
+        net,
+        name=spec.type,
+        preprocess=preprocess,
+        n_prefix=int(is_vit),
+        has_cls=is_vit,
+        channels_last=False,
+        input_shape=(1, channels, size, size),
+    )
+    if load_weights:
+        target = Target(net, (classifier, *AUXILIARY), encoder.n_prefix, first)
+        fill(target, spec)
+    return encoder
+
+
+def create(spec: TorchvisionEncoder, *, size: int) -> nn.Module:
+    """Build the model with the arguments of the spec.
+
+    Raises:
+        UserError: an argument that the model does not have.
+    """
+    builder = builder_of(spec)
+    arguments = dict(spec.model_kwargs)
+    for key in arguments:
+        if key in OURS:
+            raise UserError(f"model.encoder.model_kwargs.{key}: {OURS[key]} decides this")
+    for key in ("dropout", "stochastic_depth_prob"):
+        if getattr(spec, key) is not None:
+            arguments[key] = getattr(spec, key)
+    known = accepted(builder)
+    for key in arguments:
+        if known and key not in known:
+            where = "" if key in ("dropout", "stochastic_depth_prob") else "model_kwargs."
+            raise UserError(
+                f"model.encoder.{where}{key}: {spec.type} has no such argument; it has"
+                f" {', '.join(sorted(known - set(OURS)))}"
+            )
+    if (key := size_argument(spec)) is not None:
+        arguments[key] = size if key == "image_size" else (size, size)
+    if "aux_logits" in known:
+        uses_published = spec.pretrained or spec.weights is not None
+        arguments |= {"aux_logits": False, "transform_input": uses_published, "init_weights": True}
+    return construct(builder, arguments, spec)
+
+
+def construct(builder: Any, arguments: dict[str, Any], spec: TorchvisionEncoder) -> nn.Module:
+    """Call torchvision's function, its errors told in terms of the spec."""
+    try:
+        return builder(weights=None, **arguments)
+    except TypeError as error:
+        culprit = next((k for k in arguments if f"'{k}'" in str(error)), None)
+        if culprit is None:
+            raise
+        where = "" if culprit in ("dropout", "stochastic_depth_prob") else "model_kwargs."
+        raise UserError(
+            f"model.encoder.{where}{culprit}: {spec.type} does not take it ({error})"
+        ) from error
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"model.encoder: {spec.type}: {reason(error)}") from error
+
+
+def accepted(builder: Any) -> frozenset[str]:
+    """Arguments of the class that a function of torchvision builds, found by its module."""
+    module = inspect.getmodule(inspect.unwrap(builder))
+    classes = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, nn.Module)
+        and value.__module__ == module.__name__
+        and "num_classes" in inspect.signature(value).parameters
+        and "in_channels" not in inspect.signature(value).parameters
+    ]
+    keys = {key for c in classes for key in inspect.signature(c).parameters}
+    return frozenset(keys - {"kwargs"})  # what a class swallows unread is not accepted
+
+
+def fit_first_conv(net: nn.Module, channels: int) -> str:
+    """Give the first convolution the input's channels; its name."""
+    name, conv = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+    if conv.in_channels == channels:
+        return name
+    fitted = nn.Conv2d(
+        channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        bias=conv.bias is not None,
+    )
+    parent, _, last = name.rpartition(".")
+    setattr(net.get_submodule(parent), last, fitted)
+    if getattr(net, "transform_input", False):
+        net.transform_input = False  # it renormalises RGB
+    return name
+
+
+def take_off_classifier(net: nn.Module) -> str:
+    """Replace the last layer, and what only follows it, by identities; its name."""
+    tail = next(name for name in ("heads", "head", "fc", "classifier") if hasattr(net, name))
+    layers = [
+        (name, module)
+        for name, module in getattr(net, tail).named_modules(prefix=tail)
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    name = layers[-1][0]
+    parent, _, last = name.rpartition(".")
+    setattr(net.get_submodule(parent), last, nn.Identity())
+    if isinstance(layers[-1][1], nn.Conv2d):  # SqueezeNet: the activation of the logits
+        setattr(net.get_submodule(parent), str(int(last) + 1), nn.Identity())
+    return name
+
+
+def fill(target: Target, spec: TorchvisionEncoder) -> None:
+    """Load the file of the spec, or the published weights.
+
+    Raises:
+        UserError: they do not exist or cannot be fetched; names the way without a network.
+    """
+    if spec.weights is not None:
+        load_weights(target, spec.weights, by_order=False)
+        return
+    if not spec.pretrained:
+        return
+    weights = published(spec)
+    if weights is None:
+        raise UserError(
+            f'model.encoder.pretrained = true: torchvision has no weights of "{spec.type}"; set'
+            ' pretrained = false or weights = "<file>"'
+        )
+    try:
+        tensors = weights.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:  # URLError is one
+        raise UserError(
+            f'model.encoder.pretrained = true: the weights of "{spec.type}" cannot be downloaded'
+            f' ({type(error).__name__}); offline: model.encoder.weights = "<file>" (pth, pt,'
+            " safetensors), or pretrained = false"
+        ) from error
+    load_tensors(target, tensors, source=f"{weights}")
+
+
+@describe.register
+def _(spec: TorchvisionEncoder, *, channels: int) -> Preprocess:
+    check_channels(spec, channels)
+    return describe_torchvision(spec, channels=channels)
+
+
+@build_encoder.register
+def _(
+    spec: TorchvisionEncoder, *, channels: int, image_size: int | None, load_weights: bool
+) -> Encoder:
+    check_channels(spec, channels)
+    return build_torchvision(
+        spec, channels=channels, image_size=image_size, load_weights=load_weights
+    )

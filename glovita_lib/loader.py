@@ -1,0 +1,700 @@
+"""Batches: how they are made, held in memory, and loaded."""
+
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from glovita_lib.data import Source, Split
+from glovita_lib.dist import Ranks, cores, mix
+from glovita_lib.errors import UserError
+from glovita_lib.read_features import VectorSource
+from glovita_lib.sampler import EvalOrder, TrainOrder, WindowOrder
+from glovita_lib.spec_train import Dataloading
+
+# -------------------------------------------------------------------------- splits in memory
+#
+# Splits held decoded in memory, on the host or on the GPU.
+#
+# N samples, C channels, H W pixels.
+
+CHUNK = 32  # samples a thread decodes at a time
+TOLD_FROM = 2000  # samples whose decoding is announced
+ERRORS_SHOWN = 20
+# Shares of a GPU's free memory that a split may stay in, which saves a copy per batch. An encoder
+# of images needs the rest for activations, which come only with the first batch; a head on vectors
+# needs next to nothing, and half leaves as much to the next split.
+IMAGE_SHARE, VECTOR_SHARE = 0.1, 0.5
+
+
+@dataclass(slots=True)
+class HeldSource:
+    """Decoded samples: one array (N, C, H, W) if they are uniform, else a list of arrays."""
+
+    samples: Any
+    fitted: bool  # whether they were cropped and resized when they were decoded
+
+    @property
+    def uniform(self) -> tuple[int, ...] | None:
+        return self.samples.shape[1:] if isinstance(self.samples, np.ndarray) else None
+
+    def fetch(self, rows: np.ndarray) -> Any:
+        if isinstance(self.samples, np.ndarray):
+            return self.samples[rows]
+        return [self.samples[row] for row in rows]
+
+
+@dataclass(slots=True)
+class CollatingSource(HeldSource):
+    """Decoded samples of a source with its own way to make a batch of them."""
+
+    collate: Callable[[list[Any]], Any] = field(kw_only=True)
+
+
+def hold(
+    source: Source,
+    rows: np.ndarray,
+    *,
+    fit: Callable[[list[np.ndarray]], np.ndarray] | None,
+    threads: int,
+    shown: bool,
+) -> HeldSource:
+    """Decode rows of a source, in threads.
+
+    Vectors are read all at once instead of a few at a time: their file is read in long pieces by
+    threads of its own, and each of its chunks is inflated once.
+
+    Args:
+        fit: crops and resizes samples of differing sizes once and for all, where that is the same
+            in every epoch (evaluation).
+        shown: whether a long decoding is announced.
+
+    Raises:
+        UserError: one line for each sample that cannot be read.
+    """
+    collate = getattr(source, "collate", None)
+    fitted = fit is not None and collate is None and source.uniform is None
+    if shown and len(rows) >= TOLD_FROM and source.nbytes() > 2**28:
+        print(f"decoding {len(rows)} samples into memory", file=sys.stderr, flush=True)
+    if isinstance(source, VectorSource):
+        return HeldSource(source.fetch(rows), fitted=False)
+
+    def decode(part: np.ndarray) -> Any:
+        samples = source.fetch(part)
+        return fit(samples) if fitted else samples
+
+    parts = in_threads(decode, np.array_split(rows, -(-len(rows) // CHUNK)), threads)
+    if collate is not None:
+        samples = [sample for part in parts for sample in part]
+        return CollatingSource(samples, False, collate=collate)
+    return HeldSource(*joined(parts, len(rows), fitted))
+
+
+def joined(parts: Iterator[Any], count: int, fitted: bool) -> tuple[Any, bool]:
+    """Decoded parts as one array if they are arrays, written into it one by one, else a list."""
+    array, samples, done = None, [], 0
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            array = np.empty((count, *part.shape[1:]), part.dtype) if array is None else array
+            array[done : done + len(part)] = part
+            done += len(part)
+        else:
+            samples.extend(part)
+    return (samples if array is None else array), fitted
+
+
+def in_threads(work: Callable[[Any], Any], items: list[Any], threads: int) -> Iterator[Any]:
+    """Results in the order of the items; user errors of all items are raised as one.
+
+    Raises:
+        UserError: the lines of all errors, the first of them where they are many.
+    """
+    errors: list[str] = []
+    ahead: deque[Future] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) > 4 * threads:
+                yield from settled(ahead.popleft(), errors)
+        while ahead:
+            yield from settled(ahead.popleft(), errors)
+    if errors:
+        raise UserError(shortened(errors))
+
+
+def settled(future: Future, errors: list[str]) -> Iterator[Any]:
+    """The result, unless it or an earlier one is a user error; its lines are added to `errors`."""
+    try:
+        result = future.result()
+    except UserError as error:
+        errors += str(error).splitlines()
+        return
+    if not errors:
+        yield result
+
+
+def shortened(lines: list[str]) -> str:
+    """Lines as one text; after the first ones only how many more there are."""
+    more = len(lines) - ERRORS_SHOWN
+    return "\n".join(lines[:ERRORS_SHOWN] + [f"... and {more} more"] * (more > 0))
+
+
+def to_device(
+    source: HeldSource, targets: np.ndarray | None, device: torch.device
+) -> tuple[Tensor, Tensor | None] | None:
+    """Uniform samples and the targets on a GPU with room for them; None elsewhere."""
+    if device.type != "cuda" or source.uniform is None or hasattr(source, "collate"):
+        return None
+    samples, (free, _) = source.samples, torch.cuda.mem_get_info(device)
+    size = samples.nbytes * (2 if samples.dtype == np.uint16 else 1)
+    if size > free * (VECTOR_SHARE if samples.ndim == 2 else IMAGE_SHARE):
+        return None
+    if samples.dtype == np.uint16:
+        samples = samples.astype(np.int32)  # torch calculates with few operations on uint16
+    labels = None if targets is None else torch.from_numpy(targets).to(device)
+    return torch.from_numpy(samples).to(device), labels
+
+
+def gather(samples: Tensor, rows: np.ndarray, *, pinned: bool) -> Tensor:
+    """Rows of samples on the host, copied once, into page-locked memory where that is asked for."""
+    out = samples.new_empty((len(rows), *samples.shape[1:]), pin_memory=pinned)
+    # NumPy copies in this thread alone: torch's threads take longer to wake up than to copy a
+    # batch, and those of the training are busy. Mode raise would copy twice.
+    np.take(samples.numpy(), rows, axis=0, out=out.numpy(), mode="clip")
+    return out
+
+
+# ----------------------------------------------------------------------------------- a batch
+#
+# A batch, and how it is made of rows of a split.
+#
+# B batch, C channels, H W pixels, S side of the encoder's input, K classes or targets.
+
+Task = tuple[int, int, np.ndarray]  # epoch, batch, rows
+
+
+class Fit(Protocol):
+    """Crop and resize of single images to the encoder's input, see policies.Fit."""
+
+    def boxes(self, sizes: np.ndarray, generator: torch.Generator) -> Tensor: ...
+
+    def one(self, image: np.ndarray, box: Tensor) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class Batch:
+    """Samples as they come from disk or memory; augmentation follows on the training device."""
+
+    inputs: Any
+    """(B, C, H, W) uint8, or int32 for 16-bit images; what Source.collate makes for other data."""
+    targets: Tensor | None
+    """(B,) int64 or (B, K) float32."""
+    rows: Tensor
+    """(B,) int64, rows of the split."""
+    fitted: bool
+    """Whether the images are cropped and resized already, because their sizes differ."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; the copy overlaps with computation if it is pinned."""
+        return self.moved(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory."""
+        return self.moved(lambda part: part.pin_memory())
+
+    def moved(self, move: Callable[[Any], Any]) -> "Batch":
+        """The batch with every tensor moved."""
+        targets = None if self.targets is None else move(self.targets)
+        return Batch(move(self.inputs), targets, move(self.rows), self.fitted)
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes batches of rows; runs in this process, in threads or in worker processes."""
+
+    source: Source | HeldSource
+    first: int  # row of the split that is row 0 of the source
+    targets: np.ndarray | None
+    fit: Fit
+    seed: int
+    rank: int
+    fitted: bool  # whether the source's samples are fitted already
+
+    def __call__(self, task: Task, *, pinned: bool = False) -> Batch:
+        """Batch of a task.
+
+        Args:
+            pinned: whether what needs only a copy is copied into page-locked memory.
+
+        Raises:
+            UserError: a sample cannot be read.
+        """
+        epoch, batch, rows = task
+        if (samples := self.ready) is not None:
+            inputs, fitted = gather(samples, rows - self.first, pinned=pinned), self.fitted
+        else:
+            fetched = self.source.fetch(rows - self.first)
+            inputs, fitted = self.inputs(fetched, mix(self.seed, epoch, batch, self.rank))
+        targets = None if self.targets is None else torch.from_numpy(self.targets[rows])
+        return Batch(inputs, targets, torch.from_numpy(rows), fitted)
+
+    @property
+    def ready(self) -> Tensor | None:
+        """All samples (N, ...) where they are in memory as torch calculates with them."""
+        if not isinstance(self.source, HeldSource) or self.source.uniform is None:
+            return None
+        samples = self.source.samples
+        return None if samples.dtype == np.uint16 else torch.from_numpy(samples)
+
+    def inputs(self, samples: Any, seed: int) -> tuple[Any, bool]:
+        """Inputs of a batch, and whether they are fitted."""
+        if collate := getattr(self.source, "collate", None):
+            return collate(samples), False
+        if isinstance(samples, np.ndarray):
+            return to_tensor(samples), self.fitted
+        return fit_all(samples, self.fit, seed), True
+
+
+def fit_all(samples: list[np.ndarray], fit: Fit, seed: int) -> Tensor:
+    """Images (C, H, W) of any sizes as one batch (B, C, S, S), each with its own window."""
+    sizes = np.array([sample.shape[1:] for sample in samples])  # (B, 2)
+    boxes = fit.boxes(sizes, torch.Generator().manual_seed(seed))
+    with one_core():
+        return torch.stack([fit.one(*pair) for pair in zip(samples, boxes, strict=True)])
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Operations on single images in the main thread on one core: to share them between cores takes
+    longer than they do, ten times as long on a busy machine (measured). The setting is the main
+    thread's; threads and workers that fit images are many already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+def to_tensor(samples: np.ndarray) -> Tensor:
+    """Samples as they are, uint16 as int32, which torch can calculate with."""
+    return torch.from_numpy(samples.astype(np.int32) if samples.dtype == np.uint16 else samples)
+
+
+# ----------------------------------------------------------------------------------- loaders
+#
+# Batches of a split: from memory where it fits, else decoded by worker processes.
+#
+# Small data sets are decoded once and kept; a batch is then one gather. Nothing a loader does
+# depends on state: batch b of an epoch is the same however often and from where the iteration is
+# started, in memory or not, with any number of workers.
+#
+# B batch, C channels, H W pixels, S side of the encoder's input, K classes or targets.
+
+MAX_WORKERS = 12
+
+
+def build_loader(
+    split: Split,
+    spec: Dataloading,
+    *,
+    fit: Fit,
+    train: bool,
+    seed: int,
+    ranks: Ranks,
+    batch_size: int,
+) -> "Loader":
+    """Loader of a split on this rank, with the split decoded in memory if it fits.
+
+    Raises:
+        UserError: nothing to train on, or (listed together) samples that cannot be read or are
+            too small for the crop.
+    """
+    check_sizes(split, fit)
+    order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
+    first, end = needed(split, train=train, ranks=ranks)
+    source, fitted = split.source, False
+    held = end > first and fits(split, spec, end - first)
+    if held:
+        once = None if train else lambda samples: fit_all(samples, fit, seed).numpy()
+        source = hold(source, np.arange(first, end), fit=once, threads=cores(), shown=ranks.is_main)
+        fitted = source.fitted
+    maker = Maker(source, first if held else 0, split.targets, fit, seed, ranks.rank, fitted)
+    return Loader(split, order, maker, spec, held=held, device=ranks.device)
+
+
+def needed(split: Split, *, train: bool, ranks: Ranks) -> tuple[int, int]:
+    """First row that this rank needs and the first one behind: in training all rows, which every
+    epoch shares out anew."""
+    if train:
+        return 0, len(split)
+    return EvalOrder(len(split), 1, ranks.rank, ranks.world).shard
+
+
+def fits(split: Split, spec: Dataloading, count: int) -> bool:
+    """Whether so many samples of a split, decoded, fit in memory as the spec limits it."""
+    return split.source.nbytes() * count <= spec.in_memory_mb * 2**20 * len(split)
+
+
+def check_sizes(split: Split, fit: Fit) -> None:
+    """Refuse images that are too small for the crop before anything is decoded.
+
+    Raises:
+        UserError: the images and why.
+    """
+    sizes = getattr(split.source, "sizes", None)
+    if sizes is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    try:
+        fit.boxes(sizes, generator)
+        return
+    except UserError:
+        lines = []
+    for identity, size in zip(split.ids, sizes, strict=True):
+        try:
+            fit.boxes(size[None], generator)
+        except UserError as error:
+            lines.append(f"{identity}: {error}")
+    raise UserError(shortened(lines))
+
+
+def build_order(
+    split: Split, spec: Dataloading, *, train: bool, seed: int, ranks: Ranks, batch_size: int
+) -> TrainOrder | EvalOrder:
+    """Which samples make up which batch.
+
+    Raises:
+        UserError: no batch to train on.
+    """
+    if not train:
+        return EvalOrder(len(split), batch_size, ranks.rank, ranks.world)
+    order = TrainOrder(
+        count=len(split),
+        batch_size=batch_size,
+        shuffle=spec.shuffle_train,
+        drop_last=spec.drop_last_train,
+        seed=seed,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+    if len(order) == 0:
+        raise UserError(
+            f"no training batch: the train split has {len(split)} samples, a batch of"
+            f" {batch_size} on each of {ranks.world} ranks needs {order.piece}; lower"
+            " dataloading.batch_size or set dataloading.drop_last_train = false"
+        )
+    return order
+
+
+class Loader:
+    """Batches of a split on this rank."""
+
+    def __init__(
+        self,
+        split: Split,
+        order: TrainOrder | EvalOrder,
+        maker: Maker,
+        spec: Dataloading,
+        *,
+        held: bool,
+        device: torch.device,
+    ) -> None:
+        self.split, self.order, self.maker, self.spec = split, order, maker, spec
+        self.held, self.device = held, device
+        self.pinned = spec.pin_memory and device.type == "cuda"
+        self.workers = self.count_workers()
+        self.resident = to_device(maker.source, split.targets, device) if held else None
+        self._tasks: list[Task] | Iterator[Task] = ()
+        self._processes: DataLoader | None = None
+
+    def __len__(self) -> int:
+        """Batches per epoch on this rank."""
+        return len(self.order)
+
+    def size(self, batch: int) -> int:
+        """Samples of a batch on this rank."""
+        return self.order.size(batch)
+
+    def rows(self, epoch: int, batch: int) -> np.ndarray:
+        """Rows of the split that a batch is made of."""
+        return self.order.rows(epoch, batch)
+
+    def count_workers(self) -> int:
+        """Processes that decode, or threads that fit what is in memory; for what only has to be
+        copied, one thread if it is copied into page-locked memory, else none."""
+        asked = self.spec.num_workers
+        if self.is_ready:
+            return int(self.pinned)
+        return min(len(self.order), min(cores(), MAX_WORKERS) if asked is None else asked)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a batch is a mere gather in memory."""
+        return self.held and self.maker.source.uniform is not None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of an epoch from batch `start` on.
+
+        Raises:
+            UserError: a sample cannot be read, a worker died or took longer than the timeout.
+        """
+        if self.resident is not None:
+            return self.gathered(epoch, start)
+        tasks = ((epoch, b, self.rows(epoch, b)) for b in range(start, len(self)))
+        if self.workers == 0:
+            return (self.make(task) for task in tasks)
+        if self.is_ready or (self.held and self.spec.num_workers is None):
+            return self.threaded(tasks)
+        return self.processed(tasks)
+
+    def gathered(self, epoch: int, start: int) -> Iterator[Batch]:
+        """Batches of samples that live on the GPU; the order is copied there once an epoch."""
+        samples, targets = self.resident
+        parts = [self.rows(epoch, b) for b in range(start, len(self))]
+        if not parts:
+            return
+        order = torch.from_numpy(np.concatenate(parts)).to(self.device)
+        for rows in order.split([len(part) for part in parts]):
+            inputs = samples.index_select(0, rows - self.maker.first)
+            labels = None if targets is None else targets.index_select(0, rows)
+            yield Batch(inputs, labels, rows, self.maker.fitted)
+
+    def threaded(self, tasks: Iterator[Task]) -> Iterator[Batch]:
+        """Batches made ahead by threads; torch's and PIL's work runs outside Python's lock."""
+        pool = ThreadPoolExecutor(self.workers)
+        ahead: deque = deque()
+        try:
+            for task in tasks:
+                ahead.append(pool.submit(self.make, task))
+                if len(ahead) > self.workers * self.spec.prefetch_factor:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def processed(self, tasks: Iterator[Task]) -> Iterator[Batch]:
+        """Batches made ahead by worker processes, pinned by a thread."""
+        self._tasks = tasks
+        loader = self._processes or self.start_processes()
+        try:
+            for batch in loader:
+                if isinstance(batch, Failure):
+                    raise UserError(batch.text)
+                yield batch
+        except RuntimeError as error:
+            raise self.explain(error) from error
+
+    def start_processes(self) -> DataLoader:
+        """The worker processes; kept for the next epoch if they are persistent."""
+        spec = self.spec
+        loader = DataLoader(
+            WorkerSamples(self.maker),
+            batch_size=None,  # a task is a whole batch
+            sampler=Tasks(self),
+            collate_fn=as_it_is,
+            num_workers=self.workers,
+            persistent_workers=spec.persistent_workers,
+            prefetch_factor=spec.prefetch_factor,
+            pin_memory=self.pinned,
+            timeout=spec.timeout,
+            worker_init_fn=ignore_interrupt,
+            generator=torch.Generator(),  # leaves the global stream alone
+        )
+        if spec.persistent_workers:
+            self._processes = loader
+        return loader
+
+    def explain(self, error: RuntimeError) -> Exception:
+        """A user error of what DataLoader says about dead or slow workers; else the error."""
+        self._processes = None
+        text = str(error)
+        if "timed out" in text:
+            return UserError(
+                f"no batch came within {self.spec.timeout:g} s: raise dataloading.timeout (0 waits"
+                " for ever) or look for slow files"
+            )
+        if "exited unexpectedly" in text or "is killed by signal" in text:
+            return UserError(
+                f"a data worker died ({text.splitlines()[0]}), most often for want of memory or of"
+                " shared memory (/dev/shm): lower dataloading.num_workers or prefetch_factor"
+            )
+        return error
+
+    def make(self, task: Task) -> Batch:
+        """Batch of a task, in page-locked memory where that helps; not for worker processes."""
+        return self.pin(self.maker(task, pinned=self.pinned))
+
+    def pin(self, batch: Batch) -> Batch:
+        """The batch in page-locked memory where that helps."""
+        return batch.pin_memory() if self.pinned else batch
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._processes = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A user error that travels from a worker process."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSamples:
+    """What DataLoader indexes with a task, in a worker process."""
+
+    maker: Maker
+
+    def __getitem__(self, task: Task) -> Batch | Failure:
+        try:
+            return self.maker(task)
+        except UserError as error:
+            return Failure(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """The tasks of the running epoch, as DataLoader's sampler."""
+
+    loader: Loader
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.loader._tasks)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def as_it_is(batch: Batch | Failure) -> Batch | Failure:
+    """No collation: a task already is a batch."""
+    return batch
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which ends the workers."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------ loaders of windows
+#
+# Training on vectors that do not fit in memory: read in windows, shuffled by blocks and by rows.
+#
+# The order of an epoch puts blocks of neighbouring rows in random order and shuffles the rows
+# within windows of many blocks. A window is read in long pieces while the one before it is trained
+# on.
+#
+# N samples, D width, W ranks.
+
+BLOCK_BYTES = 256 * 2**10  # neighbouring rows that stay in one window
+
+
+class WindowLoader(Loader):
+    """Batches of vectors from a file, read window by window.
+
+    Each of two buffers holds a window: one is read while batches are gathered from the other.
+    """
+
+    def __init__(self, *args: Any, window: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.window = window  # batches
+        self._buffers: list[Tensor] = []  # of the epoch before, as fresh memory is slow
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of an epoch from batch `start` on."""
+        empty = torch.from_numpy(self.maker.source.vectors.empty(0))
+        buffers, self._buffers = self._buffers or [empty, empty], []
+        with ThreadPoolExecutor(1) as pool:
+            ahead: deque[Future] = deque()
+            while start < len(self):
+                stop = min(len(self), start - start % self.window + self.window)
+                ahead.append(pool.submit(self.read, epoch, start, stop, buffers))
+                if len(ahead) > 1:
+                    yield from self.cut(*ahead.popleft().result())
+                start = stop
+            while ahead:
+                yield from self.cut(*ahead.popleft().result())
+        self._buffers = buffers
+
+    def read(
+        self, epoch: int, start: int, stop: int, buffers: list[Tensor]
+    ) -> tuple[list[np.ndarray], Tensor, np.ndarray]:
+        """Read a window into the buffer that comes next -> the rows of each batch, the buffer, and
+        where in it their vectors are."""
+        source, parts = self.maker.source, [self.rows(epoch, b) for b in range(start, stop)]
+        wanted, places = np.unique(source.index[np.concatenate(parts)], return_inverse=True)
+        buffer = buffers.pop(0)
+        if len(buffer) < len(wanted):
+            buffer = torch.from_numpy(source.vectors.empty(len(wanted)))
+        source.vectors.read_rows(wanted, buffer.numpy()[: len(wanted)])
+        buffers.append(buffer)
+        return parts, buffer, places
+
+    def cut(self, parts: list[np.ndarray], buffer: Tensor, places: np.ndarray) -> Iterator[Batch]:
+        """The batches of a window."""
+        targets, ends = self.split.targets, np.cumsum([len(rows) for rows in parts])
+        for rows, where in zip(parts, np.split(places, ends[:-1]), strict=True):
+            inputs = gather(buffer, where, pinned=self.pinned)
+            labels = None if targets is None else torch.from_numpy(targets[rows])
+            yield self.pin(Batch(inputs, labels, torch.from_numpy(rows), fitted=True))
+
+
+def build_feature_loader(
+    split: Split,
+    spec: Dataloading,
+    *,
+    fit: Fit | None,
+    window_mb: int,
+    train: bool,
+    seed: int,
+    ranks: Ranks,
+    batch_size: int,
+) -> Loader:
+    """Loader of vectors or bags on this rank: from memory where they fit, else by windows (vectors)
+    or bag by bag.
+
+    Args:
+        fit: as for build_loader; vectors and bags have no geometry and ask nothing of it.
+        window_mb: size of a window of vectors, MiB.
+    """
+    source = split.source
+    first, end = needed(split, train=train, ranks=ranks)
+    if fits(split, spec, end - first) or not isinstance(source, VectorSource):
+        return build_loader(
+            split, spec, fit=fit, train=train, seed=seed, ranks=ranks, batch_size=batch_size
+        )
+    order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
+    row = max(1, source.vectors.row_bytes)
+    window = max(1, window_mb * 2**20 // (row * batch_size * ranks.world))
+    if isinstance(order, TrainOrder):
+        chunk = source.vectors.chunk_rows or 1
+        block = -(-max(1, BLOCK_BYTES // row) // chunk) * chunk  # whole chunks
+        order = WindowOrder(
+            count=order.count,
+            batch_size=order.batch_size,
+            shuffle=order.shuffle,
+            drop_last=order.drop_last,
+            seed=order.seed,
+            rank=order.rank,
+            world=order.world,
+            block=block,
+            window=window,
+        )
+    maker = Maker(source, 0, split.targets, fit, seed, ranks.rank, True)
+    return WindowLoader(split, order, maker, spec, held=False, device=ranks.device, window=window)

@@ -1,0 +1,491 @@
+"""Classification metrics, for many sets of weights at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+# -------------------------------------------------------------------------- weighted samples
+#
+# Sums, ranks and ranking metrics of weighted samples, for many sets of weights at once.
+#
+# A weight is how often a sample was drawn: all ones give the metric itself, the counts of a
+# bootstrap resample the metric of that resample. Weights are floats that hold whole numbers, so
+# sums of them are exact. N samples, G groups, K classes, R sets of weights.
+
+Array = np.ndarray
+
+
+def sum_by(groups: Array, count: int, weights: Array, values: Array | None = None) -> Array:
+    """Sum of weights (N, R), times values (N,) if given, over the samples of each group: (G, R).
+
+    Args:
+        groups: (N,) group of each sample, 0 to count - 1.
+        count: G.
+    """
+    n, resamples = weights.shape
+    if resamples == 1:
+        scaled = weights[:, 0] if values is None else weights[:, 0] * values
+        sums = np.bincount(groups, scaled, minlength=count)[:, None]
+        return sums.astype(np.float64)  # of nothing they are integers
+    from scipy.sparse import csc_array
+
+    data = np.ones(n) if values is None else values.astype(np.float64)
+    members = csc_array((data, groups, np.arange(n + 1)), shape=(count, n))  # one 1 a column
+    return members @ weights
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """Quotient, NaN where the denominator is 0."""
+    out = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
+    return np.divide(numerator, denominator, out=out, where=denominator != 0)
+
+
+def mean_defined(values: Array) -> Array:
+    """Mean over axis 0 of what is not NaN: (K, R) -> (R,); NaN where nothing is defined."""
+    defined = ~np.isnan(values)
+    return ratio(np.where(defined, values, 0.0).sum(0), defined.sum(0))
+
+
+def weighted_mean(values: Array, weights: Array) -> Array:
+    """Mean of values (N,) or (N, K) under weights (N, R): (R,) or (K, R)."""
+    return (values.T.astype(np.float64) @ weights) / weights.sum(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """The distinct scores of a class's positives in ascending order, M of them: its thresholds.
+
+    AUROC and average precision need to know of every sample only where it stands between them.
+    """
+
+    rung: Array  # (N,) 2j + 1: at threshold j; 2j: between the thresholds j - 1 and j
+    positives: Array  # (P,) samples of the class
+    count: int  # M
+
+    @classmethod
+    def of(cls, scores: Array, positive: Array) -> "Ladder":
+        """Of scores (N,) and membership (N,)."""
+        positives = np.flatnonzero(positive)
+        thresholds = np.unique(scores[positives])
+        left = np.searchsorted(thresholds, scores, "left")
+        nearest = np.append(thresholds, np.inf)[left].astype(scores.dtype)
+        at = nearest == scores
+        return cls((2 * left + at).astype(np.int32), positives, len(thresholds))
+
+
+def auroc_and_ap(ladder: Ladder, weights: Array) -> tuple[Array, Array]:
+    """AUROC and average precision (R,) of one class against the rest, under weights (N, R).
+
+    AUROC = P(score of a positive > score of a negative) + P(equal) / 2 (Hanley and McNeil, 1982).
+    AP = sum over thresholds t of (recall_t - recall_{t-1}) precision_t, where equal scores share a
+    threshold, without interpolation. Both NaN unless there are positives and negatives.
+    """
+    steps = sum_by(ladder.rung, 2 * ladder.count + 1, weights)  # (2M + 1, R)
+    positives = ladder.positives
+    gained = sum_by(ladder.rung[positives] // 2, ladder.count, weights[positives])  # (M, R)
+    all_up_to = np.cumsum(steps, 0)
+    total, all_below, all_equal = all_up_to[-1], all_up_to[0:-1:2], steps[1::2]
+    positives_up_to = np.cumsum(gained, 0)
+    n_positive = gained.sum(0)
+    n_negative = total - n_positive
+    negatives_below = all_below - (positives_up_to - gained)
+    wins = (gained * (negatives_below + (all_equal - gained) / 2)).sum(0)
+    auroc = ratio(wins, n_positive * n_negative)
+    found = n_positive - positives_up_to + gained  # positives at or above each threshold
+    precision = np.divide(found, total - all_below, out=np.zeros_like(found), where=found > 0)
+    ap = ratio((gained * precision).sum(0), n_positive)
+    return auroc, np.where(n_negative > 0, ap, np.nan)
+
+
+def mid_ranks(values: Array, weights: Array) -> Array:
+    """Rank (N, R) of each value (N,) in each resample; equal values share their mean rank."""
+    distinct, groups = np.unique(values, return_inverse=True)
+    sizes = sum_by(groups, len(distinct), weights)  # (G, R)
+    return (np.cumsum(sizes, 0) - sizes / 2 + 0.5)[groups]
+
+
+def correlation(x: Array, y: Array, weights: Array) -> Array:
+    """Pearson correlation (R,) of predictions x and targets y, both (N, 1) or (N, R).
+
+    0 where the predictions do not vary, NaN where the targets do not.
+    """
+    x, y = x - x.mean(0), y - y.mean(0)  # less cancellation below
+    xx, yy = spread(x, weights), spread(y, weights)
+    xy = dot(x * y, weights) - dot(x, weights) * dot(y, weights) / weights.sum(0)
+    r = np.divide(xy, np.sqrt(xx * yy), out=np.zeros_like(xy), where=(xx > 0) & (yy > 0))
+    return np.where(yy > 0, np.clip(r, -1.0, 1.0), np.nan)
+
+
+def spread(values: Array, weights: Array) -> Array:
+    """Sum of squared deviations from the mean (R,) of values (N, 1) or (N, R); exactly 0 where all
+    drawn values are equal, which rounding would hide."""
+    squares = dot(values**2, weights)
+    deviations = squares - dot(values, weights) ** 2 / weights.sum(0)
+    return np.where(deviations > 1e-13 * squares, deviations, 0.0)
+
+
+def dot(values: Array, weights: Array) -> Array:
+    """Weighted sum (R,) of values (N, 1) or (N, R)."""
+    if values.shape[1] == 1:
+        return values[:, 0] @ weights
+    return np.einsum("nr,nr->r", values, weights)
+
+
+# ------------------------------------------------------------------------------- the metrics
+#
+# Classification metrics under weights: what they count and the formula of each.
+#
+# tp, predicted and actual are the counts of a class: hits, predictions, samples. A metric that is a
+# mean over classes leaves out the classes for which it is undefined, and is NaN where none is left:
+#
+# - F1, Precision, Recall: classes that occur neither in the targets nor in the predictions are left
+#   out; otherwise 0 / 0 counts as 0 (as in scikit-learn). A class that is only ever predicted
+#   lowers all three.
+# - Balanced_Accuracy: multiclass, recall over the classes that occur in the targets; multilabel,
+#   (sensitivity + specificity) / 2 over the labels that have positives and negatives.
+# - AUROC, AP: one against the rest, classes that have positives and negatives.
+# - MCC, Kappa, QWK: NaN where the targets are all of one class (multilabel: such a label is left
+#   out); 0 where they vary and the predictions do not.
+#
+# The prediction is the class of the largest probability, the first of equal ones; multilabel: a
+# probability of at least 0.5. N samples, K classes, R sets of weights.
+
+BINS = 15  # of ECE, as in Guo et al.
+THRESHOLD = 0.5  # of a label
+CLASSES_AT_ONCE = 64  # bounds the memory of multilabel counts
+ROWS_AT_ONCE = 4096  # bounds the memory of float64 copies of scores
+Values = dict[str, Array]
+"""Logged name -> (R,) values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How often each class was hit, predicted and there."""
+
+    tp: Array  # (K, R)
+    predicted: Array  # (K, R)
+    actual: Array  # (K, R)
+    n: Array  # (R,) samples
+
+    @property
+    def f1(self) -> Array:
+        """2 tp / (predicted + actual), (K, R)."""
+        return ratio(2 * self.tp, self.predicted + self.actual)
+
+    def of_occurring(self, denominator: Array) -> Array:
+        """tp / denominator (K, R): 0 / 0 is 0, but NaN where the class does not occur at all."""
+        values = np.divide(self.tp, denominator, out=np.zeros_like(self.tp), where=denominator > 0)
+        return np.where(self.predicted + self.actual > 0, values, np.nan)
+
+
+class Multiclass:
+    """Samples of exactly one class each; per-sample values that no weight changes are kept."""
+
+    def __init__(self, targets: Array, scores: Array, class_names: tuple[str, ...]) -> None:
+        self.targets = targets  # (N,)
+        self.scores = scores  # (N, K)
+        self.class_names = class_names
+        self.functions = MULTICLASS_FUNCTIONS
+
+    @cached_property
+    def predictions(self) -> Array:
+        """Predicted class (N,)."""
+        return self.scores.argmax(1)
+
+    @cached_property
+    def correct(self) -> Array:
+        """Whether the prediction is right (N,)."""
+        return self.predictions == self.targets
+
+    @cached_property
+    def target_scores(self) -> Array:
+        """Probability of the true class (N,)."""
+        return self.scores[np.arange(len(self.targets)), self.targets]
+
+    @cached_property
+    def in_top5(self) -> Array:
+        """Whether the true class is among the five best (N,); of equal scores the first count."""
+        own = self.target_scores[:, None]
+        tied_before = (self.scores == own) & (
+            np.arange(self.scores.shape[1]) < self.targets[:, None]
+        )
+        return ((self.scores > own) | tied_before).sum(1) < 5
+
+    @cached_property
+    def confidence(self) -> Array:
+        """Probability of the predicted class (N,)."""
+        return self.scores[np.arange(len(self.targets)), self.predictions].astype(np.float64)
+
+    @cached_property
+    def brier(self) -> Array:
+        """sum_k (p_k - y_k)^2 = sum_k p_k^2 - 2 p_target + 1 of each sample (N,)."""
+        blocks = np.array_split(self.scores, len(self.scores) // ROWS_AT_ONCE + 1)
+        squares = np.concatenate([(b.astype(np.float64) ** 2).sum(1) for b in blocks])
+        own = self.target_scores.astype(np.float64)
+        return np.maximum(squares - 2 * own + 1, 0.0)
+
+    @cached_property
+    def ladders(self) -> list[Ladder]:
+        """Thresholds of each class."""
+        columns = np.ascontiguousarray(self.scores.T)
+        return [Ladder.of(column, self.targets == k) for k, column in enumerate(columns)]
+
+    def counts(self, weights: Array) -> Counts:
+        """Of all classes; linear in N for any number of classes."""
+        classes = len(self.class_names)
+        return Counts(
+            tp=sum_by(self.targets, classes, weights, self.correct),
+            predicted=sum_by(self.predictions, classes, weights),
+            actual=sum_by(self.targets, classes, weights),
+            n=weights.sum(0),
+        )
+
+
+class Multilabel:
+    """Samples with any number of labels each."""
+
+    def __init__(self, targets: Array, scores: Array, class_names: tuple[str, ...]) -> None:
+        self.targets = targets > 0.5  # (N, K) bool
+        self.scores = scores  # (N, K)
+        self.class_names = class_names
+        self.functions = MULTILABEL_FUNCTIONS
+
+    @cached_property
+    def predictions(self) -> Array:
+        """Predicted labels (N, K) bool."""
+        return self.scores >= THRESHOLD
+
+    @cached_property
+    def right(self) -> Array:
+        """Share of the labels of a sample that are right (N,)."""
+        return (self.predictions == self.targets).mean(1)
+
+    @cached_property
+    def brier(self) -> Array:
+        """(p - y)^2, mean over the labels of a sample (N,)."""
+        return ((self.scores.astype(np.float64) - self.targets) ** 2).mean(1)
+
+    @cached_property
+    def ladders(self) -> list[Ladder]:
+        """Thresholds of each label."""
+        columns = np.ascontiguousarray(self.scores.T)
+        return [Ladder.of(column, self.targets[:, k]) for k, column in enumerate(columns)]
+
+    def counts(self, weights: Array) -> Counts:
+        """Of all labels."""
+        tables = (self.predictions & self.targets, self.predictions, self.targets)
+        tp, predicted, actual = (label_sums(table, weights) for table in tables)
+        return Counts(tp, predicted, actual, weights.sum(0))
+
+
+def label_sums(table: Array, weights: Array) -> Array:
+    """Sum of weights (N, R) where a label of table (N, K) is set: (K, R)."""
+    blocks = range(0, table.shape[1], CLASSES_AT_ONCE)
+    parts = [table[:, k : k + CLASSES_AT_ONCE].T.astype(np.float64) @ weights for k in blocks]
+    return np.concatenate(parts)
+
+
+class Drawn:
+    """Samples under weights (N, R), with what several metrics need computed once."""
+
+    def __init__(self, samples: Multiclass | Multilabel, weights: Array) -> None:
+        self.samples, self.weights = samples, weights
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Of the classes."""
+        return self.samples.counts(self.weights)
+
+    @cached_property
+    def ranking(self) -> tuple[Array, Array]:
+        """AUROC and AP of each class, both (K, R)."""
+        pairs = [auroc_and_ap(ladder, self.weights) for ladder in self.samples.ladders]
+        return np.stack([auroc for auroc, _ in pairs]), np.stack([ap for _, ap in pairs])
+
+
+Function = Callable[[Drawn], Values]
+
+
+def accuracy(drawn: Drawn) -> Values:
+    """Share of the samples that are right."""
+    return {"Accuracy": drawn.counts.tp.sum(0) / drawn.counts.n}
+
+
+def label_accuracy(drawn: Drawn) -> Values:
+    """Share of the labels of all samples that are right."""
+    return {"Accuracy": weighted_mean(drawn.samples.right, drawn.weights)}
+
+
+def balanced_accuracy(drawn: Drawn) -> Values:
+    """Mean recall of the classes that occur."""
+    counts = drawn.counts
+    return {"Balanced_Accuracy": mean_defined(ratio(counts.tp, counts.actual))}
+
+
+def label_balanced_accuracy(drawn: Drawn) -> Values:
+    """Mean over labels of (sensitivity + specificity) / 2."""
+    counts = drawn.counts
+    negatives = counts.n - counts.actual
+    true_negatives = negatives - counts.predicted + counts.tp
+    both = (ratio(counts.tp, counts.actual) + ratio(true_negatives, negatives)) / 2
+    return {"Balanced_Accuracy": mean_defined(both)}
+
+
+def f1(drawn: Drawn) -> Values:
+    """Macro mean of 2 tp / (predicted + actual)."""
+    return {"F1": mean_defined(drawn.counts.f1)}
+
+
+def f1_per_class(drawn: Drawn) -> Values:
+    """F1 of each class; NaN for one that occurs neither in the targets nor in the predictions."""
+    names = drawn.samples.class_names
+    return {f"F1_{name}": value for name, value in zip(names, drawn.counts.f1, strict=True)}
+
+
+def precision_recall(drawn: Drawn) -> Values:
+    """Macro means of tp / predicted and tp / actual."""
+    counts = drawn.counts
+    return {
+        "Precision": mean_defined(counts.of_occurring(counts.predicted)),
+        "Recall": mean_defined(counts.of_occurring(counts.actual)),
+    }
+
+
+def top5(drawn: Drawn) -> Values:
+    """Share of the samples whose class is among the five best; 1 with five classes or fewer."""
+    return {"Accuracy_top5": weighted_mean(drawn.samples.in_top5, drawn.weights)}
+
+
+def auroc(drawn: Drawn) -> Values:
+    """Macro mean of the area under the ROC curve, one against the rest."""
+    return {"AUROC": mean_defined(drawn.ranking[0])}
+
+
+def average_precision(drawn: Drawn) -> Values:
+    """Macro mean of the average precision, one against the rest."""
+    return {"AP": mean_defined(drawn.ranking[1])}
+
+
+def mcc(drawn: Drawn) -> Values:
+    """R_K = (c n - p.t) / sqrt((n^2 - p.p)(n^2 - t.t)), c hits, p predicted, t actual counts.
+
+    Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004.
+    """
+    counts, n = drawn.counts, drawn.counts.n
+    covariance = counts.tp.sum(0) * n - (counts.predicted * counts.actual).sum(0)
+    variance_p = n**2 - (counts.predicted**2).sum(0)
+    variance_t = n**2 - (counts.actual**2).sum(0)
+    return {"MCC": chance_corrected(covariance, np.sqrt(variance_p * variance_t), variance_t)}
+
+
+def label_mcc(drawn: Drawn) -> Values:
+    """Mean over labels of the phi coefficient, i.e. the MCC of two classes."""
+    counts, n = drawn.counts, drawn.counts.n
+    covariance = counts.tp * n - counts.predicted * counts.actual
+    variance_p = counts.predicted * (n - counts.predicted)
+    variance_t = counts.actual * (n - counts.actual)
+    values = chance_corrected(covariance, np.sqrt(variance_p * variance_t), variance_t)
+    return {"MCC": mean_defined(values)}
+
+
+def kappa(drawn: Drawn) -> Values:
+    """(p_o - p_e) / (1 - p_e), with p_o observed and p_e chance agreement (Cohen, 1960)."""
+    counts, n = drawn.counts, drawn.counts.n
+    by_chance = (counts.predicted * counts.actual).sum(0)
+    variance_t = n**2 - (counts.actual**2).sum(0)
+    excess = counts.tp.sum(0) * n - by_chance
+    return {"Kappa": chance_corrected(excess, n**2 - by_chance, variance_t)}
+
+
+def label_kappa(drawn: Drawn) -> Values:
+    """Mean over labels of Cohen's kappa."""
+    counts, n = drawn.counts, drawn.counts.n
+    by_chance = counts.predicted * counts.actual + (n - counts.predicted) * (n - counts.actual)
+    agreed = n - counts.predicted - counts.actual + 2 * counts.tp
+    variance_t = counts.actual * (n - counts.actual)
+    values = chance_corrected(agreed * n - by_chance, n**2 - by_chance, variance_t)
+    return {"Kappa": mean_defined(values)}
+
+
+def quadratic_kappa(drawn: Drawn) -> Values:
+    """1 - sum (i - j)^2 O_ij / sum (i - j)^2 E_ij; the order of the classes is their scale.
+
+    O are the observed pairs, E those expected from the marginals (Cohen, Weighted kappa, 1968).
+    """
+    samples, counts, n = drawn.samples, drawn.counts, drawn.counts.n
+    observed = (samples.predictions - samples.targets).astype(np.float64) ** 2 @ drawn.weights
+    places = np.arange(len(samples.class_names), dtype=np.float64)
+    moments = [(places @ c, places**2 @ c) for c in (counts.predicted, counts.actual)]
+    (sum_p, square_p), (sum_t, square_t) = moments
+    expected = square_p + square_t - 2 * sum_p * sum_t / n
+    variance_t = n**2 - (counts.actual**2).sum(0)
+    return {"QWK": chance_corrected(expected - observed, expected, variance_t)}
+
+
+def chance_corrected(excess: Array, largest: Array, variance_of_targets: Array) -> Array:
+    """excess / largest; 0 where only the targets vary, NaN where they do not."""
+    values = np.divide(excess, largest, out=np.zeros_like(excess), where=largest > 0)
+    return np.where(variance_of_targets > 0, values, np.nan)
+
+
+def ece(drawn: Drawn) -> Values:
+    """sum_b |right_b - confidence_b| n_b / n over 15 bins of the probability of the prediction.
+
+    Guo et al., On Calibration of Modern Neural Networks, 2017.
+    """
+    samples = drawn.samples
+    gap = bin_gaps(samples.confidence, samples.correct, drawn.weights)
+    return {"ECE": gap / drawn.counts.n}
+
+
+def label_ece(drawn: Drawn) -> Values:
+    """Mean over labels of the calibration error of the probability that the label is set."""
+    pairs = zip(drawn.samples.scores.T, drawn.samples.targets.T, strict=True)
+    gaps = [bin_gaps(scores.astype(np.float64), true, drawn.weights) for scores, true in pairs]
+    return {"ECE": np.mean(gaps, 0) / drawn.weights.sum(0)}
+
+
+def bin_gaps(probability: Array, outcome: Array, weights: Array) -> Array:
+    """Sum over bins of |sum over samples of outcome - probability|, (R,)."""
+    return np.abs(sum_by(bin_of(probability), BINS, weights, outcome - probability)).sum(0)
+
+
+def bin_of(probability: Array) -> Array:
+    """Bin (N,) of each probability; bin b holds b / 15 < p <= (b + 1) / 15, the first also 0."""
+    return np.clip(np.ceil(probability * BINS).astype(np.int32) - 1, 0, BINS - 1)
+
+
+def brier(drawn: Drawn) -> Values:
+    """Mean squared error of the probabilities (Brier, 1950).
+
+    Multiclass: sum over the classes, 0 to 2. Multilabel: mean over the labels, 0 to 1.
+    """
+    return {"Brier": weighted_mean(drawn.samples.brier, drawn.weights)}
+
+
+SHARED_FUNCTIONS: dict[str, Function] = {
+    "f1": f1,
+    "f1_per_class": f1_per_class,
+    "pr": precision_recall,
+    "auroc": auroc,
+    "ap": average_precision,
+    "brier": brier,
+}
+MULTICLASS_FUNCTIONS: dict[str, Function] = SHARED_FUNCTIONS | {
+    "acc": accuracy,
+    "balanced_acc": balanced_accuracy,
+    "top5acc": top5,
+    "mcc": mcc,
+    "kappa": kappa,
+    "quadratic_kappa": quadratic_kappa,
+    "ece": ece,
+}
+MULTILABEL_FUNCTIONS: dict[str, Function] = SHARED_FUNCTIONS | {
+    "acc": label_accuracy,
+    "balanced_acc": label_balanced_accuracy,
+    "mcc": label_mcc,
+    "kappa": label_kappa,
+    "ece": label_ece,
+}

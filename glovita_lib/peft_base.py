@@ -1,0 +1,620 @@
+"""What PEFT methods share: adapters of layers, the layers they change, what a run has trained."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from glovita_lib.errors import UserError
+from glovita_lib.network import Layer, Rows, blocks, is_conv, is_norm, layers, trunk, weight_names
+
+# ----------------------------------------------------------------------------------- targets
+#
+# Which weights a PEFT method changes: logical names or regular expressions over the layers.
+
+LOGICAL = ("q", "k", "v", "qkv", "proj", "fc1", "fc2", "conv", "norm", "all-linear")
+PROJECTIONS = ("q", "k", "v", "proj", "fc1", "fc2")
+KINDS = {"linear": "Linear layers", "conv": "convolutions", "norm": "norm layers"}
+WHOLE_KIND = {"conv": "conv", "norm": "norm", "all-linear": "linear"}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A weight, or rows of one, that an adapter changes."""
+
+    layer: Layer
+    part: str | None
+    """Name of the rows of a fused weight; None for the whole weight."""
+
+    @property
+    def name(self) -> str:
+        """Key of the layer with the part, "blocks.0.attn.qkv.q"."""
+        return self.layer.name if self.part is None else f"{self.layer.name}.{self.part}"
+
+    @property
+    def rows(self) -> Rows | None:
+        """First row and end of the part."""
+        return None if self.part is None else self.layer.parts[self.part]
+
+    @property
+    def role(self) -> str:
+        """Role of the part or of the layer."""
+        return self.part or self.layer.role
+
+
+def resolve(
+    root: nn.Module,
+    wanted: tuple[str, ...] | None,
+    *,
+    allowed: tuple[str, ...],
+    unset: tuple[str, ...] = PROJECTIONS,
+) -> list[Target]:
+    """The targets in the order of the network.
+
+    Args:
+        wanted: logical names (q, k, v, qkv, proj, fc1, fc2, conv, norm, all-linear) or regular
+            expressions searched in the layers' keys; None: `unset`.
+        allowed: kinds of layer the method works on ("linear", "conv", "norm").
+        unset: logical names of which at least one must match, else the convolutions of
+            the blocks are taken.
+
+    Raises:
+        UserError: a name or expression matches nothing; the message lists what there is.
+    """
+    found = layers(root)
+    usable = [layer for layer in found if kind_of(layer) in allowed and is_read(layer)]
+    if wanted is None:
+        inside = {m for block in blocks(root) for m in block.modules()}
+        chosen = expand(usable, unset) or [
+            t for t in expand(usable, ("conv",)) if t.layer.module in inside or not inside
+        ]
+        if not chosen:
+            raise nothing(None, usable, allowed)
+        return tidy(chosen, found)
+    chosen = []
+    for name in wanted:
+        matched = expand(usable, (name,)) if name in LOGICAL else list(search(usable, name))
+        if not matched:
+            raise nothing(name, usable, allowed)
+        chosen += matched
+    return tidy(chosen, found)
+
+
+def kind_of(layer: Layer) -> str:
+    """linear, conv or norm."""
+    if is_conv(layer.module):
+        return "conv"
+    return "norm" if is_norm(layer.module) else "linear"
+
+
+def is_read(layer: Layer) -> bool:
+    """Whether the model reads the layer: before a method is applied only unread weights are
+    frozen."""
+    return layer.module._parameters[weight_names(layer.module)[0]].requires_grad
+
+
+def expand(usable: list[Layer], names: Iterable[str]) -> list[Target]:
+    """Targets of logical names."""
+    chosen = []
+    for name in names:
+        for layer in usable:
+            if layer.role in wanted_roles(name) or WHOLE_KIND.get(name) == kind_of(layer):
+                chosen.append(Target(layer, None))
+            elif name in layer.parts:
+                chosen.append(Target(layer, name))
+    return chosen
+
+
+def wanted_roles(name: str) -> tuple[str, ...]:
+    """Roles of whole layers that a logical name means; qkv also means the three where they are
+    apart."""
+    return ("qkv", "q", "k", "v", "kv") if name == "qkv" else (name,)
+
+
+def search(usable: list[Layer], pattern: str) -> Iterator[Target]:
+    """Targets whose key, or key with part, contains the regular expression."""
+    expression = compile_pattern(pattern)
+    for layer in usable:
+        if expression.search(layer.name):
+            yield Target(layer, None)
+            continue
+        parts = (Target(layer, part) for part in layer.parts)
+        yield from (t for t in parts if expression.search(t.name))
+
+
+def compile_pattern(pattern: str) -> re.Pattern:
+    """A user's regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"peft: {pattern!r} is no regular expression: {error}") from None
+
+
+def tidy(chosen: list[Target], found: list[Layer]) -> list[Target]:
+    """Each target once, in the network's order; a whole layer covers its parts."""
+    whole = {t.layer.name for t in chosen if t.part is None}
+    kept = {t.name: t for t in chosen if t.part is None or t.layer.name not in whole}
+    order = {layer.name: i for i, layer in enumerate(found)}
+    return sorted(kept.values(), key=lambda t: (order[t.layer.name], t.rows or (0, 0)))
+
+
+def nothing(offered: str | None, usable: list[Layer], allowed: tuple[str, ...]) -> UserError:
+    """The error of targets that match nothing; `offered` None where they are unset."""
+    if not usable:
+        kinds = " and ".join(KINDS[kind] for kind in allowed)
+        return UserError(
+            f"peft.method changes {kinds}, and this encoder has none: use another method"
+        )
+    names = [layer.name for layer in usable]
+    logical = [name for name in LOGICAL if expand(usable, (name,))]
+    near = get_close_matches(offered or "", [*logical, *names], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+    what = "unset, the attention and MLP projections," if offered is None else repr(offered)
+    return UserError(
+        f"peft.targets: {what} matches no layer of this encoder{hint}; logical names here:"
+        f" {', '.join(logical) or 'none'}; layers here: {shown}"
+    )
+
+
+def by_pattern(patterns: dict[str, int], targets: list[Target], default: int) -> dict[str, int]:
+    """Rank of every target by name: the last pattern of rank_pattern that its key contains.
+
+    Raises:
+        UserError: a pattern that matches no target, a rank that no target's weight can have.
+    """
+    ranks = {target.name: default for target in targets}
+    limit = max(possible_rank(target) for target in targets)
+    for rank in (default, *patterns.values()):
+        if rank > limit:
+            raise UserError(
+                f"peft.rank = {rank}: no weight that it changes has a rank above {limit}; lower it"
+            )
+    for pattern, rank in patterns.items():
+        expression = compile_pattern(pattern)
+        matched = [name for name in ranks if expression.search(name)]
+        if not matched:
+            raise UserError(
+                f"peft.rank_pattern: {pattern!r} matches no target; targets are"
+                f" {', '.join(list(ranks)[:12])}"
+            )
+        ranks |= dict.fromkeys(matched, rank)
+    return ranks
+
+
+def possible_rank(target: Target) -> int:
+    """Rank of the weight as a matrix (out, in * kernel) at most."""
+    module = target.layer.module
+    weight = module._parameters[weight_names(module)[0]]
+    out = weight.shape[0] if target.rows is None else target.rows[1] - target.rows[0]
+    return min(out, weight[0].numel())
+
+
+def every(root: nn.Module, kinds: tuple[str, ...]) -> list[Target]:
+    """All layers of these kinds that the model reads."""
+    return [Target(la, None) for la in layers(root) if kind_of(la) in kinds and is_read(la)]
+
+
+# ---------------------------------------------------------------------------------- adapters
+#
+# How a PEFT method changes layers: the weight of an adapted layer is read through its adapter.
+#
+# An adapted layer keeps its parameters under their keys ("attn.qkv.weight") and gets its adapter as
+# a child beside them ("attn.qkv.adapter.A"). Its class is replaced by a subclass whose `weight` and
+# `bias` are the changed ones for whoever reads them: code that calls the layer, code that hands its
+# weight to a function (EVA's attention, torchvision's Swin, nn.MultiheadAttention) and norm layers
+# with an activation inside all see the same change. Linear layers and convolutions that are called
+# take a faster way with the same result.
+
+PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+class Adapter(nn.Module):
+    """A change of one weight (out, in, *kernel) and its bias."""
+
+    transient: tuple[str, ...] = ()
+    """Buffers that serve only the continuation of a training run."""
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """The changed weight, of the same shape."""
+        raise NotImplementedError
+
+    def read_weight(self, weight: Tensor) -> Tensor:
+        """The changed weight for code that reads it instead of calling the layer."""
+        return self.merged_weight(weight)
+
+    def merged_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The changed bias; a layer without bias stays without."""
+        return bias
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """The change itself: merged - base."""
+        return self.merged_weight(weight) - weight
+
+    @classmethod
+    def run(cls, x: Tensor, layer: nn.Module, members: "Members") -> Tensor:
+        """Output of a called Linear layer or convolution; `members` change it together."""
+        return call(layer, x, layer.weight, layer.bias)
+
+    @classmethod
+    def after_step(cls, adapters: list["Adapter"], step: int, total_steps: int) -> None:
+        """Called after optimizer step `step` = 1 ... `total_steps`, before gradients are forgotten,
+        with all adapters of this class in the model."""
+
+    @classmethod
+    def auxiliary_losses(cls, adapters: list["Adapter"]) -> dict[str, Tensor]:
+        """Terms of the training loss by name."""
+        return {}
+
+
+Members = list[tuple[Rows | None, Adapter]]
+
+
+class Parts(nn.Module):
+    """Adapters of parts of a fused weight, by the parts' names (q, k, v)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, Rows] = {}
+
+    def add(self, target: Target, adapter: Adapter) -> None:
+        """Put an adapter on the part's rows."""
+        self.rows[target.part] = target.rows
+        self.add_module(target.part, adapter)
+
+    def members(self) -> Members:
+        """Rows and adapter of each part."""
+        return [(rows, getattr(self, part)) for part, rows in self.rows.items()]
+
+
+def members_of(layer: nn.Module) -> Members:
+    """Adapters of an adapted layer with their rows; rows None for the whole weight."""
+    adapter = layer._modules["adapter"]
+    return adapter.members() if isinstance(adapter, Parts) else [(None, adapter)]
+
+
+def base_weight(layer: nn.Module, rows: Rows | None = None) -> Tensor:
+    """The stored, unchanged weight or rows of it."""
+    weight = layer._parameters[weight_names(layer)[0]]
+    return weight if rows is None else weight[rows[0] : rows[1]]
+
+
+def base_bias(layer: nn.Module, rows: Rows | None = None) -> Tensor | None:
+    """The stored, unchanged bias or rows of it."""
+    bias = layer._parameters.get(weight_names(layer)[1])
+    return bias if rows is None or bias is None else bias[rows[0] : rows[1]]
+
+
+def changed_weight(layer: nn.Module) -> Tensor:
+    """The weight as its adapters make it."""
+    base = base_weight(layer)
+    pieces, end = [], 0
+    for rows, adapter in members_of(layer):
+        if rows is None:
+            return adapter.read_weight(base)
+        pieces += [base[end : rows[0]], adapter.read_weight(base[rows[0] : rows[1]])]
+        end = rows[1]
+    return torch.cat([*pieces, base[end:]])
+
+
+def changed_bias(layer: nn.Module) -> Tensor | None:
+    """The bias as its adapters make it."""
+    bias = base_bias(layer)
+    if bias is None:
+        return None
+    pieces, end = [], 0
+    for rows, adapter in members_of(layer):
+        if rows is None:
+            return adapter.merged_bias(base_weight(layer), bias)
+        part = adapter.merged_bias(base_weight(layer, rows), bias[rows[0] : rows[1]])
+        pieces += [bias[end : rows[0]], part]
+        end = rows[1]
+    return torch.cat([*pieces, bias[end:]])
+
+
+def call(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A Linear layer or convolution with another weight and bias."""
+    if isinstance(layer, _ConvNd):
+        return layer._conv_forward(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+@cache
+def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Subclass of a layer's class that reads weight and bias through the adapter."""
+    weight, bias = weight_names(base.__new__(base))
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        members = members_of(self)
+        return type(members[0][1]).run(x, self, members)
+
+    body = {weight: property(changed_weight), bias: property(changed_bias), "plain_class": base}
+    if base.forward in PLAIN:
+        body["forward"] = forward
+    return type(base.__name__, (base,), body)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a layer's weight is read through an adapter."""
+    return isinstance(module._modules.get("adapter"), Adapter | Parts)
+
+
+def attach(target: Target, adapter: Adapter) -> None:
+    """Put an adapter on a layer or on a part of its weight."""
+    layer = target.layer.module
+    if not is_adapted(layer):
+        layer.__class__ = adapted_class(type(layer))
+    adapter.to(base_weight(layer).device).train(layer.training)
+    if target.part is None:
+        layer.adapter = adapter
+        return
+    if "adapter" not in layer._modules:
+        layer.adapter = Parts()
+    layer.adapter.add(target, adapter)
+
+
+def attach_all(
+    root: nn.Module,
+    targets: list[Target],
+    make: Callable[[Target, Tensor], Adapter],
+    biases: str,
+) -> None:
+    """Freeze a network, attach to every target what `make(target, its base weight)` gives, and let
+    biases train: "none", "all" of the network or those of the "adapted" layers."""
+    free = freeze(root)
+    for target in targets:
+        attach(target, make(target, base_weight(target.layer.module, target.rows).detach()))
+    train_biases(root, biases, free)
+
+
+class Insert(nn.Module):
+    """A child that changes what a whole module (an MLP, an attention, a block) computes."""
+
+    mergeable = False
+
+    def around(self, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
+        """Output of the module; `forward` is the module's own."""
+        raise NotImplementedError
+
+
+@cache
+def inserted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Subclass of a module's class that calls its insert."""
+
+    def forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+        def own(*args, **kwargs) -> Any:
+            return base.forward(self, *args, **kwargs)
+
+        return self._modules["added"].around(own, x, *args, **kwargs)
+
+    def steps(self: nn.Module) -> Iterator[nn.Module]:
+        return (child for name, child in self._modules.items() if name != "added")
+
+    body = {"forward": forward, "plain_class": base}
+    if issubclass(base, nn.Sequential):  # which would run the insert behind its other children
+        body["__iter__"] = steps
+    return type(base.__name__, (base,), body)
+
+
+def insert(module: nn.Module, child: Insert) -> None:
+    """Put an insert into a module."""
+    module.__class__ = inserted_class(type(module))
+    module.added = child
+
+
+def by_class(root: nn.Module) -> dict[type[Adapter], list[Adapter]]:
+    """All adapters by their class."""
+    found: dict[type[Adapter], list[Adapter]] = {}
+    for _, adapter in adapters(root):
+        found.setdefault(type(adapter), []).append(adapter)
+    return found
+
+
+def after_step(model: nn.Module, step: int, total_steps: int) -> None:
+    """What methods do behind optimizer step `step` = 1 ... `total_steps`, while the gradients are
+    still there: AdaLoRA's rank budget, OFT's constraint."""
+    for kind, members in by_class(model).items():
+        kind.after_step(members, step, total_steps)
+
+
+def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
+    """Terms that methods add to the training loss: AdaLoRA's orthogonality."""
+    losses: dict[str, Tensor] = {}
+    for kind, members in by_class(model).items():
+        losses |= kind.auxiliary_losses(members)
+    return losses
+
+
+def adapters(root: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """All adapters with their keys."""
+    return ((n, m) for n, m in root.named_modules() if isinstance(m, Adapter))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every adapter into its layer, in place: plain classes, keys and speed of the base.
+
+    Raises:
+        UserError: a method that computes something the base cannot (adapt_former, convpass,
+            visual_prompt_tuning).
+    """
+    if stuck := [n for n, m in model.named_modules() if isinstance(m, Insert)]:
+        kind = type(model.get_submodule(stuck[0])).__name__
+        raise UserError(
+            f"{kind} ({stuck[0]}) adds its own computation and cannot be merged into the base;"
+            " use the checkpoint with its peft section"
+        )
+    for layer in [m for m in model.modules() if is_adapted(m)]:
+        layer.adapter.eval()  # without dropout
+        weight, bias = changed_weight(layer).detach(), changed_bias(layer)
+        with torch.no_grad():
+            base_weight(layer).copy_(weight)
+            if bias is not None:
+                base_bias(layer).copy_(bias.detach().clone())
+        del layer.adapter
+    for module in model.modules():
+        while hasattr(type(module), "plain_class"):
+            module.__class__ = type(module).plain_class
+    for name, child in list(trunk(model).named_children()):
+        if isinstance(child, Shared):
+            delattr(trunk(model), name)
+    return model
+
+
+class Shared(nn.Module):
+    """Tensors that all adapters of a model use together; a child of the encoder."""
+
+
+def freeze(root: nn.Module) -> list[nn.Parameter]:
+    """No parameter of `root` trains and no batch norm updates its statistics.
+
+    Returns:
+        the parameters that trained before; the others are ones that nothing reads.
+    """
+    free = [p for p in root.parameters() if p.requires_grad]
+    root.requires_grad_(False)
+    for module in root.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            module.__class__ = held_class(type(module))
+            module.eval()
+    return free
+
+
+@cache
+def held_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Subclass of a norm layer that is always in eval mode: its statistics are the base's."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        return base.train(self, False)
+
+    return type(base.__name__, (base,), {"train": train, "plain_class": base})
+
+
+def is_bias(name: str, parameter: nn.Parameter) -> bool:
+    """A vector that is added: bias, in_proj_bias, q_bias."""
+    return parameter.ndim == 1 and name.rsplit(".", 1)[-1].endswith("bias")
+
+
+def train_biases(root: nn.Module, which: str, free: list[nn.Parameter]) -> None:
+    """Let biases train: none, "all" of the network, or those of the "adapted" layers.
+
+    Args:
+        free: what `freeze` returned.
+    """
+    allowed = {id(p) for p in free}
+    for module in root.modules() if which != "none" else ():
+        for name, parameter in module.named_parameters(recurse=False):
+            chosen = id(parameter) in allowed and (which == "all" or is_adapted(module))
+            if chosen and is_bias(name, parameter):
+                parameter.requires_grad_(True)
+
+
+# ------------------------------------------------------------------------------- what trains
+#
+# What a PEFT run has trained: its state without the base, and how much it is.
+
+ADDED = (Adapter, Insert, Shared)
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """Keys of the state dict that differ from the base: parameters that train, what methods have
+    added, and everything outside the encoder; without what only continues a run."""
+    skipped = {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, ADDED)
+        for buffer in getattr(module, "transient", ())
+    }
+    base = base_state(model)
+    return [key for key in model.state_dict() if key not in base and key not in skipped]
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the encoder that the method has left alone."""
+    root = trunk(model)
+    prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is root)
+    added = [f"{n}." for n, m in model.named_modules() if isinstance(m, ADDED)]
+    training = {n for n, p in model.named_parameters() if p.requires_grad}
+    owners = {n.rpartition(".")[0] for n in training}
+    base = {}
+    for key, tensor in model.state_dict().items():
+        owner = key.rpartition(".")[0]
+        moves = owner in owners and is_statistic(model.get_submodule(owner), key)
+        inside = key.startswith(prefix) and not key.startswith(tuple(added))
+        if inside and key not in training and not moves:
+            base[key] = tensor
+    return base
+
+
+def is_statistic(module: nn.Module, key: str) -> bool:
+    """A running mean or variance that the layer updates in training."""
+    return isinstance(module, _NormBase) and key.rpartition(".")[2] in module._buffers
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `trained_names` on the CPU."""
+    state = model.state_dict()
+    return {name: state[name].detach().cpu().contiguous() for name in trained_names(model)}
+
+
+def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a trained state over a model of the same spec whose base weights are loaded.
+
+    Raises:
+        UserError: the state is not of this method on this model.
+    """
+    wanted = set(trained_names(model))
+    missing, foreign = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    wrong = sorted(k for k in wanted & state.keys() if state[k].shape != shapes[k])
+    if missing or foreign or wrong:
+        kinds = {"missing": missing, "unknown": foreign, "of another shape": wrong}
+        told = [f"{len(names)} {kind} ({names[0]})" for kind, names in kinds.items() if names]
+        raise UserError(
+            f"the adapter does not fit this model: {', '.join(told)}; use the spec of its run"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Parameters of one part of a model."""
+
+    part: str
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Trainable of all."""
+        return self.trainable / max(1, self.total)
+
+    def counts(self) -> dict[str, float]:
+        """The numbers, to be saved."""
+        return {"trainable": self.trainable, "total": self.total, "share": self.share}
+
+    def __str__(self) -> str:
+        return f"{self.part:<8} {self.trainable:>13,} of {self.total:>13,}  {self.share:8.3%}"
+
+
+def parameter_table(model: nn.Module) -> list[Share]:
+    """Parameters of the base, of what a method has added, of the head, and of all."""
+    root = trunk(model)
+    added = {id(p) for m in root.modules() if isinstance(m, ADDED) for p in m.parameters()}
+    inside = {id(p) for p in root.parameters()}
+    parts: dict[str, list[torch.nn.Parameter]] = {"base": [], "added": [], "head": []}
+    for parameter in model.parameters():
+        part = "added" if id(parameter) in added else "base"
+        parts[part if id(parameter) in inside else "head"].append(parameter)
+    parts["all"] = list(model.parameters())
+    return [
+        Share(part, sum(p.numel() for p in ps if p.requires_grad), sum(p.numel() for p in ps))
+        for part, ps in parts.items()
+    ]

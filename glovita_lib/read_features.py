@@ -1,0 +1,566 @@
+"""Feature files: what is in them, whether it is sound, and where vectors and bags come from."""
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from glovita_lib.bags import Bags
+from glovita_lib.errors import UserError
+from glovita_lib.read_hdf5 import Rows, open_hdf5
+
+# ------------------------------------------------------------------------------------- files
+#
+# Feature files: what is in them, and whether it is sound.
+#
+# Layouts (N samples, B bags, M instances, D width, L instances of every bag):
+#
+# - vectors: features (N, D), labels (N,) or (N, K)
+# - fixed:   features (B, L, D), labels (B,) or (B, K)
+# - ragged:  features (M, D), labels (B,) or (B, K), bag_ptr (B + 1,) or bag_lengths (B,)
+#
+# Beside them, where there are some: ids, groups, coords (one row an instance, or a sample), and the
+# attribute class_names. Files without them are read as well.
+
+SCAN_BYTES = 64 * 2**20  # read at a time when all values are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Names of the datasets in a file."""
+
+    features: str
+    labels: str
+    bag_ptr: str
+    bag_lengths: str
+    ids: str
+    groups: str
+    coords: str
+    named: frozenset[str] = frozenset()  # those that a spec names itself: they must be there
+
+
+@dataclass(slots=True)
+class FeatureFile:
+    """The tables of a feature file; the features themselves are read through `rows`."""
+
+    path: str
+    layout: Literal["vectors", "fixed", "ragged"]
+    rows: Rows  # (N, D), (B, L, D) or (M, D)
+    ptr: np.ndarray | None  # (B + 1,) int64: instances ptr[b]..ptr[b + 1] are bag b; None: vectors
+    labels: np.ndarray | None  # as stored; strings as str
+    ids: list[str]
+    named: bool  # whether the file has ids; else they are row numbers
+    groups: list[str] | None
+    class_names: tuple[str, ...] | None
+    has_coords: bool
+    attributes: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.rows.shape[-1]
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """Instances per bag (B,)."""
+        return None if self.ptr is None else np.diff(self.ptr)
+
+    def read_bag(self, bag: int) -> np.ndarray:
+        """Features of one bag, (n, D)."""
+        if self.layout == "fixed":
+            return self.rows.read(bag, bag + 1)[0]
+        return self.rows.read(int(self.ptr[bag]), int(self.ptr[bag + 1]))
+
+    def coords(self, key: str) -> np.ndarray | None:
+        """Coordinates of all instances, (M, 2 or more)."""
+        if not self.has_coords:
+            return None
+        with open_hdf5(self.path) as file:
+            return file[key][:].reshape(-1, file[key].shape[-1])
+
+
+def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool) -> FeatureFile:
+    """Tables of a feature file, checked; no feature is read.
+
+    Raises:
+        UserError: not HDF5, truncated, wrong ranks or lengths, pointers that do not rise from 0 to
+        M, an empty bag, no labels where `labelled` asks for them, no dataset of a name in
+        `keys.named`.
+    """
+    path = str(path)
+    rows = Rows(path, keys.features, threads=threads)
+    if len(rows.shape) not in (2, 3) or rows.dtype.kind != "f":
+        raise UserError(
+            f"{path}: {keys.features!r} has shape {rows.shape} and type {rows.dtype}; features are"
+            " floats of shape (N, D) or (B, N, D)"
+        )
+    with open_hdf5(path) as file:
+        refuse_absent(path, file, keys)
+        ptr = bag_pointers(path, file, keys, rows.shape)
+        layout = "vectors" if ptr is None else "ragged" if len(rows.shape) == 2 else "fixed"
+        count = len(rows) if ptr is None else len(ptr) - 1
+        labels = table_of(path, file, keys.labels, count)
+        if labels is None and labelled:
+            raise UserError(
+                f"{path}: no dataset {keys.labels!r}; the file has {', '.join(sorted(file))};"
+                " name the labels with data.labels_key or give data.labels_file"
+            )
+        ids = table_of(path, file, keys.ids, count)
+        groups = table_of(path, file, keys.groups, count)
+        names = file.attrs.get("class_names")
+        attributes = {name: plain(value) for name, value in file.attrs.items()}
+        check_coords(path, file, keys.coords, count if ptr is None else int(ptr[-1]))
+        has_coords = keys.coords in file
+    return FeatureFile(
+        path=path,
+        layout=layout,
+        rows=rows,
+        ptr=ptr,
+        labels=labels,
+        ids=[str(i) for i in (range(count) if ids is None else ids)],
+        named=ids is not None,
+        groups=None if groups is None else [str(group) for group in groups],
+        class_names=None if names is None else listed(plain(names)),
+        has_coords=has_coords,
+        attributes=attributes,
+    )
+
+
+def refuse_absent(path: str, file: Any, keys: Keys) -> None:
+    """The datasets that a spec names itself are there: without its groups or pointers a file would
+    be read as another one.
+
+    Raises:
+        UserError: one is not.
+    """
+    absent = sorted(name for name in keys.named if name not in file)
+    if absent:
+        raise UserError(
+            f"{path}: no dataset {absent[0]!r}; the file has {', '.join(sorted(file))}; correct the"
+            " name in the section data"
+        )
+
+
+def check_coords(path: str, file: Any, key: str, rows: int) -> None:
+    """Coordinates, where there are some, are numbers with one row an instance (or sample).
+
+    Raises:
+        UserError: they are not.
+    """
+    if key not in file:
+        return
+    shape, kind = file[key].shape, file[key].dtype
+    if len(shape) < 2 or int(np.prod(shape[:-1])) != rows or kind.kind not in "iuf":
+        raise UserError(
+            f"{path}: {key!r} has shape {shape} and type {kind}; coordinates are numbers of shape"
+            f" ({rows}, 2 or more), one row an instance"
+        )
+
+
+def bag_pointers(path: str, file: Any, keys: Keys, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Pointers (B + 1,) of either bag layout; None for vectors."""
+    if len(shape) == 3:
+        return np.arange(shape[0] + 1, dtype=np.int64) * shape[1]
+    if keys.bag_ptr in file:
+        name, ptr = keys.bag_ptr, integers(path, file, keys.bag_ptr)
+    elif keys.bag_lengths in file:
+        name, lengths = keys.bag_lengths, integers(path, file, keys.bag_lengths)
+        ptr = np.concatenate([[0], np.cumsum(lengths)])
+    else:
+        return None
+    steps = np.diff(ptr)
+    if len(ptr) < 1 or ptr[0] != 0 or ptr[-1] != shape[0] or (steps < 0).any():
+        falls = np.flatnonzero(steps < 0)
+        where = f" and falls after bag {falls[0]}" if len(falls) else ""
+        ends = f"begins at {ptr[0]} and ends at {ptr[-1]}" if len(ptr) else "is empty"
+        raise UserError(
+            f"{path}: {name!r} {ends}{where}; it must rise from 0 to the {shape[0]} instances of"
+            f" {keys.features!r}"
+        )
+    empty = np.flatnonzero(steps == 0)
+    if len(empty):
+        shown = ", ".join(map(str, empty[:10])) + (" ..." if len(empty) > 10 else "")
+        raise UserError(
+            f"{path}: {len(empty)} bags have no instance (bags {shown}); leave them out of the file"
+        )
+    return ptr
+
+
+def integers(path: str, file: Any, key: str) -> np.ndarray:
+    """A 1-D dataset of whole numbers as int64."""
+    values = file[key][()]
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise UserError(
+            f"{path}: {key!r} has shape {values.shape} and type {values.dtype}; it must be a list"
+            " of whole numbers"
+        )
+    return values.astype(np.int64)
+
+
+def table_of(path: str, file: Any, key: str, count: int) -> np.ndarray | None:
+    """A dataset with one row a sample; None where the file has none."""
+    if key not in file:
+        return None
+    values = file[key]
+    values = values.asstr()[()] if values.dtype.kind in "OS" else values[()]
+    if values.ndim == 0 or len(values) != count:
+        raise UserError(
+            f"{path}: {key!r} has {values.shape[0] if values.ndim else 0} rows, the file has"
+            f" {count} samples; each sample needs one"
+        )
+    return values
+
+
+def plain(value: Any) -> Any:
+    """An HDF5 attribute as plain Python."""
+    if isinstance(value, np.ndarray):
+        return [plain(entry) for entry in value]
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def listed(names: Any) -> tuple[str, ...]:
+    """Class names from an attribute: a list, or text that holds one as JSON or with commas."""
+    if isinstance(names, str):
+        try:
+            names = json.loads(names)
+        except ValueError:
+            names = names.split(",")
+    return tuple(str(name).strip() for name in names)
+
+
+def check_finite(file: FeatureFile) -> None:
+    """Look at every feature once.
+
+    Raises:
+        UserError: NaN or infinity, with the first samples that have them.
+    """
+    rows = file.rows
+    step = max(1, SCAN_BYTES // max(1, rows.row_bytes))
+    if rows.chunk_rows:
+        step = max(rows.chunk_rows, step // rows.chunk_rows * rows.chunk_rows)
+    buffer = rows.empty(min(step, len(rows)))
+    bad: list[int] = []
+    for start in range(0, len(rows), step):
+        stop = min(start + step, len(rows))
+        values = rows.read(start, stop, buffer[: stop - start])
+        if not is_finite(values):
+            finite = np.isfinite(values).reshape(len(values), -1).all(1)
+            bad += (start + np.flatnonzero(~finite)).tolist()
+    if bad:
+        samples = bad if file.layout != "ragged" else np.searchsorted(file.ptr, bad, "right") - 1
+        names = list(dict.fromkeys(file.ids[sample] for sample in samples))
+        shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+        raise UserError(
+            f"{file.path}: NaN or infinite features in {len(names)} samples ({shown}); extract them"
+            " again (extract.precision = 32 if float16 overflowed) or leave them out"
+        )
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether all values are finite; float16 by its exponent bits, which is several times faster.
+
+    >>> bool(is_finite(np.array([1, 65504], np.float16))), bool(is_finite(np.float16([np.inf])))
+    (True, False)
+    """
+    if values.dtype == np.float16:
+        return not ((values.view(np.uint16) & 0x7C00) == 0x7C00).any()
+    return bool(np.isfinite(values).all())
+
+
+# ----------------------------------------------------------------------------------- sources
+#
+# Where vectors and bags of features come from: one file, or a folder with one file a bag.
+#
+# N samples, B bags, M instances, D width.
+
+MOMENT_ROWS = 4096  # vectors, or instances of a bag, that are looked at together
+BAG_SUFFIXES = (".h5", ".hdf5", ".pt")
+
+
+@dataclass(frozen=True)
+class VectorSource:
+    """Vectors of some rows of a file."""
+
+    vectors: Rows  # (M, D)
+    index: np.ndarray  # (N,) rows of the file
+
+    @property
+    def uniform(self) -> tuple[int, ...]:
+        """(D,)."""
+        return self.vectors.shape[1:]
+
+    def fetch(self, rows: np.ndarray) -> np.ndarray:
+        """Vectors (B, D) in the file's float type."""
+        wanted = self.index[rows]
+        if (
+            len(wanted)
+            and wanted[-1] - wanted[0] == len(wanted) - 1
+            and (np.diff(wanted) == 1).all()
+        ):
+            return self.vectors.read(int(wanted[0]), int(wanted[-1]) + 1)
+        return self.vectors.take(wanted)
+
+    def select(self, rows: np.ndarray) -> "VectorSource":
+        """Some of the samples."""
+        return VectorSource(self.vectors, self.index[rows])
+
+    def nbytes(self) -> int:
+        """Size of the split, bytes."""
+        return self.vectors.row_bytes * len(self.index)
+
+
+class BagReader(Protocol):
+    """Bags by number."""
+
+    lengths: np.ndarray
+    """Instances per bag (B,)."""
+    width: int
+    item_bytes: int
+    """Bytes of a stored number."""
+
+    def read(self, bag: int) -> np.ndarray:
+        """Features (n, D) of a bag."""
+
+    def coords(self, bag: int) -> np.ndarray | None:
+        """Coordinates (n, 2 or more) of its instances, where there are some."""
+
+
+@dataclass(frozen=True)
+class FileBags:
+    """Bags of one file."""
+
+    file: FeatureFile
+    keys: Keys
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.file.lengths
+
+    @property
+    def width(self) -> int:
+        return self.file.width
+
+    @property
+    def item_bytes(self) -> int:
+        return self.file.rows.dtype.itemsize
+
+    def read(self, bag: int) -> np.ndarray:
+        return self.file.read_bag(bag)
+
+    @cached_property
+    def all_coords(self) -> np.ndarray | None:
+        """Coordinates of all instances (M, 2 or more)."""
+        return self.file.coords(self.keys.coords)
+
+    def coords(self, bag: int) -> np.ndarray | None:
+        if self.all_coords is None:
+            return None
+        return self.all_coords[self.file.ptr[bag] : self.file.ptr[bag + 1]]
+
+    def instance_ids(self, bag: int) -> np.ndarray | None:
+        """Names of its instances (n,), where the file has some, as those of mode extract do."""
+        with open_hdf5(self.file.path) as file:
+            if "instance_ids" not in file:
+                return None
+            names = file["instance_ids"].asstr()
+            return names[int(self.file.ptr[bag]) : int(self.file.ptr[bag + 1])]
+
+
+@dataclass(frozen=True)
+class FolderBags:
+    """One bag a file, as CLAM and TRIDENT write them: HDF5 with features (n, D) or (1, n, D) and
+    coords, or a tensor of such a shape saved by torch."""
+
+    paths: tuple[Path, ...]
+    keys: Keys
+    lengths: np.ndarray
+    width: int
+    item_bytes: int
+
+    def read(self, bag: int) -> np.ndarray:
+        path = self.paths[bag]
+        if path.suffix == ".pt":
+            tensor = load_tensor(path).reshape(-1, self.width)
+            return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        rows = Rows(path, self.keys.features, threads=1)
+        return rows.read(0, len(rows)).reshape(-1, self.width)
+
+    def coords(self, bag: int) -> np.ndarray | None:
+        if self.paths[bag].suffix == ".pt":
+            return None
+        with open_hdf5(str(self.paths[bag])) as file:
+            if self.keys.coords not in file:
+                return None
+            return file[self.keys.coords][()].reshape(self.lengths[bag], -1)
+
+
+def open_folder(folder: Path, keys: Keys) -> FolderBags:
+    """The bags of a folder in the order of their names; only headers are read.
+
+    Raises:
+        UserError: no bag, or bags that are empty, damaged, or of different widths, listed together.
+    """
+    paths = tuple(sorted(path for path in folder.iterdir() if path.suffix in BAG_SUFFIXES))
+    if not paths:
+        raise UserError(f"{folder}: no file with suffix {', '.join(BAG_SUFFIXES)}, one a bag")
+    shapes, errors = [], []
+    for path in paths:
+        try:
+            shapes.append(bag_shape(path, keys))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise UserError("\n".join(errors[:20]))
+    width, most = Counter(shape[1] for shape in shapes).most_common(1)[0]
+    if most < len(shapes):
+        others = [
+            f"{path.name} {shape[1]}"
+            for path, shape in zip(paths, shapes, strict=True)
+            if shape[1] != width
+        ]
+        raise UserError(
+            f"{folder}: bags of different widths: most have {width}, but {', '.join(others[:10])}"
+            f"{' ...' if len(others) > 10 else ''}; one encoder makes one width"
+        )
+    lengths = np.array([shape[0] for shape in shapes], np.int64)
+    return FolderBags(paths, keys, lengths, width, max(shape[2] for shape in shapes))
+
+
+def bag_shape(path: Path, keys: Keys) -> tuple[int, int, int]:
+    """Instances, width and bytes a number of a one-bag file.
+
+    Raises:
+        UserError: it is damaged, empty or holds something else.
+    """
+    if path.suffix == ".pt":
+        tensor = load_tensor(path)
+        kind, size = str(tensor.dtype).removeprefix("torch."), tensor.element_size()
+        shape, floating = tuple(tensor.shape), tensor.is_floating_point()
+    else:
+        rows = Rows(path, keys.features, threads=1)
+        shape, kind, size = rows.shape, rows.dtype.name, rows.dtype.itemsize
+        floating = rows.dtype.kind == "f"
+    shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+    if len(shape) != 2 or not floating:
+        raise UserError(
+            f"{path}: features of shape {shape} and type {kind}; a bag is floats of shape (n, D)"
+        )
+    if not shape[0]:
+        raise UserError(f"{path}: the bag has no instance; remove the file")
+    if path.suffix != ".pt":
+        with open_hdf5(str(path)) as file:
+            check_coords(str(path), file, keys.coords, shape[0])
+    return shape[0], shape[1], size
+
+
+def load_tensor(path: Path) -> torch.Tensor:
+    """The tensor of a pt file, mapped, not read.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        try:
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6: such a file can only be read
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds other objects than tensors, which only running their code could read;"
+            " write the features alone: torch.save(features, path)"
+        ) from None
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{path}: not a tensor saved by torch ({error})".splitlines()[0]) from None
+    if not isinstance(value, torch.Tensor):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not a tensor (n, D)")
+    return value.detach()
+
+
+@dataclass(frozen=True)
+class BagSource:
+    """Some bags of a reader."""
+
+    reader: BagReader
+    index: np.ndarray  # (N,) bags of the reader
+    uniform: None = None
+
+    def fetch(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Features (n, D) of each bag."""
+        return [self.reader.read(int(bag)) for bag in self.index[rows]]
+
+    def collate(self, samples: list[np.ndarray]) -> Bags:
+        """Bags, packed."""
+        return Bags.from_list([torch.from_numpy(np.ascontiguousarray(bag)) for bag in samples])
+
+    def select(self, rows: np.ndarray) -> "BagSource":
+        """Some of the bags."""
+        return BagSource(self.reader, self.index[rows])
+
+    def lengths(self) -> np.ndarray:
+        """Instances per bag (N,)."""
+        return self.reader.lengths[self.index]
+
+    def coords(self, row: int) -> np.ndarray | None:
+        """Coordinates (n, 2 or more) of the instances of a bag."""
+        return self.reader.coords(int(self.index[row]))
+
+    def instance_ids(self, row: int) -> np.ndarray | None:
+        """Names of the instances of a bag (n,)."""
+        named = getattr(self.reader, "instance_ids", None)
+        return None if named is None else named(int(self.index[row]))
+
+    def nbytes(self) -> int:
+        """Size of the split, bytes."""
+        return int(self.lengths().sum()) * self.reader.width * self.reader.item_bytes
+
+
+def check_bags(folder: FolderBags, *, threads: int) -> None:
+    """Look at every feature of a folder once, so many files at a time.
+
+    Raises:
+        UserError: NaN or infinity, with the files that have them.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        sound = pool.map(lambda bag: is_finite(folder.read(bag)), range(len(folder.paths)))
+        bad = [path.name for path, fine in zip(folder.paths, sound, strict=True) if not fine]
+    if bad:
+        shown = ", ".join(bad[:10]) + (" ..." if len(bad) > 10 else "")
+        raise UserError(
+            f"{folder.paths[0].parent}: NaN or infinite features in {len(bad)} bags ({shown});"
+            " extract them again or remove the files"
+        )
+
+
+def feature_moments(source: VectorSource | BagSource) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (D,) over all vectors, or instances of all bags, in float64; the
+    deviation of a constant feature is 1. Two passes, so that large values keep their digits; one
+    bag at a time is in memory."""
+    count, size = len(source.index), 1 if isinstance(source, BagSource) else MOMENT_ROWS
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, count, size):
+            part = source.fetch(np.arange(start, min(start + size, count)))
+            rows = part[0] if isinstance(part, list) else part
+            for first in range(0, len(rows), MOMENT_ROWS):
+                yield rows[first : first + MOMENT_ROWS]
+
+    total, number = 0.0, 0
+    for block in blocks():
+        total, number = total + block.sum(0, dtype=np.float64), number + len(block)
+    mean = total / number
+    squares = sum(np.square(block - mean).sum(0) for block in blocks())
+    std = np.sqrt(squares / number)
+    return mean, np.where(std > 0, std, 1.0)

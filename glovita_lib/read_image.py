@@ -1,0 +1,356 @@
+"""Image files: size from the header, pixels as the channels and bit depth that were declared.
+
+C channels (1 grey, 3 RGB, 4 RGBA), H W pixels, N files.
+
+What happens to files of another kind:
+
+- EXIF orientation is applied; the size is that of the upright image.
+- Palettes, CMYK, YCbCr and Lab become RGB; of a TIFF with several pages the first one is read.
+- Grey to colour repeats the channel; colour to grey is ITU-R 601 luma, rounded as PIL does.
+- RGBA to RGB or grey is laid over white; a missing alpha channel is opaque.
+- 16-bit files read as 8 bits are divided by 257 and rounded, 8-bit files read as 16 bits multiplied
+  by 257, so that black and white stay black and white.
+- 32-bit integer files are read if their values fit into 16 bits; floating-point files are refused,
+  as nothing says what their white is.
+"""
+
+import io
+import os
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+from glovita_lib.errors import UserError
+
+ORIENTATION = 0x0112  # EXIF tag
+STRIP_TAGS = ((273, 279), (324, 325))  # TIFF tags: offsets and byte counts of strips, of tiles
+BITS_TAG = 258  # TIFF tag: bits per sample
+TAIL = 4096  # bytes at the end of a JPEG where its end marker may be
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}  # EXIF orientation -> (H, W, c) to the upright image
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says about its image before it is decoded."""
+
+    height: int
+    width: int
+    pages: int  # more than 1 for TIFF stacks
+
+
+@contextmanager
+def decoding(path: str) -> Iterator[None]:
+    """Turn what goes wrong with a file into one line with its path.
+
+    Decoders raise anything on broken files, so all exceptions count as such: the block must hold
+    calls of the decoder only.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, expected an image file") from None
+    except Image.UnidentifiedImageError:
+        what = "not an image file" if os.path.getsize(path) else "an empty file"
+        raise UserError(f"{path}: {what}") from None
+    except Exception as error:
+        raise UserError(f"{path}: broken image file ({error})") from error
+
+
+# ---------------------------------------------------------------------- headers
+
+
+def read_header(path: str) -> Header:
+    """Size of the upright image of a file.
+
+    A file whose end is missing is found here too, without decoding it: its format tells where it
+    should end, and only files that fall short of it are decoded to make sure.
+
+    Raises:
+        UserError: missing, unreadable or broken; one line with the path.
+    """
+    with decoding(path), open(path, "rb") as file, Image.open(file) as image:
+        height, width = image.height, image.width
+        if orientation(image) >= 5:
+            height, width = width, height
+        pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        if is_cut(file, image):
+            image.load()
+            if image.format == "PNG" and not has_end(file):
+                raise OSError("it has no end")  # Pillow takes what is missing for black
+    return Header(height, width, pages)
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8 of an image that is not decoded yet; 1 is upright."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole file to look for it behind the pixels
+    number = image.getexif().get(ORIENTATION, 1)
+    return number if number in UPRIGHT else 1
+
+
+def is_cut(file: IO[bytes], image: Image.Image) -> bool:
+    """Whether the end of a file seems to be missing; leaves the position in the file as it was."""
+    position = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    cut = False
+    if image.format in ("JPEG", "PNG"):
+        file.seek(max(0, size - TAIL))
+        cut = (b"\xff\xd9" if image.format == "JPEG" else b"IEND") not in file.read()
+    elif image.format == "BMP":
+        file.seek(2)
+        cut = struct.unpack("<I", file.read(4))[0] > size
+    elif image.format == "TIFF":
+        cut = end_of_tiff(image) > size
+    file.seek(position)
+    return cut
+
+
+def has_end(file: IO[bytes]) -> bool:
+    """Whether a PNG's last chunk is anywhere in the file; leaves the position at its end."""
+    file.seek(0)
+    return b"IEND" in file.read()
+
+
+def end_of_tiff(image: Image.Image) -> int:
+    """Byte after the last pixel of the first page."""
+    ends = [0]
+    for offsets, counts in STRIP_TAGS:
+        pairs = zip(image.tag_v2.get(offsets, ()), image.tag_v2.get(counts, ()), strict=False)
+        ends += [offset + count for offset, count in pairs]
+    return max(ends)
+
+
+def read_headers(paths: Sequence[str], *, threads: int) -> tuple[list[Header], dict[int, str]]:
+    """Headers of many files, read in threads.
+
+    Returns:
+        The headers, and for each number of a broken file the line that says so (its header has
+        size 0).
+    """
+
+    def attempt(path: str) -> Header | str:
+        try:
+            return read_header(path)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(threads) as pool:
+        answers = list(pool.map(attempt, paths, chunksize=64))
+    broken = {i: answer for i, answer in enumerate(answers) if isinstance(answer, str)}
+    return [Header(0, 0, 0) if i in broken else a for i, a in enumerate(answers)], broken
+
+
+# ---------------------------------------------------------------------- pixels
+
+
+def read_image(path: str, *, channels: int, bit_depth: int) -> np.ndarray:
+    """Upright image (C, H, W) of a file, uint8 or uint16 as bit_depth says.
+
+    Raises:
+        UserError: missing, unreadable, broken or floating-point; one line with the path.
+    """
+    with decoding(path):
+        with open(path, "rb") as file:
+            data = file.read()
+        with Image.open(io.BytesIO(data)) as image:
+            turned = orientation(image)
+            pixels = wide_colours(data) if has_wide_colours(image, data) else stored(image)
+    if turned != 1:
+        pixels = UPRIGHT[turned](pixels)
+    pixels = to_depth(to_channels(pixels, channels), bit_depth)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def has_wide_colours(image: Image.Image, data: bytes) -> bool:
+    """Whether an image has 16 bits and several channels, of which Pillow keeps 8 bits."""
+    if image.format == "PNG":
+        return data[24] == 16 and data[25] in (2, 4, 6)  # bit depth and colour type in IHDR
+    bits = image.tag_v2.get(BITS_TAG, ()) if image.format == "TIFF" else ()
+    return len(bits) > 1 and max(bits) == 16
+
+
+def wide_colours(data: bytes) -> np.ndarray:
+    """Pixels (H, W, c) uint16 of such a file, c as in `stored`.
+
+    Pillow reads them as the upper byte of each value; told that the byte order is the other one, it
+    takes the lower byte for the upper one.
+    """
+    if data[:4] == b"\x89PNG" and data[25] == 4:
+        return wide_grey_alpha(data)
+    halves = []
+    for swapped in (False, True):
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode not in ("RGB", "RGBA"):
+                raise UserError(
+                    f"16-bit image of mode {image.mode}: save it as 16-bit grey, RGB or RGBA"
+                )
+            if swapped:
+                image.tile = [tile._replace(args=other_order(tile.args)) for tile in image.tile]
+            halves.append(np.asarray(image).astype(np.uint16))
+    return halves[0] << 8 | halves[1]
+
+
+def other_order(args: str | tuple) -> str | tuple:
+    """Decoder arguments with the other byte order: L little, B big, N the machine's."""
+    raw_mode = args if isinstance(args, str) else args[0]
+    if raw_mode[-3:-1] != "16":
+        raise UserError(f"16-bit image stored as {raw_mode}: save it as 16-bit PNG")
+    order = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}[raw_mode[-1]]
+    raw_mode = raw_mode[:-1] + order
+    return raw_mode if isinstance(args, str) else (raw_mode, *args[1:])
+
+
+def wide_grey_alpha(data: bytes) -> np.ndarray:
+    """Pixels (H, W, 2) uint16 of a PNG of 16-bit grey and alpha: the same bytes declared as 8-bit
+    RGBA are upper and lower byte of grey and of alpha."""
+    header = data[12:24] + bytes([8, 6]) + data[26:29]
+    data = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    with Image.open(io.BytesIO(data)) as image:
+        quarters = np.asarray(image).astype(np.uint16)
+    return quarters[..., ::2] << 8 | quarters[..., 1::2]
+
+
+def stored(image: Image.Image) -> np.ndarray:
+    """Pixels (H, W, c) of an image, c = 1 grey, 2 grey and alpha, 3 RGB or 4 RGBA, uint8 or uint16
+    as they are stored.
+
+    Raises:
+        UserError: floating-point values or values beyond 16 bits.
+    """
+    if image.mode == "F":
+        raise UserError("floating-point image: save it as 8 or 16 bits, scaled as it should be")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(
+                f"values {values.min()} to {values.max()} do not fit into 16 bits: save it as 16"
+                " bits, scaled as it should be"
+            )
+        return values.astype(np.uint16)[..., None]
+    pixels = np.asarray(plain(image))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """The image in mode L, LA, RGB or RGBA."""
+    if image.mode in ("La", "RGBa", "PA") or "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode in ("L", "LA", "RGB", "RGBA"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def to_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Pixels (H, W, c) as (H, W, C) of the same type."""
+    peak = np.iinfo(pixels.dtype).max
+    has_alpha = pixels.shape[-1] in (2, 4)
+    colours = pixels[..., :-1] if has_alpha else pixels
+    alpha = pixels[..., -1:] if has_alpha else None
+    if alpha is not None and channels != 4:
+        colours = over_white(colours, alpha, peak)
+    if channels == 1:
+        return luma(colours) if colours.shape[-1] == 3 else colours
+    colours = np.broadcast_to(colours, (*colours.shape[:2], 3))
+    if channels == 3:
+        return colours
+    if alpha is None:
+        alpha = np.full((*colours.shape[:2], 1), peak, colours.dtype)
+    return np.concatenate([colours, alpha], -1)
+
+
+def over_white(colours: np.ndarray, alpha: np.ndarray, peak: int) -> np.ndarray:
+    """Colours (H, W, c) with transparency (H, W, 1) over white: c a + 1 - a, rounded."""
+    if alpha.min() == peak:
+        return colours
+    a = alpha.astype(np.uint32)
+    mixed = colours * a + peak * (peak - a)  # at most peak^2, which uint32 holds
+    return ((mixed + peak // 2) // peak).astype(colours.dtype)
+
+
+def luma(colours: np.ndarray) -> np.ndarray:
+    """ITU-R 601 luma (H, W, 1) of RGB (H, W, 3) in fixed point, as Pillow's mode L."""
+    wide = np.uint32 if colours.dtype == np.uint8 else np.uint64
+    red, green, blue = np.moveaxis(colours.astype(wide), -1, 0)
+    sums = red * 19595 + green * 38470 + blue * 7471  # of 2^16
+    return ((sums + 0x8000) >> 16).astype(colours.dtype)[..., None]
+
+
+def to_depth(pixels: np.ndarray, bit_depth: int) -> np.ndarray:
+    """uint8 or uint16 values over their whole range as bit_depth 8 or 16."""
+    if pixels.dtype == np.uint8:
+        return pixels if bit_depth == 8 else pixels.astype(np.uint16) * 257
+    if bit_depth == 16:
+        return pixels
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------- source
+
+
+class FileSource:
+    """Samples in image files, decoded when they are asked for."""
+
+    def __init__(
+        self, paths: Sequence[str], headers: Sequence[Header], *, channels: int, bit_depth: int
+    ) -> None:
+        # Bytes in one array: worker processes share it, while a list of strings would be copied
+        # into each of them as reference counts change.
+        self.paths = np.array([os.fsencode(path) for path in paths], np.bytes_)  # (N,)
+        self.sizes = np.array([(h.height, h.width) for h in headers]).reshape(-1, 2)  # (N, 2)
+        self.channels, self.bit_depth = channels, bit_depth
+
+    @property
+    def uniform(self) -> tuple[int, int, int] | None:
+        if not len(self.sizes) or (self.sizes != self.sizes[0]).any():
+            return None
+        return (self.channels, *map(int, self.sizes[0]))
+
+    def fetch(self, rows: np.ndarray) -> np.ndarray | list[np.ndarray]:
+        images, errors = [], []
+        for row in rows:
+            try:
+                images.append(self.read(int(row)))
+            except UserError as error:
+                errors.append(str(error))
+        if errors:
+            raise UserError("\n".join(errors))
+        return np.stack(images) if self.uniform is not None else images
+
+    def read(self, row: int) -> np.ndarray:
+        """One image (C, H, W)."""
+        path = os.fsdecode(self.paths[row])
+        image = read_image(path, channels=self.channels, bit_depth=self.bit_depth)
+        if image.shape[1:] != tuple(self.sizes[row]):
+            raise UserError(f"{path}: its size has changed since the run was started")
+        return image
+
+    def nbytes(self) -> int:
+        return int(self.sizes.prod(1).sum()) * self.channels * self.bit_depth // 8
+
+    def select(self, rows: np.ndarray) -> "FileSource":
+        part = copy(self)
+        part.paths, part.sizes = self.paths[rows], self.sizes[rows]
+        return part

@@ -1,0 +1,464 @@
+"""Feature files as a data set: layouts, labels, splits, and what is wrong with them."""
+
+import csv
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from glovita_lib import data_features  # noqa: F401
+from glovita_lib.datasets import build_data
+from glovita_lib.errors import UserError
+from glovita_lib.spec_data import PrecomputedData
+
+DIGITS = load_digits()
+X, Y = DIGITS.data.astype(np.float32), DIGITS.target
+LENGTHS = np.array([3, 1, 7, 4, 5, 10, 2, 8, 6, 4])
+
+
+def write(path, **datasets):
+    attributes = datasets.pop("attributes", {})
+    with h5py.File(path, "w") as file:
+        for name, values in datasets.items():
+            file[name] = values
+        file.attrs.update(attributes)
+    return path.name
+
+
+def build(tmp_path, **fields):
+    return build_data(PrecomputedData(data_root_dir=str(tmp_path), **fields), seed=0)
+
+
+def ragged(tmp_path, name="bags.h5", pointers="bag_ptr", **datasets):
+    ptr = np.concatenate([[0], np.cumsum(LENGTHS)])
+    table = {"bag_ptr": ptr} if pointers == "bag_ptr" else {"bag_lengths": LENGTHS}
+    content = {"features": X[: LENGTHS.sum()], "labels": np.arange(10) % 2, **table} | datasets
+    return write(tmp_path / name, **content)
+
+
+def test_vectors(tmp_path):
+    train = write(tmp_path / "a.h5", features=X[:100], labels=Y[:100])
+    val = write(tmp_path / "b.h5", features=X[100:150], labels=Y[100:150])
+    data = build(tmp_path, train_features_file=train, val_features_file=val)
+    assert data.subtask == "multiclass" and data.class_names == tuple("0123456789")
+    assert data.channels == 64 and list(data.splits) == ["train", "val"]
+    split = data.splits["val"]
+    np.testing.assert_array_equal(split.targets, Y[100:150])
+    np.testing.assert_array_equal(split.source.fetch(np.array([7, 3])), X[[107, 103]])
+
+
+@pytest.mark.parametrize("pointers", ["bag_ptr", "bag_lengths"])
+def test_ragged_bags(tmp_path, pointers):
+    data = build(tmp_path, train_features_file=ragged(tmp_path, pointers=pointers))
+    source = data.splits["train"].source
+    bags = source.collate(source.fetch(np.array([5, 1])))
+    assert bags.lengths.tolist() == [10, 1]
+    expected = np.concatenate([X[20:30], X[3:4]])
+    assert torch.equal(bags.features, torch.from_numpy(expected))
+    assert source.nbytes() == LENGTHS.sum() * 64 * 4
+
+
+def test_fixed_bags_and_other_keys(tmp_path):
+    name = write(tmp_path / "f.h5", x=X[:60].reshape(20, 3, 64), y=Y[:20])
+    data = build(tmp_path, train_features_file=name, features_key="x", labels_key="y")
+    (bag,) = data.splits["train"].source.fetch(np.array([4]))
+    np.testing.assert_array_equal(bag, X[12:15])
+
+
+def test_whole_numbers_in_a_column_may_be_classes_or_targets(tmp_path):
+    labels = np.arange(6)[:, None] % 3
+    write(tmp_path / "all.h5", features=X[:6], labels=labels)
+    given = {"features_file": "all.h5", "split_source": "kfold", "n_folds": 3}
+    with pytest.raises(UserError, match=r"shape \(6, 1\) are whole numbers; store classes as"):
+        build(tmp_path, **given)
+    data = build(tmp_path, **given, subtask="regression")
+    assert data.subtask == "regression" and data.splits["train"].targets.shape[1] == 1
+
+
+def test_classes_that_train_lacks_are_reported(tmp_path):
+    for split, labels in (("train", [0, 1, 1, 0, 1, 0]), ("val", [0, 1, 2, 4, 4, 1])):
+        write(tmp_path / f"{split}.h5", features=X[:6], labels=np.array(labels))
+    files = {"train_features_file": "train.h5", "val_features_file": "val.h5"}
+    assert "2 classes have no train sample: 2, 4" in build(tmp_path, **files).report
+
+
+def test_the_table_says_which_samples_there_are(tmp_path):
+    """A folder may hold more slides than a study has."""
+    names = np.array(list("abcdef"), object)
+    groups = np.array(list("uuvvww"), object)
+    write(tmp_path / "all.h5", features=X[:6], ids=names, groups=groups)
+    (tmp_path / "labels.csv").write_text("id,label\nf,1\nb,0\nd,1\nx,0\n")
+    given = {"features_file": "all.h5", "labels_file": "labels.csv", "split_source": "kfold"}
+    data = build(tmp_path, **given, n_folds=3)
+    assert data.report[:2] == [
+        f"3 of 6 samples of {tmp_path}/all.h5 are not in labels.csv: not used",
+        "1 rows of labels.csv have no sample, e.g. x: not used",
+    ]
+    expected = {"b": (0, X[1], "u"), "d": (1, X[3], "v"), "f": (1, X[5], "w")}
+    found = {}
+    for split in data.splits.values():
+        for row, name in enumerate(split.ids):
+            found[name] = (
+                split.targets[row],
+                split.source.fetch(np.array([row]))[0],
+                split.groups[row],
+            )
+    for name, (label, vector, group) in expected.items():
+        assert found[name][0] == label and found[name][2] == group
+        np.testing.assert_array_equal(found[name][1], vector)
+    (tmp_path / "labels.csv").write_text("id,label\na.h5,1\nb.h5,0\n")
+    with pytest.raises(
+        UserError, match=r"no row for any sample .* its ids are a, b, c .* a.h5, b.h5"
+    ):
+        build(tmp_path, **given, n_folds=3)
+
+
+def test_equal_ids_of_several_files_are_reported(tmp_path):
+    for split, first in (("train", 0), ("val", 4)):
+        ids = np.array([str(100 + number) for number in range(first, first + 6)], object)
+        write(tmp_path / f"{split}.h5", features=X[:6], labels=Y[:6] % 2, ids=ids)
+    files = {"train_features_file": "train.h5", "val_features_file": "val.h5"}
+    assert build(tmp_path, **files).report == ["2 ids are in train and val, e.g. 104"]
+    for split in ("train", "val"):
+        write(tmp_path / f"{split}.h5", features=X[:6], labels=Y[:6] % 2)
+    assert build(tmp_path, **files).report == []  # row numbers
+
+
+def test_an_empty_cell_is_no_class(tmp_path):
+    write(tmp_path / "all.h5", features=X[:6], ids=np.array(list("abcdef"), object))
+    tables = {
+        "label": "id,label,p\na,1,x\nb,2,x\nc,,y\nd,1,y\ne, ,z\nf,2,z\n",
+        "p": "id,label,p\na,1,\nb,2,x\nc,1,y\nd,1,y\ne,2,\nf,2,z\n",
+    }
+    for column, text in tables.items():
+        (tmp_path / "labels.csv").write_text(text)
+        with pytest.raises(UserError, match=f"column {column} is empty for 2 samples"):
+            build(tmp_path, features_file="all.h5", labels_file="labels.csv", group_column="p",
+                  split_source="kfold", n_folds=3)  # fmt: skip
+
+
+def test_a_folder_of_bags(tmp_path):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for number in range(6):
+        if number % 2:
+            torch.save(torch.from_numpy(X[number : number + 3]), folder / f"s{number}.pt")
+        else:
+            write(
+                folder / f"s{number}.h5", features=X[number : number + 4][None], coords=np.eye(4, 2)
+            )
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "label", "split", "patient"])
+        for number in range(6):
+            rows.writerow([f"s{number}", "ab"[number % 2], ["train", "val"][number > 3], number])
+    data = build(
+        tmp_path,
+        features_file="slides",
+        labels_file="labels.csv",
+        split_source="csv",
+        group_column="patient",
+    )
+    assert data.class_names == ("a", "b") and data.splits["train"].ids == ["s0", "s1", "s2", "s3"]
+    source = data.splits["train"].source
+    assert [len(bag) for bag in source.fetch(np.arange(4))] == [4, 3, 4, 3]
+    assert source.coords(0).shape == (4, 2) and source.coords(1) is None
+
+
+def test_label_kinds(tmp_path):
+    cases = {
+        "multilabel": np.stack([Y[:50] % 2, Y[:50] > 4], 1).astype(np.uint8),
+        "regression": Y[:50] / 3,
+    }
+    for subtask, labels in cases.items():
+        name = write(tmp_path / f"{subtask}.h5", features=X[:50], labels=labels)
+        data = build(tmp_path, train_features_file=name)
+        assert data.subtask == subtask
+        expected = labels.reshape(50, -1).astype(np.float32)
+        np.testing.assert_array_equal(data.splits["train"].targets, expected)
+    name = write(
+        tmp_path / "names.h5",
+        features=X[:4],
+        labels=np.array(["cat", "dog", "cat", "eel"], "S"),
+        ids=np.array(["p", "q", "r", "s"], "S"),
+    )
+    data = build(tmp_path, train_features_file=name)
+    assert data.class_names == ("cat", "dog", "eel")
+    assert data.splits["train"].targets.tolist() == [0, 1, 0, 2]
+    assert data.splits["train"].ids == ["p", "q", "r", "s"]
+
+
+def test_kfold_by_group_is_disjoint_and_covers_all(tmp_path):
+    groups = np.array([f"g{i // 5}" for i in range(200)], "S")
+    name = write(tmp_path / "f.h5", features=X[:200], labels=Y[:200] % 2, groups=groups)
+    tests = []
+    for fold in range(4):
+        data = build(tmp_path, features_file=name, split_source="kfold", n_folds=4, fold=fold)
+        parts = [set(split.groups) for split in data.splits.values()]
+        assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+        tests += data.splits["test"].ids
+    assert sorted(map(int, tests)) == list(range(200))
+
+
+def test_listed_splits_with_folds(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:6], labels=Y[:6] % 2)
+    folds = [{"train": [0, 1], "val": [2]}, {"train": [3, 4], "val": [5]}]
+    (tmp_path / "splits.json").write_text(json.dumps(folds))
+    data = build(tmp_path, features_file=name, split_source="splits_json", fold=1)
+    assert data.splits["train"].ids == ["3", "4"]
+    with pytest.raises(UserError, match="has folds 0 to 1"):
+        build(tmp_path, features_file=name, split_source="splits_json", fold=2)
+
+
+def test_data_fraction_cuts_train_only(tmp_path):
+    bags = ragged(tmp_path)
+    val = ragged(tmp_path, "val.h5")
+    data = build(tmp_path, train_features_file=bags, val_features_file=val, data_fraction=0.5)
+    assert len(data.splits["train"]) == 5 and len(data.splits["val"]) == 10
+    source = data.splits["train"].source
+    assert source.collate(source.fetch(np.arange(5))).lengths.sum() > 0
+
+
+BAD = {
+    "truncated": ("bytes", "truncated"),
+    "nan": ({"features": np.where(X[:43] == X[20], np.nan, X[:43])}, "NaN or infinite"),
+    "inf16": ({"features": np.full((43, 64), np.inf, np.float16)}, "NaN or infinite"),
+    "pointer ends": ({"bag_ptr": np.arange(11)}, "must rise from 0 to the 50 instances"),
+    "pointer falls": (
+        {"bag_ptr": np.array([0, 9, 4, 50, 50, 50, 50, 50, 50, 50, 50])},
+        "falls after bag 1",
+    ),
+    "empty bag": (
+        {"bag_ptr": np.array([0, 4, 4, 20, 30, 35, 40, 42, 44, 46, 50])},
+        "no instance",
+    ),
+    "labels": ({"labels": np.arange(9)}, "has 9 rows, the file has 10 samples"),
+    "range": ({"labels": np.arange(10) - 1}, "label -1 of sample 0 is no class"),
+    "integers": ({"features": np.ones((50, 64), int)}, "features are floats"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, case):
+    change, message = BAD[case]
+    if change == "bytes":
+        name = ragged(tmp_path)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-2000])
+    elif case in ("nan", "inf16"):
+        name = write(tmp_path / "f.h5", labels=Y[:43], **change)
+    else:
+        name = ragged(tmp_path, **change)
+    with pytest.raises(UserError, match=message) as raised:
+        build(tmp_path, train_features_file=name)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_num_classes_and_absent_labels(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:10], labels=np.arange(10))
+    with pytest.raises(UserError, match="num_classes = 3, but .* 10 classes"):
+        build(tmp_path, train_features_file=name, num_classes=3)
+    assert build(tmp_path, train_features_file=name, num_classes=10).outputs == 10
+    name = write(tmp_path / "g.h5", features=X[:10])
+    with pytest.raises(UserError, match="no dataset 'labels'"):
+        build(tmp_path, train_features_file=name)
+
+
+def test_a_group_in_two_splits_is_refused(tmp_path):
+    groups = np.array(["p1", "p2"], "S")
+    a = write(tmp_path / "a.h5", features=X[:2], labels=Y[:2], groups=groups)
+    b = write(tmp_path / "b.h5", features=X[2:4], labels=Y[:2], groups=np.array(["p3", "p1"], "S"))
+    c = write(tmp_path / "c.h5", features=X[4:6], labels=Y[:2])  # of other patients, unknown ones
+    with pytest.raises(UserError, match=r"1 groups are in more than one .* p1 \(train: 0, val: 1"):
+        build(tmp_path, train_features_file=a, val_features_file=b, test_features_file=c)
+    assert len(build(tmp_path, train_features_file=a, val_features_file=c).splits) == 2
+
+
+def test_a_sample_in_two_splits_is_refused_but_test_may_be_val(tmp_path):
+    a, b = (write(tmp_path / f"{x}.h5", features=X[:6], labels=Y[:6] % 2) for x in "ab")
+    with pytest.raises(UserError, match="6 samples are in the splits train and val: 0, 1, 2, 3, 4"):
+        build(tmp_path, train_features_file=a, val_features_file=a)
+    data = build(tmp_path, train_features_file=a, val_features_file=b, test_features_file=b)
+    assert [len(split) for split in data.splits.values()] == [6, 6, 6]
+    (tmp_path / "splits.json").write_text(json.dumps({"train": [0, 1, 2], "val": ["2", "3"]}))
+    with pytest.raises(UserError, match="1 samples are in the splits train and val: 2; keep each"):
+        build(tmp_path, features_file=a, split_source="splits_json")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"train": [0, 1], "valid": [2]}, "'valid' is no split; there are train, val and test"),
+        ({"train": [0, 7], "val": [2]}, r"1 ids of train are not in .* \(7\); it has e.g. 0"),
+        ({"train": [0, 1, 0], "val": [2]}, "train lists '0' twice"),
+    ],
+)
+def test_split_files_that_do_not_fit(tmp_path, content, said):
+    name = write(tmp_path / "f.h5", features=X[:6], labels=Y[:6] % 2)
+    (tmp_path / "splits.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        build(tmp_path, features_file=name, split_source="splits_json")
+
+
+def test_what_no_split_uses_is_reported(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:6], labels=Y[:6] % 2)
+    (tmp_path / "splits.json").write_text(json.dumps({"train": [0, 1, 2], "val": [3]}))
+    data = build(tmp_path, features_file=name, split_source="splits_json")
+    assert f"2 samples of {tmp_path}/f.h5 are in no split: not used" in data.report
+    table = "id,label,split\n0,a,train\n1,b,train\n2,a,val\n3,b,\n4,b,test\n5,a,val\n9,a,val\n"
+    (tmp_path / "labels.csv").write_text(table)
+    given = {"features_file": name, "labels_file": "labels.csv", "split_source": "csv"}
+    data = build(tmp_path, **given)
+    assert data.report[:2] == [
+        "1 rows of labels.csv have no sample, e.g. 9: not used",
+        f"1 samples of {tmp_path}/f.h5 are in no split: not used",
+    ]
+    assert {key: split.ids for key, split in data.splits.items()} == {
+        "train": ["0", "1"],
+        "val": ["2", "5"],
+        "test": ["4"],
+    }
+    (tmp_path / "labels.csv").write_text(table.replace("a,train", "a,trian"))
+    with pytest.raises(UserError, match=r"'trian' \(1 samples\) is no split"):
+        build(tmp_path, **given)
+
+
+def test_tables_may_be_separated_by_semicolons(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:6])
+    rows = "".join(f"{number} ; {'ab'[number % 2]}\n" for number in range(6))
+    (tmp_path / "labels.csv").write_text("id;label\n" + rows)
+    given = {"labels_file": "labels.csv", "features_file": name, "split_source": "kfold"}
+    data = build(tmp_path, **given, n_folds=3)
+    assert data.class_names == ("a", "b")
+    with pytest.raises(UserError, match='no column "lable"; did you mean "label"'):
+        build(tmp_path, **given, label_column="lable")
+
+
+def test_equal_ids_are_refused(tmp_path):
+    name = write(
+        tmp_path / "f.h5", features=X[:4], labels=Y[:4], ids=np.array(["a", "b", "a", "c"], "S")
+    )
+    with pytest.raises(UserError, match="id 'a' is that of 2 samples"):
+        build(tmp_path, train_features_file=name)
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    write(folder / "s.h5", features=X[:4])
+    torch.save(torch.from_numpy(X[4:9]), folder / "s.pt")
+    (tmp_path / "labels.csv").write_text("id,label\ns,0\n")
+    with pytest.raises(UserError, match="id 's' is that of 2 samples"):
+        build(tmp_path, train_features_file="slides", labels_file="labels.csv")
+
+
+def test_files_that_contradict_each_other(tmp_path):
+    def pair(**attributes):
+        for name, values in zip("ab", zip(*attributes.values(), strict=True), strict=True):
+            given = dict(zip(attributes, values, strict=True))
+            write(tmp_path / f"{name}.h5", features=X[:6], labels=Y[:6] % 2, attributes=given)
+        return {"train_features_file": "a.h5", "val_features_file": "b.h5"}
+
+    with pytest.raises(
+        UserError, match=r"different class_names \(.*a.h5: cat, dog; .*: dog, cat\)"
+    ):
+        build(tmp_path, **pair(class_names=(["cat", "dog"], ["dog", "cat"])))
+    files = pair(subtask=("multiclass", "regression"))
+    with pytest.raises(UserError, match="different subtasks: .*a.h5 multiclass, .*b.h5 regression"):
+        build(tmp_path, **files)
+    assert build(tmp_path, **files, subtask="multiclass").subtask == "multiclass"
+    write(tmp_path / "b.h5", features=X[:6, :32], labels=Y[:6])
+    with pytest.raises(UserError, match="different widths: .*a.h5 64, .*b.h5 32; use one encoder"):
+        build(tmp_path, **files)
+    ragged(tmp_path, "b.h5")
+    with pytest.raises(UserError, match="different kinds: .*a.h5 vectors, .*b.h5 bags"):
+        build(tmp_path, **files)
+
+
+@pytest.mark.parametrize("kind", ["bag_ptr", "bag_lengths", "ids", "groups", "coords"])
+def test_a_dataset_that_the_spec_names_must_be_there(tmp_path, kind):
+    name = ragged(tmp_path)
+    with pytest.raises(
+        UserError, match="no dataset 'mine'; the file has bag_ptr, features, labels"
+    ):
+        build(tmp_path, train_features_file=name, **{f"{kind}_key": "mine"})
+
+
+@pytest.mark.parametrize("text", ['["even", "odd"]', "even, odd"])
+def test_class_names_that_are_one_text(tmp_path, text):
+    name = write(
+        tmp_path / "f.h5", features=X[:60], labels=Y[:60] % 2, attributes={"class_names": text}
+    )
+    assert build(tmp_path, train_features_file=name).class_names == ("even", "odd")
+
+
+BAD_BAGS = {
+    "width": (
+        lambda folder: write(folder / "s1.h5", features=X[:4, :32]),
+        "most have 64, but s1.h5 32",
+    ),
+    "integers": (
+        lambda folder: torch.save(torch.ones(3, 64, dtype=torch.long), folder / "s1.pt"),
+        r"s1.pt: features of shape \(3, 64\) and type int64; a bag is floats",
+    ),
+    "pickle": (
+        lambda folder: torch.save({"features": Path("x")}, folder / "s1.pt"),
+        r"s1.pt: holds other objects than tensors.*torch.save\(features, path\)",
+    ),
+    "dictionary": (
+        lambda folder: torch.save({"features": torch.ones(3, 64)}, folder / "s1.pt"),
+        "s1.pt: holds a dict, not a tensor",
+    ),
+}
+
+
+def test_coordinates_are_one_row_an_instance(tmp_path):
+    for coords in (np.zeros((49, 2)), np.zeros(50), np.array([["a", "b"]] * 50, "S1")):
+        name = ragged(tmp_path, coords=coords)
+        with pytest.raises(UserError, match=r"coordinates are numbers of shape \(50, 2 or more\)"):
+            build(tmp_path, train_features_file=name)
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    write(folder / "s0.h5", features=X[:4], coords=np.zeros((3, 2)))
+    (tmp_path / "labels.csv").write_text("id,label\ns0,0\n")
+    with pytest.raises(UserError, match=r"s0.h5: 'coords' has shape \(3, 2\)"):
+        build(tmp_path, train_features_file="slides", labels_file="labels.csv")
+
+
+@pytest.mark.parametrize("case", BAD_BAGS)
+def test_one_bad_bag_among_good_ones(tmp_path, case):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for name in ("s0", "s2", "s3"):
+        write(folder / f"{name}.h5", features=X[:4])
+    spoil, said = BAD_BAGS[case]
+    spoil(folder)
+    (tmp_path / "labels.csv").write_text("id,label\ns0,0\ns1,1\ns2,0\ns3,1\n")
+    with pytest.raises(UserError, match=said) as raised:
+        build(tmp_path, train_features_file="slides", labels_file="labels.csv")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_tensors_of_other_makes(tmp_path):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    stored = torch.from_numpy(X[:3])
+    torch.save(stored.bfloat16()[None], folder / "bfloat16.pt")
+    torch.save(stored.clone().requires_grad_(), folder / "grad.pt")
+    torch.save(stored, folder / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "labels.csv").write_text("id,label\nbfloat16,0\ngrad,1\nold,1\n")
+    data = build(tmp_path, train_features_file="slides", labels_file="labels.csv")
+    first, second, third = data.splits["train"].source.fetch(np.arange(3))
+    np.testing.assert_array_equal(first, stored.bfloat16().float().numpy())
+    np.testing.assert_array_equal(second, X[:3])
+    np.testing.assert_array_equal(third, X[:3])
+
+
+def test_numbers_beyond_any_type_are_one_line(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:2])
+    (tmp_path / "labels.csv").write_text(f"id,label\n0,{10**40}\n1,1e999\n")
+    with pytest.raises(
+        UserError, match=r"labels of 2 samples are NaN or beyond float32 \(first sample 0\)"
+    ):
+        build(tmp_path, train_features_file=name, labels_file="labels.csv")

@@ -1,0 +1,151 @@
+"""Tables: how files are found, and what CSV, JSON and split files may look like."""
+
+import json
+import os
+
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from glovita_lib.data_folder import ImageFolder, csv_labels, json_labels, walk
+from glovita_lib.data_splits import read_splits
+from glovita_lib.errors import UserError
+from glovita_lib.files import read_csv
+
+EXTS = ("png", "jpg")
+NAMES = ["a.png", "cat/1.png", "cat/2.PNG", "dog/1.png", "train/x.jpg"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Digits under NAMES below images/, one beside it, and what does not count."""
+    digits = load_digits().images.astype("uint8")
+    for number, name in enumerate([*NAMES, "cat/.hidden.png", ".cache/3.png", "../other/b.png"]):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits[number]).save(path)
+    (tmp_path / "images/notes.txt").write_text("no image")
+    folder = tmp_path / "images"
+    return ImageFolder(folder, tmp_path, walk(folder, EXTS))
+
+
+def test_walk_finds_images_in_stable_order(images, tmp_path):
+    assert images.ids == sorted(NAMES)
+    assert walk(images.folder, (".JPG",)) == ["train/x.jpg"]
+    (tmp_path / "images/loop").symlink_to(tmp_path / "images")  # does not go round for ever
+    (tmp_path / "images/far").symlink_to(tmp_path / "other")
+    assert walk(images.folder, EXTS) == sorted([*NAMES, "far/b.png"])
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        walk(tmp_path / "nowhere", EXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "found"),
+    [
+        ("cat/1.png", "", "cat/1.png"),
+        ("./cat//1.png", "", "cat/1.png"),
+        ("cat\\1.png", "", "cat/1.png"),
+        (" cat/1.png ", "", "cat/1.png"),
+        ("images/cat/1.png", "", "cat/1.png"),
+        ("cat/1", "", "cat/1.png"),
+        ("images/cat/2", "", "cat/2.PNG"),
+        ("x.jpg", "train", "train/x.jpg"),
+        ("x", "train", "train/x.jpg"),
+        ("x", "", "train/x.jpg"),  # the only image of this name
+        ("somewhere/else/cat/2.PNG", "", "cat/2.PNG"),
+        ("/somewhere/else/cat/2", "", "cat/2.PNG"),
+        ("dog/2.PNG", "", None),  # that of another folder is another image
+        ("somewhere/else/2.PNG", "", None),
+        ("other/b.png", "", "../other/b.png"),
+        ("notes.txt", "", "notes.txt"),  # named, so it counts; the reader decides
+        ("cat/3.png", "", None),
+        ("cat", "", None),
+        ("", "", None),
+    ],
+)
+def test_names_in_tables(images, name, prefix, found):
+    assert images.find(name, prefix) == found
+
+
+def test_absolute_and_ambiguous_names(images, tmp_path):
+    assert images.find(str(tmp_path / "images/dog/1.png")) == "dog/1.png"
+    outside = images.find(str(tmp_path / "other/b.png"))
+    assert os.path.samefile(images.path(outside), tmp_path / "other/b.png")
+    with pytest.raises(UserError, match="1.png: 2 images below .* fit: cat/1.png, dog/1.png"):
+        images.find("1.png")
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_csv_separators_quotes_and_byte_order_marks(tmp_path, mark):
+    path = tmp_path / "a.csv"
+    text = f'path{mark} label \na.png{mark}"x{mark}y"\n\n"b.png"{mark} "" \n'
+    path.write_text(text.replace(' "" ', '""'), "utf-8-sig")
+    assert read_csv(path, ["path", "label"]) == [
+        {"path": "a.png", "label": f"x{mark}y"},
+        {"path": "b.png", "label": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no header"),
+        ("path,lable\n", 'no column "label"; did you mean "lable"\\?; columns are path, lable'),
+        ("path,label,label\n", 'several columns are named "label"'),
+        ("path,label\na.png,1,2\n", "line 2: 3 cells, the header has 2"),
+        ('path,label\n"a.png,1\n', "not valid CSV"),
+        (b"path,label\n\xff,1\n", "not UTF-8 at byte 11"),
+    ],
+)
+def test_bad_csv_files(tmp_path, text, said):
+    path = tmp_path / "a.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=said):
+        read_csv(path, ["path", "label"])
+
+
+def table_of(images, path, **columns):
+    defaults = {"path_column": "path", "label_column": "label"}
+    defaults |= {"group_column": None, "split_column": None}
+    return csv_labels(path, images, **(defaults | columns))
+
+
+def test_csv_labels(images, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("path,label,n,who,part\ncat/1,x,3,p1,train\nmissing.png,y,4,p2,val\n")
+    table = table_of(images, path, group_column="who", split_column="part")
+    assert table.labels == {"cat/1.png": "x"} and table.missing == ["missing.png"]
+    assert table.groups == {"cat/1.png": "p1"} and table.splits == {"cat/1.png": "train"}
+    assert table_of(images, path, label_column=("n", "label")).labels == {"cat/1.png": ("3", "x")}
+    path.write_text("path,label\ncat/1,x\ncat/1.png,x\n")
+    assert table_of(images, path).labels == {"cat/1.png": "x"}
+    path.write_text("path,label\ncat/1,x\ncat/1.png,y\n")
+    with pytest.raises(UserError, match="cat/1.png has two values of label: 'x' and 'y'"):
+        table_of(images, path)
+
+
+def test_json_labels(images, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"cat/1": [0, 1], "images/dog/1.png": None, "no.png": 3}))
+    table = json_labels(path, images)
+    assert table.labels == {"cat/1.png": [0, 1], "dog/1.png": None} and table.missing == ["no.png"]
+    for content, said in (("[1]", "holds a list"), ("{", "a.json, line 1: not valid JSON")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=said):
+            json_labels(path, images)
+
+
+def test_split_files(tmp_path):
+    path = tmp_path / "a.json"
+    one, two = {"train": ["a"], "val": []}, {"train": ["b"], "val": ["a"]}
+    for content in ([one, two], {"1": two, "0": one}):
+        path.write_text(json.dumps(content))
+        assert [read_splits(path, fold) for fold in (0, 1)] == [one, two]
+        with pytest.raises(UserError, match="data.fold = 2, but .* has folds 0 to 1"):
+            read_splits(path, 2)
+    path.write_text(json.dumps(one))
+    assert read_splits(path, 0) == one
+    for content in ("[[1]]", '{"train": "a"}', '{"train": [1.5]}', '{"a": {}, "b": {}}', "3"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="expected {split: "):
+            read_splits(path, 0)

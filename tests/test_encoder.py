@@ -1,0 +1,386 @@
+"""Features of timm's and torchvision's models against the libraries' own pooled forward pass."""
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from huggingface_hub import constants
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from glovita_lib.encoder import (
+    aggregate,
+    build_encoder,
+    describe,
+    output_width,
+    resolve_method,
+    served,
+)
+from glovita_lib.errors import UserError
+from glovita_lib.network import block_names
+from glovita_lib.spec_model import CustomEncoder, TimmEncoder, TorchvisionEncoder
+
+
+def make(spec, size: int, channels: int = 3):
+    torch.manual_seed(0)
+    return build_encoder(spec, channels=channels, image_size=size, load_weights=False).eval()
+
+
+def timm_spec(name: str, **kwargs) -> TimmEncoder:
+    return TimmEncoder(type=name, pretrained=False, **kwargs)
+
+
+def tv_spec(name: str, **kwargs) -> TorchvisionEncoder:
+    return TorchvisionEncoder(type=name, pretrained=False, **kwargs)
+
+
+def images(size: int, channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+SHALLOW = {"model_kwargs": {"depth": 2}}
+# name, further fields, size, default aggregation, patch grid, prefix tokens, CLS, width of avg
+TIMM = [
+    ("vit_tiny_patch16_224", SHALLOW, 64, "cls_token", (4, 4), 1, True, 192),
+    ("vit_small_patch16_dinov3", SHALLOW, 64, "cls_token", (4, 4), 5, True, 384),
+    ("vit_base_patch16_siglip_224", SHALLOW, 64, "pooled", (4, 4), 0, False, 768),
+    ("vit_base_patch16_siglip_gap_224", SHALLOW, 64, "avg", (4, 4), 0, False, 768),
+    ("beit_base_patch16_224", SHALLOW, 64, "avg", (4, 4), 1, True, 768),
+    ("deit_tiny_distilled_patch16_224", SHALLOW, 64, "cls_token", (4, 4), 2, True, 192),
+    ("swin_tiny_patch4_window7_224", {}, 96, "avg", (3, 3), 0, False, 768),
+    ("convnext_atto", {}, 64, "avg", (2, 2), 0, False, 320),
+    ("resnet18", {}, 64, "avg", (2, 2), 0, False, 512),
+    ("mobilenetv3_small_100", {}, 64, "avg", (2, 2), 0, False, 1024),
+    ("efficientnet_lite0", {}, 64, "avg", (2, 2), 0, False, 1280),
+    ("pit_ti_224", {}, 224, "cls_token", None, 1, True, 256),
+    ("crossvit_tiny_240", {}, 240, "pooled", None, 0, False, 288),
+]
+
+
+@pytest.mark.parametrize("row", TIMM, ids=lambda row: row[0])
+def test_timm_pools_as_timm_does(row) -> None:
+    name, fields, size, default, grid, n_prefix, has_cls, width = row
+    encoder, x = make(timm_spec(name, **fields), size), images(size)
+    arguments = dict(fields.get("model_kwargs", {}))
+    if describe(timm_spec(name), channels=3).fixed_size:
+        arguments["img_size"] = size
+    reference = timm.create_model(name, num_classes=7, **arguments).eval()  # timm's own, whole
+    missing = reference.load_state_dict(encoder.net.state_dict(), strict=False).missing_keys
+    assert all(key.startswith(("head", "classifier", "fc")) for key in missing)
+    with torch.no_grad():
+        features, raw = encoder(x), reference.forward_features(x)
+        own = reference.forward_head(raw, pre_logits=True)
+        torch.testing.assert_close(features.pooled, own)
+        if encoder.pooling in served(encoder):
+            torch.testing.assert_close(aggregate(features, encoder.pooling), own)
+    assert resolve_method(None, encoder) == default
+    assert (features.grid, features.n_prefix, features.has_cls) == (grid, n_prefix, has_cls)
+    for method in served(encoder):
+        assert aggregate(features, method).shape == (2, output_width(encoder, method))
+    if "avg" in served(encoder):
+        assert output_width(encoder, "avg") == width
+
+
+def test_registers_and_cls_are_no_patches() -> None:
+    encoder, x = make(timm_spec("vit_small_patch16_dinov3", **SHALLOW), 64), images(64)
+    with torch.no_grad():
+        features, raw = encoder(x), encoder.net.forward_features(x)
+    assert raw.shape == (2, 21, 384)  # CLS, 4 registers, 4 x 4 patches
+    torch.testing.assert_close(aggregate(features, "avg"), raw[:, 5:].mean(1))
+    torch.testing.assert_close(aggregate(features, "sum"), raw[:, 5:].sum(1))
+    torch.testing.assert_close(aggregate(features, "cls_token"), raw[:, 0])
+    patches_and_cls = torch.cat([raw[:, :1], raw[:, 5:]], 1)
+    torch.testing.assert_close(aggregate(features, "mean_all"), patches_and_cls.mean(1))
+    joint = torch.cat([raw[:, 0], raw[:, 5:].mean(1)], 1)
+    torch.testing.assert_close(aggregate(features, "joint"), joint)
+
+
+def test_a_norm_behind_the_pooling_norms_tokens_too() -> None:
+    encoder, x = make(timm_spec("beit_base_patch16_224", **SHALLOW), 64), images(64)
+    with torch.no_grad():
+        features, raw = encoder(x), encoder.net.forward_features(x)
+        torch.testing.assert_close(features.tokens, encoder.net.fc_norm(raw))
+        mean = encoder.net.fc_norm(raw[:, 1:].mean(1))
+        torch.testing.assert_close(aggregate(features, "avg"), mean)
+        torch.testing.assert_close(aggregate(features, "joint")[:, 768:], mean)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resnet18"])
+def test_maps_become_tokens_row_by_row(name: str) -> None:
+    """Swin's maps are channels-last, ResNet's are not; a wrong axis would mix the patches."""
+    encoder, x = make(timm_spec(name), 96), images(96)
+    with torch.no_grad():
+        features, raw = encoder(x), encoder.net.forward_features(x)
+    row, column = 1, 2
+    patch = raw[:, row, column] if name.startswith("swin") else raw[:, :, row, column]
+    torch.testing.assert_close(features.tokens[:, row * features.grid[1] + column], patch)
+
+
+# name, size, default aggregation, width of it, width of tokens, number of blocks
+TORCHVISION = [
+    ("convnext_tiny", 64, "avg", 768, 768, 18),
+    ("vgg11", 64, "pooled", 4096, 512, 8),
+    ("mobilenet_v3_small", 64, "avg", 1024, 576, 11),
+    ("resnet18", 64, "avg", 512, 512, 8),
+    ("vit_b_16", 64, "cls_token", 768, 768, 12),
+    ("swin_t", 64, "avg", 768, 768, 12),
+    ("efficientnet_b0", 64, "avg", 1280, 1280, 16),
+    ("densenet121", 64, "avg", 1024, 1024, 58),
+    ("regnet_y_400mf", 64, "avg", 440, 440, 16),
+    ("shufflenet_v2_x0_5", 64, "avg", 1024, 1024, 16),
+    ("squeezenet1_1", 64, "avg", 512, 512, 8),
+    ("mnasnet0_5", 64, "avg", 1280, 1280, 16),
+    ("googlenet", 64, "avg", 1024, 1024, 9),
+]
+
+
+@pytest.mark.parametrize("row", TORCHVISION, ids=lambda row: row[0])
+def test_torchvision_pools_as_torchvision_does(row) -> None:
+    """The library's own forward pass, its last layer an identity, is the reference."""
+    name, size, default, width, token_width, blocks = row
+    quick = {"model_kwargs": {"init_weights": False}} if name == "vgg11" else {}
+    encoder, x = make(tv_spec(name, **quick), size), images(size)
+    with torch.no_grad():
+        features, own = encoder(x), encoder.net(x).flatten(1)
+    method = resolve_method(None, encoder)
+    assert method == default
+    torch.testing.assert_close(aggregate(features, method), own)
+    assert own.shape[1] == output_width(encoder, method) == width
+    assert features.tokens.shape[2] == encoder.width == token_width
+    assert len(encoder.blocks()) == blocks
+    if name == "vit_b_16":
+        assert encoder.net.encoder.pos_embedding.shape[1] == 1 + 4 * 4
+
+
+def test_every_other_torchvision_family_builds_without_data() -> None:
+    """maxvit and inception need large images: shapes alone are computed."""
+    for name, size, width in (("maxvit_t", 224, 512), ("inception_v3", 96, 2048)):
+        encoder = make(tv_spec(name), size)
+        assert output_width(encoder, resolve_method(None, encoder)) == width
+
+
+@pytest.mark.parametrize(
+    ("spec", "first", "stem"),
+    [
+        (timm_spec("resnet18"), "net.layer1.0.conv1.weight", "net.conv1.weight"),
+        (timm_spec("vit_tiny_patch16_224"), "net.blocks.0.attn.qkv.weight", "net.pos_embed"),
+        (timm_spec("convnext_atto"), "net.stages.0.blocks.0.conv_dw.weight", "net.stem.0.weight"),
+        (
+            timm_spec("swin_tiny_patch4_window7_224"),
+            "net.layers.0.blocks.0.attn.qkv.weight",
+            "net.patch_embed.proj.weight",
+        ),
+        (tv_spec("resnet18"), "net.layer1.0.conv1.weight", "net.conv1.weight"),
+    ],
+    ids=lambda value: getattr(value, "type", None),
+)
+def test_layer_ids_rise_from_the_stem(spec, first: str, stem: str) -> None:
+    encoder = make(spec, describe(spec, channels=3).image_size or 64)
+    depths, blocks = encoder.layer_ids(), encoder.blocks()
+    assert set(depths) == {name for name, _ in encoder.named_parameters()}
+    assert depths[stem] == 0
+    assert depths[first] == 1
+    last = {id(p) for p in blocks[-1].parameters()}
+    numbers = [depths[name] for name, p in encoder.named_parameters() if id(p) in last]
+    assert set(numbers) == {len(blocks)}
+    assert [depths[n] for n in depths if n.startswith(("net.norm", "net.head"))] == [
+        len(blocks) + 1 for n in depths if n.startswith(("net.norm", "net.head"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("mixer_s32_224", 8),
+        ("regnetx_002", 1 + 1 + 4 + 7),
+        ("maxvit_rmlp_pico_rw_256", 2 + 2 + 5 + 2),
+        ("nest_tiny", 2 + 2 + 8),
+        ("tiny_vit_5m_224", 2 + 2 + 6 + 2 + 3),  # and three downsamplings of three convolutions
+        ("mobilevit_xxs", 1 + 3 + 2 + 2 + 2),
+    ],
+)
+def test_blocks_are_neither_stages_nor_their_parts(name: str, blocks: int) -> None:
+    """Numbers of the papers."""
+    with torch.device("meta"):
+        net = timm.create_model(name, num_classes=0)
+    assert len(block_names(net, frozenset())) == blocks
+
+
+def test_input_convention_is_that_of_the_weights() -> None:
+    config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg("resnet18").to_dict())
+    found = describe(TimmEncoder(type="resnet18"), channels=3)
+    assert (found.image_size, found.resize_size) == (224, int(224 / config["crop_pct"]))
+    assert (found.mean, found.std) == (config["mean"], config["std"])
+    assert found.interpolation == config["interpolation"] and not found.fixed_size
+    lite = describe(TimmEncoder(type="tf_efficientnet_lite0"), channels=3)
+    assert lite.mean == lite.std == (0.5, 0.5, 0.5)
+    weights = torchvision.models.get_model_weights("convnext_tiny").DEFAULT.transforms()
+    found = describe(TorchvisionEncoder(type="convnext_tiny"), channels=3)
+    assert found.image_size == weights.crop_size[0]
+    assert found.resize_size == weights.resize_size[0] == 236
+
+
+def test_untrained_models_ask_for_a_size_only_if_built_for_one() -> None:
+    assert describe(timm_spec("resnet18", small_images=True), channels=3).image_size is None
+    assert describe(tv_spec("convnext_tiny"), channels=3).image_size is None
+    for spec in (timm_spec("vit_tiny_patch16_224"), tv_spec("vit_b_16")):
+        found = describe(spec, channels=3)
+        assert found.image_size == 224 and found.fixed_size
+
+
+def test_statistics_follow_the_channels() -> None:
+    grey = describe(timm_spec("resnet18"), channels=1)
+    assert grey.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    assert describe(timm_spec("resnet18"), channels=4).std == (0.229, 0.224, 0.225, 0.229)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("spec", [timm_spec("resnet18"), tv_spec("mobilenet_v3_small")])
+def test_other_channels(spec, channels: int) -> None:
+    encoder = make(spec, 32, channels)
+    assert encoder(images(32, channels)).pooled.shape[0] == 2
+
+
+def test_small_images_keep_their_resolution() -> None:
+    """On 8 x 8 digits the stem keeps 8 x 8, and the four stages end at 1 x 1."""
+    encoder = make(timm_spec("resnet18", small_images=True), 8, channels=1)
+    shapes = []
+    encoder.net.layer1.register_forward_hook(lambda m, i, o: shapes.append(tuple(o.shape)))
+    assert encoder(images(8, 1)).grid == (1, 1)
+    assert shapes == [(2, 64, 8, 8)]
+    assert encoder.net.conv1.weight.shape == (64, 1, 3, 3)
+    deep = make(timm_spec("resnet10t", small_images=True), 32)
+    assert deep(images(32)).grid == (4, 4)
+
+
+def test_position_embeddings_of_fixed_sizes_follow_the_image() -> None:
+    assert make(timm_spec("vit_tiny_patch16_224", **SHALLOW), 96).net.pos_embed.shape[1] == 37
+
+
+def test_dropout_of_the_library_is_kept() -> None:
+    encoder = make(tv_spec("mobilenet_v3_small", dropout=0.9), 32).train()
+    assert encoder.net.classifier[2].p == 0.9
+    zeros = (encoder(images(32)).pooled == 0).float().mean()
+    assert zeros > 0.5
+    vit = make(timm_spec("vit_tiny_patch16_224", model_kwargs={"depth": 1, "drop_rate": 0.9}), 32)
+    assert (aggregate(vit.train()(images(32)), "cls_token") == 0).float().mean() > 0.5
+
+
+# -------------------------------------------------------------------- the user's own
+
+
+class Patches(nn.Module):
+    has_cls, n_prefix = True, 2
+
+    def __init__(self, input_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(input_channels, width, 8, 8)
+        self.prefix = nn.Parameter(torch.randn(1, 2, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.proj(x).flatten(2).mT
+        return torch.cat([self.prefix.expand(len(x), -1, -1), tokens], 1)
+
+
+def patches(*, input_channels: int, width: int) -> nn.Module:
+    return Patches(input_channels, width)
+
+
+def vector(*, input_channels: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * input_channels, 5))
+
+
+def number(*, input_channels: int) -> int:
+    return input_channels
+
+
+def test_custom_tokens_and_vectors() -> None:
+    encoder = make(CustomEncoder(target="tests.test_encoders:patches", options={"width": 6}), 16)
+    features = encoder(images(16))
+    assert (features.grid, encoder.width) == ((2, 2), 6)
+    assert resolve_method(None, encoder) == "cls_token"
+    torch.testing.assert_close(aggregate(features, "avg"), features.tokens[:, 2:].mean(1))
+    encoder = make(CustomEncoder(target="tests.test_encoders:vector"), 16)
+    assert resolve_method(None, encoder) == "pooled" and output_width(encoder, "pooled") == 5
+    with pytest.raises(UserError, match="gives one vector per sample"):
+        resolve_method("avg", encoder)
+
+
+# -------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (timm_spec("resnet81"), "nearest: resnet"),
+        (timm_spec("resnet18.nonsense"), "valid: resnet18.a1_in1k"),
+        (tv_spec("convnext_tniy"), "nearest: convnext_tiny"),
+        (timm_spec("resnet18", model_kwargs={"depht": 3}), "model_kwargs.depht: resnet18 has no"),
+        (timm_spec("resnet18", model_kwargs={"num_classes": 3}), "the data decides"),
+        (timm_spec("vit_tiny_patch16_224", small_images=True), "no ResNet stem"),
+        (timm_spec("resnet18", input_channels=1), "the data have 3"),
+        (tv_spec("resnet18", dropout=0.1), "model.encoder.dropout: resnet18 has no such argument"),
+        (tv_spec("convnext_tiny", model_kwargs={"foo": 1}), "model_kwargs.foo: convnext_tiny has"),
+        (tv_spec("vit_b_16", model_kwargs={"image_size": 2}), "data.augmentation.image_size"),
+        (CustomEncoder(target="tests.test_encoders"), 'write it as "package.module:function"'),
+        (CustomEncoder(target="nowhere:f"), "no module nowhere"),
+        (CustomEncoder(target="tests.test_encoders:nothing"), "has no function nothing"),
+        (CustomEncoder(target="tests.test_encoders:patches"), "missing a required"),
+        (CustomEncoder(target="tests.test_encoders:number"), "must return a torch.nn.Module"),
+    ],
+)
+def test_mistakes_are_named(spec, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        make(spec, 64)
+
+
+def test_too_small_images_are_told_at_once() -> None:
+    with pytest.raises(UserError, match="does not take images of 8 pixels"):
+        make(tv_spec("squeezenet1_1"), 8)
+
+
+def test_offline_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", unreachable)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    for spec in (TimmEncoder(type="resnet18"), TorchvisionEncoder(type="resnet18")):
+        with pytest.raises(UserError, match=r'weights = "<file>"') as caught:
+            build_encoder(spec, channels=3, image_size=32, load_weights=True)
+        assert "\n" not in str(caught.value)
+        build_encoder(spec, channels=3, image_size=32, load_weights=False)  # nothing is fetched
+
+
+def test_without_an_address_the_hub_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its own retries would take 45 s; the cache is still looked into."""
+
+    def no_address(*args, **kwargs):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_address)
+    monkeypatch.setattr("glovita_lib.encoder_timm.getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    spec = TimmEncoder(type="test_vit3")
+    with pytest.raises(UserError, match=r'cannot be downloaded .*weights = "<file>"'):
+        build_encoder(spec, channels=3, image_size=160, load_weights=True)
+    assert time.monotonic() - start < 10
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_published_weights_do_not_fit_a_small_stem() -> None:
+    with pytest.raises(UserError, match="small_images"):
+        build_encoder(
+            TimmEncoder(type="resnet18", small_images=True),
+            channels=3,
+            image_size=32,
+            load_weights=True,
+        )

@@ -1,0 +1,288 @@
+"""Readers: every kind of image file against Pillow's own conversions, and broken files."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+
+from glovita_lib.errors import UserError
+from glovita_lib.read_image import FileSource, read_header, read_headers, read_image
+
+CHINA, FLOWER = (
+    np.ascontiguousarray(photo[200:297, 300:371]) for photo in load_sample_images().images
+)
+# (97, 71, 3) uint8 parts of two photographs
+WIDE = CHINA.astype(np.uint16) * 256 + FLOWER  # 16 bits, all of them used
+
+
+def read(path, channels=3, bit_depth=8):
+    return read_image(str(path), channels=channels, bit_depth=bit_depth)
+
+
+def pillow(path, mode):
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert(mode))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def save(path, pixels, **options):
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **options)
+    return path
+
+
+def save_png16(path, pixels):
+    """A 16-bit PNG of (H, W, c), written from its definition as Pillow cannot."""
+    height, width, channels = pixels.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+
+    def chunk(name, data):
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif"])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+@pytest.mark.parametrize("stored", ["L", "RGB", "1", "P", "CMYK"])
+def test_opaque_images_as_pillow_converts_them(tmp_path, suffix, channels, mode, stored):
+    if (suffix, stored) in {("png", "CMYK"), ("bmp", "CMYK"), ("jpg", "P")}:
+        pytest.skip("the format has no such mode")
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(CHINA).convert(stored))
+    image = read(path, channels)
+    expected = pillow(path, mode)
+    if (stored, mode) in {("P", "L"), ("CMYK", "L")}:  # by way of RGB, as every colour image
+        with Image.open(path) as opened:
+            expected = np.asarray(opened.convert("RGB").convert("L"))[None]
+    assert image.dtype == np.uint8 and image.flags.c_contiguous
+    assert (image == expected).all()
+    header = read_header(str(path))
+    assert (header.height, header.width, header.pages) == (97, 71, 1)
+
+
+def test_transparent_colours_lie_over_white(tmp_path):
+    rgba = np.dstack([CHINA, FLOWER[..., 0]])
+    path = save(tmp_path / "a.png", rgba)
+    alpha = rgba[..., 3:] / 255
+    expected = (CHINA * alpha + 255 * (1 - alpha)).transpose(2, 0, 1)  # float64
+    assert np.abs(read(path) - expected).max() <= 0.5
+    assert (read(path, 4) == rgba.transpose(2, 0, 1)).all()
+    grey = save(tmp_path / "b.png", Image.fromarray(rgba).convert("LA"))
+    assert read(grey, 1).shape == (1, 97, 71)
+    assert (read(grey, 4)[3] == rgba[..., 3]).all()
+    assert (read(grey, 3) == read(grey, 1)).all()
+
+
+def test_transparent_palette_and_transparent_colour(tmp_path):
+    palette = Image.fromarray(CHINA).convert("P")
+    index = palette.getpixel((0, 0))
+    path = save(tmp_path / "a.png", palette, transparency=index)
+    assert (read(path)[:, 0, 0] == 255).all()
+    assert (read(path, 4) == pillow(path, "RGBA")).all()
+    assert (read(path, 4)[3] == 0).any()
+    colour = tuple(int(v) for v in CHINA[0, 0])
+    path = save(tmp_path / "b.png", CHINA, transparency=colour)
+    assert read(path, 4)[3, 0, 0] == 0 and (read(path)[:, 0, 0] == 255).all()
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_exif_orientation(tmp_path, number, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    path = save(tmp_path / f"a.{suffix}", CHINA, exif=exif)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image)).transpose(2, 0, 1)
+    image = read(path)
+    header = read_header(str(path))
+    assert image.shape == upright.shape and (image == upright).all()
+    assert (header.height, header.width) == image.shape[1:]
+
+
+def test_grey_16_bits(tmp_path):
+    grey = WIDE[..., 0]
+    for path in (
+        save(tmp_path / "a.png", grey),
+        save(tmp_path / "a.tif", grey),
+        save(tmp_path / "b.tif", Image.fromarray(grey.astype(np.int32))),
+        save_png16(tmp_path / "b.png", grey[..., None]),
+    ):
+        wide = read(path, 1, 16)
+        assert wide.dtype == np.uint16 and (wide[0] == grey).all()
+        assert (read(path, 3, 16) == grey).all()
+        assert (read(path, 4, 16)[3] == 65535).all()
+        narrow = read(path, 1, 8)
+        assert narrow.dtype == np.uint8
+        assert np.abs(narrow[0] - grey / 257).max() <= 0.5  # scaled, not clipped
+
+
+def test_colour_16_bits(tmp_path):
+    path = save_png16(tmp_path / "a.png", WIDE)
+    assert (read(path, 3, 16) == WIDE.transpose(2, 0, 1)).all()
+    assert np.abs(read(path, 3, 8) - WIDE.transpose(2, 0, 1) / 257).max() <= 0.5
+    luma = WIDE @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(read(path, 1, 16)[0] - luma).max() < 1.5
+    alpha = FLOWER[..., :1].astype(np.uint16) * 257
+    path = save_png16(tmp_path / "b.png", np.dstack([WIDE, alpha]))
+    expected = WIDE * (alpha / 65535) + 65535 * (1 - alpha / 65535)
+    assert np.abs(read(path, 3, 16) - expected.transpose(2, 0, 1)).max() <= 0.5
+    assert (read(path, 4, 16) == np.dstack([WIDE, alpha]).transpose(2, 0, 1)).all()
+    path = save_png16(tmp_path / "c.png", np.dstack([WIDE[..., :1], alpha]))
+    expected = np.dstack([*[WIDE[..., 0]] * 3, alpha]).transpose(2, 0, 1)
+    assert (read(path, 4, 16) == expected).all()
+
+
+def test_8_bit_files_read_as_16_bits_keep_black_and_white(tmp_path):
+    path = save(tmp_path / "a.png", CHINA)
+    wide = read(path, 3, 16)
+    assert wide.dtype == np.uint16
+    assert (wide == CHINA.transpose(2, 0, 1).astype(np.uint16) * 257).all()
+
+
+def test_images_whose_range_is_unknown_are_refused(tmp_path):
+    path = save(tmp_path / "a.tif", Image.fromarray(CHINA[..., 0] / np.float32(255)))
+    with pytest.raises(UserError, match="a.tif: floating-point image: save it"):
+        read(path)
+    path = save(tmp_path / "b.tif", Image.fromarray(CHINA[..., 0].astype(np.int32) * 1000))
+    with pytest.raises(UserError, match="b.tif: values .* do not fit into 16 bits"):
+        read(path)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_colour_tiff(tmp_path, order):
+    path = tmp_path / "a.tif"
+    data = WIDE.astype(order + "u2").tobytes()
+    height, width, _ = WIDE.shape
+    tags = [  # tag, type (3 short, 4 long), count, value or offset
+        (256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 1, 14), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data)),
+    ]  # fmt: skip
+    padded = [(tag, kind, n, v << 16 * (kind == 3 and n == 1 and order == ">"))
+              for tag, kind, n, v in tags]  # fmt: skip
+    directory = b"".join(struct.pack(order + "HHII", *tag) for tag in padded)
+    path.write_bytes(
+        struct.pack(order + "2sHI", b"II" if order == "<" else b"MM", 42, 14 + len(data))
+        + struct.pack(order + "3H", 16, 16, 16)
+        + data
+        + struct.pack(order + "H", len(tags))
+        + directory
+        + bytes(4)
+    )
+    assert (read(path, 3, 16) == WIDE.transpose(2, 0, 1)).all()
+    assert np.abs(read(path, 3, 8) - WIDE.transpose(2, 0, 1) / 257).max() <= 0.5
+
+
+def test_first_page_of_a_tiff(tmp_path):
+    first, second = Image.fromarray(CHINA), Image.fromarray(FLOWER)
+    path = save(tmp_path / "a.tif", first, save_all=True, append_images=[second])
+    assert read_header(str(path)).pages == 2
+    assert (read(path) == CHINA.transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif"])
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
+def test_a_truncated_file_is_found_by_its_header_and_when_decoded(tmp_path, suffix, kept):
+    path = save(tmp_path / f"a.{suffix}", CHINA)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    for reader in (lambda p: read_header(str(p)), read):
+        with pytest.raises(UserError) as caught:
+            reader(path)
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_png_whose_second_half_was_never_written(tmp_path):
+    path = save(tmp_path / "a.png", np.tile(CHINA, (8, 8, 1)))
+    data = path.read_bytes()
+    half = len(data) // 2
+    path.write_bytes(data[:half] + bytes(len(data) - half))
+    with pytest.raises(UserError, match="a.png: broken image file"):
+        read_header(str(path))
+
+
+def test_a_jpeg_with_something_behind_its_end_is_whole(tmp_path):
+    path = save(tmp_path / "a.jpg", CHINA)
+    before = read(path)
+    path.write_bytes(path.read_bytes() + bytes(10_000))
+    assert read_header(str(path)).width == 71
+    assert (read(path) == before).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "no such file"), (b"", "an empty file"), (b"words, no image", "not an image file")],
+)
+def test_files_that_are_no_images(tmp_path, content, said):
+    path = tmp_path / "a.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"a.png: {said}"):
+        read(path)
+    with pytest.raises(UserError, match="a folder, expected an image file"):
+        read(tmp_path)
+
+
+def test_damaged_bytes_never_raise_anything_but_user_errors(tmp_path):
+    generator = np.random.default_rng(0)
+    for suffix in ("png", "jpg", "bmp", "tif"):
+        path = save(tmp_path / f"a.{suffix}", CHINA)
+        data = np.frombuffer(path.read_bytes(), np.uint8)
+        for _ in range(40):
+            hurt = data.copy()
+            hurt[generator.integers(0, min(200, len(hurt)), 4)] = generator.integers(0, 256, 4)
+            path.write_bytes(hurt.tobytes())
+            try:
+                read_header(str(path))
+                read(path)
+            except UserError as error:
+                assert str(path) in str(error)
+            except Image.DecompressionBombWarning:
+                pass  # a size of its own making, a warning outside of tests
+
+
+def test_headers_of_many_files_and_the_broken_among_them(tmp_path):
+    paths = [str(save(tmp_path / f"{i}.png", CHINA[: 10 + i])) for i in range(5)]
+    os.truncate(paths[3], 40)
+    headers, broken = read_headers([*paths, str(tmp_path / "no.png")], threads=2)
+    assert [header.height for header in headers] == [10, 11, 12, 0, 14, 0]
+    assert set(broken) == {3, 5}
+    assert "3.png: " in broken[3] and "no.png: no such file" in broken[5]
+
+
+def source_of(paths, channels=3, bit_depth=8):
+    headers, _ = read_headers(paths, threads=2)
+    return FileSource(paths, headers, channels=channels, bit_depth=bit_depth)
+
+
+def test_source_of_files_of_one_size(tmp_path):
+    paths = [
+        str(save(tmp_path / f"bild ä{i}.png", photo)) for i, photo in enumerate((CHINA, FLOWER))
+    ]
+    source = source_of(paths)
+    assert source.uniform == (3, 97, 71) and source.nbytes() == 2 * 3 * 97 * 71
+    batch = source.fetch(np.array([1, 0, 1]))
+    assert (batch == np.stack([FLOWER, CHINA, FLOWER]).transpose(0, 3, 1, 2)).all()
+    assert source_of(paths, 1, 16).nbytes() == 2 * 2 * 97 * 71
+
+
+def test_source_of_files_of_differing_sizes_lists_broken_ones_together(tmp_path):
+    paths = [str(save(tmp_path / f"{i}.png", CHINA[: 20 + i])) for i in range(4)]
+    source = source_of(paths)
+    assert source.uniform is None
+    assert [image.shape for image in source.fetch(np.array([2, 0]))] == [(3, 22, 71), (3, 20, 71)]
+    os.truncate(paths[1], 60)
+    save(paths[2], FLOWER)
+    with pytest.raises(UserError) as caught:
+        source.fetch(np.arange(4))
+    first, second = str(caught.value).splitlines()
+    assert "1.png: " in first and "2.png: its size has changed" in second

@@ -1,0 +1,99 @@
+"""Predictions as CSV: what people read in them, and reading them back equal."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glovita_lib.errors import UserError
+from glovita_lib.results import read_predictions, write_prediction_csv
+
+NAMES = ("cat", 'a "b", c', "Ümlaut")
+
+
+def columns(path: Path) -> dict[str, list[str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
+
+
+def data(subtask: str, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    scores = rng.random((n, k)).astype(np.float32)
+    if subtask == "multiclass":
+        return rng.integers(0, k, n), scores / scores.sum(1, keepdims=True)
+    if subtask == "multilabel":
+        return rng.integers(0, 2, (n, k)).astype(np.float32), scores
+    return rng.normal(size=(n, k)).astype(np.float32), scores * 1e-7 - 1e3
+
+
+@pytest.mark.parametrize("subtask", ["multiclass", "multilabel", "regression"])
+@pytest.mark.parametrize(("n", "k"), [(50, 3), (1, 3), (0, 3), (7, 1)])
+def test_reads_back_equal(tmp_path: Path, subtask: str, n: int, k: int) -> None:
+    targets, scores = data(subtask, n, k)
+    ids = [f"folder/{i},.png" for i in range(n)]
+    facts = {"subtask": subtask, "class_names": NAMES[:k]}
+    path = tmp_path / "predictions_test.csv"
+    write_prediction_csv(path, ids=ids, targets=targets, scores=scores, **facts)
+    table = read_predictions(path, **facts)
+    assert table.ids == ids
+    assert np.array_equal(table.scores.reshape(n, k), scores)
+    assert np.array_equal(table.targets.reshape(targets.shape), targets)
+    assert table.targets.dtype == targets.dtype
+
+
+def test_columns_of_multiclass(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    scores = np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]], dtype=np.float32)
+    facts = {"subtask": "multiclass", "class_names": NAMES}
+    write_prediction_csv(path, ids=["a", "b"], targets=np.array([2, 0]), scores=scores, **facts)
+    assert columns(path) == {
+        "id": ["a", "b"],
+        "label": ["Ümlaut", "cat"],
+        "prediction": ['a "b", c', "cat"],
+        "p_cat": ["0.1", "0.5"],
+        'p_a "b", c': ["0.7", "0.25"],
+        "p_Ümlaut": ["0.2", "0.25"],
+    }
+    write_prediction_csv(path, ids=["a", "b"], targets=None, scores=scores, **facts)
+    assert "label" not in columns(path)
+    assert read_predictions(path, **facts).targets is None
+
+
+def test_columns_of_multilabel_and_regression(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    scores = np.array([[0.5, 0.49]], dtype=np.float32)
+    targets = np.array([[0, 1]], dtype=np.float32)
+    rest = {"ids": ["a"], "targets": targets, "scores": scores, "class_names": ("x", "y")}
+    write_prediction_csv(path, subtask="multilabel", **rest)
+    assert columns(path) == {
+        "id": ["a"],
+        "label_x": ["0"],
+        "label_y": ["1"],
+        "prediction_x": ["1"],
+        "prediction_y": ["0"],
+        "p_x": ["0.5"],
+        "p_y": ["0.49"],
+    }
+    write_prediction_csv(path, subtask="regression", **rest)
+    assert list(columns(path)) == ["id", "label_x", "label_y", "prediction_x", "prediction_y"]
+    one = {"ids": ["a"], "targets": targets[:, 1:], "scores": scores[:, 1:], "class_names": ("y",)}
+    write_prediction_csv(path, subtask="regression", **one)
+    assert columns(path) == {"id": ["a"], "label": ["1.0"], "prediction": ["0.49"]}
+
+
+def test_other_files_are_one_line(tmp_path: Path) -> None:
+    facts = {"subtask": "multiclass", "class_names": NAMES}
+    path = tmp_path / "x.csv"
+    with pytest.raises(UserError, match="cannot read"):
+        read_predictions(path, **facts)
+    path.write_text("")
+    with pytest.raises(UserError, match="cannot read"):
+        read_predictions(path, **facts)
+    write_prediction_csv(path, ids=["a"], targets=np.array([0]), scores=np.ones((1, 3)), **facts)
+    with pytest.raises(UserError, match="no column p_dog"):
+        read_predictions(path, subtask="multiclass", class_names=("cat", "dog"))
+    path.write_text(path.read_text().replace("a,cat", "a,dog"))
+    with pytest.raises(UserError, match="'dog'"):
+        read_predictions(path, **facts)

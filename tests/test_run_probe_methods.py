@@ -1,0 +1,177 @@
+"""Probes against scikit-learn."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_diabetes, load_digits
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from glovita_lib import run_probe
+from glovita_lib.neighbors import nearest
+from glovita_lib.run_probe import fit_linear, knn_scores
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_digits()
+    return torch.tensor(data.data).float(), torch.tensor(data.target)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_knn_equals_scikit_learn(digits, metric):
+    features, targets = digits
+    train, test = slice(0, 1000), slice(1000, 1300)
+
+    def weights(distances):
+        return np.exp((distances[:, :1] - distances) / 0.5)
+
+    distances, indices = nearest(features[test], features[train], 20, metric, exclude_self=False)
+    for k in (1, 7, 20):
+        near = distances[:, :k], indices[:, :k]
+        ours = knn_scores(*near, targets[train], outputs=10, temperature=0.5)
+        rows = torch.nn.functional.one_hot(targets[train], 10)
+        torch.testing.assert_close(ours, knn_scores(*near, rows, outputs=10, temperature=0.5))
+        reference = KNeighborsClassifier(k, metric=metric, weights=weights)
+        reference.fit(features[train].double().numpy(), targets[train].numpy())
+        expected = reference.predict_proba(features[test].double().numpy())
+        agree = np.abs(ours.numpy() - expected).max(1) < 1e-3
+        assert agree.mean() > 0.99  # all but ties at the border of the neighbourhood
+
+
+def test_knn_of_more_neighbours_than_samples_is_their_mean(digits):
+    features, targets = digits
+    near = nearest(features[10:12], features[:4], 100, "cosine", exclude_self=False)
+    scores = knn_scores(*near, targets[:4], outputs=10, temperature=1e6)
+    rows = torch.nn.functional.one_hot(targets[:4], 10).float()
+    torch.testing.assert_close(scores, rows.mean(0).expand(2, -1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("block", [16384, 100])
+def test_logistic_regression_equals_scikit_learn(digits, block, monkeypatch):
+    monkeypatch.setattr(run_probe, "BLOCK", block)
+    features, targets = digits[0][:600], digits[1][:600]
+    fits = dict(
+        fit_linear(
+            features.half(),
+            targets,
+            outputs=10,
+            subtask="multiclass",
+            l2=(1e-1, 1e-3),
+            standardize=True,
+            max_iterations=1000,
+            device=CPU,
+            start=None,
+        )
+    )
+    scaled = StandardScaler().fit_transform(features.numpy())
+    for strength, model in fits.items():
+        reference = LogisticRegression(C=1 / (strength * 600), tol=1e-6, max_iter=5000)
+        expected = reference.fit(scaled, targets.numpy()).predict_proba(scaled)
+        np.testing.assert_allclose(
+            model.scores(features.half(), "multiclass").numpy(), expected, atol=2e-3
+        )
+        assert model.converged
+
+
+def test_multilabel_is_one_logistic_regression_a_label(digits):
+    features, targets = digits[0][:400], digits[1][:400]
+    labels = torch.stack([targets % 2 == 0, targets < 5], 1)
+    ((_, model),) = fit_linear(
+        features,
+        labels.float(),
+        outputs=2,
+        subtask="multilabel",
+        l2=(1e-2,),
+        standardize=False,
+        max_iterations=20000,
+        device=CPU,
+        start=None,
+    )
+    for column in range(2):
+        reference = LogisticRegression(C=1 / (1e-2 * 400), tol=1e-7, max_iter=5000)
+        expected = reference.fit(features.numpy(), labels[:, column].numpy()).predict_proba(
+            features.numpy()
+        )[:, 1]
+        ours = model.scores(features, "multilabel")[:, column].numpy()
+        np.testing.assert_allclose(ours, expected, atol=2e-3)
+
+
+def test_regression_is_ridge():
+    data = load_diabetes()
+    features = torch.tensor(data.data).float()
+    targets = torch.tensor(data.target)[:, None].float()
+    ((_, model),) = fit_linear(
+        features,
+        targets,
+        outputs=1,
+        subtask="regression",
+        l2=(0.01,),
+        standardize=True,
+        max_iterations=1,
+        device=CPU,
+        start=None,
+    )
+    scaled = StandardScaler().fit_transform(data.data)
+    expected = Ridge(alpha=0.01 * len(scaled)).fit(scaled, data.target).predict(scaled)
+    ours = model.scores(features, "regression")[:, 0].numpy()
+    np.testing.assert_allclose(ours, expected, rtol=1e-3)
+
+
+def test_a_constant_feature_and_one_sample_are_legal():
+    ((_, model),) = fit_linear(
+        torch.ones(1, 3),
+        torch.tensor([0]),
+        outputs=2,
+        subtask="multiclass",
+        l2=(1.0,),
+        standardize=True,
+        max_iterations=10,
+        device=CPU,
+        start=None,
+    )
+    assert torch.isfinite(model.logits(torch.zeros(2, 3))).all()
+
+
+def test_a_fit_goes_on_from_the_last_solution_bit_for_bit(digits):
+    options = {"outputs": 10, "subtask": "multiclass", "standardize": True, "device": CPU}
+    options["max_iterations"] = 50
+    given = digits[0][:300], digits[1][:300]
+    (_, first), (_, second) = fit_linear(*given, l2=(1e-1, 1e-3), start=None, **options)
+    ((_, again),) = fit_linear(*given, l2=(1e-3,), start=first.solution, **options)
+    assert torch.equal(again.solution, second.solution) and again.iterations == second.iterations
+
+
+def test_no_dense_targets_and_no_copies():
+    """Peak memory beside the features is that of a block, whatever the number of samples."""
+    code = """
+import torch
+from glovita_lib import run_probe as probe
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+torch.manual_seed(0)
+features = torch.empty(60_000, 16, dtype=torch.float16)
+for block in features.split(4096):
+    block.copy_(torch.randn(block.shape))
+targets = torch.arange(len(features)) % 1000
+def fit(rows):
+    options = dict(outputs=1000, subtask="multiclass", l2=(1.0,), standardize=True)
+    device = torch.device("cpu")
+    return next(probe.fit_linear(features[:rows], targets[:rows], max_iterations=1, device=device,
+        start=None, **options))[1]
+def vote(rows):
+    near = torch.zeros(8, 3), torch.zeros(8, 3, dtype=torch.int64)
+    return probe.knn_scores(*near, targets[:rows], outputs=1000, temperature=1.0)
+fit(6_000); vote(6_000)
+before = peak()
+fit(None).scores(features[:8], "multiclass"); vote(None)
+print(peak() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert float(result.stdout) < 40, result.stderr  # MiB; one-hot rows in float32 are 229
