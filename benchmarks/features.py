@@ -37,7 +37,7 @@ from glovita_lib.data import Split
 from glovita_lib.dist import Ranks
 from glovita_lib.loader import build_feature_loader
 from glovita_lib.read_features import VectorSource
-from glovita_lib.read_hdf5 import Rows
+from glovita_lib.read_hdf5 import DatasetRows
 from glovita_lib.spec_train import Dataloading
 
 CLASSES, BATCH = 100, 512
@@ -104,7 +104,7 @@ def epoch(batches: Batches, width: int) -> float:
 
 def ours(path: Path, labels: Tensor, *, in_memory_mb: int) -> Callable[[], Batches]:
     """Batches of glovita's loader, a new epoch at each call."""
-    rows = Rows(path, "features", threads=torch.get_num_threads())
+    rows = DatasetRows(path, "features", threads=torch.get_num_threads())
     split = Split([""] * len(rows), labels.numpy(), VectorSource(rows, np.arange(len(rows))))
     loader = build_feature_loader(
         split,

@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # this file has the name of the library
+sys.path[0] = str(Path(__file__).resolve_spec().parents[1])  # this file has the name of the library
 
 from glovita_lib.peft_base import merge  # noqa: E402
 from glovita_lib.peft_lora import apply_lora  # noqa: E402
@@ -198,7 +198,7 @@ def methods(paths: list[str], args: argparse.Namespace) -> None:
     """Print a line per spec: one training step of its model, size and optimizer on random images;
     no weights are read."""
     from glovita_lib import dist, peft_base
-    from glovita_lib.experiment import assemble, read_data, resolve_facts
+    from glovita_lib.experiment import assemble, read_data, resolve_spec
     from glovita_lib.optim import build_optimizer
     from glovita_lib.peft_base import parameter_table
     from glovita_lib.spec_check import load_checked
@@ -208,9 +208,13 @@ def methods(paths: list[str], args: argparse.Namespace) -> None:
     ranks = dist.Ranks(0, 1, 0, torch.device(args.device))
     for path in paths:
         root = load_checked(path).root
-        facts = resolve_facts(root, read_data(root, ranks))
-        model = assemble(root, facts, ranks, load_weights=False).model.train()
-        shape = (root.dataloading.batch_size, facts.channels, *[facts.augmentation.image_size] * 2)
+        resolved = resolve_spec(root, read_data(root, ranks))
+        model = assemble(root, resolved, ranks, load_weights=False).model.train()
+        shape = (
+            root.dataloading.batch_size,
+            resolved.channels,
+            *[resolved.augmentation.image_size] * 2,
+        )
         x = torch.randn(shape, device=args.device)
         labels = torch.randint(10, shape[:1], device=args.device)
         if root.training.cache_frozen_features:

@@ -18,7 +18,7 @@ from glovita_lib.errors import UserError, file_name
 from glovita_lib.extraction import grid_places
 from glovita_lib.figures import GREY, displayed, drawing, number, short, window
 from glovita_lib.objectives import Predictions
-from glovita_lib.resolved import Facts
+from glovita_lib.resolved import Resolved
 
 # ---------------------------------------------------------------------------------- the file
 #
@@ -48,7 +48,7 @@ def pays_attention(head: nn.Module) -> bool:
     return hasattr(head, "attention")
 
 
-class Listener:
+class AttentionHook:
     """Writes the raw scores of all bags that pass a head to a file, and notes their sizes."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -80,7 +80,7 @@ class Sizes:
     grid: tuple[int, ...] | None
 
 
-class Recorder:
+class AttentionWriter:
     """The attention of the members of an ensemble, or of a single model, to one file."""
 
     def __init__(self, target: Path, ranks: dist.Ranks, *, wanted: bool) -> None:
@@ -89,7 +89,7 @@ class Recorder:
         self.members: list[Sizes | None] = []  # None: a head without attention, or not rank 0
         self.own: list[Path] = []
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "AttentionWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,7 +111,7 @@ class Recorder:
         files.make_folder(self.folder)
         self.own.append(path)
         with open(path, "wb") as file:
-            listener = Listener(file)
+            listener = AttentionHook(file)
             handle = head.register_forward_hook(listener)
             try:
                 yield
@@ -123,7 +123,7 @@ class Recorder:
         """File of a member's scores on a rank: (m, K) float32."""
         return self.folder / f"{member:03d}-{rank:05d}.f32"
 
-    def gathered(self, listener: Listener) -> Sizes | None:
+    def gathered(self, listener: AttentionHook) -> Sizes | None:
         """Sizes on the first rank, None on the others; a rank without bags knows no branches."""
         numbers = [listener.branches, *(listener.grid or ())]
         lengths = torch.cat([torch.empty(0, dtype=torch.int64), *listener.lengths])
@@ -134,7 +134,7 @@ class Recorder:
         branches, *grid = got["shape"][0].tolist()
         return Sizes(got["lengths"].numpy(), branches, tuple(grid) or None)
 
-    def write(self, split: Split, facts: Facts, notes: dict[str, Any]) -> Path | None:
+    def write(self, split: Split, resolved: Resolved, notes: dict[str, Any]) -> Path | None:
         """Put the parts together; the path of the file, None if no member has attention. All ranks
         must call it.
 
@@ -149,7 +149,9 @@ class Recorder:
             sizes = self.one_size()
             tables = {"ids": np.array(split.ids, object), "bag_ptr": pointers(sizes.lengths)}
             with files.atomic_path(self.target) as temporary:
-                self.assemble(temporary, split, sizes, tables, described(facts, sizes) | notes)
+                self.assemble(
+                    temporary, split, sizes, tables, model_attributes(resolved, sizes) | notes
+                )
             return self.target
 
         return dist.main_decides(self.ranks, put_together)  # the parts go after it
@@ -188,7 +190,7 @@ class Recorder:
                 file.create_dataset(name, shape, np.float32)
             places = Places(split, sizes)
             scores = [self.read(member, sizes) for member in range(len(self.members))]
-            for first, end in blocks(sizes.lengths):
+            for first, end in bag_blocks(sizes.lengths):
                 rows = slice(int(ptr[first]), int(ptr[end]))
                 raw = np.stack([next(member) for member in scores])  # (members, m, K)
                 starts = ptr[first:end] - ptr[first]
@@ -202,7 +204,7 @@ class Recorder:
         ranks = iter(range(self.ranks.world))
         left = np.empty((0, sizes.branches), np.float32)
         file: Any = np.zeros((0, sizes.branches), np.float32)
-        for first, end in blocks(sizes.lengths):
+        for first, end in bag_blocks(sizes.lengths):
             wanted = int(sizes.lengths[first:end].sum())
             while len(left) < wanted:
                 if not len(file):
@@ -225,7 +227,7 @@ def pointers(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def blocks(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+def bag_blocks(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
     """First bag of each block of at most BLOCK instances, but at least one bag, and of the next."""
     ends = np.cumsum(lengths)
     first = 0
@@ -297,13 +299,13 @@ def axes_of(source: Any) -> str:
     return "row,column" if tokens else "x,y"
 
 
-def described(facts: Facts, sizes: Sizes) -> dict[str, Any]:
+def model_attributes(resolved: Resolved, sizes: Sizes) -> dict[str, Any]:
     """Attributes of the file that follow from the model."""
-    names = list(facts.class_names)
+    names = list(resolved.class_names)
     branches = names if sizes.branches == len(names) > 1 else list(map(str, range(sizes.branches)))
     return {
-        "dataset": facts.dataset,
-        "subtask": facts.subtask,
+        "dataset": resolved.dataset,
+        "subtask": resolved.subtask,
         "class_names": names,
         "branches": [ALL_CLASSES] if sizes.branches == 1 else branches,
     }
@@ -353,7 +355,7 @@ def draw_bags(
     folder: Path,
     split: Split,
     predictions: Predictions,
-    facts: Facts,
+    resolved: Resolved,
     *,
     count: int,
 ) -> int:
@@ -369,8 +371,8 @@ def draw_bags(
     for old in folder.glob("*.png"):
         old.unlink()
     with h5py.File(attention, "r") as file:
-        chosen = chosen_bags(predictions, facts.subtask, count) if "coords" in file else []
-        bags = [bag_map(file, bag, split, predictions, facts) for bag in chosen]
+        chosen = chosen_bags(predictions, resolved.subtask, count) if "coords" in file else []
+        bags = [bag_map(file, bag, split, predictions, resolved) for bag in chosen]
     drawn = [bag for bag in bags if np.isfinite(bag.coords).all()]
     for bag in drawn:
         attention_map(bag, folder / f"{file_name(bag.title)}.png")
@@ -395,7 +397,9 @@ def chosen_bags(predictions: Predictions, subtask: str, count: int) -> list[int]
     return sorted(order[places].tolist())
 
 
-def bag_map(file: Any, bag: int, split: Split, predictions: Predictions, facts: Facts) -> BagMap:
+def bag_map(
+    file: Any, bag: int, split: Split, predictions: Predictions, resolved: Resolved
+) -> BagMap:
     """What the file holds of a bag."""
     rows = slice(*file["bag_ptr"][bag : bag + 2].tolist())
     coords = file["coords"][rows][:, :2]
@@ -403,12 +407,12 @@ def bag_map(file: Any, bag: int, split: Split, predictions: Predictions, facts: 
     branches = [str(name) for name in file.attrs["branches"]]
     of_classes = len(branches) == len(scores)
     image = None
-    if facts.kind == "images":
+    if resolved.kind == "images":
         (pixels,) = split.source.fetch(np.array([bag]))
-        image = displayed(pixels, *window(pixels, facts.bit_depth))
+        image = displayed(pixels, *window(pixels, resolved.bit_depth))
     return BagMap(
         title=predictions.ids[bag],
-        caption=caption(predictions, bag, facts),
+        caption=caption(predictions, bag, resolved),
         coords=coords[:, ::-1] if file.attrs["coords"] == "row,column" else coords,
         attention=file["attention"][rows],
         branches=branches,
@@ -417,22 +421,22 @@ def bag_map(file: Any, bag: int, split: Split, predictions: Predictions, facts: 
     )
 
 
-def caption(predictions: Predictions, bag: int, facts: Facts) -> str:
+def caption(predictions: Predictions, bag: int, resolved: Resolved) -> str:
     """Truth and prediction of a bag in words."""
-    scores, targets, names = predictions.scores[bag], predictions.targets, facts.class_names
-    if facts.subtask == "multiclass":
+    scores, targets, names = predictions.scores[bag], predictions.targets, resolved.class_names
+    if resolved.subtask == "multiclass":
         parts = [f"predicted {short(names[scores.argmax()], 24)} ({number(float(scores.max()))})"]
         truth = [] if targets is None else [f"label {short(names[targets[bag]], 24)}"]
-    elif facts.subtask == "multilabel":
+    elif resolved.subtask == "multilabel":
         parts = [f"predicted {listed(names, scores >= 0.5)}"]
         truth = [] if targets is None else [f"labels {listed(names, targets[bag] > 0.5)}"]
     else:
-        parts = [f"predicted {numbers(scores)}"]
-        truth = [] if targets is None else [f"label {numbers(targets[bag])}"]
+        parts = [f"predicted {target_text(scores)}"]
+        truth = [] if targets is None else [f"label {target_text(targets[bag])}"]
     return ", ".join([*truth, *parts])
 
 
-def numbers(values: np.ndarray) -> str:
+def target_text(values: np.ndarray) -> str:
     """The first targets of a regression."""
     return ", ".join(number(float(value)) for value in values[:4])
 

@@ -91,7 +91,7 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PassOptions:
     """What a pass does besides its tensors."""
 
     gated: bool
@@ -125,7 +125,9 @@ def tanh_(x: Tensor) -> Tensor:
 class Pass:
     """Forward computations of chunks, the same for both directions."""
 
-    def __init__(self, features: Tensor, weights: Weights, plan: Plan, dtype: torch.dtype) -> None:
+    def __init__(
+        self, features: Tensor, weights: Weights, plan: PassOptions, dtype: torch.dtype
+    ) -> None:
         self.features, self.plan, self.dtype = features, plan, dtype
         self.weights = Weights(*(w if w is None else w.detach().to(dtype) for w in weights))
         self.attention = weights.score.shape[1]
@@ -206,7 +208,7 @@ def chunks(bags: Bags) -> Iterator[tuple[slice, Span]]:
         yield slice(start, stop), bags.span(start, stop)
 
 
-def stash_rows(bags: Bags, weights: Weights, plan: Plan) -> int:
+def stash_rows(bags: Bags, weights: Weights, plan: PassOptions) -> int:
     """Rows whose h is kept for the backward pass: as much memory as plain autograd needs for the
     activations of the largest bag."""
     hidden, attention = weights.project.shape[0], weights.score.shape[1]
@@ -223,7 +225,12 @@ class _AttentionPool(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, bags: Bags, plan: Plan, dtype: torch.dtype, features: Tensor, *weights: Tensor
+        ctx: Any,
+        bags: Bags,
+        plan: PassOptions,
+        dtype: torch.dtype,
+        features: Tensor,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         weights = Weights(*weights)
         branches, hidden = weights.score.shape[0], weights.project.shape[0]
@@ -231,7 +238,7 @@ class _AttentionPool(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         new = features.new_empty
         scores = new((bags.bounds[-1], branches), dtype=wide)
-        state = Running(len(bags), branches, hidden, scores)
+        state = RunningSums(len(bags), branches, hidden, scores)
         kept = stash_rows(bags, weights, plan) if any(ctx.needs_input_grad) else 0
         stash = new((kept, hidden), dtype=dtype)
         for rows, span in chunks(bags):
@@ -277,7 +284,7 @@ class _AttentionPool(torch.autograd.Function):
         return (None, None, None, grads.features, *grads.of(weights))
 
 
-class Running:
+class RunningSums:
     """Softmax-weighted sums whose maximum rises as chunks arrive."""
 
     def __init__(self, bags: int, branches: int, hidden: int, like: Tensor) -> None:
@@ -319,7 +326,7 @@ def top_rows(scores: Tensor, largest: Tensor, bags: Bags) -> Tensor:
     )
 
 
-def attended_rows(scores: Tensor, largest: Tensor, plan: Plan, bags: Bags) -> Tensor | None:
+def attended_rows(scores: Tensor, largest: Tensor, plan: PassOptions, bags: Bags) -> Tensor | None:
     """(M, K) bool: what attention dropout leaves, with the top instance of each bag; None: all."""
     if plan.kept is None:
         return None
@@ -454,7 +461,7 @@ def compute_dtype(bags: Bags, weight: Tensor) -> torch.dtype:
 
 
 @torch.compiler.disable
-def attention_pool(bags: Bags, weights: Weights, plan: Plan) -> tuple[Tensor, Tensor]:
+def attention_pool(bags: Bags, weights: Weights, plan: PassOptions) -> tuple[Tensor, Tensor]:
     """Attention scores a (M, K), before the softmax and before attention dropout, and pooled
     vectors z (B, K, H), both at least float32, differentiable once."""
     dtype = compute_dtype(bags, weights.project)
@@ -463,7 +470,7 @@ def attention_pool(bags: Bags, weights: Weights, plan: Plan) -> tuple[Tensor, Te
 
 
 @torch.compiler.disable
-def hidden_rows(bags: Bags, rows: Tensor, weights: Weights, plan: Plan) -> Tensor:
+def hidden_rows(bags: Bags, rows: Tensor, weights: Weights, plan: PassOptions) -> Tensor:
     """h (S, H) of chosen rows (S,), with gradients, under the same dropout masks.
 
     For the few instances that an auxiliary loss looks at; the pool gives none of its h away.
@@ -529,7 +536,7 @@ class AttentionPool(nn.Module):
             score_bias=score.bias,
         )
 
-    def plan(self, bags: Bags) -> Plan:
+    def plan(self, bags: Bags) -> PassOptions:
         """Random choices of one pass, from torch's generators."""
         stay = 1 - self.dropout if self.training else 1.0
         keep_hidden = keep_gate = kept = None
@@ -540,7 +547,7 @@ class AttentionPool(nn.Module):
             shape = (len(bags.features), self.score.out_features)
             kept = torch.rand(shape, device=bags.features.device) >= self.attn_drop
         eps = 0.0 if self.norm is None else self.norm.eps
-        return Plan(self.gated, self.unit_length, eps, keep_hidden, keep_gate, kept)
+        return PassOptions(self.gated, self.unit_length, eps, keep_hidden, keep_gate, kept)
 
     def forward(self, bags: Bags) -> tuple[Tensor, Tensor, "Instances"]:
         """Scores (M, K), bag vectors (B, K, H), and access to single hidden instances."""
@@ -552,7 +559,7 @@ class AttentionPool(nn.Module):
 class Instances:
     """Hidden features of chosen instances of one pass, under its dropout masks."""
 
-    def __init__(self, bags: Bags, weights: Weights, plan: Plan) -> None:
+    def __init__(self, bags: Bags, weights: Weights, plan: PassOptions) -> None:
         self.bags, self.weights, self.plan = bags, weights, plan
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glovita_lib import augment_images
-from glovita_lib.augment_crop import Fit
+from glovita_lib.augment_crop import CropResize
 from glovita_lib.encoder import Preprocess
 from glovita_lib.errors import UserError
 from glovita_lib.spec import Spec
@@ -117,7 +117,6 @@ TEST: dict[str, Ops] = {
     "native": policy(PLAIN, resize="none"),
 }
 
-
 # ------------------------------------------------------------------------------- application
 #
 # Augmentation of a run: what spec, encoder and policy make together, and its application.
@@ -154,7 +153,7 @@ class ResolvedAugmentation(Spec):
     """Every parameter of the test policy."""
 
 
-def resolve(
+def resolve_augmentation(
     aug: Augmentation,
     *,
     default_policies: tuple[str, str],
@@ -195,7 +194,7 @@ def resolve(
         train=train,
         test=test,
     )
-    check_sizes(resolved, native_size)
+    check_image_sizes(resolved, native_size)
     return resolved
 
 
@@ -289,7 +288,7 @@ def check_still(test: Ops) -> None:
         )
 
 
-def check_sizes(resolved: ResolvedAugmentation, native: tuple[int, int] | None) -> None:
+def check_image_sizes(resolved: ResolvedAugmentation, native: tuple[int, int] | None) -> None:
     """A crop fits into the resized image and, where their size is known, into the images."""
     for policy_ops in (resolved.train, resolved.test):
         if policy_ops.crop in ("none", "resized"):
@@ -325,9 +324,9 @@ def per_channel(
     return (average,) if channels == 1 else (*own, *(average,) * channels)[:channels]
 
 
-def build_fit(resolved: ResolvedAugmentation, ops: Ops, *, bit_depth: int) -> Fit:
+def build_fit(resolved: ResolvedAugmentation, ops: Ops, *, bit_depth: int) -> CropResize:
     """The geometry of one policy."""
-    return Fit(
+    return CropResize(
         ops,
         image_size=resolved.image_size,
         resize_size=resolved.resize_size,

@@ -100,9 +100,9 @@ def weights(
     low, high = starts - base, starts + lengths - base
     if not window_only:
         low, high = -base, extent - base
-    facts = torch.stack([scale, starts - base, reach, low, high, base])
-    facts = facts.float().to(device, non_blocking=True)[:, :, None]  # (6, B, 1)
-    scale, start, reach, low, high, base = facts
+    resolved = torch.stack([scale, starts - base, reach, low, high, base])
+    resolved = resolved.float().to(device, non_blocking=True)[:, :, None]  # (6, B, 1)
+    scale, start, reach, low, high, base = resolved
     positions = positions.to(device, non_blocking=True)
     center = start + (positions + 0.5) * scale  # (B, S)
     x = (center - reach).floor()[:, :, None] + torch.arange(taps, device=device)  # (B, S, T)
@@ -161,7 +161,9 @@ def library_windows(
     def window(part: Tensor, box: list[float]) -> Tensor:
         y, x, h, w = box
         if window_only:
-            return F.interpolate(cut(part, round(y), round(x), round(h), round(w)), size, **how)
+            return F.interpolate(
+                cut_window(part, round(y), round(x), round(h), round(w)), size, **how
+            )
         height, width = part.shape[2:]
         scaled = round(size * height / h), round(size * width / w)  # undo the folding
         top, left = round(y * scaled[0] / height), round(x * scaled[1] / width)
@@ -172,7 +174,7 @@ def library_windows(
     return torch.cat([window(part, box) for part, box in parts])
 
 
-def cut(images: Tensor, y: int, x: int, h: int, w: int) -> Tensor:
+def cut_window(images: Tensor, y: int, x: int, h: int, w: int) -> Tensor:
     """Window at whole pixels; what lies outside is 0."""
     height, width = images.shape[2:]
     inside = images[:, :, max(y, 0) : y + h, max(x, 0) : x + w]
@@ -189,7 +191,7 @@ def mirrored(images: Tensor, hflip: Tensor | None, vflip: Tensor | None) -> Tens
     return images
 
 
-class Fit:
+class CropResize:
     """The way from an image to the canvas under one policy: draws windows and resamples them.
 
     Picklable: workers use it per sample (`one`), the training device per batch (`canvas`).

@@ -12,7 +12,6 @@ from glovita_lib.spec_data import Ops
 
 # ------------------------------------------------------------------------- single operations
 #
-# Augmentations of a batch of images in which every sample has its own parameters.
 #
 # The operations take images (B, C, H, W) float32 in 0..1 and parameters (B,) on their device, and
 # return new images. `augment` draws the parameters on the CPU and applies an operation only to the

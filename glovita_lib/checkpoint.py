@@ -215,7 +215,7 @@ Converter = Callable[[Tensors, nn.Module], Tensors]
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadTarget:
     """What is loaded into: a network and what is known about it."""
 
     net: nn.Module
@@ -305,7 +305,7 @@ def read_torch(path: Path) -> Any:
 # -------------------------------------------------------------------- by name
 
 
-def load_weights(target: Target, path: str | Path, *, by_order: bool) -> None:
+def load_weights(target: LoadTarget, path: str | Path, *, by_order: bool) -> None:
     """Load a file into a network: every tensor of it, or an error.
 
     Classifier tensors of the file are left out where the network's classifier was taken off;
@@ -320,16 +320,16 @@ def load_weights(target: Target, path: str | Path, *, by_order: bool) -> None:
     load_tensors(target, tensors, source=f'weights = "{path}"')
 
 
-def load_tensors(target: Target, tensors: Tensors, *, source: str) -> None:
+def load_tensors(target: LoadTarget, tensors: Tensors, *, source: str) -> None:
     """Load named tensors into a network, as `load_weights`; `source` opens the error."""
     state = target.net.state_dict()
-    fitted = fit(tensors, target, state)
-    found = compare(fitted, state)
+    fitted = fit_to_network(tensors, target, state)
+    found = mismatch_of(fitted, state)
     if found and target.converter:
-        converted = convert(tensors, target)
+        converted = library_names(tensors, target)
         if converted is not None:
-            fitted = fit(converted, target, state)
-            found = compare(fitted, state)
+            fitted = fit_to_network(converted, target, state)
+            found = mismatch_of(fitted, state)
     if any(ADAPTER.search(name) for name in found.unexpected):
         raise UserError(
             f"{source} holds adapters of a PEFT run beside its base: fold them in with mode ="
@@ -345,7 +345,7 @@ def load_tensors(target: Target, tensors: Tensors, *, source: str) -> None:
     target.net.load_state_dict({**counters, **fitted})
 
 
-def convert(tensors: Tensors, target: Target) -> Tensors | None:
+def library_names(tensors: Tensors, target: LoadTarget) -> Tensors | None:
     """Tensors under the library's names; None where the library does not know theirs."""
     try:
         with torch.no_grad():
@@ -354,14 +354,14 @@ def convert(tensors: Tensors, target: Target) -> Tensors | None:
         return None
 
 
-def fit(tensors: Tensors, target: Target, state: Tensors) -> Tensors:
+def fit_to_network(tensors: Tensors, target: LoadTarget, state: Tensors) -> Tensors:
     """Tensors without prefix and classifier, position embeddings and first kernel fitted."""
     tensors = without_prefix(tensors, state)
     kept = {n: t for n, t in tensors.items() if n in state or not of_classifier(n, target)}
     return {name: fit_shape(name, t, state.get(name), target) for name, t in kept.items()}
 
 
-def of_classifier(name: str, target: Target) -> bool:
+def of_classifier(name: str, target: LoadTarget) -> bool:
     """Whether a tensor belongs to a classifier that was taken off."""
     return any(name.startswith(f"{classifier}.") for classifier in target.classifier)
 
@@ -387,7 +387,7 @@ def without_prefix(tensors: Tensors, names: Iterable[str]) -> Tensors:
     return {key[start:]: t for key, t in tensors.items() if key.startswith(f"{prefix}.")}
 
 
-def fit_shape(name: str, tensor: Tensor, wanted: Tensor | None, target: Target) -> Tensor:
+def fit_shape(name: str, tensor: Tensor, wanted: Tensor | None, target: LoadTarget) -> Tensor:
     """Interpolate a position embedding, sum or repeat the input channels of the first kernel."""
     from timm.layers import resample_abs_pos_embed
     from timm.models import adapt_input_conv
@@ -407,7 +407,7 @@ def fit_shape(name: str, tensor: Tensor, wanted: Tensor | None, target: Target) 
     return tensor
 
 
-def compare(tensors: Tensors, state: Tensors) -> Mismatch:
+def mismatch_of(tensors: Tensors, state: Tensors) -> Mismatch:
     """Differences between a file and a network."""
     missing = [n for n in state if n not in tensors and not n.endswith(COUNTER)]
     shapes = [
@@ -421,7 +421,7 @@ def compare(tensors: Tensors, state: Tensors) -> Mismatch:
 # -------------------------------------------------------------------- by order
 
 
-def rename_by_order(tensors: Tensors, target: Target, path: str | Path) -> Tensors:
+def rename_by_order(tensors: Tensors, target: LoadTarget, path: str | Path) -> Tensors:
     """Give the tensors of a file the names of the network's in the same place.
 
     The last parts of the names (weight, bias, running_mean ...) must agree. Where the network's

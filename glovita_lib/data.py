@@ -15,7 +15,6 @@ from glovita_lib.spec_data import BaseData, Subtask
 
 # --------------------------------------------------------------------------------- data sets
 #
-# What a data set is made of: splits, and the sources their samples come from.
 #
 # B batch, C channels, H W pixels, N samples of a split, K classes or targets.
 
@@ -87,7 +86,7 @@ class Data:
 
 
 @singledispatch
-def read_data(spec: Spec, *, seed: int) -> Data:
+def read_data_set(spec: Spec, *, seed: int) -> Data:
     """The whole data set of a spec, before data_fraction; one registered function a Struct of the
     union in spec_data, in a module that datasets.py imports.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glovita_lib.data import Data, Source, Split, read_data
+from glovita_lib.data import Data, Source, Split, read_data_set
 from glovita_lib.data_splits import (
     fold_splits,
     folds,
@@ -124,7 +124,7 @@ def with_table(
                 f" ({', '.join(blank[:10])}); fill it in, or remove these samples"
             )
     labels = np.array([[row[column] for column in columns] for row in rows])
-    numeric = as_numbers(labels)
+    numeric = label_matrix(labels)
     labels = labels if numeric is None else numeric
     group = spec.group_column
     groups = collection.groups and [collection.groups[place] for place in kept]
@@ -139,7 +139,7 @@ def with_table(
     )
 
 
-def as_numbers(labels: np.ndarray) -> np.ndarray | None:
+def label_matrix(labels: np.ndarray) -> np.ndarray | None:
     """Cells as whole numbers or floats; None where one is something else."""
     for kind in (np.int64, np.float64):
         try:
@@ -265,7 +265,6 @@ def encode_numbers(collection: Collection, subtask: str, names: tuple[str, ...])
 
 # ------------------------------------------------------------------------------ the data set
 #
-# The data set of precomputed features: files or folders, labels, splits.
 #
 # N samples, K classes or targets, D width.
 
@@ -273,7 +272,7 @@ KINDS = ("features", "labels", "bag_ptr", "bag_lengths", "ids", "groups", "coord
 """Datasets of a feature file; data.<kind>_key is the name of each."""
 
 
-@read_data.register
+@read_data_set.register
 def _(spec: PrecomputedData, *, seed: int) -> Data:
     table = None if spec.labels_file is None else read_table(spec)
     files = files_of(spec)

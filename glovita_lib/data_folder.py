@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from glovita_lib.data import Data, Split, read_data, refuse_fold
+from glovita_lib.data import Data, Split, read_data_set, refuse_fold
 from glovita_lib.data_labels import LabelRules, encode, is_missing
 from glovita_lib.data_splits import (
     FOLDS,
@@ -20,7 +20,7 @@ from glovita_lib.data_splits import (
     some_of,
     strata,
 )
-from glovita_lib.dist import mix
+from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, meant
 from glovita_lib.files import FILE_THREADS, read_csv, read_json_table
 from glovita_lib.read_image import FileSource, Header, read_headers
@@ -276,7 +276,7 @@ def agree(path: Path, name: str, what: str, first: Any, second: Any) -> None:
 ALL = "all"  # the one split of a data set that folds are drawn from
 
 
-@read_data.register
+@read_data_set.register
 def _(spec: GenericImageData, *, seed: int) -> Data:
     """A folder of images."""
     subtask = subtask_of(spec)
@@ -287,20 +287,20 @@ def _(spec: GenericImageData, *, seed: int) -> Data:
     report: list[str] = []
     problems = Problems(spec.strict)
     table = label_table(spec, images)
-    members = members_of(spec, images, table, problems, report)
-    kept = usable(spec, images, table, members, subtask, problems)
+    members = images_of(spec, images, table, problems, report)
+    kept = usable_labels(spec, images, table, members, subtask, problems)
     problems.settle(report)
     ids = [identity for identity in unique(members) if identity in kept]
     targets, class_names = encode([kept[i].label for i in ids], ids, rules_of(spec, subtask))
-    samples = Samples(ids, targets, [kept[i].header for i in ids], groups_of(spec, table, ids))
-    rows = rows_of(spec, members, samples, subtask, seed)
+    samples = ImageTable(ids, targets, [kept[i].header for i in ids], groups_of(spec, table, ids))
+    rows = table_rows(spec, members, samples, subtask, seed)
     if samples.groups is not None:
         refuse_shared_groups(ids, samples.groups, rows)
     report += duplicate_notes([images.path(i) for i in ids], ids, targets, rows)
-    report += notes(samples, rows["train"], subtask, class_names)
+    report += data_notes(samples, rows["train"], subtask, class_names)
     return Data(
         name="generic_image_dataset",
-        splits={name: split_of(spec, images, samples, rows[name]) for name in rows},
+        splits={name: images_split(spec, images, samples, rows[name]) for name in rows},
         subtask=subtask,
         class_names=class_names,
         channels=spec.channels,
@@ -318,7 +318,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
+class ImageTable:
     """All images of a data set, in order, before they are split."""
 
     ids: list[str]
@@ -400,7 +400,7 @@ def label_table(spec: GenericImageData, images: ImageFolder) -> LabelTable | Non
     )
 
 
-def members_of(
+def images_of(
     spec: GenericImageData,
     images: ImageFolder,
     table: LabelTable | None,
@@ -500,7 +500,7 @@ def unique(members: dict[str, list[str]]) -> list[str]:
     return list(dict.fromkeys(identity for ids in members.values() for identity in ids))
 
 
-def usable(
+def usable_labels(
     spec: GenericImageData,
     images: ImageFolder,
     table: LabelTable | None,
@@ -548,10 +548,10 @@ def groups_of(spec: GenericImageData, table: LabelTable | None, ids: list[str]) 
 # ---------------------------------------------------------------------- splits
 
 
-def rows_of(
+def table_rows(
     spec: GenericImageData,
     members: dict[str, list[str]],
-    samples: Samples,
+    samples: ImageTable,
     subtask: str,
     seed: int,
 ) -> dict[str, np.ndarray]:
@@ -564,12 +564,12 @@ def rows_of(
         }
     labels = strata(samples.targets, subtask, kept=spec.stratified)
     groups = None if samples.groups is None else np.array(samples.groups)
-    fold_of = folds(labels, spec.n_folds, seed=mix(seed, FOLDS), groups=groups)
+    fold_of = folds(labels, spec.n_folds, seed=hash_seed(seed, FOLDS), groups=groups)
     return fold_splits(fold_of, spec.fold, spec.n_folds)
 
 
-def split_of(
-    spec: GenericImageData, images: ImageFolder, samples: Samples, rows: np.ndarray
+def images_split(
+    spec: GenericImageData, images: ImageFolder, samples: ImageTable, rows: np.ndarray
 ) -> Split:
     """A split of files."""
     ids = [samples.ids[row] for row in rows]
@@ -586,8 +586,8 @@ def split_of(
     )
 
 
-def notes(
-    samples: Samples, train: np.ndarray, subtask: str, class_names: tuple[str, ...]
+def data_notes(
+    samples: ImageTable, train: np.ndarray, subtask: str, class_names: tuple[str, ...]
 ) -> list[str]:
     """Lines on stacks and on classes without a training sample."""
     lines = []

@@ -229,7 +229,7 @@ def regression(
     labels: Sequence[Any], ids: Sequence[str], rules: LabelRules
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """One number or more a sample."""
-    rows = [numbers(label) for label in labels]
+    rows = [label_numbers(label) for label in labels]
     refuse(
         (row is None or not all(map(math.isfinite, row)) for row in rows),
         ids,
@@ -257,7 +257,7 @@ def regression(
     return targets, names
 
 
-def numbers(label: Any) -> list[float] | None:
+def label_numbers(label: Any) -> list[float] | None:
     """Numbers of a label; None if it is something else."""
     parts = label if isinstance(label, list | tuple) else [label]
     try:

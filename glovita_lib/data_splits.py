@@ -75,7 +75,9 @@ def strata(targets: np.ndarray, subtask: str, *, kept: bool = True, bins: int = 
     return np.searchsorted(edges, score, side="right")
 
 
-def draw(labels: np.ndarray, count: int, *, seed: int, keep: str) -> tuple[np.ndarray, np.ndarray]:
+def draw_stratified(
+    labels: np.ndarray, count: int, *, seed: int, keep: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw `count` of N samples at random in the proportions of their strata.
 
     Args:

@@ -10,13 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from glovita_lib import (
-    data_features,  # noqa: F401
-    data_folder,  # noqa: F401
-)
-from glovita_lib.data import ArraySource, Data, Split, read_data, refuse_fold, subset
-from glovita_lib.data_splits import FRACTION, VAL, draw, strata
-from glovita_lib.dist import mix
+from glovita_lib import data_features, data_folder  # noqa: F401  register their builders
+from glovita_lib.data import ArraySource, Data, Split, read_data_set, refuse_fold, subset
+from glovita_lib.data_splits import FRACTION, VAL, draw_stratified, strata
+from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, call_target
 from glovita_lib.spec_data import BaseData, Cifar10Data, Cifar100Data, CustomData, DigitsData
 
@@ -72,12 +69,12 @@ CIFAR100 = Cifar(
 )
 
 
-@read_data.register
+@read_data_set.register
 def _(spec: Cifar10Data, *, seed: int) -> Data:
     return read_cifar(spec, CIFAR10, seed)
 
 
-@read_data.register
+@read_data_set.register
 def _(spec: Cifar100Data, *, seed: int) -> Data:
     return read_cifar(spec, CIFAR100, seed)
 
@@ -89,19 +86,19 @@ def read_cifar(spec: Cifar10Data | Cifar100Data, files: Cifar, seed: int) -> Dat
     fetch_files(spec, files)
     folder = Path(spec.data_root_dir) / files.folder
     report: list[str] = []
-    names = class_names(folder, files)
+    names = cifar_class_names(folder, files)
     train, test = (read_batches(folder, part, files, report) for part in (files.train, files.test))
     labels = strata(train[1], "multiclass", kept=spec.stratified)
     count = round(len(labels) * spec.val_fraction)
-    val, rest = draw(labels, count, seed=mix(seed, VAL), keep="rest")
-    tested = split_of("test", *test, np.arange(len(test[1])))
+    val, rest = draw_stratified(labels, count, seed=hash_seed(seed, VAL), keep="rest")
+    tested = cifar_split("test", *test, np.arange(len(test[1])))
     if not spec.val_fraction:
         report.append("the test images are the val split too (data.val_fraction = 0)")
     return Data(
         name=files.name,
         splits={
-            "train": split_of("train", *train, rest),
-            "val": split_of("train", *train, val) if spec.val_fraction else tested,
+            "train": cifar_split("train", *train, rest),
+            "val": cifar_split("train", *train, val) if spec.val_fraction else tested,
             "test": tested,
         },
         subtask="multiclass",
@@ -112,7 +109,7 @@ def read_cifar(spec: Cifar10Data | Cifar100Data, files: Cifar, seed: int) -> Dat
     )
 
 
-def split_of(part: str, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Split:
+def cifar_split(part: str, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Split:
     """Rows of the training or test images."""
     return Split([f"{part}/{row}" for row in rows], labels[rows], ArraySource(images, rows))
 
@@ -204,7 +201,7 @@ def read_batches(
     return np.concatenate(images), np.concatenate(labels)
 
 
-def class_names(folder: Path, files: Cifar) -> tuple[str, ...]:
+def cifar_class_names(folder: Path, files: Cifar) -> tuple[str, ...]:
     """Names of the classes.
 
     Raises:
@@ -235,14 +232,14 @@ def build_data(spec: BaseData, *, seed: int, trains: bool = True) -> Data:
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
     """
-    data = read_data(spec, seed=seed)
+    data = read_data_set(spec, seed=seed)
     empty = [name for name, split in data.splits.items() if not len(split)]
     if empty or (trains and "train" not in data.splits):
         what = f"the {' and the '.join(empty)} split has no sample" if empty else "no train split"
         raise UserError(f"data set {data.name}: {what} (data.data_root_dir = {spec.data_root_dir})")
     train = data.splits.get("train")
     if train is not None and spec.data_fraction < 1:
-        data.splits["train"] = cut(train, spec, data.subtask, seed)
+        data.splits["train"] = cut_fraction(train, spec, data.subtask, seed)
         data.report.append(
             f"train split cut to {len(data.splits['train'])} of {len(train)} samples"
             f" (data.data_fraction = {spec.data_fraction:g})"
@@ -250,19 +247,19 @@ def build_data(spec: BaseData, *, seed: int, trains: bool = True) -> Data:
     return data
 
 
-def cut(train: Split, spec: BaseData, subtask: str, seed: int) -> Split:
+def cut_fraction(train: Split, spec: BaseData, subtask: str, seed: int) -> Split:
     """The share data_fraction of the train split; a smaller share of the same seed is taken from
     the same random order."""
     count = max(1, round(len(train) * spec.data_fraction))
     labels = strata(train.targets, subtask, kept=spec.stratified)
-    rows, _ = draw(labels, count, seed=mix(seed, FRACTION), keep="drawn")
+    rows, _ = draw_stratified(labels, count, seed=hash_seed(seed, FRACTION), keep="drawn")
     return subset(train, rows)
 
 
 # ---------------------------------------------------------------------- digits
 
 
-@read_data.register
+@read_data_set.register
 def _(spec: DigitsData, *, seed: int) -> Data:
     """Digits: values 0..16 become round(v 255 / 16)."""
     from sklearn.datasets import load_digits
@@ -297,8 +294,8 @@ def held_out(labels: np.ndarray, spec: DigitsData, seed: int) -> dict[str, np.nd
             " below 1 and each of them a sample at least"
         )
     groups = labels if spec.stratified else np.zeros_like(labels)
-    test, rest = draw(groups, test_count, seed=DIGITS_TEST_SEED, keep="rest")
-    val, train = draw(groups[rest], val_count, seed=mix(seed, VAL), keep="rest")
+    test, rest = draw_stratified(groups, test_count, seed=DIGITS_TEST_SEED, keep="rest")
+    val, train = draw_stratified(groups[rest], val_count, seed=hash_seed(seed, VAL), keep="rest")
     return {"train": rest[train], "val": rest[val], "test": test}
 
 
@@ -310,7 +307,7 @@ def array_split(samples: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> S
 # ---------------------------------------------------------------------- custom
 
 
-@read_data.register
+@read_data_set.register
 def _(spec: CustomData, *, seed: int) -> Data:
     """The user's own function."""
     data = call_target("data", spec.target, spec, seed, **spec.options)

@@ -25,7 +25,7 @@ from glovita_lib.errors import UserError
 
 # How long a rank waits for the others, e.g. for a download of the first one. torchrun ends all
 # processes as soon as one of them fails, so a long time never hides a crash.
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 WORD = (1 << 64) - 1
 
 
@@ -70,7 +70,7 @@ def start() -> Ranks:
         cuda = device.type == "cuda"
         td.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             device_id=device if cuda else None,
         )
     return Ranks(rank, world, local, device)
@@ -123,7 +123,7 @@ def session() -> Iterator[Ranks]:
 # ---------------------------------------------------------------------- seeds
 
 
-def mix(*numbers: int) -> int:
+def hash_seed(*numbers: int) -> int:
     """63-bit hash of counters, the seed of the stream that belongs to them.
 
     h <- splitmix64(h + n) for each number n, with h = 0 at first; splitmix64 is one output of the
@@ -153,7 +153,7 @@ def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
     Only those of devices in use: torch.manual_seed keeps the seed, with a stack trace, for every
     kind of device that may still start, which takes 3 ms a step and memory that only grows.
     """
-    number = mix(seed, epoch, step, rank)
+    number = hash_seed(seed, epoch, step, rank)
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)
@@ -240,7 +240,7 @@ def main_decides(ranks: Ranks, decide: Callable[[], Any]) -> Any:
             result = decide()
         except Exception as failure:
             error = failure
-    result, failed = broadcast_object(ranks, (result, describe(error)))
+    result, failed = broadcast_object(ranks, (result, as_message(error)))
     if error is not None:
         raise error
     if failed is not None:
@@ -263,12 +263,12 @@ def main_first(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except Exception as failure:
-        broadcast_object(ranks, describe(failure))
+        broadcast_object(ranks, as_message(failure))
         raise
     broadcast_object(ranks, None)
 
 
-def describe(error: Exception | None) -> tuple[bool, str] | None:
+def as_message(error: Exception | None) -> tuple[bool, str] | None:
     """An error as it travels: whether it is the user's, and its text."""
     if error is None:
         return None

@@ -97,7 +97,7 @@ class Features:
 class Encoder(nn.Module):
     """A network without its classifier, kept under `net` with the library's own names.
 
-    A subclass says how raw features are made (`trunk`), pooled (`pool`) and normed (`norm`).
+    A subclass makes raw features (`forward_features`), pools (`pool`) and norms them (`norm`).
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
 
     # ------------------------------------------------------------------ forward
 
-    def trunk(self, x: Tensor) -> Any:
+    def forward_features(self, x: Tensor) -> Any:
         """Inputs (B, C, H, W) -> raw features: tokens (B, N, D), a map, a vector or several."""
         raise NotImplementedError
 
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, *, pooled: bool = True) -> Features:
         """Features of inputs (B, C, H, W); without the library's own vector if not asked for."""
-        raw = self.trunk(x)
+        raw = self.forward_features(x)
         if self.layout is None:
             return Features(None, None, 0, False, self.pool(raw), self.pooling)
         vector = self.pool(raw) if pooled and self.pooling else None
@@ -183,12 +183,12 @@ class Encoder(nn.Module):
         """
         try:
             with torch.no_grad():
-                return without_data(self).trunk(torch.zeros(input_shape, device="meta"))
+                return without_data(self).forward_features(torch.zeros(input_shape, device="meta"))
         except (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError):
             pass  # tensors that are no buffers, operators without shapes: compute it
         try:
             with torch.no_grad():
-                return self.trunk(torch.zeros(input_shape))
+                return self.forward_features(torch.zeros(input_shape))
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             raise UserError(
                 f"encoder {self.name} does not take images of {input_shape[-1]} pixels with"
@@ -398,7 +398,7 @@ def check_channels(spec: Any, channels: int) -> None:
 
 
 @singledispatch
-def describe(spec: Any, *, channels: int) -> Preprocess:
+def preprocess_of(spec: Any, *, channels: int) -> Preprocess:
     """What the encoder of a Struct expects of images with so many channels; builds nothing.
 
     Raises:
@@ -433,7 +433,7 @@ class CustomTrunk(Encoder):
     whether the first is a CLS token; without them none is.
     """
 
-    def trunk(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Inputs (B, C, H, W) -> the module's output."""
         return self.net(x)
 
@@ -445,7 +445,7 @@ class CustomTrunk(Encoder):
         return tokens[:, 0] if self.has_cls else tokens[:, self.n_prefix :].mean(1)
 
 
-@describe.register
+@preprocess_of.register
 def _(spec: CustomEncoder, *, channels: int) -> Preprocess:
     check_channels(spec, channels)
     return Preprocess(
@@ -472,7 +472,7 @@ def _(spec: CustomEncoder, *, channels: int, image_size: int | None, load_weight
     return CustomTrunk(
         net,
         name=spec.target,
-        preprocess=describe(spec, channels=channels),
+        preprocess=preprocess_of(spec, channels=channels),
         n_prefix=int(getattr(net, "n_prefix", has_cls)),
         has_cls=has_cls,
         channels_last=False,

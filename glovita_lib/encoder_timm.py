@@ -14,14 +14,14 @@ from urllib.request import getproxies
 
 from torch import Tensor, nn
 
-from glovita_lib.checkpoint import Target, load_weights
+from glovita_lib.checkpoint import LoadTarget, load_weights
 from glovita_lib.encoder import (
     Encoder,
     Preprocess,
     build_encoder,
     check_channels,
-    describe,
     fit_channels,
+    preprocess_of,
 )
 from glovita_lib.errors import UserError
 from glovita_lib.spec_model import TimmEncoder
@@ -40,7 +40,7 @@ class TimmTrunk(Encoder):
     """A model of timm without classifier; its raw features are `forward_features`, its own vector
     is `forward_head(..., pre_logits=True)`."""
 
-    def trunk(self, x: Tensor) -> Any:
+    def forward_features(self, x: Tensor) -> Any:
         """Inputs (B, C, H, W) -> what forward_features gives."""
         return self.net.forward_features(x)
 
@@ -56,7 +56,7 @@ class TimmTrunk(Encoder):
         return tokens
 
 
-def published(spec: TimmEncoder) -> Any:
+def published_timm(spec: TimmEncoder) -> Any:
     """timm's configuration of the published weights of a model.
 
     Raises:
@@ -86,12 +86,12 @@ def has_fixed_size(spec: TimmEncoder, config: Any) -> bool:
     return config.fixed_input_size and not spec.model_kwargs.get("dynamic_img_size", False)
 
 
-def describe_timm(spec: TimmEncoder, *, channels: int) -> Preprocess:
+def preprocess_timm(spec: TimmEncoder, *, channels: int) -> Preprocess:
     """Input convention of the published weights; the size only where weights or the architecture
     ask for one."""
     from timm.data import resolve_data_config
 
-    config = published(spec)
+    config = published_timm(spec)
     resolved = resolve_data_config(pretrained_cfg=config.to_dict())
     fixed = has_fixed_size(spec, config)
     sized = fixed or spec.pretrained or spec.weights is not None
@@ -110,14 +110,14 @@ def build_timm(
     spec: TimmEncoder, *, channels: int, image_size: int | None, load_weights: bool
 ) -> TimmTrunk:
     """The encoder of a Struct, built for its input."""
-    config = published(spec)
+    config = published_timm(spec)
     check_arguments(spec)
     download = spec.pretrained and spec.weights is None and load_weights
     if download:
         check_published(spec, config)
-    preprocess = describe_timm(spec, channels=channels)
+    preprocess = preprocess_timm(spec, channels=channels)
     size = image_size or preprocess.image_size or config.input_size[-1]
-    net = create(spec, config, channels=channels, size=size, download=download)
+    net = create_timm(spec, config, channels=channels, size=size, download=download)
     if spec.small_images:
         keep_small_images(net, spec.type)
     n_prefix, has_cls = prefix_tokens(net)
@@ -131,7 +131,7 @@ def build_timm(
         input_shape=(1, channels, size, size),
     )
     if spec.weights is not None and load_weights:
-        fill(encoder, spec, config)
+        load_timm_file(encoder, spec, config)
     return encoder
 
 
@@ -156,7 +156,7 @@ def check_published(spec: TimmEncoder, config: Any) -> None:
         )
 
 
-def create(
+def create_timm(
     spec: TimmEncoder, config: Any, *, channels: int, size: int, download: bool
 ) -> nn.Module:
     """timm.create_model, its errors told in terms of the spec."""
@@ -239,11 +239,11 @@ def prefix_tokens(net: nn.Module) -> tuple[int, bool]:
     return int(getattr(net, "num_prefix_tokens", has_cls)), has_cls
 
 
-def fill(encoder: TimmTrunk, spec: TimmEncoder, config: Any) -> None:
+def load_timm_file(encoder: TimmTrunk, spec: TimmEncoder, config: Any) -> None:
     """Load the file of the spec; timm's own converter knows the names of the models' authors."""
     classifier = config.classifier or ()
     first = config.first_conv
-    target = Target(
+    target = LoadTarget(
         encoder.net,
         classifier=(classifier,) if isinstance(classifier, str) else tuple(classifier),
         n_prefix=encoder.n_prefix,
@@ -276,10 +276,10 @@ def keep_small_images(net: nn.Module, name: str) -> None:
         net.maxpool = nn.Identity()
 
 
-@describe.register
+@preprocess_of.register
 def _(spec: TimmEncoder, *, channels: int) -> Preprocess:
     check_channels(spec, channels)
-    return describe_timm(spec, channels=channels)
+    return preprocess_timm(spec, channels=channels)
 
 
 @build_encoder.register

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glovita_lib.checkpoint import Target, load_tensors, load_weights
+from glovita_lib.checkpoint import LoadTarget, load_tensors, load_weights
 from glovita_lib.encoder import (
     Encoder,
     Preprocess,
     build_encoder,
     check_channels,
-    describe,
     fit_channels,
+    preprocess_of,
 )
 from glovita_lib.errors import UserError, reason
 from glovita_lib.spec_model import TorchvisionEncoder
@@ -45,7 +45,7 @@ OURS = {  # arguments of torchvision that other keys of the spec decide
 class ChainTrunk(Encoder):
     """A model that is a chain of children with pooling and classifier at the end."""
 
-    def trunk(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Inputs (B, C, H, W) -> the last map (B, D, h, w)."""
         if getattr(self.net, "transform_input", False):
             x = self.net._transform_input(x)
@@ -74,7 +74,7 @@ class ChainTrunk(Encoder):
 class VitTrunk(Encoder):
     """torchvision's VisionTransformer: a CLS token before the patch tokens."""
 
-    def trunk(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Inputs (B, C, H, W) -> final-normed tokens (B, 1 + N, D)."""
         patches = self.net._process_input(x)  # (B, N, D)
         cls = self.net.class_token.expand(len(x), -1, -1)
@@ -104,7 +104,7 @@ def builder_of(spec: TorchvisionEncoder) -> Any:
     return torchvision.models.get_model_builder(spec.type)
 
 
-def published(spec: TorchvisionEncoder) -> Any:
+def published_torchvision(spec: TorchvisionEncoder) -> Any:
     """The default published weights of a model (an enum member), None where there are none."""
     import torchvision
 
@@ -118,11 +118,11 @@ def size_argument(spec: TorchvisionEncoder) -> str | None:
     return "input_size" if spec.type.startswith("maxvit") else None
 
 
-def describe_torchvision(spec: TorchvisionEncoder, *, channels: int) -> Preprocess:
+def preprocess_torchvision(spec: TorchvisionEncoder, *, channels: int) -> Preprocess:
     """Input convention of the published weights; the size only where weights or the architecture
     ask for one."""
     builder_of(spec)
-    weights = published(spec)
+    weights = published_torchvision(spec)
     fixed = size_argument(spec) is not None
     sized = fixed or spec.pretrained or spec.weights is not None
     if weights is None:
@@ -148,9 +148,9 @@ def build_torchvision(
     spec: TorchvisionEncoder, *, channels: int, image_size: int | None, load_weights: bool
 ) -> Encoder:
     """The encoder of a Struct, built for its input."""
-    preprocess = describe_torchvision(spec, channels=channels)
+    preprocess = preprocess_torchvision(spec, channels=channels)
     size = image_size or preprocess.image_size or 224
-    net = create(spec, size=size)
+    net = create_torchvision(spec, size=size)
     first = fit_first_conv(net, channels)
     classifier = take_off_classifier(net)
     is_vit = hasattr(net, "class_token")
@@ -164,12 +164,12 @@ def build_torchvision(
         input_shape=(1, channels, size, size),
     )
     if load_weights:
-        target = Target(net, (classifier, *AUXILIARY), encoder.n_prefix, first)
-        fill(target, spec)
+        target = LoadTarget(net, (classifier, *AUXILIARY), encoder.n_prefix, first)
+        load_torchvision_file(target, spec)
     return encoder
 
 
-def create(spec: TorchvisionEncoder, *, size: int) -> nn.Module:
+def create_torchvision(spec: TorchvisionEncoder, *, size: int) -> nn.Module:
     """Build the model with the arguments of the spec.
 
     Raises:
@@ -267,7 +267,7 @@ def take_off_classifier(net: nn.Module) -> str:
     return name
 
 
-def fill(target: Target, spec: TorchvisionEncoder) -> None:
+def load_torchvision_file(target: LoadTarget, spec: TorchvisionEncoder) -> None:
     """Load the file of the spec, or the published weights.
 
     Raises:
@@ -278,7 +278,7 @@ def fill(target: Target, spec: TorchvisionEncoder) -> None:
         return
     if not spec.pretrained:
         return
-    weights = published(spec)
+    weights = published_torchvision(spec)
     if weights is None:
         raise UserError(
             f'model.encoder.pretrained = true: torchvision has no weights of "{spec.type}"; set'
@@ -295,10 +295,10 @@ def fill(target: Target, spec: TorchvisionEncoder) -> None:
     load_tensors(target, tensors, source=f"{weights}")
 
 
-@describe.register
+@preprocess_of.register
 def _(spec: TorchvisionEncoder, *, channels: int) -> Preprocess:
     check_channels(spec, channels)
-    return describe_torchvision(spec, channels=channels)
+    return preprocess_torchvision(spec, channels=channels)
 
 
 @build_encoder.register

@@ -32,7 +32,7 @@ def file_name(text: str) -> str:
 # ----------------------------------------------------------------------------- nearest words
 
 
-def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
+def nearest_word(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The word that was probably meant; None if none is near."""
     from difflib import get_close_matches  # only ever needed for a message
 
@@ -43,7 +43,7 @@ def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 def meant(word: str, words: list[str]) -> str:
     """The question after the nearest valid word; empty if none is near."""
-    near = nearest(word, words)
+    near = nearest_word(word, words)
     return f'; did you mean "{near}"?' if near and near != word else ""
 
 

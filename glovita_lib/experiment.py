@@ -13,23 +13,22 @@ from torch import nn
 
 from glovita_lib import (  # those with noqa register builders
     checkpoint,
-    data_features,  # noqa: F401
     dist,
     head_clam,  # noqa: F401
     peft_base,
 )
-from glovita_lib.augment import random_operations, resolve
+from glovita_lib.augment import random_operations, resolve_augmentation
 from glovita_lib.data import ArraySource, Data, Split, subset
 from glovita_lib.datasets import build_data
 from glovita_lib.dist import autocast, resolve_precision
-from glovita_lib.encoder import Encoder, Identity, describe, output_width
+from glovita_lib.encoder import Encoder, Identity, output_width, preprocess_of
 from glovita_lib.errors import UserError
 from glovita_lib.loader import Loader, build_feature_loader, build_loader
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import build_model
 from glovita_lib.objectives import Objective, Predictions, build_objective, evaluate
 from glovita_lib.read_features import VectorSource
-from glovita_lib.resolved import Facts, derive_facts
+from glovita_lib.resolved import Resolved, resolve_run
 from glovita_lib.spec_data import PrecomputedData
 from glovita_lib.spec_model import (
     AbmilHead,
@@ -47,7 +46,7 @@ from glovita_lib.trainer import Hooks, Trainer
 OF_BAGS = ClamHead | AbmilHead | DsmilHead | TransmilHead | MeanMilHead | MaxMilHead
 
 
-def check_instances(spec: Any, head: nn.Module, encoder: Encoder, facts: Facts) -> None:
+def check_instances(spec: Any, head: nn.Module, encoder: Encoder, resolved: Resolved) -> None:
     """What the data are must fit the head: bags one that takes instances, and the other way round.
 
     Args:
@@ -56,7 +55,7 @@ def check_instances(spec: Any, head: nn.Module, encoder: Encoder, facts: Facts) 
     Raises:
         UserError: they do not fit, or instance_eval on a regression, whose targets label nothing.
     """
-    if facts.kind == "bags" and head.consumes == "pooled":
+    if resolved.kind == "bags" and head.consumes == "pooled":
         raise UserError(
             f'model.head.head_type = "{tag(spec)}": the samples are bags of instances, and this'
             ' head takes one vector a sample; heads for bags are "clam", "abmil", "dsmil",'
@@ -64,15 +63,15 @@ def check_instances(spec: Any, head: nn.Module, encoder: Encoder, facts: Facts) 
         )
     if not isinstance(spec, OF_BAGS):
         return
-    of_data = facts.kind == "bags" or isinstance(encoder, Identity)  # also bags of custom data
-    if facts.kind == "vectors" or not (of_data or encoder.has_patches):
-        one = "the features hold" if facts.kind == "vectors" else "the encoder gives"
+    of_data = resolved.kind == "bags" or isinstance(encoder, Identity)  # also bags of custom data
+    if resolved.kind == "vectors" or not (of_data or encoder.has_patches):
+        one = "the features hold" if resolved.kind == "vectors" else "the encoder gives"
         raise UserError(
             f'model.head.head_type = "{tag(spec)}" takes bags of instances, but {one} one vector a'
             ' sample: set it to "classification" or "regression", or give bags (bag_ptr in the'
             " feature file) or an encoder with patch tokens"
         )
-    if isinstance(spec, ClamHead) and spec.instance_eval and facts.subtask == "regression":
+    if isinstance(spec, ClamHead) and spec.instance_eval and resolved.subtask == "regression":
         raise UserError(
             "model.head.instance_eval = true labels instances by the class of their bag, but the"
             " targets are numbers: set it to false"
@@ -85,8 +84,6 @@ def tag(spec: Any) -> str:
 
 
 # ------------------------------------------------------------------------------- experiments
-#
-# What a spec becomes, the same way in every mode: data, facts, model, objective, loaders.
 
 SPLIT_KEYS = (
     "fold", "n_folds", "split_source", "split_file", "split_column", "stratified", "group_column",
@@ -100,7 +97,7 @@ class Experiment:
     """A model with everything it takes to train it or to ask it for predictions."""
 
     root: Root
-    facts: Facts
+    resolved: Resolved
     model: nn.Module  # on the device of this rank
     objective: Objective
     ranks: dist.Ranks
@@ -121,7 +118,7 @@ class Experiment:
             "train": train,
             "seed": self.root.seed,
             "ranks": self.ranks,
-            "batch_size": spec.batch_size if train else self.facts.eval_batch_size,
+            "batch_size": spec.batch_size if train else self.resolved.eval_batch_size,
         }
         if isinstance(split.source, VectorSource):
             # a custom data set may give vectors too
@@ -156,45 +153,47 @@ def read_data(root: Root, ranks: dist.Ranks) -> Data:
         return build_data(spec, seed=root.seed, trains=root.mode == "train")
 
 
-def resolve_facts(root: Root, data: Data) -> Facts:
+def resolve_spec(root: Root, data: Data) -> Resolved:
     """Run-time values from the spec, the data and the encoder's input convention."""
     if isinstance(root.model.encoder, PrecomputedEncoder):
-        return derive_facts(root, data, None)
+        return resolve_run(root, data, None)
     sizes = {split.source.uniform for split in data.splits.values() if len(split)}
     same = sizes.pop() if len(sizes) == 1 else None
-    augmentation = resolve(
+    augmentation = resolve_augmentation(
         root.data.augmentation,
         default_policies=root.data.default_policies,
-        encoder=describe(root.model.encoder, channels=data.channels),
+        encoder=preprocess_of(root.model.encoder, channels=data.channels),
         channels=data.channels,
         native_size=None if same is None else same[1:],
     )
-    return derive_facts(root, data, augmentation)
+    return resolve_run(root, data, augmentation)
 
 
-def assemble(root: Root, facts: Facts, ranks: dist.Ranks, *, load_weights: bool) -> Experiment:
+def assemble(
+    root: Root, resolved: Resolved, ranks: dist.Ranks, *, load_weights: bool
+) -> Experiment:
     """Model and objective on this rank's device; initial weights follow from the seed alone."""
     dist.seed_everything(root.seed)
-    augmentation = facts.augmentation
+    augmentation = resolved.augmentation
     model = build_model(
         root.model,
         root.peft,
-        outputs=len(facts.class_names),
-        channels=facts.channels,
+        outputs=len(resolved.class_names),
+        channels=resolved.channels,
         image_size=None if augmentation is None else augmentation.image_size,
         load_weights=load_weights,
     ).to(ranks.device)
-    check_instances(root.model.head, model.head, model.encoder, facts)
-    objective = build_objective(root.task, facts, ranks.device)
-    return Experiment(root, facts, model, objective, ranks)
+    check_instances(root.model.head, model.head, model.encoder, resolved)
+    objective = build_objective(root.task, resolved, ranks.device)
+    return Experiment(root, resolved, model, objective, ranks)
 
 
 def build_trainer(experiment: Experiment, data: Data, hooks: Hooks) -> Trainer:
     """The loop over the train split, with evaluations of the val split where there is one."""
-    root, facts, ranks = experiment.root, experiment.facts, experiment.ranks
+    root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
     val, steps = data.splits.get("val"), root.training.val_steps_per_epoch
     if val is not None and steps is not None:
-        val = some_of(val, steps * facts.eval_batch_size * ranks.world, root.seed)
+        val = some_of(val, steps * resolved.eval_batch_size * ranks.world, root.seed)
     return Trainer(
         experiment.model,
         experiment.objective,
@@ -202,7 +201,7 @@ def build_trainer(experiment: Experiment, data: Data, hooks: Hooks) -> Trainer:
         val_loader=experiment.loader(val, train=False) if val is not None and len(val) else None,
         training=root.training,
         optimizer=root.optimizer,
-        best_metric=facts.best_metric,
+        best_metric=resolved.best_metric,
         calibration_batches=root.peft.calibration_batches if isinstance(root.peft, Gps) else 0,
         seed=root.seed,
         ranks=ranks,
@@ -226,14 +225,16 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
         UserError: no such file, not a checkpoint of glovita, or of another model.
     """
     saved = checkpoint.load(path, map_location="cpu")
-    own, facts = spec_of(saved, path), facts_of(saved, path)
+    own, resolved = spec_of(saved, path), resolved_of(saved, path)
     for line in split_notes(own, root) if ranks.is_main else ():
         say(f"  note: {path} was trained with {line}: it may know samples of this split")
     size = root.dataloading.eval_batch_size or root.dataloading.batch_size
-    facts = replace(facts, eval_batch_size=size, metrics=root.task.metrics or facts.metrics)
+    resolved = replace(
+        resolved, eval_batch_size=size, metrics=root.task.metrics or resolved.metrics
+    )
     task = replace(own.task, bootstrap=root.task.bootstrap, result_plot=root.task.result_plot)
     own = replace(own, data=root.data, dataloading=root.dataloading, task=task)
-    experiment = assemble(own, facts, ranks, load_weights=False)
+    experiment = assemble(own, resolved, ranks, load_weights=False)
     checkpoint.load_model(experiment.model, trained_weights(saved), path)
     experiment.checkpoint = path
     if root.mode == "infer" and root.infer.merge:
@@ -271,9 +272,9 @@ def spec_of(saved: dict[str, Any], path: Path) -> Root:
     return part(saved, "spec", Root, path)
 
 
-def facts_of(saved: dict[str, Any], path: Path) -> Facts:
+def resolved_of(saved: dict[str, Any], path: Path) -> Resolved:
     """The run-time values inside a checkpoint."""
-    return part(saved, "facts", Facts, path)
+    return part(saved, "resolved", Resolved, path)
 
 
 def part(saved: dict[str, Any], key: str, kind: type, path: Path) -> Any:
@@ -299,9 +300,9 @@ def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
     give them, for a model whose encoder does not change; see `refuse_unstable`."""
     wanted = {name: split for name, split in data.splits.items() if name in ("train", "val")}
     splits = {name: embedded(experiment, name, split) for name, split in wanted.items()}
-    facts = replace(experiment.facts, kind="vectors", augmentation=None)
-    objective = build_objective(experiment.root.task, facts, experiment.ranks.device)
-    small = with_fields(experiment, facts=facts, objective=objective)
+    resolved = replace(experiment.resolved, kind="vectors", augmentation=None)
+    objective = build_objective(experiment.root.task, resolved, experiment.ranks.device)
+    small = with_fields(experiment, resolved=resolved, objective=objective)
     return small, with_fields(data, splits={**data.splits, **splits})
 
 
@@ -313,7 +314,7 @@ def refuse_unstable(experiment: Experiment) -> None:
             the train policy draws something.
     """
     key = "training.cache_frozen_features = true"
-    model, augmentation = experiment.model, experiment.facts.augmentation
+    model, augmentation = experiment.model, experiment.resolved.augmentation
     if augmentation is None:
         raise UserError(f"{key}: the samples are features already; leave it out")
     if not model.encoder_is_frozen or model.head.consumes != "pooled":

@@ -15,7 +15,7 @@ from glovita_lib.encoder import Encoder, Features, aggregate, evaluating, resolv
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import Experiment
 from glovita_lib.loader import Batch
-from glovita_lib.objectives import Answer
+from glovita_lib.objectives import HeadOutput
 from glovita_lib.spec_train import Extract
 
 # ------------------------------------------------------------------------------------ layers
@@ -80,7 +80,7 @@ class Layers:
 
         hooks = [blocks[i].register_forward_hook(note(i)) for i in set(self.indices)]
         try:
-            self.encoder.trunk(x)
+            self.encoder.forward_features(x)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -181,7 +181,6 @@ def number_of_layers(encoder: Encoder, input_shape: tuple[int, ...]) -> int:
 
 # ---------------------------------------------------------------------------------- readouts
 #
-# What is read out of an encoder for each sample.
 #
 # B batch, N tokens, D width, C channels, H W grid, M instances, K classes or targets.
 
@@ -209,7 +208,7 @@ class Readout:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class PendingReadout:
     """What is read out of a batch, while the device still computes it or copies it to the host."""
 
     rows: Tensor  # (B,) of the split
@@ -231,15 +230,15 @@ class Extractor:
     """
 
     def __init__(self, experiment: Experiment, spec: Extract, *, predicts: bool = False) -> None:
-        if experiment.facts.augmentation is None:
+        if experiment.resolved.augmentation is None:
             raise UserError("mode extract reads images; data set precomputed_features is read out")
         self.experiment, self.spec, self.predicts = experiment, spec, predicts
         self.model = experiment.model.eval()
-        facts, encoder = experiment.facts, experiment.model.encoder
-        size = facts.augmentation.image_size
+        resolved, encoder = experiment.resolved, experiment.model.encoder
+        size = resolved.augmentation.image_size
         self.layers, self.normed, probed = None, (), []
         if spec.layers:
-            shape = (1, facts.channels, size, size)
+            shape = (1, resolved.channels, size, size)
             self.layers = choose_layers(encoder, spec.layers, norm=spec.norm, input_shape=shape)
             probed, self.normed = self.layers.probe(shape)
         self.method = self.resolve_method(probed)
@@ -255,9 +254,9 @@ class Extractor:
     @cached_property
     def sample_bytes(self) -> int:
         """Bytes of the features of a sample as they are stored: those of a black image."""
-        facts, device = self.experiment.facts, self.experiment.ranks.device
-        size = facts.augmentation.image_size
-        inputs = torch.zeros(1, facts.channels, size, size, device=device)
+        resolved, device = self.experiment.resolved, self.experiment.ranks.device
+        size = resolved.augmentation.image_size
+        inputs = torch.zeros(1, resolved.channels, size, size, device=device)
         with torch.no_grad(), autocast(self.experiment.precision, device):
             read, *_ = self.read(inputs, self.features(inputs))
         return read.numel() * self.dtype.itemsize
@@ -318,7 +317,7 @@ class Extractor:
         return self.finish(self.start(batch, augment=augment), ids=ids)
 
     @torch.no_grad()
-    def start(self, batch: Batch, *, augment: int | None) -> Running:
+    def start(self, batch: Batch, *, augment: int | None) -> PendingReadout:
         """Let the device read a batch out and copy it to the host, without waiting for it.
 
         Args:
@@ -334,9 +333,9 @@ class Extractor:
         read = values.float()
         stored = read.to(self.dtype)
         host, copied = to_host((stored, torch.isfinite(stored).all(), *scores))
-        return Running(batch.rows, read, lengths, coords, host, copied)
+        return PendingReadout(batch.rows, read, lengths, coords, host, copied)
 
-    def finish(self, running: Running, *, ids: list[str]) -> Readout:
+    def finish(self, running: PendingReadout, *, ids: list[str]) -> Readout:
         """Wait for what `start` began.
 
         Args:
@@ -388,7 +387,7 @@ class Extractor:
         model = self.model
         is_shared = self.layers is None and self.method == model.aggregation
         takes = vectors if is_shared and model.head.consumes == "pooled" else inputs
-        return self.experiment.objective.scores(Answer.of(model(takes)).logits.float())
+        return self.experiment.objective.scores(HeadOutput.of(model(takes)).logits.float())
 
     def check_grids(self, features: list[Features]) -> None:
         """Layers of different grids cannot be put side by side.

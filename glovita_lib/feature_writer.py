@@ -127,7 +127,7 @@ def read_coords(path: str, ids: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BlockPlan:
     """Which samples are read in which order, and how they make blocks."""
 
     rows: np.ndarray  # (N,) rows of the split in the order of the file
@@ -156,13 +156,13 @@ class Plan:
 # more.
 
 
-def file_name(root: Root, extractor: Extractor, split: str) -> str:
+def feature_file_name(root: Root, extractor: Extractor, split: str) -> str:
     """Name of the feature file.
 
     Raises:
         UserError: a placeholder that does not exist.
     """
-    spec, augmentation = root.extract, extractor.experiment.facts.augmentation
+    spec, augmentation = root.extract, extractor.experiment.resolved.augmentation
     pattern = spec.output_filename
     if pattern is None:
         kind = "agg_{method}" if spec.output == "embedding" else spec.output
@@ -204,13 +204,13 @@ def recipe_of_features(
         "encoder_spec": json.dumps(msgspec.to_builtins(experiment.root.model.encoder)),
         "peft_spec": json.dumps(msgspec.to_builtins(experiment.root.peft)),
         "weights_sha256": extractor.weights_sha256,
-        "transform": json.dumps(msgspec.to_builtins(experiment.facts.augmentation)),
+        "transform": json.dumps(msgspec.to_builtins(experiment.resolved.augmentation)),
         "ids_sha256": sha256("\n".join(split.ids).encode()),
         "bag_by": root.extract.bag_by or "none",
     }
 
 
-def policy_of(root: Root, plan: Plan, *, augmented: bool, batch_size: int) -> dict[str, Any]:
+def policy_of(root: Root, plan: BlockPlan, *, augmented: bool, batch_size: int) -> dict[str, Any]:
     """Test policy, or train policy with what its random draws follow from."""
     if not augmented:
         return {"policy": "test"}
@@ -281,12 +281,12 @@ LOCK = ".lock"  # of the process that writes blocks
 
 
 @dataclass(frozen=True)
-class Parts:
+class BlockFiles:
     """The finished blocks of one feature file."""
 
     target: Path
     recipe: dict[str, Any]  # what determines the features
-    plan: Plan
+    plan: BlockPlan
 
     @property
     def folder(self) -> Path:
@@ -321,7 +321,7 @@ class Parts:
     def recipe_of_parts(self) -> dict[str, Any]:
         """What determines the content of the blocks: also which samples are in which."""
         order = hashlib.sha256(self.plan.rows.astype(np.int64).tobytes()).hexdigest()
-        return files.plain({**self.recipe, "block_samples": self.plan.block, "order": order})
+        return files.as_json({**self.recipe, "block_samples": self.plan.block, "order": order})
 
     def pending(self) -> list[int]:
         """Blocks that are not finished."""
@@ -374,7 +374,7 @@ def write_array(archive: ZipFile, name: str, pieces: list[np.ndarray]) -> None:
 
 
 def put_together(
-    parts: Parts,
+    parts: BlockFiles,
     *,
     tables: dict[str, np.ndarray],
     compression: str,
@@ -408,9 +408,9 @@ def put_together(
             if "features" not in file:
                 if compression == "none":
                     refuse_full_disk(parts.folder, total * features[0].nbytes)
-                create(file, "features", features, compression, total)
+                create_dataset(file, "features", features, compression, total)
                 if "coords" in block:
-                    create(file, "coords", block["coords"], "none", total)
+                    create_dataset(file, "coords", block["coords"], "none", total)
             file["features"][place : place + len(features)] = features
             if "lengths" in block:
                 file["coords"][place : place + len(features)] = block["coords"][instances]
@@ -494,7 +494,7 @@ def refuse_full_disk(folder: Path, size: int) -> None:
         )
 
 
-def total_rows(parts: Parts, keep: np.ndarray) -> int:
+def total_rows(parts: BlockFiles, keep: np.ndarray) -> int:
     """Rows of the assembled features."""
     total, done = 0, 0
     for block in range(parts.plan.blocks):
@@ -505,7 +505,7 @@ def total_rows(parts: Parts, keep: np.ndarray) -> int:
     return total
 
 
-def create(file: Any, name: str, example: np.ndarray, compression: str, rows: int) -> None:
+def create_dataset(file: Any, name: str, example: np.ndarray, compression: str, rows: int) -> None:
     """An empty dataset for `rows` rows like those of the example."""
     shape, options = (rows, *example.shape[1:]), {}
     if compression != "none":
@@ -540,16 +540,16 @@ def refuse_other(target: Path, wanted: dict[str, Any]) -> bool:
         return False
     try:
         with h5py.File(target, "r") as file:
-            known = {name: files.plain(value) for name, value in file.attrs.items()}
+            known = {name: files.as_json(value) for name, value in file.attrs.items()}
     except OSError:
         known = {}
     way_out = "set extract.output_filename or extract.output_dir, or remove it"
     if not wanted.keys() & known.keys():
         raise UserError(f"{target} exists and was not written by mode extract; {way_out}")
     differing = [
-        difference(name, known.get(name), files.plain(value))
+        difference(name, known.get(name), files.as_json(value))
         for name, value in wanted.items()
-        if known.get(name) != files.plain(value)
+        if known.get(name) != files.as_json(value)
     ]
     if differing:
         raise UserError(

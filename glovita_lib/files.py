@@ -19,7 +19,6 @@ from glovita_lib.errors import UserError, meant
 
 FILE_THREADS = 8  # file systems answer several readers faster than one, whatever the cores
 
-
 # ----------------------------------------------------------------------- writing and reading
 #
 # Files that are whole at any moment: written under a temporary name, flushed, then renamed.
@@ -122,7 +121,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     """Indented JSON in the order of the value; see `plain` for what becomes of its parts."""
-    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(as_json(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
@@ -137,19 +136,19 @@ def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[A
         text.flush()
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """A value as JSON knows it: numpy and torch numbers and arrays become numbers and lists,
     paths strings, NaN and infinities null."""
     if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): as_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [as_json(entry) for entry in value]
     if isinstance(value, float):  # numpy's float64 too
         return float(value) if math.isfinite(value) else None
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return as_json(value.tolist())
     return value
 
 
@@ -175,7 +174,7 @@ def append_jsonl(path: Path | str, record: dict[str, Any]) -> None:
     Raises:
         UserError: disk full, read-only ...
     """
-    line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+    line = json.dumps(as_json(record), ensure_ascii=False, allow_nan=False) + "\n"
     try:
         with open(path, "a+b") as file:
             drop_half_line(file)

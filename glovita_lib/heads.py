@@ -31,7 +31,6 @@ from glovita_lib.spec_model import (
 
 # ----------------------------------------------------------------------------------- vectors
 #
-# Heads: from the vector of a sample, or its raw features, to predictions.
 #
 # A head's attribute `consumes` says what it takes: "pooled", vectors (B, D), or "features", a
 # `Features`. It gives logits (B, K), or a dict: "logits", auxiliary losses () to add under "aux"

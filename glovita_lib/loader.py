@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from glovita_lib.data import Source, Split
-from glovita_lib.dist import Ranks, cores, mix
+from glovita_lib.dist import Ranks, cores, hash_seed
 from glovita_lib.errors import UserError
 from glovita_lib.read_features import VectorSource
 from glovita_lib.sampler import EvalOrder, TrainOrder, WindowOrder
@@ -38,7 +38,7 @@ IMAGE_SHARE, VECTOR_SHARE = 0.1, 0.5
 
 
 @dataclass(slots=True)
-class HeldSource:
+class CachedSource:
     """Decoded samples: one array (N, C, H, W) if they are uniform, else a list of arrays."""
 
     samples: Any
@@ -55,7 +55,7 @@ class HeldSource:
 
 
 @dataclass(slots=True)
-class CollatingSource(HeldSource):
+class CollatingSource(CachedSource):
     """Decoded samples of a source with its own way to make a batch of them."""
 
     collate: Callable[[list[Any]], Any] = field(kw_only=True)
@@ -68,7 +68,7 @@ def hold(
     fit: Callable[[list[np.ndarray]], np.ndarray] | None,
     threads: int,
     shown: bool,
-) -> HeldSource:
+) -> CachedSource:
     """Decode rows of a source, in threads.
 
     Vectors are read all at once instead of a few at a time: their file is read in long pieces by
@@ -87,7 +87,7 @@ def hold(
     if shown and len(rows) >= TOLD_FROM and source.nbytes() > 2**28:
         print(f"decoding {len(rows)} samples into memory", file=sys.stderr, flush=True)
     if isinstance(source, VectorSource):
-        return HeldSource(source.fetch(rows), fitted=False)
+        return CachedSource(source.fetch(rows), fitted=False)
 
     def decode(part: np.ndarray) -> Any:
         samples = source.fetch(part)
@@ -97,10 +97,10 @@ def hold(
     if collate is not None:
         samples = [sample for part in parts for sample in part]
         return CollatingSource(samples, False, collate=collate)
-    return HeldSource(*joined(parts, len(rows), fitted))
+    return CachedSource(*join_parts(parts, len(rows), fitted))
 
 
-def joined(parts: Iterator[Any], count: int, fitted: bool) -> tuple[Any, bool]:
+def join_parts(parts: Iterator[Any], count: int, fitted: bool) -> tuple[Any, bool]:
     """Decoded parts as one array if they are arrays, written into it one by one, else a list."""
     array, samples, done = None, [], 0
     for part in parts:
@@ -150,7 +150,7 @@ def shortened(lines: list[str]) -> str:
 
 
 def to_device(
-    source: HeldSource, targets: np.ndarray | None, device: torch.device
+    source: CachedSource, targets: np.ndarray | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None] | None:
     """Uniform samples and the targets on a GPU with room for them; None elsewhere."""
     if device.type != "cuda" or source.uniform is None or hasattr(source, "collate"):
@@ -165,7 +165,7 @@ def to_device(
     return torch.from_numpy(samples).to(device), labels
 
 
-def gather(samples: Tensor, rows: np.ndarray, *, pinned: bool) -> Tensor:
+def gather_samples(samples: Tensor, rows: np.ndarray, *, pinned: bool) -> Tensor:
     """Rows of samples on the host, copied once, into page-locked memory where that is asked for."""
     out = samples.new_empty((len(rows), *samples.shape[1:]), pin_memory=pinned)
     # NumPy copies in this thread alone: torch's threads take longer to wake up than to copy a
@@ -180,10 +180,10 @@ def gather(samples: Tensor, rows: np.ndarray, *, pinned: bool) -> Tensor:
 #
 # B batch, C channels, H W pixels, S side of the encoder's input, K classes or targets.
 
-Task = tuple[int, int, np.ndarray]  # epoch, batch, rows
+BatchTask = tuple[int, int, np.ndarray]  # epoch, batch, rows
 
 
-class Fit(Protocol):
+class Resizing(Protocol):
     """Crop and resize of single images to the encoder's input, see policies.Fit."""
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator) -> Tensor: ...
@@ -219,18 +219,18 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Maker:
+class BatchBuilder:
     """Makes batches of rows; runs in this process, in threads or in worker processes."""
 
-    source: Source | HeldSource
+    source: Source | CachedSource
     first: int  # row of the split that is row 0 of the source
     targets: np.ndarray | None
-    fit: Fit
+    fit: Resizing
     seed: int
     rank: int
     fitted: bool  # whether the source's samples are fitted already
 
-    def __call__(self, task: Task, *, pinned: bool = False) -> Batch:
+    def __call__(self, task: BatchTask, *, pinned: bool = False) -> Batch:
         """Batch of a task.
 
         Args:
@@ -241,17 +241,17 @@ class Maker:
         """
         epoch, batch, rows = task
         if (samples := self.ready) is not None:
-            inputs, fitted = gather(samples, rows - self.first, pinned=pinned), self.fitted
+            inputs, fitted = gather_samples(samples, rows - self.first, pinned=pinned), self.fitted
         else:
             fetched = self.source.fetch(rows - self.first)
-            inputs, fitted = self.inputs(fetched, mix(self.seed, epoch, batch, self.rank))
+            inputs, fitted = self.inputs(fetched, hash_seed(self.seed, epoch, batch, self.rank))
         targets = None if self.targets is None else torch.from_numpy(self.targets[rows])
         return Batch(inputs, targets, torch.from_numpy(rows), fitted)
 
     @property
     def ready(self) -> Tensor | None:
         """All samples (N, ...) where they are in memory as torch calculates with them."""
-        if not isinstance(self.source, HeldSource) or self.source.uniform is None:
+        if not isinstance(self.source, CachedSource) or self.source.uniform is None:
             return None
         samples = self.source.samples
         return None if samples.dtype == np.uint16 else torch.from_numpy(samples)
@@ -265,7 +265,7 @@ class Maker:
         return fit_all(samples, self.fit, seed), True
 
 
-def fit_all(samples: list[np.ndarray], fit: Fit, seed: int) -> Tensor:
+def fit_all(samples: list[np.ndarray], fit: Resizing, seed: int) -> Tensor:
     """Images (C, H, W) of any sizes as one batch (B, C, S, S), each with its own window."""
     sizes = np.array([sample.shape[1:] for sample in samples])  # (B, 2)
     boxes = fit.boxes(sizes, torch.Generator().manual_seed(seed))
@@ -311,7 +311,7 @@ def build_loader(
     split: Split,
     spec: Dataloading,
     *,
-    fit: Fit,
+    fit: Resizing,
     train: bool,
     seed: int,
     ranks: Ranks,
@@ -323,16 +323,16 @@ def build_loader(
         UserError: nothing to train on, or (listed together) samples that cannot be read or are
             too small for the crop.
     """
-    check_sizes(split, fit)
+    check_batch_sizes(split, fit)
     order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
     first, end = needed(split, train=train, ranks=ranks)
     source, fitted = split.source, False
-    held = end > first and fits(split, spec, end - first)
+    held = end > first and fits_in_memory(split, spec, end - first)
     if held:
         once = None if train else lambda samples: fit_all(samples, fit, seed).numpy()
         source = hold(source, np.arange(first, end), fit=once, threads=cores(), shown=ranks.is_main)
         fitted = source.fitted
-    maker = Maker(source, first if held else 0, split.targets, fit, seed, ranks.rank, fitted)
+    maker = BatchBuilder(source, first if held else 0, split.targets, fit, seed, ranks.rank, fitted)
     return Loader(split, order, maker, spec, held=held, device=ranks.device)
 
 
@@ -344,12 +344,12 @@ def needed(split: Split, *, train: bool, ranks: Ranks) -> tuple[int, int]:
     return EvalOrder(len(split), 1, ranks.rank, ranks.world).shard
 
 
-def fits(split: Split, spec: Dataloading, count: int) -> bool:
+def fits_in_memory(split: Split, spec: Dataloading, count: int) -> bool:
     """Whether so many samples of a split, decoded, fit in memory as the spec limits it."""
     return split.source.nbytes() * count <= spec.in_memory_mb * 2**20 * len(split)
 
 
-def check_sizes(split: Split, fit: Fit) -> None:
+def check_batch_sizes(split: Split, fit: Resizing) -> None:
     """Refuse images that are too small for the crop before anything is decoded.
 
     Raises:
@@ -407,7 +407,7 @@ class Loader:
         self,
         split: Split,
         order: TrainOrder | EvalOrder,
-        maker: Maker,
+        maker: BatchBuilder,
         spec: Dataloading,
         *,
         held: bool,
@@ -418,7 +418,7 @@ class Loader:
         self.pinned = spec.pin_memory and device.type == "cuda"
         self.workers = self.count_workers()
         self.resident = to_device(maker.source, split.targets, device) if held else None
-        self._tasks: list[Task] | Iterator[Task] = ()
+        self._tasks: list[BatchTask] | Iterator[BatchTask] = ()
         self._processes: DataLoader | None = None
 
     def __len__(self) -> int:
@@ -473,7 +473,7 @@ class Loader:
             labels = None if targets is None else targets.index_select(0, rows)
             yield Batch(inputs, labels, rows, self.maker.fitted)
 
-    def threaded(self, tasks: Iterator[Task]) -> Iterator[Batch]:
+    def threaded(self, tasks: Iterator[BatchTask]) -> Iterator[Batch]:
         """Batches made ahead by threads; torch's and PIL's work runs outside Python's lock."""
         pool = ThreadPoolExecutor(self.workers)
         ahead: deque = deque()
@@ -487,7 +487,7 @@ class Loader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def processed(self, tasks: Iterator[Task]) -> Iterator[Batch]:
+    def processed(self, tasks: Iterator[BatchTask]) -> Iterator[Batch]:
         """Batches made ahead by worker processes, pinned by a thread."""
         self._tasks = tasks
         loader = self._processes or self.start_processes()
@@ -535,7 +535,7 @@ class Loader:
             )
         return error
 
-    def make(self, task: Task) -> Batch:
+    def make(self, task: BatchTask) -> Batch:
         """Batch of a task, in page-locked memory where that helps; not for worker processes."""
         return self.pin(self.maker(task, pinned=self.pinned))
 
@@ -559,9 +559,9 @@ class Failure:
 class WorkerSamples:
     """What DataLoader indexes with a task, in a worker process."""
 
-    maker: Maker
+    maker: BatchBuilder
 
-    def __getitem__(self, task: Task) -> Batch | Failure:
+    def __getitem__(self, task: BatchTask) -> Batch | Failure:
         try:
             return self.maker(task)
         except UserError as error:
@@ -574,7 +574,7 @@ class Tasks:
 
     loader: Loader
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[BatchTask]:
         return iter(self.loader._tasks)
 
     def __len__(self) -> int:
@@ -650,7 +650,7 @@ class WindowLoader(Loader):
         """The batches of a window."""
         targets, ends = self.split.targets, np.cumsum([len(rows) for rows in parts])
         for rows, where in zip(parts, np.split(places, ends[:-1]), strict=True):
-            inputs = gather(buffer, where, pinned=self.pinned)
+            inputs = gather_samples(buffer, where, pinned=self.pinned)
             labels = None if targets is None else torch.from_numpy(targets[rows])
             yield self.pin(Batch(inputs, labels, torch.from_numpy(rows), fitted=True))
 
@@ -659,7 +659,7 @@ def build_feature_loader(
     split: Split,
     spec: Dataloading,
     *,
-    fit: Fit | None,
+    fit: Resizing | None,
     window_mb: int,
     train: bool,
     seed: int,
@@ -675,7 +675,7 @@ def build_feature_loader(
     """
     source = split.source
     first, end = needed(split, train=train, ranks=ranks)
-    if fits(split, spec, end - first) or not isinstance(source, VectorSource):
+    if fits_in_memory(split, spec, end - first) or not isinstance(source, VectorSource):
         return build_loader(
             split, spec, fit=fit, train=train, seed=seed, ranks=ranks, batch_size=batch_size
         )
@@ -696,5 +696,5 @@ def build_feature_loader(
             block=block,
             window=window,
         )
-    maker = Maker(source, 0, split.targets, fit, seed, ranks.rank, True)
+    maker = BatchBuilder(source, 0, split.targets, fit, seed, ranks.rank, True)
     return WindowLoader(split, order, maker, spec, held=False, device=ranks.device, window=window)

@@ -150,7 +150,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def table(rows: list[tuple[str, str]]) -> str:
+def two_columns(rows: list[tuple[str, str]]) -> str:
     """Two aligned columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
@@ -160,7 +160,7 @@ def table(rows: list[tuple[str, str]]) -> str:
 #
 # Where a run's numbers go beside metrics.jsonl: nowhere, or to Weights & Biases.
 
-PATIENCE = 30  # seconds for the first answer of the server, then the run goes on offline
+INIT_TIMEOUT = 30  # seconds for the first answer of the server, then the run goes on offline
 KEPT_APART = ("event", "step")  # keys of a record that are no metrics
 
 
@@ -176,7 +176,7 @@ class Logger(Protocol):
         """Hand over what is left."""
 
 
-class Silent:
+class NullLogger:
     """Takes everything and does nothing: no logger, and all ranks but the first."""
 
     run_id: str | None = None
@@ -211,14 +211,14 @@ def build_logger(
 def _(
     spec: NoLogger, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
 ) -> Logger:
-    return Silent()
+    return NullLogger()
 
 
 @build_logger.register
 def _(
     spec: WandbLogger, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
 ) -> Logger:
-    return Wandb(spec, run, config, run_id) if ranks.is_main else Silent()
+    return Wandb(spec, run, config, run_id) if ranks.is_main else NullLogger()
 
 
 def tell(line: str) -> None:
@@ -276,7 +276,7 @@ class Wandb:
 
     def init(self, arguments: dict[str, Any], *, mode: str, **more: Any) -> None:
         """wandb.init without its console output."""
-        settings = self.wandb.Settings(silent=True, console="off", init_timeout=PATIENCE)
+        settings = self.wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT)
         self.run = self.wandb.init(**arguments, **more, mode=mode, settings=settings)
 
     def hindrance(self) -> str | None:

@@ -66,7 +66,7 @@ def logged_names(metrics: Iterable[str], class_names: Iterable[str] | None) -> t
     return tuple(dict.fromkeys(names))
 
 
-def split_of(name: str) -> tuple[str | None, str]:
+def split_name(name: str) -> tuple[str | None, str]:
     """Split and rest of a logged name: val_F1 -> (val, F1), F1 -> (None, F1)."""
     head, _, rest = name.partition("_")
     return (head, rest) if head in SPLITS and rest else (None, name)
@@ -78,10 +78,10 @@ def lower_is_better(logged_name: str) -> bool:
     >>> lower_is_better("val_MSE"), lower_is_better("val_F1"), lower_is_better("val_loss")
     (True, False, True)
     """
-    return split_of(logged_name)[1] in LOWER_IS_BETTER
+    return split_name(logged_name)[1] in LOWER_IS_BETTER
 
 
-def canonical(name: str, available: Iterable[str]) -> str:
+def canonical_metric(name: str, available: Iterable[str]) -> str:
     """The entry of `available` that a user means: a logged name, with or without split, or a short
     name.
 
@@ -94,11 +94,11 @@ def canonical(name: str, available: Iterable[str]) -> str:
         UserError: if nothing fits, or several do (pr is both Precision and Recall).
     """
     available = tuple(available)
-    split, wanted = split_of(name)
-    candidates = [entry for entry in available if split in (None, split_of(entry)[0] or "val")]
+    split, wanted = split_name(name)
+    candidates = [entry for entry in available if split in (None, split_name(entry)[0] or "val")]
     if split is None:
         order = {prefix: rank for rank, prefix in enumerate(SPLITS)}
-        candidates.sort(key=lambda entry: order[split_of(entry)[0] or "val"])
+        candidates.sort(key=lambda entry: order[split_name(entry)[0] or "val"])
     found = matches(wanted, candidates)
     if len(found) == 1:
         return found[0]
@@ -109,7 +109,7 @@ def matches(wanted: str, candidates: list[str]) -> list[str]:
     """Entries that `wanted` names: the exact one, else by short name, else whatever the case."""
     by_rest: dict[str, str] = {}
     for entry in candidates:  # the first split wins
-        by_rest.setdefault(split_of(entry)[1], entry)
+        by_rest.setdefault(split_name(entry)[1], entry)
     if wanted in by_rest:
         return [by_rest[wanted]]
     for rest, entry in by_rest.items():
@@ -129,12 +129,12 @@ def no_such_metric(name: str, available: tuple[str, ...], found: list[str]) -> s
     """The line that says which metrics there are and which one may be meant."""
     if found:
         return f"metric {name!r} has several values, name one of them: {listed(found)}"
-    rest = split_of(name)[1].lower()
+    rest = split_name(name)[1].lower()
     for short, logged in LOGGED_NAMES.items():
         known = rest == short or rest in (entry.lower() for entry in logged)
-        if known and split_of(name)[0] in (None, "val"):
+        if known and split_name(name)[0] in (None, "val"):
             return f"metric {name!r} is not computed; add {short!r} to task.metrics"
-    spelled = {split_of(entry)[1].lower(): entry for entry in reversed(available)}
+    spelled = {split_name(entry)[1].lower(): entry for entry in reversed(available)}
     spelled |= {entry.lower(): entry for entry in available}
     close = get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
     hint = f"; did you mean {spelled[close[0]]}?" if close else ""

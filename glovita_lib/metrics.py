@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from glovita_lib.files import plain
+from glovita_lib.files import as_json
 from glovita_lib.metric_names import LOGGED_NAMES, logged_names
 from glovita_lib.metrics_classification import (
     Array,
-    Drawn,
     Multiclass,
     Multilabel,
+    Resampled,
     correlation,
     mean_defined,
     mid_ranks,
     ratio,
-    spread,
+    squared_deviations,
     weighted_mean,
 )
 
@@ -117,7 +117,7 @@ def mae(predictions: Array, targets: Array, weights: Array) -> Array:
 def r2(predictions: Array, targets: Array, weights: Array) -> Array:
     """1 - sum (x - y)^2 / sum (y - mean y)^2, the coefficient of determination."""
     residual = (predictions - targets)[:, 0] ** 2 @ weights
-    return 1 - ratio(residual, spread(targets - targets.mean(0), weights))
+    return 1 - ratio(residual, squared_deviations(targets - targets.mean(0), weights))
 
 
 def pearson(predictions: Array, targets: Array, weights: Array) -> Array:
@@ -138,7 +138,6 @@ FUNCTIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "Pearson": pearson,
     "Spearman": spearman,
 }
-
 
 # ------------------------------------------------------------------------ metrics of a split
 #
@@ -172,7 +171,7 @@ def compute(
         class_names: K names.
     """
     logged = logged_names(names, class_names)
-    if not usable(scores):
+    if not all_finite(scores):
         return dict.fromkeys(logged, math.nan)
     measure = measure_of(names, samples_of(subtask, targets, scores, class_names))
     values = measure(np.ones((len(scores), 1)))
@@ -204,7 +203,7 @@ def metrics_report(
     data = {"subtask": subtask, "targets": targets, "scores": scores, "class_names": class_names}
     result: dict[str, Any] = {"n": len(scores), "metrics": compute(names, **data), "ci95": {}}
     result |= {"per_class": {}, "confusion": None}
-    if usable(scores):
+    if all_finite(scores):
         samples = samples_of(subtask, targets, scores, class_names)
         measure = measure_of(names, samples)
         ends = intervals(measure, len(scores), resamples=bootstrap, seed=seed, level=LEVEL)
@@ -212,10 +211,10 @@ def metrics_report(
         result["per_class"] = per_class(samples, class_names)
         if subtask == "multiclass" and len(class_names) <= LARGEST_CONFUSION:
             result["confusion"] = confusion(targets, samples.predictions, len(class_names))
-    return plain(result)
+    return as_json(result)
 
 
-def usable(scores: Array) -> bool:
+def all_finite(scores: Array) -> bool:
     """Whether there are scores and all of them are finite."""
     return scores.size > 0 and bool(np.isfinite(scores.min()) and np.isfinite(scores.max()))
 
@@ -242,7 +241,7 @@ def measure_of(names: tuple[str, ...], samples: Samples) -> Measure:
         }
 
     def measure(weights: Array) -> dict[str, Array]:
-        drawn = Drawn(samples, weights)
+        drawn = Resampled(samples, weights)
         values: dict[str, Array] = {}
         for name in names:
             values |= samples.functions[name](drawn)
@@ -258,7 +257,7 @@ def per_class(samples: Samples, class_names: tuple[str, ...]) -> dict[str, dict[
     if isinstance(samples, Regression):
         columns = {name: samples.each(name, ones) for name in FUNCTIONS}
     else:
-        drawn = Drawn(samples, ones)
+        drawn = Resampled(samples, ones)
         counts = drawn.counts
         columns = {"n": counts.actual.astype(int), "predicted": counts.predicted.astype(int)}
         columns["Precision"] = counts.of_occurring(counts.predicted)

@@ -54,18 +54,18 @@ def weighted_mean(values: Array, weights: Array) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
-class Ladder:
+class Thresholds:
     """The distinct scores of a class's positives in ascending order, M of them: its thresholds.
 
     AUROC and average precision need to know of every sample only where it stands between them.
     """
 
-    rung: Array  # (N,) 2j + 1: at threshold j; 2j: between the thresholds j - 1 and j
+    bin: Array  # (N,) 2j + 1: at threshold j; 2j: between the thresholds j - 1 and j
     positives: Array  # (P,) samples of the class
     count: int  # M
 
     @classmethod
-    def of(cls, scores: Array, positive: Array) -> "Ladder":
+    def of(cls, scores: Array, positive: Array) -> "Thresholds":
         """Of scores (N,) and membership (N,)."""
         positives = np.flatnonzero(positive)
         thresholds = np.unique(scores[positives])
@@ -75,16 +75,16 @@ class Ladder:
         return cls((2 * left + at).astype(np.int32), positives, len(thresholds))
 
 
-def auroc_and_ap(ladder: Ladder, weights: Array) -> tuple[Array, Array]:
+def auroc_and_ap(thresholds: Thresholds, weights: Array) -> tuple[Array, Array]:
     """AUROC and average precision (R,) of one class against the rest, under weights (N, R).
 
     AUROC = P(score of a positive > score of a negative) + P(equal) / 2 (Hanley and McNeil, 1982).
     AP = sum over thresholds t of (recall_t - recall_{t-1}) precision_t, where equal scores share a
     threshold, without interpolation. Both NaN unless there are positives and negatives.
     """
-    steps = sum_by(ladder.rung, 2 * ladder.count + 1, weights)  # (2M + 1, R)
-    positives = ladder.positives
-    gained = sum_by(ladder.rung[positives] // 2, ladder.count, weights[positives])  # (M, R)
+    steps = sum_by(thresholds.bin, 2 * thresholds.count + 1, weights)  # (2M + 1, R)
+    positives = thresholds.positives
+    gained = sum_by(thresholds.bin[positives] // 2, thresholds.count, weights[positives])  # (M, R)
     all_up_to = np.cumsum(steps, 0)
     total, all_below, all_equal = all_up_to[-1], all_up_to[0:-1:2], steps[1::2]
     positives_up_to = np.cumsum(gained, 0)
@@ -112,13 +112,13 @@ def correlation(x: Array, y: Array, weights: Array) -> Array:
     0 where the predictions do not vary, NaN where the targets do not.
     """
     x, y = x - x.mean(0), y - y.mean(0)  # less cancellation below
-    xx, yy = spread(x, weights), spread(y, weights)
+    xx, yy = squared_deviations(x, weights), squared_deviations(y, weights)
     xy = dot(x * y, weights) - dot(x, weights) * dot(y, weights) / weights.sum(0)
     r = np.divide(xy, np.sqrt(xx * yy), out=np.zeros_like(xy), where=(xx > 0) & (yy > 0))
     return np.where(yy > 0, np.clip(r, -1.0, 1.0), np.nan)
 
 
-def spread(values: Array, weights: Array) -> Array:
+def squared_deviations(values: Array, weights: Array) -> Array:
     """Sum of squared deviations from the mean (R,) of values (N, 1) or (N, R); exactly 0 where all
     drawn values are equal, which rounding would hide."""
     squares = dot(values**2, weights)
@@ -161,7 +161,7 @@ Values = dict[str, Array]
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class ClassCounts:
     """How often each class was hit, predicted and there."""
 
     tp: Array  # (K, R)
@@ -227,15 +227,15 @@ class Multiclass:
         return np.maximum(squares - 2 * own + 1, 0.0)
 
     @cached_property
-    def ladders(self) -> list[Ladder]:
+    def ladders(self) -> list[Thresholds]:
         """Thresholds of each class."""
         columns = np.ascontiguousarray(self.scores.T)
-        return [Ladder.of(column, self.targets == k) for k, column in enumerate(columns)]
+        return [Thresholds.of(column, self.targets == k) for k, column in enumerate(columns)]
 
-    def counts(self, weights: Array) -> Counts:
+    def counts(self, weights: Array) -> ClassCounts:
         """Of all classes; linear in N for any number of classes."""
         classes = len(self.class_names)
-        return Counts(
+        return ClassCounts(
             tp=sum_by(self.targets, classes, weights, self.correct),
             predicted=sum_by(self.predictions, classes, weights),
             actual=sum_by(self.targets, classes, weights),
@@ -268,16 +268,16 @@ class Multilabel:
         return ((self.scores.astype(np.float64) - self.targets) ** 2).mean(1)
 
     @cached_property
-    def ladders(self) -> list[Ladder]:
+    def ladders(self) -> list[Thresholds]:
         """Thresholds of each label."""
         columns = np.ascontiguousarray(self.scores.T)
-        return [Ladder.of(column, self.targets[:, k]) for k, column in enumerate(columns)]
+        return [Thresholds.of(column, self.targets[:, k]) for k, column in enumerate(columns)]
 
-    def counts(self, weights: Array) -> Counts:
+    def counts(self, weights: Array) -> ClassCounts:
         """Of all labels."""
         tables = (self.predictions & self.targets, self.predictions, self.targets)
         tp, predicted, actual = (label_sums(table, weights) for table in tables)
-        return Counts(tp, predicted, actual, weights.sum(0))
+        return ClassCounts(tp, predicted, actual, weights.sum(0))
 
 
 def label_sums(table: Array, weights: Array) -> Array:
@@ -287,44 +287,44 @@ def label_sums(table: Array, weights: Array) -> Array:
     return np.concatenate(parts)
 
 
-class Drawn:
+class Resampled:
     """Samples under weights (N, R), with what several metrics need computed once."""
 
     def __init__(self, samples: Multiclass | Multilabel, weights: Array) -> None:
         self.samples, self.weights = samples, weights
 
     @cached_property
-    def counts(self) -> Counts:
+    def counts(self) -> ClassCounts:
         """Of the classes."""
         return self.samples.counts(self.weights)
 
     @cached_property
     def ranking(self) -> tuple[Array, Array]:
         """AUROC and AP of each class, both (K, R)."""
-        pairs = [auroc_and_ap(ladder, self.weights) for ladder in self.samples.ladders]
+        pairs = [auroc_and_ap(thresholds, self.weights) for thresholds in self.samples.ladders]
         return np.stack([auroc for auroc, _ in pairs]), np.stack([ap for _, ap in pairs])
 
 
-Function = Callable[[Drawn], Values]
+Function = Callable[[Resampled], Values]
 
 
-def accuracy(drawn: Drawn) -> Values:
+def accuracy(drawn: Resampled) -> Values:
     """Share of the samples that are right."""
     return {"Accuracy": drawn.counts.tp.sum(0) / drawn.counts.n}
 
 
-def label_accuracy(drawn: Drawn) -> Values:
+def label_accuracy(drawn: Resampled) -> Values:
     """Share of the labels of all samples that are right."""
     return {"Accuracy": weighted_mean(drawn.samples.right, drawn.weights)}
 
 
-def balanced_accuracy(drawn: Drawn) -> Values:
+def balanced_accuracy(drawn: Resampled) -> Values:
     """Mean recall of the classes that occur."""
     counts = drawn.counts
     return {"Balanced_Accuracy": mean_defined(ratio(counts.tp, counts.actual))}
 
 
-def label_balanced_accuracy(drawn: Drawn) -> Values:
+def label_balanced_accuracy(drawn: Resampled) -> Values:
     """Mean over labels of (sensitivity + specificity) / 2."""
     counts = drawn.counts
     negatives = counts.n - counts.actual
@@ -333,18 +333,18 @@ def label_balanced_accuracy(drawn: Drawn) -> Values:
     return {"Balanced_Accuracy": mean_defined(both)}
 
 
-def f1(drawn: Drawn) -> Values:
+def f1(drawn: Resampled) -> Values:
     """Macro mean of 2 tp / (predicted + actual)."""
     return {"F1": mean_defined(drawn.counts.f1)}
 
 
-def f1_per_class(drawn: Drawn) -> Values:
+def f1_per_class(drawn: Resampled) -> Values:
     """F1 of each class; NaN for one that occurs neither in the targets nor in the predictions."""
     names = drawn.samples.class_names
     return {f"F1_{name}": value for name, value in zip(names, drawn.counts.f1, strict=True)}
 
 
-def precision_recall(drawn: Drawn) -> Values:
+def precision_recall(drawn: Resampled) -> Values:
     """Macro means of tp / predicted and tp / actual."""
     counts = drawn.counts
     return {
@@ -353,22 +353,22 @@ def precision_recall(drawn: Drawn) -> Values:
     }
 
 
-def top5(drawn: Drawn) -> Values:
+def top5(drawn: Resampled) -> Values:
     """Share of the samples whose class is among the five best; 1 with five classes or fewer."""
     return {"Accuracy_top5": weighted_mean(drawn.samples.in_top5, drawn.weights)}
 
 
-def auroc(drawn: Drawn) -> Values:
+def auroc(drawn: Resampled) -> Values:
     """Macro mean of the area under the ROC curve, one against the rest."""
     return {"AUROC": mean_defined(drawn.ranking[0])}
 
 
-def average_precision(drawn: Drawn) -> Values:
+def average_precision(drawn: Resampled) -> Values:
     """Macro mean of the average precision, one against the rest."""
     return {"AP": mean_defined(drawn.ranking[1])}
 
 
-def mcc(drawn: Drawn) -> Values:
+def mcc(drawn: Resampled) -> Values:
     """R_K = (c n - p.t) / sqrt((n^2 - p.p)(n^2 - t.t)), c hits, p predicted, t actual counts.
 
     Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004.
@@ -380,7 +380,7 @@ def mcc(drawn: Drawn) -> Values:
     return {"MCC": chance_corrected(covariance, np.sqrt(variance_p * variance_t), variance_t)}
 
 
-def label_mcc(drawn: Drawn) -> Values:
+def label_mcc(drawn: Resampled) -> Values:
     """Mean over labels of the phi coefficient, i.e. the MCC of two classes."""
     counts, n = drawn.counts, drawn.counts.n
     covariance = counts.tp * n - counts.predicted * counts.actual
@@ -390,7 +390,7 @@ def label_mcc(drawn: Drawn) -> Values:
     return {"MCC": mean_defined(values)}
 
 
-def kappa(drawn: Drawn) -> Values:
+def kappa(drawn: Resampled) -> Values:
     """(p_o - p_e) / (1 - p_e), with p_o observed and p_e chance agreement (Cohen, 1960)."""
     counts, n = drawn.counts, drawn.counts.n
     by_chance = (counts.predicted * counts.actual).sum(0)
@@ -399,7 +399,7 @@ def kappa(drawn: Drawn) -> Values:
     return {"Kappa": chance_corrected(excess, n**2 - by_chance, variance_t)}
 
 
-def label_kappa(drawn: Drawn) -> Values:
+def label_kappa(drawn: Resampled) -> Values:
     """Mean over labels of Cohen's kappa."""
     counts, n = drawn.counts, drawn.counts.n
     by_chance = counts.predicted * counts.actual + (n - counts.predicted) * (n - counts.actual)
@@ -409,7 +409,7 @@ def label_kappa(drawn: Drawn) -> Values:
     return {"Kappa": mean_defined(values)}
 
 
-def quadratic_kappa(drawn: Drawn) -> Values:
+def quadratic_kappa(drawn: Resampled) -> Values:
     """1 - sum (i - j)^2 O_ij / sum (i - j)^2 E_ij; the order of the classes is their scale.
 
     O are the observed pairs, E those expected from the marginals (Cohen, Weighted kappa, 1968).
@@ -430,7 +430,7 @@ def chance_corrected(excess: Array, largest: Array, variance_of_targets: Array) 
     return np.where(variance_of_targets > 0, values, np.nan)
 
 
-def ece(drawn: Drawn) -> Values:
+def ece(drawn: Resampled) -> Values:
     """sum_b |right_b - confidence_b| n_b / n over 15 bins of the probability of the prediction.
 
     Guo et al., On Calibration of Modern Neural Networks, 2017.
@@ -440,7 +440,7 @@ def ece(drawn: Drawn) -> Values:
     return {"ECE": gap / drawn.counts.n}
 
 
-def label_ece(drawn: Drawn) -> Values:
+def label_ece(drawn: Resampled) -> Values:
     """Mean over labels of the calibration error of the probability that the label is set."""
     pairs = zip(drawn.samples.scores.T, drawn.samples.targets.T, strict=True)
     gaps = [bin_gaps(scores.astype(np.float64), true, drawn.weights) for scores, true in pairs]
@@ -457,7 +457,7 @@ def bin_of(probability: Array) -> Array:
     return np.clip(np.ceil(probability * BINS).astype(np.int32) - 1, 0, BINS - 1)
 
 
-def brier(drawn: Drawn) -> Values:
+def brier(drawn: Resampled) -> Values:
     """Mean squared error of the probabilities (Brier, 1950).
 
     Multiclass: sum over the classes, 0 to 2. Multilabel: mean over the labels, 0 to 1.

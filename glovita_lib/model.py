@@ -23,7 +23,7 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.heads import build_head
 from glovita_lib.peft import apply_peft
-from glovita_lib.spec_model import Model as ModelSpec
+from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import Peft
 
 
@@ -129,7 +129,7 @@ def build_model(
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class ParameterCounts:
     """Numbers of parameters."""
 
     total: int
@@ -145,10 +145,10 @@ class Counts:
         )
 
 
-def count_parameters(model: Model) -> Counts:
+def count_parameters(model: Model) -> ParameterCounts:
     """Numbers of parameters of a model and its parts."""
     sizes = [parameter.numel() for parameter in model.parameters()]
-    return Counts(
+    return ParameterCounts(
         total=sum(sizes),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         encoder=sum(p.numel() for p in model.encoder.parameters()),

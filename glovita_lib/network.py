@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 #
 # D width, C channels.
 
-Rows = tuple[int, int]
+RowRange = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Layer:
     module: nn.Module
     role: str
     """q, k, v, qkv, kv, proj, fc1, fc2, conv, norm or linear (any other Linear)."""
-    parts: dict[str, Rows]
+    parts: dict[str, RowRange]
     """Rows of the fused projections, {"q": (0, D), ...}; empty for a layer of one role."""
 
 
@@ -58,7 +58,7 @@ def kind(module: nn.Module) -> str:
 
 def layers(root: nn.Module) -> list[Layer]:
     """All Linear, convolution and norm layers in the order of registration, each with its role."""
-    roles: dict[nn.Module, tuple[str, dict[str, Rows]]] = {}
+    roles: dict[nn.Module, tuple[str, dict[str, RowRange]]] = {}
     for parent in root.modules():
         roles |= attention_roles(parent) or mlp_roles(parent)
     for block in blocks(root):
@@ -88,7 +88,7 @@ def letter(name: str) -> str | None:
     return (found[1] or found[2][0]) if found else None
 
 
-def attention_roles(parent: nn.Module) -> dict[nn.Module, tuple[str, dict[str, Rows]]]:
+def attention_roles(parent: nn.Module) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:
     """Roles of the direct children of an attention module; empty for any other module.
 
     Attention holds a head count (an integer attribute named *head*) or three Linear layers with
@@ -121,7 +121,7 @@ def counts_heads(module: nn.Module) -> bool:
     return bool(numbers)
 
 
-def positional_roles(linears: list[nn.Linear]) -> dict[nn.Module, tuple[str, dict[str, Rows]]]:
+def positional_roles(linears: list[nn.Linear]) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:
     """Attention without telling names: fused qkv and out; q, fused kv and out; q, k, v and out."""
     first, second, *rest = linears
     if first.out_features > second.in_features and not rest:
@@ -137,12 +137,14 @@ def positional_roles(linears: list[nn.Linear]) -> dict[nn.Module, tuple[str, dic
     return {}
 
 
-def fused_roles(fused: nn.Linear, out: nn.Linear) -> dict[nn.Module, tuple[str, dict[str, Rows]]]:
+def fused_roles(
+    fused: nn.Linear, out: nn.Linear
+) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:
     """Fused qkv, possibly with fewer keys and values than queries, and the output projection."""
     return {fused: ("qkv", thirds(fused.out_features, out.in_features)), out: ("proj", {})}
 
 
-def thirds(rows: int, queries: int) -> dict[str, Rows]:
+def thirds(rows: int, queries: int) -> dict[str, RowRange]:
     """Rows of q, k and v in a fused weight; keys and values share what the queries leave."""
     keys = (rows - queries) // 2
     return {"q": (0, queries), "k": (queries, queries + keys), "v": (queries + keys, rows)}
@@ -150,13 +152,13 @@ def thirds(rows: int, queries: int) -> dict[str, Rows]:
 
 def output_role(
     children: list[tuple[str, nn.Linear]], taken: Iterable[nn.Module], width: int
-) -> dict[nn.Module, tuple[str, dict[str, Rows]]]:
+) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:
     """The Linear that reads the values, where it lies beside them."""
     free = [m for _, m in children if m not in taken and m.in_features == width]
     return {free[-1]: ("proj", {})} if free else {}
 
 
-def mlp_roles(parent: nn.Module) -> dict[nn.Module, tuple[str, dict[str, Rows]]]:
+def mlp_roles(parent: nn.Module) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:
     """fc1 (with its gate) and fc2: direct Linear children, or convolutions of one voxel, that leave
     a width and come back."""
     linears = [(m, m.in_features, m.out_features) for _, m in linear_children(parent)]
@@ -213,7 +215,7 @@ def scattered_roles(block: nn.Module, known: Iterable[nn.Module]) -> dict:
     """
     inside = [m for m in block.modules() if isinstance(m, nn.Linear)]
     free = [m for m in inside if m not in known]
-    roles: dict[nn.Module, tuple[str, dict[str, Rows]]] = {}
+    roles: dict[nn.Module, tuple[str, dict[str, RowRange]]] = {}
     if known_roles := {known[m][0] for m in inside if m in known}:
         attention = "v" in known_roles or "qkv" in known_roles
         square = [m for m in free if m.in_features == m.out_features]
@@ -261,7 +263,7 @@ def weight_names(layer: nn.Module) -> tuple[str, str]:
     return "weight", "bias"
 
 
-def trunk(model: nn.Module) -> nn.Module:
+def encoder_of(model: nn.Module) -> nn.Module:
     """The encoder of an encoder with a head; any other network itself."""
     children = dict(model.named_children())
     return children["encoder"] if {"encoder", "head"} <= children.keys() else model

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from glovita_lib.augment import Augmenter
 from glovita_lib.augment_images import mixup_cutmix
 from glovita_lib.bags import Bags
-from glovita_lib.dist import Ranks, autocast, gather_rows, mix
+from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader
 from glovita_lib.losses import build_criterion, plain_criterion
-from glovita_lib.resolved import Facts
+from glovita_lib.resolved import Resolved
 from glovita_lib.spec_train import Supervised
 
 # -------------------------------------------------------------------------------- objectives
@@ -28,7 +28,7 @@ from glovita_lib.spec_train import Supervised
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
+class BatchRng:
     """Where a training batch stands; all random streams follow from it."""
 
     seed: int
@@ -38,7 +38,7 @@ class Clock:
 
     def stream(self, which: int) -> int:
         """Seed of one of the random streams of this batch."""
-        return mix(self.seed, self.epoch, self.batch, self.rank, which)
+        return hash_seed(self.seed, self.epoch, self.batch, self.rank, which)
 
 
 AUGMENT, MIX = 1, 2  # numbers of the random streams
@@ -67,15 +67,15 @@ class FeatureInputs:
         return (features.float() - self.mean) / self.std
 
 
-def build_inputs(facts: Facts, *, train: bool) -> Augmenter | FeatureInputs:
+def build_inputs(resolved: Resolved, *, train: bool) -> Augmenter | FeatureInputs:
     """What makes the encoder's input of a batch, on the training device."""
-    if facts.augmentation is None:
-        return FeatureInputs(facts.feature_mean, facts.feature_std)
-    return Augmenter(facts.augmentation, train=train, bit_depth=facts.bit_depth)
+    if resolved.augmentation is None:
+        return FeatureInputs(resolved.feature_mean, resolved.feature_std)
+    return Augmenter(resolved.augmentation, train=train, bit_depth=resolved.bit_depth)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HeadOutput:
     """What a head gives, see `heads`; most give logits alone."""
 
     logits: Tensor  # (B, K)
@@ -83,7 +83,7 @@ class Answer:
     aux: dict[str, Tensor]  # losses () to add
 
     @classmethod
-    def of(cls, output: Tensor | dict[str, Any]) -> "Answer":
+    def of(cls, output: Tensor | dict[str, Any]) -> "HeadOutput":
         """In one form."""
         output = {"logits": output, "aux": {}} if isinstance(output, Tensor) else output
         logits = output["logits"]
@@ -93,22 +93,22 @@ class Answer:
 class SupervisedObjective:
     """Predict labels from samples, with augmentation, mixup and cutmix on the training device."""
 
-    def __init__(self, task: Supervised, facts: Facts, device: torch.device) -> None:
+    def __init__(self, task: Supervised, resolved: Resolved, device: torch.device) -> None:
         self.task = task
-        self.subtask = facts.subtask
-        self.outputs = len(facts.class_names)
-        self.train_inputs = build_inputs(facts, train=True)
-        self.eval_inputs = build_inputs(facts, train=False)
+        self.subtask = resolved.subtask
+        self.outputs = len(resolved.class_names)
+        self.train_inputs = build_inputs(resolved, train=True)
+        self.eval_inputs = build_inputs(resolved, train=False)
         self.criterion = build_criterion(
-            task, subtask=facts.subtask, class_weights=facts.class_weights
+            task, subtask=resolved.subtask, class_weights=resolved.class_weights
         ).to(device)
-        self.plain = plain_criterion(task, subtask=facts.subtask).to(device)
+        self.plain = plain_criterion(task, subtask=resolved.subtask).to(device)
         self.mixes = task.mixup or task.cutmix
-        self.shift = torch.tensor(facts.target_mean, device=device)  # (K,), 0 unless regression
-        self.scale = torch.tensor(facts.target_std, device=device)  # (K,), 1 unless regression
+        self.shift = torch.tensor(resolved.target_mean, device=device)  # (K,), 0 unless regression
+        self.scale = torch.tensor(resolved.target_std, device=device)  # (K,), 1 unless regression
 
     def loss(
-        self, model: nn.Module, batch: Batch, clock: Clock
+        self, model: nn.Module, batch: Batch, clock: BatchRng
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean training loss of a batch () and the means to log beside it."""
         inputs = self.train_inputs(batch.inputs, batch.fitted, clock.stream(AUGMENT))
@@ -124,7 +124,7 @@ class SupervisedObjective:
                 cutmix_alpha=self.task.cutmix_alpha,
                 seed=clock.stream(MIX),
             )
-        answer = Answer.of(model(inputs, targets))
+        answer = HeadOutput.of(model(inputs, targets))
         logs = {name: value.detach() for name, value in answer.aux.items()}
         if self.subtask == "multiclass" and not self.mixes:
             logs["Accuracy"] = (answer.logits.detach().argmax(1) == targets).float().mean()
@@ -139,7 +139,7 @@ class SupervisedObjective:
         """Row, scores (B, K: probabilities, or regression outputs in target units) and loss (B,) of
         each sample."""
         inputs = self.eval_inputs(batch.inputs, batch.fitted, 0)
-        logits = Answer.of(model(inputs)).logits.float()  # (B, K)
+        logits = HeadOutput.of(model(inputs)).logits.float()  # (B, K)
         rows = {"rows": batch.rows, "scores": self.scores(logits)}
         if batch.targets is not None:
             rows["loss"] = self.plain(logits, self.standardized(batch.targets))
@@ -178,14 +178,14 @@ Objective = SupervisedObjective
 
 
 @singledispatch
-def build_objective(task: Any, facts: Facts, device: torch.device) -> Objective:
+def build_objective(task: Any, resolved: Resolved, device: torch.device) -> Objective:
     """The objective of a task Struct."""
     raise TypeError(f"no objective for {type(task).__name__}")
 
 
 @build_objective.register
-def _(task: Supervised, facts: Facts, device: torch.device) -> Objective:
-    return SupervisedObjective(task, facts, device)
+def _(task: Supervised, resolved: Resolved, device: torch.device) -> Objective:
+    return SupervisedObjective(task, resolved, device)
 
 
 # -------------------------------------------------------------------------------- evaluation

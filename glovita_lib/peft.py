@@ -94,7 +94,6 @@ apply_peft.register(spec_peft.Fact, apply_fact)
 apply_peft.register(spec_peft.Gps, apply_gps)
 apply_peft.register(spec_peft.VisualPromptTuning, apply_prompts)
 
-
 # ----------------------------------------------------------------------- adapter.safetensors
 #
 # The file of a PEFT run's trained part: adapter.safetensors, to be laid over the same base.
@@ -120,8 +119,8 @@ def save_adapter(path: Path | str, model: nn.Module, *, base: str) -> None:
     Raises:
         UserError: disk full, read-only ...; the previous file is as it was.
     """
-    facts = json.dumps({"base": base, "base_hash": base_hash(model)})
-    write_bytes(path, safetensors.torch.save(trained_state(model), {KEY: facts}))
+    made = json.dumps({"base": base, "base_hash": base_hash(model)})
+    write_bytes(path, safetensors.torch.save(trained_state(model), {KEY: made}))
 
 
 def load_adapter(path: Path | str, model: nn.Module) -> None:
@@ -141,11 +140,11 @@ def load_adapter(path: Path | str, model: nn.Module) -> None:
         raise UserError(f"{path}: no safetensors file, or only a part of one: {error}") from None
     if KEY not in metadata:
         raise UserError(f"{path}: no adapter of glovita; weights of a whole model go into weights")
-    facts = json.loads(metadata[KEY])
-    if facts["base_hash"] != base_hash(model):
+    made = json.loads(metadata[KEY])
+    if made["base_hash"] != base_hash(model):
         raise UserError(
-            f"{path} was trained over another base: {facts['base']} with hash"
-            f" {facts['base_hash'][:12]}, here {base_hash(model)[:12]}; load the weights it"
+            f"{path} was trained over another base: {made['base']} with hash"
+            f" {made['base_hash'][:12]}, here {base_hash(model)[:12]}; load the weights it"
             " started from"
         )
     load_trained(model, state)

@@ -14,7 +14,16 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from glovita_lib.errors import UserError
-from glovita_lib.network import Layer, Rows, blocks, is_conv, is_norm, layers, trunk, weight_names
+from glovita_lib.network import (
+    Layer,
+    RowRange,
+    blocks,
+    encoder_of,
+    is_conv,
+    is_norm,
+    layers,
+    weight_names,
+)
 
 # ----------------------------------------------------------------------------------- targets
 #
@@ -27,7 +36,7 @@ WHOLE_KIND = {"conv": "conv", "norm": "norm", "all-linear": "linear"}
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TargetWeight:
     """A weight, or rows of one, that an adapter changes."""
 
     layer: Layer
@@ -40,7 +49,7 @@ class Target:
         return self.layer.name if self.part is None else f"{self.layer.name}.{self.part}"
 
     @property
-    def rows(self) -> Rows | None:
+    def rows(self) -> RowRange | None:
         """First row and end of the part."""
         return None if self.part is None else self.layer.parts[self.part]
 
@@ -50,13 +59,13 @@ class Target:
         return self.part or self.layer.role
 
 
-def resolve(
+def resolve_targets(
     root: nn.Module,
     wanted: tuple[str, ...] | None,
     *,
     allowed: tuple[str, ...],
     unset: tuple[str, ...] = PROJECTIONS,
-) -> list[Target]:
+) -> list[TargetWeight]:
     """The targets in the order of the network.
 
     Args:
@@ -70,7 +79,7 @@ def resolve(
         UserError: a name or expression matches nothing; the message lists what there is.
     """
     found = layers(root)
-    usable = [layer for layer in found if kind_of(layer) in allowed and is_read(layer)]
+    usable = [layer for layer in found if layer_kind(layer) in allowed and is_read(layer)]
     if wanted is None:
         inside = {m for block in blocks(root) for m in block.modules()}
         chosen = expand(usable, unset) or [
@@ -88,7 +97,7 @@ def resolve(
     return tidy(chosen, found)
 
 
-def kind_of(layer: Layer) -> str:
+def layer_kind(layer: Layer) -> str:
     """linear, conv or norm."""
     if is_conv(layer.module):
         return "conv"
@@ -101,15 +110,15 @@ def is_read(layer: Layer) -> bool:
     return layer.module._parameters[weight_names(layer.module)[0]].requires_grad
 
 
-def expand(usable: list[Layer], names: Iterable[str]) -> list[Target]:
+def expand(usable: list[Layer], names: Iterable[str]) -> list[TargetWeight]:
     """Targets of logical names."""
     chosen = []
     for name in names:
         for layer in usable:
-            if layer.role in wanted_roles(name) or WHOLE_KIND.get(name) == kind_of(layer):
-                chosen.append(Target(layer, None))
+            if layer.role in wanted_roles(name) or WHOLE_KIND.get(name) == layer_kind(layer):
+                chosen.append(TargetWeight(layer, None))
             elif name in layer.parts:
-                chosen.append(Target(layer, name))
+                chosen.append(TargetWeight(layer, name))
     return chosen
 
 
@@ -119,14 +128,14 @@ def wanted_roles(name: str) -> tuple[str, ...]:
     return ("qkv", "q", "k", "v", "kv") if name == "qkv" else (name,)
 
 
-def search(usable: list[Layer], pattern: str) -> Iterator[Target]:
+def search(usable: list[Layer], pattern: str) -> Iterator[TargetWeight]:
     """Targets whose key, or key with part, contains the regular expression."""
     expression = compile_pattern(pattern)
     for layer in usable:
         if expression.search(layer.name):
-            yield Target(layer, None)
+            yield TargetWeight(layer, None)
             continue
-        parts = (Target(layer, part) for part in layer.parts)
+        parts = (TargetWeight(layer, part) for part in layer.parts)
         yield from (t for t in parts if expression.search(t.name))
 
 
@@ -138,7 +147,7 @@ def compile_pattern(pattern: str) -> re.Pattern:
         raise UserError(f"peft: {pattern!r} is no regular expression: {error}") from None
 
 
-def tidy(chosen: list[Target], found: list[Layer]) -> list[Target]:
+def tidy(chosen: list[TargetWeight], found: list[Layer]) -> list[TargetWeight]:
     """Each target once, in the network's order; a whole layer covers its parts."""
     whole = {t.layer.name for t in chosen if t.part is None}
     kept = {t.name: t for t in chosen if t.part is None or t.layer.name not in whole}
@@ -165,7 +174,9 @@ def nothing(offered: str | None, usable: list[Layer], allowed: tuple[str, ...]) 
     )
 
 
-def by_pattern(patterns: dict[str, int], targets: list[Target], default: int) -> dict[str, int]:
+def by_pattern(
+    patterns: dict[str, int], targets: list[TargetWeight], default: int
+) -> dict[str, int]:
     """Rank of every target by name: the last pattern of rank_pattern that its key contains.
 
     Raises:
@@ -190,7 +201,7 @@ def by_pattern(patterns: dict[str, int], targets: list[Target], default: int) ->
     return ranks
 
 
-def possible_rank(target: Target) -> int:
+def possible_rank(target: TargetWeight) -> int:
     """Rank of the weight as a matrix (out, in * kernel) at most."""
     module = target.layer.module
     weight = module._parameters[weight_names(module)[0]]
@@ -198,9 +209,11 @@ def possible_rank(target: Target) -> int:
     return min(out, weight[0].numel())
 
 
-def every(root: nn.Module, kinds: tuple[str, ...]) -> list[Target]:
+def every(root: nn.Module, kinds: tuple[str, ...]) -> list[TargetWeight]:
     """All layers of these kinds that the model reads."""
-    return [Target(la, None) for la in layers(root) if kind_of(la) in kinds and is_read(la)]
+    return [
+        TargetWeight(la, None) for la in layers(root) if layer_kind(la) in kinds and is_read(la)
+    ]
 
 
 # ---------------------------------------------------------------------------------- adapters
@@ -255,17 +268,17 @@ class Adapter(nn.Module):
         return {}
 
 
-Members = list[tuple[Rows | None, Adapter]]
+Members = list[tuple[RowRange | None, Adapter]]
 
 
-class Parts(nn.Module):
+class PartAdapters(nn.Module):
     """Adapters of parts of a fused weight, by the parts' names (q, k, v)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, RowRange] = {}
 
-    def add(self, target: Target, adapter: Adapter) -> None:
+    def add(self, target: TargetWeight, adapter: Adapter) -> None:
         """Put an adapter on the part's rows."""
         self.rows[target.part] = target.rows
         self.add_module(target.part, adapter)
@@ -278,16 +291,16 @@ class Parts(nn.Module):
 def members_of(layer: nn.Module) -> Members:
     """Adapters of an adapted layer with their rows; rows None for the whole weight."""
     adapter = layer._modules["adapter"]
-    return adapter.members() if isinstance(adapter, Parts) else [(None, adapter)]
+    return adapter.members() if isinstance(adapter, PartAdapters) else [(None, adapter)]
 
 
-def base_weight(layer: nn.Module, rows: Rows | None = None) -> Tensor:
+def base_weight(layer: nn.Module, rows: RowRange | None = None) -> Tensor:
     """The stored, unchanged weight or rows of it."""
     weight = layer._parameters[weight_names(layer)[0]]
     return weight if rows is None else weight[rows[0] : rows[1]]
 
 
-def base_bias(layer: nn.Module, rows: Rows | None = None) -> Tensor | None:
+def base_bias(layer: nn.Module, rows: RowRange | None = None) -> Tensor | None:
     """The stored, unchanged bias or rows of it."""
     bias = layer._parameters.get(weight_names(layer)[1])
     return bias if rows is None or bias is None else bias[rows[0] : rows[1]]
@@ -344,10 +357,10 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a layer's weight is read through an adapter."""
-    return isinstance(module._modules.get("adapter"), Adapter | Parts)
+    return isinstance(module._modules.get("adapter"), Adapter | PartAdapters)
 
 
-def attach(target: Target, adapter: Adapter) -> None:
+def attach(target: TargetWeight, adapter: Adapter) -> None:
     """Put an adapter on a layer or on a part of its weight."""
     layer = target.layer.module
     if not is_adapted(layer):
@@ -357,14 +370,14 @@ def attach(target: Target, adapter: Adapter) -> None:
         layer.adapter = adapter
         return
     if "adapter" not in layer._modules:
-        layer.adapter = Parts()
+        layer.adapter = PartAdapters()
     layer.adapter.add(target, adapter)
 
 
 def attach_all(
     root: nn.Module,
-    targets: list[Target],
-    make: Callable[[Target, Tensor], Adapter],
+    targets: list[TargetWeight],
+    make: Callable[[TargetWeight, Tensor], Adapter],
     biases: str,
 ) -> None:
     """Freeze a network, attach to every target what `make(target, its base weight)` gives, and let
@@ -462,9 +475,9 @@ def merge(model: nn.Module) -> nn.Module:
     for module in model.modules():
         while hasattr(type(module), "plain_class"):
             module.__class__ = type(module).plain_class
-    for name, child in list(trunk(model).named_children()):
+    for name, child in list(encoder_of(model).named_children()):
         if isinstance(child, Shared):
-            delattr(trunk(model), name)
+            delattr(encoder_of(model), name)
     return model
 
 
@@ -538,7 +551,7 @@ def trained_names(model: nn.Module) -> list[str]:
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of the encoder that the method has left alone."""
-    root = trunk(model)
+    root = encoder_of(model)
     prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is root)
     added = [f"{n}." for n, m in model.named_modules() if isinstance(m, ADDED)]
     training = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -606,7 +619,7 @@ class Share:
 
 def parameter_table(model: nn.Module) -> list[Share]:
     """Parameters of the base, of what a method has added, of the head, and of all."""
-    root = trunk(model)
+    root = encoder_of(model)
     added = {id(p) for m in root.modules() if isinstance(m, ADDED) for p in m.parameters()}
     inside = {id(p) for p in root.parameters()}
     parts: dict[str, list[torch.nn.Parameter]] = {"base": [], "added": [], "head": []}

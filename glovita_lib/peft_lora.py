@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from glovita_lib.network import Rows, trunk
+from glovita_lib.network import RowRange, encoder_of
 from glovita_lib.peft_base import (
     Adapter,
     Members,
-    Target,
+    TargetWeight,
     attach_all,
     base_bias,
     base_weight,
     by_pattern,
     call,
     changed_bias,
-    resolve,
+    resolve_targets,
 )
 from glovita_lib.spec_peft import Lora
 
@@ -37,7 +37,9 @@ from glovita_lib.spec_peft import Lora
 # N rows of x, r rank.
 
 
-def joined(rows: tuple[Rows, ...], factors: tuple[Tensor, ...], like: Tensor) -> list[Tensor]:
+def join_factors(
+    rows: tuple[RowRange, ...], factors: tuple[Tensor, ...], like: Tensor
+) -> list[Tensor]:
     """All parts as one pair: A (R, in) of all ranks below each other, B (out, R) with B_i in its
     rows and columns. One wide product is faster than a skinny one per part."""
     downs, ups = factors[::2], factors[1::2]
@@ -66,14 +68,14 @@ class LowRankLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, rows, *factors):  # noqa: ANN001, ANN205
         ctx.rows, ctx.has_bias = rows, bias is not None
         ctx.save_for_backward(x, weight, *factors)
-        down, up = joined(rows, factors, weight)
+        down, up = join_factors(rows, factors, weight)
         changed = torch.addmm(weight, up, down).to(x.dtype)
         return F.linear(x, changed, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, g):  # noqa: ANN001, ANN205
         x, weight, *factors = ctx.saved_tensors
-        down, up = joined(ctx.rows, tuple(factors), weight)
+        down, up = join_factors(ctx.rows, tuple(factors), weight)
         flat = g.flatten(0, -2)  # (N, out)
         gx = None
         if ctx.needs_input_grad[0]:
@@ -94,7 +96,7 @@ def low_rank_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: tuple[Rows, ...],
+    rows: tuple[RowRange, ...],
     factors: tuple[Tensor, ...],
 ) -> Tensor:
     """y (..., out) of x (..., in); in autocast's type where autocast is on.
@@ -158,7 +160,7 @@ class LowRank(Adapter):
         return F.dropout(x, self.dropout, self.training)
 
 
-def rows_of(layer: nn.Module, rows: Rows | None) -> Rows:
+def row_range(layer: nn.Module, rows: RowRange | None) -> RowRange:
     """Rows of a member; all rows for the whole weight."""
     return rows or (0, base_weight(layer).shape[0])
 
@@ -168,7 +170,7 @@ def started(layer: nn.Module, members: Members) -> Tensor:
     base = base_weight(layer)
     pieces, end = [], 0
     for rows, adapter in members:
-        first, last = rows_of(layer, rows)
+        first, last = row_range(layer, rows)
         part = base[first:last]
         moved = adapter.start(part)
         if moved is not part:
@@ -181,7 +183,7 @@ def changed_output(
     x: Tensor, layer: nn.Module, members: Members, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Output of a Linear layer or convolution with `weight` and the members' low-rank changes."""
-    pairs = [(rows_of(layer, rows), adapter) for rows, adapter in members]
+    pairs = [(row_range(layer, rows), adapter) for rows, adapter in members]
     dropping = any(a.training and a.dropout > 0 for _, a in pairs)
     if isinstance(layer, _ConvNd):
         return changed_convolution(x, layer, pairs[0][1], weight, bias)
@@ -300,7 +302,7 @@ class DoraAdapter(LoraAdapter):
         pieces, end = [], 0
         weight = base_weight(layer)
         for rows, adapter in members:
-            first, last = rows_of(layer, rows)
+            first, last = row_range(layer, rows)
             pieces += [weight.new_ones(first - end), adapter.gain(weight[first:last])]
             end = last
         return torch.cat([*pieces, weight.new_ones(weight.shape[0] - end)])
@@ -308,12 +310,12 @@ class DoraAdapter(LoraAdapter):
 
 def apply_lora(spec: Lora, model: nn.Module) -> None:
     """Freeze the encoder and put a LoRA adapter on every target."""
-    root = trunk(model)
-    targets = resolve(root, spec.targets, allowed=("linear", "conv"))
+    root = encoder_of(model)
+    targets = resolve_targets(root, spec.targets, allowed=("linear", "conv"))
     ranks = by_pattern(spec.rank_pattern, targets, spec.rank)
     kind = DoraAdapter if spec.use_dora else LoraAdapter
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         return kind(spec, weight, ranks[target.name])
 
     attach_all(root, targets, make, spec.lora_bias)

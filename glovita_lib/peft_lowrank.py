@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from glovita_lib.errors import UserError
-from glovita_lib.network import trunk
+from glovita_lib.network import encoder_of
 from glovita_lib.peft_base import (
     Adapter,
     Members,
     Shared,
-    Target,
+    TargetWeight,
     attach_all,
     base_bias,
     base_weight,
     call,
-    resolve,
+    resolve_targets,
 )
 from glovita_lib.peft_lora import LowRank
 from glovita_lib.spec_peft import Adalora, Fact, RepAdapter, Vera
@@ -139,10 +139,10 @@ def allocate(adapters: list[AdaloraAdapter], triplets: int) -> None:
 
 def apply_adalora(spec: Adalora, model: nn.Module) -> None:
     """Freeze the encoder and put an AdaLoRA adapter on every target."""
-    root = trunk(model)
-    targets = resolve(root, spec.targets, allowed=("linear", "conv"))
+    root = encoder_of(model)
+    targets = resolve_targets(root, spec.targets, allowed=("linear", "conv"))
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         return AdaloraAdapter(spec, weight)
 
     attach_all(root, targets, make, spec.lora_bias)
@@ -186,13 +186,13 @@ class VeraAdapter(LowRank):
 
 def apply_vera(spec: Vera, model: nn.Module) -> None:
     """Freeze the encoder, add the shared projections and a pair of vectors to every target."""
-    root = trunk(model)
-    targets = resolve(root, spec.targets, allowed=("linear", "conv"))
+    root = encoder_of(model)
+    targets = resolve_targets(root, spec.targets, allowed=("linear", "conv"))
     shapes = [base_weight(t.layer.module, t.rows).flatten(1).shape for t in targets]
     shared = Projections(spec, max(s[0] for s in shapes), max(s[1] for s in shapes))
     shared.to(base_weight(targets[0].layer.module).device)
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         return VeraAdapter(spec, weight, shared)
 
     attach_all(root, targets, make, "none")
@@ -247,12 +247,12 @@ class FactAdapter(LowRank):
 
 def apply_fact(spec: Fact, model: nn.Module) -> None:
     """Freeze the encoder, add the shared factors and the cores of every target."""
-    root = trunk(model)
-    targets = resolve(root, spec.targets, allowed=("linear",))
+    root = encoder_of(model)
+    targets = resolve_targets(root, spec.targets, allowed=("linear",))
     widths = {min(base_weight(t.layer.module, t.rows).shape) for t in targets}
     shared = FactTensors(spec, widths).to(base_weight(targets[0].layer.module).device)
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         return FactAdapter(spec, weight, shared)
 
     attach_all(root, targets, make, "none")
@@ -330,14 +330,14 @@ def apply_rep_adapter(spec: RepAdapter, model: nn.Module) -> None:
         UserError: groups that do not divide, or a grouped convolution, which cannot take up a
             mixture of its groups.
     """
-    root = trunk(model)
-    targets = resolve(root, spec.targets, allowed=("linear", "conv"), unset=("qkv", "fc1"))
+    root = encoder_of(model)
+    targets = resolve_targets(root, spec.targets, allowed=("linear", "conv"), unset=("qkv", "fc1"))
     if spec.bottleneck % spec.groups:
         raise UserError(
             f"peft.groups = {spec.groups} must divide peft.bottleneck = {spec.bottleneck}"
         )
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         layer = target.layer.module
         if getattr(layer, "groups", 1) > 1:
             raise UserError(

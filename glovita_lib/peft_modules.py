@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glovita_lib.errors import UserError
-from glovita_lib.network import attentions, blocks, feed_forwards, is_conv, layers, trunk
+from glovita_lib.network import attentions, blocks, encoder_of, feed_forwards, is_conv, layers
 from glovita_lib.peft_base import Insert, Shared, base_weight, freeze, insert
 from glovita_lib.spec_peft import AdaptFormer, Convpass, VisualPromptTuning
 
@@ -156,7 +156,7 @@ def apply_adapt_former(spec: AdaptFormer, model: nn.Module) -> None:
     Raises:
         UserError: an encoder without MLPs.
     """
-    root = trunk(model)
+    root = encoder_of(model)
     found = mlps(root, "adapt_former")
     freeze(root)
     for _, module, width in found:
@@ -244,7 +244,7 @@ def apply_convpass(spec: Convpass, model: nn.Module) -> None:
         the
             grid.
     """
-    root = trunk(model)
+    root = encoder_of(model)
     found = mlps(root, "convpass") if "mlp" in spec.places else []
     if "attn" in spec.places:
         heads = attentions(root)
@@ -334,7 +334,7 @@ def apply_prompts(spec: VisualPromptTuning, model: nn.Module) -> None:
     Raises:
         UserError: an encoder whose blocks do not work on a sequence of tokens.
     """
-    root = trunk(model)
+    root = encoder_of(model)
     units = blocks(root)
     width = sequence_width(root)
     if width is None:

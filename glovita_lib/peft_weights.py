@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from glovita_lib.errors import UserError
-from glovita_lib.network import Rows, is_norm, trunk
+from glovita_lib.network import RowRange, encoder_of, is_norm
 from glovita_lib.peft_base import (
     Adapter,
     Members,
-    Target,
+    TargetWeight,
     adapters,
     attach_all,
     base_bias,
@@ -26,7 +26,7 @@ from glovita_lib.peft_base import (
     freeze,
     is_adapted,
     members_of,
-    resolve,
+    resolve_targets,
     train_biases,
 )
 from glovita_lib.spec_peft import (
@@ -122,12 +122,12 @@ def factor_pair(size: int, largest: int) -> tuple[int, int]:
 
 def apply_product(spec: Loha | Lokr, model: nn.Module) -> None:
     """Freeze the encoder and put an adapter on every target."""
-    root = trunk(model)
-    targets = resolve(root, spec.targets, allowed=("linear", "conv"))
+    root = encoder_of(model)
+    targets = resolve_targets(root, spec.targets, allowed=("linear", "conv"))
     ranks = by_pattern(spec.rank_pattern, targets, spec.rank)
     kind = LohaAdapter if isinstance(spec, Loha) else LokrAdapter
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         return kind(spec, weight, ranks[target.name])
 
     attach_all(root, targets, make, "none")
@@ -156,7 +156,7 @@ def solved(skew: Tensor) -> Tensor:
     return torch.linalg.solve(eye + skew, eye - skew, left=False)
 
 
-def series(skew: Tensor) -> Tensor:
+def cayley_series(skew: Tensor) -> Tensor:
     """(I + Q)(I - Q)^-1 to the fourth order: I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4."""
     eye = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype)
     square = skew @ skew
@@ -184,7 +184,7 @@ class OftAdapter(Adapter):
         blocks = torch.arange(self.spec.r, device=self.q.device)
         half = half.index_put((blocks[:, None], *self.above), self.q)
         skew = half - half.transpose(1, 2)
-        blocks = series(skew) if self.spec.use_cayley_neumann else solved(skew)
+        blocks = cayley_series(skew) if self.spec.use_cayley_neumann else solved(skew)
         return some_identity(blocks, self.spec.dropout, training=self.training)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
@@ -292,10 +292,10 @@ def apply_orthogonal(spec: Oft | Boft, model: nn.Module) -> None:
     Raises:
         UserError: blocks that do not divide the input width of a target.
     """
-    root = trunk(model)
-    targets = resolve(root, spec.targets, allowed=("linear", "conv"))
+    root = encoder_of(model)
+    targets = resolve_targets(root, spec.targets, allowed=("linear", "conv"))
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         out, width = weight.flatten(1).shape
         if isinstance(spec, Oft):
             check_blocks(target.name, width, spec.r)
@@ -339,10 +339,10 @@ class FourierAdapter(Adapter):
 
 def apply_fourierft(spec: FourierFt, model: nn.Module) -> None:
     """Freeze the encoder and put a spectrum on every target."""
-    root = trunk(model)
-    targets = resolve(root, spec.targets, allowed=("linear", "conv"))
+    root = encoder_of(model)
+    targets = resolve_targets(root, spec.targets, allowed=("linear", "conv"))
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         return FourierAdapter(spec, weight)
 
     attach_all(root, targets, make, "none")
@@ -376,16 +376,16 @@ class OutputScale(Adapter):
     def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
         """The frozen layer, then the factors: no gradient of the weight is formed."""
         y = call(layer, x, base_weight(layer), base_bias(layer))
-        gamma = spread(layer, members, "gamma", 1.0).to(y.dtype)
+        gamma = spread_members(layer, members, "gamma", 1.0).to(y.dtype)
         trailing = (1,) * (base_weight(layer).ndim - 2) if isinstance(layer, _ConvNd) else ()
         gamma = gamma.view(-1, *trailing)
         if members[0][1].beta is None:
             return y * gamma
-        beta = spread(layer, members, "beta", 0.0).to(y.dtype)
+        beta = spread_members(layer, members, "beta", 0.0).to(y.dtype)
         return torch.addcmul(beta.view(-1, *trailing), y, gamma)
 
 
-def spread(layer: nn.Module, members: Members, name: str, rest: float) -> Tensor:
+def spread_members(layer: nn.Module, members: Members, name: str, rest: float) -> Tensor:
     """A vector of all members over the layer's outputs, `rest` where no member is."""
     if members[0][0] is None:
         return getattr(members[0][1], name)
@@ -418,10 +418,12 @@ class InputScale(Adapter):
 
 def apply_ia3(spec: Ia3, model: nn.Module) -> None:
     """Freeze the encoder; factors on the outputs of the targets, on the inputs of fc2."""
-    root = trunk(model)
-    targets = resolve(root, spec.targets, allowed=("linear", "conv"), unset=("k", "v", "fc2"))
+    root = encoder_of(model)
+    targets = resolve_targets(
+        root, spec.targets, allowed=("linear", "conv"), unset=("k", "v", "fc2")
+    )
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         if target.role == "fc2":
             return InputScale(weight.shape[1])
         return OutputScale(len(weight), shifts=False)
@@ -432,10 +434,10 @@ def apply_ia3(spec: Ia3, model: nn.Module) -> None:
 def apply_ssf(spec: Ssf | DiffFit, model: nn.Module) -> None:
     """Freeze the encoder; factors (and shifts for SSF) behind all its layers, with norms; all
     biases for DiffFit."""
-    root = trunk(model)
+    root = encoder_of(model)
     shifting = isinstance(spec, Ssf)
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         shifts = shifting and base_bias(target.layer.module) is not None
         return OutputScale(len(weight), shifts=shifts)
 
@@ -454,7 +456,7 @@ def apply_bitfit(spec: Bitfit, model: nn.Module) -> None:
     Raises:
         UserError: an encoder without biases.
     """
-    root = trunk(model)
+    root = encoder_of(model)
     train_biases(root, "all", freeze(root))
     if not any(p.requires_grad for p in root.parameters()):
         raise UserError('peft.method = "bitfit": this encoder has no bias; use another method')
@@ -466,7 +468,7 @@ def apply_ln_tuning(spec: LnTuning, model: nn.Module) -> None:
     Raises:
         UserError: an encoder without such layers.
     """
-    root = trunk(model)
+    root = encoder_of(model)
     free = {id(p) for p in freeze(root)}
     norms = [m for m in root.modules() if is_norm(m)]
     if not norms:
@@ -512,14 +514,14 @@ def apply_gps(spec: Gps, model: nn.Module) -> None:
 
     The entries are chosen by `calibrate`.
     """
-    root = trunk(model)
+    root = encoder_of(model)
     kinds = ("linear", "conv")
     if spec.targets is None:
         targets = every(root, kinds)
     else:
-        targets = resolve(root, spec.targets, allowed=kinds)
+        targets = resolve_targets(root, spec.targets, allowed=kinds)
 
-    def make(target: Target, weight: Tensor) -> Adapter:
+    def make(target: TargetWeight, weight: Tensor) -> Adapter:
         return SelectedEntries(weight, spec.gps_topk_per_row)
 
     attach_all(root, targets, make, "adapted")
@@ -573,7 +575,7 @@ def add_gradients(loss: Tensor, layers: list[nn.Module], sums: list[Tensor]) -> 
             total.scatter_add_(1, adapter.places, own.to(total))
 
 
-def part_of(tensor: Tensor, rows: Rows | None) -> Tensor:
+def part_of(tensor: Tensor, rows: RowRange | None) -> Tensor:
     """Rows of a tensor, or all of it."""
     return tensor if rows is None else tensor[rows[0] : rows[1]]
 

@@ -84,7 +84,7 @@ def classes(title: str, codes: np.ndarray, names: Sequence[str]) -> Coloring:
     return Coloring(title, tuple(names[code] for code in used), place[codes], None)
 
 
-def numbers(title: str, values: np.ndarray) -> Coloring:
+def color_numbers(title: str, values: np.ndarray) -> Coloring:
     """One number a sample."""
     values = np.asarray(values, np.float64)
     return Coloring(title, (), np.full(len(values), -1), values)
@@ -123,7 +123,7 @@ def of_targets(
         return [label_sets(title, targets, names)]
     several = targets.shape[1] > 1
     return [
-        numbers(f"{title} {name}" if several else title, column)
+        color_numbers(f"{title} {name}" if several else title, column)
         for name, column in zip(names, targets.T, strict=True)
     ]
 
@@ -140,7 +140,7 @@ def of_scores(title: str, scores: np.ndarray, subtask: str, names: Sequence[str]
 def of_mistakes(truth: Coloring, prediction: Coloring) -> Coloring:
     """Right or wrong; of numbers the absolute error."""
     if truth.values is not None:
-        return numbers("absolute error", np.abs(truth.values - prediction.values))
+        return color_numbers("absolute error", np.abs(truth.values - prediction.values))
     pairs = zip(truth.words(), prediction.words(), strict=True)
     wrong = np.array([first != second for first, second in pairs], np.int64)
     return classes("mistakes", wrong, ("right", "wrong"))
@@ -178,7 +178,7 @@ def of_column(path: Path, column: str, ids: Sequence[Sequence[str]]) -> Coloring
     if len(known) <= WHOLE_NUMBERS and (known == np.round(known)).all():
         codes = np.where(np.isnan(values), -1, np.searchsorted(known, values))
         return Coloring(column, tuple(f"{value:.0f}" for value in known), codes, None)
-    return numbers(column, values)
+    return color_numbers(column, values)
 
 
 def as_numbers(texts: Sequence[str]) -> np.ndarray | None:
@@ -242,7 +242,7 @@ def draw_points(
         if coloring.values is not None:
             draw_numbers(figure, axes, points, coloring, order, size)
         else:
-            draw_classes(figure, axes, points, coloring, order, size)
+            draw_points(figure, axes, points, coloring, order, size)
         frame(figure, axes, points, text)
         with atomic_path(svg) as temporary:
             figure.savefig(
@@ -287,7 +287,7 @@ def draw_numbers(
 ) -> None:
     """Colours of a scale that every eye reads as rising; unknown numbers are grey, below."""
     known = ~np.isnan(coloring.values)
-    scatter(axes, points[~known], UNKNOWN, "o", size, zorder=1)
+    scatter_shape(axes, points[~known], UNKNOWN, "o", size, zorder=1)
     order = order[known[order]]
     if not len(order):
         return
@@ -314,7 +314,7 @@ def draw_numbers(
 # ---------------------------------------------------------------------- classes
 
 
-def draw_classes(
+def draw_class_points(
     figure: Any, axes: Any, points: np.ndarray, coloring: Coloring, order: np.ndarray, size: float
 ) -> None:
     """Each class with its colour and shape, its name in the legend and where it is densest."""
@@ -325,12 +325,12 @@ def draw_classes(
     place = np.full(len(counts) + 1, -1)
     place[shown] = np.arange(len(shown))
     places = place[coloring.codes]  # (N,) place in the legend, -1 without
-    scatter(axes, points[places < 0], UNKNOWN, "o", size, zorder=1)
+    scatter_shape(axes, points[places < 0], UNKNOWN, "o", size, zorder=1)
     colours = np.array([style(i)[0] for i in range(len(shown))] or [INK])
     shapes = np.array([MARKERS.index(style(i)[1]) for i in range(len(shown))] or [0])
     for shape, mark in enumerate(MARKERS):
         rows = order[(places[order] >= 0) & (shapes[places[order]] == shape)]
-        scatter(axes, points[rows], colours[places[rows]], MARKS[mark], size, zorder=2)
+        scatter_shape(axes, points[rows], colours[places[rows]], MARKS[mark], size, zorder=2)
     if len(shown) == 1 and (places >= 0).all() and not coloring.title:
         return  # nothing is told apart
     key(axes, coloring, counts, shown, int((coloring.codes < 0).sum()))
@@ -338,7 +338,9 @@ def draw_classes(
         name_places(figure, axes, points, coloring, shown)
 
 
-def scatter(axes: Any, points: np.ndarray, colours: Any, mark: str, size: float, **more) -> None:
+def scatter_shape(
+    axes: Any, points: np.ndarray, colours: Any, mark: str, size: float, **more
+) -> None:
     """Points of one shape."""
     scale = {"o": 1.0, "D": 0.9, "s": 0.95}.get(mark, 1.15)
     axes.scatter(
@@ -476,7 +478,7 @@ def write_page(
         "x": compact(points[:, 0]),
         "y": compact(points[:, 1]),
         "ids": list(ids),
-        "colorings": [described(coloring) for coloring in colorings],
+        "colorings": [coloring_data(coloring) for coloring in colorings],
         "styles": [style(i) for i in range(STYLES)],
         "markers": list(MARKERS),
         "unknown": UNKNOWN,
@@ -504,7 +506,7 @@ def compact(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else float(f"{value:.5g}") for value in values]
 
 
-def described(coloring: Coloring) -> dict[str, Any]:
+def coloring_data(coloring: Coloring) -> dict[str, Any]:
     """A property of the samples as the page reads it."""
     return {
         "title": coloring.title,

@@ -24,9 +24,9 @@ from glovita_lib.figures import (
     short,
     unique_short,
 )
-from glovita_lib.metric_names import lower_is_better, split_of
-from glovita_lib.metrics import Regression, compute, confusion, usable
-from glovita_lib.metrics_classification import BINS, Ladder, auroc_and_ap, bin_of
+from glovita_lib.metric_names import lower_is_better, split_name
+from glovita_lib.metrics import Regression, all_finite, compute, confusion
+from glovita_lib.metrics_classification import BINS, Thresholds, auroc_and_ap, bin_of
 
 # --------------------------------------------------------------------------- learning curves
 #
@@ -60,7 +60,7 @@ def learning_curves(records: Sequence[Record], path: Path) -> None:
             draw_panel(axes, history, name)
         draw_lr(places[-1], history)
         for axes in places:
-            finish(axes, len(history), best)
+            finish_axes(axes, len(history), best)
         if best is not None:
             note = f"dotted line: epoch {best + 1}, the best checkpoint"
             figure.text(0.99, -0.005, note, ha="right", va="top", fontsize=7.5, color=GREY)
@@ -71,14 +71,14 @@ def panel_names(history: list[Record]) -> list[str]:
     names = ["loss"]
     for record in history:
         for key in record:
-            split, name = split_of(key)
+            split, name = split_name(key)
             name = "F1_*" if name.startswith("F1_") else name
             if split in ("train", "val") and name not in names:
                 names.append(name)
     return names
 
 
-def series(history: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
+def history_series(history: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs, counted from 1, and values where there is one."""
     pairs = [(r["epoch"] + 1, r[key]) for r in history if finite(r.get(key))]
     return tuple(np.array(column, float) for column in zip(*pairs, strict=True)) or (
@@ -96,11 +96,11 @@ def draw_panel(axes: Any, history: list[Record], name: str) -> None:
     """Train and val curve of one metric; of all classes for F1_*."""
     axes.set_title("F1 per class" if name == "F1_*" else name.replace("_", " "))
     if name == "F1_*":
-        draw_classes(axes, history)
+        draw_class_curves(axes, history)
         return
     drawn = False
     for split, colour, dash in (("train", GREY, (0, (4, 1.5))), ("val", BLUE, "-")):
-        x, y = series(history, f"{split}_{name}")
+        x, y = history_series(history, f"{split}_{name}")
         if not len(x):
             continue
         drawn = True
@@ -115,7 +115,7 @@ def draw_panel(axes: Any, history: list[Record], name: str) -> None:
         nothing_to_show(axes, "no values")
 
 
-def draw_classes(axes: Any, history: list[Record]) -> None:
+def draw_class_curves(axes: Any, history: list[Record]) -> None:
     """Val F1 of each class, thin, and their median."""
     keys = dict.fromkeys(k for r in history for k in r if k.startswith("val_F1_"))
     table = np.array([[r[k] if finite(r.get(k)) else np.nan for k in keys] for r in history])
@@ -154,7 +154,7 @@ def draw_fine_loss(axes: Any, records: Sequence[Record], history: list[Record]) 
 
 def draw_lr(axes: Any, history: list[Record]) -> None:
     """Learning rate at the end of each epoch."""
-    x, y = series(history, "lr")
+    x, y = history_series(history, "lr")
     axes.set_title("learning rate")
     if not len(x):
         nothing_to_show(axes, "no values")
@@ -163,7 +163,7 @@ def draw_lr(axes: Any, history: list[Record]) -> None:
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
 
-def finish(axes: Any, epochs: int, best: int | None) -> None:
+def finish_axes(axes: Any, epochs: int, best: int | None) -> None:
     """Whole epochs at the x axis, and the epoch of the best checkpoint."""
     from matplotlib.ticker import MaxNLocator
 
@@ -206,7 +206,7 @@ def regression_scatter(
     size = (4.6, 4.4) if columns == 1 else (WIDTH, WIDTH / columns * 1.12 * -(-len(shown) // 3))
     with drawing(path, *size) as figure:
         for axes, k in zip(grid(figure, len(shown), 3), shown, strict=True):
-            scatter(figure, axes, samples.targets[:, k], samples.scores[:, k])
+            scatter_target(figure, axes, samples.targets[:, k], samples.scores[:, k])
             axes.set_title(short(names[k], 72 // columns))
             lines = (
                 f"R²  {number(values['R2'][k])}",
@@ -219,7 +219,7 @@ def regression_scatter(
             figure.suptitle(text, x=0.01, ha="left")
 
 
-def scatter(figure: Any, axes: Any, true: np.ndarray, predicted: np.ndarray) -> None:
+def scatter_target(figure: Any, axes: Any, true: np.ndarray, predicted: np.ndarray) -> None:
     """One target; both axes have one range."""
     both = np.concatenate([true, predicted])
     low, high = both.min(), both.max()
@@ -493,8 +493,8 @@ def curves_of(name: str, positive: np.ndarray, scores: np.ndarray) -> Curves:
     at = np.minimum(np.searchsorted(recall, np.maximum(GRID - 1e-12, 1e-12)), len(recall) - 1)
     precision = (found / (ends + 1))[at]
     roc = np.interp(GRID, np.append(0, fpr), np.append(0, recall))
-    ladder = Ladder.of(scores, positive)
-    auroc, ap = auroc_and_ap(ladder, np.ones((len(scores), 1)))
+    thresholds = Thresholds.of(scores, positive)
+    auroc, ap = auroc_and_ap(thresholds, np.ones((len(scores), 1)))
     return Curves(name, roc, precision, auroc.item(), ap.item(), float(positive.mean()))
 
 
@@ -659,7 +659,7 @@ def plot_results(
         scores: (N, K) probabilities; regression: outputs in target units.
         class_names: K names.
     """
-    if not usable(scores):
+    if not all_finite(scores):
         return []
     if subtask == "regression":
         path = folder / f"regression_{name}.png"

@@ -15,7 +15,7 @@ import torch
 
 from glovita_lib.bags import Bags
 from glovita_lib.errors import UserError
-from glovita_lib.read_hdf5 import Rows, open_hdf5
+from glovita_lib.read_hdf5 import DatasetRows, open_hdf5
 
 # ------------------------------------------------------------------------------------- files
 #
@@ -53,7 +53,7 @@ class FeatureFile:
 
     path: str
     layout: Literal["vectors", "fixed", "ragged"]
-    rows: Rows  # (N, D), (B, L, D) or (M, D)
+    rows: DatasetRows  # (N, D), (B, L, D) or (M, D)
     ptr: np.ndarray | None  # (B + 1,) int64: instances ptr[b]..ptr[b + 1] are bag b; None: vectors
     labels: np.ndarray | None  # as stored; strings as str
     ids: list[str]
@@ -99,7 +99,7 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
         `keys.named`.
     """
     path = str(path)
-    rows = Rows(path, keys.features, threads=threads)
+    rows = DatasetRows(path, keys.features, threads=threads)
     if len(rows.shape) not in (2, 3) or rows.dtype.kind != "f":
         raise UserError(
             f"{path}: {keys.features!r} has shape {rows.shape} and type {rows.dtype}; features are"
@@ -119,7 +119,7 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
         ids = table_of(path, file, keys.ids, count)
         groups = table_of(path, file, keys.groups, count)
         names = file.attrs.get("class_names")
-        attributes = {name: plain(value) for name, value in file.attrs.items()}
+        attributes = {name: as_python(value) for name, value in file.attrs.items()}
         check_coords(path, file, keys.coords, count if ptr is None else int(ptr[-1]))
         has_coords = keys.coords in file
     return FeatureFile(
@@ -131,7 +131,7 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
         ids=[str(i) for i in (range(count) if ids is None else ids)],
         named=ids is not None,
         groups=None if groups is None else [str(group) for group in groups],
-        class_names=None if names is None else listed(plain(names)),
+        class_names=None if names is None else listed(as_python(names)),
         has_coords=has_coords,
         attributes=attributes,
     )
@@ -222,10 +222,10 @@ def table_of(path: str, file: Any, key: str, count: int) -> np.ndarray | None:
     return values
 
 
-def plain(value: Any) -> Any:
+def as_python(value: Any) -> Any:
     """An HDF5 attribute as plain Python."""
     if isinstance(value, np.ndarray):
-        return [plain(entry) for entry in value]
+        return [as_python(entry) for entry in value]
     if isinstance(value, bytes):
         return value.decode()
     return value.item() if isinstance(value, np.generic) else value
@@ -294,7 +294,7 @@ BAG_SUFFIXES = (".h5", ".hdf5", ".pt")
 class VectorSource:
     """Vectors of some rows of a file."""
 
-    vectors: Rows  # (M, D)
+    vectors: DatasetRows  # (M, D)
     index: np.ndarray  # (N,) rows of the file
 
     @property
@@ -395,7 +395,7 @@ class FolderBags:
         if path.suffix == ".pt":
             tensor = load_tensor(path).reshape(-1, self.width)
             return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        rows = Rows(path, self.keys.features, threads=1)
+        rows = DatasetRows(path, self.keys.features, threads=1)
         return rows.read(0, len(rows)).reshape(-1, self.width)
 
     def coords(self, bag: int) -> np.ndarray | None:
@@ -450,7 +450,7 @@ def bag_shape(path: Path, keys: Keys) -> tuple[int, int, int]:
         kind, size = str(tensor.dtype).removeprefix("torch."), tensor.element_size()
         shape, floating = tuple(tensor.shape), tensor.is_floating_point()
     else:
-        rows = Rows(path, keys.features, threads=1)
+        rows = DatasetRows(path, keys.features, threads=1)
         shape, kind, size = rows.shape, rows.dtype.name, rows.dtype.itemsize
         floating = rows.dtype.kind == "f"
     shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape

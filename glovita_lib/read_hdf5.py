@@ -36,7 +36,7 @@ class Chunk:
     skipped: int  # bit mask over the filters
 
 
-class Rows:
+class DatasetRows:
     """Random access to the rows of one dataset; safe to use from threads and after a fork.
 
     Raises:
@@ -130,9 +130,9 @@ class Rows:
         that end at the end of a chunk."""
         chunk, row = self.chunk_rows or 1, max(1, self.row_bytes)
         if self.filters is not None:
-            return cut(rows, length=chunk, gap=chunk)
+            return cut_ranges(rows, length=chunk, gap=chunk)
         length = max(1, PIECE_BYTES // (row * chunk)) * chunk
-        return cut(rows, length=length, gap=max(GAP_BYTES // row, chunk - 1))
+        return cut_ranges(rows, length=length, gap=max(GAP_BYTES // row, chunk - 1))
 
     def fill(
         self, pieces: list[tuple[int, int]], rows: np.ndarray, out: np.ndarray, dataset: Any = None
@@ -210,7 +210,7 @@ class Rows:
         return np.frombuffer(data, self.dtype).reshape(self.chunk_rows, *self.shape[1:])
 
 
-def inflate(data: bytes, rows: Rows) -> bytes:
+def inflate(data: bytes, rows: DatasetRows) -> bytes:
     """Undo gzip."""
     try:
         return zlib.decompress(data, bufsize=rows.chunk_rows * rows.row_bytes)
@@ -218,7 +218,7 @@ def inflate(data: bytes, rows: Rows) -> bytes:
         raise UserError(f"{rows.path}: damaged chunk in {rows.key!r} ({error})") from None
 
 
-def unshuffle(data: bytes, rows: Rows) -> np.ndarray:
+def unshuffle(data: bytes, rows: DatasetRows) -> np.ndarray:
     """Undo HDF5's byte shuffle: all first bytes, then all second bytes ... -> whole values."""
     planes = np.frombuffer(data, np.uint8).reshape(rows.dtype.itemsize, -1)
     values = planes[-1].astype(f"u{rows.dtype.itemsize}")
@@ -228,7 +228,7 @@ def unshuffle(data: bytes, rows: Rows) -> np.ndarray:
     return values
 
 
-def cut(rows: np.ndarray, *, length: int, gap: int) -> list[tuple[int, int]]:
+def cut_ranges(rows: np.ndarray, *, length: int, gap: int) -> list[tuple[int, int]]:
     """Cut ascending rows -> ranges of `rows` (first, end) of which none reaches over a multiple of
     `length` rows or over more than `gap` rows that are not wanted."""
     if not len(rows):

@@ -250,11 +250,11 @@ def stored(image: Image.Image) -> np.ndarray:
                 " bits, scaled as it should be"
             )
         return values.astype(np.uint16)[..., None]
-    pixels = np.asarray(plain(image))
+    pixels = np.asarray(plain_mode(image))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def plain(image: Image.Image) -> Image.Image:
+def plain_mode(image: Image.Image) -> Image.Image:
     """The image in mode L, LA, RGB or RGBA."""
     if image.mode in ("La", "RGBa", "PA") or "transparency" in image.info:
         return image.convert("RGBA")

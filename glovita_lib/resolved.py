@@ -18,7 +18,7 @@ from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Supervised
 
 
-class Facts(Spec):
+class Resolved(Spec):
     """What resolved_config.json shows and a checkpoint carries."""
 
     dataset: str
@@ -55,7 +55,7 @@ class Facts(Spec):
     """Samples per batch and rank in evaluation."""
 
 
-def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation | None) -> Facts:
+def resolve_run(root: Root, data: Data, augmentation: ResolvedAugmentation | None) -> Resolved:
     """All facts of a training run.
 
     Raises:
@@ -66,17 +66,17 @@ def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation | No
     if train is None or not len(train):
         raise UserError(f"data set {data.name}: the train split is empty")
     check_metrics(root.task.metrics, data.subtask)
-    check_options(root.task, data.subtask, kind_of(train))
+    check_options(root.task, data.subtask, modality_of(train))
     metrics = root.task.metrics or default_metrics(data.subtask)
     moments = None
     if isinstance(root.data, PrecomputedData) and root.data.standardize:
         moments = feature_moments(train.source)
     mean, std = target_scale(root.task, data, train)
-    return Facts(
+    return Resolved(
         dataset=data.name,
         subtask=data.subtask,
         class_names=data.class_names,
-        kind=kind_of(train),
+        kind=modality_of(train),
         channels=data.channels,
         bit_depth=data.bit_depth,
         samples={name: len(split) for name, split in data.splits.items()},
@@ -92,7 +92,7 @@ def derive_facts(root: Root, data: Data, augmentation: ResolvedAugmentation | No
     )
 
 
-def kind_of(split: Split) -> str:
+def modality_of(split: Split) -> str:
     """What a sample of a split is."""
     if isinstance(split.source, BagSource):
         return "bags"
@@ -138,7 +138,8 @@ def default_metrics(subtask: str) -> tuple[str, ...]:
 
 def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
     """Logged name, with its val_ prefix, of the metric that picks the best checkpoint."""
-    from glovita_lib.metric_names import canonical, logged_names
+    from glovita_lib.metric_names import canonical_metric as canonical
+    from glovita_lib.metric_names import logged_names
 
     if not len(data.splits.get("val") or ()):
         return None

@@ -22,7 +22,7 @@ from glovita_lib.metric_names import lower_is_better
 from glovita_lib.metrics import compute, metrics_report
 from glovita_lib.metrics_classification import THRESHOLD
 from glovita_lib.objectives import Predictions
-from glovita_lib.resolved import Facts
+from glovita_lib.resolved import Resolved
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
 
@@ -132,26 +132,26 @@ WORST = 24  # samples on the sheet of the worst predictions
 SHEET_ROWS, SHEET_COLUMNS = 6, 7  # samples and their augmented versions
 
 
-def measure(predictions: Predictions, facts: Facts) -> dict[str, float]:
+def measure(predictions: Predictions, resolved: Resolved) -> dict[str, float]:
     """Metrics of the facts, by logged name."""
     return compute(
-        facts.metrics,
-        subtask=facts.subtask,
+        resolved.metrics,
+        subtask=resolved.subtask,
         targets=predictions.targets,
         scores=predictions.scores,
-        class_names=facts.class_names,
+        class_names=resolved.class_names,
     )
 
 
-def write_predictions(path: Path, predictions: Predictions, facts: Facts) -> None:
+def write_predictions(path: Path, predictions: Predictions, resolved: Resolved) -> None:
     """The predictions of a split as CSV: id, label, prediction, p_<class> ..."""
     write_prediction_csv(
         path,
         ids=predictions.ids,
         targets=predictions.targets,
         scores=predictions.scores,
-        subtask=facts.subtask,
-        class_names=facts.class_names,
+        subtask=resolved.subtask,
+        class_names=resolved.class_names,
     )
 
 
@@ -168,14 +168,14 @@ def write_results(
 
     Returns what metrics_<name>.json holds.
     """
-    facts, task = experiment.facts, experiment.root.task
-    write_predictions(folder / f"predictions_{name}.csv", predictions, facts)
+    resolved, task = experiment.resolved, experiment.root.task
+    write_predictions(folder / f"predictions_{name}.csv", predictions, resolved)
     content = metrics_report(
-        facts.metrics,
-        subtask=facts.subtask,
+        resolved.metrics,
+        subtask=resolved.subtask,
         targets=predictions.targets,
         scores=predictions.scores,
-        class_names=facts.class_names,
+        class_names=resolved.class_names,
         bootstrap=task.bootstrap,
         seed=experiment.root.seed,
     )
@@ -185,17 +185,17 @@ def write_results(
         plots.plot_results(
             folder / "plots",
             name,
-            subtask=facts.subtask,
+            subtask=resolved.subtask,
             targets=predictions.targets,
             scores=predictions.scores,
-            class_names=facts.class_names,
+            class_names=resolved.class_names,
         )
-        if facts.kind == "images":
-            plot_worst(folder / "plots" / f"worst_{name}.png", predictions, split, facts)
+        if resolved.kind == "images":
+            plot_worst(folder / "plots" / f"worst_{name}.png", predictions, split, resolved)
     return content
 
 
-def plot_worst(path: Path, predictions: Predictions, split: Split, facts: Facts) -> None:
+def plot_worst(path: Path, predictions: Predictions, split: Split, resolved: Resolved) -> None:
     """A sheet of the samples with the largest losses, worst first."""
     worst = np.argsort(-predictions.losses, kind="stable")[:WORST]
     images = list(split.source.fetch(predictions.rows[worst]))
@@ -205,17 +205,17 @@ def plot_worst(path: Path, predictions: Predictions, split: Split, facts: Facts)
         targets=predictions.targets[worst],
         scores=predictions.scores[worst],
         losses=predictions.losses[worst],
-        subtask=facts.subtask,
-        class_names=facts.class_names,
-        bit_depth=facts.bit_depth,
+        subtask=resolved.subtask,
+        class_names=resolved.class_names,
+        bit_depth=resolved.bit_depth,
         path=path,
     )
 
 
 def plot_augmented(path: Path, experiment: Experiment, split: Split, rows: np.ndarray) -> None:
     """A sheet of some training samples beside what the train policy makes of them."""
-    facts = experiment.facts
-    if facts.augmentation is None:
+    resolved = experiment.resolved
+    if resolved.augmentation is None:
         return
     augment = experiment.objective.train_inputs
     rows = rows[:SHEET_ROWS]
@@ -230,8 +230,8 @@ def plot_augmented(path: Path, experiment: Experiment, split: Split, rows: np.nd
     figures.augmented_sheet(
         list(originals),
         torch.stack(columns),
-        mean=facts.augmentation.mean,
-        std=facts.augmentation.std,
+        mean=resolved.augmentation.mean,
+        std=resolved.augmentation.std,
         path=path,
         captions=[split.ids[row] for row in rows],
     )
@@ -343,10 +343,10 @@ def summarize(
         reports[run.path.name] = {"loss": report.get("loss"), **report["metrics"]}
     if not reports:
         return None
-    return {"folds": list(reports), "metrics": spread(reports), **pool(tables, measure)}
+    return {"folds": list(reports), "metrics": fold_spread(reports), **pool(tables, measure)}
 
 
-def spread(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def fold_spread(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Mean and deviation of each metric over the folds."""
     result = {}
     for name in dict.fromkeys(name for report in reports.values() for name in report):
@@ -419,7 +419,7 @@ class Entry:
         }
 
 
-def compare(specs: list[Loaded]) -> str:
+def compare_runs(specs: list[Loaded]) -> str:
     """A table of the runs of several specs as Markdown, best first; below it what its columns mean.
 
     Raises:
@@ -448,7 +448,7 @@ def compare(specs: list[Loaded]) -> str:
     devices = sorted({entry.device for entry in entries})
     if len(devices) == 1:
         rows = [{k: v for k, v in row.items() if k != "device"} for row in rows]
-    return "\n".join([table(rows), "", *notes(entries, devices)])
+    return "\n".join([markdown_table(rows), "", *comparison_notes(entries, devices)])
 
 
 def names(specs: list[Loaded]) -> list[str]:
@@ -507,7 +507,7 @@ def entry_of(name: str, run: RunDir) -> Entry:
     )
 
 
-def notes(entries: list[Entry], devices: list[str]) -> list[str]:
+def comparison_notes(entries: list[Entry], devices: list[str]) -> list[str]:
     """What to know about the numbers."""
     lines = [NOTE if len(devices) > 1 else f"{NOTE} Device: {devices[0]}."]
     counts = sorted({entry.samples for entry in entries})
@@ -516,7 +516,7 @@ def notes(entries: list[Entry], devices: list[str]) -> list[str]:
     return lines
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def markdown_table(rows: list[dict[str, str]]) -> str:
     """Rows as an aligned Markdown table; numbers to the right."""
     texts = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]

@@ -15,13 +15,13 @@ from msgspec.structs import replace
 from glovita_lib import dist, files
 from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Split, skipped
 from glovita_lib.errors import UserError
-from glovita_lib.experiment import Experiment, assemble, read_data, resolve_facts, restore
-from glovita_lib.extraction import Extractor, Readout, Running
+from glovita_lib.experiment import Experiment, assemble, read_data, resolve_spec, restore
+from glovita_lib.extraction import Extractor, PendingReadout, Readout
 from glovita_lib.feature_writer import (
-    Parts,
-    Plan,
+    BlockFiles,
+    BlockPlan,
     bag_tables,
-    file_name,
+    feature_file_name,
     group_order,
     left_out,
     notes_of,
@@ -59,8 +59,8 @@ class Job:
     extractor: Extractor
     name: str
     split: Split
-    plan: Plan
-    parts: Parts
+    plan: BlockPlan
+    parts: BlockFiles
     recipe: dict[str, Any]  # of all that is written beside the features
     augmented: bool
     report: list[str]  # what was noted when the data were read, left-out samples among it
@@ -191,7 +191,7 @@ class Job:
 
     def rehearse(self) -> None:
         """Read one batch out and write nothing."""
-        count = self.extractor.experiment.facts.eval_batch_size
+        count = self.extractor.experiment.resolved.eval_batch_size
         rows = self.plan.rows[:count]
         with tempfile.TemporaryDirectory() as folder:
             part = self.readable(rows, Path(folder))
@@ -231,10 +231,10 @@ class Job:
         Raises:
             UserError: a sample cannot be read, or its features cannot be stored.
         """
-        running: Running | None = None
+        running: PendingReadout | None = None
         with closing(self.loader(split, block)) as loader:
             for index, batch in enumerate(loader.epoch(0)):
-                seed = dist.mix(self.root.seed, block, index) if self.augmented else None
+                seed = dist.hash_seed(self.root.seed, block, index) if self.augmented else None
                 started = self.extractor.start(batch, augment=seed)
                 if running is not None:
                     yield self.settled(running, split.ids, rate)
@@ -242,7 +242,7 @@ class Job:
             if running is not None:
                 yield self.settled(running, split.ids, rate)
 
-    def settled(self, running: Running, ids: list[str], rate: Rate) -> Readout:
+    def settled(self, running: PendingReadout, ids: list[str], rate: Rate) -> Readout:
         """The readout of a batch, when it is there."""
         try:
             readout = self.extractor.finish(running, ids=ids)
@@ -254,13 +254,13 @@ class Job:
     def readable(self, rows: np.ndarray, notes: Path) -> Split:
         """Some rows of the split, without labels; where broken ones are to be left out, black
         images in their place and notes about them in a folder."""
-        whole, facts = self.split.source, self.extractor.experiment.facts
+        whole, resolved = self.split.source, self.extractor.experiment.resolved
         if isinstance(whole, ArraySource):
             source = whole.select(rows)
         elif self.root.extract.on_error == "skip":
-            size = facts.augmentation.image_size
-            blank = (facts.channels, size, size)
-            source = SkippingSource(whole, rows, notes, blank, facts.bit_depth)
+            size = resolved.augmentation.image_size
+            blank = (resolved.channels, size, size)
+            source = SkippingSource(whole, rows, notes, blank, resolved.bit_depth)
         else:
             source = PartSource(whole, rows)
         return Split([self.split.ids[row] for row in rows], None, source)
@@ -278,9 +278,9 @@ class Job:
             spec,
             fit=fit,
             train=False,
-            seed=dist.mix(self.root.seed, block),
+            seed=dist.hash_seed(self.root.seed, block),
             ranks=alone,
-            batch_size=experiment.facts.eval_batch_size,
+            batch_size=experiment.resolved.eval_batch_size,
         )
 
 
@@ -291,8 +291,6 @@ def say_main(ranks: dist.Ranks, text: str) -> None:
 
 
 # ---------------------------------------------------------------------------------- the mode
-#
-# Mode extract: features of every sample of a split, in the order of the data set, as HDF5.
 
 BLOCK_BYTES = 256 * 2**20  # of features: a block is kept in memory until it is written
 
@@ -339,7 +337,7 @@ def source_of(loaded: Loaded, ranks: dist.Ranks) -> tuple[Experiment, Data]:
     root, spec = for_extraction(loaded.root), loaded.root.extract
     data = read_data(root, ranks)
     if spec.checkpoint is None and spec.source == "encoder":
-        return assemble(root, resolve_facts(root, data), ranks, load_weights=True), data
+        return assemble(root, resolve_spec(root, data), ranks, load_weights=True), data
     if spec.checkpoint is not None:
         path = Path(spec.checkpoint)
     else:
@@ -352,11 +350,11 @@ def source_of(loaded: Loaded, ranks: dist.Ranks) -> tuple[Experiment, Data]:
                 ' with extract.source = "encoder"'
             )
     experiment = restore(path, root, ranks)
-    facts = experiment.facts
+    resolved = experiment.resolved
     for name in ("channels", "bit_depth"):
-        if getattr(facts, name) != getattr(data, name):
+        if getattr(resolved, name) != getattr(data, name):
             raise UserError(
-                f"{path} was trained on images of {name} {getattr(facts, name)}, data set"
+                f"{path} was trained on images of {name} {getattr(resolved, name)}, data set"
                 f" {data.name} has {name} {getattr(data, name)}; set data.{name}"
             )
     training = replace(experiment.root.training, precision=root.training.precision)
@@ -396,19 +394,19 @@ def plan_job(root: Root, extractor: Extractor, data: Data, name: str, split: Spl
     """The extraction of one split: file name, order of the samples, recipe."""
     spec, experiment = root.extract, extractor.experiment
     rows = np.arange(len(split)) if spec.bag_by is None else group_order(split)
-    batch = experiment.facts.eval_batch_size
-    plan = Plan(rows, block_size(spec, batch, extractor.sample_bytes))
+    batch = experiment.resolved.eval_batch_size
+    plan = BlockPlan(rows, block_size(spec, batch, extractor.sample_bytes))
     augmented = name == "train" and not spec.use_eval_transform_for_train
     features = recipe_of_features(root, extractor, data, name, split)
     features |= policy_of(root, plan, augmented=augmented, batch_size=batch)
-    target = Path(spec.output_dir) / file_name(root, extractor, name)
+    target = Path(spec.output_dir) / feature_file_name(root, extractor, name)
     return Job(
         root=root,
         extractor=extractor,
         name=name,
         split=split,
         plan=plan,
-        parts=Parts(target, features, plan),
+        parts=BlockFiles(target, features, plan),
         recipe=recipe_of_tables(root, data, split),
         augmented=augmented,
         report=data.report,

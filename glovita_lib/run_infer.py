@@ -8,16 +8,16 @@ import msgspec
 import numpy as np
 
 from glovita_lib import dist, files
-from glovita_lib.attention_maps import Recorder, draw_bags
+from glovita_lib.attention_maps import AttentionWriter, draw_bags
 from glovita_lib.data import Data, Split
 from glovita_lib.data_features import unlabelled_features
 from glovita_lib.data_folder import build_unlabelled
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import Experiment, read_data, restore, some_of
-from glovita_lib.loggers import say, table
+from glovita_lib.loggers import say, two_columns
 from glovita_lib.objectives import Predictions
 from glovita_lib.peft_base import ADDED, Insert
-from glovita_lib.resolved import Facts
+from glovita_lib.resolved import Resolved
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
@@ -42,16 +42,16 @@ def infer(loaded: Loaded, ranks: dist.Ranks, *, dry_run: bool) -> None:
     first = restore(paths[0], root, ranks)
     if root.infer.export is not None and ranks.is_main and not dry_run:
         export(Path(root.infer.export), first)
-    name, split = wanted_split(root, first.facts, ranks)
+    name, split = wanted_split(root, first.resolved, ranks)
     if dry_run:
-        split = some_of(split, first.facts.eval_batch_size, root.seed)
+        split = some_of(split, first.resolved.eval_batch_size, root.seed)
     folder = output_folder(loaded)
     target = folder / f"attention_{name}.h5"
     members: list[Predictions] = []
-    with Recorder(target, ranks, wanted=root.infer.attention and not dry_run) as recorder:
+    with AttentionWriter(target, ranks, wanted=root.infer.attention and not dry_run) as recorder:
         for path in paths:
             member = first if path == paths[0] else restore(path, root, ranks)
-            check_same_outputs(first.facts, paths[0], member.facts, path)
+            check_same_outputs(first.resolved, paths[0], member.resolved, path)
             with recorder.listening(member.model.head):
                 predictions = member.predict(split)
             if predictions is not None:
@@ -60,13 +60,13 @@ def infer(loaded: Loaded, ranks: dist.Ranks, *, dry_run: bool) -> None:
         if dry_run:
             return
         predictions = mean_of(members, first) if ranks.is_main else None
-        rows = [] if predictions is None else write(folder, name, split, predictions, first)
+        rows = [] if predictions is None else write_split(folder, name, split, predictions, first)
         notes = {"split": name, "checkpoints": list(map(str, paths))}
-        attention = recorder.write(split, first.facts, notes)
+        attention = recorder.write(split, first.resolved, notes)
     if predictions is not None:
         if attention is not None:
-            rows += draw(attention, split, predictions, first, root.infer.attention_maps)
-        say(table(rows))
+            rows += draw_attention(attention, split, predictions, first, root.infer.attention_maps)
+        say(two_columns(rows))
 
 
 def export(path: Path, experiment: Experiment) -> None:
@@ -181,7 +181,7 @@ def refuse_seen_samples(loaded: Loaded, folds: tuple[int, ...]) -> None:
         )
 
 
-def check_same_outputs(first: Facts, first_path: Path, other: Facts, path: Path) -> None:
+def check_same_outputs(first: Resolved, first_path: Path, other: Resolved, path: Path) -> None:
     """The members of an ensemble predict the same classes.
 
     Raises:
@@ -198,7 +198,7 @@ def check_same_outputs(first: Facts, first_path: Path, other: Facts, path: Path)
 # ---------------------------------------------------------------------- which samples
 
 
-def wanted_split(root: Root, facts: Facts, ranks: dist.Ranks) -> tuple[str, Split]:
+def wanted_split(root: Root, resolved: Resolved, ranks: dist.Ranks) -> tuple[str, Split]:
     """The samples to predict, and what they are called in file names.
 
     Raises:
@@ -206,9 +206,9 @@ def wanted_split(root: Root, facts: Facts, ranks: dist.Ranks) -> tuple[str, Spli
     """
     spec = root.infer
     if spec.input is not None:
-        return Path(spec.input).stem, new_samples(spec.input, root.data, facts)
+        return Path(spec.input).stem, new_samples(spec.input, root.data, resolved)
     data = read_data(root, ranks)
-    check_classes(data, facts)
+    check_classes(data, resolved)
     name = spec.split or ("test" if len(data.splits.get("test") or ()) else "val")
     if not len(data.splits.get(name) or ()):
         there = ", ".join(name for name, split in data.splits.items() if len(split))
@@ -216,37 +216,38 @@ def wanted_split(root: Root, facts: Facts, ranks: dist.Ranks) -> tuple[str, Spli
     return name, data.splits[name]
 
 
-def new_samples(path: str, data: BaseData | PrecomputedData, facts: Facts) -> Split:
+def new_samples(path: str, data: BaseData | PrecomputedData, resolved: Resolved) -> Split:
     """Samples without labels, of the kind that the model takes.
 
     Raises:
         UserError: there are none.
     """
-    if facts.kind != "images":
+    if resolved.kind != "images":
         names = data if isinstance(data, PrecomputedData) else PrecomputedData()
-        return unlabelled_features(Path(path), names, kind=facts.kind, width=facts.channels)
+        return unlabelled_features(Path(path), names, kind=resolved.kind, width=resolved.channels)
     images = data if isinstance(data, GenericImageData) else GenericImageData()
     return build_unlabelled(
         path,
-        channels=facts.channels,
-        bit_depth=facts.bit_depth,
+        channels=resolved.channels,
+        bit_depth=resolved.bit_depth,
         allowed_exts=images.allowed_exts,
     )
 
 
-def check_classes(data: Data, facts: Facts) -> None:
+def check_classes(data: Data, resolved: Resolved) -> None:
     """The data's targets are those that the model predicts.
 
     Raises:
         UserError: they are not.
     """
     ours = (data.subtask, data.class_names, data.channels)
-    if ours != (facts.subtask, facts.class_names, facts.channels):
+    if ours != (resolved.subtask, resolved.class_names, resolved.channels):
         raise UserError(
             f"data set {data.name} is {data.subtask} of {', '.join(data.class_names[:8])} with"
-            f" {data.channels} channels, the checkpoint was trained for {facts.subtask} of"
-            f" {', '.join(facts.class_names[:8])} with {facts.channels}; set data.class_names and"
-            " data.channels to the latter, or use infer.input to predict without labels"
+            f" {data.channels} channels, the checkpoint was trained for {resolved.subtask} of"
+            f" {', '.join(resolved.class_names[:8])} with {resolved.channels}; set"
+            " data.class_names and data.channels to the latter, or use infer.input to predict"
+            " without labels"
         )
 
 
@@ -275,14 +276,14 @@ def output_folder(loaded: Loaded) -> Path:
     return locate(loaded).path / "infer"
 
 
-def write(
+def write_split(
     folder: Path, name: str, split: Split, predictions: Predictions, experiment: Experiment
 ) -> list[tuple[str, str]]:
     """Write predictions, and of labelled samples metrics and plots too; lines on what came out and
     where it is."""
     rows = [("predictions", str(folder / f"predictions_{name}.csv"))]
     if predictions.targets is None:
-        write_predictions(folder / f"predictions_{name}.csv", predictions, experiment.facts)
+        write_predictions(folder / f"predictions_{name}.csv", predictions, experiment.resolved)
         return rows
     plot = experiment.root.task.result_plot != "none"
     report = write_results(folder, name, predictions, experiment, split=split, plot=plot)
@@ -293,12 +294,12 @@ def write(
     return rows
 
 
-def draw(
+def draw_attention(
     attention: Path, split: Split, predictions: Predictions, experiment: Experiment, maps: int
 ) -> list[tuple[str, str]]:
     """Draw heat maps of some of the bags; lines on where they and the attention of all are."""
     rows = [("attention", str(attention))]
     folder = attention.parent / "plots" / attention.stem
-    if draw_bags(attention, folder, split, predictions, experiment.facts, count=maps):
+    if draw_bags(attention, folder, split, predictions, experiment.resolved, count=maps):
         rows.append(("heat maps", f"{folder}/"))
     return rows

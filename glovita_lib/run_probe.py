@@ -16,7 +16,7 @@ from glovita_lib import checkpoint, dist, files, plots, results
 from glovita_lib.data import Data, Split
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
-from glovita_lib.loggers import better, say, table
+from glovita_lib.loggers import better, say, two_columns
 from glovita_lib.metric_names import DEFAULT_METRICS, logged_names, lower_is_better
 from glovita_lib.metrics import compute, metrics_report
 from glovita_lib.neighbors import nearest
@@ -42,7 +42,7 @@ KEPT = 2**26  # features that stay as they are computed with: 512 MiB in float64
 SHARE = 0.5  # of the free memory of a device that features may take
 
 
-def block_size(width: int, outputs: int, device: torch.device) -> int:
+def probe_block_size(width: int, outputs: int, device: torch.device) -> int:
     """Samples of a block of so many features and logits."""
     numbers = ON_CPU if device.type == "cpu" else ON_GPU
     return max(1, min(BLOCK, numbers // max(width, outputs, 1)))
@@ -70,7 +70,7 @@ def knn_scores(
         targets: (M,) class indices, of which the mean is that of one-hot rows, or (M, K) values.
     """
     scores = torch.empty(len(distances), outputs, device=distances.device)
-    size = block_size(1, outputs, distances.device)
+    size = probe_block_size(1, outputs, distances.device)
     for start in range(0, len(distances), size):
         part = slice(start, start + size)
         # relative to the nearest one, which cancels in the mean and keeps exp from vanishing
@@ -103,7 +103,7 @@ class Linear:
         """(N, D) -> (N, K) float32, on the device of the model."""
         weight, bias = self.solution[:-1].float(), self.solution[-1].float()
         logits = torch.empty(len(features), len(bias), device=bias.device)
-        size = block_size(*weight.shape, bias.device)
+        size = probe_block_size(*weight.shape, bias.device)
         for start in range(0, len(features), size):
             block = features[start : start + size].to(bias.device).float()
             block = (block - self.mean) / self.std
@@ -142,7 +142,7 @@ class Train:
     def converted(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The blocks, made one by one."""
         device = self.mean.device
-        size = block_size(self.features.shape[1], self.outputs, device)
+        size = probe_block_size(self.features.shape[1], self.outputs, device)
         for x, t in zip(self.features.split(size), self.targets.split(size), strict=True):
             x, t = x.to(device).double() - self.mean, t.to(device)
             yield x.div_(self.std), t.double() if t.ndim == 2 else t
@@ -150,7 +150,7 @@ class Train:
 
 def moments(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (D,) over the samples, float32; of a constant feature 1."""
-    blocks = features.split(block_size(features.shape[1], 1, device))
+    blocks = features.split(probe_block_size(features.shape[1], 1, device))
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
     square = total.clone()
     for block in blocks:
@@ -284,7 +284,6 @@ def ridge(gram: Tensor, moment: Tensor, center: Tensor, level: Tensor, l2: float
 
 # ---------------------------------------------------------------------------------- the mode
 #
-# Task probe: k nearest neighbours and linear models on precomputed features.
 #
 # N samples, D width, K classes or targets.
 
@@ -292,7 +291,7 @@ READ_BYTES = 2**26  # of the file, that are read at a time
 
 
 @dataclass(frozen=True)
-class Samples:
+class ProbeSplit:
     """A split in memory."""
 
     features: Tensor  # (N, D) in the file's float type; float32 where bags or standardised
@@ -301,7 +300,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedProbe:
     """A probe as it was chosen, with its scores of the held-out splits."""
 
     chosen: dict[str, Any]
@@ -319,12 +318,12 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
         if ranks.world > 1:
             raise UserError("a probe runs in one process: start it without torchrun")
         if dry_run:
-            rehearse(loaded)
+            dry_probe(loaded)
         else:
             probe(loaded, ranks)
 
 
-def rehearse(loaded: Loaded) -> None:
+def dry_probe(loaded: Loaded) -> None:
     """Read the data and say what is there."""
     data, samples = read(loaded)
     sizes = ", ".join(f"{name} {tuple(part.features.shape)}" for name, part in samples.items())
@@ -342,22 +341,22 @@ def probe(loaded: Loaded, ranks: dist.Ranks) -> None:
             files.write_json(run.config, loaded.plain)
             run.note_start(runtime_info(ranks, seed=root.seed))
             device = with_float64(ranks.device)
-            state = State.read(run.last, samples, device)
+            state = ProbeState.read(run.last, samples, device)
             # once for both methods and all splits
             samples["train"] = moved(samples["train"], device)
             for method in root.task.methods:
                 if method not in state.finished:
-                    fitted = fit(method, root.task, data, samples, device, state)
-                    state.finish(method, write(run, method, root, data, samples, fitted))
+                    fitted = fit_probe(method, root.task, data, samples, device, state)
+                    state.finish(method, write_probe(run, method, root, data, samples, fitted))
             content = {method: state.finished[method] for method in root.task.methods}
             files.write_json(run.path / "metrics_probe.json", content)
             run.mark_finished()
             if run.checkpoints.exists():
                 remove(run.checkpoints)
-    show(run, decision)
+    show_results(run, decision)
 
 
-def read(loaded: Loaded) -> tuple[Data, dict[str, Samples]]:
+def read(loaded: Loaded) -> tuple[Data, dict[str, ProbeSplit]]:
     """The splits in memory, bags averaged.
 
     Raises:
@@ -381,14 +380,14 @@ def read(loaded: Loaded) -> tuple[Data, dict[str, Samples]]:
     scaled = isinstance(spec, PrecomputedData) and spec.standardize
     scale = feature_moments(source) if scaled else None
     samples = {
-        name: Samples(gather(split, scale), split.targets, split.ids)
+        name: ProbeSplit(gather_features(split, scale), split.targets, split.ids)
         for name, split in data.splits.items()
         if len(split)
     }
     return data, samples
 
 
-def gather(split: Split, scale: tuple[np.ndarray, np.ndarray] | None) -> Tensor:
+def gather_features(split: Split, scale: tuple[np.ndarray, np.ndarray] | None) -> Tensor:
     """Features (N, D) of a split, of bags their means, minus mean over deviation of `scale`."""
     source, bags = split.source, isinstance(split.source, BagSource)
     width = source.reader.width if bags else source.uniform[0]
@@ -409,7 +408,7 @@ def with_float64(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def moved(samples: Samples, device: torch.device) -> Samples:
+def moved(samples: ProbeSplit, device: torch.device) -> ProbeSplit:
     """Samples with their features on the device, where they fit."""
     return replace(samples, features=resident(samples.features, device))
 
@@ -418,7 +417,7 @@ def moved(samples: Samples, device: torch.device) -> Samples:
 
 
 @dataclass
-class State:
+class ProbeState:
     """What a run that was stopped goes on from: finished methods, and of the linear models those
     that are fitted, of which the best one and the last one, where the next one starts, are kept."""
 
@@ -430,7 +429,7 @@ class State:
     last: Linear | None = None
 
     @classmethod
-    def read(cls, path: Path, samples: dict[str, Samples], device: torch.device) -> "State":
+    def read(cls, path: Path, samples: dict[str, ProbeSplit], device: torch.device) -> "ProbeState":
         """The state of a run, or that of one that begins.
 
         Raises:
@@ -459,7 +458,7 @@ class State:
 
     def finish(self, method: str, content: dict[str, Any]) -> None:
         """Note the results of a method; its models are no longer needed."""
-        self.finished[method] = files.plain(content)
+        self.finished[method] = files.as_json(content)
         self.candidates, self.best, self.last = [], None, None
         self.save()
 
@@ -503,24 +502,24 @@ class Choice:
         self.candidates.append({**setting, "val": metrics})
         return self.best == len(self.candidates) - 1
 
-    def fitted(self, scores: dict[str, Tensor]) -> Fitted:
+    def fitted(self, scores: dict[str, Tensor]) -> FittedProbe:
         """The best candidate, with its scores of each split."""
         setting = dict(self.candidates[self.best])
         value = setting.pop("val")[self.decisive]
         extreme = "lowest" if lower_is_better(self.decisive) else "highest"
         chosen = {**setting, "by": self.decisive, extreme: value}
         arrays = {name: found.cpu().numpy() for name, found in scores.items()}
-        return Fitted(chosen, self.candidates, arrays)
+        return FittedProbe(chosen, self.candidates, arrays)
 
 
-def fit(
+def fit_probe(
     method: str,
     task: Probe,
     data: Data,
-    samples: dict[str, Samples],
+    samples: dict[str, ProbeSplit],
     device: torch.device,
-    state: State,
-) -> Fitted:
+    state: ProbeState,
+) -> FittedProbe:
     """Every candidate of a method, and the best of them on val by the first metric."""
     names = task.metrics or DEFAULT_METRICS[data.subtask]
     choice = Choice(names, data, samples["val"].targets, state.candidates)
@@ -529,14 +528,14 @@ def fit(
     return fit_models(task, samples, device, choice, state)
 
 
-def held_out(samples: dict[str, Samples]) -> dict[str, Samples]:
+def held_out(samples: dict[str, ProbeSplit]) -> dict[str, ProbeSplit]:
     """The splits that are predicted."""
     return {name: part for name, part in samples.items() if name != "train"}
 
 
 def fit_knn(
-    task: Probe, samples: dict[str, Samples], device: torch.device, choice: Choice
-) -> Fitted:
+    task: Probe, samples: dict[str, ProbeSplit], device: torch.device, choice: Choice
+) -> FittedProbe:
     """Votes of the neighbours, which are looked for once, for the largest k."""
     train = samples["train"]
     ks = sorted({min(k, len(train.ids)) for k in task.k})  # no more neighbours than there are
@@ -571,8 +570,12 @@ def fit_knn(
 
 
 def fit_models(
-    task: Probe, samples: dict[str, Samples], device: torch.device, choice: Choice, state: State
-) -> Fitted:
+    task: Probe,
+    samples: dict[str, ProbeSplit],
+    device: torch.device,
+    choice: Choice,
+    state: ProbeState,
+) -> FittedProbe:
     """Linear models from the strongest L2 on, without those that the run has fitted before."""
     subtask, train = choice.data.subtask, samples["train"]
     done, count = len(choice.candidates), len(task.l2)
@@ -608,8 +611,13 @@ def fit_models(
 # ---------------------------------------------------------------------- results
 
 
-def write(
-    run: RunDir, method: str, root: Any, data: Data, samples: dict[str, Samples], fitted: Fitted
+def write_probe(
+    run: RunDir,
+    method: str,
+    root: Any,
+    data: Data,
+    samples: dict[str, ProbeSplit],
+    fitted: FittedProbe,
 ) -> dict[str, Any]:
     """Predictions and plots of a probe; what metrics_probe.json says of it."""
     task = root.task
@@ -630,7 +638,7 @@ def write(
     return content
 
 
-def show(run: RunDir, decision: str) -> None:
+def show_results(run: RunDir, decision: str) -> None:
     """What came out and where it is."""
     content = files.read_json(run.path / "metrics_probe.json")
     rows = []
@@ -645,4 +653,4 @@ def show(run: RunDir, decision: str) -> None:
     rows.append(("metrics", str(run.path / "metrics_probe.json")))
     rows.append(("predictions", str(run.path / "predictions_<method>_<split>.csv")))
     what = "was finished before; nothing to do" if decision == "finished" else "is finished"
-    say(f"{run.path} {what}\n{table(rows)}")
+    say(f"{run.path} {what}\n{two_columns(rows)}")

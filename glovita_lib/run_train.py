@@ -20,11 +20,11 @@ from glovita_lib.experiment import (
     cached,
     read_data,
     refuse_unstable,
-    resolve_facts,
+    resolve_spec,
     some_of,
     trained_weights,
 )
-from glovita_lib.loggers import build_logger, say, table
+from glovita_lib.loggers import build_logger, say, two_columns
 from glovita_lib.metrics import compute
 from glovita_lib.model import count_parameters
 from glovita_lib.peft import save_adapter
@@ -43,7 +43,7 @@ from glovita_lib.trainer import Hooks, kept_epoch
 # A dry run: one optimizer step, one evaluation, a checkpoint and its reload; nothing is kept.
 
 
-def rehearse(root: Root, ranks: dist.Ranks) -> None:
+def dry_train(root: Root, ranks: dist.Ranks) -> None:
     """Take a batch of the real data through everything that a training does.
 
     Raises:
@@ -55,16 +55,16 @@ def rehearse(root: Root, ranks: dist.Ranks) -> None:
     )
     root = replace(root, training=training)
     data = read_data(root, ranks)
-    facts = resolve_facts(root, data)
+    resolved = resolve_spec(root, data)
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
     count = root.dataloading.batch_size * training.gradient_accumulation_steps * ranks.world
     data.splits["train"] = some_of(data.splits["train"], count, root.seed)
-    experiment = assemble(root, facts, ranks, load_weights=True)
+    experiment = assemble(root, resolved, ranks, load_weights=True)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="glovita-") as folder:
         path = Path(folder) / "last.pt"
         hooks = Hooks(
-            measure=lambda predictions: measure(predictions, facts),
+            measure=lambda predictions: measure(predictions, resolved),
             log=records.append,
             save=lambda state, is_best, keep: checkpoint.save(path, state),
             say=lambda text: None,
@@ -72,14 +72,14 @@ def rehearse(root: Root, ranks: dist.Ranks) -> None:
         trainer = build_trainer(*seen_by_trainer(experiment, data), hooks)
         trainer.fit()
         trainer.close()
-        probe = some_of(data.splits.get("val") or data.splits["train"], facts.eval_batch_size, 0)
+        probe = some_of(data.splits.get("val") or data.splits["train"], resolved.eval_batch_size, 0)
         saved = dist.broadcast_object(ranks, path.read_bytes() if ranks.is_main else None)
         path = Path(folder) / "copy.pt"  # ranks on other machines have no file of their own
         path.write_bytes(saved)
         state = checkpoint.load(path, map_location="cpu")
         experiment.model.load_state_dict(trained_weights(state))
         before = experiment.predict(probe)
-        reloaded = assemble(root, facts, ranks, load_weights=False)
+        reloaded = assemble(root, resolved, ranks, load_weights=False)
         checkpoint.load_model(reloaded.model, trained_weights(state), path)
         after = reloaded.predict(probe)
     if not ranks.is_main:
@@ -93,13 +93,13 @@ def rehearse(root: Root, ranks: dist.Ranks) -> None:
     shown = {k: v for k, v in record.items() if k.startswith(("train_", "val_"))}
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None)
     rows = [
-        ("data", f"{facts.dataset}: {sizes}; {len(facts.class_names)} outputs"),
+        ("data", f"{resolved.dataset}: {sizes}; {len(resolved.class_names)} outputs"),
         ("model", str(count_parameters(experiment.model))),
         ("one step", numbers),
         ("memory", f"{record['memory_mb']:,.0f} MiB"),
     ]
     seconds = time.perf_counter() - started
-    say(f"dry run passed in {seconds:.1f} s; nothing was written\n{table(rows)}")
+    say(f"dry run passed in {seconds:.1f} s; nothing was written\n{two_columns(rows)}")
 
 
 def seen_by_trainer(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
@@ -109,14 +109,12 @@ def seen_by_trainer(experiment: Experiment, data: Data) -> tuple[Experiment, Dat
     refuse_unstable(experiment)
     splits = dict(data.splits)
     if splits.get("val"):
-        count = experiment.facts.eval_batch_size * experiment.ranks.world
+        count = experiment.resolved.eval_batch_size * experiment.ranks.world
         splits["val"] = some_of(splits["val"], count, experiment.root.seed)
     return cached(experiment, with_fields(data, splits=splits))
 
 
 # -------------------------------------------------------------------------------------- runs
-#
-# Mode train: learn, keep the best model, evaluate it, write everything down.
 
 FORMAT = 1  # of what a checkpoint holds
 
@@ -131,7 +129,7 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
         return
     with dist.session() as ranks:
         if dry_run:
-            rehearse(loaded.root, ranks)
+            dry_train(loaded.root, ranks)
         else:
             train(loaded, ranks)
 
@@ -144,8 +142,8 @@ def train(loaded: Loaded, ranks: dist.Ranks) -> None:
         conclude(run, ranks, "was finished before; nothing to do")
         return
     data = read_data(root, ranks)
-    facts = resolve_facts(root, data)
-    experiment = assemble(root, facts, ranks, load_weights=decision != "resume")
+    resolved = resolve_spec(root, data)
+    experiment = assemble(root, resolved, ranks, load_weights=decision != "resume")
     if root.training.cache_frozen_features:
         refuse_unstable(experiment)
     if ranks.is_main:
@@ -158,14 +156,14 @@ def train(loaded: Loaded, ranks: dist.Ranks) -> None:
 
 def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
     """What is about to be trained."""
-    facts, ranks = experiment.facts, experiment.ranks
+    resolved, ranks = experiment.resolved, experiment.ranks
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
-    what = "targets" if facts.subtask == "regression" else "classes"
+    what = "targets" if resolved.subtask == "regression" else "classes"
     device = f"{ranks.device}" + (f" x {ranks.world}" if ranks.world > 1 else "")
     say(
-        table(
+        two_columns(
             [
-                ("data", f"{facts.dataset}: {sizes}; {len(facts.class_names)} {what}"),
+                ("data", f"{resolved.dataset}: {sizes}; {len(resolved.class_names)} {what}"),
                 ("model", str(count_parameters(experiment.model))),
                 ("device", f"{device}, precision {experiment.precision}"),
                 ("run", str(run.path)),
@@ -183,7 +181,7 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
 
 def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, resume: bool) -> None:
     """The training itself, from the start or from the last checkpoint."""
-    root, facts, ranks = experiment.root, experiment.facts, experiment.ranks
+    root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
     saved = saved_state(run, loaded) if resume else None
     if ranks.is_main:
         prepare(run, loaded, experiment, saved)
@@ -197,8 +195,8 @@ def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, re
     identity = {
         "format": FORMAT,
         "spec": loaded.plain,
-        "facts": msgspec.to_builtins(facts),
-        "class_names": list(facts.class_names),
+        "resolved": msgspec.to_builtins(resolved),
+        "class_names": list(resolved.class_names),
         "logger_id": logger.run_id,
     }
 
@@ -213,7 +211,7 @@ def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, re
         if keep is not None:
             checkpoint.link(run.last, run.epoch(keep))
 
-    hooks = Hooks(lambda predictions: measure(predictions, facts), log, save, say)
+    hooks = Hooks(lambda predictions: measure(predictions, resolved), log, save, say)
     if root.training.cache_frozen_features:
         trainer = build_trainer(*cached(experiment, data), hooks)
     else:
@@ -254,10 +252,10 @@ def prepare(
 ) -> None:
     """The files that describe a run; of a run that goes on, the state its checkpoint knows."""
     if saved is None:
-        facts = experiment.facts
+        resolved = experiment.resolved
         files.write_text(run.spec, dump(as_of(run, experiment.root)))
         table = {share.part: share.counts() for share in parameter_table(experiment.model)}
-        resolved = {**msgspec.to_builtins(facts), "parameters": table}
+        resolved = {**msgspec.to_builtins(resolved), "parameters": table}
         files.write_json(run.resolved_config, resolved)
         files.write_json(run.config, loaded.plain)
     else:
@@ -307,24 +305,24 @@ def finish(run: RunDir, experiment: Experiment, data: Data) -> None:
     if ranks.is_main:
         if task.result_plot != "none":
             learning_curves(files.read_jsonl(run.metrics), run.plots / "curves.png")
-        summarize(run, experiment)
+        write_fold_summary(run, experiment)
         run.mark_finished()
     dist.barrier(ranks)
 
 
-def summarize(run: RunDir, experiment: Experiment) -> None:
+def write_fold_summary(run: RunDir, experiment: Experiment) -> None:
     """Metrics over the folds that are finished, and of all their predictions together."""
-    facts = experiment.facts
+    resolved = experiment.resolved
 
     def metrics(targets: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-        kind = {"subtask": facts.subtask, "class_names": facts.class_names}
-        return compute(facts.metrics, targets=targets, scores=scores, **kind)
+        kind = {"subtask": resolved.subtask, "class_names": resolved.class_names}
+        return compute(resolved.metrics, targets=targets, scores=scores, **kind)
 
     write_summary(
         run.group,
         config=files.read_json(run.config),
-        subtask=facts.subtask,
-        class_names=facts.class_names,
+        subtask=resolved.subtask,
+        class_names=resolved.class_names,
         measure=metrics,
     )
 
@@ -346,4 +344,4 @@ def conclude(run: RunDir, ranks: dist.Ranks, what: str) -> None:
     ]
     if run.plots.is_dir():
         rows.append(("plots", f"{run.plots}/"))
-    say(f"{run.path} {what}\n{table(rows)}")
+    say(f"{run.path} {what}\n{two_columns(rows)}")

@@ -22,7 +22,7 @@ from glovita_lib.errors import UserError
 from glovita_lib.experiment import read_data
 from glovita_lib.extraction import Extractor, Readout
 from glovita_lib.files import read_csv, write_csv, write_json
-from glovita_lib.loggers import Rate, say, table
+from glovita_lib.loggers import Rate, say, two_columns
 from glovita_lib.plot_projection import (
     Coloring,
     Text,
@@ -36,7 +36,7 @@ from glovita_lib.plot_projection import (
 )
 from glovita_lib.projection import MISSING, Projection, choose, perplexity_of, project
 from glovita_lib.read_features import BagSource, FileBags, feature_moments
-from glovita_lib.resolved import Facts
+from glovita_lib.resolved import Resolved
 from glovita_lib.run_extract import Job, plan_job, say_main, source_of, wanted_splits
 from glovita_lib.rundir import locate, versions
 from glovita_lib.spec import Loaded, Spec
@@ -60,7 +60,7 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
+class ChosenSamples:
     """The chosen samples and what is known of them."""
 
     features: np.ndarray  # (N, D) float32
@@ -111,7 +111,9 @@ def choose_samples(splits: dict[str, Split], data: Data, spec: Umap, seed: int) 
 # ---------------------------------------------------------------------- features
 
 
-def samples_of_features(splits: dict[str, Split], data: Data, spec: Umap, seed: int) -> Samples:
+def samples_of_features(
+    splits: dict[str, Split], data: Data, spec: Umap, seed: int
+) -> ChosenSamples:
     """Vectors, bags or instances of splits whose samples are features.
 
     Raises:
@@ -139,7 +141,7 @@ def samples_of_features(splits: dict[str, Split], data: Data, spec: Umap, seed: 
         owners += [split.ids[row] for row in owner]
         targets += [] if split.targets is None else [split.targets[owner]]
         names += [name] * len(owner)
-    found = Samples(
+    found = ChosenSamples(
         features=np.concatenate(features).astype(np.float32, copy=False),
         ids=ids,
         owners=owners,
@@ -156,7 +158,7 @@ def samples_of_features(splits: dict[str, Split], data: Data, spec: Umap, seed: 
     return found
 
 
-def standardize(samples: Samples, data: Data) -> Samples:
+def standardize(samples: ChosenSamples, data: Data) -> ChosenSamples:
     """The samples with features of mean 0 and deviation 1 over the train split, as a model that
     data.standardize asks for takes them; a mean of instances is that of standardised ones.
 
@@ -194,7 +196,7 @@ def instances(source: BagSource, owner: np.ndarray, inside: np.ndarray) -> np.nd
     ])  # fmt: skip
 
 
-def refuse_nan(samples: Samples) -> None:
+def refuse_nan(samples: ChosenSamples) -> None:
     """All features are numbers.
 
     Raises:
@@ -292,29 +294,31 @@ def embeddings_of(
         parts.append(readouts)
         splits[name] = subset(part, kept) if len(kept) < len(part) else part
     targets = [part.targets for part in splits.values()]
-    facts = experiment.facts
+    resolved = experiment.resolved
     return Embeddings(
         features=np.concatenate([part.features for part in parts]),
         targets=None if any(t is None for t in targets) else np.concatenate(targets),
         ids=[name for part in splits.values() for name in part.ids],
         class_names=data.class_names,
         subtask=data.subtask,
-        said=Said(np.concatenate([part.scores for part in parts]), facts.subtask, facts.class_names)
+        said=Said(
+            np.concatenate([part.scores for part in parts]), resolved.subtask, resolved.class_names
+        )
         if trained
         else None,
         splits=splits,
-        notes=other_outputs(facts, data) if trained else (),
+        notes=other_outputs(resolved, data) if trained else (),
     )
 
 
-def other_outputs(facts: Facts, data: Data) -> tuple[str, ...]:
+def other_outputs(resolved: Resolved, data: Data) -> tuple[str, ...]:
     """A note where the data have other classes or targets than those the model was trained on."""
-    if (facts.subtask, facts.class_names) == (data.subtask, data.class_names):
+    if (resolved.subtask, resolved.class_names) == (data.subtask, data.class_names):
         return ()
-    names = ", ".join(facts.class_names[:10]) + ", ..." * (len(facts.class_names) > 10)
+    names = ", ".join(resolved.class_names[:10]) + ", ..." * (len(resolved.class_names) > 10)
     return (
         f"{data.name} has other classes or targets than the model was trained on"
-        f" ({facts.subtask}: {names}); predictions are shown under the model's own, without"
+        f" ({resolved.subtask}: {names}); predictions are shown under the model's own, without"
         " mistakes",
     )
 
@@ -347,8 +351,6 @@ def read_split(job: Job) -> tuple[Readout, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------- the mode
-#
-# Mode umap: features in two dimensions as PNG, SVG, CSV and interactive HTML.
 
 DRY = 50  # samples of a dry run
 SUFFIXES = {"picture": "png", "vectors": "svg", "page": "html", "table": "csv", "numbers": "json"}
@@ -366,16 +368,16 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
     with dist.session() as ranks:
         # A picture of some thousand samples is work for one process; the others wait for it.
         alone = with_fields(ranks, rank=0, world=1)
-        dist.main_decides(ranks, lambda: show(loaded, spec, alone, dry_run=dry_run))
+        dist.main_decides(ranks, lambda: make_map(loaded, spec, alone, dry_run=dry_run))
 
 
-def show(loaded: Loaded, spec: Umap, ranks: dist.Ranks, *, dry_run: bool) -> None:
+def make_map(loaded: Loaded, spec: Umap, ranks: dist.Ranks, *, dry_run: bool) -> None:
     """Find the samples, lay them out, write everything and say where it is."""
     refuse_early(spec)
     samples = find_samples(loaded, spec, ranks)
     for note in samples.notes:
         say(f"  note: {note}")
-    draw(loaded, spec, samples, ranks, dry_run=dry_run)
+    draw_projection(loaded, spec, samples, ranks, dry_run=dry_run)
 
 
 def refuse_early(spec: Umap) -> None:
@@ -393,7 +395,7 @@ def refuse_early(spec: Umap) -> None:
 # ---------------------------------------------------------------------- samples
 
 
-def find_samples(loaded: Loaded, spec: Umap, ranks: dist.Ranks) -> Samples:
+def find_samples(loaded: Loaded, spec: Umap, ranks: dist.Ranks) -> ChosenSamples:
     """The chosen samples with their features."""
     seed, own = seed_of(loaded, spec), loaded.root.data
     if spec.input is not None:
@@ -426,7 +428,7 @@ def wanted(splits: dict[str, Split], name: str | None, data: str) -> dict[str, S
     return {name: there[name]}
 
 
-def samples_of_model(loaded: Loaded, spec: Umap, ranks: dist.Ranks, seed: int) -> Samples:
+def samples_of_model(loaded: Loaded, spec: Umap, ranks: dist.Ranks, seed: int) -> ChosenSamples:
     """Samples of the spec's own data with what its model makes of them."""
     total, name = 0, ""
 
@@ -440,7 +442,7 @@ def samples_of_model(loaded: Loaded, spec: Umap, ranks: dist.Ranks, seed: int) -
     except UserError as error:
         raise UserError(str(error).replace("extract.split", "umap.split")) from None
     names = [key for key, split in found.splits.items() for _ in split.ids]
-    return Samples(
+    return ChosenSamples(
         features=found.features,
         ids=found.ids,
         owners=found.ids,
@@ -472,7 +474,7 @@ def image_of(splits: list[Split]) -> Images | None:
 # ---------------------------------------------------------------------- colours
 
 
-def colorings_of(samples: Samples, spec: Umap) -> list[Coloring]:
+def colorings_of(samples: ChosenSamples, spec: Umap) -> list[Coloring]:
     """All that is known of the samples; what was asked for comes first.
 
     Raises:
@@ -499,7 +501,7 @@ def colorings_of(samples: Samples, spec: Umap) -> list[Coloring]:
     return distinct_titles(list({id(coloring): coloring for coloring in known}.values()))
 
 
-def splits_of(samples: Samples) -> list[Coloring]:
+def splits_of(samples: ChosenSamples) -> list[Coloring]:
     """The splits as a property of the samples, where there are several."""
     names = list(dict.fromkeys(samples.splits))
     if len(names) < 2:
@@ -522,7 +524,9 @@ def distinct_titles(colorings: list[Coloring]) -> list[Coloring]:
 # ---------------------------------------------------------------------- results
 
 
-def draw(loaded: Loaded, spec: Umap, samples: Samples, ranks: dist.Ranks, *, dry_run: bool) -> None:
+def draw_projection(
+    loaded: Loaded, spec: Umap, samples: ChosenSamples, ranks: dist.Ranks, *, dry_run: bool
+) -> None:
     """Lay the samples out, write everything and say where it is."""
     colorings = colorings_of(samples, spec)
     seed = seed_of(loaded, spec)
@@ -540,10 +544,10 @@ def draw(loaded: Loaded, spec: Umap, samples: Samples, ranks: dist.Ranks, *, dry
         return
     stem = output_stem(loaded, spec)
     text = words_of(spec, samples, projection)
-    files = write(stem, spec, samples, projection, colorings, text)
+    files = write_map(stem, spec, samples, projection, colorings, text)
     write_json(files["numbers"], numbers_of(spec, samples, projection, seed, loaded))
     rows = [("samples", shown), ("trustworthiness", trust)]
-    say(table([*rows, *((kind, str(path)) for kind, path in files.items())]))
+    say(two_columns([*rows, *((kind, str(path)) for kind, path in files.items())]))
 
 
 def output_stem(loaded: Loaded, spec: Umap) -> Path:
@@ -570,7 +574,7 @@ def trust_text(projection: Projection) -> str:
     )
 
 
-def words_of(spec: Umap, samples: Samples, projection: Projection) -> Text:
+def words_of(spec: Umap, samples: ChosenSamples, projection: Projection) -> Text:
     """Heading of the picture: the data, then all that the picture depends on."""
     count, total = len(samples.ids), samples.total
     unit = "instances" if samples.owners != samples.ids else "samples"
@@ -592,10 +596,10 @@ def words_of(spec: Umap, samples: Samples, projection: Projection) -> Text:
     return Text(title, " · ".join(parts), projection.axes)
 
 
-def write(
+def write_map(
     stem: Path,
     spec: Umap,
-    samples: Samples,
+    samples: ChosenSamples,
     projection: Projection,
     colorings: list[Coloring],
     text: Text,
@@ -629,7 +633,7 @@ def write(
 
 
 def numbers_of(
-    spec: Umap, samples: Samples, projection: Projection, seed: int, loaded: Loaded
+    spec: Umap, samples: ChosenSamples, projection: Projection, seed: int, loaded: Loaded
 ) -> dict[str, Any]:
     """What the picture was made with, and how far it can be trusted."""
     found = versions()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from glovita_lib.dist import mix
+from glovita_lib.dist import hash_seed
 
 # ----------------------------------------------------------------------- batches of an epoch
 #
@@ -61,7 +61,7 @@ class TrainOrder:
         if not self.shuffle:
             return np.arange(self.count)
         if self._permutation is None or self._epoch != epoch:
-            generator = torch.Generator().manual_seed(mix(self.seed, ORDER, epoch))
+            generator = torch.Generator().manual_seed(hash_seed(self.seed, ORDER, epoch))
             self._permutation = torch.randperm(self.count, generator=generator).numpy()
             self._epoch = epoch
         return self._permutation
@@ -112,7 +112,7 @@ class WindowOrder(TrainOrder):
         if not self.shuffle:
             return np.arange(self.count)
         if self._permutation is None or self._epoch != epoch:
-            draw = np.random.default_rng(mix(self.seed, ORDER, epoch))
+            draw = np.random.default_rng(hash_seed(self.seed, ORDER, epoch))
             starts = draw.permutation(-(-self.count // self.block)) * self.block
             order = (starts[:, None] + np.arange(self.block)).ravel()
             order = order[order < self.count]

@@ -200,9 +200,9 @@ def settle(
         return text
     if text in ("none", "None") and (free or kind is not None):
         if not free and not spec_errors.is_optional(kind):
-            near = errors.nearest(text, [word for word in listed if isinstance(word, str)])
+            near = errors.nearest_word(text, [word for word in listed if isinstance(word, str)])
             hint = f'; did you mean "{near}"?' if near else ""
-            key, valid = spec_errors.dotted(path), spec_errors.describe(kind)
+            key, valid = spec_errors.dotted(path), spec_errors.describe_type(kind)
             problems.append(f"{OVERRIDE} {key}={text}: cannot be unset: it must be {valid}{hint}")
         return UNSET
     if kind is None or isinstance(value, str | list | dict):
@@ -276,7 +276,7 @@ class Loaded:
     """The root as builtin types, defaults filled in."""
 
 
-def load(path: str | os.PathLike, overrides: Sequence[str], root_type: type[Spec]) -> Loaded:
+def load_spec(path: str | os.PathLike, overrides: Sequence[str], root_type: type[Spec]) -> Loaded:
     """Read a spec, lay it over what it extends, lay the overrides over it and check every key.
 
     Raises:
@@ -289,7 +289,7 @@ def load(path: str | os.PathLike, overrides: Sequence[str], root_type: type[Spec
     tables = extended(path, merge, problems, ())
     tables, keys, mistakes = override(tables, overrides, merge)
     problems += [f"{path}: {mistake}" for mistake in mistakes]
-    root, found = spec_errors.convert(tables, root_type, kind)
+    root, found = spec_errors.convert_tables(tables, root_type, kind)
     for key, text in found:
         place = f"{spec_errors.dotted(key)}: " if key else ""
         problems.append(f"{located(merge.origins.of(key), path)}{place}{text}")
@@ -330,7 +330,7 @@ def similar_file(path: str) -> str:
     folder = os.path.dirname(path)
     if not os.path.isdir(folder or "."):
         return f"; there is no folder {folder}"
-    near = errors.nearest(os.path.basename(path), os.listdir(folder or "."))
+    near = errors.nearest_word(os.path.basename(path), os.listdir(folder or "."))
     return f"; did you mean {os.path.join(folder, near)}?" if near else ""
 
 

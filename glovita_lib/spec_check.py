@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from glovita_lib import spec_rules
 from glovita_lib.errors import UserError
-from glovita_lib.metric_names import DEFAULT_METRICS, METRICS_OF, canonical, logged_names
-from glovita_lib.spec import Loaded, load
+from glovita_lib.metric_names import DEFAULT_METRICS, METRICS_OF, canonical_metric, logged_names
+from glovita_lib.spec import Loaded, load_spec
 from glovita_lib.spec_data import CustomData, PrecomputedData
 from glovita_lib.spec_errors import one_of, shown
 from glovita_lib.spec_model import (
@@ -29,7 +29,7 @@ from glovita_lib.spec_rules import (
     ignored_options,
     is_regression,
     known_channels,
-    subtask_of,
+    stated_subtask,
     umap_options,
 )
 from glovita_lib.spec_train import Probe, Supervised
@@ -57,7 +57,7 @@ def load_checked(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Load
     Raises:
         UserError: one line for each mistake.
     """
-    loaded = load(path, overrides, Root)
+    loaded = load_spec(path, overrides, Root)
     if problems := check(loaded.root):
         raise UserError("\n".join(f"{loaded.path}: {problem}" for problem in problems))
     return loaded
@@ -123,7 +123,7 @@ def run_name(root: Root) -> Iterator[str]:
 
 def head_fits_targets(root: Root) -> Iterator[str]:
     """Classes need a classification head, numbers a regression head."""
-    subtask, head = subtask_of(root.data), root.model.head
+    subtask, head = stated_subtask(root.data), root.model.head
     if subtask == "regression" and isinstance(head, ClassificationHead):
         yield (
             'model.head.head_type: "classification" cannot predict the numbers of data.subtask ='
@@ -174,7 +174,7 @@ def metrics_exist(root: Root) -> Iterator[str]:
 
 def metrics_fit_targets(root: Root) -> Iterator[str]:
     """Each metric is defined for the kind of targets."""
-    subtask = subtask_of(root.data)
+    subtask = stated_subtask(root.data)
     for name in dict.fromkeys(getattr(root.task, "metrics", None) or ()):
         if subtask and name not in METRICS_OF[subtask]:
             valid = ", ".join(METRICS_OF[subtask])
@@ -202,15 +202,15 @@ def best_metric_is_logged(root: Root) -> Iterator[str]:
     asked = root.training.best_checkpoint_metric
     if asked is None or not isinstance(root.task, Supervised):
         return
-    kind = subtask_of(root.data) or ("regression" if is_regression(root) else "multiclass")
-    names = logged_names(root.task.metrics or DEFAULT_METRICS[kind], class_names(root))
+    kind = stated_subtask(root.data) or ("regression" if is_regression(root) else "multiclass")
+    names = logged_names(root.task.metrics or DEFAULT_METRICS[kind], known_class_names(root))
     try:
-        canonical(asked, ["val_loss", *(f"val_{name}" for name in names)])
+        canonical_metric(asked, ["val_loss", *(f"val_{name}" for name in names)])
     except UserError as error:
         yield f"training.best_checkpoint_metric: {error}"
 
 
-def class_names(root: Root) -> tuple[str, ...] | None:
+def known_class_names(root: Root) -> tuple[str, ...] | None:
     """Class names that the spec states."""
     return getattr(root.data, "class_names", None)
 

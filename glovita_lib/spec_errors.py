@@ -14,11 +14,9 @@ from glovita_lib.errors import meant
 
 Fraction = Annotated[float, Meta(gt=0, le=1)]
 
-
 # --------------------------------------------------------------------------- bounded numbers
 
 Count = Annotated[int, Meta(ge=1)]
-
 
 # --------------------------------------------------------------------------- types of fields
 #
@@ -100,7 +98,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
 
 
-def describe(kind: Type) -> str:
+def describe_type(kind: Type) -> str:
     """What a field accepts, in words; that it may be unset is left out.
 
     >>> from typing import Annotated
@@ -126,9 +124,9 @@ def describe_plain(kind: Type) -> str:
     if isinstance(kind, kinds.FloatType):
         return "a number" + bounds(kind)
     if isinstance(kind, kinds.VarTupleType | kinds.ListType):
-        return f"an array, each entry {describe(kind.item_type)}"
+        return f"an array, each entry {describe_type(kind.item_type)}"
     if isinstance(kind, kinds.TupleType):
-        entries = [describe(item) for item in kind.item_types]
+        entries = [describe_type(item) for item in kind.item_types]
         each = f"each {entries[0]}" if len(set(entries)) == 1 else ", ".join(entries)
         return f"an array of {len(entries)}, {each}"
     simple = {
@@ -207,7 +205,7 @@ class Walk:
                 self.unknown_key(key, value, member, kind, path)
         for name, field in fields.items():
             if field.required and name not in table:
-                self.add((*path, name), f"missing: it must be {describe(field.type)}")
+                self.add((*path, name), f"missing: it must be {describe_type(field.type)}")
         return done
 
     def value(self, value: Any, kind: Type, default: Any, path: Path) -> Any:
@@ -224,7 +222,7 @@ class Walk:
             return value
         if isinstance(value, list):
             self.array(value, kind, path)
-        elif not any(fits(value, option) for option in options_of(kind)):
+        elif not any(value_fits(value, option) for option in options_of(kind)):
             self.mismatch(value, kind, path)
         return value
 
@@ -249,7 +247,7 @@ class Walk:
 
     def mismatch(self, value: Any, kind: Type, path: Path) -> None:
         """A value of the wrong type or outside its bounds."""
-        text = f"{shown(value)} is not valid: it must be {describe(kind)}"
+        text = f"{shown(value)} is not valid: it must be {describe_type(kind)}"
         self.add(path, text + hint(value, kind))
 
     def unknown_tag(self, table: dict, kind: Type, path: Path) -> None:
@@ -273,11 +271,11 @@ class Walk:
         ]
         if owners:
             text += f"; {key} belongs to {member.tag_field} = {one_of(owners)}"
-        elif near := errors.nearest(key, names, 0.75):
+        elif near := errors.nearest_word(key, names, 0.75):
             text += f'; did you mean "{near}"?'
         elif places := self.places(key):
             text += f"; did you mean {' or '.join(places[:3])}?"
-        elif near := errors.nearest(key, names):
+        elif near := errors.nearest_word(key, names):
             text += f'; did you mean "{near}"?'
         self.add((*path, key), text)
 
@@ -287,7 +285,7 @@ class Walk:
         return [dotted for dotted in every if dotted.rpartition(".")[2] == key]
 
 
-def fits(value: Any, kind: Type) -> bool:
+def value_fits(value: Any, kind: Type) -> bool:
     """Whether a value that is neither table nor array belongs to one plain type."""
     if isinstance(kind, kinds.AnyType):
         return True
@@ -319,13 +317,13 @@ def hint(value: Any, kind: Type) -> str:
     options = options_of(kind)
     if isinstance(value, str) and (near := meant(value, texts(kind))):
         return near
-    if isinstance(value, float) and value.is_integer() and fits(int(value), kind):
+    if isinstance(value, float) and value.is_integer() and value_fits(int(value), kind):
         return f"; write {int(value)}"
     entry = item_type(kind)
     if entry is not None and not isinstance(value, list | dict):
         return f"; write [{shown(value)}]" + meant(str(value), texts(entry))
     number = parsed(value) if isinstance(value, str) else None
-    if number is not None and any(fits(number, option) for option in options):
+    if number is not None and any(value_fits(number, option) for option in options):
         return f"; write {shown(number)} without quotes"
     return ""
 
@@ -355,7 +353,9 @@ def parsed(text: str) -> bool | int | float | None:
     return None
 
 
-def convert(plain: dict, root_type: type, kind: StructType) -> tuple[Any, list[tuple[Path, str]]]:
+def convert_tables(
+    plain: dict, root_type: type, kind: StructType
+) -> tuple[Any, list[tuple[Path, str]]]:
     """The Structs of a spec's tables, or None and all mistakes with the paths of their keys.
 
     `kind` is the type information of `root_type`.

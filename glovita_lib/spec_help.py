@@ -259,7 +259,7 @@ def unknown(key: str, root: StructType) -> str:
     every = list(dict.fromkeys(spec_errors.all_keys(root)))
     name = key.rpartition(".")[2]
     near = [entry for entry in every if entry.rpartition(".")[2] == name][:5]
-    near = near or [entry for entry in [errors.nearest(key, every)] if entry]
+    near = near or [entry for entry in [errors.nearest_word(key, every)] if entry]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     sections = ", ".join(field.name for field in root.fields)
     return (
@@ -296,7 +296,7 @@ def field_lines(key: str, field: Field, owner: StructType) -> Iterator[str]:
     if not members:
         yield key
         yield indented(doc, 2)
-        yield indented(f"{spec_errors.describe(field.type)}; {default_text(field)}", 2)
+        yield indented(f"{spec_errors.describe_type(field.type)}; {default_text(field)}", 2)
         return
     yield f"{key}: {doc}"
     default = spec_errors.default_member(field.type, spec_errors.default_of(field))
@@ -314,7 +314,7 @@ def table_lines(key: str, member: StructType, default: StructType | None) -> Ite
     docs = field_docs(member.cls)
     for field in member.fields:
         yield indented(
-            f"{field.name}: {spec_errors.describe(field.type)}; {default_text(field)}", 2, 8
+            f"{field.name}: {spec_errors.describe_type(field.type)}; {default_text(field)}", 2, 8
         )
         yield indented(docs[field.name], 6)
 

@@ -166,10 +166,7 @@ Head = (
     | CustomHead
 )
 
-
 # ---------------------------------------------------------------------------------- encoders
-#
-# Model section of a spec: encoder, aggregation and head.
 
 Channels = Annotated[int, Meta(ge=1)]
 Aggregation = Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"]
@@ -238,7 +235,7 @@ class CustomEncoder(Spec, tag="custom", tag_field="encoder_type", kw_only=True):
 Encoder = TimmEncoder | TorchvisionEncoder | PrecomputedEncoder | CustomEncoder
 
 
-class Model(Spec):
+class ModelSpec(Spec):
     """encoder -> aggregation -> head."""
 
     encoder: Encoder = TimmEncoder()

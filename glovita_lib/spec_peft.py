@@ -229,8 +229,6 @@ class Gps(Targeted, tag="gps", tag_field="method"):
 
 
 # ------------------------------------------------------------------------------- all methods
-#
-# PEFT section of a spec: which parameters train and what is added to them.
 
 Size = Annotated[int, Meta(ge=1)]
 

@@ -6,7 +6,7 @@ from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_data import Data, DigitsData
-from glovita_lib.spec_model import Model
+from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
 from glovita_lib.spec_train import (
     Dataloading,
@@ -39,7 +39,7 @@ class Root(Spec):
     """Spec file that this one changes, relative to this file."""
     data: Data = DigitsData()
     """Samples, labels and splits."""
-    model: Model = Model()
+    model: ModelSpec = ModelSpec()
     """Encoder, aggregation and head."""
     peft: Peft = FullFinetuning()
     """Which parameters train."""

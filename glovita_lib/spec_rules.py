@@ -36,7 +36,7 @@ from glovita_lib.spec_train import Umap
 # Rules of the data section, and what a spec says of its data before any of it is read.
 
 
-def subtask_of(data: Any) -> Subtask | None:
+def stated_subtask(data: Any) -> Subtask | None:
     """Kind of target that the data section states; None if only the data can tell."""
     if isinstance(data, DigitsData | Cifar10Data | Cifar100Data):
         return "multiclass"
@@ -47,7 +47,7 @@ def subtask_of(data: Any) -> Subtask | None:
 
 def is_regression(root: Root) -> bool:
     """Whether numbers are predicted; where the data section does not say, the head does."""
-    subtask = subtask_of(root.data)
+    subtask = stated_subtask(root.data)
     return (subtask or "regression") == "regression" and (
         subtask is not None or isinstance(root.model.head, RegressionHead)
     )
@@ -81,11 +81,11 @@ def stated_outputs(data: Any) -> list[tuple[str, int]]:
     if getattr(data, "class_names", None) is not None:
         stated.append(("data.class_names", len(data.class_names)))
     columns = getattr(data, "label_column", None)
-    regression = isinstance(data, GenericImageData) and subtask_of(data) == "regression"
+    regression = isinstance(data, GenericImageData) and stated_subtask(data) == "regression"
     reads_columns = isinstance(data, GenericImageData) and data.label_source == "csv"
     if reads_columns and (isinstance(columns, tuple) or regression):
         count = len(columns) if isinstance(columns, tuple) else 1
-        if subtask_of(data) in ("regression", "multilabel") and (regression or count > 1):
+        if stated_subtask(data) in ("regression", "multilabel") and (regression or count > 1):
             stated.append(("data.label_column", count))
     return stated
 
@@ -124,7 +124,7 @@ def labels_fit_subtask(root: Root) -> Iterator[str]:
     data = root.data
     if not isinstance(data, GenericImageData):
         return
-    subtask = subtask_of(data)
+    subtask = stated_subtask(data)
     if data.label_source == "folder" and subtask != "multiclass":
         yield (
             f'data.label_source: "folder" gives each image one class, not {subtask} targets: use'
@@ -262,7 +262,6 @@ DATA_RULES = (
 )
 """Rules of the data section, in the order in which their lines are shown."""
 
-
 # -------------------------------------------------------------------------------------- PEFT
 #
 # Rules for the PEFT section, checked before any data is read. What only the built encoder can tell
@@ -389,7 +388,6 @@ PEFT_RULES = (
     export_is_one_file,
 )
 
-
 # -------------------------------------------------------------------------------------- umap
 #
 # Rules of the section umap, checked before any data is read; one line for each mistake.
@@ -507,7 +505,7 @@ OPTIONS = (
     Option("data.label_column", reads_table, LABEL_TABLE),
     Option("data.group_column", reads_table, LABEL_TABLE),
     Option("data.label_separator",
-           lambda r: reads_table(r) and subtask_of(r.data) == "multilabel"
+           lambda r: reads_table(r) and stated_subtask(r.data) == "multilabel"
            and isinstance(r.data.label_column, str),
            'data.label_source = "csv", data.subtask = "multilabel" and one data.label_column'),
     # ---- extract
@@ -575,7 +573,7 @@ def ignored_options(root: Root) -> Iterator[str]:
     """Options away from their default that nothing would read."""
     for option in OPTIONS:
         owner, name = owner_of(root, option.key)
-        if owner is None or getattr(owner, name) == default_of(owner, name):
+        if owner is None or getattr(owner, name) == option_default(owner, name):
             continue
         if not option.is_read(root):
             value = shown(getattr(owner, name))
@@ -591,7 +589,7 @@ def owner_of(root: Root, key: str) -> tuple[Any, str]:
     return (owner if hasattr(owner, name) else None), name
 
 
-def default_of(owner: Any, name: str) -> Any:
+def option_default(owner: Any, name: str) -> Any:
     """Default of a field; fields and defaults are aligned at their ends."""
     fields, defaults = owner.__struct_fields__, owner.__struct_defaults__
     return defaults[fields.index(name) - len(fields)]

@@ -20,7 +20,7 @@ from glovita_lib.dist import autocast, build_scaler, resolve_precision
 from glovita_lib.errors import UserError
 from glovita_lib.loader import Batch, Loader
 from glovita_lib.loggers import Bar, Meter, better, epoch_line
-from glovita_lib.objectives import Clock, Objective, Predictions, evaluate
+from glovita_lib.objectives import BatchRng, Objective, Predictions, evaluate
 from glovita_lib.optim import Schedule, build_average, build_optimizer, set_lr
 from glovita_lib.spec_train import Optimizer, Training
 
@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 @dataclass
-class State:
+class TrainState:
     """Where a run stands; saved with every checkpoint."""
 
     epoch: int = 0  # the current one; equal to training.epochs at the end
@@ -89,7 +89,7 @@ class Trainer:
             model.compile()
         self.parallel = dist.wrap(model, ranks, training.ddp_find_unused_parameters)
         self.adapts = any(True for _ in peft_base.adapters(model))
-        self.state = State()
+        self.state = TrainState()
         self.meter, self.epoch_meter = Meter(), Meter()
         self.first_bad = torch.tensor(-1, device=ranks.device)  # batch whose loss was not finite
 
@@ -131,7 +131,7 @@ class Trainer:
     def train_batch(self, batch: Batch) -> None:
         """Forward and backward of one batch, and the optimizer step where it completes one."""
         state = self.state
-        clock = Clock(self.seed, state.epoch, state.batch, self.ranks.rank)
+        clock = BatchRng(self.seed, state.epoch, state.batch, self.ranks.rank)
         dist.seed_step(self.seed, state.epoch, state.batch, self.ranks.rank)  # dropout
         ends_step = self.ends_step(state.batch + 1)
         with self.synchronized(ends_step):
@@ -155,7 +155,7 @@ class Trainer:
         batches = islice(self.train_loader.epoch(0), self.calibration_batches)
 
         def loss(batch: Batch) -> Tensor:
-            clock = Clock(self.seed, 0, 0, self.ranks.rank)
+            clock = BatchRng(self.seed, 0, 0, self.ranks.rank)
             with autocast(self.precision, self.ranks.device):
                 return self.objective.loss(self.model, batch, clock)[0]
 
@@ -376,7 +376,7 @@ class Trainer:
             self.ema.n_averaged.fill_(saved["state"]["step"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
-        self.state = State(**saved["state"])
+        self.state = TrainState(**saved["state"])
         self.state.sums = {k: v.to(self.ranks.device) for k, v in self.state.sums.items()}
 
 

@@ -18,12 +18,12 @@ from planted_bags import CLASSES, Planted, plant
 
 from glovita_lib import attention_maps, dist
 from glovita_lib.attention_maps import (
+    AttentionHook,
+    AttentionWriter,
     BagMap,
-    Listener,
-    Recorder,
     Sizes,
     attention_map,
-    blocks,
+    bag_blocks,
     caption,
     chosen_bags,
     concentration,
@@ -294,8 +294,8 @@ def test_a_full_disk_is_one_line(tmp_path):
 
     head = SimpleNamespace(attention=lambda bag: (torch.zeros(len(bag), 1), None))
     with pytest.raises(UserError, match="cannot write parts/0: No space left"):
-        Listener(Full())(head, (torch.zeros(3, 2),), torch.zeros(1, 2))
-    with pytest.raises(UserError), Recorder(tmp_path / "a.h5", ONE, wanted=True) as recorder:
+        AttentionHook(Full())(head, (torch.zeros(3, 2),), torch.zeros(1, 2))
+    with pytest.raises(UserError), AttentionWriter(tmp_path / "a.h5", ONE, wanted=True) as recorder:
         path = recorder.part(0, 0)
         path.parent.mkdir()
         path.write_bytes(b"")
@@ -315,7 +315,7 @@ def test_softmax_and_blocks(monkeypatch):
     expected = torch.cat([part.softmax(0) for part in parts])
     np.testing.assert_allclose(softmax(scores, starts), expected, rtol=1e-9)
     monkeypatch.setattr(attention_maps, "BLOCK", 8)
-    assert list(blocks(lengths)) == [(0, 2), (2, 3), (3, 5), (5, 6)]
+    assert list(bag_blocks(lengths)) == [(0, 2), (2, 3), (3, 5), (5, 6)]
 
 
 def test_scores_of_ranks_are_one_stream(tmp_path, monkeypatch):
@@ -323,7 +323,7 @@ def test_scores_of_ranks_are_one_stream(tmp_path, monkeypatch):
     monkeypatch.setattr(attention_maps, "BLOCK", 6)
     lengths = np.array([2, 3, 4, 1, 5])
     ranks = dist.Ranks(0, 3, 0, torch.device("cpu"))
-    recorder = Recorder(tmp_path / "a.h5", ranks, wanted=True)
+    recorder = AttentionWriter(tmp_path / "a.h5", ranks, wanted=True)
     scores = np.arange(30, dtype=np.float32).reshape(15, 2)
     recorder.folder.mkdir()
     for rank, rows in enumerate((slice(0, 9), slice(0, 0), slice(9, 15))):
@@ -369,17 +369,17 @@ def test_chosen_bags():
 
 
 def test_captions():
-    facts = SimpleNamespace(subtask="multiclass", class_names=("a", "b"))
+    resolved = SimpleNamespace(subtask="multiclass", class_names=("a", "b"))
     scores = np.array([[0.25, 0.75]], np.float32)
     labelled = predictions(np.array([0]), scores)
-    assert caption(labelled, 0, facts) == "label a, predicted b (0.750)"
-    assert caption(predictions(None, scores), 0, facts) == "predicted b (0.750)"
-    facts.subtask = "multilabel"
-    assert caption(predictions(np.array([[1, 0]]), scores), 0, facts) == "labels a, predicted b"
-    assert caption(predictions(np.array([[0, 0]]), scores / 4), 0, facts).endswith("predicted –")
-    facts.subtask = "regression"
+    assert caption(labelled, 0, resolved) == "label a, predicted b (0.750)"
+    assert caption(predictions(None, scores), 0, resolved) == "predicted b (0.750)"
+    resolved.subtask = "multilabel"
+    assert caption(predictions(np.array([[1, 0]]), scores), 0, resolved) == "labels a, predicted b"
+    assert caption(predictions(np.array([[0, 0]]), scores / 4), 0, resolved).endswith("predicted –")
+    resolved.subtask = "regression"
     truth = predictions(np.array([[1.5, 20.0]]), scores)
-    assert caption(truth, 0, facts) == "label 1.500, 20, predicted 0.250, 0.750"
+    assert caption(truth, 0, resolved) == "label 1.500, 20, predicted 0.250, 0.750"
 
 
 def test_map_of_many_branches_shows_the_likeliest(tmp_path, monkeypatch):

@@ -6,14 +6,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import glovita_lib.attention_pool as pooling
-from glovita_lib.attention_pool import Keep, Plan, Weights, attention_pool, hidden_rows, tanh_
+from glovita_lib.attention_pool import (
+    Keep,
+    PassOptions,
+    Weights,
+    attention_pool,
+    hidden_rows,
+    tanh_,
+)
 from glovita_lib.bags import Bags
 
 WIDTH, HIDDEN, ATTENTION = 12, 10, 6
 LENGTHS = [[1, 2, 9, 30, 3], [200], [1] * 5, [64, 70], [7] * 9, [80] * 3]
 
 
-def plain(x: Tensor, bags: Bags, w: Weights, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def plain(x: Tensor, bags: Bags, w: Weights, plan: PassOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (M, K), pooled (B, K, H) and hidden (M, H), without chunks."""
     rows, y = torch.arange(len(x)), x
     if w.gamma is not None:
@@ -71,7 +78,7 @@ def test_values_and_gradients(
     torch.manual_seed(0)
     x = torch.randn(sum(lengths), WIDTH, dtype=torch.float64, requires_grad=True)
     bags, w = Bags(x, torch.tensor(lengths)), make_weights(branches, preparation != "none", gated)
-    plan = Plan(
+    plan = PassOptions(
         gated=gated,
         unit_length=preparation == "unit length",
         eps=1e-6,
@@ -96,7 +103,7 @@ def test_frozen_weights_get_no_gradient() -> None:
     bags = Bags(torch.randn(9, WIDTH, dtype=torch.float64), torch.tensor([4, 5]))
     w = make_weights(2, prepared=True, gated=True)
     w.project.requires_grad_(False)
-    plan = Plan(True, True, 1e-6, None, None, None)
+    plan = PassOptions(True, True, 1e-6, None, None, None)
     attention_pool(bags, w, plan)[1].sum().backward()
     assert w.project.grad is None and w.gate.grad is not None
     assert bags.features.grad is None
@@ -109,7 +116,7 @@ def test_scores_far_apart(large: float, monkeypatch: pytest.MonkeyPatch) -> None
     x = torch.randn(20, WIDTH)
     w = Weights(*(None if t is None else t.detach().float() for t in make_weights(1, False, True)))
     w = w._replace(score=w.score * large)
-    bags, plan = Bags(x, torch.tensor([3, 17])), Plan(True, False, 0.0, None, None, None)
+    bags, plan = Bags(x, torch.tensor([3, 17])), PassOptions(True, False, 0.0, None, None, None)
     scores, pooled, _ = plain(x, bags, w, plan)
     ours = attention_pool(bags, w, plan)
     torch.testing.assert_close(ours, (scores, pooled), rtol=1e-4, atol=1e-4)

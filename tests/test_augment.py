@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from torchvision.transforms import v2
 
 from glovita_lib import augment_images
-from glovita_lib.augment import TEST, TRAIN, Augmenter, ResolvedAugmentation, resolve
+from glovita_lib.augment import TEST, TRAIN, Augmenter, ResolvedAugmentation, resolve_augmentation
 from glovita_lib.encoder import Preprocess
 from glovita_lib.errors import UserError
 from glovita_lib.spec_data import Augmentation, Ops, TestPolicy, TrainPolicy
@@ -31,7 +31,7 @@ def resolved(
     native: tuple[int, int] | None = (32, 32),
     **aug,
 ) -> ResolvedAugmentation:
-    return resolve(
+    return resolve_augmentation(
         Augmentation(train_policy=train, test_policy=test, **aug),
         default_policies=("randaugment", "default"),
         encoder=encoder,

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 from glovita_lib.augment import PLAIN, policy
-from glovita_lib.augment_crop import Fit, gather_pixels
+from glovita_lib.augment_crop import CropResize, gather_pixels
 from glovita_lib.errors import UserError
 
 PHOTO = np.ascontiguousarray(load_sample_image("flower.jpg").transpose(2, 0, 1))[:, 40:190, 30:250]
@@ -23,8 +23,10 @@ MODES = {
 }
 
 
-def fit(size: int, shortest: int | None = None, interpolation: str = "bilinear", **changes) -> Fit:
-    return Fit(
+def fit(
+    size: int, shortest: int | None = None, interpolation: str = "bilinear", **changes
+) -> CropResize:
+    return CropResize(
         policy(PLAIN, **changes),
         image_size=size,
         resize_size=shortest or size,
@@ -229,7 +231,9 @@ def test_large_batches_go_in_parts(monkeypatch):
 
 def test_sixteen_bit_keeps_its_depth():
     image = (PHOTO[:1].astype(np.uint16) << 8) + np.arange(220, dtype=np.uint16)
-    geometry = Fit(PLAIN, image_size=64, resize_size=64, interpolation="bilinear", bit_depth=16)
+    geometry = CropResize(
+        PLAIN, image_size=64, resize_size=64, interpolation="bilinear", bit_depth=16
+    )
     box = geometry.boxes(sizes(image), None)
     single = geometry.one(image, box[0])
     assert single.dtype == torch.int32 and single.max() > 255

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from glovita_lib.checkpoint import Target, load_weights, read_tensors
+from glovita_lib.checkpoint import LoadTarget, load_weights, read_tensors
 from glovita_lib.encoder import build_encoder
 from glovita_lib.errors import UserError
 from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
@@ -35,7 +35,7 @@ def photo(name: str) -> Tensor:
 
 def test_published_weights_classify_photos() -> None:
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    load_weights(Target(model), LITE0, by_order=True)
+    load_weights(LoadTarget(model), LITE0, by_order=True)
     x = torch.cat([photo(name) for name in ("coffee", "camera", "chelsea")])
     with torch.no_grad():
         probabilities = model(x).softmax(1)
@@ -49,7 +49,7 @@ def test_the_encoder_takes_the_same_file_without_its_classifier() -> None:
     spec = TimmEncoder(type="tf_efficientnet_lite0", weights=LITE0, weights_order=True)
     encoder = build_encoder(spec, channels=3, image_size=224, load_weights=True).eval()
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    load_weights(Target(model), LITE0, by_order=True)
+    load_weights(LoadTarget(model), LITE0, by_order=True)
     x = photo("coffee")
     with torch.no_grad():
         own = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -66,7 +66,7 @@ def test_by_order_the_last_name_parts_must_agree(tmp_path: Path) -> None:
     norm = {"n.bias": torch.zeros(4), "n.weight": torch.ones(4)}
     torch.save(norm, tmp_path / "n.pth")
     with pytest.raises(UserError, match=r"n.bias \(4,\) stands in the place of weight"):
-        load_weights(Target(nn.LayerNorm(4)), tmp_path / "n.pth", by_order=True)
+        load_weights(LoadTarget(nn.LayerNorm(4)), tmp_path / "n.pth", by_order=True)
 
 
 # -------------------------------------------------------------------- names

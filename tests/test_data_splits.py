@@ -5,7 +5,7 @@ import pytest
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.model_selection import StratifiedGroupKFold
 
-from glovita_lib.data_splits import apportion, draw, fold_splits, folds, strata
+from glovita_lib.data_splits import apportion, draw_stratified, fold_splits, folds, strata
 from glovita_lib.errors import UserError
 
 DIGITS = load_digits().target.astype(np.int64)
@@ -19,31 +19,31 @@ def spread(labels, fold, n_folds):
 
 
 def test_draw_keeps_the_proportions_and_the_count():
-    drawn, rest = draw(DIGITS, 360, seed=1, keep="rest")
+    drawn, rest = draw_stratified(DIGITS, 360, seed=1, keep="rest")
     assert len(drawn) == 360
     assert sorted([*drawn, *rest]) == list(range(len(DIGITS)))
     assert (np.diff(drawn) > 0).all() and (np.diff(rest) > 0).all()
     exact = np.bincount(DIGITS) * 360 / len(DIGITS)
     assert np.abs(np.bincount(DIGITS[drawn]) - exact).max() < 1
-    assert set(drawn) != set(draw(DIGITS, 360, seed=2, keep="rest")[0])
-    assert (drawn == draw(DIGITS, 360, seed=1, keep="rest")[0]).all()
+    assert set(drawn) != set(draw_stratified(DIGITS, 360, seed=2, keep="rest")[0])
+    assert (drawn == draw_stratified(DIGITS, 360, seed=1, keep="rest")[0]).all()
 
 
 def test_a_larger_share_contains_the_smaller_one():
-    small, _ = draw(DIGITS, 100, seed=1, keep="drawn")
-    large, _ = draw(DIGITS, 400, seed=1, keep="drawn")
+    small, _ = draw_stratified(DIGITS, 100, seed=1, keep="drawn")
+    large, _ = draw_stratified(DIGITS, 400, seed=1, keep="drawn")
     assert set(small) < set(large)
 
 
 def test_draw_from_small_classes():
     labels = np.array([0] * 20 + [1] * 2 + [2])
-    drawn, rest = draw(labels, 11, seed=0, keep="rest")
+    drawn, rest = draw_stratified(labels, 11, seed=0, keep="rest")
     assert set(labels[rest]) == {0, 1, 2} and 2 not in labels[drawn]
-    drawn, _ = draw(labels, 4, seed=0, keep="drawn")
+    drawn, _ = draw_stratified(labels, 4, seed=0, keep="drawn")
     assert set(labels[drawn]) == {0, 1, 2} and len(drawn) == 4
-    assert len(draw(labels, 2, seed=0, keep="drawn")[0]) == 2  # fewer than classes
-    assert len(draw(labels, 22, seed=0, keep="rest")[0]) == 22  # more than it would like
-    drawn, rest = draw(labels[:0], 0, seed=0, keep="rest")
+    assert len(draw_stratified(labels, 2, seed=0, keep="drawn")[0]) == 2  # fewer than classes
+    assert len(draw_stratified(labels, 22, seed=0, keep="rest")[0]) == 22  # more than it would like
+    drawn, rest = draw_stratified(labels[:0], 0, seed=0, keep="rest")
     assert len(drawn) == len(rest) == 0
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from glovita_lib.encoder import (
     aggregate,
     build_encoder,
-    describe,
     output_width,
+    preprocess_of,
     resolve_method,
     served,
 )
@@ -66,7 +66,7 @@ def test_timm_pools_as_timm_does(row) -> None:
     name, fields, size, default, grid, n_prefix, has_cls, width = row
     encoder, x = make(timm_spec(name, **fields), size), images(size)
     arguments = dict(fields.get("model_kwargs", {}))
-    if describe(timm_spec(name), channels=3).fixed_size:
+    if preprocess_of(timm_spec(name), channels=3).fixed_size:
         arguments["img_size"] = size
     reference = timm.create_model(name, num_classes=7, **arguments).eval()  # timm's own, whole
     missing = reference.load_state_dict(encoder.net.state_dict(), strict=False).missing_keys
@@ -179,7 +179,7 @@ def test_every_other_torchvision_family_builds_without_data() -> None:
     ids=lambda value: getattr(value, "type", None),
 )
 def test_layer_ids_rise_from_the_stem(spec, first: str, stem: str) -> None:
-    encoder = make(spec, describe(spec, channels=3).image_size or 64)
+    encoder = make(spec, preprocess_of(spec, channels=3).image_size or 64)
     depths, blocks = encoder.layer_ids(), encoder.blocks()
     assert set(depths) == {name for name, _ in encoder.named_parameters()}
     assert depths[stem] == 0
@@ -212,30 +212,30 @@ def test_blocks_are_neither_stages_nor_their_parts(name: str, blocks: int) -> No
 
 def test_input_convention_is_that_of_the_weights() -> None:
     config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg("resnet18").to_dict())
-    found = describe(TimmEncoder(type="resnet18"), channels=3)
+    found = preprocess_of(TimmEncoder(type="resnet18"), channels=3)
     assert (found.image_size, found.resize_size) == (224, int(224 / config["crop_pct"]))
     assert (found.mean, found.std) == (config["mean"], config["std"])
     assert found.interpolation == config["interpolation"] and not found.fixed_size
-    lite = describe(TimmEncoder(type="tf_efficientnet_lite0"), channels=3)
+    lite = preprocess_of(TimmEncoder(type="tf_efficientnet_lite0"), channels=3)
     assert lite.mean == lite.std == (0.5, 0.5, 0.5)
     weights = torchvision.models.get_model_weights("convnext_tiny").DEFAULT.transforms()
-    found = describe(TorchvisionEncoder(type="convnext_tiny"), channels=3)
+    found = preprocess_of(TorchvisionEncoder(type="convnext_tiny"), channels=3)
     assert found.image_size == weights.crop_size[0]
     assert found.resize_size == weights.resize_size[0] == 236
 
 
 def test_untrained_models_ask_for_a_size_only_if_built_for_one() -> None:
-    assert describe(timm_spec("resnet18", small_images=True), channels=3).image_size is None
-    assert describe(tv_spec("convnext_tiny"), channels=3).image_size is None
+    assert preprocess_of(timm_spec("resnet18", small_images=True), channels=3).image_size is None
+    assert preprocess_of(tv_spec("convnext_tiny"), channels=3).image_size is None
     for spec in (timm_spec("vit_tiny_patch16_224"), tv_spec("vit_b_16")):
-        found = describe(spec, channels=3)
+        found = preprocess_of(spec, channels=3)
         assert found.image_size == 224 and found.fixed_size
 
 
 def test_statistics_follow_the_channels() -> None:
-    grey = describe(timm_spec("resnet18"), channels=1)
+    grey = preprocess_of(timm_spec("resnet18"), channels=1)
     assert grey.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
-    assert describe(timm_spec("resnet18"), channels=4).std == (0.229, 0.224, 0.225, 0.229)
+    assert preprocess_of(timm_spec("resnet18"), channels=4).std == (0.229, 0.224, 0.225, 0.229)
 
 
 @pytest.mark.parametrize("channels", [1, 4])

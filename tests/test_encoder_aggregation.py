@@ -76,7 +76,7 @@ def test_the_librarys_vector_where_the_method_is_its_pooling() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "default"),
+    ("resolved", "default"),
     [
         (Facts(), "cls_token"),
         (Facts(pooling="avg"), "cls_token"),  # DINOv3 in timm
@@ -87,19 +87,19 @@ def test_the_librarys_vector_where_the_method_is_its_pooling() -> None:
         (Facts(has_cls=False, has_patches=False, pooling="pooled", plain=False), "pooled"),
     ],
 )
-def test_default(facts: Facts, default: str) -> None:
-    assert resolve_method(None, facts) == default
-    assert default in served(facts)
+def test_default(resolved: Facts, default: str) -> None:
+    assert resolve_method(None, resolved) == default
+    assert default in served(resolved)
 
 
 def test_widths() -> None:
-    facts = Facts(pooling="avg")
-    widths = {m: output_width(facts, m) for m in served(facts)}
+    resolved = Facts(pooling="avg")
+    widths = {m: output_width(resolved, m) for m in served(resolved)}
     assert widths == {
         "cls_token": 3, "avg": 5, "sum": 3, "mean_all": 3, "joint": 8, "pooled": 5,
     }  # fmt: skip
     assert output_width(Facts(has_cls=False, pooling="avg"), "mean_all") == 5
-    assert [reads_pooled(m, facts) for m in ("joint", "sum", "avg")] == [True, False, True]
+    assert [reads_pooled(m, resolved) for m in ("joint", "sum", "avg")] == [True, False, True]
 
 
 @pytest.mark.parametrize("method", ["cls_token", "joint"])

@@ -13,7 +13,7 @@ from torch import nn
 from glovita_lib import dist
 from glovita_lib.data import ArraySource, Data, Split
 from glovita_lib.errors import UserError
-from glovita_lib.experiment import assemble, resolve_facts
+from glovita_lib.experiment import assemble, resolve_spec
 from glovita_lib.extraction import Extractor, grid_places, weights_hash
 from glovita_lib.loader import Batch
 from glovita_lib.spec_root import Root
@@ -65,7 +65,7 @@ def extractor_of(name, model_kwargs=(), *, training=(), **extract) -> Extractor:
     source = ArraySource(crops(), np.arange(5))
     split = Split(ids, np.arange(5) % 2, source)
     data = Data("photos", {"train": split}, "multiclass", ("a", "b"), 3, 8)
-    experiment = assemble(root, resolve_facts(root, data), RANKS, load_weights=True)
+    experiment = assemble(root, resolve_spec(root, data), RANKS, load_weights=True)
     jitter(experiment.model.encoder)
     return Extractor(experiment, root.extract)
 

@@ -15,9 +15,9 @@ from glovita_lib import feature_writer, files
 from glovita_lib.data import PartSource, SkippingSource, skipped
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import Readout
-from glovita_lib.feature_writer import Parts, Plan, left_out, put_together, refuse_other
+from glovita_lib.feature_writer import BlockFiles, BlockPlan, left_out, put_together, refuse_other
 from glovita_lib.files import Lock
-from glovita_lib.read_hdf5 import Rows
+from glovita_lib.read_hdf5 import DatasetRows
 from glovita_lib.read_image import FileSource, Header
 
 X = (load_digits().data / 7).astype(np.float16)
@@ -25,18 +25,18 @@ RECIPE = {"encoder": "resnet18", "class_names": ["a", "b"], "stored_precision": 
 COUNT, BLOCK = 70, 16
 
 
-def parts_of(folder: Path, count=COUNT, block=BLOCK, order=None, **recipe) -> Parts:
+def parts_of(folder: Path, count=COUNT, block=BLOCK, order=None, **recipe) -> BlockFiles:
     rows = np.arange(count) if order is None else order
-    return Parts(folder / "out" / "f.h5", RECIPE | recipe, Plan(rows, block))
+    return BlockFiles(folder / "out" / "f.h5", RECIPE | recipe, BlockPlan(rows, block))
 
 
-def vectors(parts: Parts, block: int) -> tuple[np.ndarray, list[Readout]]:
+def vectors(parts: BlockFiles, block: int) -> tuple[np.ndarray, list[Readout]]:
     """A block in two batches."""
     rows = parts.plan.rows_of(block)
     return rows, [Readout(X[part], None, None) for part in np.array_split(rows, 2)]
 
 
-def bags(parts: Parts, block: int) -> tuple[np.ndarray, list[Readout]]:
+def bags(parts: BlockFiles, block: int) -> tuple[np.ndarray, list[Readout]]:
     """Sample i as the tokens i, i + 1 ... of i % 3 + 1, at (i, 0), (i, 1) ..."""
     rows = parts.plan.rows_of(block)
     places = [(row, i) for row in rows for i in range(row % 3 + 1)]
@@ -44,7 +44,7 @@ def bags(parts: Parts, block: int) -> tuple[np.ndarray, list[Readout]]:
     return rows, [Readout(features, rows % 3 + 1, np.array(places, np.int32))]
 
 
-def written(folder: Path, make=vectors, **options) -> Parts:
+def written(folder: Path, make=vectors, **options) -> BlockFiles:
     parts = parts_of(folder, **options)
     parts.open()
     for block in parts.pending():
@@ -52,7 +52,7 @@ def written(folder: Path, make=vectors, **options) -> Parts:
     return parts
 
 
-def assemble(parts: Parts, keep=None, compression="none", tables=(), notes=()):
+def assemble(parts: BlockFiles, keep=None, compression="none", tables=(), notes=()):
     keep = np.ones(len(parts.plan.rows), bool) if keep is None else keep
     return put_together(
         parts, tables=dict(tables), compression=compression, keep=keep, notes=dict(notes)
@@ -192,8 +192,8 @@ def test_what_is_read_back_is_what_was_written(tmp_path, monkeypatch, compressio
         np.testing.assert_array_equal(file["features"], X[:COUNT].astype(dtype))
         assert list(file["ids"].asstr()) == list(ids)
         np.testing.assert_array_equal(file["labels"], np.arange(70))
-        assert {name: files.plain(file.attrs[name]) for name in RECIPE} == RECIPE
-    rows = Rows(parts.target, "features", threads=2)  # as training reads it
+        assert {name: files.as_json(file.attrs[name]) for name in RECIPE} == RECIPE
+    rows = DatasetRows(parts.target, "features", threads=2)  # as training reads it
     np.testing.assert_array_equal(rows.read(0, COUNT), X[:COUNT].astype(dtype))
     np.testing.assert_array_equal(rows.take(np.array([69, 0, 33])), X[[69, 0, 33]].astype(dtype))
 

@@ -98,7 +98,7 @@ class FixedChoices:
         self.kept = torch.rand(sum(LENGTHS), head.branches) >= head.spec.attn_drop
         original = head.pool.plan
 
-        def plan(bags: Bags) -> attention_pool.Plan:
+        def plan(bags: Bags) -> attention_pool.PassOptions:
             plan = original(bags)
             fixed = {}
             for name, seed in (("keep_hidden", 11), ("keep_gate", 12)):

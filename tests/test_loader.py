@@ -14,9 +14,9 @@ from glovita_lib import loader, read_hdf5
 from glovita_lib.data import ArraySource, Split
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
-from glovita_lib.loader import HeldSource, build_loader, gather, hold, to_device
+from glovita_lib.loader import CachedSource, build_loader, gather_samples, hold, to_device
 from glovita_lib.read_features import VectorSource
-from glovita_lib.read_hdf5 import Rows
+from glovita_lib.read_hdf5 import DatasetRows
 from glovita_lib.sampler import EvalOrder, TrainOrder
 from glovita_lib.spec_train import Dataloading
 
@@ -276,7 +276,8 @@ def test_real_photos_through_a_real_policy(tmp_path):
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    from glovita_lib.augment import Augmenter, resolve
+    from glovita_lib.augment import Augmenter
+    from glovita_lib.augment import resolve_augmentation as resolve
     from glovita_lib.encoder import Preprocess
     from glovita_lib.read_image import FileSource, read_headers
     from glovita_lib.spec_data import Augmentation
@@ -440,9 +441,9 @@ def test_the_memory_limit_counts_the_shard_of_a_rank():
 def test_a_gather_copies_the_rows(dtype):
     samples = torch.from_numpy(DIGITS.astype(dtype))
     rows = np.array([3, 1796, 0, 3])
-    found = gather(samples, rows, pinned=False)
+    found = gather_samples(samples, rows, pinned=False)
     assert (found.numpy() == DIGITS[rows]).all() and found.data_ptr() != samples.data_ptr()
-    assert gather(samples, rows[:0], pinned=False).shape == (0, 1, 8, 8)
+    assert gather_samples(samples, rows[:0], pinned=False).shape == (0, 1, 8, 8)
 
 
 @pytest.fixture
@@ -453,14 +454,14 @@ def gpu(monkeypatch):
 
     def copied(samples, rows, *, pinned):
         noted.append((pinned, threading.current_thread()))
-        return gather(samples, rows, pinned=False)
+        return gather_samples(samples, rows, pinned=False)
 
     def pinned(batch):
         noted.append((True, threading.current_thread()))
         return batch
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-    monkeypatch.setattr(loader, "gather", copied)
+    monkeypatch.setattr(loader, "gather_samples", copied)
     monkeypatch.setattr(loader.Batch, "pin_memory", pinned)
     return torch.device("cuda"), noted
 
@@ -506,7 +507,7 @@ def test_a_batch_is_made_ahead_of_its_use(gpu):
 def test_what_lives_on_a_gpu_follows_its_free_memory(shape, dtype, free, lives, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
-    source = HeldSource(np.ones(shape, dtype), fitted=False)
+    source = CachedSource(np.ones(shape, dtype), fitted=False)
     found = to_device(source, np.arange(100), torch.device("cuda"))
     assert (found is not None) == lives
     if lives:
@@ -526,7 +527,7 @@ def test_vectors_are_held_with_every_chunk_inflated_once(tmp_path, monkeypatch, 
         with h5py.File(tmp_path / name, "w") as file:
             file.create_dataset("features", data=values, chunks=(170, 64), **options)
     for name in storage:
-        vectors = Rows(tmp_path / name, "features", threads=2)
+        vectors = DatasetRows(tmp_path / name, "features", threads=2)
         source = VectorSource(vectors, np.arange(0, len(values), every))
         opened.clear()
         rows = np.arange(5, len(source.index))

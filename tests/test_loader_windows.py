@@ -14,7 +14,7 @@ from glovita_lib.data import Split
 from glovita_lib.dist import Ranks
 from glovita_lib.loader import WindowLoader, build_feature_loader
 from glovita_lib.read_features import VectorSource
-from glovita_lib.read_hdf5 import Rows
+from glovita_lib.read_hdf5 import DatasetRows
 from glovita_lib.spec_train import Dataloading
 
 DIGITS = load_digits()
@@ -38,7 +38,7 @@ def loader(
     split = Split(
         [str(row) for row in rows],
         DIGITS.target[ORDER][rows],
-        VectorSource(Rows(path, "features", threads=2), rows),
+        VectorSource(DatasetRows(path, "features", threads=2), rows),
     )
     return build_feature_loader(
         split,
@@ -127,7 +127,7 @@ def test_ranks_whose_share_fits_hold_it_in_memory(tmp_path):
     with h5py.File(tmp_path / "wide.h5", "w") as file:
         file["features"] = values
     rows = np.arange(len(values))
-    source = VectorSource(Rows(tmp_path / "wide.h5", "features", threads=1), rows)
+    source = VectorSource(DatasetRows(tmp_path / "wide.h5", "features", threads=1), rows)
     split = Split([""] * len(rows), np.tile(DIGITS.target[ORDER], 8), source)
 
     def made(*, train, world):

@@ -15,7 +15,7 @@ import torch
 from glovita_lib import loggers
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
-from glovita_lib.loggers import Logger, Silent, Wandb, build_logger
+from glovita_lib.loggers import Logger, NullLogger, Wandb, build_logger
 from glovita_lib.rundir import RunDir
 from glovita_lib.spec_train import NoLogger, WandbLogger
 
@@ -49,7 +49,7 @@ def offline_runs(run: RunDir) -> list[Path]:
 
 def test_no_logger_and_other_ranks_leave_nothing(run: RunDir) -> None:
     for logger in (build(NoLogger(), run), build(WandbLogger(), run, ranks=SECOND)):
-        assert isinstance(logger, Silent)
+        assert isinstance(logger, NullLogger)
         logger.log(RECORD, step=3)
         logger.finish()
         assert logger.run_id is None
@@ -104,7 +104,7 @@ def test_no_answer_from_the_server(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setattr(loggers, "PATIENCE", 1)
+    monkeypatch.setattr(loggers, "INIT_TIMEOUT", 1)
     logger = build(WandbLogger(), run)
     logger.log(RECORD, step=3)
     logger.finish()

@@ -10,10 +10,10 @@ from glovita_lib.metric_names import (
     DEFAULT_METRICS,
     LOGGED_NAMES,
     METRICS_OF,
-    canonical,
+    canonical_metric,
     logged_names,
     lower_is_better,
-    split_of,
+    split_name,
 )
 from glovita_lib.metrics import FUNCTIONS
 from glovita_lib.metrics_classification import MULTICLASS_FUNCTIONS, MULTILABEL_FUNCTIONS
@@ -44,14 +44,14 @@ def test_every_name_has_a_formula_and_every_formula_a_name() -> None:
     ],
 )
 def test_names_a_user_may_write(written: str, meant: str) -> None:
-    assert canonical(written, LOGGED) == meant
+    assert canonical_metric(written, LOGGED) == meant
 
 
 def test_names_without_split() -> None:
     available = ("loss", "Accuracy", "F1", "F1_cat", "F1_*")
-    assert canonical("val_F1", available) == "F1"
-    assert canonical("F1_cat", available) == "F1_cat"
-    assert canonical("val_F1_dog", ("F1", "F1_*")) == "F1_dog"
+    assert canonical_metric("val_F1", available) == "F1"
+    assert canonical_metric("F1_cat", available) == "F1_cat"
+    assert canonical_metric("val_F1_dog", ("F1", "F1_*")) == "F1_dog"
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_names_without_split() -> None:
 )
 def test_names_that_fit_nothing(written: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        canonical(written, LOGGED)
+        canonical_metric(written, LOGGED)
 
 
 def test_a_long_list_of_classes_is_cut() -> None:
     with pytest.raises(UserError, match="and 980 more") as error:
-        canonical("nonsense", [f"F1_{k}" for k in range(1000)])
+        canonical_metric("nonsense", [f"F1_{k}" for k in range(1000)])
     assert len(str(error.value)) < 400
 
 
@@ -84,7 +84,10 @@ def test_direction() -> None:
 
 
 def test_split_and_logged_names() -> None:
-    assert split_of("val_F1_cat") == ("val", "F1_cat") and split_of("F1_val") == (None, "F1_val")
+    assert split_name("val_F1_cat") == ("val", "F1_cat") and split_name("F1_val") == (
+        None,
+        "F1_val",
+    )
     assert logged_names(["pr", "f1_per_class", "pr"], None) == ("Precision", "Recall", "F1_*")
     assert logged_names(["f1_per_class"], ["a", "b"]) == ("F1_a", "F1_b")
 

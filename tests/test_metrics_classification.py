@@ -3,7 +3,7 @@
 import numpy as np
 import scipy.stats
 
-from glovita_lib.metrics_classification import bin_of, mid_ranks, ratio, spread, sum_by
+from glovita_lib.metrics_classification import bin_of, mid_ranks, ratio, squared_deviations, sum_by
 
 
 def test_one_and_many_resamples_agree_with_repeated_samples() -> None:
@@ -32,9 +32,9 @@ def test_equal_values_have_no_spread_whatever_the_rounding() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=(200, 1))
     only_one = np.diag(rng.integers(1, 50, 200)).astype(float)  # each resample holds one sample
-    assert (spread(values, only_one) == 0).all()
+    assert (squared_deviations(values, only_one) == 0).all()
     two = only_one + np.roll(only_one, 1, 0)
-    assert (spread(values, two) > 0).all()
+    assert (squared_deviations(values, two) > 0).all()
 
 
 def test_bins_hold_their_upper_edge() -> None:

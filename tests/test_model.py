@@ -13,11 +13,11 @@ from glovita_lib.model import Model, build_model, count_parameters
 from glovita_lib.spec_model import (
     ClassificationHead,
     CustomHead,
+    ModelSpec,
     RegressionHead,
     TimmEncoder,
     TorchvisionEncoder,
 )
-from glovita_lib.spec_model import Model as ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, LinearProbing
 
 

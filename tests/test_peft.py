@@ -6,8 +6,7 @@ from torch import nn
 
 from glovita_lib.errors import UserError
 from glovita_lib.model import Model, build_model
-from glovita_lib.spec_model import Model as ModelSpec
-from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_model import ModelSpec, TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_peft import CustomPeft, FullFinetuning, LinearProbing, PartialFinetuning
 
 

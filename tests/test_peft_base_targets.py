@@ -15,7 +15,7 @@ ATTENTION = {"qkv": 2, "proj": 2, "fc1": 2, "fc2": 2}
 
 
 def resolve(net, wanted):
-    return peft_base.resolve(net, wanted, allowed=("linear", "conv"))
+    return peft_base.resolve_targets(net, wanted, allowed=("linear", "conv"))
 
 
 def roles(net) -> Counter:

@@ -15,8 +15,7 @@ from glovita_lib.model import build_model
 from glovita_lib.optim import parameter_groups
 from glovita_lib.peft import apply_peft
 from glovita_lib.peft_base import auxiliary_losses, merge
-from glovita_lib.spec_model import Model as ModelSpec
-from glovita_lib.spec_model import TimmEncoder
+from glovita_lib.spec_model import ModelSpec, TimmEncoder
 from glovita_lib.spec_peft import (
     Adalora,
     AdaptFormer,

@@ -14,7 +14,7 @@ import torch
 from small_runs import TINY
 
 from glovita_lib import dist
-from glovita_lib.experiment import assemble, read_data, resolve_facts, restore
+from glovita_lib.experiment import assemble, read_data, resolve_spec, restore
 from glovita_lib.peft import load_adapter
 from glovita_lib.peft_base import trained_names
 from glovita_lib.spec_check import load_checked
@@ -57,7 +57,7 @@ def built(tmp_path, overrides):
     with dist.session() as ranks:
         root = load_checked(str(tmp_path / "tiny.toml"), overrides).root
         data = read_data(root, ranks)
-        return assemble(root, resolve_facts(root, data), ranks, load_weights=True), data
+        return assemble(root, resolve_spec(root, data), ranks, load_weights=True), data
 
 
 def best_of(run, tmp_path, *overrides):

@@ -27,10 +27,10 @@ from glovita_lib.figures import (
 from glovita_lib.plots import (
     GRID,
     curves_of,
+    history_series,
     learning_curves,
     panel_names,
     plot_results,
-    series,
     wilson,
 )
 
@@ -167,7 +167,7 @@ def test_learning_curves(tmp_path: Path) -> None:
     picture(tmp_path / "full.png")
     history = [r for r in records if r["event"] == "epoch"]
     assert panel_names(history) == ["loss", "Accuracy", "AUROC", "F1_*"]
-    x, y = series(history, "val_Accuracy")
+    x, y = history_series(history, "val_Accuracy")
     assert x.tolist() == [1, 2, 3, 4] and y.tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
@@ -239,10 +239,10 @@ def test_augmented_sheet_shows_the_pixels_back(tmp_path: Path) -> None:
 
 def test_no_augmented_versions_and_no_samples(tmp_path: Path) -> None:
     image = np.full((1, 8, 8), 255, np.uint8)
-    facts = {"mean": (0.5,), "std": (0.5,)}
+    resolved = {"mean": (0.5,), "std": (0.5,)}
     path = tmp_path / "none.png"
-    augmented_sheet([image], torch.empty(0, 1, 1, 8, 8), path=path, captions=["x"], **facts)
-    augmented_sheet([], torch.empty(3, 0, 1, 8, 8), path=path, captions=[], **facts)
+    augmented_sheet([image], torch.empty(0, 1, 1, 8, 8), path=path, captions=["x"], **resolved)
+    augmented_sheet([], torch.empty(3, 0, 1, 8, 8), path=path, captions=[], **resolved)
     assert path.stat().st_size > 0
 
 

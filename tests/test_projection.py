@@ -26,8 +26,8 @@ from glovita_lib.plot_projection import (
     above,
     as_script,
     classes,
+    color_numbers,
     draw_points,
-    numbers,
     of_column,
     of_mistakes,
     of_scores,
@@ -289,7 +289,7 @@ def test_several_targets_of_a_regression():
     first, second = of_targets("label", values, "regression", ["age", "size"])
     assert (first.title, second.title) == ("label age", "label size")
     assert second.values.tolist() == [2, 4] and first.words() == ["1.5", "3"]
-    error = of_mistakes(first, numbers("prediction", np.array([1.0, 3.5])))
+    error = of_mistakes(first, color_numbers("prediction", np.array([1.0, 3.5])))
     assert error.values.tolist() == [0.5, 0.5]
 
 
@@ -354,11 +354,11 @@ def test_other_kinds_of_colours(tmp_path):
     pixels, *_ = drawn(tmp_path, many)
     assert has(pixels, "#C4C4C4")  # the other classes
     values = np.where(np.arange(500) % 9 == 0, np.nan, X.mean(1))
-    pixels, *_ = drawn(tmp_path, numbers("ink", values), axes=("component 1", "component 2"))
+    pixels, *_ = drawn(tmp_path, color_numbers("ink", values), axes=("component 1", "component 2"))
     assert has(pixels, "#440154") or has(pixels, "#3b528b")
     assert "not known (56)" in (tmp_path / "p.svg").read_text()
-    drawn(tmp_path, numbers("nothing", np.full(500, np.nan)))
-    drawn(tmp_path, numbers("constant", np.ones(500)), size=3.0)
+    drawn(tmp_path, color_numbers("nothing", np.full(500, np.nan)))
+    drawn(tmp_path, color_numbers("constant", np.ones(500)), size=3.0)
     drawn(tmp_path, classes("label", np.full(500, -1), ["a"]))
     for count in (1, 2):
         drawn(

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from glovita_lib import read_hdf5
 from glovita_lib.errors import UserError
-from glovita_lib.read_hdf5 import Rows, cut
+from glovita_lib.read_hdf5 import DatasetRows, cut_ranges
 
 DIGITS = load_digits().data
 STORAGE = {
@@ -41,7 +41,7 @@ def test_any_storage_and_type(tmp_path, storage, dtype):
     values = (DIGITS / 7).astype(dtype)
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file.create_dataset("features", data=values, **storage)
-    rows = Rows(tmp_path / "f.h5", "features", threads=2)
+    rows = DatasetRows(tmp_path / "f.h5", "features", threads=2)
     np.testing.assert_array_equal(rows.read(0, len(rows)), values)
     np.testing.assert_array_equal(rows.read(90, 1111), values[90:1111])
     wanted = np.random.default_rng(0).permutation(len(rows))[:400]
@@ -57,17 +57,17 @@ def test_three_axes_and_chunks_that_were_never_written(tmp_path, storage):
     with h5py.File(tmp_path / "f.h5", "w") as file:
         data = file.create_dataset("features", (600, 8, 8), np.float32, **(storage | chunks))
         data[:300] = values
-    rows = Rows(tmp_path / "f.h5", "features", threads=2)
+    rows = DatasetRows(tmp_path / "f.h5", "features", threads=2)
     np.testing.assert_array_equal(rows.read(0, 300), values)
     assert not rows.read(400, 600).any()
 
 
 def test_pieces_join_near_rows_and_end_at_multiples():
     rows = np.array([1, 2, 40, 500, 501, 1023, 1024])
-    assert cut(rows, length=1024, gap=37) == [(0, 3), (3, 5), (5, 6), (6, 7)]
-    assert cut(rows, length=1024, gap=36) == [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7)]
-    assert cut(rows, length=10**6, gap=10**6) == [(0, 7)]
-    assert cut(np.array([], np.int64), length=10, gap=0) == []
+    assert cut_ranges(rows, length=1024, gap=37) == [(0, 3), (3, 5), (5, 6), (6, 7)]
+    assert cut_ranges(rows, length=1024, gap=36) == [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7)]
+    assert cut_ranges(rows, length=10**6, gap=10**6) == [(0, 7)]
+    assert cut_ranges(np.array([], np.int64), length=10, gap=0) == []
 
 
 def test_a_sparse_choice_takes_little_memory_beside_its_rows(tmp_path, storage, monkeypatch):
@@ -76,7 +76,7 @@ def test_a_sparse_choice_takes_little_memory_beside_its_rows(tmp_path, storage, 
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file.create_dataset("features", data=values, **storage)
     monkeypatch.setattr(read_hdf5, "PIECE_BYTES", 2**16)
-    rows = Rows(tmp_path / "f.h5", "features", threads=1)
+    rows = DatasetRows(tmp_path / "f.h5", "features", threads=1)
     wanted = np.arange(0, len(rows), 10)
     rows.take(wanted[:2])  # whatever is made only once
     tracemalloc.start()
@@ -98,7 +98,7 @@ def test_rows_with_gaps_of_all_sizes(tmp_path, storage, share, threads, monkeypa
     values = DIGITS.astype(np.float32)
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file.create_dataset("features", data=values, **storage)
-    rows = Rows(tmp_path / "f.h5", "features", threads=threads)
+    rows = DatasetRows(tmp_path / "f.h5", "features", threads=threads)
     draw = np.random.default_rng(0)
     wanted = draw.permutation(len(rows))[: int(share * len(rows))]
     np.testing.assert_array_equal(rows.take(wanted), values[wanted])
@@ -119,7 +119,7 @@ def test_what_was_never_written_holds_the_fill_value(tmp_path, storage, fill):
     with h5py.File(tmp_path / "f.h5") as file:
         expected = {key: file[key][()] for key in ("features", "nothing")}
     for key, values in expected.items():
-        rows = Rows(tmp_path / "f.h5", key, threads=2)
+        rows = DatasetRows(tmp_path / "f.h5", key, threads=2)
         np.testing.assert_array_equal(rows.read(0, 600), values)
         np.testing.assert_array_equal(rows.take(np.arange(0, 600, 7)), values[::7])
 
@@ -127,7 +127,7 @@ def test_what_was_never_written_holds_the_fill_value(tmp_path, storage, fill):
 def test_threads_share_one_descriptor_and_one_pool(tmp_path, monkeypatch):
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file.create_dataset("features", data=DIGITS, chunks=(10, 64), compression="gzip")
-    written = pickle.dumps(Rows(tmp_path / "f.h5", "features", threads=2))
+    written = pickle.dumps(DatasetRows(tmp_path / "f.h5", "features", threads=2))
     opened, real = [], os.open
 
     def slow_open(*args):
@@ -162,16 +162,16 @@ def test_what_is_no_feature_file_is_named(tmp_path):
     cases = {"absent.h5": "no such file", "text.h5": "not an HDF5 file", "half.h5": "truncated"}
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):
-            Rows(tmp_path / name, "features", threads=1)
+            DatasetRows(tmp_path / name, "features", threads=1)
     with pytest.raises(UserError, match="no dataset 'tokens'; the file has features"):
-        Rows(tmp_path / "f.h5", "tokens", threads=1)
+        DatasetRows(tmp_path / "f.h5", "tokens", threads=1)
 
 
 def test_a_damaged_chunk_is_named(tmp_path):
     path = tmp_path / "f.h5"
     with h5py.File(path, "w") as file:
         file.create_dataset("features", data=DIGITS, chunks=(128, 64), compression="gzip")
-    rows = Rows(path, "features", threads=2)
+    rows = DatasetRows(path, "features", threads=2)
     chunk = rows.chunks[3]
     with open(path, "r+b") as file:
         file.seek(chunk.offset + 10)
@@ -187,14 +187,14 @@ def test_what_is_no_array_is_named(tmp_path):
         file["none"] = h5py.Empty("f4")
     for key in ("features", "one", "none"):
         with pytest.raises(UserError, match=f"'{key}' is no array; say with data.features_key"):
-            Rows(tmp_path / "f.h5", key, threads=1)
+            DatasetRows(tmp_path / "f.h5", key, threads=1)
 
 
 @pytest.mark.parametrize("stored", [">f2", ">f4", np.longdouble])
 def test_rows_are_of_a_type_that_torch_knows(tmp_path, stored):
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file["features"] = DIGITS.astype(stored)
-    rows = Rows(tmp_path / "f.h5", "features", threads=1)
+    rows = DatasetRows(tmp_path / "f.h5", "features", threads=1)
     found = torch.from_numpy(rows.take(np.array([3, 900])))
     np.testing.assert_array_equal(found, DIGITS[[3, 900]])
     assert rows.row_bytes == found[0].nbytes
@@ -204,7 +204,7 @@ def test_threads_after_a_fork(tmp_path):
     """A worker process has no thread of the pool that was used before it was forked."""
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file.create_dataset("features", data=DIGITS, chunks=(10, 64), compression="gzip")
-    rows = Rows(tmp_path / "f.h5", "features", threads=2)
+    rows = DatasetRows(tmp_path / "f.h5", "features", threads=2)
     rows.read(0, len(rows))
     assert rows.pool._threads
     with warnings.catch_warnings():

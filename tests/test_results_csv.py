@@ -33,10 +33,10 @@ def data(subtask: str, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 def test_reads_back_equal(tmp_path: Path, subtask: str, n: int, k: int) -> None:
     targets, scores = data(subtask, n, k)
     ids = [f"folder/{i},.png" for i in range(n)]
-    facts = {"subtask": subtask, "class_names": NAMES[:k]}
+    resolved = {"subtask": subtask, "class_names": NAMES[:k]}
     path = tmp_path / "predictions_test.csv"
-    write_prediction_csv(path, ids=ids, targets=targets, scores=scores, **facts)
-    table = read_predictions(path, **facts)
+    write_prediction_csv(path, ids=ids, targets=targets, scores=scores, **resolved)
+    table = read_predictions(path, **resolved)
     assert table.ids == ids
     assert np.array_equal(table.scores.reshape(n, k), scores)
     assert np.array_equal(table.targets.reshape(targets.shape), targets)
@@ -46,8 +46,8 @@ def test_reads_back_equal(tmp_path: Path, subtask: str, n: int, k: int) -> None:
 def test_columns_of_multiclass(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     scores = np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]], dtype=np.float32)
-    facts = {"subtask": "multiclass", "class_names": NAMES}
-    write_prediction_csv(path, ids=["a", "b"], targets=np.array([2, 0]), scores=scores, **facts)
+    resolved = {"subtask": "multiclass", "class_names": NAMES}
+    write_prediction_csv(path, ids=["a", "b"], targets=np.array([2, 0]), scores=scores, **resolved)
     assert columns(path) == {
         "id": ["a", "b"],
         "label": ["Ümlaut", "cat"],
@@ -56,9 +56,9 @@ def test_columns_of_multiclass(tmp_path: Path) -> None:
         'p_a "b", c': ["0.7", "0.25"],
         "p_Ümlaut": ["0.2", "0.25"],
     }
-    write_prediction_csv(path, ids=["a", "b"], targets=None, scores=scores, **facts)
+    write_prediction_csv(path, ids=["a", "b"], targets=None, scores=scores, **resolved)
     assert "label" not in columns(path)
-    assert read_predictions(path, **facts).targets is None
+    assert read_predictions(path, **resolved).targets is None
 
 
 def test_columns_of_multilabel_and_regression(tmp_path: Path) -> None:
@@ -84,16 +84,16 @@ def test_columns_of_multilabel_and_regression(tmp_path: Path) -> None:
 
 
 def test_other_files_are_one_line(tmp_path: Path) -> None:
-    facts = {"subtask": "multiclass", "class_names": NAMES}
+    resolved = {"subtask": "multiclass", "class_names": NAMES}
     path = tmp_path / "x.csv"
     with pytest.raises(UserError, match="cannot read"):
-        read_predictions(path, **facts)
+        read_predictions(path, **resolved)
     path.write_text("")
     with pytest.raises(UserError, match="cannot read"):
-        read_predictions(path, **facts)
-    write_prediction_csv(path, ids=["a"], targets=np.array([0]), scores=np.ones((1, 3)), **facts)
+        read_predictions(path, **resolved)
+    write_prediction_csv(path, ids=["a"], targets=np.array([0]), scores=np.ones((1, 3)), **resolved)
     with pytest.raises(UserError, match="no column p_dog"):
         read_predictions(path, subtask="multiclass", class_names=("cat", "dog"))
     path.write_text(path.read_text().replace("a,cat", "a,dog"))
     with pytest.raises(UserError, match="'dog'"):
-        read_predictions(path, **facts)
+        read_predictions(path, **resolved)

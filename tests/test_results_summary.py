@@ -17,15 +17,15 @@ from glovita_lib.results import write_prediction_csv, write_summary
 from glovita_lib.rundir import RunDir
 
 NAMES = ("setosa", "versicolor", "virginica")
-FACTS = {"subtask": "multiclass", "class_names": NAMES}
+RESOLVED = {"subtask": "multiclass", "class_names": NAMES}
 CONFIG = {"optimizer": {"lr": 0.1}, "data": {"fold": 0}}
 
 
 def measure(targets: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    return compute(("acc",), targets=targets, scores=scores, **FACTS)
+    return compute(("acc",), targets=targets, scores=scores, **RESOLVED)
 
 
-summarize = partial(write_summary, config=CONFIG, measure=measure, **FACTS)
+summarize = partial(write_summary, config=CONFIG, measure=measure, **RESOLVED)
 
 
 def fold(
@@ -41,7 +41,7 @@ def fold(
     run = RunDir(group / str(number))
     files.write_json(run.config, {"optimizer": {"lr": lr}, "data": {"fold": number}})
     write_prediction_csv(
-        run.predictions_of(split), ids=ids, targets=targets, scores=scores, **FACTS
+        run.predictions_of(split), ids=ids, targets=targets, scores=scores, **RESOLVED
     )
     metrics = measure(targets, scores)
     files.write_json(run.metrics_of(split), {"loss": 0.5 + number, "metrics": metrics})

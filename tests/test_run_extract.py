@@ -444,13 +444,13 @@ def test_blocks_are_bound_by_bytes_too(extract, tmp_path, monkeypatch, output):
     small.append(f"extract.output={output}")
     extract(*small, f"extract.output_dir={tmp_path / 'large'}")
     sample = 16 * 2 * (1 if output == "embedding" else 4)  # width 16, float16, 2 x 2 patches
-    written, write = [], feature_writer.Parts.write
+    written, write = [], feature_writer.BlockFiles.write
 
     def seen(self, block, rows, readouts):
         written.append((block, len(rows)))
         write(self, block, rows, readouts)
 
-    monkeypatch.setattr(feature_writer.Parts, "write", seen)
+    monkeypatch.setattr(feature_writer.BlockFiles, "write", seen)
     monkeypatch.setattr("glovita_lib.run_extract.BLOCK_BYTES", 3 * 16 * sample - 1)
     interrupted(extract, monkeypatch, 5, *small)
     assert written == [(0, 32), (1, 32)]
@@ -467,7 +467,7 @@ def test_blocks_are_bound_by_bytes_too(extract, tmp_path, monkeypatch, output):
 def test_the_next_block_is_computed_while_one_is_written(extract, tmp_path, monkeypatch):
     small = ["extract.split=val", "dataloading.eval_batch_size=32"]
     extract(*small, f"extract.output_dir={tmp_path / 'plain'}")
-    computed, write = threading.Event(), feature_writer.Parts.write
+    computed, write = threading.Event(), feature_writer.BlockFiles.write
     sizes, start = [], Extractor.start
 
     def starting(self, batch, **options):
@@ -481,21 +481,21 @@ def test_the_next_block_is_computed_while_one_is_written(extract, tmp_path, monk
         write(self, block, rows, readouts)
 
     monkeypatch.setattr(Extractor, "start", starting)
-    monkeypatch.setattr(feature_writer.Parts, "write", slow)
+    monkeypatch.setattr(feature_writer.BlockFiles, "write", slow)
     extract(*small)
     same(tmp_path / "out" / "val.h5", tmp_path / "plain" / "val.h5")
 
 
 def test_a_block_that_cannot_be_written_ends_it(extract, tmp_path, monkeypatch):
     """Though it is written beside the computing; what is finished stays."""
-    write = feature_writer.Parts.write
+    write = feature_writer.BlockFiles.write
 
     def full(self, block, rows, readouts):
         if block == 3:
             raise files.write_error(self.path(block), OSError(errno.ENOSPC, "No space left"))
         write(self, block, rows, readouts)
 
-    monkeypatch.setattr(feature_writer.Parts, "write", full)
+    monkeypatch.setattr(feature_writer.BlockFiles, "write", full)
     small = ["extract.split=val", "dataloading.eval_batch_size=32"]
     result = extract(*small, code=2)
     assert "No space left; free some space" in result.err and len(result.err.splitlines()) == 1
@@ -611,7 +611,7 @@ MOMENTS = {
     "before it is put together": (run_extract, "put_together"),
     "while it is put together": (feature_writer, "as_stored"),
     "before the renaming": (feature_writer.files.os, "replace"),
-    "after the renaming": (feature_writer.Parts, "remove"),
+    "after the renaming": (feature_writer.BlockFiles, "remove"),
     "while blocks are removed": (feature_writer.Path, "rmdir"),
 }
 

@@ -156,7 +156,7 @@ def test_a_restart_goes_on_with_the_next_strength(tmp_path, monkeypatch, capsys,
     assert run(write(tmp_path / "whole", DIGITS.data, targets, task), tmp_path / "whole") == 0
     expected = outputs(tmp_path / "whole")
     spec = write(tmp_path / "stopped", DIGITS.data, targets, task)
-    fits, saved = [], run_probe.State.save
+    fits, saved = [], run_probe.ProbeState.save
 
     def save_and_stop(state):
         saved(state)
@@ -167,10 +167,10 @@ def test_a_restart_goes_on_with_the_next_strength(tmp_path, monkeypatch, capsys,
 
     monkeypatch.setattr(run_probe, "minimize", counted(run_probe.minimize))
     monkeypatch.setattr(run_probe, "ridge", counted(run_probe.ridge))
-    monkeypatch.setattr(run_probe.State, "save", save_and_stop)
+    monkeypatch.setattr(run_probe.ProbeState, "save", save_and_stop)
     for _ in range(1 + 3 + 1):  # k-NN, three strengths, the linear probe
         assert run(spec, tmp_path / "stopped") == 130
-    monkeypatch.setattr(run_probe.State, "save", saved)
+    monkeypatch.setattr(run_probe.ProbeState, "save", saved)
     capsys.readouterr()
     assert run(spec, tmp_path / "stopped") == 0
     assert outputs(tmp_path / "stopped") == expected
@@ -227,11 +227,11 @@ def test_one_bag_at_a_time_is_in_memory():
     split = Split(["c", "a", "b"], np.arange(3), source)
     bags = [Reader().read(bag).astype(np.float64) for bag in (2, 0, 1)]
     means = np.stack([bag.mean(0) for bag in bags])
-    np.testing.assert_allclose(run_probe.gather(split, None), means, rtol=1e-6)
+    np.testing.assert_allclose(run_probe.gather_features(split, None), means, rtol=1e-6)
     mean, std = feature_moments(source)
     np.testing.assert_allclose(mean, np.concatenate(bags).mean(0))
     np.testing.assert_allclose(std, np.concatenate(bags).std(0))
-    scaled = run_probe.gather(split, (mean, std))
+    scaled = run_probe.gather_features(split, (mean, std))
     np.testing.assert_allclose(scaled, (means - mean) / std, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
 from glovita_lib.files import Lock
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
-from glovita_lib.spec import Loaded, load
+from glovita_lib.spec import Loaded, load_spec
 from glovita_lib.spec_root import Root
 
 ONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -24,7 +24,7 @@ ONE = Ranks(0, 1, 0, torch.device("cpu"))
 def loaded(folder: Path, *overrides: str) -> Loaded:
     path = folder / "digits_resnet.toml"
     path.write_text('seed = 0\n[data]\ndataset = "digits"\n[optimizer]\nlr = 0.1\n')
-    return load(path, [f"exp_dir={folder / 'experiments'}", *overrides], Root)
+    return load_spec(path, [f"exp_dir={folder / 'experiments'}", *overrides], Root)
 
 
 def started(spec: Loaded, *, saved: bool = True, finished: bool = False) -> RunDir:

@@ -9,7 +9,7 @@ import pytest
 
 from glovita_lib import spec, spec_errors
 from glovita_lib.errors import UserError
-from glovita_lib.spec import changed_keys, dump, load
+from glovita_lib.spec import changed_keys, dump, load_spec
 from glovita_lib.spec_data import CustomData, DigitsData, GenericImageData
 from glovita_lib.spec_model import RegressionHead, TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_root import Root
@@ -33,7 +33,7 @@ def write(tmp_path):
 @pytest.fixture
 def root(write):
     """The root Struct of a spec text with overrides."""
-    return lambda text="", *overrides: load(write(text), overrides, Root).root
+    return lambda text="", *overrides: load_spec(write(text), overrides, Root).root
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def errors(write):
     def error_lines(text="", *overrides):
         path = write(text)
         with pytest.raises(UserError) as raised:
-            load(path, overrides, Root)
+            load_spec(path, overrides, Root)
         lines = str(raised.value).splitlines()
         assert all(line.startswith(f"{path}: ") for line in lines)
         return [line.removeprefix(f"{path}: ") for line in lines]
@@ -137,20 +137,20 @@ def test_syntax_error_names_file_and_line(errors):
 def test_missing_file_names_its_neighbour(write, tmp_path):
     write("", "digits.toml")
     with pytest.raises(UserError, match=r"no such spec file; did you mean .*digits\.toml\?"):
-        load(tmp_path / "digit.toml", [], Root)
+        load_spec(tmp_path / "digit.toml", [], Root)
     with pytest.raises(UserError, match="there is no folder"):
-        load(tmp_path / "nowhere" / "digits.toml", [], Root)
+        load_spec(tmp_path / "nowhere" / "digits.toml", [], Root)
     with pytest.raises(UserError, match="cannot be read"):
-        load(tmp_path, [], Root)
+        load_spec(tmp_path, [], Root)
 
 
 def test_file_that_is_not_text(tmp_path):
     path = tmp_path / "a.toml"
     path.write_bytes(b"name = '\xff\xfe'")
     with pytest.raises(UserError, match="not UTF-8 text"):
-        load(path, [], Root)
+        load_spec(path, [], Root)
     path.write_bytes(b"\xef\xbb\xbfseed = 4")  # a byte order mark is no mistake
-    assert load(path, [], Root).root.seed == 4
+    assert load_spec(path, [], Root).root.seed == 4
 
 
 def test_bounds_that_only_msgspec_knows_are_user_errors(write):
@@ -160,7 +160,7 @@ def test_bounds_that_only_msgspec_knows_are_user_errors(write):
         name: typing.Annotated[str, msgspec.Meta(min_length=2)] = "ab"
 
     with pytest.raises(UserError, match="length"):
-        load(write("name = 'a'"), [], Named)
+        load_spec(write("name = 'a'"), [], Named)
 
 
 # ---------------------------------------------------------------- values
@@ -189,7 +189,7 @@ def test_extends_merges_tables_and_replaces_arrays(write):
     base = "seed = 3\n[optimizer]\nlr = 0.1\nbetas = [0.1, 0.2]\n[training]\nepochs = 5"
     write(base, "base/base.toml")
     path = write("extends = '../base/base.toml'\n[optimizer]\nbetas = [0.3, 0.4]", "a/child.toml")
-    loaded = load(path, [], Root).root
+    loaded = load_spec(path, [], Root).root
     assert (loaded.seed, loaded.training.epochs, loaded.optimizer.lr) == (3, 5, 0.1)
     assert loaded.optimizer.betas == (0.3, 0.4)
     assert loaded.extends is None  # resolved: the spec stands alone
@@ -198,23 +198,23 @@ def test_extends_merges_tables_and_replaces_arrays(write):
 def test_extends_with_another_tag_replaces_the_table(write):
     write("[model.encoder]\nsmall_images = true\ntype = 'resnet18'", "base.toml")
     path = write("extends = 'base.toml'\n[model.encoder]\nencoder_type = 'torchvision'")
-    assert load(path, [], Root).root.model.encoder == TorchvisionEncoder()
+    assert load_spec(path, [], Root).root.model.encoder == TorchvisionEncoder()
     path = write("extends = 'base.toml'\n[model.encoder]\nencoder_type = 'timm'")
-    assert load(path, [], Root).root.model.encoder.small_images
+    assert load_spec(path, [], Root).root.model.encoder.small_images
 
 
 def test_extends_in_a_circle_shows_the_chain(write):
     first = write("extends = 'b.toml'", "a.toml")
     second = write("extends = 'a.toml'", "b.toml")
     with pytest.raises(UserError, match=rf"{first} -> {second} -> {first}"):
-        load(first, [], Root)
+        load_spec(first, [], Root)
 
 
 def test_a_mistake_names_the_file_it_is_in(write):
     base = write("[training]\nepochs = 0\n[optimizer]\nlr = 'x'", "base.toml")
     child = write("extends = 'base.toml'\n[optimizer]\nlr = 'y'", "child.toml")
     with pytest.raises(UserError) as raised:
-        load(child, [], Root)
+        load_spec(child, [], Root)
     epochs, rate = str(raised.value).splitlines()
     assert epochs.startswith(f"{base}: training.epochs")
     assert rate.startswith(f'{child}: optimizer.lr: "y"')
@@ -223,7 +223,7 @@ def test_a_mistake_names_the_file_it_is_in(write):
 def test_missing_base(write):
     write("", "base.toml")
     with pytest.raises(UserError, match=r'"bas\.toml".*did you mean .*base\.toml\?'):
-        load(write("extends = 'bas.toml'"), [], Root)
+        load_spec(write("extends = 'bas.toml'"), [], Root)
 
 
 # ---------------------------------------------------------------- overrides
@@ -328,13 +328,13 @@ def test_override_of_a_tag_replaces_its_table_and_keeps_what_is_beside_it(root):
 )
 def test_group_is_the_file_and_what_changes_the_experiment(write, overrides, group):
     path = write("[training]\nema_decay = 0.5", "digits.toml")
-    assert load(path, overrides, Root).group == group
+    assert load_spec(path, overrides, Root).group == group
 
 
 def test_group_is_a_file_name_and_unique(write):
     path = write("", "digits.toml")
     groups = {
-        load(path, [f"data.data_root_dir={folder}"], Root).group
+        load_spec(path, [f"data.data_root_dir={folder}"], Root).group
         for folder in ("/a/b", "/a_b", "_a_b", "a" * 300, "a" * 301, "\u00e9")
     }
     assert len(groups) == 6
@@ -346,8 +346,8 @@ def test_group_is_a_file_name_and_unique(write):
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_dump_loads_back_equal(path, write):
-    loaded = load(path, [], Root)
-    again = load(write(dump(loaded.root)), [], Root)
+    loaded = load_spec(path, [], Root)
+    again = load_spec(write(dump(loaded.root)), [], Root)
     assert again.root == loaded.root
     assert again.plain == loaded.plain
     assert changed_keys(loaded.plain, again.plain) == []
@@ -358,7 +358,7 @@ def test_dump_of_unusual_values(root, write):
     loaded = root('add_log = {when = 2024-05-06, "a.b" = "tab\\t\\"quote\\""}')
     loaded = msgspec.structs.replace(loaded, data=data)
     text = dump(loaded)
-    assert load(write(text), [], Root).root == loaded
+    assert load_spec(write(text), [], Root).root == loaded
     assert "name" not in tomllib.loads(text)  # unset keys are left out
 
 
@@ -371,8 +371,8 @@ def test_leaving_an_unset_key_out_says_the_same():
 
 def test_changed_keys(write):
     path = write("")
-    old = load(path, [], Root).plain
-    new = load(
+    old = load_spec(path, [], Root).plain
+    new = load_spec(
         path,
         [
             "optimizer.lr=1",

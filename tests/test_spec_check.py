@@ -8,7 +8,7 @@ from msgspec import inspect as inspect_types
 
 from glovita_lib import spec_check, spec_rules
 from glovita_lib.errors import UserError
-from glovita_lib.spec import load
+from glovita_lib.spec import load_spec
 from glovita_lib.spec_check import check, load_checked
 from glovita_lib.spec_errors import structs
 from glovita_lib.spec_root import Root
@@ -314,7 +314,7 @@ def root(tmp_path_factory):
     """The root Struct of overrides over the defaults."""
     path = tmp_path_factory.mktemp("specs") / "empty.toml"
     path.touch()
-    return lambda overrides: load(path, overrides, Root).root
+    return lambda overrides: load_spec(path, overrides, Root).root
 
 
 def keys_of(lines):
@@ -357,7 +357,7 @@ def test_every_union_member_can_be_checked(root):
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_committed_specs_break_no_rule(path):
-    assert load_checked(path).root == load(path, [], Root).root
+    assert load_checked(path).root == load_spec(path, [], Root).root
 
 
 def test_every_rule_is_broken_here(root):

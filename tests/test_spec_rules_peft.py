@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from glovita_lib import spec_rules
-from glovita_lib.spec import load
+from glovita_lib.spec import load_spec
 from glovita_lib.spec_check import check
 from glovita_lib.spec_peft import CustomPeft, Peft
 from glovita_lib.spec_root import Root
@@ -54,7 +54,7 @@ def root(tmp_path):
     def build(overrides):
         path = tmp_path / "a.toml"
         path.write_text("")
-        return load(path, overrides, Root).root
+        return load_spec(path, overrides, Root).root
 
     return build
 

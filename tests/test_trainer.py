@@ -9,7 +9,7 @@ import torch
 from small_runs import RESNET, TINY
 
 from glovita_lib import dist, experiment, run_train
-from glovita_lib.experiment import assemble, build_trainer, read_data, resolve_facts
+from glovita_lib.experiment import assemble, build_trainer, read_data, resolve_spec
 from glovita_lib.optim import build_optimizer
 from glovita_lib.spec_check import load_checked
 from glovita_lib.trainer import Hooks, Trainer
@@ -27,8 +27,8 @@ def root_of(tmp_path, text, *overrides):
 def in_float64(root):
     """Weights after a training in float64, and its records: inputs and model are doubles."""
     data = read_data(root, RANKS)
-    facts = resolve_facts(root, data)
-    built = assemble(root, facts, RANKS, load_weights=False)
+    resolved = resolve_spec(root, data)
+    built = assemble(root, resolved, RANKS, load_weights=False)
     built.model.double().register_forward_pre_hook(
         lambda module, arguments: (arguments[0].double(), *arguments[1:])
     )
@@ -167,7 +167,7 @@ def moved(run, root_text, tmp_path, *overrides):
     """Keys of the trained model that differ from its initial weights."""
     root = root_of(tmp_path, root_text, *overrides)
     data = read_data(root, RANKS)
-    initial = assemble(root, resolve_facts(root, data), RANKS, load_weights=False).model
+    initial = assemble(root, resolve_spec(root, data), RANKS, load_weights=False).model
     state = run.last["model"]
     return {k for k, v in initial.state_dict().items() if not torch.equal(v, state[k])}
 
@@ -184,7 +184,7 @@ def test_what_trains_moves_and_what_is_frozen_does_not(command, tmp_path, networ
     run = command(*changes, "training.epochs=1", "training.ema_decay=0.5", spec=spec)
     root = root_of(tmp_path, spec, *changes)
     built = assemble(
-        root, resolve_facts(root, read_data(root, RANKS)), RANKS, load_weights=False
+        root, resolve_spec(root, read_data(root, RANKS)), RANKS, load_weights=False
     ).model
     trains = {name for name, p in built.named_parameters() if p.requires_grad}
     found = moved(run, spec, tmp_path, *changes)
@@ -212,7 +212,7 @@ def test_what_trains_moves_and_what_is_frozen_does_not(command, tmp_path, networ
 )  # fmt: skip
 def test_the_optimizer_has_every_parameter_that_trains_once(tmp_path, change):
     root = root_of(tmp_path, TINY, change)
-    built = assemble(root, resolve_facts(root, read_data(root, RANKS)), RANKS, load_weights=False)
+    built = assemble(root, resolve_spec(root, read_data(root, RANKS)), RANKS, load_weights=False)
     optimizer = build_optimizer(built.model, root.optimizer)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held))
