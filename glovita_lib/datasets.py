@@ -1,12 +1,8 @@
 """The named data sets, and how the data set of a spec is built."""
 
-import hashlib
-import io
-import pickle
-from collections.abc import Iterable
-from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,201 +13,90 @@ from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, call_target
 from glovita_lib.spec_data import BaseData, Cifar10Data, Cifar100Data, CustomData, DigitsData
 
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
+
 # ------------------------------------------------------------------------------------- CIFAR
 #
-# CIFAR-10 and CIFAR-100 in torchvision's on-disk format.
+# CIFAR-10 and CIFAR-100, checked, read and downloaded by torchvision.
 #
-# M images of a file.
-
-
-@dataclass(frozen=True, slots=True)
-class Cifar:
-    """Files of one of the two data sets: md5 sums are those of the published archives."""
-
-    name: str
-    torchvision_class: str
-    folder: str
-    train: dict[str, str]
-    test: dict[str, str]
-    meta: str
-    names_key: str  # in the meta file
-    labels_key: str
-    classes: int
-
-
-CIFAR10 = Cifar(
-    name="cifar10",
-    torchvision_class="CIFAR10",
-    folder="cifar-10-batches-py",
-    train={
-        "data_batch_1": "c99cafc152244af753f735de768cd75f",
-        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-        "data_batch_4": "634d18415352ddfa80567beed471001a",
-        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    },
-    test={"test_batch": "40351d587109b95175f43aff81a1287e"},
-    meta="batches.meta",
-    names_key="label_names",
-    labels_key="labels",
-    classes=10,
-)
-CIFAR100 = Cifar(
-    name="cifar100",
-    torchvision_class="CIFAR100",
-    folder="cifar-100-python",
-    train={"train": "16019d7e3df5f24257cddd939b257f8d"},
-    test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
-    meta="meta",
-    names_key="fine_label_names",
-    labels_key="fine_labels",
-    classes=100,
-)
+# M images.
 
 
 @read_data_set.register
 def _(spec: Cifar10Data, *, seed: int) -> Data:
-    return read_cifar(spec, CIFAR10, seed)
+    return read_cifar(spec, "cifar10", seed)
 
 
 @read_data_set.register
 def _(spec: Cifar100Data, *, seed: int) -> Data:
-    return read_cifar(spec, CIFAR100, seed)
+    return read_cifar(spec, "cifar100", seed)
 
 
-def read_cifar(spec: Cifar10Data | Cifar100Data, files: Cifar, seed: int) -> Data:
+def read_cifar(spec: Cifar10Data | Cifar100Data, name: str, seed: int) -> Data:
     """The data set with a val split held out of the training images, or, with val_fraction 0, with
     the test images as val."""
-    refuse_fold(spec, f"data set {files.name} has one split (val follows the seed)")
-    fetch_files(spec, files)
-    folder = Path(spec.data_root_dir) / files.folder
-    report: list[str] = []
-    names = cifar_class_names(folder, files)
-    train, test = (read_batches(folder, part, files, report) for part in (files.train, files.test))
-    labels = strata(train[1], "multiclass", kept=spec.stratified)
+    refuse_fold(spec, f"data set {name} has one split (val follows the seed)")
+    train, test = open_cifar(spec, name)
+    labels = strata(np.array(train.targets), "multiclass", kept=spec.stratified)
     count = round(len(labels) * spec.val_fraction)
     val, rest = draw_stratified(labels, count, seed=hash_seed(seed, VAL), keep="rest")
-    tested = cifar_split("test", *test, np.arange(len(test[1])))
-    if not spec.val_fraction:
-        report.append("the test images are the val split too (data.val_fraction = 0)")
+    tested = cifar_split("test", test, np.arange(len(test)))
+    shared = "the test images are the val split too (data.val_fraction = 0)"
     return Data(
-        name=files.name,
+        name=name,
         splits={
-            "train": cifar_split("train", *train, rest),
-            "val": cifar_split("train", *train, val) if spec.val_fraction else tested,
+            "train": cifar_split("train", train, rest),
+            "val": cifar_split("train", train, val) if spec.val_fraction else tested,
             "test": tested,
         },
         subtask="multiclass",
-        class_names=names,
+        class_names=tuple(train.classes),
         channels=3,
         bit_depth=8,
-        report=report,
+        report=[] if spec.val_fraction else [shared],
     )
 
 
-def cifar_split(part: str, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Split:
+def cifar_split(part: str, images: "CIFAR10", rows: np.ndarray) -> Split:
     """Rows of the training or test images."""
-    return Split([f"{part}/{row}" for row in rows], labels[rows], ArraySource(images, rows))
+    targets = np.array(images.targets, np.int64)[rows]
+    pixels = images.data.transpose(0, 3, 1, 2)  # (M, 3, 32, 32) uint8, as the files hold them
+    return Split([f"{part}/{row}" for row in rows], targets, ArraySource(pixels, rows))
 
 
-def fetch_files(spec: Cifar10Data | Cifar100Data, files: Cifar) -> None:
-    """Download the data set where it is missing.
+def open_cifar(spec: Cifar10Data | Cifar100Data, name: str) -> tuple["CIFAR10", "CIFAR10"]:
+    """torchvision's training and test images, from files whose md5 sums are the published ones.
 
     Raises:
-        UserError: it is missing and cannot be, or must not be, downloaded.
+        UserError: files are missing and cannot be, or must not be, downloaded; or are damaged.
     """
-    root = Path(spec.data_root_dir)
-    wanted = [*files.train, *files.test, files.meta]
-    missing = [name for name in wanted if not (root / files.folder / name).is_file()]
-    if not missing:
-        return
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    kind, root = getattr(datasets, name.upper()), Path(spec.data_root_dir)
+    folder = root / kind.base_folder
+    md5 = dict([*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])])
+    missing = [file for file in md5 if not (folder / file).is_file()]
     why = "data.download = false"
-    if spec.download:
-        import torchvision
-
-        try:
-            getattr(torchvision.datasets, files.torchvision_class)(root, download=True)
-            return
-        except (OSError, RuntimeError) as error:  # no network, no space, a broken archive
-            why = " ".join(str(error).split())
-    raise UserError(
-        f"{root / files.folder}: {', '.join(missing)} missing and not downloaded ({why}); unpack"
-        f" {files.name.replace('cifar', 'cifar-')}-python.tar.gz from"
-        f" https://www.cs.toronto.edu/~kriz/cifar.html in {root} or set data.data_root_dir"
-    )
-
-
-# ---------------------------------------------------------------------- files
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Unpickles arrays, containers and numbers, and nothing that could run code."""
-
-    ALLOWED = frozenset(
-        (f"numpy{core}.multiarray", "_reconstruct") for core in (".core", "._core")
-    ) | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
-        return super().find_class(module, name)
-
-
-def read_pickle(path: Path, keys: Iterable[str], md5: str | None, report: list[str]) -> dict:
-    """Content of a file; a file that is not the published one is reported.
-
-    Raises:
-        UserError: it cannot be read or lacks one of the keys.
-    """
-    data = path.read_bytes()
-    if md5 is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
-        report.append(f"{path} is not the published file (its md5 sum differs)")
     try:
-        content = PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
-        missing = [key for key in keys if key not in content]
-    except Exception as error:  # unpickling broken bytes raises anything
-        raise UserError(f"{path}: broken file ({error}); delete it and download again") from error
+        if missing and spec.download:
+            kind(root, download=True)
+        if spec.download or not missing:
+            return kind(root, train=True), kind(root, train=False)
+    except (OSError, RuntimeError, HTTPException) as error:
+        why = " ".join(str(error).split())
     if missing:
-        raise UserError(f"{path}: no {', '.join(missing)} in it; delete it and download again")
-    return content
-
-
-def read_batches(
-    folder: Path, parts: dict[str, str], files: Cifar, report: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images (M, 3, 32, 32) uint8 and labels (M,) int64 of several files.
-
-    Raises:
-        UserError: a file is broken or holds something else.
-    """
-    images, labels = [], []
-    for name, md5 in parts.items():
-        path = folder / name
-        content = read_pickle(path, ("data", files.labels_key), md5, report)
-        data, found = content["data"], np.asarray(content[files.labels_key])
-        shaped = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2
-        if not shaped or data.shape != (len(found), 3072) or found.dtype.kind not in "iu":
-            raise UserError(f"{path}: expected data (M, 3072) uint8 and M whole-number labels")
-        if len(found) and (found.min() < 0 or found.max() >= files.classes):
-            raise UserError(
-                f"{path}: labels {found.min()} to {found.max()}, expected 0 to {files.classes - 1}"
-            )
-        images.append(data.reshape(-1, 3, 32, 32))
-        labels.append(found.astype(np.int64))
-    return np.concatenate(images), np.concatenate(labels)
-
-
-def cifar_class_names(folder: Path, files: Cifar) -> tuple[str, ...]:
-    """Names of the classes.
-
-    Raises:
-        UserError: the meta file is broken or names another number of classes.
-    """
-    path = folder / files.meta
-    names = tuple(read_pickle(path, (files.names_key,), None, [])[files.names_key])
-    if len(names) != files.classes:
-        raise UserError(f"{path}: {len(names)} class names, expected {files.classes}")
-    return names
+        raise UserError(
+            f"{folder}: {', '.join(missing)} missing and not downloaded ({why}); unpack"
+            f" {kind.filename} from https://www.cs.toronto.edu/~kriz/cifar.html in {root} or set"
+            " data.data_root_dir"
+        )
+    damaged = [file for file in md5 if not check_integrity(folder / file, md5[file])]
+    raise UserError(
+        f"{folder}: {', '.join(damaged) or why}: not as published (the md5 sum differs); delete the"
+        " folder to have it downloaded again (data.download = true)"
+    )
 
 
 # ---------------------------------------------------------------------------------- building

@@ -233,7 +233,8 @@ class DigitsData(BaseData, tag="digits", tag_field="dataset"):
 
 
 class Cifar10Data(BaseData, tag="cifar10", tag_field="dataset"):
-    """CIFAR-10 in torchvision's on-disk format (cifar-10-batches-py below data_root_dir)."""
+    """CIFAR-10 as published (the folder cifar-10-batches-py below data_root_dir), read by
+    torchvision."""
 
     default_policies: ClassVar[tuple[str, str]] = ("randaugment", "default")
 
@@ -245,7 +246,8 @@ class Cifar10Data(BaseData, tag="cifar10", tag_field="dataset"):
 
 
 class Cifar100Data(BaseData, tag="cifar100", tag_field="dataset"):
-    """CIFAR-100 in torchvision's on-disk format (cifar-100-python below data_root_dir)."""
+    """CIFAR-100 as published (the folder cifar-100-python below data_root_dir), read by
+    torchvision."""
 
     default_policies: ClassVar[tuple[str, str]] = ("randaugment", "default")
 

@@ -80,12 +80,11 @@ def test_missing_weights(refused):
 
 def test_no_data_set_and_no_network(refused, monkeypatch, tmp_path):
     """The data set would be downloaded; the line says how to do without."""
-    import torchvision
 
     def offline(*arguments, **options):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", offline)
     line = refused("data.dataset=cifar10", f"data.data_root_dir={tmp_path}",
                    spec=TINY.replace("data_fraction = 0.1", ""))  # fmt: skip
     assert "cifar-10-batches-py" in line and "data_root_dir" in line

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from small_runs import publish_cifar
+from torchvision.datasets import CIFAR10, CIFAR100
 
-from glovita_lib import datasets
 from glovita_lib.data_folder import build_unlabelled
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
@@ -143,28 +144,17 @@ def test_digits_refuse_what_makes_no_sense():
 # ---------------------------------------------------------------------- cifar
 
 
-def write_cifar(folder, files, classes, sizes):
-    """Digits as files in the published format: Python 2 pickles of flat 3x32x32 rows."""
-    folder.mkdir(parents=True)
-    big = np.pad(PIXELS, ((0, 0), (12, 12), (12, 12)))  # (1797, 32, 32)
-    start = 0
-    for name, size in sizes.items():
-        rows = np.arange(start, start + size)
-        start += size
-        data = np.repeat(big[rows][:, None], 3, 1).reshape(size, 3072)
-        labels = [int(label) for label in DIGITS.target[rows]]
-        content = {"data": data, files.labels_key: labels, "batch_label": "x"}
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    names = [f"class {i}" for i in range(classes)]
-    (folder / files.meta).write_bytes(pickle.dumps({files.names_key: names}, protocol=2))
+FLAT = np.repeat(np.pad(PIXELS, ((0, 0), (12, 12), (12, 12)))[:, None], 3, 1).reshape(-1, 3072)
 
 
 @pytest.fixture
-def cifar(tmp_path):
-    files = datasets.CIFAR10
-    sizes = dict.fromkeys([*files.train, *files.test], 40)
-    write_cifar(tmp_path / files.folder, files, 10, sizes)
+def cifar(tmp_path, monkeypatch):
+    """240 digits as CIFAR-10, 40 a file."""
+    publish_cifar(monkeypatch, tmp_path, CIFAR10, FLAT[:240], DIGITS.target[:240], NAMES)
     return tmp_path
+
+
+NAMES = [f"class {i}" for i in range(10)]
 
 
 def cifar_spec(root, **fields):
@@ -178,14 +168,13 @@ def test_cifar_files(cifar):
     }  # fmt: skip
     train, val, test = data.splits.values()
     assert set(train.ids).isdisjoint(val.ids) and test.ids[:2] == ["test/0", "test/1"]
-    for split in (train, val):
-        rows = np.array([int(identity.split("/")[1]) for identity in split.ids])
+    for split, first in ((train, 0), (val, 0), (test, 200)):
+        rows = np.array([int(identity.split("/")[1]) for identity in split.ids]) + first
         images = split.source.fetch(np.arange(len(split)))
-        assert images.shape[1:] == (3, 32, 32)
+        assert images.shape[1:] == (3, 32, 32) and images.dtype == np.uint8
         assert (images[:, 2, 12:20, 12:20] == PIXELS[rows]).all()
         assert (split.targets == DIGITS.target[rows]).all()
-    assert data.class_names[3] == "class 3" and data.channels == 3
-    assert len(data.report) == 6 and "is not the published file" in data.report[0]
+    assert data.class_names[3] == "class 3" and data.channels == 3 and data.report == []
     other = build_data(cifar_spec(cifar), seed=1)
     assert other.splits["val"].ids != val.ids and other.splits["test"].ids == test.ids
 
@@ -197,20 +186,12 @@ def test_cifar_without_a_val_fraction_takes_the_test_images(cifar):
     assert any("val split too" in line for line in data.report)
 
 
-def test_cifar_md5_sums_are_those_of_torchvision(cifar, monkeypatch):
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    for ours, theirs in ((datasets.CIFAR10, CIFAR10), (datasets.CIFAR100, CIFAR100)):
-        assert ours.train == dict(theirs.train_list) and ours.test == dict(theirs.test_list)
-        assert ours.folder == theirs.base_folder and ours.meta == theirs.meta["filename"]
-        assert ours.names_key == theirs.meta["key"]
-
-
-def test_cifar100_fine_labels(tmp_path):
-    files = datasets.CIFAR100
-    write_cifar(tmp_path / files.folder, files, 100, {"train": 50, "test": 20})
+def test_cifar100_fine_labels(tmp_path, monkeypatch):
+    names = [f"class {i}" for i in range(100)]
+    publish_cifar(monkeypatch, tmp_path, CIFAR100, FLAT[:100], np.arange(100), names)
     data = build_data(Cifar100Data(data_root_dir=str(tmp_path), download=False), seed=0)
-    assert data.outputs == 100 and len(data.splits["test"]) == 20
+    assert data.outputs == 100 and len(data.splits["test"]) == 50
+    assert data.splits["test"].targets.tolist() == list(range(50, 100))
 
 
 def test_missing_cifar_is_one_clear_line(tmp_path, monkeypatch):
@@ -229,32 +210,35 @@ def test_missing_cifar_is_one_clear_line(tmp_path, monkeypatch):
     assert "Name or service not known" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_broken_cifar_files(cifar):
-    path = cifar / "cifar-10-batches-py" / "data_batch_2"
-    data = path.read_bytes()
-    path.write_bytes(data[:1000])
-    with pytest.raises(UserError, match="data_batch_2: broken file"):
-        build_data(cifar_spec(cifar), seed=0)
-    path.write_bytes(pickle.dumps({"data": np.zeros((2, 7), np.uint8), "labels": [0, 1]}))
-    with pytest.raises(UserError, match="data_batch_2: expected data"):
-        build_data(cifar_spec(cifar), seed=0)
-    path.write_bytes(pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}))
-    with pytest.raises(UserError, match="labels 10 to 10, expected 0 to 9"):
-        build_data(cifar_spec(cifar), seed=0)
-    path.write_bytes(pickle.dumps({"data": 0}))
-    with pytest.raises(UserError, match="no labels in it"):
+@pytest.mark.parametrize("file", ["data_batch_2", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("download", [False, True])
+def test_a_damaged_cifar_file_is_one_clear_line(cifar, file, download):
+    path = cifar / "cifar-10-batches-py" / file
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"!")
+    with pytest.raises(UserError) as caught:
+        build_data(Cifar10Data(data_root_dir=str(cifar), download=download), seed=0)
+    text = str(caught.value)
+    assert f"{path.parent}: {file}: not as published" in text and "\n" not in text
+    path.unlink()
+    with pytest.raises(UserError, match=f"{file} missing"):
         build_data(cifar_spec(cifar), seed=0)
 
 
-def test_a_cifar_file_cannot_run_code(cifar):
+def test_only_the_published_cifar_files_are_read_so_that_none_can_run_code(cifar, monkeypatch):
+    """A pickle may run anything; its md5 sum is looked at before."""
+
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(cifar / "ran"),)
 
     (cifar / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="test_batch: broken file"):
+    with pytest.raises(UserError, match="test_batch: not as published"):
         build_data(cifar_spec(cifar), seed=0)
     assert not (cifar / "ran").exists()
+    monkeypatch.undo()  # torchvision's own md5 sums
+    with pytest.raises(UserError, match="data_batch_1, .*: not as published"):
+        build_data(cifar_spec(cifar), seed=0)
 
 
 # ---------------------------------------------------------------------- splits of folders

@@ -3,12 +3,12 @@ shrink them; pretrained weights are left out, as they would be downloaded."""
 
 import csv
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import Result, digits, write_png
+from small_runs import Result, digits, publish_cifar, write_png
+from torchvision.datasets import CIFAR10
 
 from glovita import main
 from glovita_lib.rundir import locate
@@ -81,14 +81,9 @@ def test_cifar10_resnet(monkeypatch, tmp_path):
     from sklearn.datasets import load_sample_images
 
     tiles = np.concatenate([tiles_of(image) for image in load_sample_images().images])
-    folder = Path("data/cifar-10-batches-py")
-    folder.mkdir(parents=True)
-    for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
-        part = tiles[i * 20 : (i + 1) * 20]
-        content = {"data": part.reshape(len(part), -1), "labels": [k % 10 for k in range(20)]}
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    flat, labels = tiles[:120].reshape(120, -1), [k % 10 for k in range(20)] * 6
     names = [f"class {k}" for k in range(10)]
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}, protocol=2))
+    publish_cifar(monkeypatch, Path("data"), CIFAR10, flat, labels, names)
     for key in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
