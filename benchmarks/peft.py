@@ -197,7 +197,7 @@ def probing(name: str, args: argparse.Namespace) -> None:
 def methods(paths: list[str], args: argparse.Namespace) -> None:
     """Print a line per spec: one training step of its model, size and optimizer on random images;
     no weights are read."""
-    from glovita_lib import dist, peft_base
+    from glovita_lib import dist
     from glovita_lib.experiment import assemble, read_data, resolve_spec
     from glovita_lib.optim import build_optimizer
     from glovita_lib.peft_base import parameter_table
@@ -222,10 +222,10 @@ def methods(paths: list[str], args: argparse.Namespace) -> None:
         optimizer = build_optimizer(model, root.optimizer)
 
         def one(model=model, optimizer=optimizer, x=x, labels=labels) -> None:
-            terms = peft_base.auxiliary_losses(model).values()
+            terms = model.auxiliary_losses().values()
             sum(terms, nn.functional.cross_entropy(model(x), labels)).backward()
             optimizer.step()
-            peft_base.after_step(model, 1, 2)
+            model.after_step(1, 2)
             optimizer.zero_grad()
 
         name = Path(path).stem

@@ -25,7 +25,7 @@ from glovita_lib.encoder import Encoder, Identity, output_width, preprocess_of
 from glovita_lib.errors import UserError
 from glovita_lib.loader import Loader, build_feature_loader, build_loader
 from glovita_lib.loggers import Rate, say
-from glovita_lib.model import build_model
+from glovita_lib.model import Model, build_model
 from glovita_lib.objectives import Objective, Predictions, build_objective, evaluate
 from glovita_lib.read_features import VectorSource
 from glovita_lib.resolved import Resolved, resolve_run
@@ -39,7 +39,6 @@ from glovita_lib.spec_model import (
     PrecomputedEncoder,
     TransmilHead,
 )
-from glovita_lib.spec_peft import Gps
 from glovita_lib.spec_root import Root
 from glovita_lib.trainer import Hooks, Trainer
 
@@ -98,7 +97,7 @@ class Experiment:
 
     root: Root
     resolved: Resolved
-    model: nn.Module  # on the device of this rank
+    model: Model  # on the device of this rank
     objective: Objective
     ranks: dist.Ranks
     checkpoint: Path | None = None
@@ -202,7 +201,7 @@ def build_trainer(experiment: Experiment, data: Data, hooks: Hooks) -> Trainer:
         training=root.training,
         optimizer=root.optimizer,
         best_metric=resolved.best_metric,
-        calibration_batches=root.peft.calibration_batches if isinstance(root.peft, Gps) else 0,
+        calibration_batches=root.peft.calibration_batches,
         seed=root.seed,
         ranks=ranks,
         hooks=hooks,
@@ -239,6 +238,7 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
     experiment.checkpoint = path
     if root.mode == "infer" and root.infer.merge:
         peft_base.merge(experiment.model)
+        experiment.model.refresh()
     return experiment
 
 

@@ -3,7 +3,7 @@
 B batch, C channels, H W pixels, D width, K classes or targets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.heads import build_head
 from glovita_lib.peft import apply_peft
+from glovita_lib.peft_base import adapters_by_class
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import Peft
 
@@ -73,8 +74,42 @@ class Model(nn.Module):
             part.eval()
         return self
 
+    # ------------------------------------------------------------------ training with adapters
+
+    def calibrate(
+        self,
+        batches: Iterable[Any],
+        loss: Callable[[Any], Tensor],
+        mean: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Let a PEFT method choose what trains, before the first optimizer step (GPS).
+
+        Args:
+            batches: training batches of this rank.
+            loss: loss of this model on a batch, ().
+            mean: mean of a tensor over all ranks, so that every rank chooses the same.
+        """
+        for kind in self.adapters:
+            kind.calibrate(self, batches, loss, mean)
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Terms () that a PEFT method adds to the training loss, by logged name: AdaLoRA's
+        orthogonality."""
+        losses: dict[str, Tensor] = {}
+        for kind, members in self.adapters.items():
+            losses |= kind.auxiliary_losses(members)
+        return losses
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """What a PEFT method does behind optimizer step `step` = 1 ... `total_steps`, while the
+        gradients are still there: AdaLoRA's rank budget, OFT's constraint."""
+        for kind, members in self.adapters.items():
+            kind.after_step(members, step, total_steps)
+
     def refresh(self) -> None:
-        """Take note of what is frozen; to be called when requires_grad flags have changed."""
+        """Take note of what is frozen and of the adapters; to be called when requires_grad flags
+        or adapters have changed."""
+        self.adapters = adapters_by_class(self)
         self.encoder_is_frozen = not any(p.requires_grad for p in self.encoder.parameters())
         self.frozen_parts = [self.encoder] if self.encoder_is_frozen else list(frozen(self))
         self.train(self.training)

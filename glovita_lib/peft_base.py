@@ -258,6 +258,24 @@ class Adapter(nn.Module):
         return call(layer, x, layer.weight, layer.bias)
 
     @classmethod
+    def calibrate(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Callable[[Any], Tensor],
+        mean: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Called before the first optimizer step of a run whose method asks for training batches
+        (`calibration_batches` of its Struct).
+
+        Args:
+            model: with adapters of this class.
+            batches: training batches of this rank.
+            loss: loss of the model on a batch, ().
+            mean: mean of a tensor over all ranks, so that every rank decides the same.
+        """
+
+    @classmethod
     def after_step(cls, adapters: list["Adapter"], step: int, total_steps: int) -> None:
         """Called after optimizer step `step` = 1 ... `total_steps`, before gradients are forgotten,
         with all adapters of this class in the model."""
@@ -423,32 +441,13 @@ def insert(module: nn.Module, child: Insert) -> None:
     module.added = child
 
 
-def by_class(root: nn.Module) -> dict[type[Adapter], list[Adapter]]:
-    """All adapters by their class."""
+def adapters_by_class(root: nn.Module) -> dict[type[Adapter], list[Adapter]]:
+    """All adapters of a network, in its order."""
     found: dict[type[Adapter], list[Adapter]] = {}
-    for _, adapter in adapters(root):
-        found.setdefault(type(adapter), []).append(adapter)
+    for module in root.modules():
+        if isinstance(module, Adapter):
+            found.setdefault(type(module), []).append(module)
     return found
-
-
-def after_step(model: nn.Module, step: int, total_steps: int) -> None:
-    """What methods do behind optimizer step `step` = 1 ... `total_steps`, while the gradients are
-    still there: AdaLoRA's rank budget, OFT's constraint."""
-    for kind, members in by_class(model).items():
-        kind.after_step(members, step, total_steps)
-
-
-def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
-    """Terms that methods add to the training loss: AdaLoRA's orthogonality."""
-    losses: dict[str, Tensor] = {}
-    for kind, members in by_class(model).items():
-        losses |= kind.auxiliary_losses(members)
-    return losses
-
-
-def adapters(root: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """All adapters with their keys."""
-    return ((n, m) for n, m in root.named_modules() if isinstance(m, Adapter))
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -16,7 +16,6 @@ from glovita_lib.peft_base import (
     Adapter,
     Members,
     TargetWeight,
-    adapters,
     attach_all,
     base_bias,
     base_weight,
@@ -501,6 +500,27 @@ class SelectedEntries(Adapter):
         flat = weight.flatten(1).scatter(1, self.places, self.values.to(weight.dtype))
         return flat.view(weight.shape)
 
+    @classmethod
+    def calibrate(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Callable[[Any], Tensor],
+        mean: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Choose the entries that train by the gradient of the summed loss of the batches."""
+        layers = [m for m in model.modules() if is_adapted(m)]
+        layers = [m for m in layers if isinstance(members_of(m)[0][1], cls)]
+        weights = [base_weight(layer) for layer in layers]
+        with trained(weights):
+            sums = [torch.zeros_like(w) for w in weights]
+            for batch in batches:
+                add_gradients(loss(batch), layers, sums)
+        for layer, total in zip(layers, sums, strict=True):
+            total = mean(total)
+            for rows, adapter in members_of(layer):
+                adapter.choose(base_weight(layer, rows), part_of(total, rows))
+
     @torch.no_grad()
     def choose(self, weight: Tensor, gradient: Tensor) -> None:
         """Take the entries with the largest |gradient| of every row; gradient as the weight."""
@@ -512,7 +532,7 @@ class SelectedEntries(Adapter):
 def apply_gps(spec: Gps, model: nn.Module) -> None:
     """Freeze the encoder; entries of every row and the biases of the targets train.
 
-    The entries are chosen by `calibrate`.
+    The entries are chosen by `SelectedEntries.calibrate`.
     """
     root = encoder_of(model)
     kinds = ("linear", "conv")
@@ -525,37 +545,6 @@ def apply_gps(spec: Gps, model: nn.Module) -> None:
         return SelectedEntries(weight, spec.gps_topk_per_row)
 
     attach_all(root, targets, make, "adapted")
-
-
-def needs_calibration(model: nn.Module) -> bool:
-    """Whether `calibrate` is to be called before the first step of a new run."""
-    return any(isinstance(adapter, SelectedEntries) for _, adapter in adapters(model))
-
-
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss: Callable[[Any], Tensor],
-    average: Callable[[Tensor], Tensor],
-) -> None:
-    """Choose the entries that train by the gradient of the loss over some batches (GPS).
-
-    Args:
-        batches: training batches of this rank.
-        loss: loss of the model on a batch.
-        average: mean of a tensor over all ranks, so that every rank chooses the same.
-    """
-    layers = [m for m in model.modules() if is_adapted(m)]
-    layers = [m for m in layers if isinstance(members_of(m)[0][1], SelectedEntries)]
-    weights = [base_weight(layer) for layer in layers]
-    with trained(weights):
-        sums = [torch.zeros_like(w) for w in weights]
-        for batch in batches:
-            add_gradients(loss(batch), layers, sums)
-    for layer, total in zip(layers, sums, strict=True):
-        total = average(total)
-        for rows, adapter in members_of(layer):
-            adapter.choose(base_weight(layer, rows), part_of(total, rows))
 
 
 def add_gradients(loss: Tensor, layers: list[nn.Module], sums: list[Tensor]) -> None:

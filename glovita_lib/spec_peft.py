@@ -15,7 +15,13 @@ Rank = Annotated[int, Meta(ge=1)]
 Bias = Literal["none", "all", "adapted"]
 
 
-class Targeted(Spec):
+class PeftMethod(Spec):
+    """A PEFT method."""
+
+    calibration_batches = 0  # training batches that it sees before the first step, per rank
+
+
+class Targeted(PeftMethod):
     """A method that changes chosen layers of the encoder."""
 
     targets: tuple[str, ...] | None = None
@@ -207,12 +213,12 @@ class RepAdapter(Targeted, tag="rep_adapter", tag_field="method"):
     """Factor s; U starts at 0."""
 
 
-class Ssf(Spec, tag="ssf", tag_field="method"):
+class Ssf(PeftMethod, tag="ssf", tag_field="method"):
     """Learned scale and shift after every norm, Linear layer and convolution of the blocks (Lian et
     al., SSF, NeurIPS 2022); a layer without bias gets no shift."""
 
 
-class DiffFit(Spec, tag="difffit", tag_field="method"):
+class DiffFit(PeftMethod, tag="difffit", tag_field="method"):
     """Learned scales at the places of ssf and every bias of the encoder (Xie et al., DiffFit, ICCV
     2023)."""
 
@@ -233,31 +239,31 @@ class Gps(Targeted, tag="gps", tag_field="method"):
 Size = Annotated[int, Meta(ge=1)]
 
 
-class FullFinetuning(Spec, tag="full_finetuning", tag_field="method"):
+class FullFinetuning(PeftMethod, tag="full_finetuning", tag_field="method"):
     """Every parameter trains."""
 
 
-class LinearProbing(Spec, tag="linear_probing", tag_field="method"):
+class LinearProbing(PeftMethod, tag="linear_probing", tag_field="method"):
     """Only the head trains; the encoder stays in eval mode and outside autograd."""
 
 
-class PartialFinetuning(Spec, tag="partial_finetuning", tag_field="method"):
+class PartialFinetuning(PeftMethod, tag="partial_finetuning", tag_field="method"):
     """The first blocks and everything before them stay frozen."""
 
     num_frozen_layers: Annotated[int, Meta(ge=0)] = 6
     """Number of frozen blocks, counted from the input."""
 
 
-class Bitfit(Spec, tag="bitfit", tag_field="method"):
+class Bitfit(PeftMethod, tag="bitfit", tag_field="method"):
     """Every bias of the encoder trains (Ben Zaken et al., BitFit, ACL 2022)."""
 
 
-class LnTuning(Spec, tag="ln_tuning", tag_field="method"):
+class LnTuning(PeftMethod, tag="ln_tuning", tag_field="method"):
     """Scale and shift of every norm layer train, batch norm with its statistics held (Zhao et al.,
     LayerNorm tuning, ICLR 2024; Frankle et al., batch norm, ICLR 2021)."""
 
 
-class AdaptFormer(Spec, tag="adapt_former", tag_field="method"):
+class AdaptFormer(PeftMethod, tag="adapt_former", tag_field="method"):
     """s Up(ReLU(Down(z))) beside or behind every MLP, whose input z the block has normalised (Chen
     et al., AdaptFormer, NeurIPS 2022)."""
 
@@ -273,7 +279,7 @@ class AdaptFormer(Spec, tag="adapt_former", tag_field="method"):
     """A LayerNorm of the adapter's own on its input or its output, which then starts at 0."""
 
 
-class Convpass(Spec, tag="convpass", tag_field="method"):
+class Convpass(PeftMethod, tag="convpass", tag_field="method"):
     """Down -> GELU -> 3 x 3 convolution over the grid of patches -> GELU -> Up beside the MLP;
     prefix tokens are a grid of one (Jie and Deng, Convpass, 2022)."""
 
@@ -287,7 +293,7 @@ class Convpass(Spec, tag="convpass", tag_field="method"):
     """Beside which modules: attn, mlp or both, as in the paper."""
 
 
-class VisualPromptTuning(Spec, tag="visual_prompt_tuning", tag_field="method"):
+class VisualPromptTuning(PeftMethod, tag="visual_prompt_tuning", tag_field="method"):
     """Learned tokens behind the prefix tokens, before the first block or new ones in every block
     (Jia et al., VPT, ECCV 2022); they are taken out behind the blocks."""
 
@@ -303,7 +309,7 @@ class VisualPromptTuning(Spec, tag="visual_prompt_tuning", tag_field="method"):
     """Number of first blocks with prompts if deep; none: all."""
 
 
-class CustomPeft(Spec, tag="custom", tag_field="method", kw_only=True):
+class CustomPeft(PeftMethod, tag="custom", tag_field="method", kw_only=True):
     """A method of your own: a function of your package that changes the model in place."""
 
     target: str

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glovita_lib import dist, peft_base, peft_weights
+from glovita_lib import dist
 from glovita_lib.dist import autocast, build_scaler, resolve_precision
 from glovita_lib.errors import UserError
 from glovita_lib.loader import Batch, Loader
 from glovita_lib.loggers import Bar, Meter, better, epoch_line
+from glovita_lib.model import Model
 from glovita_lib.objectives import BatchRng, Objective, Predictions, evaluate
 from glovita_lib.optim import Schedule, build_average, build_optimizer, set_lr
 from glovita_lib.spec_train import Optimizer, Training
@@ -58,7 +59,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         objective: Objective,
         *,
         train_loader: Loader,
@@ -88,7 +89,6 @@ class Trainer:
         if training.compile:
             model.compile()
         self.parallel = dist.wrap(model, ranks, training.ddp_find_unused_parameters)
-        self.adapts = any(True for _ in peft_base.adapters(model))
         self.state = TrainState()
         self.meter, self.epoch_meter = Meter(), Meter()
         self.first_bad = torch.tensor(-1, device=ranks.device)  # batch whose loss was not finite
@@ -137,18 +137,14 @@ class Trainer:
         with self.synchronized(ends_step):
             with autocast(self.precision, self.ranks.device):
                 loss, logs = self.objective.loss(self.parallel, batch, clock)
-                loss, logs = self.with_terms(loss, logs)
+                terms = self.model.auxiliary_losses()
+                loss = sum(terms.values(), loss)
             self.scaler.scale(loss * self.share(state.batch)).backward()
+        logs = logs | {name: term.detach() for name, term in terms.items()}
         self.count(loss, logs, len(batch.rows))
         state.batch += 1
         if ends_step:
             self.optimizer_step()
-
-    def with_terms(self, loss: Tensor, logs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss with what a PEFT method adds to it."""
-        terms = peft_base.auxiliary_losses(self.model) if self.adapts else {}
-        logs = logs | {name: term.detach() for name, term in terms.items()}
-        return sum(terms.values(), loss), logs
 
     def calibrate(self) -> None:
         """Let a PEFT method choose what trains by the gradient of some training batches."""
@@ -160,8 +156,7 @@ class Trainer:
                 return self.objective.loss(self.model, batch, clock)[0]
 
         self.model.train()
-        peft_weights.calibrate(
-            self.model,
+        self.model.calibrate(
             (batch.to(self.ranks.device) for batch in batches),
             loss,
             lambda tensor: dist.all_mean(self.ranks, tensor),
@@ -176,8 +171,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.gradient_clip_val)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.adapts:
-            peft_base.after_step(self.model, self.state.step + 1, self.schedule.total)
+        self.model.after_step(self.state.step + 1, self.schedule.total)
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         if self.ema is not None:

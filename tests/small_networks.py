@@ -6,6 +6,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from glovita_lib.peft_base import adapters_by_class
+
 SHAPES = {
     "vit": (3, 32, 32),
     "dinov3": (3, 32, 32),
@@ -156,3 +158,20 @@ def disturb(model: nn.Module, scale: float = 0.1) -> None:
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(scale * noise.to(parameter))
+
+
+# ---------------------------------------------------------------------- what `Model` does
+
+
+def auxiliary_losses(net: nn.Module) -> dict[str, Tensor]:
+    """Loss terms of the adapters in a network."""
+    losses: dict[str, Tensor] = {}
+    for kind, adapters in adapters_by_class(net).items():
+        losses |= kind.auxiliary_losses(adapters)
+    return losses
+
+
+def after_step(net: nn.Module, step: int, total_steps: int) -> None:
+    """What the adapters in a network do behind an optimizer step."""
+    for kind, adapters in adapters_by_class(net).items():
+        kind.after_step(adapters, step, total_steps)

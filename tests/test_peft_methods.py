@@ -6,14 +6,12 @@ import copy
 import pytest
 import timm
 import torch
-from small_networks import SHAPES, build, disturb, sample
+from small_networks import SHAPES, after_step, auxiliary_losses, build, disturb, sample
 from torch import nn
 
 from glovita_lib.errors import UserError
 from glovita_lib.peft import apply_peft
 from glovita_lib.peft_base import (
-    after_step,
-    auxiliary_losses,
     load_trained,
     merge,
     parameter_table,

@@ -14,7 +14,7 @@ from glovita_lib.errors import UserError
 from glovita_lib.model import build_model
 from glovita_lib.optim import parameter_groups
 from glovita_lib.peft import apply_peft
-from glovita_lib.peft_base import auxiliary_losses, merge
+from glovita_lib.peft_base import merge
 from glovita_lib.spec_model import ModelSpec, TimmEncoder
 from glovita_lib.spec_peft import (
     Adalora,
@@ -26,6 +26,7 @@ from glovita_lib.spec_peft import (
     DiffFit,
     Fact,
     FourierFt,
+    FullFinetuning,
     Gps,
     Ia3,
     LinearProbing,
@@ -77,7 +78,7 @@ def test_every_parameter_that_trains_has_a_gradient(spec):
     """Else training on several GPUs stops with an error about unused parameters."""
     model = make(spec)
     model.train()
-    loss = model(images()).square().mean() + sum(auxiliary_losses(model).values())
+    loss = model(images()).square().mean() + sum(model.auxiliary_losses().values())
     loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -197,3 +198,39 @@ def test_two_ranks_train_as_one(tmp_path):
             torch.testing.assert_close(
                 ranks[0][number][key], value, atol=1e-4, rtol=1e-3, msg=f"{label(spec)} {key}"
             )
+
+
+# ---------------------------------------------------------------------- what the loop asks
+
+
+def test_a_model_without_adapters_adds_nothing_to_the_loop():
+    model = make(FullFinetuning())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.calibrate(iter([]), lambda batch: batch, lambda tensor: tensor)
+    model.after_step(1, 10)
+    assert model.auxiliary_losses() == {}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_gps_alone_asks_for_calibration_batches_and_chooses_by_them():
+    asked = {kind for kind in get_args(Peft) if kind.calibration_batches}
+    assert asked == {Gps} and Gps(calibration_batches=3).calibration_batches == 3
+    model = make(Gps())
+    places = {n: b.clone() for n, b in model.named_buffers() if n.endswith("places")}
+    x, seen = images(), []
+
+    def loss(batch):
+        seen.append(len(batch))
+        return model(batch).square().mean()
+
+    model.calibrate([x[:2], x[2:]], loss, lambda tensor: tensor)
+    assert seen == [2, 2] and places
+    chosen = dict(model.named_buffers())
+    assert not all(torch.equal(chosen[name], value) for name, value in places.items())
+
+
+def test_a_merged_model_has_no_adapters_left():
+    model = make(Adalora())
+    assert model.auxiliary_losses()["orthogonality"] > 0
+    merge(model).refresh()
+    assert model.auxiliary_losses() == {}

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from peft_reference import LAYERS, compare, fill, pair
-from small_networks import build, disturb, sample
+from small_networks import after_step, auxiliary_losses, build, disturb, sample
 
 from glovita_lib.errors import UserError
-from glovita_lib.peft_base import after_step, auxiliary_losses, changed_weight
+from glovita_lib.peft_base import changed_weight
 from glovita_lib.peft_lowrank import allocate, apply_adalora, apply_vera
 from glovita_lib.peft_weights import (
     apply_fourierft,

@@ -12,13 +12,7 @@ from torch import nn
 
 from glovita_lib.errors import UserError
 from glovita_lib.peft_base import changed_weight, is_adapted
-from glovita_lib.peft_weights import (
-    apply_bitfit,
-    apply_gps,
-    apply_ln_tuning,
-    calibrate,
-    needs_calibration,
-)
+from glovita_lib.peft_weights import SelectedEntries, apply_bitfit, apply_gps, apply_ln_tuning
 from glovita_lib.spec_peft import Bitfit, Gps, LnTuning
 
 
@@ -29,7 +23,7 @@ def squares(net, x):
 def calibrated(name: str, x: torch.Tensor, per_row: int = 2) -> nn.Module:
     net = build(name)
     apply_gps(Gps(gps_topk_per_row=per_row), net)
-    calibrate(net, [x], lambda batch: squares(net, batch), lambda t: t)
+    SelectedEntries.calibrate(net, [x], lambda batch: squares(net, batch), lambda t: t)
     return net
 
 
@@ -59,7 +53,7 @@ def test_gps_picks_the_largest_gradients_of_every_row(name):
 def test_gps_of_a_part_leaves_the_other_rows():
     net, plain, x = build("vit"), build("vit"), sample("vit")
     apply_gps(Gps(gps_topk_per_row=2, targets=("q", "v")), net)
-    calibrate(net, [x], lambda batch: squares(net, batch), lambda t: t)
+    SelectedEntries.calibrate(net, [x], lambda batch: squares(net, batch), lambda t: t)
     squares(plain, x).backward()
     adapted = plain.blocks[0].attn.qkv.weight
     layer = net.blocks[0].attn.qkv
@@ -101,8 +95,8 @@ def test_calibration_may_be_repeated_and_sums_batches():
     once = calibrated("vit", x)
     net = build("vit")
     apply_gps(Gps(gps_topk_per_row=2), net)
-    calibrate(net, [x[2:]], lambda batch: squares(net, batch), lambda t: t)
-    calibrate(net, [x[:2], x[2:]], lambda batch: squares(net, batch), lambda t: t)
+    SelectedEntries.calibrate(net, [x[2:]], lambda batch: squares(net, batch), lambda t: t)
+    SelectedEntries.calibrate(net, [x[:2], x[2:]], lambda batch: squares(net, batch), lambda t: t)
     for a, b in zip(net.modules(), once.modules(), strict=True):
         if is_adapted(a):
             assert torch.equal(a.adapter.places.sort(1).values, b.adapter.places.sort(1).values)
@@ -114,7 +108,6 @@ def test_gps_trains_biases_of_its_layers_but_no_norm():
     trained = {n for n, p in net.named_parameters() if p.requires_grad}
     assert "blocks.0.attn.qkv.bias" in trained
     assert not any("norm" in n for n in trained)
-    assert needs_calibration(net) and not needs_calibration(build("vit"))
 
 
 def test_more_entries_than_a_row_has_is_the_whole_row():
@@ -133,7 +126,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     net = build("vit")
     apply_gps(Gps(gps_topk_per_row=2), net)
     x = sample("vit", 4)[2 * rank : 2 * rank + 2]
-    calibrate(net, [x], lambda batch: squares(net, batch), average)
+    SelectedEntries.calibrate(net, [x], lambda batch: squares(net, batch), average)
     torch.save([m.adapter.places for m in net.modules() if is_adapted(m)], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
