@@ -94,10 +94,6 @@ def draw_stratified(
     sizes = np.bincount(stratum, minlength=len(values))
     low = np.minimum(sizes, 1) if keep == "drawn" else np.zeros_like(sizes)
     high = np.maximum(sizes - 1, 0) if keep == "rest" else sizes
-    if low.sum() > count:
-        low = np.zeros_like(sizes)
-    if high.sum() < count:
-        high = sizes
     counts = apportion(sizes, count, low=low, high=high)
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(stratum[order], kind="stable")]  # random within each stratum
@@ -106,11 +102,28 @@ def draw_stratified(
     return np.sort(order[drawn]), np.sort(order[~drawn])
 
 
-def apportion(sizes: np.ndarray, count: int, *, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Shares of `count` proportional to `sizes` by largest remainder, within low <= share <= high.
+def apportion(
+    sizes: np.ndarray,
+    count: int,
+    *,
+    low: np.ndarray | None = None,
+    high: np.ndarray | None = None,
+) -> np.ndarray:
+    """Shares of `count` proportional to `sizes` by largest remainder, their sum `count` or, where
+    that is less, that of the sizes.
 
-    low.sum() <= count <= high.sum() must hold.
+    Args:
+        low: least share of each, up to its size; unset, or where there is no room for all, 0.
+        high: largest share of each; unset, or where that leaves some of `count` over, its size.
+
+    >>> apportion(np.array([70, 29, 1]), 10, low=np.array([1, 1, 1]))
+    array([7, 2, 1])
     """
+    count = min(count, int(sizes.sum()))
+    if low is None or low.sum() > count:
+        low = np.zeros_like(sizes)
+    if high is None or high.sum() < count:
+        high = sizes
     exact = sizes * (count / max(1, sizes.sum()))
     shares = np.clip(np.floor(exact).astype(np.int64), low, high)
     while (missing := count - int(shares.sum())) != 0:

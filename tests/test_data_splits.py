@@ -49,9 +49,21 @@ def test_draw_from_small_classes():
 
 def test_apportion_is_largest_remainder():
     sizes = np.array([10, 10, 5])
-    free = {"low": np.zeros(3, int), "high": sizes}
-    assert apportion(sizes, 6, **free).tolist() == [3, 2, 1]  # of 2.4, 2.4 and 1.2
-    assert apportion(sizes, 24, **free).tolist() == [10, 9, 5]
+    assert apportion(sizes, 6).tolist() == [3, 2, 1]  # of 2.4, 2.4 and 1.2
+    assert apportion(sizes, 24).tolist() == [10, 9, 5]
+    assert apportion(sizes, 26).tolist() == [10, 10, 5]  # no more than there are
+    assert apportion(sizes, 9, high=np.array([2, 9, 9])).tolist() == [2, 4, 3]
+
+
+def test_apportioned_shares_keep_to_their_bounds():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = generator.integers(0, 50, generator.integers(1, 12))
+        room = int(generator.integers(1, 80))
+        kept = apportion(sizes, room, low=np.minimum(sizes, 1))
+        assert kept.sum() == min(sizes.sum(), room) and (kept <= sizes).all() and (kept >= 0).all()
+        if (sizes > 0).sum() <= room:
+            assert (kept[sizes > 0] >= 1).all()
 
 
 def test_folds_are_disjoint_differ_and_are_stratified():
