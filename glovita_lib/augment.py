@@ -1,66 +1,39 @@
-"""Augmentation of a run: named policies, what a spec makes of them, and their application."""
+"""Augmentation of a run: named policies, what a spec makes of them, their application, and the
+mixing of samples."""
 
 import math
 
 import msgspec
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from glovita_lib import augment_images
 from glovita_lib.augment_crop import CropResize
+from glovita_lib.augment_images import OPERATIONS, Placement, random_operations
 from glovita_lib.encoder import Preprocess
 from glovita_lib.errors import UserError
 from glovita_lib.spec import Spec
-from glovita_lib.spec_data import Augmentation, Ops
+from glovita_lib.spec_data import ImageAugmentation, ImageKwargs, ImageOps
 
 # ---------------------------------------------------------------------------- named policies
 #
-# The named augmentation policies: every parameter of each.
+# The named augmentation policies for images: every parameter of each.
 #
-# A policy of the training split differs from `PLAIN` in what it lists; fields and units are those
-# of `Ops`. Nothing here is random or needs torch.
+# A policy differs from `PLAIN`, the defaults of `ImageOps`, in what it lists; fields and units are
+# those of `ImageOps`. Nothing here is random or needs torch.
 
-PLAIN = Ops(
-    crop="center",
-    resize="resize_size",
-    crop_padding=4,
-    scale=(0.7, 1.0),
-    ratio=(0.8, 1.25),
-    hflip_p=0.0,
-    vflip_p=0.0,
-    rotate_degrees=20.0,
-    rotate_p=0.0,
-    affine_p=0.0,
-    affine_scale=(0.85, 1.15),
-    affine_translate=0.08,
-    affine_shear=8.0,
-    jitter_p=0.0,
-    jitter=(0.2, 0.2, 0.2, 0.03),
-    brightness_contrast=0.0,
-    blur_p=0.0,
-    blur_kernel=(3, 5),
-    motion_blur=False,
-    noise_p=0.0,
-    noise_std=(0.01, 0.04),
-    dropout_p=0.0,
-    dropout_holes=(1, 6),
-    dropout_size=(0.05, 0.18),
-    randaugment_ops=0,
-    randaugment_magnitude=(1.0, 10.0),
-    randaugment_p=0.5,
-    cutout_size=0,
-)  # a centre crop and nothing else; what is off has the strength it gets when it is switched on
+PLAIN = ImageOps()  # a centre crop; what is off has the strength it gets when it is switched on
 
 
-def policy(base: Ops, **changes: object) -> Ops:
+def policy(base: ImageOps, **changes: object) -> ImageOps:
     """A policy that differs from another one in a few parameters."""
     return msgspec.structs.replace(base, **changes)
 
 
 CUTOUT = 16  # pixels; half the side of a CIFAR image, as in DeVries and Taylor 2017
 SHIFTED = policy(PLAIN, crop="padded", resize="image_size", hflip_p=0.5)
-TRAIN: dict[str, Ops] = {
+TRAIN: dict[str, ImageOps] = {
     "default_2d_1": PLAIN,
     "default_2d_2": policy(PLAIN, crop="random", hflip_p=0.5, vflip_p=0.2, rotate_p=0.3),
     "default_2d_3": policy(
@@ -111,7 +84,7 @@ TRAIN: dict[str, Ops] = {
     "baseline_cutout": policy(SHIFTED, cutout_size=CUTOUT),
     "randaugment": policy(SHIFTED, randaugment_ops=2, cutout_size=CUTOUT),
 }
-TEST: dict[str, Ops] = {
+TEST: dict[str, ImageOps] = {
     "shared_default_2d": PLAIN,
     "default": policy(PLAIN, resize="image_size"),
     "native": policy(PLAIN, resize="none"),
@@ -123,14 +96,10 @@ TEST: dict[str, Ops] = {
 #
 # B batch, C channels, H W source pixels, S side of the canvas.
 
-RANGES = (
-    *("scale", "ratio", "affine_scale", "blur_kernel", "noise_std"),
-    *("dropout_holes", "dropout_size", "randaugment_magnitude"),
-)  # parameters that are lowest and highest
 
-
-class ResolvedAugmentation(Spec):
-    """What augmentation and preprocessing a run uses, complete; saved with its checkpoints."""
+class ResolvedImageAugmentation(Spec):
+    """What augmentation and preprocessing of images a run uses, complete; saved with its
+    checkpoints."""
 
     train_policy: str
     """Policy of the training split."""
@@ -147,20 +116,20 @@ class ResolvedAugmentation(Spec):
     """Mean per channel, values in 0..1."""
     std: tuple[float, ...]
     """Standard deviation per channel, values in 0..1."""
-    train: Ops
+    train: ImageOps
     """Every parameter of the train policy."""
-    test: Ops
+    test: ImageOps
     """Every parameter of the test policy."""
 
 
 def resolve_augmentation(
-    aug: Augmentation,
+    aug: ImageAugmentation,
     *,
     default_policies: tuple[str, str],
     encoder: Preprocess,
     channels: int,
     native_size: tuple[int, int] | None,
-) -> ResolvedAugmentation:
+) -> ResolvedImageAugmentation:
     """The augmentation of a run: spec before encoder before policy and data.
 
     Args:
@@ -183,7 +152,7 @@ def resolve_augmentation(
     train = completed(TRAIN[names[0]], aug.train_kwargs, "train_kwargs", size)
     test = completed(TEST[names[1]], aug.test_kwargs, "test_kwargs", size)
     check_still(test)
-    resolved = ResolvedAugmentation(
+    resolved = ResolvedImageAugmentation(
         train_policy=names[0],
         test_policy=names[1],
         image_size=size,
@@ -199,7 +168,7 @@ def resolve_augmentation(
 
 
 def image_size(
-    aug: Augmentation, encoder: Preprocess, native: tuple[int, int] | None, test_policy: str
+    aug: ImageAugmentation, encoder: Preprocess, native: tuple[int, int] | None, test_policy: str
 ) -> int:
     """Side of the canvas: the spec's, the encoder's, else the shortest side of the images.
 
@@ -219,7 +188,7 @@ def image_size(
 
 
 def resize_size(
-    aug: Augmentation, encoder: Preprocess, native: tuple[int, int] | None, size: int
+    aug: ImageAugmentation, encoder: Preprocess, native: tuple[int, int] | None, size: int
 ) -> int:
     """Shortest side before the crop: the spec's, else in the encoder's proportion to image_size,
     else none where the images have that size already, else 256 for 224."""
@@ -232,52 +201,23 @@ def resize_size(
     return size if native is not None and min(native) == size else round(size * 256 / 224)
 
 
-def completed(preset: Ops, asked: Ops, where: str, size: int) -> Ops:
-    """A policy with the asked parameters in the place of its own; ranges checked."""
+def completed(preset: ImageOps, asked: ImageKwargs, where: str, size: int) -> ImageOps:
+    """A policy with the asked parameters in the place of its own."""
     changes = {
-        name: value for name in Ops.__struct_fields__ if (value := getattr(asked, name)) is not None
+        name: value for name, value in msgspec.structs.asdict(asked).items() if value is not None
     }
     if "cutout_size" not in changes:  # half of a small image, as 16 is of CIFAR's 32
         changes["cutout_size"] = min(preset.cutout_size, size // 2)
     ops = msgspec.structs.replace(preset, **changes)
-    where = f"data.augmentation.{where}"
-    for name in RANGES:
-        check_range(f"{where}.{name}", getattr(ops, name))
-    if ops.scale[1] > 1:
-        raise UserError(f"{where}.scale: {ops.scale[1]} is more than the whole image; at most 1")
-    if not any(side % 2 for side in range(ops.blur_kernel[0], ops.blur_kernel[1] + 1)):
-        raise UserError(f"{where}.blur_kernel: no odd number in {ops.blur_kernel}; e.g. [3, 5]")
-    if ops.jitter[3] > 0.5:
-        raise UserError(
-            f"{where}.jitter: hue {ops.jitter[3]} is above half the circle; at most 0.5"
-        )
     if ops.cutout_size >= size:
         raise UserError(
-            f"{where}.cutout_size: a square of {ops.cutout_size} pixels covers the whole"
-            f" {size}x{size} image; take at most {size // 2}"
+            f"data.augmentation.{where}.cutout_size: a square of {ops.cutout_size} pixels covers"
+            f" the whole {size}x{size} image; take at most {size // 2}"
         )
     return ops
 
 
-def check_range(key: str, pair: tuple[float, float]) -> None:
-    """Lowest first."""
-    if pair[0] > pair[1]:
-        raise UserError(f"{key}: {list(pair)} is empty; lowest first: {[pair[1], pair[0]]}")
-
-
-def random_operations(ops: Ops) -> list[str]:
-    """Parameters that make a policy draw something; none where it gives the same every time."""
-    names = [
-        name
-        for name in Ops.__struct_fields__
-        if (name.endswith("_p") and name != "randaugment_p") or name == "randaugment_ops"
-        if getattr(ops, name)
-    ]
-    names += ["cutout_size"] * bool(ops.cutout_size)
-    return names + ["crop"] * (ops.crop not in ("none", "center"))
-
-
-def check_still(test: Ops) -> None:
+def check_still(test: ImageOps) -> None:
     """Evaluation is deterministic: a test policy must not draw anything."""
     drawn = random_operations(test)
     if drawn:
@@ -288,7 +228,7 @@ def check_still(test: Ops) -> None:
         )
 
 
-def check_image_sizes(resolved: ResolvedAugmentation, native: tuple[int, int] | None) -> None:
+def check_image_sizes(resolved: ResolvedImageAugmentation, native: tuple[int, int] | None) -> None:
     """A crop fits into the resized image and, where their size is known, into the images."""
     for policy_ops in (resolved.train, resolved.test):
         if policy_ops.crop in ("none", "resized"):
@@ -324,7 +264,7 @@ def per_channel(
     return (average,) if channels == 1 else (*own, *(average,) * channels)[:channels]
 
 
-def build_fit(resolved: ResolvedAugmentation, ops: Ops, *, bit_depth: int) -> CropResize:
+def build_fit(resolved: ResolvedImageAugmentation, ops: ImageOps, *, bit_depth: int) -> CropResize:
     """The geometry of one policy."""
     return CropResize(
         ops,
@@ -342,24 +282,13 @@ class Augmenter:
     same on every device and nothing waits for the device; only noise fields are drawn there.
     """
 
-    def __init__(self, resolved: ResolvedAugmentation, *, train: bool, bit_depth: int) -> None:
+    def __init__(self, resolved: ResolvedImageAugmentation, *, train: bool, bit_depth: int) -> None:
         self.ops = resolved.train if train else resolved.test
         self.fit = build_fit(resolved, self.ops, bit_depth=bit_depth)
         self.size = resolved.image_size
         self.peak = self.fit.peak
         self.mean, self.std = torch.tensor(resolved.mean), torch.tensor(resolved.std)  # (C,)
         self.placed_constants: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-        self.varies = any(
-            (
-                self.ops.rotate_p,
-                self.ops.affine_p,
-                self.ops.jitter_p,
-                self.ops.blur_p,
-                self.ops.noise_p,
-                self.ops.dropout_p,
-                self.ops.randaugment_ops and self.ops.randaugment_p,
-            )
-        )  # whether anything happens between the geometry and the normalisation
 
     def __call__(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
         """Augmented and normalised batch.
@@ -383,37 +312,28 @@ class Augmenter:
         generator = torch.Generator().manual_seed(seed)
         x = self.placed(inputs, fitted, generator).float()  # (B, C, S, S), 0..peak; a fresh tensor
         scale, shift, mean = self.constants(x.device)
-        if self.varies:
-            x = augment_images.apply_ops(x.div_(self.peak), self.ops, generator)
-            if self.ops.randaugment_ops:
-                x = augment_images.randaugment(
-                    x,
-                    generator,
-                    count=self.ops.randaugment_ops,
-                    magnitude=self.ops.randaugment_magnitude,
-                    probability=self.ops.randaugment_p,
-                    fill=mean,
-                )
+        if changing := OPERATIONS.active(self.ops, "values"):
+            x = x.div_(self.peak)
+            for each in changing:
+                x = each.function(x, self.ops, generator, mean)
             x = x.mul_(self.peak)
         x = x.mul_(scale).sub_(shift)
-        if self.ops.cutout_size:  # 0 is the mean colour now
-            x = augment_images.cutout(x, self.ops.cutout_size, generator)
+        for each in OPERATIONS.active(self.ops, "normalised"):
+            x = each.function(x, self.ops, generator, mean)
         return x
 
     def placed(self, inputs: Tensor, fitted: bool, generator: torch.Generator) -> Tensor:
         """Crop, resize and flips: (B, C, H, W) -> (B, C, S, S); the inputs themselves where nothing
         moves."""
         batch, _, height, width = inputs.shape
+        place = Placement(self.fit, np.tile([height, width], (batch, 1)))
         if fitted:
-            boxes = torch.tensor([0.0, 0.0, self.size, self.size]).expand(batch, -1)
-        else:
-            boxes = self.fit.boxes(np.tile([height, width], (batch, 1)), generator)
-        return self.fit.canvas(
-            inputs,
-            boxes,
-            hflip=augment_images.coin(batch, self.ops.hflip_p, generator),
-            vflip=augment_images.coin(batch, self.ops.vflip_p, generator),
-        )
+            place.boxes = torch.tensor([0.0, 0.0, self.size, self.size]).expand(batch, -1)
+        for each in OPERATIONS.active(self.ops, "geometry"):
+            each.function(place, self.ops, generator)
+        if place.boxes is None:  # the same for every draw
+            place.boxes = self.fit.boxes(place.sizes, None)
+        return self.fit.canvas(inputs, place.boxes, hflip=place.hflip, vflip=place.vflip)
 
     def constants(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Factor and shift (C, 1, 1) of the normalisation of values 0..peak, and the mean (C,)."""
@@ -425,3 +345,94 @@ class Augmenter:
                 mean,
             )
         return self.placed_constants[device]
+
+
+# -------------------------------------------------------------------------- mixup and cutmix
+#
+# Mixup and CutMix of a batch with soft targets, every sample with its own share and partner.
+#
+# Mixup (Zhang et al. 2018): x = l x_i + (1 - l) x_j, l from Beta(alpha, alpha). CutMix (Yun et al.
+# 2019): a rectangle of x_j pasted into x_i, l the share of x_i that remains visible. Targets are
+# mixed with the same l. B batch, C channels, H W pixels, K classes or targets.
+
+
+def mixup_cutmix(
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    outputs: int,
+    mixup: bool,
+    mixup_alpha: float,
+    cutmix: bool,
+    cutmix_alpha: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Mixed inputs and soft targets; where both are on, each sample draws one of them.
+
+    Args:
+        inputs: (B, C, H, W) float.
+        targets: (B,) int64 class numbers, or (B, K) multilabel or regression targets.
+        outputs: K.
+        mixup, cutmix: which of the two are on; with neither only the targets change their form.
+        mixup_alpha, cutmix_alpha: of the Beta distribution that l is drawn from.
+        seed: of the parameters, which are drawn on the CPU.
+
+    Returns:
+        Inputs (B, C, H, W) and targets (B, K) float32.
+    """
+    soft = F.one_hot(targets, outputs).float() if targets.dim() == 1 else targets.float()
+    count = len(inputs)
+    if not count or not (mixup or cutmix):
+        return inputs, soft
+    generator = torch.Generator().manual_seed(seed)
+    partner = torch.randperm(count, generator=generator)
+    pasted = torch.full((count,), cutmix)
+    if mixup and cutmix:
+        pasted = torch.rand(count, generator=generator) < 0.5
+    kept = torch.ones(count)  # l, the share of the sample itself
+    boxes = torch.zeros(count, 4, dtype=torch.int64)
+    if mixup:
+        kept = torch.where(pasted, kept, beta(count, mixup_alpha, generator))
+    if cutmix:
+        height, width = inputs.shape[2:]
+        drawn = rectangles(beta(count, cutmix_alpha, generator), height, width, generator)
+        boxes = torch.where(pasted[:, None], drawn, boxes)
+    moved = [t.to(inputs.device, non_blocking=True) for t in (partner, kept, boxes, pasted)]
+    return mixed(inputs, soft, *moved)
+
+
+def mixed(
+    inputs: Tensor, soft: Tensor, partner: Tensor, kept: Tensor, boxes: Tensor, pasted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mix with given parameters: partner (B,), kept (B,), boxes (B, 4) y0 y1 x0 x1 (empty for
+    mixup), pasted (B,) bool, all on the device of the inputs."""
+    height, width = inputs.shape[2:]
+    y0, y1, x0, x1 = boxes[:, :, None].unbind(1)  # (B, 1) each
+    rows, columns = (torch.arange(side, device=inputs.device) for side in (height, width))
+    tall, wide = (rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1)
+    inside = tall[:, :, None] & wide[:, None, :]  # (B, H, W)
+    share = torch.where(inside, 0.0, kept[:, None, None])[:, None]  # (B, 1, H, W) of the own pixel
+    area = (y1 - y0) * (x1 - x0) / (height * width)  # (B, 1), what was really pasted
+    kept = torch.where(pasted[:, None], 1 - area, kept[:, None])  # (B, 1)
+    mixed_inputs = torch.lerp(inputs[partner], inputs, share.to(inputs.dtype))
+    return mixed_inputs, torch.lerp(soft[partner], soft, kept)
+
+
+def rectangles(kept: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Rectangles of share 1 - kept (B,) around random pixels, cut at the border: (B, 4) int64 y0 y1
+    x0 x1."""
+    side = (1 - kept).sqrt()  # of the image side
+    pairs = []
+    for extent in (height, width):
+        length = (side * extent).round().long()
+        centre = torch.randint(extent, (len(kept),), generator=generator)
+        start = centre - length // 2
+        pairs += [start.clamp(0, extent), (start + length).clamp(0, extent)]
+    return torch.stack(pairs, 1)
+
+
+def beta(count: int, alpha: float, generator: torch.Generator) -> Tensor:
+    """(count,) draws of Beta(alpha, alpha), float32; torch has no seeded ones."""
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    draws = np.random.default_rng(seed).beta(alpha, alpha, count)
+    return torch.from_numpy(draws).float()

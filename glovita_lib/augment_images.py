@@ -2,29 +2,104 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glovita_lib.spec_data import Ops
+from glovita_lib.augment_crop import CropResize
+from glovita_lib.spec_data import BaseOps, ImageOps
+
+# ------------------------------------------------------------------- the table of operations
+#
+# Every operation of a modality, in the order in which they are applied: that of their functions in
+# this file, which is also that of their switches in the Struct of the parameters.
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Stage = Literal["geometry", "values", "normalised"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One augmentation: its function, and the fields that turn it on."""
+
+    switches: tuple[str, ...]
+    stage: Stage
+    function: Callable[..., Any]
+    on: Callable[[Any], Any]
+    """Whether the operation draws anything under given parameters."""
+
+
+@dataclass(slots=True)
+class Operations:
+    """The operations of a modality; each is registered at its function."""
+
+    struct: type[BaseOps]
+    table: list[Operation] = field(default_factory=list)
+    of_struct: ClassVar[dict[type[BaseOps], "Operations"]] = {}
+
+    def __post_init__(self) -> None:
+        self.of_struct[self.struct] = self
+
+    def register(
+        self,
+        *switches: str,
+        stage: Stage = "values",
+        on: Callable[[Any], Any] | None = None,
+    ) -> Callable[[Function], Function]:
+        """Decorator of the function of an operation.
+
+        Args:
+            switches: fields that turn it on, each its probability where it has one.
+            stage: what it changes. "geometry": `function(placement, ops, generator)` draws where
+                pixels come from. "values": `function(x, ops, generator, mean)` changes images
+                (B, C, S, S) float32 in 0..1, which may be changed in place, and mean (C,) is the
+                mean colour. "normalised": the same after the normalisation, where it is 0.
+            on: whether it draws anything under given parameters; by default with any of its
+                switches above 0.
+        """
+        any_on = on or (lambda ops: any(getattr(ops, name) for name in switches))
+
+        def registered(function: Function) -> Function:
+            self.table.append(Operation(switches, stage, function, any_on))
+            return function
+
+        return registered
+
+    def active(self, ops: BaseOps, stage: Stage) -> list[Operation]:
+        """Operations of a stage that draw something, in their order."""
+        return [each for each in self.table if each.stage == stage and each.on(ops)]
+
+
+def random_operations(ops: BaseOps) -> list[str]:
+    """Switches that make a policy draw something; none where it gives the same every time."""
+    table = Operations.of_struct[type(ops)].table
+    on = [name for each in table if each.on(ops) for name in each.switches]
+    return [name for name in on if getattr(ops, name)]
+
+
+OPERATIONS = Operations(ImageOps)
+operation = OPERATIONS.register
 
 # ------------------------------------------------------------------------- single operations
 #
-#
 # The operations take images (B, C, H, W) float32 in 0..1 and parameters (B,) on their device, and
-# return new images. `augment` draws the parameters on the CPU and applies an operation only to the
-# samples that drew it. Colour operations leave a fourth channel (alpha) alone and do without
-# saturation and hue on grey images. B batch, C channels, H W pixels.
+# return new images. A registered function draws the parameters on the CPU and applies an operation
+# only to the samples that drew it. Colour operations leave a fourth channel (alpha) alone and do
+# without saturation and hue on grey images. B batch, C channels, H W pixels.
 
 GREY = (0.2989, 0.587, 0.114)  # luma of R, G, B, ITU-R BT.601 as in torchvision
 MAX_SHEAR_DEGREES = 89.0  # degrees
 
 
-def coin(count: int, probability: float, generator: torch.Generator) -> Tensor | None:
-    """Which of count samples are chosen, (count,) bool on the CPU; none where nothing can be."""
-    return torch.rand(count, generator=generator) < probability if probability else None
+def coin(count: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Which of count samples are chosen, (count,) bool on the CPU; nothing is drawn for 0."""
+    if not probability:
+        return torch.zeros(count, dtype=torch.bool)
+    return torch.rand(count, generator=generator) < probability
 
 
 def uniform(count: int, low: float, high: float, generator: torch.Generator, *more: int) -> Tensor:
@@ -57,28 +132,45 @@ def colours(x: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([operation(x[:, :3]), x[:, 3:]], 1)
 
 
-def apply_ops(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
-    """Warp, colour, blur, noise and dropout of a policy, in this order; x may be changed."""
-    x = random_warp(x, ops, generator)
-    x = random_colour(x, ops, generator)
-    x = random_blur(x, ops, generator)
-    x = random_noise(x, ops, generator)
-    return random_dropout(x, ops, generator)
-
-
 # --- geometry ---------------------------------------------------------------------------------
 
 
-def random_warp(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+@dataclass(slots=True)
+class Placement:
+    """Where the pixels of each sample on the canvas come from."""
+
+    crop: CropResize
+    sizes: np.ndarray  # (B, 2) height and width of the images
+    boxes: Tensor | None = None  # (B, 4) windows, see CropResize; none: not drawn yet
+    hflip: Tensor | None = None  # (B,) bool
+    vflip: Tensor | None = None  # (B,) bool
+
+
+@operation("crop", stage="geometry", on=lambda ops: ops.crop not in ("none", "center"))
+def random_window(place: Placement, ops: ImageOps, generator: torch.Generator) -> None:
+    """A window of the image, unless it is cut already."""
+    if place.boxes is None:
+        place.boxes = place.crop.boxes(place.sizes, generator)
+
+
+@operation("hflip_p", stage="geometry")
+def random_hflip(place: Placement, ops: ImageOps, generator: torch.Generator) -> None:
+    """Left and right exchanged."""
+    place.hflip = coin(len(place.sizes), ops.hflip_p, generator)
+
+
+@operation("vflip_p", stage="geometry")
+def random_vflip(place: Placement, ops: ImageOps, generator: torch.Generator) -> None:
+    """Top and bottom exchanged."""
+    place.vflip = coin(len(place.sizes), ops.vflip_p, generator)
+
+
+@operation("rotate_p", "affine_p")
+def random_warp(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
     """Rotation, then affine warp, as one resampling with reflected borders."""
     count = len(x)
     rotated = coin(count, ops.rotate_p, generator)
     warped = coin(count, ops.affine_p, generator)
-    if rotated is None and warped is None:
-        return x
-    never = torch.zeros(count, dtype=torch.bool)
-    rotated = never if rotated is None else rotated
-    warped = never if warped is None else warped
     angle = uniform(count, -ops.rotate_degrees, ops.rotate_degrees, generator)
     zoom = uniform(count, *ops.affine_scale, generator)
     shift = uniform(count, -ops.affine_translate, ops.affine_translate, generator, 2)
@@ -133,12 +225,11 @@ def warp(x: Tensor, matrices: Tensor, *, padding: str, fill: float = 0.0) -> Ten
 # --- colour -----------------------------------------------------------------------------------
 
 
-def random_colour(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+@operation("jitter_p")
+def random_colour(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
     """Colour jitter with its four steps in a random order per sample, or for half of the chosen
     samples a brightness and contrast change where the policy has one."""
     chosen = coin(len(x), ops.jitter_p, generator)
-    if chosen is None:
-        return x
     simple = torch.rand(len(x), generator=generator) < (0.5 if ops.brightness_contrast else 0.0)
     x = jittered(x, (chosen & ~simple).nonzero()[:, 0], ops, generator)
     rows = (chosen & simple).nonzero()[:, 0]
@@ -151,7 +242,7 @@ def random_colour(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
     )
 
 
-def jittered(x: Tensor, rows: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+def jittered(x: Tensor, rows: Tensor, ops: ImageOps, generator: torch.Generator) -> Tensor:
     """Colour jitter of some rows; the samples at the same step in their own order go together."""
     count = len(rows)
     factors = [
@@ -242,11 +333,10 @@ def hue(x: Tensor, turn: Tensor) -> Tensor:
 # --- blur, noise, dropout ---------------------------------------------------------------------
 
 
-def random_blur(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+@operation("blur_p")
+def random_blur(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
     """Gaussian blur, or motion blur for half of the chosen samples where the policy has it."""
     chosen = coin(len(x), ops.blur_p, generator)
-    if chosen is None:
-        return x
     motion = torch.rand(len(x), generator=generator) < (0.5 if ops.motion_blur else 0.0)
     largest = 2 * min(x.shape[2:]) - 1  # a border cannot be reflected further
     odd = [side for side in range(ops.blur_kernel[0], ops.blur_kernel[1] + 1) if side % 2]
@@ -306,11 +396,10 @@ def filtered(x: Tensor, kernels: Tensor) -> Tensor:
     return F.conv2d(grouped, kernels, groups=batch * channels).reshape(x.shape)
 
 
-def random_noise(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+@operation("noise_p")
+def random_noise(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
     """Gaussian noise, independent per pixel and channel."""
     chosen = coin(len(x), ops.noise_p, generator)
-    if chosen is None:
-        return x
     rows = chosen.nonzero()[:, 0]
     (std,) = to(x.device, uniform(len(rows), *ops.noise_std, generator))
     seed = int(torch.randint(2**62, (1,), generator=generator))
@@ -325,11 +414,10 @@ def noisy(x: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
     return torch.addcmul(x, field, per_sample(std)).clamp_(0, 1)
 
 
-def random_dropout(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
+@operation("dropout_p")
+def random_dropout(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
     """Black rectangles at random places, wholly inside the image."""
     chosen = coin(len(x), ops.dropout_p, generator)
-    if chosen is None:
-        return x
     rows = chosen.nonzero()[:, 0]
     low, high = ops.dropout_holes
     holes = torch.randint(low, high + 1, (len(rows), 1), generator=generator)
@@ -339,13 +427,6 @@ def random_dropout(x: Tensor, ops: Ops, generator: torch.Generator) -> Tensor:
     start = (torch.rand(share.shape, generator=generator) * (side - extent + 1)).floor()
     extent *= (torch.arange(high) < holes)[:, :, None]  # no more than drawn
     return on_rows(x, rows, lambda part: painted(part, start, start + extent, 0.0))
-
-
-def cutout(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """A square of zeros around a random pixel, cut at the border (DeVries and Taylor 2017)."""
-    centre = torch.rand(len(x), 1, 2, generator=generator) * torch.tensor(x.shape[2:])
-    start = centre.floor() - side // 2  # (B, 1, 2)
-    return painted(x, start, start + side, 0.0)
 
 
 def painted(x: Tensor, start: Tensor, stop: Tensor, fill: float | Tensor) -> Tensor:
@@ -451,32 +532,17 @@ COLOUR: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 NAMES = (*GEOMETRIC, *COLOUR, "cutout")
 
 
-def randaugment(
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    count: int,
-    magnitude: tuple[float, float],
-    probability: float,
-    fill: Tensor,
-) -> Tensor:
-    """RandAugment of a batch; x may be changed.
-
-    Args:
-        x: (B, C, S, S).
-        generator: CPU generator of the parameters.
-        count: operations drawn per sample, with replacement.
-        magnitude: lowest and highest strength, 0 to 10, drawn per operation.
-        probability: of applying a drawn operation.
-        fill: (C,) colour of the cutout operation, on the device of x.
-    """
+@operation("randaugment_ops", on=lambda ops: ops.randaugment_ops and ops.randaugment_p)
+def randaugment(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
+    """RandAugment: operations drawn per sample, with replacement, and their strengths per
+    operation; the cutout among them paints with the mean colour."""
     batch, side = len(x), x.shape[2]
-    for _ in range(count):
+    for _ in range(ops.randaugment_ops):
         choice = torch.randint(len(NAMES), (batch,), generator=generator)
-        strength = uniform(batch, *magnitude, generator) / 10
+        strength = uniform(batch, *ops.randaugment_magnitude, generator) / 10
         sign = torch.randint(2, (batch,), generator=generator) * 2.0 - 1
         place = torch.rand(batch, 1, 2, generator=generator)
-        applied = torch.rand(batch, generator=generator) < probability
+        applied = torch.rand(batch, generator=generator) < ops.randaugment_p
         choice = torch.where(applied, choice, -1)
         rows = ((choice >= 0) & (choice < len(GEOMETRIC))).nonzero()[:, 0]
         if len(rows):
@@ -490,7 +556,7 @@ def randaugment(
         if len(rows):
             edge = (strength[rows] * min(MAX_CUTOUT[0], MAX_CUTOUT[1] * side)).round()
             start = (place[rows] * side).floor() - (edge / 2).floor()[:, None, None]
-            x = on_rows(x, rows, bound_paint(start, start + edge[:, None, None], fill))
+            x = on_rows(x, rows, bound_paint(start, start + edge[:, None, None], mean))
     return x
 
 
@@ -527,92 +593,13 @@ def bound_paint(start: Tensor, stop: Tensor, fill: Tensor) -> Callable[[Tensor],
     return lambda part: painted(part, start, stop, fill)
 
 
-# -------------------------------------------------------------------------- mixup and cutmix
-#
-# Mixup and CutMix of a batch with soft targets, every sample with its own share and partner.
-#
-# Mixup (Zhang et al. 2018): x = l x_i + (1 - l) x_j, l from Beta(alpha, alpha). CutMix (Yun et al.
-# 2019): a rectangle of x_j pasted into x_i, l the share of x_i that remains visible. Targets are
-# mixed with the same l. B batch, C channels, H W pixels, K classes or targets.
+# ------------------------------------------------------------------------------------ cutout
 
 
-def mixup_cutmix(
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    outputs: int,
-    mixup: bool,
-    mixup_alpha: float,
-    cutmix: bool,
-    cutmix_alpha: float,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Mixed inputs and soft targets; where both are on, each sample draws one of them.
-
-    Args:
-        inputs: (B, C, H, W) float.
-        targets: (B,) int64 class numbers, or (B, K) multilabel or regression targets.
-        outputs: K.
-        mixup, cutmix: which of the two are on; with neither only the targets change their form.
-        mixup_alpha, cutmix_alpha: of the Beta distribution that l is drawn from.
-        seed: of the parameters, which are drawn on the CPU.
-
-    Returns:
-        Inputs (B, C, H, W) and targets (B, K) float32.
-    """
-    soft = F.one_hot(targets, outputs).float() if targets.dim() == 1 else targets.float()
-    count = len(inputs)
-    if not count or not (mixup or cutmix):
-        return inputs, soft
-    generator = torch.Generator().manual_seed(seed)
-    partner = torch.randperm(count, generator=generator)
-    pasted = torch.full((count,), cutmix)
-    if mixup and cutmix:
-        pasted = torch.rand(count, generator=generator) < 0.5
-    kept = torch.ones(count)  # l, the share of the sample itself
-    boxes = torch.zeros(count, 4, dtype=torch.int64)
-    if mixup:
-        kept = torch.where(pasted, kept, beta(count, mixup_alpha, generator))
-    if cutmix:
-        height, width = inputs.shape[2:]
-        drawn = rectangles(beta(count, cutmix_alpha, generator), height, width, generator)
-        boxes = torch.where(pasted[:, None], drawn, boxes)
-    moved = [t.to(inputs.device, non_blocking=True) for t in (partner, kept, boxes, pasted)]
-    return mixed(inputs, soft, *moved)
-
-
-def mixed(
-    inputs: Tensor, soft: Tensor, partner: Tensor, kept: Tensor, boxes: Tensor, pasted: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mix with given parameters: partner (B,), kept (B,), boxes (B, 4) y0 y1 x0 x1 (empty for
-    mixup), pasted (B,) bool, all on the device of the inputs."""
-    height, width = inputs.shape[2:]
-    y0, y1, x0, x1 = boxes[:, :, None].unbind(1)  # (B, 1) each
-    rows, columns = (torch.arange(side, device=inputs.device) for side in (height, width))
-    tall, wide = (rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1)
-    inside = tall[:, :, None] & wide[:, None, :]  # (B, H, W)
-    share = torch.where(inside, 0.0, kept[:, None, None])[:, None]  # (B, 1, H, W) of the own pixel
-    area = (y1 - y0) * (x1 - x0) / (height * width)  # (B, 1), what was really pasted
-    kept = torch.where(pasted[:, None], 1 - area, kept[:, None])  # (B, 1)
-    mixed_inputs = torch.lerp(inputs[partner], inputs, share.to(inputs.dtype))
-    return mixed_inputs, torch.lerp(soft[partner], soft, kept)
-
-
-def rectangles(kept: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Rectangles of share 1 - kept (B,) around random pixels, cut at the border: (B, 4) int64 y0 y1
-    x0 x1."""
-    side = (1 - kept).sqrt()  # of the image side
-    pairs = []
-    for extent in (height, width):
-        length = (side * extent).round().long()
-        centre = torch.randint(extent, (len(kept),), generator=generator)
-        start = centre - length // 2
-        pairs += [start.clamp(0, extent), (start + length).clamp(0, extent)]
-    return torch.stack(pairs, 1)
-
-
-def beta(count: int, alpha: float, generator: torch.Generator) -> Tensor:
-    """(count,) draws of Beta(alpha, alpha), float32; torch has no seeded ones."""
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    draws = np.random.default_rng(seed).beta(alpha, alpha, count)
-    return torch.from_numpy(draws).float()
+@operation("cutout_size", stage="normalised")
+def cutout(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
+    """A square of the mean colour around a random pixel, cut at the border (DeVries and Taylor
+    2017)."""
+    centre = torch.rand(len(x), 1, 2, generator=generator) * torch.tensor(x.shape[2:])
+    start = centre.floor() - ops.cutout_size // 2  # (B, 1, 2)
+    return painted(x, start, start + ops.cutout_size, 0.0)

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.augment import Augmenter
-from glovita_lib.augment_images import mixup_cutmix
+from glovita_lib.augment import Augmenter, mixup_cutmix
 from glovita_lib.bags import Bags
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader

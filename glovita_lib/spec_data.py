@@ -1,24 +1,30 @@
 """Data section of a spec: which samples exist, their labels and splits, their augmentation."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
+import msgspec
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
-from glovita_lib.spec_errors import Count, Fraction, NonNegative, Positive
+from glovita_lib.spec_errors import Count, Fraction, NonNegative, Positive, shown
 
 # ------------------------------------------------------------------------------ augmentation
 #
 # Augmentation section of a spec: the policy names, the sizes and every parameter of every
 # operation.
 #
-# A policy is one `Ops` value (see `augment`): naming `train_policy` picks the value, and a
-# field set in `train_kwargs` replaces that one parameter, so nothing about a policy is hidden in
-# code.
+# The parameters of a modality are one Struct, whose defaults are the policy that changes nothing. A
+# policy is one value of it (see `augment`): naming `train_policy` picks the value, and a field set
+# in `train_kwargs` replaces that one parameter, so nothing about a policy is hidden in code.
+#
+# To add an operation, add its fields to the Struct, its switch first, and one function with the
+# name of the switch to the table of the modality (for images in augment_images).
 
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Magnitude = Annotated[float, Meta(ge=0, le=10)]
 Pixels = Annotated[int, Meta(ge=1)]
+HueShift = Annotated[float, Meta(ge=0, le=0.5)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 TrainPolicy = Literal[
     "default_2d_1",
@@ -34,75 +40,131 @@ TrainPolicy = Literal[
 TestPolicy = Literal["shared_default_2d", "default", "native"]
 
 
-class Ops(Spec):
-    """Parameters of a policy; an unset one (none) keeps the value of the named policy."""
+def part_of(switch: str, **bounds: float) -> Meta:
+    """Annotation of a parameter that only the operation of another field, its switch, reads."""
+    return Meta(**bounds, extra={"part_of": switch})
 
-    crop: Literal["none", "center", "random", "resized", "padded"] | None = None
+
+class BaseOps(Spec):
+    """Parameters of the augmentations of one modality.
+
+    A field is the switch of an operation (its probability; 0 turns it off), or is `part_of` one.
+    The operations are applied in the order of their switches. A pair is lowest and highest.
+    """
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Fields whose value no bound of a type can refuse, and why it is not valid."""
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) == 2 and value[0] > value[1]:
+                yield (
+                    name,
+                    f"{shown(value)} has its lowest value last: write {shown(value[::-1])}",
+                )
+
+
+class ImageOps(BaseOps):
+    """Parameters of the augmentations of images."""
+
+    crop: Literal["none", "center", "random", "resized", "padded"] = "center"
     """How the image_size window is cut: whole image squashed, centre, random place, random resized,
     or padded by crop_padding then random."""
-    resize: Literal["none", "image_size", "resize_size"] | None = None
+    resize: Annotated[Literal["none", "image_size", "resize_size"], part_of("crop")] = "resize_size"
     """What the shortest side is resized to before a center, random or padded crop; with "none" the
     pixels stay as they are."""
-    crop_padding: Annotated[int, Meta(ge=0)] | None = None
+    crop_padding: Annotated[int, part_of("crop", ge=0)] = 4
     """Black margin on every side that a padded crop may reach into, pixels of the source image."""
-    scale: tuple[Positive, Positive] | None = None
+    scale: Annotated[tuple[Fraction, Fraction], part_of("crop")] = (0.7, 1.0)
     """Area of a random resized crop as a share of the image, lowest and highest."""
-    ratio: tuple[Positive, Positive] | None = None
+    ratio: Annotated[tuple[Positive, Positive], part_of("crop")] = (0.8, 1.25)
     """Aspect ratio (width / height) of a random resized crop, lowest and highest."""
-    hflip_p: Probability | None = None
+    hflip_p: Probability = 0.0
     """Probability of a left-right flip."""
-    vflip_p: Probability | None = None
+    vflip_p: Probability = 0.0
     """Probability of an up-down flip."""
-    rotate_degrees: Annotated[float, Meta(ge=0, le=180)] | None = None
-    """Rotation is drawn from -this to +this, degrees; borders are reflected."""
-    rotate_p: Probability | None = None
+    rotate_p: Probability = 0.0
     """Probability of a rotation."""
-    affine_p: Probability | None = None
+    rotate_degrees: Annotated[float, part_of("rotate_p", ge=0, le=180)] = 20.0
+    """Rotation is drawn from -this to +this, degrees; borders are reflected."""
+    affine_p: Probability = 0.0
     """Probability of the affine warp below."""
-    affine_scale: tuple[Positive, Positive] | None = None
+    affine_scale: Annotated[tuple[Positive, Positive], part_of("affine_p")] = (0.85, 1.15)
     """Zoom factor of the affine warp, lowest and highest."""
-    affine_translate: Probability | None = None
+    affine_translate: Annotated[float, part_of("affine_p", ge=0, le=1)] = 0.08
     """Largest shift of the affine warp, share of the image side."""
-    affine_shear: NonNegative | None = None
+    affine_shear: Annotated[float, part_of("affine_p", ge=0)] = 8.0
     """Largest shear of the affine warp, degrees."""
-    jitter_p: Probability | None = None
+    jitter_p: Probability = 0.0
     """Probability of a colour jitter."""
-    jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] | None = None
+    jitter: Annotated[
+        tuple[NonNegative, NonNegative, NonNegative, HueShift], part_of("jitter_p")
+    ] = (0.2, 0.2, 0.2, 0.03)
     """Colour jitter strength: brightness, contrast, saturation (factors 1 +- value), hue (share of
     the circle)."""
-    brightness_contrast: NonNegative | None = None
+    brightness_contrast: Annotated[float, part_of("jitter_p", ge=0)] = 0.0
     """If above 0, half of the jittered samples get a brightness and contrast change of +- this
     instead of the colour jitter."""
-    blur_p: Probability | None = None
+    blur_p: Probability = 0.0
     """Probability of a blur."""
-    blur_kernel: tuple[Pixels, Pixels] | None = None
+    blur_kernel: Annotated[tuple[Pixels, Pixels], part_of("blur_p")] = (3, 5)
     """Kernel side of the blur, smallest and largest odd number of pixels."""
-    motion_blur: bool | None = None
+    motion_blur: Annotated[bool, part_of("blur_p")] = False
     """Whether half of the blurred samples get a motion blur instead of a Gaussian one."""
-    noise_p: Probability | None = None
+    noise_p: Probability = 0.0
     """Probability of additive Gaussian noise."""
-    noise_std: tuple[NonNegative, NonNegative] | None = None
+    noise_std: Annotated[tuple[NonNegative, NonNegative], part_of("noise_p")] = (0.01, 0.04)
     """Standard deviation of the noise, share of the value range, lowest and highest."""
-    dropout_p: Probability | None = None
+    dropout_p: Probability = 0.0
     """Probability of coarse dropout."""
-    dropout_holes: tuple[Pixels, Pixels] | None = None
+    dropout_holes: Annotated[tuple[Pixels, Pixels], part_of("dropout_p")] = (1, 6)
     """Number of dropped rectangles, smallest and largest."""
-    dropout_size: tuple[Probability, Probability] | None = None
+    dropout_size: Annotated[tuple[Probability, Probability], part_of("dropout_p")] = (0.05, 0.18)
     """Height and width of a dropped rectangle, share of the image side, smallest and largest."""
-    randaugment_ops: Annotated[int, Meta(ge=0)] | None = None
+    randaugment_ops: Annotated[int, Meta(ge=0)] = 0
     """Number of RandAugment operations applied one after another to a sample; 0 turns it off."""
-    randaugment_magnitude: tuple[Magnitude, Magnitude] | None = None
+    randaugment_magnitude: Annotated[tuple[Magnitude, Magnitude], part_of("randaugment_ops")] = (
+        1.0,
+        10.0,
+    )
     """Strength of the RandAugment operations, lowest and highest, 0 to 10; [9, 9] fixes it."""
-    randaugment_p: Probability | None = None
+    randaugment_p: Annotated[float, part_of("randaugment_ops", ge=0, le=1)] = 0.5
     """Probability with which each of the RandAugment operations is applied."""
-    cutout_size: Annotated[int, Meta(ge=0)] | None = None
+    cutout_size: Annotated[int, Meta(ge=0)] = 0
     """Side of the square that is painted over with the mean colour in every sample, pixels of the
     canvas; 0 turns it off. The policies with cutout take 16, at most half of image_size."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """See `BaseOps.problems`; blur kernels have a pixel in their middle."""
+        yield from super().problems()
+        if self.blur_kernel and any(side % 2 == 0 for side in self.blur_kernel):
+            yield "blur_kernel", f"{shown(self.blur_kernel)} must be odd numbers of pixels"
 
-class Augmentation(Spec):
-    """Policies and sizes; what is unset is derived from the data set (policies) and the encoder
-    (sizes, mean, std)."""
+
+Partial = TypeVar("Partial", bound=type[BaseOps])
+
+
+def partial(struct: Partial) -> Partial:
+    """A Struct whose inherited fields may all be unset (none), and are by default."""
+    hints = get_type_hints(struct, include_extras=True)
+    return msgspec.defstruct(
+        struct.__name__,
+        [(name, hints[name] | None, None) for name in struct.__struct_fields__],
+        bases=(struct,),
+        namespace={"__doc__": struct.__doc__},
+        module=struct.__module__,
+        frozen=True,
+    )
+
+
+@partial
+class ImageKwargs(ImageOps):
+    """Parameters that replace those of a policy for images, in the order in which its operations
+    are applied; an unset one (none) keeps the value of the named policy."""
+
+
+class ImageAugmentation(Spec):
+    """Policies and sizes for images; what is unset is derived from the data set (policies) and the
+    encoder (sizes, mean, std)."""
 
     train_policy: TrainPolicy | None = None
     """Policy of the training split; none takes the data set's default."""
@@ -118,9 +180,9 @@ class Augmentation(Spec):
     """Mean per channel subtracted from values in 0..1; none takes the encoder's."""
     std: tuple[Positive, ...] | None = None
     """Standard deviation per channel, divided by after the mean; none takes the encoder's."""
-    train_kwargs: Ops = Ops()
+    train_kwargs: ImageKwargs = ImageKwargs()
     """Parameters that replace those of the train policy."""
-    test_kwargs: Ops = Ops()
+    test_kwargs: ImageKwargs = ImageKwargs()
     """Parameters that replace those of the test policy."""
 
 
@@ -217,7 +279,7 @@ class BaseData(Spec):
     """Whether data_fraction and random splits keep the class proportions."""
     fold: Annotated[int, Meta(ge=0)] = 0
     """Which fold of a cross-validation this run is."""
-    augmentation: Augmentation = Augmentation()
+    augmentation: ImageAugmentation = ImageAugmentation()
     """Augmentation and preprocessing."""
 
 

@@ -28,8 +28,17 @@ MOST_SHOWN = 60  # characters of an offered value in a message
 
 
 def options_of(kind: Type) -> tuple[Type, ...]:
-    """The types that a union allows; any other type allows itself."""
-    return tuple(kind.types) if isinstance(kind, kinds.UnionType) else (kind,)
+    """The types that a union allows, without what is noted beside them; any other type allows
+    itself."""
+    options = kind.types if isinstance(kind, kinds.UnionType) else (kind,)
+    return tuple(o.type if isinstance(o, kinds.Metadata) else o for o in options)
+
+
+def extra_of(kind: Type) -> dict[str, Any]:
+    """What is noted beside a field's type, with msgspec.Meta(extra=...)."""
+    options = kind.types if isinstance(kind, kinds.UnionType) else (kind,)
+    noted = (option.extra or {} for option in options if isinstance(option, kinds.Metadata))
+    return {key: value for notes in noted for key, value in notes.items()}
 
 
 def structs(kind: Type) -> list[StructType]:

@@ -296,7 +296,7 @@ def field_lines(key: str, field: Field, owner: StructType) -> Iterator[str]:
     if not members:
         yield key
         yield indented(doc, 2)
-        yield indented(f"{spec_errors.describe_type(field.type)}; {default_text(field)}", 2)
+        yield indented(field_text(field), 2)
         return
     yield f"{key}: {doc}"
     default = spec_errors.default_member(field.type, spec_errors.default_of(field))
@@ -313,10 +313,16 @@ def table_lines(key: str, member: StructType, default: StructType | None) -> Ite
         yield indented(struct_doc(member.cls), 2)
     docs = field_docs(member.cls)
     for field in member.fields:
-        yield indented(
-            f"{field.name}: {spec_errors.describe_type(field.type)}; {default_text(field)}", 2, 8
-        )
+        yield indented(f"{field.name}: {field_text(field)}", 2, 8)
         yield indented(docs[field.name], 6)
+
+
+def field_text(field: Field) -> str:
+    """Type and default of a field, and the switch that it is read with, in words."""
+    parts = [spec_errors.describe_type(field.type), default_text(field)]
+    if switch := spec_errors.extra_of(field.type).get("part_of"):
+        parts.append(f"read with {switch}")
+    return "; ".join(parts)
 
 
 def default_text(field: Field) -> str:

@@ -9,7 +9,6 @@ from glovita_lib.spec_data import (
     Cifar100Data,
     DigitsData,
     GenericImageData,
-    Ops,
     PrecomputedData,
     Subtask,
 )
@@ -218,32 +217,18 @@ def crop_fits_resize(root: Root) -> Iterator[str]:
         )
 
 
-def ranges_ascend(root: Root) -> Iterator[str]:
-    """Lowest value first in every range of an augmentation."""
-    augmentation = getattr(root.data, "augmentation", None)
-    for section in ("train_kwargs", "test_kwargs"):
-        ops = getattr(augmentation, section, None)
-        for name in getattr(ops, "__struct_fields__", ()):
-            value = getattr(ops, name)
-            if isinstance(value, tuple) and len(value) == 2 and value[0] > value[1]:
-                yield (
-                    f"data.augmentation.{section}.{name}: {shown(value)} has its lowest value last:"
-                    f" write {shown(value[::-1])}"
-                )
-
-
-def image_operations_fit(root: Root) -> Iterator[str]:
-    """Odd blur kernels, and hue shifts of at most half the circle."""
-    augmentation = getattr(root.data, "augmentation", None)
-    for section in ("train_kwargs", "test_kwargs"):
-        ops = getattr(augmentation, section, None)
-        if not isinstance(ops, Ops):
-            continue
-        key = f"data.augmentation.{section}"
-        if ops.blur_kernel and any(side % 2 == 0 for side in ops.blur_kernel):
-            yield f"{key}.blur_kernel: {shown(ops.blur_kernel)} must be odd numbers of pixels"
-        if ops.jitter and ops.jitter[3] > 0.5:
-            yield f"{key}.jitter: hue {ops.jitter[3]:g} is more than half the circle: at most 0.5"
+def operations_are_valid(root: Root) -> Iterator[str]:
+    """Parameters of augmentations make sense together."""
+    data = root.data
+    if isinstance(data, PrecomputedData):
+        return
+    sections = {
+        "train_kwargs": data.augmentation.train_kwargs,
+        "test_kwargs": data.augmentation.test_kwargs,
+    }
+    for section, ops in sections.items():
+        for name, problem in ops.problems():
+            yield f"data.augmentation.{section}.{name}: {problem}"
 
 
 DATA_RULES = (
@@ -257,8 +242,7 @@ DATA_RULES = (
     split_names_differ,
     suffixes_are_named,
     crop_fits_resize,
-    ranges_ascend,
-    image_operations_fit,
+    operations_are_valid,
 )
 """Rules of the data section, in the order in which their lines are shown."""
 

@@ -3,6 +3,7 @@
 import math
 from itertools import permutations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,13 @@ from torchvision.transforms.v2 import functional as TF
 
 from glovita_lib import augment_images
 from glovita_lib.augment import PLAIN, policy
+from glovita_lib.augment_crop import CropResize
+from glovita_lib.augment_images import OPERATIONS, Placement, random_operations
+from glovita_lib.spec_data import ImageOps
+from glovita_lib.spec_errors import extra_of
 
 PHOTO = load_sample_image("china.jpg").transpose(2, 0, 1)
+MEAN = torch.full((3,), 0.5)  # mean colour of the images
 
 
 def photos(count: int, side: int = 40, channels: int = 3) -> torch.Tensor:
@@ -92,7 +98,7 @@ def test_jitter_applies_each_step_once_in_a_random_order():
 def test_jitter_leaves_alpha_and_other_samples_alone():
     images = photos(6, channels=4)
     ops = policy(PLAIN, jitter_p=0.5, brightness_contrast=0.2)
-    out = augment_images.random_colour(images.clone(), ops, seeded(1))
+    out = augment_images.random_colour(images.clone(), ops, seeded(1), MEAN)
     assert torch.equal(out[:, 3], images[:, 3])
     chosen = torch.rand(6, generator=seeded(1)) < 0.5
     changed = (out != images).flatten(1).any(1)
@@ -156,7 +162,7 @@ def test_affine_equals_torchvision_inside():
 def test_random_warp_draws_each_sample_in_range():
     ops = policy(PLAIN, rotate_p=1.0, rotate_degrees=30.0)
     ramp = torch.linspace(0, 1, 31)[None, None, None].expand(300, 1, 31, 31).contiguous()
-    out = augment_images.random_warp(ramp.clone(), ops, seeded())
+    out = augment_images.random_warp(ramp.clone(), ops, seeded(), MEAN)
     middle = slice(12, 19)
     slope_x = (out[:, 0, middle, 13:18] - out[:, 0, middle, 12:17]).mean((1, 2)) * 30
     slope_y = (out[:, 0, 13:18, middle] - out[:, 0, 12:17, middle]).mean((1, 2)) * 30
@@ -169,7 +175,7 @@ def test_random_warp_draws_each_sample_in_range():
 def test_warp_chooses_with_its_probability():
     ops = policy(PLAIN, rotate_p=0.3, affine_p=0.2)
     images = photos(1, side=8).expand(4000, 3, 8, 8).contiguous()
-    out = augment_images.random_warp(images.clone(), ops, seeded())
+    out = augment_images.random_warp(images.clone(), ops, seeded(), MEAN)
     share = (out != images).flatten(1).any(1).float().mean()
     assert abs(share - (1 - 0.7 * 0.8)) < 0.03
 
@@ -220,13 +226,13 @@ def test_filter_equals_an_explicit_loop():
 def test_blur_shares_and_kernel_of_tiny_images():
     ops = policy(PLAIN, blur_p=0.4, blur_kernel=(3, 7), motion_blur=True)
     images = photos(1, side=8).expand(1000, 3, 8, 8).contiguous()
-    out = augment_images.random_blur(images.clone(), ops, seeded())
+    out = augment_images.random_blur(images.clone(), ops, seeded(), MEAN)
     changed = (out != images).flatten(1).any(1)
     assert abs(changed.float().mean() - 0.4) < 0.05
     assert len(out[changed].flatten(1).unique(dim=0)) > 100  # strokes at any angle
     for side in (1, 2, 3):  # a 7-pixel kernel cannot be reflected there
         small = photos(4, side=side)
-        blurred = augment_images.random_blur(small.clone(), policy(ops, blur_p=1.0), seeded())
+        blurred = augment_images.random_blur(small.clone(), policy(ops, blur_p=1.0), seeded(), MEAN)
         assert blurred.shape == small.shape and torch.isfinite(blurred).all()
 
 
@@ -242,7 +248,7 @@ def test_noise_has_the_drawn_deviation():
 
 def test_noise_stays_off_alpha():
     images = photos(3, channels=4)
-    out = augment_images.random_noise(images.clone(), policy(PLAIN, noise_p=1.0), seeded())
+    out = augment_images.random_noise(images.clone(), policy(PLAIN, noise_p=1.0), seeded(), MEAN)
     assert torch.equal(out[:, 3], images[:, 3])
     assert (out[:, :3] != images[:, :3]).float().mean() > 0.9
 
@@ -264,7 +270,7 @@ def test_painted_rectangles_equal_slices():
 
 def test_dropout_holes_have_the_drawn_number_and_size():
     ops = policy(PLAIN, dropout_p=1.0, dropout_holes=(2, 2), dropout_size=(0.1, 0.1))
-    out = augment_images.random_dropout(torch.ones(400, 3, 50, 50), ops, seeded())
+    out = augment_images.random_dropout(torch.ones(400, 3, 50, 50), ops, seeded(), MEAN)
     black = (out == 0).all(1)
     assert torch.equal(black, (out == 0).any(1))
     area = black.flatten(1).sum(1)
@@ -272,13 +278,15 @@ def test_dropout_holes_have_the_drawn_number_and_size():
     assert (area >= 25).all()
     assert black.any(0).float().mean() > 0.98  # anywhere, up to the border
     single = policy(ops, dropout_holes=(1, 4), dropout_size=(0.04, 0.2))
-    holes = augment_images.random_dropout(torch.ones(500, 1, 50, 50), single, seeded(1)) == 0
+    holes = augment_images.random_dropout(torch.ones(500, 1, 50, 50), single, seeded(1), MEAN) == 0
     counts = torch.tensor([ndimage.label(h[0].numpy())[1] for h in holes])
     assert counts.min() == 1 and counts.max() == 4
 
 
 def test_cutout_is_a_square_around_any_pixel():
-    out = augment_images.cutout(torch.ones(3000, 1, 12, 12), 4, seeded())
+    out = augment_images.cutout(
+        torch.ones(3000, 1, 12, 12), policy(PLAIN, cutout_size=4), seeded(), None
+    )
     area = (out == 0).flatten(1).sum(1)
     assert area.max() == 16 and area.min() == 4  # a corner leaves a quarter
     assert abs((area == 16).float().mean() - (9 / 12) ** 2) < 0.03
@@ -300,11 +308,56 @@ def test_on_rows_changes_the_chosen_rows_only():
     assert torch.equal(augment_images.on_rows(x.clone(), torch.arange(4), lambda p: p + 1), x + 1)
 
 
-def test_off_operations_draw_and_compute_nothing(monkeypatch):
-    for name in ("warp", "jittered", "filtered", "noisy", "painted"):
-        monkeypatch.setattr(augment_images, name, None)
-    images = photos(3)
-    generator = seeded()
-    state = generator.get_state()
-    assert augment_images.apply_ops(images, PLAIN, generator) is images
-    assert torch.equal(generator.get_state(), state)
+def test_table_and_struct_have_the_same_switches_in_the_same_order():
+    """A field is the switch of one operation, or part of a switch that there is."""
+    fields = msgspec.inspect.type_info(ImageOps).fields
+    part_of = {field.name: extra_of(field.type).get("part_of") for field in fields}
+    switches = [name for each in OPERATIONS.table for name in each.switches]
+    assert switches == [name for name, switch in part_of.items() if switch is None]
+    assert set(part_of.values()) - {None} <= set(switches)
+
+
+class Watched:
+    """Parameters that note which of them are read."""
+
+    def __init__(self, ops: ImageOps) -> None:
+        self.ops, self.read = ops, set()
+
+    def __getattr__(self, name: str):
+        self.read.add(name)
+        return getattr(self.ops, name)
+
+
+@pytest.mark.parametrize("each", OPERATIONS.table, ids=lambda each: each.switches[0])
+def test_an_operation_reads_its_switches_and_their_parts(each):
+    fields = msgspec.inspect.type_info(ImageOps).fields
+    parts = {f.name for f in fields if extra_of(f.type).get("part_of") in each.switches}
+    everything = policy(PLAIN, **dict.fromkeys(each.switches, 1), motion_blur=True)
+    read = set()
+    for crop in ("random", "resized", "padded") if each.stage == "geometry" else ("center",):
+        watched = Watched(policy(everything, crop=crop))
+        if each.stage == "geometry":
+            resizing = CropResize(
+                watched if each.switches == ("crop",) else PLAIN,
+                image_size=8, resize_size=9, interpolation="nearest", bit_depth=8,
+            )  # fmt: skip
+            place = Placement(resizing, np.array([[16, 12]]))
+            each.function(place, watched, seeded())
+            assert (place.boxes, place.hflip, place.vflip) != (None, None, None)
+        else:
+            assert each.function(photos(4), watched, seeded(), MEAN).shape == (4, 3, 40, 40)
+        read |= watched.read
+    assert read == {*each.switches, *parts}
+
+
+def test_an_operation_is_active_with_its_switch():
+    assert not any(
+        OPERATIONS.active(PLAIN, stage) for stage in ("geometry", "values", "normalised")
+    )
+    assert random_operations(PLAIN) == []
+    for each in OPERATIONS.table:
+        for switch in each.switches:
+            on = policy(PLAIN, **{switch: "random" if switch == "crop" else 1})
+            assert OPERATIONS.active(on, each.stage) == [each]
+            assert random_operations(on) == [switch]
+    assert random_operations(policy(PLAIN, randaugment_ops=2, randaugment_p=0.0)) == []

@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from glovita_lib import augment_images
 from glovita_lib.augment_images import warp
+from glovita_lib.spec_data import ImageOps as Parameters
 
 PHOTO = load_sample_image("flower.jpg")
 
@@ -32,8 +33,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def apply(x: torch.Tensor, seed: int = 0, **options) -> torch.Tensor:
     settings = {"count": 2, "magnitude": (1.0, 10.0), "probability": 0.5} | options
-    fill = torch.full((x.shape[1],), 0.5)
-    return augment_images.randaugment(x.clone(), seeded(seed), fill=fill, **settings)
+    names = {"count": "ops", "magnitude": "magnitude", "probability": "p"}
+    ops = Parameters(**{f"randaugment_{names[key]}": value for key, value in settings.items()})
+    return augment_images.randaugment(x.clone(), ops, seeded(seed), torch.full((x.shape[1],), 0.5))
 
 
 STRENGTHS = [0.0, 0.25, 0.6, 1.0]
@@ -195,9 +197,8 @@ def test_cutout_has_the_given_colour_and_at_most_its_size(monkeypatch):
     monkeypatch.setattr(augment_images, "NAMES", ("cutout",))
     x = torch.ones(300, 3, 32, 32)
     fill = torch.tensor([0.1, 0.2, 0.3])
-    out = augment_images.randaugment(
-        x.clone(), seeded(), count=1, magnitude=(10.0, 10.0), probability=1.0, fill=fill
-    )
+    ops = Parameters(randaugment_ops=1, randaugment_magnitude=(10.0, 10.0), randaugment_p=1.0)
+    out = augment_images.randaugment(x.clone(), ops, seeded(), fill)
     area = (out[:, 0] != 1).flatten(1).sum(1)
     assert area.max() == 400 and area.min() >= 100  # 20 x 20 of 32 x 32, a quarter in a corner
     assert all(set(out[:, c].unique().tolist()) == {1.0, float(fill[c])} for c in range(3))

@@ -280,7 +280,7 @@ def test_real_photos_through_a_real_policy(tmp_path):
     from glovita_lib.augment import resolve_augmentation as resolve
     from glovita_lib.encoder import Preprocess
     from glovita_lib.read_image import FileSource, read_headers
-    from glovita_lib.spec_data import Augmentation
+    from glovita_lib.spec_data import ImageAugmentation
 
     for number, photo in enumerate(load_sample_images().images * 4):
         Image.fromarray(photo[: 100 + 10 * number, :120]).save(tmp_path / f"{number}.jpg")
@@ -288,7 +288,7 @@ def test_real_photos_through_a_real_policy(tmp_path):
     source = FileSource(paths, read_headers(paths, threads=1)[0], channels=3, bit_depth=8)
     encoder = Preprocess(64, 72, "bilinear", (0.5,) * 3, (0.5,) * 3, False)
     resolved = resolve(
-        Augmentation(train_policy="default_2d_2"),
+        ImageAugmentation(train_policy="default_2d_2"),
         default_policies=("default_2d_2", "shared_default_2d"),
         encoder=encoder,
         channels=3,

@@ -100,6 +100,18 @@ def every_struct(kind=None, seen=None):
             ["data.channels: 2 is not valid: it must be 1, 3 or 4"],
         ),
         (
+            "[data.augmentation]\ntrain_kwargs = { jitter = [0.1, 0.1, 0.1, 0.6] }",
+            ["data.augmentation.train_kwargs.jitter[3]: 0.6 is not valid", "<= 0.5"],
+        ),
+        (
+            "[data.augmentation]\ntrain_kwargs = { scale = [0.9, 1.1] }",
+            ["data.augmentation.train_kwargs.scale[1]: 1.1 is not valid", "<= 1"],
+        ),
+        (
+            "[data.augmentation]\ntrain_kwargs = { resize = 'size' }",
+            ["data.augmentation.train_kwargs.resize", '"resize_size"'],
+        ),
+        (
             "[model.encoder]\nencoder_type = 'torchvision'\nsmall_images = true",
             ['small_images belongs to encoder_type = "timm"'],
         ),

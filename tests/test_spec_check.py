@@ -94,11 +94,6 @@ BROKEN = [
         "data.augmentation.test_kwargs.blur_kernel",
         "odd",
     ),
-    (
-        ["data.augmentation.train_kwargs.jitter=[0.1, 0.1, 0.1, 0.6]"],
-        "data.augmentation.train_kwargs.jitter",
-        "at most 0.5",
-    ),
     # head and metrics
     ([*CSV, "data.subtask=regression"], "model.head.head_type", 'set it to "regression"'),
     (["model.head.head_type=regression"], "model.head.head_type", 'set it to "classification"'),

@@ -128,6 +128,13 @@ def test_explain_field_shows_bounds_default_and_unit():
     assert "must be given" in explain("data.target")
 
 
+def test_explain_says_with_which_switch_a_parameter_is_read():
+    text = explain("data.augmentation.train_kwargs")
+    assert "rotate_degrees: a number >= 0 and <= 180; default none; read with rotate_p\n" in text
+    assert "rotate_p: a number >= 0 and <= 1; default none\n" in text
+    assert "read with crop" in explain("data.augmentation.test_kwargs.scale")
+
+
 def test_explain_says_which_members_have_the_key():
     assert explain("model.encoder.small_images").startswith("with encoder_type=timm:\n")
     text = explain("data.download")

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from glovita_lib.augment_images import beta, mixed, mixup_cutmix, rectangles
+from glovita_lib.augment import beta, mixed, mixup_cutmix, rectangles
 
 
 def digits(count: int) -> tuple[torch.Tensor, torch.Tensor]:
