@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-sys.path[0] = str(Path(__file__).resolve_spec().parents[1])  # this file has the name of the library
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this file has the name of the library
 
 from glovita_lib.peft_base import merge  # noqa: E402
 from glovita_lib.peft_lora import apply_lora  # noqa: E402

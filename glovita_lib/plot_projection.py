@@ -242,7 +242,7 @@ def draw_points(
         if coloring.values is not None:
             draw_numbers(figure, axes, points, coloring, order, size)
         else:
-            draw_points(figure, axes, points, coloring, order, size)
+            draw_class_points(figure, axes, points, coloring, order, size)
         frame(figure, axes, points, text)
         with atomic_path(svg) as temporary:
             figure.savefig(
