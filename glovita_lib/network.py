@@ -229,33 +229,6 @@ def scattered_roles(block: nn.Module, known: Iterable[nn.Module]) -> dict:
     return roles
 
 
-def blocks(root: nn.Module) -> list[nn.Module]:
-    """The repeated units of a network, from the input: elements of a ModuleList or Sequential that
-    have one class and at least two weighted layers, and hold no such units themselves."""
-    return [module for _, module in named_blocks(root)]
-
-
-def named_blocks(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """`blocks` with their keys."""
-    names = {id(module): name for name, module in root.named_modules()}
-    units: list[nn.Module] = []
-    for container in root.modules():
-        if isinstance(container, nn.ModuleList | nn.Sequential):
-            children = list(container.children())
-            if len({type(c) for c in children}) == 1 and all(is_unit(c) for c in children):
-                units += children
-    inner = [u for u in units if not any(u is not v and v in set(u.modules()) for v in units)]
-    seen = {id(u): (names[id(u)], u) for u in inner}
-    order = [id(m) for m in root.modules()]
-    return [seen[i] for i in sorted(seen, key=order.index)]
-
-
-def is_unit(module: nn.Module) -> bool:
-    """Whether a module has at least two Linear or convolution layers."""
-    weighted = (m for m in module.modules() if is_linear(m) or is_conv(m))
-    return sum(1 for _, _ in zip(range(2), weighted, strict=False)) == 2
-
-
 def weight_names(layer: nn.Module) -> tuple[str, str]:
     """Names of the weight and the bias."""
     if isinstance(layer, nn.MultiheadAttention):
@@ -269,9 +242,10 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return children["encoder"] if {"encoder", "head"} <= children.keys() else model
 
 
-# ------------------------------------------------------------------------------------- depth
+# ------------------------------------------------------------------------------------ blocks
 #
-# The blocks of a network from input to output, found by its structure.
+# The blocks of a network from input to output, found by its structure: the one meaning of the word
+# for PEFT methods, learning rates by layer, partial fine-tuning and layers that are read out.
 #
 # A block is the largest part that is not a stem, a stage or a container: a transformer block, a
 # residual block, an inception module; where a network has none of them (VGG), its convolutions are
@@ -280,53 +254,67 @@ def encoder_of(model: nn.Module) -> nn.Module:
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 STAGE_CHILDREN = {"blocks", "layers", "stages", "transformer_encoder"}
 STEMS = {"patch_embed", "embeds", "stem"}
+POOLS = {"attn_pool"}  # a transformer block in all but its output, one vector
 
 
-def weighted(module: nn.Module) -> int:
-    """Number of weight matrices and kernels in a module: parameters of two or more axes."""
-    return sum(parameter.ndim >= 2 for parameter in module.parameters())
+def blocks(net: nn.Module) -> list[nn.Module]:
+    """Blocks from the input."""
+    return [net.get_submodule(name) for name in block_names(net)]
+
+
+def block_names(net: nn.Module, skip: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """Names of the blocks in order from the input; parts made of parameters in `skip` are none."""
+    children = with_parameters(net)
+    if len(children) == 1 and with_parameters(*children.values()):
+        ((name, inner),) = children.items()  # an encoder or a user's class around a network
+        inside = block_names(inner, frozenset(key.removeprefix(f"{name}.") for key in skip))
+        return tuple(f"{name}.{block}" for block in inside)
+    weights = {}
+    for name, part in undivided_parts(net):
+        own = {f"{name}.{parameter}" for parameter, _ in part.named_parameters()}
+        if own and not own <= skip:
+            weights[name] = count_weights(part)
+    several = tuple(name for name, count in weights.items() if count > 1)
+    return several if len(several) > 1 else tuple(name for name, count in weights.items() if count)
+
+
+def undivided_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Parts of a network in order with their names, stages taken apart."""
+    for name, child in module.named_children():
+        if name in STEMS | POOLS:
+            continue
+        if is_stage(child):
+            yield from undivided_parts(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
 
 
 def is_stage(module: nn.Module) -> bool:
     """Whether a module is a row of blocks rather than a block."""
     if isinstance(module, CONTAINERS):
         return True
-    children = {n: c for n, c in module.named_children() if any(True for _ in c.parameters())}
-    if any(are_blocks(list(children[name].children())) for name in STAGE_CHILDREN & set(children)):
+    children = with_parameters(module)
+    if any(are_blocks(children[name].children()) for name in STAGE_CHILDREN & set(children)):
         return True
     kinds = {type(child) for child in children.values()}
-    alike = len(children) > 1 and len(kinds) == 1 and are_blocks(list(children.values()))
+    alike = len(children) > 1 and len(kinds) == 1 and are_blocks(children.values())
     return alike and not issubclass(kinds.pop(), CONTAINERS)  # those are branches of one block
 
 
-def are_blocks(parts: list[nn.Module]) -> bool:
+def are_blocks(parts: Iterable[nn.Module]) -> bool:
     """Whether every part that has weights has several."""
-    counts = [weighted(part) for part in parts]
+    counts = [count_weights(part) for part in parts]
     return any(counts) and all(n != 1 for n in counts)
 
 
-def units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Parts of a network in order, stages taken apart."""
-    for name, child in module.named_children():
-        if name in STEMS:
-            continue
-        if is_stage(child):
-            yield from units(child, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", child
+def with_parameters(module: nn.Module) -> dict[str, nn.Module]:
+    """Direct children that have parameters, by name."""
+    return {n: c for n, c in module.named_children() if any(True for _ in c.parameters())}
 
 
-def block_names(net: nn.Module, skip: frozenset[str]) -> tuple[str, ...]:
-    """Names of the blocks in order from the input; parts made of parameters in `skip` are none."""
-    parts = []
-    for name, unit in units(net):
-        own = {f"{name}.{parameter}" for parameter, _ in unit.named_parameters()}
-        if own and not own <= skip:
-            parts.append((name, weighted(unit)))
-    blocks = [name for name, weights in parts if weights > 1]
-    if len(blocks) < 2:
-        blocks = [name for name, weights in parts if weights]
-    return tuple(blocks)
+def count_weights(module: nn.Module) -> int:
+    """Number of weight matrices and kernels in a module: parameters of two or more axes."""
+    return sum(parameter.ndim >= 2 for parameter in module.parameters())
 
 
 def layer_ids(net: nn.Module, blocks: tuple[str, ...]) -> dict[str, int]:

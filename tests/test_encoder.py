@@ -207,7 +207,16 @@ def test_blocks_are_neither_stages_nor_their_parts(name: str, blocks: int) -> No
     """Numbers of the papers."""
     with torch.device("meta"):
         net = timm.create_model(name, num_classes=0)
-    assert len(block_names(net, frozenset())) == blocks
+    found = block_names(net)
+    assert len(found) == blocks
+    wrapped = nn.ModuleDict({"backbone": net})
+    assert block_names(wrapped) == tuple(f"backbone.{name}" for name in found)
+
+
+def test_attention_that_pools_is_no_block() -> None:
+    encoder = make(timm_spec("vit_base_patch16_siglip_224", **SHALLOW), 64)
+    assert encoder.pooling == "pooled"
+    assert block_names(encoder) == ("net.blocks.0", "net.blocks.1")
 
 
 def test_input_convention_is_that_of_the_weights() -> None:
@@ -299,12 +308,12 @@ def number(*, input_channels: int) -> int:
 
 
 def test_custom_tokens_and_vectors() -> None:
-    encoder = make(CustomEncoder(target="tests.test_encoders:patches", options={"width": 6}), 16)
+    encoder = make(CustomEncoder(target="tests.test_encoder:patches", options={"width": 6}), 16)
     features = encoder(images(16))
     assert (features.grid, encoder.width) == ((2, 2), 6)
     assert resolve_method(None, encoder) == "cls_token"
     torch.testing.assert_close(aggregate(features, "avg"), features.tokens[:, 2:].mean(1))
-    encoder = make(CustomEncoder(target="tests.test_encoders:vector"), 16)
+    encoder = make(CustomEncoder(target="tests.test_encoder:vector"), 16)
     assert resolve_method(None, encoder) == "pooled" and output_width(encoder, "pooled") == 5
     with pytest.raises(UserError, match="gives one vector per sample"):
         resolve_method("avg", encoder)
@@ -326,11 +335,11 @@ def test_custom_tokens_and_vectors() -> None:
         (tv_spec("resnet18", dropout=0.1), "model.encoder.dropout: resnet18 has no such argument"),
         (tv_spec("convnext_tiny", model_kwargs={"foo": 1}), "model_kwargs.foo: convnext_tiny has"),
         (tv_spec("vit_b_16", model_kwargs={"image_size": 2}), "data.augmentation.image_size"),
-        (CustomEncoder(target="tests.test_encoders"), 'write it as "package.module:function"'),
+        (CustomEncoder(target="tests.test_encoder"), 'write it as "package.module:function"'),
         (CustomEncoder(target="nowhere:f"), "no module nowhere"),
-        (CustomEncoder(target="tests.test_encoders:nothing"), "has no function nothing"),
-        (CustomEncoder(target="tests.test_encoders:patches"), "missing a required"),
-        (CustomEncoder(target="tests.test_encoders:number"), "must return a torch.nn.Module"),
+        (CustomEncoder(target="tests.test_encoder:nothing"), "has no function nothing"),
+        (CustomEncoder(target="tests.test_encoder:patches"), "missing a required"),
+        (CustomEncoder(target="tests.test_encoder:number"), "must return a torch.nn.Module"),
     ],
 )
 def test_mistakes_are_named(spec, message: str) -> None:

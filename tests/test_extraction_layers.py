@@ -248,6 +248,6 @@ class Vectors(torch.nn.Module):
 
 
 def test_blocks_that_give_neither_tokens_nor_maps():
-    encoder = make(CustomEncoder(target="test_intermediates:Vectors"), 32)
+    encoder = make(CustomEncoder(target="test_extraction_layers:Vectors"), 32)
     with pytest.raises(UserError, match=r"layer 3 of .* gives \(2, 3\), neither a map"):
         read(encoder, (-1,), norm=False, size=32)

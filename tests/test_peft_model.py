@@ -14,7 +14,7 @@ from glovita_lib.errors import UserError
 from glovita_lib.model import build_model
 from glovita_lib.optim import parameter_groups
 from glovita_lib.peft import apply_peft
-from glovita_lib.peft_base import merge
+from glovita_lib.peft_base import Insert, merge
 from glovita_lib.spec_model import ModelSpec, TimmEncoder
 from glovita_lib.spec_peft import (
     Adalora,
@@ -45,6 +45,9 @@ from glovita_lib.spec_train import Optimizer
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 VIT = TimmEncoder(type="vit_tiny_patch16_224", pretrained=False, model_kwargs=SMALL)
+HYBRID = TimmEncoder(
+    type="vit_tiny_r_s16_p8_224", pretrained=False, model_kwargs={"depth": 2, "embed_dim": 192}
+)
 RESNET = TimmEncoder(type="resnet10t", pretrained=False)
 SPECS = (
     Bitfit(), LnTuning(), Ssf(), DiffFit(), Lora(), Lora(use_dora=True), Adalora(), Loha(), Lokr(),
@@ -134,6 +137,19 @@ def test_compiled(spec):
     assert list(model.state_dict()) == keys
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("spec", [Convpass(), VisualPromptTuning()], ids=label)
+def test_a_convolutional_stem_is_in_front_of_the_blocks(spec):
+    """The grid is that of the tokens, not of the stem's maps; prompts enter behind the stem."""
+    model = make(spec, HYBRID).eval()
+    plain = make(LinearProbing(), HYBRID).eval()
+    added = [name for name, module in model.named_modules() if isinstance(module, Insert)]
+    assert added and all(name.startswith("encoder.net.blocks.") for name in added)
+    features = model.features(images())
+    assert features.tokens.shape == plain.features(images()).tokens.shape
+    if isinstance(spec, Convpass):  # starts as the base
+        torch.testing.assert_close(model(images()), plain(images()))
 
 
 def test_merged_model_is_a_start_for_another_run():
