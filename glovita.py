@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
             return check_files(asked.specs, asked.override)
         loaded, *others = [load_checked(path, asked.override) for path in asked.specs]
         if asked.compare:
-            print(import_module("glovita_lib.results").compare([loaded, *others]))
+            print(import_module("glovita_lib.results").compare_runs([loaded, *others]))
             return 0
         import_module(f"glovita_lib.run_{loaded.root.mode}").run(loaded, dry_run=asked.dry_run)
     except UserError as error:

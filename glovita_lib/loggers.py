@@ -102,10 +102,10 @@ class Meter:
 def epoch_line(record: dict[str, Any], *, epochs: int, best_metric: str | None) -> str:
     """One line about an epoch: losses, metrics, learning rate, speed, the best so far.
 
-    >>> record = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.4, "val_F1": 0.9, "lr": 1e-3}
+    >>> record = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.4, "val_f1": 0.9, "lr": 1e-3}
     >>> record |= {"samples_per_s": 1200.0, "seconds": 4.1, "best": 0.9, "best_epoch": 1}
-    >>> epoch_line(record, epochs=3, best_metric="val_F1")
-    'epoch 2/3 | train loss 0.5000 | val loss 0.4000 F1 0.9000* | lr 0.001 | 1,200/s 4.1 s'
+    >>> epoch_line(record, epochs=3, best_metric="val_f1")
+    'epoch 2/3 | train loss 0.5000 | val loss 0.4000 f1 0.9000* | lr 0.001 | 1,200/s 4.1 s'
     """
     parts = [f"epoch {record['epoch'] + 1:>{len(str(epochs))}}/{epochs}"]
     for split in ("train", "val"):

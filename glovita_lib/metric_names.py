@@ -1,144 +1,145 @@
-"""Names of the metrics: as written in a spec, as logged, which tasks they serve, which way is
-better.
+"""The table of metrics: what each is called, which subtasks it serves, which way is better.
 
-Neither torch nor numpy is imported: the spec checker needs these tables.
+A metric has one name: in task.metrics, in metrics.jsonl and training.best_checkpoint_metric with
+its split in front (val_acc), in metrics_<split>.json and summary.json without. To add a metric,
+add its entry here and its formula, registered under the same name, in metrics_classification or
+metrics. Neither torch nor numpy is imported: the spec checker needs this table.
 """
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from dataclasses import dataclass
 
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, nearest_word
 
-LOGGED_NAMES: dict[str, tuple[str, ...]] = {
-    "acc": ("Accuracy",),
-    "balanced_acc": ("Balanced_Accuracy",),
-    "f1": ("F1",),
-    "f1_per_class": ("F1_*",),
-    "pr": ("Precision", "Recall"),
-    "top5acc": ("Accuracy_top5",),
-    "auroc": ("AUROC",),
-    "ap": ("AP",),
-    "mcc": ("MCC",),
-    "kappa": ("Kappa",),
-    "quadratic_kappa": ("QWK",),
-    "ece": ("ECE",),
-    "brier": ("Brier",),
-    "mse": ("MSE",),
-    "mae": ("MAE",),
-    "r2": ("R2",),
-    "pearson": ("Pearson",),
-    "spearman": ("Spearman",),
+CLASSES = ("multiclass", "multilabel")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a spec, a log and a plot need to know of a metric."""
+
+    title: str
+    """As people write it, over plots."""
+    subtasks: tuple[str, ...]
+    """Kinds of targets that it is defined for."""
+    usual: bool = False
+    """Whether it is computed where task.metrics is not given."""
+    lower_is_better: bool = False
+    """Whether the smallest value is the best."""
+    per_class: bool = False
+    """Whether each class or target has its own value, logged as <name>_<class>."""
+
+
+METRICS: dict[str, Metric] = {
+    "acc": Metric("accuracy", CLASSES, usual=True),
+    "balanced_acc": Metric("balanced accuracy", CLASSES),
+    "f1": Metric("F1", CLASSES, usual=True),
+    "f1_per_class": Metric("F1 per class", CLASSES, per_class=True),
+    "precision": Metric("precision", CLASSES),
+    "recall": Metric("recall", CLASSES),
+    "top5acc": Metric("top-5 accuracy", ("multiclass",)),
+    "auroc": Metric("AUROC", CLASSES),
+    "ap": Metric("average precision", CLASSES),
+    "mcc": Metric("MCC", CLASSES),
+    "kappa": Metric("Cohen's kappa", CLASSES),
+    "quadratic_kappa": Metric("quadratic kappa", ("multiclass",)),
+    "ece": Metric("calibration error", CLASSES, lower_is_better=True),
+    "brier": Metric("Brier score", CLASSES, lower_is_better=True),
+    "mse": Metric("MSE", ("regression",), usual=True, lower_is_better=True),
+    "mae": Metric("MAE", ("regression",), usual=True, lower_is_better=True),
+    "r2": Metric("R²", ("regression",), usual=True),
+    "pearson": Metric("Pearson correlation", ("regression",)),
+    "spearman": Metric("Spearman correlation", ("regression",)),
 }
-"""Name in `task.metrics` -> names it is logged under; * stands for the name of each class."""
-REGRESSION = ("mse", "mae", "r2", "pearson", "spearman")
-MULTICLASS = tuple(name for name in LOGGED_NAMES if name not in REGRESSION)
-MULTILABEL = tuple(name for name in MULTICLASS if name not in ("top5acc", "quadratic_kappa"))
-METRICS_OF: dict[str, tuple[str, ...]] = {
-    "multiclass": MULTICLASS,
-    "multilabel": MULTILABEL,
-    "regression": REGRESSION,
-}
-"""Subtask -> the names in `task.metrics` that are defined for it."""
-DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
-    "multiclass": ("acc", "f1"),
-    "multilabel": ("acc", "f1"),
-    "regression": ("mse", "mae", "r2"),
-}
-"""Subtask -> what `task.metrics = none` stands for."""
-LOWER_IS_BETTER = frozenset({"loss", "MSE", "MAE", "ECE", "Brier"})
-"""Logged names, without their split, of which the smallest value is the best."""
-SPLITS = ("val", "train", "test")  # in the order in which a name without a split is looked up
+"""Name in a spec, in a log and in a file -> the metric."""
+
+
+def metrics_of(subtask: str) -> tuple[str, ...]:
+    """Names of the metrics that are defined for a subtask."""
+    return tuple(name for name, metric in METRICS.items() if subtask in metric.subtasks)
+
+
+def usual_metrics(subtask: str) -> tuple[str, ...]:
+    """What `task.metrics = none` stands for."""
+    return tuple(name for name in metrics_of(subtask) if METRICS[name].usual)
 
 
 def logged_names(metrics: Iterable[str], class_names: Iterable[str] | None) -> tuple[str, ...]:
-    """Names under which `metrics` are logged, without their split; * stays where no classes are
+    """Names under which `metrics` are logged, without their split; * stands where no classes are
     given.
 
     >>> logged_names(["acc", "f1_per_class"], ["cat", "dog"])
-    ('Accuracy', 'F1_cat', 'F1_dog')
+    ('acc', 'f1_per_class_cat', 'f1_per_class_dog')
     """
-    names: list[str] = []
     classes = ("*",) if class_names is None else tuple(class_names)
+    names: list[str] = []
     for metric in metrics:
-        for logged in LOGGED_NAMES[metric]:
-            expanded = classes if logged.endswith("*") else ("",)
-            names += [logged.removesuffix("*") + name for name in expanded]
+        own = METRICS[metric].per_class
+        names += [f"{metric}_{name}" for name in classes] if own else [metric]
     return tuple(dict.fromkeys(names))
 
 
 def split_name(name: str) -> tuple[str | None, str]:
-    """Split and rest of a logged name: val_F1 -> (val, F1), F1 -> (None, F1)."""
+    """Split and rest of a logged name: val_f1 -> (val, f1), f1 -> (None, f1)."""
     head, _, rest = name.partition("_")
     return (head, rest) if head in SPLITS and rest else (None, name)
 
 
-def lower_is_better(logged_name: str) -> bool:
-    """Whether small values of a logged metric are good; the split in front does not matter.
+def metric_name(logged: str) -> str:
+    """Name of the metric that a logged name is a value of; loss and what is no metric stay.
 
-    >>> lower_is_better("val_MSE"), lower_is_better("val_F1"), lower_is_better("val_loss")
+    >>> metric_name("val_acc"), metric_name("val_f1_per_class_cat"), metric_name("train_loss")
+    ('acc', 'f1_per_class', 'loss')
+    """
+    name = split_name(logged)[1]
+    if name in METRICS:
+        return name
+    families = (key for key, metric in METRICS.items() if metric.per_class)
+    return next((key for key in families if name.startswith(f"{key}_")), name)
+
+
+def title_of(name: str) -> str:
+    """A metric, by its name, as people write it."""
+    return METRICS[name].title if name in METRICS else name.replace("_", " ")
+
+
+def lower_is_better(logged: str) -> bool:
+    """Whether small values of a logged name are good; the split in front does not matter.
+
+    >>> lower_is_better("val_mse"), lower_is_better("val_f1"), lower_is_better("val_loss")
     (True, False, True)
     """
-    return split_name(logged_name)[1] in LOWER_IS_BETTER
+    name = metric_name(logged)
+    return name == "loss" or (name in METRICS and METRICS[name].lower_is_better)
 
 
-def canonical_metric(name: str, available: Iterable[str]) -> str:
-    """The entry of `available` that a user means: a logged name, with or without split, or a short
-    name.
-
-    A name without a split means the val split. An available F1_* stands for any class.
-
-    >>> canonical("f1", ["val_loss", "val_Accuracy", "val_F1"])
-    'val_F1'
+def check_logged(name: str, available: Iterable[str]) -> None:
+    """Refuse a name that is not logged; an available name that ends in * stands for any class.
 
     Raises:
-        UserError: if nothing fits, or several do (pr is both Precision and Recall).
+        UserError: what is logged, and what may be meant.
     """
     available = tuple(available)
-    split, wanted = split_name(name)
-    candidates = [entry for entry in available if split in (None, split_name(entry)[0] or "val")]
-    if split is None:
-        order = {prefix: rank for rank, prefix in enumerate(SPLITS)}
-        candidates.sort(key=lambda entry: order[split_name(entry)[0] or "val"])
-    found = matches(wanted, candidates)
-    if len(found) == 1:
-        return found[0]
-    raise UserError(no_such_metric(name, available, found))
+    families = [entry[:-1] for entry in available if entry.endswith("*")]
+    if name in available or any(name.startswith(start) and name != start for start in families):
+        return
+    meant = spelled(split_name(name)[1])
+    for metric, entry in METRICS.items():
+        if meant in (spelled(metric), spelled(entry.title)):
+            logged = [found for found in available if metric_name(found) == metric]
+            if logged:
+                raise UserError(f'no metric is logged as "{name}"; did you mean {listed(logged)}?')
+            raise UserError(f'"{name}" is not computed: add "{metric}" to task.metrics')
+    by_rest = {split_name(entry)[1]: entry for entry in available}
+    near = nearest_word(split_name(name)[1], by_rest, 0.5)
+    hint = f"; did you mean {by_rest[near]}?" if near else ""
+    raise UserError(f'no metric is logged as "{name}"; there are {listed(available)}{hint}')
 
 
-def matches(wanted: str, candidates: list[str]) -> list[str]:
-    """Entries that `wanted` names: the exact one, else by short name, else whatever the case."""
-    by_rest: dict[str, str] = {}
-    for entry in candidates:  # the first split wins
-        by_rest.setdefault(split_name(entry)[1], entry)
-    if wanted in by_rest:
-        return [by_rest[wanted]]
-    for rest, entry in by_rest.items():
-        if rest.endswith("*") and wanted.startswith(rest[:-1]) and len(wanted) >= len(rest):
-            return [entry[:-1] + wanted[len(rest) - 1 :]]
-    logged = LOGGED_NAMES.get(wanted.lower(), ())
-    prefixes = tuple(name[:-1] for name in logged if name.endswith("*"))
-    short = [
-        entry
-        for rest, entry in by_rest.items()
-        if rest in logged or (prefixes and rest.startswith(prefixes))
-    ]
-    return short or [e for rest, e in by_rest.items() if rest.lower() == wanted.lower()]
-
-
-def no_such_metric(name: str, available: tuple[str, ...], found: list[str]) -> str:
-    """The line that says which metrics there are and which one may be meant."""
-    if found:
-        return f"metric {name!r} has several values, name one of them: {listed(found)}"
-    rest = split_name(name)[1].lower()
-    for short, logged in LOGGED_NAMES.items():
-        known = rest == short or rest in (entry.lower() for entry in logged)
-        if known and split_name(name)[0] in (None, "val"):
-            return f"metric {name!r} is not computed; add {short!r} to task.metrics"
-    spelled = {split_name(entry)[1].lower(): entry for entry in reversed(available)}
-    spelled |= {entry.lower(): entry for entry in available}
-    close = get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
-    hint = f"; did you mean {spelled[close[0]]}?" if close else ""
-    return f"no metric {name!r} is logged; there are {listed(available)}{hint}"
+def spelled(text: str) -> str:
+    """A name or a title without case and with spaces: F1_per_class -> f1 per class."""
+    return text.lower().replace("_", " ")
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 
 from glovita_lib.files import as_json
-from glovita_lib.metric_names import LOGGED_NAMES, logged_names
+from glovita_lib.metric_names import METRICS, logged_names, metrics_of
 from glovita_lib.metrics_classification import (
+    FORMULAS,
     Array,
     Multiclass,
     Multilabel,
     Resampled,
     correlation,
+    formula,
     mean_defined,
     mid_ranks,
     ratio,
@@ -90,54 +92,51 @@ def intervals(
 class Regression:
     """Outputs and targets (N, K) in target units, computed with in float64."""
 
-    def __init__(self, targets: Array, scores: Array) -> None:
+    subtask = "regression"
+
+    def __init__(self, targets: Array, scores: Array, class_names: tuple[str, ...]) -> None:
         self.targets = targets.astype(np.float64)
         self.scores = scores.astype(np.float64)
+        self.class_names = class_names
 
     def each(self, name: str, weights: Array) -> Array:
-        """A metric, by its logged name, of each target: (K, R)."""
+        """A metric of each target: (K, R)."""
+        function = FORMULAS[name, self.subtask]
         pairs = zip(self.scores.T, self.targets.T, strict=True)
-        return np.stack([FUNCTIONS[name](x[:, None], y[:, None], weights) for x, y in pairs])
-
-    def mean(self, name: str, weights: Array) -> Array:
-        """Mean of a metric over the targets, (R,)."""
-        return mean_defined(self.each(name, weights))
+        return np.stack([function(x[:, None], y[:, None], weights) for x, y in pairs])
 
 
+@formula("mse", "regression")
 def mse(predictions: Array, targets: Array, weights: Array) -> Array:
     """Mean of (x - y)^2."""
     return weighted_mean((predictions - targets)[:, 0] ** 2, weights)
 
 
+@formula("mae", "regression")
 def mae(predictions: Array, targets: Array, weights: Array) -> Array:
     """Mean of |x - y|."""
     return weighted_mean(np.abs(predictions - targets)[:, 0], weights)
 
 
+@formula("r2", "regression")
 def r2(predictions: Array, targets: Array, weights: Array) -> Array:
     """1 - sum (x - y)^2 / sum (y - mean y)^2, the coefficient of determination."""
     residual = (predictions - targets)[:, 0] ** 2 @ weights
     return 1 - ratio(residual, squared_deviations(targets - targets.mean(0), weights))
 
 
+@formula("pearson", "regression")
 def pearson(predictions: Array, targets: Array, weights: Array) -> Array:
     """Linear correlation."""
     return correlation(predictions, targets, weights)
 
 
+@formula("spearman", "regression")
 def spearman(predictions: Array, targets: Array, weights: Array) -> Array:
     """Linear correlation of the ranks; equal values share their mean rank."""
     ranks = (mid_ranks(values[:, 0], weights) for values in (predictions, targets))
     return correlation(*ranks, weights)
 
-
-FUNCTIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "MSE": mse,
-    "MAE": mae,
-    "R2": r2,
-    "Pearson": pearson,
-    "Spearman": spearman,
-}
 
 # ------------------------------------------------------------------------ metrics of a split
 #
@@ -161,7 +160,8 @@ def compute(
     scores: Array,
     class_names: tuple[str, ...],
 ) -> dict[str, float]:
-    """Metrics by logged name, in the order of `names`; NaN where undefined.
+    """Metrics by name, a per-class one by <name>_<class>, in the order of `names`; NaN where
+    undefined.
 
     Args:
         names: names as in task.metrics, valid for the subtask.
@@ -230,21 +230,23 @@ def samples_of(
     assert targets.shape == scores.shape
     if subtask == "multilabel":
         return Multilabel(targets, scores, class_names)
-    return Regression(targets, scores)
+    return Regression(targets, scores, class_names)
 
 
 def measure_of(names: tuple[str, ...], samples: Samples) -> Measure:
     """Function from weights (N, R) to the values (R,) of each metric by logged name."""
-    if isinstance(samples, Regression):
-        return lambda weights: {
-            logged: samples.mean(logged, weights) for name in names for logged in LOGGED_NAMES[name]
-        }
 
     def measure(weights: Array) -> dict[str, Array]:
-        drawn = Resampled(samples, weights)
+        drawn = None if isinstance(samples, Regression) else Resampled(samples, weights)
         values: dict[str, Array] = {}
         for name in names:
-            values |= samples.functions[name](drawn)
+            if isinstance(samples, Regression):
+                each = samples.each(name, weights)  # (K, R)
+                found = each if METRICS[name].per_class else mean_defined(each)
+            else:
+                found = FORMULAS[name, samples.subtask](drawn)
+            rows = found if METRICS[name].per_class else [found]
+            values |= zip(logged_names([name], samples.class_names), rows, strict=True)
         return values
 
     return measure
@@ -255,15 +257,15 @@ def per_class(samples: Samples, class_names: tuple[str, ...]) -> dict[str, dict[
     ones = np.ones((len(samples.targets), 1))
     columns: dict[str, Array] = {}  # name -> (K, 1)
     if isinstance(samples, Regression):
-        columns = {name: samples.each(name, ones) for name in FUNCTIONS}
+        columns = {name: samples.each(name, ones) for name in metrics_of("regression")}
     else:
         drawn = Resampled(samples, ones)
         counts = drawn.counts
         columns = {"n": counts.actual.astype(int), "predicted": counts.predicted.astype(int)}
-        columns["Precision"] = counts.of_occurring(counts.predicted)
-        columns["Recall"] = counts.of_occurring(counts.actual)
-        columns["F1"] = counts.f1
-        columns["AUROC"], columns["AP"] = drawn.ranking
+        columns["precision"] = counts.of_occurring(counts.predicted)
+        columns["recall"] = counts.of_occurring(counts.actual)
+        columns["f1"] = counts.f1
+        columns["auroc"], columns["ap"] = drawn.ranking
     return {
         name: {key: values[k, 0].item() for key, values in columns.items()}
         for k, name in enumerate(class_names)

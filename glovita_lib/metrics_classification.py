@@ -140,14 +140,14 @@ def dot(values: Array, weights: Array) -> Array:
 # tp, predicted and actual are the counts of a class: hits, predictions, samples. A metric that is a
 # mean over classes leaves out the classes for which it is undefined, and is NaN where none is left:
 #
-# - F1, Precision, Recall: classes that occur neither in the targets nor in the predictions are left
+# - f1, precision, recall: classes that occur neither in the targets nor in the predictions are left
 #   out; otherwise 0 / 0 counts as 0 (as in scikit-learn). A class that is only ever predicted
 #   lowers all three.
-# - Balanced_Accuracy: multiclass, recall over the classes that occur in the targets; multilabel,
+# - balanced_acc: multiclass, recall over the classes that occur in the targets; multilabel,
 #   (sensitivity + specificity) / 2 over the labels that have positives and negatives.
-# - AUROC, AP: one against the rest, classes that have positives and negatives.
-# - MCC, Kappa, QWK: NaN where the targets are all of one class (multilabel: such a label is left
-#   out); 0 where they vary and the predictions do not.
+# - auroc, ap: one against the rest, classes that have positives and negatives.
+# - mcc, kappa, quadratic_kappa: NaN where the targets are all of one class (multilabel: such a
+#   label is left out); 0 where they vary and the predictions do not.
 #
 # The prediction is the class of the largest probability, the first of equal ones; multilabel: a
 # probability of at least 0.5. N samples, K classes, R sets of weights.
@@ -156,8 +156,26 @@ BINS = 15  # of ECE, as in Guo et al.
 THRESHOLD = 0.5  # of a label
 CLASSES_AT_ONCE = 64  # bounds the memory of multilabel counts
 ROWS_AT_ONCE = 4096  # bounds the memory of float64 copies of scores
-Values = dict[str, Array]
-"""Logged name -> (R,) values."""
+
+Formula = Callable[..., Array]
+FORMULAS: dict[tuple[str, str], Formula] = {}
+"""Metric and subtask, as in the table metric_names.METRICS -> its formula.
+
+Of classes: `Resampled` -> (R,), or (K, R) where the metric is per class. Of a regression:
+predictions (N, 1), targets (N, 1) and weights (N, R) of a target -> (R,).
+"""
+
+
+def formula(metric: str, *subtasks: str) -> Callable[[Formula], Formula]:
+    """Decorator: the function computes the metric for the subtasks."""
+
+    def register(function: Formula) -> Formula:
+        for subtask in subtasks:
+            assert (metric, subtask) not in FORMULAS, (metric, subtask)
+            FORMULAS[metric, subtask] = function
+        return function
+
+    return register
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +201,12 @@ class ClassCounts:
 class Multiclass:
     """Samples of exactly one class each; per-sample values that no weight changes are kept."""
 
+    subtask = "multiclass"
+
     def __init__(self, targets: Array, scores: Array, class_names: tuple[str, ...]) -> None:
         self.targets = targets  # (N,)
         self.scores = scores  # (N, K)
         self.class_names = class_names
-        self.functions = MULTICLASS_FUNCTIONS
 
     @cached_property
     def predictions(self) -> Array:
@@ -246,11 +265,12 @@ class Multiclass:
 class Multilabel:
     """Samples with any number of labels each."""
 
+    subtask = "multilabel"
+
     def __init__(self, targets: Array, scores: Array, class_names: tuple[str, ...]) -> None:
         self.targets = targets > 0.5  # (N, K) bool
         self.scores = scores  # (N, K)
         self.class_names = class_names
-        self.functions = MULTILABEL_FUNCTIONS
 
     @cached_property
     def predictions(self) -> Array:
@@ -305,70 +325,80 @@ class Resampled:
         return np.stack([auroc for auroc, _ in pairs]), np.stack([ap for _, ap in pairs])
 
 
-Function = Callable[[Resampled], Values]
-
-
-def accuracy(drawn: Resampled) -> Values:
+@formula("acc", "multiclass")
+def accuracy(drawn: Resampled) -> Array:
     """Share of the samples that are right."""
-    return {"Accuracy": drawn.counts.tp.sum(0) / drawn.counts.n}
+    return drawn.counts.tp.sum(0) / drawn.counts.n
 
 
-def label_accuracy(drawn: Resampled) -> Values:
+@formula("acc", "multilabel")
+def label_accuracy(drawn: Resampled) -> Array:
     """Share of the labels of all samples that are right."""
-    return {"Accuracy": weighted_mean(drawn.samples.right, drawn.weights)}
+    return weighted_mean(drawn.samples.right, drawn.weights)
 
 
-def balanced_accuracy(drawn: Resampled) -> Values:
+@formula("balanced_acc", "multiclass")
+def balanced_accuracy(drawn: Resampled) -> Array:
     """Mean recall of the classes that occur."""
     counts = drawn.counts
-    return {"Balanced_Accuracy": mean_defined(ratio(counts.tp, counts.actual))}
+    return mean_defined(ratio(counts.tp, counts.actual))
 
 
-def label_balanced_accuracy(drawn: Resampled) -> Values:
+@formula("balanced_acc", "multilabel")
+def label_balanced_accuracy(drawn: Resampled) -> Array:
     """Mean over labels of (sensitivity + specificity) / 2."""
     counts = drawn.counts
     negatives = counts.n - counts.actual
     true_negatives = negatives - counts.predicted + counts.tp
     both = (ratio(counts.tp, counts.actual) + ratio(true_negatives, negatives)) / 2
-    return {"Balanced_Accuracy": mean_defined(both)}
+    return mean_defined(both)
 
 
-def f1(drawn: Resampled) -> Values:
+@formula("f1", "multiclass", "multilabel")
+def f1(drawn: Resampled) -> Array:
     """Macro mean of 2 tp / (predicted + actual)."""
-    return {"F1": mean_defined(drawn.counts.f1)}
+    return mean_defined(drawn.counts.f1)
 
 
-def f1_per_class(drawn: Resampled) -> Values:
-    """F1 of each class; NaN for one that occurs neither in the targets nor in the predictions."""
-    names = drawn.samples.class_names
-    return {f"F1_{name}": value for name, value in zip(names, drawn.counts.f1, strict=True)}
+@formula("f1_per_class", "multiclass", "multilabel")
+def f1_per_class(drawn: Resampled) -> Array:
+    """F1 (K, R) of each class; NaN for one that occurs neither in the targets nor in the
+    predictions."""
+    return drawn.counts.f1
 
 
-def precision_recall(drawn: Resampled) -> Values:
-    """Macro means of tp / predicted and tp / actual."""
-    counts = drawn.counts
-    return {
-        "Precision": mean_defined(counts.of_occurring(counts.predicted)),
-        "Recall": mean_defined(counts.of_occurring(counts.actual)),
-    }
+@formula("precision", "multiclass", "multilabel")
+def precision(drawn: Resampled) -> Array:
+    """Macro mean of tp / predicted."""
+    return mean_defined(drawn.counts.of_occurring(drawn.counts.predicted))
 
 
-def top5(drawn: Resampled) -> Values:
+@formula("recall", "multiclass", "multilabel")
+def recall(drawn: Resampled) -> Array:
+    """Macro mean of tp / actual."""
+    return mean_defined(drawn.counts.of_occurring(drawn.counts.actual))
+
+
+@formula("top5acc", "multiclass")
+def top5(drawn: Resampled) -> Array:
     """Share of the samples whose class is among the five best; 1 with five classes or fewer."""
-    return {"Accuracy_top5": weighted_mean(drawn.samples.in_top5, drawn.weights)}
+    return weighted_mean(drawn.samples.in_top5, drawn.weights)
 
 
-def auroc(drawn: Resampled) -> Values:
+@formula("auroc", "multiclass", "multilabel")
+def auroc(drawn: Resampled) -> Array:
     """Macro mean of the area under the ROC curve, one against the rest."""
-    return {"AUROC": mean_defined(drawn.ranking[0])}
+    return mean_defined(drawn.ranking[0])
 
 
-def average_precision(drawn: Resampled) -> Values:
+@formula("ap", "multiclass", "multilabel")
+def average_precision(drawn: Resampled) -> Array:
     """Macro mean of the average precision, one against the rest."""
-    return {"AP": mean_defined(drawn.ranking[1])}
+    return mean_defined(drawn.ranking[1])
 
 
-def mcc(drawn: Resampled) -> Values:
+@formula("mcc", "multiclass")
+def mcc(drawn: Resampled) -> Array:
     """R_K = (c n - p.t) / sqrt((n^2 - p.p)(n^2 - t.t)), c hits, p predicted, t actual counts.
 
     Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004.
@@ -377,39 +407,43 @@ def mcc(drawn: Resampled) -> Values:
     covariance = counts.tp.sum(0) * n - (counts.predicted * counts.actual).sum(0)
     variance_p = n**2 - (counts.predicted**2).sum(0)
     variance_t = n**2 - (counts.actual**2).sum(0)
-    return {"MCC": chance_corrected(covariance, np.sqrt(variance_p * variance_t), variance_t)}
+    return chance_corrected(covariance, np.sqrt(variance_p * variance_t), variance_t)
 
 
-def label_mcc(drawn: Resampled) -> Values:
+@formula("mcc", "multilabel")
+def label_mcc(drawn: Resampled) -> Array:
     """Mean over labels of the phi coefficient, i.e. the MCC of two classes."""
     counts, n = drawn.counts, drawn.counts.n
     covariance = counts.tp * n - counts.predicted * counts.actual
     variance_p = counts.predicted * (n - counts.predicted)
     variance_t = counts.actual * (n - counts.actual)
     values = chance_corrected(covariance, np.sqrt(variance_p * variance_t), variance_t)
-    return {"MCC": mean_defined(values)}
+    return mean_defined(values)
 
 
-def kappa(drawn: Resampled) -> Values:
+@formula("kappa", "multiclass")
+def kappa(drawn: Resampled) -> Array:
     """(p_o - p_e) / (1 - p_e), with p_o observed and p_e chance agreement (Cohen, 1960)."""
     counts, n = drawn.counts, drawn.counts.n
     by_chance = (counts.predicted * counts.actual).sum(0)
     variance_t = n**2 - (counts.actual**2).sum(0)
     excess = counts.tp.sum(0) * n - by_chance
-    return {"Kappa": chance_corrected(excess, n**2 - by_chance, variance_t)}
+    return chance_corrected(excess, n**2 - by_chance, variance_t)
 
 
-def label_kappa(drawn: Resampled) -> Values:
+@formula("kappa", "multilabel")
+def label_kappa(drawn: Resampled) -> Array:
     """Mean over labels of Cohen's kappa."""
     counts, n = drawn.counts, drawn.counts.n
     by_chance = counts.predicted * counts.actual + (n - counts.predicted) * (n - counts.actual)
     agreed = n - counts.predicted - counts.actual + 2 * counts.tp
     variance_t = counts.actual * (n - counts.actual)
     values = chance_corrected(agreed * n - by_chance, n**2 - by_chance, variance_t)
-    return {"Kappa": mean_defined(values)}
+    return mean_defined(values)
 
 
-def quadratic_kappa(drawn: Resampled) -> Values:
+@formula("quadratic_kappa", "multiclass")
+def quadratic_kappa(drawn: Resampled) -> Array:
     """1 - sum (i - j)^2 O_ij / sum (i - j)^2 E_ij; the order of the classes is their scale.
 
     O are the observed pairs, E those expected from the marginals (Cohen, Weighted kappa, 1968).
@@ -421,7 +455,7 @@ def quadratic_kappa(drawn: Resampled) -> Values:
     (sum_p, square_p), (sum_t, square_t) = moments
     expected = square_p + square_t - 2 * sum_p * sum_t / n
     variance_t = n**2 - (counts.actual**2).sum(0)
-    return {"QWK": chance_corrected(expected - observed, expected, variance_t)}
+    return chance_corrected(expected - observed, expected, variance_t)
 
 
 def chance_corrected(excess: Array, largest: Array, variance_of_targets: Array) -> Array:
@@ -430,21 +464,23 @@ def chance_corrected(excess: Array, largest: Array, variance_of_targets: Array) 
     return np.where(variance_of_targets > 0, values, np.nan)
 
 
-def ece(drawn: Resampled) -> Values:
+@formula("ece", "multiclass")
+def ece(drawn: Resampled) -> Array:
     """sum_b |right_b - confidence_b| n_b / n over 15 bins of the probability of the prediction.
 
     Guo et al., On Calibration of Modern Neural Networks, 2017.
     """
     samples = drawn.samples
     gap = bin_gaps(samples.confidence, samples.correct, drawn.weights)
-    return {"ECE": gap / drawn.counts.n}
+    return gap / drawn.counts.n
 
 
-def label_ece(drawn: Resampled) -> Values:
+@formula("ece", "multilabel")
+def label_ece(drawn: Resampled) -> Array:
     """Mean over labels of the calibration error of the probability that the label is set."""
     pairs = zip(drawn.samples.scores.T, drawn.samples.targets.T, strict=True)
     gaps = [bin_gaps(scores.astype(np.float64), true, drawn.weights) for scores, true in pairs]
-    return {"ECE": np.mean(gaps, 0) / drawn.weights.sum(0)}
+    return np.mean(gaps, 0) / drawn.weights.sum(0)
 
 
 def bin_gaps(probability: Array, outcome: Array, weights: Array) -> Array:
@@ -457,35 +493,10 @@ def bin_of(probability: Array) -> Array:
     return np.clip(np.ceil(probability * BINS).astype(np.int32) - 1, 0, BINS - 1)
 
 
-def brier(drawn: Resampled) -> Values:
+@formula("brier", "multiclass", "multilabel")
+def brier(drawn: Resampled) -> Array:
     """Mean squared error of the probabilities (Brier, 1950).
 
     Multiclass: sum over the classes, 0 to 2. Multilabel: mean over the labels, 0 to 1.
     """
-    return {"Brier": weighted_mean(drawn.samples.brier, drawn.weights)}
-
-
-SHARED_FUNCTIONS: dict[str, Function] = {
-    "f1": f1,
-    "f1_per_class": f1_per_class,
-    "pr": precision_recall,
-    "auroc": auroc,
-    "ap": average_precision,
-    "brier": brier,
-}
-MULTICLASS_FUNCTIONS: dict[str, Function] = SHARED_FUNCTIONS | {
-    "acc": accuracy,
-    "balanced_acc": balanced_accuracy,
-    "top5acc": top5,
-    "mcc": mcc,
-    "kappa": kappa,
-    "quadratic_kappa": quadratic_kappa,
-    "ece": ece,
-}
-MULTILABEL_FUNCTIONS: dict[str, Function] = SHARED_FUNCTIONS | {
-    "acc": label_accuracy,
-    "balanced_acc": label_balanced_accuracy,
-    "mcc": label_mcc,
-    "kappa": label_kappa,
-    "ece": label_ece,
-}
+    return weighted_mean(drawn.samples.brier, drawn.weights)

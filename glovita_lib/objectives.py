@@ -126,7 +126,7 @@ class SupervisedObjective:
         answer = HeadOutput.of(model(inputs, targets))
         logs = {name: value.detach() for name, value in answer.aux.items()}
         if self.subtask == "multiclass" and not self.mixes:
-            logs["Accuracy"] = (answer.logits.detach().argmax(1) == targets).float().mean()
+            logs["acc"] = (answer.logits.detach().argmax(1) == targets).float().mean()
         losses = [weight * self.criterion(y, targets).mean() for weight, y in answer.fitted]
         return sum([*losses, *answer.aux.values()]), logs
 

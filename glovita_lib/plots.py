@@ -24,7 +24,7 @@ from glovita_lib.figures import (
     short,
     unique_short,
 )
-from glovita_lib.metric_names import lower_is_better, split_name
+from glovita_lib.metric_names import METRICS, lower_is_better, metric_name, split_name, title_of
 from glovita_lib.metrics import Regression, all_finite, compute, confusion
 from glovita_lib.metrics_classification import BINS, Thresholds, auroc_and_ap, bin_of
 
@@ -67,12 +67,11 @@ def learning_curves(records: Sequence[Record], path: Path) -> None:
 
 
 def panel_names(history: list[Record]) -> list[str]:
-    """Loss first, then metrics in the order logged; all F1_<class> share the panel F1_*."""
+    """Loss first, then metrics in the order logged; the classes of a metric share its panel."""
     names = ["loss"]
     for record in history:
         for key in record:
-            split, name = split_name(key)
-            name = "F1_*" if name.startswith("F1_") else name
+            split, name = split_name(key)[0], metric_name(key)
             if split in ("train", "val") and name not in names:
                 names.append(name)
     return names
@@ -93,10 +92,10 @@ def finite(value: Any) -> bool:
 
 
 def draw_panel(axes: Any, history: list[Record], name: str) -> None:
-    """Train and val curve of one metric; of all classes for F1_*."""
-    axes.set_title("F1 per class" if name == "F1_*" else name.replace("_", " "))
-    if name == "F1_*":
-        draw_class_curves(axes, history)
+    """Train and val curve of one metric; of all classes where it is per class."""
+    axes.set_title(title_of(name))
+    if name in METRICS and METRICS[name].per_class:
+        draw_class_curves(axes, history, name)
         return
     drawn = False
     for split, colour, dash in (("train", GREY, (0, (4, 1.5))), ("val", BLUE, "-")):
@@ -115,9 +114,9 @@ def draw_panel(axes: Any, history: list[Record], name: str) -> None:
         nothing_to_show(axes, "no values")
 
 
-def draw_class_curves(axes: Any, history: list[Record]) -> None:
-    """Val F1 of each class, thin, and their median."""
-    keys = dict.fromkeys(k for r in history for k in r if k.startswith("val_F1_"))
+def draw_class_curves(axes: Any, history: list[Record], name: str) -> None:
+    """Val curve of each class, thin, and their median."""
+    keys = dict.fromkeys(k for r in history for k in r if k.startswith(f"val_{name}_"))
     table = np.array([[r[k] if finite(r.get(k)) else np.nan for k in keys] for r in history])
     x = np.array([r["epoch"] + 1 for r in history], float)
     known = ~np.isnan(table).all(1) if table.size else np.zeros(len(x), bool)
@@ -197,9 +196,9 @@ def regression_scatter(
         names: K names.
         path: of the PNG.
     """
-    samples, ones = Regression(targets, outputs), np.ones((len(targets), 1))
-    values = {name: samples.each(name, ones)[:, 0] for name in ("R2", "MAE", "Pearson")}
-    shown = np.argsort(np.nan_to_num(values["R2"], nan=np.inf), kind="stable")[:PANELS]
+    samples, ones = Regression(targets, outputs, names), np.ones((len(targets), 1))
+    values = {name: samples.each(name, ones)[:, 0] for name in ("r2", "mae", "pearson")}
+    shown = np.argsort(np.nan_to_num(values["r2"], nan=np.inf), kind="stable")[:PANELS]
     if len(names) <= PANELS:
         shown = np.arange(len(names))
     columns = min(3, len(shown))
@@ -209,9 +208,9 @@ def regression_scatter(
             scatter_target(figure, axes, samples.targets[:, k], samples.scores[:, k])
             axes.set_title(short(names[k], 72 // columns))
             lines = (
-                f"R²  {number(values['R2'][k])}",
-                f"MAE  {number(values['MAE'][k])}",
-                f"r  {number(values['Pearson'][k])}",
+                f"R²  {number(values['r2'][k])}",
+                f"MAE  {number(values['mae'][k])}",
+                f"r  {number(values['pearson'][k])}",
             )
             label(axes, "\n".join(lines))
         if len(names) > PANELS:
@@ -668,7 +667,6 @@ def plot_results(
     paths = [folder / f"{kind}_{name}.png" for kind in ("confusion", "roc_pr", "calibration")]
     data = {"targets": targets, "scores": scores, "class_names": class_names}
     quality = compute(("ece", "brier"), subtask=subtask, **data)
-    quality = {"ece": quality["ECE"], "brier": quality["Brier"]}
     if subtask == "multiclass":
         predicted, classes = scores.argmax(1), len(class_names)
         positives = targets[:, None] == np.arange(classes)  # (N, K)

@@ -11,6 +11,7 @@ import numpy as np
 from glovita_lib.augment import ResolvedAugmentation
 from glovita_lib.data import Data, Split
 from glovita_lib.errors import UserError
+from glovita_lib.metric_names import check_logged, logged_names, metrics_of, usual_metrics
 from glovita_lib.read_features import BagSource, VectorSource, feature_moments
 from glovita_lib.spec import Spec
 from glovita_lib.spec_data import PrecomputedData, Subtask
@@ -67,7 +68,7 @@ def resolve_run(root: Root, data: Data, augmentation: ResolvedAugmentation | Non
         raise UserError(f"data set {data.name}: the train split is empty")
     check_metrics(root.task.metrics, data.subtask)
     check_options(root.task, data.subtask, modality_of(train))
-    metrics = root.task.metrics or default_metrics(data.subtask)
+    metrics = root.task.metrics or usual_metrics(data.subtask)
     moments = None
     if isinstance(root.data, PrecomputedData) and root.data.standardize:
         moments = feature_moments(train.source)
@@ -105,13 +106,11 @@ def check_metrics(metrics: tuple[str, ...] | None, subtask: str) -> None:
     Raises:
         UserError: a metric that is not defined for the subtask.
     """
-    from glovita_lib.metric_names import METRICS_OF
-
     for name in metrics or ():
-        if name not in METRICS_OF[subtask]:
+        if name not in metrics_of(subtask):
             raise UserError(
                 f'task.metrics: "{name}" is not defined for {subtask}, which the data are; valid'
-                f" are {', '.join(METRICS_OF[subtask])}"
+                f" are {', '.join(metrics_of(subtask))}"
             )
 
 
@@ -131,21 +130,14 @@ def check_options(task: Supervised, subtask: str, kind: str) -> None:
             raise UserError(f"task.{name} mixes images, and the samples are {kind}: drop it")
 
 
-def default_metrics(subtask: str) -> tuple[str, ...]:
-    """Metrics where the spec names none."""
-    return ("mse", "mae", "r2") if subtask == "regression" else ("acc", "f1")
-
-
 def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
     """Logged name, with its val_ prefix, of the metric that picks the best checkpoint."""
-    from glovita_lib.metric_names import canonical_metric as canonical
-    from glovita_lib.metric_names import logged_names
-
     if not len(data.splits.get("val") or ()):
         return None
-    names = logged_names(metrics, class_names=data.class_names)
-    asked = root.training.best_checkpoint_metric or names[0]
-    return "val_" + canonical(asked, ("loss", *names))
+    logged = [f"val_{name}" for name in logged_names(metrics, data.class_names)]
+    asked = root.training.best_checkpoint_metric or logged[0]
+    check_logged(asked, ["val_loss", *logged])
+    return asked
 
 
 def class_weights(task: Supervised, data: Data, train: Split) -> tuple[float, ...] | None:

@@ -392,7 +392,7 @@ class Entry:
     """One run in the table."""
 
     name: str
-    metric: str  # split and logged name, "test Accuracy"
+    metric: str  # split and name, "test acc"
     value: float | None  # None: undefined on these samples
     interval: tuple[float, float] | None
     samples: int  # that were judged

@@ -17,7 +17,7 @@ from glovita_lib.data import Data, Split
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
 from glovita_lib.loggers import better, say, two_columns
-from glovita_lib.metric_names import DEFAULT_METRICS, logged_names, lower_is_better
+from glovita_lib.metric_names import logged_names, lower_is_better, usual_metrics
 from glovita_lib.metrics import compute, metrics_report
 from glovita_lib.neighbors import nearest
 from glovita_lib.read_features import BagSource, VectorSource, feature_moments
@@ -521,7 +521,7 @@ def fit_probe(
     state: ProbeState,
 ) -> FittedProbe:
     """Every candidate of a method, and the best of them on val by the first metric."""
-    names = task.metrics or DEFAULT_METRICS[data.subtask]
+    names = task.metrics or usual_metrics(data.subtask)
     choice = Choice(names, data, samples["val"].targets, state.candidates)
     if method == "knn":
         return fit_knn(task, samples, device, choice)
@@ -621,7 +621,7 @@ def write_probe(
 ) -> dict[str, Any]:
     """Predictions and plots of a probe; what metrics_probe.json says of it."""
     task = root.task
-    names = task.metrics or DEFAULT_METRICS[data.subtask]
+    names = task.metrics or usual_metrics(data.subtask)
     kind = {"subtask": data.subtask, "class_names": data.class_names}
     content: dict[str, Any] = {"chosen": fitted.chosen, "candidates": fitted.candidates}
     for split, scores in fitted.scores.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from glovita_lib import spec_rules
 from glovita_lib.errors import UserError
-from glovita_lib.metric_names import DEFAULT_METRICS, METRICS_OF, canonical_metric, logged_names
+from glovita_lib.metric_names import check_logged, logged_names, metrics_of, usual_metrics
 from glovita_lib.spec import Loaded, load_spec
 from glovita_lib.spec_data import CustomData, PrecomputedData
 from glovita_lib.spec_errors import one_of, shown
@@ -176,8 +176,8 @@ def metrics_fit_targets(root: Root) -> Iterator[str]:
     """Each metric is defined for the kind of targets."""
     subtask = stated_subtask(root.data)
     for name in dict.fromkeys(getattr(root.task, "metrics", None) or ()):
-        if subtask and name not in METRICS_OF[subtask]:
-            valid = ", ".join(METRICS_OF[subtask])
+        if subtask and name not in metrics_of(subtask):
+            valid = ", ".join(metrics_of(subtask))
             yield f"task.metrics: {shown(name)} is not defined for {subtask}; valid are {valid}"
 
 
@@ -203,9 +203,9 @@ def best_metric_is_logged(root: Root) -> Iterator[str]:
     if asked is None or not isinstance(root.task, Supervised):
         return
     kind = stated_subtask(root.data) or ("regression" if is_regression(root) else "multiclass")
-    names = logged_names(root.task.metrics or DEFAULT_METRICS[kind], known_class_names(root))
+    names = logged_names(root.task.metrics or usual_metrics(kind), known_class_names(root))
     try:
-        canonical_metric(asked, ["val_loss", *(f"val_{name}" for name in names)])
+        check_logged(asked, ["val_loss", *(f"val_{name}" for name in names)])
     except UserError as error:
         yield f"training.best_checkpoint_metric: {error}"
 

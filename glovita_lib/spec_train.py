@@ -1,9 +1,10 @@
 """Sections of a spec on learning and on the modes: task, training, optimizer, logger, infer ..."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
+from glovita_lib.metric_names import METRICS
 from glovita_lib.spec import Spec
 from glovita_lib.spec_errors import Count, NonNegative, Positive
 
@@ -12,18 +13,17 @@ from glovita_lib.spec_errors import Count, NonNegative, Positive
 # Learning sections of a spec: task, training, dataloading, optimizer, logger, infer.
 
 Momentum = Annotated[float, Meta(ge=0, lt=1)]
-MetricName = Literal[
-    "acc", "balanced_acc", "f1", "f1_per_class", "pr", "top5acc", "auroc", "ap",
-    "mcc", "kappa", "quadratic_kappa", "ece", "brier",
-    "mse", "mae", "r2", "pearson", "spearman",
-]  # fmt: skip
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(METRICS)]
 
 
 class Supervised(Spec, tag="supervised", tag_field="objective"):
     """Predict the labels: cross-entropy, binary cross-entropy (multilabel) or a regression loss."""
 
     metrics: tuple[MetricName, ...] | None = None
-    """Metrics of every evaluation; none is acc and f1, for regression mse, mae and r2."""
+    """Metrics of every evaluation; none is the usual ones of the kind of targets."""
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes (multiclass, multilabel)."""
     class_weights: Literal["balanced"] | tuple[Positive, ...] | None = None
@@ -54,8 +54,8 @@ class Probe(Spec, tag="probe", tag_field="objective"):
     averaged. With data.standardize both methods see features of mean 0 and deviation 1."""
 
     metrics: tuple[MetricName, ...] | None = None
-    """Metrics of the results; the first one chooses. None is acc and f1, for regression mse, mae
-    and r2."""
+    """Metrics of the results; the first one chooses. None is the usual ones of the kind of
+    targets."""
     methods: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
     """Weighted vote of nearest neighbours; logistic regression (ridge for regression)."""
     k: tuple[Count, ...] = (1, 5, 10, 20, 50, 100)
@@ -97,8 +97,8 @@ class Training(Spec):
     compile: bool = False
     """Whether the model is compiled with torch.compile."""
     best_checkpoint_metric: str | None = None
-    """Metric that picks best.pt, as logged, e.g. F1, val_F1 or val_loss; none is the first of
-    task.metrics."""
+    """Metric that picks best.pt: val_ and its name in task.metrics (val_f1), or val_loss; none is
+    the first of task.metrics."""
     early_stopping_patience: Count | None = None
     """Epochs without a better metric after which training ends; none is off."""
     early_stopping_min_delta: NonNegative = 0.0

@@ -190,7 +190,7 @@ def test_a_truncated_best_checkpoint(half_done, command):
     """It is renewed from last.pt if that is the same epoch, else training goes on without it, and
     only the evaluation cannot be made."""
     changes = ["training.epochs=4", "optimizer.lr=1.0", "optimizer.scheduler=None",
-               "optimizer.name=SGD", "training.best_checkpoint_metric=loss"]  # fmt: skip
+               "optimizer.name=SGD", "training.best_checkpoint_metric=val_loss"]  # fmt: skip
     best = half_done(*changes, at=14).path / "checkpoints" / "best.pt"
     state = load(best.with_name("last.pt"))["state"]
     assert state["epoch"] == 3 and state["best_epoch"] < 2
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_architecture_is_not_continued(half_done, refuse
 
 
 def test_a_best_checkpoint_of_another_architecture(half_done, command, monkeypatch):
-    run = half_done("training.best_checkpoint_metric=loss")
+    run = half_done("training.best_checkpoint_metric=val_loss")
     other = command("model.encoder.model_kwargs.embed_dim=24", "name=other")
 
     fit = Trainer.fit
@@ -228,7 +228,7 @@ def test_a_best_checkpoint_of_another_architecture(half_done, command, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "fit", swap)
-        failed = command("training.best_checkpoint_metric=loss", "name=run", code=2)
+        failed = command("training.best_checkpoint_metric=val_loss", "name=run", code=2)
     assert "another architecture" in failed.err and len(failed.err.splitlines()) == 1
 
 

@@ -51,7 +51,7 @@ def test_the_same_training(command, passes, spec, more):
     for first, second in zip(plain.records(), cached.records(), strict=True):
         for name in ("train_loss", "val_loss"):
             assert second[name] == pytest.approx(first[name], rel=1e-5), name
-        for name in ("train_Accuracy", "val_Accuracy", "val_F1"):
+        for name in ("train_acc", "val_acc", "val_f1"):
             assert second[name] == pytest.approx(first[name], abs=1e-9), name
         assert (second["step"], second["lr"]) == (first["step"], first["lr"])
     states = [run.best["ema"] or run.best["model"] for run in (plain, cached)]

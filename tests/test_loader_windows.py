@@ -198,4 +198,4 @@ def test_vectors_of_a_custom_data_set(command, tmp_path, monkeypatch, memory):
         """
     result = command(spec=spec)
     metrics = json.loads((result.path / "metrics_test.json").read_text())
-    assert metrics["metrics"]["Accuracy"] > 0.8
+    assert metrics["metrics"]["acc"] > 0.8

@@ -21,7 +21,7 @@ from glovita_lib.spec_train import NoLogger, WandbLogger
 
 FIRST, SECOND = (Ranks(rank, 2, rank, torch.device("cpu")) for rank in (0, 1))
 CONFIG = {"data": {"dataset": "digits"}, "optimizer": {"lr": 0.1}}
-RECORD = {"event": "epoch", "step": 3, "train_loss": 0.5, "val_F1": None, "lr": float("nan")}
+RECORD = {"event": "epoch", "step": 3, "train_loss": 0.5, "val_f1": None, "lr": float("nan")}
 
 
 @pytest.fixture

@@ -3,93 +3,95 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from glovita_lib.errors import UserError
 from glovita_lib.metric_names import (
-    DEFAULT_METRICS,
-    LOGGED_NAMES,
-    METRICS_OF,
-    canonical_metric,
+    METRICS,
+    check_logged,
     logged_names,
     lower_is_better,
+    metric_name,
+    metrics_of,
     split_name,
+    title_of,
+    usual_metrics,
 )
-from glovita_lib.metrics import FUNCTIONS
-from glovita_lib.metrics_classification import MULTICLASS_FUNCTIONS, MULTILABEL_FUNCTIONS
+from glovita_lib.metrics import samples_of  # registers the formulas of regressions
+from glovita_lib.metrics_classification import FORMULAS
 
-LOGGED = ["train_loss", "val_loss", "val_Accuracy", "val_F1", "val_Precision", "val_Recall"]
-
-
-def test_every_name_has_a_formula_and_every_formula_a_name() -> None:
-    assert set(METRICS_OF["multiclass"]) == set(MULTICLASS_FUNCTIONS)
-    assert set(METRICS_OF["multilabel"]) == set(MULTILABEL_FUNCTIONS)
-    assert set(logged_names(METRICS_OF["regression"], [])) == set(FUNCTIONS)
-    assert set().union(*METRICS_OF.values()) == set(LOGGED_NAMES)
-    assert all(set(names) <= set(METRICS_OF[task]) for task, names in DEFAULT_METRICS.items())
+LOGGED = ["val_loss", "val_acc", "val_f1", "val_f1_per_class_cat", "val_mae"]
 
 
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        ("F1", "val_F1"),
-        ("val_F1", "val_F1"),
-        ("f1", "val_F1"),
-        ("acc", "val_Accuracy"),
-        ("accuracy", "val_Accuracy"),
-        ("loss", "val_loss"),
-        ("val_loss", "val_loss"),
-        ("train_loss", "train_loss"),
-        ("Precision", "val_Precision"),
-    ],
-)
-def test_names_a_user_may_write(written: str, meant: str) -> None:
-    assert canonical_metric(written, LOGGED) == meant
+def test_every_metric_has_its_formulas_and_every_formula_is_of_a_metric() -> None:
+    subtasks = ("multiclass", "multilabel", "regression")
+    assert {(name, task) for task in subtasks for name in metrics_of(task)} == set(FORMULAS)
+    assert all(usual_metrics(task) for task in subtasks)
+    targets, scores = np.array([0, 1]), np.eye(2)
+    found = {samples_of(task, targets if task == "multiclass" else scores, scores, ("a", "b"))
+             for task in subtasks}  # fmt: skip
+    assert {samples.subtask for samples in found} == set(subtasks)
 
 
-def test_names_without_split() -> None:
-    available = ("loss", "Accuracy", "F1", "F1_cat", "F1_*")
-    assert canonical_metric("val_F1", available) == "F1"
-    assert canonical_metric("F1_cat", available) == "F1_cat"
-    assert canonical_metric("val_F1_dog", ("F1", "F1_*")) == "F1_dog"
+def test_names_are_one_word_that_no_other_can_be_taken_for() -> None:
+    """A logged name is read back to its metric: no metric is a class of another."""
+    for name, metric in METRICS.items():
+        assert name.isidentifier() and name == name.lower()
+        assert metric_name(f"val_{name}_x" if metric.per_class else f"val_{name}") == name
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_what_is_logged_may_be_asked_for(name: str) -> None:
+    check_logged(name, LOGGED)
+    with pytest.raises(UserError, match=f"did you mean {name}"):
+        check_logged(split_name(name)[1], LOGGED)  # the split belongs to the name
+
+
+def test_a_family_stands_for_any_class() -> None:
+    check_logged("val_f1_per_class_dog", ["val_loss", "val_f1_per_class_*"])
+    with pytest.raises(UserError, match="did you mean val_f1_per_class_*"):
+        check_logged("val_f1_per_class_", ["val_loss", "val_f1_per_class_*"])
 
 
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("pr", "several values, name one of them: val_Precision, val_Recall"),
-        ("auroc", "add 'auroc' to task.metrics"),
-        ("val_AUROC", "add 'auroc' to task.metrics"),
-        ("Acuracy", "did you mean val_Accuracy"),
-        ("train_F1", "no metric 'train_F1' is logged"),
-        ("zzz", "there are train_loss, val_loss"),
+        ("val_Accuracy", "did you mean val_acc?"),
+        ("Accuracy", "did you mean val_acc?"),
+        ("val_F1", "did you mean val_f1?"),
+        ("MAE", "did you mean val_mae?"),
+        ("auroc", 'add "auroc" to task.metrics'),
+        ("val_Balanced_Accuracy", 'add "balanced_acc" to task.metrics'),
+        ("val_acx", "did you mean val_acc?"),
+        ("zzz", "there are val_loss, val_acc"),
     ],
 )
 def test_names_that_fit_nothing(written: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        canonical_metric(written, LOGGED)
+    with pytest.raises(UserError) as error:
+        check_logged(written, LOGGED)
+    assert said in str(error.value)
 
 
 def test_a_long_list_of_classes_is_cut() -> None:
     with pytest.raises(UserError, match="and 980 more") as error:
-        canonical_metric("nonsense", [f"F1_{k}" for k in range(1000)])
-    assert len(str(error.value)) < 400
+        check_logged("nonsense", [f"val_f1_per_class_{k}" for k in range(1000)])
+    assert len(str(error.value)) < 600
 
 
 def test_direction() -> None:
-    down = {name for names in LOGGED_NAMES.values() for name in names if lower_is_better(name)}
-    assert down == {"MSE", "MAE", "ECE", "Brier"}
-    assert lower_is_better("val_loss") and lower_is_better("test_MAE")
-    assert not lower_is_better("F1_loss")  # a class may have any name
+    down = {name for name in METRICS if lower_is_better(f"val_{name}")}
+    assert down == {"mse", "mae", "ece", "brier"}
+    assert lower_is_better("val_loss") and lower_is_better("test_mae")
+    assert not lower_is_better("f1_per_class_loss")  # a class may have any name
 
 
-def test_split_and_logged_names() -> None:
-    assert split_name("val_F1_cat") == ("val", "F1_cat") and split_name("F1_val") == (
-        None,
-        "F1_val",
-    )
-    assert logged_names(["pr", "f1_per_class", "pr"], None) == ("Precision", "Recall", "F1_*")
-    assert logged_names(["f1_per_class"], ["a", "b"]) == ("F1_a", "F1_b")
+def test_split_logged_names_and_titles() -> None:
+    assert split_name("val_f1_per_class_cat") == ("val", "f1_per_class_cat")
+    assert split_name("f1_val") == (None, "f1_val")
+    assert logged_names(["recall", "f1_per_class", "recall"], None) == ("recall", "f1_per_class_*")
+    assert logged_names(["f1_per_class"], ["a", "b"]) == ("f1_per_class_a", "f1_per_class_b")
+    assert title_of("top5acc") == "top-5 accuracy" and title_of("instance_loss") == "instance loss"
 
 
 def test_needs_neither_torch_nor_numpy() -> None:

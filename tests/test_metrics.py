@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics as sk
 
-from glovita_lib.metric_names import METRICS_OF, logged_names
+from glovita_lib.metric_names import logged_names, metrics_of
 from glovita_lib.metrics import compute, metrics_report
 
 NAMES = tuple("abcdefg")
@@ -34,7 +34,7 @@ def multilabel(n: int, labels: int, seed: int = 0):
 def values(subtask: str, targets: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     names = NAMES[: scores.shape[1]]
     return compute(
-        METRICS_OF[subtask], subtask=subtask, targets=targets, scores=scores, class_names=names
+        metrics_of(subtask), subtask=subtask, targets=targets, scores=scores, class_names=names
     )
 
 
@@ -65,27 +65,27 @@ def test_multiclass_equals_sklearn(n: int, absent: tuple[int, ...]) -> None:
     recalls = sk.recall_score(targets, predicted, labels=np.unique(targets), average=None)
     confidence = scores.max(1).astype(np.float64)
     expected = {
-        "Accuracy": sk.accuracy_score(targets, predicted),
-        "Balanced_Accuracy": recalls.mean(),
-        "F1": sk.f1_score(targets, predicted, **macro),
-        "Precision": sk.precision_score(targets, predicted, **macro),
-        "Recall": sk.recall_score(targets, predicted, **macro),
-        "AUROC": one_against_rest(sk.roc_auc_score, onehot, scores),
-        "AP": one_against_rest(sk.average_precision_score, onehot, scores),
-        "MCC": sk.matthews_corrcoef(targets, predicted),
-        "Kappa": sk.cohen_kappa_score(targets, predicted),
-        "QWK": sk.cohen_kappa_score(targets, predicted, weights="quadratic"),
-        "ECE": expected_ece(confidence, predicted == targets),
-        "Brier": ((scores.astype(np.float64) - onehot) ** 2).sum(1).mean(),
+        "acc": sk.accuracy_score(targets, predicted),
+        "balanced_acc": recalls.mean(),
+        "f1": sk.f1_score(targets, predicted, **macro),
+        "precision": sk.precision_score(targets, predicted, **macro),
+        "recall": sk.recall_score(targets, predicted, **macro),
+        "auroc": one_against_rest(sk.roc_auc_score, onehot, scores),
+        "ap": one_against_rest(sk.average_precision_score, onehot, scores),
+        "mcc": sk.matthews_corrcoef(targets, predicted),
+        "kappa": sk.cohen_kappa_score(targets, predicted),
+        "quadratic_kappa": sk.cohen_kappa_score(targets, predicted, weights="quadratic"),
+        "ece": expected_ece(confidence, predicted == targets),
+        "brier": ((scores.astype(np.float64) - onehot) ** 2).sum(1).mean(),
     }
     f1s = sk.f1_score(targets, predicted, labels=range(6), average=None, zero_division=math.nan)
-    expected |= {f"F1_{name}": value for name, value in zip(NAMES, f1s, strict=False)}
-    assert {k: v for k, v in found.items() if k != "Accuracy_top5"} == pytest.approx(
+    expected |= {f"f1_per_class_{name}": value for name, value in zip(NAMES, f1s, strict=False)}
+    assert {k: v for k, v in found.items() if k != "top5acc"} == pytest.approx(
         expected, nan_ok=True, abs=1e-6
     )
-    assert set(found) == set(expected) | {"Accuracy_top5"}
+    assert set(found) == set(expected) | {"top5acc"}
     if not absent:
-        assert found["AUROC"] == pytest.approx(
+        assert found["auroc"] == pytest.approx(
             sk.roc_auc_score(targets, scores.astype(np.float64), multi_class="ovr"), abs=1e-9
         )
 
@@ -94,11 +94,11 @@ def test_unpredicted_absent_class_is_left_out_and_predicted_one_counts() -> None
     scores = np.eye(4)[[0, 0, 1, 1, 1, 2]]  # class 2 is predicted once, class 3 never
     targets = np.array([0, 0, 1, 1, 1, 1])
     found = values("multiclass", targets, scores)
-    assert found["F1"] == pytest.approx((1 + 6 / 7 + 0) / 3)
-    assert found["Precision"] == pytest.approx(2 / 3)
-    assert found["Recall"] == pytest.approx((1 + 0.75 + 0) / 3)
-    assert found["Balanced_Accuracy"] == pytest.approx((1 + 0.75) / 2)
-    assert found["F1_c"] == 0.0 and math.isnan(found["F1_d"])
+    assert found["f1"] == pytest.approx((1 + 6 / 7 + 0) / 3)
+    assert found["precision"] == pytest.approx(2 / 3)
+    assert found["recall"] == pytest.approx((1 + 0.75 + 0) / 3)
+    assert found["balanced_acc"] == pytest.approx((1 + 0.75) / 2)
+    assert found["f1_per_class_c"] == 0.0 and math.isnan(found["f1_per_class_d"])
 
 
 def test_top5() -> None:
@@ -107,9 +107,9 @@ def test_top5() -> None:
     names = tuple(map(str, range(20)))
     data = {"subtask": "multiclass", "targets": targets}
     found = compute(("top5acc",), scores=scores, class_names=names, **data)
-    assert found["Accuracy_top5"] == sk.top_k_accuracy_score(targets, scores, k=5)
+    assert found["top5acc"] == sk.top_k_accuracy_score(targets, scores, k=5)
     tied = compute(("top5acc",), scores=np.full((300, 20), 0.05), class_names=names, **data)
-    assert tied["Accuracy_top5"] == np.mean(targets < 5)  # of equal scores the first count
+    assert tied["top5acc"] == np.mean(targets < 5)  # of equal scores the first count
     few = compute(
         ("top5acc",),
         subtask="multiclass",
@@ -117,14 +117,14 @@ def test_top5() -> None:
         scores=np.eye(3)[[0, 1]],
         class_names=NAMES[:3],
     )
-    assert few["Accuracy_top5"] == 1.0
+    assert few["top5acc"] == 1.0
 
 
 def test_brier_equals_sklearn() -> None:
     targets, scores = multiclass(200, 5)
     scores = scores.astype(np.float64)
     scores /= scores.sum(1, keepdims=True)
-    assert values("multiclass", targets, scores)["Brier"] == pytest.approx(
+    assert values("multiclass", targets, scores)["brier"] == pytest.approx(
         sk.brier_score_loss(targets, scores, labels=range(5)), abs=1e-12
     )
 
@@ -138,20 +138,20 @@ def test_multilabel_equals_sklearn(n: int) -> None:
     macro = {"average": "macro", "zero_division": 0}
     columns = list(zip(true.T, predicted.T, scores.T.astype(np.float64), strict=True))
     expected = {
-        "Accuracy": sk.accuracy_score(true.ravel(), predicted.ravel()),
-        "Balanced_Accuracy": np.mean([sk.balanced_accuracy_score(t, p) for t, p, _ in columns]),
-        "F1": sk.f1_score(true, predicted, **macro),
-        "Precision": sk.precision_score(true, predicted, **macro),
-        "Recall": sk.recall_score(true, predicted, **macro),
-        "AUROC": sk.roc_auc_score(true, scores),
-        "AP": sk.average_precision_score(true, scores),
-        "MCC": np.mean([sk.matthews_corrcoef(t, p) for t, p, _ in columns]),
-        "Kappa": np.mean([sk.cohen_kappa_score(t, p) for t, p, _ in columns]),
-        "ECE": np.mean([expected_ece(s, t) for t, _, s in columns]),
-        "Brier": np.mean([sk.brier_score_loss(t, s) for t, _, s in columns]),
+        "acc": sk.accuracy_score(true.ravel(), predicted.ravel()),
+        "balanced_acc": np.mean([sk.balanced_accuracy_score(t, p) for t, p, _ in columns]),
+        "f1": sk.f1_score(true, predicted, **macro),
+        "precision": sk.precision_score(true, predicted, **macro),
+        "recall": sk.recall_score(true, predicted, **macro),
+        "auroc": sk.roc_auc_score(true, scores),
+        "ap": sk.average_precision_score(true, scores),
+        "mcc": np.mean([sk.matthews_corrcoef(t, p) for t, p, _ in columns]),
+        "kappa": np.mean([sk.cohen_kappa_score(t, p) for t, p, _ in columns]),
+        "ece": np.mean([expected_ece(s, t) for t, _, s in columns]),
+        "brier": np.mean([sk.brier_score_loss(t, s) for t, _, s in columns]),
     }
     f1s = sk.f1_score(true, predicted, average=None)
-    expected |= {f"F1_{name}": value for name, value in zip(NAMES, f1s, strict=False)}
+    expected |= {f"f1_per_class_{name}": value for name, value in zip(NAMES, f1s, strict=False)}
     assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -160,10 +160,10 @@ def test_labels_of_one_kind_are_left_out() -> None:
     wider = np.concatenate([targets, np.zeros((50, 1)), np.ones((50, 1))], 1)
     more = np.concatenate([scores, np.full((50, 1), 0.1), np.full((50, 1), 0.9)], 1)
     found, without = values("multilabel", wider, more), values("multilabel", targets, scores)
-    for name in ("AUROC", "AP", "MCC", "Kappa", "Balanced_Accuracy"):
+    for name in ("auroc", "ap", "mcc", "kappa", "balanced_acc"):
         assert found[name] == without[name]
-    assert found["F1_e"] == 1.0 and math.isnan(found["F1_d"])
-    assert found["F1"] == pytest.approx((3 * without["F1"] + 1) / 4)
+    assert found["f1_per_class_e"] == 1.0 and math.isnan(found["f1_per_class_d"])
+    assert found["f1"] == pytest.approx((3 * without["f1"] + 1) / 4)
 
 
 def test_regression_equals_sklearn_and_scipy() -> None:
@@ -174,11 +174,11 @@ def test_regression_equals_sklearn_and_scipy() -> None:
     columns = list(zip(scores.T, targets.T, strict=True))
     assert found == pytest.approx(
         {
-            "MSE": sk.mean_squared_error(targets, scores),
-            "MAE": sk.mean_absolute_error(targets, scores),
-            "R2": sk.r2_score(targets, scores),
-            "Pearson": np.mean([scipy.stats.pearsonr(x, y)[0] for x, y in columns]),
-            "Spearman": np.mean([scipy.stats.spearmanr(x, y)[0] for x, y in columns]),
+            "mse": sk.mean_squared_error(targets, scores),
+            "mae": sk.mean_absolute_error(targets, scores),
+            "r2": sk.r2_score(targets, scores),
+            "pearson": np.mean([scipy.stats.pearsonr(x, y)[0] for x, y in columns]),
+            "spearman": np.mean([scipy.stats.spearmanr(x, y)[0] for x, y in columns]),
         },
         abs=1e-10,
     )
@@ -190,7 +190,7 @@ def test_regression_targets_that_do_not_vary() -> None:
     targets = np.concatenate([moving, np.full((20, 1), 1e6 / 3), moving], 1).astype(np.float32)
     scores = np.concatenate([moving, moving, np.full((20, 1), 0.1)], 1).astype(np.float32)
     found = metrics_report(
-        METRICS_OF["regression"],
+        metrics_of("regression"),
         subtask="regression",
         targets=targets,
         scores=scores,
@@ -198,10 +198,10 @@ def test_regression_targets_that_do_not_vary() -> None:
         bootstrap=20,
         seed=0,
     )
-    assert [found["per_class"][k]["Pearson"] for k in "abc"] == [pytest.approx(1.0), None, 0.0]
-    assert [found["per_class"][k]["Spearman"] for k in "abc"] == [pytest.approx(1.0), None, 0.0]
-    assert found["metrics"]["Pearson"] == pytest.approx(0.5)
-    assert found["per_class"]["b"]["R2"] is None and found["per_class"]["a"]["R2"] == 1.0
+    assert [found["per_class"][k]["pearson"] for k in "abc"] == [pytest.approx(1.0), None, 0.0]
+    assert [found["per_class"][k]["spearman"] for k in "abc"] == [pytest.approx(1.0), None, 0.0]
+    assert found["metrics"]["pearson"] == pytest.approx(0.5)
+    assert found["per_class"]["b"]["r2"] is None and found["per_class"]["a"]["r2"] == 1.0
 
 
 @pytest.mark.parametrize("subtask", ["multiclass", "multilabel", "regression"])
@@ -209,30 +209,35 @@ def test_regression_targets_that_do_not_vary() -> None:
 def test_few_samples(subtask: str, n: int) -> None:
     targets = np.zeros(n, int) if subtask == "multiclass" else np.zeros((n, 3), np.float32)
     scores = np.full((n, 3), 0.25, np.float32)
-    names = METRICS_OF[subtask]
+    names = metrics_of(subtask)
     found = compute(names, subtask=subtask, targets=targets, scores=scores, class_names=NAMES[:3])
     assert tuple(found) == logged_names(names, NAMES[:3])
     if n == 0:
         assert all(math.isnan(value) for value in found.values())
     elif subtask == "regression":
-        assert found["MSE"] == 0.0625 and math.isnan(found["R2"]) and math.isnan(found["Pearson"])
+        assert found["mse"] == 0.0625 and math.isnan(found["r2"]) and math.isnan(found["pearson"])
     else:
-        assert found["Accuracy"] == 1.0
-        assert all(math.isnan(found[k]) for k in ("AUROC", "AP", "MCC", "Kappa"))
+        assert found["acc"] == 1.0
+        assert all(math.isnan(found[k]) for k in ("auroc", "ap", "mcc", "kappa"))
 
 
 def test_constant_predictions_are_worth_nothing() -> None:
     targets = np.array([0, 1, 1, 0])
     found = values("multiclass", targets, np.full((4, 2), 0.5))
-    assert (found["MCC"], found["Kappa"], found["QWK"], found["AUROC"]) == (0, 0, 0, 0.5)
-    assert found["AP"] == sk.average_precision_score(targets, np.full(4, 0.5)) == 0.5
+    assert (found["mcc"], found["kappa"], found["quadratic_kappa"], found["auroc"]) == (
+        0,
+        0,
+        0,
+        0.5,
+    )
+    assert found["ap"] == sk.average_precision_score(targets, np.full(4, 0.5)) == 0.5
 
 
 def test_one_class_of_one() -> None:
     found = values("multiclass", np.zeros(3, int), np.ones((3, 1)))
-    assert found["Accuracy"] == found["F1"] == found["Balanced_Accuracy"] == 1.0
-    assert math.isnan(found["AUROC"]) and math.isnan(found["MCC"])
-    assert found["ECE"] == found["Brier"] == 0.0
+    assert found["acc"] == found["f1"] == found["balanced_acc"] == 1.0
+    assert math.isnan(found["auroc"]) and math.isnan(found["mcc"])
+    assert found["ece"] == found["brier"] == 0.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -248,7 +253,7 @@ def test_report_is_json_and_agrees_with_compute(subtask: str) -> None:
         multiclass(60, 4, absent=(3,)) if subtask == "multiclass" else multilabel(60, 4)
     )
     data = {"subtask": subtask, "targets": targets, "scores": scores, "class_names": NAMES[:4]}
-    names = METRICS_OF[subtask]
+    names = metrics_of(subtask)
     found = metrics_report(names, bootstrap=50, seed=3, **data)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     direct = compute(names, **data)
@@ -260,7 +265,7 @@ def test_report_is_json_and_agrees_with_compute(subtask: str) -> None:
         matrix = sk.confusion_matrix(targets, scores.argmax(1), labels=range(4))
         assert found["confusion"] == matrix.tolist()
         assert [found["per_class"][k]["n"] for k in NAMES[:4]] == matrix.sum(1).tolist()
-        assert found["per_class"]["d"]["AUROC"] is None
+        assert found["per_class"]["d"]["auroc"] is None
     else:
         assert found["confusion"] is None
     without = metrics_report(names, bootstrap=0, seed=3, **data)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glovita_lib import metrics
-from glovita_lib.metric_names import METRICS_OF
+from glovita_lib.metric_names import metrics_of
 from glovita_lib.metrics import compute, measure_of, metrics_report, samples_of
 
 CLASSES = tuple("abcd")
@@ -30,7 +30,7 @@ def test_equals_a_loop_over_the_same_resamples(subtask: str, monkeypatch) -> Non
     n, resamples = 60, 40
     monkeypatch.setattr(metrics, "ELEMENTS_AT_ONCE", 7 * n)  # blocks of 7 and one of 5
     data = data_of(subtask, n)
-    names = METRICS_OF[subtask]
+    names = metrics_of(subtask)
     measure = measure_of(names, samples_of(**data))
     blocks = list(metrics.draws(n, resamples, seed=5))
     assert [block.shape[1] for block in blocks] == [7] * 5 + [5]
@@ -66,7 +66,7 @@ def test_contains_the_value_and_shrinks_with_the_square_root_of_n() -> None:
         )
         for name, (low, high) in found["ci95"].items():
             assert low < found["metrics"][name] < high
-        widths.append(np.diff(found["ci95"]["Accuracy"])[0])
+        widths.append(np.diff(found["ci95"]["acc"])[0])
     assert widths[0] / widths[1] == pytest.approx(4.0, rel=0.25)
 
 
@@ -80,7 +80,7 @@ def test_covers_the_truth_as_often_as_it_says() -> None:
         found = metrics_report(
             ("acc",), class_names=("no", "yes"), bootstrap=200, seed=trial, **data
         )
-        low, high = found["ci95"]["Accuracy"]
+        low, high = found["ci95"]["acc"]
         hits += low <= 0.7 <= high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -96,10 +96,10 @@ def test_blocks_do_not_change_the_draws(monkeypatch) -> None:
 
 def test_a_single_sample_and_one_class_have_no_interval() -> None:
     alone = metrics_report(("acc", "auroc"), bootstrap=20, seed=0, **data_of("multiclass", 1))
-    assert alone["ci95"] == {"Accuracy": [None, None], "AUROC": [None, None]}
+    assert alone["ci95"] == {"acc": [None, None], "auroc": [None, None]}
     one = data_of("multiclass", 30) | {"targets": np.zeros(30, int)}
     found = metrics_report(("acc", "auroc"), bootstrap=20, seed=0, **one)["ci95"]
-    assert found["AUROC"] == [None, None] and None not in found["Accuracy"]
+    assert found["auroc"] == [None, None] and None not in found["acc"]
 
 
 def test_undefined_resamples_are_left_out() -> None:

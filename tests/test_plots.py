@@ -161,13 +161,13 @@ def test_learning_curves(tmp_path: Path) -> None:
             records.append(
                 {"event": "step", "epoch": epoch, "step": 10 * epoch + step, "train_loss": loss}
             )
-        values = {"val_loss": 0.5, "val_Accuracy": 0.1 * epoch, "val_AUROC": None}
-        records.append(record(epoch, **values, val_F1_cat=0.3, val_F1_dog=None))
+        values = {"val_loss": 0.5, "val_acc": 0.1 * epoch, "val_auroc": None}
+        records.append(record(epoch, **values, val_f1_per_class_cat=0.3, val_f1_per_class_dog=None))
     learning_curves(records, tmp_path / "full.png")
     picture(tmp_path / "full.png")
     history = [r for r in records if r["event"] == "epoch"]
-    assert panel_names(history) == ["loss", "Accuracy", "AUROC", "F1_*"]
-    x, y = history_series(history, "val_Accuracy")
+    assert panel_names(history) == ["loss", "acc", "auroc", "f1_per_class"]
+    x, y = history_series(history, "val_acc")
     assert x.tolist() == [1, 2, 3, 4] and y.tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
@@ -176,8 +176,8 @@ def test_learning_curves(tmp_path: Path) -> None:
     [
         [],
         [record(0)],
-        [record(0, val_loss=math.nan, val_F1=None)],
-        [record(0, val_F1_a=None), record(1, val_F1_a=None)],
+        [record(0, val_loss=math.nan, val_f1=None)],
+        [record(0, val_f1_per_class_a=None), record(1, val_f1_per_class_a=None)],
         [record(e) | {"best_epoch": None, "lr": 0.0} for e in range(3)],
     ],
 )

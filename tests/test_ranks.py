@@ -191,7 +191,7 @@ def test_two_ranks_learn_what_one_with_twice_the_batch_learns(two_ranks, specs, 
     for a, b in zip(two.records(), one.records(), strict=True):
         for name in ("train_loss", "val_loss"):
             assert a[name] == pytest.approx(b[name], rel=2e-6)
-        for name in ("train_Accuracy", "val_Accuracy", "val_F1", "lr"):
+        for name in ("train_acc", "val_acc", "val_f1", "lr"):
             assert a[name] == pytest.approx(b[name], rel=1e-12)
     for key, value in one.last["model"].items():
         np.testing.assert_allclose(two.last["model"][key], value, rtol=1e-3, atol=2e-5)

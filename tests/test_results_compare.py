@@ -80,13 +80,13 @@ def compared(capsys, *paths, code=0, overrides=()):
 def test_the_table_says_what_the_runs_say(trained, capsys):
     rows, notes = compared(capsys, *trained.values())
     assert {row["spec"] for row in rows} == set(SPECS)
-    values = [float(row["test Accuracy"]) for row in rows]
+    values = [float(row["test acc"]) for row in rows]
     assert values == sorted(values, reverse=True)
     for row in rows:
         run = run_of(trained[row["spec"]])
         report = json.loads((run / "metrics_test.json").read_text())
-        assert row["test Accuracy"] == f"{report['metrics']['Accuracy']:.4f}"
-        assert row["95 % interval"] == "{:.4f} to {:.4f}".format(*report["ci95"]["Accuracy"])
+        assert row["test acc"] == f"{report['metrics']['acc']:.4f}"
+        assert row["95 % interval"] == "{:.4f} to {:.4f}".format(*report["ci95"]["acc"])
         table = json.loads((run / "resolved_config.json").read_text())["parameters"]["all"]
         assert int(row["trainable"].replace(",", "")) == table["trainable"]
         assert row["share"] == f"{100 * table['trainable'] / table['total']:.2f}%"
@@ -124,23 +124,23 @@ def test_missing_runs_are_listed_together(specs, capsys):
 
 def test_best_first_also_where_less_is_better(trained, capsys):
     def errors(content, value):
-        content["metrics"] = {"MAE": value}
-        content["ci95"] = {"MAE": [None, None]}
+        content["metrics"] = {"mae": value}
+        content["ci95"] = {"mae": [None, None]}
 
     for name, value in zip(SPECS, (0.5, None, 0.25), strict=True):
         file = run_of(trained[name]) / "metrics_test.json"
         edit(file, lambda content, value=value: errors(content, value))
     rows, _ = compared(capsys, *trained.values())
     assert [row["spec"] for row in rows] == ["lora", "full", "probe"]
-    assert rows[-1]["test MAE"] == "undefined" and rows[0]["95 % interval"] == ""
+    assert rows[-1]["test mae"] == "undefined" and rows[0]["95 % interval"] == ""
 
 
 def test_val_counts_without_test_and_is_not_mixed_with_it(trained, capsys):
     (run_of(trained["lora"]) / "metrics_test.json").unlink()
     rows, _ = compared(capsys, trained["lora"])
-    assert "val Accuracy" in rows[0]
+    assert "val acc" in rows[0]
     (line,) = compared(capsys, *trained.values(), code=2)
-    assert "test Accuracy, val Accuracy" in line
+    assert "test acc, val acc" in line
     (run_of(trained["lora"]) / "metrics_val.json").unlink()
     (line,) = compared(capsys, trained["lora"], code=2)
     assert "neither a test nor a val split" in line

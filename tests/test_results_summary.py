@@ -63,14 +63,14 @@ def test_out_of_fold_predictions_of_iris(tmp_path: Path) -> None:
     result = summarize(tmp_path)
     assert result["left_out"] == {}
     test = files.read_json(tmp_path / "summary.json")["test"]
-    accuracy = test["metrics"]["Accuracy"]
+    accuracy = test["metrics"]["acc"]
     assert accuracy["mean"] == pytest.approx(statistics.mean(accuracies))
     assert accuracy["sd"] == pytest.approx(statistics.stdev(accuracies))
     assert accuracy["n"] == 4
     assert accuracy["values"] == {str(i): pytest.approx(a) for i, a in enumerate(accuracies)}
     assert test["metrics"]["loss"]["mean"] == 2.0
-    assert test["pooled"]["Accuracy"] == pytest.approx(accuracy_score(y, predicted))
-    assert test["pooled"]["Accuracy"] != pytest.approx(accuracy["mean"])
+    assert test["pooled"]["acc"] == pytest.approx(accuracy_score(y, predicted))
+    assert test["pooled"]["acc"] != pytest.approx(accuracy["mean"])
     assert (test["samples"], test["repeated_ids"]) == (150, 0)
     assert test["folds"] == ["0", "1", "2", "3"]
 
@@ -79,7 +79,7 @@ def test_small_and_odd_folds(tmp_path: Path) -> None:
     scores = np.eye(3, dtype=np.float32)
     fold(tmp_path, 10, ["a", "b"], np.array([0, 1]), scores[:2])
     only = summarize(tmp_path)["test"]
-    assert only["metrics"]["Accuracy"] | {"values": None} == {
+    assert only["metrics"]["acc"] | {"values": None} == {
         "mean": 1.0,
         "sd": None,
         "n": 1,
@@ -91,10 +91,10 @@ def test_small_and_odd_folds(tmp_path: Path) -> None:
     assert result["folds"] == ["2", "3", "10"]
     assert result["repeated_ids"] == 1
     assert result["samples"] == 4
-    assert result["pooled"]["Accuracy"] == 0.75
-    assert result["metrics"]["Accuracy"]["values"]["3"] is None
-    assert result["metrics"]["Accuracy"]["n"] == 2
-    assert result["metrics"]["Accuracy"]["mean"] == 0.75
+    assert result["pooled"]["acc"] == 0.75
+    assert result["metrics"]["acc"]["values"]["3"] is None
+    assert result["metrics"]["acc"]["n"] == 2
+    assert result["metrics"]["acc"]["mean"] == 0.75
 
 
 def test_folds_that_do_not_belong_are_named(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_folds_that_do_not_belong_are_named(tmp_path: Path) -> None:
     RunDir(tmp_path / "2").predictions_of("test").write_text("id,p_cat\n")
     result = summarize(tmp_path)
     assert result["test"]["folds"] == ["0"]
-    assert result["test"]["pooled"]["Accuracy"] == 1.0
+    assert result["test"]["pooled"]["acc"] == 1.0
     assert result["val"]["folds"] == ["2"]
     assert result["left_out"]["1"] == "another spec: optimizer.lr: 0.1 -> 0.2"
     assert "no column p_setosa" in result["left_out"]["2"]

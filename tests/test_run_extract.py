@@ -979,7 +979,7 @@ def test_shipped_specs_from_digits_to_a_linear_head(command, tmp_path):
     run = command(*fast, spec=ROOT / "specs" / "features_linear.toml")
     ids = content(tmp_path / "out" / "digits_test.h5")["ids"]
     assert [row["id"] for row in run.rows("test")] == list(ids)
-    assert run.json("metrics_test.json")["metrics"]["Accuracy"] > 0.75
+    assert run.json("metrics_test.json")["metrics"]["acc"] > 0.75
     # about what scikit-learn finds possible on these features
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -989,7 +989,7 @@ def test_shipped_specs_from_digits_to_a_linear_head(command, tmp_path):
     possible = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     possible.fit(train["features"], train["labels"])
     reference = possible.score(test["features"], test["labels"])
-    assert run.json("metrics_test.json")["metrics"]["Accuracy"] > reference - 0.05
+    assert run.json("metrics_test.json")["metrics"]["acc"] > reference - 0.05
 
 
 SLIDES, SIDE, TILES = 10, 24, 5  # slides of each photo, pixels and number of the tiles of a side
@@ -1081,7 +1081,7 @@ def test_a_head_on_bags_learns_from_the_file(bags, command, tmp_path):
     place = f"data.data_root_dir={tmp_path / 'out'}"
     run = command(place, *files, *fast, "model.head.head_type=mean", "name=my_tiles",
                   spec=ROOT / "specs" / "features_linear.toml")  # fmt: skip
-    assert run.json("metrics_test.json")["metrics"]["Accuracy"] == 1
+    assert run.json("metrics_test.json")["metrics"]["acc"] == 1
     assert [row["id"] for row in run.rows("test")] == list(
         content(tmp_path / "out" / "my_tiles_test.h5")["ids"]
     )

@@ -66,8 +66,10 @@ def test_test_is_the_default_and_training_files_stay(command):
 
 
 def test_the_last_checkpoint_if_asked(command):
-    changes = ["training.epochs=4", "optimizer.lr=1.0", "optimizer.scheduler=None",
-               "optimizer.name=SGD", "training.best_checkpoint_metric=loss", "name=r"]  # fmt: skip
+    changes = [
+        "training.epochs=4", "optimizer.lr=1.0", "optimizer.scheduler=None",
+        "optimizer.name=SGD", "training.best_checkpoint_metric=val_loss", "name=r",
+    ]  # fmt: skip
     run = command(*changes)
     assert run.records()[-1]["best_epoch"] < 3
     command(*changes, "mode=infer", "infer.use=last", "infer.split=val")
@@ -235,13 +237,13 @@ def test_an_ensemble_is_the_mean(command, table_spec, tmp_path, subtask):
         rows = list(csv.DictReader(file))
     if subtask == "multiclass":
         right = [row["label"] == row["prediction"] for row in rows]
-        assert report["metrics"]["Accuracy"] == pytest.approx(np.mean(right))
+        assert report["metrics"]["acc"] == pytest.approx(np.mean(right))
         labels = [int(row["label"]) for row in rows]
         loss = -np.log(expected[np.arange(len(labels)), labels]).mean()
         assert report["loss"] == pytest.approx(loss, rel=1e-5)
     if subtask == "regression":
         truth = np.array([[float(row[f"label_{t}"]) for t in ("bright", "top")] for row in rows])
-        assert report["metrics"]["MAE"] == pytest.approx(np.abs(truth - scores).mean(), rel=1e-5)
+        assert report["metrics"]["mae"] == pytest.approx(np.abs(truth - scores).mean(), rel=1e-5)
 
 
 def test_members_must_predict_the_same(command, refused, folder_spec):

@@ -64,24 +64,24 @@ def test_both_probes_choose_on_val_and_report_test(tmp_path, capsys):
     path, content = results(tmp_path)
     for method, key in (("knn", "k"), ("linear", "l2")):
         found = content[method]
-        by_value = {c[key]: c["val"]["Accuracy"] for c in found["candidates"]}
+        by_value = {c[key]: c["val"]["acc"] for c in found["candidates"]}
         chosen = found["chosen"][key]
         assert by_value[chosen] == max(by_value.values()) == found["chosen"]["highest"]
-        assert found["val"]["metrics"]["Accuracy"] == by_value[chosen]
-        assert found["test"]["metrics"]["Accuracy"] > 0.9
-        low, high = found["test"]["ci95"]["Accuracy"]
-        assert low <= found["test"]["metrics"]["Accuracy"] <= high
+        assert found["val"]["metrics"]["acc"] == by_value[chosen]
+        assert found["test"]["metrics"]["acc"] > 0.9
+        low, high = found["test"]["ci95"]["acc"]
+        assert low <= found["test"]["metrics"]["acc"] <= high
         with open(path / f"predictions_{method}_test.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         right = np.mean([row["label"] == row["prediction"] for row in rows])
-        assert right == pytest.approx(found["test"]["metrics"]["Accuracy"])
+        assert right == pytest.approx(found["test"]["metrics"]["acc"])
     scaler = StandardScaler().fit(DIGITS.data[SPLITS["train"]])
     x = {name: scaler.transform(DIGITS.data[rows]) for name, rows in SPLITS.items()}
     strength = content["linear"]["chosen"]["l2"]
     reference = LogisticRegression(C=1 / (strength * 900), tol=1e-6, max_iter=5000)
     reference.fit(x["train"], DIGITS.target[SPLITS["train"]])
     expected = reference.score(x["test"], DIGITS.target[SPLITS["test"]])
-    assert content["linear"]["test"]["metrics"]["Accuracy"] == pytest.approx(expected, abs=0.004)
+    assert content["linear"]["test"]["metrics"]["acc"] == pytest.approx(expected, abs=0.004)
     capsys.readouterr()
     assert run(spec, tmp_path) == 0
     assert "finished before" in capsys.readouterr().out
@@ -100,8 +100,8 @@ def test_regression_and_bags(tmp_path):
     spec = write(tmp_path, data.data, data.target, 'metrics = ["mae", "r2"]', splits)
     assert run(spec, tmp_path, "task.result_plot=none") == 0
     _, content = results(tmp_path)
-    assert content["linear"]["chosen"]["by"] == "MAE" and "lowest" in content["linear"]["chosen"]
-    assert content["linear"]["test"]["metrics"]["R2"] > 0.3
+    assert content["linear"]["chosen"]["by"] == "mae" and "lowest" in content["linear"]["chosen"]
+    assert content["linear"]["test"]["metrics"]["r2"] > 0.3
     folder = tmp_path / "bags"
     folder.mkdir()
     bags = DIGITS.data[:1500].reshape(500, 3, 64)  # labels of the means: whether it is bright
@@ -109,7 +109,7 @@ def test_regression_and_bags(tmp_path):
     splits = {"train": slice(0, 300), "val": slice(300, 400), "test": slice(400, None)}
     spec = write(folder, bags, labels, "", splits)
     assert run(spec, folder, "task.result_plot=none") == 0
-    assert results(folder)[1]["linear"]["test"]["metrics"]["Accuracy"] > 0.9
+    assert results(folder)[1]["linear"]["test"]["metrics"]["acc"] > 0.9
 
 
 def test_what_cannot_be_probed_is_said_in_one_line(tmp_path, capsys):
@@ -257,7 +257,7 @@ def scaled_runs(tmp_path_factory):
                     subtask="multiclass",
                     class_names=("0", "1"),
                 )
-                accuracy = content[method]["test"]["metrics"]["Accuracy"]
+                accuracy = content[method]["test"]["metrics"]["acc"]
                 found[method, data, linear] = table.scores[:, 1], accuracy
     return found
 

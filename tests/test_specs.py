@@ -111,8 +111,8 @@ def test_folder_images():
         write_png(Path(f"data/my_images/images/{split}/{name}/{i}.png"), image, side=40)
     made = train_and_infer("folder_images", *SHORT, *SMALL)
     assert made.json("resolved_config.json")["class_names"] == ["even", "odd"]
-    assert made.json("resolved_config.json")["best_metric"] == "val_F1"
-    assert set(made.json("metrics_test.json")["metrics"]) >= {"AUROC", "Balanced_Accuracy"}
+    assert made.json("resolved_config.json")["best_metric"] == "val_f1"
+    assert set(made.json("metrics_test.json")["metrics"]) >= {"auroc", "balanced_acc"}
 
 
 def test_folder_regression():
@@ -129,7 +129,7 @@ def test_folder_regression():
     assert summary["test"]["folds"] == ["0", "3"] and summary["test"]["repeated_ids"] == 0
     tested = [{row["id"] for row in run.rows()} for run in made]
     assert not tested[0] & tested[1]
-    assert made[0].json("resolved_config.json")["best_metric"] == "val_MAE"
+    assert made[0].json("resolved_config.json")["best_metric"] == "val_mae"
 
 
 def test_multilabel_csv():

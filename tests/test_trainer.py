@@ -34,7 +34,7 @@ def in_float64(root):
     )
     built.objective.criterion.double()
     records = []
-    hooks = Hooks(lambda predictions: {"Accuracy": 0.0}, records.append, lambda *a: None, print)
+    hooks = Hooks(lambda predictions: {"acc": 0.0}, records.append, lambda *a: None, print)
     trainer = build_trainer(built, data, hooks)
     trainer.val_loader = None
     trainer.fit()
@@ -119,7 +119,7 @@ def test_averaged_weights_are_the_average_and_are_what_is_evaluated(command, mon
 
     monkeypatch.setattr(Trainer, "optimizer_step", spied)
     run = command("training.ema_decay=0.8", "optimizer.lr=0.01", "training.epochs=2",
-                  "training.best_checkpoint_metric=loss")  # fmt: skip
+                  "training.best_checkpoint_metric=val_loss")  # fmt: skip
     assert run.best["state"]["epoch"] == 2
     assert run.records()[-1]["val_loss"] == run.json("metrics_val.json")["loss"]
     average = {key: value.double() for key, value in steps[0].items()}
