@@ -1,8 +1,10 @@
 """Folders of images with labels from folder names, JSON or CSV, and new images without."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +23,7 @@ from glovita_lib.data_splits import (
     strata,
 )
 from glovita_lib.dist import hash_seed
-from glovita_lib.errors import UserError, meant
+from glovita_lib.errors import UserError, meant, nearest_word
 from glovita_lib.files import FILE_THREADS, read_csv, read_json_table
 from glovita_lib.read_image import FileSource, Header, read_headers
 from glovita_lib.spec_data import GenericImageData
@@ -69,96 +71,60 @@ def walk(folder: Path, exts: Sequence[str]) -> list[str]:
 
 @dataclass(slots=True)
 class ImageFolder:
-    """The images below a folder, found by the many ways tables spell their paths."""
+    """The images below a folder."""
 
     folder: Path
-    base: Path  # folder of the data set; tables may give paths relative to it too
     ids: list[str]
-    _known: set[str] = field(init=False)
-    _by_stem: dict[str, list[str]] = field(init=False)  # id without suffix -> ids
-    _by_name: dict[str, list[str]] | None = field(init=False, default=None)
+    known: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._known = set(self.ids)
-        self._by_stem = {}
-        for identity in self.ids:
-            self._by_stem.setdefault(str(PurePosixPath(identity).with_suffix("")), []).append(
-                identity
-            )
+        self.known = frozenset(self.ids)
 
     def path(self, identity: str) -> str:
         """Path of an image."""
         return str(self.folder / identity)
 
-    def find(self, name: str, prefix: str = "") -> str | None:
-        """Id of the image that a table calls `name`: its path below the images folder, below
-        `prefix` in it, or below the data set's folder; with or without suffix; at last the end of
-        that path, or a longer path that ends with it. None if there is no such image.
+    def find(self, name: str) -> str | None:
+        """Id of the image at a path below the folder, which may hold "./" and "//"; None if there
+        is none. Which sample it is, is never guessed."""
+        identity = str(PurePosixPath(name))
+        return identity if identity in self.known else None
 
-        Raises:
-            UserError: several images fit.
-        """
-        name = name.strip().replace("\\", "/")
-        for spelled in self.spellings(name, prefix):
-            if spelled in self._known:
-                return spelled
-        for spelled in self.spellings(name, prefix):
-            if found := self._by_stem.get(spelled):
-                return self.only(name, found)
-        for path in (self.folder / name, self.base / name):
-            if path.is_file():  # outside of the images folder, or of another suffix
-                return Path(os.path.relpath(path, self.folder)).as_posix()
-        found = [i for i in self.by_name().get(PurePosixPath(name).name, []) if alike(name, i)]
-        return self.only(name, found) if found else None
-
-    def spellings(self, name: str, prefix: str) -> Iterator[str]:
-        """Ids that a name may stand for."""
-        if os.path.isabs(name):
-            name = os.path.relpath(name, self.folder)
-        yield os.path.normpath(name)
-        if prefix:
-            yield os.path.normpath(f"{prefix}/{name}")
-        below = os.path.relpath(self.base / name, self.folder)
-        if not below.startswith(".."):
-            yield below
-
-    def by_name(self) -> dict[str, list[str]]:
-        """Ids by file name and by file name without suffix."""
-        if self._by_name is None:
-            self._by_name = {}
-            for identity in self.ids:
-                name = PurePosixPath(identity)
-                for spelled in {name.name, name.stem}:
-                    self._by_name.setdefault(spelled, []).append(identity)
-        return self._by_name
-
-    def only(self, name: str, found: list[str]) -> str:
-        """The one image that fits a name."""
-        if len(found) > 1:
-            raise UserError(
-                f"{name}: {len(found)} images below {self.folder} fit: {', '.join(found[:5])};"
-                " write the path below the images folder"
+    def hint(self, name: str) -> str:
+        """What may be wrong with a path that is no image: the image that was probably meant, or why
+        a file there does not count; empty if nothing is near."""
+        if near := near_path(name, self.ids):
+            return f'; did you mean "{near}"?'
+        if name and (self.folder / name).is_file():
+            return (
+                f"; the file is there, but no image below {self.folder} with a suffix of"
+                " data.allowed_exts"
             )
-        return found[0]
+        return ""
 
 
-def alike(name: str, identity: str) -> bool:
-    """Whether a name is the end of an id, or a path from elsewhere that ends with it, suffixes
-    apart. The mere file name of an id is the end of too many paths, so that counts for absolute
-    ones alone: images of one name in the folders of several slides are different images.
+def near_path(name: str, paths: Sequence[str]) -> str | None:
+    """The path that was probably meant: one with the same file name, else with the same one but for
+    its suffix, where several have it in the folders most alike; else one spelled nearly so and with
+    the same numbers, as 2.png is no misspelt 1.png.
 
-    >>> alike("x.png", "b/x.png"), alike("old/b/x", "b/x.png"), alike("/old/x.png", "x.png")
-    (True, True, True)
-    >>> alike("a/x.png", "b/x.png"), alike("a/x.png", "x.png")
-    (False, False)
+    >>> near_path("images/cat/1", ["cat/1.png", "dog/1.png"]), near_path("ct1.png", ["ct2.png"])
+    ('cat/1.png', None)
     """
-    named, known = (PurePosixPath(path) for path in (name, identity))
-    ours, theirs = [*known.parts[:-1], known.stem], [*named.parts[:-1], named.stem]
-    if named.suffix != known.suffix:  # a name without suffix, that may hold a dot
-        theirs[-1] = named.name
-    shorter = min(len(ours), len(theirs))
-    inside = shorter == len(theirs) or len(ours) > 1 or named.is_absolute()
-    return inside and ours[-shorter:] == theirs[-shorter:]
+    wanted = PurePosixPath(name.replace("\\", "/").strip())
+    files = {path: path.rpartition("/")[2] for path in paths}
+    alike = [path for path in paths if files[path] == wanted.name] or [
+        path for path in paths if files[path].rpartition(".")[0] in (wanted.name, wanted.stem)
+    ]
+    if alike:
+        folders = wanted.parts[-2::-1]
+        return max(
+            alike, key=lambda path: len(commonprefix([folders, PurePosixPath(path).parts[-2::-1]]))
+        )
+    numbers = re.findall(r"\d+", str(wanted))
+    return nearest_word(
+        str(wanted), (path for path in paths if re.findall(r"\d+", path) == numbers)
+    )
 
 
 @dataclass(slots=True)
@@ -168,9 +134,12 @@ class Problems:
     strict: bool
     lines: dict[str, str] = field(default_factory=dict)  # image -> why, in the order found
 
-    def add(self, name: str, why: str) -> None:
-        """Note an image; what was found first counts."""
-        self.lines.setdefault(name, why)
+    def add(self, name: str, why: str, hint: Callable[[str], str] | None = None) -> None:
+        """Note an image; what was found first counts. The hint, which takes time, is asked only for
+        images that a message lists."""
+        if name not in self.lines:
+            shown = hint is not None and len(self.lines) < SHOWN
+            self.lines[name] = why + (hint(name) if shown else "")
 
     def settle(self, report: list[str]) -> None:
         """Raise or report what was found.
@@ -203,6 +172,11 @@ class LabelTable:
     groups: dict[str, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)  # names for which there is no image
+
+    def hint(self, identity: str) -> str:
+        """The line that was probably meant for an image without label; empty if none is near."""
+        near = near_path(identity, self.missing)
+        return f'; the label file has "{near}", and there is no such image' if near else ""
 
 
 def json_labels(path: Path, images: ImageFolder) -> LabelTable:
@@ -281,9 +255,8 @@ def _(spec: GenericImageData, *, seed: int) -> Data:
     """A folder of images."""
     subtask = subtask_of(spec)
     check_fields(spec)
-    base = Path(spec.data_root_dir)
-    folder = base / spec.images_dir
-    images = ImageFolder(folder, base, walk(folder, spec.allowed_exts))
+    folder = Path(spec.data_root_dir) / spec.images_dir
+    images = ImageFolder(folder, walk(folder, spec.allowed_exts))
     report: list[str] = []
     problems = Problems(spec.strict)
     table = label_table(spec, images)
@@ -414,7 +387,7 @@ def images_of(
     """
     if spec.split_source in ("kfold", "column") and table is not None:
         for name in table.missing:
-            problems.add(name, "no such file")
+            problems.add(name, "no such file", images.hint)
         unused = len(set(images.ids) - set(table.labels))
         if unused:
             report.append(f"{unused} images of {images.folder} are not in the label file: not used")
@@ -432,9 +405,9 @@ def images_of(
         listed, where = by_first_folder(images), str(images.folder)
     members = {}
     for split, name in split_names(spec, listed, where).items():
-        found = {entry: images.find(entry, prefix=name) for entry in listed[name]}
+        found = {entry: images.find(entry) for entry in listed[name]}
         for entry in [entry for entry, identity in found.items() if identity is None]:
-            problems.add(entry, f"no such file (in split {name})")
+            problems.add(entry, f"no such file (in split {name})", images.hint)
         members[split] = [identity for identity in found.values() if identity is not None]
         again = len(listed[name]) - len(set(members[split])) - list(found.values()).count(None)
         if again > 0:
@@ -523,7 +496,8 @@ def usable_labels(
         if number in broken:
             problems.add(identity, broken[number].removeprefix(f"{images.path(identity)}: "))
         elif is_missing(label, subtask):
-            problems.add(identity, "no label" if table else "in no class folder")
+            why = "no label" if table else "in no class folder"
+            problems.add(identity, why, table.hint if table else None)
         elif spec.group_column and not table.groups.get(identity):
             problems.add(identity, f"no group in column {spec.group_column}")
         else:

@@ -339,11 +339,11 @@ class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset
     """Labels from the class folder, a JSON object {path: label} or a CSV file."""
     split_file: str = "splits.json"
     """JSON file below data_root_dir: {split: [path, ...]}, or a list (or {"0": ...}) of such
-    objects, one a fold."""
+    objects, one a fold. Paths are those of the files below images_dir, as the files are named."""
     labels_file: str | None = None
     """Label file below data_root_dir; none is labels.json or labels.csv, after label_source."""
     path_column: str = "path"
-    """CSV column of the image path."""
+    """CSV column of the image's path below images_dir, as the file is named."""
     label_column: str | tuple[str, ...] = "label"
     """CSV column of the label; several for multilabel (0/1 each) and multi-target regression."""
     group_column: str | None = None

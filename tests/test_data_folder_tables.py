@@ -1,7 +1,6 @@
 """Tables: how files are found, and what CSV, JSON and split files may look like."""
 
 import json
-import os
 
 import pytest
 from PIL import Image
@@ -26,7 +25,7 @@ def images(tmp_path):
         Image.fromarray(digits[number]).save(path)
     (tmp_path / "images/notes.txt").write_text("no image")
     folder = tmp_path / "images"
-    return ImageFolder(folder, tmp_path, walk(folder, EXTS))
+    return ImageFolder(folder, walk(folder, EXTS))
 
 
 def test_walk_finds_images_in_stable_order(images, tmp_path):
@@ -39,40 +38,44 @@ def test_walk_finds_images_in_stable_order(images, tmp_path):
         walk(tmp_path / "nowhere", EXTS)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_in_a_table_is_that_of_the_file(images, name):
+    assert images.find(name) == images.find(f"./{name}") == images.find(f".//{name}") == name
+
+
 @pytest.mark.parametrize(
-    ("name", "prefix", "found"),
+    ("name", "hint"),
     [
-        ("cat/1.png", "", "cat/1.png"),
-        ("./cat//1.png", "", "cat/1.png"),
-        ("cat\\1.png", "", "cat/1.png"),
-        (" cat/1.png ", "", "cat/1.png"),
-        ("images/cat/1.png", "", "cat/1.png"),
-        ("cat/1", "", "cat/1.png"),
-        ("images/cat/2", "", "cat/2.PNG"),
-        ("x.jpg", "train", "train/x.jpg"),
-        ("x", "train", "train/x.jpg"),
-        ("x", "", "train/x.jpg"),  # the only image of this name
-        ("somewhere/else/cat/2.PNG", "", "cat/2.PNG"),
-        ("/somewhere/else/cat/2", "", "cat/2.PNG"),
-        ("dog/2.PNG", "", None),  # that of another folder is another image
-        ("somewhere/else/2.PNG", "", None),
-        ("other/b.png", "", "../other/b.png"),
-        ("notes.txt", "", "notes.txt"),  # named, so it counts; the reader decides
-        ("cat/3.png", "", None),
-        ("cat", "", None),
-        ("", "", None),
+        ("cat\\1.png", 'did you mean "cat/1.png"?'),
+        (" cat/1.png ", 'did you mean "cat/1.png"?'),
+        ("images/cat/1.png", 'did you mean "cat/1.png"?'),
+        ("cat/1", 'did you mean "cat/1.png"?'),
+        ("cat/1.jpg", 'did you mean "cat/1.png"?'),
+        ("images/cat/2", 'did you mean "cat/2.PNG"?'),
+        ("cat/2.png", 'did you mean "cat/2.PNG"?'),
+        ("dgo/1.png", 'did you mean "cat/1.png"?'),  # the first of two equally near
+        ("x.jpg", 'did you mean "train/x.jpg"?'),
+        ("/somewhere/else/dog/1.png", 'did you mean "dog/1.png"?'),
+        ("trian/xx.jpg", 'did you mean "train/x.jpg"?'),
+        ("cat/../a.png", 'did you mean "a.png"?'),
+        ("../other/b.png", "no image below"),
+        ("notes.txt", "with a suffix of data.allowed_exts"),
+        ("cat/.hidden.png", "no image below"),
+        ("cat/3.png", ""),  # no misspelt 1 or 2
+        ("cat", ""),
+        ("", ""),
     ],
 )
-def test_names_in_tables(images, name, prefix, found):
-    assert images.find(name, prefix) == found
+def test_other_paths_are_no_image_and_the_near_one_is_offered(images, name, hint):
+    assert images.find(name) is None
+    assert hint in images.hint(name) and bool(hint) == bool(images.hint(name))
 
 
-def test_absolute_and_ambiguous_names(images, tmp_path):
-    assert images.find(str(tmp_path / "images/dog/1.png")) == "dog/1.png"
-    outside = images.find(str(tmp_path / "other/b.png"))
-    assert os.path.samefile(images.path(outside), tmp_path / "other/b.png")
-    with pytest.raises(UserError, match="1.png: 2 images below .* fit: cat/1.png, dog/1.png"):
-        images.find("1.png")
+def test_absolute_paths_are_no_image(images, tmp_path):
+    hints = {"images/dog/1.png": 'did you mean "dog/1.png"?', "other/b.png": "no image below"}
+    for path, hint in hints.items():
+        name = str(tmp_path / path)
+        assert images.find(name) is None and hint in images.hint(name)
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t"])
@@ -112,21 +115,21 @@ def table_of(images, path, **columns):
 
 def test_csv_labels(images, tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text("path,label,n,who,part\ncat/1,x,3,p1,train\nmissing.png,y,4,p2,val\n")
+    path.write_text("path,label,n,who,part\ncat/1.png,x,3,p1,train\nmissing.png,y,4,p2,val\n")
     table = table_of(images, path, group_column="who", split_column="part")
     assert table.labels == {"cat/1.png": "x"} and table.missing == ["missing.png"]
     assert table.groups == {"cat/1.png": "p1"} and table.splits == {"cat/1.png": "train"}
     assert table_of(images, path, label_column=("n", "label")).labels == {"cat/1.png": ("3", "x")}
-    path.write_text("path,label\ncat/1,x\ncat/1.png,x\n")
+    path.write_text("path,label\ncat/1.png,x\n./cat/1.png,x\n")
     assert table_of(images, path).labels == {"cat/1.png": "x"}
-    path.write_text("path,label\ncat/1,x\ncat/1.png,y\n")
-    with pytest.raises(UserError, match="cat/1.png has two values of label: 'x' and 'y'"):
+    path.write_text("path,label\ncat/1.png,x\n./cat/1.png,y\n")
+    with pytest.raises(UserError, match="./cat/1.png has two values of label: 'x' and 'y'"):
         table_of(images, path)
 
 
 def test_json_labels(images, tmp_path):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps({"cat/1": [0, 1], "images/dog/1.png": None, "no.png": 3}))
+    path.write_text(json.dumps({"cat/1.png": [0, 1], "./dog/1.png": None, "no.png": 3}))
     table = json_labels(path, images)
     assert table.labels == {"cat/1.png": [0, 1], "dog/1.png": None} and table.missing == ["no.png"]
     for content, said in (("[1]", "holds a list"), ("{", "a.json, line 1: not valid JSON")):

@@ -63,8 +63,8 @@ def template(tmp_path_factory):
     )  # fmt: skip
     splits = {
         "train": [f"{row}.png" for row in range(20)],
-        "val": [f"images/{row}.png" for row in range(20, 26)],
-        "test": [str(row) for row in range(26, COUNT)],
+        "val": [f"./{row}.png" for row in range(20, 26)],
+        "test": [f"{row}.png" for row in range(26, COUNT)],
     }
     (root / "splits.json").write_text(json.dumps(splits))
     return root
@@ -382,7 +382,7 @@ def test_a_group_in_two_splits_is_an_error(root):
 
 def test_an_image_in_two_splits_is_an_error(root):
     splits = json.loads((root / "splits.json").read_text())
-    splits["val"].append("images/3")
+    splits["val"].append("./3.png")
     (root / "splits.json").write_text(json.dumps(splits))
     with pytest.raises(UserError, match="1 images are in the splits train and val: 3.png"):
         build(root)
@@ -390,11 +390,28 @@ def test_an_image_in_two_splits_is_an_error(root):
 
 def test_an_image_twice_in_a_split_is_used_once(root):
     splits = json.loads((root / "splits.json").read_text())
-    splits["train"] += ["3.png", "images/4.png"]
+    splits["train"] += ["3.png", "./4.png"]
     (root / "splits.json").write_text(json.dumps(splits))
     data = build(root)
     assert len(data.splits["train"]) == 20
     assert data.report == ["2 entries of split train name an image again: used once"]
+
+
+def test_a_table_names_files_exactly_or_the_near_one_is_offered(root):
+    splits = json.loads((root / "splits.json").read_text())
+    splits["val"][0], splits["test"][0] = "images/20.png", "26"
+    (root / "splits.json").write_text(json.dumps(splits))
+    labels = (root / "labels.json").read_text().replace('"3.png"', '"3.jpg"')
+    (root / "labels.json").write_text(labels)
+    with pytest.raises(UserError) as caught:
+        build(root)
+    assert str(caught.value).splitlines()[1:] == [
+        '  images/20.png: no such file (in split val); did you mean "20.png"?',
+        '  26: no such file (in split test); did you mean "26.png"?',
+        '  3.png: no label; the label file has "3.jpg", and there is no such image',
+    ]
+    data = build(root, strict=False)
+    assert [len(split) for split in data.splits.values()] == [19, 5, 3]
 
 
 # ---------------------------------------------------------------------- kinds of labels
@@ -469,11 +486,11 @@ def test_all_unusable_images_are_listed_at_once_or_left_out(root):
     head, *lines = str(caught.value).splitlines()
     assert head == "4 images cannot be used; mend them or set data.strict = false:"
     assert sorted(line.split(":")[0].strip() for line in lines) == [
-        "3.png", "5.png", "7.png", "images/21.png",
+        "./21.png", "3.png", "5.png", "7.png",
     ]  # fmt: skip
     text = str(caught.value)
     assert "7.png: no label" in text and "5.png: not an image file" in text
-    assert "images/21.png: no such file (in split val)" in text
+    assert "./21.png: no such file (in split val)" in text
     data = build(root, strict=False)
     assert rows_of(data.splits["train"]) == [r for r in range(20) if r not in (3, 5, 7)]
     assert rows_of(data.splits["val"]) == [20, 22, 23, 24, 25]
