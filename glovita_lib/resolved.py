@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from glovita_lib.augment import ResolvedAugmentation
+from glovita_lib.augment import ResolvedImageAugmentation
 from glovita_lib.data import Data, Split
 from glovita_lib.errors import UserError
 from glovita_lib.metric_names import check_logged, logged_names, metrics_of, usual_metrics
@@ -36,7 +36,7 @@ class Resolved(Spec):
     """Bits per channel, 8 or 16."""
     samples: dict[str, int]
     """Number of samples per split."""
-    augmentation: ResolvedAugmentation | None
+    augmentation: ResolvedImageAugmentation | None
     """Policies with all their parameters, sizes, mean and std; none for precomputed features."""
     feature_mean: tuple[float, ...] | None
     """Mean of each precomputed feature over the train split, where they are standardised."""
@@ -56,7 +56,7 @@ class Resolved(Spec):
     """Samples per batch and rank in evaluation."""
 
 
-def resolve_run(root: Root, data: Data, augmentation: ResolvedAugmentation | None) -> Resolved:
+def resolve_run(root: Root, data: Data, augmentation: ResolvedImageAugmentation | None) -> Resolved:
     """All facts of a training run.
 
     Raises:
