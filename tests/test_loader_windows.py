@@ -156,13 +156,13 @@ def test_a_rank_without_vectors_has_no_batch(tmp_path, monkeypatch):
 
 
 CUSTOM = """
-from glovita_lib.read_hdf5 import Rows
+from glovita_lib.read_hdf5 import DatasetRows
 from glovita_lib.datasets import Data, Split
 from glovita_lib.read_features import VectorSource
 import numpy as np
 
 def vectors(spec, seed, path):
-    rows, splits = Rows(path, "features", threads=1), {}
+    rows, splits = DatasetRows(path, "features", threads=1), {}
     targets = np.load(path + ".npy")
     for start, name in enumerate(("train", "val", "test")):
         index = np.arange(start, len(rows), 3)
