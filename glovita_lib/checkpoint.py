@@ -332,9 +332,9 @@ def load_tensors(target: LoadTarget, tensors: Tensors, *, source: str) -> None:
             found = mismatch_of(fitted, state)
     if any(ADAPTER.search(name) for name in found.unexpected):
         raise UserError(
-            f"{source} holds adapters of a PEFT run beside its base: fold them in with mode ="
-            ' "infer", infer.merge = true and infer.export = "merged.safetensors", and take that'
-            " file"
+            f"{source} holds adapters of a PEFT run beside its base: take the adapter.safetensors"
+            ' beside it, or fold them in with mode = "infer", infer.merge = true and infer.export ='
+            ' "merged.safetensors", and take that file'
         )
     if found:
         raise UserError(

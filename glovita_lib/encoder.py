@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from glovita_lib import network
 from glovita_lib.bags import Bags
+from glovita_lib.checkpoint import LoadTarget
 from glovita_lib.errors import UserError, call_target, reason
 from glovita_lib.spec_model import CustomEncoder, PrecomputedEncoder
 
@@ -114,6 +115,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.net, self.name, self.preprocess = net, name, preprocess
         self.n_prefix, self.has_cls, self.channels_last = n_prefix, has_cls, channels_last
+        self.load_target: LoadTarget | None = None
+        """What is known about weights from files; None where the spec names no file."""
         with evaluating(self):
             self.inspect(input_shape)
 

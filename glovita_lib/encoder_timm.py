@@ -14,7 +14,8 @@ from urllib.request import getproxies
 
 from torch import Tensor, nn
 
-from glovita_lib.checkpoint import LoadTarget, load_weights
+from glovita_lib import checkpoint
+from glovita_lib.checkpoint import LoadTarget
 from glovita_lib.encoder import (
     Encoder,
     Preprocess,
@@ -130,8 +131,9 @@ def build_timm(
         channels_last=getattr(net, "output_fmt", "NCHW") == "NHWC",
         input_shape=(1, channels, size, size),
     )
+    encoder.load_target = timm_target(encoder, config)
     if spec.weights is not None and load_weights:
-        load_timm_file(encoder, spec, config)
+        checkpoint.load_weights(encoder.load_target, spec.weights, by_order=spec.weights_order)
     return encoder
 
 
@@ -239,18 +241,17 @@ def prefix_tokens(net: nn.Module) -> tuple[int, bool]:
     return int(getattr(net, "num_prefix_tokens", has_cls)), has_cls
 
 
-def load_timm_file(encoder: TimmTrunk, spec: TimmEncoder, config: Any) -> None:
-    """Load the file of the spec; timm's own converter knows the names of the models' authors."""
+def timm_target(encoder: TimmTrunk, config: Any) -> LoadTarget:
+    """What weights are loaded into; timm's own converter knows the names of the models' authors."""
     classifier = config.classifier or ()
     first = config.first_conv
-    target = LoadTarget(
+    return LoadTarget(
         encoder.net,
         classifier=(classifier,) if isinstance(classifier, str) else tuple(classifier),
         n_prefix=encoder.n_prefix,
         first_conv=first if isinstance(first, str) else None,
         converter=getattr(sys.modules[type(encoder.net).__module__], "checkpoint_filter_fn", None),
     )
-    load_weights(target, spec.weights, by_order=spec.weights_order)
 
 
 def keep_small_images(net: nn.Module, name: str) -> None:

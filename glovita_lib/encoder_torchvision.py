@@ -163,9 +163,9 @@ def build_torchvision(
         channels_last=False,
         input_shape=(1, channels, size, size),
     )
+    encoder.load_target = LoadTarget(net, (classifier, *AUXILIARY), encoder.n_prefix, first)
     if load_weights:
-        target = LoadTarget(net, (classifier, *AUXILIARY), encoder.n_prefix, first)
-        load_torchvision_file(target, spec)
+        load_torchvision_file(encoder.load_target, spec)
     return encoder
 
 

@@ -27,6 +27,7 @@ from glovita_lib.loader import Loader, build_feature_loader, build_loader
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import Model, build_model
 from glovita_lib.objectives import Objective, Predictions, build_objective, evaluate
+from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
 from glovita_lib.read_features import VectorSource
 from glovita_lib.resolved import Resolved, resolve_run
 from glovita_lib.spec_data import PrecomputedData
@@ -171,7 +172,12 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
 def assemble(
     root: Root, resolved: Resolved, ranks: dist.Ranks, *, load_weights: bool
 ) -> Experiment:
-    """Model and objective on this rank's device; initial weights follow from the seed alone."""
+    """Model and objective on this rank's device; initial weights follow from the seed alone.
+
+    Args:
+        load_weights: False where a checkpoint is loaded over it.
+    """
+    base = merged_base(root, ranks) if load_weights else None
     dist.seed_everything(root.seed)
     augmentation = resolved.augmentation
     model = build_model(
@@ -181,6 +187,7 @@ def assemble(
         channels=resolved.channels,
         image_size=None if augmentation is None else augmentation.image_size,
         load_weights=load_weights,
+        base=base,
     ).to(ranks.device)
     check_instances(root.model.head, model.head, model.encoder, resolved)
     objective = build_objective(root.task, resolved, ranks.device)
@@ -217,13 +224,15 @@ def some_of(split: Split, count: int, seed: int) -> Split:
 
 
 def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
-    """The model of a checkpoint with its own transforms, to be asked as `root` says: data, batches,
-    metrics, intervals and plots are those of the present spec.
+    """The model of a checkpoint, or of a PEFT run's adapter file over its base, with its own
+    transforms, to be asked as `root` says: data, batches, metrics, intervals and plots are those of
+    the present spec.
 
     Raises:
-        UserError: no such file, not a checkpoint of glovita, or of another model.
+        UserError: no such file, not a checkpoint of glovita, or of another model or base.
     """
-    saved = checkpoint.load(path, map_location="cpu")
+    adapter = read_adapter(path) if path.suffix == ".safetensors" else None
+    saved = checkpoint.load(path, map_location="cpu") if adapter is None else adapter.run
     own, resolved = spec_of(saved, path), resolved_of(saved, path)
     for line in split_notes(own, root) if ranks.is_main else ():
         say(f"  note: {path} was trained with {line}: it may know samples of this split")
@@ -233,13 +242,70 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
     )
     task = replace(own.task, bootstrap=root.task.bootstrap, result_plot=root.task.result_plot)
     own = replace(own, data=root.data, dataloading=root.dataloading, task=task)
-    experiment = assemble(own, resolved, ranks, load_weights=False)
-    checkpoint.load_model(experiment.model, trained_weights(saved), path)
+    if adapter is None:
+        experiment = assemble(own, resolved, ranks, load_weights=False)
+        checkpoint.load_model(experiment.model, trained_weights(saved), path)
+    else:
+        experiment = over_base(adapter, with_base_of(own, root), resolved, ranks)
     experiment.checkpoint = path
     if root.mode == "infer" and root.infer.merge:
         peft_base.merge(experiment.model)
         experiment.model.refresh()
     return experiment
+
+
+def over_base(adapter: AdapterFile, own: Root, resolved: Resolved, ranks: dist.Ranks) -> Experiment:
+    """The model that a PEFT run has trained, from its adapter file and its base.
+
+    Raises:
+        UserError: the base cannot be had, or is another one.
+    """
+    try:
+        experiment = assemble(own, resolved, ranks, load_weights=True)
+    except UserError as error:
+        raise UserError(
+            f"{adapter.path} is laid over its base, {adapter.base}, which cannot be had: {error}"
+        ) from None
+    load_adapter(adapter, experiment.model)
+    return experiment
+
+
+def with_base_of(own: Root, root: Root) -> Root:
+    """A run's spec whose base file lies where the present spec has it, for the same encoder."""
+    here, there = (msgspec.to_builtins(spec.model.encoder) for spec in (root, own))
+    same = all(here.get(key) == there.get(key) for key in ("encoder_type", "type"))
+    if not (same and here.get("weights") and there.get("weights")):
+        return own
+    encoder = replace(own.model.encoder, weights=here["weights"])
+    return replace(own, model=replace(own.model, encoder=encoder))
+
+
+def merged_base(root: Root, ranks: dist.Ranks) -> dict[str, torch.Tensor] | None:
+    """The tensors of the encoder that a PEFT run has made of its base, where model.encoder.weights
+    is that run's adapter file; None where it is no such file.
+
+    Raises:
+        UserError: the base cannot be had, or the method's change is more than other weights.
+    """
+    weights = msgspec.to_builtins(root.model.encoder).get("weights")
+    if weights is None or not is_adapter(weights):
+        return None
+    adapter, path = read_adapter(weights), Path(weights)
+    own, resolved = spec_of(adapter.run, path), resolved_of(adapter.run, path)
+    base = msgspec.to_builtins(own.model.encoder).get("weights")
+    if base is not None and Path(base).resolve() == path.resolve():
+        raise UserError(f"{path} has replaced the very file that it is to be laid over")
+    cpu = with_fields(ranks, device=torch.device("cpu"))
+    model = over_base(adapter, own, resolved, cpu).model
+    if isinstance(model.encoder, Identity):
+        raise UserError(f'model.encoder.weights = "{path}": a run on features, without an encoder')
+    if any(isinstance(module, peft_base.Insert) for module in model.modules()):
+        raise UserError(
+            f'model.encoder.weights = "{path}": {tag(own.peft)} computes something beside the'
+            " weights and cannot be folded into them; infer.checkpoint and extract.checkpoint read"
+            " the file as it is"
+        )
+    return peft_base.merge(model).encoder.net.state_dict()
 
 
 def split_notes(own: Root, root: Root) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glovita_lib import encoder_timm, encoder_torchvision  # noqa: F401  register their builders
+from glovita_lib.checkpoint import load_tensors
 from glovita_lib.encoder import (
     Encoder,
     Features,
@@ -133,6 +134,7 @@ def build_model(
     channels: int,
     image_size: int | None,
     load_weights: bool,
+    base: dict[str, Tensor] | None = None,
 ) -> Model:
     """The model of a spec, with its PEFT method applied.
 
@@ -143,13 +145,19 @@ def build_model(
         outputs: number of classes or targets of the data.
         image_size: side of the square input in pixels; none: the encoder's own.
         load_weights: False where a checkpoint is loaded over it.
+        base: tensors of the encoder's network that take the place of its file.
 
     Raises:
         UserError: see build_encoder, resolve_method, build_head and apply_peft.
     """
     encoder = build_encoder(
-        spec.encoder, channels=channels, image_size=image_size, load_weights=load_weights
+        spec.encoder,
+        channels=channels,
+        image_size=image_size,
+        load_weights=load_weights and base is None,
     )
+    if base is not None:
+        load_tensors(encoder.load_target, base, source=f'weights = "{spec.encoder.weights}"')
     method = resolve_method(spec.feature_aggregation_method, encoder)
     head = build_head(spec.head, width=output_width(encoder, method), outputs=outputs)
     if head.consumes == "features":

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from glovita_lib import spec_peft
 from glovita_lib.errors import UserError, call_target
@@ -101,6 +102,30 @@ apply_peft.register(spec_peft.VisualPromptTuning, apply_prompts)
 KEY = "glovita_adapter"  # of the metadata; a single one, as safetensors writes several in any order
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """What adapter.safetensors holds."""
+
+    path: Path
+    base_hash: str
+    run: dict[str, Any]
+    """What is needed to build the model and to ask it: the run's spec and resolved facts."""
+    state: dict[str, Tensor]
+
+    @property
+    def base(self) -> str:
+        """The base and where its weights come from, in words."""
+        spec = self.run["spec"]
+        encoder = spec["model"]["encoder"]
+        if encoder.get("weights"):
+            source = f'weights = "{encoder["weights"]}"'
+        elif encoder.get("pretrained"):
+            source = "its published weights"
+        else:
+            source = f"random weights of seed {spec['seed']}"
+        return f"{encoder.get('type') or encoder.get('target') or 'features'} with {source}"
+
+
 def base_hash(model: nn.Module) -> str:
     """SHA-256 of names, types, shapes and bytes of all tensors that the method has left alone."""
     digest = hashlib.sha256()
@@ -110,24 +135,33 @@ def base_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(path: Path | str, model: nn.Module, *, base: str) -> None:
-    """Write the trained part with the base's name and hash.
+def save_adapter(path: Path | str, model: nn.Module, *, run: dict[str, Any]) -> None:
+    """Write the trained part with the hash of its base; equal states give equal bytes.
 
     Args:
-        base: name of the base, such as "timm vit_tiny_patch16_224".
+        run: plain values {"spec": ..., "resolved": ...} to build the model from.
 
     Raises:
         UserError: disk full, read-only ...; the previous file is as it was.
     """
-    made = json.dumps({"base": base, "base_hash": base_hash(model)})
+    made = json.dumps({"base_hash": base_hash(model), **run}, sort_keys=True)
     write_bytes(path, safetensors.torch.save(trained_state(model), {KEY: made}))
 
 
-def load_adapter(path: Path | str, model: nn.Module) -> None:
-    """Lay a trained part over a model of the same spec, whose base weights are loaded.
+def is_adapter(path: Path | str) -> bool:
+    """Whether a file was written by `save_adapter`."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
+def read_adapter(path: Path | str) -> AdapterFile:
+    """The content of a file of `save_adapter`.
 
     Raises:
-        UserError: no such file, not ours, another base or another method.
+        UserError: no such file, not ours, or damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -139,12 +173,27 @@ def load_adapter(path: Path | str, model: nn.Module) -> None:
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: no safetensors file, or only a part of one: {error}") from None
     if KEY not in metadata:
-        raise UserError(f"{path}: no adapter of glovita; weights of a whole model go into weights")
-    made = json.loads(metadata[KEY])
-    if made["base_hash"] != base_hash(model):
         raise UserError(
-            f"{path} was trained over another base: {made['base']} with hash"
-            f" {made['base_hash'][:12]}, here {base_hash(model)[:12]}; load the weights it"
-            " started from"
+            f"{path}: no adapter of glovita; weights of a whole model are read by"
+            " model.encoder.weights"
         )
-    load_trained(model, state)
+    try:
+        made = json.loads(metadata[KEY])
+        return AdapterFile(path, made.pop("base_hash"), made, state)
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{path}: the description of the adapter is damaged ({error})") from None
+
+
+def load_adapter(adapter: AdapterFile, model: nn.Module) -> None:
+    """Lay a trained part over a model of the same spec, whose base weights are loaded.
+
+    Raises:
+        UserError: another base, or another method or size.
+    """
+    found = base_hash(model)
+    load_trained(model, adapter.state, source=adapter.path)
+    if adapter.base_hash != found:
+        raise UserError(
+            f"{adapter.path} was trained over another base: {adapter.base}, hash"
+            f" {adapter.base_hash[:12]}, here {found[:12]}; load the weights it started from"
+        )

@@ -576,8 +576,11 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name].detach().cpu().contiguous() for name in trained_names(model)}
 
 
-def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_trained(model: nn.Module, state: dict[str, Tensor], *, source: object) -> None:
     """Load a trained state over a model of the same spec whose base weights are loaded.
+
+    Args:
+        source: what the state comes from, for the message.
 
     Raises:
         UserError: the state is not of this method on this model.
@@ -590,7 +593,8 @@ def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
         kinds = {"missing": missing, "unknown": foreign, "of another shape": wrong}
         told = [f"{len(names)} {kind} ({names[0]})" for kind, names in kinds.items() if names]
         raise UserError(
-            f"the adapter does not fit this model: {', '.join(told)}; use the spec of its run"
+            f"{source} does not fit this model and PEFT method: {', '.join(told)}; use the spec of"
+            " its run"
         )
     model.load_state_dict(state, strict=False)
 

@@ -292,9 +292,8 @@ def finish(run: RunDir, experiment: Experiment, data: Data) -> None:
     best = checkpoint.load(run.best, map_location="cpu")
     checkpoint.load_model(experiment.model, trained_weights(best), run.best)
     if ranks.is_main and not isinstance(experiment.root.peft, FullFinetuning):
-        base = msgspec.to_builtins(experiment.root.model.encoder)
-        name = f"{base['encoder_type']} {base.get('type', base.get('target', ''))}"
-        save_adapter(run.checkpoints / "adapter.safetensors", experiment.model, base=name)
+        file = run.checkpoints / "adapter.safetensors"
+        save_adapter(file, experiment.model, run=description(experiment))
     for name, split in data.splits.items():
         if not len(split) or (name == "train" and task.result_plot != "all"):
             continue
@@ -308,6 +307,14 @@ def finish(run: RunDir, experiment: Experiment, data: Data) -> None:
         write_fold_summary(run, experiment)
         run.mark_finished()
     dist.barrier(ranks)
+
+
+def description(experiment: Experiment) -> dict[str, Any]:
+    """What `restore` needs of a run beside its tensors, the same wherever it is run."""
+    sections = msgspec.to_builtins(experiment.root)
+    kept = ("seed", "data", "model", "peft", "task", "training")
+    spec = {name: sections[name] for name in kept}
+    return {"spec": spec, "resolved": msgspec.to_builtins(experiment.resolved)}
 
 
 def write_fold_summary(run: RunDir, experiment: Experiment) -> None:

@@ -180,7 +180,9 @@ class TimmEncoder(Spec, tag="timm", tag_field="encoder_type"):
     pretrained: bool = True
     """Whether the published weights are downloaded; weights takes a file instead."""
     weights: str | None = None
-    """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then."""
+    """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then. An
+    adapter.safetensors of a PEFT run stands for its base, which is needed too, with the change
+    folded in."""
     weights_order: bool = False
     """Whether weights is matched by the order and shape of its tensors, for files of the same
     network under other names."""
@@ -201,7 +203,9 @@ class TorchvisionEncoder(Spec, tag="torchvision", tag_field="encoder_type"):
     pretrained: bool = True
     """Whether the published weights are downloaded; weights takes a file instead."""
     weights: str | None = None
-    """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then."""
+    """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then. An
+    adapter.safetensors of a PEFT run stands for its base, which is needed too, with the change
+    folded in."""
     input_channels: Channels | None = None
     """Channels of the input; none takes the data's."""
     dropout: Annotated[float, Meta(ge=0, lt=1)] | None = None

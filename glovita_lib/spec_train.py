@@ -210,8 +210,9 @@ class Infer(Spec):
     """What mode infer evaluates."""
 
     checkpoint: str | tuple[str, ...] | None = None
-    """Checkpoint file; several make an ensemble (mean of probabilities, mean of regression
-    outputs); none is the spec's own run."""
+    """Checkpoint file, or adapter.safetensors of a PEFT run, which is laid over its base; several
+    make an ensemble (mean of probabilities, mean of regression outputs); none is the spec's own
+    run."""
     folds: tuple[Annotated[int, Meta(ge=0)], ...] | None = None
     """Folds of the spec's own run that make an ensemble; none is data.fold alone."""
     use: Literal["best", "last"] = "best"
@@ -248,7 +249,8 @@ class Extract(Spec):
     """Model of the run that this spec trained, with its PEFT and transforms, or the encoder as the
     spec describes it."""
     checkpoint: str | None = None
-    """Checkpoint file instead of the spec's own run; model, PEFT and transforms come from it."""
+    """Checkpoint file, or adapter.safetensors of a PEFT run, instead of the spec's own run; model,
+    PEFT and transforms come from it."""
     use: Literal["best", "last"] = "best"
     """Which checkpoint of the spec's own run."""
     method: Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"] | None = None

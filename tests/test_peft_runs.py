@@ -15,7 +15,7 @@ from small_runs import TINY
 
 from glovita_lib import dist
 from glovita_lib.experiment import assemble, read_data, resolve_spec, restore
-from glovita_lib.peft import load_adapter
+from glovita_lib.peft import load_adapter, read_adapter
 from glovita_lib.peft_base import trained_names
 from glovita_lib.spec_check import load_checked
 from glovita_lib.trainer import Trainer
@@ -103,7 +103,7 @@ def test_life_of_a_run(command, refused, tmp_path, method):
 
     # laid over the base it predicts what the run predicted
     best = best_of(run, tmp_path, *changes(method)).predict(data.splits["test"])
-    load_adapter(run.path / "checkpoints" / "adapter.safetensors", fresh.model)
+    load_adapter(read_adapter(run.path / "checkpoints" / "adapter.safetensors"), fresh.model)
     again = fresh.predict(data.splits["test"])
     assert np.array_equal(again.scores, best.scores)
     np.testing.assert_allclose(scores(run.path), best.scores, atol=1e-6)
@@ -187,10 +187,97 @@ def test_an_export_replaces_no_file_of_others(command, refused, tmp_path):
 
 def test_a_checkpoint_with_adapters_is_no_start(command, refused):
     run = command(*changes("lora"))
-    for name in ("best.pt", "adapter.safetensors"):
-        weights = run.path / "checkpoints" / name
-        line = refused("name=second", f"model.encoder.weights={weights}")
-        assert "infer.merge = true" in line and "infer.export" in line
+    weights = run.path / "checkpoints" / "best.pt"
+    line = refused("name=second", f"model.encoder.weights={weights}")
+    assert "adapter.safetensors" in line
+    assert "infer.merge = true" in line and "infer.export" in line
+
+
+# ---------------------------------------------------------------------- the adapter file as input
+
+
+def base_file(command, tmp_path):
+    """A run's export, to be the base of PEFT runs."""
+    path = tmp_path / "base.safetensors"
+    command("name=base", "optimizer.lr=0.02")
+    command("name=base", "optimizer.lr=0.02", "mode=infer", f"infer.export={path}")
+    return path
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "visual_prompt_tuning", "linear_probing"])
+def test_the_adapter_file_predicts_as_the_best_checkpoint(command, tmp_path, method):
+    """Whatever the present spec says of model and method, and wherever the base lies now."""
+    base = base_file(command, tmp_path)
+    run = command(*changes(method, f"model.encoder.weights={base}", "peft.dropout=0.2"
+                           if method != "linear_probing" else "seed=3"))  # fmt: skip
+    adapter = run.path / "checkpoints" / "adapter.safetensors"
+    asked = ["mode=infer", f"infer.checkpoint={adapter}"]
+    moved = base.rename(tmp_path / "moved.safetensors")
+    command(*asked, f"infer.output_dir={tmp_path / 'a'}", f"model.encoder.weights={moved}")
+    command("mode=infer", f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}",
+            f"infer.output_dir={tmp_path / 'b'}")  # fmt: skip
+    for name in ("predictions_test.csv", "metrics_test.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    moved.rename(base)
+    command("mode=extract", f"extract.checkpoint={adapter}", "extract.split=test",
+            f"extract.output_dir={tmp_path / 'features'}", "extract.output_filename=x.h5",
+            "extract.precision=32")  # fmt: skip
+    with h5py.File(tmp_path / "features" / "x.h5") as file:
+        vectors = torch.from_numpy(file["features"][:])
+    with torch.no_grad():
+        logits = best_of(run, tmp_path).model.head(vectors)
+    np.testing.assert_allclose(logits.softmax(1).numpy(), scores(tmp_path / "b"), atol=1e-5)
+
+
+def test_the_adapter_file_needs_its_base(command, refused, tmp_path):
+    base = base_file(command, tmp_path)
+    run = command(*changes("lora", f"model.encoder.weights={base}"))
+    adapter = run.path / "checkpoints" / "adapter.safetensors"
+    asked = ["mode=infer", f"infer.checkpoint={adapter}", f"infer.output_dir={tmp_path / 'a'}"]
+    tensors = safetensors.torch.load_file(base)
+    tensors["encoder.net.blocks.0.norm1.weight"][0] += 1e-3
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file(tensors, other)
+    line = refused(*asked, f"model.encoder.weights={other}")
+    assert f"{adapter} was trained over another base" in line and str(base) in line
+    base.unlink()
+    for line in (refused(*asked), refused("name=second", f"model.encoder.weights={adapter}")):
+        assert "cannot be had" in line and f'weights = "{base}": no such file' in line
+    adapter.write_bytes(adapter.read_bytes()[:-8])
+    assert "only a part" in refused(*asked)
+    line = refused("name=second", f"model.encoder.weights={adapter}")
+    assert "not a whole safetensors file" in line
+
+
+def test_a_run_starts_from_the_adapter_file_of_another(command, tmp_path):
+    """As from the merged export, also with a larger image, and again from its own file."""
+    run = command(*changes("lora", "seed=5"))
+    adapter, file = (
+        run.path / "checkpoints" / "adapter.safetensors",
+        tmp_path / "merged.safetensors",
+    )
+    command("mode=infer", *changes("lora", "seed=5"), "infer.merge=true", f"infer.export={file}")
+    for more in ([], ["data.augmentation.image_size=12"]):
+        states = []
+        for weights in (adapter, file):
+            second = changes("ssf", f"model.encoder.weights={weights}", *more)
+            states.append(built(tmp_path, second)[0].model.state_dict())
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    second = command(*changes("ssf", f"model.encoder.weights={adapter}"))
+    third = second.path / "checkpoints" / "adapter.safetensors"
+    command("mode=infer", f"infer.checkpoint={third}", f"infer.output_dir={tmp_path / 'a'}")
+    assert np.array_equal(scores(tmp_path / "a"), scores(second.path))
+    other = ["name=other", f"model.encoder.weights={third}", "model.encoder.type=test_vit2"]
+    assert f'weights = "{third}" does not fit' in command(*other, code=2).err
+
+
+def test_what_does_not_merge_is_no_start(command, refused):
+    run = command(*changes("visual_prompt_tuning"))
+    adapter = run.path / "checkpoints" / "adapter.safetensors"
+    line = refused("name=second", f"model.encoder.weights={adapter}")
+    assert "visual_prompt_tuning computes something beside the weights" in line
+    assert "infer.checkpoint" in line
 
 
 def test_the_checkpoint_says_what_merges(command):
