@@ -201,8 +201,8 @@ def any_rank(ranks: Ranks, flag: bool) -> bool:
 def gather_rows(ranks: Ranks, rows: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """Concatenate every rank's rows on the first rank, in rank order.
 
-    rows: name -> (N, ...) CPU tensor of any type; N may differ between ranks and be 0. Returns
-    None on the other ranks.
+    rows: name -> (N, ...) CPU tensor of any type; N may differ between ranks and be 0. A rank
+    without rows may give {}. Returns None on the other ranks.
     """
     if ranks.world == 1:
         return rows
@@ -213,16 +213,15 @@ def gather_rows(ranks: Ranks, rows: dict[str, Tensor]) -> dict[str, Tensor] | No
             if rows[name].numel():
                 td.send(as_bytes(rows[name]), dst=0)
         return None
+    names = {frozenset(given) for given in shapes if given}
+    assert len(names) <= 1, f"the ranks have rows of other names: {names}"
     parts = {name: [value] for name, value in rows.items()}
     for source in range(1, ranks.world):
-        assert shapes[source].keys() == rows.keys(), (shapes[source].keys(), rows.keys())
-        for name in sorted(rows):
-            shape, dtype = shapes[source][name]
+        for name, (shape, dtype) in sorted(shapes[source].items()):
             part = torch.empty(shape, dtype=dtype)
             if part.numel():
-                received = as_bytes(part)  # shares memory: a fresh tensor is contiguous
-                td.recv(received, src=source)
-                parts[name].append(part)
+                td.recv(as_bytes(part), src=source)  # shares memory: a fresh tensor is contiguous
+            parts.setdefault(name, []).append(part)
     # an empty first part gives way, its trailing shape may be unknown to a rank without rows
     return {name: torch.cat([p for p in ps if len(p)] or ps[:1]) for name, ps in parts.items()}
 

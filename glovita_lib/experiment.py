@@ -20,13 +20,13 @@ from glovita_lib import (  # those with noqa register builders
 from glovita_lib.augment import random_operations, resolve_augmentation
 from glovita_lib.data import ArraySource, Data, Split, subset
 from glovita_lib.datasets import build_data
-from glovita_lib.dist import autocast, resolve_precision
-from glovita_lib.encoder import Encoder, Identity, output_width, preprocess_of
+from glovita_lib.dist import resolve_precision
+from glovita_lib.encoder import Encoder, Identity, preprocess_of
 from glovita_lib.errors import UserError
-from glovita_lib.loader import Loader, build_feature_loader, build_loader
+from glovita_lib.loader import Batch, Loader, build_feature_loader, build_loader
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import Model, build_model
-from glovita_lib.objectives import Objective, Predictions, build_objective, evaluate
+from glovita_lib.objectives import Objective, Predictions, build_objective, gather_split
 from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
 from glovita_lib.read_features import VectorSource
 from glovita_lib.resolved import Resolved, resolve_run
@@ -136,8 +136,8 @@ class Experiment:
             self.model.compile(disable=True)
         loader = self.loader(split, train=False)
         try:
-            return evaluate(
-                self.model, self.objective, loader, ranks=self.ranks, precision=self.precision
+            return self.objective.evaluate(
+                self.model, loader, ranks=self.ranks, precision=self.precision
             )
         finally:
             loader.close()
@@ -364,8 +364,11 @@ def part(saved: dict[str, Any], key: str, kind: type, path: Path) -> Any:
 def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
     """The same experiment on vectors: the train and val splits as the encoder and the aggregation
     give them, for a model whose encoder does not change; see `refuse_unstable`."""
-    wanted = {name: split for name, split in data.splits.items() if name in ("train", "val")}
-    splits = {name: embedded(experiment, name, split) for name, split in wanted.items()}
+    splits = {
+        name: embedded(experiment, name, split)
+        for name, split in data.splits.items()
+        if name in ("train", "val") and len(split)
+    }
     resolved = replace(experiment.resolved, kind="vectors", augmentation=None)
     objective = build_objective(experiment.root.task, resolved, experiment.ranks.device)
     small = with_fields(experiment, resolved=resolved, objective=objective)
@@ -399,30 +402,21 @@ def refuse_unstable(experiment: Experiment) -> None:
         )
 
 
-@torch.no_grad()
 def embedded(experiment: Experiment, name: str, split: Split) -> Split:
     """A split of vectors (N, D) float32, in its order, the same on every rank."""
-    model, ranks = experiment.model.eval(), experiment.ranks
-    loader = experiment.loader(split, train=False)
-    objective = experiment.objective
+    model, ranks, objective = experiment.model, experiment.ranks, experiment.objective
     prepare = objective.train_inputs if name == "train" else objective.eval_inputs
     rate = Rate(f"encoding {name}", len(split) // ranks.world, shown=ranks.is_main)
-    rows: list[np.ndarray] = [np.empty(0, np.int64)]
-    width = output_width(model.encoder, model.aggregation)
-    vectors: list[torch.Tensor] = [torch.empty(0, width, device=ranks.device)]
-    for batch in loader.epoch(0):
-        batch = batch.to(ranks.device)
-        with autocast(experiment.precision, ranks.device):
-            inputs = prepare(batch.inputs, batch.fitted, 0)
-            vectors.append(model.embed(inputs, model.aggregation).float())
-        rows.append(batch.rows.cpu().numpy())
+
+    def vectors(model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+        inputs = prepare(batch.inputs, batch.fitted, 0)
         rate.add(len(batch.rows))
+        return {"rows": batch.rows, "vectors": model.embed(inputs, model.aggregation).float()}
+
+    loader = experiment.loader(split, train=False)
+    gathered = gather_split(model, vectors, loader, ranks=ranks, precision=experiment.precision)
     rate.close()
     loader.close()
-    gathered = dist.gather_rows(
-        ranks, {"rows": torch.from_numpy(np.concatenate(rows)), "vectors": torch.cat(vectors).cpu()}
-    )
     gathered = dist.broadcast_object(ranks, gathered)
-    samples = np.empty((len(split), gathered["vectors"].shape[1]), np.float32)
-    samples[gathered["rows"].numpy()] = gathered["vectors"].numpy()
-    return with_fields(split, source=ArraySource(samples, np.arange(len(split))))
+    source = ArraySource(gathered["vectors"].numpy(), np.arange(len(split)))
+    return with_fields(split, source=source)

@@ -1,6 +1,10 @@
-"""Objectives: the loss of a batch, and the predictions of a split."""
+"""Objectives: loss and evaluation of a task.
 
-from collections.abc import Sequence
+B batch, N samples of a split, D width of a feature, K classes or targets.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from itertools import islice
@@ -15,20 +19,16 @@ from glovita_lib.bags import Bags
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader
 from glovita_lib.losses import build_criterion, plain_criterion
+from glovita_lib.metrics import compute
 from glovita_lib.resolved import Resolved
 from glovita_lib.spec_train import Supervised
 
-# -------------------------------------------------------------------------------- objectives
-#
-# Objectives: what a batch has to say to the loop.
-#
-# An objective gives `loss(model, batch, ...)` for a training batch and `predict(model, batch)` for
-# an evaluation batch; the trainer knows nothing else about the task. B batch, K classes or targets.
+# ------------------------------------------------------------------- what an objective is
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRng:
-    """Where a training batch stands; all random streams follow from it."""
+    """Random streams of a training batch: functions of its place in the run alone."""
 
     seed: int
     epoch: int
@@ -40,7 +40,80 @@ class BatchRng:
         return hash_seed(self.seed, self.epoch, self.batch, self.rank, which)
 
 
-AUGMENT, MIX = 1, 2  # numbers of the random streams
+class Objective(ABC):
+    """Loss and evaluation of one task; the trainer knows nothing else about the task.
+
+    Subclasses set `train_inputs` and `eval_inputs`, which make the encoder's input of a batch on
+    the device; their attribute `fit` crops and resizes single images in the loaders.
+    """
+
+    train_inputs: "Augmenter | FeatureInputs"
+    eval_inputs: "Augmenter | FeatureInputs"
+
+    @abstractmethod
+    def loss(
+        self, model: nn.Module, batch: Batch, rng: BatchRng
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss () of a training batch, and further means () to log, by name."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        *,
+        ranks: Ranks,
+        precision: str,
+        max_batches: int | None = None,
+    ) -> Any:
+        """Predictions of a split on the first rank, None on the others; all ranks call it.
+
+        What predictions are is up to the objective: class probabilities, embeddings, losses.
+
+        Args:
+            precision: autocast type: no, bf16 or fp16.
+            max_batches: batches of this rank to evaluate; None: all.
+        """
+
+    @abstractmethod
+    def record(self, predictions: Any) -> dict[str, float]:
+        """Loss and metrics of what `evaluate` returned, by logged name without its split."""
+
+
+@torch.no_grad()
+def gather_split(
+    model: nn.Module,
+    outputs: Callable[[nn.Module, Batch], dict[str, Tensor]],
+    loader: Loader,
+    *,
+    ranks: Ranks,
+    precision: str,
+    max_batches: int | None = None,
+) -> dict[str, Tensor] | None:
+    """Outputs of a model for the samples of a split, each sample once, in the split's order: CPU
+    tensors (N, ...) by name; None on all ranks but the first.
+
+    The device is waited for once, at the end.
+
+    Args:
+        outputs: model and batch -> tensors (B, ...) by name, "rows" (B,) of the split among them.
+        max_batches: batches of this rank; None: all.
+    """
+    model.eval()
+    parts: list[dict[str, Tensor]] = []
+    for batch in islice(loader.epoch(0), max_batches):
+        with autocast(precision, ranks.device):
+            parts.append(outputs(model, batch.to(ranks.device)))
+    names = parts[0] if parts else ()  # a rank may have no samples
+    merged = {name: torch.cat([part[name] for part in parts]).cpu() for name in names}
+    gathered = gather_rows(ranks, merged)
+    if gathered is None:
+        return None
+    _, first = np.unique(gathered["rows"].numpy(), return_index=True)  # sorted, without doubles
+    return {name: values[torch.from_numpy(first)] for name, values in gathered.items()}
+
+
+# -------------------------------------------------------------------------- the encoder's input
 
 
 class FeatureInputs:
@@ -73,6 +146,27 @@ def build_inputs(resolved: Resolved, *, train: bool) -> Augmenter | FeatureInput
     return Augmenter(resolved.augmentation, train=train, bit_depth=resolved.bit_depth)
 
 
+# ---------------------------------------------------------------------- supervised learning
+
+AUGMENT, MIX = 1, 2  # numbers of the random streams
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a model predicts for the samples of a split, in the split's order."""
+
+    ids: list[str]
+    scores: np.ndarray  # (N, K) float32: probabilities, or outputs in target units
+    targets: np.ndarray | None  # (N,) int64, or (N, K) float32; None: unlabelled
+    losses: np.ndarray | None  # (N,) float32; None: unlabelled
+    rows: np.ndarray  # (N,) rows of the split
+
+    @property
+    def loss(self) -> float:
+        """Mean over the labelled samples, in float64."""
+        return float(self.losses.astype(np.float64).mean())
+
+
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
     """What a head gives, see `heads`; most give logits alone."""
@@ -89,11 +183,11 @@ class HeadOutput:
         return cls(logits, output.get("fitted", [(1.0, logits)]), output["aux"])
 
 
-class SupervisedObjective:
+class SupervisedObjective(Objective):
     """Predict labels from samples, with augmentation, mixup and cutmix on the training device."""
 
     def __init__(self, task: Supervised, resolved: Resolved, device: torch.device) -> None:
-        self.task = task
+        self.task, self.resolved = task, resolved
         self.subtask = resolved.subtask
         self.outputs = len(resolved.class_names)
         self.train_inputs = build_inputs(resolved, train=True)
@@ -107,10 +201,11 @@ class SupervisedObjective:
         self.scale = torch.tensor(resolved.target_std, device=device)  # (K,), 1 unless regression
 
     def loss(
-        self, model: nn.Module, batch: Batch, clock: BatchRng
+        self, model: nn.Module, batch: Batch, rng: BatchRng
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean training loss of a batch () and the means to log beside it."""
-        inputs = self.train_inputs(batch.inputs, batch.fitted, clock.stream(AUGMENT))
+        """Loss () over the head's outputs plus its auxiliary losses, which are logged; of unmixed
+        classes the accuracy too."""
+        inputs = self.train_inputs(batch.inputs, batch.fitted, rng.stream(AUGMENT))
         targets = self.standardized(batch.targets)
         if self.mixes:
             inputs, targets = mixup_cutmix(
@@ -121,7 +216,7 @@ class SupervisedObjective:
                 mixup_alpha=self.task.mixup_alpha,
                 cutmix=self.task.cutmix,
                 cutmix_alpha=self.task.cutmix_alpha,
-                seed=clock.stream(MIX),
+                seed=rng.stream(MIX),
             )
         answer = HeadOutput.of(model(inputs, targets))
         logs = {name: value.detach() for name, value in answer.aux.items()}
@@ -144,13 +239,40 @@ class SupervisedObjective:
             rows["loss"] = self.plain(logits, self.standardized(batch.targets))
         return rows
 
-    def nothing(self, device: torch.device, *, labelled: bool) -> dict[str, Tensor]:
-        """What `predict` gives for no sample, for a rank without rows."""
-        rows = {
-            "rows": torch.empty(0, dtype=torch.int64, device=device),
-            "scores": torch.empty(0, self.outputs, device=device),
-        }
-        return rows | ({"loss": torch.empty(0, device=device)} if labelled else {})
+    def evaluate(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        *,
+        ranks: Ranks,
+        precision: str,
+        max_batches: int | None = None,
+    ) -> Predictions | None:
+        """Scores and losses of a split, see `Objective.evaluate`."""
+        gathered = gather_split(
+            model, self.predict, loader, ranks=ranks, precision=precision, max_batches=max_batches
+        )
+        if gathered is None:
+            return None
+        split, rows = loader.split, gathered["rows"].numpy()
+        return Predictions(
+            ids=[split.ids[row] for row in rows],
+            scores=gathered["scores"].numpy(),
+            targets=None if split.targets is None else split.targets[rows],
+            losses=None if split.targets is None else gathered["loss"].numpy(),
+            rows=rows,
+        )
+
+    def record(self, predictions: Predictions) -> dict[str, float]:
+        """Mean loss and the metrics of labelled predictions."""
+        metrics = compute(
+            self.resolved.metrics,
+            subtask=self.subtask,
+            targets=predictions.targets,
+            scores=predictions.scores,
+            class_names=self.resolved.class_names,
+        )
+        return {"loss": predictions.loss, **metrics}
 
     def scores(self, logits: Tensor) -> Tensor:
         """Logits -> softmax or sigmoid probabilities, or outputs in target units, (B, K)."""
@@ -173,9 +295,6 @@ class SupervisedObjective:
         return self.plain(logits, wanted).cpu().numpy()
 
 
-Objective = SupervisedObjective
-
-
 @singledispatch
 def build_objective(task: Any, resolved: Resolved, device: torch.device) -> Objective:
     """The objective of a task Struct."""
@@ -185,66 +304,3 @@ def build_objective(task: Any, resolved: Resolved, device: torch.device) -> Obje
 @build_objective.register
 def _(task: Supervised, resolved: Resolved, device: torch.device) -> Objective:
     return SupervisedObjective(task, resolved, device)
-
-
-# -------------------------------------------------------------------------------- evaluation
-#
-# Exact evaluation: every sample of a split once, on any number of ranks, metrics on the whole.
-#
-# N samples, K classes or targets.
-
-
-@dataclass(frozen=True, slots=True)
-class Predictions:
-    """What the model says about the samples of a split, in the split's order."""
-
-    ids: list[str]
-    scores: np.ndarray  # (N, K) float32: probabilities, or outputs in target units
-    targets: np.ndarray | None  # (N,) int64, or (N, K) float32; None: unlabelled
-    losses: np.ndarray | None  # (N,) float32
-    rows: np.ndarray  # (N,) rows of the split
-
-    @property
-    def loss(self) -> float:
-        """Mean over samples, in float64."""
-        return float(self.losses.astype(np.float64).mean()) if len(self.losses) else float("nan")
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    objective: Objective,
-    loader: Loader,
-    *,
-    ranks: Ranks,
-    precision: str,
-    max_batches: int | None = None,
-) -> Predictions | None:
-    """Predictions of a split, gathered by row, without duplicates; None on all ranks but the first.
-
-    The device is waited for once, at the end.
-    """
-    model.eval()
-    parts: list[dict[str, torch.Tensor]] = []
-    for batch in islice(loader.epoch(0), max_batches):
-        with autocast(precision, ranks.device):
-            parts.append(objective.predict(model, batch.to(ranks.device)))
-    if not parts:  # a rank may have no rows
-        parts = [objective.nothing(ranks.device, labelled=loader.split.targets is not None)]
-    merged = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
-    gathered = gather_rows(ranks, merged)
-    return None if gathered is None else collect(gathered, loader)
-
-
-def collect(gathered: dict[str, torch.Tensor], loader: Loader) -> Predictions:
-    """Sort gathered rows into the split's order and drop what came twice."""
-    split = loader.split
-    rows, first = np.unique(gathered["rows"].numpy(), return_index=True)
-    losses = gathered.get("loss")
-    return Predictions(
-        ids=[split.ids[row] for row in rows],
-        scores=gathered["scores"].numpy()[first],
-        targets=None if split.targets is None else split.targets[rows],
-        losses=None if losses is None else losses.numpy()[first],
-        rows=rows,
-    )

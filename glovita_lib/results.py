@@ -19,7 +19,7 @@ from glovita_lib.experiment import Experiment
 from glovita_lib.files import TEMPORARY, Lock, read_json, read_jsonl, write_csv, write_json
 from glovita_lib.loader import fit_all, to_tensor
 from glovita_lib.metric_names import lower_is_better
-from glovita_lib.metrics import compute, metrics_report
+from glovita_lib.metrics import metrics_report
 from glovita_lib.metrics_classification import THRESHOLD
 from glovita_lib.objectives import Predictions
 from glovita_lib.resolved import Resolved
@@ -130,17 +130,6 @@ def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[st
 
 WORST = 24  # samples on the sheet of the worst predictions
 SHEET_ROWS, SHEET_COLUMNS = 6, 7  # samples and their augmented versions
-
-
-def measure(predictions: Predictions, resolved: Resolved) -> dict[str, float]:
-    """Metrics of the facts, by logged name."""
-    return compute(
-        resolved.metrics,
-        subtask=resolved.subtask,
-        targets=predictions.targets,
-        scores=predictions.scores,
-        class_names=resolved.class_names,
-    )
 
 
 def write_predictions(path: Path, predictions: Predictions, resolved: Resolved) -> None:

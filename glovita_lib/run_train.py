@@ -30,7 +30,7 @@ from glovita_lib.model import count_parameters
 from glovita_lib.peft import save_adapter
 from glovita_lib.peft_base import parameter_table
 from glovita_lib.plots import learning_curves
-from glovita_lib.results import measure, plot_augmented, summary_lines, write_results, write_summary
+from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
 from glovita_lib.spec import Loaded, changed_keys, dump
 from glovita_lib.spec_peft import FullFinetuning
@@ -64,7 +64,6 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
     with tempfile.TemporaryDirectory(prefix="glovita-") as folder:
         path = Path(folder) / "last.pt"
         hooks = Hooks(
-            measure=lambda predictions: measure(predictions, resolved),
             log=records.append,
             save=lambda state, is_best, keep: checkpoint.save(path, state),
             say=lambda text: None,
@@ -115,8 +114,6 @@ def seen_by_trainer(experiment: Experiment, data: Data) -> tuple[Experiment, Dat
 
 
 # -------------------------------------------------------------------------------------- runs
-
-FORMAT = 1  # of what a checkpoint holds
 
 
 def run(loaded: Loaded, *, dry_run: bool) -> None:
@@ -193,10 +190,8 @@ def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, re
         ranks=ranks,
     )
     identity = {
-        "format": FORMAT,
         "spec": loaded.plain,
         "resolved": msgspec.to_builtins(resolved),
-        "class_names": list(resolved.class_names),
         "logger_id": logger.run_id,
     }
 
@@ -211,7 +206,7 @@ def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, re
         if keep is not None:
             checkpoint.link(run.last, run.epoch(keep))
 
-    hooks = Hooks(lambda predictions: measure(predictions, resolved), log, save, say)
+    hooks = Hooks(log, save, say)
     if root.training.cache_frozen_features:
         trainer = build_trainer(*cached(experiment, data), hooks)
     else:

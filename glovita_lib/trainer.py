@@ -1,4 +1,4 @@
-"""One loop for every objective: train, evaluate, keep the best, continue from any step.
+"""One loop for every objective: train, evaluate, choose the best, continue from any step.
 
 `step` counts optimizer steps, `batch` the batches of the current epoch on this rank. The device is
 waited for only where a number is shown: every `log_every` steps and at the end of an epoch.
@@ -21,7 +21,7 @@ from glovita_lib.errors import UserError
 from glovita_lib.loader import Batch, Loader
 from glovita_lib.loggers import Bar, Meter, better, epoch_line
 from glovita_lib.model import Model
-from glovita_lib.objectives import BatchRng, Objective, Predictions, evaluate
+from glovita_lib.objectives import BatchRng, Objective
 from glovita_lib.optim import Schedule, build_average, build_optimizer, set_lr
 from glovita_lib.spec_train import Optimizer, Training
 
@@ -46,9 +46,8 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop asks of the run around it; called on the first rank only, except `measure`."""
+    """How the trainer writes: called on the first rank only."""
 
-    measure: Callable[[Predictions], Record]  # metrics of the val split, without prefix
     log: Callable[[Record], None]  # one record to metrics.jsonl and the logger
     save: Callable[[dict[str, Any], bool, int | None], None]  # state, is it the best, epoch to keep
     say: Callable[[str], None]  # one line to the console
@@ -100,7 +99,7 @@ class Trainer:
         if self.calibration_batches and self.state.step == 0:
             self.calibrate()
         if self.val_loader is not None and self.spec.num_sanity_val_steps and self.state.step == 0:
-            self.evaluate(self.val_loader, self.spec.num_sanity_val_steps)
+            self.evaluate(self.spec.num_sanity_val_steps)
         while self.state.epoch < self.spec.epochs and not self.state.stopped:
             started = time.perf_counter()
             self.train_epoch()
@@ -123,7 +122,7 @@ class Trainer:
             self.train_batch(batch.to(self.ranks.device))
             bar.advance()
             if self.ends_step(state.batch):
-                self.after_step(bar)
+                self.log_and_save(bar)
             if state.batch == self.batches:
                 break
         bar.close()
@@ -131,12 +130,12 @@ class Trainer:
     def train_batch(self, batch: Batch) -> None:
         """Forward and backward of one batch, and the optimizer step where it completes one."""
         state = self.state
-        clock = BatchRng(self.seed, state.epoch, state.batch, self.ranks.rank)
+        rng = BatchRng(self.seed, state.epoch, state.batch, self.ranks.rank)
         dist.seed_step(self.seed, state.epoch, state.batch, self.ranks.rank)  # dropout
         ends_step = self.ends_step(state.batch + 1)
         with self.synchronized(ends_step):
             with autocast(self.precision, self.ranks.device):
-                loss, logs = self.objective.loss(self.parallel, batch, clock)
+                loss, logs = self.objective.loss(self.parallel, batch, rng)
                 terms = self.model.auxiliary_losses()
                 loss = sum(terms.values(), loss)
             self.scaler.scale(loss * self.share(state.batch)).backward()
@@ -151,9 +150,9 @@ class Trainer:
         batches = islice(self.train_loader.epoch(0), self.calibration_batches)
 
         def loss(batch: Batch) -> Tensor:
-            clock = BatchRng(self.seed, 0, 0, self.ranks.rank)
+            rng = BatchRng(self.seed, 0, 0, self.ranks.rank)
             with autocast(self.precision, self.ranks.device):
-                return self.objective.loss(self.model, batch, clock)[0]
+                return self.objective.loss(self.model, batch, rng)[0]
 
         self.model.train()
         self.model.calibrate(
@@ -177,8 +176,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.model)
 
-    def after_step(self, bar: Bar) -> None:
-        """Log and save where the step count asks for it."""
+    def log_and_save(self, bar: Bar) -> None:
+        """Log every `log_every` optimizer steps, save every `save_every_steps`."""
         state, every = self.state, self.spec.save_every_steps
         if state.step % self.spec.log_every == 0:
             self.check_finite(weights=False)
@@ -197,7 +196,7 @@ class Trainer:
         record = {"event": "epoch", "epoch": state.epoch, "step": state.step, **self.means()}
         record |= self.vitals(self.epoch_meter)
         if self.val_loader is not None:
-            record |= self.validate()
+            record |= {f"val_{name}": value for name, value in self.evaluate(None).items()}
         is_best = self.judge(record)
         record |= {"best": state.best, "best_epoch": state.best_epoch}
         record["seconds"] = time.perf_counter() - started
@@ -290,27 +289,20 @@ class Trainer:
             "memory_mb": dist.peak_memory_mb(self.ranks.device),
         }
 
-    def validate(self) -> Record:
-        """Loss and metrics of the val split, the same numbers on every rank."""
-        predictions = self.evaluate(self.val_loader, None)
-        record = None
-        if predictions is not None:
-            record = {"loss": predictions.loss, **self.hooks.measure(predictions)}
-        record = dist.broadcast_object(self.ranks, record)
-        return {f"val_{name}": value for name, value in record.items()}
-
-    def evaluate(self, loader: Loader, batches: int | None) -> Predictions | None:
-        """Predictions of the averaged weights where there are some, else of the model."""
+    def evaluate(self, max_batches: int | None) -> Record:
+        """What the objective records of the val split, the same on every rank; of the averaged
+        weights where there are some, else of the model."""
         model = self.model if self.ema is None else self.ema.module
         dist.sync_buffers(self.ranks, model)
-        return evaluate(
+        predictions = self.objective.evaluate(
             model,
-            self.objective,
-            loader,
+            self.val_loader,
             ranks=self.ranks,
             precision=self.precision,
-            max_batches=batches,
+            max_batches=max_batches,
         )
+        record = self.objective.record(predictions) if self.ranks.is_main else None
+        return dist.broadcast_object(self.ranks, record)
 
     def judge(self, record: Record) -> bool:
         """Whether this epoch is the best so far; without a val split the last one is."""
@@ -356,14 +348,38 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {"step": state.step},
             "scaler": self.scaler.state_dict(),
             "state": {**vars(state), "sums": sums},
-            "rng": {"seed": self.seed, "epoch": state.epoch, "batch": state.batch},
+            **self.constants(),
+        }
+
+    def constants(self) -> dict[str, dict[str, int]]:
+        """What learning rates and random streams follow from, beside the step: the same from the
+        start of a run to its end."""
+        return {
+            "scheduler": {"steps": self.schedule.total, "warmup": self.schedule.warmup},
+            "rng": {"seed": self.seed, "ranks": self.ranks.world},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from a checkpoint of the same spec."""
+        """Continue from a checkpoint of the same spec.
+
+        Raises:
+            UserError: its schedule or its random streams are others, because the number of ranks
+            or of training samples has changed.
+        """
+        changes = [
+            f"{key}.{name} {saved[key].get(name)} -> {value}"
+            for key, own in self.constants().items()
+            for name, value in own.items()
+            if saved[key].get(name) != value
+        ]
+        if changes:
+            raise UserError(
+                f"the run cannot go on as it began: {', '.join(changes)}; continue it on as many"
+                " ranks and with the training samples that it was started with, or set"
+                ' training.on_existing = "overwrite" to train again'
+            )
         self.model.load_state_dict(saved["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])

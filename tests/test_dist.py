@@ -58,6 +58,9 @@ for lengths in ((5, 3), (0, 4), (4, 0), (0, 0), (1, 1)):
 # a rank without rows may not know how wide a row is
 got = dist.gather_rows(ranks, {"scores": torch.zeros(0) if r == 0 else torch.ones(2, 3)})
 assert r == 1 or torch.equal(got["scores"], torch.ones(2, 3))
+for empty in (0, 1):  # nor what there is
+    got = dist.gather_rows(ranks, {} if r == empty else {"rows": torch.arange(3)})
+    assert r == 1 or torch.equal(got["rows"], torch.arange(3))
 
 mine = torch.tensor([1.0, 2.0]) * (r + 1)
 assert dist.all_sum(ranks, mine).tolist() == [3.0, 6.0]
