@@ -199,8 +199,8 @@ def methods(paths: list[str], args: argparse.Namespace) -> None:
     no weights are read."""
     from glovita_lib import dist
     from glovita_lib.experiment import assemble, read_data, resolve_spec
+    from glovita_lib.model import parameter_table
     from glovita_lib.optim import build_optimizer
-    from glovita_lib.peft_base import parameter_table
     from glovita_lib.spec_check import load_checked
 
     models: dict[str, nn.Module] = {}

@@ -263,7 +263,9 @@ def read_tensors(path: str | Path) -> Tensors:
     if not path.is_file():
         raise UserError(f'weights = "{path}": no such file')
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
-    while isinstance(content, dict) and not is_flat(content):
+    while isinstance(content, dict):
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            break
         inner = next((k for k in WRAPPERS if isinstance(content.get(k), dict) and content[k]), None)
         if inner is None:
             break
@@ -271,11 +273,6 @@ def read_tensors(path: str | Path) -> Tensors:
     if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f'weights = "{path}": holds no tensors under names')
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def is_flat(content: dict[str, Any]) -> bool:
-    """Whether a dict is itself the tensors, not a wrapper around them."""
-    return bool(content) and all(isinstance(value, Tensor) for value in content.values())
 
 
 def read_safetensors(path: Path) -> Tensors:
@@ -357,13 +354,9 @@ def library_names(tensors: Tensors, target: LoadTarget) -> Tensors | None:
 def fit_to_network(tensors: Tensors, target: LoadTarget, state: Tensors) -> Tensors:
     """Tensors without prefix and classifier, position embeddings and first kernel fitted."""
     tensors = without_prefix(tensors, state)
-    kept = {n: t for n, t in tensors.items() if n in state or not of_classifier(n, target)}
+    classifier = tuple(f"{name}." for name in target.classifier)
+    kept = {n: t for n, t in tensors.items() if n in state or not n.startswith(classifier)}
     return {name: fit_shape(name, t, state.get(name), target) for name, t in kept.items()}
-
-
-def of_classifier(name: str, target: LoadTarget) -> bool:
-    """Whether a tensor belongs to a classifier that was taken off."""
-    return any(name.startswith(f"{classifier}.") for classifier in target.classifier)
 
 
 def without_prefix(tensors: Tensors, names: Iterable[str]) -> Tensors:

@@ -219,7 +219,7 @@ class PooledMil(nn.Module):
 
     def __init__(self, width: int, outputs: int, *, pool: str, dropout: float) -> None:
         super().__init__()
-        self.pool = {"mean": mean_of_bags, "max": max_of_bags}[pool]
+        self.pool = pool
         self.drop = nn.Dropout(dropout)
         self.linear = nn.Linear(width, outputs)
 
@@ -229,7 +229,8 @@ class PooledMil(nn.Module):
         Targets are given to every head on instances; this one has no auxiliary loss for them.
         """
         bags = as_bags(inputs)
-        return self.linear(self.drop(self.pool(bags).to(self.linear.weight.dtype)))
+        pooled = mean_of_bags(bags) if self.pool == "mean" else segment_max(bags.features, bags)
+        return self.linear(self.drop(pooled.to(self.linear.weight.dtype)))  # (B, K)
 
 
 def mean_of_bags(bags: Bags) -> Tensor:
@@ -240,11 +241,6 @@ def mean_of_bags(bags: Bags) -> Tensor:
         return torch.stack([bag.mean(0, dtype=dtype) for bag in bags.split(features)])
     shares = (1 / bags.ptr.diff().to(dtype))[bags.index]  # (M,)
     return segment_pool(shares[:, None], features.to(dtype), bags).squeeze(1)
-
-
-def max_of_bags(bags: Bags) -> Tensor:
-    """Largest value per feature over the instances of each bag, (B, D)."""
-    return segment_max(bags.features, bags)
 
 
 @build_head.register

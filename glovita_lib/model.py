@@ -24,7 +24,7 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.heads import build_head
 from glovita_lib.peft import apply_peft
-from glovita_lib.peft_base import adapters_by_class
+from glovita_lib.peft_base import ADDED, adapters_by_class, encoder_of
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import Peft
 
@@ -171,29 +171,50 @@ def build_model(
     return model
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterCounts:
-    """Numbers of parameters."""
+# -------------------------------------------------------------------------------- parameters
 
-    total: int
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Parameters of one part of a model."""
+
+    part: str
     trainable: int
-    encoder: int
-    head: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Trainable of all."""
+        return self.trainable / max(1, self.total)
+
+    def counts(self) -> dict[str, float]:
+        """The numbers, to be saved."""
+        return {"trainable": self.trainable, "total": self.total, "share": self.share}
 
     def __str__(self) -> str:
-        share = 100 * self.trainable / max(1, self.total)
-        return (
-            f"{self.total:,} parameters (encoder {self.encoder:,}, head {self.head:,}),"
-            f" {self.trainable:,} of them train ({share:.3g} %)"
-        )
+        return f"{self.part:<8} {self.trainable:>13,} of {self.total:>13,}  {self.share:8.3%}"
 
 
-def count_parameters(model: Model) -> ParameterCounts:
-    """Numbers of parameters of a model and its parts."""
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    return ParameterCounts(
-        total=sum(sizes),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        encoder=sum(p.numel() for p in model.encoder.parameters()),
-        head=sum(p.numel() for p in model.head.parameters()),
+def parameter_table(model: nn.Module) -> list[Share]:
+    """Parameters of the base, of what a method has added, of the head, and of all."""
+    root = encoder_of(model)
+    added = {id(p) for m in root.modules() if isinstance(m, ADDED) for p in m.parameters()}
+    inside = {id(p) for p in root.parameters()}
+    parts: dict[str, list[nn.Parameter]] = {"base": [], "added": [], "head": []}
+    for parameter in model.parameters():
+        part = "added" if id(parameter) in added else "base"
+        parts[part if id(parameter) in inside else "head"].append(parameter)
+    parts["all"] = list(model.parameters())
+    return [
+        Share(part, sum(p.numel() for p in ps if p.requires_grad), sum(p.numel() for p in ps))
+        for part, ps in parts.items()
+    ]
+
+
+def parameter_line(model: nn.Module) -> str:
+    """The table in a line."""
+    base, added, head, whole = parameter_table(model)
+    return (
+        f"{whole.total:,} parameters (encoder {base.total + added.total:,}, head {head.total:,}),"
+        f" {whole.trainable:,} of them train ({100 * whole.share:.3g} %)"
     )

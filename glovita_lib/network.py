@@ -34,11 +34,6 @@ class Layer:
     """Rows of the fused projections, {"q": (0, D), ...}; empty for a layer of one role."""
 
 
-def is_linear(module: nn.Module) -> bool:
-    """A layer whose weight is (out, in), nn.MultiheadAttention's input projection included."""
-    return isinstance(module, nn.Linear | nn.MultiheadAttention)
-
-
 def is_conv(module: nn.Module) -> bool:
     """A convolution of any dimension, not a transposed one."""
     return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
@@ -48,12 +43,11 @@ def is_norm(module: nn.Module) -> bool:
     """A normalisation layer with a scale per channel, of torch or of any library's own."""
     weight = module._parameters.get("weight")
     known = isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | _NormBase)
-    return weight is not None and weight.ndim == 1 and (known or "norm" in kind(module).lower())
-
-
-def kind(module: nn.Module) -> str:
-    """Class name of a module as it was before an adapter."""
-    return type(module).__name__
+    return (
+        weight is not None
+        and weight.ndim == 1
+        and (known or "norm" in type(module).__name__.lower())
+    )
 
 
 def layers(root: nn.Module) -> list[Layer]:
@@ -67,7 +61,7 @@ def layers(root: nn.Module) -> list[Layer]:
     for name, module in root.named_modules():
         if module in roles:
             role, parts = roles[module]
-        elif is_linear(module):
+        elif isinstance(module, nn.Linear | nn.MultiheadAttention):  # its input projection
             role, parts = "linear", {}
         elif is_conv(module) or is_norm(module):
             role, parts = ("conv" if is_conv(module) else "norm"), {}
@@ -117,8 +111,7 @@ def attention_roles(parent: nn.Module) -> dict[nn.Module, tuple[str, dict[str, R
 
 def counts_heads(module: nn.Module) -> bool:
     """Whether a module holds a number of attention heads."""
-    numbers = {k: v for k, v in vars(module).items() if type(v) is int and "head" in k}
-    return bool(numbers)
+    return any(type(value) is int and "head" in name for name, value in vars(module).items())
 
 
 def positional_roles(linears: list[nn.Linear]) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:

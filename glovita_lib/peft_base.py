@@ -115,17 +115,13 @@ def expand(usable: list[Layer], names: Iterable[str]) -> list[TargetWeight]:
     chosen = []
     for name in names:
         for layer in usable:
-            if layer.role in wanted_roles(name) or WHOLE_KIND.get(name) == layer_kind(layer):
+            # qkv also means the three where they are apart
+            roles = ("qkv", "q", "k", "v", "kv") if name == "qkv" else (name,)
+            if layer.role in roles or WHOLE_KIND.get(name) == layer_kind(layer):
                 chosen.append(TargetWeight(layer, None))
             elif name in layer.parts:
                 chosen.append(TargetWeight(layer, name))
     return chosen
-
-
-def wanted_roles(name: str) -> tuple[str, ...]:
-    """Roles of whole layers that a logical name means; qkv also means the three where they are
-    apart."""
-    return ("qkv", "q", "k", "v", "kv") if name == "qkv" else (name,)
 
 
 def search(usable: list[Layer], pattern: str) -> Iterator[TargetWeight]:
@@ -247,10 +243,6 @@ class Adapter(nn.Module):
     def merged_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The changed bias; a layer without bias stays without."""
         return bias
-
-    def delta_weight(self, weight: Tensor) -> Tensor:
-        """The change itself: merged - base."""
-        return self.merged_weight(weight) - weight
 
     @classmethod
     def run(cls, x: Tensor, layer: nn.Module, members: "Members") -> Tensor:
@@ -509,11 +501,6 @@ def held_class(base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (base,), {"train": train, "plain_class": base})
 
 
-def is_bias(name: str, parameter: nn.Parameter) -> bool:
-    """A vector that is added: bias, in_proj_bias, q_bias."""
-    return parameter.ndim == 1 and name.rsplit(".", 1)[-1].endswith("bias")
-
-
 def train_biases(root: nn.Module, which: str, free: list[nn.Parameter]) -> None:
     """Let biases train: none, "all" of the network, or those of the "adapted" layers.
 
@@ -524,7 +511,7 @@ def train_biases(root: nn.Module, which: str, free: list[nn.Parameter]) -> None:
     for module in root.modules() if which != "none" else ():
         for name, parameter in module.named_parameters(recurse=False):
             chosen = id(parameter) in allowed and (which == "all" or is_adapted(module))
-            if chosen and is_bias(name, parameter):
+            if chosen and parameter.ndim == 1 and name.endswith("bias"):  # in_proj_bias, q_bias too
                 parameter.requires_grad_(True)
 
 
@@ -557,17 +544,14 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     owners = {n.rpartition(".")[0] for n in training}
     base = {}
     for key, tensor in model.state_dict().items():
-        owner = key.rpartition(".")[0]
-        moves = owner in owners and is_statistic(model.get_submodule(owner), key)
+        owner, _, name = key.rpartition(".")
+        layer = model.get_submodule(owner)
+        # a norm layer that trains updates its running mean and variance
+        moves = owner in owners and isinstance(layer, _NormBase) and name in layer._buffers
         inside = key.startswith(prefix) and not key.startswith(tuple(added))
         if inside and key not in training and not moves:
             base[key] = tensor
     return base
-
-
-def is_statistic(module: nn.Module, key: str) -> bool:
-    """A running mean or variance that the layer updates in training."""
-    return isinstance(module, _NormBase) and key.rpartition(".")[2] in module._buffers
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -597,40 +581,3 @@ def load_trained(model: nn.Module, state: dict[str, Tensor], *, source: object) 
             " its run"
         )
     model.load_state_dict(state, strict=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Parameters of one part of a model."""
-
-    part: str
-    trainable: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """Trainable of all."""
-        return self.trainable / max(1, self.total)
-
-    def counts(self) -> dict[str, float]:
-        """The numbers, to be saved."""
-        return {"trainable": self.trainable, "total": self.total, "share": self.share}
-
-    def __str__(self) -> str:
-        return f"{self.part:<8} {self.trainable:>13,} of {self.total:>13,}  {self.share:8.3%}"
-
-
-def parameter_table(model: nn.Module) -> list[Share]:
-    """Parameters of the base, of what a method has added, of the head, and of all."""
-    root = encoder_of(model)
-    added = {id(p) for m in root.modules() if isinstance(m, ADDED) for p in m.parameters()}
-    inside = {id(p) for p in root.parameters()}
-    parts: dict[str, list[torch.nn.Parameter]] = {"base": [], "added": [], "head": []}
-    for parameter in model.parameters():
-        part = "added" if id(parameter) in added else "base"
-        parts[part if id(parameter) in inside else "head"].append(parameter)
-    parts["all"] = list(model.parameters())
-    return [
-        Share(part, sum(p.numel() for p in ps if p.requires_grad), sum(p.numel() for p in ps))
-        for part, ps in parts.items()
-    ]

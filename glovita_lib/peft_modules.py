@@ -35,21 +35,13 @@ class Grid:
             RuntimeError: no such grid, for example where patches were dropped.
         """
         size = self.size
-        if tokens >= volume(size):
-            return tokens - volume(size), size
-        while volume(size) > tokens:
+        if tokens >= math.prod(size):
+            return tokens - math.prod(size), size
+        while math.prod(size) > tokens:
             size = tuple(-(-side // 2) for side in size)
-        if volume(size) != tokens:
+        if math.prod(size) != tokens:
             raise RuntimeError(f"{tokens} tokens are no grid of the {self.size} patches")
         return 0, size
-
-
-def volume(size: tuple[int, ...]) -> int:
-    """Number of cells of a grid."""
-    cells = 1
-    for side in size:
-        cells *= side
-    return cells
 
 
 @cache

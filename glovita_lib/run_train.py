@@ -26,9 +26,8 @@ from glovita_lib.experiment import (
 )
 from glovita_lib.loggers import build_logger, say, two_columns
 from glovita_lib.metrics import compute
-from glovita_lib.model import count_parameters
+from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.peft import save_adapter
-from glovita_lib.peft_base import parameter_table
 from glovita_lib.plots import learning_curves
 from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
@@ -93,7 +92,7 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None)
     rows = [
         ("data", f"{resolved.dataset}: {sizes}; {len(resolved.class_names)} outputs"),
-        ("model", str(count_parameters(experiment.model))),
+        ("model", parameter_line(experiment.model)),
         ("one step", numbers),
         ("memory", f"{record['memory_mb']:,.0f} MiB"),
     ]
@@ -161,7 +160,7 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
         two_columns(
             [
                 ("data", f"{resolved.dataset}: {sizes}; {len(resolved.class_names)} {what}"),
-                ("model", str(count_parameters(experiment.model))),
+                ("model", parameter_line(experiment.model)),
                 ("device", f"{device}, precision {experiment.precision}"),
                 ("run", str(run.path)),
             ]

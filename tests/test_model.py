@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glovita_lib.errors import UserError
-from glovita_lib.model import Model, build_model, count_parameters
+from glovita_lib.model import Model, build_model, parameter_line, parameter_table
 from glovita_lib.spec_model import (
     ClassificationHead,
     CustomHead,
@@ -139,11 +139,12 @@ def test_initial_weights_follow_from_the_seed() -> None:
 
 def test_counts() -> None:
     model = make(timm_spec("resnet18"), peft=LinearProbing(), size=32)
-    counts = count_parameters(model)
-    assert counts.head == counts.trainable == 512 * 3 + 3
-    assert counts.encoder == sum(p.numel() for p in model.encoder.parameters())
-    assert counts.total == counts.encoder + counts.head
-    assert "(encoder 11,176,512, head 1,539), 1,539 of them train (0.0138 %)" in str(counts)
+    base, added, head, whole = parameter_table(model)
+    assert head.total == head.trainable == whole.trainable == 512 * 3 + 3
+    assert base.total == sum(p.numel() for p in model.encoder.parameters()) and not added.total
+    assert whole.total == base.total + head.total
+    line = parameter_line(model)
+    assert "(encoder 11,176,512, head 1,539), 1,539 of them train (0.0138 %)" in line
 
 
 def test_one_channel_and_one_sample_and_one_class() -> None:

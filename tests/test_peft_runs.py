@@ -349,7 +349,7 @@ def test_the_budget_of_adalora_is_spent(command, tmp_path, decay):
     for name, module in experiment.model.eval().named_modules():
         if type(module).__name__ == "AdaloraAdapter":
             shape = module.P.shape[0], module.Q.shape[1]
-            change = module.delta_weight(torch.zeros(shape))
+            change = module.merged_weight(torch.zeros(shape))
             assert torch.linalg.matrix_rank(change) <= kept[f"{name}.kept"].sum(), name
 
 
