@@ -7,6 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from glovita_lib.data import Data, Source, Split, read_data_set
+from glovita_lib.data_labels import (
+    Encoded,
+    LabelRules,
+    Labels,
+    cells_as_stored,
+    encode,
+    untrained,
+)
 from glovita_lib.data_splits import (
     fold_splits,
     folds,
@@ -32,11 +40,11 @@ from glovita_lib.read_features import (
 )
 from glovita_lib.spec_data import PrecomputedData
 
-# ------------------------------------------------------------------------------------ labels
+# ---------------------------------------------------------------------------------- collections
 #
-# Labels of precomputed features: from the feature file or a CSV table, as targets.
+# The samples of a feature file or folder, with what a CSV table says of them.
 #
-# N samples, K classes or targets, D width.
+# N samples, K label columns, D width.
 
 
 @dataclass(slots=True)
@@ -47,7 +55,7 @@ class Collection:
     ids: list[str]
     rows: np.ndarray  # (N,) where they are in the file or folder
     named: bool  # whether the ids are names, that mean the same in other files
-    labels: np.ndarray | None  # as stored: numbers or names, (N,) or (N, K)
+    labels: np.ndarray | None  # as stored: numbers or names, (N,) or (N, K); or cells of a table
     groups: list[str] | None
     class_names: tuple[str, ...] | None
     subtask: str | None  # where the file says so
@@ -123,144 +131,17 @@ def with_table(
                 f"{spec.labels_file}: column {column} is empty for {len(blank)} samples"
                 f" ({', '.join(blank[:10])}); fill it in, or remove these samples"
             )
-    labels = np.array([[row[column] for column in columns] for row in rows])
-    numeric = label_matrix(labels)
-    labels = labels if numeric is None else numeric
     group = spec.group_column
     groups = collection.groups and [collection.groups[place] for place in kept]
     return replace(
         collection,
         ids=ids,
         rows=collection.rows[kept],
-        labels=labels[:, 0] if len(columns) == 1 else labels,
-        class_names=columns if len(columns) > 1 else None,
+        labels=np.array([[row[column] for column in columns] for row in rows]),
+        class_names=None,
         groups=[row[group] for row in rows] if group else groups,
         split_of=[row["split"] for row in rows] if spec.split_source == "csv" else None,
     )
-
-
-def label_matrix(labels: np.ndarray) -> np.ndarray | None:
-    """Cells as whole numbers or floats; None where one is something else."""
-    for kind in (np.int64, np.float64):
-        try:
-            return labels.astype(kind)
-        except (ValueError, OverflowError):
-            continue
-    return None
-
-
-def resolve_subtask(spec: PrecomputedData, collections: list[Collection]) -> str:
-    """Kind of target: as given, as the file says, or as the labels look.
-
-    Raises:
-        UserError: files that contradict each other, or whole numbers in columns, which may be
-        classes or targets.
-    """
-    if spec.subtask is not None:
-        return spec.subtask
-    said = {c.subtask: c.where for c in collections if c.subtask is not None}
-    if len(said) > 1:
-        listed = ", ".join(f"{where} {subtask}" for subtask, where in said.items())
-        raise UserError(f"feature files of different subtasks: {listed}; set data.subtask")
-    if said:
-        return next(iter(said))
-    labels = [c.labels for c in collections]
-    if all(label.ndim == 1 and label.dtype.kind in "iuUOb" for label in labels):
-        return "multiclass"
-    if all(label.ndim == 2 and np.isin(label, (0, 1)).all() for label in labels):
-        return "multilabel"
-    for c in collections:
-        if c.labels.ndim == 2 and c.labels.dtype.kind in "iu":
-            raise UserError(
-                f"{c.where}: labels of shape {c.labels.shape} are whole numbers; store classes as"
-                ' (N,), or set data.subtask = "regression"'
-            )
-    return "regression"
-
-
-def resolve_names(
-    spec: PrecomputedData, collections: list[Collection], subtask: str
-) -> tuple[str, ...]:
-    """Names of the classes or targets; a given number is checked.
-
-    Raises:
-        UserError: data.num_classes does not fit, or the files name different classes.
-    """
-    stored = {c.class_names: c.where for c in collections if c.class_names}
-    if len(stored) > 1:
-        listed = "; ".join(f"{where}: {', '.join(names[:20])}" for names, where in stored.items())
-        raise UserError(
-            f"feature files of different class_names ({listed}), so that a number would"
-            " mean two classes; write the same list and labels to all of them"
-        )
-    names = spec.class_names or next(iter(stored), None)
-    labels = [c.labels for c in collections]
-    if names is None and subtask != "multiclass":
-        count = 1 if labels[0].ndim == 1 else labels[0].shape[1]
-        names = ("target",) if count == 1 else tuple(f"target_{i}" for i in range(count))
-    elif names is None and labels[0].dtype.kind in "iub":
-        largest = max(int(label.max()) for label in labels)
-        names = tuple(str(i) for i in range(max(largest + 1, spec.num_classes or 0)))
-    elif names is None:
-        names = tuple(sorted({str(entry) for label in labels for entry in label}))
-    if spec.num_classes is not None and spec.num_classes != len(names):
-        raise UserError(
-            f"data.num_classes = {spec.num_classes}, but the labels of {collections[0].where} have"
-            f" {len(names)} classes ({', '.join(names[:20])}); set num_classes = {len(names)} or"
-            " leave it out"
-        )
-    return names
-
-
-def encode(collection: Collection, subtask: str, names: tuple[str, ...]) -> np.ndarray:
-    """Labels as targets: (N,) int64, or (N, K) float32.
-
-    Raises:
-        UserError: a label that is no class, a number that is none.
-    """
-    labels, where = collection.labels, collection.where
-    if subtask != "multiclass":
-        return encode_numbers(collection, subtask, names)
-    if labels.ndim != 1:
-        raise UserError(f"{where}: labels of shape {labels.shape} are not one class a sample")
-    if labels.dtype.kind in "iub":
-        values = labels.astype(np.int64)
-        bad = np.flatnonzero((values < 0) | (values >= len(names)))
-        known = f"0 to {len(names) - 1}"
-    else:
-        index = {name: i for i, name in enumerate(names)}
-        values = np.array([index.get(str(entry), -1) for entry in labels], np.int64)
-        bad = np.flatnonzero(values < 0)
-        known = ", ".join(names[:20])
-    if len(bad):
-        raise UserError(
-            f"{where}: label {labels[bad[0]]!s} of sample {collection.ids[bad[0]]} is no class"
-            f" ({len(bad)} samples); classes are {known}"
-        )
-    return values
-
-
-def encode_numbers(collection: Collection, subtask: str, names: tuple[str, ...]) -> np.ndarray:
-    """Multilabel or regression targets (N, K) float32."""
-    labels, where = collection.labels, collection.where
-    if labels.dtype.kind not in "iubf":
-        raise UserError(f"{where}: labels of a {subtask} must be numbers, found {labels.flat[0]!s}")
-    with np.errstate(over="ignore"):  # becomes infinity, which is refused
-        values = labels.reshape(len(labels), -1).astype(np.float32)
-    if values.shape[1] != len(names):
-        raise UserError(
-            f"{where}: labels have {values.shape[1]} columns, but {len(names)} names"
-            f" ({', '.join(names[:20])})"
-        )
-    bad = np.flatnonzero(~np.isfinite(values).all(1))
-    if len(bad):
-        raise UserError(
-            f"{where}: labels of {len(bad)} samples are NaN or beyond float32 (first sample"
-            f" {collection.ids[bad[0]]}); correct them or leave the samples out"
-        )
-    if subtask == "multilabel" and not np.isin(values, (0, 1)).all():
-        raise UserError(f"{where}: multilabel labels are 0 or 1")
-    return values
 
 
 # ------------------------------------------------------------------------------ the data set
@@ -279,9 +160,8 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
     opened = {file: open_collection(spec, file, table) for file in dict.fromkeys(files.values())}
     collections = list(opened.values())
     refuse_mixture(collections)
-    subtask = resolve_subtask(spec, collections)
-    names = resolve_names(spec, collections, subtask)
-    targets = {file: encode(whole, subtask, names) for file, whole in opened.items()}
+    subtask, names, encoded = encode_labels(spec, collections, of_table=table is not None)
+    targets = dict(zip(opened, encoded, strict=True))
     if spec.split_source == "files":
         rows = {name: np.arange(len(opened[file].ids)) for name, file in files.items()}
     else:
@@ -302,9 +182,34 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
         report=[
             *unused(spec, table, collections, splits),
             *shared_ids({name: splits[name] for name in splits if opened[files[name]].named}),
-            *untrained(splits, names, subtask),
+            *(untrained(splits["train"].targets, names, subtask) if "train" in splits else []),
         ],
     )
+
+
+def encode_labels(
+    spec: PrecomputedData, collections: list[Collection], *, of_table: bool
+) -> Encoded:
+    """Targets of all collections.
+
+    Raises:
+        UserError: see data_labels.encode.
+    """
+    values = [collection.labels for collection in collections]
+    columns = label_columns(spec) if of_table else ()
+    if of_table:
+        values = cells_as_stored(values)
+    rules = LabelRules(
+        spec.subtask,
+        spec.class_names,
+        spec.num_classes,
+        columns if len(columns) > 1 else None,
+    )
+    labels = [
+        Labels(found, whole.ids, whole.where, whole.subtask, whole.class_names)
+        for whole, found in zip(collections, values, strict=True)
+    ]
+    return encode(labels, rules)
 
 
 def make_split(collection: Collection, targets: np.ndarray, rows: np.ndarray) -> Split:
@@ -346,8 +251,8 @@ def refuse_mixture(collections: list[Collection]) -> None:
         ("kinds", kinds, "use one kind for all"),
     ):
         if len(set(values.values())) > 1:
-            listed = ", ".join(f"{where} {value}" for where, value in values.items())
-            raise UserError(f"feature files of different {what}: {listed}; {advice}")
+            each = ", ".join(f"{where} {value}" for where, value in values.items())
+            raise UserError(f"feature files of different {what}: {each}; {advice}")
 
 
 def open_collection(
@@ -467,7 +372,7 @@ def split_rows(
 ) -> dict[str, np.ndarray]:
     """Rows of the splits of one collection."""
     if spec.split_source == "kfold":
-        labels = strata(targets, subtask) if spec.stratified else np.zeros(len(targets), np.int64)
+        labels = strata(targets, subtask, kept=spec.stratified)
         groups = None if whole.groups is None else np.array(whole.groups)
         fold_of = folds(labels, spec.n_folds, seed=seed, groups=groups)
         return fold_splits(fold_of, spec.fold, spec.n_folds)
@@ -561,18 +466,6 @@ def unused(
     if left > 0 and spec.split_source != "files":
         lines.append(f"{left} samples of {collections[0].where} are in no split: not used")
     return lines
-
-
-def untrained(splits: dict[str, Split], names: tuple[str, ...], subtask: str) -> list[str]:
-    """A line about classes that other splits have and train lacks."""
-    if subtask != "multiclass" or "train" not in splits:
-        return []
-    others = [split.targets for name, split in splits.items() if name != "train"]
-    found = np.unique(np.concatenate([np.empty(0, np.int64), *others]))
-    absent = [names[number] for number in np.setdiff1d(found, splits["train"].targets)]
-    if not absent:
-        return []
-    return [f"{len(absent)} classes have no train sample: {', '.join(absent[:10])}"]
 
 
 def shared_ids(splits: dict[str, Split]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from glovita_lib.data import Data, Split, read_data_set, refuse_fold
-from glovita_lib.data_labels import LabelRules, encode, is_missing
+from glovita_lib.data_labels import LabelRules, Labels, encode, is_missing, untrained
 from glovita_lib.data_splits import (
     FOLDS,
     duplicate_notes,
@@ -19,11 +19,10 @@ from glovita_lib.data_splits import (
     folds,
     read_splits,
     refuse_shared_groups,
-    some_of,
     strata,
 )
 from glovita_lib.dist import hash_seed
-from glovita_lib.errors import UserError, meant, nearest_word
+from glovita_lib.errors import UserError, listed, meant, nearest_word
 from glovita_lib.files import FILE_THREADS, read_csv, read_json_table
 from glovita_lib.read_image import FileSource, Header, read_headers
 from glovita_lib.spec_data import GenericImageData
@@ -264,13 +263,19 @@ def _(spec: GenericImageData, *, seed: int) -> Data:
     kept = usable_labels(spec, images, table, members, subtask, problems)
     problems.settle(report)
     ids = [identity for identity in unique(members) if identity in kept]
-    targets, class_names = encode([kept[i].label for i in ids], ids, rules_of(spec, subtask))
+    labels = Labels([kept[i].label for i in ids], ids)
+    _, class_names, (targets,) = encode([labels], rules_of(spec, subtask))
     samples = ImageTable(ids, targets, [kept[i].header for i in ids], groups_of(spec, table, ids))
     rows = table_rows(spec, members, samples, subtask, seed)
     if samples.groups is not None:
         refuse_shared_groups(ids, samples.groups, rows)
     report += duplicate_notes([images.path(i) for i in ids], ids, targets, rows)
-    report += data_notes(samples, rows["train"], subtask, class_names)
+    stacks = [i for i in ids if kept[i].header.pages > 1]
+    if stacks:
+        report.append(
+            f"{len(stacks)} TIFF files have several pages, the first is read: {listed(stacks)}"
+        )
+    report += untrained(targets[rows["train"]], class_names, subtask)
     return Data(
         name="generic_image_dataset",
         splits={name: images_split(spec, images, samples, rows[name]) for name in rows},
@@ -395,21 +400,21 @@ def images_of(
         return {ALL: images.ids if table is None else list(table.labels)}
     if spec.split_source == "splits_json":
         path = Path(spec.data_root_dir) / spec.split_file
-        listed = read_splits(path, spec.fold)
+        entries = read_splits(path, spec.fold)
         where = str(path)
     elif spec.split_source == "column":
-        listed, where = {}, f"column {spec.split_column}"
+        entries, where = {}, f"column {spec.split_column}"
         for identity, name in table.splits.items():
-            listed.setdefault(name, []).append(identity)
+            entries.setdefault(name, []).append(identity)
     else:
-        listed, where = by_first_folder(images), str(images.folder)
+        entries, where = by_first_folder(images), str(images.folder)
     members = {}
-    for split, name in split_names(spec, listed, where).items():
-        found = {entry: images.find(entry) for entry in listed[name]}
+    for split, name in split_names(spec, entries, where).items():
+        found = {entry: images.find(entry) for entry in entries[name]}
         for entry in [entry for entry, identity in found.items() if identity is None]:
             problems.add(entry, f"no such file (in split {name})", images.hint)
         members[split] = [identity for identity in found.values() if identity is not None]
-        again = len(listed[name]) - len(set(members[split])) - list(found.values()).count(None)
+        again = len(entries[name]) - len(set(members[split])) - list(found.values()).count(None)
         if again > 0:
             report.append(f"{again} entries of split {name} name an image again: used once")
         members[split] = list(dict.fromkeys(members[split]))
@@ -419,15 +424,15 @@ def images_of(
 
 def by_first_folder(images: ImageFolder) -> dict[str, list[str]]:
     """Ids by the first folder of their path."""
-    listed: dict[str, list[str]] = {}
+    entries: dict[str, list[str]] = {}
     for identity in images.ids:
         first, _, rest = identity.partition("/")
         if rest:
-            listed.setdefault(first, []).append(identity)
-    return listed
+            entries.setdefault(first, []).append(identity)
+    return entries
 
 
-def split_names(spec: GenericImageData, listed: Iterable[str], where: str) -> dict[str, str]:
+def split_names(spec: GenericImageData, entries: Iterable[str], where: str) -> dict[str, str]:
     """What the data set calls each split that is there.
 
     Raises:
@@ -440,14 +445,14 @@ def split_names(spec: GenericImageData, listed: Iterable[str], where: str) -> di
     }
     default_test = type(spec)().test_split_name
     for split, name in list(names.items()):
-        if name in listed:
+        if name in entries:
             continue
         if split == "test" and name == default_test:
             del names[split]
             continue
-        known = ", ".join(listed) or "none"
+        known = ", ".join(entries) or "none"
         raise UserError(
-            f'{where}: no split "{name}"{meant(name, list(listed))}; splits there: {known};'
+            f'{where}: no split "{name}"{meant(name, list(entries))}; splits there: {known};'
             f" set data.{split}_split_name"
         )
     return names
@@ -558,25 +563,6 @@ def images_split(
         ),
         groups=None if samples.groups is None else [samples.groups[row] for row in rows],
     )
-
-
-def data_notes(
-    samples: ImageTable, train: np.ndarray, subtask: str, class_names: tuple[str, ...]
-) -> list[str]:
-    """Lines on stacks and on classes without a training sample."""
-    lines = []
-    stacks = [i for i, h in zip(samples.ids, samples.headers, strict=True) if h.pages > 1]
-    if stacks:
-        lines.append(
-            f"{len(stacks)} TIFF files have several pages, the first is read: {some_of(stacks)}"
-        )
-    if subtask != "regression":
-        targets = samples.targets[train]
-        one_hot = np.eye(len(class_names))[targets] if targets.ndim == 1 else targets
-        absent = [n for n, any_ in zip(class_names, one_hot.any(0), strict=True) if not any_]
-        if absent:
-            lines.append(f"classes without a training sample: {some_of(absent)}")
-    return lines
 
 
 # -------------------------------------------------------------------------------- new images

@@ -47,6 +47,20 @@ def meant(word: str, words: list[str]) -> str:
     return f'; did you mean "{near}"?' if near and near != word else ""
 
 
+# ---------------------------------------------------------------------------------- long lists
+
+
+def listed(names: Iterable[object], most: int = 10, mark: str = ", ") -> str:
+    """The first names, and how many more there are.
+
+    >>> listed("abcde", 3)
+    'a, b, c and 2 more'
+    """
+    words = [str(name) for name in names]
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return mark.join(words[:most]) + more
+
+
 # ----------------------------------------------------------------- functions named in a spec
 #
 # Other people's code: functions named in the spec as "package.module:function", and what their

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from glovita_lib import dist
 from glovita_lib.data import Data, Images, Split, skipped, subset
-from glovita_lib.data_features import encode, keys, read_collection, resolve_names, resolve_subtask
+from glovita_lib.data_features import encode_labels, keys, read_collection
 from glovita_lib.data_splits import strata
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import read_data
@@ -232,9 +232,8 @@ def open_input(path: Path, data: Spec) -> Data:
     collection = read_collection(path, names, labelled=False)
     targets, subtask, names = None, "multiclass", ()
     if collection.labels is not None:
-        subtask = resolve_subtask(PrecomputedData(), [collection])
-        names = resolve_names(PrecomputedData(), [collection], subtask)
-        targets = encode(collection, subtask, names)
+        found = encode_labels(PrecomputedData(), [collection], of_table=False)
+        subtask, names, (targets,) = found
     source = collection.source(np.arange(len(collection.ids)))
     split = Split(ids=collection.ids, targets=targets, source=source)
     return Data(str(path), {"": split}, subtask, names, channels=collection.width, bit_depth=16)

@@ -6,13 +6,22 @@ import numpy as np
 import pytest
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from glovita_lib.data_labels import LabelRules, encode, is_missing
+from glovita_lib.data_labels import (
+    LabelRules,
+    Labels,
+    cells_as_stored,
+    encode,
+    is_missing,
+    untrained,
+)
 from glovita_lib.errors import UserError
 
 
 def encoded(labels, subtask="multiclass", *, names=None, classes=None, columns=None, mark="|"):
     ids = [f"{number}.png" for number in range(len(labels))]
-    return encode(labels, ids, LabelRules(subtask, names, classes, columns, mark))
+    rules = LabelRules(subtask, names, classes, columns, mark)
+    _, found, (targets,) = encode([Labels(labels, ids)], rules)
+    return targets, found
 
 
 @pytest.mark.parametrize(
@@ -83,7 +92,7 @@ def test_multilabel_names_as_scikit_learn_encodes_them():
     assert found.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]] and names == ("cow", "dog", "cat")
     with pytest.raises(UserError, match='"bird" .1.png'):
         encoded(["dog", "bird"], "multilabel", names=("cow", "dog"))
-    with pytest.raises(UserError, match="no image has a label"):
+    with pytest.raises(UserError, match="no sample has a label: give"):
         encoded(["", ""], "multilabel")
 
 
@@ -121,12 +130,12 @@ def test_regression():
     assert encoded([[1, 2]], "regression", names=("x", "y"))[1] == ("x", "y")
     found, names = encoded([("1", "2")], "regression", columns=("x", "y"), names=("y", "x"))
     assert found.tolist() == [[2, 1]] and names == ("y", "x")
-    for wrong in ("high", "nan", "inf", [], None, {"a": 1}):
+    for wrong in ("high", "nan", "inf", [], None, {"a": 1}, 1e39, "1e39", 10**400):
         with pytest.raises(UserError, match="a finite number.*wrong: 1.png"):
             encoded([1, wrong], "regression")
-    with pytest.raises(UserError, match="1 or 2 regression targets"):
+    with pytest.raises(UserError, match="samples have 1 or 2 regression targets"):
         encoded([1, [1, 2]], "regression")
-    with pytest.raises(UserError, match="has 1 names .x., the labels 2 numbers"):
+    with pytest.raises(UserError, match="the labels have 2 columns, but there are 1 names .x."):
         encoded([[1, 2]], "regression", names=("x",))
     with pytest.raises(UserError, match="num_classes = 2, but the data have 1 targets"):
         encoded([1], "regression", classes=2)
@@ -138,3 +147,79 @@ def test_what_is_no_label():
     assert not is_missing("", "multilabel")  # none of the classes
     assert is_missing(None, "multilabel") and is_missing(("1", ""), "multilabel")
     assert not is_missing(0, "multiclass") and not is_missing([], "multilabel")
+
+
+# ---------------------------------------------------------------------- several files
+
+
+def several(*values, subtask=None, names=None, classes=None, columns=None, stated=None):
+    """Subtask, names and targets of the labels of several files, a.h5, b.h5, ..."""
+    stated = stated or [(None, None)] * len(values)
+    files = [
+        Labels(labels, [f"s{i}" for i in range(len(labels))], f"{letter}.h5", *said)
+        for letter, labels, said in zip("abc", values, stated, strict=False)
+    ]
+    found, names, targets = encode(files, LabelRules(subtask, names, classes, columns))
+    return found, names, [part.tolist() for part in targets]
+
+
+def test_the_kind_of_labels_is_decided_over_all_files():
+    """A class that only one file has does not make indices of the names of another."""
+    words, numbers = np.array(["1", "3", "normal"]), np.array([1, 3])
+    names = ("1", "3", "normal")
+    assert several(words, numbers) == ("multiclass", names, [[0, 1, 2], [0, 1]])
+    tables = cells_as_stored([words[:, None], np.array([["3"], ["1"]])])
+    assert several(*tables) == ("multiclass", names, [[0, 1, 2], [1, 0]])
+    tables = cells_as_stored([np.array([["0", "2"]]), np.array([["1", "0.5"]])])
+    assert several(*tables) == ("regression", ("target_0", "target_1"), [[[0, 2]], [[1, 0.5]]])
+
+
+def test_whole_numbers_of_arrays_are_indices():
+    first, second = np.array([0, 4], np.uint8), np.array([1])
+    assert several(first, second) == ("multiclass", tuple("01234"), [[0, 4], [1]])
+    assert several(first, second, classes=6)[1] == tuple("012345")
+    assert several(np.array([True, False]))[1:] == (("0", "1"), [[1, 0]])
+    named = several(second, names=("5", "1"))  # of a name that is a number too
+    assert named == ("multiclass", ("5", "1"), [[1]])
+    with pytest.raises(UserError, match=r'^b.h5: label not in class list: "7" \(s1\); data.class'):
+        several(first[:1], np.array([0, 7]), names=("x", "y"))
+    with pytest.raises(UserError, match="a.h5: several labels for one sample"):
+        several(np.eye(2), subtask="multiclass")
+
+
+def test_kinds_of_arrays():
+    floats, hot = np.array([0.5, 1]), np.eye(2, dtype=np.float32)
+    assert several(floats) == ("regression", ("target",), [[[0.5], [1]]])
+    assert several(hot, hot[:1])[0] == "multilabel"
+    assert several(hot, hot + 1)[0] == "regression"
+    assert several(hot, columns=("a", "b"), names=("b", "a"))[1:] == (
+        ("b", "a"),
+        [[[0, 1], [1, 0]]],
+    )
+    with pytest.raises(UserError, match=r"b.h5: .*\(2, 2\) are whole numbers; store classes as"):
+        several(hot, np.array([[1, 2], [3, 4]]))
+    with pytest.raises(UserError, match="b.h5: every multilabel label must be 0 or 1; wrong: s0"):
+        several(hot, hot * np.float32(0.5), subtask="multilabel")
+    with pytest.raises(UserError, match="a.h5: the label of a regression .*; wrong: s1"):
+        several(np.array([1, np.nan]))
+    with pytest.raises(UserError, match="b.h5: the labels have 1 columns, but there are 2 names"):
+        several(np.eye(2) / 2, floats)
+
+
+def test_what_files_state():
+    a, b = np.array([0, 1]), np.array([1, 1])
+    names = ("cat", "dog")
+    assert several(a, b, stated=[("multiclass", names), (None, names)])[1] == names
+    assert several(a, b, names=("x", "y"), stated=[(None, names), (None, None)])[1] == ("x", "y")
+    assert several(a, stated=[("regression", None)])[0] == "regression"
+    with pytest.raises(UserError, match="different subtasks: a.h5 multiclass, b.h5 regression"):
+        several(a, b, stated=[("multiclass", None), ("regression", None)])
+    with pytest.raises(UserError, match=r"class_names \(a.h5: cat, dog; b.h5: dog, cat\)"):
+        several(a, b, stated=[(None, names), (None, names[::-1])])
+
+
+def test_classes_without_a_training_sample():
+    line = ["classes without a training sample: a, c"]
+    assert untrained(np.array([1, 1]), ("a", "b", "c"), "multiclass") == line
+    assert untrained(np.array([[0, 1, 0], [0, 0, 0]]), ("a", "b", "c"), "multilabel") == line
+    assert untrained(np.zeros((2, 3)), ("a", "b", "c"), "regression") == []
