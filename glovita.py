@@ -16,6 +16,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         help="change keys of the spec: TOML or a bare string; none unsets")  # fmt: skip
     add("--check", action="store_true", help="only check the specs, all errors at once")
     add("--compare", action="store_true", help="table of the finished runs of several specs")
+    add("--print", action="store_true", help="print the spec with all its defaults as TOML")
     add("--dry-run", action="store_true", help="one batch through everything; writes no run")
     add("--schema", action="store_true", help="print the JSON schema of a spec")
     add("--explain", metavar="KEY", help="print what a key or section accepts")
@@ -51,6 +52,9 @@ def main(argv: list[str]) -> int:
         if asked.check:
             return check_files(asked.specs, asked.override)
         loaded, *others = [load_checked(path, asked.override) for path in asked.specs]
+        if asked.print:
+            print(import_module("glovita_lib.spec_help").spec_text(loaded))
+            return 0
         if asked.compare:
             print(import_module("glovita_lib.results").compare_runs([loaded, *others]))
             return 0

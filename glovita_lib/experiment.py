@@ -1,5 +1,6 @@
 """What a spec becomes, the same way in every mode: data, facts, model, objective, loaders."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from pathlib import Path
@@ -30,6 +31,7 @@ from glovita_lib.objectives import Objective, Predictions, build_objective, gath
 from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
 from glovita_lib.read_features import VectorSource
 from glovita_lib.resolved import Resolved, resolve_run
+from glovita_lib.spec import expand, with_paths
 from glovita_lib.spec_data import PrecomputedData
 from glovita_lib.spec_model import (
     AbmilHead,
@@ -275,7 +277,7 @@ def with_base_of(own: Root, root: Root) -> Root:
     here, there = (msgspec.to_builtins(spec.model.encoder) for spec in (root, own))
     same = all(here.get(key) == there.get(key) for key in ("encoder_type", "type"))
     if not (same and here.get("weights") and there.get("weights")):
-        return own
+        return replace(own, model=with_paths(own.model))
     encoder = replace(own.model.encoder, weights=here["weights"])
     return replace(own, model=replace(own.model, encoder=encoder))
 
@@ -292,6 +294,7 @@ def merged_base(root: Root, ranks: dist.Ranks) -> dict[str, torch.Tensor] | None
         return None
     adapter, path = read_adapter(weights), Path(weights)
     own, resolved = spec_of(adapter.run, path), resolved_of(adapter.run, path)
+    own = replace(own, model=with_paths(own.model))
     base = msgspec.to_builtins(own.model.encoder).get("weights")
     if base is not None and Path(base).resolve() == path.resolve():
         raise UserError(f"{path} has replaced the very file that it is to be laid over")
@@ -314,6 +317,8 @@ def split_notes(own: Root, root: Root) -> list[str]:
     if root.mode not in ("infer", "extract") or (root.mode == "infer" and root.infer.input):
         return []
     ours, theirs = msgspec.to_builtins(root.data), msgspec.to_builtins(own.data)
+    with suppress(UserError):  # of a checkpoint: as it was written
+        theirs["data_root_dir"] = expand(theirs["data_root_dir"])
     if any(ours[key] != theirs.get(key) for key in ("dataset", "data_root_dir")):
         return []
     split = root.extract.split if root.mode == "extract" else root.infer.split or "test"

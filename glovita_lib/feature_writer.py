@@ -197,11 +197,13 @@ def recipe_of_features(
 ) -> dict[str, Any]:
     """What determines the features of the samples."""
     experiment = extractor.experiment
+    encoder = msgspec.to_builtins(experiment.root.model.encoder)
+    encoder.pop("weights", None)  # a path; the sum of the weights says what they are
     return {
         "dataset": data.name,
         "split": name,
         **extractor.attributes(),
-        "encoder_spec": json.dumps(msgspec.to_builtins(experiment.root.model.encoder)),
+        "encoder_spec": json.dumps(encoder),
         "peft_spec": json.dumps(msgspec.to_builtins(experiment.root.peft)),
         "weights_sha256": extractor.weights_sha256,
         "transform": json.dumps(msgspec.to_builtins(experiment.resolved.augmentation)),

@@ -337,7 +337,7 @@ def probe(loaded: Loaded, ranks: dist.Ranks) -> None:
     if decision != "finished":
         data, samples = read(loaded)
         with run.opened(ranks, overwrite=decision == "overwrite"):
-            files.write_text(run.spec, dump(root))
+            files.write_text(run.spec, dump(loaded.as_written))
             files.write_json(run.config, loaded.plain)
             run.note_start(runtime_info(ranks, seed=root.seed))
             device = with_float64(ranks.device)

@@ -146,7 +146,7 @@ def train(loaded: Loaded, ranks: dist.Ranks) -> None:
         introduce(run, experiment, data)
     with run.opened(ranks, overwrite=decision == "overwrite"):
         learn(run, loaded, experiment, data, resume=decision == "resume")
-        finish(run, experiment, data)
+        finish(run, loaded, experiment, data)
     conclude(run, ranks, "is finished")
 
 
@@ -247,7 +247,7 @@ def prepare(
     """The files that describe a run; of a run that goes on, the state its checkpoint knows."""
     if saved is None:
         resolved = experiment.resolved
-        files.write_text(run.spec, dump(as_of(run, experiment.root)))
+        files.write_text(run.spec, dump(as_of(run, loaded.as_written)))
         table = {share.part: share.counts() for share in parameter_table(experiment.model)}
         resolved = {**msgspec.to_builtins(resolved), "parameters": table}
         files.write_json(run.resolved_config, resolved)
@@ -279,7 +279,7 @@ def mend_links(run: RunDir, state: dict[str, Any], training: Training) -> None:
 # ---------------------------------------------------------------------- results
 
 
-def finish(run: RunDir, experiment: Experiment, data: Data) -> None:
+def finish(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data) -> None:
     """Evaluate the best model on the whole of the held-out splits and write the results."""
     task, ranks = experiment.root.task, experiment.ranks
     dist.barrier(ranks)  # until the first rank has written the last epoch
@@ -287,7 +287,7 @@ def finish(run: RunDir, experiment: Experiment, data: Data) -> None:
     checkpoint.load_model(experiment.model, trained_weights(best), run.best)
     if ranks.is_main and not isinstance(experiment.root.peft, FullFinetuning):
         file = run.checkpoints / "adapter.safetensors"
-        save_adapter(file, experiment.model, run=description(experiment))
+        save_adapter(file, experiment.model, run=description(loaded, experiment))
     for name, split in data.splits.items():
         if not len(split) or (name == "train" and task.result_plot != "all"):
             continue
@@ -303,11 +303,10 @@ def finish(run: RunDir, experiment: Experiment, data: Data) -> None:
     dist.barrier(ranks)
 
 
-def description(experiment: Experiment) -> dict[str, Any]:
+def description(loaded: Loaded, experiment: Experiment) -> dict[str, Any]:
     """What `restore` needs of a run beside its tensors, the same wherever it is run."""
-    sections = msgspec.to_builtins(experiment.root)
     kept = ("seed", "data", "model", "peft", "task", "training")
-    spec = {name: sections[name] for name in kept}
+    spec = {name: loaded.plain[name] for name in kept}
     return {"spec": spec, "resolved": msgspec.to_builtins(experiment.resolved)}
 
 

@@ -203,7 +203,7 @@ def locate(loaded: Loaded) -> RunDir:
     if group != os.path.basename(group) or group in ("", ".", ".."):
         raise UserError(f'name = "{group}" is not the name of a folder: leave out / and ..')
     data = loaded.plain["data"]
-    return RunDir(Path(loaded.plain["exp_dir"]) / data["dataset"] / group / str(data["fold"]))
+    return RunDir(Path(loaded.root.exp_dir) / data["dataset"] / group / str(data["fold"]))
 
 
 def decide(wanted: RunDir, loaded: Loaded) -> tuple[RunDir, Decision]:

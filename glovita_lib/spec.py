@@ -1,6 +1,7 @@
 """Specs: loading TOML files with `extends` and overrides, and writing them back."""
 
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -265,7 +266,10 @@ class Loaded:
     """A spec as it was asked for and as it was understood."""
 
     root: Any
-    """The root Struct, all sections filled in."""
+    """The root Struct, all sections filled in, ~ and $VAR expanded in its paths."""
+    as_written: Any
+    """The same with its paths as they were given: what is kept of a run, and compared with it, so
+    that a run may move between machines whose folders differ."""
     path: str
     """The file, as it was given."""
     overrides: tuple[str, ...]
@@ -273,7 +277,9 @@ class Loaded:
     group: str
     """Name of the run's group directory."""
     plain: dict
-    """The root as builtin types, defaults filled in."""
+    """`as_written` as builtin types."""
+    origins: Origins
+    """Which file, or OVERRIDE, each key comes from; the others are defaults."""
 
 
 def load_spec(path: str | os.PathLike, overrides: Sequence[str], root_type: type[Spec]) -> Loaded:
@@ -289,14 +295,77 @@ def load_spec(path: str | os.PathLike, overrides: Sequence[str], root_type: type
     tables = extended(path, merge, problems, ())
     tables, keys, mistakes = override(tables, overrides, merge)
     problems += [f"{path}: {mistake}" for mistake in mistakes]
-    root, found = spec_errors.convert_tables(tables, root_type, kind)
+    as_written, found = spec_errors.convert_tables(tables, root_type, kind)
+    root = None if found else expanded(as_written, kind, (), found)
     for key, text in found:
         place = f"{spec_errors.dotted(key)}: " if key else ""
         problems.append(f"{located(merge.origins.of(key), path)}{place}{text}")
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    plain = to_plain(root)
-    return Loaded(root, path, tuple(overrides), group_name(path, plain, keys), plain)
+    plain = to_plain(as_written)
+    group = group_name(path, plain, keys)
+    return Loaded(root, as_written, path, tuple(overrides), group, plain, merge.origins)
+
+
+VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{([^}]*)\})")
+
+
+def expand(text: str) -> str:
+    """A path with ~ (at its start), $VAR and ${VAR} filled in; $$ stands for a dollar sign.
+
+    Raises:
+        UserError: no such user, or a variable that is not set.
+    """
+
+    def value(found: re.Match) -> str:
+        dollar, bare, braced = found.groups()
+        name = bare or braced
+        if dollar or name in os.environ:
+            return dollar or os.environ[name]
+        raise UserError(
+            f"{spec_errors.shown(text)} needs the environment variable {name}, which is not set:"
+            f" export {name}=..., or write the path out"
+        )
+
+    home = os.path.expanduser(text)
+    if text.startswith("~") and home == text:
+        raise UserError(f"{spec_errors.shown(text)}: there is no such home folder; write it out")
+    return VARIABLE.sub(value, home)
+
+
+def with_paths(struct: Any) -> Any:
+    """A section that a file kept as it was written, with every path in it expanded.
+
+    Raises:
+        UserError: one line for each path that cannot be.
+    """
+    problems: list[tuple[Path, str]] = []
+    found = expanded(struct, kinds.type_info(type(struct)), (), problems)
+    if problems:
+        raise UserError("\n".join(f"{spec_errors.dotted(key)}: {text}" for key, text in problems))
+    return found
+
+
+def expanded(value: Any, kind: Type, path: Path, problems: list[tuple[Path, str]]) -> Any:
+    """A Struct, or a value of it, with every path expanded; what cannot be is a problem of its
+    key."""
+    if isinstance(value, msgspec.Struct):
+        member = next(m for m in spec_errors.structs(kind) if m.cls is type(value))
+        changes = {}
+        for field in member.fields:
+            old = getattr(value, field.name)
+            new = expanded(old, field.type, (*path, field.name), problems)
+            changes |= {} if new is old else {field.name: new}
+        return msgspec.structs.replace(value, **changes) if changes else value
+    item = spec_errors.item_type(kind) if isinstance(value, tuple) else None
+    if item is not None and spec_errors.is_path(item):
+        return tuple(expanded(v, item, (*path, f"[{i}]"), problems) for i, v in enumerate(value))
+    if isinstance(value, str) and spec_errors.is_path(kind):
+        try:
+            return expand(value)
+        except UserError as error:
+            problems.append((path, str(error)))
+    return value
 
 
 def located(origin: str | None, path: str) -> str:
@@ -342,7 +411,10 @@ def extended(path: str, merge: Merge, problems: list[str], chain: tuple[str, ...
     parent = tables.pop("extends", None)
     base = {}
     if isinstance(parent, str):
-        base_path = os.path.normpath(os.path.join(os.path.dirname(path), parent))
+        try:
+            base_path = os.path.normpath(os.path.join(os.path.dirname(path), expand(parent)))
+        except UserError as error:
+            raise UserError(f"{path}: extends: {error}") from None
         if not os.path.isfile(base_path):
             raise UserError(
                 f'{path}: extends: no such spec file: "{parent}" is looked for as {base_path}'
@@ -373,12 +445,17 @@ def dump(root: Spec) -> str:
 
     Every optional key has the default none, so that leaving it out says the same.
     """
-    from datetime import date, datetime, time  # TOML has them, JSON does not
-
     import tomli_w
 
-    plain = msgspec.to_builtins(root, builtin_types=(datetime, date, time))
-    return tomli_w.dumps(without_none(plain))
+    return tomli_w.dumps(without_none(toml_tables(root)))
+
+
+def toml_tables(root: Spec) -> dict:
+    """A spec as the builtin types of TOML, which has dates and times as JSON has not; unset keys
+    are None."""
+    from datetime import date, datetime, time
+
+    return msgspec.to_builtins(root, builtin_types=(datetime, date, time))
 
 
 def without_none(value: Any) -> Any:

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
-from glovita_lib.spec_errors import Count, Fraction, NonNegative, Positive, shown
+from glovita_lib.spec_errors import Count, Fraction, NonNegative, PathText, Positive, shown
 
 # ------------------------------------------------------------------------------ augmentation
 #
@@ -195,21 +195,21 @@ class PrecomputedData(Spec, tag="precomputed_features", tag_field="dataset"):
     """Features in HDF5 files: vectors (N, D), bags (B, L, D), or bags of any length (M, D) with
     bag_ptr or bag_lengths; or a folder with one file (h5, pt) a bag."""
 
-    data_root_dir: str = "."
+    data_root_dir: PathText = "."
     """Folder that the files below are relative to."""
-    train_features_file: str | None = None
+    train_features_file: PathText | None = None
     """Feature file of the train split."""
-    val_features_file: str | None = None
+    val_features_file: PathText | None = None
     """Feature file of the val split."""
-    test_features_file: str | None = None
+    test_features_file: PathText | None = None
     """Feature file of the test split."""
-    features_file: str | None = None
+    features_file: PathText | None = None
     """One feature file, or a folder of one-bag files, whose samples split_source distributes;
     instead of a file a split."""
     split_source: Literal["files", "kfold", "splits_json", "csv"] = "files"
     """Splits: one file each; folds drawn from the seed; ids listed in split_file; the column split
     of labels_file."""
-    split_file: str = "splits.json"
+    split_file: PathText = "splits.json"
     """JSON file {split: [id, ...]}, or a list of such objects, one a fold."""
     n_folds: Annotated[int, Meta(ge=3)] = 5
     """Folds of kfold; fold i is test, the next one val, the others train."""
@@ -219,7 +219,7 @@ class PrecomputedData(Spec, tag="precomputed_features", tag_field="dataset"):
     """Share of the train split that is used; val and test are never cut."""
     stratified: bool = True
     """Whether folds and data_fraction keep the class proportions."""
-    labels_file: str | None = None
+    labels_file: PathText | None = None
     """CSV file with a row a sample, instead of the labels in the feature file; samples without a
     row are not used."""
     id_column: str = "id"
@@ -271,7 +271,7 @@ class BaseData(Spec):
     default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")
     # train and test policy where the spec names none
 
-    data_root_dir: str = "data"
+    data_root_dir: PathText = "data"
     """Folder of the data set; relative paths start where the command runs."""
     data_fraction: Fraction = 1.0
     """Share of the train split that is used; val and test are never cut."""
@@ -330,17 +330,17 @@ class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset
     num_classes: Annotated[int, Meta(ge=1)] | None = None
     """Number of classes (regression: of targets); none counts them, a number is checked against the
     data."""
-    images_dir: str = "images"
+    images_dir: PathText = "images"
     """Folder of the images below data_root_dir."""
     split_source: Literal["splits_json", "subdirs", "column", "kfold"] = "splits_json"
     """Splits from split_file, from sub-folders of images_dir named like the splits, from
     split_column of the CSV file, or drawn as folds from the seed."""
     label_source: Literal["folder", "json", "csv"] = "json"
     """Labels from the class folder, a JSON object {path: label} or a CSV file."""
-    split_file: str = "splits.json"
+    split_file: PathText = "splits.json"
     """JSON file below data_root_dir: {split: [path, ...]}, or a list (or {"0": ...}) of such
     objects, one a fold. Paths are those of the files below images_dir, as the files are named."""
-    labels_file: str | None = None
+    labels_file: PathText | None = None
     """Label file below data_root_dir; none is labels.json or labels.csv, after label_source."""
     path_column: str = "path"
     """CSV column of the image's path below images_dir, as the file is named."""

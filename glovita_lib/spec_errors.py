@@ -13,6 +13,8 @@ from glovita_lib import errors
 from glovita_lib.errors import meant
 
 Fraction = Annotated[float, Meta(gt=0, le=1)]
+PathText = Annotated[str, Meta(extra={"path": True})]
+"""A file or folder; ~, $VAR and ${VAR} are filled in when a spec is loaded (see spec.expand)."""
 
 # --------------------------------------------------------------------------- bounded numbers
 
@@ -30,14 +32,17 @@ MOST_SHOWN = 60  # characters of an offered value in a message
 def options_of(kind: Type) -> tuple[Type, ...]:
     """The types that a union allows, without what is noted beside them; any other type allows
     itself."""
-    options = kind.types if isinstance(kind, kinds.UnionType) else (kind,)
-    return tuple(o.type if isinstance(o, kinds.Metadata) else o for o in options)
+    return tuple(o.type if isinstance(o, kinds.Metadata) else o for o in noted_options(kind))
+
+
+def noted_options(kind: Type) -> tuple[Type, ...]:
+    """The types that a union allows, each with what is noted beside it."""
+    return kind.types if isinstance(kind, kinds.UnionType) else (kind,)
 
 
 def extra_of(kind: Type) -> dict[str, Any]:
     """What is noted beside a field's type, with msgspec.Meta(extra=...)."""
-    options = kind.types if isinstance(kind, kinds.UnionType) else (kind,)
-    noted = (option.extra or {} for option in options if isinstance(option, kinds.Metadata))
+    noted = (o.extra or {} for o in noted_options(kind) if isinstance(o, kinds.Metadata))
     return {key: value for notes in noted for key, value in notes.items()}
 
 
@@ -118,10 +123,17 @@ def describe_type(kind: Type) -> str:
     parts = ["a table"] if tables else []
     if len(tables) > 1:
         parts = [f"a table with {tables[0].tag_field} = {one_of(t.tag for t in tables)}"]
-    for option in options_of(kind):
-        if not isinstance(option, StructType | kinds.NoneType):
-            parts.append(describe_plain(option))
+    for option in noted_options(kind):
+        if is_path(option):
+            parts.append("a path (a string; ~ and $VAR are filled in)")
+        elif not isinstance(option, StructType | kinds.NoneType):
+            parts.append(describe_plain(options_of(option)[0]))
     return " or ".join(parts)
+
+
+def is_path(kind: Type) -> bool:
+    """Whether strings of the type are paths."""
+    return bool(extra_of(kind).get("path"))
 
 
 def describe_plain(kind: Type) -> str:

@@ -1,4 +1,4 @@
-"""What a spec accepts: its JSON schema and `--explain`."""
+"""What a spec accepts: its JSON schema and `--explain`; what one says: `--print`."""
 
 import ast
 import json
@@ -14,7 +14,7 @@ from msgspec.inspect import Field, StructType, Type
 
 from glovita_lib import errors, spec_errors
 from glovita_lib.errors import UserError
-from glovita_lib.spec import with_lists
+from glovita_lib.spec import OVERRIDE, Loaded, toml_tables, with_lists
 from glovita_lib.spec_root import Root
 
 # -------------------------------------------------------------------------------- docstrings
@@ -76,6 +76,7 @@ def field_docs(struct: type) -> dict[str, str]:
 # Draft 7, which every TOML editor reads. A union is a table whose tag picks the one member that is
 # validated (if/then), so that a mistake is reported as that member's key and not as "matches none".
 
+PATHS = " ~, $VAR and ${VAR} are filled in."
 BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
@@ -108,7 +109,7 @@ class Schema:
             properties[member.tag_field] = {"const": member.tag}
         for field in member.fields:
             properties[field.name] = {
-                "description": docs[field.name],
+                "description": docs[field.name] + PATHS * spec_errors.is_path(field.type),
                 **self.value(field.type, spec_errors.default_of(field)),
             }
         required = [field.name for field in member.fields if field.required and not self.extending]
@@ -340,3 +341,62 @@ def indented(text: str, columns: int, further: int | None = None) -> str:
     """The text wrapped and indented, its further lines by more columns if given."""
     below = " " * (columns if further is None else further)
     return fill(text, WIDTH, initial_indent=" " * columns, subsequent_indent=below)
+
+
+# ----------------------------------------------------------------------------------- --print
+#
+# `--print`: a spec with all it extends, its overrides and every default, as TOML.
+
+
+def spec_text(loaded: Loaded) -> str:
+    """The spec as it was understood, as TOML that loads to the same; behind each key that its own
+    file does not give stands where the value comes from."""
+    title = f"# {loaded.path} with all defaults; it gives the keys that have no note itself."
+    tables = toml_tables(loaded.as_written)
+    del tables["extends"]  # what it names is in here
+    return "\n".join([title, *toml_lines(tables, (), loaded)])
+
+
+def toml_lines(table: dict, path: tuple[str, ...], loaded: Loaded) -> Iterator[str]:
+    """Lines of a table: its values, the keys that are unset, then the tables in it."""
+    below = {key: value for key, value in table.items() if isinstance(value, dict) and value}
+    if path and len(below) < len(table):
+        yield f"\n[{'.'.join(map(toml_key, path))}]"
+    for key, value in table.items():
+        if value is not None and key not in below:
+            note = note_of(loaded, (*path, key))
+            yield f"{toml_key(key)} = {toml_value(value)}{note and f'  # {note}'}"
+    if unset := [key for key, value in table.items() if value is None]:
+        text = f"unset: {', '.join(unset)}"
+        yield fill(text, WIDTH, initial_indent="# ", subsequent_indent="# ")
+    for key, value in below.items():
+        yield from toml_lines(value, (*path, key), loaded)
+
+
+def note_of(loaded: Loaded, path: tuple[str, ...]) -> str:
+    """Where a key comes from; empty for the spec's own file."""
+    origin = loaded.origins.get(path)
+    if origin is None:
+        return "default"
+    return {OVERRIDE: "override", loaded.path: ""}.get(origin, f"from {origin}")
+
+
+def toml_value(value: Any) -> str:
+    """A value on one line."""
+    import tomli_w
+
+    if isinstance(value, dict):
+        entries = ", ".join(
+            f"{toml_key(key)} = {toml_value(entry)}" for key, entry in value.items()
+        )
+        return f"{{ {entries} }}" if value else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
+
+
+def toml_key(key: str) -> str:
+    """A key, quoted where TOML wants that."""
+    import tomli_w
+
+    return tomli_w.dumps({key: 0}).removesuffix(" = 0\n")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
-from glovita_lib.spec_errors import Dropout
+from glovita_lib.spec_errors import Dropout, PathText
 
 # ------------------------------------------------------------------------------------- heads
 #
@@ -179,7 +179,7 @@ class TimmEncoder(Spec, tag="timm", tag_field="encoder_type"):
     """Model name; timm.list_models() has them all."""
     pretrained: bool = True
     """Whether the published weights are downloaded; weights takes a file instead."""
-    weights: str | None = None
+    weights: PathText | None = None
     """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then. An
     adapter.safetensors of a PEFT run stands for its base, which is needed too, with the change
     folded in."""
@@ -202,7 +202,7 @@ class TorchvisionEncoder(Spec, tag="torchvision", tag_field="encoder_type"):
     """Model name; torchvision.models.list_models() has them all."""
     pretrained: bool = True
     """Whether the published weights are downloaded; weights takes a file instead."""
-    weights: str | None = None
+    weights: PathText | None = None
     """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then. An
     adapter.safetensors of a PEFT run stands for its base, which is needed too, with the change
     folded in."""

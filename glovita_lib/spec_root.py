@@ -6,6 +6,7 @@ from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_data import Data, DigitsData
+from glovita_lib.spec_errors import PathText
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
 from glovita_lib.spec_train import (
@@ -33,9 +34,9 @@ class Root(Spec):
     experiment."""
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     """Seed of initial weights, sample order, augmentation and random splits."""
-    exp_dir: str = "experiments"
+    exp_dir: PathText = "experiments"
     """Folder of all runs."""
-    extends: str | None = None
+    extends: PathText | None = None
     """Spec file that this one changes, relative to this file."""
     data: Data = DigitsData()
     """Samples, labels and splits."""

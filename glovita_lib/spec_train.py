@@ -6,7 +6,7 @@ from msgspec import Meta
 
 from glovita_lib.metric_names import METRICS
 from glovita_lib.spec import Spec
-from glovita_lib.spec_errors import Count, NonNegative, Positive
+from glovita_lib.spec_errors import Count, NonNegative, PathText, Positive
 
 # ---------------------------------------------------------------------------------- learning
 #
@@ -209,7 +209,7 @@ Logger = WandbLogger | NoLogger
 class Infer(Spec):
     """What mode infer evaluates."""
 
-    checkpoint: str | tuple[str, ...] | None = None
+    checkpoint: PathText | tuple[PathText, ...] | None = None
     """Checkpoint file, or adapter.safetensors of a PEFT run, which is laid over its base; several
     make an ensemble (mean of probabilities, mean of regression outputs); none is the spec's own
     run."""
@@ -219,16 +219,16 @@ class Infer(Spec):
     """Which checkpoint of the spec's own run."""
     split: Literal["train", "val", "test"] | None = None
     """Split to evaluate; none is test, or val where there is no test."""
-    input: str | None = None
+    input: PathText | None = None
     """What to predict without labels, instead of a split: a folder of images or a CSV file with a
     path column; for a model of features a feature file, or a folder of one-bag files."""
     merge: bool = False
     """Whether the change that a PEFT method has learnt is folded into the base's weights first:
     the speed of the base, equal up to rounding."""
-    export: str | None = None
+    export: PathText | None = None
     """File (safetensors) to which the weights of the one checkpoint are written, merged where merge
     is set; another run starts from it by model.encoder.weights."""
-    output_dir: str | None = None
+    output_dir: PathText | None = None
     """Where predictions and metrics go; none is the folder infer below the run."""
     attention: bool = True
     """Whether heads with attention (clam, abmil, dsmil, transmil) write that of every instance to
@@ -248,7 +248,7 @@ class Extract(Spec):
     source: Literal["run", "encoder"] = "run"
     """Model of the run that this spec trained, with its PEFT and transforms, or the encoder as the
     spec describes it."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """Checkpoint file, or adapter.safetensors of a PEFT run, instead of the spec's own run; model,
     PEFT and transforms come from it."""
     use: Literal["best", "last"] = "best"
@@ -273,7 +273,7 @@ class Extract(Spec):
     """Bits of a stored number."""
     compression: Literal["none", "lzf", "gzip"] = "none"
     """Compression of the features; see benchmarks/features.py."""
-    output_dir: str = "precomputed_features"
+    output_dir: PathText = "precomputed_features"
     """Folder of the files."""
     output_filename: str | None = None
     """File name with {method} {model} {dataset} {split} {imgsize} {precision} {checkpoint}; none is
@@ -285,7 +285,7 @@ class Extract(Spec):
     """Whether data.data_fraction cuts the train split here too."""
     bag_by: Literal["group"] | None = None
     """Samples of one group (case, slide) become one bag; none keeps a row a sample."""
-    coords_file: str | None = None
+    coords_file: PathText | None = None
     """CSV file with the columns id (of the sample, for images the path below images_dir), x, y
     (and z): where the samples of a bag lie; for bag_by."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -303,7 +303,7 @@ class Extract(Spec):
 class Umap(Spec):
     """What mode umap draws: features in two dimensions, as PNG, SVG, CSV and interactive HTML."""
 
-    input: str | None = None
+    input: PathText | None = None
     """Feature file (HDF5), or folder with one file (h5, pt) a bag; none is the features of this
     spec's own run or encoder, computed in memory as the section extract says."""
     split: Literal["train", "val", "test"] | None = None
@@ -333,7 +333,7 @@ class Umap(Spec):
     bag."""
     color_by: Literal["label", "prediction", "column"] = "label"
     """What the colours of the pictures mean; the HTML offers everything that is known."""
-    color_file: str | None = None
+    color_file: PathText | None = None
     """CSV file with a column id and color_column, e.g. the predictions of mode infer."""
     color_column: str | None = None
     """Column of color_file: numbers give a continuous scale, words or at most 20 whole numbers
@@ -347,6 +347,6 @@ class Umap(Spec):
     thumbnails: Annotated[int, Meta(ge=0, le=48)] = 48
     """Longer side of the images that the HTML shows beside the pointer, pixels; 0 leaves them
     out."""
-    output_dir: str | None = None
+    output_dir: PathText | None = None
     """Folder of the results; none is umap below the run directory, for a file umap_plots/<name>
     beside it."""

@@ -86,6 +86,14 @@ def test_check_asks_the_rules_between_sections(good, capsys):
     assert "optimizer.nesterov: true would be ignored" in capsys.readouterr().err
 
 
+def test_print_imports_nothing_heavy_and_shows_mistakes_as_check_does(good, bad):
+    result = run(good, "--print", "--override", "seed=3", python=["-X", "importtime"])
+    assert result.returncode == 0 and "\nseed = 3  # override\n" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert {name.partition(".")[0] for name in imported}.isdisjoint(HEAVY)
+    assert run(bad, "--print").stderr == run(bad, "--check").stderr
+
+
 # ---------------------------------------------------------------- dispatch
 
 

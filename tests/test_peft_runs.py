@@ -249,6 +249,21 @@ def test_the_adapter_file_needs_its_base(command, refused, tmp_path):
     assert "not a whole safetensors file" in line
 
 
+def test_the_adapter_file_finds_its_base_by_a_variable(command, refused, tmp_path, monkeypatch):
+    base = base_file(command, tmp_path)
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    run = command(*changes("lora", "model.encoder.weights=$PLACE/base.safetensors"))
+    adapter = run.path / "checkpoints" / "adapter.safetensors"
+    asked = ["mode=infer", f"infer.checkpoint={adapter}", f"infer.output_dir={tmp_path / 'a'}"]
+    (tmp_path / "elsewhere").mkdir()
+    base.rename(tmp_path / "elsewhere" / base.name)
+    monkeypatch.setenv("PLACE", str(tmp_path / "elsewhere"))
+    command(*asked)
+    assert np.array_equal(scores(tmp_path / "a"), scores(run.path))
+    monkeypatch.delenv("PLACE")
+    assert "needs the environment variable PLACE" in refused(*asked)
+
+
 def test_a_run_starts_from_the_adapter_file_of_another(command, tmp_path):
     """As from the merged export, also with a larger image, and again from its own file."""
     run = command(*changes("lora", "seed=5"))

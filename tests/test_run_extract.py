@@ -415,6 +415,20 @@ def test_a_file_made_otherwise(extract, tmp_path, monkeypatch, override, text):
     assert snapshot(tmp_path / "out") == before and sizes == []
 
 
+def test_the_same_weights_under_another_path_make_the_same_file(extract, tmp_path, monkeypatch):
+    """The sum of the weights says which they are, wherever a machine has them."""
+    import timm
+
+    sizes = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 8}
+    network = timm.create_model("test_vit", in_chans=1, num_classes=0, **sizes)
+    for name in ("a", "b"):
+        torch.save(network.state_dict(), tmp_path / f"{name}.pth")
+    extract("extract.split=val", f"model.encoder.weights={tmp_path / 'a.pth'}")
+    sizes = counted(monkeypatch)
+    extract("extract.split=val", f"model.encoder.weights={tmp_path / 'b.pth'}")
+    assert sizes == []
+
+
 def test_finished_blocks_are_not_computed_again(extract, tmp_path, monkeypatch):
     small = ["extract.split=test", "dataloading.eval_batch_size=16", "extract.block_samples=30"]
     extract(*small, f"extract.output_dir={tmp_path / 'whole'}")  # blocks of 32, in whole batches

@@ -150,6 +150,24 @@ def test_the_best_metric_by_its_logged_name(command, logged, pick):
     assert run.last["state"]["epoch"] == 5
 
 
+def test_a_run_moves_between_machines_whose_folders_differ(command, monkeypatch):
+    """Paths are kept as written: another value of their variable is no other experiment."""
+    monkeypatch.setenv("PLACE", "/here")
+    run = command("data.data_root_dir=$PLACE/x", "training.epochs=1", "name=r")
+    assert run.json("config.json")["data"]["data_root_dir"] == "$PLACE/x"
+    assert 'data_root_dir = "$PLACE/x"' in (run.path / "spec.toml").read_text()
+    assert run.last["spec"]["data"]["data_root_dir"] == "$PLACE/x"
+    monkeypatch.setenv("PLACE", "/there")
+    again = command(spec=run.path / "spec.toml")
+    assert again.path == run.path and "was finished before" in again.out
+    asked = command("mode=infer", "data.val_fraction=0.2", spec=run.path / "spec.toml", code=2)
+    assert "data.val_fraction: 0.15 -> 0.2" in asked.err and "data_root_dir" not in asked.err
+    split = ["infer.split=val", "data.val_fraction=0.2", f"infer.checkpoint={run.path}"]
+    split[-1] += "/checkpoints/best.pt"
+    noted = command("mode=infer", *split, "data.data_root_dir=$PLACE/x")
+    assert "was trained with data.val_fraction" in noted.out  # the same data, cut otherwise
+
+
 def test_an_unknown_metric_is_refused_before_training(refused):
     line = refused("training.best_checkpoint_metric=val_f2")
     assert "val_f2" in line and "val_f1" in line

@@ -353,6 +353,69 @@ def test_group_is_a_file_name_and_unique(write):
     assert all("/" not in group and len(group.encode()) <= 200 for group in groups)
 
 
+# ---------------------------------------------------------------- paths
+
+
+def test_paths_are_expanded_and_kept_as_written(root, write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "/there")
+    monkeypatch.setenv("PART_2", "b")
+    text = (
+        "exp_dir = '~/runs'\nname = '$PLACE'\n[data]\ndata_root_dir = '${PLACE}/a$PART_2'\n"
+        "[infer]\ncheckpoint = ['$PLACE/1.pt', '~', 'x~/$$y']\n[add_log]\nnote = '$PLACE'\n"
+        "[model.encoder]\nweights = '$PLACE/w.pt'\nmodel_kwargs = {file = '$PLACE'}"
+    )
+    loaded = load_spec(write(text), ["umap.input=$PLACE/f.h5"], Root)
+    spec = loaded.root
+    assert (spec.exp_dir, spec.data.data_root_dir) == ("/home/me/runs", "/there/ab")
+    assert spec.infer.checkpoint == ("/there/1.pt", "/home/me", "x~/$y")
+    assert (spec.umap.input, spec.model.encoder.weights) == ("/there/f.h5", "/there/w.pt")
+    assert spec.name == spec.add_log["note"] == spec.model.encoder.model_kwargs["file"] == "$PLACE"
+    assert loaded.plain["exp_dir"] == "~/runs"
+    assert loaded.plain["infer"]["checkpoint"] == ["$PLACE/1.pt", "~", "x~/$$y"]
+    assert load_spec(write(dump(loaded.as_written)), [], Root).root == spec
+
+
+def test_the_run_does_not_depend_on_what_a_variable_holds(write, monkeypatch):
+    found = []
+    for place in ("/a", "/b"):
+        monkeypatch.setenv("PLACE", place)
+        found.append(load_spec(write(""), ["data.data_root_dir=$PLACE/x"], Root))
+    assert found[0].root != found[1].root
+    assert (found[0].plain, found[0].group) == (found[1].plain, found[1].group)
+
+
+def test_what_cannot_be_expanded_is_named_with_its_key(errors, monkeypatch):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    lines = errors(
+        "exp_dir = '~no_such_user_here/x'\n[infer]\ncheckpoint = ['a', '${NOWHERE}/b']",
+        "data.data_root_dir=$NOWHERE/a",
+    )
+    exp_dir, root_dir, checkpoint = lines
+    assert exp_dir.startswith('exp_dir: "~no_such_user_here/x": there is no such home folder')
+    assert root_dir.startswith('--override data.data_root_dir: "$NOWHERE/a" needs the environment')
+    assert checkpoint.startswith('infer.checkpoint[1]: "${NOWHERE}/b" needs the environment')
+    assert "variable NOWHERE, which is not set: export NOWHERE=" in checkpoint
+    assert errors("extends = '$NOWHERE/a.toml'")[0].startswith('extends: "$NOWHERE/a.toml" needs')
+
+
+def test_extends_may_name_a_variable(write, monkeypatch, tmp_path):
+    write("seed = 7", "base.toml")
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    path = write("extends = '$PLACE/base.toml'", "below/own.toml")
+    assert load_spec(path, [], Root).root.seed == 7
+
+
+def test_every_field_that_names_a_file_or_folder_is_a_path():
+    """What its name or docstring calls a file or folder; `input` and `export` are too."""
+    for cls, member in every_struct().items():
+        for field in member.fields:
+            named = field.name.endswith(("_file", "_dir")) or field.name in (
+                "checkpoint", "weights", "input", "export", "extends",
+            )  # fmt: skip
+            assert spec_errors.is_path(field.type) == named, (cls, field.name)
+
+
 # ---------------------------------------------------------------- writing back
 
 

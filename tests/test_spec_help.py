@@ -10,7 +10,16 @@ import pytest
 
 from glovita_lib import spec_errors
 from glovita_lib.errors import UserError
-from glovita_lib.spec_help import WIDTH, explain, field_docs, schema, schema_text, struct_doc
+from glovita_lib.spec import load_spec
+from glovita_lib.spec_help import (
+    WIDTH,
+    explain,
+    field_docs,
+    schema,
+    schema_text,
+    spec_text,
+    struct_doc,
+)
 from glovita_lib.spec_root import Root
 
 FOLDER = Path(__file__).parent.parent / "specs"
@@ -97,7 +106,8 @@ def test_every_field_has_description_default_and_docs():
         assert definition["additionalProperties"] is False
         for field in member.fields:
             stated = definition["properties"][field.name]
-            assert stated["description"] == field_docs(cls)[field.name]
+            path = " ~, $VAR and ${VAR} are filled in." if spec_errors.is_path(field.type) else ""
+            assert stated["description"] == field_docs(cls)[field.name] + path
             default = spec_errors.default_of(field)
             if not isinstance(default, msgspec.Struct) and default not in (None, msgspec.NODEFAULT):
                 assert stated["default"] == json.loads(msgspec.json.encode(default))
@@ -160,3 +170,47 @@ def test_explain_unknown_key(key, hint):
         explain(key)
     assert hint in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+# ---------------------------------------------------------------- --print
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_print_loads_to_the_same_spec(path, tmp_path):
+    loaded = load_spec(path, [], Root)
+    (tmp_path / path.name).write_text(spec_text(loaded))
+    again = load_spec(tmp_path / path.name, [], Root)
+    assert (again.root, again.plain) == (loaded.root, loaded.plain)
+
+
+def test_print_says_where_each_value_comes_from(tmp_path):
+    (tmp_path / "base.toml").write_text(
+        "seed = 5\n[model.encoder]\nmodel_kwargs = {a = 1, b = 2}\n[optimizer]\nlr = 0.5"
+    )
+    path = tmp_path / "own.toml"
+    path.write_text(
+        "extends = 'base.toml'\n[data]\nstratified = true\n[model.encoder.model_kwargs]\nb = 3\n"
+        "[add_log]\nday = 2024-05-06\nlist = [{x = [1, 'a\"b']}]\n'a.b' = 'tab\\t'"
+    )
+    loaded = load_spec(path, ["optimizer.lr=0.25", "training.ema_decay=0.5"], Root)
+    text = spec_text(loaded)
+    lines = text.splitlines()
+    base = f"  # from {tmp_path / 'base.toml'}"
+    for line in (
+        f"seed = 5{base}", 'mode = "train"  # default', 'dataset = "digits"  # default',
+        "stratified = true", f"a = 1{base}", "b = 3", "lr = 0.25  # override",
+        "ema_decay = 0.5  # override", "epochs = 20  # default", "day = 2024-05-06",
+        "[data.augmentation.train_kwargs]", "# unset: entity, project, group, name",
+    ):  # fmt: skip
+        assert line in lines
+    assert "# unset: name" in lines  # and not extends: what it names is in the text
+    (tmp_path / "again.toml").write_text(text)
+    assert load_spec(tmp_path / "again.toml", [], Root).root == loaded.root
+
+
+def test_print_keeps_paths_as_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", "/there")
+    (tmp_path / "a.toml").write_text("exp_dir = '$PLACE/runs'")
+    loaded = load_spec(tmp_path / "a.toml", [], Root)
+    assert loaded.root.exp_dir == "/there/runs"
+    assert 'exp_dir = "$PLACE/runs"\n' in spec_text(loaded)
