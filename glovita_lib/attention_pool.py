@@ -273,12 +273,12 @@ class _AttentionPool(torch.autograd.Function):
             prepared = work.prepare(rows)
             known = rows.stop <= len(stash)
             h = stash[rows] if known else work.hidden(prepared.rows, rows)
-            alpha = (scores[rows] - largest[span.bags][span.index]).exp_()
+            alpha = (scores[rows] - largest[span.bags][span.index]).exp_()  # (R, K)
             alpha /= total[span.bags][span.index]
             if attended is not None:
                 alpha *= attended[rows]
-            d_z = d_pooled[span.bags]
-            d_alpha = span.dots(h, d_z.to(h.dtype))
+            d_z = d_pooled[span.bags]  # (P, K, H)
+            d_alpha = span.dots(h, d_z.to(h.dtype))  # (R, K)
             d_a = alpha * (d_alpha - offsets[span.bags][span.index]) + d_scores[rows]
             grads.add(rows, span, prepared, h, d_a.to(h.dtype), alpha.to(h.dtype), d_z.to(h.dtype))
         return (None, None, None, grads.features, *grads.of(weights))
@@ -295,10 +295,10 @@ class RunningSums:
 
     def add(self, span: Span, scores: Tensor, kept: Tensor | None, h: Tensor) -> None:
         """Rows of a chunk: scores (R, K), kept (R, K) bool, h (R, H)."""
-        before = self.largest[span.bags]
+        before = self.largest[span.bags]  # (P, K) of the P bags in this chunk
         now = torch.maximum(before, span.max(scores))
-        shrink = (before - now).exp()
-        weights = (scores - now[span.index]).exp_()
+        shrink = (before - now).exp()  # earlier chunks knew a lower maximum
+        weights = (scores - now[span.index]).exp_()  # (R, K), at most 1
         if kept is not None:
             weights *= kept
         self.largest[span.bags] = now
@@ -360,7 +360,7 @@ class Gradients:
     ) -> None:
         """A chunk: h (R, H), d_a (R, K), alpha (R, K), d_z (P, K, H)."""
         d_gates = self._scores(rows, h, d_a)  # (R, 2A)
-        d_h = d_gates @ self.work.weights.gate
+        d_h = d_gates @ self.work.weights.gate  # (R, H)
         span.spread_(d_h, alpha, d_z)
         # h is 0 where relu or the dropout mask made it so
         d_pre = torch.ops.aten.threshold_backward(d_h, h, 0)
@@ -377,10 +377,10 @@ class Gradients:
         work = self.work
         t, s = work.gates(h)
         keep = work.plan.keep_gate
-        product = drop_(t * s if s is not None else t.clone(), keep, rows)
+        product = drop_(t * s if s is not None else t.clone(), keep, rows)  # (R, A)
         accumulate_(self.sums.score, d_a, product)
         self.sums.score_bias.add_(d_a.sum(0))
-        d_product = drop_(d_a @ work.weights.score, keep, rows)
+        d_product = drop_(d_a @ work.weights.score, keep, rows)  # (R, A)
         backward = torch.ops.aten
         if s is None:
             d_gates = backward.tanh_backward(d_product, t)
@@ -413,7 +413,7 @@ class Gradients:
 
     def _rows(self, prepared: Prepared, d_pre: Tensor) -> Tensor:
         """Gradient of the instances, (R, D)."""
-        d_y = d_pre @ self.work.weights.project
+        d_y = d_pre @ self.work.weights.project  # (R, D)
         if prepared.length is None:
             return d_y
         if self.work.plan.unit_length:

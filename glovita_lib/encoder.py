@@ -139,8 +139,8 @@ class Encoder(nn.Module):
         raw = self.forward_features(x)
         if self.layout is None:
             return Features(None, None, 0, False, self.pool(raw), self.pooling)
-        vector = self.pool(raw) if pooled and self.pooling else None
-        tokens = self.norm(self.to_tokens(raw))
+        vector = self.pool(raw) if pooled and self.pooling else None  # (B, D')
+        tokens = self.norm(self.to_tokens(raw))  # (B, N, D)
         grid = self.grid(raw, x.shape[-2:])
         return Features(tokens, grid, self.n_prefix, self.has_cls, vector, self.pooling)
 
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
         n = self.n_prefix
         if self.has_cls and same(self.pool(self.with_patches(raw, -tokens[:, n:])), pooled):
             return "cls_token", same(self.norm(tokens)[:, 0], pooled)
-        mean = tokens[:, n:].mean(1, keepdim=True)
+        mean = tokens[:, n:].mean(1, keepdim=True)  # (2, 1, D)
         if same(self.pool(self.with_patches(raw, mean.expand_as(tokens[:, n:]))), pooled):
             return "avg", same(self.norm(tokens)[:, n:].mean(1), pooled)
         return "pooled", False
@@ -322,7 +322,7 @@ def aggregate(features: Features, method: str) -> Tensor:
     assert method == "mean_all", method
     if not features.has_cls:
         return aggregate(features, "avg")
-    total = features.tokens[:, 0] + masked_sum(features)
+    total = features.tokens[:, 0] + masked_sum(features)  # (B, D)
     return total / (count(features) + 1)
 
 
@@ -330,7 +330,7 @@ def masked_sum(features: Features) -> Tensor:
     """Sum of the real patch tokens, (B, D)."""
     if features.mask is None:
         return features.patches.sum(1)
-    real = features.mask[:, features.n_prefix :, None]
+    real = features.mask[:, features.n_prefix :, None]  # (B, N - n_prefix, 1)
     return features.patches.where(real, 0).sum(1)  # not a product: padding may hold NaN
 
 

@@ -59,14 +59,14 @@ class ChainTrunk(Encoder):
     def pool(self, raw: Tensor) -> Tensor:
         """The last map -> what the model gives its last layer, (B, D')."""
         net = self.net
-        x = net.avgpool(raw) if hasattr(net, "avgpool") else raw
+        x = net.avgpool(raw) if hasattr(net, "avgpool") else raw  # (B, D, h, w)
         classifier = getattr(net, "classifier", nn.Identity())
         if any(isinstance(part, nn.AdaptiveAvgPool2d) for part in classifier.modules()):
             return classifier(x).flatten(1)
         if not hasattr(net, "avgpool"):
             x = F.adaptive_avg_pool2d(x, 1)
         if not any(isinstance(part, nn.Flatten) for part in classifier.modules()):
-            x = x.flatten(1)
+            x = x.flatten(1)  # (B, D h w)
         x = net.dropout(x) if hasattr(net, "dropout") else x
         return classifier(x)
 
@@ -77,7 +77,7 @@ class VitTrunk(Encoder):
     def forward_features(self, x: Tensor) -> Tensor:
         """Inputs (B, C, H, W) -> final-normed tokens (B, 1 + N, D)."""
         patches = self.net._process_input(x)  # (B, N, D)
-        cls = self.net.class_token.expand(len(x), -1, -1)
+        cls = self.net.class_token.expand(len(x), -1, -1)  # (B, 1, D)
         return self.net.encoder(torch.cat([cls, patches], dim=1))
 
     def pool(self, raw: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ class BagClassifier(nn.Module):
         self.per_class, self.cosine = per_class, cosine
 
     def forward(self, z: Tensor) -> Tensor:
-        weight = self.weight.to(z.dtype)
+        weight = self.weight.to(z.dtype)  # (C, H)
         if self.cosine is not None:
             z, weight = F.normalize(z, dim=-1), self.cosine * F.normalize(weight, dim=-1)
-        logits = (z * weight).sum(-1) if self.per_class else z.squeeze(1) @ weight.T
+        logits = (z * weight).sum(-1) if self.per_class else z.squeeze(1) @ weight.T  # (B, C)
         return logits if self.bias is None else logits + self.bias.to(z.dtype)
 
 
@@ -121,10 +121,10 @@ class Clam(nn.Module):
         bags = as_bags(inputs)
         scores, pooled, instances = self.pool(bags)
         with torch.autocast(bags.features.device.type, enabled=False):
-            logits = self.classifier(pooled)
+            logits = self.classifier(pooled)  # (B, C)
             aux = {}
             if self.training and (self.spec.instance_eval or self.spec.stochastic_topk):
-                order = segment_order(scores.detach(), bags)
+                order = segment_order(scores.detach(), bags)  # (M, K)
                 aux = self.auxiliary(bags, scores, order, instances, logits, targets)
         weight = 1.0 if self.spec.bag_weight is None else self.spec.bag_weight
         return {"logits": logits, "scores": scores, "fitted": [(weight, logits)], "aux": aux}
@@ -164,14 +164,14 @@ class Clam(nn.Module):
         present = self.present(targets)  # (B, C)
         top, bottom = ((n + 1) // 2).clamp(max=k), (n // 2).clamp(max=k)
         labelled = (top + bottom).to(present.device, present.dtype, non_blocking=True)
-        weight = present / labelled[:, None]
+        weight = present / labelled[:, None]  # (B, C)
         label = targets if targets.dtype == torch.int64 else None
         positive = Chosen.first(bags, top), 1, weight, label
         negative = Chosen.last(bags, bottom), 0, weight, label
         terms = [positive, negative]
         if self.spec.subtyping:
             counts = n.clamp(max=k).to(present.device, present.dtype, non_blocking=True)
-            absent = (1 - present) / counts[:, None]
+            absent = (1 - present) / counts[:, None]  # (B, C)
             terms.append((Chosen.first(bags, n.clamp(max=k)), 0, absent, None))
         loss = sum(self.labelled_loss(order, instances, *term) for term in terms)  # (B,)
         classes = self.outputs if self.spec.subtyping else present.sum(1).clamp(min=1)
@@ -200,11 +200,11 @@ class Clam(nn.Module):
         """
         rows = order[chosen.places]  # (S, K)
         if branch is not None and self.branches > 1:
-            rows = rows.gather(1, branch[chosen.bag, None])
+            rows = rows.gather(1, branch[chosen.bag, None])  # (S, 1)
         scores = self.instance_classifiers(instances(rows))  # (S, C, 2)
         margin = 1.0 if self.spec.instance_loss == "svm" else 0.0
         losses = F.softplus(scores[..., 1 - label] - scores[..., label] + margin)  # (S, C)
-        losses = (losses * weight[chosen.bag]).sum(1)
+        losses = (losses * weight[chosen.bag]).sum(1)  # (S,)
         return losses.new_zeros(len(weight)).index_add(0, chosen.bag, losses)
 
     def consistency_loss(
@@ -212,12 +212,12 @@ class Clam(nn.Module):
     ) -> Tensor:
         """Mean squared difference between the logits of the noisy top instances and `logits`."""
         spec, n = self.spec, bags.lengths[:, None]
-        place = torch.arange(spec.topk_k).expand(len(bags), -1)
+        place = torch.arange(spec.topk_k).expand(len(bags), -1)  # (B, T)
         absent = (place >= n).to(scores.device, non_blocking=True)  # (B, T)
         places = torch.tensor(bags.bounds[:-1])[:, None] + place.minimum(n - 1)
         rows = order[places.to(scores.device, non_blocking=True)]  # (B, T, K)
         attention = scores.gather(0, rows.flatten(0, 1)).view(rows.shape) / spec.topk_tau
-        weights = attention.masked_fill(absent[..., None], -torch.inf).softmax(1)
+        weights = attention.masked_fill(absent[..., None], -torch.inf).softmax(1)  # (B, T, K)
         h = instances(rows)  # (B, T, K, H)
         if spec.topk_noise_std:
             h = h + torch.randn_like(h) * spec.topk_noise_std

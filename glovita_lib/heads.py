@@ -323,7 +323,7 @@ class Nystrom(nn.Module):
 
     def landmarks_of(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q' (A, P, E), k' (A, P, E) and S(q', k')^+ (A, P, P), at least float32."""
-        near = q.unflatten(1, (self.landmarks, -1)).mean(2)
+        near = q.unflatten(1, (self.landmarks, -1)).mean(2)  # (A, P, E)
         far = k.unflatten(1, (self.landmarks, -1)).mean(2)
         with torch.autocast(q.device.type, enabled=False):
             return near, far, pseudo_inverse(similarity(near, far))
@@ -370,7 +370,7 @@ class Square(nn.Module):
         """A class token and a square of instances (1 + side^2, H) -> (1 + side^2, H)."""
         side = math.isqrt(len(x) - 1)
         square = x[1:].T.unflatten(1, (side, side))[None]  # (1, H, side, side)
-        kernel = sum(
+        kernel = sum(  # (H, 1, 7, 7)
             F.pad(c.weight, [(SIDES[0] - c.weight.shape[-1]) // 2] * 4) for c in self.convolutions
         )
         bias = sum(c.bias for c in self.convolutions)
@@ -399,7 +399,7 @@ class Transmil(nn.Module):
 
         Targets are given to every head on instances; this one has no auxiliary loss for them.
         """
-        tokens = [self.second(x)[0] for x in self.tokens(as_bags(inputs))]
+        tokens = [self.second(x)[0] for x in self.tokens(as_bags(inputs))]  # (H,) of each bag
         return self.classifier(self.norm(torch.stack(tokens)))
 
     @torch.compiler.disable
@@ -420,8 +420,8 @@ class Transmil(nn.Module):
         bags = as_bags(inputs)
         logarithms, shares = [], []
         for x, count in zip(self.tokens(bags), bags.lengths.tolist(), strict=True):
-            weights = self.second.weights_of_first(x)[1:]
-            own = weights[:count].clone()
+            weights = self.second.weights_of_first(x)[1:]  # (side^2,)
+            own = weights[:count].clone()  # (N,)
             own[: len(weights) - count] += weights[count:]
             own = own.clamp(min=LEAST)
             logarithms.append(own.log())

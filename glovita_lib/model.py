@@ -54,7 +54,7 @@ class Model(nn.Module):
             return self.head(x)
         features = self.features(x)
         if self.head.consumes == "pooled":
-            return self.head(aggregate(features, self.aggregation))
+            return self.head(aggregate(features, self.aggregation))  # (B, D) -> (B, K)
         return self.head(features) if targets is None else self.head(features, targets)
 
     def features(self, x: Tensor) -> Features:

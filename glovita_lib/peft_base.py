@@ -318,7 +318,7 @@ def base_bias(layer: nn.Module, rows: RowRange | None = None) -> Tensor | None:
 
 def changed_weight(layer: nn.Module) -> Tensor:
     """The weight as its adapters make it."""
-    base = base_weight(layer)
+    base = base_weight(layer)  # (out, in, *kernel)
     pieces, end = [], 0
     for rows, adapter in members_of(layer):
         if rows is None:

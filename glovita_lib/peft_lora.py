@@ -45,10 +45,10 @@ def join_factors(
     downs, ups = factors[::2], factors[1::2]
     if len(rows) == 1 and rows[0] == (0, like.shape[0]):
         return [downs[0].to(like.dtype), ups[0].to(like.dtype)]
-    up = like.new_zeros(like.shape[0], sum(u.shape[1] for u in ups))
+    up = like.new_zeros(like.shape[0], sum(u.shape[1] for u in ups))  # (out, R)
     for (start, end), columns, part in zip(rows, spans(ups), ups, strict=True):
         up[start:end, columns] = part.to(like.dtype)
-    return [torch.cat(downs).to(like.dtype), up]
+    return [torch.cat(downs).to(like.dtype), up]  # (R, in), (out, R)
 
 
 def spans(ups: tuple[Tensor, ...]) -> list[slice]:
@@ -69,8 +69,8 @@ class LowRankLinear(torch.autograd.Function):
         ctx.rows, ctx.has_bias = rows, bias is not None
         ctx.save_for_backward(x, weight, *factors)
         down, up = join_factors(rows, factors, weight)
-        changed = torch.addmm(weight, up, down).to(x.dtype)
-        return F.linear(x, changed, None if bias is None else bias.to(x.dtype))
+        changed = torch.addmm(weight, up, down).to(x.dtype)  # (out, in)
+        return F.linear(x, changed, None if bias is None else bias.to(x.dtype))  # (..., out)
 
     @staticmethod
     def backward(ctx, g):  # noqa: ANN001, ANN205
@@ -79,7 +79,8 @@ class LowRankLinear(torch.autograd.Function):
         flat = g.flatten(0, -2)  # (N, out)
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = (flat @ torch.addmm(weight, up, down).to(g.dtype)).view(x.shape)
+            # W + B A again rather than kept: it is as large as the frozen weight itself
+            gx = (flat @ torch.addmm(weight, up, down).to(g.dtype)).view(x.shape)  # (..., in)
         gb = flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         x = x.flatten(0, -2)  # (N, in)
         # with N last the skinny products are two to five times faster on a CPU
@@ -146,7 +147,7 @@ class LowRank(Adapter):
         if not (self.training and self.dropout):
             return self.merged_weight(weight)
         down, up = self.factors(weight)
-        down = down * F.dropout(down.new_ones(down.shape[1]), self.dropout)
+        down = down * F.dropout(down.new_ones(down.shape[1]), self.dropout)  # (r, in)
         return self.start(weight) + (up @ down).view(weight.shape)
 
     @classmethod
@@ -191,9 +192,9 @@ def changed_output(
     if not dropping:
         factors = tuple(chain.from_iterable(found))
         return low_rank_linear(x, weight, bias, tuple(rows for rows, _ in pairs), factors)
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, weight, bias)  # (..., out)
     for ((first, last), adapter), (down, up) in zip(pairs, found, strict=True):
-        change = F.linear(F.linear(adapter.dropped(x), down), up)
+        change = F.linear(F.linear(adapter.dropped(x), down), up)  # (..., rows of the member)
         around = (first, y.shape[-1] - last)  # not added in place: y may be a view of a leaf
         y = y + (F.pad(change, around) if any(around) else change)
     return y
@@ -206,11 +207,11 @@ def changed_convolution(
     weight itself is changed, since the factors mix groups."""
     down, up = adapter.factors(base_weight(layer))
     if layer.groups > 1:
-        change = (up @ down).view(weight.shape)
+        change = (up @ down).view(weight.shape)  # (out, in / groups, *kernel)
         if adapter.training and adapter.dropout:
             return call(layer, x, weight, bias) + call(layer, adapter.dropped(x), change, None)
         return call(layer, x, weight + change, bias)
-    y = call(layer, x, weight, bias)
+    y = call(layer, x, weight, bias)  # (B, out, ...)
     low = call(layer, adapter.dropped(x), down.view(-1, *weight.shape[1:]), None)  # (B, r, ...)
     conv = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
     return y.add_(conv(low, up.view(*up.shape, *[1] * (weight.ndim - 2))))
@@ -240,7 +241,7 @@ class LoraAdapter(LowRank):
         """s B A = the main part of W; what was there at the start is subtracted for good."""
         left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
         rank = min(self.A.shape[0], len(values))
-        root = (values[:rank] / self.scale).sqrt()
+        root = (values[:rank] / self.scale).sqrt()  # (r,), half of each value on either side
         self.A.zero_()
         self.A[:rank] = root[:, None] * right[:rank]
         self.B[:, :rank] = left[:, :rank] * root
@@ -268,7 +269,7 @@ class DoraAdapter(LoraAdapter):
     def gain(self, weight: Tensor) -> Tensor:
         """m / |W + s B A|, one per row (out,)."""
         with torch.no_grad():
-            norm = super().merged_weight(weight).flatten(1).norm(dim=1)
+            norm = super().merged_weight(weight).flatten(1).norm(dim=1)  # (out,)
         return self.m / norm
 
     def merged_weight(self, weight: Tensor) -> Tensor:
@@ -288,11 +289,11 @@ class DoraAdapter(LoraAdapter):
     def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
         """The low-rank output times the gain, then the bias."""
         y = changed_output(x, layer, members, started(layer, members), None)
-        gain = cls.gains(layer, members).to(y.dtype)
+        gain = cls.gains(layer, members).to(y.dtype)  # (out,)
         bias = base_bias(layer)
         if isinstance(layer, _ConvNd):
             shape = (-1, *[1] * (base_weight(layer).ndim - 2))
-            gain = gain.view(shape)
+            gain = gain.view(shape)  # (out, 1, ...)
             bias = None if bias is None else bias.view(shape)
         return y * gain if bias is None else torch.addcmul(bias.to(y.dtype), y, gain)
 
@@ -305,7 +306,7 @@ class DoraAdapter(LoraAdapter):
             first, last = row_range(layer, rows)
             pieces += [weight.new_ones(first - end), adapter.gain(weight[first:last])]
             end = last
-        return torch.cat([*pieces, weight.new_ones(weight.shape[0] - end)])
+        return torch.cat([*pieces, weight.new_ones(weight.shape[0] - end)])  # (out,)
 
 
 def apply_lora(spec: Lora, model: nn.Module) -> None:

@@ -64,7 +64,7 @@ class AdaloraAdapter(LowRank):
         weights, whose e remembers former steps. In training they keep a gradient to come back by.
         """
         e = self.e if self.training else self.e * self.kept
-        return e[:, None] * self.Q, self.P * self.scale
+        return e[:, None] * self.Q, self.P * self.scale  # (r, in), (out, r)
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -73,7 +73,7 @@ class AdaloraAdapter(LowRank):
             parameter = getattr(self, name)
             if parameter.grad is None:
                 continue
-            seen = (parameter * parameter.grad).abs()
+            seen = (parameter * parameter.grad).abs()  # I, of the parameter's shape
             mean, spread = getattr(self, f"S_{name}"), getattr(self, f"U_{name}")
             mean.lerp_(seen, 1 - self.spec.beta1)
             spread.lerp_((seen - mean).abs(), 1 - self.spec.beta2)
@@ -81,7 +81,7 @@ class AdaloraAdapter(LowRank):
     def scores(self) -> Tensor:
         """Importance of every triplet (r,)."""
         entry = {name: getattr(self, f"S_{name}") * getattr(self, f"U_{name}") for name in TRAINED}
-        return entry["e"] + entry["P"].mean(0) + entry["Q"].mean(1)
+        return entry["e"] + entry["P"].mean(0) + entry["Q"].mean(1)  # (r,)
 
     @torch.no_grad()
     def keep(self, kept: Tensor) -> None:
@@ -111,7 +111,7 @@ class AdaloraAdapter(LowRank):
         weight = adapters[0].spec.orth_reg
         if weight == 0:
             return {}
-        norms = [distance(m) for a in adapters for m in (a.P.t() @ a.P, a.Q @ a.Q.t())]
+        norms = [distance(m) for a in adapters for m in (a.P.t() @ a.P, a.Q @ a.Q.t())]  # (r, r)
         return {"orthogonality": weight * torch.stack(norms).mean()}
 
 
@@ -130,7 +130,7 @@ def budget(spec: Adalora, layers: int, step: int, start: int, final: int) -> int
 
 def allocate(adapters: list[AdaloraAdapter], triplets: int) -> None:
     """Keep the best triplets of all layers together."""
-    scores = torch.cat([a.scores() for a in adapters])
+    scores = torch.cat([a.scores() for a in adapters])  # (layers * init_rank,)
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept[scores.topk(triplets).indices] = True
     for adapter, mine in zip(adapters, kept.split([len(a.e) for a in adapters]), strict=True):
@@ -180,8 +180,8 @@ class VeraAdapter(LowRank):
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """diag(d) A and diag(b) B, cut to the layer's size."""
         (shared,) = self.shared
-        down = shared.A[:, : weight[0].numel()]
-        return self.d[:, None] * down, self.b[:, None] * shared.B[: len(weight)]
+        down, up = shared.A[:, : weight[0].numel()], shared.B[: len(weight)]  # (r, in), (out, r)
+        return self.d[:, None] * down, self.b[:, None] * up
 
 
 def apply_vera(spec: Vera, model: nn.Module) -> None:
@@ -232,13 +232,13 @@ class FactAdapter(LowRank):
         """Sigma of every slice (slices, r, r): output side, input side."""
         if self.sigma.ndim == 3:
             return self.sigma
-        return torch.einsum("sk,ijk->sij", self.sigma, self.shared[0].C)
+        return torch.einsum("sk,ijk->sij", self.sigma, self.shared[0].C)  # (slices, r, r)
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r)."""
         out, inside = weight.shape
-        u = getattr(self.shared[0], f"U_{self.width}")
-        v = getattr(self.shared[0], f"V_{self.width}") * self.scale
+        u = getattr(self.shared[0], f"U_{self.width}")  # (D, r)
+        v = getattr(self.shared[0], f"V_{self.width}") * self.scale  # (D, r)
         if out >= inside:  # slices below each other: B = [V Sigma_1; V Sigma_2; ...], A = U'
             return u.t(), (v @ self.cores()).flatten(0, 1)[:out]
         down = (self.cores() @ u.t()).transpose(0, 1).flatten(1)  # (r, slices * D)
@@ -317,9 +317,9 @@ class RepAdapterLayer(LowRank):
         adapter = members[0][1]
         conv = (F.conv1d, F.conv2d, F.conv3d)[base_weight(layer).ndim - 3]
         ones = [1] * (base_weight(layer).ndim - 2)
-        low = conv(x, adapter.D.view(*adapter.D.shape, *ones))
+        low = conv(x, adapter.D.view(*adapter.D.shape, *ones))  # (B, h, ...)
         change = conv(low, adapter.U.view(*adapter.U.shape, *ones), groups=adapter.groups)
-        x = x + adapter.scale * change
+        x = x + adapter.scale * change  # (B, in, ...)
         return call(layer, x, base_weight(layer), base_bias(layer))
 
 

@@ -132,7 +132,7 @@ class Bottleneck(Insert):
     def change(self, z: Tensor) -> Tensor:
         """The adapter's output, of the shape of z."""
         z = z.movedim(1, -1) if self.first else z
-        low = F.dropout(F.relu(self.down(self.before(z))), self.dropout, self.training)
+        low = F.dropout(F.relu(self.down(self.before(z))), self.dropout, self.training)  # (..., h)
         out = self.scale * self.behind(self.up(low))
         return out.movedim(-1, 1) if self.first else out
 
@@ -204,14 +204,14 @@ class ConvBypass(Insert):
 
     def change(self, z: Tensor) -> Tensor:
         """The bypass of tokens (B, N, D) or a map, channels last."""
-        low = F.gelu(self.down(z))
+        low = F.gelu(self.down(z))  # (..., h)
         if z.ndim == 3:
             prefix, size = self.grid.split(z.shape[1])
-            cells = low[:, prefix:].unflatten(1, size)
-            mixed = self.mix(cells).flatten(1, -2)
+            cells = low[:, prefix:].unflatten(1, size)  # (B, *grid, h)
+            mixed = self.mix(cells).flatten(1, -2)  # (B, N - prefix, h)
             if prefix:
                 alone = F.linear(low[:, :prefix], self.centre(), self.conv.bias)
-                mixed = torch.cat([alone, mixed], dim=1)
+                mixed = torch.cat([alone, mixed], dim=1)  # (B, N, h)
         else:
             mixed = self.mix(low)
         low = F.dropout(F.gelu(mixed), self.dropout, self.training)
@@ -297,7 +297,7 @@ class Prompts(Insert):
         tokens = self.tokens if self.shared[0] is None else self.shared[0].linear(self.tokens)
         tokens = F.dropout(tokens, self.dropout, self.training).to(x.dtype)
         x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)  # (B, P + N, D)
-        x = forward(x, *args, **kwargs)
+        x = forward(x, *args, **kwargs)  # (B, P + N, D)
         return x[:, self.count :] if self.leave else x
 
 

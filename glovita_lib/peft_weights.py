@@ -62,7 +62,7 @@ class Product(Adapter):
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s M; in training some rows of M are dropped, the others grow so that the mean
         stays."""
-        change = self.product() * self.scale
+        change = self.product() * self.scale  # (out, in * kernel)
         if self.training and self.rank_dropout > 0:
             change = change * F.dropout(change.new_ones(len(change), 1), self.rank_dropout)
         return weight + change.view(weight.shape)
@@ -158,7 +158,7 @@ def solved(skew: Tensor) -> Tensor:
 def cayley_series(skew: Tensor) -> Tensor:
     """(I + Q)(I - Q)^-1 to the fourth order: I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4."""
     eye = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype)
-    square = skew @ skew
+    square = skew @ skew  # (..., n, n)
     cube = square @ skew
     return eye + 2 * (skew + square + cube) + cube @ skew
 
@@ -181,14 +181,14 @@ class OftAdapter(Adapter):
         """R's blocks (r, n, n)."""
         half = self.q.new_zeros(self.spec.r, self.size, self.size)
         blocks = torch.arange(self.spec.r, device=self.q.device)
-        half = half.index_put((blocks[:, None], *self.above), self.q)
+        half = half.index_put((blocks[:, None], *self.above), self.q)  # (r, n, n)
         skew = half - half.transpose(1, 2)
         blocks = cayley_series(skew) if self.spec.use_cayley_neumann else solved(skew)
         return some_identity(blocks, self.spec.dropout, training=self.training)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W R^T."""
-        pieces = weight.reshape(len(weight), self.spec.r, self.size)
+        pieces = weight.reshape(len(weight), self.spec.r, self.size)  # (out, r, n)
         turned = torch.einsum("orc,rkc->ork", pieces, self.rotation().to(weight.dtype))
         return turned.reshape(weight.shape)
 
@@ -199,7 +199,7 @@ class OftAdapter(Adapter):
         if rows is not None or not isinstance(layer, nn.Linear):
             return super().run(x, layer, members)
         blocks = adapter.rotation().to(x.dtype)
-        pieces = x.unflatten(-1, (adapter.spec.r, adapter.size))
+        pieces = x.unflatten(-1, (adapter.spec.r, adapter.size))  # (..., r, n)
         turned = torch.einsum("...rk,rkc->...rc", pieces, blocks).flatten(-2)
         return call(layer, turned, base_weight(layer), base_bias(layer))
 
@@ -230,7 +230,7 @@ class BoftAdapter(Adapter):
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """s W R^T, one factor after the other; R W^T = B_m (... (B_1 W^T))."""
-        skew = (self.R - self.R.transpose(2, 3)) / 2
+        skew = (self.R - self.R.transpose(2, 3)) / 2  # (factors, blocks, n, n)
         factors = some_identity(solved(skew), self.spec.dropout, training=self.training)
         turned = weight.flatten(1).t()  # (in * kernel, out)
         for blocks, order in zip(factors.to(weight.dtype).unbind(), self.orders, strict=True):
@@ -331,7 +331,7 @@ class FourierAdapter(Adapter):
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W plus the inverse transform, which is computed in float32."""
         dense = torch.zeros(weight.numel(), device=weight.device)
-        dense = dense.index_put((self.places,), self.spectrum.float())
+        dense = dense.index_put((self.places,), self.spectrum.float())  # S, (out * in * kernel,)
         change = torch.fft.ifft2(dense.view(len(weight), -1)).real * self.scaling
         return weight + change.view(weight.shape).to(weight.dtype)
 
@@ -374,10 +374,10 @@ class OutputScale(Adapter):
     @classmethod
     def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
         """The frozen layer, then the factors: no gradient of the weight is formed."""
-        y = call(layer, x, base_weight(layer), base_bias(layer))
+        y = call(layer, x, base_weight(layer), base_bias(layer))  # (..., out) or (B, out, ...)
         gamma = spread_members(layer, members, "gamma", 1.0).to(y.dtype)
         trailing = (1,) * (base_weight(layer).ndim - 2) if isinstance(layer, _ConvNd) else ()
-        gamma = gamma.view(-1, *trailing)
+        gamma = gamma.view(-1, *trailing)  # (out, 1, ...)
         if members[0][1].beta is None:
             return y * gamma
         beta = spread_members(layer, members, "beta", 0.0).to(y.dtype)
@@ -411,7 +411,7 @@ class InputScale(Adapter):
     def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
         """The factors, then the frozen layer."""
         factor = members[0][1].l.to(x.dtype)
-        factor = factor.view(-1, *[1] * (base_weight(layer).ndim - 2))
+        factor = factor.view(-1, *[1] * (base_weight(layer).ndim - 2))  # (in, 1, ...)
         return call(layer, x * factor, base_weight(layer), base_bias(layer))
 
 
