@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from children import glovita
 from planted_bags import CLASSES, Planted, plant
 
 from glovita_lib import attention_maps, dist
@@ -239,6 +236,7 @@ def test_ensemble(command, bags):
     assert not list((bags.folder / "out").glob("*.parts"))
 
 
+@pytest.mark.processes
 def test_ranks(command, bags, tmp_path):
     """Two ranks write the file of one; also where the first one has no bag."""
     spec = SPEC.replace('HEAD"', 'clam"\nsize_arg = "tiny"')
@@ -251,36 +249,13 @@ def test_ranks(command, bags, tmp_path):
         changes += [f"infer.split={split}", "infer.attention_maps=0"]
         command(*changes, f"infer.output_dir={tmp_path / 'one'}", spec=spec)
         changes += [f"infer.output_dir={tmp_path / 'two'}"]
-        two_ranks([str(tmp_path / "run.toml"), "--override", *changes])
+        glovita(tmp_path / "run.toml", "--override", *changes, ranks=2)
         one, two = (read(tmp_path / name / f"attention_{split}.h5") for name in ("one", "two"))
         for name in ("raw", "attention"):
             np.testing.assert_allclose(one[name], two[name], atol=1e-6)
         for name in ("bag_ptr", "coords"):
             np.testing.assert_array_equal(one[name], two[name])
         assert one["ids"] == two["ids"] and not list((tmp_path / "two").glob("*.parts"))
-
-
-def two_ranks(arguments: list[str]) -> None:
-    """glovita.py on two ranks of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment |= {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "glovita.py", *arguments],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[1],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering
 from torch import Tensor
 
 import glovita_lib.attention_pool as pooling
@@ -61,11 +62,10 @@ def make_weights(branches: int, prepared: bool, gated: bool) -> Weights:
     )
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("branches", [1, 3])
-@pytest.mark.parametrize("preparation", ["none", "norm", "unit length"])
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "branches", "preparation", "gated", "drop"),
+    covering(LENGTHS, [1, 3], ["none", "norm", "unit length"], [True, False], [True, False]),
+)
 def test_values_and_gradients(
     lengths: list[int],
     branches: int,

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from covering import covering
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
@@ -176,10 +177,15 @@ def test_whole_image_is_squashed():
     torch.testing.assert_close(our, reference.float(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("crop", ["none", "center", "random", "resized", "padded"])
-@pytest.mark.parametrize("size", [40, 150])
+@pytest.mark.parametrize(
+    ("crop", "interpolation", "channels", "size"),
+    covering(
+        ["none", "center", "random", "resized", "padded"],
+        ["bilinear", "bicubic"],
+        [1, 3],
+        [40, 150],
+    ),
+)
 def test_integer_code_is_within_a_level_of_the_matrix_products(crop, interpolation, channels, size):
     images = photos(4)[:, :channels]
     changes = {"crop": crop, "resize": "resize_size", "crop_padding": 9, "scale": (0.2, 1.0)}

@@ -35,6 +35,7 @@ def state() -> dict[str, Any]:
     }
 
 
+@pytest.mark.processes
 def test_same_bytes_from_another_process_name_and_time(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "last.pt", state())
     other = tmp_path / "another folder"

@@ -1,15 +1,13 @@
 """Seeds against the published generator; two gloo ranks against one process."""
 
-import os
 import random
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import run_ranks
 from torch import nn
 
 from glovita_lib import dist
@@ -20,12 +18,14 @@ ONE = dist.Ranks(0, 1, 0, torch.device("cpu"))
 # Runs on each of two ranks; every check that fails there fails the test by the exit code.
 TWO_RANKS = """
 import sys
+import warnings
+warnings.simplefilter("error")
 import time
 import torch
 from pathlib import Path
 from torch import nn
 from glovita_lib import dist
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 
 folder = Path(sys.argv[1])
 session = dist.session()
@@ -128,41 +128,10 @@ dist.stop()
 """
 
 
-def launch(script: str, folder: Path, world: int = 2) -> list[str]:
-    """Run a script as `world` ranks of one run, as torchrun would; their outputs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    root = str(Path(dist.__file__).parents[1])
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": root,
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", script, str(folder)],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(outputs)
-    return outputs
-
-
+@pytest.mark.processes
 def test_two_ranks(tmp_path: Path) -> None:
-    launch(TWO_RANKS, tmp_path)
+    done = run_ranks(TWO_RANKS, tmp_path)
+    assert [one.code for one in done] == [0, 0], done
     first, second = (torch.load(tmp_path / f"model_{r}.pt") for r in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
 

@@ -60,6 +60,7 @@ def mode(monkeypatch):
 # ---------------------------------------------------------------- --check
 
 
+@pytest.mark.processes
 def test_check_of_all_specs_imports_nothing_heavy():
     result = run(*SPECS, "--check", python=["-X", "importtime"])
     assert result.returncode == 0, result.stderr
@@ -70,6 +71,7 @@ def test_check_of_all_specs_imports_nothing_heavy():
     assert roots.isdisjoint(HEAVY)
 
 
+@pytest.mark.processes
 def test_check_shows_all_mistakes_of_all_files(good, bad, tmp_path):
     result = run(bad, good, tmp_path / "missing.toml", "--check")
     assert result.returncode == 2
@@ -186,6 +188,7 @@ def test_explain(capsys):
     assert "did you mean optimizer.lr?" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_script_runs_from_any_folder(tmp_path, good):
     command = [sys.executable, str(REPOSITORY / "glovita.py"), "good.toml", "--check"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -196,6 +199,7 @@ def test_script_is_short():
     assert len((REPOSITORY / "glovita.py").read_text().splitlines()) <= 80
 
 
+@pytest.mark.processes
 def test_start_up_benchmark_prints_a_ratio():
     command = [sys.executable, str(REPOSITORY / "benchmarks/startup.py"), "--runs", "5"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)

@@ -1,17 +1,12 @@
 """Frozen encoders that read every sample once: the same training, or a refusal before it starts."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import h5py
 import numpy as np
 import pytest
 import torch
+from children import glovita
 from small_runs import RESNET, TINY, load
 
-from glovita_lib import experiment
 from glovita_lib.encoder import Encoder
 from glovita_lib.trainer import Trainer
 
@@ -165,6 +160,7 @@ backend = "none"
 # ---------------------------------------------------------------------- two ranks
 
 
+@pytest.mark.processes
 def test_two_ranks_see_the_samples_once_and_learn_as_one(command, tmp_path):
     """117 samples on two ranks in batches of 8 are those of one rank in batches of 16 (the last one
     is filled up, so it is left out)."""
@@ -173,14 +169,7 @@ def test_two_ranks_see_the_samples_once_and_learn_as_one(command, tmp_path):
     one = command(*more, "name=one", "dataloading.batch_size=16")
     spec.write_text(TINY)
     two = ["name=two", "dataloading.batch_size=8", f"exp_dir={tmp_path / 'runs'}"]
-    root = Path(experiment.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "glovita.py", str(spec), "--override", *more, *two],
-        cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    glovita(spec, "--override", *more, *two, ranks=2)
     ours = load(one.path / "checkpoints" / "last.pt")
     theirs = load(one.path.parents[1] / "two" / "0" / "checkpoints" / "last.pt")
     assert ours["state"]["step"] == theirs["state"]["step"] == 28

@@ -1,12 +1,11 @@
 """Blocks on disk: what is discarded, what is kept, how they become one file."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from children import run
 from PIL import Image
 from skimage import data as photos
 from sklearn.datasets import load_digits
@@ -309,13 +308,12 @@ def test_a_full_disk_is_told_before_the_writing(tmp_path, monkeypatch):
 
 LIMITED = """
 import resource, sys
-sys.path[:0] = [{tests!r}]
 from pathlib import Path
 from test_feature_writer import assemble, written
 parts = written(Path({folder!r}), count=1500)
 limit = resource.RLIM_INFINITY
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit))
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 for compression in ("none", "gzip"):
     try:
         assemble(parts, compression=compression)
@@ -324,13 +322,13 @@ for compression in ("none", "gzip"):
 """
 
 
+@pytest.mark.processes
 def test_a_disk_that_fills_up_while_it_is_written(tmp_path):
     """The kernel's limit on the size of a file stands for it. HDF5 alone would end the process with
     a crash."""
-    text = LIMITED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2 and done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    done = run(LIMITED.format(folder=str(tmp_path)))
+    lines = done.out.splitlines()
+    assert len(lines) == 2 and done.code == 0, done.out
     for line in lines:
         assert line.startswith(f"cannot write {tmp_path / 'out' / 'f.h5'}: File too large; ")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["f.h5.parts"]

@@ -105,6 +105,7 @@ for i in range(1_000_000):
 """
 
 
+@pytest.mark.processes
 def test_kill_at_any_moment(tmp_path: Path) -> None:
     whole, lines = tmp_path / "whole.txt", tmp_path / "lines.jsonl"
     for attempt in range(5):

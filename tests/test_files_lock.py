@@ -44,6 +44,7 @@ def end(process: subprocess.Popen) -> None:
     process.stdout.close()
 
 
+@pytest.mark.processes
 def test_second_process_is_told_who_has_it(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     process, _ = hold(path)
@@ -64,6 +65,7 @@ def test_second_process_is_told_who_has_it(tmp_path: Path) -> None:
     mine.release()
 
 
+@pytest.mark.processes
 def test_lock_dies_with_kill_although_a_worker_lives(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     process, worker = hold(path, "fork")
@@ -104,6 +106,7 @@ def test_same_process_twice(tmp_path: Path) -> None:
     files._held.clear()
 
 
+@pytest.mark.processes
 def test_waiting(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     process, _ = hold(path)

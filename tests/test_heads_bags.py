@@ -123,8 +123,8 @@ def test_half_precision_features(spec: object, dtype: torch.dtype, lengths: list
     "spec",
     [MeanMilHead(), MaxMilHead(), AbmilHead(hidden=8), DsmilHead(), ClamHead(size_arg="tiny")],
 )
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("lengths", [[3, 2], [100, 90]])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_any_stored_type_under_autocast(
     spec: object, stored: torch.dtype, lengths: list[int]
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import run as run_child
 
 from glovita_lib import loggers
 from glovita_lib.dist import Ranks
@@ -186,6 +187,7 @@ def test_missing_package(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
         build(WandbLogger(), run)
 
 
+@pytest.mark.processes
 def test_import_leaves_wandb_alone() -> None:
     root = str(Path(loggers.__file__).parents[1])
     script = "import sys, glovita_lib.loggers; sys.exit('wandb' in sys.modules)"
@@ -211,11 +213,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_kill_leaves_no_process_behind(run: RunDir) -> None:
-    root = str(Path(loggers.__file__).parents[1])
-    env = os.environ | {"PYTHONPATH": root, "MARK_OF_TEST": str(run.path)}
-    subprocess.run([sys.executable, "-c", KILLED, str(run.path)], env=env, check=False)
+    run_child(KILLED, run.path, env={"MARK_OF_TEST": str(run.path)})
     assert offline_runs(run)
     for _ in range(100):
         if not processes_with(str(run.path).encode()):

@@ -94,6 +94,7 @@ def test_split_logged_names_and_titles() -> None:
     assert title_of("top5acc") == "top-5 accuracy" and title_of("instance_loss") == "instance loss"
 
 
+@pytest.mark.processes
 def test_needs_neither_torch_nor_numpy() -> None:
     code = (
         "import sys, glovita_lib.metric_names;"
@@ -102,6 +103,7 @@ def test_needs_neither_torch_nor_numpy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.processes
 def test_measuring_an_epoch_does_not_load_sklearn_or_scipy() -> None:
     code = (
         "import sys, numpy as np; from glovita_lib.metrics import compute;"

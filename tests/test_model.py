@@ -45,7 +45,7 @@ def tv_spec(name: str, **model_kwargs) -> TorchvisionEncoder:
 
 FAMILIES = [
     tv_spec("convnext_tiny"),
-    tv_spec("vgg11", init_weights=False),
+    tv_spec("squeezenet1_1"),
     tv_spec("mobilenet_v3_small"),
     tv_spec("resnet18"),
     tv_spec("vit_b_16"),

@@ -1,11 +1,9 @@
 """Nearest neighbours against scikit-learn, and against differences in float64."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from children import run
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
@@ -153,6 +151,7 @@ def test_ties_are_not_compared_with_all_others(monkeypatch):
     assert (distances[:, 1:] >= distances[:, :-1]).all()
 
 
+@pytest.mark.processes
 def test_no_copy_of_the_features():
     """Beside the features there are blocks, not the 195 MiB of a float32 copy."""
     code = """
@@ -168,5 +167,5 @@ before = peak()
 neighbors.nearest(features[:2], features, 5, "cosine", exclude_self=False)
 print(peak() - before)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert float(result.stdout) < 50, result.stderr
+    out = run(code).out
+    assert float(out) < 50, out

@@ -88,9 +88,19 @@ METHODS = {
     "vpt_first": (VisualPromptTuning(num_tokens=3, deep_layers=1), SEQUENCES),
 }
 PAIRS = [(method, name) for method, (_, names) in METHODS.items() for name in names]
-EVERY_PAIR = pytest.mark.parametrize(("method", "name"), PAIRS)
-# each method on one network, in turn; tracing takes seconds, so the other pairs are marked slow
-FEW = {(m, names[i % len(names)]) for i, (m, (_, names)) in enumerate(METHODS.items())}
+
+
+def turn(shift: float) -> set[tuple[str, str]]:
+    """Each method on one network, the networks in turn from a share of them on."""
+    return {
+        (method, names[(i + int(shift * len(names))) % len(names)])
+        for i, (method, (_, names)) in enumerate(METHODS.items())
+    }
+
+
+FEW = turn(0)  # tracing takes seconds
+WALKED = FEW | turn(1 / 3) | turn(2 / 3)
+"""The pairs of every day; the others are marked slow."""
 UNMERGED = ("adapt", "convpass", "vpt")
 
 
@@ -102,7 +112,10 @@ def adapted(method: str, name: str) -> nn.Module:
     return net
 
 
-@EVERY_PAIR
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [pytest.param(*pair, marks=() if pair in WALKED else pytest.mark.slow) for pair in PAIRS],
+)
 def test_life_cycle(method, name):
     base, x = build(name), sample(name)
     net = adapted(method, name)
@@ -175,6 +188,7 @@ def train(net: nn.Module, x: torch.Tensor, steps: int) -> None:
     ("method", "name"),
     [pytest.param(*pair, marks=() if pair in FEW else pytest.mark.slow) for pair in PAIRS],
 )
+@pytest.mark.compiles
 def test_compiled(method, name):
     """Traced without a break: the same output, the same gradients, the same keys."""
     net, x = adapted(method, name), sample(name)

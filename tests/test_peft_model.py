@@ -1,13 +1,11 @@
 """Methods on whole models: modes, groups, reading features, compilation, two ranks."""
 
-import os
-import socket
 from typing import get_args
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from children import run_ranks
 from torch import nn
 
 from glovita_lib.errors import UserError
@@ -177,10 +175,11 @@ def test_a_custom_method():
         make(CustomPeft(target=target, options={"nonsense": 1}))
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def train_rank(folder: str) -> None:
+    """One of two ranks, in a process of its own."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     found = {}
     for number, spec in enumerate(SPECS):
         model = make(spec).train()
@@ -196,11 +195,12 @@ def worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_two_ranks_train_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    done = run_ranks(
+        "import sys, test_peft_model; test_peft_model.train_rank(sys.argv[1])", tmp_path
+    )
+    assert [one.code for one in done] == [0, 0], done
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for number, spec in enumerate(SPECS):
         model = make(spec).train()

@@ -1,12 +1,9 @@
 """GPS: what it picks, that the rest stays, that all ranks pick the same; BitFit; norm tuning."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from children import run_ranks
 from small_networks import build, disturb, sample
 from torch import nn
 
@@ -115,9 +112,10 @@ def test_more_entries_than_a_row_has_is_the_whole_row():
     assert net.stem.adapter.values.shape == (8, 27)
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def train_rank(folder: str) -> None:
+    """One of two ranks, in a process of its own."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
 
     def average(tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
@@ -131,11 +129,13 @@ def worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_reference_defect_all_ranks_choose_the_same_entries(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    done = run_ranks(
+        "import sys, test_peft_weights_selective; test_peft_weights_selective.train_rank(sys.argv[1])",
+        tmp_path,
+    )
+    assert [one.code for one in done] == [0, 0], done
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     whole = calibrated("vit", sample("vit", 4))

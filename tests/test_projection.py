@@ -171,6 +171,7 @@ def test_missing_umap_learn_is_one_line(monkeypatch):
     assert lay_out(X[:50], method="pca").method == "pca"
 
 
+@pytest.mark.processes
 def test_nothing_heavy_is_imported_before_it_is_needed():
     code = (
         "import sys, glovita_lib.run_umap; "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import run_ranks
 from small_runs import FOLDERS, RESNET, TINY, Result, load, snapshot
 
 REPOSITORY = Path(__file__).parent.parent
@@ -18,6 +19,7 @@ REPOSITORY = Path(__file__).parent.parent
 # Each rank counts the files that it opens for writing or renames below the folder of the runs.
 COMMANDS = """
 import json, os, sys
+from pathlib import Path
 from contextlib import contextmanager
 import glovita
 from glovita_lib import dist
@@ -38,7 +40,8 @@ def watch(event, arguments):
         writes.append(str(arguments[0]))
 
 sys.addaudithook(watch)
-for arguments in json.load(open(sys.argv[2])):
+todo = sys.argv[2]
+for arguments in json.loads(Path(todo).read_text()):
     codes.append(glovita.main(arguments))
     dist.barrier(ranks)
 mine = [name for name in writes if name.startswith(folder)]
@@ -52,7 +55,7 @@ FAULT = """
 import os, signal, sys, time
 import glovita
 from glovita_lib import checkpoint, dist, run_train
-from glovita_lib.spec import UserError
+from glovita_lib.errors import UserError
 from glovita_lib.trainer import Trainer
 
 save, step, saves = checkpoint.save, Trainer.optimizer_step, []
@@ -92,6 +95,14 @@ def torchrun(script, *arguments, code=0):
     )
     assert (done.returncode != 0) == (code != 0), done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def children(script, *arguments, code=0):
+    """The same without the launcher's own start; both ranks have one exit code."""
+    done = run_ranks(script, *arguments)
+    out = "".join(one.out for one in done)
+    assert {bool(one.code) for one in done} == {bool(code)}, out
+    return out
 
 
 def scores(rows):
@@ -144,8 +155,7 @@ EXACT = [
 def two_ranks(specs, tmp_path_factory):
     """What two ranks made of several commands: run directories, exit codes, output."""
     folder = tmp_path_factory.mktemp("two")
-    runs, script, todo = folder / "runs", folder / "commands.py", folder / "todo.json"
-    script.write_text(COMMANDS)
+    runs, todo = folder / "runs", folder / "todo.json"
     exact, rich = str(specs / "exact.toml"), str(specs / "rich.toml")
 
     def command(spec, *overrides):
@@ -162,17 +172,19 @@ def two_ranks(specs, tmp_path_factory):
         command(rich, "name=dry", "--dry-run"),
     ]
     todo.write_text(json.dumps(commands))
-    out = torchrun(script, runs, todo)
+    out = children(COMMANDS, runs, todo)
     told = [json.loads((folder / f"todo.json.{rank}").read_text()) for rank in (0, 1)]
     return runs / "generic_image_dataset", told, out
 
 
+@pytest.mark.processes
 def test_exit_codes_are_the_same_on_all_ranks(two_ranks):
     _, told, out = two_ranks
     assert told[0]["codes"] == told[1]["codes"] == [0, 0, 0, 2, 0, 2, 0]
     assert "Traceback" not in out
 
 
+@pytest.mark.processes
 def test_the_first_rank_alone_writes_and_speaks(two_ranks):
     runs, told, out = two_ranks
     assert told[0]["writes"] > 20 and told[1]["writes"] == 0
@@ -183,6 +195,7 @@ def test_the_first_rank_alone_writes_and_speaks(two_ranks):
     assert json.loads((runs / "exact" / "0" / "runtime_info.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.processes
 def test_two_ranks_learn_what_one_with_twice_the_batch_learns(two_ranks, specs, command):
     """30 samples in 3 steps of 5 + 5, against 3 of 10."""
     two = Result(0, "", "", two_ranks[0] / "exact" / "0")
@@ -197,6 +210,7 @@ def test_two_ranks_learn_what_one_with_twice_the_batch_learns(two_ranks, specs, 
         np.testing.assert_allclose(two.last["model"][key], value, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.processes
 def test_evaluation_on_shards_that_do_not_divide_is_exact(two_ranks, specs, command, tmp_path):
     """13 and 17 samples on two ranks; the same checkpoint in one process."""
     two = Result(0, "", "", two_ranks[0] / "exact" / "0")
@@ -218,15 +232,15 @@ def test_evaluation_on_shards_that_do_not_divide_is_exact(two_ranks, specs, comm
         assert (two.path / "infer" / name).read_bytes() == (two.path / name).read_bytes()
 
 
+@pytest.mark.processes
 def test_all_ranks_wait_for_the_last_checkpoint(specs, tmp_path):
     """The only epoch's, written by a first rank with a slow disk."""
-    script = tmp_path / "fault.py"
-    script.write_text(FAULT)
     arguments = ["--override", f"exp_dir={tmp_path}", "name=slow", "training.epochs=1"]
-    out = torchrun(script, "slow", specs / "exact.toml", *arguments)
+    out = children(FAULT, "slow", specs / "exact.toml", *arguments)
     assert "slow/0 is finished" in out
 
 
+@pytest.mark.processes
 def test_faults_end_all_ranks_and_the_run_goes_on(two_ranks, specs, tmp_path):
     """A full disk on the first rank, then a kill, then the plain command: bit-equal to the run
     without faults."""
@@ -238,7 +252,7 @@ def test_faults_end_all_ranks_and_the_run_goes_on(two_ranks, specs, tmp_path):
     script.write_text(FAULT)
     arguments = [specs / "rich.toml", "--override", f"exp_dir={runs}", "name=rich"]
     here = two_ranks[0] / "rich" / "0"
-    out = torchrun(script, "full", *arguments, code=1)
+    out = children(FAULT, "full", *arguments, code=1)
     assert out.count("No space left on device") == 1
     assert load(here / "checkpoints" / "last.pt")["state"]["step"] == 2
     assert not any(".tmp-" in name for name in snapshot(here))

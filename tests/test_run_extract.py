@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from children import PRELOADED, SERVER
+from children import glovita as glovita_ranks
 from PIL import Image
 from skimage import data as photos
 from small_runs import FOLDERS, load, snapshot, write_png
@@ -546,12 +547,9 @@ def test_a_corrected_label_keeps_the_blocks(extract, table_spec, tmp_path, monke
     assert "made otherwise: another labels_sha256;" in extract(*batches, spec=spec, code=2).err
 
 
-SERVER = multiprocessing.get_context("forkserver")  # a fork of this process could inherit a lock
-
-
 def in_child(tmp_path: Path, *overrides: str, moment: str = "") -> multiprocessing.Process:
     """A process that extracts as the fixture does; it dies at the moment of MOMENTS, if one."""
-    SERVER.set_forkserver_preload(["glovita_lib.run_extract"])
+    SERVER.set_forkserver_preload(PRELOADED)
     argv = [str(tmp_path / "tiny.toml"), "--override", f"exp_dir={tmp_path / 'runs'}"]
     argv += ["mode=extract", "extract.source=encoder", f"extract.output_dir={tmp_path / 'out'}"]
     argv += ["extract.output_filename='{split}.h5'", "extract.block_samples=32", *overrides]
@@ -589,6 +587,7 @@ def check_whole(folder: Path, reference: bytes) -> None:
                 assert all(len(arrays[name]) for name in arrays.files)
 
 
+@pytest.mark.processes
 def test_kills_at_random_moments(extract, tmp_path):
     small = ["extract.split=train", "dataloading.eval_batch_size=8", "extract.block_samples=8"]
     small.append("extract.output=tokens")
@@ -599,7 +598,7 @@ def test_kills_at_random_moments(extract, tmp_path):
     def blocks() -> int:
         return len(list(folder.glob("0*.npz")))
 
-    for _ in range(6):
+    for _ in range(4):
         enough = blocks() + draw.randint(1, 20)
         child = in_child(tmp_path, *small)
         while child.is_alive() and blocks() < enough:
@@ -630,6 +629,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kills_at_the_end(extract, tmp_path, monkeypatch, moment):
     extract("extract.split=val", f"extract.output_dir={tmp_path / 'whole'}")
@@ -645,6 +645,7 @@ def test_kills_at_the_end(extract, tmp_path, monkeypatch, moment):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["val.h5"]
 
 
+@pytest.mark.processes
 def test_two_ranks_write_what_one_writes(extract, folder_spec, class_folders, tmp_path):
     """Also where each of them meets a broken image."""
     for path in some_files(class_folders, 2, 7, 13):
@@ -654,24 +655,15 @@ def test_two_ranks_write_what_one_writes(extract, folder_spec, class_folders, tm
     alone = extract(*small, spec=folder_spec)
     overrides = ["mode=extract", "extract.source=encoder", *small]
     overrides += [f"extract.output_dir={tmp_path / 'two'}", "extract.output_filename='{split}.h5'"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    spec = str(tmp_path / "tiny.toml")
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node=2", str(ROOT / "glovita.py"), spec, "--override", *overrides],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=170,
-    )
-    assert done.returncode == 0, done.stderr
+    out = glovita_ranks(tmp_path / "tiny.toml", "--override", *overrides, ranks=2)
     for split in ("train", "val", "test"):
         first, second = tmp_path / "out" / f"{split}.h5", tmp_path / "two" / f"{split}.h5"
         same(first, second)
         assert first.read_bytes() == second.read_bytes()
-        assert done.stdout.count(f"{split}.h5") == 1  # the first rank alone says so
+        assert out.count(f"{split}.h5") == 1  # the first rank alone says so
     lines = [line for line in alone.out.splitlines() if "left out" in line]
     assert len(lines) == 3
-    assert [line for line in done.stdout.splitlines() if "left out" in line] == lines
+    assert [line for line in out.splitlines() if "left out" in line] == lines
 
 
 def test_a_second_process_is_told(extract, tmp_path, monkeypatch):

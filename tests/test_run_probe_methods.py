@@ -1,11 +1,9 @@
 """Probes against scikit-learn."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from children import run
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
@@ -148,6 +146,7 @@ def test_a_fit_goes_on_from_the_last_solution_bit_for_bit(digits):
     assert torch.equal(again.solution, second.solution) and again.iterations == second.iterations
 
 
+@pytest.mark.processes
 def test_no_dense_targets_and_no_copies():
     """Peak memory beside the features is that of a block, whatever the number of samples."""
     code = """
@@ -173,5 +172,5 @@ before = peak()
 fit(None).scores(features[:8], "multiclass"); vote(None)
 print(peak() - before)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert float(result.stdout) < 40, result.stderr  # MiB; one-hot rows in float32 are 229
+    out = run(code).out
+    assert float(out) < 40, out  # MiB; one-hot rows in float32 are 229

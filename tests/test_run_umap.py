@@ -2,17 +2,16 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from children import glovita as glovita_ranks
 from sklearn.datasets import load_digits
 from small_runs import FOLDERS, TINY, write_png
 
@@ -318,26 +317,22 @@ def test_features_and_predictions_are_of_one_pass(tmp_path, monkeypatch, method,
     np.testing.assert_allclose(found.said.scores, scores, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.processes
 def test_the_first_of_several_ranks_draws_alone(tmp_path):
     """Images and feature files; the others wait and fail with it."""
     write(tmp_path / "t.h5", features=X[:40], labels=Y[:40])
     images, vectors = tmp_path / "images.toml", tmp_path / "vectors.toml"
     images.write_text(ENCODER)
     vectors.write_text(OWN.replace("FOLDER", str(tmp_path)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def run(spec, *overrides):
+    def run(spec, *overrides, code=0):
         fixed = [f"exp_dir={tmp_path / 'exp'}", f"umap.output_dir={tmp_path / spec.stem}"]
-        command = [*launcher, str(ROOT / "glovita.py"), str(spec), "--override", *fixed, *overrides]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=170)
+        return glovita_ranks(spec, "--override", *fixed, *overrides, ranks=2, code=code)
 
-    done = run(images, "extract.source=encoder", "umap.max_samples=40")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trustworthiness") == 1
+    out = run(images, "extract.source=encoder", "umap.max_samples=40")
+    assert out.count("trustworthiness") == 1
     assert len(rows(tmp_path / "images" / "pca.csv")) == 40
-    done = run(vectors, "umap.split=test")
-    assert done.returncode != 0 and 'umap.split = "test"' in done.stderr
+    assert 'umap.split = "test"' in run(vectors, "umap.split=test", code=2)
 
 
 OWN = SPEC + (
@@ -558,6 +553,7 @@ console.log(JSON.stringify(result));
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_page_shows_hides_finds_and_moves(tmp_path):
     ids, ink = [f"scan {i}" for i in range(12)], X[:12].mean(1)
@@ -585,6 +581,7 @@ def test_the_page_shows_hides_finds_and_moves(tmp_path):
     assert shown["second"]["ends"] == [f"{v:.5g}" for v in (ink.min(), ink.max())]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_page_of_images_shows_thumbnails_below_the_pointer(tmp_path):
     overrides = ["extract.source=encoder", "umap.max_samples=30", "umap.split=val"]

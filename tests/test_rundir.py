@@ -160,6 +160,7 @@ def test_kill_while_overwriting_never_looks_finished(
     assert decide(run, spec) == (run, expected)
 
 
+@pytest.mark.processes
 def test_locked_directory(tmp_path: Path) -> None:
     spec = loaded(tmp_path)
     run = started(spec)

@@ -76,6 +76,7 @@ def test_defaults_break_none(root, kind):
     assert check(root([f"peft.method={kind.__struct_config__.tag}"])) == []
 
 
+@pytest.mark.processes
 def test_no_torch_is_needed():
     code = "import sys, glovita_lib.spec_rules; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
