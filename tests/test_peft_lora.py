@@ -233,6 +233,7 @@ def test_autocast_gives_its_own_type_and_gradients_in_float32():
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+@pytest.mark.compiles
 def test_compiled_output_is_the_same(options):
     net, x = build("vit"), sample("vit")
     apply_lora(Lora(**options), net)

@@ -126,6 +126,7 @@ def test_learning_rates_by_layer_and_by_lora_plus():
 
 
 @pytest.mark.parametrize("spec", [Lora(), Vera(), Convpass(), VisualPromptTuning()], ids=label)
+@pytest.mark.compiles
 def test_compiled(spec):
     model, x = make(spec).eval(), images()
     y = model(x)

@@ -112,6 +112,9 @@ def test_more_entries_than_a_row_has_is_the_whole_row():
     assert net.stem.adapter.values.shape == (8, 27)
 
 
+RANK = "import sys, test_peft_weights_selective as t; t.train_rank(sys.argv[1])"
+
+
 def train_rank(folder: str) -> None:
     """One of two ranks, in a process of its own."""
     dist.init_process_group("gloo")
@@ -131,10 +134,7 @@ def train_rank(folder: str) -> None:
 
 @pytest.mark.processes
 def test_reference_defect_all_ranks_choose_the_same_entries(tmp_path):
-    done = run_ranks(
-        "import sys, test_peft_weights_selective; test_peft_weights_selective.train_rank(sys.argv[1])",
-        tmp_path,
-    )
+    done = run_ranks(RANK, tmp_path)
     assert [one.code for one in done] == [0, 0], done
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -236,6 +236,7 @@ def test_fp16_is_refused_on_the_cpu(refused):
     assert "needs a GPU" in refused("training.precision=fp16")
 
 
+@pytest.mark.compiles
 def test_compiled_training_has_the_same_keys_and_results(command):
     changes = ["training.epochs=1", "training.train_steps_per_epoch=1", "training.ema_decay=0.5"]
     changes += ["model.encoder.encoder_type=custom", "model.encoder.target=small_runs:one_layer"]
