@@ -297,10 +297,6 @@ class CropResize:
         canvas = self.canvas(source[None], box[None])[0]
         return canvas.round().to(source.dtype) if canvas.is_floating_point() else canvas
 
-    def batch(self, images: Tensor, boxes: Tensor) -> Tensor:
-        """Images (B, C, H, W) and their windows (B, 4) -> (B, C, S, S) float32 in 0..1."""
-        return self.canvas(images, boxes).float().div_(self.peak)
-
     def canvas(
         self,
         images: Tensor,

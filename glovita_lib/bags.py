@@ -78,11 +78,6 @@ class Bags:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    def width(self) -> int:
-        """Features of an instance."""
-        return self.features.shape[1]
-
     @cached_property
     def bounds(self) -> list[int]:
         """First row of each bag, and M at the end: B + 1 numbers."""

@@ -264,7 +264,7 @@ def open_collection(
         table: rows of labels_file, where there is one.
 
     Raises:
-        UserError: whatever is wrong with it, see hdf5.open_features.
+        UserError: whatever is wrong with it, see read_features.open_features.
     """
     path = Path(spec.data_root_dir) / name
     if path.is_dir() and table is None:
@@ -299,7 +299,7 @@ def unlabelled_features(path: Path, spec: PrecomputedData, *, kind: str, width: 
         width: of the features that the model takes.
 
     Raises:
-        UserError: see hdf5.open_features; or the features are of another kind or width.
+        UserError: see read_features.open_features; or the features are of another kind or width.
     """
     if not path.exists():
         raise UserError(

@@ -36,11 +36,6 @@ from glovita_lib.spec_data import GenericImageData
 SHOWN = 20  # images that a message lists
 
 
-def suffixes(exts: Sequence[str]) -> tuple[str, ...]:
-    """File suffixes in lower case, each with its dot."""
-    return tuple("." + ext.lower().lstrip(".") for ext in exts)
-
-
 def walk(folder: Path, exts: Sequence[str]) -> list[str]:
     """Ids of all images below a folder, sorted; hidden files and folders are left out, links
     followed.
@@ -50,7 +45,7 @@ def walk(folder: Path, exts: Sequence[str]) -> list[str]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    endings = suffixes(exts)
+    endings = tuple("." + ext.lower().lstrip(".") for ext in exts)
     found, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -262,10 +257,14 @@ def _(spec: GenericImageData, *, seed: int) -> Data:
     members = images_of(spec, images, table, problems, report)
     kept = usable_labels(spec, images, table, members, subtask, problems)
     problems.settle(report)
-    ids = [identity for identity in unique(members) if identity in kept]
+    every = dict.fromkeys(identity for found in members.values() for identity in found)
+    ids = [identity for identity in every if identity in kept]
     labels = Labels([kept[i].label for i in ids], ids)
-    _, class_names, (targets,) = encode([labels], rules_of(spec, subtask))
-    samples = ImageTable(ids, targets, [kept[i].header for i in ids], groups_of(spec, table, ids))
+    columns = None if isinstance(spec.label_column, str) else spec.label_column
+    rules = LabelRules(subtask, spec.class_names, spec.num_classes, columns, spec.label_separator)
+    _, class_names, (targets,) = encode([labels], rules)
+    groups = [table.groups[i] for i in ids] if spec.group_column else None
+    samples = ImageTable(ids, targets, [kept[i].header for i in ids], groups)
     rows = table_rows(spec, members, samples, subtask, seed)
     if samples.groups is not None:
         refuse_shared_groups(ids, samples.groups, rows)
@@ -349,12 +348,6 @@ def check_fields(spec: GenericImageData) -> None:
         raise UserError("\n".join(lines))
     if spec.split_source in ("subdirs", "column"):
         refuse_fold(spec, f'data.split_source = "{spec.split_source}" has one split')
-
-
-def rules_of(spec: GenericImageData, subtask: str) -> LabelRules:
-    """How the labels are meant."""
-    columns = None if isinstance(spec.label_column, str) else tuple(spec.label_column)
-    return LabelRules(subtask, spec.class_names, spec.num_classes, columns, spec.label_separator)
 
 
 # ---------------------------------------------------------------------- labels and members
@@ -473,11 +466,6 @@ def refuse_shared_images(spec: GenericImageData, members: dict[str, list[str]]) 
                 )
 
 
-def unique(members: dict[str, list[str]]) -> list[str]:
-    """All ids, each once."""
-    return list(dict.fromkeys(identity for ids in members.values() for identity in ids))
-
-
 def usable_labels(
     spec: GenericImageData,
     images: ImageFolder,
@@ -517,11 +505,6 @@ def class_folder(identity: str, split: str, spec: GenericImageData) -> str | Non
     if folders and folders[0] == split and skips:
         folders = folders[1:]
     return folders[0] if folders else None
-
-
-def groups_of(spec: GenericImageData, table: LabelTable | None, ids: list[str]) -> list[str] | None:
-    """Group of each image."""
-    return [table.groups[i] for i in ids] if spec.group_column and table else None
 
 
 # ---------------------------------------------------------------------- splits

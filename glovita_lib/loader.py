@@ -97,10 +97,10 @@ def hold(
     if collate is not None:
         samples = [sample for part in parts for sample in part]
         return CollatingSource(samples, False, collate=collate)
-    return CachedSource(*join_parts(parts, len(rows), fitted))
+    return CachedSource(join_parts(parts, len(rows)), fitted)
 
 
-def join_parts(parts: Iterator[Any], count: int, fitted: bool) -> tuple[Any, bool]:
+def join_parts(parts: Iterator[Any], count: int) -> Any:
     """Decoded parts as one array if they are arrays, written into it one by one, else a list."""
     array, samples, done = None, [], 0
     for part in parts:
@@ -110,7 +110,7 @@ def join_parts(parts: Iterator[Any], count: int, fitted: bool) -> tuple[Any, boo
             done += len(part)
         else:
             samples.extend(part)
-    return (samples if array is None else array), fitted
+    return samples if array is None else array
 
 
 def in_threads(work: Callable[[Any], Any], items: list[Any], threads: int) -> Iterator[Any]:
@@ -184,7 +184,7 @@ BatchTask = tuple[int, int, np.ndarray]  # epoch, batch, rows
 
 
 class Resizing(Protocol):
-    """Crop and resize of single images to the encoder's input, see policies.Fit."""
+    """Crop and resize of single images to the encoder's input, see augment_crop.CropResize."""
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator) -> Tensor: ...
 

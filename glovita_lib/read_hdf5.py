@@ -73,11 +73,6 @@ class DatasetRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all rows when decoded, bytes."""
-        return self.row_bytes * len(self)
-
     def check_length(self, end: int) -> None:
         """Refuse a file that is shorter than what its own tables say."""
         length = os.path.getsize(self.path)

@@ -51,6 +51,11 @@ def photos(count: int) -> torch.Tensor:
     )
 
 
+def resized(geometry: CropResize, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) and their windows (B, 4) -> (B, C, S, S) float32 in 0..1."""
+    return geometry.canvas(images, boxes).float() / geometry.peak
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
 @pytest.mark.parametrize("size", [24, 64, 224])
 def test_resized_crop_equals_torchvision(interpolation, size):
@@ -58,7 +63,7 @@ def test_resized_crop_equals_torchvision(interpolation, size):
     geometry = fit(size, interpolation=interpolation, crop="resized", scale=(0.1, 1.0))
     boxes = geometry.boxes(np.tile([120, 160], (6, 1)), seeded())
     assert len(boxes.unique(dim=0)) == 6
-    ours = geometry.batch(images, boxes)
+    ours = resized(geometry, images, boxes)
     for image, box, our in zip(images, boxes.int().tolist(), ours, strict=True):
         reference = TF.resized_crop(
             image.double() / 255,
@@ -99,7 +104,7 @@ def test_centre_crop_equals_resize_then_crop(shape, size, resize):
     geometry = fit(size, resize)
     levels = (image * 255).round()
     reference = TF.center_crop(TF.resize(levels / 255, [resize], antialias=True), [size, size])
-    our = geometry.batch(levels.to(torch.int32)[None], geometry.boxes(np.array([shape]), None))
+    our = resized(geometry, levels.to(torch.int32)[None], geometry.boxes(np.array([shape]), None))
     torch.testing.assert_close(our[0], reference, atol=1e-5, rtol=0)
 
 
@@ -132,7 +137,7 @@ def test_padded_crop_of_an_upsampled_image():
     geometry = fit(96, crop="padded", resize="image_size", crop_padding=4)
     boxes = geometry.boxes(np.tile([32, 32], (5, 1)), seeded())
     for image, (y, x, h, w), our in zip(
-        images, boxes.int().tolist(), geometry.batch(images, boxes), strict=True
+        images, boxes.int().tolist(), resized(geometry, images, boxes), strict=True
     ):
         reference = TF.resized_crop(
             TF.pad(image, [4]).double() / 255, y + 4, x + 4, h, w, [96, 96], antialias=True
@@ -173,7 +178,7 @@ def test_whole_image_is_squashed():
     geometry = fit(40, crop="none")
     boxes = geometry.boxes(sizes(PHOTO), None)
     reference = TF.resize(torch.from_numpy(PHOTO.copy()).double() / 255, [40, 40], antialias=True)
-    our = geometry.batch(torch.from_numpy(PHOTO.astype(np.int32))[None], boxes)[0]
+    our = resized(geometry, torch.from_numpy(PHOTO.astype(np.int32))[None], boxes)[0]
     torch.testing.assert_close(our, reference.float(), atol=1e-5, rtol=0)
 
 
@@ -217,7 +222,7 @@ def test_one_equals_batch_and_shared_windows_equal_single_ones():
     for interpolation in ("bilinear", "lanczos", "nearest"):
         geometry = fit(40, 45, interpolation)
         boxes = geometry.boxes(np.tile([120, 160], (3, 1)), None)
-        batch = geometry.batch(images, boxes)
+        batch = resized(geometry, images, boxes)
         for image, box, row in zip(images, boxes, batch, strict=True):
             single = geometry.one(image.numpy(), box)
             assert single.dtype == torch.uint8
@@ -230,9 +235,9 @@ def test_large_batches_go_in_parts(monkeypatch):
     images = photos(5).int()
     geometry = fit(40, 45, crop="random")
     boxes = geometry.boxes(np.tile([120, 160], (5, 1)), seeded())
-    whole = geometry.batch(images, boxes)
+    whole = resized(geometry, images, boxes)
     monkeypatch.setattr("glovita_lib.augment_crop.CHUNK", 2 * 3 * 120 * 160)
-    torch.testing.assert_close(geometry.batch(images, boxes), whole)
+    torch.testing.assert_close(resized(geometry, images, boxes), whole)
 
 
 def test_sixteen_bit_keeps_its_depth():
@@ -246,7 +251,7 @@ def test_sixteen_bit_keeps_its_depth():
     wide = torch.from_numpy(image.astype(np.int32))
     reference = TF.center_crop(TF.resize(wide.double() / 65535, [64], antialias=True), [64, 64])
     torch.testing.assert_close(single.double() / 65535, reference, atol=1 / 65535, rtol=0)
-    batch = geometry.batch(wide[None], box)[0]
+    batch = resized(geometry, wide[None], box)[0]
     torch.testing.assert_close(batch, reference.float(), atol=1e-5, rtol=0)
 
 

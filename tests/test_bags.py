@@ -33,7 +33,7 @@ def test_layouts(lengths: list[int]) -> None:
     again = Bags.from_list(parts)
     assert torch.equal(again.features, bags.features) and torch.equal(again.lengths, bags.lengths)
     padded, mask = bags.to_padded()
-    assert padded.shape == (len(lengths), max(lengths), bags.width)
+    assert padded.shape == (len(lengths), max(lengths), bags.features.shape[1])
     for part, row, valid in zip(parts, padded, mask, strict=True):
         assert torch.equal(row[: len(part)], part) and not row[len(part) :].any()
         assert valid.sum() == len(part) and valid[: len(part)].all()
