@@ -155,7 +155,7 @@ def test_life_cycle(method, name):
     part = trained_state(net)
     assert declared <= part.keys()
     alone = adapted(method, name)
-    load_trained(alone, part)
+    load_trained(alone, part, source="part")
     torch.testing.assert_close(alone.eval()(x), y, atol=1e-6, rtol=1e-6)
 
     # merged: the keys of the base, the same output
