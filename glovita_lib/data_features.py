@@ -59,7 +59,7 @@ class Collection:
     groups: list[str] | None
     class_names: tuple[str, ...] | None
     subtask: str | None  # where the file says so
-    split_of: list[str] | None  # from the column split of labels_file
+    split_of: list[str] | None  # from the split_column of labels_file
     vectors: FeatureFile | None
     bags: FileBags | FolderBags | None
 
@@ -89,7 +89,7 @@ def read_table(spec: PrecomputedData) -> dict[str, dict[str, str]]:
     path = Path(spec.data_root_dir) / spec.labels_file
     wanted = [spec.id_column, *label_columns(spec)]
     wanted += [spec.group_column] if spec.group_column else []
-    wanted += ["split"] if spec.split_source == "csv" else []
+    wanted += [spec.split_column] if spec.split_source == "csv" else []
     rows = read_csv(path, wanted)
     table = {row[spec.id_column]: row for row in rows}
     if len(table) < len(rows):
@@ -140,7 +140,7 @@ def with_table(
         labels=np.array([[row[column] for column in columns] for row in rows]),
         class_names=None,
         groups=[row[group] for row in rows] if group else groups,
-        split_of=[row["split"] for row in rows] if spec.split_source == "csv" else None,
+        split_of=[row[spec.split_column] for row in rows] if spec.split_source == "csv" else None,
     )
 
 
@@ -377,12 +377,12 @@ def split_rows(
         fold_of = folds(labels, spec.n_folds, seed=seed, groups=groups)
         return fold_splits(fold_of, spec.fold, spec.n_folds)
     if spec.split_source == "csv":
-        return column_rows(whole)
+        return column_rows(spec, whole)
     return listed_rows(spec, whole)
 
 
-def column_rows(whole: Collection) -> dict[str, np.ndarray]:
-    """Rows of each split that the column split names; rows without one are not used.
+def column_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarray]:
+    """Rows of each split that split_column names; rows without one are not used.
 
     Raises:
         UserError: another name.
@@ -391,8 +391,9 @@ def column_rows(whole: Collection) -> dict[str, np.ndarray]:
     unknown = [name for name in whole.split_of if name not in rows]
     if unknown:
         raise UserError(
-            f"column split of data.labels_file: {unknown[0]!r} ({len(unknown)} samples) is no"
-            " split; write train, val or test, or nothing where a sample is not to be used"
+            f"column {spec.split_column} of {spec.labels_file}: {unknown[0]!r}"
+            f" ({len(unknown)} samples) is no split; write train, val or test, or nothing where a"
+            " sample is not to be used"
         )
     for row, name in enumerate(whole.split_of):
         rows[name].append(row)

@@ -333,8 +333,7 @@ def check_fields(spec: GenericImageData) -> None:
     wrong = {
         'data.group_column needs data.label_source = "csv"': spec.group_column is not None
         and spec.label_source != "csv",
-        'data.split_source = "column" needs data.label_source = "csv"': spec.split_source
-        == "column"
+        'data.split_source = "csv" needs data.label_source = "csv"': spec.split_source == "csv"
         and spec.label_source != "csv",
         'several data.label_column need data.label_source = "csv"': several
         and spec.label_source != "csv",
@@ -346,7 +345,7 @@ def check_fields(spec: GenericImageData) -> None:
     lines = [text for text, is_wrong in wrong.items() if is_wrong]
     if lines:
         raise UserError("\n".join(lines))
-    if spec.split_source in ("subdirs", "column"):
+    if spec.split_source in ("subdirs", "csv"):
         refuse_fold(spec, f'data.split_source = "{spec.split_source}" has one split')
 
 
@@ -367,7 +366,7 @@ def label_table(spec: GenericImageData, images: ImageFolder) -> LabelTable | Non
         path_column=spec.path_column,
         label_column=spec.label_column,
         group_column=spec.group_column,
-        split_column=spec.split_column if spec.split_source == "column" else None,
+        split_column=spec.split_column if spec.split_source == "csv" else None,
     )
 
 
@@ -383,7 +382,7 @@ def images_of(
     Raises:
         UserError: a split that does not exist, or an image in two splits.
     """
-    if spec.split_source in ("kfold", "column") and table is not None:
+    if spec.split_source in ("kfold", "csv") and table is not None:
         for name in table.missing:
             problems.add(name, "no such file", images.hint)
         unused = len(set(images.ids) - set(table.labels))
@@ -395,7 +394,7 @@ def images_of(
         path = Path(spec.data_root_dir) / spec.split_file
         entries = read_splits(path, spec.fold)
         where = str(path)
-    elif spec.split_source == "column":
+    elif spec.split_source == "csv":
         entries, where = {}, f"column {spec.split_column}"
         for identity, name in table.splits.items():
             entries.setdefault(name, []).append(identity)

@@ -207,8 +207,10 @@ class PrecomputedData(Spec, tag="precomputed_features", tag_field="dataset"):
     """One feature file, or a folder of one-bag files, whose samples split_source distributes;
     instead of a file a split."""
     split_source: Literal["files", "kfold", "splits_json", "csv"] = "files"
-    """Splits: one file each; folds drawn from the seed; ids listed in split_file; the column split
-    of labels_file."""
+    """Splits: one file each; folds drawn from the seed; ids listed in split_file; split_column of
+    labels_file."""
+    split_column: str = "split"
+    """CSV column of the split's name (train, val, test, or nothing), for split_source csv."""
     split_file: PathText = "splits.json"
     """JSON file {split: [id, ...]}, or a list of such objects, one a fold."""
     n_folds: Annotated[int, Meta(ge=3)] = 5
@@ -332,7 +334,7 @@ class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset
     data."""
     images_dir: PathText = "images"
     """Folder of the images below data_root_dir."""
-    split_source: Literal["splits_json", "subdirs", "column", "kfold"] = "splits_json"
+    split_source: Literal["splits_json", "subdirs", "csv", "kfold"] = "splits_json"
     """Splits from split_file, from sub-folders of images_dir named like the splits, from
     split_column of the CSV file, or drawn as folds from the seed."""
     label_source: Literal["folder", "json", "csv"] = "json"
@@ -350,7 +352,7 @@ class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset
     """CSV column of the group (patient, slide) that must stay in one split; needs label_source
     csv."""
     split_column: str = "split"
-    """CSV column of the split's name, for split_source column."""
+    """CSV column of the split's name, for split_source csv."""
     train_split_name: str = "train"
     """Name of the train split in the split file, folder or column."""
     val_split_name: str = "val"

@@ -66,7 +66,7 @@ def fold_count(data: Any) -> int | None:
     source = getattr(data, "split_source", None)
     if source == "kfold":
         return data.n_folds
-    return 1 if source in ("subdirs", "column", "files", "csv") else None
+    return 1 if source in ("subdirs", "files", "csv") else None
 
 
 def stated_outputs(data: Any) -> list[tuple[str, int]]:
@@ -129,9 +129,9 @@ def labels_fit_subtask(root: Root) -> Iterator[str]:
             f'data.label_source: "folder" gives each image one class, not {subtask} targets: use'
             ' "csv" or "json"'
         )
-    if data.split_source == "column" and data.label_source != "csv":
+    if data.split_source == "csv" and data.label_source != "csv":
         yield (
-            f'data.split_source: "column" needs data.label_source = "csv", not'
+            f'data.split_source: "csv" needs data.label_source = "csv", not'
             f" {shown(data.label_source)}"
         )
     columns = data.label_column
@@ -177,7 +177,7 @@ def feature_files_are_named(root: Root) -> Iterator[str]:
             'features_file with data.split_source = "kfold", "splits_json" or "csv"'
         )
     if data.split_source == "csv" and data.labels_file is None:
-        yield 'data.labels_file: data.split_source = "csv" reads its column split: name it here'
+        yield 'data.labels_file: data.split_source = "csv" reads its split_column: name it here'
 
 
 def fractions_leave_train(root: Root) -> Iterator[str]:
@@ -482,8 +482,8 @@ OPTIONS = (
            'data.split_source other than "kfold"'),
     Option("data.labels_file", reads_label_file,
            'data.label_source = "csv" or "json"'),
-    Option("data.split_column", lambda r: r.data.split_source == "column",
-           'data.split_source = "column"'),
+    Option("data.split_column", lambda r: r.data.split_source == "csv",
+           'data.split_source = "csv"'),
     Option("data.path_column", reads_table, LABEL_TABLE),
     Option("data.id_column", reads_table, LABEL_TABLE),
     Option("data.label_column", reads_table, LABEL_TABLE),

@@ -129,7 +129,7 @@ def table_spec(tmp_path: Path) -> Callable[..., str]:
             "dataset": '"generic_image_dataset"',
             "data_root_dir": f'"{folder}"',
             "subtask": f'"{subtask}"',
-            "split_source": '"column"',
+            "split_source": '"csv"',
             "label_source": '"csv"',
             "label_column": json.dumps(columns),
             "channels": "1",

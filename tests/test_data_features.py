@@ -325,6 +325,8 @@ def test_what_no_split_uses_is_reported(tmp_path):
         "val": ["2", "5"],
         "test": ["4"],
     }
+    (tmp_path / "labels.csv").write_text(table.replace("split", "part"))
+    assert build(tmp_path, **given, split_column="part").splits["val"].ids == ["2", "5"]
     (tmp_path / "labels.csv").write_text(table.replace("a,train", "a,trian"))
     with pytest.raises(UserError, match=r"'trian' \(1 samples\) is no split"):
         build(tmp_path, **given)

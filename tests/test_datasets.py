@@ -332,12 +332,12 @@ def test_folder_labels_of_listed_files_with_and_without_a_split_folder(tmp_path)
 
 
 def test_split_column(template):
-    data = build(template, label_source="csv", split_source="column")
+    data = build(template, label_source="csv", split_source="csv")
     assert [len(split) for split in data.splits.values()] == [20, 6, 4]
     with pytest.raises(UserError, match='no column "spilt"; did you mean "split"'):
-        build(template, label_source="csv", split_source="column", split_column="spilt")
+        build(template, label_source="csv", split_source="csv", split_column="spilt")
     with pytest.raises(UserError, match='"column" needs data.label_source = "csv"'):
-        build(template, split_source="column")
+        build(template, split_source="csv")
 
 
 def test_kfold_from_the_seed(template):

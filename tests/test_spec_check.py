@@ -57,8 +57,8 @@ BROKEN = [
     (["data.dataset=cifar10", "data.fold=1"], "data.fold", "this data set has one split"),
     (["data.val_fraction=0.5", "data.test_fraction=0.5"], "data.val_fraction", "below 1"),
     ([*FOLDER, "data.val_split_name=train"], "data.train_split_name", "trained on and evaluated"),
-    ([*FOLDER, "data.split_source=column"], "data.split_source", 'needs data.label_source = "csv"'),
-    ([*CSV, "data.split_source=column", "data.fold=1"], "data.fold", "0 only"),
+    ([*FOLDER, "data.split_source=csv"], "data.split_source", 'needs data.label_source = "csv"'),
+    ([*CSV, "data.split_source=csv", "data.fold=1"], "data.fold", "0 only"),
     (FEATURES[:2], "model.encoder.encoder_type", 'set it to "precomputed"'),
     ([FEATURES[0], FEATURES[2]], "data.train_features_file", "no feature file is named"),
     (
@@ -66,7 +66,7 @@ BROKEN = [
         "data.features_file",
         '"kfold" divides the samples of one file or folder',
     ),
-    ([*FOLDS_OF_FEATURES, "data.split_source=csv"], "data.labels_file", "reads its column split"),
+    ([*FOLDS_OF_FEATURES, "data.split_source=csv"], "data.labels_file", "reads its split_column"),
     (FEATURES[2:], "model.encoder.encoder_type", '"precomputed" takes features'),
     (
         [*FEATURES, "data.subtask=regression", "model.head.head_type=clam", INSTANCES],
@@ -295,7 +295,7 @@ SOUND = [
     ["data.augmentation.train_kwargs.scale=[0.5, 0.5]"],
     ["name=my run (2)"],
     [*FOLDER, "data.val_split_name=test"],  # one split is both
-    [*CSV, "data.split_source=column", "data.split_column=x"],
+    [*CSV, "data.split_source=csv", "data.split_column=x"],
     [*CLAM, INSTANCES, "model.head.k_sample=4"],
     [*FEATURES, "data.labels_file=x.csv", "data.id_column=x", "data.label_column=['a', 'b']"],
     [*FOLDS_OF_FEATURES, "data.split_source=csv", "data.labels_file=x.csv"],
