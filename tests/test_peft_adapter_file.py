@@ -65,8 +65,8 @@ def test_another_method_or_file_is_refused(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="only a part"):
             read_adapter(path)
-    path.write_bytes(whole.replace(b"base_hash", b"base_trash"))
-    with pytest.raises(UserError, match="only a part|description of the adapter is damaged"):
+    path.write_bytes(whole.replace(b"base_hash", b"base_hush"))
+    with pytest.raises(UserError, match="description of the adapter is damaged"):
         read_adapter(path)
     path.write_bytes(safetensors.torch.save({"x": torch.ones(1)}))
     with pytest.raises(UserError, match="no adapter of glovita"):
