@@ -65,6 +65,12 @@ def usual_metrics(subtask: str) -> tuple[str, ...]:
     return tuple(name for name in metrics_of(subtask) if METRICS[name].usual)
 
 
+def usual_metrics_text() -> str:
+    """The usual metrics of every subtask, for help texts: acc, f1 (multiclass); mse ..."""
+    subtasks = dict.fromkeys(name for metric in METRICS.values() for name in metric.subtasks)
+    return "; ".join(f"{', '.join(usual_metrics(name))} ({name})" for name in subtasks)
+
+
 def logged_names(metrics: Iterable[str], class_names: Iterable[str] | None) -> tuple[str, ...]:
     """Names under which `metrics` are logged, without their split; * stands where no classes are
     given.

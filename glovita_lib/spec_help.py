@@ -76,7 +76,6 @@ def field_docs(struct: type) -> dict[str, str]:
 # Draft 7, which every TOML editor reads. A union is a table whose tag picks the one member that is
 # validated (if/then), so that a mistake is reported as that member's key and not as "matches none".
 
-PATHS = " ~, $VAR and ${VAR} are filled in."
 BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
@@ -109,7 +108,7 @@ class Schema:
             properties[member.tag_field] = {"const": member.tag}
         for field in member.fields:
             properties[field.name] = {
-                "description": docs[field.name] + PATHS * spec_errors.is_path(field.type),
+                "description": " ".join([docs[field.name], *notes(field)]),
                 **self.value(field.type, spec_errors.default_of(field)),
             }
         required = [field.name for field in member.fields if field.required and not self.extending]
@@ -184,6 +183,14 @@ class Schema:
             return {"type": "array", "items": items, "minItems": count, "maxItems": count}
         simple = {kinds.BoolType: "boolean", kinds.StrType: "string", kinds.DictType: "object"}
         return {"type": simple[type(kind)]} if type(kind) in simple else {}
+
+
+def notes(field: Field) -> Iterator[str]:
+    """What the type of a field says beside its docstring."""
+    if spec_errors.is_path(field.type):
+        yield "~, $VAR and ${VAR} are filled in."
+    if meaning := spec_errors.extra_of(field.type).get("none_is"):
+        yield f"None is {meaning}."
 
 
 def leaves_keys(member: StructType) -> bool:
@@ -334,7 +341,8 @@ def default_text(field: Field) -> str:
     if isinstance(value, msgspec.Struct):
         tag = value.__struct_config__.tag
         return f"default {spec_errors.shown(tag)}" if tag else "optional"
-    return f"default {spec_errors.shown(value)}"
+    meaning = spec_errors.extra_of(field.type).get("none_is")
+    return f"default {spec_errors.shown(value)}" + (f", which is {meaning}" if meaning else "")
 
 
 def indented(text: str, columns: int, further: int | None = None) -> str:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
-from glovita_lib.metric_names import METRICS
+from glovita_lib.metric_names import METRICS, usual_metrics_text
 from glovita_lib.spec import Spec
 from glovita_lib.spec_errors import Count, NonNegative, PathText, Positive
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     MetricName = str
 else:
     MetricName = Literal[tuple(METRICS)]
+MetricNames = Annotated[tuple[MetricName, ...], Meta(extra={"none_is": usual_metrics_text()})]
 
 
 class Supervised(Spec, tag="supervised", tag_field="objective"):
     """Predict the labels: cross-entropy, binary cross-entropy (multilabel) or a regression loss."""
 
-    metrics: tuple[MetricName, ...] | None = None
-    """Metrics of every evaluation; none is the usual ones of the kind of targets."""
+    metrics: MetricNames | None = None
+    """Metrics of every evaluation."""
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes (multiclass, multilabel)."""
     class_weights: Literal["balanced"] | tuple[Positive, ...] | None = None
@@ -53,9 +54,8 @@ class Probe(Spec, tag="probe", tag_field="objective"):
     on val. Nothing is trained by gradient steps, model and optimizer are not used. Bags are
     averaged. With data.standardize both methods see features of mean 0 and deviation 1."""
 
-    metrics: tuple[MetricName, ...] | None = None
-    """Metrics of the results; the first one chooses. None is the usual ones of the kind of
-    targets."""
+    metrics: MetricNames | None = None
+    """Metrics of the results; the first one chooses."""
     methods: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
     """Weighted vote of nearest neighbours; logistic regression (ridge for regression)."""
     k: tuple[Count, ...] = (1, 5, 10, 20, 50, 100)
