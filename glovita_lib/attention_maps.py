@@ -22,10 +22,9 @@ from glovita_lib.resolved import Resolved
 
 # ---------------------------------------------------------------------------------- the file
 #
-# Attention of every instance of a split, written to HDF5 beside the predictions.
-#
-# Scores are taken from the passes that make the predictions, go to a file of each rank and member
-# as they come, and are put together at the end, so that no more than a block of them is in memory.
+# Scores are taken from the passes that make the predictions. Each rank writes those of each member
+# to a file of its own as they come; the files are put together at the end, so that no more than a
+# block of scores is in memory.
 #
 # The file, for B bags of M instances in all:
 #
@@ -312,8 +311,6 @@ def model_attributes(resolved: Resolved, sizes: Sizes) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------- heat maps
-#
-# Heat maps of attention over the coordinates of instances.
 #
 # The colour of an instance tells its rank in the bag, as CLAM's maps do (Lu et al. 2021), because
 # attention itself spans orders of magnitude; on a scale that tells the first tenth and the first

@@ -1,4 +1,4 @@
-"""Attention pooling of bags in one differentiable step, and the module that heads build on."""
+"""Attention pooling of bags: dropout masks, one chunk of instances, all chunks, the module."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

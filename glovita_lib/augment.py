@@ -92,7 +92,7 @@ TEST: dict[str, ImageOps] = {
 
 # ------------------------------------------------------------------------------- application
 #
-# Augmentation of a run: what spec, encoder and policy make together, and its application.
+# The augmentation that follows from spec, encoder and policy, and its application to a batch.
 #
 # B batch, C channels, H W source pixels, S side of the canvas.
 

@@ -1,4 +1,4 @@
-"""Checkpoints, and weights from anybody's files into networks."""
+"""Checkpoints, and weights from files into networks."""
 
 import errno
 import os

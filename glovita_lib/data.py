@@ -15,7 +15,6 @@ from glovita_lib.spec_data import BaseData, Subtask
 
 # --------------------------------------------------------------------------------- data sets
 #
-#
 # B batch, C channels, H W pixels, N samples of a split, K classes or targets.
 
 
@@ -140,8 +139,8 @@ Images = Callable[[int], np.ndarray]
 
 # ------------------------------------------------------------------ some samples of a source
 #
-# Some samples of a source that stay what they are among all: read in the same way whichever others
-# are read with them, and, where that is asked, left out with a note if they cannot be read.
+# A sample is read in the same way whichever others are read with it. Where that is asked, one that
+# cannot be read is replaced and noted instead of ending the run.
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,6 @@ def with_table(
 
 # ------------------------------------------------------------------------------ the data set
 #
-#
 # N samples, K classes or targets, D width.
 
 KINDS = ("features", "labels", "bag_ptr", "bag_lengths", "ids", "groups", "coords")

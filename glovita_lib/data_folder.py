@@ -237,8 +237,6 @@ def agree(path: Path, name: str, what: str, first: Any, second: Any) -> None:
 
 # ------------------------------------------------------------------------------ the data set
 #
-# Folders of images with labels from folder names, JSON or CSV, and any way to split them.
-#
 # N samples, K classes or targets.
 
 ALL = "all"  # the one split of a data set that folds are drawn from
@@ -548,8 +546,6 @@ def images_split(
 
 
 # -------------------------------------------------------------------------------- new images
-#
-# New images without labels, for inference.
 
 
 def build_unlabelled(

@@ -44,7 +44,7 @@ def read_splits(path: Path, fold: int) -> dict[str, list[str]]:
 
 # ------------------------------------------------------------------- random splits and folds
 #
-# Random splits and folds as pure functions of arrays and a seed.
+# Pure functions of arrays and a seed.
 #
 # N samples. A stratum is what a split shall keep the proportions of: a class, or a quantile of a
 # regression target.

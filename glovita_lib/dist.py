@@ -18,7 +18,7 @@ from glovita_lib.errors import UserError
 
 # ------------------------------------------------------------------------------------- ranks
 #
-# Ranks, devices, seeds and what travels between processes; one process is world size 1.
+# One process is world size 1.
 #
 # torchrun starts the processes; nothing here does. CPU tensors and Python objects travel over gloo,
 # CUDA tensors over NCCL.

@@ -1,4 +1,4 @@
-"""What an encoder is: its inputs, its output, its facts, and how one is built."""
+"""Encoders: the input they expect, the output they give, aggregation of tokens, building."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -88,11 +88,10 @@ class Features:
 
 # --------------------------------------------------------------------- networks of libraries
 #
-# What all encoders share: features out of a library's own network.
-#
-# Facts about a network (width, layout of its maps, kind of pooling, blocks) are read off the
-# network itself: shapes from a pass without data, the kind of pooling from what the pooling does to
-# random features. B batch, N tokens, D width, C channels, H W pixels.
+# Features out of a library's own network. Facts about a network (width, layout of its maps, kind of
+# pooling, blocks) are read off the network itself: shapes from a pass without data, the kind of
+# pooling from what the pooling does to random features. B batch, N tokens, D width, C channels, H W
+# pixels.
 
 
 class Encoder(nn.Module):
@@ -386,7 +385,7 @@ def output_width(encoder: Encoder, method: str) -> int:
 
 # ---------------------------------------------------------------------------------- building
 #
-# Encoders: what they expect and how they are built, one function of each kind per Struct.
+# One function that says what an encoder expects and one that builds it per Struct.
 #
 # B batch, N tokens, D width, C channels, H W pixels.
 
@@ -485,7 +484,8 @@ def _(spec: CustomEncoder, *, channels: int, image_size: int | None, load_weight
 
 # ---------------------------------------------------------------------- precomputed features
 #
-# The encoder of precomputed features: it hands them on, so that everything behind it is the same.
+# The encoder of precomputed features returns its input, so that aggregation, head and loop are the
+# same as for images.
 #
 # B batch, D width.
 
@@ -496,7 +496,7 @@ class Identity(nn.Module):
     name = "precomputed"
     has_cls = has_patches = has_tokens = False
     n_prefix = 0
-    pooling, plain = "pooled", False  # a vector is what a head takes, see layers.Features
+    pooling, plain = "pooled", False  # a vector is what a head takes, see Features
     pooling_parameters: frozenset[str] = frozenset()
 
     def __init__(self, width: int) -> None:

@@ -1,4 +1,4 @@
-"""What a spec becomes, the same way in every mode: data, facts, model, objective, loaders."""
+"""What every mode builds from a spec: data, resolved values, model, objective, loaders."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -361,7 +361,7 @@ def part(saved: dict[str, Any], key: str, kind: type, path: Path) -> Any:
 
 # -------------------------------------------------------------- features of a frozen encoder
 #
-# What a frozen encoder gives for the samples of a run, computed once.
+# The output of a frozen encoder for every sample of a run, computed once.
 #
 # N samples, D width.
 

@@ -1,4 +1,4 @@
-"""What is read out of an encoder for each sample."""
+"""Outputs of an encoder that are read for each sample: vectors, tokens, maps, layers."""
 
 import json
 from dataclasses import dataclass
@@ -180,7 +180,6 @@ def number_of_layers(encoder: Encoder, input_shape: tuple[int, ...]) -> int:
 
 
 # ---------------------------------------------------------------------------------- readouts
-#
 #
 # B batch, N tokens, D width, C channels, H W grid, M instances, K classes or targets.
 

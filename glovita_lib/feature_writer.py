@@ -269,11 +269,10 @@ def weights_text(root: Root, checkpoint: Path | None) -> str:
 
 # ------------------------------------------------------------------------------------ blocks
 #
-# Writing a feature file block by block, so that a kill loses the running block only.
-#
-# Finished blocks lie as files of their own in `<file>.parts/`, beside a recipe that says what they
-# are blocks of. When all are there they are put together, under a temporary name, in the order of
-# the data set. Ranks write different blocks; the first one puts them together.
+# A kill loses the running block only. Finished blocks lie as files of their own in `<file>.parts/`,
+# beside a recipe that says what they are blocks of. When all are there they are put together, under
+# a temporary name, in the order of the data set. Ranks write different blocks; the first one puts
+# them together.
 #
 # N samples, D width, M instances.
 

@@ -1,4 +1,4 @@
-"""How figures look, and sheets of images."""
+"""Style and drawing of figures, and sheets of images."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from glovita_lib.files import atomic_path
 
 # ---------------------------------------------------------------------------------- the look
 #
-# One look for all figures: paper, type, colours; drawn without pyplot and written whole.
+# One style for all figures: page, font, colours. They are drawn without pyplot and written whole.
 #
 # Colours are those of Okabe and Ito, told apart with any colour vision; no meaning rests on colour
 # alone.
@@ -63,7 +63,7 @@ STYLE: dict[str, Any] = {
 
 @contextmanager
 def drawing(path: Path | str, width: float, height: float) -> Iterator[Any]:
-    """A matplotlib Figure in the house style, saved at `path` as PNG after the block.
+    """A matplotlib Figure in this style, saved at `path` as PNG after the block.
 
     The same content gives the same bytes; the user's matplotlibrc has no say. A block that raises
     leaves the file as it was.
@@ -139,7 +139,7 @@ def number(value: float | None) -> str:
 
 # -------------------------------------------------------------------------- sheets of images
 #
-# Sheets of images: what the augmentation does, and where the model is most wrong.
+# Two sheets: versions of samples that the augmentation makes, and the worst predictions.
 #
 # B samples, R augmented versions of each, C channels, H W pixels, S side, K classes or targets.
 #

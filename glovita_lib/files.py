@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, the files of users, and one process per folder."""
+"""Writing files atomically, reading the files of users, and the lock of a folder."""
 
 import csv
 import errno
@@ -21,7 +21,7 @@ FILE_THREADS = 8  # file systems answer several readers faster than one, whateve
 
 # ----------------------------------------------------------------------- writing and reading
 #
-# Files that are whole at any moment: written under a temporary name, flushed, then renamed.
+# A file is written under a temporary name, flushed, then renamed: it is whole at any moment.
 
 TEMPORARY = ".tmp-"  # how temporary names begin; `remove_leftovers` takes them away after a kill
 HINTS = {
@@ -296,7 +296,7 @@ def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
 
 # ---------------------------------------------------------------------- the lock of a folder
 #
-# One process per folder: a lock that dies with the process that holds it.
+# The lock of a folder is released by the system when the process that has it ends.
 
 ATTEMPTS, PAUSE = 5, 0.1  # a look at the lock by another process holds it for a moment
 TAKEN = (errno.EACCES, errno.EAGAIN)

@@ -31,7 +31,6 @@ from glovita_lib.spec_model import (
 
 # ----------------------------------------------------------------------------------- vectors
 #
-#
 # A head's attribute `consumes` says what it takes: "pooled", vectors (B, D), or "features", a
 # `Features`. It gives logits (B, K), or a dict: "logits", auxiliary losses () to add under "aux"
 # and, unless the loss is that of the logits, under "fitted" pairs of a weight and the logits (B, K)

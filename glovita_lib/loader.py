@@ -1,4 +1,4 @@
-"""Batches: how they are made, held in memory, and loaded."""
+"""Batches: splits kept in memory, the making of a batch, and loading by worker processes."""
 
 import signal
 import sys
@@ -24,7 +24,7 @@ from glovita_lib.spec_train import Dataloading
 
 # -------------------------------------------------------------------------- splits in memory
 #
-# Splits held decoded in memory, on the host or on the GPU.
+# Decoded splits in memory, of the host or of the GPU.
 #
 # N samples, C channels, H W pixels.
 
@@ -175,8 +175,6 @@ def gather_samples(samples: Tensor, rows: np.ndarray, *, pinned: bool) -> Tensor
 
 
 # ----------------------------------------------------------------------------------- a batch
-#
-# A batch, and how it is made of rows of a split.
 #
 # B batch, C channels, H W pixels, S side of the encoder's input, K classes or targets.
 

@@ -1,4 +1,4 @@
-"""What a run says on the console and to experiment trackers."""
+"""Output of a run on the console and to experiment trackers."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from glovita_lib.spec_train import NoLogger, WandbLogger
 
 # ----------------------------------------------------------------------------------- console
 #
-# What a run says on the console: a bar on a terminal, plain lines elsewhere.
+# A progress bar on a terminal, plain lines elsewhere.
 
 
 class Bar:
@@ -158,7 +158,7 @@ def two_columns(rows: list[tuple[str, str]]) -> str:
 
 # ---------------------------------------------------------------------------------- trackers
 #
-# Where a run's numbers go beside metrics.jsonl: nowhere, or to Weights & Biases.
+# Destinations of a run's numbers beside metrics.jsonl: none, or Weights & Biases.
 
 INIT_TIMEOUT = 30  # seconds for the first answer of the server, then the run goes on offline
 KEPT_APART = ("event", "step")  # keys of a record that are no metrics

@@ -25,7 +25,7 @@ from glovita_lib.metrics_classification import (
 
 # --------------------------------------------------------------------------------- bootstrap
 #
-# Percentile bootstrap: intervals of metrics from samples drawn with replacement.
+# Percentile bootstrap of metrics.
 #
 # Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. A resample is not a list
 # of samples but how often each was drawn, so that one pass over the samples serves many resamples.
@@ -140,11 +140,9 @@ def spearman(predictions: Array, targets: Array, weights: Array) -> Array:
 
 # ------------------------------------------------------------------------ metrics of a split
 #
-# Metrics of predictions: numbers for the epoch line, and the report with intervals per split.
-#
 # Which metrics exist and what they are called: metric_names. Formulas and what happens to absent
-# classes: classification, regression. An empty split, and scores that are not finite, make every
-# metric NaN (null in JSON). N samples, K classes or targets, R sets of weights.
+# classes: metrics_classification, and above. An empty split, and scores that are not finite, make
+# every metric NaN (null in JSON). N samples, K classes or targets, R sets of weights.
 
 LEVEL = 0.95  # of the intervals
 LARGEST_CONFUSION = 200  # classes; a larger matrix is left out of the report

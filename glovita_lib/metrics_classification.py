@@ -8,8 +8,6 @@ import numpy as np
 
 # -------------------------------------------------------------------------- weighted samples
 #
-# Sums, ranks and ranking metrics of weighted samples, for many sets of weights at once.
-#
 # A weight is how often a sample was drawn: all ones give the metric itself, the counts of a
 # bootstrap resample the metric of that resample. Weights are floats that hold whole numbers, so
 # sums of them are exact. N samples, G groups, K classes, R sets of weights.
@@ -134,8 +132,6 @@ def dot(values: Array, weights: Array) -> Array:
 
 
 # ------------------------------------------------------------------------------- the metrics
-#
-# Classification metrics under weights: what they count and the formula of each.
 #
 # tp, predicted and actual are the counts of a class: hits, predictions, samples. A metric that is a
 # mean over classes leaves out the classes for which it is undefined, and is NaN where none is left:

@@ -44,7 +44,7 @@ class Model(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
         """Inputs (B, C, H, W) -> logits (B, K), or what a head on raw features gives.
 
-        Vectors (B, D) are what the encoder and the aggregation gave before (see frozen_cache); the
+        Vectors (B, D) are what the encoder and the aggregation gave before (see experiment); the
         head takes them.
 
         Args:

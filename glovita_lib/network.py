@@ -10,8 +10,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 # ------------------------------------------------------------------------------------ layers
 #
-# What the layers and blocks of a network are, found by structure.
-#
 # Nothing here knows a library's classes: a projection is a Linear layer with a place in the flow of
 # widths (a fused qkv has three times the rows that the next layer reads, an MLP goes out and comes
 # back), names only settle which of three equal Linear layers is the query.

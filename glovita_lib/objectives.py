@@ -23,7 +23,10 @@ from glovita_lib.metrics import compute
 from glovita_lib.resolved import Resolved
 from glovita_lib.spec_train import Supervised
 
-# ------------------------------------------------------------------- what an objective is
+# -------------------------------------------------------------------------------- objectives
+#
+# An objective gives `loss(model, batch, ...)` for a training batch and `predict(model, batch)` for
+# an evaluation batch; the trainer knows nothing else about the task. B batch, K classes or targets.
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,6 @@ from glovita_lib.spec_train import Optimizer as OptimizerSpec
 
 # --------------------------------------------------------------------------------- optimizer
 #
-# Optimizers, parameter groups and learning-rate schedules.
-#
 # The learning rate is a function of the optimizer step alone, so a run continues from any step
 # without scheduler state, and what is logged is what was used.
 

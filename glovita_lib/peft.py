@@ -1,4 +1,4 @@
-"""PEFT methods by their Structs, and the file of what one has trained."""
+"""The PEFT method of a Struct applied to a model, and the file adapter.safetensors."""
 
 import hashlib
 import json

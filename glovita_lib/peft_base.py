@@ -1,4 +1,4 @@
-"""What PEFT methods share: adapters of layers, the layers they change, what a run has trained."""
+"""What PEFT methods share: the layers they change, adapters of layers, the trained state."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator

@@ -118,7 +118,7 @@ def low_rank_linear(
 
 # -------------------------------------------------------------------------------------- LoRA
 #
-# LoRA and its relatives DoRA, rsLoRA, LoRA+ and PiSSA; the low-rank adapter that others build on.
+# With DoRA, rsLoRA, LoRA+ and PiSSA.
 #
 # r rank, N rows. A convolution's weight is read as the matrix (out, in * kernel).
 

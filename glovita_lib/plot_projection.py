@@ -1,4 +1,4 @@
-"""Points of a plane as a picture and as an interactive page."""
+"""Maps of samples in two dimensions: colours, PNG and SVG, interactive HTML page."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ from glovita_lib.metrics_classification import THRESHOLD
 
 # ----------------------------------------------------------------------------------- colours
 #
-# What the colours of a plot of samples mean: classes, sets of labels, values, columns of a table.
+# The meaning of colours: classes, sets of labels, values, columns of a table.
 #
 # N samples, K classes or targets.
 
@@ -192,7 +192,7 @@ def as_numbers(texts: Sequence[str]) -> np.ndarray | None:
 
 # ------------------------------------------------------------------------------- the picture
 #
-# Points of a plane as a picture: colours, shapes and names of classes, or a scale of numbers.
+# Colours, shapes and names of classes, or a scale of numbers.
 #
 # N samples.
 
@@ -443,7 +443,7 @@ def darker(colour: str) -> str:
 
 # ---------------------------------------------------------------------------------- the page
 #
-# Points of a plane as one HTML file that needs no network: zoom, search, classes, thumbnails.
+# One HTML file that needs no network: zoom, search, classes, thumbnails.
 #
 # N samples.
 

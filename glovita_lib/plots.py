@@ -1,4 +1,4 @@
-"""The figures of a run's results."""
+"""Plots of results: learning curves, confusion, regression, ROC, PR and calibration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +29,6 @@ from glovita_lib.metrics import Regression, all_finite, compute, confusion
 from glovita_lib.metrics_classification import BINS, Thresholds, auroc_and_ap, bin_of
 
 # --------------------------------------------------------------------------- learning curves
-#
-# Learning curves from the records of a run.
 
 Record = dict[str, Any]
 FINE = 60  # epochs up to which the curve within the epochs is drawn
@@ -264,7 +262,7 @@ def label(axes: Any, text: str) -> None:
 
 # --------------------------------------------------------------------------------- confusion
 #
-# Which classes are taken for which: the confusion matrix, and hits and misses of each label.
+# The confusion matrix, and for several labels the hits and misses of each.
 #
 # K classes.
 
@@ -458,7 +456,7 @@ def label_outcomes(
 
 # ------------------------------------------------------------------------------------ scores
 #
-# How good the scores are beyond the decision: ROC and precision-recall curves, calibration.
+# ROC and precision-recall curves, calibration.
 #
 # N samples, K classes or labels.
 
@@ -631,7 +629,7 @@ def wilson(hits: np.ndarray, n: np.ndarray, z: float = 1.959964) -> tuple[np.nda
 
 # ---------------------------------------------------------------------------- all of a split
 #
-# The figures of a run's results, chosen by the kind of target.
+# Which plots a split gets follows from the kind of target.
 
 LARGEST_MATRIX = 1000  # classes; a larger confusion matrix has less than a pixel a cell
 

@@ -1,4 +1,4 @@
-"""Features in two dimensions: which samples are shown, the layout, how far it can be trusted.
+"""Features in two dimensions: choice of samples, layout (UMAP, PCA, t-SNE), trustworthiness.
 
 N samples, D width, k neighbours.
 """

@@ -1,4 +1,4 @@
-"""Feature files: what is in them, whether it is sound, and where vectors and bags come from."""
+"""Feature files: their layouts and checks, and the sources of vectors and bags."""
 
 import json
 import pickle
@@ -18,8 +18,6 @@ from glovita_lib.errors import UserError
 from glovita_lib.read_hdf5 import DatasetRows, open_hdf5
 
 # ------------------------------------------------------------------------------------- files
-#
-# Feature files: what is in them, and whether it is sound.
 #
 # Layouts (N samples, B bags, M instances, D width, L instances of every bag):
 #
@@ -282,7 +280,7 @@ def is_finite(values: np.ndarray) -> bool:
 
 # ----------------------------------------------------------------------------------- sources
 #
-# Where vectors and bags of features come from: one file, or a folder with one file a bag.
+# Features come from one file, or from a folder with one file a bag.
 #
 # N samples, B bags, M instances, D width.
 

@@ -57,7 +57,7 @@ class Resolved(Spec):
 
 
 def resolve_run(root: Root, data: Data, augmentation: ResolvedImageAugmentation | None) -> Resolved:
-    """All facts of a training run.
+    """All resolved values of a training run.
 
     Raises:
         UserError: no train split, targets that do not vary, class weights that do not fit the

@@ -1,4 +1,4 @@
-"""What a run leaves behind: predictions, metrics, summaries of folds, comparisons of runs."""
+"""Results of runs: predictions, metrics and plots of a split, summaries of folds, comparisons."""
 
 import csv
 import math
@@ -126,7 +126,7 @@ def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[st
 
 # ------------------------------------------------------------------------ results of a split
 #
-# What a run leaves behind about a split: predictions with ids, metrics, plots.
+# Predictions with ids, metrics, plots.
 
 WORST = 24  # samples on the sheet of the worst predictions
 SHEET_ROWS, SHEET_COLUMNS = 6, 7  # samples and their augmented versions
@@ -368,7 +368,7 @@ def pool(tables: list[Table], measure: Measure) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------- comparison
 #
-# Finished runs side by side: what each reached, with how much, how fast.
+# Finished runs side by side: metrics, trained parameters, speed.
 
 NOTE = (
     "ms/step: one optimizer step, median over the epochs, evaluation left out. MiB: peak memory, on"

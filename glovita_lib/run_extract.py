@@ -44,7 +44,7 @@ from glovita_lib.spec_train import Extract
 
 # --------------------------------------------------------------------------------- one split
 #
-# The extraction of one split: blocks, by all ranks, then the file.
+# All ranks extract blocks, then one of them writes the file.
 #
 # N samples.
 

@@ -30,8 +30,6 @@ from glovita_lib.spec_train import Probe
 
 # ------------------------------------------------------------------------------------ probes
 #
-# Probes of frozen features: k nearest neighbours and linear models with an L2 sweep.
-#
 # Features and targets are read in blocks, which are moved to the device that computes.
 #
 # N samples, D width, K classes or targets, M train samples, B samples of a block.
@@ -283,7 +281,6 @@ def ridge(gram: Tensor, moment: Tensor, center: Tensor, level: Tensor, l2: float
 
 
 # ---------------------------------------------------------------------------------- the mode
-#
 #
 # N samples, D width, K classes or targets.
 

@@ -1,4 +1,4 @@
-"""Mode train: learn, keep the best model, evaluate it, write everything down."""
+"""Mode train: train a model, evaluate the best checkpoint, write results; and the dry run."""
 
 import tempfile
 import time
@@ -39,7 +39,7 @@ from glovita_lib.trainer import Hooks, kept_epoch
 
 # ----------------------------------------------------------------------------------- dry run
 #
-# A dry run: one optimizer step, one evaluation, a checkpoint and its reload; nothing is kept.
+# One optimizer step, one evaluation, a checkpoint and its reload; nothing is kept.
 
 
 def dry_train(root: Root, ranks: dist.Ranks) -> None:

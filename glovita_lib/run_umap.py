@@ -246,7 +246,7 @@ def is_features(data: Spec) -> bool:
 
 # -------------------------------------------------------------------------------- embeddings
 #
-# Embeddings of the samples of a data set, in memory, for modes that look at them.
+# Embeddings of the samples of a data set, in memory.
 #
 # N samples, D width, K classes or targets.
 

@@ -1,5 +1,5 @@
-"""The run directory experiments/<dataset>/<group>/<fold>/: its files, and what to do with one that
-exists.
+"""The run directory experiments/<dataset>/<group>/<fold>/: its files, and whether an existing run
+is continued, replaced or refused.
 
 A run is finished when `finished` in runtime_info.json holds a time; it is written last.
 """

@@ -9,7 +9,7 @@ from glovita_lib.dist import hash_seed
 
 # ----------------------------------------------------------------------- batches of an epoch
 #
-# Which samples make up which batch: a function of (seed, epoch, batch, rank) and nothing else.
+# The samples of a batch are a function of (seed, epoch, batch, rank) and nothing else.
 #
 # N samples, W ranks.
 

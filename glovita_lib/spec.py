@@ -16,10 +16,9 @@ from glovita_lib.errors import UserError, file_name
 
 # ------------------------------------------------------------------------ tables over tables
 #
-# How tables of a spec are laid over others: `extends` and `--override`.
-#
-# Tables merge key by key, arrays and values replace. Where the tag of a union changes, the table of
-# the other member is dropped, so no field of it is left behind.
+# `extends` and `--override` lay tables over tables. Tables merge key by key, arrays and values
+# replace. Where the tag of a union changes, the table of the other member is dropped, so no field
+# of it is left behind.
 
 Path = tuple[str, ...]
 OVERRIDE = "--override"  # where a value comes from that is in no file
@@ -224,8 +223,6 @@ def leaves(table: dict, path: Path = ()) -> list[Path]:
 
 
 # ----------------------------------------------------------------------- loading and writing
-#
-# Specs: loading TOML files with `extends` and overrides, their errors, and writing them back.
 #
 # The Structs of the sections are in `spec_data`, `spec_model`, `spec_train` ...; nothing here knows
 # them.

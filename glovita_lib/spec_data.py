@@ -263,8 +263,6 @@ class PrecomputedData(Spec, tag="precomputed_features", tag_field="dataset"):
 
 
 # --------------------------------------------------------------------------------- data sets
-#
-# Data section of a spec: which samples exist, their labels and their splits.
 
 
 class BaseData(Spec):

@@ -1,4 +1,4 @@
-"""The types of a spec's fields, and every mistake in its tables at once."""
+"""Types of a spec's fields in words, and all mistakes of its tables at once."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -194,10 +194,9 @@ def dotted(path: Iterable[str]) -> str:
 
 # ---------------------------------------------------------------------------------- mistakes
 #
-# Every mistake in a spec's tables at once, each with what was offered and what is valid.
-#
-# msgspec's own conversion stops at the first mistake and names no valid tag, so the tables are
-# walked here beside the types, and are converted only when nothing was found.
+# Each mistake says what was offered and what is valid. msgspec's own conversion stops at the first
+# mistake and names no valid tag, so the tables are walked here beside the types, and are converted
+# only when nothing was found.
 
 Path = tuple[str, ...]
 

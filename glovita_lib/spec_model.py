@@ -8,8 +8,6 @@ from glovita_lib.spec import Spec
 from glovita_lib.spec_errors import Dropout, PathText
 
 # ------------------------------------------------------------------------------------- heads
-#
-# Head section of a spec: what turns features into predictions.
 
 
 class ClassificationHead(Spec, tag="classification", tag_field="head_type"):

@@ -373,8 +373,6 @@ PEFT_RULES = (
 )
 
 # -------------------------------------------------------------------------------------- umap
-#
-# Rules of the section umap, checked before any data is read; one line for each mistake.
 
 READ_BY = {
     "min_dist": ("umap",),

@@ -9,8 +9,6 @@ from glovita_lib.spec import Spec
 from glovita_lib.spec_errors import Count, NonNegative, PathText, Positive
 
 # ---------------------------------------------------------------------------------- learning
-#
-# Learning sections of a spec: task, training, dataloading, optimizer, logger, infer.
 
 Momentum = Annotated[float, Meta(ge=0, lt=1)]
 if TYPE_CHECKING:
@@ -238,8 +236,6 @@ class Infer(Spec):
 
 
 # ------------------------------------------------------------------------------ mode extract
-#
-# Feature files in a spec: the data set of precomputed features, and how features are extracted.
 
 
 class Extract(Spec):
@@ -296,8 +292,6 @@ class Extract(Spec):
 
 
 # --------------------------------------------------------------------------------- mode umap
-#
-# Maps of features in a spec: what mode umap draws.
 
 
 class Umap(Spec):
