@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         if asked.compare:
             print(import_module("glovita_lib.results").compare_runs([loaded, *others]))
             return 0
-        import_module(f"glovita_lib.run_{loaded.root.mode}").run(loaded, dry_run=asked.dry_run)
+        import_module(f"glovita_lib.{loaded.root.handler}").run(loaded, dry_run=asked.dry_run)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import singledispatch
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from glovita_lib import files
 from glovita_lib.errors import UserError
-from glovita_lib.spec import Spec
+from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_data import BaseData, Subtask
 
 # --------------------------------------------------------------------------------- data sets
@@ -84,10 +83,9 @@ class Data:
         return len(self.class_names)
 
 
-@singledispatch
+@ByStruct
 def read_data_set(spec: Spec, *, seed: int) -> Data:
-    """The whole data set of a spec, before data_fraction; one registered function a Struct of the
-    union in spec_data, in a module that datasets.py imports.
+    """The whole data set of a spec, before data_fraction.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.

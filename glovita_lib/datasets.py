@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glovita_lib import data_features, data_folder  # noqa: F401  register their builders
 from glovita_lib.data import ArraySource, Data, Split, read_data_set, refuse_fold, subset
 from glovita_lib.data_splits import FRACTION, VAL, draw_stratified, strata
 from glovita_lib.dist import hash_seed
@@ -101,7 +100,7 @@ def open_cifar(spec: Cifar10Data | Cifar100Data, name: str) -> tuple["CIFAR10", 
 
 # ---------------------------------------------------------------------------------- building
 #
-# Data sets from their Structs: one registered builder per member of the union in spec_data.
+# The data set of a spec, and those that need no module of their own.
 #
 # M samples of a whole data set.
 

@@ -4,16 +4,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glovita_lib import network
-from glovita_lib.bags import Bags
 from glovita_lib.checkpoint import LoadTarget
 from glovita_lib.errors import UserError, call_target, reason
+from glovita_lib.spec import ByStruct
 from glovita_lib.spec_model import CustomEncoder, PrecomputedEncoder
 
 # ------------------------------------------------------------------------------------ inputs
@@ -399,7 +398,7 @@ def check_channels(spec: Any, channels: int) -> None:
         )
 
 
-@singledispatch
+@ByStruct
 def preprocess_of(spec: Any, *, channels: int) -> Preprocess:
     """What the encoder of a Struct expects of images with so many channels; builds nothing.
 
@@ -409,7 +408,7 @@ def preprocess_of(spec: Any, *, channels: int) -> Preprocess:
     raise TypeError(f"no encoder for {type(spec).__name__}")
 
 
-@singledispatch
+@ByStruct
 def build_encoder(
     spec: Any, *, channels: int, image_size: int | None, load_weights: bool
 ) -> Encoder:
@@ -503,9 +502,9 @@ class Identity(nn.Module):
         super().__init__()
         self.width = self.pooled_width = width
 
-    def forward(self, x: Tensor | Bags, *, pooled: bool = True) -> Features | Bags:
+    def forward(self, x: Any, *, pooled: bool = True) -> Any:
         """Vectors become features; bags are for heads that take instances."""
-        return x if isinstance(x, Bags) else Features(None, None, 0, False, x, self.pooling)
+        return Features(None, None, 0, False, x, self.pooling) if isinstance(x, Tensor) else x
 
     def blocks(self) -> list[nn.Module]:
         """None."""

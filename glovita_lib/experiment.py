@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -12,12 +12,7 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from glovita_lib import (  # those with noqa register builders
-    checkpoint,
-    dist,
-    head_clam,  # noqa: F401
-    peft_base,
-)
+from glovita_lib import checkpoint, dist, peft_base
 from glovita_lib.augment import random_operations, resolve_augmentation
 from glovita_lib.data import ArraySource, Data, Split, subset
 from glovita_lib.datasets import build_data
@@ -33,22 +28,12 @@ from glovita_lib.read_features import VectorSource
 from glovita_lib.resolved import Resolved, resolve_run
 from glovita_lib.spec import expand, with_paths
 from glovita_lib.spec_data import PrecomputedData
-from glovita_lib.spec_model import (
-    AbmilHead,
-    ClamHead,
-    DsmilHead,
-    MaxMilHead,
-    MeanMilHead,
-    PrecomputedEncoder,
-    TransmilHead,
-)
+from glovita_lib.spec_model import ClamHead, Head
 from glovita_lib.spec_root import Root
 from glovita_lib.trainer import Hooks, Trainer
 
-OF_BAGS = ClamHead | AbmilHead | DsmilHead | TransmilHead | MeanMilHead | MaxMilHead
 
-
-def check_instances(spec: Any, head: nn.Module, encoder: Encoder, resolved: Resolved) -> None:
+def check_instances(spec: Head, head: nn.Module, encoder: Encoder, resolved: Resolved) -> None:
     """What the data are must fit the head: bags one that takes instances, and the other way round.
 
     Args:
@@ -58,12 +43,12 @@ def check_instances(spec: Any, head: nn.Module, encoder: Encoder, resolved: Reso
         UserError: they do not fit, or instance_eval on a regression, whose targets label nothing.
     """
     if resolved.kind == "bags" and head.consumes == "pooled":
+        others = ", ".join(f'"{tag(kind)}"' for kind in get_args(Head) if kind.takes == "bags")
         raise UserError(
             f'model.head.head_type = "{tag(spec)}": the samples are bags of instances, and this'
-            ' head takes one vector a sample; heads for bags are "clam", "abmil", "dsmil",'
-            ' "transmil", "mean", "max"'
+            f" head takes one vector a sample; heads for bags are {others}"
         )
-    if not isinstance(spec, OF_BAGS):
+    if spec.takes != "bags":
         return
     of_data = resolved.kind == "bags" or isinstance(encoder, Identity)  # also bags of custom data
     if resolved.kind == "vectors" or not (of_data or encoder.has_patches):
@@ -81,7 +66,7 @@ def check_instances(spec: Any, head: nn.Module, encoder: Encoder, resolved: Reso
 
 
 def tag(spec: Any) -> str:
-    """What the spec file calls a Struct."""
+    """What the spec file calls a Struct, or the kind of one."""
     return spec.__struct_config__.tag
 
 
@@ -157,7 +142,7 @@ def read_data(root: Root, ranks: dist.Ranks) -> Data:
 
 def resolve_spec(root: Root, data: Data) -> Resolved:
     """Run-time values from the spec, the data and the encoder's input convention."""
-    if isinstance(root.model.encoder, PrecomputedEncoder):
+    if root.model.encoder.takes == "features":
         return resolve_run(root, data, None)
     sizes = {split.source.uniform for split in data.splits.values() if len(split)}
     same = sizes.pop() if len(sizes) == 1 else None

@@ -6,7 +6,6 @@ import sys
 import time
 import uuid
 from contextlib import suppress
-from functools import singledispatch
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from glovita_lib.errors import UserError
 from glovita_lib.files import write_text
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.rundir import RunDir
+from glovita_lib.spec import ByStruct
 from glovita_lib.spec_train import NoLogger, WandbLogger
 
 # ----------------------------------------------------------------------------------- console
@@ -188,7 +188,7 @@ class NullLogger:
         """Nothing is left."""
 
 
-@singledispatch
+@ByStruct
 def build_logger(
     spec: Any, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
 ) -> Logger:

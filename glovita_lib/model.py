@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glovita_lib import encoder_timm, encoder_torchvision  # noqa: F401  register their builders
 from glovita_lib.checkpoint import load_tensors
 from glovita_lib.encoder import (
     Encoder,
@@ -23,8 +22,7 @@ from glovita_lib.encoder import (
     resolve_method,
 )
 from glovita_lib.heads import build_head
-from glovita_lib.peft import apply_peft
-from glovita_lib.peft_base import ADDED, adapters_by_class, encoder_of
+from glovita_lib.peft_base import ADDED, adapters_by_class, apply_peft, encoder_of
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import Peft
 

@@ -6,7 +6,6 @@ B batch, N samples of a split, D width of a feature, K classes or targets.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import singledispatch
 from itertools import islice
 from typing import Any
 
@@ -21,6 +20,7 @@ from glovita_lib.loader import Batch, Loader
 from glovita_lib.losses import build_criterion, plain_criterion
 from glovita_lib.metrics import compute
 from glovita_lib.resolved import Resolved
+from glovita_lib.spec import ByStruct
 from glovita_lib.spec_train import Supervised
 
 # -------------------------------------------------------------------------------- objectives
@@ -298,7 +298,7 @@ class SupervisedObjective(Objective):
         return self.plain(logits, wanted).cpu().numpy()
 
 
-@singledispatch
+@ByStruct
 def build_objective(task: Any, resolved: Resolved, device: torch.device) -> Objective:
     """The objective of a task Struct."""
     raise TypeError(f"no objective for {type(task).__name__}")

@@ -1,9 +1,8 @@
-"""The PEFT method of a Struct applied to a model, and the file adapter.safetensors."""
+"""PEFT methods that add nothing, and the file adapter.safetensors."""
 
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +10,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from glovita_lib import spec_peft
 from glovita_lib.errors import UserError, call_target
 from glovita_lib.files import write_bytes
-from glovita_lib.peft_base import base_state, load_trained, trained_state
-from glovita_lib.peft_lora import apply_lora
-from glovita_lib.peft_lowrank import apply_adalora, apply_fact, apply_rep_adapter, apply_vera
-from glovita_lib.peft_modules import apply_adapt_former, apply_convpass, apply_prompts
-from glovita_lib.peft_weights import (
-    apply_bitfit,
-    apply_fourierft,
-    apply_gps,
-    apply_ia3,
-    apply_ln_tuning,
-    apply_orthogonal,
-    apply_product,
-    apply_ssf,
-)
+from glovita_lib.peft_base import apply_peft, base_state, load_trained, trained_state
 from glovita_lib.spec_peft import CustomPeft, FullFinetuning, LinearProbing, PartialFinetuning
 
-# ---------------------------------------------------------------------------------- dispatch
-#
-# Which parameters train, and what is added to them: one function per method.
-#
-# A method changes a model in place. Parameters it freezes stay in the state dict under their names;
-# `Model.refresh`, called afterwards, keeps the frozen parts in eval mode.
-
-
-@singledispatch
-def apply_peft(spec: Any, model: nn.Module) -> None:
-    """Apply the method of a Struct to a model with `encoder` and `head`, in place."""
-    raise TypeError(f"no PEFT method for {type(spec).__name__}")
+# ------------------------------------------------------- methods that only choose what trains
 
 
 @apply_peft.register
@@ -74,26 +48,6 @@ def _(spec: PartialFinetuning, model: nn.Module) -> None:
 def _(spec: CustomPeft, model: nn.Module) -> None:
     call_target("peft", spec.target, model, **spec.options)
 
-
-apply_peft.register(spec_peft.Bitfit, apply_bitfit)
-apply_peft.register(spec_peft.LnTuning, apply_ln_tuning)
-apply_peft.register(spec_peft.Ssf, apply_ssf)
-apply_peft.register(spec_peft.DiffFit, apply_ssf)
-apply_peft.register(spec_peft.Lora, apply_lora)
-apply_peft.register(spec_peft.Adalora, apply_adalora)
-apply_peft.register(spec_peft.Loha, apply_product)
-apply_peft.register(spec_peft.Lokr, apply_product)
-apply_peft.register(spec_peft.Oft, apply_orthogonal)
-apply_peft.register(spec_peft.Boft, apply_orthogonal)
-apply_peft.register(spec_peft.Vera, apply_vera)
-apply_peft.register(spec_peft.Ia3, apply_ia3)
-apply_peft.register(spec_peft.FourierFt, apply_fourierft)
-apply_peft.register(spec_peft.AdaptFormer, apply_adapt_former)
-apply_peft.register(spec_peft.Convpass, apply_convpass)
-apply_peft.register(spec_peft.RepAdapter, apply_rep_adapter)
-apply_peft.register(spec_peft.Fact, apply_fact)
-apply_peft.register(spec_peft.Gps, apply_gps)
-apply_peft.register(spec_peft.VisualPromptTuning, apply_prompts)
 
 # ----------------------------------------------------------------------- adapter.safetensors
 #

@@ -24,6 +24,21 @@ from glovita_lib.network import (
     layers,
     weight_names,
 )
+from glovita_lib.spec import ByStruct
+
+# ---------------------------------------------------------------------------------- dispatch
+#
+# Which parameters train, and what is added to them: one function for each method.
+#
+# A method changes a model in place. Parameters it freezes stay in the state dict under their names;
+# `Model.refresh`, called afterwards, keeps the frozen parts in eval mode.
+
+
+@ByStruct
+def apply_peft(spec: Any, model: nn.Module) -> None:
+    """Apply the method of a Struct to a model with `encoder` and `head`, in place."""
+    raise TypeError(f"no PEFT method for {type(spec).__name__}")
+
 
 # ----------------------------------------------------------------------------------- targets
 #

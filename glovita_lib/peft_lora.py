@@ -13,6 +13,7 @@ from glovita_lib.peft_base import (
     Adapter,
     Members,
     TargetWeight,
+    apply_peft,
     attach_all,
     base_bias,
     base_weight,
@@ -309,6 +310,7 @@ class DoraAdapter(LoraAdapter):
         return torch.cat([*pieces, weight.new_ones(weight.shape[0] - end)])  # (out,)
 
 
+@apply_peft.register
 def apply_lora(spec: Lora, model: nn.Module) -> None:
     """Freeze the encoder and put a LoRA adapter on every target."""
     root = encoder_of(model)

@@ -14,6 +14,7 @@ from glovita_lib.peft_base import (
     Members,
     Shared,
     TargetWeight,
+    apply_peft,
     attach_all,
     base_bias,
     base_weight,
@@ -137,6 +138,7 @@ def allocate(adapters: list[AdaloraAdapter], triplets: int) -> None:
         adapter.keep(mine)
 
 
+@apply_peft.register
 def apply_adalora(spec: Adalora, model: nn.Module) -> None:
     """Freeze the encoder and put an AdaLoRA adapter on every target."""
     root = encoder_of(model)
@@ -184,6 +186,7 @@ class VeraAdapter(LowRank):
         return self.d[:, None] * down, self.b[:, None] * up
 
 
+@apply_peft.register
 def apply_vera(spec: Vera, model: nn.Module) -> None:
     """Freeze the encoder, add the shared projections and a pair of vectors to every target."""
     root = encoder_of(model)
@@ -245,6 +248,7 @@ class FactAdapter(LowRank):
         return down[:, :inside], v
 
 
+@apply_peft.register
 def apply_fact(spec: Fact, model: nn.Module) -> None:
     """Freeze the encoder, add the shared factors and the cores of every target."""
     root = encoder_of(model)
@@ -323,6 +327,7 @@ class RepAdapterLayer(LowRank):
         return call(layer, x, base_weight(layer), base_bias(layer))
 
 
+@apply_peft.register
 def apply_rep_adapter(spec: RepAdapter, model: nn.Module) -> None:
     """Freeze the encoder and put an adapter in front of every target.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from glovita_lib.errors import UserError
 from glovita_lib.network import attentions, blocks, encoder_of, feed_forwards, is_conv, layers
-from glovita_lib.peft_base import Insert, Shared, base_weight, freeze, insert
+from glovita_lib.peft_base import Insert, Shared, apply_peft, base_weight, freeze, insert
 from glovita_lib.spec_peft import AdaptFormer, Convpass, VisualPromptTuning
 
 # ----------------------------------------------------------------------- the grid of patches
@@ -142,6 +142,7 @@ class Bottleneck(Insert):
         return y + self.change(y if self.sequential else x)
 
 
+@apply_peft.register
 def apply_adapt_former(spec: AdaptFormer, model: nn.Module) -> None:
     """Freeze the encoder and put an adapter at every MLP.
 
@@ -228,6 +229,7 @@ class ConvBypass(Insert):
         return (y[0] + out, *y[1:]) if isinstance(y, tuple) else y + out
 
 
+@apply_peft.register
 def apply_convpass(spec: Convpass, model: nn.Module) -> None:
     """Freeze the encoder and put a bypass beside every MLP, every attention or both.
 
@@ -320,6 +322,7 @@ def bound_of(root: nn.Module, width: int) -> float:
     return math.sqrt(6 / (inputs + width))
 
 
+@apply_peft.register
 def apply_prompts(spec: VisualPromptTuning, model: nn.Module) -> None:
     """Freeze the encoder and add prompts to its blocks.
 

@@ -16,6 +16,7 @@ from glovita_lib.peft_base import (
     Adapter,
     Members,
     TargetWeight,
+    apply_peft,
     attach_all,
     base_bias,
     base_weight,
@@ -119,6 +120,7 @@ def factor_pair(size: int, largest: int) -> tuple[int, int]:
     return first, size // first
 
 
+@apply_peft.register
 def apply_product(spec: Loha | Lokr, model: nn.Module) -> None:
     """Freeze the encoder and put an adapter on every target."""
     root = encoder_of(model)
@@ -285,6 +287,7 @@ def check_butterfly(name: str, width: int, spec: Boft) -> None:
     )
 
 
+@apply_peft.register
 def apply_orthogonal(spec: Oft | Boft, model: nn.Module) -> None:
     """Freeze the encoder and put a rotation on every target.
 
@@ -336,6 +339,7 @@ class FourierAdapter(Adapter):
         return weight + change.view(weight.shape).to(weight.dtype)
 
 
+@apply_peft.register
 def apply_fourierft(spec: FourierFt, model: nn.Module) -> None:
     """Freeze the encoder and put a spectrum on every target."""
     root = encoder_of(model)
@@ -415,6 +419,7 @@ class InputScale(Adapter):
         return call(layer, x * factor, base_weight(layer), base_bias(layer))
 
 
+@apply_peft.register
 def apply_ia3(spec: Ia3, model: nn.Module) -> None:
     """Freeze the encoder; factors on the outputs of the targets, on the inputs of fc2."""
     root = encoder_of(model)
@@ -430,6 +435,7 @@ def apply_ia3(spec: Ia3, model: nn.Module) -> None:
     attach_all(root, targets, make, "none")
 
 
+@apply_peft.register
 def apply_ssf(spec: Ssf | DiffFit, model: nn.Module) -> None:
     """Freeze the encoder; factors (and shifts for SSF) behind all its layers, with norms; all
     biases for DiffFit."""
@@ -449,6 +455,7 @@ def apply_ssf(spec: Ssf | DiffFit, model: nn.Module) -> None:
 # Methods that train a part of the parameters that are there: BitFit, norm tuning and GPS.
 
 
+@apply_peft.register
 def apply_bitfit(spec: Bitfit, model: nn.Module) -> None:
     """Freeze the encoder but its biases.
 
@@ -461,6 +468,7 @@ def apply_bitfit(spec: Bitfit, model: nn.Module) -> None:
         raise UserError('peft.method = "bitfit": this encoder has no bias; use another method')
 
 
+@apply_peft.register
 def apply_ln_tuning(spec: LnTuning, model: nn.Module) -> None:
     """Freeze the encoder but the scales and shifts of its norm layers.
 
@@ -529,6 +537,7 @@ class SelectedEntries(Adapter):
         self.values.copy_(weight.flatten(1).gather(1, self.places))
 
 
+@apply_peft.register
 def apply_gps(spec: Gps, model: nn.Module) -> None:
     """Freeze the encoder; entries of every row and the biases of the targets train.
 

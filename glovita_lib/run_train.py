@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from glovita_lib import checkpoint, dist, files, run_probe
+from glovita_lib import checkpoint, dist, files
 from glovita_lib.data import Data
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import (
@@ -32,9 +32,8 @@ from glovita_lib.plots import learning_curves
 from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
 from glovita_lib.spec import Loaded, changed_keys, dump
-from glovita_lib.spec_peft import FullFinetuning
 from glovita_lib.spec_root import Root
-from glovita_lib.spec_train import Probe, Training
+from glovita_lib.spec_train import Training
 from glovita_lib.trainer import Hooks, kept_epoch
 
 # ----------------------------------------------------------------------------------- dry run
@@ -120,9 +119,6 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
 
     A dry run takes one batch through everything and leaves nothing behind.
     """
-    if isinstance(loaded.root.task, Probe):
-        run_probe.run(loaded, dry_run=dry_run)
-        return
     with dist.session() as ranks:
         if dry_run:
             dry_train(loaded.root, ranks)
@@ -166,7 +162,7 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
             ]
         )
     )
-    if not isinstance(experiment.root.peft, FullFinetuning):
+    if experiment.root.peft.trains != "all":
         say("\n".join(f"    {share}" for share in parameter_table(experiment.model)))
     for line in data.report:
         say(f"  note: {line}")
@@ -285,7 +281,7 @@ def finish(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data) -> N
     dist.barrier(ranks)  # until the first rank has written the last epoch
     best = checkpoint.load(run.best, map_location="cpu")
     checkpoint.load_model(experiment.model, trained_weights(best), run.best)
-    if ranks.is_main and not isinstance(experiment.root.peft, FullFinetuning):
+    if ranks.is_main and experiment.root.peft.trains != "all":
         file = run.checkpoints / "adapter.safetensors"
         save_adapter(file, experiment.model, run=description(loaded, experiment))
     for name, split in data.splits.items():

@@ -3,9 +3,11 @@
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import singledispatch, update_wrapper
+from importlib import import_module
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
 
 import msgspec
 from msgspec import inspect as kinds
@@ -231,6 +233,34 @@ def leaves(table: dict, path: Path = ()) -> list[Path]:
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A table of the spec; every field has a default or is required, a bound and a docstring with
     its unit."""
+
+    built_in: ClassVar[str]
+    """Module of the package that registers what is built of a union's member, see `ByStruct`."""
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class ByStruct(Generic[Parameters, Result]):
+    """A function of a Struct with one implementation for each Struct, as `functools.singledispatch`
+    makes it. The implementation is registered in the module that the Struct names (`built_in`),
+    which is imported when it is asked for: no list of modules is kept anywhere.
+    """
+
+    def __init__(self, function: Callable[Concatenate[Any, Parameters], Result]) -> None:
+        self.implementations = singledispatch(function)
+        self.register = self.implementations.register
+        update_wrapper(self, function)
+
+    def __call__(self, spec: Spec, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        return self.dispatch(type(spec))(spec, *args, **options)
+
+    def dispatch(self, kind: type[Spec]) -> Callable[..., Result]:
+        """The implementation for a Struct; the function itself, which raises, where there is
+        none."""
+        import_module(f"glovita_lib.{kind.built_in}")
+        return self.implementations.dispatch(kind)
 
 
 NOT_THE_EXPERIMENT = (

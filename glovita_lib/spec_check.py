@@ -13,25 +13,16 @@ from glovita_lib import spec_rules
 from glovita_lib.errors import UserError
 from glovita_lib.metric_names import check_logged, logged_names, metrics_of, usual_metrics
 from glovita_lib.spec import Loaded, load_spec
-from glovita_lib.spec_data import CustomData, PrecomputedData
 from glovita_lib.spec_errors import one_of, shown
 from glovita_lib.spec_model import (
     ClamHead,
-    ClassificationHead,
-    PrecomputedEncoder,
     RegressionHead,
     TimmEncoder,
     TorchvisionEncoder,
     TransmilHead,
 )
 from glovita_lib.spec_root import Root
-from glovita_lib.spec_rules import (
-    ignored_options,
-    is_regression,
-    known_channels,
-    stated_subtask,
-    umap_options,
-)
+from glovita_lib.spec_rules import ignored_options, is_regression, umap_options
 from glovita_lib.spec_train import Probe, Supervised
 
 WITHOUT_CLASS_TOKEN = (
@@ -123,13 +114,13 @@ def run_name(root: Root) -> Iterator[str]:
 
 def head_fits_targets(root: Root) -> Iterator[str]:
     """Classes need a classification head, numbers a regression head."""
-    subtask, head = stated_subtask(root.data), root.model.head
-    if subtask == "regression" and isinstance(head, ClassificationHead):
+    subtask, head = root.data.stated_subtask(), root.model.head
+    if subtask == "regression" and "numbers" not in head.predicts:
         yield (
             'model.head.head_type: "classification" cannot predict the numbers of data.subtask ='
             ' "regression": set it to "regression"'
         )
-    if subtask in ("multiclass", "multilabel") and isinstance(head, RegressionHead):
+    if subtask in ("multiclass", "multilabel") and "classes" not in head.predicts:
         yield (
             f'model.head.head_type: "regression" cannot predict {subtask} labels: set it to'
             ' "classification", or data.subtask to "regression" where the data are numbers'
@@ -138,7 +129,7 @@ def head_fits_targets(root: Root) -> Iterator[str]:
 
 def head_size(root: Root) -> Iterator[str]:
     """A stated number of outputs agrees with the stated number of targets."""
-    head, stated = root.model.head, spec_rules.stated_outputs(root.data)
+    head, stated = root.model.head, root.data.stated_outputs()
     if isinstance(head, RegressionHead) and head.out_dim and stated:
         key, count = stated[0]
         if head.out_dim != count:
@@ -174,7 +165,7 @@ def metrics_exist(root: Root) -> Iterator[str]:
 
 def metrics_fit_targets(root: Root) -> Iterator[str]:
     """Each metric is defined for the kind of targets."""
-    subtask = stated_subtask(root.data)
+    subtask = root.data.stated_subtask()
     for name in dict.fromkeys(getattr(root.task, "metrics", None) or ()):
         if subtask and name not in metrics_of(subtask):
             valid = ", ".join(metrics_of(subtask))
@@ -191,7 +182,7 @@ def probes_have_choices(root: Root) -> Iterator[str]:
 
 def features_are_not_mixed(root: Root) -> Iterator[str]:
     """Mixup and CutMix mix images."""
-    if isinstance(root.data, PrecomputedData) and isinstance(root.task, Supervised):
+    if root.data.samples == "features" and isinstance(root.task, Supervised):
         mixing = {"mixup": root.task.mixup, "cutmix": root.task.cutmix}
         for name in (name for name, value in mixing.items() if value):
             yield f"task.{name}: it mixes images, and the samples are features: drop it"
@@ -202,7 +193,7 @@ def best_metric_is_logged(root: Root) -> Iterator[str]:
     asked = root.training.best_checkpoint_metric
     if asked is None or not isinstance(root.task, Supervised):
         return
-    kind = stated_subtask(root.data) or ("regression" if is_regression(root) else "multiclass")
+    kind = root.data.stated_subtask() or ("regression" if is_regression(root) else "multiclass")
     names = logged_names(root.task.metrics or usual_metrics(kind), known_class_names(root))
     try:
         check_logged(asked, ["val_loss", *(f"val_{name}" for name in names)])
@@ -218,7 +209,7 @@ def known_class_names(root: Root) -> tuple[str, ...] | None:
 def class_weights_fit(root: Root) -> Iterator[str]:
     """One weight a class, where the spec says how many classes there are."""
     weights = getattr(root.task, "class_weights", None)
-    stated = spec_rules.stated_outputs(root.data)
+    stated = root.data.stated_outputs()
     if is_regression(root) or not isinstance(weights, tuple) or not stated:
         return
     if len(weights) != stated[0][1]:
@@ -246,14 +237,13 @@ def classification_only_options(root: Root) -> Iterator[str]:
 
 def features_have_their_encoder(root: Root) -> Iterator[str]:
     """Features pass by the encoder, images do not."""
-    reads_features = isinstance(root.data, PrecomputedData)
-    no_network = isinstance(root.model.encoder, PrecomputedEncoder)
-    if reads_features and not no_network:
+    samples, takes = root.data.samples, root.model.encoder.takes
+    if samples == "features" and takes != "features":
         yield (
             'model.encoder.encoder_type: data.dataset = "precomputed_features" are features'
             ' already: set it to "precomputed"'
         )
-    if no_network and not reads_features and not isinstance(root.data, CustomData):
+    if takes == "features" and samples == "images":
         yield (
             'model.encoder.encoder_type: "precomputed" takes features: set data.dataset to'
             ' "precomputed_features", or name an encoder for images, e.g. "timm"'
@@ -262,7 +252,7 @@ def features_have_their_encoder(root: Root) -> Iterator[str]:
 
 def encoder_channels(root: Root) -> Iterator[str]:
     """The encoder takes the channels that the data have."""
-    asked, channels = input_channels(root), known_channels(root.data)
+    asked, channels = input_channels(root), root.data.stated_channels()
     if asked and channels and asked != channels:
         yield (
             f"model.encoder.input_channels: {asked}, but the images have {channels} channels:"
@@ -280,7 +270,7 @@ def normalisation_fits_channels(root: Root) -> Iterator[str]:
     augmentation = getattr(root.data, "augmentation", None)
     if augmentation is None:
         return
-    channels = known_channels(root.data) or input_channels(root)
+    channels = root.data.stated_channels() or input_channels(root)
     for name in ("mean", "std"):
         numbers = getattr(augmentation, name, None)
         if numbers is not None and channels and len(numbers) != channels:
@@ -293,11 +283,8 @@ def normalisation_fits_channels(root: Root) -> Iterator[str]:
 def encoder_arguments(root: Root) -> Iterator[str]:
     """model_kwargs leave alone what has a key of its own."""
     encoder = root.model.encoder
-    own = {"num_classes", "pretrained", "in_chans", "checkpoint_path"}
-    if isinstance(encoder, TorchvisionEncoder):
-        own = {"num_classes", "weights", "dropout", "stochastic_depth_prob"}
     for name in getattr(encoder, "model_kwargs", ()):
-        if name in own:
+        if name in encoder.own_arguments:
             yield (
                 f"model.encoder.model_kwargs.{name}: it comes from {SET_ELSEWHERE[name]}:"
                 " set it there"
@@ -399,7 +386,7 @@ def infer_folds(root: Root) -> Iterator[str]:
         yield "infer.folds: [] names none: leave it out for data.fold alone"
     if len(set(folds)) < len(folds):
         yield f"infer.folds: {shown(folds)} names a fold twice"
-    count = spec_rules.fold_count(root.data)
+    count = root.data.stated_folds()
     unknown = [fold for fold in folds if count is not None and fold >= count]
     if unknown:
         known = one_of(range(count))

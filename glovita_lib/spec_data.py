@@ -191,9 +191,48 @@ class ImageAugmentation(Spec):
 Subtask = Literal["multiclass", "multilabel", "regression"]
 
 
-class PrecomputedData(Spec, tag="precomputed_features", tag_field="dataset"):
+class AnyData(Spec):
+    """What other sections and the experiment ask every data set."""
+
+    built_in: ClassVar[str] = "datasets"
+    samples: ClassVar[Literal["images", "features", "either"]] = "images"
+    """What a sample is; of a user's data set its function tells."""
+    folds: ClassVar[int | None] = 1
+    """Number of folds; none where the fields or the files tell."""
+    classes: ClassVar[int | None] = None
+    """Number of classes, where it is always the same."""
+    image_channels: ClassVar[int | None] = None
+    """Channels of the images, where they are always the same."""
+
+    def stated_folds(self) -> int | None:
+        """Number of folds; None where a split file tells, or a function of the user's."""
+        return self.folds
+
+    def stated_channels(self) -> int | None:
+        """Channels of the images; None if only the data can tell."""
+        return self.image_channels
+
+    def stated_subtask(self) -> Subtask | None:
+        """Kind of target; None if only the data can tell."""
+        return None if self.classes is None else "multiclass"
+
+    def stated_outputs(self) -> list[tuple[str, int]]:
+        """Number of classes or targets, with the keys that state it; empty if none does."""
+        return [] if self.classes is None else [("data.dataset", self.classes)]
+
+
+def counted(num_classes: int | None, class_names: tuple[str, ...] | None) -> list[tuple[str, int]]:
+    """Number of classes or targets by the two keys that may state it."""
+    stated = [] if num_classes is None else [("data.num_classes", num_classes)]
+    return stated if class_names is None else [*stated, ("data.class_names", len(class_names))]
+
+
+class PrecomputedData(AnyData, tag="precomputed_features", tag_field="dataset"):
     """Features in HDF5 files: vectors (N, D), bags (B, L, D), or bags of any length (M, D) with
     bag_ptr or bag_lengths; or a folder with one file (h5, pt) a bag."""
+
+    built_in: ClassVar[str] = "data_features"
+    samples: ClassVar[Literal["images", "features", "either"]] = "features"
 
     data_root_dir: PathText = "."
     """Folder that the files below are relative to."""
@@ -261,12 +300,23 @@ class PrecomputedData(Spec, tag="precomputed_features", tag_field="dataset"):
     """Files too large for memory are read in windows of so many MiB: blocks in random order,
     rows shuffled within a window."""
 
+    def stated_folds(self) -> int | None:
+        if self.split_source == "kfold":
+            return self.n_folds
+        return None if self.split_source == "splits_json" else 1
+
+    def stated_subtask(self) -> Subtask | None:
+        return self.subtask
+
+    def stated_outputs(self) -> list[tuple[str, int]]:
+        return counted(self.num_classes, self.class_names)
+
 
 # --------------------------------------------------------------------------------- data sets
 
 
-class BaseData(Spec):
-    """Fields of every data set."""
+class BaseData(AnyData):
+    """Fields of every data set of images."""
 
     default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")
     # train and test policy where the spec names none
@@ -287,6 +337,8 @@ class DigitsData(BaseData, tag="digits", tag_field="dataset"):
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels, 10 classes; needs no file."""
 
     default_policies: ClassVar[tuple[str, str]] = ("default_2d_1", "shared_default_2d")
+    classes: ClassVar[int | None] = 10
+    image_channels: ClassVar[int | None] = 1
 
     val_fraction: Fraction = 0.15
     """Share of the samples in val, drawn from the seed."""
@@ -299,6 +351,8 @@ class Cifar10Data(BaseData, tag="cifar10", tag_field="dataset"):
     torchvision."""
 
     default_policies: ClassVar[tuple[str, str]] = ("randaugment", "default")
+    classes: ClassVar[int | None] = 10
+    image_channels: ClassVar[int | None] = 3
 
     download: bool = True
     """Whether a missing data set is downloaded."""
@@ -312,6 +366,8 @@ class Cifar100Data(BaseData, tag="cifar100", tag_field="dataset"):
     torchvision."""
 
     default_policies: ClassVar[tuple[str, str]] = ("randaugment", "default")
+    classes: ClassVar[int | None] = 100
+    image_channels: ClassVar[int | None] = 3
 
     download: bool = True
     """Whether a missing data set is downloaded."""
@@ -322,6 +378,8 @@ class Cifar100Data(BaseData, tag="cifar100", tag_field="dataset"):
 
 class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset"):
     """Any folder of images with labels from folder names, a JSON or a CSV file."""
+
+    built_in: ClassVar[str] = "data_folder"
 
     task: Literal["Classification", "Regression"] | None = None
     """Kind of prediction; none follows from subtask."""
@@ -373,9 +431,32 @@ class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset
     """Bits per channel as the encoder sees them; files of the other depth are scaled, white stays
     white."""
 
+    def stated_folds(self) -> int | None:
+        if self.split_source == "kfold":
+            return self.n_folds
+        return None if self.split_source == "splits_json" else 1
+
+    def stated_channels(self) -> int | None:
+        return self.channels
+
+    def stated_subtask(self) -> Subtask | None:
+        return self.subtask or ("regression" if self.task == "Regression" else "multiclass")
+
+    def stated_outputs(self) -> list[tuple[str, int]]:
+        stated = counted(self.num_classes, self.class_names)
+        subtask, columns = self.stated_subtask(), self.label_column
+        if self.label_source == "csv" and subtask != "multiclass":
+            count = len(columns) if isinstance(columns, tuple) else 1
+            if subtask == "regression" or count > 1:
+                stated.append(("data.label_column", count))
+        return stated
+
 
 class CustomData(BaseData, tag="custom", tag_field="dataset", kw_only=True):
     """A data set of your own: a function of your package that returns glovita_lib.datasets.Data."""
+
+    samples: ClassVar[Literal["images", "features", "either"]] = "either"
+    folds: ClassVar[int | None] = None
 
     target: str
     """Where the function is: "package.module:function"; called as function(spec, seed,

@@ -1,6 +1,6 @@
 """Model section of a spec: encoder, aggregation and head."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -10,8 +10,27 @@ from glovita_lib.spec_errors import Dropout, PathText
 # ------------------------------------------------------------------------------------- heads
 
 
-class ClassificationHead(Spec, tag="classification", tag_field="head_type"):
+class BaseHead(Spec):
+    """What other sections and the model ask every head."""
+
+    built_in: ClassVar[str] = "heads"
+    takes: ClassVar[Literal["vectors", "bags", "either"]] = "vectors"
+    """A vector a sample, its instances (or patch tokens), or what the user's module says."""
+    predicts: ClassVar[tuple[Literal["classes", "numbers"], ...]] = ("classes", "numbers")
+    """Kinds of targets."""
+
+
+class BagHead(BaseHead):
+    """A head on the instances of a bag."""
+
+    built_in: ClassVar[str] = "head_mil"
+    takes: ClassVar[Literal["vectors", "bags", "either"]] = "bags"
+
+
+class ClassificationHead(BaseHead, tag="classification", tag_field="head_type"):
     """Dropout and one linear layer to the classes."""
+
+    predicts: ClassVar[tuple[Literal["classes", "numbers"], ...]] = ("classes",)
 
     dropout: Dropout = 0.0
     """Probability of dropping a feature before the linear layer."""
@@ -19,8 +38,10 @@ class ClassificationHead(Spec, tag="classification", tag_field="head_type"):
     """Standard deviation of normal initial weights with bias 0; none keeps torch's default."""
 
 
-class RegressionHead(Spec, tag="regression", tag_field="head_type"):
+class RegressionHead(BaseHead, tag="regression", tag_field="head_type"):
     """Dropout and one linear layer to the targets."""
+
+    predicts: ClassVar[tuple[Literal["classes", "numbers"], ...]] = ("numbers",)
 
     dropout: Dropout = 0.0
     """Probability of dropping a feature before the linear layer."""
@@ -28,13 +49,15 @@ class RegressionHead(Spec, tag="regression", tag_field="head_type"):
     """Number of targets; none takes the data's, a number is checked against it."""
 
 
-class ClamHead(Spec, tag="clam", tag_field="head_type"):
+class ClamHead(BagHead, tag="clam", tag_field="head_type"):
     """Clustering-constrained attention over the instances of a bag (Lu et al., Nature Biomedical
     Engineering 2021).
 
     The published method is feature_prep = false, cosine_head = false, dropout = 0.25,
     instance_eval = true, instance_loss = "svm", bag_weight = 0.7.
     """
+
+    built_in: ClassVar[str] = "head_clam"
 
     variant: Literal["sb", "mb"] = "mb"
     """One attention branch for all classes (sb) or one per class, each with its own scorer (mb)."""
@@ -83,7 +106,7 @@ class ClamHead(Spec, tag="clam", tag_field="head_type"):
     """Factor of the squared difference of the logits."""
 
 
-class AbmilHead(Spec, tag="abmil", tag_field="head_type"):
+class AbmilHead(BagHead, tag="abmil", tag_field="head_type"):
     """Attention-based pooling of instances (Ilse et al., ICML 2018) and one linear layer."""
 
     gate: bool = True
@@ -98,7 +121,7 @@ class AbmilHead(Spec, tag="abmil", tag_field="head_type"):
     """Whether instances pass a LayerNorm before the projection."""
 
 
-class DsmilHead(Spec, tag="dsmil", tag_field="head_type"):
+class DsmilHead(BagHead, tag="dsmil", tag_field="head_type"):
     """Dual-stream pooling (Li, Li, Eliceiri, CVPR 2021): the highest-scoring instance of each
     class, and attention by likeness to it; both are fitted to the labels, half and half."""
 
@@ -111,7 +134,7 @@ class DsmilHead(Spec, tag="dsmil", tag_field="head_type"):
     stream alone, the default of the published code."""
 
 
-class TransmilHead(Spec, tag="transmil", tag_field="head_type"):
+class TransmilHead(BagHead, tag="transmil", tag_field="head_type"):
     """Transformer over the instances of a bag (TransMIL, Shao et al., NeurIPS 2021): two layers of
     Nystrom attention with convolutions over a square of the instances between them; instances are
     to stand in an order that means something, such as that of their coordinates."""
@@ -127,22 +150,24 @@ class TransmilHead(Spec, tag="transmil", tag_field="head_type"):
     """Probability of dropping a feature of what attention adds."""
 
 
-class MeanMilHead(Spec, tag="mean", tag_field="head_type"):
+class MeanMilHead(BagHead, tag="mean", tag_field="head_type"):
     """Mean over the instances of a bag, then one linear layer."""
 
     dropout: Dropout = 0.0
     """Probability of dropping a feature of the bag before the linear layer."""
 
 
-class MaxMilHead(Spec, tag="max", tag_field="head_type"):
+class MaxMilHead(BagHead, tag="max", tag_field="head_type"):
     """Largest value per feature over the instances of a bag, then one linear layer."""
 
     dropout: Dropout = 0.0
     """Probability of dropping a feature of the bag before the linear layer."""
 
 
-class CustomHead(Spec, tag="custom", tag_field="head_type", kw_only=True):
+class CustomHead(BaseHead, tag="custom", tag_field="head_type", kw_only=True):
     """A head of your own: a function of your package that returns a module."""
+
+    takes: ClassVar[Literal["vectors", "bags", "either"]] = "either"
 
     target: str
     """Where the function is: "package.module:function"; called as function(width=..., outputs=...,
@@ -170,8 +195,23 @@ Channels = Annotated[int, Meta(ge=1)]
 Aggregation = Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"]
 
 
-class TimmEncoder(Spec, tag="timm", tag_field="encoder_type"):
+class BaseEncoder(Spec):
+    """What other sections and the model ask every encoder."""
+
+    built_in: ClassVar[str] = "encoder"
+    takes: ClassVar[Literal["images", "features"]] = "images"
+    """What a sample is."""
+    own_arguments: ClassVar[tuple[str, ...]] = ()
+    """Keys of model_kwargs that have, or follow from, a key of their own."""
+
+
+class TimmEncoder(BaseEncoder, tag="timm", tag_field="encoder_type"):
     """Any image model of timm by its name, e.g. resnet18.a1_in1k."""
+
+    built_in: ClassVar[str] = "encoder_timm"
+    own_arguments: ClassVar[tuple[str, ...]] = (
+        "num_classes", "pretrained", "in_chans", "checkpoint_path",
+    )  # fmt: skip
 
     type: str = "vit_base_patch16_224"
     """Model name; timm.list_models() has them all."""
@@ -193,8 +233,13 @@ class TimmEncoder(Spec, tag="timm", tag_field="encoder_type"):
     """Further arguments of timm.create_model; an unknown one is an error."""
 
 
-class TorchvisionEncoder(Spec, tag="torchvision", tag_field="encoder_type"):
+class TorchvisionEncoder(BaseEncoder, tag="torchvision", tag_field="encoder_type"):
     """Any image classification model of torchvision by its name, e.g. convnext_tiny."""
+
+    built_in: ClassVar[str] = "encoder_torchvision"
+    own_arguments: ClassVar[tuple[str, ...]] = (
+        "num_classes", "weights", "dropout", "stochastic_depth_prob",
+    )  # fmt: skip
 
     type: str = "convnext_tiny"
     """Model name; torchvision.models.list_models() has them all."""
@@ -214,14 +259,16 @@ class TorchvisionEncoder(Spec, tag="torchvision", tag_field="encoder_type"):
     """Further arguments of the model's constructor; an unknown one is an error."""
 
 
-class PrecomputedEncoder(Spec, tag="precomputed", tag_field="encoder_type"):
+class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type"):
     """No network: the samples of data set precomputed_features are features already."""
+
+    takes: ClassVar[Literal["images", "features"]] = "features"
 
     feature_dim: Annotated[int, Meta(ge=1)] | None = None
     """Width of the features; none takes the file's, a number is checked."""
 
 
-class CustomEncoder(Spec, tag="custom", tag_field="encoder_type", kw_only=True):
+class CustomEncoder(BaseEncoder, tag="custom", tag_field="encoder_type", kw_only=True):
     """An encoder of your own: a function of your package that returns a module."""
 
     target: str

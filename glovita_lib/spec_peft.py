@@ -1,11 +1,25 @@
 """PEFT section of a spec: which parameters train and what is added to them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_errors import Dropout, Positive
+
+
+class PeftMethod(Spec):
+    """What other sections, the model and the trainer ask every method."""
+
+    built_in: ClassVar[str] = "peft"
+    trains: ClassVar[Literal["all", "part", "head"]] = "part"
+    """All parameters, a part of the encoder's (or added ones) and the head, or the head alone."""
+    needs_encoder: ClassVar[bool] = True
+    """Whether there must be an encoder that it changes."""
+    merges: ClassVar[bool] = True
+    """Whether what it has learnt can be folded into the base's weights."""
+    calibration_batches = 0  # training batches that it sees before the first step, per rank
+
 
 # --------------------------------------------------------------- methods that change weights
 #
@@ -13,12 +27,6 @@ from glovita_lib.spec_errors import Dropout, Positive
 
 Rank = Annotated[int, Meta(ge=1)]
 Bias = Literal["none", "all", "adapted"]
-
-
-class PeftMethod(Spec):
-    """A PEFT method."""
-
-    calibration_batches = 0  # training batches that it sees before the first step, per rank
 
 
 class Targeted(PeftMethod):
@@ -43,6 +51,8 @@ class Lora(Ranked, tag="lora", tag_field="method"):
     """Low-rank change W + (alpha / r) B A of frozen weights (Hu et al., LoRA, ICLR 2022); a
     convolution's weight counts as the matrix (out, in * kernel)."""
 
+    built_in: ClassVar[str] = "peft_lora"
+
     alpha: Positive = 16.0
     """Scale of the change before the division by r."""
     dropout: Dropout = 0.0
@@ -65,6 +75,8 @@ class Lora(Ranked, tag="lora", tag_field="method"):
 class Adalora(Targeted, tag="adalora", tag_field="method"):
     """W + P diag(e) Q with a budget of ranks that goes from init_rank to rank per layer and is
     given to the layers that need it (Zhang et al., AdaLoRA, ICLR 2023)."""
+
+    built_in: ClassVar[str] = "peft_lowrank"
 
     rank: Rank = 4
     """Mean rank per layer at the end."""
@@ -97,6 +109,8 @@ class Loha(Ranked, tag="loha", tag_field="method"):
     """W + (alpha / r) (B1 A1) * (B2 A2), an elementwise product that has rank up to r^2 (Hyeon-Woo
     et al., FedPara, ICLR 2022)."""
 
+    built_in: ClassVar[str] = "peft_weights"
+
     rank: Rank = 4
     """Rank of each factor."""
     alpha: Positive = 4.0
@@ -107,6 +121,8 @@ class Loha(Ranked, tag="loha", tag_field="method"):
 
 class Lokr(Ranked, tag="lokr", tag_field="method"):
     """W + (alpha / r) kron(W1, B2 A2) (Yeh et al., LyCORIS, ICLR 2024)."""
+
+    built_in: ClassVar[str] = "peft_weights"
 
     rank: Rank = 4
     """Rank of the second factor; from half its size on it is a full matrix."""
@@ -121,6 +137,8 @@ class Lokr(Ranked, tag="lokr", tag_field="method"):
 class Oft(Targeted, tag="oft", tag_field="method"):
     """W R with R orthogonal in r blocks (Qiu et al., OFT, NeurIPS 2023): R turns the inputs, angles
     between neurons stay."""
+
+    built_in: ClassVar[str] = "peft_weights"
 
     r: Annotated[int, Meta(ge=1)] = 8
     """Number of blocks; the input width must be a multiple of it."""
@@ -141,6 +159,8 @@ class Oft(Targeted, tag="oft", tag_field="method"):
 class Boft(Targeted, tag="boft", tag_field="method"):
     """s W R with R a product of orthogonal butterfly factors (Liu et al., BOFT, ICLR 2024)."""
 
+    built_in: ClassVar[str] = "peft_weights"
+
     block_size: Annotated[int, Meta(ge=2)] = 8
     """Size of an orthogonal block; the input width must be a multiple of it, and even for more than
     one factor."""
@@ -157,6 +177,8 @@ class Vera(Targeted, tag="vera", tag_field="method"):
     """W + diag(b) B diag(d) A with random A and B that all layers share (Kopiczko et al., VeRA,
     ICLR 2024)."""
 
+    built_in: ClassVar[str] = "peft_lowrank"
+
     rank: Rank = 8
     """Rank of the change; the paper uses 256 and more, since only vectors train."""
     dropout: Dropout = 0.0
@@ -171,10 +193,14 @@ class Ia3(Targeted, tag="ia3", tag_field="method"):
     """Keys, values and the hidden units of the MLP are multiplied by learned factors (Liu et al.,
     (IA)^3, NeurIPS 2022); unset targets: k, v and the input of fc2, else the convolutions."""
 
+    built_in: ClassVar[str] = "peft_weights"
+
 
 class FourierFt(Targeted, tag="fourierft", tag_field="method"):
     """W + scaling Re IDFT2(S) with a sparse spectrum S of learned coefficients (Gao et al.,
     FourierFT, ICML 2024)."""
+
+    built_in: ClassVar[str] = "peft_weights"
 
     n_frequency: Annotated[int, Meta(ge=1)] = 1000
     """Coefficients per layer; as many as its weight has numbers where that is fewer."""
@@ -187,6 +213,8 @@ class FourierFt(Targeted, tag="fourierft", tag_field="method"):
 class Fact(Targeted, tag="fact", tag_field="method"):
     """All changes of the encoder as one tensor in tensor-train or Tucker form (Jie and Deng, FacT,
     AAAI 2023): s U Sigma_l V' per layer l, U and V shared; wide layers are slices of the width."""
+
+    built_in: ClassVar[str] = "peft_lowrank"
 
     targets: tuple[str, ...] | None = None
     """Linear layers: q, k, v, qkv, proj, fc1, fc2, all-linear, or regular expressions over layer
@@ -205,6 +233,8 @@ class RepAdapter(Targeted, tag="rep_adapter", tag_field="method"):
     """W (x + s U (D x)) with a dense D and a grouped U, linear and so a part of W at inference (Luo
     et al., RepAdapter, 2023); unset targets: the inputs of attention and MLP, else convolutions."""
 
+    built_in: ClassVar[str] = "peft_lowrank"
+
     bottleneck: Annotated[int, Meta(ge=1)] = 8
     """Width between D and U."""
     groups: Annotated[int, Meta(ge=1)] = 2
@@ -217,16 +247,22 @@ class Ssf(PeftMethod, tag="ssf", tag_field="method"):
     """Learned scale and shift after every norm, Linear layer and convolution of the blocks (Lian et
     al., SSF, NeurIPS 2022); a layer without bias gets no shift."""
 
+    built_in: ClassVar[str] = "peft_weights"
+
 
 class DiffFit(PeftMethod, tag="difffit", tag_field="method"):
     """Learned scales at the places of ssf and every bias of the encoder (Xie et al., DiffFit, ICCV
     2023)."""
+
+    built_in: ClassVar[str] = "peft_weights"
 
 
 class Gps(Targeted, tag="gps", tag_field="method"):
     """Of every row of the weights the entries with the largest loss gradient train (Zhang et al.,
     GPS, CVPR 2024), with all biases of Linear layers and convolutions; unset targets: all of these
     layers. A fused qkv has one bias, which trains whole."""
+
+    built_in: ClassVar[str] = "peft_weights"
 
     gps_topk_per_row: Annotated[int, Meta(ge=1)] = 1
     """Entries per row that train."""
@@ -242,9 +278,15 @@ Size = Annotated[int, Meta(ge=1)]
 class FullFinetuning(PeftMethod, tag="full_finetuning", tag_field="method"):
     """Every parameter trains."""
 
+    trains: ClassVar[Literal["all", "part", "head"]] = "all"
+    needs_encoder: ClassVar[bool] = False
+
 
 class LinearProbing(PeftMethod, tag="linear_probing", tag_field="method"):
     """Only the head trains; the encoder stays in eval mode and outside autograd."""
+
+    trains: ClassVar[Literal["all", "part", "head"]] = "head"
+    needs_encoder: ClassVar[bool] = False
 
 
 class PartialFinetuning(PeftMethod, tag="partial_finetuning", tag_field="method"):
@@ -257,15 +299,22 @@ class PartialFinetuning(PeftMethod, tag="partial_finetuning", tag_field="method"
 class Bitfit(PeftMethod, tag="bitfit", tag_field="method"):
     """Every bias of the encoder trains (Ben Zaken et al., BitFit, ACL 2022)."""
 
+    built_in: ClassVar[str] = "peft_weights"
+
 
 class LnTuning(PeftMethod, tag="ln_tuning", tag_field="method"):
     """Scale and shift of every norm layer train, batch norm with its statistics held (Zhao et al.,
     LayerNorm tuning, ICLR 2024; Frankle et al., batch norm, ICLR 2021)."""
 
+    built_in: ClassVar[str] = "peft_weights"
+
 
 class AdaptFormer(PeftMethod, tag="adapt_former", tag_field="method"):
     """s Up(ReLU(Down(z))) beside or behind every MLP, whose input z the block has normalised (Chen
     et al., AdaptFormer, NeurIPS 2022)."""
+
+    built_in: ClassVar[str] = "peft_modules"
+    merges: ClassVar[bool] = False
 
     mode: Literal["parallel", "sequential"] = "parallel"
     """parallel: mlp(z) + adapter(z); sequential: h + adapter(h) with h = mlp(z)."""
@@ -283,6 +332,9 @@ class Convpass(PeftMethod, tag="convpass", tag_field="method"):
     """Down -> GELU -> 3 x 3 convolution over the grid of patches -> GELU -> Up beside the MLP;
     prefix tokens are a grid of one (Jie and Deng, Convpass, 2022)."""
 
+    built_in: ClassVar[str] = "peft_modules"
+    merges: ClassVar[bool] = False
+
     bottleneck: Size = 64
     """Width between Down and Up."""
     dropout: Dropout = 0.0
@@ -296,6 +348,9 @@ class Convpass(PeftMethod, tag="convpass", tag_field="method"):
 class VisualPromptTuning(PeftMethod, tag="visual_prompt_tuning", tag_field="method"):
     """Learned tokens behind the prefix tokens, before the first block or new ones in every block
     (Jia et al., VPT, ECCV 2022); they are taken out behind the blocks."""
+
+    built_in: ClassVar[str] = "peft_modules"
+    merges: ClassVar[bool] = False
 
     num_tokens: Size = 20
     """Prompt tokens per block."""
@@ -311,6 +366,8 @@ class VisualPromptTuning(PeftMethod, tag="visual_prompt_tuning", tag_field="meth
 
 class CustomPeft(PeftMethod, tag="custom", tag_field="method", kw_only=True):
     """A method of your own: a function of your package that changes the model in place."""
+
+    needs_encoder: ClassVar[bool] = False
 
     target: str
     """Where the function is: "package.module:function"; called as function(model, **options)."""

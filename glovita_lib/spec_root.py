@@ -62,3 +62,8 @@ class Root(Spec):
     """What mode extract writes."""
     umap: Umap = Umap()
     """What mode umap draws."""
+
+    @property
+    def handler(self) -> str:
+        """Module whose function `run` does what the mode says."""
+        return self.task.learnt_by if self.mode == "train" else f"run_{self.mode}"

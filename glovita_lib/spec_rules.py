@@ -5,23 +5,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from glovita_lib.spec_data import (
-    Cifar10Data,
-    Cifar100Data,
     DigitsData,
     GenericImageData,
     PrecomputedData,
-    Subtask,
 )
 from glovita_lib.spec_errors import shown
-from glovita_lib.spec_model import PrecomputedEncoder, RegressionHead
 from glovita_lib.spec_peft import (
     Adalora,
-    AdaptFormer,
     Boft,
     Convpass,
-    CustomPeft,
-    FullFinetuning,
-    LinearProbing,
     Lokr,
     Oft,
     RepAdapter,
@@ -35,63 +27,17 @@ from glovita_lib.spec_train import Umap
 # Rules of the data section, and what a spec says of its data before any of it is read.
 
 
-def stated_subtask(data: Any) -> Subtask | None:
-    """Kind of target that the data section states; None if only the data can tell."""
-    if isinstance(data, DigitsData | Cifar10Data | Cifar100Data):
-        return "multiclass"
-    if isinstance(data, GenericImageData):
-        return data.subtask or ("regression" if data.task == "Regression" else "multiclass")
-    return getattr(data, "subtask", None)
-
-
 def is_regression(root: Root) -> bool:
     """Whether numbers are predicted; where the data section does not say, the head does."""
-    subtask = stated_subtask(root.data)
-    return (subtask or "regression") == "regression" and (
-        subtask is not None or isinstance(root.model.head, RegressionHead)
+    subtask = root.data.stated_subtask()
+    return subtask == "regression" or (
+        subtask is None and "classes" not in root.model.head.predicts
     )
-
-
-def known_channels(data: Any) -> int | None:
-    """Channels of the images, where the data section states them."""
-    if isinstance(data, GenericImageData):
-        return data.channels
-    return {DigitsData: 1, Cifar10Data: 3, Cifar100Data: 3}.get(type(data))
-
-
-def fold_count(data: Any) -> int | None:
-    """Number of folds; None where a split file tells, or a function of the user's."""
-    if isinstance(data, DigitsData | Cifar10Data | Cifar100Data):
-        return 1
-    source = getattr(data, "split_source", None)
-    if source == "kfold":
-        return data.n_folds
-    return 1 if source in ("subdirs", "files", "csv") else None
-
-
-def stated_outputs(data: Any) -> list[tuple[str, int]]:
-    """Number of classes or targets, with the keys that state it; empty if none does."""
-    known = {DigitsData: 10, Cifar10Data: 10, Cifar100Data: 100}
-    if type(data) in known:
-        return [("data.dataset", known[type(data)])]
-    stated = []
-    if getattr(data, "num_classes", None) is not None:
-        stated.append(("data.num_classes", data.num_classes))
-    if getattr(data, "class_names", None) is not None:
-        stated.append(("data.class_names", len(data.class_names)))
-    columns = getattr(data, "label_column", None)
-    regression = isinstance(data, GenericImageData) and stated_subtask(data) == "regression"
-    reads_columns = isinstance(data, GenericImageData) and data.label_source == "csv"
-    if reads_columns and (isinstance(columns, tuple) or regression):
-        count = len(columns) if isinstance(columns, tuple) else 1
-        if stated_subtask(data) in ("regression", "multilabel") and (regression or count > 1):
-            stated.append(("data.label_column", count))
-    return stated
 
 
 def outputs_agree(root: Root) -> Iterator[str]:
     """All keys that state the number of classes state the same."""
-    first, *others = stated_outputs(root.data) or [("", 0)]
+    first, *others = root.data.stated_outputs() or [("", 0)]
     for key, count in others:
         if count != first[1]:
             yield f"{key}: {count} entries, but {first[0]} says {first[1]}"
@@ -123,7 +69,7 @@ def labels_fit_subtask(root: Root) -> Iterator[str]:
     data = root.data
     if not isinstance(data, GenericImageData):
         return
-    subtask = stated_subtask(data)
+    subtask = data.stated_subtask()
     if data.label_source == "folder" and subtask != "multiclass":
         yield (
             f'data.label_source: "folder" gives each image one class, not {subtask} targets: use'
@@ -148,7 +94,7 @@ def labels_fit_subtask(root: Root) -> Iterator[str]:
 def folds_exist(root: Root) -> Iterator[str]:
     """The fold is one that exists, so that no two folds train on the same split."""
     data = root.data
-    fold, count = getattr(data, "fold", 0), fold_count(data)
+    fold, count = data.fold, data.stated_folds()
     if count is not None and fold >= count:
         valid = (
             f"0 to {count - 1}" if count > 1 else '0 only; data.split_source = "kfold" makes more'
@@ -251,9 +197,6 @@ DATA_RULES = (
 # Rules for the PEFT section, checked before any data is read. What only the built encoder can tell
 # (the layers that are there) is checked by the methods.
 
-UNMERGED = (AdaptFormer, Convpass, VisualPromptTuning)
-"""Methods that compute something the base cannot."""
-
 
 def method_of(root: Root) -> str:
     """Tag of the method."""
@@ -262,8 +205,7 @@ def method_of(root: Root) -> str:
 
 def there_is_an_encoder(root: Root) -> Iterator[str]:
     """Features of a file have no encoder that a method could change."""
-    whole = isinstance(root.peft, FullFinetuning | LinearProbing | CustomPeft)
-    if isinstance(root.model.encoder, PrecomputedEncoder) and not whole:
+    if root.model.encoder.takes == "features" and root.peft.needs_encoder:
         yield (
             f"peft.method: {shown(method_of(root))} changes an encoder, and precomputed features"
             ' have none: use "full_finetuning", which trains the head'
@@ -338,7 +280,7 @@ def merging_is_possible(root: Root) -> Iterator[str]:
     """infer.merge has something to merge, and can."""
     if not root.infer.merge or root.infer.checkpoint is not None:  # which knows its own method
         return
-    if isinstance(root.peft, UNMERGED):
+    if not root.peft.merges:
         yield (
             f"infer.merge: {shown(method_of(root))} computes something the base cannot, so it does"
             " not merge: leave it out"
@@ -408,7 +350,7 @@ def umap_options(root: Root) -> Iterator[str]:
 
 def is_features(root: Root) -> bool:
     """Whether the spec's own data are features."""
-    return isinstance(root.data, PrecomputedData)
+    return root.data.samples == "features"
 
 
 def color_options(umap: Umap, *, of_features: bool) -> Iterator[str]:
@@ -487,7 +429,7 @@ OPTIONS = (
     Option("data.label_column", reads_table, LABEL_TABLE),
     Option("data.group_column", reads_table, LABEL_TABLE),
     Option("data.label_separator",
-           lambda r: reads_table(r) and stated_subtask(r.data) == "multilabel"
+           lambda r: reads_table(r) and r.data.stated_subtask() == "multilabel"
            and isinstance(r.data.label_column, str),
            'data.label_source = "csv", data.subtask = "multilabel" and one data.label_column'),
     # ---- extract
@@ -542,7 +484,7 @@ OPTIONS = (
            'optimizer.scheduler = "Step" or "MultiStep"'),
     Option("optimizer.min_lr", lambda r: r.optimizer.scheduler == "CosineAnneal",
            'optimizer.scheduler = "CosineAnneal"'),
-    Option("optimizer.layer_wise_lr_decay", lambda r: not isinstance(r.peft, LinearProbing),
+    Option("optimizer.layer_wise_lr_decay", lambda r: r.peft.trains != "head",
            'peft.method other than "linear_probing", which trains the head alone'),
     # ---- infer
     Option("infer.use", lambda r: r.infer.checkpoint is None,

@@ -1,6 +1,6 @@
 """Sections of a spec on learning and on the modes: task, training, optimizer, logger, infer ..."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -18,7 +18,15 @@ else:
 MetricNames = Annotated[tuple[MetricName, ...], Meta(extra={"none_is": usual_metrics_text()})]
 
 
-class Supervised(Spec, tag="supervised", tag_field="objective"):
+class BaseTask(Spec):
+    """What the modes ask every task."""
+
+    built_in: ClassVar[str] = "objectives"
+    learnt_by: ClassVar[str] = "run_train"
+    """Module of mode train: the loop of gradient steps, or one of the task's own."""
+
+
+class Supervised(BaseTask, tag="supervised", tag_field="objective"):
     """Predict the labels: cross-entropy, binary cross-entropy (multilabel) or a regression loss."""
 
     metrics: MetricNames | None = None
@@ -47,10 +55,13 @@ class Supervised(Spec, tag="supervised", tag_field="objective"):
     """Resamples behind the 95 % confidence intervals of the final metrics; 0 leaves them out."""
 
 
-class Probe(Spec, tag="probe", tag_field="objective"):
+class Probe(BaseTask, tag="probe", tag_field="objective"):
     """Judge precomputed features: nearest neighbours and linear models, what they are set to chosen
     on val. Nothing is trained by gradient steps, model and optimizer are not used. Bags are
     averaged. With data.standardize both methods see features of mean 0 and deviation 1."""
+
+    built_in: ClassVar[str] = "run_probe"
+    learnt_by: ClassVar[str] = "run_probe"
 
     metrics: MetricNames | None = None
     """Metrics of the results; the first one chooses."""
@@ -183,6 +194,8 @@ class Optimizer(Spec):
 class WandbLogger(Spec, tag="wandb", tag_field="backend"):
     """Weights & Biases; without an API key it runs offline."""
 
+    built_in: ClassVar[str] = "loggers"
+
     entity: str | None = None
     """Account or team."""
     project: str | None = None
@@ -199,6 +212,8 @@ class WandbLogger(Spec, tag="wandb", tag_field="backend"):
 
 class NoLogger(Spec, tag="none", tag_field="backend"):
     """Only metrics.jsonl, which is always written."""
+
+    built_in: ClassVar[str] = "loggers"
 
 
 Logger = WandbLogger | NoLogger

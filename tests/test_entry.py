@@ -116,6 +116,18 @@ def test_mode_and_dry_run(good, mode):
     assert [(name, dry) for name, _, dry in calls] == [("run_infer", True)]
 
 
+def test_a_task_of_its_own_has_its_own_module(good, mode):
+    calls = mode(name="run_probe")
+    probe = [
+        "task.objective=probe",
+        "data.dataset=precomputed_features",
+        "data.train_features_file=t.h5",
+        "model.encoder.encoder_type=precomputed",
+    ]
+    assert glovita.main([str(good), "--override", *probe]) == 0
+    assert [name for name, *_ in calls] == ["run_probe"]
+
+
 def test_every_mode_has_its_module():
     from typing import get_args, get_type_hints
 

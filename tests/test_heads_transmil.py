@@ -9,7 +9,8 @@ from nystrom_attention import NystromAttention
 from torch import Tensor, nn
 
 from glovita_lib.bags import Bags
-from glovita_lib.heads import Nystrom, Transmil, build_head, pseudo_inverse
+from glovita_lib.head_mil import Nystrom, Transmil, pseudo_inverse
+from glovita_lib.heads import build_head
 from glovita_lib.spec_model import TransmilHead
 
 WIDTH, OUTPUTS = 6, 3

@@ -7,8 +7,8 @@ from small_networks import build, disturb, sample
 from torch import nn
 
 from glovita_lib.errors import UserError
-from glovita_lib.peft import apply_peft, base_hash, load_adapter, read_adapter, save_adapter
-from glovita_lib.peft_base import base_state, trained_names
+from glovita_lib.peft import base_hash, load_adapter, read_adapter, save_adapter
+from glovita_lib.peft_base import apply_peft, base_state, trained_names
 from glovita_lib.spec_peft import Adalora, Bitfit, FullFinetuning, Gps, Lora, Peft
 
 SPECS = (Lora(init_lora_weights="pissa"), Adalora(), Bitfit(), Gps())

@@ -11,8 +11,8 @@ from torch import nn
 
 from glovita_lib.errors import UserError
 from glovita_lib.model import parameter_table
-from glovita_lib.peft import apply_peft
 from glovita_lib.peft_base import (
+    apply_peft,
     load_trained,
     merge,
     trained_names,
