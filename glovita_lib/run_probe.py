@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glovita_lib import checkpoint, dist, files, plots, results
+from glovita_lib import dist, files, plots, results
 from glovita_lib.data import Data, Split
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
@@ -23,7 +22,7 @@ from glovita_lib.neighbors import nearest
 from glovita_lib.read_features import BagSource, VectorSource, feature_moments
 from glovita_lib.resolved import check_metrics
 from glovita_lib.results import summary_lines
-from glovita_lib.rundir import RunDir, decide, locate, remove, runtime_info
+from glovita_lib.rundir import RunDir, decide, locate, runtime_info
 from glovita_lib.spec import Loaded, dump
 from glovita_lib.spec_data import PrecomputedData
 from glovita_lib.spec_train import Probe
@@ -35,9 +34,10 @@ from glovita_lib.spec_train import Probe
 # N samples, D width, K classes or targets, M train samples, B samples of a block.
 
 BLOCK = 16384  # samples whose logits exist at a time, at most
-ON_CPU, ON_GPU = 2**19, 2**24  # features, or logits, of a block: 4 MiB in a cache, or busy cores
+ON_CPU, ON_GPU = 2**18, 2**24  # features, or logits, of a block: 2 MiB in a cache, or busy cores
 KEPT = 2**26  # features that stay as they are computed with: 512 MiB in float64
 SHARE = 0.5  # of the free memory of a device that features may take
+TOLERANCE = 1e-6  # largest entry of the gradient at a minimum, in units of that at weights of 0
 
 
 def probe_block_size(width: int, outputs: int, device: torch.device) -> int:
@@ -91,7 +91,8 @@ def knn_scores(
 class Linear:
     """A fitted linear model on standardised features."""
 
-    solution: Tensor  # (D + 1, K) float64, the weights and below them the bias
+    weight: Tensor  # (K, D) float32
+    bias: Tensor  # (K,)
     mean: Tensor  # (D,)
     std: Tensor  # (D,)
     iterations: int
@@ -99,13 +100,13 @@ class Linear:
 
     def logits(self, features: Tensor) -> Tensor:
         """(N, D) -> (N, K) float32, on the device of the model."""
-        weight, bias = self.solution[:-1].float(), self.solution[-1].float()
-        logits = torch.empty(len(features), len(bias), device=bias.device)
-        size = probe_block_size(*weight.shape, bias.device)
+        device = self.bias.device
+        logits = torch.empty(len(features), len(self.bias), device=device)
+        size = probe_block_size(*self.weight.shape, device)
         for start in range(0, len(features), size):
-            block = features[start : start + size].to(bias.device).float()
+            block = features[start : start + size].to(device).float()
             block = (block - self.mean) / self.std
-            torch.addmm(bias, block, weight, out=logits[start : start + size])
+            torch.addmm(self.bias, block, self.weight.T, out=logits[start : start + size])
         return logits
 
     def scores(self, features: Tensor, subtask: str) -> Tensor:
@@ -171,7 +172,6 @@ def fit_linear(
     standardize: bool,
     max_iterations: int,
     device: torch.device,
-    start: Tensor | None,
 ) -> Iterator[tuple[float, Linear]]:
     """A linear model for each strength of L2, in the order given, each started from the last.
 
@@ -183,9 +183,9 @@ def fit_linear(
         features: (N, D) of any float type; read in blocks, wherever they are.
         targets: (N,) class indices; (N, K) 0 or 1; (N, K) values.
         outputs: K.
+        l2: strengths; from strong to weak each start is near its minimum.
         standardize: whether the features are brought to mean 0 and deviation 1.
         device: what computes, in float64.
-        start: (D + 1, K) to start the first one from, the solution of a stronger penalty; None: 0.
     """
     width = features.shape[1]
     mean, std = torch.zeros(width, device=device), torch.ones(width, device=device)
@@ -195,44 +195,50 @@ def fit_linear(
     if subtask == "regression":
         sums = normal_equations(train)
         for strength in l2:
-            yield strength, Linear(ridge(*sums, strength), mean, std, 1, True)
+            weight, bias = ridge(*sums, strength)
+            yield strength, Linear(weight.T.float(), bias.float(), mean, std, 1, True)
         return
-    solution = torch.zeros(width + 1, outputs, dtype=torch.float64)
-    solution = (solution if start is None else start).to(device)
+    solution = torch.zeros(outputs, width + 1, dtype=torch.float64, device=device)
+    largest = value_and_gradient(train, 0.0, solution)[1].abs().max()
+    tolerance = TOLERANCE * float(largest)
     for strength in l2:
-        solution, iterations, converged = minimize(train, strength, solution, max_iterations)
-        yield strength, Linear(solution, mean, std, iterations, converged)
+        solution, *how = minimize(train, strength, solution, tolerance, max_iterations)
+        weight, bias = solution[:, :-1].float(), solution[:, -1].float()
+        yield strength, Linear(weight, bias, mean, std, *how)
 
 
 def value_and_gradient(train: Train, l2: float, solution: Tensor) -> tuple[float, Tensor]:
-    """Objective and its gradient (D + 1, K) at weights and bias (D + 1, K), float64."""
-    weight, bias = solution[:-1], solution[-1]
+    """Objective and its gradient (K, D + 1) at weights and, in the last column, bias (K, D + 1),
+    float64."""
+    weight, bias = solution[:, :-1], solution[:, -1:]
     loss, gradient = solution.new_zeros(()), torch.zeros_like(solution)
     for x, t in train.blocks():
-        logits = torch.addmm(bias, x, weight)  # (B, K)
+        # samples in columns: both products take half as long, and exp works on whole rows
+        logits = torch.addmm(bias, weight, x.T)  # (K, B)
         if train.subtask == "multiclass":
-            log_p = logits.log_softmax(1)
-            loss -= log_p.gather(1, t[:, None]).sum()
-            residual = log_p.exp_().scatter_add_(1, t[:, None], x.new_full((len(t), 1), -1.0))
+            log_p, own = logits.log_softmax(0), t[None]
+            loss -= log_p.gather(0, own).sum()
+            residual = log_p.exp_().scatter_add_(0, own, x.new_full((1, len(t)), -1.0))
         else:
-            loss += F.binary_cross_entropy_with_logits(logits, t, reduction="sum")
-            residual = logits.sigmoid_() - t
-        gradient[:-1].addmm_(x.T, residual)
-        gradient[-1] += residual.sum(0)
+            loss += F.binary_cross_entropy_with_logits(logits, t.T, reduction="sum")
+            residual = logits.sigmoid_() - t.T
+        gradient[:, :-1].addmm_(residual, x)
+        gradient[:, -1] += residual.sum(1)
     count = len(train.features)
     gradient /= count
-    gradient[:-1] += l2 * weight
+    gradient[:, :-1] += l2 * weight
     return float(loss / count + l2 / 2 * weight.square().sum()), gradient
 
 
 def minimize(
-    train: Train, l2: float, start: Tensor, max_iterations: int
+    train: Train, l2: float, start: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, int, bool]:
-    """L-BFGS from `start`: weights and bias (D + 1, K), iterations, whether it converged."""
+    """L-BFGS from `start` to a gradient without an entry above `tolerance`: weights and bias
+    (K, D + 1), iterations, whether it converged."""
     from scipy.optimize import minimize as lbfgs
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        solution = torch.from_numpy(flat).view(start.shape).to(start.device)
+        solution = torch.from_numpy(flat).view_as(start).to(start.device)
         value, gradient = value_and_gradient(train, l2, solution)
         return value, gradient.cpu().numpy().ravel()
 
@@ -241,9 +247,9 @@ def minimize(
         start.cpu().numpy().ravel(),
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": max_iterations, "ftol": 1e-10, "gtol": 1e-6},
+        options={"maxiter": max_iterations, "maxls": 50, "ftol": 1e-14, "gtol": tolerance},
     )
-    solution = torch.tensor(result.x, device=start.device).view(start.shape)
+    solution = torch.from_numpy(result.x).view_as(start).to(start.device)
     return solution, int(result.nit), bool(result.success)
 
 
@@ -271,13 +277,15 @@ def normal_equations(train: Train) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def ridge(gram: Tensor, moment: Tensor, center: Tensor, level: Tensor, l2: float) -> Tensor:
-    """Weights and bias (D + 1, K) of ridge regression from its normal equations, float64."""
+def ridge(
+    gram: Tensor, moment: Tensor, center: Tensor, level: Tensor, l2: float
+) -> tuple[Tensor, Tensor]:
+    """Weights (D, K) and bias (K,) of ridge regression from its normal equations, float64."""
     matrix = gram.cpu().numpy() + l2 * np.eye(len(gram))
     # least squares, as the matrix is singular where l2 is tiny
     weight = np.linalg.lstsq(matrix, moment.cpu().numpy(), rcond=None)[0]
     weight = torch.from_numpy(weight).to(gram.device)
-    return torch.cat([weight, (level - center @ weight)[None]])
+    return weight, level - center @ weight
 
 
 # ---------------------------------------------------------------------------------- the mode
@@ -314,21 +322,16 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
     with dist.session() as ranks:
         if ranks.world > 1:
             raise UserError("a probe runs in one process: start it without torchrun")
-        if dry_run:
-            dry_probe(loaded)
-        else:
+        if not dry_run:
             probe(loaded, ranks)
-
-
-def dry_probe(loaded: Loaded) -> None:
-    """Read the data and say what is there."""
-    data, samples = read(loaded)
-    sizes = ", ".join(f"{name} {tuple(part.features.shape)}" for name, part in samples.items())
-    say(f"dry run passed: {data.subtask} of {data.outputs}, {sizes}; nothing was written")
+            return
+        data, samples = read(loaded)
+        sizes = ", ".join(f"{name} {tuple(part.features.shape)}" for name, part in samples.items())
+        say(f"dry run passed: {data.subtask} of {data.outputs}, {sizes}; nothing was written")
 
 
 def probe(loaded: Loaded, ranks: dist.Ranks) -> None:
-    """All probes of a spec, from wherever an earlier start of the run was stopped."""
+    """All probes of a spec; what an earlier start left unfinished is done again."""
     root = loaded.root
     run, decision = decide(locate(loaded), loaded)
     if decision != "finished":
@@ -337,19 +340,17 @@ def probe(loaded: Loaded, ranks: dist.Ranks) -> None:
             files.write_text(run.spec, dump(loaded.as_written))
             files.write_json(run.config, loaded.plain)
             run.note_start(runtime_info(ranks, seed=root.seed))
-            device = with_float64(ranks.device)
-            state = ProbeState.read(run.last, samples, device)
+            # mps has no float64
+            device = torch.device("cpu") if ranks.device.type == "mps" else ranks.device
             # once for both methods and all splits
-            samples["train"] = moved(samples["train"], device)
+            train = samples["train"]
+            samples["train"] = replace(train, features=resident(train.features, device))
+            content = {}
             for method in root.task.methods:
-                if method not in state.finished:
-                    fitted = fit_probe(method, root.task, data, samples, device, state)
-                    state.finish(method, write_probe(run, method, root, data, samples, fitted))
-            content = {method: state.finished[method] for method in root.task.methods}
+                fitted = fit_probe(method, root.task, data, samples, device)
+                content[method] = write_probe(run, method, root, data, samples, fitted)
             files.write_json(run.path / "metrics_probe.json", content)
             run.mark_finished()
-            if run.checkpoints.exists():
-                remove(run.checkpoints)
     show_results(run, decision)
 
 
@@ -400,66 +401,6 @@ def gather_features(split: Split, scale: tuple[np.ndarray, np.ndarray] | None) -
     return torch.from_numpy(features)
 
 
-def with_float64(device: torch.device) -> torch.device:
-    """The device, or the CPU in the place of mps, which has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def moved(samples: ProbeSplit, device: torch.device) -> ProbeSplit:
-    """Samples with their features on the device, where they fit."""
-    return replace(samples, features=resident(samples.features, device))
-
-
-# ---------------------------------------------------------------------- where a run stands
-
-
-@dataclass
-class ProbeState:
-    """What a run that was stopped goes on from: finished methods, and of the linear models those
-    that are fitted, of which the best one and the last one, where the next one starts, are kept."""
-
-    path: Path
-    shapes: dict[str, list[int]]  # split -> N, D
-    finished: dict[str, Any] = field(default_factory=dict)  # method -> part of metrics_probe.json
-    candidates: list[dict[str, Any]] = field(default_factory=list)
-    best: Linear | None = None
-    last: Linear | None = None
-
-    @classmethod
-    def read(cls, path: Path, samples: dict[str, ProbeSplit], device: torch.device) -> "ProbeState":
-        """The state of a run, or that of one that begins.
-
-        Raises:
-            UserError: the run was started with other features.
-        """
-        shapes = {name: list(part.features.shape) for name, part in samples.items()}
-        if not path.is_file():
-            return cls(path, shapes)
-        kept = checkpoint.load(path, device)
-        if kept["shapes"] != shapes:
-            raise UserError(
-                f"{path} is of features of other sizes: the files have changed since the run was"
-                ' started; set training.on_existing = "overwrite" to start over'
-            )
-        models = {name: kept[name] and Linear(**kept[name]) for name in ("best", "last")}
-        return cls(path, shapes, kept["finished"], kept["candidates"], **models)
-
-    def save(self) -> None:
-        """Write it, whole or not at all."""
-        models = {
-            name: None if model is None else asdict(model)
-            for name, model in (("best", self.best), ("last", self.last))
-        }
-        done = {"finished": self.finished, "candidates": self.candidates}
-        checkpoint.save(self.path, {"shapes": self.shapes, **done, **models})
-
-    def finish(self, method: str, content: dict[str, Any]) -> None:
-        """Note the results of a method; its models are no longer needed."""
-        self.finished[method] = files.as_json(content)
-        self.candidates, self.best, self.last = [], None, None
-        self.save()
-
-
 # ---------------------------------------------------------------------- fitting
 
 
@@ -470,7 +411,7 @@ class Choice:
     names: tuple[str, ...]
     data: Data
     targets: np.ndarray  # of val
-    candidates: list[dict[str, Any]]
+    candidates: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def decisive(self) -> str:
@@ -515,14 +456,11 @@ def fit_probe(
     data: Data,
     samples: dict[str, ProbeSplit],
     device: torch.device,
-    state: ProbeState,
 ) -> FittedProbe:
     """Every candidate of a method, and the best of them on val by the first metric."""
     names = task.metrics or usual_metrics(data.subtask)
-    choice = Choice(names, data, samples["val"].targets, state.candidates)
-    if method == "knn":
-        return fit_knn(task, samples, device, choice)
-    return fit_models(task, samples, device, choice, state)
+    choice = Choice(names, data, samples["val"].targets)
+    return (fit_knn if method == "knn" else fit_models)(task, samples, device, choice)
 
 
 def held_out(samples: dict[str, ProbeSplit]) -> dict[str, ProbeSplit]:
@@ -567,33 +505,29 @@ def fit_knn(
 
 
 def fit_models(
-    task: Probe,
-    samples: dict[str, ProbeSplit],
-    device: torch.device,
-    choice: Choice,
-    state: ProbeState,
+    task: Probe, samples: dict[str, ProbeSplit], device: torch.device, choice: Choice
 ) -> FittedProbe:
-    """Linear models from the strongest L2 on, without those that the run has fitted before."""
+    """Linear models from the strongest L2 on."""
     subtask, train = choice.data.subtask, samples["train"]
-    done, count = len(choice.candidates), len(task.l2)
+    count = len(task.l2)
     started = time.perf_counter()
-    for strength, model in fit_linear(
-        train.features,
-        torch.from_numpy(train.targets),
-        outputs=choice.data.outputs,
-        subtask=subtask,
-        l2=sorted(task.l2, reverse=True)[done:],
-        standardize=task.standardize,
-        max_iterations=task.max_iterations,
-        device=device,
-        start=None if state.last is None else state.last.solution,
+    for done, (strength, model) in enumerate(
+        fit_linear(
+            train.features,
+            torch.from_numpy(train.targets),
+            outputs=choice.data.outputs,
+            subtask=subtask,
+            l2=sorted(task.l2, reverse=True),
+            standardize=task.standardize,
+            max_iterations=task.max_iterations,
+            device=device,
+        ),
+        1,
     ):
         setting = {"l2": strength, "iterations": model.iterations, "converged": model.converged}
         if choice.add(setting, model.scores(samples["val"].features, subtask)):
-            state.best = model
-        state.last = model
-        state.save()
-        done, seconds = done + 1, time.perf_counter() - started
+            best = model
+        seconds = time.perf_counter() - started
         started += seconds
         value = choice.candidates[-1]["val"][choice.decisive]
         say(
@@ -602,7 +536,7 @@ def fit_models(
             f" {(count - done) * seconds:,.0f} s left"
         )
     parts = held_out(samples)
-    return choice.fitted({n: state.best.scores(p.features, subtask) for n, p in parts.items()})
+    return choice.fitted({n: best.scores(p.features, subtask) for n, p in parts.items()})
 
 
 # ---------------------------------------------------------------------- results

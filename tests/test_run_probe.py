@@ -146,35 +146,27 @@ def outputs(folder):
     return {file.name: file.read_bytes() for file in kept}
 
 
-@pytest.mark.parametrize("task", ["", 'metrics = ["mae"]'])
-def test_a_restart_goes_on_with_the_next_strength(tmp_path, monkeypatch, capsys, task):
-    """Stopped after every state that is written, a run gives what the undisturbed one gives."""
-    targets = DIGITS.data[:, 20] if task else DIGITS.target
-    task += "\nl2 = [1e-4, 1e-1, 1e-2]\nk = [1, 5]\nresult_plot = 'none'"
+def test_a_stopped_probe_is_done_again(tmp_path, monkeypatch, capsys):
+    """Stopped between its methods, and started with other features then, a probe gives what the
+    undisturbed one gives and keeps nothing of the first start."""
+    task = "l2 = [1e-4, 1e-1, 1e-2]\nk = [1, 5]\nresult_plot = 'none'"
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-    assert run(write(tmp_path / "whole", DIGITS.data, targets, task), tmp_path / "whole") == 0
-    expected = outputs(tmp_path / "whole")
-    spec = write(tmp_path / "stopped", DIGITS.data, targets, task)
-    fits, saved = [], run_probe.ProbeState.save
+    assert run(write(tmp_path / "whole", DIGITS.data, DIGITS.target, task), tmp_path / "whole") == 0
+    spec = write(tmp_path / "stopped", DIGITS.data[:, :60], DIGITS.target, task)
 
-    def save_and_stop(state):
-        saved(state)
+    def stop(*_):
         raise KeyboardInterrupt
 
-    def counted(function):
-        return lambda *args: fits.append(args) or function(*args)
-
-    monkeypatch.setattr(run_probe, "minimize", counted(run_probe.minimize))
-    monkeypatch.setattr(run_probe, "ridge", counted(run_probe.ridge))
-    monkeypatch.setattr(run_probe.ProbeState, "save", save_and_stop)
-    for _ in range(1 + 3 + 1):  # k-NN, three strengths, the linear probe
+    with monkeypatch.context() as patched:
+        patched.setattr(run_probe, "fit_models", stop)
         assert run(spec, tmp_path / "stopped") == 130
-    monkeypatch.setattr(run_probe.ProbeState, "save", saved)
-    capsys.readouterr()
+    (folder,) = tmp_path.glob("stopped/runs/precomputed_features/probe*/0")
+    assert (folder / "predictions_knn_test.csv").is_file()
+    assert not (folder / "metrics_probe.json").exists()
+    write(tmp_path / "stopped", DIGITS.data, DIGITS.target, task)
     assert run(spec, tmp_path / "stopped") == 0
-    assert outputs(tmp_path / "stopped") == expected
-    assert len(fits) == 3
+    assert outputs(tmp_path / "stopped") == outputs(tmp_path / "whole")
     assert not list((tmp_path / "stopped").rglob("*.pt"))
     assert "is finished" in capsys.readouterr().out
 
@@ -185,19 +177,6 @@ def test_progress_says_what_is_left(tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("linear: ")]
     assert "l2 1 (1 of 2)" in said[0] and "l2 0.01 (2 of 2)" in said[1]
     assert said[1].endswith("about 0 s left")
-
-
-def test_features_that_have_changed_size_are_not_continued(tmp_path, monkeypatch, capsys):
-    spec = write(tmp_path, DIGITS.data, DIGITS.target, FEW)
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_probe, "fit_models", stop)
-    assert run(spec, tmp_path) == 130
-    write(tmp_path, DIGITS.data[:, :60], DIGITS.target, FEW)
-    assert run(spec, tmp_path) == 2
-    assert "the files have changed" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- reading

@@ -65,7 +65,6 @@ def test_logistic_regression_equals_scikit_learn(digits, block, monkeypatch):
             standardize=True,
             max_iterations=1000,
             device=CPU,
-            start=None,
         )
     )
     scaled = StandardScaler().fit_transform(features.numpy())
@@ -90,7 +89,6 @@ def test_multilabel_is_one_logistic_regression_a_label(digits):
         standardize=False,
         max_iterations=20000,
         device=CPU,
-        start=None,
     )
     for column in range(2):
         reference = LogisticRegression(C=1 / (1e-2 * 400), tol=1e-7, max_iter=5000)
@@ -114,7 +112,6 @@ def test_regression_is_ridge():
         standardize=True,
         max_iterations=1,
         device=CPU,
-        start=None,
     )
     scaled = StandardScaler().fit_transform(data.data)
     expected = Ridge(alpha=0.01 * len(scaled)).fit(scaled, data.target).predict(scaled)
@@ -132,18 +129,54 @@ def test_a_constant_feature_and_one_sample_are_legal():
         standardize=True,
         max_iterations=10,
         device=CPU,
-        start=None,
     )
     assert torch.isfinite(model.logits(torch.zeros(2, 3))).all()
 
 
-def test_a_fit_goes_on_from_the_last_solution_bit_for_bit(digits):
-    options = {"outputs": 10, "subtask": "multiclass", "standardize": True, "device": CPU}
-    options["max_iterations"] = 50
-    given = digits[0][:300], digits[1][:300]
-    (_, first), (_, second) = fit_linear(*given, l2=(1e-1, 1e-3), start=None, **options)
-    ((_, again),) = fit_linear(*given, l2=(1e-3,), start=first.solution, **options)
-    assert torch.equal(again.solution, second.solution) and again.iterations == second.iterations
+def test_linear_models_are_at_the_minimum(digits):
+    """Against an L-BFGS in float64 that goes on to the last digits, from strong to weak L2."""
+    features, targets = digits[0][:600], digits[1][:600]
+    scaled = torch.from_numpy(StandardScaler().fit_transform(features.double().numpy()))
+
+    def objective(weight, bias, strength):
+        log_p = (scaled @ weight.T + bias).log_softmax(1)
+        loss = torch.nn.functional.nll_loss(log_p, targets)
+        return float(loss + strength / 2 * weight.square().sum()), log_p.exp()
+
+    strengths = (1.0, 1e-2, 1e-4)
+    fits = fit_linear(
+        features,
+        targets,
+        outputs=10,
+        subtask="multiclass",
+        l2=strengths,
+        standardize=True,
+        max_iterations=1000,
+        device=CPU,
+    )
+    for strength, model in fits:
+        best = LogisticRegression(C=1 / (strength * 600), tol=1e-10, max_iter=10000)
+        best.fit(scaled.numpy(), targets.numpy())
+        expected = map(torch.from_numpy, (best.coef_, best.intercept_))
+        loss, p = objective(model.weight.double(), model.bias.double(), strength)
+        expected_loss, expected_p = objective(*expected, strength)
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        torch.testing.assert_close(p, expected_p, atol=1e-4, rtol=0)
+        assert model.converged
+
+
+def test_the_scale_of_features_does_not_decide_when_a_fit_ends(digits):
+    """Features a thousand times smaller, with a penalty as much weaker, give the same model."""
+    options = {"outputs": 10, "subtask": "multiclass", "standardize": False, "device": CPU}
+    targets = digits[1][:300]
+    scores = []
+    for scale in (1.0, 1e-3):
+        features = digits[0][:300] / 16 * scale
+        ((_, model),) = fit_linear(
+            features, targets, l2=(1e-2 * scale**2,), max_iterations=10000, **options
+        )
+        scores.append(model.scores(features, "multiclass"))
+    torch.testing.assert_close(*scores, atol=2e-4, rtol=0)
 
 
 @pytest.mark.processes
@@ -163,7 +196,7 @@ def fit(rows):
     options = dict(outputs=1000, subtask="multiclass", l2=(1.0,), standardize=True)
     device = torch.device("cpu")
     return next(probe.fit_linear(features[:rows], targets[:rows], max_iterations=1, device=device,
-        start=None, **options))[1]
+        **options))[1]
 def vote(rows):
     near = torch.zeros(8, 3), torch.zeros(8, 3, dtype=torch.int64)
     return probe.knn_scores(*near, targets[:rows], outputs=1000, temperature=1.0)
