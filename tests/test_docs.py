@@ -258,6 +258,7 @@ def test_every_spec_fragment_loads(specs):
     assert seen >= 10
 
 
+@pytest.mark.runs
 def test_the_example_of_own_parts_runs(specs, monkeypatch, capsys):
     """The Python block of docs/parts.md under the name in its first line, with its spec."""
     page = REPOSITORY / "docs" / "parts.md"
