@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from small_runs import TINY
@@ -12,25 +13,40 @@ from small_runs import TINY
 REPOSITORY = Path(__file__).parent.parent
 
 
-def package_with(folder: Path, edits: dict[str, tuple[str, str]]) -> Path:
-    """A copy of the source in `folder` with one text edit a module: what stands there, what
-    comes to stand in its place."""
+def package_with(
+    folder: Path, edits: Iterable[tuple[str, str, str]], new: Mapping[str, str] | None = None
+) -> Path:
+    """A copy of the source in `folder` with text edits (module, what stands there, what comes to
+    stand in its place) and new modules."""
     shutil.copytree(REPOSITORY / "glovita_lib", folder / "glovita_lib")
     shutil.copy(REPOSITORY / "glovita.py", folder)
-    for module, (old, new) in edits.items():
+    for module, old, text_new in edits:
         path = folder / "glovita_lib" / f"{module}.py"
         text = path.read_text()
         assert text.count(old) == 1, (module, old)
-        path.write_text(text.replace(old, new))
+        path.write_text(text.replace(old, text_new))
+    for module, text in (new or {}).items():
+        path = folder / "glovita_lib" / f"{module}.py"
+        assert not path.exists()
+        path.write_text(text)
     return folder
 
 
 def glovita(folder: Path, *arguments: str) -> str:
     """What a command of the copy prints."""
+    return python(folder, "glovita.py", *arguments)
+
+
+def python(folder: Path, *arguments: str) -> str:
+    """What Python prints that finds the copy."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "glovita.py", *arguments]
     done = subprocess.run(
-        command, cwd=folder, env=environment, text=True, capture_output=True, check=False
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -48,10 +64,10 @@ def test_a_metric_is_an_entry_and_a_formula(tmp_path: Path) -> None:
     first = '@formula("balanced_acc", "multiclass")\n'
     folder = package_with(
         tmp_path,
-        {
-            "metric_names": ('    "balanced_acc": ', f'    {entry}\n    "balanced_acc": '),
-            "metrics_classification": (first, f"{formula}\n\n{first}"),
-        },
+        [
+            ("metric_names", '    "balanced_acc": ', f'    {entry}\n    "balanced_acc": '),
+            ("metrics_classification", first, f"{formula}\n\n{first}"),
+        ],
     )
     (folder / "tiny.toml").write_text(TINY)
     metrics = ["task.metrics=['error', 'acc']", "training.best_checkpoint_metric=val_error"]
@@ -64,3 +80,207 @@ def test_a_metric_is_an_entry_and_a_formula(tmp_path: Path) -> None:
     report = json.loads((run / "metrics_test.json").read_text())["metrics"]
     assert list(report) == ["error", "acc"]
     assert '"error"' in glovita(folder, "--explain", "task.metrics")
+
+
+# ------------------------------------------- encoder, data set, head and PEFT method
+
+ENCODER = '''
+class PatchEncoder(BaseEncoder, tag="patches", tag_field="encoder_type"):
+    """One convolution: a token for every patch of 4 x 4 pixels."""
+
+    built_in: ClassVar[str] = "encoder_patches"
+
+    width: Annotated[int, Meta(ge=1)] = 8
+    """Width of a token."""
+
+
+Encoder = PatchEncoder | '''
+PATCHES = '''"""An encoder of one convolution."""
+
+from torch import nn
+
+from glovita_lib.encoder import Encoder, Preprocess, build_encoder, preprocess_of
+from glovita_lib.spec_model import PatchEncoder
+
+
+class Patches(Encoder):
+    def forward_features(self, x):
+        return self.net(x)  # (B, D, H / 4, W / 4)
+
+    def pool(self, raw):
+        return raw.mean((2, 3))
+
+
+@preprocess_of.register
+def _(spec: PatchEncoder, *, channels):
+    half = (0.5,) * channels
+    return Preprocess(8, None, "bilinear", mean=half, std=half, fixed_size=False)
+
+
+@build_encoder.register
+def _(spec: PatchEncoder, *, channels, image_size, load_weights):
+    return Patches(
+        nn.Conv2d(channels, spec.width, 4, stride=4),
+        name="patches",
+        preprocess=preprocess_of(spec, channels=channels),
+        n_prefix=0,
+        has_cls=False,
+        channels_last=False,
+        input_shape=(1, channels, image_size, image_size),
+    )
+'''
+HEAD = '''
+class TopHead(BagHead, tag="top", tag_field="head_type"):
+    """Scores of the patch that scores highest for each class."""
+
+    built_in: ClassVar[str] = "head_top"
+
+
+Head = (
+    TopHead
+    | '''
+TOP = '''"""The patch that scores highest."""
+
+from torch import nn
+
+from glovita_lib.bags import as_bags, segment_max
+from glovita_lib.heads import build_head
+from glovita_lib.spec_model import TopHead
+
+
+class Top(nn.Module):
+    consumes = "features"
+
+    def __init__(self, width, outputs):
+        super().__init__()
+        self.scores = nn.Linear(width, outputs)
+
+    def forward(self, inputs, targets=None):
+        bags = as_bags(inputs)
+        return segment_max(self.scores(bags.features), bags)
+
+
+@build_head.register
+def _(spec: TopHead, *, width, outputs):
+    return Top(width, outputs)
+'''
+DATA = '''
+class StripesData(BaseData, tag="stripes", tag_field="dataset"):
+    """Horizontal and vertical stripes, 8 x 8 pixels."""
+
+    built_in: ClassVar[str] = "data_stripes"
+    classes: ClassVar[int | None] = 2
+    image_channels: ClassVar[int | None] = 1
+
+
+Data = StripesData | '''
+STRIPES = '''"""Stripes in noise."""
+
+import numpy as np
+
+from glovita_lib import data
+from glovita_lib.spec_data import StripesData
+
+
+@data.read_data_set.register
+def _(spec: StripesData, *, seed):
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 2
+    images = rng.integers(0, 128, (120, 1, 8, 8), dtype=np.uint8)
+    images[labels == 0, :, ::2] += 120
+    images[labels == 1, :, :, ::2] += 120
+    splits = {}
+    for name, rows in {"train": slice(60), "val": slice(60, 90), "test": slice(90, 120)}.items():
+        rows = np.arange(120)[rows]
+        source = data.ArraySource(images, rows)
+        splits[name] = data.Split([str(row) for row in rows], labels[rows], source)
+    names = ("horizontal", "vertical")
+    return data.Data("stripes", splits, "multiclass", names, channels=1, bit_depth=8)
+'''
+PEFT = '''
+class OwnBias(PeftMethod, tag="own_bias", tag_field="method"):
+    """The biases of the encoder train, and the head."""
+
+    built_in: ClassVar[str] = "peft_own_bias"
+
+
+Peft = (
+    OwnBias
+    | '''
+OWN_BIAS = '''"""Biases of the encoder."""
+
+from torch import nn
+
+from glovita_lib.peft_base import apply_peft
+from glovita_lib.spec_peft import OwnBias
+
+
+@apply_peft.register
+def _(spec: OwnBias, model: nn.Module):
+    for name, parameter in model.encoder.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+'''
+SPEC = """
+[data]
+dataset = "stripes"
+[data.augmentation]
+image_size = 8
+[model.encoder]
+encoder_type = "patches"
+[model.head]
+head_type = "top"
+[peft]
+method = "own_bias"
+[task]
+result_plot = "none"
+bootstrap = 0
+[training]
+epochs = 3
+[optimizer]
+lr = 0.03
+[logger]
+backend = "none"
+"""
+TRAIN_AND_INFER = """
+import sys, glovita
+for mode in ("train", "infer"):
+    assert glovita.main(["own.toml", "--override", f"mode={mode}"]) == 0
+assert glovita.main(["own.toml", "--check", "--override", "task.class_weights=[1, 2, 3]"]) == 2
+assert glovita.main(["--explain", "model.head.head_type"]) == 0
+"""
+
+
+def test_encoder_data_set_head_and_method_are_a_struct_and_a_module_each(tmp_path: Path) -> None:
+    """All four in one run; what the rules of other sections ask stands at the Structs."""
+    parts = {
+        "encoder_patches": PATCHES,
+        "head_top": TOP,
+        "data_stripes": STRIPES,
+        "peft_own_bias": OWN_BIAS,
+    }
+    folder = package_with(
+        tmp_path,
+        [
+            ("spec_model", "\nEncoder = ", ENCODER),
+            ("spec_model", "\nHead = (\n    ", HEAD),
+            ("spec_data", "\nData = ", DATA),
+            ("spec_peft", "\nPeft = (\n    ", PEFT),
+        ],
+        parts,
+    )
+    (folder / "own.toml").write_text(SPEC)
+    shown = python(folder, "-c", TRAIN_AND_INFER)
+    assert 'model.head.head_type = "top"' in shown
+    run = next((folder / "experiments").rglob("metrics.jsonl")).parent
+    assert json.loads((run / "metrics_test.json").read_text())["metrics"]["acc"] > 0.9
+    counts = json.loads((run / "resolved_config.json").read_text())["parameters"]
+    assert counts["base"]["trainable"] == 8 and counts["base"]["total"] == 8 * (16 + 1)
+    trained, asked = run / "predictions_test.csv", run / "infer" / "predictions_test.csv"
+    assert trained.read_bytes() == asked.read_bytes()
+    original = {path.name: path.read_bytes() for path in (REPOSITORY / "glovita_lib").glob("*.py")}
+    changed = {
+        path.stem
+        for path in (folder / "glovita_lib").glob("*.py")
+        if original.get(path.name) != path.read_bytes()
+    }
+    assert changed == parts.keys() | {"spec_model", "spec_data", "spec_peft"}
