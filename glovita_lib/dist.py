@@ -277,7 +277,7 @@ def as_message(error: Exception | None) -> tuple[bool, str] | None:
 
 
 def rebuild(failed: tuple[bool, str]) -> Exception:
-    """The error that `describe` sent."""
+    """The error that `as_message` sent."""
     is_user_error, text = failed
     return UserError(text) if is_user_error else RuntimeError(text)
 
@@ -360,8 +360,3 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return torch.autocast(device.type, dtype)
-
-
-def build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaler; it does nothing unless precision is fp16."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -81,7 +81,7 @@ SPLIT_KEYS = (
 
 @dataclass
 class Experiment:
-    """A model with everything it takes to train it or to ask it for predictions."""
+    """A model with its spec, its resolved values and its objective, to be trained or evaluated."""
 
     root: Root
     resolved: Resolved
@@ -352,8 +352,13 @@ def part(saved: dict[str, Any], key: str, kind: type, path: Path) -> Any:
 
 
 def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
-    """The same experiment on vectors: the train and val splits as the encoder and the aggregation
-    give them, for a model whose encoder does not change; see `refuse_unstable`."""
+    """Experiment and data that training sees: where training.cache_frozen_features is set, the
+    train and val splits are the vectors that the encoder and the aggregation give; else unchanged.
+
+    `refuse_unstable` checks that they are the same in every epoch.
+    """
+    if not experiment.root.training.cache_frozen_features:
+        return experiment, data
     splits = {
         name: embedded(experiment, name, split)
         for name, split in data.splits.items()
@@ -366,12 +371,14 @@ def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
 
 
 def refuse_unstable(experiment: Experiment) -> None:
-    """The vectors of every epoch are the same.
+    """Where training.cache_frozen_features is set, the vectors of every epoch must be the same.
 
     Raises:
         UserError: the samples are no images, the encoder trains, the head takes raw features, or
             the train policy draws something.
     """
+    if not experiment.root.training.cache_frozen_features:
+        return
     key = "training.cache_frozen_features = true"
     model, augmentation = experiment.model, experiment.resolved.augmentation
     if augmentation is None:

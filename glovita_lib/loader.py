@@ -324,14 +324,14 @@ def build_loader(
     check_batch_sizes(split, fit)
     order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
     first, end = needed(split, train=train, ranks=ranks)
-    source, fitted = split.source, False
+    source, start, fitted = split.source, 0, False
     held = end > first and fits_in_memory(split, spec, end - first)
     if held:
         once = None if train else lambda samples: fit_all(samples, fit, seed).numpy()
         source = hold(source, np.arange(first, end), fit=once, threads=cores(), shown=ranks.is_main)
-        fitted = source.fitted
-    maker = BatchBuilder(source, first if held else 0, split.targets, fit, seed, ranks.rank, fitted)
-    return Loader(split, order, maker, spec, held=held, device=ranks.device)
+        start, fitted = first, source.fitted
+    builder = BatchBuilder(source, start, split.targets, fit, seed, ranks.rank, fitted)
+    return Loader(split, order, builder, spec, held=held, device=ranks.device)
 
 
 def needed(split: Split, *, train: bool, ranks: Ranks) -> tuple[int, int]:
@@ -405,17 +405,17 @@ class Loader:
         self,
         split: Split,
         order: TrainOrder | EvalOrder,
-        maker: BatchBuilder,
+        builder: BatchBuilder,
         spec: Dataloading,
         *,
         held: bool,
         device: torch.device,
     ) -> None:
-        self.split, self.order, self.maker, self.spec = split, order, maker, spec
+        self.split, self.order, self.builder, self.spec = split, order, builder, spec
         self.held, self.device = held, device
         self.pinned = spec.pin_memory and device.type == "cuda"
         self.workers = self.count_workers()
-        self.resident = to_device(maker.source, split.targets, device) if held else None
+        self.resident = to_device(builder.source, split.targets, device) if held else None
         self._tasks: list[BatchTask] | Iterator[BatchTask] = ()
         self._processes: DataLoader | None = None
 
@@ -442,7 +442,7 @@ class Loader:
     @property
     def is_ready(self) -> bool:
         """Whether a batch is a mere gather in memory."""
-        return self.held and self.maker.source.uniform is not None
+        return self.held and self.builder.source.uniform is not None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches of an epoch from batch `start` on.
@@ -467,9 +467,9 @@ class Loader:
             return
         order = torch.from_numpy(np.concatenate(parts)).to(self.device)
         for rows in order.split([len(part) for part in parts]):
-            inputs = samples.index_select(0, rows - self.maker.first)
+            inputs = samples.index_select(0, rows - self.builder.first)
             labels = None if targets is None else targets.index_select(0, rows)
-            yield Batch(inputs, labels, rows, self.maker.fitted)
+            yield Batch(inputs, labels, rows, self.builder.fitted)
 
     def threaded(self, tasks: Iterator[BatchTask]) -> Iterator[Batch]:
         """Batches made ahead by threads; torch's and PIL's work runs outside Python's lock."""
@@ -501,7 +501,7 @@ class Loader:
         """The worker processes; kept for the next epoch if they are persistent."""
         spec = self.spec
         loader = DataLoader(
-            WorkerSamples(self.maker),
+            WorkerSamples(self.builder),
             batch_size=None,  # a task is a whole batch
             sampler=Tasks(self),
             collate_fn=as_it_is,
@@ -535,7 +535,7 @@ class Loader:
 
     def make(self, task: BatchTask) -> Batch:
         """Batch of a task, in page-locked memory where that helps; not for worker processes."""
-        return self.pin(self.maker(task, pinned=self.pinned))
+        return self.pin(self.builder(task, pinned=self.pinned))
 
     def pin(self, batch: Batch) -> Batch:
         """The batch in page-locked memory where that helps."""
@@ -557,11 +557,11 @@ class Failure:
 class WorkerSamples:
     """What DataLoader indexes with a task, in a worker process."""
 
-    maker: BatchBuilder
+    builder: BatchBuilder
 
     def __getitem__(self, task: BatchTask) -> Batch | Failure:
         try:
-            return self.maker(task)
+            return self.builder(task)
         except UserError as error:
             return Failure(str(error))
 
@@ -616,7 +616,7 @@ class WindowLoader(Loader):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches of an epoch from batch `start` on."""
-        empty = torch.from_numpy(self.maker.source.vectors.empty(0))
+        empty = torch.from_numpy(self.builder.source.vectors.empty(0))
         buffers, self._buffers = self._buffers or [empty, empty], []
         with ThreadPoolExecutor(1) as pool:
             ahead: deque[Future] = deque()
@@ -635,7 +635,7 @@ class WindowLoader(Loader):
     ) -> tuple[list[np.ndarray], Tensor, np.ndarray]:
         """Read a window into the buffer that comes next -> the rows of each batch, the buffer, and
         where in it their vectors are."""
-        source, parts = self.maker.source, [self.rows(epoch, b) for b in range(start, stop)]
+        source, parts = self.builder.source, [self.rows(epoch, b) for b in range(start, stop)]
         wanted, places = np.unique(source.index[np.concatenate(parts)], return_inverse=True)
         buffer = buffers.pop(0)
         if len(buffer) < len(wanted):
@@ -694,5 +694,5 @@ def build_feature_loader(
             block=block,
             window=window,
         )
-    maker = BatchBuilder(source, 0, split.targets, fit, seed, ranks.rank, True)
-    return WindowLoader(split, order, maker, spec, held=False, device=ranks.device, window=window)
+    builder = BatchBuilder(source, 0, split.targets, fit, seed, ranks.rank, True)
+    return WindowLoader(split, order, builder, spec, held=False, device=ranks.device, window=window)

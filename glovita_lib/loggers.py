@@ -23,7 +23,7 @@ from glovita_lib.spec_train import NoLogger, WandbLogger
 
 
 class Bar:
-    """Progress of one epoch: tqdm on a terminal, else silent (the epoch line says it all)."""
+    """Progress of one epoch: tqdm on a terminal, else nothing; each epoch ends with a line."""
 
     def __init__(self, title: str, total: int, start: int, *, shown: bool) -> None:
         self.bar: Any = None
@@ -43,7 +43,7 @@ class Bar:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
 
     def close(self) -> None:
-        """Leave the terminal clean."""
+        """Remove the bar from the terminal."""
         if self.bar is not None:
             self.bar.close()
 
@@ -76,7 +76,7 @@ class Rate:
             say(f"{self.title}: {self.done:,} of {self.total:,}, {rate:,.0f}/s, {left:,.0f} s left")
 
     def close(self) -> None:
-        """Leave the terminal clean."""
+        """Remove the bar from the terminal."""
         if self.bar is not None:
             self.bar.close()
 
@@ -165,7 +165,7 @@ KEPT_APART = ("event", "step")  # keys of a record that are no metrics
 
 
 class Logger(Protocol):
-    """Takes records; never stops a run."""
+    """Takes records; its errors never end a run."""
 
     run_id: str | None  # of the backend, by which a continued run finds itself again
 
@@ -173,19 +173,19 @@ class Logger(Protocol):
         """Numbers at an optimizer step."""
 
     def finish(self) -> None:
-        """Hand over what is left."""
+        """Send what is not yet sent."""
 
 
 class NullLogger:
-    """Takes everything and does nothing: no logger, and all ranks but the first."""
+    """Logs nothing: for no logger, and for all ranks but the first."""
 
     run_id: str | None = None
 
     def log(self, record: dict[str, Any], step: int) -> None:
-        """Nothing: metrics.jsonl has it."""
+        """Do nothing: metrics.jsonl has the record."""
 
     def finish(self) -> None:
-        """Nothing is left."""
+        """Do nothing."""
 
 
 @ByStruct

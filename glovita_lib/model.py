@@ -28,7 +28,7 @@ from glovita_lib.spec_peft import Peft
 
 
 class Model(nn.Module):
-    """What is trained: an encoder, the method that makes one vector of its tokens, and a head.
+    """An encoder, an aggregation method that makes one vector of its tokens, and a head.
 
     Its state-dict keys are those of its two children, encoder.* and head.*.
     """
@@ -106,8 +106,8 @@ class Model(nn.Module):
             kind.after_step(members, step, total_steps)
 
     def refresh(self) -> None:
-        """Take note of what is frozen and of the adapters; to be called when requires_grad flags
-        or adapters have changed."""
+        """Find what is frozen and the adapters; to be called when requires_grad flags or adapters
+        have changed."""
         self.adapters = adapters_by_class(self)
         self.encoder_is_frozen = not any(p.requires_grad for p in self.encoder.parameters())
         self.frozen_parts = [self.encoder] if self.encoder_is_frozen else list(frozen(self))

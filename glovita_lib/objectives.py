@@ -180,7 +180,7 @@ class HeadOutput:
 
     @classmethod
     def of(cls, output: Tensor | dict[str, Any]) -> "HeadOutput":
-        """In one form."""
+        """The output of a head, a tensor of logits or a dict, in one form."""
         output = {"logits": output, "aux": {}} if isinstance(output, Tensor) else output
         logits = output["logits"]
         return cls(logits, output.get("fitted", [(1.0, logits)]), output["aux"])
@@ -221,12 +221,12 @@ class SupervisedObjective(Objective):
                 cutmix_alpha=self.task.cutmix_alpha,
                 seed=rng.stream(MIX),
             )
-        answer = HeadOutput.of(model(inputs, targets))
-        logs = {name: value.detach() for name, value in answer.aux.items()}
+        output = HeadOutput.of(model(inputs, targets))
+        logs = {name: value.detach() for name, value in output.aux.items()}
         if self.subtask == "multiclass" and not self.mixes:
-            logs["acc"] = (answer.logits.detach().argmax(1) == targets).float().mean()
-        losses = [weight * self.criterion(y, targets).mean() for weight, y in answer.fitted]
-        return sum([*losses, *answer.aux.values()]), logs
+            logs["acc"] = (output.logits.detach().argmax(1) == targets).float().mean()
+        losses = [weight * self.criterion(y, targets).mean() for weight, y in output.fitted]
+        return sum([*losses, *output.aux.values()]), logs
 
     def standardized(self, targets: Tensor) -> Tensor:
         """Regression targets in units of the train split's standard deviation; labels unchanged."""

@@ -1,7 +1,6 @@
 """Optimizer, schedule, and weights averaged over the steps."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +67,9 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[dict]:
     depths = layer_depths(model) if spec.layer_wise_lr_decay else {}
     deepest = max(depths.values(), default=0)
     groups: dict[tuple[float, float], dict] = {}
-    for name, parameter in trainable(model):
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         exempt = spec.undecay_norm and is_undecayed(name, parameter)
         decay = 0.0 if exempt else spec.weight_decay
         scale = (spec.layer_wise_lr_decay or 1.0) ** (deepest - depths.get(name, deepest))
@@ -78,11 +79,6 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[dict]:
         )
         group["params"].append(parameter)
     return list(groups.values())
-
-
-def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Named parameters that train."""
-    return ((n, p) for n, p in model.named_parameters() if p.requires_grad)
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:

@@ -36,7 +36,7 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
 
 
 def infer(loaded: Loaded, ranks: dist.Ranks, *, dry_run: bool) -> None:
-    """Predictions of every member, their mean, and what is written about it."""
+    """Predict with every member, take the mean, write predictions, metrics and attention."""
     root = loaded.root
     paths = dist.main_decides(ranks, lambda: member_paths(loaded))
     first = restore(paths[0], root, ranks)
@@ -45,7 +45,7 @@ def infer(loaded: Loaded, ranks: dist.Ranks, *, dry_run: bool) -> None:
     name, split = wanted_split(root, first.resolved, ranks)
     if dry_run:
         split = some_of(split, first.resolved.eval_batch_size, root.seed)
-    folder = output_folder(loaded)
+    folder = Path(root.infer.output_dir or locate(loaded).path / "infer")
     target = folder / f"attention_{name}.h5"
     members: list[Predictions] = []
     with AttentionWriter(target, ranks, wanted=root.infer.attention and not dry_run) as recorder:
@@ -267,13 +267,6 @@ def mean_of(members: list[Predictions], experiment: Experiment) -> Predictions:
     if members[0].targets is not None:
         losses = experiment.objective.losses_of(scores, members[0].targets)
     return replace(members[0], scores=scores, losses=losses)
-
-
-def output_folder(loaded: Loaded) -> Path:
-    """Where the results go: as asked, else the folder infer of the spec's run directory."""
-    if loaded.root.infer.output_dir is not None:
-        return Path(loaded.root.infer.output_dir)
-    return locate(loaded).path / "infer"
 
 
 def write_split(

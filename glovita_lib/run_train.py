@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from dataclasses import replace as with_fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,11 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
     count = root.dataloading.batch_size * training.gradient_accumulation_steps * ranks.world
     data.splits["train"] = some_of(data.splits["train"], count, root.seed)
+    if data.splits.get("val"):
+        count = resolved.eval_batch_size * ranks.world
+        data.splits["val"] = some_of(data.splits["val"], count, root.seed)
     experiment = assemble(root, resolved, ranks, load_weights=True)
+    refuse_unstable(experiment)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="glovita-") as folder:
         path = Path(folder) / "last.pt"
@@ -66,7 +69,7 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
             save=lambda state, is_best, keep: checkpoint.save(path, state),
             say=lambda text: None,
         )
-        trainer = build_trainer(*seen_by_trainer(experiment, data), hooks)
+        trainer = build_trainer(*cached(experiment, data), hooks)
         trainer.fit()
         trainer.close()
         probe = some_of(data.splits.get("val") or data.splits["train"], resolved.eval_batch_size, 0)
@@ -99,18 +102,6 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
     say(f"dry run passed in {seconds:.1f} s; nothing was written\n{two_columns(rows)}")
 
 
-def seen_by_trainer(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
-    """The same experiment on what its frozen encoder gives, where the spec asks for that."""
-    if not experiment.root.training.cache_frozen_features:
-        return experiment, data
-    refuse_unstable(experiment)
-    splits = dict(data.splits)
-    if splits.get("val"):
-        count = experiment.resolved.eval_batch_size * experiment.ranks.world
-        splits["val"] = some_of(splits["val"], count, experiment.root.seed)
-    return cached(experiment, with_fields(data, splits=splits))
-
-
 # -------------------------------------------------------------------------------------- runs
 
 
@@ -127,7 +118,7 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
 
 
 def train(loaded: Loaded, ranks: dist.Ranks) -> None:
-    """One run from wherever it stands to its results."""
+    """Start or continue a run, train it to its end, evaluate it and write the results."""
     root = loaded.root
     run, decision = dist.main_decides(ranks, lambda: decide(locate(loaded), loaded))
     if decision == "finished":
@@ -136,8 +127,7 @@ def train(loaded: Loaded, ranks: dist.Ranks) -> None:
     data = read_data(root, ranks)
     resolved = resolve_spec(root, data)
     experiment = assemble(root, resolved, ranks, load_weights=decision != "resume")
-    if root.training.cache_frozen_features:
-        refuse_unstable(experiment)
+    refuse_unstable(experiment)
     if ranks.is_main:
         introduce(run, experiment, data)
     with run.opened(ranks, overwrite=decision == "overwrite"):
@@ -147,7 +137,7 @@ def train(loaded: Loaded, ranks: dist.Ranks) -> None:
 
 
 def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
-    """What is about to be trained."""
+    """Print data, model, device and directory of the run."""
     resolved, ranks = experiment.resolved, experiment.ranks
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
     what = "targets" if resolved.subtask == "regression" else "classes"
@@ -172,7 +162,7 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
 
 
 def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, resume: bool) -> None:
-    """The training itself, from the start or from the last checkpoint."""
+    """Train from the start, or from the last checkpoint on."""
     root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
     saved = saved_state(run, loaded) if resume else None
     if ranks.is_main:
@@ -201,11 +191,7 @@ def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, re
         if keep is not None:
             checkpoint.link(run.last, run.epoch(keep))
 
-    hooks = Hooks(log, save, say)
-    if root.training.cache_frozen_features:
-        trainer = build_trainer(*cached(experiment, data), hooks)
-    else:
-        trainer = build_trainer(experiment, data, hooks)
+    trainer = build_trainer(*cached(experiment, data), Hooks(log, save, say))
     if saved is not None:
         trainer.load_state_dict(saved)
         if ranks.is_main:
@@ -240,10 +226,14 @@ def saved_state(run: RunDir, loaded: Loaded) -> dict[str, Any]:
 def prepare(
     run: RunDir, loaded: Loaded, experiment: Experiment, saved: dict[str, Any] | None
 ) -> None:
-    """The files that describe a run; of a run that goes on, the state its checkpoint knows."""
+    """Write the files that describe a run; of a continued run, cut metrics.jsonl back to the
+    step of its checkpoint and complete its links."""
     if saved is None:
         resolved = experiment.resolved
-        files.write_text(run.spec, dump(as_of(run, loaded.as_written)))
+        # run again, the spec finds this very run, also where it was started beside another one
+        training = replace(loaded.as_written.training, on_existing="resume")
+        spec = replace(loaded.as_written, name=run.group.name, mode="train", training=training)
+        files.write_text(run.spec, dump(spec))
         table = {share.part: share.counts() for share in parameter_table(experiment.model)}
         resolved = {**msgspec.to_builtins(resolved), "parameters": table}
         files.write_json(run.resolved_config, resolved)
@@ -255,14 +245,9 @@ def prepare(
     run.note_start(runtime_info(experiment.ranks, seed=experiment.root.seed))
 
 
-def as_of(run: RunDir, root: Root) -> Root:
-    """The spec that, run again, finds this very run, also where it was started beside another."""
-    training = replace(root.training, on_existing="resume")
-    return replace(root, name=run.group.name, mode="train", training=training)
-
-
 def mend_links(run: RunDir, state: dict[str, Any], training: Training) -> None:
-    """Complete what a kill behind writing last.pt left undone: best.pt, a kept epoch."""
+    """Write the links best.pt and epoch_N.pt that are missing where a process was killed between
+    writing last.pt and linking it."""
     if state["batch"]:
         return
     if state["best_epoch"] == state["epoch"] - 1:
@@ -324,7 +309,7 @@ def write_fold_summary(run: RunDir, experiment: Experiment) -> None:
 
 
 def conclude(run: RunDir, ranks: dist.Ranks, what: str) -> None:
-    """Say where everything is and what came out."""
+    """Print the metrics and the paths of the results."""
     if not ranks.is_main:
         return
     reports = {

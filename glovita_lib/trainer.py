@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from glovita_lib import dist
-from glovita_lib.dist import autocast, build_scaler, resolve_precision
+from glovita_lib.dist import autocast, resolve_precision
 from glovita_lib.errors import UserError
 from glovita_lib.loader import Batch, Loader
 from glovita_lib.loggers import Bar, Meter, better, epoch_line
@@ -30,16 +30,16 @@ Record = dict[str, Any]
 
 @dataclass
 class TrainState:
-    """Where a run stands; saved with every checkpoint."""
+    """Progress of a run, saved with every checkpoint."""
 
     epoch: int = 0  # the current one; equal to training.epochs at the end
     batch: int = 0  # batches of it that are done
     step: int = 0  # optimizer steps since the start
-    best: float | None = None
+    best: float | None = None  # best value of the metric that picks the best checkpoint
     best_epoch: int | None = None
-    mark: float | None = None  # the value early stopping compares with
-    stale: int = 0  # epochs since `mark` improved
-    stopped: bool = False
+    mark: float | None = None  # last value that early stopping counted as better
+    stale: int = 0  # epochs since then
+    stopped: bool = False  # early, for want of a better value
     sums: dict[str, Tensor] = field(default_factory=dict)  # sample-weighted sums of this epoch
     samples: int = 0  # samples of this epoch
 
@@ -54,7 +54,13 @@ class Hooks:
 
 
 class Trainer:
-    """Trains `model` in place."""
+    """Trains a model in place.
+
+    Args:
+        best_metric: logged name of the metric that picks the best checkpoint, with its val_ prefix;
+            None without a val split: the last epoch is the best.
+        calibration_batches: training batches that the PEFT method sees before the first step.
+    """
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class Trainer:
         self.model, self.objective, self.ranks, self.hooks = model, objective, ranks, hooks
         self.train_loader, self.val_loader = train_loader, val_loader
         self.spec, self.seed, self.best_metric = training, seed, best_metric
-        self.calibration_batches = calibration_batches  # whose gradient chooses what trains
+        self.calibration_batches = calibration_batches
         self.precision = resolve_precision(training.precision, ranks.device)
         self.accumulation = training.gradient_accumulation_steps
         cap = (training.train_steps_per_epoch or math.inf) * self.accumulation
@@ -82,7 +88,8 @@ class Trainer:
         self.optimizer = build_optimizer(model, optimizer)
         steps = math.ceil(self.batches / self.accumulation)
         self.schedule = Schedule(optimizer, epochs=training.epochs, steps_per_epoch=steps)
-        self.scaler = build_scaler(self.precision, ranks.device)
+        # only in fp16 gradients underflow; elsewhere the scaler does nothing
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         self.ema = build_average(model, training.ema_decay)
         # the order matters: 1 compile, 2 shard; both leave the state-dict keys of `model` alone
         if training.compile:
@@ -95,7 +102,7 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
-        """Train from where `state` stands to the end."""
+        """Train from `state` to the last epoch, or until early stopping."""
         if self.calibration_batches and self.state.step == 0:
             self.calibrate()
         if self.val_loader is not None and self.spec.num_sanity_val_steps and self.state.step == 0:
@@ -146,7 +153,7 @@ class Trainer:
             self.optimizer_step()
 
     def calibrate(self) -> None:
-        """Let a PEFT method choose what trains by the gradient of some training batches."""
+        """Let the PEFT method choose what trains by the gradient of some training batches."""
         batches = islice(self.train_loader.epoch(0), self.calibration_batches)
 
         def loss(batch: Batch) -> Tensor:
@@ -163,7 +170,7 @@ class Trainer:
         self.ema = build_average(self.model, self.spec.ema_decay)  # follows what was chosen
 
     def optimizer_step(self) -> None:
-        """Clip, update, forget the gradients, follow with the averaged weights."""
+        """Clip the gradient, update the weights, clear the gradient, update the average."""
         set_lr(self.optimizer, self.schedule(self.state.step))
         if self.spec.gradient_clip_val is not None:
             self.scaler.unscale_(self.optimizer)
@@ -190,7 +197,7 @@ class Trainer:
             self.save(is_best=False)
 
     def close_epoch(self, started: float) -> None:
-        """Evaluate, log, decide what is best, save."""
+        """Evaluate, log, decide whether this epoch is the best, save."""
         self.check_finite(weights=True)
         state = self.state
         record = {"event": "epoch", "epoch": state.epoch, "step": state.step, **self.means()}
@@ -224,13 +231,13 @@ class Trainer:
         return sizes[batch] / sum(sizes.values())
 
     def synchronized(self, ends_step: bool) -> AbstractContextManager:
-        """Gradients travel between ranks only with the last batch of a step."""
+        """Context of a backward pass: ranks average gradients only in the last batch of a step."""
         if self.parallel is self.model or ends_step:
             return nullcontext()
         return self.parallel.no_sync()
 
     def count(self, loss: Tensor, logs: dict[str, Tensor], samples: int) -> None:
-        """Add a batch to the epoch's means and remember the first loss that is not finite."""
+        """Add a batch to the epoch's sums, and note the first batch whose loss is not finite."""
         state = self.state
         loss = loss.detach()
         for name, value in {"loss": loss, **logs}.items():
@@ -243,10 +250,10 @@ class Trainer:
         self.first_bad = torch.where(bad, state.batch, self.first_bad)
 
     def check_finite(self, *, weights: bool) -> None:
-        """Stop where a loss was NaN or infinite since the last look or, if asked, a weight is.
+        """Stop where a loss was NaN or infinite since the last check or, if asked, a weight is.
 
-        The weights are looked at before they are saved: the loss of a batch may be finite and its
-        gradient not, so that no good checkpoint is ever replaced by a useless one.
+        Weights are checked before they are saved: the loss of a batch may be finite and its
+        gradient not, and a good checkpoint must not be replaced by a useless one.
 
         Raises:
             UserError: with the ids of the samples of the first such batch; no checkpoint was
@@ -269,7 +276,7 @@ class Trainer:
         )
 
     def weights_are_finite(self) -> bool:
-        """Whether everything that trains is; the device is waited for once."""
+        """Whether all trained parameters are finite; the device is waited for once."""
         trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
         return not trained or bool(torch.stack([p.isfinite().all() for p in trained]).all())
 
@@ -327,21 +334,21 @@ class Trainer:
         return False
 
     def log(self, record: Record) -> None:
-        """Hand a record to the run."""
+        """Write a record, on the first rank."""
         if self.ranks.is_main:
             self.hooks.log(record)
 
     # ------------------------------------------------------------------ state
 
     def save(self, *, is_best: bool) -> None:
-        """Hand the state to the run, which writes it."""
+        """Write a checkpoint, on the first rank."""
         keep = None if self.state.batch else kept_epoch(self.spec, self.state.epoch)
         saved = self.state_dict()  # on every rank: sharded parameters are gathered by all
         if self.ranks.is_main:
             self.hooks.save(saved, is_best, keep)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that continues this run: tensors and plain values."""
+        """Everything that a run is continued from: tensors and plain values."""
         state = self.state
         sums = {k: dist.all_mean(self.ranks, v.clone()) for k, v in state.sums.items()}
         return {

@@ -255,7 +255,7 @@ def test_fitting_leaves_the_number_of_cores_as_it_was():
 def test_samples_that_live_on_a_device_give_the_same_batches(start):
     loader = loader_of(digits())
     expected = list(loader.epoch(2, start))
-    samples = torch.from_numpy(loader.maker.source.samples)
+    samples = torch.from_numpy(loader.builder.source.samples)
     loader.resident = samples, torch.from_numpy(loader.split.targets)
     found = list(loader.epoch(2, start))
     assert len(found) == 7 - start
@@ -265,7 +265,7 @@ def test_samples_that_live_on_a_device_give_the_same_batches(start):
 def test_shard_that_lives_on_a_device():
     loader = loader_of(digits(), train=False, rank=1, world=2)
     expected = list(loader.epoch(0))
-    samples = torch.from_numpy(loader.maker.source.samples)
+    samples = torch.from_numpy(loader.builder.source.samples)
     loader.resident = samples, torch.from_numpy(loader.split.targets)
     assert all(same(a, b) for a, b in zip(expected, loader.epoch(0), strict=True))
     assert expected[0].rows[0] == 25

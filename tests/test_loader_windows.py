@@ -145,7 +145,7 @@ def test_ranks_whose_share_fits_hold_it_in_memory(tmp_path):
     assert isinstance(made(train=False, world=1), WindowLoader)
     assert isinstance(made(train=True, world=2), WindowLoader)  # an epoch may ask for any row
     last = made(train=False, world=2)
-    assert last.held and last.maker.source.samples.nbytes == source.nbytes() / 2
+    assert last.held and last.builder.source.samples.nbytes == source.nbytes() / 2
     found = torch.cat([batch.inputs for batch in last.epoch(0)]).numpy()
     np.testing.assert_array_equal(found, values[len(values) // 2 :])
 
