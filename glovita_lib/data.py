@@ -10,7 +10,7 @@ import numpy as np
 from glovita_lib import files
 from glovita_lib.errors import UserError
 from glovita_lib.spec import ByStruct, Spec
-from glovita_lib.spec_data import BaseData, Subtask
+from glovita_lib.spec_data import Subtask
 
 # --------------------------------------------------------------------------------- data sets
 #
@@ -91,12 +91,6 @@ def read_data_set(spec: Spec, *, seed: int) -> Data:
         UserError: what is missing, broken or contradictory, all of a kind at once.
     """
     raise TypeError(f"no builder for {type(spec).__name__}")
-
-
-def refuse_fold(spec: BaseData, why: str) -> None:
-    """Refuse a fold of a data set that has none, instead of training the same split again."""
-    if spec.fold:
-        raise UserError(f"data.fold = {spec.fold}, but {why}: only fold 0 exists")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from glovita_lib.data import Data, Split, read_data_set, refuse_fold
+from glovita_lib.data import Data, Split, read_data_set
 from glovita_lib.data_labels import LabelRules, Labels, encode, is_missing, untrained
 from glovita_lib.data_splits import (
     FOLDS,
@@ -245,8 +245,7 @@ ALL = "all"  # the one split of a data set that folds are drawn from
 @read_data_set.register
 def _(spec: GenericImageData, *, seed: int) -> Data:
     """A folder of images."""
-    subtask = subtask_of(spec)
-    check_fields(spec)
+    subtask = spec.stated_subtask()
     folder = Path(spec.data_root_dir) / spec.images_dir
     images = ImageFolder(folder, walk(folder, spec.allowed_exts))
     report: list[str] = []
@@ -300,51 +299,6 @@ class ImageTable:
     targets: np.ndarray
     headers: list[Header]
     groups: list[str] | None
-
-
-# ---------------------------------------------------------------------- the spec
-
-
-def subtask_of(spec: GenericImageData) -> str:
-    """Kind of target, from subtask, else from task.
-
-    Raises:
-        UserError: the two contradict each other.
-    """
-    if spec.subtask is None:
-        return "regression" if spec.task == "Regression" else "multiclass"
-    if spec.task is not None and (spec.task == "Regression") != (spec.subtask == "regression"):
-        raise UserError(
-            f'data.task = "{spec.task}" contradicts data.subtask = "{spec.subtask}": leave task out'
-        )
-    return spec.subtask
-
-
-def check_fields(spec: GenericImageData) -> None:
-    """Refuse fields that do not go together.
-
-    Raises:
-        UserError: which, and what would go.
-    """
-    several = not isinstance(spec.label_column, str)
-    subtask = subtask_of(spec)
-    wrong = {
-        'data.group_column needs data.label_source = "csv"': spec.group_column is not None
-        and spec.label_source != "csv",
-        'data.split_source = "csv" needs data.label_source = "csv"': spec.split_source == "csv"
-        and spec.label_source != "csv",
-        'several data.label_column need data.label_source = "csv"': several
-        and spec.label_source != "csv",
-        f'data.subtask = "{subtask}" takes one data.label_column': several
-        and subtask == "multiclass",
-        f'data.label_source = "folder" gives one class an image, not data.subtask = "{subtask}":'
-        ' use "json" or "csv"': spec.label_source == "folder" and subtask != "multiclass",
-    }
-    lines = [text for text, is_wrong in wrong.items() if is_wrong]
-    if lines:
-        raise UserError("\n".join(lines))
-    if spec.split_source in ("subdirs", "csv"):
-        refuse_fold(spec, f'data.split_source = "{spec.split_source}" has one split')
 
 
 # ---------------------------------------------------------------------- labels and members

@@ -198,15 +198,7 @@ def evenest(filled: np.ndarray, share: np.ndarray, candidates: np.ndarray) -> in
 
 
 def fold_splits(fold_of: np.ndarray, fold: int, n_folds: int) -> dict[str, np.ndarray]:
-    """Rows of train, val and test: fold `fold` is test, the next one val, the others train.
-
-    Raises:
-        UserError: there is no such fold.
-    """
-    if fold >= n_folds:
-        raise UserError(
-            f"data.fold = {fold}, but data.n_folds = {n_folds}: folds are 0 to {n_folds - 1}"
-        )
+    """Rows of train, val and test: fold `fold` is test, the next one val, the others train."""
     test, val = fold_of == fold, fold_of == (fold + 1) % n_folds
     masks = {"train": ~(test | val), "val": val, "test": test}
     return {name: np.flatnonzero(mask) for name, mask in masks.items()}

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glovita_lib.data import ArraySource, Data, Split, read_data_set, refuse_fold, subset
+from glovita_lib.data import ArraySource, Data, Split, read_data_set, subset
 from glovita_lib.data_splits import FRACTION, VAL, draw_stratified, strata
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, call_target
 from glovita_lib.spec_data import BaseData, Cifar10Data, Cifar100Data, CustomData, DigitsData
+from glovita_lib.spec_rules import data_problems
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -35,7 +36,6 @@ def _(spec: Cifar100Data, *, seed: int) -> Data:
 def read_cifar(spec: Cifar10Data | Cifar100Data, name: str, seed: int) -> Data:
     """The data set with a val split held out of the training images, or, with val_fraction 0, with
     the test images as val."""
-    refuse_fold(spec, f"data set {name} has one split (val follows the seed)")
     train, test = open_cifar(spec, name)
     labels = strata(np.array(train.targets), "multiclass", kept=spec.stratified)
     count = round(len(labels) * spec.val_fraction)
@@ -116,6 +116,8 @@ def build_data(spec: BaseData, *, seed: int, trains: bool = True) -> Data:
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
     """
+    if problems := data_problems(spec):
+        raise UserError("\n".join(problems))
     data = read_data_set(spec, seed=seed)
     empty = [name for name, split in data.splits.items() if not len(split)]
     if empty or (trains and "train" not in data.splits):
@@ -148,7 +150,6 @@ def _(spec: DigitsData, *, seed: int) -> Data:
     """Digits: values 0..16 become round(v 255 / 16)."""
     from sklearn.datasets import load_digits
 
-    refuse_fold(spec, "data set digits has one split (val follows the seed)")
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # (M, 1, 8, 8)
     labels = digits.target.astype(np.int64)

@@ -228,7 +228,7 @@ def open_input(path: Path, data: Spec) -> Data:
     """
     if not path.exists():
         raise UserError(f'umap.input: "{path}" does not exist')
-    names = keys(data if is_features(data) else PrecomputedData())
+    names = keys(data if isinstance(data, PrecomputedData) else PrecomputedData())
     collection = read_collection(path, names, labelled=False)
     targets, subtask, names = None, "multiclass", ()
     if collection.labels is not None:
@@ -237,11 +237,6 @@ def open_input(path: Path, data: Spec) -> Data:
     source = collection.source(np.arange(len(collection.ids)))
     split = Split(ids=collection.ids, targets=targets, source=source)
     return Data(str(path), {"": split}, subtask, names, channels=collection.width, bit_depth=16)
-
-
-def is_features(data: Spec) -> bool:
-    """Whether the data of a spec are features."""
-    return isinstance(data, PrecomputedData)
 
 
 # -------------------------------------------------------------------------------- embeddings
@@ -400,7 +395,7 @@ def find_samples(loaded: Loaded, spec: Umap, ranks: dist.Ranks) -> ChosenSamples
     if spec.input is not None:
         data = open_input(Path(spec.input), own)
         return samples_of_features(data.splits, data, spec, seed)
-    if not is_features(own):
+    if own.samples != "features":
         return samples_of_model(loaded, spec, ranks, seed)
     data = read_data(loaded.root, ranks)
     splits = wanted(data.splits, spec.split, data.name)

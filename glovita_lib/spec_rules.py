@@ -177,6 +177,13 @@ def operations_are_valid(root: Root) -> Iterator[str]:
             yield f"data.augmentation.{section}.{name}: {problem}"
 
 
+def data_problems(data: Any) -> list[str]:
+    """All that is wrong with a data section by itself, one line each: what a spec is checked for
+    before it is run, asked again by whatever builds a data set."""
+    root = Root(data=data)
+    return [line for rule in (*DATA_RULES, ignored_options) for line in rule(root)]
+
+
 DATA_RULES = (
     task_fits_subtask,
     labels_fit_subtask,
@@ -335,7 +342,8 @@ def umap_options(root: Root) -> Iterator[str]:
                 f"umap.{key}: {shown(value)} would be ignored, it is read only with umap.method ="
                 f" {needs}"
             )
-    if umap.bags != "mean" and umap.input is None and not is_features(root):
+    of_features = umap.input is not None or root.data.samples == "features"
+    if umap.bags != "mean" and not of_features:
         yield (
             f"umap.bags: {shown(umap.bags)} would be ignored, it is read only with umap.input or"
             ' data.dataset = "precomputed_features"'
@@ -345,12 +353,7 @@ def umap_options(root: Root) -> Iterator[str]:
             f"umap.split: {shown(umap.split)} is a split of the spec's own data, but umap.input is"
             " set: drop one of them"
         )
-    yield from color_options(umap, of_features=umap.input is not None or is_features(root))
-
-
-def is_features(root: Root) -> bool:
-    """Whether the spec's own data are features."""
-    return root.data.samples == "features"
+    yield from color_options(umap, of_features=of_features)
 
 
 def color_options(umap: Umap, *, of_features: bool) -> Iterator[str]:

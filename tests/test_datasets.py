@@ -135,10 +135,12 @@ def test_data_fraction_cuts_only_the_train_split():
 
 
 def test_digits_refuse_what_makes_no_sense():
-    with pytest.raises(UserError, match="data.fold = 2, but data set digits has one split"):
+    with pytest.raises(UserError, match="data.fold: 2 does not exist: 0 only: this data set has"):
         build_data(DigitsData(fold=2), seed=0)
-    with pytest.raises(UserError, match="leave a split of the 1797 digits empty"):
+    with pytest.raises(UserError, match="data.val_fraction: with data.test_fraction it is 1.1"):
         build_data(DigitsData(val_fraction=0.5, test_fraction=0.6), seed=0)
+    with pytest.raises(UserError, match="leave a split of the 1797 digits empty"):
+        build_data(DigitsData(val_fraction=1e-5), seed=0)
 
 
 # ---------------------------------------------------------------------- cifar
@@ -303,7 +305,7 @@ def test_subdirs_with_class_folders(tmp_path):
         build(tmp_path, **{**fields, "val_split_name": "tset"})
     assert 'no split "tset"; did you mean "test"?' in str(caught.value)
     assert "train" in str(caught.value) and "data.val_split_name" in str(caught.value)
-    with pytest.raises(UserError, match="data.fold = 1, but"):
+    with pytest.raises(UserError, match="data.fold: 1 does not exist: 0 only; data.split_source"):
         build(tmp_path, **fields, fold=1)
     shared = build(tmp_path, **{**fields, "val_split_name": "test"})
     assert shared.splits["val"].ids == shared.splits["test"].ids
@@ -336,7 +338,7 @@ def test_split_column(template):
     assert [len(split) for split in data.splits.values()] == [20, 6, 4]
     with pytest.raises(UserError, match='no column "spilt"; did you mean "split"'):
         build(template, label_source="csv", split_source="csv", split_column="spilt")
-    with pytest.raises(UserError, match='"column" needs data.label_source = "csv"'):
+    with pytest.raises(UserError, match='"csv" needs data.label_source = "csv", not'):
         build(template, split_source="csv")
 
 
@@ -350,7 +352,7 @@ def test_kfold_from_the_seed(template):
         assert set(run.splits["val"].ids) == tests[(fold + 1) % 5]
     other = build(template, split_source="kfold", seed=1)
     assert set(other.splits["test"].ids) != tests[0]
-    with pytest.raises(UserError, match="data.fold = 5, but data.n_folds = 5"):
+    with pytest.raises(UserError, match="data.fold: 5 does not exist: 0 to 4"):
         build(template, split_source="kfold", fold=5)
     with pytest.raises(UserError, match="n_folds = 31, but there are only 30 samples"):
         build(template, split_source="kfold", n_folds=31)
@@ -376,7 +378,9 @@ def test_a_group_in_two_splits_is_an_error(root):
     (root / "splits.json").write_text(json.dumps(splits))
     with pytest.raises(UserError, match=r"1 groups are in more .*p9 \(train: 18.png, val: 19.png"):
         build(root, **fields)
-    with pytest.raises(UserError, match='group_column needs data.label_source = "csv"'):
+    with pytest.raises(
+        UserError, match='group_column: "patient" would be .* data.label_source = "csv"'
+    ):
         build(root, group_column="patient")
 
 
@@ -441,12 +445,16 @@ def test_multilabel_columns_and_multi_target_regression(template):
 
 
 def test_kinds_that_contradict_each_other(template):
-    with pytest.raises(UserError, match='task = "Regression" contradicts data.subtask'):
+    with pytest.raises(UserError, match='subtask: "multiclass" contradicts data.task = "Regr'):
         build(template, task="Regression", subtask="multiclass")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r'label_column: \["even", "big"\] would be ignored, it is'):
         build(template, label_column=("even", "big"))
+    with pytest.raises(UserError, match='"even", "big"] are 2 columns, and multiclass reads one'):
+        build(template, label_source="csv", label_column=("even", "big"))
+    with pytest.raises(UserError) as caught:
+        build(template, task="Regression", subtask="multiclass", split_source="csv")
     assert len(str(caught.value).splitlines()) == 2  # both things that are wrong
-    with pytest.raises(UserError, match='"folder" gives one class an image'):
+    with pytest.raises(UserError, match='"folder" gives each image one class, not multilabel'):
         build(template, label_source="folder", subtask="multilabel")
 
 
