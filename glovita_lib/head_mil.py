@@ -170,7 +170,7 @@ def _(spec: MaxMilHead, *, width: int, outputs: int) -> nn.Module:
 
 # ---------------------------------------------------------------------------------- TransMIL
 #
-# TransMIL: a transformer over the instances of a bag, with Nystrom attention.
+# A transformer over the instances of a bag, with Nystrom attention.
 #
 # Shao, Bian, Chen, Wang, Zhang, Ji, Zhang, "TransMIL: Transformer based correlated multiple
 # instance learning for whole slide image classification", NeurIPS 2021. Instances h_i = relu(W x_i

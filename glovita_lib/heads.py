@@ -1,4 +1,10 @@
-"""Heads: from the vector of a sample, or its raw features, to predictions."""
+"""Heads: from the vector of a sample, or its tokens or instances, to predictions.
+
+A head's attribute `consumes` says what it takes: "pooled", vectors (B, D), or "features", a
+`Features`. It gives logits (B, K), or a dict: "logits", auxiliary losses () to add under "aux"
+and, unless the loss is that of the logits, under "fitted" pairs of a weight and the logits (B, K)
+whose loss it weighs. B batch, D width, K classes or targets.
+"""
 
 from typing import Any
 
@@ -8,11 +14,6 @@ from torch import Tensor, nn
 from glovita_lib.errors import UserError, call_target
 from glovita_lib.spec import ByStruct
 from glovita_lib.spec_model import ClassificationHead, CustomHead, RegressionHead
-
-# A head's attribute `consumes` says what it takes: "pooled", vectors (B, D), or "features", a
-# `Features`. It gives logits (B, K), or a dict: "logits", auxiliary losses () to add under "aux"
-# and, unless the loss is that of the logits, under "fitted" pairs of a weight and the logits (B, K)
-# whose loss it weighs. B batch, D width, K classes or targets.
 
 
 class LinearHead(nn.Module):

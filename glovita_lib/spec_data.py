@@ -11,9 +11,6 @@ from glovita_lib.spec_errors import Count, Fraction, NonNegative, PathText, Posi
 
 # ------------------------------------------------------------------------------ augmentation
 #
-# Augmentation section of a spec: the policy names, the sizes and every parameter of every
-# operation.
-#
 # The parameters of a modality are one Struct, whose defaults are the policy that changes nothing. A
 # policy is one value of it (see `augment`): naming `train_policy` picks the value, and a field set
 # in `train_kwargs` replaces that one parameter, so nothing about a policy is hidden in code.

@@ -201,7 +201,7 @@ DATA_RULES = (
 
 # -------------------------------------------------------------------------------------- PEFT
 #
-# Rules for the PEFT section, checked before any data is read. What only the built encoder can tell
+# What only the built encoder can tell
 # (the layers that are there) is checked by the methods.
 
 
