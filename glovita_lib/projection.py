@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from glovita_lib.data_splits import apportion
 from glovita_lib.errors import UserError
 from glovita_lib.neighbors import Metric, nearest, normalized
 from glovita_lib.spec_train import Umap
@@ -65,7 +66,10 @@ def project(features: np.ndarray, spec: Umap, *, seed: int, device: torch.device
         shown = [f" ({share:.1%})" if shares.any() else "" for share in shares]
         axes = (f"component 1{shown[0]}", f"component 2{shown[1]}")
     else:
-        reduced = given if spec.pca is None else reduce(given, spec.pca)
+        reduced = given
+        if spec.pca is not None:
+            points, _ = principal_components(given, min(spec.pca, *given.shape))
+            reduced = torch.from_numpy(points).to(given)
         lay_out = umap_layout if method == "umap" else tsne_layout
         points = lay_out(reduced, spec, seed)
     points = np.asarray(points, dtype=np.float64)
@@ -104,7 +108,8 @@ def choose(classes: np.ndarray | None, lengths: np.ndarray, spec: Umap, *, seed:
     if classes is not None:
         members, limit = np.unique(classes, return_inverse=True)[1], spec.max_per_class
     sizes = np.bincount(members, lengths).astype(np.int64)  # rows of each class
-    kept = shares(np.minimum(sizes, limit) if limit else sizes, spec.max_samples)
+    sizes_shown = np.minimum(sizes, limit) if limit else sizes
+    kept = apportion(sizes_shown, spec.max_samples, low=np.minimum(sizes, 1))
     generator = np.random.default_rng(seed)
     by_class = np.argsort(members, kind="stable")
     starts = np.cumsum(lengths) - lengths
@@ -119,62 +124,27 @@ def choose(classes: np.ndarray | None, lengths: np.ndarray, spec: Umap, *, seed:
     return np.sort(np.concatenate(rows))
 
 
-def shares(sizes: np.ndarray, room: int) -> np.ndarray:
-    """Sizes cut to a sum of at most `room` in proportion (largest remainders), at least 1 each
-    while there is room.
-
-    >>> shares(np.array([70, 29, 1]), 10)
-    array([7, 2, 1])
-    """
-    if sizes.sum() <= room:
-        return sizes
-    exact = sizes * (room / sizes.sum())
-    kept = np.maximum(np.floor(exact), np.minimum(sizes, 1)).astype(np.int64)
-    while kept.sum() > room:  # more classes than room, or many with the one they are granted
-        kept[np.argmax(np.where(kept > 0, kept - exact, -np.inf))] -= 1
-    rest = np.where(kept < sizes, exact - kept, -np.inf)
-    kept[np.argsort(-rest, kind="stable")[: room - kept.sum()]] += 1
-    return kept
-
-
 # ---------------------------------------------------------------------- layouts
 
 
 def principal_components(features: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (N, count) along the directions of the largest variance, and its shares (count,).
 
-    Eigenvectors of X'X or of XX', whichever is smaller, in float64, X the centred features. The
-    largest weight of a component is positive, as in scikit-learn. Components that do not exist are
-    zeros.
+    By scikit-learn from all singular values, in float64; the largest weight of a component is
+    positive. Components that do not exist are zeros.
     """
-    centred = features.double().cpu()
-    centred = centred - centred.mean(0)  # (N, D)
-    rows, width = centred.shape
+    from sklearn.decomposition import PCA
+
+    given = features.double().cpu().numpy()
+    rows, width = given.shape
     kept = min(count, rows, width)
-    if width <= rows:
-        values, vectors = torch.linalg.eigh(centred.T @ centred)
-        directions = vectors[:, -kept:].flip(1)  # (D, kept)
-    else:
-        values, vectors = torch.linalg.eigh(centred @ centred.T)
-        directions = centred.T @ vectors[:, -kept:].flip(1)
-        directions = torch.nn.functional.normalize(directions, dim=0)
-    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))  # (1, kept)
-    points = centred @ (directions * torch.where(largest < 0, -1.0, 1.0))
-    values = values.flip(0)[:kept].clamp(min=0)
-    total = float(centred.square().sum())
-    explained = (values / total if total > 0 else torch.zeros(kept)).numpy()
     missing = count - kept
-    return (
-        np.pad(points.numpy(), ((0, 0), (0, missing))),
-        np.pad(explained, (0, missing)),
-    )
-
-
-def reduce(features: torch.Tensor, count: int) -> torch.Tensor:
-    """Features (N, D) as their first principal components, (N, at most count)."""
-    count = min(count, *features.shape)
-    points, _ = principal_components(features, count)
-    return torch.from_numpy(points).to(features)
+    if (given == given[0]).all():  # scikit-learn would divide by their variance
+        return np.zeros((rows, count)), np.zeros(count)
+    model = PCA(kept, svd_solver="covariance_eigh" if width <= rows else "full")
+    points = model.fit_transform(given - given.mean(0))  # centred, or the covariance cancels
+    explained = model.explained_variance_ratio_
+    return np.pad(points, ((0, 0), (0, missing))), np.pad(explained, (0, missing))
 
 
 def umap_layout(features: torch.Tensor, spec: Umap, seed: int) -> np.ndarray:
