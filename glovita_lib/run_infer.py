@@ -216,7 +216,7 @@ def wanted_split(root: Root, resolved: Resolved, ranks: dist.Ranks) -> tuple[str
     return name, data.splits[name]
 
 
-def new_samples(path: str, data: BaseData | PrecomputedData, resolved: Resolved) -> Split:
+def new_samples(path: str, data: BaseData, resolved: Resolved) -> Split:
     """Samples without labels, of the kind that the model takes.
 
     Raises:

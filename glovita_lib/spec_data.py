@@ -183,13 +183,15 @@ class ImageAugmentation(Spec):
     """Parameters that replace those of the test policy."""
 
 
-# ---------------------------------------------------------------------- precomputed features
+# --------------------------------------------------------------------------------- data sets
+#
+# Data section of a spec: which samples exist, their labels and their splits.
 
 Subtask = Literal["multiclass", "multilabel", "regression"]
 
 
-class AnyData(Spec):
-    """What other sections and the experiment ask every data set."""
+class BaseData(Spec):
+    """Fields of every data set, and what other sections and the experiment ask of it."""
 
     built_in: ClassVar[str] = "datasets"
     samples: ClassVar[Literal["images", "features", "either"]] = "images"
@@ -200,6 +202,15 @@ class AnyData(Spec):
     """Number of classes, where it is always the same."""
     image_channels: ClassVar[int | None] = None
     """Channels of the images, where they are always the same."""
+
+    data_root_dir: PathText = "data"
+    """Folder of the data set; relative paths start where the command runs."""
+    data_fraction: Fraction = 1.0
+    """Share of the train split that is used; val and test are never cut."""
+    stratified: bool = True
+    """Whether data_fraction, folds and random splits keep the class proportions."""
+    fold: Annotated[int, Meta(ge=0)] = 0
+    """Which fold of a cross-validation this run is."""
 
     def stated_folds(self) -> int | None:
         """Number of folds; None where a split file tells, or a function of the user's."""
@@ -218,13 +229,157 @@ class AnyData(Spec):
         return [] if self.classes is None else [("data.dataset", self.classes)]
 
 
-def counted(num_classes: int | None, class_names: tuple[str, ...] | None) -> list[tuple[str, int]]:
-    """Number of classes or targets by the two keys that may state it."""
-    stated = [] if num_classes is None else [("data.num_classes", num_classes)]
-    return stated if class_names is None else [*stated, ("data.class_names", len(class_names))]
+class ImageData(BaseData):
+    """Fields of data sets of images that need no files of labels and splits."""
+
+    default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")
+    """Train and test policy where the spec names none."""
+
+    augmentation: ImageAugmentation = ImageAugmentation()
+    """Augmentation and preprocessing."""
 
 
-class PrecomputedData(AnyData, tag="precomputed_features", tag_field="dataset"):
+class FileData(BaseData):
+    """Fields of data sets whose labels and splits stand in files, or are drawn."""
+
+    subtask: Subtask | None = None
+    """Kind of target; none follows from task (images), or from the labels (features): whole numbers
+    and names are multiclass, several 0/1 columns multilabel, other numbers regression."""
+    num_classes: Count | None = None
+    """Number of classes (regression: of targets); none counts them, a number is checked against the
+    data."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes in the order of their indices; none takes those of the feature file, or
+    sorts what the labels hold."""
+    labels_file: PathText | None = None
+    """File of the labels below data_root_dir. Images: none is labels.json or labels.csv, after
+    label_source. Features: a CSV file with a row a sample, samples without one are not used; none
+    takes the labels in the feature file."""
+    label_column: str | tuple[str, ...] = "label"
+    """CSV column of the label; several for multilabel (0/1 each) and multi-target regression."""
+    group_column: str | None = None
+    """CSV column of the group (patient, slide) that must stay in one split; none takes the groups
+    of the feature file, where it has some."""
+    split_file: PathText = "splits.json"
+    """JSON file below data_root_dir: {split: [id, ...]}, or a list (or {"0": ...}) of such objects,
+    one a fold. The id of an image is its path below images_dir, as the file is named."""
+    split_column: str = "split"
+    """CSV column of the split's name, for split_source csv."""
+    n_folds: Annotated[int, Meta(ge=3)] = 5
+    """Folds of split_source kfold; fold i is test, the next one val, the others train."""
+
+    def folds_of(self, split_source: str) -> int | None:
+        """Number of folds; None where a split file tells."""
+        if split_source == "kfold":
+            return self.n_folds
+        return None if split_source == "splits_json" else 1
+
+    def stated_subtask(self) -> Subtask | None:
+        return self.subtask
+
+    def stated_outputs(self) -> list[tuple[str, int]]:
+        stated = [] if self.num_classes is None else [("data.num_classes", self.num_classes)]
+        names = self.class_names
+        return stated if names is None else [*stated, ("data.class_names", len(names))]
+
+
+class DigitsData(ImageData, tag="digits", tag_field="dataset"):
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels, 10 classes; needs no file."""
+
+    default_policies: ClassVar[tuple[str, str]] = ("default_2d_1", "shared_default_2d")
+    classes: ClassVar[int | None] = 10
+    image_channels: ClassVar[int | None] = 1
+
+    val_fraction: Fraction = 0.15
+    """Share of the samples in val, drawn from the seed."""
+    test_fraction: Fraction = 0.2
+    """Share of the samples in test; the test set does not depend on the seed."""
+
+
+class CifarData(ImageData):
+    """Fields of the CIFAR data sets, read by torchvision from a folder below data_root_dir."""
+
+    default_policies: ClassVar[tuple[str, str]] = ("randaugment", "default")
+    image_channels: ClassVar[int | None] = 3
+
+    download: bool = True
+    """Whether a missing data set is downloaded."""
+    val_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.1
+    """Share of the 50,000 training images held out as val; 0 uses the test images as val too, as
+    published recipes do."""
+
+
+class Cifar10Data(CifarData, tag="cifar10", tag_field="dataset"):
+    """CIFAR-10 as published (the folder cifar-10-batches-py below data_root_dir), read by
+    torchvision."""
+
+    classes: ClassVar[int | None] = 10
+
+
+class Cifar100Data(CifarData, tag="cifar100", tag_field="dataset"):
+    """CIFAR-100 as published (the folder cifar-100-python below data_root_dir), read by
+    torchvision."""
+
+    classes: ClassVar[int | None] = 100
+
+
+class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset"):
+    """Any folder of images with labels from folder names, a JSON or a CSV file."""
+
+    built_in: ClassVar[str] = "data_folder"
+    default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")
+
+    augmentation: ImageAugmentation = ImageAugmentation()
+    """Augmentation and preprocessing."""
+    task: Literal["Classification", "Regression"] | None = None
+    """Kind of prediction; none follows from subtask."""
+    images_dir: PathText = "images"
+    """Folder of the images below data_root_dir."""
+    split_source: Literal["splits_json", "subdirs", "csv", "kfold"] = "splits_json"
+    """Splits from split_file, from sub-folders of images_dir named like the splits, from
+    split_column of the CSV file, or drawn as folds from the seed."""
+    label_source: Literal["folder", "json", "csv"] = "json"
+    """Labels from the class folder, a JSON object {path: label} or a CSV file."""
+    path_column: str = "path"
+    """CSV column of the image's path below images_dir, as the file is named."""
+    train_split_name: str = "train"
+    """Name of the train split in the split file, folder or column."""
+    val_split_name: str = "val"
+    """Name of the val split; the name of the test split uses its images as both."""
+    test_split_name: str = "test"
+    """Name of the test split; may be absent unless another name than this one is given."""
+    allowed_exts: tuple[str, ...] = ("jpg", "jpeg", "png", "bmp", "tif", "tiff")
+    """File suffixes that count as images."""
+    label_separator: str = "|"
+    """Separator of several labels in one CSV cell (multilabel with one label column)."""
+    strict: bool = True
+    """Whether a missing, unlabelled or broken image is an error; else it is left out and listed."""
+    channels: Literal[1, 3, 4] = 3
+    """Channels of an image as the encoder sees it: grey, RGB or RGBA; files are converted."""
+    bit_depth: Literal[8, 16] = 8
+    """Bits per channel as the encoder sees them; files of the other depth are scaled, white stays
+    white."""
+
+    def stated_folds(self) -> int | None:
+        return self.folds_of(self.split_source)
+
+    def stated_channels(self) -> int | None:
+        return self.channels
+
+    def stated_subtask(self) -> Subtask | None:
+        return self.subtask or ("regression" if self.task == "Regression" else "multiclass")
+
+    def stated_outputs(self) -> list[tuple[str, int]]:
+        stated = super().stated_outputs()
+        subtask, columns = self.stated_subtask(), self.label_column
+        if self.label_source == "csv" and subtask != "multiclass":
+            count = len(columns) if isinstance(columns, tuple) else 1
+            if subtask == "regression" or count > 1:
+                stated.append(("data.label_column", count))
+        return stated
+
+
+class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset"):
     """Features in HDF5 files: vectors (N, D), bags (B, L, D), or bags of any length (M, D) with
     bag_ptr or bag_lengths; or a folder with one file (h5, pt) a bag."""
 
@@ -245,35 +400,8 @@ class PrecomputedData(AnyData, tag="precomputed_features", tag_field="dataset"):
     split_source: Literal["files", "kfold", "splits_json", "csv"] = "files"
     """Splits: one file each; folds drawn from the seed; ids listed in split_file; split_column of
     labels_file."""
-    split_column: str = "split"
-    """CSV column of the split's name (train, val, test, or nothing), for split_source csv."""
-    split_file: PathText = "splits.json"
-    """JSON file {split: [id, ...]}, or a list of such objects, one a fold."""
-    n_folds: Annotated[int, Meta(ge=3)] = 5
-    """Folds of kfold; fold i is test, the next one val, the others train."""
-    fold: Annotated[int, Meta(ge=0)] = 0
-    """Which fold of a cross-validation this run is."""
-    data_fraction: Fraction = 1.0
-    """Share of the train split that is used; val and test are never cut."""
-    stratified: bool = True
-    """Whether folds and data_fraction keep the class proportions."""
-    labels_file: PathText | None = None
-    """CSV file with a row a sample, instead of the labels in the feature file; samples without a
-    row are not used."""
     id_column: str = "id"
     """CSV column of the sample's id: its id in the feature file, or the name of the bag's file."""
-    label_column: str | tuple[str, ...] = "label"
-    """CSV column of the label; several for multilabel (0/1 each) and multi-target regression."""
-    group_column: str | None = None
-    """CSV column of the group (patient) that must stay in one split; none takes the file's
-    groups, where it has some."""
-    subtask: Subtask | None = None
-    """Kind of target; none follows from the labels: whole numbers and names are multiclass, several
-    0/1 columns multilabel, other numbers regression."""
-    num_classes: Count | None = None
-    """Number of classes (regression: of targets); none counts them, a number is checked."""
-    class_names: tuple[str, ...] | None = None
-    """Names of the classes in the order of their indices; none takes the file's."""
     features_key: str = "features"
     """Dataset of the features in the file."""
     labels_key: str = "labels"
@@ -298,158 +426,10 @@ class PrecomputedData(AnyData, tag="precomputed_features", tag_field="dataset"):
     rows shuffled within a window."""
 
     def stated_folds(self) -> int | None:
-        if self.split_source == "kfold":
-            return self.n_folds
-        return None if self.split_source == "splits_json" else 1
-
-    def stated_subtask(self) -> Subtask | None:
-        return self.subtask
-
-    def stated_outputs(self) -> list[tuple[str, int]]:
-        return counted(self.num_classes, self.class_names)
+        return self.folds_of(self.split_source)
 
 
-# --------------------------------------------------------------------------------- data sets
-
-
-class BaseData(AnyData):
-    """Fields of every data set of images."""
-
-    default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")
-    # train and test policy where the spec names none
-
-    data_root_dir: PathText = "data"
-    """Folder of the data set; relative paths start where the command runs."""
-    data_fraction: Fraction = 1.0
-    """Share of the train split that is used; val and test are never cut."""
-    stratified: bool = True
-    """Whether data_fraction and random splits keep the class proportions."""
-    fold: Annotated[int, Meta(ge=0)] = 0
-    """Which fold of a cross-validation this run is."""
-    augmentation: ImageAugmentation = ImageAugmentation()
-    """Augmentation and preprocessing."""
-
-
-class DigitsData(BaseData, tag="digits", tag_field="dataset"):
-    """scikit-learn's 1,797 handwritten digits, 8x8 pixels, 10 classes; needs no file."""
-
-    default_policies: ClassVar[tuple[str, str]] = ("default_2d_1", "shared_default_2d")
-    classes: ClassVar[int | None] = 10
-    image_channels: ClassVar[int | None] = 1
-
-    val_fraction: Fraction = 0.15
-    """Share of the samples in val, drawn from the seed."""
-    test_fraction: Fraction = 0.2
-    """Share of the samples in test; the test set does not depend on the seed."""
-
-
-class Cifar10Data(BaseData, tag="cifar10", tag_field="dataset"):
-    """CIFAR-10 as published (the folder cifar-10-batches-py below data_root_dir), read by
-    torchvision."""
-
-    default_policies: ClassVar[tuple[str, str]] = ("randaugment", "default")
-    classes: ClassVar[int | None] = 10
-    image_channels: ClassVar[int | None] = 3
-
-    download: bool = True
-    """Whether a missing data set is downloaded."""
-    val_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.1
-    """Share of the 50,000 training images held out as val; 0 uses the test images as val too, as
-    published recipes do."""
-
-
-class Cifar100Data(BaseData, tag="cifar100", tag_field="dataset"):
-    """CIFAR-100 as published (the folder cifar-100-python below data_root_dir), read by
-    torchvision."""
-
-    default_policies: ClassVar[tuple[str, str]] = ("randaugment", "default")
-    classes: ClassVar[int | None] = 100
-    image_channels: ClassVar[int | None] = 3
-
-    download: bool = True
-    """Whether a missing data set is downloaded."""
-    val_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.1
-    """Share of the 50,000 training images held out as val; 0 uses the test images as val too, as
-    published recipes do."""
-
-
-class GenericImageData(BaseData, tag="generic_image_dataset", tag_field="dataset"):
-    """Any folder of images with labels from folder names, a JSON or a CSV file."""
-
-    built_in: ClassVar[str] = "data_folder"
-
-    task: Literal["Classification", "Regression"] | None = None
-    """Kind of prediction; none follows from subtask."""
-    subtask: Subtask | None = None
-    """Kind of target; none is regression for task Regression, else multiclass."""
-    num_classes: Annotated[int, Meta(ge=1)] | None = None
-    """Number of classes (regression: of targets); none counts them, a number is checked against the
-    data."""
-    images_dir: PathText = "images"
-    """Folder of the images below data_root_dir."""
-    split_source: Literal["splits_json", "subdirs", "csv", "kfold"] = "splits_json"
-    """Splits from split_file, from sub-folders of images_dir named like the splits, from
-    split_column of the CSV file, or drawn as folds from the seed."""
-    label_source: Literal["folder", "json", "csv"] = "json"
-    """Labels from the class folder, a JSON object {path: label} or a CSV file."""
-    split_file: PathText = "splits.json"
-    """JSON file below data_root_dir: {split: [path, ...]}, or a list (or {"0": ...}) of such
-    objects, one a fold. Paths are those of the files below images_dir, as the files are named."""
-    labels_file: PathText | None = None
-    """Label file below data_root_dir; none is labels.json or labels.csv, after label_source."""
-    path_column: str = "path"
-    """CSV column of the image's path below images_dir, as the file is named."""
-    label_column: str | tuple[str, ...] = "label"
-    """CSV column of the label; several for multilabel (0/1 each) and multi-target regression."""
-    group_column: str | None = None
-    """CSV column of the group (patient, slide) that must stay in one split; needs label_source
-    csv."""
-    split_column: str = "split"
-    """CSV column of the split's name, for split_source csv."""
-    train_split_name: str = "train"
-    """Name of the train split in the split file, folder or column."""
-    val_split_name: str = "val"
-    """Name of the val split; the name of the test split uses its images as both."""
-    test_split_name: str = "test"
-    """Name of the test split; may be absent unless another name than this one is given."""
-    allowed_exts: tuple[str, ...] = ("jpg", "jpeg", "png", "bmp", "tif", "tiff")
-    """File suffixes that count as images."""
-    class_names: tuple[str, ...] | None = None
-    """Names of the classes in the order of their indices; none sorts what the labels hold."""
-    label_separator: str = "|"
-    """Separator of several labels in one CSV cell (multilabel with one label column)."""
-    strict: bool = True
-    """Whether a missing, unlabelled or broken image is an error; else it is left out and listed."""
-    n_folds: Annotated[int, Meta(ge=3)] = 5
-    """Number of folds of split_source kfold; fold i is test, the next one val, the others train."""
-    channels: Literal[1, 3, 4] = 3
-    """Channels of an image as the encoder sees it: grey, RGB or RGBA; files are converted."""
-    bit_depth: Literal[8, 16] = 8
-    """Bits per channel as the encoder sees them; files of the other depth are scaled, white stays
-    white."""
-
-    def stated_folds(self) -> int | None:
-        if self.split_source == "kfold":
-            return self.n_folds
-        return None if self.split_source == "splits_json" else 1
-
-    def stated_channels(self) -> int | None:
-        return self.channels
-
-    def stated_subtask(self) -> Subtask | None:
-        return self.subtask or ("regression" if self.task == "Regression" else "multiclass")
-
-    def stated_outputs(self) -> list[tuple[str, int]]:
-        stated = counted(self.num_classes, self.class_names)
-        subtask, columns = self.stated_subtask(), self.label_column
-        if self.label_source == "csv" and subtask != "multiclass":
-            count = len(columns) if isinstance(columns, tuple) else 1
-            if subtask == "regression" or count > 1:
-                stated.append(("data.label_column", count))
-        return stated
-
-
-class CustomData(BaseData, tag="custom", tag_field="dataset", kw_only=True):
+class CustomData(ImageData, tag="custom", tag_field="dataset", kw_only=True):
     """A data set of your own: a function of your package that returns glovita_lib.datasets.Data."""
 
     samples: ClassVar[Literal["images", "features", "either"]] = "either"

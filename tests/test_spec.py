@@ -10,7 +10,7 @@ import pytest
 from glovita_lib import spec, spec_errors
 from glovita_lib.errors import UserError
 from glovita_lib.spec import changed_keys, dump, load_spec
-from glovita_lib.spec_data import CustomData, DigitsData, GenericImageData
+from glovita_lib.spec_data import BaseData, CustomData, DigitsData, GenericImageData
 from glovita_lib.spec_model import RegressionHead, TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_root import Root
 
@@ -499,3 +499,16 @@ def test_unions_have_distinct_tags_and_a_default():
 
 def test_regression_head_by_override(root):
     assert root("", "model.head.head_type=regression").model.head == RegressionHead()
+
+
+def test_a_key_of_the_data_sets_is_declared_once():
+    """One meaning, one field: what stands twice differs by modality, choices or default."""
+    members = [cls for cls in every_struct() if issubclass(cls, BaseData)]
+    declared = [
+        name
+        for cls in {base for member in members for base in member.__mro__}
+        for name in vars(cls).get("__annotations__", ())
+        if name in getattr(cls, "__struct_fields__", ())
+    ]
+    twice = {name for name in declared if declared.count(name) > 1}
+    assert twice == {"augmentation", "data_root_dir", "split_source", "val_fraction"}
