@@ -24,9 +24,6 @@ from glovita_lib.spec import ByStruct
 from glovita_lib.spec_train import Supervised
 
 # -------------------------------------------------------------------------------- objectives
-#
-# An objective gives `loss(model, batch, ...)` for a training batch and `predict(model, batch)` for
-# an evaluation batch; the trainer knows nothing else about the task. B batch, K classes or targets.
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ class PeftMethod(Spec):
     """Whether there must be an encoder that it changes."""
     merges: ClassVar[bool] = True
     """Whether what it has learnt can be folded into the base's weights."""
-    calibration_batches = 0  # training batches that it sees before the first step, per rank
+    calibration_batches = 0  # no ClassVar: a method that needs some has a field of this name
+    """Training batches of each rank that it sees before the first step."""
 
 
 # --------------------------------------------------------------- methods that change weights
