@@ -165,7 +165,7 @@ def _(spec: TopHead, *, width, outputs):
     return Top(width, outputs)
 '''
 DATA = '''
-class StripesData(BaseData, tag="stripes", tag_field="dataset"):
+class StripesData(ImageData, tag="stripes", tag_field="dataset"):
     """Horizontal and vertical stripes, 8 x 8 pixels."""
 
     built_in: ClassVar[str] = "data_stripes"
