@@ -378,7 +378,7 @@ def expanded(value: Any, kind: Type, path: Path, problems: list[tuple[Path, str]
     key."""
     if isinstance(value, msgspec.Struct):
         member = next(m for m in spec_errors.structs(kind) if m.cls is type(value))
-        changes = {}
+        changes: dict[str, Any] = {}
         for field in member.fields:
             old = getattr(value, field.name)
             new = expanded(old, field.type, (*path, field.name), problems)
