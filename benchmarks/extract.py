@@ -72,7 +72,7 @@ def forward_seconds(spec: Path, images: int) -> float:
     loaded = load_checked(spec)
     with dist.session() as ranks:
         experiment, _ = source_of(loaded, ranks)
-        model, size = experiment.model.eval(), experiment.resolved.augmentation.image_size
+        model, size = experiment.model.eval(), experiment.resolved.inputs.shape[-1]
         batches = [torch.randn(64, 3, size, size) for _ in range(2)]
         started = time.perf_counter()
         with torch.no_grad():

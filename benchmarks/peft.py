@@ -198,9 +198,10 @@ def methods(paths: list[str], args: argparse.Namespace) -> None:
     """Print a line per spec: one training step of its model, size and optimizer on random images;
     no weights are read."""
     from glovita_lib import dist
-    from glovita_lib.experiment import assemble, read_data, resolve_spec
+    from glovita_lib.experiment import assemble, read_data
     from glovita_lib.model import parameter_table
     from glovita_lib.optim import build_optimizer
+    from glovita_lib.resolved import resolve_spec
     from glovita_lib.spec_check import load_checked
 
     models: dict[str, nn.Module] = {}
@@ -210,11 +211,7 @@ def methods(paths: list[str], args: argparse.Namespace) -> None:
         root = load_checked(path).root
         resolved = resolve_spec(root, read_data(root, ranks))
         model = assemble(root, resolved, ranks, load_weights=False).model.train()
-        shape = (
-            root.dataloading.batch_size,
-            resolved.channels,
-            *[resolved.augmentation.image_size] * 2,
-        )
+        shape = (root.dataloading.batch_size, *resolved.inputs.shape)
         x = torch.randn(shape, device=args.device)
         labels = torch.randint(10, shape[:1], device=args.device)
         if root.training.cache_frozen_features:

@@ -53,7 +53,7 @@ from torchvision import datasets, transforms
 
 import glovita
 from glovita_lib import run_train
-from glovita_lib.data import ArraySource, Data, Split
+from glovita_lib.data import ArraySource, Data, ImageSamples, Split
 from glovita_lib.spec_check import load_checked
 from glovita_lib.spec_data import CustomData
 from glovita_lib.trainer import Trainer
@@ -165,7 +165,8 @@ def read_images(spec: CustomData, seed: int) -> Data:
         splits[name] = Split(
             [str(row) for row in rows], np.array(images.targets), ArraySource(pixels, rows)
         )
-    return Data("crops", splits, "multiclass", tuple(images.classes), channels=3, bit_depth=8)
+    names, samples = tuple(images.classes), ImageSamples(channels=3, bit_depth=8)
+    return Data("crops", splits, "multiclass", names, samples)
 
 
 def sample_loader(folder: Path, *, train: bool, extra: list[Any]) -> DataLoader:

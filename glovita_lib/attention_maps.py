@@ -18,7 +18,7 @@ from glovita_lib.errors import UserError, file_name
 from glovita_lib.extraction import grid_places
 from glovita_lib.figures import GREY, displayed, drawing, number, short, window
 from glovita_lib.objectives import Predictions
-from glovita_lib.resolved import Resolved
+from glovita_lib.resolved import ImageInputs, Resolved
 
 # ---------------------------------------------------------------------------------- the file
 #
@@ -404,9 +404,9 @@ def bag_map(
     branches = [str(name) for name in file.attrs["branches"]]
     of_classes = len(branches) == len(scores)
     image = None
-    if resolved.kind == "images":
+    if isinstance(resolved.inputs, ImageInputs):
         (pixels,) = split.source.fetch(np.array([bag]))
-        image = displayed(pixels, *window(pixels, resolved.bit_depth))
+        image = displayed(pixels, *window(pixels, resolved.inputs.bit_depth))
     return BagMap(
         title=predictions.ids[bag],
         caption=caption(predictions, bag, resolved),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -60,6 +60,43 @@ class Split:
         return len(self.ids)
 
 
+class BaseSamples(Spec, tag_field="kind"):
+    """What a sample of a data set is; one Struct a modality."""
+
+    mixes: ClassVar[bool] = False
+    """Whether two samples can be mixed (mixup, cutmix)."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the modality."""
+        return str(self.__struct_config__.tag)
+
+
+class ImageSamples(BaseSamples, tag="images"):
+    """Images (C, H, W)."""
+
+    mixes: ClassVar[bool] = True
+
+    channels: int
+    """1 grey, 3 RGB or 4 RGB and alpha."""
+    bit_depth: int
+    """Bits per channel: 8 (uint8 samples) or 16 (uint16 samples)."""
+
+
+class VectorSamples(BaseSamples, tag="vectors"):
+    """Precomputed features (D,)."""
+
+    width: int
+    """D."""
+
+
+class BagSamples(BaseSamples, tag="bags"):
+    """Bags of precomputed features (instances, D)."""
+
+    width: int
+    """D."""
+
+
 @dataclass(slots=True)
 class Data:
     """A data set, ready to load from."""
@@ -71,9 +108,8 @@ class Data:
     subtask: Subtask
     class_names: tuple[str, ...]
     """Names of the classes, or of the targets of a regression, in the order of the outputs."""
-    channels: int
-    bit_depth: int
-    """8 (uint8 samples) or 16 (uint16 samples)."""
+    samples: BaseSamples
+    """What a sample is."""
     report: list[str] = field(default_factory=list)
     """Lines worth showing: left-out files, duplicates, classes without samples."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glovita_lib.data import Data, Source, Split, read_data_set
+from glovita_lib.data import BagSamples, Data, Source, Split, VectorSamples, read_data_set
 from glovita_lib.data_labels import (
     Encoded,
     LabelRules,
@@ -67,6 +67,11 @@ class Collection:
     def width(self) -> int:
         """D."""
         return self.vectors.width if self.bags is None else self.bags.width
+
+    @property
+    def samples(self) -> VectorSamples | BagSamples:
+        """What a sample is."""
+        return (VectorSamples if self.bags is None else BagSamples)(width=self.width)
 
     @property
     def stored(self) -> int:
@@ -176,8 +181,7 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
         splits=splits,
         subtask=subtask,
         class_names=names,
-        channels=collections[0].width,
-        bit_depth=16,
+        samples=collections[0].samples,
         report=[
             *unused(spec, table, collections, splits),
             *shared_ids({name: splits[name] for name in splits if opened[files[name]].named}),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from glovita_lib.data import Data, Split, read_data_set
+from glovita_lib.data import Data, ImageSamples, Split, read_data_set
 from glovita_lib.data_labels import LabelRules, Labels, encode, is_missing, untrained
 from glovita_lib.data_splits import (
     FOLDS,
@@ -277,8 +277,7 @@ def _(spec: GenericImageData, *, seed: int) -> Data:
         splits={name: images_split(spec, images, samples, rows[name]) for name in rows},
         subtask=subtask,
         class_names=class_names,
-        channels=spec.channels,
-        bit_depth=spec.bit_depth,
+        samples=ImageSamples(channels=spec.channels, bit_depth=spec.bit_depth),
         report=report,
     )
 

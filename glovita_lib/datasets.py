@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glovita_lib.data import ArraySource, Data, Split, read_data_set, subset
+from glovita_lib.data import ArraySource, Data, ImageSamples, Split, read_data_set, subset
 from glovita_lib.data_splits import FRACTION, VAL, draw_stratified, strata
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, call_target
@@ -51,8 +51,7 @@ def read_cifar(spec: Cifar10Data | Cifar100Data, name: str, seed: int) -> Data:
         },
         subtask="multiclass",
         class_names=tuple(train.classes),
-        channels=3,
-        bit_depth=8,
+        samples=ImageSamples(channels=3, bit_depth=8),
         report=[] if spec.val_fraction else [shared],
     )
 
@@ -159,8 +158,7 @@ def _(spec: DigitsData, *, seed: int) -> Data:
         splits={name: array_split(images, labels, rows[name]) for name in rows},
         subtask="multiclass",
         class_names=tuple(str(name) for name in digits.target_names),
-        channels=1,
-        bit_depth=8,
+        samples=ImageSamples(channels=1, bit_depth=8),
     )
 
 
@@ -199,6 +197,6 @@ def _(spec: CustomData, *, seed: int) -> Data:
     if not isinstance(data, Data):
         raise UserError(
             f'data.target = "{spec.target}" returned {type(data).__name__}, expected'
-            " glovita_lib.datasets.Data"
+            " glovita_lib.data.Data"
         )
     return data

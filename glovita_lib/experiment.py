@@ -3,6 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
+from functools import singledispatch
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,19 +14,18 @@ from msgspec.structs import replace
 from torch import nn
 
 from glovita_lib import checkpoint, dist, peft_base
-from glovita_lib.augment import random_operations, resolve_augmentation
+from glovita_lib.augment_images import random_operations
 from glovita_lib.data import ArraySource, Data, Split, subset
 from glovita_lib.datasets import build_data
 from glovita_lib.dist import resolve_precision
-from glovita_lib.encoder import Encoder, Identity, preprocess_of
+from glovita_lib.encoder import Encoder, Identity, output_width
 from glovita_lib.errors import UserError
 from glovita_lib.loader import Batch, Loader, build_feature_loader, build_loader
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import Model, build_model
 from glovita_lib.objectives import Objective, Predictions, build_objective, gather_split
 from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
-from glovita_lib.read_features import VectorSource
-from glovita_lib.resolved import Resolved, resolve_run
+from glovita_lib.resolved import BagInputs, EncodedInputs, Inputs, Resolved, VectorInputs
 from glovita_lib.spec import expand, with_paths
 from glovita_lib.spec_data import PrecomputedData
 from glovita_lib.spec_model import ClamHead, Head
@@ -42,7 +42,8 @@ def check_instances(spec: Head, head: nn.Module, encoder: Encoder, resolved: Res
     Raises:
         UserError: they do not fit, or instance_eval on a regression, whose targets label nothing.
     """
-    if resolved.kind == "bags" and head.consumes == "pooled":
+    inputs = resolved.inputs
+    if isinstance(inputs, BagInputs) and head.consumes == "pooled":
         others = ", ".join(f'"{tag(kind)}"' for kind in get_args(Head) if kind.takes == "bags")
         raise UserError(
             f'model.head.head_type = "{tag(spec)}": the samples are bags of instances, and this'
@@ -50,9 +51,9 @@ def check_instances(spec: Head, head: nn.Module, encoder: Encoder, resolved: Res
         )
     if spec.takes != "bags":
         return
-    of_data = resolved.kind == "bags" or isinstance(encoder, Identity)  # also bags of custom data
-    if resolved.kind == "vectors" or not (of_data or encoder.has_patches):
-        one = "the features hold" if resolved.kind == "vectors" else "the encoder gives"
+    of_vectors = isinstance(inputs, VectorInputs)
+    if of_vectors or not (isinstance(inputs, BagInputs) or encoder.has_patches):
+        one = "the features hold" if of_vectors else "the encoder gives"
         raise UserError(
             f'model.head.head_type = "{tag(spec)}" takes bags of instances, but {one} one vector a'
             ' sample: set it to "classification" or "regression", or give bags (bag_ptr in the'
@@ -99,20 +100,16 @@ class Experiment:
     def loader(self, split: Split, *, train: bool) -> Loader:
         """Batches of a split, with the geometry of the policy that it is used with."""
         objective, spec = self.objective, self.root.dataloading
-        inputs = objective.train_inputs if train else objective.eval_inputs
-        arguments = {
-            "fit": inputs.fit,
-            "train": train,
-            "seed": self.root.seed,
-            "ranks": self.ranks,
-            "batch_size": spec.batch_size if train else self.resolved.eval_batch_size,
-        }
-        if isinstance(split.source, VectorSource):
-            # a custom data set may give vectors too
-            data = self.root.data
-            window = (data if isinstance(data, PrecomputedData) else PrecomputedData()).window_mb
-            return build_feature_loader(split, spec, window_mb=window, **arguments)
-        return build_loader(split, spec, **arguments)
+        return build_split_loader(
+            self.resolved.inputs,
+            split,
+            self.root,
+            fit=(objective.train_inputs if train else objective.eval_inputs).fit,
+            train=train,
+            seed=self.root.seed,
+            ranks=self.ranks,
+            batch_size=spec.batch_size if train else self.resolved.eval_batch_size,
+        )
 
     def predict(self, split: Split) -> Predictions | None:
         """Predictions of a whole split on the first rank, None on the others.
@@ -130,6 +127,19 @@ class Experiment:
             loader.close()
 
 
+@singledispatch
+def build_split_loader(inputs: Inputs, split: Split, root: Root, **options: Any) -> Loader:
+    """Loader of a split of the inputs of a run; options are those of build_loader."""
+    return build_loader(split, root.dataloading, **options)
+
+
+@build_split_loader.register
+def _(inputs: VectorInputs, split: Split, root: Root, **options: Any) -> Loader:
+    # a custom data set may give vectors too
+    data = root.data if isinstance(root.data, PrecomputedData) else PrecomputedData()
+    return build_feature_loader(split, root.dataloading, window_mb=data.window_mb, **options)
+
+
 def read_data(root: Root, ranks: dist.Ranks) -> Data:
     """The data of a spec; the first rank reads (and downloads) before the others, and alone looks
     at all values of features. Only training needs a train split."""
@@ -138,22 +148,6 @@ def read_data(root: Root, ranks: dist.Ranks) -> Data:
         spec = replace(spec, check_values=False)
     with dist.main_first(ranks):
         return build_data(spec, seed=root.seed, trains=root.mode == "train")
-
-
-def resolve_spec(root: Root, data: Data) -> Resolved:
-    """Run-time values from the spec, the data and the encoder's input convention."""
-    if root.model.encoder.takes == "features":
-        return resolve_run(root, data, None)
-    sizes = {split.source.uniform for split in data.splits.values() if len(split)}
-    same = sizes.pop() if len(sizes) == 1 else None
-    augmentation = resolve_augmentation(
-        root.data.augmentation,
-        default_policies=root.data.default_policies,
-        encoder=preprocess_of(root.model.encoder, channels=data.channels),
-        channels=data.channels,
-        native_size=None if same is None else same[1:],
-    )
-    return resolve_run(root, data, augmentation)
 
 
 def assemble(
@@ -166,15 +160,13 @@ def assemble(
     """
     base = merged_base(root, ranks) if load_weights else None
     dist.seed_everything(root.seed)
-    augmentation = resolved.augmentation
     model = build_model(
         root.model,
         root.peft,
         outputs=len(resolved.class_names),
-        channels=resolved.channels,
-        image_size=None if augmentation is None else augmentation.image_size,
         load_weights=load_weights,
         base=base,
+        **resolved.inputs.model_arguments,
     ).to(ranks.device)
     check_instances(root.model.head, model.head, model.encoder, resolved)
     objective = build_objective(root.task, resolved, ranks.device)
@@ -364,7 +356,9 @@ def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
         for name, split in data.splits.items()
         if name in ("train", "val") and len(split)
     }
-    resolved = replace(experiment.resolved, kind="vectors", augmentation=None)
+    width = output_width(experiment.model.encoder, experiment.model.aggregation)
+    vectors = VectorInputs(width=width, mean=None, std=None)
+    resolved = replace(experiment.resolved, inputs=vectors)
     objective = build_objective(experiment.root.task, resolved, experiment.ranks.device)
     small = with_fields(experiment, resolved=resolved, objective=objective)
     return small, with_fields(data, splits={**data.splits, **splits})
@@ -380,8 +374,8 @@ def refuse_unstable(experiment: Experiment) -> None:
     if not experiment.root.training.cache_frozen_features:
         return
     key = "training.cache_frozen_features = true"
-    model, augmentation = experiment.model, experiment.resolved.augmentation
-    if augmentation is None:
+    model, inputs = experiment.model, experiment.resolved.inputs
+    if not isinstance(inputs, EncodedInputs):
         raise UserError(f"{key}: the samples are features already; leave it out")
     if not model.encoder_is_frozen or model.head.consumes != "pooled":
         raise UserError(
@@ -389,7 +383,7 @@ def refuse_unstable(experiment: Experiment) -> None:
             ' "linear_probing" with head_type classification or regression, or leave it out'
         )
     task = experiment.root.task
-    drawn = random_operations(augmentation.train)
+    drawn = random_operations(inputs.augmentation.train)
     drawn += [name for name in ("mixup", "cutmix") if getattr(task, name)]
     if drawn:
         raise UserError(

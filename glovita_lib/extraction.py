@@ -16,6 +16,7 @@ from glovita_lib.errors import UserError
 from glovita_lib.experiment import Experiment
 from glovita_lib.loader import Batch
 from glovita_lib.objectives import HeadOutput
+from glovita_lib.resolved import EncodedInputs
 from glovita_lib.spec_train import Extract
 
 # ------------------------------------------------------------------------------------ layers
@@ -229,16 +230,18 @@ class Extractor:
     """
 
     def __init__(self, experiment: Experiment, spec: Extract, *, predicts: bool = False) -> None:
-        if experiment.resolved.augmentation is None:
+        inputs = experiment.resolved.inputs
+        if not isinstance(inputs, EncodedInputs):
             raise UserError("mode extract reads images; data set precomputed_features is read out")
+        self.inputs = inputs
         self.experiment, self.spec, self.predicts = experiment, spec, predicts
         self.model = experiment.model.eval()
-        resolved, encoder = experiment.resolved, experiment.model.encoder
-        size = resolved.augmentation.image_size
         self.layers, self.normed, probed = None, (), []
         if spec.layers:
-            shape = (1, resolved.channels, size, size)
-            self.layers = choose_layers(encoder, spec.layers, norm=spec.norm, input_shape=shape)
+            shape = (1, *inputs.shape)
+            self.layers = choose_layers(
+                self.model.encoder, spec.layers, norm=spec.norm, input_shape=shape
+            )
             probed, self.normed = self.layers.probe(shape)
         self.method = self.resolve_method(probed)
         self.dtype = torch.float16 if spec.precision == 16 else torch.float32
@@ -253,9 +256,8 @@ class Extractor:
     @cached_property
     def sample_bytes(self) -> int:
         """Bytes of the features of a sample as they are stored: those of a black image."""
-        resolved, device = self.experiment.resolved, self.experiment.ranks.device
-        size = resolved.augmentation.image_size
-        inputs = torch.zeros(1, resolved.channels, size, size, device=device)
+        device = self.experiment.ranks.device
+        inputs = torch.zeros(1, *self.inputs.shape, device=device)
         with torch.no_grad(), autocast(self.experiment.precision, device):
             read, *_ = self.read(inputs, self.features(inputs))
         return read.numel() * self.dtype.itemsize

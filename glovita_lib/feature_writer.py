@@ -162,7 +162,7 @@ def feature_file_name(root: Root, extractor: Extractor, split: str) -> str:
     Raises:
         UserError: a placeholder that does not exist.
     """
-    spec, augmentation = root.extract, extractor.experiment.resolved.augmentation
+    spec = root.extract
     pattern = spec.output_filename
     if pattern is None:
         kind = "agg_{method}" if spec.output == "embedding" else spec.output
@@ -172,7 +172,7 @@ def feature_file_name(root: Root, extractor: Extractor, split: str) -> str:
         "model": extractor.model.encoder.name.replace("/", "_"),
         "dataset": msgspec.to_builtins(root.data)["dataset"],
         "split": split,
-        "imgsize": augmentation.image_size,
+        "imgsize": extractor.inputs.shape[-1],
         "precision": spec.precision,
         "checkpoint": checkpoint_name(spec),
     }
@@ -206,7 +206,7 @@ def recipe_of_features(
         "encoder_spec": json.dumps(encoder),
         "peft_spec": json.dumps(msgspec.to_builtins(experiment.root.peft)),
         "weights_sha256": extractor.weights_sha256,
-        "transform": json.dumps(msgspec.to_builtins(experiment.resolved.augmentation)),
+        "transform": json.dumps(msgspec.to_builtins(extractor.inputs.augmentation)),
         "ids_sha256": sha256("\n".join(split.ids).encode()),
         "bag_by": root.extract.bag_by or "none",
     }

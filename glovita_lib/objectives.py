@@ -6,6 +6,7 @@ B batch, N samples of a split, D width of a feature, K classes or targets.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import singledispatch
 from itertools import islice
 from typing import Any
 
@@ -19,7 +20,7 @@ from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader
 from glovita_lib.losses import build_criterion, plain_criterion
 from glovita_lib.metrics import compute
-from glovita_lib.resolved import Resolved
+from glovita_lib.resolved import BagInputs, ImageInputs, Inputs, Resolved, VectorInputs
 from glovita_lib.spec import ByStruct
 from glovita_lib.spec_train import Supervised
 
@@ -139,11 +140,24 @@ class FeatureInputs:
         return (features.float() - self.mean) / self.std
 
 
-def build_inputs(resolved: Resolved, *, train: bool) -> Augmenter | FeatureInputs:
-    """What makes the encoder's input of a batch, on the training device."""
-    if resolved.augmentation is None:
-        return FeatureInputs(resolved.feature_mean, resolved.feature_std)
-    return Augmenter(resolved.augmentation, train=train, bit_depth=resolved.bit_depth)
+@singledispatch
+def build_inputs(inputs: Inputs, *, train: bool) -> Augmenter | FeatureInputs:
+    """What makes the encoder's input of a batch, on the training device.
+
+    Args:
+        train: whether under the train policy, where there is one.
+    """
+    raise TypeError(f"no inputs for {type(inputs).__name__}")
+
+
+@build_inputs.register
+def _(inputs: ImageInputs, *, train: bool) -> Augmenter:
+    return Augmenter(inputs.augmentation, train=train, bit_depth=inputs.bit_depth)
+
+
+@build_inputs.register
+def _(inputs: VectorInputs | BagInputs, *, train: bool) -> FeatureInputs:
+    return FeatureInputs(inputs.mean, inputs.std)
 
 
 # ---------------------------------------------------------------------- supervised learning
@@ -190,8 +204,8 @@ class SupervisedObjective(Objective):
         self.task, self.resolved = task, resolved
         self.subtask = resolved.subtask
         self.outputs = len(resolved.class_names)
-        self.train_inputs = build_inputs(resolved, train=True)
-        self.eval_inputs = build_inputs(resolved, train=False)
+        self.train_inputs = build_inputs(resolved.inputs, train=True)
+        self.eval_inputs = build_inputs(resolved.inputs, train=False)
         self.criterion = build_criterion(
             task, subtask=resolved.subtask, class_weights=resolved.class_weights
         ).to(device)

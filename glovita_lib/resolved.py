@@ -1,22 +1,179 @@
 """Values derived at run time from the spec, the data and the encoder: in one place, saved with
 every checkpoint.
 
-K classes or targets.
+B batch, C channels, S side of an image as the encoder receives it, D width of a feature, K classes
+or targets.
 """
 
-from typing import Literal
+from functools import singledispatch
+from typing import Any
 
 import numpy as np
 
-from glovita_lib.augment import ResolvedImageAugmentation
-from glovita_lib.data import Data, Split
+from glovita_lib.augment import ResolvedImageAugmentation, resolve_augmentation
+from glovita_lib.data import BagSamples, BaseSamples, Data, ImageSamples, Split, VectorSamples
+from glovita_lib.encoder import preprocess_of
 from glovita_lib.errors import UserError
 from glovita_lib.metric_names import check_logged, logged_names, metrics_of, usual_metrics
-from glovita_lib.read_features import BagSource, VectorSource, feature_moments
+from glovita_lib.read_features import feature_moments
 from glovita_lib.spec import Spec
 from glovita_lib.spec_data import PrecomputedData, Subtask
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Supervised
+
+# ------------------------------------------------------------------------------------ inputs
+#
+# What a sample is and how it becomes the encoder's input: one Struct a modality, which adds to that
+# of the data set what a run derives.
+#
+# To add a modality, add its samples (in data), its Struct here and to the unions, and what is
+# registered for them: `resolve_inputs` here, `build_inputs` in objectives, `build_split_loader` in
+# experiment, and where samples are read without labels or shown, the functions registered for
+# ImageInputs.
+
+
+class ImageInputs(ImageSamples, tag="images"):
+    """Images, under the policies of the run."""
+
+    augmentation: ResolvedImageAugmentation
+    """Policies with all their parameters, sizes, mean and std."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of a sample as the encoder receives it."""
+        return (self.channels, self.augmentation.image_size, self.augmentation.image_size)
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What the model is built with."""
+        return {"channels": self.channels, "image_size": self.augmentation.image_size}
+
+
+class VectorInputs(VectorSamples, tag="vectors"):
+    """Precomputed features."""
+
+    mean: tuple[float, ...] | None
+    """Mean of each feature over the train split, where they are standardised."""
+    std: tuple[float, ...] | None
+    """Standard deviation of each feature, likewise."""
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What the model is built with."""
+        return {"channels": self.width, "image_size": None}
+
+
+class BagInputs(BagSamples, tag="bags"):
+    """Bags of precomputed features."""
+
+    mean: tuple[float, ...] | None
+    """Mean of each feature over the instances of the train split, where they are standardised."""
+    std: tuple[float, ...] | None
+    """Standard deviation of each feature, likewise."""
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What the model is built with."""
+        return {"channels": self.width, "image_size": None}
+
+
+EncodedInputs = ImageInputs
+"""Samples that an encoder reads; the others are features, which a head takes as they are."""
+Inputs = EncodedInputs | VectorInputs | BagInputs
+
+
+@singledispatch
+def resolve_inputs(samples: BaseSamples, root: Root, data: Data) -> Inputs:
+    """What a run makes of the samples of a data set.
+
+    Raises:
+        UserError: see resolve_augmentation; or the encoder takes other samples.
+    """
+    raise TypeError(f"no inputs for {type(samples).__name__}")
+
+
+@resolve_inputs.register
+def _(samples: ImageSamples, root: Root, data: Data) -> ImageInputs:
+    assert not isinstance(root.data, PrecomputedData)  # its samples are features
+    if root.model.encoder.takes == "features":
+        raise UserError(
+            'model.encoder.encoder_type = "precomputed" takes features, and the samples of data set'
+            f" {data.name} are images: name an encoder"
+        )
+    sizes = {split.source.uniform for split in data.splits.values() if len(split)}
+    same = sizes.pop() if len(sizes) == 1 else None
+    augmentation = resolve_augmentation(
+        root.data.augmentation,
+        default_policies=root.data.default_policies,
+        encoder=preprocess_of(root.model.encoder, channels=samples.channels),
+        channels=samples.channels,
+        native_size=None if same is None else same[1:],
+    )
+    return ImageInputs(
+        channels=samples.channels, bit_depth=samples.bit_depth, augmentation=augmentation
+    )
+
+
+@resolve_inputs.register
+def _(samples: VectorSamples, root: Root, data: Data) -> VectorInputs:
+    mean, std = moments(samples, root, data)
+    return VectorInputs(width=samples.width, mean=mean, std=std)
+
+
+@resolve_inputs.register
+def _(samples: BagSamples, root: Root, data: Data) -> BagInputs:
+    mean, std = moments(samples, root, data)
+    return BagInputs(width=samples.width, mean=mean, std=std)
+
+
+def moments(
+    samples: BaseSamples, root: Root, data: Data
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and standard deviation (D,) of the features of the train split, where the spec
+    standardises them.
+
+    Raises:
+        UserError: the encoder takes images.
+    """
+    if root.model.encoder.takes != "features":
+        raise UserError(
+            f"the samples of data set {data.name} are {samples.kind} of features, which no encoder"
+            ' takes: set model.encoder.encoder_type = "precomputed"'
+        )
+    if not isinstance(root.data, PrecomputedData) or not root.data.standardize:
+        return None, None
+    mean, std = feature_moments(data.splits["train"].source)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def check_samples(inputs: Inputs, spec: Spec, data: Data, trained: str) -> None:
+    """The samples of a data set are those that a trained model takes.
+
+    Args:
+        inputs: of the model.
+        spec: the section data.
+        trained: what the model is called in a message.
+
+    Raises:
+        UserError: they are not.
+    """
+    samples = data.samples
+    if samples.kind != inputs.kind:
+        raise UserError(
+            f"{trained} was trained on {inputs.kind}, the samples of data set {data.name} are"
+            f" {samples.kind}"
+        )
+    for name in samples.__struct_fields__:
+        theirs, ours = getattr(inputs, name), getattr(samples, name)
+        if theirs != ours:
+            hint = f"; set data.{name}" if name in spec.__struct_fields__ else ""
+            raise UserError(
+                f"{trained} was trained on {inputs.kind} of {name} {theirs}, data set {data.name}"
+                f" has {name} {ours}{hint}"
+            )
+
+
+# ------------------------------------------------------------------------------------- a run
 
 
 class Resolved(Spec):
@@ -28,20 +185,10 @@ class Resolved(Spec):
     """Kind of target."""
     class_names: tuple[str, ...]
     """Names of the classes, or of the targets of a regression, in the order of the outputs."""
-    kind: Literal["images", "vectors", "bags"]
-    """What a sample is."""
-    channels: int
-    """Channels of an image, or width of a feature."""
-    bit_depth: int
-    """Bits per channel, 8 or 16."""
     samples: dict[str, int]
     """Number of samples per split."""
-    augmentation: ResolvedImageAugmentation | None
-    """Policies with all their parameters, sizes, mean and std; none for precomputed features."""
-    feature_mean: tuple[float, ...] | None
-    """Mean of each precomputed feature over the train split, where they are standardised."""
-    feature_std: tuple[float, ...] | None
-    """Standard deviation of each feature, likewise."""
+    inputs: Inputs
+    """What a sample is, and how it becomes the encoder's input."""
     metrics: tuple[str, ...]
     """Metrics of every evaluation."""
     best_metric: str | None
@@ -56,34 +203,28 @@ class Resolved(Spec):
     """Samples per batch and rank in evaluation."""
 
 
-def resolve_run(root: Root, data: Data, augmentation: ResolvedImageAugmentation | None) -> Resolved:
-    """All resolved values of a training run.
+def resolve_spec(root: Root, data: Data) -> Resolved:
+    """All resolved values of a run, from the spec, the data and the encoder's input convention.
 
     Raises:
         UserError: no train split, targets that do not vary, class weights that do not fit the
-            classes, or options that have no meaning for these targets or samples.
+            classes, or options that have no meaning for these targets or samples; see also
+            resolve_inputs.
     """
     train = data.splits.get("train")
     if train is None or not len(train):
         raise UserError(f"data set {data.name}: the train split is empty")
     check_metrics(root.task.metrics, data.subtask)
-    check_options(root.task, data.subtask, modality_of(train))
+    check_options(root.task, data.subtask, data.samples)
+    inputs = resolve_inputs(data.samples, root, data)
     metrics = root.task.metrics or usual_metrics(data.subtask)
-    moments = None
-    if isinstance(root.data, PrecomputedData) and root.data.standardize:
-        moments = feature_moments(train.source)
     mean, std = target_scale(root.task, data, train)
     return Resolved(
         dataset=data.name,
         subtask=data.subtask,
         class_names=data.class_names,
-        kind=modality_of(train),
-        channels=data.channels,
-        bit_depth=data.bit_depth,
         samples={name: len(split) for name, split in data.splits.items()},
-        augmentation=augmentation,
-        feature_mean=None if moments is None else tuple(moments[0].tolist()),
-        feature_std=None if moments is None else tuple(moments[1].tolist()),
+        inputs=inputs,
         metrics=metrics,
         best_metric=best_metric(root, data, metrics),
         class_weights=class_weights(root.task, data, train),
@@ -91,13 +232,6 @@ def resolve_run(root: Root, data: Data, augmentation: ResolvedImageAugmentation 
         target_std=std,
         eval_batch_size=root.dataloading.eval_batch_size or root.dataloading.batch_size,
     )
-
-
-def modality_of(split: Split) -> str:
-    """What a sample of a split is."""
-    if isinstance(split.source, BagSource):
-        return "bags"
-    return "vectors" if isinstance(split.source, VectorSource) else "images"
 
 
 def check_metrics(metrics: tuple[str, ...] | None, subtask: str) -> None:
@@ -114,7 +248,7 @@ def check_metrics(metrics: tuple[str, ...] | None, subtask: str) -> None:
             )
 
 
-def check_options(task: Supervised, subtask: str, kind: str) -> None:
+def check_options(task: Supervised, subtask: str, samples: BaseSamples) -> None:
     """Mixing is for images, and with weights and smoothing for classes.
 
     Raises:
@@ -125,9 +259,11 @@ def check_options(task: Supervised, subtask: str, kind: str) -> None:
     if subtask == "regression":
         for name in (name for name, value in (mixing | softening).items() if value):
             raise UserError(f"task.{name} is for classes, and the data are a regression: drop it")
-    if kind != "images":
+    if not samples.mixes:
         for name in (name for name, value in mixing.items() if value):
-            raise UserError(f"task.{name} mixes images, and the samples are {kind}: drop it")
+            raise UserError(
+                f"task.{name} mixes images, and the samples are {samples.kind}: drop it"
+            )
 
 
 def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:

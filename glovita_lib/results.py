@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import singledispatch
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,8 +22,8 @@ from glovita_lib.loader import fit_all, to_tensor
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.metrics import metrics_report
 from glovita_lib.metrics_classification import THRESHOLD
-from glovita_lib.objectives import Predictions
-from glovita_lib.resolved import Resolved
+from glovita_lib.objectives import Predictions, build_inputs
+from glovita_lib.resolved import ImageInputs, Inputs, Resolved
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
 
@@ -179,13 +180,22 @@ def write_results(
             scores=predictions.scores,
             class_names=resolved.class_names,
         )
-        if resolved.kind == "images":
-            plot_worst(folder / "plots" / f"worst_{name}.png", predictions, split, resolved)
+        path = folder / "plots" / f"worst_{name}.png"
+        plot_worst(resolved.inputs, path, predictions, split, resolved)
     return content
 
 
-def plot_worst(path: Path, predictions: Predictions, split: Split, resolved: Resolved) -> None:
-    """A sheet of the samples with the largest losses, worst first."""
+@singledispatch
+def plot_worst(
+    inputs: Inputs, path: Path, predictions: Predictions, split: Split, resolved: Resolved
+) -> None:
+    """A sheet of the samples with the largest losses, worst first; none of what has no picture."""
+
+
+@plot_worst.register
+def _(
+    inputs: ImageInputs, path: Path, predictions: Predictions, split: Split, resolved: Resolved
+) -> None:
     worst = np.argsort(-predictions.losses, kind="stable")[:WORST]
     images = list(split.source.fetch(predictions.rows[worst]))
     figures.worst_sheet(
@@ -196,31 +206,34 @@ def plot_worst(path: Path, predictions: Predictions, split: Split, resolved: Res
         losses=predictions.losses[worst],
         subtask=resolved.subtask,
         class_names=resolved.class_names,
-        bit_depth=resolved.bit_depth,
+        bit_depth=inputs.bit_depth,
         path=path,
     )
 
 
-def plot_augmented(path: Path, experiment: Experiment, split: Split, rows: np.ndarray) -> None:
-    """A sheet of some training samples beside what the train policy makes of them."""
-    resolved = experiment.resolved
-    if resolved.augmentation is None:
-        return
-    augment = experiment.objective.train_inputs
+@singledispatch
+def plot_augmented(inputs: Inputs, path: Path, split: Split, rows: np.ndarray) -> None:
+    """A sheet of some training samples beside what the train policy makes of them; none of what
+    has no picture."""
+
+
+@plot_augmented.register
+def _(inputs: ImageInputs, path: Path, split: Split, rows: np.ndarray) -> None:
+    augment = build_inputs(inputs, train=True)
     rows = rows[:SHEET_ROWS]
     originals = split.source.fetch(rows)
     columns = []
     for seed in range(SHEET_COLUMNS):
         if isinstance(originals, np.ndarray):
-            inputs, fitted = to_tensor(originals), False
+            images, fitted = to_tensor(originals), False
         else:
-            inputs, fitted = fit_all(originals, augment.fit, seed), True
-        columns.append(augment(inputs, fitted, seed))  # (R, C, S, S)
+            images, fitted = fit_all(originals, augment.fit, seed), True
+        columns.append(augment(images, fitted, seed))  # (R, C, S, S)
     figures.augmented_sheet(
         list(originals),
         torch.stack(columns),
-        mean=resolved.augmentation.mean,
-        std=resolved.augmentation.std,
+        mean=inputs.augmentation.mean,
+        std=inputs.augmentation.std,
         path=path,
         captions=[split.ids[row] for row in rows],
     )

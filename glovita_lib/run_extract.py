@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 from msgspec.structs import replace
 
 from glovita_lib import dist, files
-from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Split, skipped
+from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Source, Split, skipped
 from glovita_lib.errors import UserError
-from glovita_lib.experiment import Experiment, assemble, read_data, resolve_spec, restore
+from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.extraction import Extractor, PendingReadout, Readout
 from glovita_lib.feature_writer import (
     BlockFiles,
@@ -36,6 +37,7 @@ from glovita_lib.feature_writer import (
 from glovita_lib.files import Lock
 from glovita_lib.loader import Loader, build_loader
 from glovita_lib.loggers import Rate, say
+from glovita_lib.resolved import ImageInputs, Inputs, check_samples, resolve_spec
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_data import GenericImageData
@@ -254,13 +256,11 @@ class Job:
     def readable(self, rows: np.ndarray, notes: Path) -> Split:
         """Some rows of the split, without labels; where broken ones are to be left out, black
         images in their place and notes about them in a folder."""
-        whole, resolved = self.split.source, self.extractor.experiment.resolved
+        whole = self.split.source
         if isinstance(whole, ArraySource):
             source = whole.select(rows)
         elif self.root.extract.on_error == "skip":
-            size = resolved.augmentation.image_size
-            blank = (resolved.channels, size, size)
-            source = SkippingSource(whole, rows, notes, blank, resolved.bit_depth)
+            source = skipping_source(self.extractor.inputs, whole, rows, notes)
         else:
             source = PartSource(whole, rows)
         return Split([self.split.ids[row] for row in rows], None, source)
@@ -282,6 +282,17 @@ class Job:
             ranks=alone,
             batch_size=experiment.resolved.eval_batch_size,
         )
+
+
+@singledispatch
+def skipping_source(inputs: Inputs, whole: Source, rows: np.ndarray, notes: Path) -> SkippingSource:
+    """Some samples of a source, with blank ones and notes about them for what cannot be read."""
+    raise TypeError(f"no blank sample of {type(inputs).__name__}")
+
+
+@skipping_source.register
+def _(inputs: ImageInputs, whole: Source, rows: np.ndarray, notes: Path) -> SkippingSource:
+    return SkippingSource(whole, rows, notes, inputs.shape, inputs.bit_depth)
 
 
 def say_main(ranks: dist.Ranks, text: str) -> None:
@@ -350,13 +361,7 @@ def source_of(loaded: Loaded, ranks: dist.Ranks) -> tuple[Experiment, Data]:
                 ' with extract.source = "encoder"'
             )
     experiment = restore(path, root, ranks)
-    resolved = experiment.resolved
-    for name in ("channels", "bit_depth"):
-        if getattr(resolved, name) != getattr(data, name):
-            raise UserError(
-                f"{path} was trained on images of {name} {getattr(resolved, name)}, data set"
-                f" {data.name} has {name} {getattr(data, name)}; set data.{name}"
-            )
+    check_samples(experiment.resolved.inputs, root.data, data, str(path))
     training = replace(experiment.root.training, precision=root.training.precision)
     experiment.root = replace(experiment.root, training=training)
     return experiment, data

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import singledispatch
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,14 @@ from glovita_lib.experiment import Experiment, read_data, restore, some_of
 from glovita_lib.loggers import say, two_columns
 from glovita_lib.objectives import Predictions
 from glovita_lib.peft_base import ADDED, Insert
-from glovita_lib.resolved import Resolved
+from glovita_lib.resolved import (
+    BagInputs,
+    ImageInputs,
+    Inputs,
+    Resolved,
+    VectorInputs,
+    check_samples,
+)
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
@@ -206,8 +214,9 @@ def wanted_split(root: Root, resolved: Resolved, ranks: dist.Ranks) -> tuple[str
     """
     spec = root.infer
     if spec.input is not None:
-        return Path(spec.input).stem, new_samples(spec.input, root.data, resolved)
+        return Path(spec.input).stem, new_samples(resolved.inputs, spec.input, root.data)
     data = read_data(root, ranks)
+    check_samples(resolved.inputs, root.data, data, "the checkpoint")
     check_classes(data, resolved)
     name = spec.split or ("test" if len(data.splits.get("test") or ()) else "val")
     if not len(data.splits.get(name) or ()):
@@ -216,22 +225,31 @@ def wanted_split(root: Root, resolved: Resolved, ranks: dist.Ranks) -> tuple[str
     return name, data.splits[name]
 
 
-def new_samples(path: str, data: BaseData, resolved: Resolved) -> Split:
+@singledispatch
+def new_samples(inputs: Inputs, path: str, data: BaseData) -> Split:
     """Samples without labels, of the kind that the model takes.
 
     Raises:
         UserError: there are none.
     """
-    if resolved.kind != "images":
-        names = data if isinstance(data, PrecomputedData) else PrecomputedData()
-        return unlabelled_features(Path(path), names, kind=resolved.kind, width=resolved.channels)
+    raise TypeError(f"no reader of unlabelled {inputs.kind}")
+
+
+@new_samples.register
+def _(inputs: ImageInputs, path: str, data: BaseData) -> Split:
     images = data if isinstance(data, GenericImageData) else GenericImageData()
     return build_unlabelled(
         path,
-        channels=resolved.channels,
-        bit_depth=resolved.bit_depth,
+        channels=inputs.channels,
+        bit_depth=inputs.bit_depth,
         allowed_exts=images.allowed_exts,
     )
+
+
+@new_samples.register
+def _(inputs: VectorInputs | BagInputs, path: str, data: BaseData) -> Split:
+    names = data if isinstance(data, PrecomputedData) else PrecomputedData()
+    return unlabelled_features(Path(path), names, kind=inputs.kind, width=inputs.width)
 
 
 def check_classes(data: Data, resolved: Resolved) -> None:
@@ -240,14 +258,12 @@ def check_classes(data: Data, resolved: Resolved) -> None:
     Raises:
         UserError: they are not.
     """
-    ours = (data.subtask, data.class_names, data.channels)
-    if ours != (resolved.subtask, resolved.class_names, resolved.channels):
+    if (data.subtask, data.class_names) != (resolved.subtask, resolved.class_names):
         raise UserError(
-            f"data set {data.name} is {data.subtask} of {', '.join(data.class_names[:8])} with"
-            f" {data.channels} channels, the checkpoint was trained for {resolved.subtask} of"
-            f" {', '.join(resolved.class_names[:8])} with {resolved.channels}; set"
-            " data.class_names and data.channels to the latter, or use infer.input to predict"
-            " without labels"
+            f"data set {data.name} is {data.subtask} of {', '.join(data.class_names[:8])}, the"
+            f" checkpoint was trained for {resolved.subtask} of"
+            f" {', '.join(resolved.class_names[:8])}; set data.class_names to the latter, or use"
+            " infer.input to predict without labels"
         )
 
 

@@ -19,7 +19,6 @@ from glovita_lib.experiment import (
     cached,
     read_data,
     refuse_unstable,
-    resolve_spec,
     some_of,
     trained_weights,
 )
@@ -28,6 +27,7 @@ from glovita_lib.metrics import compute
 from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.peft import save_adapter
 from glovita_lib.plots import learning_curves
+from glovita_lib.resolved import resolve_spec
 from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
 from glovita_lib.spec import Loaded, changed_keys, dump
@@ -199,7 +199,8 @@ def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, re
             say(f"continuing in epoch {state.epoch + 1} after optimizer step {state.step}")
     elif ranks.is_main and root.task.result_plot != "none":
         rows = trainer.train_loader.rows(0, 0)
-        plot_augmented(run.plots / "augmented.png", experiment, data.splits["train"], rows)
+        path = run.plots / "augmented.png"
+        plot_augmented(resolved.inputs, path, data.splits["train"], rows)
     try:
         trainer.fit()
     finally:

@@ -236,7 +236,7 @@ def open_input(path: Path, data: Spec) -> Data:
         subtask, names, (targets,) = found
     source = collection.source(np.arange(len(collection.ids)))
     split = Split(ids=collection.ids, targets=targets, source=source)
-    return Data(str(path), {"": split}, subtask, names, channels=collection.width, bit_depth=16)
+    return Data(str(path), {"": split}, subtask, names, samples=collection.samples)
 
 
 # -------------------------------------------------------------------------------- embeddings

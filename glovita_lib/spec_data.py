@@ -430,7 +430,7 @@ class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset")
 
 
 class CustomData(ImageData, tag="custom", tag_field="dataset", kw_only=True):
-    """A data set of your own: a function of your package that returns glovita_lib.datasets.Data."""
+    """A data set of your own: a function of your package that returns glovita_lib.data.Data."""
 
     samples: ClassVar[Literal["images", "features", "either"]] = "either"
     folds: ClassVar[int | None] = None

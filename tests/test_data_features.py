@@ -11,6 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from glovita_lib import data_features  # noqa: F401
+from glovita_lib.data import VectorSamples
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
 from glovita_lib.spec_data import PrecomputedData
@@ -45,7 +46,7 @@ def test_vectors(tmp_path):
     val = write(tmp_path / "b.h5", features=X[100:150], labels=Y[100:150])
     data = build(tmp_path, train_features_file=train, val_features_file=val)
     assert data.subtask == "multiclass" and data.class_names == tuple("0123456789")
-    assert data.channels == 64 and list(data.splits) == ["train", "val"]
+    assert data.samples == VectorSamples(width=64) and list(data.splits) == ["train", "val"]
     split = data.splits["val"]
     np.testing.assert_array_equal(split.targets, Y[100:150])
     np.testing.assert_array_equal(split.source.fetch(np.array([7, 3])), X[[107, 103]])

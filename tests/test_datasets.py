@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from small_runs import publish_cifar
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from glovita_lib.data import ImageSamples
 from glovita_lib.data_folder import build_unlabelled
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
@@ -94,7 +95,7 @@ def rows_of(split):
 def test_digits_are_the_real_ones():
     data = build_data(DigitsData(), seed=0)
     assert (data.name, data.subtask, data.outputs) == ("digits", "multiclass", 10)
-    assert (data.channels, data.bit_depth, data.report) == (1, 8, [])
+    assert (data.samples, data.report) == (ImageSamples(channels=1, bit_depth=8), [])
     seen = []
     for split in data.splits.values():
         rows = np.array(split.ids, int)
@@ -176,7 +177,7 @@ def test_cifar_files(cifar):
         assert images.shape[1:] == (3, 32, 32) and images.dtype == np.uint8
         assert (images[:, 2, 12:20, 12:20] == PIXELS[rows]).all()
         assert (split.targets == DIGITS.target[rows]).all()
-    assert data.class_names[3] == "class 3" and data.channels == 3 and data.report == []
+    assert data.class_names[3] == "class 3" and data.samples.channels == 3 and data.report == []
     other = build_data(cifar_spec(cifar), seed=1)
     assert other.splits["val"].ids != val.ids and other.splits["test"].ids == test.ids
 
@@ -264,7 +265,7 @@ def test_channels_and_bit_depth_are_as_declared(template):
     image = data.splits["train"].source.fetch(np.array([3]))[0]
     assert image.shape == (4, 8, 8) and image.dtype == np.uint16
     assert (image[:3] == PIXELS[3].astype(np.uint16) * 257).all() and (image[3] == 65535).all()
-    assert (data.channels, data.bit_depth) == (4, 16)
+    assert data.samples == ImageSamples(channels=4, bit_depth=16)
 
 
 @pytest.mark.parametrize("as_object", [False, True])
@@ -579,7 +580,7 @@ def test_custom_data(tmp_path, monkeypatch):
         "my_data": 'write it as "package.module:function"',
         "other_data:digits": "no module other_data",
         "my_data:digit": "my_data has no function digit",
-        "my_data:nothing": "returned NoneType, expected glovita_lib.datasets.Data",
+        "my_data:nothing": "returned NoneType, expected glovita_lib.data.Data",
     }.items():
         with pytest.raises(UserError, match=said):
             custom(target)

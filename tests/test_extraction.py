@@ -11,13 +11,15 @@ from skimage import data as photos
 from torch import nn
 
 from glovita_lib import dist
-from glovita_lib.data import ArraySource, Data, Split
+from glovita_lib.data import ArraySource, Data, ImageSamples, Split
 from glovita_lib.errors import UserError
-from glovita_lib.experiment import assemble, resolve_spec
+from glovita_lib.experiment import assemble
 from glovita_lib.extraction import Extractor, grid_places, weights_hash
 from glovita_lib.loader import Batch
+from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_root import Root
 
+IMAGES = ImageSamples(channels=3, bit_depth=8)
 RANKS = dist.Ranks(0, 1, 0, torch.device("cpu"))
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2}
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1), "num_heads": (1, 2, 2), "window_size": 2}
@@ -64,7 +66,7 @@ def extractor_of(name, model_kwargs=(), *, training=(), **extract) -> Extractor:
     ids = ["cat", "cup", "woman", "rocket", "fur"]
     source = ArraySource(crops(), np.arange(5))
     split = Split(ids, np.arange(5) % 2, source)
-    data = Data("photos", {"train": split}, "multiclass", ("a", "b"), 3, 8)
+    data = Data("photos", {"train": split}, "multiclass", ("a", "b"), IMAGES)
     experiment = assemble(root, resolve_spec(root, data), RANKS, load_weights=True)
     jitter(experiment.model.encoder)
     return Extractor(experiment, root.extract)

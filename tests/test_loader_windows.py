@@ -157,7 +157,7 @@ def test_a_rank_without_vectors_has_no_batch(tmp_path, monkeypatch):
 
 CUSTOM = """
 from glovita_lib.read_hdf5 import DatasetRows
-from glovita_lib.datasets import Data, Split
+from glovita_lib.data import Data, Split, VectorSamples
 from glovita_lib.read_features import VectorSource
 import numpy as np
 
@@ -168,7 +168,7 @@ def vectors(spec, seed, path):
         index = np.arange(start, len(rows), 3)
         source = VectorSource(rows, index)
         splits[name] = Split([str(row) for row in index], targets[index], source)
-    return Data("mine", splits, "multiclass", tuple("0123456789"), channels=64, bit_depth=16)
+    return Data("mine", splits, "multiclass", tuple("0123456789"), VectorSamples(width=64))
 """
 
 

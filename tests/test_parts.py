@@ -82,6 +82,47 @@ def test_a_metric_is_an_entry_and_a_formula(tmp_path: Path) -> None:
     assert '"error"' in glovita(folder, "--explain", "task.metrics")
 
 
+def test_an_augmentation_is_its_fields_and_a_function(tmp_path: Path) -> None:
+    """The negative of an image: with probability 1 the same run trains on other pixels."""
+    fields = (
+        "    negative_p: Probability = 0.0\n"
+        '    """Probability of a negative."""\n'
+        '    negative_share: Annotated[float, part_of("negative_p", gt=0, le=1)] = 0.75\n'
+        '    """Share of the negative in what it is mixed with."""\n'
+    )
+    function = (
+        '@operation("negative_p")\n'
+        "def random_negative(x, ops, generator, mean):\n"
+        '    """The image mixed with its negative."""\n'
+        "    rows = coin(len(x), ops.negative_p, generator).nonzero()[:, 0]\n"
+        "    return on_rows(x, rows, lambda part: part.lerp(1 - part, ops.negative_share))\n"
+    )
+    before, first = "    rotate_p: Probability = 0.0\n", '@operation("rotate_p", "affine_p")\n'
+    folder = package_with(
+        tmp_path,
+        [
+            ("spec_data", before, f"{fields}{before}"),
+            ("augment_images", first, f"{function}\n\n{first}"),
+        ],
+    )
+    key = "data.augmentation.train_kwargs.negative"
+    assert "read with negative_p" in glovita(folder, "--explain", f"{key}_share")
+    (folder / "tiny.toml").write_text(TINY)
+    found = {}
+    for name, changes in {"off": [], "on": [f"{key}_p=1"]}.items():
+        glovita(
+            folder, "tiny.toml", "--override", f"name={name}", "training.epochs=1", *changes
+        )  # fmt: skip
+        (run,) = folder.glob(f"experiments/digits/{name}/0")
+        resolved = json.loads((run / "resolved_config.json").read_text())
+        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses = [record["train_loss"] for record in records if record["event"] == "epoch"]
+        found[name] = resolved["inputs"]["augmentation"]["train"], losses
+    assert found["on"][0] == found["off"][0] | {"negative_p": 1.0}
+    assert found["on"][0]["negative_share"] == 0.75
+    assert found["on"][1] != found["off"][1]
+
+
 # ------------------------------------------- encoder, data set, head and PEFT method
 
 ENCODER = '''
@@ -194,8 +235,8 @@ def _(spec: StripesData, *, seed):
         rows = np.arange(120)[rows]
         source = data.ArraySource(images, rows)
         splits[name] = data.Split([str(row) for row in rows], labels[rows], source)
-    names = ("horizontal", "vertical")
-    return data.Data("stripes", splits, "multiclass", names, channels=1, bit_depth=8)
+    names, samples = ("horizontal", "vertical"), data.ImageSamples(channels=1, bit_depth=8)
+    return data.Data("stripes", splits, "multiclass", names, samples)
 '''
 PEFT = '''
 class OwnBias(PeftMethod, tag="own_bias", tag_field="method"):

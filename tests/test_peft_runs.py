@@ -14,9 +14,10 @@ import torch
 from small_runs import TINY
 
 from glovita_lib import dist
-from glovita_lib.experiment import assemble, read_data, resolve_spec, restore
+from glovita_lib.experiment import assemble, read_data, restore
 from glovita_lib.peft import load_adapter, read_adapter
 from glovita_lib.peft_base import trained_names
+from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_check import load_checked
 from glovita_lib.trainer import Trainer
 

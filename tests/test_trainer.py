@@ -9,8 +9,9 @@ import torch
 from small_runs import RESNET, TINY
 
 from glovita_lib import dist, experiment, run_train
-from glovita_lib.experiment import assemble, build_trainer, read_data, resolve_spec
+from glovita_lib.experiment import assemble, build_trainer, read_data
 from glovita_lib.optim import build_optimizer
+from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_check import load_checked
 from glovita_lib.trainer import Hooks, Trainer
 

@@ -1,0 +1,126 @@
+"""What a run makes of the samples of its data: one Struct a modality."""
+
+from typing import get_args
+
+import msgspec
+import numpy as np
+import pytest
+
+from glovita_lib import run_infer
+from glovita_lib.augment import Augmenter
+from glovita_lib.data import (
+    ArraySource,
+    BagSamples,
+    BaseSamples,
+    Data,
+    ImageSamples,
+    Split,
+    VectorSamples,
+)
+from glovita_lib.errors import UserError
+from glovita_lib.objectives import FeatureInputs, build_inputs
+from glovita_lib.resolved import (
+    ImageInputs,
+    Inputs,
+    Resolved,
+    VectorInputs,
+    check_samples,
+    resolve_inputs,
+    resolve_spec,
+)
+from glovita_lib.spec_data import GenericImageData
+from glovita_lib.spec_root import Root
+
+GREY, FEATURES = ImageSamples(channels=1, bit_depth=8), VectorSamples(width=64)
+BAGS = BagSamples(width=64)
+
+
+def data_of(samples: BaseSamples, shape: tuple[int, ...] = (1, 8, 8)) -> Data:
+    """Six samples of a custom data set, all for training."""
+    source = ArraySource(np.zeros((6, *shape), np.uint8), np.arange(6))
+    split = Split([str(row) for row in range(6)], np.arange(6) % 2, source)
+    return Data("mine", {"train": split}, "multiclass", ("a", "b"), samples)
+
+
+def root_of(encoder_type: str, **sections: dict) -> Root:
+    spec = {
+        "data": {"dataset": "custom", "target": "my_data:build"},
+        "model": {"encoder": {"encoder_type": encoder_type}},
+        **sections,
+    }
+    return msgspec.convert({"mode": "train", **spec}, Root)
+
+
+def test_images_have_the_shape_and_the_policies_of_the_run():
+    encoder = {"type": "resnet18", "pretrained": False}
+    root = root_of("timm", model={"encoder": {"encoder_type": "timm", **encoder}})
+    inputs = resolve_spec(root, data_of(GREY)).inputs
+    assert isinstance(inputs, ImageInputs) and inputs.kind == "images"
+    assert inputs.shape == (1, 8, 8) and inputs.model_arguments == {"channels": 1, "image_size": 8}
+    assert inputs.augmentation.train_policy == "default_2d_2"
+    assert isinstance(build_inputs(inputs, train=True), Augmenter)
+
+
+@pytest.mark.parametrize("samples", [FEATURES, BAGS])
+def test_features_have_a_width(samples):
+    inputs = resolve_spec(root_of("precomputed"), data_of(samples, (64,))).inputs
+    assert (inputs.kind, inputs.width, inputs.mean) == (samples.kind, 64, None)
+    assert inputs.model_arguments == {"channels": 64, "image_size": None}
+    assert isinstance(build_inputs(inputs, train=False), FeatureInputs)
+
+
+@pytest.mark.parametrize("samples", [GREY, FEATURES, BAGS])
+def test_what_a_checkpoint_carries_survives_json(samples):
+    encoder = "timm" if samples is GREY else "precomputed"
+    shape = (1, 8, 8) if samples is GREY else (64,)
+    first = resolve_spec(root_of(encoder), data_of(samples, shape))
+    plain = msgspec.to_builtins(first)
+    assert plain["inputs"]["kind"] == samples.kind
+    assert {"kind", "channels", "augmentation", "feature_mean"}.isdisjoint(plain)
+    assert msgspec.convert(plain, Resolved) == first
+
+
+@pytest.mark.parametrize(
+    ("encoder", "samples", "words"),
+    [
+        ("precomputed", GREY, ["takes features", "data set mine are images", "name an encoder"]),
+        ("timm", FEATURES, ["are vectors of features", 'encoder_type = "precomputed"']),
+        ("timm", BAGS, ["are bags of features", 'encoder_type = "precomputed"']),
+    ],
+)
+def test_the_encoder_takes_the_samples(encoder, samples, words):
+    with pytest.raises(UserError) as error:
+        resolve_spec(root_of(encoder), data_of(samples))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_only_images_are_mixed():
+    with pytest.raises(UserError, match="task.mixup mixes images, and the samples are vectors"):
+        resolve_spec(
+            root_of("precomputed", task={"objective": "supervised", "mixup": True}),
+            data_of(FEATURES),
+        )
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        (FEATURES, "the model was trained on vectors of width 32, data set mine has width 64"),
+        (BAGS, "the model was trained on vectors, the samples of data set mine are bags"),
+    ],
+)
+def test_other_features_than_those_of_training_are_refused(samples, said):
+    inputs = VectorInputs(width=32, mean=None, std=None)
+    with pytest.raises(UserError) as error:
+        check_samples(inputs, GenericImageData(), data_of(samples), "the model")
+    assert str(error.value) == said
+    check_samples(inputs, GenericImageData(), data_of(VectorSamples(width=32)), "the model")
+
+
+def test_every_modality_has_its_functions():
+    for member in get_args(Inputs):
+        samples = member.__base__
+        assert member.__struct_config__.tag == samples.__struct_config__.tag
+        assert resolve_inputs.dispatch(samples) is not resolve_inputs.dispatch(BaseSamples)
+        for function in (build_inputs, run_infer.new_samples):
+            assert function.dispatch(member) is not function.dispatch(object)
