@@ -37,8 +37,9 @@ TrainPolicy = Literal[
 TestPolicy = Literal["shared_default_2d", "default", "native"]
 
 
-def part_of(switch: str, **bounds: float) -> Meta:
-    """Annotation of a parameter that only the operation of another field, its switch, reads."""
+def part_of(switch: str, **bounds: Any) -> Meta:
+    """Annotation of a parameter that only the operation of another field, its switch, reads;
+    bounds are those of Meta."""
     return Meta(**bounds, extra={"part_of": switch})
 
 
@@ -143,7 +144,7 @@ Partial = TypeVar("Partial", bound=type[BaseOps])
 def partial(struct: Partial) -> Partial:
     """A Struct whose inherited fields may all be unset (none), and are by default."""
     hints = get_type_hints(struct, include_extras=True)
-    return msgspec.defstruct(
+    made: Any = msgspec.defstruct(
         struct.__name__,
         [(name, hints[name] | None, None) for name in struct.__struct_fields__],
         bases=(struct,),
@@ -151,6 +152,7 @@ def partial(struct: Partial) -> Partial:
         module=struct.__module__,
         frozen=True,
     )
+    return made
 
 
 @partial
