@@ -11,7 +11,7 @@ from glovita_lib.data_splits import FRACTION, VAL, draw_stratified, strata
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, call_target
 from glovita_lib.spec_data import BaseData, Cifar10Data, Cifar100Data, CustomData, DigitsData
-from glovita_lib.spec_rules import data_problems
+from glovita_lib.spec_rules import section_problems
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -115,7 +115,8 @@ def build_data(spec: BaseData, *, seed: int, trains: bool = True) -> Data:
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
     """
-    if problems := data_problems(spec):
+    missing = [f"data.{name}: {text}" for name, text in spec.missing_files()]
+    if problems := [*section_problems(spec, "data."), *missing]:
         raise UserError("\n".join(problems))
     data = read_data_set(spec, seed=seed)
     empty = [name for name, split in data.splits.items() if not len(split)]

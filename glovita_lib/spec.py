@@ -237,6 +237,11 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     built_in: ClassVar[str]
     """Module of the package that registers what is built of a union's member, see `ByStruct`."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Fields whose value no bound of a type can refuse, and why it is not valid: the rules of
+        this table by itself. Keys in the words are those of the whole spec."""
+        yield from ()
+
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")

@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_errors import Count, Fraction, NonNegative, PathText, Positive, shown
+from glovita_lib.spec_rules import read_if, read_unless, target_problems
 
 # ------------------------------------------------------------------------------ augmentation
 #
@@ -51,7 +52,7 @@ class BaseOps(Spec):
     """
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Fields whose value no bound of a type can refuse, and why it is not valid."""
+        """Pairs ascend."""
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) == 2 and value[0] > value[1]:
@@ -132,7 +133,7 @@ class ImageOps(BaseOps):
     canvas; 0 turns it off. The policies with cutout take 16, at most half of image_size."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """See `BaseOps.problems`; blur kernels have a pixel in their middle."""
+        """Blur kernels have a pixel in their middle."""
         yield from super().problems()
         if self.blur_kernel and any(side % 2 == 0 for side in self.blur_kernel):
             yield "blur_kernel", f"{shown(self.blur_kernel)} must be odd numbers of pixels"
@@ -184,12 +185,35 @@ class ImageAugmentation(Spec):
     test_kwargs: ImageKwargs = ImageKwargs()
     """Parameters that replace those of the test policy."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """The crop is cut from an image that is at least as large."""
+        resize, size = self.resize_size, self.image_size
+        if resize is not None and size is not None and resize < size:
+            yield (
+                "resize_size",
+                f"{resize} pixels are too few for the crop of data.augmentation.image_size ="
+                f" {size}: at least {size}",
+            )
+
 
 # --------------------------------------------------------------------------------- data sets
 #
 # Data section of a spec: which samples exist, their labels and their splits.
 
 Subtask = Literal["multiclass", "multilabel", "regression"]
+OF_LABEL_FILE = read_if(
+    "reads_label_file", True, words='data.label_source = "csv" or "json" (images)'
+)
+OF_TABLE = read_if(
+    "reads_table", True, words='data.label_source = "csv" (images) or data.labels_file (features)'
+)
+OF_NAMED_SPLITS = read_unless("split_source", "kfold")
+OF_SEVERAL_LABELS = read_if(
+    "separates_labels",
+    True,
+    words='data.label_source = "csv", data.subtask = "multilabel" and one data.label_column',
+)
+A_FILE_EACH = read_if("split_source", "files")
 
 
 class BaseData(Spec):
@@ -204,6 +228,8 @@ class BaseData(Spec):
     """Number of classes, where it is always the same."""
     image_channels: ClassVar[int | None] = None
     """Channels of the images, where they are always the same."""
+    one_fold: ClassVar[str] = "0 only: this data set has one split; another seed draws another val"
+    """The folds that there are, where there is one."""
 
     data_root_dir: PathText = "data"
     """Folder of the data set; relative paths start where the command runs."""
@@ -230,6 +256,22 @@ class BaseData(Spec):
         """Number of classes or targets, with the keys that state it; empty if none does."""
         return [] if self.classes is None else [("data.dataset", self.classes)]
 
+    def missing_files(self) -> Iterator[tuple[str, str]]:
+        """Fields that must name a file before samples can be read, and why."""
+        yield from ()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """All keys that state the number of classes state the same, and the fold is one that
+        exists, so that no two folds train on the same split."""
+        first, *others = self.stated_outputs() or [("", 0)]
+        for key, count in others:
+            if count != first[1]:
+                yield key.removeprefix("data."), f"{count} entries, but {first[0]} says {first[1]}"
+        folds = self.stated_folds()
+        if folds is not None and self.fold >= folds:
+            valid = f"0 to {folds - 1}" if folds > 1 else self.one_fold
+            yield "fold", f"{self.fold} does not exist: {valid}"
+
 
 class ImageData(BaseData):
     """Fields of data sets of images that need no files of labels and splits."""
@@ -244,6 +286,8 @@ class ImageData(BaseData):
 class FileData(BaseData):
     """Fields of data sets whose labels and splits stand in files, or are drawn."""
 
+    one_fold: ClassVar[str] = '0 only; data.split_source = "kfold" makes more'
+
     subtask: Subtask | None = None
     """Kind of target; none follows from task (images), or from the labels (features): whole numbers
     and names are multiclass, several 0/1 columns multilabel, other numbers regression."""
@@ -253,22 +297,32 @@ class FileData(BaseData):
     class_names: tuple[str, ...] | None = None
     """Names of the classes in the order of their indices; none takes those of the feature file, or
     sorts what the labels hold."""
-    labels_file: PathText | None = None
+    labels_file: Annotated[PathText | None, OF_LABEL_FILE] = None
     """File of the labels below data_root_dir. Images: none is labels.json or labels.csv, after
     label_source. Features: a CSV file with a row a sample, samples without one are not used; none
     takes the labels in the feature file."""
-    label_column: str | tuple[str, ...] = "label"
+    label_column: Annotated[str | tuple[str, ...], OF_TABLE] = "label"
     """CSV column of the label; several for multilabel (0/1 each) and multi-target regression."""
-    group_column: str | None = None
+    group_column: Annotated[str | None, OF_TABLE] = None
     """CSV column of the group (patient, slide) that must stay in one split; none takes the groups
     of the feature file, where it has some."""
-    split_file: PathText = "splits.json"
+    split_file: Annotated[PathText, read_if("split_source", "splits_json")] = "splits.json"
     """JSON file below data_root_dir: {split: [id, ...]}, or a list (or {"0": ...}) of such objects,
     one a fold. The id of an image is its path below images_dir, as the file is named."""
-    split_column: str = "split"
-    """CSV column of the split's name, for split_source csv."""
-    n_folds: Annotated[int, Meta(ge=3)] = 5
-    """Folds of split_source kfold; fold i is test, the next one val, the others train."""
+    split_column: Annotated[str, read_if("split_source", "csv")] = "split"
+    """CSV column of the split's name."""
+    n_folds: Annotated[int, Meta(ge=3), read_if("split_source", "kfold")] = 5
+    """Number of folds; fold i is test, the next one val, the others train."""
+
+    @property
+    def reads_label_file(self) -> bool:
+        """Whether labels come from a file of their own, where one is named."""
+        return True
+
+    @property
+    def reads_table(self) -> bool:
+        """Whether labels come from a CSV file."""
+        return self.labels_file is not None
 
     def folds_of(self, split_source: str) -> int | None:
         """Number of folds; None where a split file tells."""
@@ -284,6 +338,14 @@ class FileData(BaseData):
         names = self.class_names
         return stated if names is None else [*stated, ("data.class_names", len(names))]
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """No class name is given twice."""
+        yield from super().problems()
+        names = self.class_names or ()
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            yield "class_names", f"{shown(twice)} given more than once"
+
 
 class DigitsData(ImageData, tag="digits", tag_field="dataset"):
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels, 10 classes; needs no file."""
@@ -296,6 +358,13 @@ class DigitsData(ImageData, tag="digits", tag_field="dataset"):
     """Share of the samples in val, drawn from the seed."""
     test_fraction: Fraction = 0.2
     """Share of the samples in test; the test set does not depend on the seed."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """val and test leave something to train on."""
+        yield from super().problems()
+        total = self.val_fraction + self.test_fraction
+        if total >= 1:
+            yield "val_fraction", f"with data.test_fraction it is {total:g}: below 1 leaves a train"
 
 
 class CifarData(ImageData):
@@ -342,18 +411,18 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
     split_column of the CSV file, or drawn as folds from the seed."""
     label_source: Literal["folder", "json", "csv"] = "json"
     """Labels from the class folder, a JSON object {path: label} or a CSV file."""
-    path_column: str = "path"
+    path_column: Annotated[str, OF_TABLE] = "path"
     """CSV column of the image's path below images_dir, as the file is named."""
-    train_split_name: str = "train"
+    train_split_name: Annotated[str, OF_NAMED_SPLITS] = "train"
     """Name of the train split in the split file, folder or column."""
-    val_split_name: str = "val"
+    val_split_name: Annotated[str, OF_NAMED_SPLITS] = "val"
     """Name of the val split; the name of the test split uses its images as both."""
-    test_split_name: str = "test"
+    test_split_name: Annotated[str, OF_NAMED_SPLITS] = "test"
     """Name of the test split; may be absent unless another name than this one is given."""
     allowed_exts: tuple[str, ...] = ("jpg", "jpeg", "png", "bmp", "tif", "tiff")
     """File suffixes that count as images."""
-    label_separator: str = "|"
-    """Separator of several labels in one CSV cell (multilabel with one label column)."""
+    label_separator: Annotated[str, OF_SEVERAL_LABELS] = "|"
+    """Separator of several labels in one CSV cell."""
     strict: bool = True
     """Whether a missing, unlabelled or broken image is an error; else it is left out and listed."""
     channels: Literal[1, 3, 4] = 3
@@ -361,6 +430,20 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
     bit_depth: Literal[8, 16] = 8
     """Bits per channel as the encoder sees them; files of the other depth are scaled, white stays
     white."""
+
+    @property
+    def reads_label_file(self) -> bool:
+        return self.label_source != "folder"
+
+    @property
+    def reads_table(self) -> bool:
+        return self.label_source == "csv"
+
+    @property
+    def separates_labels(self) -> bool:
+        """Whether one CSV cell may hold several labels."""
+        several = self.stated_subtask() == "multilabel" and isinstance(self.label_column, str)
+        return self.reads_table and several
 
     def stated_folds(self) -> int | None:
         return self.folds_of(self.split_source)
@@ -380,6 +463,47 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
                 stated.append(("data.label_column", count))
         return stated
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """task and subtask agree, labels are what their source can carry, some file suffix counts
+        as an image, and nothing is trained on and evaluated; val and test may be one split."""
+        yield from super().problems()
+        task, subtask = self.task, self.subtask
+        if task and subtask and (task == "Regression") != (subtask == "regression"):
+            valid = '"regression"' if task == "Regression" else '"multiclass" or "multilabel"'
+            yield "subtask", f"{shown(subtask)} contradicts data.task = {shown(task)}: {valid} fits"
+        yield from self.label_problems()
+        if self.train_split_name in (self.val_split_name, self.test_split_name):
+            yield (
+                "train_split_name",
+                f"{shown(self.train_split_name)} is the name of val or test too: no sample may be"
+                " trained on and evaluated",
+            )
+        if self.allowed_exts == ():
+            yield "allowed_exts", '[] allows no file: name one suffix at least, e.g. ["png"]'
+
+    def label_problems(self) -> Iterator[tuple[str, str]]:
+        """Folder names and single columns carry only what they can."""
+        subtask, source, columns = self.stated_subtask(), self.label_source, self.label_column
+        if source == "folder" and subtask != "multiclass":
+            yield (
+                "label_source",
+                f'"folder" gives each image one class, not {subtask} targets: use "csv" or "json"',
+            )
+        if self.split_source == "csv" and source != "csv":
+            yield (
+                "split_source",
+                f'"csv" needs data.label_source = "csv", not {shown(source)}',
+            )
+        if source == "csv" and isinstance(columns, tuple):
+            if subtask == "multiclass" and len(columns) != 1:
+                yield (
+                    "label_column",
+                    f"{shown(columns)} are {len(columns)} columns, and multiclass reads one: name"
+                    ' one, or set data.subtask to "multilabel" or "regression"',
+                )
+            elif not columns or len(set(columns)) < len(columns):
+                yield "label_column", f"{shown(columns)} must name different columns, one at least"
+
 
 class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset"):
     """Features in HDF5 files: vectors (N, D), bags (B, L, D), or bags of any length (M, D) with
@@ -390,23 +514,23 @@ class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset")
 
     data_root_dir: PathText = "."
     """Folder that the files below are relative to."""
-    train_features_file: PathText | None = None
+    train_features_file: Annotated[PathText | None, A_FILE_EACH] = None
     """Feature file of the train split."""
-    val_features_file: PathText | None = None
+    val_features_file: Annotated[PathText | None, A_FILE_EACH] = None
     """Feature file of the val split."""
-    test_features_file: PathText | None = None
+    test_features_file: Annotated[PathText | None, A_FILE_EACH] = None
     """Feature file of the test split."""
-    features_file: PathText | None = None
+    features_file: Annotated[PathText | None, read_unless("split_source", "files")] = None
     """One feature file, or a folder of one-bag files, whose samples split_source distributes;
     instead of a file a split."""
     split_source: Literal["files", "kfold", "splits_json", "csv"] = "files"
     """Splits: one file each; folds drawn from the seed; ids listed in split_file; split_column of
     labels_file."""
-    id_column: str = "id"
+    id_column: Annotated[str, OF_TABLE] = "id"
     """CSV column of the sample's id: its id in the feature file, or the name of the bag's file."""
     features_key: str = "features"
     """Dataset of the features in the file."""
-    labels_key: str = "labels"
+    labels_key: Annotated[str, read_unless("labels_file")] = "labels"
     """Dataset of the labels."""
     bag_ptr_key: str = "bag_ptr"
     """Dataset of the B + 1 positions where bags begin and the last one ends."""
@@ -430,6 +554,27 @@ class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset")
     def stated_folds(self) -> int | None:
         return self.folds_of(self.split_source)
 
+    def missing_files(self) -> Iterator[tuple[str, str]]:
+        drawn = self.split_source != "files"
+        if drawn and self.features_file is None:
+            yield (
+                "features_file",
+                f"data.split_source = {shown(self.split_source)} divides the samples of one file or"
+                " folder: name it here",
+            )
+        files = (self.train_features_file, self.val_features_file, self.test_features_file)
+        if not drawn and files == (None, None, None):
+            yield (
+                "train_features_file",
+                "no feature file is named: name one a split, or data.features_file with"
+                ' data.split_source = "kfold", "splits_json" or "csv"',
+            )
+        if self.split_source == "csv" and self.labels_file is None:
+            yield (
+                "labels_file",
+                'data.split_source = "csv" reads its split_column: name it here',
+            )
+
 
 class CustomData(ImageData, tag="custom", tag_field="dataset", kw_only=True):
     """A data set of your own: a function of your package that returns glovita_lib.data.Data."""
@@ -442,6 +587,10 @@ class CustomData(ImageData, tag="custom", tag_field="dataset", kw_only=True):
     **options)."""
     options: dict[str, Any] = {}
     """Keyword arguments of the function."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        yield from target_problems(self.target)
 
 
 Data = DigitsData | Cifar10Data | Cifar100Data | GenericImageData | PrecomputedData | CustomData

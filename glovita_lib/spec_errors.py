@@ -37,12 +37,14 @@ def options_of(kind: Type) -> tuple[Type, ...]:
 
 def noted_options(kind: Type) -> tuple[Type, ...]:
     """The types that a union allows, each with what is noted beside it."""
-    return kind.types if isinstance(kind, kinds.UnionType) else (kind,)
+    union = kind.type if isinstance(kind, kinds.Metadata) else kind
+    return union.types if isinstance(union, kinds.UnionType) else (kind,)
 
 
 def extra_of(kind: Type) -> dict[str, Any]:
-    """What is noted beside a field's type, with msgspec.Meta(extra=...)."""
-    noted = (o.extra or {} for o in noted_options(kind) if isinstance(o, kinds.Metadata))
+    """What is noted beside a field's type, or one of the types of its union, with
+    msgspec.Meta(extra=...)."""
+    noted = (o.extra or {} for o in (kind, *noted_options(kind)) if isinstance(o, kinds.Metadata))
     return {key: value for notes in noted for key, value in notes.items()}
 
 

@@ -191,6 +191,8 @@ def notes(field: Field) -> Iterator[str]:
         yield "~, $VAR and ${VAR} are filled in."
     if meaning := spec_errors.extra_of(field.type).get("none_is"):
         yield f"None is {meaning}."
+    if condition := spec_errors.extra_of(field.type).get("read_if"):
+        yield f"Read only with {condition.text()}."
 
 
 def leaves_keys(member: StructType) -> bool:
@@ -326,10 +328,12 @@ def table_lines(key: str, member: StructType, default: StructType | None) -> Ite
 
 
 def field_text(field: Field) -> str:
-    """Type and default of a field, and the switch that it is read with, in words."""
+    """Type and default of a field, and what it is read with, in words."""
     parts = [spec_errors.describe_type(field.type), default_text(field)]
     if switch := spec_errors.extra_of(field.type).get("part_of"):
         parts.append(f"read with {switch}")
+    if condition := spec_errors.extra_of(field.type).get("read_if"):
+        parts.append(f"read only with {condition.text()}")
     return "; ".join(parts)
 
 

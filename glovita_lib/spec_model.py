@@ -1,11 +1,14 @@
 """Model section of a spec: encoder, aggregation and head."""
 
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
-from glovita_lib.spec_errors import Dropout, PathText
+from glovita_lib.spec_errors import Dropout, PathText, shown
+from glovita_lib.spec_rules import read_if, target_problems
 
 # ------------------------------------------------------------------------------------- heads
 
@@ -18,6 +21,11 @@ class BaseHead(Spec):
     """A vector a sample, its instances (or patch tokens), or what the user's module says."""
     predicts: ClassVar[tuple[Literal["classes", "numbers"], ...]] = ("classes", "numbers")
     """Kinds of targets."""
+
+    @property
+    def needs_classes(self) -> str | None:
+        """The option that labels instances by the class of their bag, where it is on."""
+        return None
 
 
 class BagHead(BaseHead):
@@ -49,6 +57,11 @@ class RegressionHead(BaseHead, tag="regression", tag_field="head_type"):
     """Number of targets; none takes the data's, a number is checked against it."""
 
 
+OF_INSTANCES = read_if("instance_eval", True)
+OF_PREP = read_if("feature_prep", True)
+OF_TOP = read_if("stochastic_topk", True)
+
+
 class ClamHead(BagHead, tag="clam", tag_field="head_type"):
     """Clustering-constrained attention over the instances of a bag (Lu et al., Nature Biomedical
     Engineering 2021).
@@ -67,28 +80,28 @@ class ClamHead(BagHead, tag="clam", tag_field="head_type"):
     """Hidden and attention sizes: tiny 256 and 128, small 512 and 256, big 512 and 384."""
     dropout: Dropout = 0.0
     """Probability of dropping a hidden feature, and an attention feature after tanh and gate."""
-    k_sample: Annotated[int, Meta(ge=1)] = 8
+    k_sample: Annotated[int, Meta(ge=1), OF_INSTANCES] = 8
     """Instances labelled at each end of the attention, at most half of the bag at either end."""
-    subtyping: bool = False
+    subtyping: Annotated[bool, OF_INSTANCES] = False
     """Whether the classes exclude one another: the most attended instances of every absent class
     are labelled negative too."""
     feature_prep: bool = True
     """Whether instances pass a LayerNorm before the projection."""
-    l2_normalize_features: bool = True
-    """Whether instances get length 1 after the LayerNorm; nothing without feature_prep."""
-    layer_norm_eps: Annotated[float, Meta(gt=0)] = 1e-6
+    l2_normalize_features: Annotated[bool, OF_PREP] = True
+    """Whether instances get length 1 after the LayerNorm."""
+    layer_norm_eps: Annotated[float, Meta(gt=0), OF_PREP] = 1e-6
     """Added to the variance in the LayerNorm."""
     cosine_head: bool = True
     """Whether bag logits are scaled cosines with a vector per class instead of linear scores."""
-    cosine_scale: Annotated[float, Meta(gt=0)] = 20.0
+    cosine_scale: Annotated[float, Meta(gt=0), read_if("cosine_head", True)] = 20.0
     """Logit of a bag vector that points along its class vector."""
     instance_eval: bool = False
     """Whether instances at both ends of the attention train a classifier per class."""
-    instance_loss: Literal["ce", "svm"] = "ce"
+    instance_loss: Annotated[Literal["ce", "svm"], OF_INSTANCES] = "ce"
     """Loss of the instance classifiers: cross-entropy or smooth top-1 SVM."""
-    instance_loss_weight: Annotated[float, Meta(ge=0)] = 1.0
+    instance_loss_weight: Annotated[float, Meta(ge=0), OF_INSTANCES] = 1.0
     """Factor of the instance loss."""
-    bag_weight: Annotated[float, Meta(ge=0, le=1)] | None = None
+    bag_weight: Annotated[float, Meta(ge=0, le=1), OF_INSTANCES] | None = None
     """Share c of the bag loss: c bag + (1 - c) instance_loss_weight instance, 0.7 in the original;
     none is bag + instance_loss_weight instance."""
     attn_drop: Dropout = 0.0
@@ -96,14 +109,18 @@ class ClamHead(BagHead, tag="clam", tag_field="head_type"):
     one always stays."""
     stochastic_topk: bool = False
     """Whether the bag logits must agree with those of the noisy top instances alone."""
-    topk_k: Annotated[int, Meta(ge=1)] = 2
+    topk_k: Annotated[int, Meta(ge=1), OF_TOP] = 2
     """Top instances of that comparison; all of a smaller bag."""
-    topk_tau: Annotated[float, Meta(gt=0)] = 0.25
+    topk_tau: Annotated[float, Meta(gt=0), OF_TOP] = 0.25
     """Temperature of the attention over the top instances."""
-    topk_noise_std: Annotated[float, Meta(ge=0)] = 0.1
+    topk_noise_std: Annotated[float, Meta(ge=0), OF_TOP] = 0.1
     """Standard deviation of the noise on their hidden features."""
-    topk_consistency_weight: Annotated[float, Meta(ge=0)] = 1.0
+    topk_consistency_weight: Annotated[float, Meta(ge=0), OF_TOP] = 1.0
     """Factor of the squared difference of the logits."""
+
+    @property
+    def needs_classes(self) -> str | None:
+        return "instance_eval" if self.instance_eval else None
 
 
 class AbmilHead(BagHead, tag="abmil", tag_field="head_type"):
@@ -149,6 +166,15 @@ class TransmilHead(BagHead, tag="transmil", tag_field="head_type"):
     dropout: Dropout = 0.1
     """Probability of dropping a feature of what attention adds."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Attention heads have equally many features."""
+        if self.hidden % self.heads:
+            yield (
+                "heads",
+                f"{self.heads} heads cannot share model.head.hidden = {self.hidden} features: it"
+                " must divide them",
+            )
+
 
 class MeanMilHead(BagHead, tag="mean", tag_field="head_type"):
     """Mean over the instances of a bag, then one linear layer."""
@@ -176,6 +202,9 @@ class CustomHead(BaseHead, tag="custom", tag_field="head_type", kw_only=True):
     options: dict[str, Any] = {}
     """Keyword arguments of the function."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from target_problems(self.target)
+
 
 Head = (
     ClassificationHead
@@ -201,62 +230,98 @@ class BaseEncoder(Spec):
     built_in: ClassVar[str] = "encoder"
     takes: ClassVar[Literal["images", "features"]] = "images"
     """What a sample is."""
-    own_arguments: ClassVar[tuple[str, ...]] = ()
-    """Keys of model_kwargs that have, or follow from, a key of their own."""
+
+    @property
+    def stated_channels(self) -> int | None:
+        """Channels of the input, where the section states them."""
+        return None
+
+    @property
+    def without_class_token(self) -> str | None:
+        """Name of the model, where it says that there is no class token."""
+        return None
 
 
-class TimmEncoder(BaseEncoder, tag="timm", tag_field="encoder_type"):
-    """Any image model of timm by its name, e.g. resnet18.a1_in1k."""
+WITHOUT_CLASS_TOKEN = (
+    r"(wide_)?res(net|nex)t?|seresnet|convnext|vgg|(tf_)?efficientnet|(tf_)?mobilenet|densenet"
+    r"|regnet|swin|alexnet|squeezenet|googlenet|inception|mnasnet|shufflenet"
+)
+"""Opening of the names of encoders of timm and torchvision that have no class token."""
 
-    built_in: ClassVar[str] = "encoder_timm"
-    own_arguments: ClassVar[tuple[str, ...]] = (
-        "num_classes", "pretrained", "in_chans", "checkpoint_path",
-    )  # fmt: skip
 
-    type: str = "vit_base_patch16_224"
-    """Model name; timm.list_models() has them all."""
+class LibraryEncoder(BaseEncoder):
+    """Fields of the models of a library, by their names there."""
+
+    set_elsewhere: ClassVar[dict[str, str]] = {}
+    """Keys of model_kwargs that have, or follow from, a key of their own, and which."""
+
+    type: str
+    """Model name."""
     pretrained: bool = True
     """Whether the published weights are downloaded; weights takes a file instead."""
     weights: PathText | None = None
     """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then. An
     adapter.safetensors of a PEFT run stands for its base, which is needed too, with the change
     folded in."""
-    weights_order: bool = False
+    input_channels: Channels | None = None
+    """Channels of the input; none takes the data's."""
+    model_kwargs: dict[str, Any] = {}
+    """Further arguments of the model; an unknown one is an error."""
+
+    @property
+    def stated_channels(self) -> int | None:
+        return self.input_channels
+
+    @property
+    def without_class_token(self) -> str | None:
+        return self.type if re.match(WITHOUT_CLASS_TOKEN, self.type) else None
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """model_kwargs leave alone what has a key of its own."""
+        for name in self.model_kwargs:
+            if name in self.set_elsewhere:
+                where = self.set_elsewhere[name]
+                yield f"model_kwargs.{name}", f"it comes from {where}: set it there"
+
+
+class TimmEncoder(LibraryEncoder, tag="timm", tag_field="encoder_type"):
+    """Any image model of timm by its name, e.g. resnet18.a1_in1k."""
+
+    built_in: ClassVar[str] = "encoder_timm"
+    set_elsewhere: ClassVar[dict[str, str]] = {
+        "pretrained": "model.encoder.pretrained",
+        "in_chans": "model.encoder.input_channels",
+        "num_classes": "the data",
+        "checkpoint_path": "model.encoder.weights",
+    }
+
+    type: str = "vit_base_patch16_224"
+    """Model name; timm.list_models() has them all."""
+    weights_order: Annotated[bool, read_if("weights")] = False
     """Whether weights is matched by the order and shape of its tensors, for files of the same
     network under other names."""
     small_images: bool = False
     """Whether a ResNet's stem of stride 4 becomes one of 3x3 convolutions of stride 1, for images
     of about 32 pixels."""
-    input_channels: Channels | None = None
-    """Channels of the input; none takes the data's."""
-    model_kwargs: dict[str, Any] = {}
-    """Further arguments of timm.create_model; an unknown one is an error."""
 
 
-class TorchvisionEncoder(BaseEncoder, tag="torchvision", tag_field="encoder_type"):
+class TorchvisionEncoder(LibraryEncoder, tag="torchvision", tag_field="encoder_type"):
     """Any image classification model of torchvision by its name, e.g. convnext_tiny."""
 
     built_in: ClassVar[str] = "encoder_torchvision"
-    own_arguments: ClassVar[tuple[str, ...]] = (
-        "num_classes", "weights", "dropout", "stochastic_depth_prob",
-    )  # fmt: skip
+    set_elsewhere: ClassVar[dict[str, str]] = {
+        "num_classes": "the data",
+        "weights": "model.encoder.weights",
+        "dropout": "model.encoder.dropout",
+        "stochastic_depth_prob": "model.encoder.stochastic_depth_prob",
+    }
 
     type: str = "convnext_tiny"
     """Model name; torchvision.models.list_models() has them all."""
-    pretrained: bool = True
-    """Whether the published weights are downloaded; weights takes a file instead."""
-    weights: PathText | None = None
-    """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then. An
-    adapter.safetensors of a PEFT run stands for its base, which is needed too, with the change
-    folded in."""
-    input_channels: Channels | None = None
-    """Channels of the input; none takes the data's."""
     dropout: Annotated[float, Meta(ge=0, lt=1)] | None = None
     """Dropout inside the model, where the model has it."""
     stochastic_depth_prob: Annotated[float, Meta(ge=0, lt=1)] | None = None
     """Probability of skipping the last block, where the model has it."""
-    model_kwargs: dict[str, Any] = {}
-    """Further arguments of the model's constructor; an unknown one is an error."""
 
 
 class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type"):
@@ -280,6 +345,13 @@ class CustomEncoder(BaseEncoder, tag="custom", tag_field="encoder_type", kw_only
     options: dict[str, Any] = {}
     """Keyword arguments of the function."""
 
+    @property
+    def stated_channels(self) -> int | None:
+        return self.input_channels
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from target_problems(self.target)
+
 
 Encoder = TimmEncoder | TorchvisionEncoder | PrecomputedEncoder | CustomEncoder
 
@@ -295,3 +367,13 @@ class ModelSpec(Spec):
     """How tokens become one vector; pooled is the library's own pooling. none is that where more
     than picking or averaging tokens is trained into it, else cls_token where the encoder has one,
     else avg."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """No class token is pooled where the encoder's name says that there is none."""
+        method = self.feature_aggregation_method
+        if method in ("cls_token", "joint") and self.encoder.without_class_token:
+            yield (
+                "feature_aggregation_method",
+                f"{shown(method)} needs a class token, which {self.encoder.without_class_token}"
+                ' does not have: use "avg", or leave it out',
+            )

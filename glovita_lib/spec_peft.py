@@ -1,11 +1,14 @@
 """PEFT section of a spec: which parameters train and what is added to them."""
 
+import re
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
-from glovita_lib.spec_errors import Dropout, Positive
+from glovita_lib.spec_errors import Dropout, Positive, shown
+from glovita_lib.spec_rules import read_if, target_problems
 
 
 class PeftMethod(Spec):
@@ -30,6 +33,15 @@ Rank = Annotated[int, Meta(ge=1)]
 Bias = Literal["none", "all", "adapted"]
 
 
+def expression_problems(name: str, patterns: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Patterns of a field that are no regular expressions."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield name, f"{shown(pattern)} is no regular expression: {error}"
+
+
 class Targeted(PeftMethod):
     """A method that changes chosen layers of the encoder."""
 
@@ -37,6 +49,12 @@ class Targeted(PeftMethod):
     """Layers: q, k, v, qkv, proj, fc1, fc2, conv, all-linear, or regular expressions over layer
     names; none: the attention and MLP projections, in an encoder without any the convolutions of
     its blocks."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Targets are there and are regular expressions."""
+        if self.targets == ():
+            yield "targets", "[] names none: leave it out for the usual ones, or name one at least"
+        yield from expression_problems("targets", self.targets or ())
 
 
 class Ranked(Targeted):
@@ -46,6 +64,11 @@ class Ranked(Targeted):
     """Rank of the change of a weight."""
     rank_pattern: dict[str, Rank] = {}
     """Rank by regular expression over layer names, the last match counts: {"blocks.1[01]" = 16}."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Patterns are regular expressions."""
+        yield from super().problems()
+        yield from expression_problems("rank_pattern", self.rank_pattern)
 
 
 class Lora(Ranked, tag="lora", tag_field="method"):
@@ -105,6 +128,18 @@ class Adalora(Targeted, tag="adalora", tag_field="method"):
     deltaT: Annotated[int, Meta(ge=1)] = 1
     """Optimizer steps between two allocations."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """It ends with fewer ranks than it starts with, and has steps to take them away."""
+        yield from super().problems()
+        if self.rank > self.init_rank:
+            yield "rank", f"{self.rank} is above peft.init_rank = {self.init_rank}, the start"
+        if self.tinit + self.tfinal >= 1:
+            yield (
+                "tinit",
+                f"with peft.tfinal = {self.tfinal:g} it leaves no step in which ranks are given:"
+                " their sum must be below 1",
+            )
+
 
 class Loha(Ranked, tag="loha", tag_field="method"):
     """W + (alpha / r) (B1 A1) * (B2 A2), an elementwise product that has rank up to r^2 (Hyeon-Woo
@@ -134,6 +169,12 @@ class Lokr(Ranked, tag="lokr", tag_field="method"):
     decompose_factor: Annotated[int, Meta(ge=-1)] = -1
     """Largest size of W1; -1: the divisor nearest to the square root."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """The size of a factor is one."""
+        yield from super().problems()
+        if self.decompose_factor == 0:
+            yield "decompose_factor", "0 is no size: use -1 for the usual one, or 1 and more"
+
 
 class Oft(Targeted, tag="oft", tag_field="method"):
     """W R with R orthogonal in r blocks (Qiu et al., OFT, NeurIPS 2023): R turns the inputs, angles
@@ -147,7 +188,7 @@ class Oft(Targeted, tag="oft", tag_field="method"):
     """Share of blocks that are the identity in a training step."""
     coft: bool = False
     """Keep R near the identity: |Q| <= eps / sqrt(r) for each block."""
-    eps: Positive = 6e-5
+    eps: Annotated[Positive, read_if("coft", True)] = 6e-5
     """Bound of coft."""
     bias: Bias = "none"
     """Biases that train: none, all of the encoder, or those of the adapted layers; a fused qkv has
@@ -172,6 +213,16 @@ class Boft(Targeted, tag="boft", tag_field="method"):
     bias: Bias = "none"
     """Biases that train: none, all of the encoder, or those of the adapted layers; a fused qkv has
     one bias, which trains whole."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Blocks can be halved where there are several factors."""
+        yield from super().problems()
+        if self.n_butterfly > 1 and self.block_size % 2:
+            yield (
+                "block_size",
+                f"{self.block_size} must be even for peft.n_butterfly = {self.n_butterfly}: use"
+                f" {self.block_size + 1}, or one factor",
+            )
 
 
 class Vera(Targeted, tag="vera", tag_field="method"):
@@ -242,6 +293,12 @@ class RepAdapter(Targeted, tag="rep_adapter", tag_field="method"):
     """Groups of U; must divide the bottleneck and the input width."""
     scale: Positive = 1.0
     """Factor s; U starts at 0."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Groups are of one size."""
+        yield from super().problems()
+        if self.bottleneck % self.groups:
+            yield "groups", f"{self.groups} must divide peft.bottleneck = {self.bottleneck}"
 
 
 class Ssf(PeftMethod, tag="ssf", tag_field="method"):
@@ -345,6 +402,11 @@ class Convpass(PeftMethod, tag="convpass", tag_field="method"):
     places: tuple[Literal["attn", "mlp"], ...] = ("mlp",)
     """Beside which modules: attn, mlp or both, as in the paper."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """It stands somewhere, and once."""
+        if not self.places or len(set(self.places)) < len(self.places):
+            yield "places", 'name "attn", "mlp" or both, each once'
+
 
 class VisualPromptTuning(PeftMethod, tag="visual_prompt_tuning", tag_field="method"):
     """Learned tokens behind the prefix tokens, before the first block or new ones in every block
@@ -361,8 +423,8 @@ class VisualPromptTuning(PeftMethod, tag="visual_prompt_tuning", tag_field="meth
     """Width of the prompts before a learned projection to the encoder's; none: no projection."""
     dropout: Dropout = 0.0
     """Probability of dropping a prompt feature."""
-    deep_layers: Size | None = None
-    """Number of first blocks with prompts if deep; none: all."""
+    deep_layers: Annotated[Size | None, read_if("deep", True)] = None
+    """Number of first blocks with prompts; none: all."""
 
 
 class CustomPeft(PeftMethod, tag="custom", tag_field="method", kw_only=True):
@@ -374,6 +436,9 @@ class CustomPeft(PeftMethod, tag="custom", tag_field="method", kw_only=True):
     """Where the function is: "package.module:function"; called as function(model, **options)."""
     options: dict[str, Any] = {}
     """Keyword arguments of the function."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from target_problems(self.target)
 
 
 Peft = (

@@ -1,12 +1,14 @@
 """The root of a spec: all sections of one experiment."""
 
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_data import Data, DigitsData
-from glovita_lib.spec_errors import PathText
+from glovita_lib.spec_errors import PathText, shown
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
 from glovita_lib.spec_train import (
@@ -21,6 +23,8 @@ from glovita_lib.spec_train import (
     Umap,
     WandbLogger,
 )
+
+NOT_IN_A_NAME = r'[/\\:*?"<>|\x00-\x1f]'
 
 
 class Root(Spec):
@@ -62,6 +66,28 @@ class Root(Spec):
     """What mode extract writes."""
     umap: Umap = Umap()
     """What mode umap draws."""
+
+    @property
+    def predicts_numbers(self) -> bool:
+        """Whether it is a regression; where the data section does not say, the head does."""
+        subtask = self.data.stated_subtask()
+        if subtask is None:
+            return "classes" not in self.model.head.predicts
+        return subtask == "regression"
+
+    @property
+    def maps_features(self) -> bool:
+        """Whether mode umap draws features of files, not those of a model."""
+        return self.umap.input is not None or self.data.samples == "features"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """The name becomes a directory."""
+        name = self.name
+        if name is not None and (not name.strip(" .") or re.search(NOT_IN_A_NAME, name)):
+            yield (
+                "name",
+                f"{shown(name)} cannot name a directory: use letters, digits and . , = + - _",
+            )
 
     @property
     def handler(self) -> str:

@@ -1,12 +1,14 @@
 """Sections of a spec on learning and on the modes: task, training, optimizer, logger, infer ..."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
 from glovita_lib.metric_names import METRICS, usual_metrics_text
 from glovita_lib.spec import Spec
-from glovita_lib.spec_errors import Count, NonNegative, PathText, Positive
+from glovita_lib.spec_errors import Count, NonNegative, PathText, Positive, shown
+from glovita_lib.spec_rules import read_if, read_unless
 
 # ---------------------------------------------------------------------------------- learning
 
@@ -18,6 +20,9 @@ else:
 MetricNames = Annotated[tuple[MetricName, ...], Meta(extra={"none_is": usual_metrics_text()})]
 
 
+OF_NUMBERS = read_if("root.predicts_numbers", True, words="a regression")
+
+
 class BaseTask(Spec):
     """What the modes ask every task."""
 
@@ -25,29 +30,42 @@ class BaseTask(Spec):
     learnt_by: ClassVar[str] = "run_train"
     """Module of mode train: the loop of gradient steps, or one of the task's own."""
 
+    metrics: MetricNames | None = None
+    """Metrics of every evaluation."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """At least one metric, each once."""
+        if self.metrics == ():
+            yield (
+                "metrics",
+                "[] names none: leave it out for the usual ones, or name one at least",
+            )
+        names = self.metrics or ()
+        for name in dict.fromkeys(names):
+            if names.count(name) > 1:
+                yield "metrics", f"{shown(name)} is named {names.count(name)} times: name it once"
+
 
 class Supervised(BaseTask, tag="supervised", tag_field="objective"):
     """Predict the labels: cross-entropy, binary cross-entropy (multilabel) or a regression loss."""
 
-    metrics: MetricNames | None = None
-    """Metrics of every evaluation."""
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes (multiclass, multilabel)."""
     class_weights: Literal["balanced"] | tuple[Positive, ...] | None = None
     """Weight per class in the training loss: inverse frequency, or one number a class."""
-    regression_loss: Literal["mse", "mae", "huber"] = "mse"
+    regression_loss: Annotated[Literal["mse", "mae", "huber"], OF_NUMBERS] = "mse"
     """Loss of a regression task."""
-    standardize_targets: bool = True
+    standardize_targets: Annotated[bool, OF_NUMBERS] = True
     """Whether a regression learns targets of mean 0 and deviation 1 over the train split; results
     are in target units either way."""
     mixup: bool = False
     """Whether pairs of samples are blended, with targets blended likewise."""
-    mixup_alpha: Positive = 0.2
+    mixup_alpha: Annotated[Positive, read_if("mixup", True)] = 0.2
     """Both parameters of the Beta distribution of the mixup share."""
     cutmix: bool = False
     """Whether a rectangle of one sample is pasted into another, with targets by area; with mixup
     each sample draws one."""
-    cutmix_alpha: Positive = 1.0
+    cutmix_alpha: Annotated[Positive, read_if("cutmix", True)] = 1.0
     """Both parameters of the Beta distribution of the pasted area."""
     result_plot: Literal["none", "val", "all"] = "val"
     """Plots of the final results: none, of the held-out splits val and test, or of train too."""
@@ -85,6 +103,13 @@ class Probe(BaseTask, tag="probe", tag_field="objective"):
     bootstrap: Annotated[int, Meta(ge=0)] = 1000
     """Resamples behind the 95 % confidence intervals; 0 leaves them out."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """There is something to choose from."""
+        yield from super().problems()
+        for name, choices in {"methods": self.methods, "k": self.k, "l2": self.l2}.items():
+            if not choices:
+                yield name, "[] names none: leave it out for the usual ones, or name one"
+
 
 Task = Supervised | Probe
 
@@ -110,7 +135,7 @@ class Training(Spec):
     the first of task.metrics."""
     early_stopping_patience: Count | None = None
     """Epochs without a better metric after which training ends; none is off."""
-    early_stopping_min_delta: NonNegative = 0.0
+    early_stopping_min_delta: Annotated[NonNegative, read_if("early_stopping_patience")] = 0.0
     """Smallest change of the metric that counts as better for early stopping."""
     log_every: Count = 50
     """Optimizer steps between two log lines; the only steps at which the device is waited for."""
@@ -135,6 +160,9 @@ class Training(Spec):
     (name_2, name_3 ...)."""
 
 
+BY_WORKERS = read_unless("num_workers", 0, words="dataloading.num_workers above 0")
+
+
 class Dataloading(Spec):
     """How batches are made."""
 
@@ -149,9 +177,9 @@ class Dataloading(Spec):
     """Whether batches are copied to the GPU from page-locked memory."""
     persistent_workers: bool = True
     """Whether workers live through all epochs."""
-    prefetch_factor: Count = 2
+    prefetch_factor: Annotated[Count, BY_WORKERS] = 2
     """Batches each worker prepares ahead."""
-    timeout: NonNegative = 0.0
+    timeout: Annotated[NonNegative, BY_WORKERS] = 0.0
     """Seconds to wait for a batch before giving up; 0 waits for ever."""
     drop_last_train: bool = False
     """Whether an incomplete last training batch is left out."""
@@ -159,6 +187,13 @@ class Dataloading(Spec):
     """Whether the train split is visited in a new random order each epoch."""
     in_memory_mb: Annotated[int, Meta(ge=0)] = 2048
     """Data sets whose decoded samples fit in this many MiB per rank are held in memory; 0 never."""
+
+
+OF_ENCODER = read_unless(
+    "root.peft.trains",
+    "head",
+    words='peft.method other than "linear_probing", which trains the head alone',
+)
 
 
 class Optimizer(Spec):
@@ -170,13 +205,13 @@ class Optimizer(Spec):
     """Peak learning rate."""
     weight_decay: NonNegative = 0.05
     """Weight decay, decoupled for AdamW, L2 for the others."""
-    momentum: Momentum = 0.9
-    """Momentum of SGD and RMSprop."""
-    nesterov: bool = False
-    """Nesterov momentum of SGD."""
-    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    """Decay of the moment estimates of Adam and AdamW."""
-    layer_wise_lr_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    momentum: Annotated[Momentum, read_if("name", "SGD", "RMSprop")] = 0.9
+    """Momentum of the gradients."""
+    nesterov: Annotated[bool, read_if("name", "SGD")] = False
+    """Whether momentum is Nesterov's."""
+    betas: Annotated[tuple[Momentum, Momentum], read_if("name", "Adam", "AdamW")] = (0.9, 0.999)
+    """Decay of the estimates of both moments."""
+    layer_wise_lr_decay: Annotated[float, Meta(gt=0, lt=1), OF_ENCODER] | None = None
     """Factor of the learning rate per layer, from the head (1) down to the input; none is off."""
     undecay_norm: bool = False
     """Whether norms, biases, tokens and position embeddings are kept from weight decay."""
@@ -185,10 +220,17 @@ class Optimizer(Spec):
     warmup_epochs: NonNegative | None = None
     """Epochs of linear warm-up; none is a tenth of the epochs, at most 10, and 0 for schedules
     other than CosineAnneal."""
-    min_lr: NonNegative = 0.0
-    """Learning rate at the end of CosineAnneal."""
-    gamma: Annotated[float, Meta(gt=0, lt=1)] = 0.1
-    """Factor of the learning rate at each step of Step and MultiStep."""
+    min_lr: Annotated[NonNegative, read_if("scheduler", "CosineAnneal")] = 0.0
+    """Learning rate at the end."""
+    gamma: Annotated[float, Meta(gt=0, lt=1), read_if("scheduler", "Step", "MultiStep")] = 0.1
+    """Factor of the learning rate at each step."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """The last learning rate is not above the first; Nesterov's step uses the momentum."""
+        if self.min_lr > self.lr:
+            yield "min_lr", f"{self.min_lr:g} is above optimizer.lr = {self.lr:g}"
+        if self.nesterov and self.name == "SGD" and self.momentum == 0:
+            yield "nesterov", "true needs optimizer.momentum above 0, e.g. 0.9"
 
 
 class WandbLogger(Spec, tag="wandb", tag_field="backend"):
@@ -219,6 +261,11 @@ class NoLogger(Spec, tag="none", tag_field="backend"):
 Logger = WandbLogger | NoLogger
 
 
+OF_OWN_RUN = read_unless(
+    "checkpoint", words="the spec's own run: infer.checkpoint names its file itself"
+)
+
+
 class Infer(Spec):
     """What mode infer evaluates."""
 
@@ -228,7 +275,7 @@ class Infer(Spec):
     run."""
     folds: tuple[Annotated[int, Meta(ge=0)], ...] | None = None
     """Folds of the spec's own run that make an ensemble; none is data.fold alone."""
-    use: Literal["best", "last"] = "best"
+    use: Annotated[Literal["best", "last"], OF_OWN_RUN] = "best"
     """Which checkpoint of the spec's own run."""
     split: Literal["train", "val", "test"] | None = None
     """Split to evaluate; none is test, or val where there is no test."""
@@ -246,11 +293,46 @@ class Infer(Spec):
     attention: bool = True
     """Whether heads with attention (clam, abmil, dsmil, transmil) write that of every instance to
     attention_<split>.h5."""
-    attention_maps: Annotated[int, Meta(ge=0)] = 16
+    attention_maps: Annotated[int, Meta(ge=0), read_if("attention", True)] = 16
     """Bags whose attention is drawn over their coordinates, the classes in turn; 0 draws none."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """One source of weights and one of samples; folds are named once; what is exported is one
+        safetensors file with the weights of one checkpoint."""
+        if self.checkpoint is not None and self.folds is not None:
+            yield "folds", "the folds of this spec's own run, but infer.checkpoint is set: drop one"
+        if self.input is not None and self.split is not None:
+            yield "split", f"{shown(self.split)} is replaced by infer.input: drop one of them"
+        if self.checkpoint == ():
+            yield "checkpoint", "[] names none: leave it out for this spec's own run"
+        if self.folds == ():
+            yield "folds", "[] names none: leave it out for data.fold alone"
+        if self.folds is not None and len(set(self.folds)) < len(self.folds):
+            yield "folds", f"{shown(self.folds)} names a fold twice"
+        if self.export is not None:
+            yield from self.export_problems(self.export)
+
+    def export_problems(self, export: str) -> Iterator[tuple[str, str]]:
+        """What is wrong with the exported file."""
+        if not export.endswith(".safetensors"):
+            yield "export", f'{shown(export)} must end in ".safetensors", which it is'
+        members = len(self.folds or ()) if isinstance(self.checkpoint, str | None) else 0
+        members = max(members, len(self.checkpoint) if isinstance(self.checkpoint, tuple) else 1)
+        if members > 1:
+            yield (
+                "export",
+                f"it takes one checkpoint, and infer names {members}: export them one after"
+                " another",
+            )
 
 
 # ------------------------------------------------------------------------------ mode extract
+
+
+ReadoutMethod = Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"]
+OF_TRAINED_RUN = read_if(
+    "reads_own_run", True, words='extract.source = "run" and no extract.checkpoint'
+)
 
 
 class Extract(Spec):
@@ -262,9 +344,9 @@ class Extract(Spec):
     checkpoint: PathText | None = None
     """Checkpoint file, or adapter.safetensors of a PEFT run, instead of the spec's own run; model,
     PEFT and transforms come from it."""
-    use: Literal["best", "last"] = "best"
+    use: Annotated[Literal["best", "last"], OF_TRAINED_RUN] = "best"
     """Which checkpoint of the spec's own run."""
-    method: Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"] | None = None
+    method: Annotated[ReadoutMethod | None, read_if("output", "embedding")] = None
     """How tokens become one vector; pooled is the library's own vector before the classifier. none
     is the model's own aggregation; of layers the CLS token where they have one, else avg."""
     output: Literal["embedding", "tokens", "map"] = "embedding"
@@ -273,11 +355,11 @@ class Extract(Spec):
     layers: tuple[int, ...] = ()
     """Blocks (stages of a convolutional network of timm) whose outputs are read, from 0, negative
     from the last one, side by side along the width in this order; none is the encoder's output."""
-    norm: bool = True
+    norm: Annotated[bool, read_if("layers")] = True
     """Whether the encoder's final norm is applied to the outputs of layers, where its width fits;
     else they are the raw residual stream."""
-    prefix_tokens: bool = False
-    """Whether output tokens keeps CLS and register tokens in front of the patches."""
+    prefix_tokens: Annotated[bool, read_if("output", "tokens")] = False
+    """Whether CLS and register tokens are kept in front of the patches."""
     split: Literal["train", "val", "test"] | None = None
     """Split to extract; none is every split there is."""
     precision: Literal[16, 32] = 16
@@ -296,17 +378,42 @@ class Extract(Spec):
     """Whether data.data_fraction cuts the train split here too."""
     bag_by: Literal["group"] | None = None
     """Samples of one group (case, slide) become one bag; none keeps a row a sample."""
-    coords_file: PathText | None = None
+    coords_file: Annotated[PathText | None, read_if("bag_by")] = None
     """CSV file with the columns id (of the sample, for images the path below images_dir), x, y
-    (and z): where the samples of a bag lie; for bag_by."""
+    (and z): where the samples of a bag lie."""
     on_error: Literal["stop", "skip"] = "stop"
     """What an unreadable sample does: end the extraction, or be left out and listed at the end."""
     block_samples: Count = 1024
     """Samples of a block, in whole batches, fewer where these have more than 256 MiB of features;
     finished blocks survive a kill."""
 
+    @property
+    def reads_own_run(self) -> bool:
+        """Whether the model is that of the run that this spec trained."""
+        return self.checkpoint is None and self.source == "run"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """One source of weights; bags are made of vectors."""
+        if self.checkpoint is not None and self.source == "encoder":
+            yield (
+                "source",
+                '"encoder" is the model of the spec, but extract.checkpoint is set: drop one of'
+                " them",
+            )
+        if self.bag_by is not None and self.output != "embedding":
+            yield (
+                "bag_by",
+                f"bags are made of one vector a sample, not of {shown(self.output)}: set"
+                ' extract.output = "embedding"',
+            )
+
 
 # --------------------------------------------------------------------------------- mode umap
+
+
+OF_FEATURES = read_if(
+    "root.maps_features", True, words='umap.input or data.dataset = "precomputed_features"'
+)
 
 
 class Umap(Spec):
@@ -329,22 +436,22 @@ class Umap(Spec):
     n_neighbors: Annotated[int, Meta(ge=2)] = 15
     """Neighbours whose distances UMAP keeps, the sample itself among them: few show detail, many
     the large shape. Trustworthiness is measured with as many."""
-    min_dist: Annotated[float, Meta(ge=0, le=1)] = 0.1
-    """UMAP: how close samples may come in the plot, of its unit of length."""
-    perplexity: Annotated[float, Meta(gt=0)] = 30.0
-    """t-SNE: effective number of neighbours; at most a third of the samples."""
+    min_dist: Annotated[float, Meta(ge=0, le=1), read_if("method", "umap")] = 0.1
+    """How close samples may come in the plot, of its unit of length."""
+    perplexity: Annotated[float, Meta(gt=0), read_if("method", "tsne")] = 30.0
+    """Effective number of neighbours; at most a third of the samples."""
     metric: Literal["euclidean", "cosine"] = "euclidean"
     """Distance of features; cosine normalises every vector to length 1 first."""
-    pca: Count | None = None
-    """Principal components that features are reduced to before UMAP or t-SNE; none keeps them."""
-    bags: Literal["mean", "instances"] = "mean"
+    pca: Annotated[Count | None, read_if("method", "umap", "tsne")] = None
+    """Principal components that features are reduced to before; none keeps them."""
+    bags: Annotated[Literal["mean", "instances"], OF_FEATURES] = "mean"
     """A bag is one point, the mean of its instances, or each instance is one, with the label of its
     bag."""
     color_by: Literal["label", "prediction", "column"] = "label"
     """What the colours of the pictures mean; the HTML offers everything that is known."""
     color_file: PathText | None = None
     """CSV file with a column id and color_column, e.g. the predictions of mode infer."""
-    color_column: str | None = None
+    color_column: Annotated[str | None, read_if("color_file")] = None
     """Column of color_file: numbers give a continuous scale, words or at most 20 whole numbers
     classes."""
     title: str | None = None
@@ -359,3 +466,16 @@ class Umap(Spec):
     output_dir: PathText | None = None
     """Folder of the results; none is umap below the run directory, for a file umap_plots/<name>
     beside it."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """One source of samples, and of colours."""
+        if self.input is not None and self.split is not None:
+            yield (
+                "split",
+                f"{shown(self.split)} is a split of the spec's own data, but umap.input is set:"
+                " drop one of them",
+            )
+        if self.color_by == "column" and self.color_file is None:
+            yield "color_by", '"column" needs umap.color_file, a CSV file with the column id'
+        if self.color_file is not None and self.color_column is None:
+            yield "color_column", "name the column of umap.color_file"

@@ -577,7 +577,7 @@ def test_custom_data(tmp_path, monkeypatch):
 
     assert len(custom("my_data:digits", test_fraction=0.5).splits["test"]) == 898
     for target, said in {
-        "my_data": 'write it as "package.module:function"',
+        "my_data": 'must read "package.module:function"',
         "other_data:digits": "no module other_data",
         "my_data:digit": "my_data has no function digit",
         "my_data:nothing": "returned NoneType, expected glovita_lib.data.Data",
