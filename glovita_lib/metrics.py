@@ -134,8 +134,8 @@ def pearson(predictions: Array, targets: Array, weights: Array) -> Array:
 @formula("spearman", "regression")
 def spearman(predictions: Array, targets: Array, weights: Array) -> Array:
     """Linear correlation of the ranks; equal values share their mean rank."""
-    ranks = (mid_ranks(values[:, 0], weights) for values in (predictions, targets))
-    return correlation(*ranks, weights)
+    x, y = (mid_ranks(values[:, 0], weights) for values in (predictions, targets))
+    return correlation(x, y, weights)
 
 
 # ------------------------------------------------------------------------ metrics of a split
@@ -198,16 +198,18 @@ def metrics_report(
         was predicted. confusion: K rows of true and columns of predicted classes; null unless
         multiclass of at most 200 classes. Undefined numbers are null.
     """
-    data = {"subtask": subtask, "targets": targets, "scores": scores, "class_names": class_names}
-    result: dict[str, Any] = {"n": len(scores), "metrics": compute(names, **data), "ci95": {}}
+    metrics = compute(
+        names, subtask=subtask, targets=targets, scores=scores, class_names=class_names
+    )
+    result: dict[str, Any] = {"n": len(scores), "metrics": metrics, "ci95": {}}
     result |= {"per_class": {}, "confusion": None}
     if all_finite(scores):
         samples = samples_of(subtask, targets, scores, class_names)
         measure = measure_of(names, samples)
         ends = intervals(measure, len(scores), resamples=bootstrap, seed=seed, level=LEVEL)
-        result["ci95"] = {name: ends[name] for name in result["metrics"] if name in ends}
+        result["ci95"] = {name: ends[name] for name in metrics if name in ends}
         result["per_class"] = per_class(samples, class_names)
-        if subtask == "multiclass" and len(class_names) <= LARGEST_CONFUSION:
+        if isinstance(samples, Multiclass) and len(class_names) <= LARGEST_CONFUSION:
             result["confusion"] = confusion(targets, samples.predictions, len(class_names))
     return as_json(result)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -303,10 +304,13 @@ def label_sums(table: Array, weights: Array) -> Array:
     return np.concatenate(parts)
 
 
-class Resampled:
+Classes = TypeVar("Classes", bound=Multiclass | Multilabel)
+
+
+class Resampled(Generic[Classes]):
     """Samples under weights (N, R), with what several metrics need computed once."""
 
-    def __init__(self, samples: Multiclass | Multilabel, weights: Array) -> None:
+    def __init__(self, samples: Classes, weights: Array) -> None:
         self.samples, self.weights = samples, weights
 
     @cached_property
@@ -322,26 +326,26 @@ class Resampled:
 
 
 @formula("acc", "multiclass")
-def accuracy(drawn: Resampled) -> Array:
+def accuracy(drawn: Resampled[Multiclass]) -> Array:
     """Share of the samples that are right."""
     return drawn.counts.tp.sum(0) / drawn.counts.n
 
 
 @formula("acc", "multilabel")
-def label_accuracy(drawn: Resampled) -> Array:
+def label_accuracy(drawn: Resampled[Multilabel]) -> Array:
     """Share of the labels of all samples that are right."""
     return weighted_mean(drawn.samples.right, drawn.weights)
 
 
 @formula("balanced_acc", "multiclass")
-def balanced_accuracy(drawn: Resampled) -> Array:
+def balanced_accuracy(drawn: Resampled[Multiclass]) -> Array:
     """Mean recall of the classes that occur."""
     counts = drawn.counts
     return mean_defined(ratio(counts.tp, counts.actual))
 
 
 @formula("balanced_acc", "multilabel")
-def label_balanced_accuracy(drawn: Resampled) -> Array:
+def label_balanced_accuracy(drawn: Resampled[Multilabel]) -> Array:
     """Mean over labels of (sensitivity + specificity) / 2."""
     counts = drawn.counts
     negatives = counts.n - counts.actual
@@ -351,50 +355,50 @@ def label_balanced_accuracy(drawn: Resampled) -> Array:
 
 
 @formula("f1", "multiclass", "multilabel")
-def f1(drawn: Resampled) -> Array:
+def f1(drawn: Resampled[Multiclass | Multilabel]) -> Array:
     """Macro mean of 2 tp / (predicted + actual)."""
     return mean_defined(drawn.counts.f1)
 
 
 @formula("f1_per_class", "multiclass", "multilabel")
-def f1_per_class(drawn: Resampled) -> Array:
+def f1_per_class(drawn: Resampled[Multiclass | Multilabel]) -> Array:
     """F1 (K, R) of each class; NaN for one that occurs neither in the targets nor in the
     predictions."""
     return drawn.counts.f1
 
 
 @formula("precision", "multiclass", "multilabel")
-def precision(drawn: Resampled) -> Array:
+def precision(drawn: Resampled[Multiclass | Multilabel]) -> Array:
     """Macro mean of tp / predicted."""
     return mean_defined(drawn.counts.of_occurring(drawn.counts.predicted))
 
 
 @formula("recall", "multiclass", "multilabel")
-def recall(drawn: Resampled) -> Array:
+def recall(drawn: Resampled[Multiclass | Multilabel]) -> Array:
     """Macro mean of tp / actual."""
     return mean_defined(drawn.counts.of_occurring(drawn.counts.actual))
 
 
 @formula("top5acc", "multiclass")
-def top5(drawn: Resampled) -> Array:
+def top5(drawn: Resampled[Multiclass]) -> Array:
     """Share of the samples whose class is among the five best; 1 with five classes or fewer."""
     return weighted_mean(drawn.samples.in_top5, drawn.weights)
 
 
 @formula("auroc", "multiclass", "multilabel")
-def auroc(drawn: Resampled) -> Array:
+def auroc(drawn: Resampled[Multiclass | Multilabel]) -> Array:
     """Macro mean of the area under the ROC curve, one against the rest."""
     return mean_defined(drawn.ranking[0])
 
 
 @formula("ap", "multiclass", "multilabel")
-def average_precision(drawn: Resampled) -> Array:
+def average_precision(drawn: Resampled[Multiclass | Multilabel]) -> Array:
     """Macro mean of the average precision, one against the rest."""
     return mean_defined(drawn.ranking[1])
 
 
 @formula("mcc", "multiclass")
-def mcc(drawn: Resampled) -> Array:
+def mcc(drawn: Resampled[Multiclass]) -> Array:
     """R_K = (c n - p.t) / sqrt((n^2 - p.p)(n^2 - t.t)), c hits, p predicted, t actual counts.
 
     Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004.
@@ -407,7 +411,7 @@ def mcc(drawn: Resampled) -> Array:
 
 
 @formula("mcc", "multilabel")
-def label_mcc(drawn: Resampled) -> Array:
+def label_mcc(drawn: Resampled[Multilabel]) -> Array:
     """Mean over labels of the phi coefficient, i.e. the MCC of two classes."""
     counts, n = drawn.counts, drawn.counts.n
     covariance = counts.tp * n - counts.predicted * counts.actual
@@ -418,7 +422,7 @@ def label_mcc(drawn: Resampled) -> Array:
 
 
 @formula("kappa", "multiclass")
-def kappa(drawn: Resampled) -> Array:
+def kappa(drawn: Resampled[Multiclass]) -> Array:
     """(p_o - p_e) / (1 - p_e), with p_o observed and p_e chance agreement (Cohen, 1960)."""
     counts, n = drawn.counts, drawn.counts.n
     by_chance = (counts.predicted * counts.actual).sum(0)
@@ -428,7 +432,7 @@ def kappa(drawn: Resampled) -> Array:
 
 
 @formula("kappa", "multilabel")
-def label_kappa(drawn: Resampled) -> Array:
+def label_kappa(drawn: Resampled[Multilabel]) -> Array:
     """Mean over labels of Cohen's kappa."""
     counts, n = drawn.counts, drawn.counts.n
     by_chance = counts.predicted * counts.actual + (n - counts.predicted) * (n - counts.actual)
@@ -439,7 +443,7 @@ def label_kappa(drawn: Resampled) -> Array:
 
 
 @formula("quadratic_kappa", "multiclass")
-def quadratic_kappa(drawn: Resampled) -> Array:
+def quadratic_kappa(drawn: Resampled[Multiclass]) -> Array:
     """1 - sum (i - j)^2 O_ij / sum (i - j)^2 E_ij; the order of the classes is their scale.
 
     O are the observed pairs, E those expected from the marginals (Cohen, Weighted kappa, 1968).
@@ -461,7 +465,7 @@ def chance_corrected(excess: Array, largest: Array, variance_of_targets: Array) 
 
 
 @formula("ece", "multiclass")
-def ece(drawn: Resampled) -> Array:
+def ece(drawn: Resampled[Multiclass]) -> Array:
     """sum_b |right_b - confidence_b| n_b / n over 15 bins of the probability of the prediction.
 
     Guo et al., On Calibration of Modern Neural Networks, 2017.
@@ -472,7 +476,7 @@ def ece(drawn: Resampled) -> Array:
 
 
 @formula("ece", "multilabel")
-def label_ece(drawn: Resampled) -> Array:
+def label_ece(drawn: Resampled[Multilabel]) -> Array:
     """Mean over labels of the calibration error of the probability that the label is set."""
     pairs = zip(drawn.samples.scores.T, drawn.samples.targets.T, strict=True)
     gaps = [bin_gaps(scores.astype(np.float64), true, drawn.weights) for scores, true in pairs]
@@ -490,7 +494,7 @@ def bin_of(probability: Array) -> Array:
 
 
 @formula("brier", "multiclass", "multilabel")
-def brier(drawn: Resampled) -> Array:
+def brier(drawn: Resampled[Multiclass | Multilabel]) -> Array:
     """Mean squared error of the probabilities (Brier, 1950).
 
     Multiclass: sum over the classes, 0 to 2. Multilabel: mean over the labels, 0 to 1.

@@ -80,7 +80,8 @@ class EvalOrder:
     @property
     def shard(self) -> tuple[int, int]:
         """First row of this rank, and the first one of the next."""
-        return tuple(self.count * rank // self.world for rank in (self.rank, self.rank + 1))
+        first, end = (self.count * rank // self.world for rank in (self.rank, self.rank + 1))
+        return first, end
 
     def __len__(self) -> int:
         first, end = self.shard

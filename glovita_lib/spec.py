@@ -87,9 +87,7 @@ class Merge:
 
 def changes_tag(base: dict, patch: dict, kind: Type | None, default: Any) -> bool:
     """Whether `patch` names another member of the union than the one that `base` is."""
-    members = spec_errors.structs(kind) if kind is not None else []
-    field = members[0].tag_field if members else None
-    if field is None or field not in patch:
+    if kind is None or (field := spec_errors.tag_field(kind)) not in patch:
         return False
     old = spec_errors.chosen_member(kind, default, base)
     return patch[field] != (old.tag if old else base.get(field))
@@ -108,10 +106,9 @@ def field_kind(kind: Type | None, default: Any, table: dict, key: str) -> tuple[
 
 def tag_kind(kind: Type | None, key: str) -> Type | None:
     """Type of a union's tag field: one of its tags."""
-    members = spec_errors.structs(kind) if kind is not None else []
-    if members and members[0].tag_field == key:
-        return kinds.LiteralType(tuple(member.tag for member in members))
-    return None
+    if kind is None or spec_errors.tag_field(kind) != key:
+        return None
+    return kinds.LiteralType(tuple(member.tag for member in spec_errors.structs(kind)))
 
 
 def override(
@@ -175,8 +172,9 @@ def nested(entries: list[tuple[Path, str, Any]], problems: list[str]) -> dict:
             table = inner
         else:
             old = table.get(path[-1])
-            both = isinstance(old, dict) and isinstance(value, dict)
-            table[path[-1]] = {**old, **value} if both else value
+            if isinstance(old, dict) and isinstance(value, dict):
+                value = {**old, **value}
+            table[path[-1]] = value
     return tables
 
 
@@ -188,7 +186,7 @@ def kind_at(path: Path, root: StructType, table: dict) -> tuple[Type | None, boo
         if kind is not None and spec_errors.is_free(kind) and not spec_errors.structs(kind):
             return None, True
         kind, default = field_kind(kind, default, table, key)
-        table = table.get(key) if isinstance(table.get(key), dict) else {}
+        table = below if isinstance(below := table.get(key), dict) else {}
     return kind, False
 
 
@@ -201,7 +199,7 @@ def settle(
     if text in listed:
         return text
     if text in ("none", "None") and (free or kind is not None):
-        if not free and not spec_errors.is_optional(kind):
+        if kind is not None and not spec_errors.is_optional(kind):
             near = errors.nearest_word(text, [word for word in listed if isinstance(word, str)])
             hint = f'; did you mean "{near}"?' if near else ""
             key, valid = spec_errors.dotted(path), spec_errors.describe_type(kind)
@@ -321,13 +319,13 @@ def load_spec(path: str | os.PathLike, overrides: Sequence[str], root_type: type
         UserError: one line for each mistake: file, key, what was offered, what is valid.
     """
     path = os.fspath(path)
-    kind = kinds.type_info(root_type)
+    kind = spec_errors.struct_type(root_type)
     merge = Merge(kind)
     problems: list[str] = []
     tables = extended(path, merge, problems, ())
     tables, keys, mistakes = override(tables, overrides, merge)
     problems += [f"{path}: {mistake}" for mistake in mistakes]
-    as_written, found = spec_errors.convert_tables(tables, root_type, kind)
+    as_written, found = spec_errors.convert_tables(tables, kind)
     root = None if found else expanded(as_written, kind, (), found)
     for key, text in found:
         place = f"{spec_errors.dotted(key)}: " if key else ""

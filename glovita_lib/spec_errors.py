@@ -53,6 +53,17 @@ def structs(kind: Type) -> list[StructType]:
     return [option for option in options_of(kind) if isinstance(option, StructType)]
 
 
+def struct_type(struct: type[msgspec.Struct]) -> StructType:
+    """The type of a Struct itself."""
+    (found,) = structs(kinds.type_info(struct))
+    return found
+
+
+def tag_field(kind: Type) -> str | None:
+    """Name of the tag of a union's members; None where there are no members, or one without."""
+    return next((member.tag_field for member in structs(kind)), None)
+
+
 def is_optional(kind: Type) -> bool:
     """Whether the field may be unset (None)."""
     return any(isinstance(option, kinds.NoneType) for option in options_of(kind))
@@ -79,11 +90,10 @@ def default_member(kind: Type, default: Any) -> StructType | None:
 
 def chosen_member(kind: Type, default: Any, table: dict) -> StructType | None:
     """Member of a union that a table names by its tag; None where the tag is unknown or missing."""
-    members = structs(kind)
-    tag_field = members[0].tag_field if members else None
-    if tag_field is None or tag_field not in table:
+    field = tag_field(kind)
+    if field is None or field not in table:
         return default_member(kind, default)
-    return next((member for member in members if member.tag == table[tag_field]), None)
+    return next((member for member in structs(kind) if member.tag == table[field]), None)
 
 
 def default_of(field: Field) -> Any:
@@ -274,8 +284,8 @@ class Walk:
 
     def unknown_tag(self, table: dict, kind: Type, path: Path) -> None:
         """A union's table that names no member."""
-        members = structs(kind)
-        field, tags = members[0].tag_field, [member.tag for member in members]
+        field, tags = tag_field(kind), [str(member.tag) for member in structs(kind)]
+        assert field is not None  # of a table without a tag there is one kind
         if field not in table:
             self.add((*path, field), f"missing: it must be {one_of(tags)}")
             return
@@ -375,19 +385,14 @@ def parsed(text: str) -> bool | int | float | None:
     return None
 
 
-def convert_tables(
-    plain: dict, root_type: type, kind: StructType
-) -> tuple[Any, list[tuple[Path, str]]]:
-    """The Structs of a spec's tables, or None and all mistakes with the paths of their keys.
-
-    `kind` is the type information of `root_type`.
-    """
-    walk = Walk(kind)
-    done = walk.table(plain, kind, None, ())
+def convert_tables(plain: dict, root: StructType) -> tuple[Any, list[tuple[Path, str]]]:
+    """The Structs of a spec's tables, or None and all mistakes with the paths of their keys."""
+    walk = Walk(root)
+    done = walk.table(plain, root, None, ())
     if walk.problems:
         return None, walk.problems
     try:
-        return msgspec.convert(done, root_type, strict=True), []
+        return msgspec.convert(done, root.cls, strict=True), []
     except msgspec.ValidationError as error:  # a bound that the walk does not know
         return None, [((), str(error))]
 

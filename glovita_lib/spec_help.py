@@ -1,6 +1,7 @@
 """What a spec accepts: its JSON schema and `--explain`; what one says: `--print`."""
 
 import ast
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -28,26 +29,19 @@ def class_docs(module: str) -> dict[str, tuple[str, dict[str, str]]]:
 
     A field's docstring is the string on the line after it.
     """
-    with open(sys.modules[module].__file__, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
     found = {}
-    for node in tree.body:
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if isinstance(node, ast.ClassDef):
             fields = {}
-            for field, below in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and is_text(below):
-                    fields[field.target.id] = one_line(below.value.value)
+            for pair in zip(node.body, node.body[1:], strict=False):
+                match pair:
+                    case (
+                        ast.AnnAssign(target=ast.Name(id=field)),
+                        ast.Expr(value=ast.Constant(value=str(text))),
+                    ):
+                        fields[field] = one_line(text)
             found[node.name] = (one_line(ast.get_docstring(node) or ""), fields)
     return found
-
-
-def is_text(node: ast.stmt) -> bool:
-    """Whether a statement is a lone string."""
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
 
 
 def one_line(text: str) -> str:
@@ -205,10 +199,10 @@ def leaves_keys(member: StructType) -> bool:
     )
 
 
-def schema(root_type: type = Root) -> dict:
+def schema(root_type: type[msgspec.Struct] = Root) -> dict:
     """JSON schema of a whole spec."""
     definitions: dict[str, dict] = {}
-    root = kinds.type_info(root_type)
+    root = spec_errors.struct_type(root_type)
     extends = {"required": ["extends"]}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -241,7 +235,7 @@ def explain(key: str) -> str:
     Raises:
         UserError: there is no such key.
     """
-    root = kinds.type_info(Root)
+    root = spec_errors.struct_type(Root)
     if key == "spec":
         return "\n".join(table_lines(key, root, None))
     path = key.split(".")
