@@ -106,8 +106,9 @@ def link(src: Path | str, dst: Path | str) -> None:
     with atomic_path(dst) as temporary:
         try:
             os.link(src, temporary)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT):
+        except (AttributeError, OSError) as error:  # not every platform and disk has links
+            own = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT)
+            if getattr(error, "errno", None) in own:
                 raise
             shutil.copyfile(src, temporary)
 

@@ -248,4 +248,4 @@ class SkippingSource(PartSource):
 def skipped(notes: Path) -> dict[int, str]:
     """Rows that could not be read, in order, and why."""
     paths = sorted(notes.glob("[0-9]*.txt"), key=lambda path: int(path.stem))
-    return {int(path.stem): path.read_text() for path in paths}
+    return {int(path.stem): path.read_text("utf-8") for path in paths}

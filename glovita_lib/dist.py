@@ -313,12 +313,15 @@ def sync_buffers(ranks: Ranks, model: nn.Module) -> None:
             td.broadcast(buffer, src=0)
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory in use so far, in MiB: of tensors on a GPU, else of the whole process."""
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Largest memory in use so far, in MiB: of tensors on a GPU, else of the whole process; None
+    where the system does not say (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
 

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import fcntl
 import io
 import json
 import math
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import lock_descriptor
 
 from glovita_lib.errors import UserError, meant
 
@@ -90,8 +91,12 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or, for a folder, its entries."""
-    handle = os.open(path, os.O_RDONLY)
+    """Have the disk hold what was written to a file or, for a folder, its entries, where the system
+    opens folders."""
+    is_folder = path.is_dir()
+    if is_folder and not hasattr(os, "O_DIRECTORY"):  # Windows
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -127,8 +132,6 @@ def write_json(path: Path | str, value: Any) -> None:
 
 def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """CSV with a header; floats with as many digits as it takes to read them back equal."""
-    import io
-
     with atomic_write(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(header)
@@ -299,16 +302,15 @@ def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
 # The lock of a folder is released by the system when the process that has it ends.
 
 ATTEMPTS, PAUSE = 5, 0.1  # a look at the lock by another process holds it for a moment
-TAKEN = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_held: set[str] = set()  # of this process, for which POSIX locks never conflict
+_held: dict[str, int] = {}  # open lock files of this process
 
 
 class Lock:
-    """A POSIX record lock on a file that says who holds it.
+    """A lock on a file that says who holds it.
 
-    The system drops it when the process ends in any way, and worker processes do not inherit it.
-    The file stays: were it removed, two processes could lock two files of one name.
+    The system drops it when the process ends in any way, and worker processes do not keep it. The
+    file stays: were it removed, two processes could lock two files of one name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -331,29 +333,24 @@ class Lock:
         try:
             self.lock(handle, wait)
             os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            # Windows lets nobody else read the locked byte, the first one: it says nothing.
+            os.write(handle, f"\nprocess {os.getpid()} on {socket.gethostname()}\n".encode())
         except BaseException:
             os.close(handle)
             raise
         self.handle = handle
-        _held.add(name)
+        _held[name] = handle
 
     def lock(self, handle: int, wait: bool) -> None:
         """Lock an open file."""
-        for attempt in range(ATTEMPTS):
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                return
-            except OSError as error:
-                if error.errno in NO_LOCKS:
-                    note = f"note: the disk of {self.path.parent} has no file locks: see to it that"
-                    print(f"{note} no other process uses this folder", file=sys.stderr)
-                    return
-                if error.errno not in TAKEN:
-                    raise write_error(self.path, error) from None
-                if attempt == ATTEMPTS - 1:
-                    raise UserError(taken(self.path, owner(self.path))) from None
-            time.sleep(PAUSE)
+        try:
+            if not (lock_descriptor(handle) if wait else soon_locked(handle)):
+                raise UserError(taken(self.path, owner(self.path)))
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise write_error(self.path, error) from None
+            note = f"note: the disk of {self.path.parent} has no file locks: see to it that"
+            print(f"{note} no other process uses this folder", file=sys.stderr)
 
     def release(self) -> None:
         """Let others have it; twice is fine."""
@@ -361,7 +358,7 @@ class Lock:
             os.ftruncate(self.handle, 0)
             os.close(self.handle)  # which drops the lock
             self.handle = None
-            _held.discard(os.path.realpath(self.path))
+            _held.pop(os.path.realpath(self.path), None)
 
     def __enter__(self) -> "Lock":
         """Wait for the lock and take it."""
@@ -373,23 +370,44 @@ class Lock:
         self.release()
 
 
+def soon_locked(handle: int) -> bool:
+    """Whether an open file could be locked at once, or after the look of another process."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(PAUSE)
+        if lock_descriptor(handle, blocking=False):
+            return True
+    return False
+
+
+def close_inherited() -> None:
+    """Close the lock files that a forked process has got: they would keep the locks of a process
+    that has ended."""
+    for handle in _held.values():
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):  # elsewhere processes inherit nothing
+    os.register_at_fork(after_in_child=close_inherited)
+
+
 def check_free(path: Path) -> None:
-    """Look at a lock without taking it or writing anything.
+    """Look at a lock without keeping it or writing anything.
 
     Raises:
         UserError: a process holds it.
     """
-    if os.path.realpath(path) in _held:  # opening the file here would drop our own lock
+    if os.path.realpath(path) in _held:
         raise UserError(taken(path, "this process"))
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDWR)
     except OSError:
         return
     try:
-        fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in TAKEN:
-            raise UserError(taken(path, owner(path))) from None
+        with suppress(OSError):  # a disk without locks
+            if not soon_locked(handle):
+                raise UserError(taken(path, owner(path)))
     finally:
         os.close(handle)
 
@@ -397,7 +415,9 @@ def check_free(path: Path) -> None:
 def owner(path: Path) -> str:
     """Who holds a lock, as its file says."""
     try:
-        return path.read_text().strip() or "another process"
+        with open(path, "rb", buffering=0) as file:
+            file.seek(1)
+            return file.read().decode().strip() or "another process"
     except OSError:
         return "another process"
 

@@ -333,7 +333,7 @@ def kept_id(run: RunDir) -> str:
     """
     path = run.path / "wandb" / "run_id"
     if path.is_file():
-        return path.read_text().strip()
+        return path.read_text("utf-8").strip()
     new = uuid.uuid4().hex[:12]
     write_text(path, new + "\n")
     return new

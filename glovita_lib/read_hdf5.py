@@ -187,17 +187,28 @@ class DatasetRows:
         """Fill `out` (C-contiguous) with the file's bytes from offset on."""
         view, done = memoryview(out).cast("B"), 0
         while done < len(view):
-            got = os.preadv(self.file, [view[done:]], offset + done)
+            got = self.pread_some(view[done:], offset + done)
             if not got:
                 raise UserError(f"{self.path}: became shorter while it was read")
             done += got
+
+    def pread_some(self, view: memoryview, offset: int) -> int:
+        """Fill the beginning of a view with bytes of the file -> how many."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.file, [view], offset)
+        # Not on this platform: a file of this read's own, as threads share the place in theirs.
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.readinto(view)
 
     def chunk(self, index: int) -> np.ndarray:
         """A whole chunk (chunk_rows, ...); one that was never written holds the fill value."""
         where = self.chunks.get(index)
         if where is None:
             return np.full((self.chunk_rows, *self.shape[1:]), self.fill_value, self.dtype)
-        data = os.pread(self.file, where.size, where.offset)
+        stored = np.empty(where.size, np.uint8)
+        self.pread(stored, where.offset)
+        data: bytes | np.ndarray = stored
         for number in reversed(range(len(self.filters))):
             if where.skipped >> number & 1:
                 continue
@@ -205,7 +216,7 @@ class DatasetRows:
         return np.frombuffer(data, self.dtype).reshape(self.chunk_rows, *self.shape[1:])
 
 
-def inflate(data: bytes, rows: DatasetRows) -> bytes:
+def inflate(data: bytes | np.ndarray, rows: DatasetRows) -> bytes:
     """Undo gzip."""
     try:
         return zlib.decompress(data, bufsize=rows.chunk_rows * rows.row_bytes)
@@ -213,7 +224,7 @@ def inflate(data: bytes, rows: DatasetRows) -> bytes:
         raise UserError(f"{rows.path}: damaged chunk in {rows.key!r} ({error})") from None
 
 
-def unshuffle(data: bytes, rows: DatasetRows) -> np.ndarray:
+def unshuffle(data: bytes | np.ndarray, rows: DatasetRows) -> np.ndarray:
     """Undo HDF5's byte shuffle: all first bytes, then all second bytes ... -> whole values."""
     planes = np.frombuffer(data, np.uint8).reshape(rows.dtype.itemsize, -1)
     values = planes[-1].astype(f"u{rows.dtype.itemsize}")

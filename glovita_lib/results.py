@@ -401,7 +401,7 @@ class Entry:
     trainable: int  # parameters
     share: float  # of all parameters
     step_ms: float
-    memory_mb: float
+    memory_mb: float | None  # None: the system did not say
     best_epoch: int | None
     device: str
 
@@ -415,7 +415,7 @@ class Entry:
             "trainable": f"{self.trainable:,}",
             "share": f"{self.share:.2%}",
             "ms/step": f"{self.step_ms:.1f}",
-            "MiB": f"{self.memory_mb:,.0f}",
+            "MiB": "" if self.memory_mb is None else f"{self.memory_mb:,.0f}",
             "best epoch": "" if self.best_epoch is None else str(self.best_epoch + 1),
             "device": self.device,
         }
@@ -503,7 +503,7 @@ def entry_of(name: str, run: RunDir) -> Entry:
         trainable=everything["trainable"],
         share=everything["share"],
         step_ms=1000 * batch / median(record["samples_per_s"] for record in epochs),
-        memory_mb=max(record["memory_mb"] for record in epochs),
+        memory_mb=max(filter(None, (record["memory_mb"] for record in epochs)), default=None),
         best_epoch=epochs[-1]["best_epoch"],
         device=info["device"] + (threads if info["device"] == "cpu" else ""),
     )

@@ -96,8 +96,9 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
         ("data", f"{resolved.dataset}: {sizes}; {len(resolved.class_names)} outputs"),
         ("model", parameter_line(experiment.model)),
         ("one step", numbers),
-        ("memory", f"{record['memory_mb']:,.0f} MiB"),
     ]
+    if record["memory_mb"] is not None:
+        rows.append(("memory", f"{record['memory_mb']:,.0f} MiB"))
     seconds = time.perf_counter() - started
     say(f"dry run passed in {seconds:.1f} s; nothing was written\n{two_columns(rows)}")
 

@@ -246,8 +246,8 @@ def test_weights_of_another_architecture(refused, tmp_path):
 HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], "w")
-fcntl.lockf(file, fcntl.LOCK_EX)
-file.write("process 1 on elsewhere"); file.flush()
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("\\nprocess 1 on elsewhere"); file.flush()
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -222,3 +222,10 @@ def test_peak_memory_is_in_mib() -> None:
     kib = int(status.split("VmHWM:")[1].split()[0])
     assert block.numel() == 2**27
     assert dist.peak_memory_mb(ONE.device) == pytest.approx(kib / 1024, rel=0.02)
+
+
+def test_peak_memory_is_unknown_where_the_system_does_not_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert dist.peak_memory_mb(ONE.device) is None

@@ -1,7 +1,6 @@
 """A lock that dies with its process and that worker processes do not keep."""
 
 import errno
-import fcntl
 import os
 import signal
 import socket
@@ -76,7 +75,7 @@ def test_lock_dies_with_kill_although_a_worker_lives(tmp_path: Path) -> None:
         os.kill(worker, 0)  # the worker lives
         mine = Lock(path)
         mine.acquire()
-        assert path.read_text().startswith(f"process {os.getpid()} ")
+        assert path.read_text().startswith(f"\nprocess {os.getpid()} ")
         mine.release()
         assert path.read_text() == ""
     finally:
@@ -84,7 +83,6 @@ def test_lock_dies_with_kill_although_a_worker_lives(tmp_path: Path) -> None:
 
 
 def test_same_process_twice(tmp_path: Path) -> None:
-    """POSIX locks do not conflict within a process, and a second open would drop the first."""
     path = tmp_path / ".lock"
     mine = Lock(path)
     mine.acquire()
@@ -120,13 +118,15 @@ def test_waiting(tmp_path: Path) -> None:
 def test_disk_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def refuse(*args: object) -> None:
+    def refuse(*args: object, **options: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(files, "lock_descriptor", refuse)
     mine = Lock(tmp_path / ".lock")
     mine.acquire()
-    assert "has no file locks" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "has no file locks" in said
+    (tmp_path / "other").touch()
     check_free(tmp_path / "other")
     mine.release()
 

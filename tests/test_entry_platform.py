@@ -1,0 +1,67 @@
+"""Runs on a system that is not POSIX: what only POSIX has is taken away in a fresh interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import TINY
+
+REPOSITORY = Path(__file__).parent.parent
+
+# Read by every interpreter that starts with its folder on the path, worker processes too.
+WITHOUT_POSIX = """
+import multiprocessing, os, sys
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None  # to import it raises ImportError
+for name in (
+    "O_DIRECTORY", "fork", "forkpty", "geteuid", "getuid", "link", "posix_fallocate", "pread",
+    "preadv", "pwrite", "pwritev", "sched_getaffinity",
+):
+    delattr(os, name)
+posix_open = os.open
+def windows_open(path, *arguments, **options):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)
+    return posix_open(path, *arguments, **options)
+os.open = windows_open
+multiprocessing.set_start_method("spawn")
+"""
+
+RUN = """
+import os, sys
+import torch  # asks for it on Linux
+del os.register_at_fork
+import glovita
+assert not hasattr(os, "fork")
+for mode in ("train", "extract", "infer"):
+    assert glovita.main([*sys.argv[1:], f"mode={mode}"]) == 0, mode
+"""
+
+
+@pytest.mark.processes
+def test_train_extract_and_infer_without_posix(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_POSIX)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    overrides = [f"exp_dir={tmp_path / 'runs'}", "name=tiny", "training.epochs=1"]
+    overrides += [f"extract.output_dir={tmp_path / 'out'}", "extract.split=val"]
+    overrides += ["dataloading.in_memory_mb=0", "dataloading.num_workers=1"]
+    result = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path / "tiny.toml"), "--override", *overrides],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = tmp_path / "runs" / "digits" / "tiny" / "0"
+    assert (run / "checkpoints" / "best.pt").is_file() and (run / "metrics_test.json").is_file()
+    assert (run / "infer" / "predictions_test.csv").read_bytes() == (
+        run / "predictions_test.csv"
+    ).read_bytes()
+    assert len(list((tmp_path / "out").glob("*_digits_*.h5"))) == 1
+    # an interpreter without fcntl takes the place of Windows, whose locks filelock knows
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 3  # of the run, of its group and of the feature file
+    assert all("has no file locks" in note for note in notes)
