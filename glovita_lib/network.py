@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -17,6 +18,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 # D width, C channels.
 
 RowRange = tuple[int, int]
+Roles = dict[nn.Module, tuple[str, dict[str, RowRange]]]
+"""Role and parts of layers, see `Layer`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Layer:
     """Rows of the fused projections, {"q": (0, D), ...}; empty for a layer of one role."""
 
 
-def is_conv(module: nn.Module) -> bool:
+def is_conv(module: nn.Module) -> TypeGuard[_ConvNd]:
     """A convolution of any dimension, not a transposed one."""
     return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
 
@@ -50,7 +53,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def layers(root: nn.Module) -> list[Layer]:
     """All Linear, convolution and norm layers in the order of registration, each with its role."""
-    roles: dict[nn.Module, tuple[str, dict[str, RowRange]]] = {}
+    roles: Roles = {}
     for parent in root.modules():
         roles |= attention_roles(parent) or mlp_roles(parent)
     for block in blocks(root):
@@ -80,7 +83,7 @@ def letter(name: str) -> str | None:
     return (found[1] or found[2][0]) if found else None
 
 
-def attention_roles(parent: nn.Module) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:
+def attention_roles(parent: nn.Module) -> Roles:
     """Roles of the direct children of an attention module; empty for any other module.
 
     Attention holds a head count (an integer attribute named *head*) or three Linear layers with
@@ -94,9 +97,9 @@ def attention_roles(parent: nn.Module) -> dict[nn.Module, tuple[str, dict[str, R
             parent.out_proj: ("proj", {}),
         }
     children = linear_children(parent)
-    named = {letter(name): module for name, module in children if letter(name)}
+    named = {role: module for name, module in children if (role := letter(name))}
     if len(named) == 3:
-        projections = {module: (role, {}) for role, module in named.items()}
+        projections: Roles = {module: (role, {}) for role, module in named.items()}
         return projections | output_role(children, projections, named["v"].out_features)
     if len(children) >= 2 and counts_heads(parent):
         return positional_roles([module for _, module in children])
@@ -112,7 +115,7 @@ def counts_heads(module: nn.Module) -> bool:
     return any(type(value) is int and "head" in name for name, value in vars(module).items())
 
 
-def positional_roles(linears: list[nn.Linear]) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:
+def positional_roles(linears: list[nn.Linear]) -> Roles:
     """Attention without telling names: fused qkv and out; q, fused kv and out; q, k, v and out."""
     first, second, *rest = linears
     if first.out_features > second.in_features and not rest:
@@ -123,14 +126,12 @@ def positional_roles(linears: list[nn.Linear]) -> dict[nn.Module, tuple[str, dic
         return {first: ("q", {}), second: ("kv", parts), rest[0]: ("proj", {})}
     if len(rest) >= 2 and len({m.in_features for m in linears[:3]}) == 1:
         third, out = rest[:2]
-        found = {first: ("q", {}), second: ("k", {}), third: ("v", {})}
+        found: Roles = {first: ("q", {}), second: ("k", {}), third: ("v", {})}
         return found | ({out: ("proj", {})} if out.in_features == third.out_features else {})
     return {}
 
 
-def fused_roles(
-    fused: nn.Linear, out: nn.Linear
-) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:
+def fused_roles(fused: nn.Linear, out: nn.Linear) -> Roles:
     """Fused qkv, possibly with fewer keys and values than queries, and the output projection."""
     return {fused: ("qkv", thirds(fused.out_features, out.in_features)), out: ("proj", {})}
 
@@ -143,16 +144,18 @@ def thirds(rows: int, queries: int) -> dict[str, RowRange]:
 
 def output_role(
     children: list[tuple[str, nn.Linear]], taken: Iterable[nn.Module], width: int
-) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:
+) -> Roles:
     """The Linear that reads the values, where it lies beside them."""
     free = [m for _, m in children if m not in taken and m.in_features == width]
     return {free[-1]: ("proj", {})} if free else {}
 
 
-def mlp_roles(parent: nn.Module) -> dict[nn.Module, tuple[str, dict[str, RowRange]]]:
+def mlp_roles(parent: nn.Module) -> Roles:
     """fc1 (with its gate) and fc2: direct Linear children, or convolutions of one voxel, that leave
     a width and come back."""
-    linears = [(m, m.in_features, m.out_features) for _, m in linear_children(parent)]
+    linears: list[tuple[nn.Module, int, int]] = [
+        (m, m.in_features, m.out_features) for _, m in linear_children(parent)
+    ]
     convs = [m for m in parent.children() if is_conv(m)]
     if not linears and len(convs) == 2 and all(is_pointwise(c) for c in convs):
         if convs[0].out_channels < convs[0].in_channels:
@@ -164,10 +167,10 @@ def mlp_roles(parent: nn.Module) -> dict[nn.Module, tuple[str, dict[str, RowRang
     hidden = {out for _, _, out in wide}
     if any(size != width for _, size, _ in wide) or hidden not in ({narrow}, {2 * narrow}):
         return {}
-    return {m: ("fc1", {}) for m, _, _ in wide} | {back: ("fc2", {})}
+    return {**{m: ("fc1", {}) for m, _, _ in wide}, back: ("fc2", {})}
 
 
-def is_pointwise(conv: nn.Module) -> bool:
+def is_pointwise(conv: _ConvNd) -> bool:
     """A convolution that is a Linear layer at every position."""
     return conv.groups == 1 and all(k == 1 for k in conv.kernel_size)
 
@@ -198,7 +201,7 @@ def attentions(root: nn.Module) -> list[tuple[str, nn.Module, int]]:
     return found
 
 
-def scattered_roles(block: nn.Module, known: Iterable[nn.Module]) -> dict:
+def scattered_roles(block: nn.Module, known: Roles) -> Roles:
     """Roles of a block's Linear layers whose siblings lie in other modules.
 
     A square one after the values is the output projection; two that leave a width and come back
@@ -206,7 +209,7 @@ def scattered_roles(block: nn.Module, known: Iterable[nn.Module]) -> dict:
     """
     inside = [m for m in block.modules() if isinstance(m, nn.Linear)]
     free = [m for m in inside if m not in known]
-    roles: dict[nn.Module, tuple[str, dict[str, RowRange]]] = {}
+    roles: Roles = {}
     if known_roles := {known[m][0] for m in inside if m in known}:
         attention = "v" in known_roles or "qkv" in known_roles
         square = [m for m in free if m.in_features == m.out_features]

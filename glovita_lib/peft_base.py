@@ -1,11 +1,10 @@
 """What PEFT methods share: the layers they change, adapters of layers, the trained state."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +121,7 @@ def layer_kind(layer: Layer) -> str:
 def is_read(layer: Layer) -> bool:
     """Whether the model reads the layer: before a method is applied only unread weights are
     frozen."""
-    return layer.module._parameters[weight_names(layer.module)[0]].requires_grad
+    return base_weight(layer.module).requires_grad
 
 
 def expand(usable: list[Layer], names: Iterable[str]) -> list[TargetWeight]:
@@ -214,10 +213,8 @@ def by_pattern(
 
 def possible_rank(target: TargetWeight) -> int:
     """Rank of the weight as a matrix (out, in * kernel) at most."""
-    module = target.layer.module
-    weight = module._parameters[weight_names(module)[0]]
-    out = weight.shape[0] if target.rows is None else target.rows[1] - target.rows[0]
-    return min(out, weight[0].numel())
+    weight = base_weight(target.layer.module, target.rows)
+    return min(len(weight), weight[0].numel())
 
 
 def every(root: nn.Module, kinds: tuple[str, ...]) -> list[TargetWeight]:
@@ -255,14 +252,14 @@ class Adapter(nn.Module):
         """The changed weight for code that reads it instead of calling the layer."""
         return self.merged_weight(weight)
 
-    def merged_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    def merged_bias(self, weight: Tensor, bias: Tensor) -> Tensor:
         """The changed bias; a layer without bias stays without."""
         return bias
 
     @classmethod
-    def run(cls, x: Tensor, layer: nn.Module, members: "Members") -> Tensor:
+    def run(cls, x: Tensor, layer: nn.Module, members: "Members[Self]") -> Tensor:
         """Output of a called Linear layer or convolution; `members` change it together."""
-        return call(layer, x, layer.weight, layer.bias)
+        return call(layer, x, changed_weight(layer), changed_bias(layer))
 
     @classmethod
     def calibrate(
@@ -283,17 +280,19 @@ class Adapter(nn.Module):
         """
 
     @classmethod
-    def after_step(cls, adapters: list["Adapter"], step: int, total_steps: int) -> None:
+    def after_step(cls, adapters: Sequence[Self], step: int, total_steps: int) -> None:
         """Called after optimizer step `step` = 1 ... `total_steps`, before gradients are forgotten,
         with all adapters of this class in the model."""
 
     @classmethod
-    def auxiliary_losses(cls, adapters: list["Adapter"]) -> dict[str, Tensor]:
+    def auxiliary_losses(cls, adapters: Sequence[Self]) -> dict[str, Tensor]:
         """Terms of the training loss by name."""
         return {}
 
 
-Members = list[tuple[RowRange | None, Adapter]]
+Member = TypeVar("Member", bound=Adapter)
+Members = Sequence[tuple[RowRange | None, Member]]
+"""The adapters of a layer with their rows; rows None for the whole weight."""
 
 
 class PartAdapters(nn.Module):
@@ -303,25 +302,29 @@ class PartAdapters(nn.Module):
         super().__init__()
         self.rows: dict[str, RowRange] = {}
 
-    def add(self, target: TargetWeight, adapter: Adapter) -> None:
+    def add(self, part: str, rows: RowRange, adapter: Adapter) -> None:
         """Put an adapter on the part's rows."""
-        self.rows[target.part] = target.rows
-        self.add_module(target.part, adapter)
+        self.rows[part] = rows
+        self.add_module(part, adapter)
 
-    def members(self) -> Members:
+    def members(self) -> Members[Adapter]:
         """Rows and adapter of each part."""
         return [(rows, getattr(self, part)) for part, rows in self.rows.items()]
 
 
-def members_of(layer: nn.Module) -> Members:
-    """Adapters of an adapted layer with their rows; rows None for the whole weight."""
+def members_of(layer: nn.Module) -> Members[Adapter]:
+    """The adapters of an adapted layer."""
     adapter = layer._modules["adapter"]
-    return adapter.members() if isinstance(adapter, PartAdapters) else [(None, adapter)]
+    if isinstance(adapter, PartAdapters):
+        return adapter.members()
+    assert isinstance(adapter, Adapter), f"{type(layer).__name__} is not adapted"
+    return [(None, adapter)]
 
 
 def base_weight(layer: nn.Module, rows: RowRange | None = None) -> Tensor:
     """The stored, unchanged weight or rows of it."""
     weight = layer._parameters[weight_names(layer)[0]]
+    assert weight is not None, "`layers` finds only layers with a weight"
     return weight if rows is None else weight[rows[0] : rows[1]]
 
 
@@ -348,7 +351,8 @@ def changed_bias(layer: nn.Module) -> Tensor | None:
     bias = base_bias(layer)
     if bias is None:
         return None
-    pieces, end = [], 0
+    pieces: list[Tensor] = []
+    end = 0
     for rows, adapter in members_of(layer):
         if rows is None:
             return adapter.merged_bias(base_weight(layer), bias)
@@ -365,19 +369,44 @@ def call(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return F.linear(x, weight, bias)
 
 
-@cache
-def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Subclass of a layer's class that reads weight and bias through the adapter."""
-    weight, bias = weight_names(base.__new__(base))
+class Changed(nn.Module):
+    """First base of a class that stands in for `plain_class`, its second base."""
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+    plain_class: ClassVar[type[nn.Module]]
+
+
+SUBCLASSES: dict[tuple[type[Changed], type[nn.Module]], type] = {}
+
+
+def change_class(module: nn.Module, change: type[Changed]) -> None:
+    """Replace a module's class by its subclass with the methods of `change`, which keeps its
+    name."""
+    plain = type(module)
+    if (change, plain) not in SUBCLASSES:
+        body = {"plain_class": plain}
+        SUBCLASSES[change, plain] = type(plain.__name__, (change, plain), body)
+    module.__class__ = SUBCLASSES[change, plain]
+
+
+class ReadLayer(Changed):
+    """A layer that reads weight and bias through its adapter."""
+
+    weight, bias = property(changed_weight), property(changed_bias)
+
+
+class CalledLayer(ReadLayer):
+    """A Linear layer or convolution that its adapter calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output of the changed layer."""
         members = members_of(self)
         return type(members[0][1]).run(x, self, members)
 
-    body = {weight: property(changed_weight), bias: property(changed_bias), "plain_class": base}
-    if base.forward in PLAIN:
-        body["forward"] = forward
-    return type(base.__name__, (base,), body)
+
+class ReadAttention(Changed):
+    """nn.MultiheadAttention that reads its fused projection through the adapter."""
+
+    in_proj_weight, in_proj_bias = property(changed_weight), property(changed_bias)
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -389,14 +418,16 @@ def attach(target: TargetWeight, adapter: Adapter) -> None:
     """Put an adapter on a layer or on a part of its weight."""
     layer = target.layer.module
     if not is_adapted(layer):
-        layer.__class__ = adapted_class(type(layer))
+        called = CalledLayer if type(layer).forward in PLAIN else ReadLayer
+        change_class(layer, ReadAttention if isinstance(layer, nn.MultiheadAttention) else called)
     adapter.to(base_weight(layer).device).train(layer.training)
     if target.part is None:
         layer.adapter = adapter
         return
-    if "adapter" not in layer._modules:
-        layer.adapter = PartAdapters()
-    layer.adapter.add(target, adapter)
+    parts = layer._modules.get("adapter")
+    if not isinstance(parts, PartAdapters):
+        layer.adapter = parts = PartAdapters()
+    parts.add(target.part, target.layer.parts[target.part], adapter)
 
 
 def attach_all(
@@ -418,33 +449,34 @@ class Insert(nn.Module):
 
     mergeable = False
 
-    def around(self, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
+    def around(
+        self, forward: Callable[..., Tensor], x: Tensor, *args: object, **options: object
+    ) -> Tensor:
         """Output of the module; `forward` is the module's own."""
         raise NotImplementedError
 
 
-@cache
-def inserted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Subclass of a module's class that calls its insert."""
+class WithInsert(Changed):
+    """A module that calls its insert."""
 
-    def forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-        def own(*args, **kwargs) -> Any:
-            return base.forward(self, *args, **kwargs)
+    added: Insert
 
-        return self._modules["added"].around(own, x, *args, **kwargs)
+    def forward(self, x: Tensor, *args: object, **options: object) -> Tensor:
+        """Output of the insert around the module's own forward."""
+        return self.added.around(super().forward, x, *args, **options)
 
-    def steps(self: nn.Module) -> Iterator[nn.Module]:
-        return (child for name, child in self._modules.items() if name != "added")
 
-    body = {"forward": forward, "plain_class": base}
-    if issubclass(base, nn.Sequential):  # which would run the insert behind its other children
-        body["__iter__"] = steps
-    return type(base.__name__, (base,), body)
+class SequenceWithInsert(WithInsert):
+    """An nn.Sequential, which would run the insert behind its other children."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (m for m in self._modules.values() if m is not None and m is not self.added)
 
 
 def insert(module: nn.Module, child: Insert) -> None:
     """Put an insert into a module."""
-    module.__class__ = inserted_class(type(module))
+    sequential = isinstance(module, nn.Sequential)
+    change_class(module, SequenceWithInsert if sequential else WithInsert)
     module.added = child
 
 
@@ -471,16 +503,17 @@ def merge(model: nn.Module) -> nn.Module:
             " use the checkpoint with its peft section"
         )
     for layer in [m for m in model.modules() if is_adapted(m)]:
-        layer.adapter.eval()  # without dropout
+        layer.get_submodule("adapter").eval()  # without dropout
         weight, bias = changed_weight(layer).detach(), changed_bias(layer)
+        base = base_bias(layer)
         with torch.no_grad():
             base_weight(layer).copy_(weight)
-            if bias is not None:
-                base_bias(layer).copy_(bias.detach().clone())
+            if base is not None and bias is not None:
+                base.copy_(bias.detach().clone())
         del layer.adapter
     for module in model.modules():
-        while hasattr(type(module), "plain_class"):
-            module.__class__ = type(module).plain_class
+        while plain := getattr(type(module), "plain_class", None):
+            module.__class__ = plain
     for name, child in list(encoder_of(model).named_children()):
         if isinstance(child, Shared):
             delattr(encoder_of(model), name)
@@ -501,19 +534,18 @@ def freeze(root: nn.Module) -> list[nn.Parameter]:
     root.requires_grad_(False)
     for module in root.modules():
         if isinstance(module, _NormBase) and module.track_running_stats:
-            module.__class__ = held_class(type(module))
+            if not isinstance(module, HeldNorm):
+                change_class(module, HeldNorm)
             module.eval()
     return free
 
 
-@cache
-def held_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Subclass of a norm layer that is always in eval mode: its statistics are the base's."""
+class HeldNorm(Changed):
+    """A norm layer that is always in eval mode: its statistics are the base's."""
 
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        return base.train(self, False)
-
-    return type(base.__name__, (base,), {"train": train, "plain_class": base})
+    def train(self, mode: bool = True) -> Self:
+        """Eval mode."""
+        return super().train(False)
 
 
 def train_biases(root: nn.Module, which: str, free: list[nn.Parameter]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from itertools import accumulate, chain, pairwise
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,14 @@ class LowRankLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, rows, *factors):  # noqa: ANN001, ANN205
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: tuple[RowRange, ...],
+        *factors: Tensor,
+    ) -> Tensor:
         ctx.rows, ctx.has_bias = rows, bias is not None
         ctx.save_for_backward(x, weight, *factors)
         down, up = join_factors(rows, factors, weight)
@@ -74,7 +82,7 @@ class LowRankLinear(torch.autograd.Function):
         return F.linear(x, changed, None if bias is None else bias.to(x.dtype))  # (..., out)
 
     @staticmethod
-    def backward(ctx, g):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *factors = ctx.saved_tensors
         down, up = join_factors(ctx.rows, tuple(factors), weight)
         flat = g.flatten(0, -2)  # (N, out)
@@ -152,7 +160,7 @@ class LowRank(Adapter):
         return self.start(weight) + (up @ down).view(weight.shape)
 
     @classmethod
-    def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
+    def run(cls, x: Tensor, layer: nn.Module, members: Members[Self]) -> Tensor:
         """The layer with its changes, the gradient of the full weight never formed."""
         weight = started(layer, members)
         return changed_output(x, layer, members, weight, changed_bias(layer))
@@ -167,10 +175,11 @@ def row_range(layer: nn.Module, rows: RowRange | None) -> RowRange:
     return rows or (0, base_weight(layer).shape[0])
 
 
-def started(layer: nn.Module, members: Members) -> Tensor:
+def started(layer: nn.Module, members: Members[LowRank]) -> Tensor:
     """The base weight with every member's start in its rows."""
     base = base_weight(layer)
-    pieces, end = [], 0
+    pieces: list[Tensor] = []
+    end = 0
     for rows, adapter in members:
         first, last = row_range(layer, rows)
         part = base[first:last]
@@ -182,7 +191,7 @@ def started(layer: nn.Module, members: Members) -> Tensor:
 
 
 def changed_output(
-    x: Tensor, layer: nn.Module, members: Members, weight: Tensor, bias: Tensor | None
+    x: Tensor, layer: nn.Module, members: Members[LowRank], weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Output of a Linear layer or convolution with `weight` and the members' low-rank changes."""
     pairs = [(row_range(layer, rows), adapter) for rows, adapter in members]
@@ -221,6 +230,9 @@ def changed_convolution(
 class LoraAdapter(LowRank):
     """s B A with s = alpha / r, or alpha / sqrt(r) (rsLoRA)."""
 
+    A_0: Tensor  # start of A and B, for PiSSA
+    B_0: Tensor
+
     def __init__(self, spec: Lora, weight: Tensor, rank: int) -> None:
         super().__init__()
         out, width = weight.flatten(1).shape
@@ -228,7 +240,7 @@ class LoraAdapter(LowRank):
         self.dropout = spec.dropout
         self.A = nn.Parameter(torch.empty(rank, width))
         self.B = nn.Parameter(torch.zeros(out, rank))
-        self.B.lr_scale = spec.lora_plus_ratio
+        vars(self.B)["lr_scale"] = spec.lora_plus_ratio  # for `optim.parameter_groups`
         self.anchored = spec.init_lora_weights == "pissa"
         if self.anchored:
             self.start_from_singular_vectors(weight.flatten(1))
@@ -287,7 +299,7 @@ class DoraAdapter(LoraAdapter):
         return self.gain(weight).view(-1, *[1] * (weight.ndim - 1))
 
     @classmethod
-    def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
+    def run(cls, x: Tensor, layer: nn.Module, members: Members[Self]) -> Tensor:
         """The low-rank output times the gain, then the bias."""
         y = changed_output(x, layer, members, started(layer, members), None)
         gain = cls.gains(layer, members).to(y.dtype)  # (out,)
@@ -299,9 +311,10 @@ class DoraAdapter(LoraAdapter):
         return y * gain if bias is None else torch.addcmul(bias.to(y.dtype), y, gain)
 
     @staticmethod
-    def gains(layer: nn.Module, members: Members) -> Tensor:
+    def gains(layer: nn.Module, members: "Members[DoraAdapter]") -> Tensor:
         """Gain of every row; 1 where no member is."""
-        pieces, end = [], 0
+        pieces: list[Tensor] = []
+        end = 0
         weight = base_weight(layer)
         for rows, adapter in members:
             first, last = row_range(layer, rows)

@@ -1,6 +1,8 @@
 """Low-rank methods beside LoRA: AdaLoRA, VeRA, FacT, RepAdapter."""
 
 import math
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,7 @@ class AdaloraAdapter(LowRank):
     """s P diag(e) Q with s = alpha / init_rank; starts at e = 0."""
 
     transient = tuple(f"{kind}_{name}" for kind in ("S", "U") for name in TRAINED)
+    kept: Tensor  # (r,) bool
 
     def __init__(self, spec: Adalora, weight: Tensor) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class AdaloraAdapter(LowRank):
         self.e.masked_fill_(~kept, 0.0)
 
     @classmethod
-    def after_step(cls, adapters: list[Adapter], step: int, total_steps: int) -> None:
+    def after_step(cls, adapters: Sequence[Self], step: int, total_steps: int) -> None:
         """Follow the gradients and, when it is time, give the budget anew; in the last part of the
         training the ranks stay as they are."""
         spec = adapters[0].spec
@@ -107,7 +110,7 @@ class AdaloraAdapter(LowRank):
             allocate(adapters, budget(spec, len(adapters), step, start, final))
 
     @classmethod
-    def auxiliary_losses(cls, adapters: list[Adapter]) -> dict[str, Tensor]:
+    def auxiliary_losses(cls, adapters: Sequence[Self]) -> dict[str, Tensor]:
         """orth_reg times the mean of |P'P - I| and |QQ' - I| (Frobenius) over all matrices."""
         weight = adapters[0].spec.orth_reg
         if weight == 0:
@@ -129,7 +132,7 @@ def budget(spec: Adalora, layers: int, step: int, start: int, final: int) -> int
     return int(last + (first - last) * left**3)
 
 
-def allocate(adapters: list[AdaloraAdapter], triplets: int) -> None:
+def allocate(adapters: Sequence[AdaloraAdapter], triplets: int) -> None:
     """Keep the best triplets of all layers together."""
     scores = torch.cat([a.scores() for a in adapters])  # (layers * init_rank,)
     kept = torch.zeros_like(scores, dtype=torch.bool)
@@ -160,6 +163,9 @@ def apply_adalora(spec: Adalora, model: nn.Module) -> None:
 class Projections(Shared):
     """Random A (r, widest input) and B (widest output, r), of which a layer takes the first columns
     or rows."""
+
+    A: Tensor
+    B: Tensor
 
     def __init__(self, spec: Vera, out: int, width: int) -> None:
         super().__init__()
@@ -307,14 +313,14 @@ class RepAdapterLayer(LowRank):
         change = self.dense() @ self.D  # (in, in)
         return weight + torch.einsum("oc...,ci->oi...", weight, change.to(weight.dtype))
 
-    def merged_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    def merged_bias(self, weight: Tensor, bias: Tensor) -> Tensor:
         """b + W (s U d + s u)."""
-        if self.d is None or bias is None:
+        if self.d is None or self.u is None:
             return bias
         return bias + weight @ (self.dense() @ self.d + self.scale * self.u).to(weight.dtype)
 
     @classmethod
-    def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
+    def run(cls, x: Tensor, layer: nn.Module, members: Members[Self]) -> Tensor:
         """A convolution gets the changed input, a Linear layer the low-rank change."""
         if not isinstance(layer, _ConvNd):
             return super().run(x, layer, members)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,16 @@ from torch import Tensor, nn
 
 from glovita_lib.errors import UserError
 from glovita_lib.network import attentions, blocks, encoder_of, feed_forwards, is_conv, layers
-from glovita_lib.peft_base import Insert, Shared, apply_peft, base_weight, freeze, insert
+from glovita_lib.peft_base import (
+    Changed,
+    Insert,
+    Shared,
+    apply_peft,
+    base_weight,
+    change_class,
+    freeze,
+    insert,
+)
 from glovita_lib.spec_peft import AdaptFormer, Convpass, VisualPromptTuning
 
 # ----------------------------------------------------------------------- the grid of patches
@@ -44,16 +52,16 @@ class Grid:
         return 0, size
 
 
-@cache
-def recording_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Subclass of a convolution that notes the spatial size of its output."""
+class Recording(Changed):
+    """A convolution that notes the spatial size of its output."""
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        y = base.forward(self, x)
+    grid: Grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution's output (B, C, *grid)."""
+        y = super().forward(x)
         self.grid.size = tuple(y.shape[2:])
         return y
-
-    return type(base.__name__, (base,), {"forward": forward, "plain_class": base})
 
 
 def record_grid(root: nn.Module, method: str) -> Grid:
@@ -75,10 +83,10 @@ def record_grid(root: nn.Module, method: str) -> Grid:
             f'peft.method = "{method}": this encoder makes its patches without a convolution, so'
             " their grid is not known; use another method"
         )
-    conv = convs[-1]
-    conv.__class__ = recording_class(type(conv))
-    conv.grid = Grid(len(conv.kernel_size))
-    return conv.grid
+    grid = Grid(len(convs[-1].kernel_size))
+    change_class(convs[-1], Recording)
+    vars(convs[-1])["grid"] = grid  # no child: the bypasses share it
+    return grid
 
 
 def sequence_width(root: nn.Module) -> int | None:
@@ -124,7 +132,7 @@ class Bottleneck(Insert):
         place = spec.adapter_layernorm_option
         self.before = nn.LayerNorm(width) if place == "in" else nn.Identity()
         self.behind = nn.LayerNorm(width) if place == "out" else nn.Identity()
-        if place == "out":
+        if isinstance(self.behind, nn.LayerNorm):
             nn.init.zeros_(self.behind.weight)  # the norm of a constant has no useful gradient
         else:
             nn.init.zeros_(self.up.weight)
@@ -136,9 +144,11 @@ class Bottleneck(Insert):
         out = self.scale * self.behind(self.up(low))
         return out.movedim(-1, 1) if self.first else out
 
-    def around(self, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
+    def around(
+        self, forward: Callable[..., Tensor], x: Tensor, *args: object, **options: object
+    ) -> Tensor:
         """mlp(z) + adapter(z), or h + adapter(h) with h = mlp(z)."""
-        y = forward(x, *args, **kwargs)
+        y = forward(x, *args, **options)
         return y + self.change(y if self.sequential else x)
 
 
@@ -190,18 +200,16 @@ class ConvBypass(Insert):
         self.scale, self.dropout, self.first, self.grid = spec.scale, spec.dropout, first, grid
         self.down, self.up = nn.Linear(width, h), nn.Linear(h, width)
         nn.init.xavier_uniform_(self.down.weight)
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
         kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[grid.dimensions - 1]
         self.conv = kind(h, h, 3, padding=1)
-        nn.init.zeros_(self.conv.bias)
-        nn.init.zeros_(self.conv.weight)
+        for zero in (self.down.bias, *self.up.parameters(), *self.conv.parameters()):
+            nn.init.zeros_(zero)
         with torch.no_grad():  # starts as the identity
             self.centre().copy_(torch.eye(h))
 
     def centre(self) -> Tensor:
         """The kernel's middle (h, h)."""
-        return self.conv.weight[(..., *[1] * self.grid.dimensions)]
+        return self.conv.weight.flatten(2)[..., 3**self.grid.dimensions // 2]
 
     def change(self, z: Tensor) -> Tensor:
         """The bypass of tokens (B, N, D) or a map, channels last."""
@@ -222,9 +230,11 @@ class ConvBypass(Insert):
         """The convolution over (B, *grid, h)."""
         return self.conv(cells.movedim(-1, 1)).movedim(1, -1)
 
-    def around(self, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
+    def around(
+        self, forward: Callable[..., Tensor], x: Tensor, *args: object, **options: object
+    ) -> Tensor:
         """The module's output plus the bypass of its input."""
-        y = forward(x, *args, **kwargs)
+        y = forward(x, *args, **options)
         out = self.change(x.movedim(1, -1)).movedim(-1, 1) if self.first else self.change(x)
         return (y[0] + out, *y[1:]) if isinstance(y, tuple) else y + out
 
@@ -294,12 +304,14 @@ class Prompts(Insert):
         tokens = torch.empty(1, spec.num_tokens, spec.project_dim or width)
         self.tokens = nn.Parameter(nn.init.uniform_(tokens, -bound, bound))
 
-    def around(self, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
+    def around(
+        self, forward: Callable[..., Tensor], x: Tensor, *args: object, **options: object
+    ) -> Tensor:
         """The block on P + N tokens."""
         tokens = self.tokens if self.shared[0] is None else self.shared[0].linear(self.tokens)
         tokens = F.dropout(tokens, self.dropout, self.training).to(x.dtype)
         x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)  # (B, P + N, D)
-        x = forward(x, *args, **kwargs)  # (B, P + N, D)
+        x = forward(x, *args, **options)  # (B, P + N, D)
         return x[:, self.count :] if self.leave else x
 
 
@@ -310,9 +322,11 @@ class Leave(Insert):
         super().__init__()
         self.count = count
 
-    def around(self, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs) -> Tensor:
+    def around(
+        self, forward: Callable[..., Tensor], x: Tensor, *args: object, **options: object
+    ) -> Tensor:
         """The block's output without the prompts."""
-        return forward(x, *args, **kwargs)[:, self.count :]
+        return forward(x, *args, **options)[:, self.count :]
 
 
 def bound_of(root: nn.Module, width: int) -> float:
@@ -364,5 +378,6 @@ def lengthen_prefix(unit: nn.Module, count: int) -> None:
     """Attention that leaves its prefix tokens out of the rotary embedding leaves the prompts
     out."""
     for module in unit.modules():
-        if isinstance(getattr(module, "num_prefix_tokens", None), int):
-            module.num_prefix_tokens += count
+        prefix = getattr(module, "num_prefix_tokens", None)
+        if isinstance(prefix, int):
+            vars(module)["num_prefix_tokens"] = prefix + count

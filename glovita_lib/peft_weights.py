@@ -1,9 +1,9 @@
 """PEFT methods that merge into the weights, other than low-rank ones."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -126,10 +126,12 @@ def apply_product(spec: Loha | Lokr, model: nn.Module) -> None:
     root = encoder_of(model)
     targets = resolve_targets(root, spec.targets, allowed=("linear", "conv"))
     ranks = by_pattern(spec.rank_pattern, targets, spec.rank)
-    kind = LohaAdapter if isinstance(spec, Loha) else LokrAdapter
 
     def make(target: TargetWeight, weight: Tensor) -> Adapter:
-        return kind(spec, weight, ranks[target.name])
+        rank = ranks[target.name]
+        if isinstance(spec, Loha):
+            return LohaAdapter(spec, weight, rank)
+        return LokrAdapter(spec, weight, rank)
 
     attach_all(root, targets, make, "none")
 
@@ -172,6 +174,8 @@ class OftAdapter(Adapter):
     The peft library's form: the two ways to compute R turn in opposite directions.
     """
 
+    above: Tensor  # (2, n (n - 1) / 2) rows and columns of the entries
+
     def __init__(self, spec: Oft, width: int) -> None:
         super().__init__()
         self.spec, self.size = spec, width // spec.r
@@ -195,7 +199,7 @@ class OftAdapter(Adapter):
         return turned.reshape(weight.shape)
 
     @classmethod
-    def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
+    def run(cls, x: Tensor, layer: nn.Module, members: Members[Self]) -> Tensor:
         """A whole Linear layer turns its inputs, which spares the gradient of the weight."""
         rows, adapter = members[0]
         if rows is not None or not isinstance(layer, nn.Linear):
@@ -207,7 +211,7 @@ class OftAdapter(Adapter):
 
     @classmethod
     @torch.no_grad()
-    def after_step(cls, adapters: list[Adapter], step: int, total_steps: int) -> None:
+    def after_step(cls, adapters: Sequence[Self], step: int, total_steps: int) -> None:
         """coft: bring every block's Q back to |Q| <= eps / sqrt(r)."""
         for adapter in adapters:
             if not adapter.spec.coft:
@@ -218,7 +222,10 @@ class OftAdapter(Adapter):
 
 
 class BoftAdapter(Adapter):
-    """R = B_m ... B_1; factor i mixes blocks that lie 2^i apart. Starts at R = I, s = 1."""
+    """R = B_m ... B_1; factor i mixes blocks that lie 2^i apart. Starts at R = I, s = 1. The bias
+    is not scaled."""
+
+    orders: Tensor  # (factors, in * kernel)
 
     def __init__(self, spec: Boft, out: int, width: int) -> None:
         super().__init__()
@@ -241,10 +248,6 @@ class BoftAdapter(Adapter):
             mixed = blocks @ mixed.unflatten(0, (len(blocks), -1))
             turned = mixed.flatten(0, 1)[order]
         return (self.s[:, None].to(weight.dtype) * turned.t()).reshape(weight.shape)
-
-    def merged_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The bias is not scaled."""
-        return bias
 
 
 def butterfly_order(width: int, level: int, block: int) -> Tensor:
@@ -322,6 +325,8 @@ class FourierAdapter(Adapter):
     """scaling Re IDFT2(S), S zero but at n random places; a layer with fewer entries has them
     all."""
 
+    places: Tensor  # (n,)
+
     def __init__(self, spec: FourierFt, weight: Tensor) -> None:
         super().__init__()
         self.scaling = spec.scaling
@@ -368,15 +373,13 @@ class OutputScale(Adapter):
         """Rows times gamma."""
         return weight * self.gamma.view(-1, *[1] * (weight.ndim - 1))
 
-    def merged_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    def merged_bias(self, weight: Tensor, bias: Tensor) -> Tensor:
         """gamma b + beta."""
-        if bias is None:
-            return None
         bias = bias * self.gamma
         return bias if self.beta is None else bias + self.beta
 
     @classmethod
-    def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
+    def run(cls, x: Tensor, layer: nn.Module, members: Members[Self]) -> Tensor:
         """The frozen layer, then the factors: no gradient of the weight is formed."""
         y = call(layer, x, base_weight(layer), base_bias(layer))  # (..., out) or (B, out, ...)
         gamma = spread_members(layer, members, "gamma", 1.0).to(y.dtype)
@@ -388,15 +391,18 @@ class OutputScale(Adapter):
         return torch.addcmul(beta.view(-1, *trailing), y, gamma)
 
 
-def spread_members(layer: nn.Module, members: Members, name: str, rest: float) -> Tensor:
+def spread_members(
+    layer: nn.Module, members: Members[OutputScale], name: str, rest: float
+) -> Tensor:
     """A vector of all members over the layer's outputs, `rest` where no member is."""
-    if members[0][0] is None:
-        return getattr(members[0][1], name)
-    pieces, end = [], 0
+    pieces: list[Tensor] = []
+    end = 0
     weight = base_weight(layer)
-    for (first, last), adapter in members:
-        pieces += [weight.new_full((first - end,), rest), getattr(adapter, name)]
-        end = last
+    for rows, adapter in members:
+        if rows is None:
+            return getattr(adapter, name)
+        pieces += [weight.new_full((rows[0] - end,), rest), getattr(adapter, name)]
+        end = rows[1]
     return torch.cat([*pieces, weight.new_full((weight.shape[0] - end,), rest)])
 
 
@@ -412,7 +418,7 @@ class InputScale(Adapter):
         return weight * self.l.view(-1, *[1] * (weight.ndim - 2))
 
     @classmethod
-    def run(cls, x: Tensor, layer: nn.Module, members: Members) -> Tensor:
+    def run(cls, x: Tensor, layer: nn.Module, members: Members[Self]) -> Tensor:
         """The factors, then the frozen layer."""
         factor = members[0][1].l.to(x.dtype)
         factor = factor.view(-1, *[1] * (base_weight(layer).ndim - 2))  # (in, 1, ...)
@@ -495,6 +501,8 @@ class SelectedEntries(Adapter):
     Until `calibrate` has chosen them they are the first of each row.
     """
 
+    places: Tensor  # (out, k) columns of the entries
+
     def __init__(self, weight: Tensor, per_row: int) -> None:
         super().__init__()
         flat = weight.flatten(1)
@@ -517,17 +525,21 @@ class SelectedEntries(Adapter):
         mean: Callable[[Tensor], Tensor],
     ) -> None:
         """Choose the entries that train by the gradient of the summed loss of the batches."""
-        layers = [m for m in model.modules() if is_adapted(m)]
-        layers = [m for m in layers if isinstance(members_of(m)[0][1], cls)]
-        weights = [base_weight(layer) for layer in layers]
-        with trained(weights):
-            sums = [torch.zeros_like(w) for w in weights]
+        adapted = [
+            (layer, rows, adapter)
+            for layer in model.modules()
+            if is_adapted(layer)
+            for rows, adapter in members_of(layer)
+            if isinstance(adapter, cls)
+        ]
+        sums = {layer: torch.zeros_like(base_weight(layer)) for layer, _, _ in adapted}
+        with trained([base_weight(layer) for layer in sums]):
             for batch in batches:
-                add_gradients(loss(batch), layers, sums)
-        for layer, total in zip(layers, sums, strict=True):
-            total = mean(total)
-            for rows, adapter in members_of(layer):
-                adapter.choose(base_weight(layer, rows), part_of(total, rows))
+                add_gradients(loss(batch), adapted, sums)
+        for layer in sums:
+            sums[layer] = mean(sums[layer])
+        for layer, rows, adapter in adapted:
+            adapter.choose(base_weight(layer, rows), part_of(sums[layer], rows))
 
     @torch.no_grad()
     def choose(self, weight: Tensor, gradient: Tensor) -> None:
@@ -556,20 +568,22 @@ def apply_gps(spec: Gps, model: nn.Module) -> None:
     attach_all(root, targets, make, "adapted")
 
 
-def add_gradients(loss: Tensor, layers: list[nn.Module], sums: list[Tensor]) -> None:
-    """Add the gradients of whole weights to `sums`."""
-    weights = [base_weight(layer) for layer in layers]
-    members = [(layer, *member) for layer in layers for member in members_of(layer)]
-    entries = [adapter.values for _, _, adapter in members]
+def add_gradients(
+    loss: Tensor,
+    adapted: Sequence[tuple[nn.Module, RowRange | None, SelectedEntries]],
+    sums: dict[nn.Module, Tensor],
+) -> None:
+    """Add the gradients of whole weights to `sums`, by layer."""
+    weights = [base_weight(layer) for layer in sums]
+    entries = [adapter.values for _, _, adapter in adapted]
     found = torch.autograd.grad(loss, [*weights, *entries], allow_unused=True)
-    totals = dict(zip(layers, sums, strict=True))
-    for total, dense in zip(sums, found, strict=False):
+    for total, dense in zip(sums.values(), found, strict=False):
         if dense is not None:
             total += dense
     # the entries that train now have their gradient apart
-    for (layer, rows, adapter), own in zip(members, found[len(weights) :], strict=True):
+    for (layer, rows, adapter), own in zip(adapted, found[len(weights) :], strict=True):
         if own is not None:
-            total = part_of(totals[layer], rows).flatten(1)  # a view
+            total = part_of(sums[layer], rows).flatten(1)  # a view
             total.scatter_add_(1, adapter.places, own.to(total))
 
 
@@ -579,7 +593,7 @@ def part_of(tensor: Tensor, rows: RowRange | None) -> Tensor:
 
 
 @contextmanager
-def trained(weights: list[nn.Parameter]) -> Iterator[None]:
+def trained(weights: list[Tensor]) -> Iterator[None]:
     """The frozen weights take part in autograd for a while."""
     try:
         for weight in weights:
