@@ -1,6 +1,7 @@
 """What every mode builds from a spec: data, resolved values, model, objective, loaders."""
 
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from functools import singledispatch
@@ -109,6 +110,26 @@ class Experiment:
             seed=self.root.seed,
             ranks=self.ranks,
             batch_size=spec.batch_size if train else self.resolved.eval_batch_size,
+        )
+
+    def single_pass(self, split: Split, *, augmented: bool, seed: int, ranks: dist.Ranks) -> Loader:
+        """Batches of a split of images, in its order, that are read once: nothing is kept decoded.
+
+        Args:
+            augmented: whether the geometry is that of the train policy.
+            seed: of the draws of a train policy.
+        """
+        objective, spec = self.objective, self.root.dataloading
+        if not isinstance(split.source, ArraySource):
+            spec = replace(spec, in_memory_mb=0)
+        return build_loader(
+            split,
+            spec,
+            fit=(objective.train_inputs if augmented else objective.eval_inputs).fit,
+            train=False,
+            seed=seed,
+            ranks=ranks,
+            batch_size=self.resolved.eval_batch_size,
         )
 
     def predict(self, split: Split) -> Predictions | None:
@@ -336,11 +357,46 @@ def part(saved: dict[str, Any], key: str, kind: type, path: Path) -> Any:
         ) from None
 
 
-# -------------------------------------------------------------- features of a frozen encoder
+# ---------------------------------------------------------------------- a split in memory
 #
-# The output of a frozen encoder for every sample of a run, computed once.
+# What an encoder gives for every sample of a split, computed once.
 #
-# N samples, D width.
+# B batch, N samples, D width.
+
+
+def embed_split(
+    experiment: Experiment,
+    name: str,
+    split: Split,
+    outputs: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    *,
+    augmented: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Outputs for the samples of a split of images, in its order, the same on every rank: CPU
+    tensors (N, ...) by name.
+
+    Args:
+        name: of the progress bar.
+        outputs: the encoder's input (B, C, H, W) -> tensors (B, ...) by name.
+        augmented: whether the input is that of the train policy, which must draw nothing.
+    """
+    ranks, objective = experiment.ranks, experiment.objective
+    prepare = objective.train_inputs if augmented else objective.eval_inputs
+    rate = Rate(name, len(split) // ranks.world, shown=ranks.is_main)
+
+    def of_batch(_: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        rate.add(len(batch.rows))
+        return {"rows": batch.rows, **outputs(prepare(batch.inputs, batch.fitted, 0))}
+
+    seed, precision = experiment.root.seed, experiment.precision
+    with closing(
+        experiment.single_pass(split, augmented=augmented, seed=seed, ranks=ranks)
+    ) as loader:
+        gathered = gather_split(
+            experiment.model, of_batch, loader, ranks=ranks, precision=precision
+        )
+    rate.close()
+    return dist.broadcast_object(ranks, gathered)
 
 
 def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
@@ -351,14 +407,20 @@ def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
     """
     if not experiment.root.training.cache_frozen_features:
         return experiment, data
-    splits = {
-        name: embedded(experiment, name, split)
-        for name, split in data.splits.items()
-        if name in ("train", "val") and len(split)
-    }
-    width = output_width(experiment.model.encoder, experiment.model.aggregation)
-    vectors = VectorInputs(width=width, mean=None, std=None)
-    resolved = replace(experiment.resolved, inputs=vectors)
+    model = experiment.model
+
+    def vectors(inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"vectors": model.embed(inputs, model.aggregation).float()}  # (B, D)
+
+    splits = {}
+    for name, split in data.splits.items():
+        if name in ("train", "val") and len(split):
+            augmented = name == "train"
+            found = embed_split(experiment, f"encoding {name}", split, vectors, augmented=augmented)
+            source = ArraySource(found["vectors"].numpy(), np.arange(len(split)))
+            splits[name] = with_fields(split, source=source)
+    width = output_width(model.encoder, model.aggregation)
+    resolved = replace(experiment.resolved, inputs=VectorInputs(width=width, mean=None, std=None))
     objective = build_objective(experiment.root.task, resolved, experiment.ranks.device)
     small = with_fields(experiment, resolved=resolved, objective=objective)
     return small, with_fields(data, splits={**data.splits, **splits})
@@ -391,23 +453,3 @@ def refuse_unstable(experiment: Experiment) -> None:
             ' data.augmentation.train_policy = "default_2d_1" without mixup and cutmix, or leave it'
             " out"
         )
-
-
-def embedded(experiment: Experiment, name: str, split: Split) -> Split:
-    """A split of vectors (N, D) float32, in its order, the same on every rank."""
-    model, ranks, objective = experiment.model, experiment.ranks, experiment.objective
-    prepare = objective.train_inputs if name == "train" else objective.eval_inputs
-    rate = Rate(f"encoding {name}", len(split) // ranks.world, shown=ranks.is_main)
-
-    def vectors(model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        inputs = prepare(batch.inputs, batch.fitted, 0)
-        rate.add(len(batch.rows))
-        return {"rows": batch.rows, "vectors": model.embed(inputs, model.aggregation).float()}
-
-    loader = experiment.loader(split, train=False)
-    gathered = gather_split(model, vectors, loader, ranks=ranks, precision=experiment.precision)
-    rate.close()
-    loader.close()
-    gathered = dist.broadcast_object(ranks, gathered)
-    source = ArraySource(gathered["vectors"].numpy(), np.arange(len(split)))
-    return with_fields(split, source=source)

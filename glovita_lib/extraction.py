@@ -2,21 +2,29 @@
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, singledispatch
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
+from glovita_lib import dist
+from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Source, Split
 from glovita_lib.dist import autocast
 from glovita_lib.encoder import Encoder, Features, aggregate, evaluating, resolve_method
 from glovita_lib.errors import UserError
-from glovita_lib.experiment import Experiment
+from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch
 from glovita_lib.objectives import HeadOutput
-from glovita_lib.resolved import EncodedInputs
+from glovita_lib.resolved import EncodedInputs, ImageInputs, Inputs, check_samples, resolve_spec
+from glovita_lib.rundir import locate
+from glovita_lib.spec import Loaded
+from glovita_lib.spec_data import GenericImageData
+from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Extract
 
 # ------------------------------------------------------------------------------------ layers
@@ -199,7 +207,6 @@ class Readout:
     features: np.ndarray  # (B, D), (B, D, H, W), or (M, D) instances of B samples
     lengths: np.ndarray | None  # (B,) instances per sample; None: one row a sample
     coords: np.ndarray | None  # (M, 2) grid row and column of every instance; -1: prefix token
-    scores: np.ndarray | None = None  # (B, K) predictions of the head, where they are read too
 
     @property
     def samples(self) -> int:
@@ -215,26 +222,23 @@ class PendingReadout:
     read: Tensor  # values in float32, on the device, in the layout of Readout.features
     lengths: np.ndarray | None
     coords: np.ndarray | None
-    host: tuple[Tensor, ...]  # stored values, whether all are finite (), and scores where wanted
+    host: tuple[Tensor, ...]  # stored values, and whether all are finite ()
     copied: torch.cuda.Event | None  # after the copies to the host; None: they are there
 
 
 class Extractor:
     """Reads embeddings, tokens or maps out of the encoder of an experiment.
 
-    Args:
-        predicts: whether the scores of the head are read too, beside an embedding.
-
     Raises:
         UserError: what is asked for, this encoder or data set does not have.
     """
 
-    def __init__(self, experiment: Experiment, spec: Extract, *, predicts: bool = False) -> None:
+    def __init__(self, experiment: Experiment, spec: Extract) -> None:
         inputs = experiment.resolved.inputs
         if not isinstance(inputs, EncodedInputs):
             raise UserError("mode extract reads images; data set precomputed_features is read out")
         self.inputs = inputs
-        self.experiment, self.spec, self.predicts = experiment, spec, predicts
+        self.experiment, self.spec = experiment, spec
         self.model = experiment.model.eval()
         self.layers, self.normed, probed = None, (), []
         if spec.layers:
@@ -330,10 +334,9 @@ class Extractor:
         inputs = prepare(moved.inputs, moved.fitted, augment or 0)
         with autocast(self.experiment.precision, device):
             values, lengths, coords = self.read(inputs, self.features(inputs))
-            scores = (self.scores(inputs, values),) if self.predicts else ()
         read = values.float()
         stored = read.to(self.dtype)
-        host, copied = to_host((stored, torch.isfinite(stored).all(), *scores))
+        host, copied = to_host((stored, torch.isfinite(stored).all()))
         return PendingReadout(batch.rows, read, lengths, coords, host, copied)
 
     def finish(self, running: PendingReadout, *, ids: list[str]) -> Readout:
@@ -347,15 +350,16 @@ class Extractor:
         """
         if running.copied is not None:
             running.copied.synchronize()
-        stored, is_finite, *scores = running.host
+        stored, is_finite = running.host
         if not is_finite:
             per_sample = running.read.unflatten(0, (len(running.rows), -1))  # (B, ...)
-            self.refuse_infinite(per_sample, [ids[row] for row in running.rows.tolist()])
+            self.refuse_infinite(
+                per_sample, [ids[row] for row in running.rows.tolist()], among="batch"
+            )
         if running.copied is not None:
             # Out of page-locked memory, which is scarce and serves the next batches again.
-            stored, scores = stored.clone(), [part.clone() for part in scores]
-        scores = scores[0].numpy() if scores else None
-        return Readout(stored.numpy(), running.lengths, running.coords, scores)
+            stored = stored.clone()
+        return Readout(stored.numpy(), running.lengths, running.coords)
 
     def features(self, inputs: Tensor) -> list[Features]:
         """Features of the chosen layers, or of the encoder's output where tokens are asked for."""
@@ -406,8 +410,11 @@ class Extractor:
         if self.spec.output == "map" and grids[0] is None:
             raise UserError('extract.output = "map": the tokens of this encoder are no grid')
 
-    def refuse_infinite(self, read: Tensor, ids: list[str]) -> None:
-        """Say which samples of a batch have features (B, ...) that cannot be stored.
+    def refuse_infinite(self, read: Tensor, ids: list[str], *, among: str) -> None:
+        """Say which samples of a batch or a split have features (B, ...) that cannot be stored.
+
+        Args:
+            among: "batch" or "split".
 
         Raises:
             UserError: always.
@@ -416,7 +423,7 @@ class Extractor:
         broken = ~torch.isfinite(read).all(1)
         if broken.any():
             raise UserError(
-                f"the encoder gives NaN or infinite features for {listed(ids, broken)};"
+                f"the encoder gives NaN or infinite features for {listed(ids, broken, among)};"
                 f" it computed with training.precision = {self.experiment.precision}: fp16 may"
                 ' overflow inside it, "bf16" and "no" do not; else its weights are broken'
             )
@@ -425,7 +432,7 @@ class Extractor:
         other = f", or another extract.method than {self.method}"
         raise UserError(
             f"features up to {largest:.4g} overflow float16 (largest number 65,504) in"
-            f" {listed(ids, too_large)}; set extract.precision = 32"
+            f" {listed(ids, too_large, among)}; set extract.precision = 32"
             f"{other if self.spec.output == 'embedding' else ''}"
         )
 
@@ -496,10 +503,10 @@ def to_host(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda
     return tuple(host), copied
 
 
-def listed(ids: list[str], chosen: Tensor) -> str:
-    """The chosen (B,) samples of a batch, in words."""
+def listed(ids: list[str], chosen: Tensor, among: str) -> str:
+    """The chosen (B,) samples of a batch or split, in words."""
     names = [name for name, is_chosen in zip(ids, chosen.tolist(), strict=True) if is_chosen]
-    more = f" and {len(names) - 1} more of its batch" if len(names) > 1 else ""
+    more = f" and {len(names) - 1} more of its {among}" if len(names) > 1 else ""
     return f"sample {names[0]}{more}"
 
 
@@ -525,3 +532,87 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- what is read out
+
+
+def source_of(loaded: Loaded, ranks: dist.Ranks) -> tuple[Experiment, Data]:
+    """The model to read out, with its transforms, and the data.
+
+    Raises:
+        UserError: the spec's run does not exist.
+    """
+    root, spec = for_extraction(loaded.root), loaded.root.extract
+    data = read_data(root, ranks)
+    if spec.checkpoint is None and spec.source == "encoder":
+        return assemble(root, resolve_spec(root, data), ranks, load_weights=True), data
+    if spec.checkpoint is not None:
+        path = Path(spec.checkpoint)
+    else:
+        run = locate(loaded)
+        path = run.best if spec.use == "best" else run.last
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist: train the spec first, name a file with"
+                ' extract.checkpoint = "<path>", or read the untrained or pretrained encoder out'
+                ' with extract.source = "encoder"'
+            )
+    experiment = restore(path, root, ranks)
+    check_samples(experiment.resolved.inputs, root.data, data, str(path))
+    training = replace(experiment.root.training, precision=root.training.precision)
+    experiment.root = replace(experiment.root, training=training)
+    return experiment, data
+
+
+def for_extraction(root: Root) -> Root:
+    """All samples, in batches of the evaluation; broken ones are left out where that is asked."""
+    data, spec = root.data, root.extract
+    if not spec.use_data_fraction:
+        data = replace(data, data_fraction=1.0)
+    if spec.on_error == "skip" and isinstance(data, GenericImageData):
+        data = replace(data, strict=False)
+    return replace(root, data=data)
+
+
+def wanted_splits(data: Data, name: str | None, key: str) -> dict[str, Split]:
+    """The split of this name, or all that have samples.
+
+    Args:
+        key: of the spec that names it.
+
+    Raises:
+        UserError: there is none of that name, or none at all.
+    """
+    there = {name: split for name, split in data.splits.items() if len(split)}
+    if not there:
+        raise UserError(f"data set {data.name} has no sample")
+    if name is None:
+        return there
+    if name not in there:
+        raise UserError(f'{key} = "{name}": data set {data.name} has {", ".join(there)}')
+    return {name: there[name]}
+
+
+def part_to_read(split: Split, rows: np.ndarray, notes: Path, extractor: Extractor) -> Split:
+    """Some rows of a split, without labels; where broken ones are to be left out, black images in
+    their place and notes about them in a folder."""
+    whole = split.source
+    if isinstance(whole, ArraySource):
+        source = whole.select(rows)
+    elif extractor.spec.on_error == "skip":
+        source = skipping_source(extractor.inputs, whole, rows, notes)
+    else:
+        source = PartSource(whole, rows)
+    return Split([split.ids[row] for row in rows], None, source)
+
+
+@singledispatch
+def skipping_source(inputs: Inputs, whole: Source, rows: np.ndarray, notes: Path) -> SkippingSource:
+    """Some samples of a source, with blank ones and notes about them for what cannot be read."""
+    raise TypeError(f"no blank sample of {type(inputs).__name__}")
+
+
+@skipping_source.register
+def _(inputs: ImageInputs, whole: Source, rows: np.ndarray, notes: Path) -> SkippingSource:
+    return SkippingSource(whole, rows, notes, inputs.shape, inputs.bit_depth)

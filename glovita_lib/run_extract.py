@@ -6,18 +6,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
-from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from msgspec.structs import replace
 
 from glovita_lib import dist, files
-from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Source, Split, skipped
+from glovita_lib.data import Data, Split, skipped
 from glovita_lib.errors import UserError
-from glovita_lib.experiment import Experiment, assemble, read_data, restore
-from glovita_lib.extraction import Extractor, PendingReadout, Readout
+from glovita_lib.extraction import (
+    Extractor,
+    PendingReadout,
+    Readout,
+    part_to_read,
+    source_of,
+    wanted_splits,
+)
 from glovita_lib.feature_writer import (
     BlockFiles,
     BlockPlan,
@@ -35,12 +39,9 @@ from glovita_lib.feature_writer import (
     size_text,
 )
 from glovita_lib.files import Lock
-from glovita_lib.loader import Loader, build_loader
+from glovita_lib.loader import Loader
 from glovita_lib.loggers import Rate, say
-from glovita_lib.resolved import ImageInputs, Inputs, check_samples, resolve_spec
-from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
-from glovita_lib.spec_data import GenericImageData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Extract
 
@@ -196,7 +197,7 @@ class Job:
         count = self.extractor.experiment.resolved.eval_batch_size
         rows = self.plan.rows[:count]
         with tempfile.TemporaryDirectory() as folder:
-            part = self.readable(rows, Path(folder))
+            part = part_to_read(self.split, rows, Path(folder), self.extractor)
             with closing(self.loader(part, 0)) as loader:
                 batch = next(iter(loader.epoch(0)))
             shape = self.extractor(batch, ids=part.ids, augment=None).features.shape
@@ -214,7 +215,7 @@ class Job:
         groups = [[block] for block in blocks] if self.augmented else [blocks] if blocks else []
         for group in groups:
             rows = np.concatenate([self.plan.rows_of(block) for block in group])
-            split = self.readable(rows, self.parts.folder)
+            split = part_to_read(self.split, rows, self.parts.folder, self.extractor)
             with closing(self.readouts(split, group[0], rate)) as stream:
                 for block in group:
                     readouts, missing = [], len(self.plan.rows_of(block))
@@ -253,46 +254,14 @@ class Job:
         rate.add(readout.samples)
         return readout
 
-    def readable(self, rows: np.ndarray, notes: Path) -> Split:
-        """Some rows of the split, without labels; where broken ones are to be left out, black
-        images in their place and notes about them in a folder."""
-        whole = self.split.source
-        if isinstance(whole, ArraySource):
-            source = whole.select(rows)
-        elif self.root.extract.on_error == "skip":
-            source = skipping_source(self.extractor.inputs, whole, rows, notes)
-        else:
-            source = PartSource(whole, rows)
-        return Split([self.split.ids[row] for row in rows], None, source)
-
     def loader(self, split: Split, block: int) -> Loader:
         """Batches of a split, in order, decoded while the encoder computes."""
-        experiment, spec = self.extractor.experiment, self.root.dataloading
-        if not isinstance(split.source, ArraySource):
-            spec = replace(spec, in_memory_mb=0)  # every sample is needed once
-        objective = experiment.objective
-        fit = objective.train_inputs.fit if self.augmented else objective.eval_inputs.fit
-        alone = with_fields(self.ranks, rank=0, world=1)  # the rows are shared out already
-        return build_loader(
+        return self.extractor.experiment.single_pass(
             split,
-            spec,
-            fit=fit,
-            train=False,
+            augmented=self.augmented,
             seed=dist.hash_seed(self.root.seed, block),
-            ranks=alone,
-            batch_size=experiment.resolved.eval_batch_size,
+            ranks=with_fields(self.ranks, rank=0, world=1),  # the rows are shared out already
         )
-
-
-@singledispatch
-def skipping_source(inputs: Inputs, whole: Source, rows: np.ndarray, notes: Path) -> SkippingSource:
-    """Some samples of a source, with blank ones and notes about them for what cannot be read."""
-    raise TypeError(f"no blank sample of {type(inputs).__name__}")
-
-
-@skipping_source.register
-def _(inputs: ImageInputs, whole: Source, rows: np.ndarray, notes: Path) -> SkippingSource:
-    return SkippingSource(whole, rows, notes, inputs.shape, inputs.bit_depth)
 
 
 def say_main(ranks: dist.Ranks, text: str) -> None:
@@ -315,7 +284,7 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
         at_end = loaded.root.extract.on_error == "skip" and not dry_run
         for note in notes:
             say(f"  note: {heading(note) if at_end else note}")
-        splits = wanted_splits(loaded.root.extract, data)
+        splits = wanted_splits(data, loaded.root.extract.split, "extract.split")
         jobs = [plan_job(loaded.root, extractor, data, *split) for split in splits.items()]
         refuse_one_name(jobs)
         for job in jobs:
@@ -336,63 +305,7 @@ def heading(note: str) -> str:
     return f"{head} listed at the end" if newline else head
 
 
-# ---------------------------------------------------------------------- what is read out
-
-
-def source_of(loaded: Loaded, ranks: dist.Ranks) -> tuple[Experiment, Data]:
-    """The model to read out, with its transforms, and the data.
-
-    Raises:
-        UserError: the spec's run does not exist.
-    """
-    root, spec = for_extraction(loaded.root), loaded.root.extract
-    data = read_data(root, ranks)
-    if spec.checkpoint is None and spec.source == "encoder":
-        return assemble(root, resolve_spec(root, data), ranks, load_weights=True), data
-    if spec.checkpoint is not None:
-        path = Path(spec.checkpoint)
-    else:
-        run = locate(loaded)
-        path = run.best if spec.use == "best" else run.last
-        if not path.is_file():
-            raise UserError(
-                f"{path} does not exist: train the spec first, name a file with"
-                ' extract.checkpoint = "<path>", or read the untrained or pretrained encoder out'
-                ' with extract.source = "encoder"'
-            )
-    experiment = restore(path, root, ranks)
-    check_samples(experiment.resolved.inputs, root.data, data, str(path))
-    training = replace(experiment.root.training, precision=root.training.precision)
-    experiment.root = replace(experiment.root, training=training)
-    return experiment, data
-
-
-def for_extraction(root: Root) -> Root:
-    """All samples, in batches of the evaluation; broken ones are left out where that is asked."""
-    data, spec = root.data, root.extract
-    if not spec.use_data_fraction:
-        data = replace(data, data_fraction=1.0)
-    if spec.on_error == "skip" and isinstance(data, GenericImageData):
-        data = replace(data, strict=False)
-    return replace(root, data=data)
-
-
-def wanted_splits(spec: Extract, data: Data) -> dict[str, Split]:
-    """The split asked for, or all that have samples.
-
-    Raises:
-        UserError: there is none of that name, or none at all.
-    """
-    there = {name: split for name, split in data.splits.items() if len(split)}
-    if not there:
-        raise UserError(f"data set {data.name} has no sample")
-    if spec.split is None:
-        return there
-    if spec.split not in there:
-        raise UserError(
-            f'extract.split = "{spec.split}": data set {data.name} has {", ".join(there)}'
-        )
-    return {spec.split: there[spec.split]}
+# ---------------------------------------------------------------------- jobs
 
 
 def plan_job(root: Root, extractor: Extractor, data: Data, name: str, split: Split) -> Job:

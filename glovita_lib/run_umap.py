@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from importlib import metadata, util
@@ -12,6 +11,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 from msgspec.structs import replace
 
 from glovita_lib import dist
@@ -19,10 +19,10 @@ from glovita_lib.data import Data, Images, Split, skipped, subset
 from glovita_lib.data_features import encode_labels, keys, read_collection
 from glovita_lib.data_splits import strata
 from glovita_lib.errors import UserError
-from glovita_lib.experiment import read_data
-from glovita_lib.extraction import Extractor, Readout
+from glovita_lib.experiment import embed_split, read_data
+from glovita_lib.extraction import Extractor, part_to_read, source_of, wanted_splits
 from glovita_lib.files import read_csv, write_csv, write_json
-from glovita_lib.loggers import Rate, say, two_columns
+from glovita_lib.loggers import say, two_columns
 from glovita_lib.plot_projection import (
     Coloring,
     Text,
@@ -37,7 +37,6 @@ from glovita_lib.plot_projection import (
 from glovita_lib.projection import MISSING, Projection, choose, perplexity_of, project
 from glovita_lib.read_features import BagSource, FileBags, feature_moments
 from glovita_lib.resolved import Resolved
-from glovita_lib.run_extract import Job, plan_job, say_main, source_of, wanted_splits
 from glovita_lib.rundir import locate, versions
 from glovita_lib.spec import Loaded, Spec
 from glovita_lib.spec_data import PrecomputedData
@@ -241,68 +240,84 @@ def open_input(path: Path, data: Spec) -> Data:
 
 # -------------------------------------------------------------------------------- embeddings
 #
-# Embeddings of the samples of a data set, in memory.
-#
 # N samples, D width, K classes or targets.
 
 
-@dataclass(frozen=True, slots=True)
-class Embeddings:
-    """Vectors of the samples of one or several splits, one split after another."""
-
-    features: np.ndarray  # (N, D) float32
-    targets: np.ndarray | None  # (N,) int64 or (N, K) float32
-    ids: list[str]
-    class_names: tuple[str, ...]
-    subtask: str
-    said: Said | None  # predictions; None of an encoder that was not trained
-    splits: dict[str, Split]  # whose samples follow one another
-    notes: tuple[str, ...]  # what is to be known about them
-
-
-Choice = Callable[[dict[str, Split], Data], dict[str, Split]]
-"""Which samples of the splits are wanted."""
-
-
-def embeddings_of(
-    loaded: Loaded, ranks: dist.Ranks, split: str | None, choose: Choice
-) -> Embeddings:
-    """Embeddings of a split, or of all, as mode extract makes them under the spec's `extract`, of
-    the samples that `choose` leaves of them, with the predictions of the same pass.
+def samples_of_model(loaded: Loaded, spec: Umap, ranks: dist.Ranks, seed: int) -> ChosenSamples:
+    """Samples of the spec's own data with their embeddings, as mode extract makes them under the
+    spec's `extract`, and the predictions of the same pass.
 
     This process does it all: `ranks` has a world of one.
 
     Raises:
         UserError: as mode extract.
     """
-    spec = loaded.root.extract
-    spec = replace(spec, output="embedding", split=split, precision=32, bag_by=None)
-    spec = replace(spec, coords_file=None, use_eval_transform_for_train=True)
-    root = replace(loaded.root, extract=spec)
+    asked = replace(loaded.root.extract, output="embedding")
     experiment, data = source_of(loaded, ranks)
-    trained = spec.checkpoint is not None or spec.source == "run"
-    extractor = Extractor(experiment, spec, predicts=trained)
-    splits, parts = choose(wanted_splits(spec, data), data), []
-    for name, part in splits.items():
-        readouts, kept = read_split(plan_job(root, extractor, data, name, part))
-        parts.append(readouts)
-        splits[name] = subset(part, kept) if len(kept) < len(part) else part
-    targets = [part.targets for part in splits.values()]
     resolved = experiment.resolved
-    return Embeddings(
-        features=np.concatenate([part.features for part in parts]),
+    extractor = Extractor(experiment, asked)
+    trained = asked.checkpoint is not None or asked.source == "run"
+
+    def outputs(inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        vectors = extractor.read(inputs, extractor.features(inputs))[0]
+        scores = {"scores": extractor.scores(inputs, vectors)} if trained else {}
+        return {"vectors": vectors.float(), **scores}
+
+    wanted = wanted_splits(data, spec.split, "umap.split")
+    splits, parts = {}, []
+    for name, split in choose_samples(wanted, data, spec, seed).items():
+        found, kept = embed_readable(extractor, name, split, outputs)
+        splits[name] = subset(split, kept) if len(kept) < len(split) else split
+        parts.append(found)
+    features = np.concatenate([part["vectors"] for part in parts])
+    targets = [split.targets for split in splits.values()]
+    ids = [name for split in splits.values() for name in split.ids]
+    return ChosenSamples(
+        features=features,
+        ids=ids,
+        owners=ids,
         targets=None if any(t is None for t in targets) else np.concatenate(targets),
-        ids=[name for part in splits.values() for name in part.ids],
-        class_names=data.class_names,
-        subtask=data.subtask,
         said=Said(
-            np.concatenate([part.scores for part in parts]), resolved.subtask, resolved.class_names
+            np.concatenate([part["scores"] for part in parts]),
+            resolved.subtask,
+            resolved.class_names,
         )
         if trained
         else None,
-        splits=splits,
+        subtask=data.subtask,
+        class_names=data.class_names,
+        splits=[name for name, split in splits.items() for _ in split.ids],
+        image=image_of(list(splits.values())),
+        total=sum(map(len, wanted.values())),
+        name=data.name,
         notes=other_outputs(resolved, data) if trained else (),
     )
+
+
+def embed_readable(
+    extractor: Extractor, name: str, split: Split, outputs: Callable[[Any], dict[str, torch.Tensor]]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Outputs for the samples (n, ...) of a split that could be read, and their rows (n,).
+
+    Raises:
+        UserError: a sample cannot be read and none may be left out, or all of them; NaN or infinite
+            vectors.
+    """
+    experiment, count = extractor.experiment, len(split)
+    with TemporaryDirectory() as notes:
+        folder = Path(notes)
+        part = part_to_read(split, np.arange(count), folder, extractor)
+        found = embed_split(experiment, name, part, outputs)
+        broken = skipped(folder)
+    for line in broken.values():
+        say(f"  left out: {line}")
+    kept = np.delete(np.arange(count), list(broken))
+    if not len(kept):
+        raise UserError(f"{name}: none of the {count} samples could be read")
+    found = {key: values[torch.from_numpy(kept)] for key, values in found.items()}
+    if not torch.isfinite(found["vectors"]).all():
+        extractor.refuse_infinite(found["vectors"], [split.ids[row] for row in kept], among="split")
+    return {key: values.numpy() for key, values in found.items()}, kept
 
 
 def other_outputs(resolved: Resolved, data: Data) -> tuple[str, ...]:
@@ -317,31 +332,17 @@ def other_outputs(resolved: Resolved, data: Data) -> tuple[str, ...]:
     )
 
 
-def read_split(job: Job) -> tuple[Readout, np.ndarray]:
-    """Embeddings (N, D) of a split with the predictions, and the rows (N,) of it that could be
-    read.
+def image_of(splits: list[Split]) -> Images | None:
+    """Images of the samples of splits that follow one another; None where they are not images."""
+    places = [(split, row) for split in splits for row in range(len(split))]
 
-    Raises:
-        UserError: a sample cannot be read and none may be left out, or all of them.
-    """
-    count = len(job.split)
-    rate = Rate(job.name, count, shown=job.ranks.is_main)
-    with TemporaryDirectory() as notes:
-        split = job.readable(np.arange(count), Path(notes))
-        with closing(job.readouts(split, 0, rate)) as stream:
-            parts = list(stream)
-        broken = skipped(Path(notes))
-    rate.close()
-    for line in broken.values():
-        say_main(job.ranks, f"  left out: {line}")
-    kept = np.delete(np.arange(count), list(broken))
-    if not len(kept):
-        raise UserError(f"{job.name}: none of the {count} samples could be read")
-    features = np.concatenate([part.features for part in parts])[kept]
-    scores = None
-    if parts[0].scores is not None:
-        scores = np.concatenate([part.scores for part in parts])[kept]
-    return Readout(features, None, None, scores), kept
+    def image(i: int) -> np.ndarray:
+        split, row = places[i]
+        return split.source.fetch(np.array([row]))[0]
+
+    first = image(0)
+    is_image = isinstance(first, np.ndarray) and first.ndim == 3 and first.dtype.kind == "u"
+    return image if is_image else None
 
 
 # ---------------------------------------------------------------------------------- the mode
@@ -398,7 +399,7 @@ def find_samples(loaded: Loaded, spec: Umap, ranks: dist.Ranks) -> ChosenSamples
     if own.samples != "features":
         return samples_of_model(loaded, spec, ranks, seed)
     data = read_data(loaded.root, ranks)
-    splits = wanted(data.splits, spec.split, data.name)
+    splits = wanted_splits(data, spec.split, "umap.split")
     samples = samples_of_features(splits, data, spec, seed)
     return standardize(samples, data) if own.standardize else samples
 
@@ -406,63 +407,6 @@ def find_samples(loaded: Loaded, spec: Umap, ranks: dist.Ranks) -> ChosenSamples
 def seed_of(loaded: Loaded, spec: Umap) -> int:
     """Seed of the choice and of the layout."""
     return loaded.root.seed if spec.seed is None else spec.seed
-
-
-def wanted(splits: dict[str, Split], name: str | None, data: str) -> dict[str, Split]:
-    """The split asked for, or all that have samples.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    there = {key: split for key, split in splits.items() if len(split)}
-    if name is None:
-        return there
-    if name not in there:
-        raise UserError(f'umap.split = "{name}": data set {data} has {", ".join(there)}')
-    return {name: there[name]}
-
-
-def samples_of_model(loaded: Loaded, spec: Umap, ranks: dist.Ranks, seed: int) -> ChosenSamples:
-    """Samples of the spec's own data with what its model makes of them."""
-    total, name = 0, ""
-
-    def some(splits: dict[str, Split], data: Any) -> dict[str, Split]:
-        nonlocal total, name
-        total, name = sum(map(len, splits.values())), data.name
-        return choose_samples(splits, data, spec, seed)
-
-    try:
-        found = embeddings_of(loaded, ranks, spec.split, some)
-    except UserError as error:
-        raise UserError(str(error).replace("extract.split", "umap.split")) from None
-    names = [key for key, split in found.splits.items() for _ in split.ids]
-    return ChosenSamples(
-        features=found.features,
-        ids=found.ids,
-        owners=found.ids,
-        targets=found.targets,
-        said=found.said,
-        subtask=found.subtask,
-        class_names=found.class_names,
-        splits=names,
-        image=image_of(list(found.splits.values())),
-        total=total,
-        name=name,
-        notes=found.notes,
-    )
-
-
-def image_of(splits: list[Split]) -> Images | None:
-    """Images of the samples of splits that follow one another; None where they are not images."""
-    places = [(split, row) for split in splits for row in range(len(split))]
-
-    def image(i: int) -> np.ndarray:
-        split, row = places[i]
-        return split.source.fetch(np.array([row]))[0]
-
-    first = image(0)
-    is_image = isinstance(first, np.ndarray) and first.ndim == 3 and first.dtype.kind == "u"
-    return image if is_image else None
 
 
 # ---------------------------------------------------------------------- colours

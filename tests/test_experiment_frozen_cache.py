@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from children import glovita
-from small_runs import RESNET, TINY, load
+from small_runs import FOLDERS, RESNET, TINY, load, write_png
 
 from glovita_lib.encoder import Encoder
 from glovita_lib.trainer import Trainer
@@ -89,6 +89,25 @@ def test_an_interrupted_run_goes_on_bit_for_bit(command, monkeypatch):
     for name, value in calm.last["model"].items():
         assert torch.equal(again.last["model"][name], value), name
     assert again.rows() == calm.rows()
+
+
+@pytest.mark.parametrize("memory", [0, 100])
+def test_each_split_has_the_geometry_of_its_own_policy(command, tmp_path, memory):
+    """Whole images in training and their centres in evaluation, decoded at once or by workers."""
+    for i in range(40):
+        split = "train" if i < 24 else "val" if i < 32 else "test"
+        image = np.zeros((12, 20 + i % 3), np.uint8)  # of several sizes: the loader resizes them
+        image[:, :4] = 255 * (i % 2)  # what tells the classes apart is outside the centre
+        image[:, 8:12] = 6 * i
+        write_png(tmp_path / "images" / split / "ab"[i % 2] / f"{i:02d}.png", image)
+    spec = FOLDERS.replace("ROOT", str(tmp_path))
+    whole = ["data.augmentation.train_policy=default_2d_1", f"dataloading.in_memory_mb={memory}"]
+    whole.append("data.augmentation.train_kwargs.crop=none")
+    plain = command(*PROBE, *whole, "name=plain", spec=spec)
+    cached = command(*CACHED, *whole, "name=cached", spec=spec)
+    for first, second in zip(plain.records(), cached.records(), strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert second[name] == pytest.approx(first[name], rel=1e-5), name
 
 
 # ---------------------------------------------------------------------- refusals

@@ -862,7 +862,8 @@ def test_embeddings_in_memory_leave_the_same_ones_out(
 ):
     """What mode umap looks at."""
     from glovita_lib import dist
-    from glovita_lib.run_umap import embeddings_of
+    from glovita_lib.run_umap import samples_of_model
+    from glovita_lib.spec_train import Umap
 
     for path in some_files(class_folders, 4, 20):
         damaged(path)
@@ -871,11 +872,11 @@ def test_embeddings_in_memory_leave_the_same_ones_out(
     overrides = [*skip, "mode=extract", "extract.source=encoder"]
     loaded = load_checked(str(tmp_path / "tiny.toml"), overrides)
     ranks = dist.Ranks(0, 1, 0, torch.device("cpu"))
-    found = embeddings_of(loaded, ranks, "train", lambda splits, data: splits)
+    found = samples_of_model(loaded, Umap(split="train"), ranks, 0)
     file = content(tmp_path / "out" / "train.h5")
     np.testing.assert_array_equal(found.features, file["features"])
     np.testing.assert_array_equal(found.targets, file["labels"])
-    assert found.ids == list(file["ids"]) == found.splits["train"].ids
+    assert found.ids == list(file["ids"])
     assert capsys.readouterr().out.count("left out: ") == 2
 
 

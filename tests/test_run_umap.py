@@ -20,7 +20,7 @@ from glovita_lib import dist
 from glovita_lib.errors import UserError
 from glovita_lib.projection import project
 from glovita_lib.read_image import FileSource
-from glovita_lib.run_umap import embeddings_of, open_input, samples_of_features
+from glovita_lib.run_umap import open_input, samples_of_features, samples_of_model
 from glovita_lib.spec_check import load_checked
 from glovita_lib.spec_data import DigitsData, PrecomputedData
 from glovita_lib.spec_train import Umap
@@ -304,8 +304,8 @@ def test_features_and_predictions_are_of_one_pass(tmp_path, monkeypatch, method,
     path = tmp_path / "map.toml"
     loaded = load_checked(path, [f"exp_dir={tmp_path / 'exp'}", *chosen])
     ranks = dist.Ranks(0, 1, 0, torch.device("cpu"))
-    found = embeddings_of(loaded, ranks, "val", lambda splits, data: splits)
-    assert sorted(fetched) == list(range(10))
+    found = samples_of_model(loaded, Umap(split="val"), ranks, 0)
+    assert sorted(fetched) == [0, *range(10)]  # the first one again, to know that it is an image
     out = f"extract.output_dir={tmp_path / 'out'}"
     assert command(tmp_path, "mode=extract", "extract.split=val", *chosen[:2], out, spec=spec) == 0
     with h5py.File(next((tmp_path / "out").glob("*.h5"))) as file:

@@ -27,8 +27,7 @@ MAY_NOT_KNOW = {
     r"metric.*": rf"{RUNS}|{MODELS}|{DATA_SETS}|data.*|resolved|plot.*",
     r"plot.*|figures": rf"{RUNS}|{MODELS}|{DATA_SETS}|resolved|objectives",
     r"(?!run_).*": r"run_.*",
-    r"run_(?!train|umap).*": r"run_.*",
-    r"run_umap": r"run_(?!extract).*",
+    r"run_(?!train).*": r"run_.*",
     r"run_train": r"run_(?!probe).*",
 }
 """A module whose name matches the key imports none whose name matches the value."""
