@@ -1093,7 +1093,7 @@ def test_a_head_on_bags_learns_from_the_file(bags, command, tmp_path):
         content(tmp_path / "out" / "my_tiles_test.h5")["ids"]
     )
     best = run.json("resolved_config.json")
-    assert best["class_names"] == ["cat", "rocket"] and best["kind"] == "bags"
+    assert best["class_names"] == ["cat", "rocket"] and best["inputs"]["kind"] == "bags"
 
 
 def test_bags_after_kills_and_with_tiles_left_out(bags, tiles, tmp_path, monkeypatch):
