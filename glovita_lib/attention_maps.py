@@ -17,7 +17,7 @@ from glovita_lib.encoder import Features
 from glovita_lib.errors import UserError, file_name
 from glovita_lib.extraction import grid_places
 from glovita_lib.figures import GREY, displayed, drawing, number, short, window
-from glovita_lib.objectives import Predictions
+from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.resolved import ImageInputs, Resolved
 
 # ---------------------------------------------------------------------------------- the file
@@ -381,7 +381,7 @@ def chosen_bags(predictions: Predictions, subtask: str, count: int) -> list[int]
     of other targets evenly from the lowest to the highest (of several, the first); without labels
     evenly over the split."""
     bags = len(predictions.ids)
-    if predictions.targets is None:
+    if not isinstance(predictions, LabelledPredictions):
         order = np.arange(bags)
     elif subtask == "multiclass":
         turns = [np.flatnonzero(predictions.targets == k) for k in np.unique(predictions.targets)]
@@ -420,7 +420,8 @@ def bag_map(
 
 def caption(predictions: Predictions, bag: int, resolved: Resolved) -> str:
     """Truth and prediction of a bag in words."""
-    scores, targets, names = predictions.scores[bag], predictions.targets, resolved.class_names
+    scores, names = predictions.scores[bag], resolved.class_names
+    targets = predictions.targets if isinstance(predictions, LabelledPredictions) else None
     if resolved.subtask == "multiclass":
         parts = [f"predicted {short(names[scores.argmax()], 24)} ({number(float(scores.max()))})"]
         truth = [] if targets is None else [f"label {short(names[targets[bag]], 24)}"]

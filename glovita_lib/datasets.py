@@ -110,7 +110,7 @@ def build_data(spec: BaseData, *, seed: int, trains: bool = True) -> Data:
     """The data set of a spec with all its splits; data_fraction has cut the train split.
 
     Args:
-        trains: whether there must be a train split.
+        trains: whether a model learns from it: there must be a train split, and labels.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
@@ -123,6 +123,12 @@ def build_data(spec: BaseData, *, seed: int, trains: bool = True) -> Data:
     if empty or (trains and "train" not in data.splits):
         what = f"the {' and the '.join(empty)} split has no sample" if empty else "no train split"
         raise UserError(f"data set {data.name}: {what} (data.data_root_dir = {spec.data_root_dir})")
+    unlabelled = [name for name, split in data.splits.items() if split.targets is None]
+    if trains and unlabelled:
+        raise UserError(
+            f"data set {data.name}: the {' and the '.join(unlabelled)} split has no labels, which"
+            ' mode = "train" needs of every split: give the targets, or leave the split out'
+        )
     train = data.splits.get("train")
     if train is not None and spec.data_fraction < 1:
         data.splits["train"] = cut_fraction(train, spec, data.subtask, seed)

@@ -6,16 +6,20 @@ import sys
 import time
 import uuid
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
 from glovita_lib.files import write_text
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.rundir import RunDir
-from glovita_lib.spec import ByStruct
+from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_train import NoLogger, WandbLogger
+
+if TYPE_CHECKING:
+    import wandb
 
 # ----------------------------------------------------------------------------------- console
 #
@@ -167,7 +171,9 @@ KEPT_APART = ("event", "step")  # keys of a record that are no metrics
 class Logger(Protocol):
     """Takes records; its errors never end a run."""
 
-    run_id: str | None  # of the backend, by which a continued run finds itself again
+    @property
+    def run_id(self) -> str | None:
+        """Of the backend, by which a continued run finds itself again."""
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Numbers at an optimizer step."""
@@ -179,7 +185,7 @@ class Logger(Protocol):
 class NullLogger:
     """Logs nothing: for no logger, and for all ranks but the first."""
 
-    run_id: str | None = None
+    run_id = None
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Do nothing: metrics.jsonl has the record."""
@@ -190,7 +196,7 @@ class NullLogger:
 
 @ByStruct
 def build_logger(
-    spec: Any, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
+    spec: Spec, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
 ) -> Logger:
     """The logger of a spec.
 
@@ -242,42 +248,40 @@ class Wandb:
                 'logger.backend = "wandb" needs the package wandb: pip install wandb, or set'
                 ' logger.backend = "none"'
             ) from None
-        self.wandb, self.run = wandb, None
+        self.wandb = wandb
+        self.run: wandb.Run | None = None
         self.run_id = run_id or kept_id(run)
-        arguments = {
-            "id": self.run_id,
-            "entity": spec.entity,
-            "project": spec.project or config["data"]["dataset"],
-            "group": spec.group or run.group.name,
-            "name": spec.name or f"{run.group.name}/{run.path.name}",
-            "tags": spec.tags,
-            "config": config,
-            "dir": str(run.path),
-        }
         try:
-            self.start(spec, arguments)
+            init = partial(
+                wandb.init,
+                id=self.run_id,
+                entity=spec.entity,
+                project=spec.project or config["data"]["dataset"],
+                group=spec.group or run.group.name,
+                name=spec.name or f"{run.group.name}/{run.path.name}",
+                tags=spec.tags,
+                config=config,
+                dir=str(run.path),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT),
+            )
+            self.start(spec, init, run.path)
         except Exception as error:  # of the network, the server, the disk, wandb's own process
             self.give_up("could not start", error)
 
-    def start(self, spec: WandbLogger, arguments: dict[str, Any]) -> None:
+    def start(self, spec: WandbLogger, init: "partial[wandb.Run]", folder: Path) -> None:
         """Begin or continue the run online; where that cannot be, offline."""
         reason = "logger.offline is set" if spec.offline else self.hindrance()
         if reason is None:
             try:
-                self.init(arguments, mode=os.environ.get("WANDB_MODE", "online"), resume="allow")
+                self.run = init(mode=os.environ.get("WANDB_MODE", "online"), resume="allow")
                 return
             except Exception as error:
                 reason = first_line(error)
                 self.wandb.teardown()  # forgets the id, which is tried again offline
-        self.init(arguments, mode="offline")  # where resume is not known; sync joins by the id
+        self.run = init(mode="offline")  # where resume is not known; sync joins by the id
         if not spec.offline:
-            folder = Path(arguments["dir"]) / "wandb" / f"offline-run-*-{self.run_id}"
-            tell(f"W&B runs offline ({reason}); send it later with: wandb sync {folder}")
-
-    def init(self, arguments: dict[str, Any], *, mode: str, **more: Any) -> None:
-        """wandb.init without its console output."""
-        settings = self.wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT)
-        self.run = self.wandb.init(**arguments, **more, mode=mode, settings=settings)
+            files = folder / "wandb" / f"offline-run-*-{self.run_id}"
+            tell(f"W&B runs offline ({reason}); send it later with: wandb sync {files}")
 
     def hindrance(self) -> str | None:
         """Why nothing can be sent, as far as the settings and the key files tell; None: it can."""

@@ -21,7 +21,7 @@ from glovita_lib.loader import Batch, Loader
 from glovita_lib.losses import build_criterion, plain_criterion
 from glovita_lib.metrics import compute
 from glovita_lib.resolved import BagInputs, ImageInputs, Inputs, Resolved, VectorInputs
-from glovita_lib.spec import ByStruct
+from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_train import Supervised
 
 # -------------------------------------------------------------------------------- objectives
@@ -123,21 +123,25 @@ class FeatureInputs:
     fit = None
 
     def __init__(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        self.mean = None if mean is None else torch.tensor(mean)  # (D,)
-        self.std = None if std is None else torch.tensor(std)
+        self.moments: tuple[Tensor, Tensor] | None = None  # (D,) each
+        if mean is not None and std is not None:
+            self.moments = torch.tensor(mean), torch.tensor(std)
 
     def __call__(self, inputs: Tensor | Bags, fitted: bool, seed: int) -> Tensor | Bags:
         """Vectors (B, D) in float32; bags as they are, their heads convert piece by piece."""
-        if isinstance(inputs, Bags):
-            if self.mean is None:
-                return inputs
-            return Bags(self.standardized(inputs.features), inputs.lengths)
-        return inputs.float() if self.mean is None else self.standardized(inputs)
+        if not isinstance(inputs, Bags):
+            return self.standardized(inputs)
+        if self.moments is None:
+            return inputs
+        return Bags(self.standardized(inputs.features), inputs.lengths)
 
     def standardized(self, features: Tensor) -> Tensor:
-        """Features (N, D) of mean 0 and deviation 1 over the train split, float32."""
-        self.mean, self.std = self.mean.to(features.device), self.std.to(features.device)
-        return (features.float() - self.mean) / self.std
+        """Features (N, D) in float32, of mean 0 and deviation 1 over the train split if asked."""
+        if self.moments is None:
+            return features.float()
+        mean, std = self.moments
+        self.moments = mean, std = mean.to(features.device), std.to(features.device)
+        return (features.float() - mean) / std
 
 
 @singledispatch
@@ -171,13 +175,19 @@ class Predictions:
 
     ids: list[str]
     scores: np.ndarray  # (N, K) float32: probabilities, or outputs in target units
-    targets: np.ndarray | None  # (N,) int64, or (N, K) float32; None: unlabelled
-    losses: np.ndarray | None  # (N,) float32; None: unlabelled
     rows: np.ndarray  # (N,) rows of the split
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledPredictions(Predictions):
+    """Predictions for samples whose labels are known."""
+
+    targets: np.ndarray  # (N,) int64, or (N, K) float32
+    losses: np.ndarray  # (N,) float32
 
     @property
     def loss(self) -> float:
-        """Mean over the labelled samples, in float64."""
+        """Mean over the samples, in float64."""
         return float(self.losses.astype(np.float64).mean())
 
 
@@ -220,8 +230,10 @@ class SupervisedObjective(Objective):
         """Loss () over the head's outputs plus its auxiliary losses, which are logged; of unmixed
         classes the accuracy too."""
         inputs = self.train_inputs(batch.inputs, batch.fitted, rng.stream(AUGMENT))
+        assert batch.targets is not None  # build_data refuses to train without labels
         targets = self.standardized(batch.targets)
         if self.mixes:
+            assert isinstance(inputs, Tensor)  # the rules refuse to mix bags
             inputs, targets = mixup_cutmix(
                 inputs,
                 targets,
@@ -237,7 +249,8 @@ class SupervisedObjective(Objective):
         if self.subtask == "multiclass" and not self.mixes:
             logs["acc"] = (output.logits.detach().argmax(1) == targets).float().mean()
         losses = [weight * self.criterion(y, targets).mean() for weight, y in output.fitted]
-        return sum([*losses, *output.aux.values()]), logs
+        losses += output.aux.values()
+        return sum(losses[1:], losses[0]), logs
 
     def standardized(self, targets: Tensor) -> Tensor:
         """Regression targets in units of the train split's standard deviation; labels unchanged."""
@@ -269,16 +282,14 @@ class SupervisedObjective(Objective):
         if gathered is None:
             return None
         split, rows = loader.split, gathered["rows"].numpy()
-        return Predictions(
-            ids=[split.ids[row] for row in rows],
-            scores=gathered["scores"].numpy(),
-            targets=None if split.targets is None else split.targets[rows],
-            losses=None if split.targets is None else gathered["loss"].numpy(),
-            rows=rows,
-        )
+        ids, scores = [split.ids[row] for row in rows], gathered["scores"].numpy()
+        if split.targets is None:
+            return Predictions(ids, scores, rows)
+        losses = gathered["loss"].numpy()
+        return LabelledPredictions(ids, scores, rows, split.targets[rows], losses)
 
-    def record(self, predictions: Predictions) -> dict[str, float]:
-        """Mean loss and the metrics of labelled predictions."""
+    def record(self, predictions: LabelledPredictions) -> dict[str, float]:
+        """Mean loss and the metrics."""
         metrics = compute(
             self.resolved.metrics,
             subtask=self.subtask,
@@ -310,7 +321,7 @@ class SupervisedObjective(Objective):
 
 
 @ByStruct
-def build_objective(task: Any, resolved: Resolved, device: torch.device) -> Objective:
+def build_objective(task: Spec, resolved: Resolved, device: torch.device) -> Objective:
     """The objective of a task Struct."""
     raise TypeError(f"no objective for {type(task).__name__}")
 

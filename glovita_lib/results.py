@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from glovita_lib import figures, files, plots
+from glovita_lib.augment import Augmenter
 from glovita_lib.data import Split
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import Experiment
@@ -22,7 +23,7 @@ from glovita_lib.loader import fit_all, to_tensor
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.metrics import metrics_report
 from glovita_lib.metrics_classification import THRESHOLD
-from glovita_lib.objectives import Predictions, build_inputs
+from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.resolved import ImageInputs, Inputs, Resolved
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
@@ -115,7 +116,7 @@ def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[st
     index = {name: i for i, name in enumerate(class_names)}
     try:
         scores = np.array([columns[name] for name in shown], dtype=np.float32).T
-        targets = None
+        targets: np.ndarray | None = None
         if truth[0] in columns and subtask == "multiclass":
             targets = np.array([index[name] for name in columns["label"]], dtype=np.int64)
         elif truth[0] in columns:
@@ -138,7 +139,7 @@ def write_predictions(path: Path, predictions: Predictions, resolved: Resolved) 
     write_prediction_csv(
         path,
         ids=predictions.ids,
-        targets=predictions.targets,
+        targets=predictions.targets if isinstance(predictions, LabelledPredictions) else None,
         scores=predictions.scores,
         subtask=resolved.subtask,
         class_names=resolved.class_names,
@@ -148,7 +149,7 @@ def write_predictions(path: Path, predictions: Predictions, resolved: Resolved) 
 def write_results(
     folder: Path,
     name: str,
-    predictions: Predictions,
+    predictions: LabelledPredictions,
     experiment: Experiment,
     *,
     split: Split,
@@ -187,14 +188,18 @@ def write_results(
 
 @singledispatch
 def plot_worst(
-    inputs: Inputs, path: Path, predictions: Predictions, split: Split, resolved: Resolved
+    inputs: Inputs, path: Path, predictions: LabelledPredictions, split: Split, resolved: Resolved
 ) -> None:
     """A sheet of the samples with the largest losses, worst first; none of what has no picture."""
 
 
 @plot_worst.register
 def _(
-    inputs: ImageInputs, path: Path, predictions: Predictions, split: Split, resolved: Resolved
+    inputs: ImageInputs,
+    path: Path,
+    predictions: LabelledPredictions,
+    split: Split,
+    resolved: Resolved,
 ) -> None:
     worst = np.argsort(-predictions.losses, kind="stable")[:WORST]
     images = list(split.source.fetch(predictions.rows[worst]))
@@ -219,7 +224,7 @@ def plot_augmented(inputs: Inputs, path: Path, split: Split, rows: np.ndarray) -
 
 @plot_augmented.register
 def _(inputs: ImageInputs, path: Path, split: Split, rows: np.ndarray) -> None:
-    augment = build_inputs(inputs, train=True)
+    augment = Augmenter(inputs.augmentation, train=True, bit_depth=inputs.bit_depth)
     rows = rows[:SHEET_ROWS]
     originals = split.source.fetch(rows)
     columns = []
@@ -485,6 +490,7 @@ def judged_split(run: RunDir) -> str | None:
 def entry_of(name: str, run: RunDir) -> Entry:
     """What a run directory says."""
     split = judged_split(run)
+    assert split is not None  # else the run is unfit
     report: dict[str, Any] = read_json(run.metrics_of(split))
     metric, value = next(iter(report["metrics"].items()))
     interval = report["ci95"].get(metric)

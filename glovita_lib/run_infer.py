@@ -16,7 +16,7 @@ from glovita_lib.data_folder import build_unlabelled
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import Experiment, read_data, restore, some_of
 from glovita_lib.loggers import say, two_columns
-from glovita_lib.objectives import Predictions
+from glovita_lib.objectives import LabelledPredictions, Predictions, SupervisedObjective
 from glovita_lib.peft_base import ADDED, Insert
 from glovita_lib.resolved import (
     BagInputs,
@@ -275,14 +275,16 @@ def mean_of(members: list[Predictions], experiment: Experiment) -> Predictions:
 
     The loss of an ensemble is that of its mean prediction.
     """
+    first = members[0]
     if len(members) == 1:
-        return members[0]
+        return first
     scores = np.mean([member.scores.astype(np.float64) for member in members], axis=0)
     scores = scores.astype(np.float32)
-    losses = None
-    if members[0].targets is not None:
-        losses = experiment.objective.losses_of(scores, members[0].targets)
-    return replace(members[0], scores=scores, losses=losses)
+    if not isinstance(first, LabelledPredictions):
+        return replace(first, scores=scores)
+    objective = experiment.objective
+    assert isinstance(objective, SupervisedObjective)  # the only one that predicts scores
+    return replace(first, scores=scores, losses=objective.losses_of(scores, first.targets))
 
 
 def write_split(
@@ -291,7 +293,7 @@ def write_split(
     """Write predictions, and of labelled samples metrics and plots too; lines on what came out and
     where it is."""
     rows = [("predictions", str(folder / f"predictions_{name}.csv"))]
-    if predictions.targets is None:
+    if not isinstance(predictions, LabelledPredictions):
         write_predictions(folder / f"predictions_{name}.csv", predictions, experiment.resolved)
         return rows
     plot = experiment.root.task.result_plot != "none"

@@ -25,6 +25,7 @@ from glovita_lib.experiment import (
 from glovita_lib.loggers import build_logger, say, two_columns
 from glovita_lib.metrics import compute
 from glovita_lib.model import parameter_line, parameter_table
+from glovita_lib.objectives import LabelledPredictions
 from glovita_lib.peft import save_adapter
 from glovita_lib.plots import learning_curves
 from glovita_lib.resolved import resolve_spec
@@ -82,7 +83,7 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
         reloaded = assemble(root, resolved, ranks, load_weights=False)
         checkpoint.load_model(reloaded.model, trained_weights(state), path)
         after = reloaded.predict(probe)
-    if not ranks.is_main:
+    if before is None or after is None:  # on all ranks but the first
         return
     if not np.array_equal(before.scores, after.scores):
         raise UserError(
@@ -231,14 +232,13 @@ def prepare(
     """Write the files that describe a run; of a continued run, cut metrics.jsonl back to the
     step of its checkpoint and complete its links."""
     if saved is None:
-        resolved = experiment.resolved
         # run again, the spec finds this very run, also where it was started beside another one
         training = replace(loaded.as_written.training, on_existing="resume")
         spec = replace(loaded.as_written, name=run.group.name, mode="train", training=training)
         files.write_text(run.spec, dump(spec))
         table = {share.part: share.counts() for share in parameter_table(experiment.model)}
-        resolved = {**msgspec.to_builtins(resolved), "parameters": table}
-        files.write_json(run.resolved_config, resolved)
+        resolved = msgspec.to_builtins(experiment.resolved)
+        files.write_json(run.resolved_config, {**resolved, "parameters": table})
         files.write_json(run.config, loaded.plain)
     else:
         step = saved["state"]["step"]
@@ -275,7 +275,7 @@ def finish(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data) -> N
         if not len(split) or (name == "train" and task.result_plot != "all"):
             continue
         predictions = experiment.predict(split)
-        if predictions is not None:
+        if isinstance(predictions, LabelledPredictions):  # on the first rank
             plot = task.result_plot != "none"
             write_results(run.path, name, predictions, experiment, split=split, plot=plot)
     if ranks.is_main:
@@ -298,8 +298,13 @@ def write_fold_summary(run: RunDir, experiment: Experiment) -> None:
     resolved = experiment.resolved
 
     def metrics(targets: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-        kind = {"subtask": resolved.subtask, "class_names": resolved.class_names}
-        return compute(resolved.metrics, targets=targets, scores=scores, **kind)
+        return compute(
+            resolved.metrics,
+            subtask=resolved.subtask,
+            targets=targets,
+            scores=scores,
+            class_names=resolved.class_names,
+        )
 
     write_summary(
         run.group,

@@ -106,7 +106,7 @@ class Trainer:
         if self.calibration_batches and self.state.step == 0:
             self.calibrate()
         if self.val_loader is not None and self.spec.num_sanity_val_steps and self.state.step == 0:
-            self.evaluate(self.spec.num_sanity_val_steps)
+            self.evaluate(self.val_loader, self.spec.num_sanity_val_steps)
         while self.state.epoch < self.spec.epochs and not self.state.stopped:
             started = time.perf_counter()
             self.train_epoch()
@@ -203,7 +203,8 @@ class Trainer:
         record = {"event": "epoch", "epoch": state.epoch, "step": state.step, **self.means()}
         record |= self.vitals(self.epoch_meter)
         if self.val_loader is not None:
-            record |= {f"val_{name}": value for name, value in self.evaluate(None).items()}
+            values = self.evaluate(self.val_loader, None)
+            record |= {f"val_{name}": value for name, value in values.items()}
         is_best = self.judge(record)
         record |= {"best": state.best, "best_epoch": state.best_epoch}
         record["seconds"] = time.perf_counter() - started
@@ -232,7 +233,7 @@ class Trainer:
 
     def synchronized(self, ends_step: bool) -> AbstractContextManager:
         """Context of a backward pass: ranks average gradients only in the last batch of a step."""
-        if self.parallel is self.model or ends_step:
+        if ends_step or not isinstance(self.parallel, nn.parallel.DistributedDataParallel):
             return nullcontext()
         return self.parallel.no_sync()
 
@@ -296,14 +297,14 @@ class Trainer:
             "memory_mb": dist.peak_memory_mb(self.ranks.device),
         }
 
-    def evaluate(self, max_batches: int | None) -> Record:
-        """What the objective records of the val split, the same on every rank; of the averaged
-        weights where there are some, else of the model."""
+    def evaluate(self, loader: Loader, max_batches: int | None) -> Record:
+        """What the objective records of a split, the same on every rank; of the averaged weights
+        where there are some, else of the model."""
         model = self.model if self.ema is None else self.ema.module
         dist.sync_buffers(self.ranks, model)
         predictions = self.objective.evaluate(
             model,
-            self.val_loader,
+            loader,
             ranks=self.ranks,
             precision=self.precision,
             max_batches=max_batches,

@@ -30,7 +30,7 @@ from glovita_lib.attention_maps import (
 )
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import restore
-from glovita_lib.objectives import Predictions
+from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.spec_check import load_checked
 
 ONE = dist.Ranks(0, 1, 0, torch.device("cpu"))
@@ -330,7 +330,13 @@ def predictions(targets: Any, scores: Any = None) -> Predictions:
     count = len(targets) if scores is None else len(scores)
     scores = np.zeros((count, 2), np.float32) if scores is None else scores
     ids = [f"bag {i}" for i in range(count)]
-    return Predictions(ids, scores, targets, None, np.arange(count))
+    found = Predictions(ids, scores, np.arange(count))
+    return found if targets is None else labelled(found, targets)
+
+
+def labelled(found: Predictions, targets: np.ndarray) -> LabelledPredictions:
+    losses = np.zeros(len(found.ids), np.float32)
+    return LabelledPredictions(found.ids, found.scores, found.rows, targets, losses)
 
 
 def test_chosen_bags():

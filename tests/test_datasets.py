@@ -590,6 +590,30 @@ def test_custom_data(tmp_path, monkeypatch):
         custom("bad_import:f")
 
 
+def test_a_model_learns_from_labelled_splits_only(tmp_path, monkeypatch):
+    (tmp_path / "my_images.py").write_text(
+        "from dataclasses import replace\n"
+        "from glovita_lib.datasets import build_data\n"
+        "from glovita_lib.spec_data import DigitsData\n"
+        "def digits(spec, seed, unlabelled):\n"
+        "    data = build_data(DigitsData(), seed=seed)\n"
+        "    new = {name: replace(data.splits[name], targets=None) for name in unlabelled}\n"
+        "    return replace(data, splits={**data.splits, **new})\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+    def splits(*unlabelled, trains):
+        options = {"unlabelled": unlabelled}
+        spec = CustomData(target="my_images:digits", options=options)
+        return build_data(spec, seed=0, trains=trains).splits
+
+    assert all(split.targets is not None for split in splits(trains=True).values())
+    for names in (["train"], ["val"], ["val", "test"]):
+        with pytest.raises(UserError, match=f"the {' and the '.join(names)} split has no labels"):
+            splits(*names, trains=True)
+        assert all(splits(*names, trains=False)[name].targets is None for name in names)
+
+
 def unlabelled(path):
     return build_unlabelled(str(path), channels=1, bit_depth=8, allowed_exts=("png", "tif"))
 

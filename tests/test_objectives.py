@@ -10,9 +10,10 @@ from torch import nn
 
 from glovita_lib import checkpoint, dist
 from glovita_lib.errors import UserError
-from glovita_lib.experiment import assemble, build_trainer, read_data, resolve_spec
+from glovita_lib.experiment import assemble, build_trainer, read_data
 from glovita_lib.loader import Batch
 from glovita_lib.objectives import Objective, gather_split
+from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_check import load_checked
 from glovita_lib.trainer import Hooks
 
@@ -123,7 +124,7 @@ class Run:
 
 def test_an_objective_of_another_kind_trains_keeps_the_best_and_goes_on_bit_equal(tmp_path):
     calm = Run(tmp_path)
-    before = calm.trainer.evaluate(None)
+    before = calm.trainer.evaluate(calm.trainer.val_loader, None)
     calm.trainer.fit()
     first, second = calm.epochs()
     assert (
