@@ -128,7 +128,7 @@ def describe_type(kind: Type) -> str:
     """What a field accepts, in words; that it may be unset is left out.
 
     >>> from typing import Annotated
-    >>> describe(kinds.type_info(Annotated[int, msgspec.Meta(ge=1)]))
+    >>> describe_type(kinds.type_info(Annotated[int, msgspec.Meta(ge=1)]))
     'a whole number >= 1'
     """
     tables = structs(kind)
