@@ -20,7 +20,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="one batch through everything; writes no run")
     add("--schema", action="store_true", help="print the JSON schema of a spec")
     add("--explain", metavar="KEY", help="print what a key or section accepts")
-    add("--version", action="store_true", help="print the version")
+    add("--version", action="store_true", help="print the versions that a bug report needs")
     asked = parser.parse_args(argv)
     if not (asked.specs or asked.schema or asked.explain or asked.version):
         parser.error("name a spec in front of the options, e.g. specs/digits_resnet.toml")
@@ -32,7 +32,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def information(asked: argparse.Namespace) -> str | None:
     """What is asked about specs in general; None if nothing is."""
     if asked.version:
-        return f"glovita {import_module('glovita_lib').__version__}"
+        return import_module("glovita_lib.errors").version_text()
     if asked.schema:
         return import_module("glovita_lib.spec_help").schema_text()
     if asked.explain:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from glovita_lib.bags import Bags, Span
+from glovita_lib.network import eager
 
 # ----------------------------------------------------------------------------- dropout masks
 #
@@ -460,7 +461,7 @@ def compute_dtype(bags: Bags, weight: Tensor) -> torch.dtype:
     return torch.promote_types(bags.features.dtype, weight.dtype)
 
 
-@torch.compiler.disable
+@eager
 def attention_pool(bags: Bags, weights: Weights, plan: PassOptions) -> tuple[Tensor, Tensor]:
     """Attention scores a (M, K), before the softmax and before attention dropout, and pooled
     vectors z (B, K, H), both at least float32, differentiable once."""
@@ -469,7 +470,7 @@ def attention_pool(bags: Bags, weights: Weights, plan: PassOptions) -> tuple[Ten
         return _AttentionPool.apply(bags, plan, dtype, bags.features, *weights)
 
 
-@torch.compiler.disable
+@eager
 def hidden_rows(bags: Bags, rows: Tensor, weights: Weights, plan: PassOptions) -> Tensor:
     """h (S, H) of chosen rows (S,), with gradients, under the same dropout masks.
 

@@ -1,6 +1,9 @@
 """The named data sets, and how the data set of a spec is built."""
 
+import gzip
 from http.client import HTTPException
+from importlib import resources
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,19 +157,34 @@ def cut_fraction(train: Split, spec: BaseData, subtask: str, seed: int) -> Split
 @read_data_set.register
 def _(spec: DigitsData, *, seed: int) -> Data:
     """Digits: values 0..16 become round(v 255 / 16)."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # (M, 1, 8, 8)
-    labels = digits.target.astype(np.int64)
+    table = read_digits()
+    images = np.rint(table[:, :64].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    labels = table[:, 64].astype(np.int64)
     rows = held_out(labels, spec, seed)
     return Data(
         name="digits",
         splits={name: array_split(images, labels, rows[name]) for name in rows},
         subtask="multiclass",
-        class_names=tuple(str(name) for name in digits.target_names),
+        class_names=tuple("0123456789"),
         samples=ImageSamples(channels=1, bit_depth=8),
     )
+
+
+def read_digits() -> np.ndarray:
+    """The table (M, 65) float64 behind sklearn.datasets.load_digits: 8x8 values 0..16, the digit.
+
+    The package is found but not imported, which takes seconds.
+
+    Raises:
+        UserError: there is no scikit-learn.
+    """
+    package = find_spec("sklearn")
+    if package is None:
+        raise UserError('data.dataset = "digits" is in scikit-learn: pip install scikit-learn')
+    folder = resources.files(module_from_spec(package))
+    file = folder / "datasets" / "data" / "digits.csv.gz"
+    with file.open("rb") as packed, gzip.open(packed) as text:
+        return np.loadtxt(text, delimiter=",")
 
 
 def held_out(labels: np.ndarray, spec: DigitsData, seed: int) -> dict[str, np.ndarray]:

@@ -1,11 +1,18 @@
-"""Mistakes of the user: one error type, what was meant, and functions that a spec names."""
+"""Mistakes of the user: one error type, what was meant, functions that a spec names, and what a
+report of an error says about software and device."""
 
 import importlib
 import inspect
+import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from types import ModuleType
 from typing import Any
+
+from glovita_lib import __version__
 
 # --------------------------------------------------------------------------------- the error
 
@@ -114,3 +121,107 @@ def call_target(key: str, target: str, *args: Any, **options: Any) -> Any:
 def reason(error: Exception) -> str:
     """The first line of an error's message; its type where it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# --------------------------------------------------------------- what a report of an error says
+
+PACKAGES = ("torch", "torchvision", "timm", "h5py", "numpy", "scikit-learn", "safetensors", "wandb")
+
+
+def version_text() -> str:
+    """What a report of an error must say, a line each; written also where a package is missing."""
+    facts = environment()
+    found, git = facts["versions"], facts["glovita_git"]
+    changed = " with changes" if git and git["dirty"] else ""
+    commit = f", commit {git['commit']}{changed}" if git else ""
+    hdf5 = f" (HDF5 {found['hdf5']})" if found["hdf5"] else ""
+    packages = [f"{name} {found[name] or 'not installed'}" for name in PACKAGES]
+    cuda = f", CUDA {facts['cuda']}, cuDNN {facts['cudnn']}" if facts["cuda"] else ""
+    return "\n".join(
+        [
+            f"glovita {found['glovita']}{commit}",
+            f"Python {found['python']} on {facts['platform']}",
+            *(f"{line}{hdf5}" if line.startswith("h5py") else line for line in packages),
+            f"device {facts['device']}{cuda}, {facts['cpu_cores']} CPU cores",
+        ]
+    )
+
+
+def environment(device: Any = None) -> dict[str, Any]:
+    """Software and device that compute a result.
+
+    Args:
+        device: torch.device; none: the first that torch can use.
+    """
+    import platform
+
+    torch = importable("torch")
+    if device is None and torch is not None:
+        mps = torch.backends.mps.is_available()
+        device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    gpu = torch if torch is not None and device.type == "cuda" else None
+    return {
+        "platform": platform.platform(),
+        "device": gpu.cuda.get_device_name(device) if gpu else getattr(device, "type", None),
+        "cpu_cores": os.cpu_count(),
+        "cuda": gpu.version.cuda if gpu else None,
+        "cudnn": gpu.backends.cudnn.version() if gpu else None,
+        "glovita_git": own_commit(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what computes the result; None: not installed."""
+    from importlib import metadata
+
+    found: dict[str, str | None] = {"glovita": __version__, "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        found[package] = None
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    if (torch := importable("torch")) is not None:
+        found["torch"] = torch.__version__  # with the build, e.g. +cpu
+    h5py = importable("h5py")
+    return found | {"hdf5": None if h5py is None else h5py.version.hdf5_version}
+
+
+def importable(name: str) -> ModuleType | None:
+    """A package; None where it is missing or broken."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError):  # OSError: a shared library of it
+        return None
+
+
+def own_commit() -> dict[str, Any] | None:
+    """`git_state` of a checkout that glovita runs from; None where it was installed."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return git_state(root) if os.path.exists(os.path.join(root, ".git")) else None
+
+
+def git_state(folder: str) -> dict[str, Any] | None:
+    """Commit of a folder and whether tracked files differ from it; None outside a repository."""
+    commit = git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    changed = git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+
+
+def git(folder: str, *arguments: str) -> str | None:
+    """What a git command prints; None where it fails or there is no git."""
+    import subprocess
+
+    try:
+        result = subprocess.run(
+            ["git", *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -18,10 +18,9 @@ import numpy as np
 
 from glovita_lib import __version__, files
 from glovita_lib.data import Data, Split
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, versions
 from glovita_lib.extraction import Extractor, Readout
 from glovita_lib.files import read_csv
-from glovita_lib.rundir import versions
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Extract
 

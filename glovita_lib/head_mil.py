@@ -20,6 +20,7 @@ from glovita_lib.bags import (
     segment_softmax,
 )
 from glovita_lib.heads import build_head
+from glovita_lib.network import eager
 from glovita_lib.spec_model import AbmilHead, DsmilHead, MaxMilHead, MeanMilHead, TransmilHead
 
 NORM_EPS = 1e-6  # as CLAM's default
@@ -307,7 +308,7 @@ class Transmil(nn.Module):
         tokens = [self.second(x)[0] for x in self.tokens(as_bags(inputs))]  # (H,) of each bag
         return self.classifier(self.norm(torch.stack(tokens)))
 
-    @torch.compiler.disable
+    @eager
     def tokens(self, bags: Bags) -> list[Tensor]:
         """Tokens (1 + side^2, H) of each bag before the second attention. One bag at a time: their
         squares and landmarks differ in size, and padding would change them."""

@@ -22,6 +22,7 @@ from glovita_lib.encoder import (
     resolve_method,
 )
 from glovita_lib.heads import build_head
+from glovita_lib.network import keep_eager
 from glovita_lib.peft_base import ADDED, adapters_by_class, apply_peft, encoder_of
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import Peft
@@ -65,6 +66,11 @@ class Model(nn.Module):
         with torch.no_grad() if self.encoder_is_frozen else nullcontext():
             features = self.encoder(x, pooled=reads_pooled(method, self.encoder))
             return aggregate(features, method)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the forward pass, but not the functions that are `eager`."""
+        keep_eager()
+        super().compile(*args, **options)
 
     def train(self, mode: bool = True) -> "Model":
         """Train mode for what trains; frozen parts stay in eval mode (dropout, BatchNorm)."""

@@ -1,10 +1,12 @@
-"""The layers and blocks of a network, found by its structure."""
+"""The layers and blocks of a network, found by its structure; functions that are never compiled."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeGuard
+from functools import wraps
+from typing import ParamSpec, TypeGuard, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -323,3 +325,35 @@ def layer_ids(net: nn.Module, blocks: tuple[str, ...]) -> dict[str, int]:
         else:
             depths[name] = passed + 1 if passed and passed == len(blocks) else passed
     return depths
+
+
+# --------------------------------------------------------------------- what is never compiled
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+_unprepared: list[Callable[[], None]] = []
+
+
+def eager(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function that torch.compile leaves as it is, once `keep_eager` was called.
+
+    torch.compiler.disable itself imports torch._dynamo, which takes seconds that only those should
+    wait who compile.
+    """
+    chosen = [function]
+
+    @wraps(function)
+    def call(*args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        return chosen[0](*args, **options)
+
+    def prepare() -> None:
+        chosen[0] = torch.compiler.disable(function)
+
+    _unprepared.append(prepare)
+    return call
+
+
+def keep_eager() -> None:
+    """Prepare the functions that are `eager` for a compilation."""
+    while _unprepared:
+        _unprepared.pop()()

@@ -18,7 +18,7 @@ from glovita_lib import dist
 from glovita_lib.data import Data, Images, Split, skipped, subset
 from glovita_lib.data_features import encode_labels, keys, read_collection
 from glovita_lib.data_splits import strata
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, versions
 from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, part_to_read, source_of, wanted_splits
 from glovita_lib.files import read_csv, write_csv, write_json
@@ -37,7 +37,7 @@ from glovita_lib.plot_projection import (
 from glovita_lib.projection import MISSING, Projection, choose, perplexity_of, project
 from glovita_lib.read_features import BagSource, FileBags, feature_moments
 from glovita_lib.resolved import Resolved
-from glovita_lib.rundir import locate, versions
+from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded, Spec
 from glovita_lib.spec_data import PrecomputedData
 from glovita_lib.spec_train import Umap

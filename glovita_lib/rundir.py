@@ -5,24 +5,20 @@ A run is finished when `finished` in runtime_info.json holds a time; it is writt
 """
 
 import os
-import platform
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from glovita_lib import __version__
 from glovita_lib.dist import Ranks, main_decides
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, environment, git_state
 from glovita_lib.files import (
     Lock,
     check_free,
@@ -36,7 +32,6 @@ from glovita_lib.spec import Loaded, changed_keys
 
 Decision = Literal["start", "resume", "overwrite", "finished"]
 SHOWN_CHANGES = 8
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors", "wandb")
 # What a run writes, in the order in which it is removed when a run starts over: the mark of being
 # finished first and config.json last, so that no kill in between leaves an apparently whole run.
 OURS = (
@@ -255,57 +250,15 @@ def now() -> str:
 
 def runtime_info(ranks: Ranks, *, seed: int) -> dict[str, Any]:
     """When, where, with which command and versions a run started."""
-    cuda = ranks.device.type == "cuda"
     return {
         "started": now(),
         "argv": sys.argv,
         "cwd": os.getcwd(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "platform": platform.platform(),
         "seed": seed,
         "world_size": ranks.world,
-        "device": torch.cuda.get_device_name(ranks.device) if cuda else ranks.device.type,
-        "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if cuda else None,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "git": git_state(),
-        "versions": versions(),
+        "git": git_state(os.getcwd()),
+        **environment(ranks.device),
     }
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what computes the result; None: not installed."""
-    found: dict[str, str | None] = {"glovita": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        found[package] = None
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    found["torch"] = torch.__version__  # with the build, e.g. +cpu
-    return found
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the working directory and whether tracked files differ from it; None outside a
-    repository."""
-    commit = git("rev-parse", "HEAD")
-    if not commit:
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
-
-
-def git(*arguments: str) -> str | None:
-    """What a git command prints; None where it fails or there is no git."""
-    try:
-        result = subprocess.run(
-            ["git", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
-        )
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None

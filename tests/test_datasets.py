@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from glovita_lib.data import ImageSamples
 from glovita_lib.data_folder import build_unlabelled
-from glovita_lib.datasets import build_data
+from glovita_lib.datasets import build_data, read_digits
 from glovita_lib.errors import UserError
 from glovita_lib.spec_data import (
     Cifar10Data,
@@ -106,6 +106,13 @@ def test_digits_are_the_real_ones():
         assert split.source.uniform == (1, 8, 8) and split.source.nbytes() == 64 * len(split)
     assert sorted(seen) == list(range(1797))
     assert [len(data.splits[name]) for name in ("train", "val", "test")] == [1168, 270, 359]
+
+
+def test_the_table_of_digits_is_that_of_scikit_learn_bit_for_bit():
+    table = read_digits()
+    assert table.dtype == DIGITS.data.dtype and table[:, :64].tobytes() == DIGITS.data.tobytes()
+    assert (table[:, 64] == DIGITS.target).all()
+    assert build_data(DigitsData(), seed=0).class_names == tuple(map(str, DIGITS.target_names))
 
 
 def test_digits_splits_are_stratified_and_only_test_ignores_the_seed():

@@ -96,6 +96,24 @@ def test_print_imports_nothing_heavy_and_shows_mistakes_as_check_does(good, bad)
     assert run(bad, "--print").stderr == run(bad, "--check").stderr
 
 
+@pytest.mark.processes
+def test_training_imports_nothing_that_only_other_runs_need():
+    """timm imports torch._dynamo on its own; who trains a head on features waits for neither."""
+    script = (
+        "import sys; from glovita_lib import run_train, encoder_timm, head_clam, head_mil, datasets"
+        "; datasets.read_digits(); print(*sys.modules)"
+    )
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+    )
+    imported = set(result.stdout.split())
+    late = ("matplotlib", "scipy", "sklearn", "umap", "wandb", "timm", "torchvision", "PIL")
+    assert "torch" in imported and imported.isdisjoint(
+        {*late, "torch._dynamo", "glovita_lib.run_umap"}
+    )
+
+
 # ---------------------------------------------------------------- dispatch
 
 
@@ -182,10 +200,39 @@ def test_wrong_command_line_exits_with_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_version(capsys):
+def test_version_says_what_a_report_needs(capsys):
+    import h5py
+    import timm
+    import torch
+
     assert glovita.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"glovita {glovita_lib.__version__}\n"
+    first, python, *packages, device = capsys.readouterr().out.splitlines()
+    git = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    commit = f", commit {done.stdout.strip()}" if done.returncode == 0 else ""
+    assert first.removesuffix(" with changes") == f"glovita {glovita_lib.__version__}{commit}"
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", glovita_lib.__version__)
+    assert python.startswith(f"Python {sys.version.split()[0]} on ")
+    assert packages[0] == f"torch {torch.__version__}" and f"timm {timm.__version__}" in packages
+    assert f"h5py {h5py.__version__} (HDF5 {h5py.version.hdf5_version})" in packages
+    assert device.startswith("device ") and device.endswith(f", {os.cpu_count()} CPU cores")
+
+
+def test_version_without_packages_and_without_git(capsys, monkeypatch, tmp_path):
+    from importlib import metadata
+
+    def missing(package):
+        raise metadata.PackageNotFoundError(package)
+
+    for name in ("torch", "h5py"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(metadata, "version", missing)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert glovita.main(["--version"]) == 0
+    first, _, *packages, device = capsys.readouterr().out.splitlines()
+    assert first == f"glovita {glovita_lib.__version__}"
+    assert {line.partition(" ")[2] for line in packages} == {"not installed"}
+    assert device.startswith("device None, ")
 
 
 def test_schema_is_the_committed_one(capsys):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from glovita_lib.errors import UserError
 from glovita_lib.model import Model, build_model, parameter_line, parameter_table
+from glovita_lib.network import eager
 from glovita_lib.spec_model import (
     ClassificationHead,
     CustomHead,
@@ -130,6 +131,33 @@ def test_compiling_keeps_the_keys() -> None:
     model.compile(backend="eager")
     out = model(torch.randn(2, 3, 32, 32))
     assert out.shape == (2, 3) and list(model.state_dict()) == keys
+
+
+class AskingHead(nn.Module):
+    """A head whose output says whether an `eager` function of its was traced."""
+
+    consumes = "pooled"
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.traced(pooled.sum(1, keepdim=True)) * 1.0
+
+    @eager
+    def traced(self, x: Tensor) -> Tensor:
+        return 0 * x + float(torch.compiler.is_compiling())
+
+
+@pytest.mark.compiles
+@torch.no_grad()
+def test_eager_functions_of_a_compiled_model_are_not_traced() -> None:
+    model = make(timm_spec("test_vit"), size=32)
+    model.head = AskingHead()
+    images = torch.randn(2, 3, 32, 32)
+    assert not model(images).any()
+    model.compile(backend="eager")
+    assert not model(images).any()
+    traced = AskingHead.traced.__wrapped__
+    compiled = torch.compile(lambda x: traced(model.head, x), backend="eager")
+    assert compiled(torch.zeros(2, 1)).all()  # the question is a good one
 
 
 def test_initial_weights_follow_from_the_seed() -> None:
