@@ -1,6 +1,6 @@
 """Attention pooling of bags: dropout masks, one chunk of instances, all chunks, the module."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,17 +78,33 @@ class Keep:
 BLANK = 1e-6  # length of a prepared instance below which it stays zero
 
 
-class Weights(NamedTuple):
-    """The tensors that learn, in the order in which autograd sees them."""
+class Norm(NamedTuple):
+    """Scale and shift of the LayerNorm."""
 
-    gamma: Tensor | None  # (D,) scale of the LayerNorm; None leaves the preparation out
-    beta: Tensor | None  # (D,)
+    gamma: Tensor  # (D,)
+    beta: Tensor  # (D,)
+
+
+class Weights(NamedTuple):
+    """The tensors that learn."""
+
+    norm: Norm | None  # None leaves the preparation out
     project: Tensor  # (H, D) W1
     project_bias: Tensor  # (H,)
     gate: Tensor  # (2A, H) V above U; (A, H) V alone without a gate
     gate_bias: Tensor  # (2A,) or (A,)
     score: Tensor  # (K, A) w
     score_bias: Tensor  # (K,)
+
+    def flat(self) -> list[Tensor]:
+        """In the order in which autograd sees them."""
+        return [*(self.norm or ()), *self[1:]]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Weights":
+        """Of tensors in that order."""
+        norm = Norm(*tensors[:-6]) if len(tensors) > 6 else None
+        return cls(norm, *tensors[-6:])
 
 
 @dataclass(frozen=True)
@@ -103,13 +119,19 @@ class PassOptions:
     kept: Tensor | None  # (M, K) bool: instances whose weight attention dropout leaves
 
 
+class Normed(NamedTuple):
+    """What the preparation of a chunk has done."""
+
+    scaled: Tensor  # (R, D) r n
+    length: Tensor  # (R, 1) r = 1 / |u|, or ones
+    deviation: Tensor  # (R, 1) 1 / std
+
+
 class Prepared(NamedTuple):
     """A chunk after the preparation."""
 
     rows: Tensor  # (R, D) y, what the projection sees
-    scaled: Tensor | None  # (R, D) r n
-    length: Tensor | None  # (R, 1) r = 1 / |u|, or ones
-    deviation: Tensor | None  # (R, 1) 1 / std
+    normed: Normed | None
 
 
 def tanh_(x: Tensor) -> Tensor:
@@ -130,23 +152,23 @@ class Pass:
         self, features: Tensor, weights: Weights, plan: PassOptions, dtype: torch.dtype
     ) -> None:
         self.features, self.plan, self.dtype = features, plan, dtype
-        self.weights = Weights(*(w if w is None else w.detach().to(dtype) for w in weights))
+        self.weights = Weights.of([w.detach().to(dtype) for w in weights.flat()])
         self.attention = weights.score.shape[1]
 
     def prepare(self, rows: slice | Tensor) -> Prepared:
         """Rows of the features, normalised where asked for."""
         x = self.features[rows]
-        gamma, beta = self.weights.gamma, self.weights.beta
-        if gamma is None:
-            return Prepared(x.to(self.dtype), None, None, None)
+        norm = self.weights.norm
+        if norm is None:
+            return Prepared(x.to(self.dtype), None)
         wide = x.to(torch.promote_types(self.dtype, torch.float32))
         n, _, deviation = torch.native_layer_norm(wide, wide.shape[-1:], None, None, self.plan.eps)
-        u = torch.addcmul(beta.to(n.dtype), n, gamma.to(n.dtype))
+        u = torch.addcmul(norm.beta.to(n.dtype), n, norm.gamma.to(n.dtype))
         if not self.plan.unit_length:
-            return Prepared(u.to(self.dtype), n, torch.ones_like(deviation), deviation)
-        norm = torch.linalg.vector_norm(u, dim=1, keepdim=True)
-        length = torch.where(norm > BLANK, 1 / norm, 0.0)
-        return Prepared(u.mul_(length).to(self.dtype), n.mul_(length), length, deviation)
+            return Prepared(u.to(self.dtype), Normed(n, torch.ones_like(deviation), deviation))
+        long = torch.linalg.vector_norm(u, dim=1, keepdim=True)
+        length = torch.where(long > BLANK, 1 / long, 0.0)
+        return Prepared(u.mul_(length).to(self.dtype), Normed(n.mul_(length), length, deviation))
 
     def hidden(self, y: Tensor, rows: slice | Tensor, out: Tensor | None = None) -> Tensor:
         """h (R, H) of prepared rows y (R, D)."""
@@ -231,9 +253,9 @@ class _AttentionPool(torch.autograd.Function):
         plan: PassOptions,
         dtype: torch.dtype,
         features: Tensor,
-        *weights: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        weights = Weights(*weights)
+        weights = Weights.of(tensors)
         branches, hidden = weights.score.shape[0], weights.project.shape[0]
         work = Pass(features, weights, plan, dtype)
         wide = torch.promote_types(dtype, torch.float32)
@@ -249,22 +271,20 @@ class _AttentionPool(torch.autograd.Function):
             weight = None if plan.kept is None else plan.kept[rows]
             state.add(span, scores[rows], weight, h)
         if plan.kept is not None:
-            state.add_top(bags, work)
+            state.add_top(bags, work, plan.kept)
         pooled = state.pooled / state.total[..., None]
         ctx.bags, ctx.plan, ctx.dtype = bags, plan, dtype
-        ctx.save_for_backward(features, *weights, scores, pooled, state.largest, state.total, stash)
+        sums = state.largest, state.total
+        ctx.save_for_backward(features, scores, pooled, *sums, stash, *tensors)
         return scores, pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_scores: Tensor, d_pooled: Tensor) -> tuple[Tensor | None, ...]:
-        features, *saved = ctx.saved_tensors
-        weights = Weights(*saved[:8])
-        scores, pooled, largest, total, stash = saved[8:]
+        features, scores, pooled, largest, total, stash, *tensors = ctx.saved_tensors
         bags, plan = ctx.bags, ctx.plan
-        work = Pass(features, weights, plan, ctx.dtype)
-        wanted = dict(zip(Weights._fields, ctx.needs_input_grad[4:], strict=True))
-        grads = Gradients(work, features if ctx.needs_input_grad[3] else None, wanted)
+        work = Pass(features, Weights.of(tensors), plan, ctx.dtype)
+        grads = Gradients(work, features if ctx.needs_input_grad[3] else None)
         # As it enters the products: what rounding does to it must cancel between each h_j . dz_k
         # and their mean, of which the gradients of the attention are small differences.
         d_pooled = d_pooled.to(ctx.dtype).to(pooled.dtype)
@@ -282,7 +302,9 @@ class _AttentionPool(torch.autograd.Function):
             d_alpha = span.dots(h, d_z.to(h.dtype))  # (R, K)
             d_a = alpha * (d_alpha - offsets[span.bags][span.index]) + d_scores[rows]
             grads.add(rows, span, prepared, h, d_a.to(h.dtype), alpha.to(h.dtype), d_z.to(h.dtype))
-        return (None, None, None, grads.features, *grads.of(weights))
+        wanted = zip(grads.flat(), tensors, ctx.needs_input_grad[4:], strict=True)
+        of_weights = [grad.to(t.dtype) if needed else None for grad, t, needed in wanted]
+        return (None, None, None, grads.features, *of_weights)
 
 
 class RunningSums:
@@ -307,10 +329,11 @@ class RunningSums:
         sums = span.pool(weights, h.to(weights.dtype))  # float16 would overflow in long bags
         self.pooled[span.bags] = self.pooled[span.bags] * shrink[..., None] + sums
 
-    def add_top(self, bags: Bags, work: Pass) -> None:
-        """The top instance of each bag where attention dropout took it: its weight is exp(0)."""
+    def add_top(self, bags: Bags, work: Pass, kept: Tensor) -> None:
+        """The top instance of each bag where attention dropout took it: its weight is exp(0); kept
+        (M, K) bool."""
         top = top_rows(self.scores, self.largest, bags)  # (B, K)
-        gone = ~work.plan.kept.gather(0, top)
+        gone = ~kept.gather(0, top)
         rows = top.flatten()
         h = work.hidden(work.prepare(rows).rows, rows).view(*top.shape, -1)
         self.total += gone
@@ -337,17 +360,17 @@ def attended_rows(scores: Tensor, largest: Tensor, plan: PassOptions, bags: Bags
 class Gradients:
     """Sums of gradients over chunks."""
 
-    def __init__(self, work: Pass, features: Tensor | None, wanted: dict[str, bool]) -> None:
-        self.work, self.wanted = work, wanted
+    def __init__(self, work: Pass, features: Tensor | None) -> None:
+        self.work = work
         wide = torch.promote_types(work.dtype, torch.float32)
-        w = work.weights
-        self.sums = Weights(*(None if x is None else torch.zeros_like(x, dtype=wide) for x in w))
+        self.sums = Weights.of([torch.zeros_like(w, dtype=wide) for w in work.weights.flat()])
         self.features = None if features is None else torch.empty_like(features)
-        if w.gamma is not None:
-            self.lengths = torch.zeros_like(self.sums.project_bias)  # (H,) e = sum_i r_i dpre_i
-            self.squares = torch.zeros_like(self.sums.gamma)  # (D,) sum_i d_i (r_i n_i)^2
-            self.crossed = torch.zeros_like(self.sums.gamma)  # (D,) sum_i d_i r_i (r_i n_i)
-            self.norms = torch.zeros_like(self.sums.gamma[:1])  # (1,) sum_i d_i r_i^2
+        # of the preparation
+        width = self.sums.project[0]
+        self.lengths = torch.zeros_like(self.sums.project_bias)  # (H,) e = sum_i r_i dpre_i
+        self.squares = torch.zeros_like(width)  # (D,) sum_i d_i (r_i n_i)^2
+        self.crossed = torch.zeros_like(width)  # (D,) sum_i d_i r_i (r_i n_i)
+        self.norms = torch.zeros_like(width[:1])  # (1,) sum_i d_i r_i^2
 
     def add(
         self,
@@ -366,10 +389,10 @@ class Gradients:
         # h is 0 where relu or the dropout mask made it so
         d_pre = torch.ops.aten.threshold_backward(d_h, h, 0)
         self.sums.project_bias.add_(d_pre.sum(0))
-        if prepared.length is None:
+        if prepared.normed is None:
             accumulate_(self.sums.project, d_pre, prepared.rows)
         else:
-            self._preparation(prepared, d_pre, h)
+            self._preparation(prepared.normed, d_pre, h)
         if self.features is not None:
             self.features[rows] = self._rows(prepared, d_pre)
 
@@ -397,10 +420,10 @@ class Gradients:
         self.sums.gate_bias.add_(d_gates.sum(0))
         return d_gates
 
-    def _preparation(self, prepared: Prepared, d_pre: Tensor, h: Tensor) -> None:
-        """Sums from which `of` makes the gradients of W1, gamma and beta, without a second product
-        of the size of the projection."""
-        scaled, length = prepared.scaled, prepared.length
+    def _preparation(self, normed: Normed, d_pre: Tensor, h: Tensor) -> None:
+        """Sums from which `flat` makes the gradients of W1, gamma and beta, without a second
+        product of the size of the projection."""
+        scaled, length, _ = normed
         accumulate_(self.sums.project, d_pre, scaled.to(d_pre.dtype))
         self.lengths.add_((d_pre * length).sum(0))
         if not self.work.plan.unit_length:
@@ -415,34 +438,30 @@ class Gradients:
     def _rows(self, prepared: Prepared, d_pre: Tensor) -> Tensor:
         """Gradient of the instances, (R, D)."""
         d_y = d_pre @ self.work.weights.project  # (R, D)
-        if prepared.length is None:
+        norm, normed = self.work.weights.norm, prepared.normed
+        if norm is None or normed is None:
             return d_y
         if self.work.plan.unit_length:
             y = prepared.rows
-            d_y = prepared.length * (d_y - y * (y * d_y).sum(1, keepdim=True))
+            d_y = normed.length * (d_y - y * (y * d_y).sum(1, keepdim=True))
         # scaled = r n; blank instances have n = 0 and gradient 0
-        n = prepared.scaled / prepared.length.clamp(min=torch.finfo(prepared.length.dtype).tiny)
-        d_n = d_y * self.work.weights.gamma
+        n = normed.scaled / normed.length.clamp(min=torch.finfo(normed.length.dtype).tiny)
+        d_n = d_y * norm.gamma
         centred = d_n - d_n.mean(1, keepdim=True) - n * (d_n * n).mean(1, keepdim=True)
-        return prepared.deviation * centred
+        return normed.deviation * centred
 
-    def of(self, weights: Weights) -> list[Tensor | None]:
-        """Gradients in the order of the weights, in their types."""
-        sums, w = self.sums, self.work.weights
-        if w.gamma is not None:
-            # G = sum_i dpre_i (r_i n_i)^T; y = r (gamma n + beta), along: see _preparation
-            product = sums.project
-            sums = sums._replace(
-                project=product * w.gamma + self.lengths[:, None] * w.beta,
-                gamma=(product * w.project).sum(0) - w.gamma * self.squares - w.beta * self.crossed,
-                beta=self.lengths.to(w.project.dtype) @ w.project
-                - w.gamma * self.crossed
-                - w.beta * self.norms,
-            )
-        return [
-            total.to(weight.dtype) if weight is not None and self.wanted[name] else None
-            for name, total, weight in zip(Weights._fields, sums, weights, strict=True)
-        ]
+    def flat(self) -> list[Tensor]:
+        """Gradients in the order of the weights."""
+        norm = self.work.weights.norm
+        if norm is None:
+            return self.sums.flat()
+        # G = sum_i dpre_i (r_i n_i)^T; y = r (gamma n + beta), along: see _preparation
+        (gamma, beta), project, product = norm, self.work.weights.project, self.sums.project
+        of_gamma = (product * project).sum(0) - gamma * self.squares - beta * self.crossed
+        of_beta = self.lengths.to(project.dtype) @ project
+        of_beta = of_beta - gamma * self.crossed - beta * self.norms
+        of_project = product * gamma + self.lengths[:, None] * beta
+        return self.sums._replace(norm=Norm(of_gamma, of_beta), project=of_project).flat()
 
 
 def accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -467,7 +486,7 @@ def attention_pool(bags: Bags, weights: Weights, plan: PassOptions) -> tuple[Ten
     vectors z (B, K, H), both at least float32, differentiable once."""
     dtype = compute_dtype(bags, weights.project)
     with torch.autocast(bags.features.device.type, enabled=False):
-        return _AttentionPool.apply(bags, plan, dtype, bags.features, *weights)
+        return _AttentionPool.apply(bags, plan, dtype, bags.features, *weights.flat())
 
 
 @eager
@@ -479,10 +498,11 @@ def hidden_rows(bags: Bags, rows: Tensor, weights: Weights, plan: PassOptions) -
     dtype = compute_dtype(bags, weights.project)
     with torch.autocast(bags.features.device.type, enabled=False):
         y = bags.features[rows]
-        if weights.gamma is not None:
+        if weights.norm is not None:
+            gamma, beta = weights.norm
             y = y.to(torch.promote_types(dtype, torch.float32))
             y = torch.nn.functional.layer_norm(
-                y, y.shape[-1:], weights.gamma.to(y.dtype), weights.beta.to(y.dtype), plan.eps
+                y, y.shape[-1:], gamma.to(y.dtype), beta.to(y.dtype), plan.eps
             )
             if plan.unit_length:
                 norm = torch.linalg.vector_norm(y.detach(), dim=1, keepdim=True)
@@ -527,8 +547,7 @@ class AttentionPool(nn.Module):
         gate_stay = stay**2 if self.gated else stay
         norm, project, score = self.norm, self.project, self.score
         return Weights(
-            gamma=None if norm is None else norm.weight,
-            beta=None if norm is None else norm.bias,
+            norm=None if norm is None else Norm(norm.weight, norm.bias),
             project=project.weight if stay == 1 else project.weight / stay,
             project_bias=project.bias if stay == 1 else project.bias / stay,
             gate=self.attention.weight,

@@ -126,8 +126,8 @@ class Bags:
 
     def span(self, start: int, stop: int) -> "Span":
         """What rows [start, stop) have to do with the bags."""
-        first = torch.searchsorted(self.ends, start, right=True).item()
-        last = torch.searchsorted(self.ends, stop - 1, right=True).item()
+        first = int(torch.searchsorted(self.ends, start, right=True))
+        last = int(torch.searchsorted(self.ends, stop - 1, right=True))
         inner = self.bounds[first + 1 : last + 1]
         return Span(first, [start, *inner, stop], start, self.index[start:stop] - first)
 

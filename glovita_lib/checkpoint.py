@@ -41,16 +41,17 @@ def save(path: Path | str, state: dict[str, Any]) -> None:
     with atomic_write(path) as file:
         stream = Stream(file)
         try:
-            torch.save(content, stream)
-        except RuntimeError:  # torch hides what went wrong with the file
-            raise stream.error or sys.exception() from None
+            torch.save(content, stream)  # type: ignore[arg-type]  # it needs no more than write
+        except RuntimeError as error:  # torch hides what went wrong with the file
+            raise stream.error or error from None
 
 
 class Stream:
     """A file that remembers why a write failed."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.error = file, None
+        self.file = file
+        self.error: OSError | None = None
 
     def write(self, content: bytes) -> int:
         """Hand on to the file."""
@@ -323,7 +324,7 @@ def load_tensors(target: LoadTarget, tensors: Tensors, *, source: str) -> None:
     state = target.net.state_dict()
     fitted = fit_to_network(tensors, target, state)
     found = mismatch_of(fitted, state)
-    if found and target.converter:
+    if found:
         converted = library_names(tensors, target)
         if converted is not None:
             fitted = fit_to_network(converted, target, state)
@@ -345,6 +346,8 @@ def load_tensors(target: LoadTarget, tensors: Tensors, *, source: str) -> None:
 
 def library_names(tensors: Tensors, target: LoadTarget) -> Tensors | None:
     """Tensors under the library's names; None where the library does not know theirs."""
+    if target.converter is None:
+        return None
     try:
         with torch.no_grad():
             return target.converter(dict(tensors), target.net)

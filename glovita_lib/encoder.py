@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,7 @@ class Features:
     @property
     def patches(self) -> Tensor:
         """Patch tokens (B, N - n_prefix, D)."""
+        assert self.tokens is not None, "a vector has no patches"
         return self.tokens[:, self.n_prefix :]
 
 
@@ -104,17 +105,16 @@ class Encoder(nn.Module):
         net: nn.Module,
         *,
         name: str,
-        preprocess: Preprocess,
         n_prefix: int,
         has_cls: bool,
         channels_last: bool,
         input_shape: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.net, self.name, self.preprocess = net, name, preprocess
+        self.net, self.name = net, name
         self.n_prefix, self.has_cls, self.channels_last = n_prefix, has_cls, channels_last
-        self.load_target: LoadTarget | None = None
-        """What is known about weights from files; None where the spec names no file."""
+        self.load_target = LoadTarget(net)
+        """What is known about weights from files."""
         with evaluating(self):
             self.inspect(input_shape)
 
@@ -167,12 +167,17 @@ class Encoder(nn.Module):
             self.n_prefix, self.has_cls = 0, False
         self.has_patches = self.has_tokens and self.to_tokens(raw).shape[1] > self.n_prefix
         pooled = self.pool(raw)
-        if pooled.ndim != 2:  # the user switched the library's pooling off
-            self.pooling, self.plain, self.pooled_width = None, False, None
-        else:
+        self.pooling: str | None = None
+        self.plain, self.pooled_width = False, 0  # where the user switched the pooling off
+        if pooled.ndim == 2:
             self.pooling, self.plain = self.kind_of_pooling(raw, pooled)
             self.pooled_width = pooled.shape[1]
         self.width = self.to_tokens(raw).shape[2] if self.has_tokens else self.pooled_width
+        if not self.width:
+            raise UserError(
+                f"encoder {self.name} gives neither tokens, nor a map, nor one vector per sample:"
+                " leave its pooling on or name another encoder"
+            )
         self.pooling_parameters = self.only_pooling(raw, pooled)
         self.block_names = network.block_names(self.net, self.pooling_parameters)
 
@@ -241,7 +246,10 @@ class Encoder(nn.Module):
         return {f"net.{name}": number for name, number in depths.items()}
 
 
-def without_data(module: nn.Module) -> nn.Module:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def without_data(module: Network) -> Network:
     """A copy of a module with the shapes of its tensors only; what it caches stays in the copy."""
     tensors: dict[int, Tensor] = {}
     for parameter in module.parameters():
@@ -308,7 +316,9 @@ def dependencies(net: nn.Module, output: Tensor) -> frozenset[str]:
 def aggregate(features: Features, method: str) -> Tensor:
     """One vector per sample, (B, D), or (B, 2D) for joint; masked tokens count for nothing."""
     if method == "pooled" or (method == features.pooling and features.mask is None):
+        assert features.pooled is not None, "the encoder was not asked for it, see `reads_pooled`"
         return features.pooled
+    assert features.tokens is not None, "a vector serves no other method, see `served`"
     if method == "cls_token":
         return features.tokens[:, 0]
     if method == "avg":
@@ -473,7 +483,6 @@ def _(spec: CustomEncoder, *, channels: int, image_size: int | None, load_weight
     return CustomTrunk(
         net,
         name=spec.target,
-        preprocess=preprocess_of(spec, channels=channels),
         n_prefix=int(getattr(net, "n_prefix", has_cls)),
         has_cls=has_cls,
         channels_last=False,
@@ -489,36 +498,36 @@ def _(spec: CustomEncoder, *, channels: int, image_size: int | None, load_weight
 # B batch, D width.
 
 
-class Identity(nn.Module):
+class Identity(Encoder):
     """Vectors (B, D) or bags of them, as they are."""
 
-    name = "precomputed"
-    has_cls = has_patches = has_tokens = False
-    n_prefix = 0
-    pooling, plain = "pooled", False  # a vector is what a head takes, see Features
-    pooling_parameters: frozenset[str] = frozenset()
-
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = self.pooled_width = width
+        super().__init__(
+            nn.Identity(),
+            name="precomputed",
+            n_prefix=0,
+            has_cls=False,
+            channels_last=False,
+            input_shape=(1, width),
+        )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The vectors."""
+        return x
+
+    def pool(self, raw: Tensor) -> Tensor:
+        """The vectors."""
+        return raw
 
     def forward(self, x: Any, *, pooled: bool = True) -> Any:
         """Vectors become features; bags are for heads that take instances."""
-        return Features(None, None, 0, False, x, self.pooling) if isinstance(x, Tensor) else x
-
-    def blocks(self) -> list[nn.Module]:
-        """None."""
-        return []
-
-    def layer_ids(self) -> dict[str, int]:
-        """No parameters."""
-        return {}
+        return super().forward(x) if isinstance(x, Tensor) else x
 
 
 @build_encoder.register
 def _(
     spec: PrecomputedEncoder, *, channels: int, image_size: int | None, load_weights: bool
-) -> nn.Module:
+) -> Encoder:
     if spec.feature_dim is not None and spec.feature_dim != channels:
         raise UserError(
             f"model.encoder.feature_dim = {spec.feature_dim}: the features have width {channels};"

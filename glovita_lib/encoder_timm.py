@@ -6,7 +6,7 @@ B batch, N tokens, D width, C channels, H W pixels.
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,11 +43,11 @@ class TimmTrunk(Encoder):
 
     def forward_features(self, x: Tensor) -> Any:
         """Inputs (B, C, H, W) -> what forward_features gives."""
-        return self.net.forward_features(x)
+        return self.net.forward_features(x)  # type: ignore[operator]  # a method
 
     def pool(self, raw: Any) -> Tensor:
         """Raw features -> pre-logits (B, D')."""
-        return self.net.forward_head(raw, pre_logits=True)
+        return self.net.forward_head(raw, pre_logits=True)  # type: ignore[operator]  # a method
 
     def norm(self, tokens: Tensor) -> Tensor:
         """A ViT that norms behind its pooling gives unnormed tokens: that norm, token by token."""
@@ -116,8 +116,8 @@ def build_timm(
     download = spec.pretrained and spec.weights is None and load_weights
     if download:
         check_published(spec, config)
-    preprocess = preprocess_timm(spec, channels=channels)
-    size = image_size or preprocess.image_size or config.input_size[-1]
+    default = preprocess_timm(spec, channels=channels).image_size
+    size = image_size or default or config.input_size[-1]
     net = create_timm(spec, config, channels=channels, size=size, download=download)
     if spec.small_images:
         keep_small_images(net, spec.type)
@@ -125,7 +125,6 @@ def build_timm(
     encoder = TimmTrunk(
         net,
         name=spec.type,
-        preprocess=preprocess,
         n_prefix=n_prefix,
         has_cls=has_cls,
         channels_last=getattr(net, "output_fmt", "NCHW") == "NHWC",
@@ -201,14 +200,15 @@ def downloaded(spec: TimmEncoder, arguments: dict[str, Any]) -> nn.Module:
     import timm
     from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    refusals: tuple[type[Exception], ...] = (OSError, HfHubHTTPError)
+    with suppress(ImportError):  # before huggingface_hub 1.0: requests, whose errors are OSErrors
         from httpx import HTTPError
-    except ImportError:  # before huggingface_hub 1.0: requests, whose errors are OSErrors
-        HTTPError = HfHubHTTPError
+
+        refusals += (HTTPError,)
     try:
         with cache_only_without_network():
             return timm.create_model(spec.type, pretrained=True, **arguments)
-    except (OSError, HTTPError, HfHubHTTPError) as error:
+    except refusals as error:
         raise UserError(
             f'model.encoder.pretrained = true: the weights of "{spec.type}" cannot be downloaded'
             f' ({type(error).__name__}); offline: model.encoder.weights = "<file>" (pth, pt,'

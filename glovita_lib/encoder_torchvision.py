@@ -6,6 +6,7 @@ channels, H W pixels.
 """
 
 import inspect
+import sys
 from difflib import get_close_matches
 from typing import Any
 
@@ -48,7 +49,7 @@ class ChainTrunk(Encoder):
     def forward_features(self, x: Tensor) -> Tensor:
         """Inputs (B, C, H, W) -> the last map (B, D, h, w)."""
         if getattr(self.net, "transform_input", False):
-            x = self.net._transform_input(x)
+            x = self.net._transform_input(x)  # type: ignore[operator]  # a method
         for name, child in self.net.named_children():
             if name not in TAIL and name not in AUXILIARY:
                 for part in child if isinstance(child, nn.ModuleList) else (child,):
@@ -58,16 +59,16 @@ class ChainTrunk(Encoder):
 
     def pool(self, raw: Tensor) -> Tensor:
         """The last map -> what the model gives its last layer, (B, D')."""
-        net = self.net
-        x = net.avgpool(raw) if hasattr(net, "avgpool") else raw  # (B, D, h, w)
-        classifier = getattr(net, "classifier", nn.Identity())
+        parts = dict(self.net.named_children())
+        x = parts["avgpool"](raw) if "avgpool" in parts else raw  # (B, D, h, w)
+        classifier = parts.get("classifier", nn.Identity())
         if any(isinstance(part, nn.AdaptiveAvgPool2d) for part in classifier.modules()):
             return classifier(x).flatten(1)
-        if not hasattr(net, "avgpool"):
+        if "avgpool" not in parts:
             x = F.adaptive_avg_pool2d(x, 1)
         if not any(isinstance(part, nn.Flatten) for part in classifier.modules()):
             x = x.flatten(1)  # (B, D h w)
-        x = net.dropout(x) if hasattr(net, "dropout") else x
+        x = parts["dropout"](x) if "dropout" in parts else x
         return classifier(x)
 
 
@@ -76,13 +77,13 @@ class VitTrunk(Encoder):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Inputs (B, C, H, W) -> final-normed tokens (B, 1 + N, D)."""
-        patches = self.net._process_input(x)  # (B, N, D)
-        cls = self.net.class_token.expand(len(x), -1, -1)  # (B, 1, D)
-        return self.net.encoder(torch.cat([cls, patches], dim=1))
+        patches = self.net._process_input(x)  # type: ignore[operator]  # a method
+        cls = self.net.get_parameter("class_token").expand(len(x), -1, -1)  # (B, 1, D)
+        return self.net.get_submodule("encoder")(torch.cat([cls, patches], dim=1))
 
     def pool(self, raw: Tensor) -> Tensor:
         """Tokens -> what the model gives its last layer, (B, D')."""
-        return self.net.heads(raw[:, 0])
+        return self.net.get_submodule("heads")(raw[:, 0])
 
 
 def builder_of(spec: TorchvisionEncoder) -> Any:
@@ -148,8 +149,7 @@ def build_torchvision(
     spec: TorchvisionEncoder, *, channels: int, image_size: int | None, load_weights: bool
 ) -> Encoder:
     """The encoder of a Struct, built for its input."""
-    preprocess = preprocess_torchvision(spec, channels=channels)
-    size = image_size or preprocess.image_size or 224
+    size = image_size or preprocess_torchvision(spec, channels=channels).image_size or 224
     net = create_torchvision(spec, size=size)
     first = fit_first_conv(net, channels)
     classifier = take_off_classifier(net)
@@ -157,7 +157,6 @@ def build_torchvision(
     encoder = (VitTrunk if is_vit else ChainTrunk)(
         net,
         name=spec.type,
-        preprocess=preprocess,
         n_prefix=int(is_vit),
         has_cls=is_vit,
         channels_last=False,
@@ -191,8 +190,8 @@ def create_torchvision(spec: TorchvisionEncoder, *, size: int) -> nn.Module:
                 f"model.encoder.{where}{key}: {spec.type} has no such argument; it has"
                 f" {', '.join(sorted(known - set(OURS)))}"
             )
-    if (key := size_argument(spec)) is not None:
-        arguments[key] = size if key == "image_size" else (size, size)
+    if (sized := size_argument(spec)) is not None:
+        arguments[sized] = size if sized == "image_size" else (size, size)
     if "aux_logits" in known:
         uses_published = spec.pretrained or spec.weights is not None
         arguments |= {"aux_logits": False, "transform_input": uses_published, "init_weights": True}
@@ -217,13 +216,13 @@ def construct(builder: Any, arguments: dict[str, Any], spec: TorchvisionEncoder)
 
 def accepted(builder: Any) -> frozenset[str]:
     """Arguments of the class that a function of torchvision builds, found by its module."""
-    module = inspect.getmodule(inspect.unwrap(builder))
+    module = inspect.unwrap(builder).__module__
     classes = [
         value
-        for value in vars(module).values()
+        for value in vars(sys.modules[module]).values()
         if inspect.isclass(value)
         and issubclass(value, nn.Module)
-        and value.__module__ == module.__name__
+        and value.__module__ == module
         and "num_classes" in inspect.signature(value).parameters
         and "in_channels" not in inspect.signature(value).parameters
     ]
@@ -232,22 +231,14 @@ def accepted(builder: Any) -> frozenset[str]:
 
 
 def fit_first_conv(net: nn.Module, channels: int) -> str:
-    """Give the first convolution the input's channels; its name."""
+    """Give the first convolution the input's channels, with new weights; its name."""
     name, conv = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
-    if conv.in_channels == channels:
-        return name
-    fitted = nn.Conv2d(
-        channels,
-        conv.out_channels,
-        conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        bias=conv.bias is not None,
-    )
-    parent, _, last = name.rpartition(".")
-    setattr(net.get_submodule(parent), last, fitted)
-    if getattr(net, "transform_input", False):
-        net.transform_input = False  # it renormalises RGB
+    if conv.in_channels != channels:
+        conv.in_channels = channels
+        conv.weight = nn.Parameter(torch.empty(conv.out_channels, channels, *conv.kernel_size))
+        conv.reset_parameters()
+        if getattr(net, "transform_input", False):
+            vars(net)["transform_input"] = False  # it renormalises RGB
     return name
 
 

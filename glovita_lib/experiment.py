@@ -23,7 +23,7 @@ from glovita_lib.encoder import Encoder, Identity, output_width
 from glovita_lib.errors import UserError
 from glovita_lib.loader import Batch, Loader, build_feature_loader, build_loader
 from glovita_lib.loggers import Rate, say
-from glovita_lib.model import Model, build_model
+from glovita_lib.model import BaseWeights, Model, build_model
 from glovita_lib.objectives import Objective, Predictions, build_objective, gather_split
 from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
 from glovita_lib.resolved import BagInputs, EncodedInputs, Inputs, Resolved, VectorInputs
@@ -280,7 +280,7 @@ def with_base_of(own: Root, root: Root) -> Root:
     return replace(own, model=replace(own.model, encoder=encoder))
 
 
-def merged_base(root: Root, ranks: dist.Ranks) -> dict[str, torch.Tensor] | None:
+def merged_base(root: Root, ranks: dist.Ranks) -> BaseWeights | None:
     """The tensors of the encoder that a PEFT run has made of its base, where model.encoder.weights
     is that run's adapter file; None where it is no such file.
 
@@ -306,7 +306,8 @@ def merged_base(root: Root, ranks: dist.Ranks) -> dict[str, torch.Tensor] | None
             " weights and cannot be folded into them; infer.checkpoint and extract.checkpoint read"
             " the file as it is"
         )
-    return peft_base.merge(model).encoder.net.state_dict()
+    peft_base.merge(model)
+    return BaseWeights(weights, model.encoder.net.state_dict())
 
 
 def split_notes(own: Root, root: Root) -> list[str]:

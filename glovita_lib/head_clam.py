@@ -22,6 +22,8 @@ With hidden instances h_i, attention scores a_ik and bag vectors z_k of `attenti
 B bags, M instances of all bags, S chosen instances, H hidden, K branches, C classes.
 """
 
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -173,9 +175,9 @@ class Clam(nn.Module):
             counts = n.clamp(max=k).to(present.device, present.dtype, non_blocking=True)
             absent = (1 - present) / counts[:, None]  # (B, C)
             terms.append((Chosen.first(bags, n.clamp(max=k)), 0, absent, None))
-        loss = sum(self.labelled_loss(order, instances, *term) for term in terms)  # (B,)
+        losses = (self.labelled_loss(order, instances, *term) for term in terms)  # (B,)
         classes = self.outputs if self.spec.subtyping else present.sum(1).clamp(min=1)
-        return (loss / classes).mean()
+        return (reduce(add, losses) / classes).mean()
 
     def present(self, targets: Tensor) -> Tensor:
         """(B, C) float: 1 where a bag has the class."""
@@ -201,6 +203,7 @@ class Clam(nn.Module):
         rows = order[chosen.places]  # (S, K)
         if branch is not None and self.branches > 1:
             rows = rows.gather(1, branch[chosen.bag, None])  # (S, 1)
+        assert self.instance_classifiers is not None, "built where the spec has instance_eval"
         scores = self.instance_classifiers(instances(rows))  # (S, C, 2)
         margin = 1.0 if self.spec.instance_loss == "svm" else 0.0
         losses = F.softplus(scores[..., 1 - label] - scores[..., label] + margin)  # (S, C)

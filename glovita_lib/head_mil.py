@@ -4,6 +4,8 @@ B bags, M instances of all bags, D width, K classes or targets.
 """
 
 import math
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -276,10 +278,10 @@ class Square(nn.Module):
         """A class token and a square of instances (1 + side^2, H) -> (1 + side^2, H)."""
         side = math.isqrt(len(x) - 1)
         square = x[1:].T.unflatten(1, (side, side))[None]  # (1, H, side, side)
-        kernel = sum(  # (H, 1, 7, 7)
-            F.pad(c.weight, [(SIDES[0] - c.weight.shape[-1]) // 2] * 4) for c in self.convolutions
-        )
-        bias = sum(c.bias for c in self.convolutions)
+        kernels = (c.get_parameter("weight") for c in self.convolutions)
+        padded = (F.pad(k, [(SIDES[0] - k.shape[-1]) // 2] * 4) for k in kernels)
+        kernel = reduce(add, padded)  # (H, 1, 7, 7)
+        bias = reduce(add, (c.get_parameter("bias") for c in self.convolutions))
         mixed = F.conv2d(square, kernel, bias, padding=SIDES[0] // 2, groups=x.shape[1])
         return torch.cat([x[:1], x[1:] + mixed[0].flatten(1).T])
 

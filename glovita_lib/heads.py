@@ -64,7 +64,7 @@ def _(spec: CustomHead, *, width: int, outputs: int) -> nn.Module:
             " a torch.nn.Module"
         )
     if not hasattr(head, "consumes"):
-        head.consumes = "pooled"
+        vars(head)["consumes"] = "pooled"
     if head.consumes not in ("pooled", "features"):
         raise UserError(
             f'model.head.target = "{spec.target}": attribute consumes is {head.consumes!r}; valid:'

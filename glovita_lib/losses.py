@@ -22,6 +22,8 @@ class Criterion(nn.Module):
     weights have mean 1 over the train split.
     """
 
+    weights: Tensor | None  # (K,)
+
     def __init__(
         self,
         subtask: str,
@@ -34,7 +36,7 @@ class Criterion(nn.Module):
         self.subtask = subtask
         self.smoothing = label_smoothing
         self.regression_loss = regression_loss
-        self.register_buffer("weights", class_weights, persistent=False)  # (K,)
+        self.register_buffer("weights", class_weights, persistent=False)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits (B, K); targets (B,) int64, or (B, K) float (soft, multilabel, regression) -> (B,)

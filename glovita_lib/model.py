@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glovita_lib.bags import Bags
 from glovita_lib.checkpoint import load_tensors
 from glovita_lib.encoder import (
     Encoder,
@@ -40,7 +41,7 @@ class Model(nn.Module):
         self.reads_pooled = head.consumes == "pooled" and reads_pooled(aggregation, encoder)
         self.refresh()
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor | Bags, targets: Tensor | None = None) -> Any:
         """Inputs (B, C, H, W) -> logits (B, K), or what a head on raw features gives.
 
         Vectors (B, D) are what the encoder and the aggregation gave before (see experiment); the
@@ -53,11 +54,13 @@ class Model(nn.Module):
             return self.head(x)
         features = self.features(x)
         if self.head.consumes == "pooled":
+            assert isinstance(features, Features), "such a head is refused for bags"
             return self.head(aggregate(features, self.aggregation))  # (B, D) -> (B, K)
         return self.head(features) if targets is None else self.head(features, targets)
 
-    def features(self, x: Tensor) -> Features:
-        """Inputs (B, C, H, W) -> features; without autograd where nothing of the encoder trains."""
+    def features(self, x: Tensor | Bags) -> Features | Bags:
+        """Inputs (B, C, H, W) -> features, bags of features as they are; without autograd where
+        nothing of the encoder trains."""
         with torch.no_grad() if self.encoder_is_frozen else nullcontext():
             return self.encoder(x, pooled=self.reads_pooled)
 
@@ -130,6 +133,14 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             yield from frozen(child)
 
 
+@dataclass(frozen=True, slots=True)
+class BaseWeights:
+    """Tensors of an encoder's network that stand for those of a file."""
+
+    file: str
+    tensors: dict[str, Tensor]
+
+
 def build_model(
     spec: ModelSpec,
     peft: Peft,
@@ -138,7 +149,7 @@ def build_model(
     channels: int,
     image_size: int | None,
     load_weights: bool,
-    base: dict[str, Tensor] | None = None,
+    base: BaseWeights | None = None,
 ) -> Model:
     """The model of a spec, with its PEFT method applied.
 
@@ -149,7 +160,7 @@ def build_model(
         outputs: number of classes or targets of the data.
         image_size: side of the square input in pixels; none: the encoder's own.
         load_weights: False where a checkpoint is loaded over it.
-        base: tensors of the encoder's network that take the place of its file.
+        base: what takes the place of the encoder's file.
 
     Raises:
         UserError: see build_encoder, resolve_method, build_head and apply_peft.
@@ -161,7 +172,7 @@ def build_model(
         load_weights=load_weights and base is None,
     )
     if base is not None:
-        load_tensors(encoder.load_target, base, source=f'weights = "{spec.encoder.weights}"')
+        load_tensors(encoder.load_target, base.tensors, source=f'weights = "{base.file}"')
     method = resolve_method(spec.feature_aggregation_method, encoder)
     head = build_head(spec.head, width=output_width(encoder, method), outputs=outputs)
     if head.consumes == "features":

@@ -11,7 +11,8 @@ N queries, M references, D width, k neighbours, C candidates; n queries and m re
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -188,14 +189,10 @@ def candidates_by_products(
     return near, floor * space.scale**2
 
 
-def by_products(*args: Any) -> tuple[Tensor, Tensor]:
-    """Candidates by float32 products, which are enough for ordinary features."""
-    return candidates_by_products(*args, torch.float32)
-
-
-def by_double(*args: Any) -> tuple[Tensor, Tensor]:
-    """Candidates by float64 products."""
-    return candidates_by_products(*args, torch.float64)
+by_products = partial(candidates_by_products, dtype=torch.float32)
+"""Candidates by float32 products, which are enough for ordinary features."""
+by_double = partial(candidates_by_products, dtype=torch.float64)
+"""Candidates by float64 products."""
 
 
 def by_differences(
@@ -229,7 +226,7 @@ def most_similar(
     """
     count = min(k + MARGIN, len(references) - (own is not None))
     blocks = queries.split(QUERIES)
-    best: list[tuple[Tensor, Tensor] | None] = [None] * len(blocks)
+    best: dict[int, tuple[Tensor, Tensor]] = {}  # of each block, similarities and references
     for first in range(0, len(references), REFERENCES):
         rows = references[first : first + REFERENCES].split(ROWS)
         prepared = torch.cat([prepare(space.points(part)) for part in rows])
@@ -241,12 +238,12 @@ def most_similar(
                 similar[inside, place[inside]] = -torch.inf
             values, found = similar.topk(min(count, similar.shape[1]), dim=1)
             found += first
-            if best[number] is not None:
+            if number in best:
                 values = torch.cat([best[number][0], values], 1)
                 found = torch.cat([best[number][1], found], 1)
                 values, chosen = values.topk(min(count, values.shape[1]), dim=1)
                 found = found.gather(1, chosen)
             best[number] = values, found
-    near = torch.cat([found for _, found in best])
-    last = torch.cat([values[:, -1] for values, _ in best])
+    near = torch.cat([found for _, found in best.values()])
+    last = torch.cat([values[:, -1] for values, _ in best.values()])
     return near, last

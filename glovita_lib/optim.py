@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from glovita_lib.model import Model
 from glovita_lib.spec_train import Optimizer as OptimizerSpec
 
 # --------------------------------------------------------------------------------- optimizer
@@ -57,7 +58,7 @@ def is_undecayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim <= 1 or name.split(".")[-1] in tokens or "position_bias" in name
 
 
-def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[dict]:
+def parameter_groups(model: Model, spec: OptimizerSpec) -> list[dict]:
     """Trainable parameters by weight decay and learning-rate factor (`lr_scale`), in the model's
     order.
 
@@ -81,7 +82,7 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[dict]:
     return list(groups.values())
 
 
-def layer_depths(model: nn.Module) -> dict[str, int]:
+def layer_depths(model: Model) -> dict[str, int]:
     """Depth of every parameter: the encoder's layers from the input (0), the head one above the
     deepest."""
     layers = {f"encoder.{name}": depth for name, depth in model.encoder.layer_ids().items()}
@@ -89,7 +90,7 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
     return {name: layers.get(name, top) for name, _ in model.named_parameters()}
 
 
-def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
+def build_optimizer(model: Model, spec: OptimizerSpec) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters; a step over all of them is one fused kernel
     where torch has it."""
     groups = parameter_groups(model, spec)
@@ -114,6 +115,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 # Weights averaged over the optimizer steps.
 
 
+Several = tuple[Tensor, ...] | list[Tensor]
+
+
 def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
     """The average w' <- decay w' + (1 - decay) w of parameters and buffers; None without a decay.
 
@@ -123,7 +127,7 @@ def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None
         return None
 
     @torch.no_grad()
-    def update(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+    def update(averages: Several, values: Several, count: Tensor | int) -> None:
         if torch.is_floating_point(averages[0]) or torch.is_complex(averages[0]):
             torch._foreach_lerp_(averages, values, 1 - decay)
         else:

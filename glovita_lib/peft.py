@@ -10,8 +10,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from glovita_lib.encoder import Encoder
 from glovita_lib.errors import UserError, call_target
 from glovita_lib.files import write_bytes
+from glovita_lib.network import encoder_of
 from glovita_lib.peft_base import apply_peft, base_state, load_trained, trained_state
 from glovita_lib.spec_peft import CustomPeft, FullFinetuning, LinearProbing, PartialFinetuning
 
@@ -25,23 +27,24 @@ def _(spec: FullFinetuning, model: nn.Module) -> None:
 
 @apply_peft.register
 def _(spec: LinearProbing, model: nn.Module) -> None:
-    model.encoder.requires_grad_(False)
+    encoder_of(model).requires_grad_(False)
 
 
 @apply_peft.register
 def _(spec: PartialFinetuning, model: nn.Module) -> None:
-    blocks = len(model.encoder.blocks())
+    encoder = encoder_of(model)
+    assert isinstance(encoder, Encoder), "another network has no layer_ids"
+    blocks = len(encoder.blocks())
     if spec.num_frozen_layers > blocks:
         raise UserError(
-            f"peft.num_frozen_layers = {spec.num_frozen_layers}: encoder {model.encoder.name} has"
+            f"peft.num_frozen_layers = {spec.num_frozen_layers}: encoder {encoder.name} has"
             f" {blocks} blocks; valid: 0 to {blocks}"
         )
     if spec.num_frozen_layers == 0:
         return  # nothing is frozen, the stem neither
-    parameters = dict(model.encoder.named_parameters())
-    for name, depth in model.encoder.layer_ids().items():
+    for name, depth in encoder.layer_ids().items():
         if depth <= spec.num_frozen_layers:
-            parameters[name].requires_grad_(False)
+            encoder.get_parameter(name).requires_grad_(False)
 
 
 @apply_peft.register
@@ -85,7 +88,7 @@ def base_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in base_state(model).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 import glovita_lib.attention_pool as pooling
 from glovita_lib.attention_pool import (
     Keep,
+    Norm,
     PassOptions,
     Weights,
     attention_pool,
@@ -24,8 +25,8 @@ LENGTHS = [[1, 2, 9, 30, 3], [200], [1] * 5, [64, 70], [7] * 9, [80] * 3]
 def plain(x: Tensor, bags: Bags, w: Weights, plan: PassOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (M, K), pooled (B, K, H) and hidden (M, H), without chunks."""
     rows, y = torch.arange(len(x)), x
-    if w.gamma is not None:
-        y = F.layer_norm(x, x.shape[-1:], w.gamma, w.beta, plan.eps)
+    if w.norm is not None:
+        y = F.layer_norm(x, x.shape[-1:], *w.norm, plan.eps)
         y = F.normalize(y) if plan.unit_length else y
     h = (y @ w.project.T + w.project_bias).relu()
     h = h if plan.keep_hidden is None else h * plan.keep_hidden.rows(rows)
@@ -51,8 +52,7 @@ def make_weights(branches: int, prepared: bool, gated: bool) -> Weights:
 
     gates = ATTENTION * (2 if gated else 1)
     return Weights(
-        gamma=draw(WIDTH) if prepared else None,
-        beta=draw(WIDTH) if prepared else None,
+        norm=Norm(draw(WIDTH), draw(WIDTH)) if prepared else None,
         project=draw(HIDDEN, WIDTH),
         project_bias=draw(HIDDEN),
         gate=draw(gates, HIDDEN),
@@ -92,7 +92,7 @@ def test_values_and_gradients(
     ours = (*attention_pool(bags, w, plan), hidden_rows(bags, rows, w, plan))
     torch.testing.assert_close(ours, theirs)
     upstream = [torch.randn_like(value) for value in theirs]
-    leaves = [x, *(leaf for leaf in w if leaf is not None)]
+    leaves = [x, *w.flat()]
     torch.testing.assert_close(
         torch.autograd.grad(ours, leaves, upstream),
         torch.autograd.grad(theirs, leaves, upstream),
@@ -114,7 +114,7 @@ def test_scores_far_apart(large: float, monkeypatch: pytest.MonkeyPatch) -> None
     """The running maximum neither overflows nor loses what came before."""
     monkeypatch.setitem(pooling.CHUNK_ROWS, "cpu", 4)
     x = torch.randn(20, WIDTH)
-    w = Weights(*(None if t is None else t.detach().float() for t in make_weights(1, False, True)))
+    w = Weights.of([t.detach().float() for t in make_weights(1, False, True).flat()])
     w = w._replace(score=w.score * large)
     bags, plan = Bags(x, torch.tensor([3, 17])), PassOptions(True, False, 0.0, None, None, None)
     scores, pooled, _ = plain(x, bags, w, plan)

@@ -13,6 +13,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from glovita_lib.encoder import (
+    Encoder,
     aggregate,
     build_encoder,
     output_width,
@@ -345,6 +346,22 @@ def test_custom_tokens_and_vectors() -> None:
 def test_mistakes_are_named(spec, message: str) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         make(spec, 64)
+
+
+class Scales(Encoder):
+    """Maps of two scales, and a pooling that is switched off."""
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        return [self.net(x), x]
+
+    def pool(self, raw: list[Tensor]) -> Tensor:
+        return raw[0]
+
+
+def test_an_encoder_without_any_vector_is_named() -> None:
+    facts = {"n_prefix": 0, "has_cls": False, "channels_last": False, "input_shape": (1, 3, 8, 8)}
+    with pytest.raises(UserError, match="encoder scales gives neither tokens, nor a map"):
+        Scales(nn.Conv2d(3, 4, 2), name="scales", **facts)
 
 
 def test_too_small_images_are_told_at_once() -> None:

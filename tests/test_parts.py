@@ -163,7 +163,6 @@ def _(spec: PatchEncoder, *, channels, image_size, load_weights):
     return Patches(
         nn.Conv2d(channels, spec.width, 4, stride=4),
         name="patches",
-        preprocess=preprocess_of(spec, channels=channels),
         n_prefix=0,
         has_cls=False,
         channels_last=False,
