@@ -14,7 +14,7 @@ from glovita_lib import dist, files
 from glovita_lib.bags import as_bags
 from glovita_lib.data import Split
 from glovita_lib.encoder import Features
-from glovita_lib.errors import UserError, file_name
+from glovita_lib.errors import UserError, file_name, listed
 from glovita_lib.extraction import grid_places
 from glovita_lib.figures import GREY, displayed, drawing, number, short, window
 from glovita_lib.objectives import LabelledPredictions, Predictions
@@ -426,8 +426,8 @@ def caption(predictions: Predictions, bag: int, resolved: Resolved) -> str:
         parts = [f"predicted {short(names[scores.argmax()], 24)} ({number(float(scores.max()))})"]
         truth = [] if targets is None else [f"label {short(names[targets[bag]], 24)}"]
     elif resolved.subtask == "multilabel":
-        parts = [f"predicted {listed(names, scores >= 0.5)}"]
-        truth = [] if targets is None else [f"labels {listed(names, targets[bag] > 0.5)}"]
+        parts = [f"predicted {label_text(names, scores >= 0.5)}"]
+        truth = [] if targets is None else [f"labels {label_text(names, targets[bag] > 0.5)}"]
     else:
         parts = [f"predicted {target_text(scores)}"]
         truth = [] if targets is None else [f"label {target_text(targets[bag])}"]
@@ -436,14 +436,13 @@ def caption(predictions: Predictions, bag: int, resolved: Resolved) -> str:
 
 def target_text(values: np.ndarray) -> str:
     """The first targets of a regression."""
-    return ", ".join(number(float(value)) for value in values[:4])
+    return listed((number(float(value)) for value in values), 4)
 
 
-def listed(names: Sequence[str], chosen: np.ndarray) -> str:
+def label_text(names: Sequence[str], chosen: np.ndarray) -> str:
     """Names of the chosen labels; a dash where there are none."""
-    return (
-        ", ".join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen) or "–"
-    )
+    found = [name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen]
+    return listed(found) if found else "–"
 
 
 # ---------------------------------------------------------------------- one bag

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.errors import UserError, reason
+from glovita_lib.errors import UserError, listed, reason
 from glovita_lib.files import atomic_path, atomic_write
 
 # ------------------------------------------------------------------------------- checkpoints
@@ -25,7 +25,6 @@ from glovita_lib.files import atomic_path, atomic_write
 
 MARK, VERSION = "glovita_checkpoint", 1
 ZIP = b"PK\x03\x04"  # how a file of torch.save begins
-SHOWN = 3  # keys named in a message about another architecture
 
 
 def save(path: Path | str, state: dict[str, Any]) -> None:
@@ -155,7 +154,7 @@ def absence(path: Path) -> str:
     found = sorted(folder.rglob("*.pt")) if folder.is_dir() else []
     what = "is a folder" if path.is_dir() else "does not exist"
     if found:
-        return f"{what}: give one of {', '.join(str(f) for f in found[:8])}"
+        return f"{what}: give one of {listed(found, 8)}"
     return f"{what}: train the spec first, or give the path of a file such as best.pt"
 
 
@@ -186,18 +185,13 @@ def load_model(model: nn.Module, state_dict: dict[str, Tensor], path: Path | str
     }
     if any(differences.values()):
         parts = [
-            f"{len(keys)} {what} ({first(keys)})" for what, keys in differences.items() if keys
+            f"{len(keys)} {what} ({listed(keys, 3)})" for what, keys in differences.items() if keys
         ]
         raise UserError(
             f"checkpoint {path} is of another architecture than the spec's model, tensors:"
             f" {', '.join(parts)}; use the spec that it was trained with"
         )
     model.load_state_dict(state_dict)
-
-
-def first(keys: list[str]) -> str:
-    """The first few keys."""
-    return ", ".join(keys[:SHOWN]) + (" ..." if len(keys) > SHOWN else "")
 
 
 # ------------------------------------------------------------------------ weights from files
@@ -246,9 +240,8 @@ class Mismatch:
             ("not in the network", self.unexpected),
             ("another shape", self.shapes),
         ):
-            lines += [f"  {title:20}  {name}" for name in names[:8]]
-            if len(names) > 8:
-                lines.append(f"  {title:20}  ... and {len(names) - 8} more")
+            if names:
+                lines.append(f"  {title:20}  " + listed(names, 8, f"\n  {title:20}  "))
         return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from glovita_lib.data_splits import (
     strata,
 )
 from glovita_lib.dist import cores
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.files import read_csv
 from glovita_lib.read_features import (
     BagSource,
@@ -123,8 +123,8 @@ def with_table(
     if not kept:
         raise UserError(
             f"{spec.labels_file}: no row for any sample of {collection.where}; its ids are"
-            f" {', '.join(collection.ids[:3])} ..., in column {spec.id_column} stand"
-            f" {', '.join(list(table)[:3]) or 'none'} ..."
+            f" {listed(collection.ids, 3)}, in column {spec.id_column} stand"
+            f" {listed(table, 3)}"
         )
     ids = [collection.ids[place] for place in kept]
     rows = [table[name] for name in ids]
@@ -134,7 +134,7 @@ def with_table(
         if blank:
             raise UserError(
                 f"{spec.labels_file}: column {column} is empty for {len(blank)} samples"
-                f" ({', '.join(blank[:10])}); fill it in, or remove these samples"
+                f" ({listed(blank)}); fill it in, or remove these samples"
             )
     group = spec.group_column
     groups = collection.groups and [collection.groups[place] for place in kept]
@@ -254,7 +254,7 @@ def refuse_mixture(collections: list[Collection]) -> None:
         ("kinds", kinds, "use one kind for all"),
     ):
         if len(set(values.values())) > 1:
-            each = ", ".join(f"{where} {value}" for where, value in values.items())
+            each = listed(f"{where} {value}" for where, value in values.items())
             raise UserError(f"feature files of different {what}: {each}; {advice}")
 
 
@@ -420,7 +420,7 @@ def listed_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarra
         if absent:
             raise UserError(
                 f"{path}: {len(absent)} ids of {name} are not in {whole.where}"
-                f" ({', '.join(absent[:10])}); it has e.g. {whole.ids[0]}"
+                f" ({listed(absent)}); it has e.g. {whole.ids[0]}"
             )
         if len(set(ids)) < len(ids):
             again = Counter(ids).most_common(1)[0][0]

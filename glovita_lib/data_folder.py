@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,8 +32,6 @@ from glovita_lib.spec_data import GenericImageData
 # Folders, CSV and JSON files as rows: which images there are, their labels, groups and splits.
 #
 # An image is known by its id, its path below the images folder with forward slashes.
-
-SHOWN = 20  # images that a message lists
 
 
 def walk(folder: Path, exts: Sequence[str]) -> list[str]:
@@ -127,12 +125,13 @@ class Problems:
 
     strict: bool
     lines: dict[str, str] = field(default_factory=dict)  # image -> why, in the order found
+    most: ClassVar[int] = 20  # that a message lists
 
     def add(self, name: str, why: str, hint: Callable[[str], str] | None = None) -> None:
         """Note an image; what was found first counts. The hint, which takes time, is asked only for
         images that a message lists."""
         if name not in self.lines:
-            shown = hint is not None and len(self.lines) < SHOWN
+            shown = hint is not None and len(self.lines) < self.most
             self.lines[name] = why + (hint(name) if shown else "")
 
     def settle(self, report: list[str]) -> None:
@@ -148,11 +147,9 @@ class Problems:
 
     def text(self, head: str) -> str:
         """How many images, and the first of them with their reasons, one a line."""
-        lines = [f"  {name}: {why}" for name, why in list(self.lines.items())[:SHOWN]]
-        if len(self.lines) > SHOWN:
-            lines.append(f"  ... and {len(self.lines) - SHOWN} more")
-        count = f"{len(self.lines)} image{'s' * (len(self.lines) > 1)}"
-        return "\n".join([f"{count} {head}", *lines])
+        lines = [f"{name}: {why}" for name, why in self.lines.items()]
+        count = f"{len(lines)} image{'s' * (len(lines) > 1)}"
+        return f"{count} {head}\n  " + listed(lines, self.most, "\n  ")
 
 
 # ---------------------------------------------------------------------- labels and splits
@@ -393,7 +390,7 @@ def split_names(spec: GenericImageData, entries: Iterable[str], where: str) -> d
         if split == "test" and name == default_test:
             del names[split]
             continue
-        known = ", ".join(entries) or "none"
+        known = listed(entries)
         raise UserError(
             f'{where}: no split "{name}"{meant(name, list(entries))}; splits there: {known};'
             f" set data.{split}_split_name"
@@ -412,7 +409,7 @@ def refuse_shared_images(spec: GenericImageData, members: dict[str, list[str]]) 
                 shared = [i for i in ids if where.get(i, split) != split]
                 raise UserError(
                     f"{len(shared)} images are in the splits {where[identity]} and {split}:"
-                    f" {', '.join(shared[:5])}{', ...' * (len(shared) > 5)}; keep each in one"
+                    f" {listed(shared, 5)}; keep each in one"
                 )
 
 

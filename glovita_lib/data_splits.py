@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.files import FILE_THREADS, read_json_table
 
 # ------------------------------------------------------------------------------- split files
@@ -211,7 +211,6 @@ def fold_splits(fold_of: np.ndarray, fold: int, n_folds: int) -> dict[str, np.nd
 # N samples.
 
 TAIL = 4096  # last bytes, which tell compressed images of one size apart
-SHOWN = 5
 
 
 def refuse_shared_rows(ids: Sequence[str], rows: dict[str, np.ndarray]) -> None:
@@ -225,7 +224,7 @@ def refuse_shared_rows(ids: Sequence[str], rows: dict[str, np.ndarray]) -> None:
         if len(shared):
             raise UserError(
                 f"{len(shared)} samples are in the splits {first} and {second}:"
-                f" {some_of([ids[row] for row in shared])}; keep each in one"
+                f" {listed((ids[row] for row in shared), 5)}; keep each in one"
             )
 
 
@@ -247,11 +246,11 @@ def refuse_shared_groups(
     if shared:
         shown = [
             f"{group} ({', '.join(f'{split}: {identity}' for split, identity in splits.items())})"
-            for group, splits in list(shared.items())[:SHOWN]
+            for group, splits in shared.items()
         ]
         raise UserError(
-            f"{len(shared)} groups are in more than one split: {'; '.join(shown)}; move each into"
-            ' one split or use data.split_source = "kfold"'
+            f"{len(shared)} groups are in more than one split: {listed(shown, 5, '; ')}; move each"
+            ' into one split or use data.split_source = "kfold"'
         )
 
 
@@ -271,7 +270,7 @@ def duplicate_notes(
     across, within, torn = [], [], []
     for twins in duplicates([paths[row] for row in used], threads=FILE_THREADS):
         members = [used[number] for number in twins]
-        shown = " = ".join(f"{ids[row]} ({split[row]})" for row in members[:4])
+        shown = listed((f"{ids[row]} ({split[row]})" for row in members), 4, " = ")
         (across if len({split[row] for row in members}) > 1 else within).append(shown)
         if len({targets[row].tobytes() for row in members}) > 1:
             torn.append(shown)
@@ -280,13 +279,7 @@ def duplicate_notes(
         "{} images occur several times within a split: {}": within,
         "{} images occur with different labels: {}": torn,
     }
-    return [text.format(len(found), some_of(found)) for text, found in texts.items() if found]
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
-    return ", ".join(names[:SHOWN]) + more
+    return [text.format(len(found), listed(found, 5)) for text, found in texts.items() if found]
 
 
 def duplicates(paths: Sequence[str], *, threads: int) -> list[list[int]]:

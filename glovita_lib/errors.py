@@ -58,14 +58,16 @@ def meant(word: str, words: list[str]) -> str:
 
 
 def listed(names: Iterable[object], most: int = 10, mark: str = ", ") -> str:
-    """The first names, and how many more there are.
+    """The first names, and how many more there are; a mark with a line break puts each, and the
+    number of the others, on a line of its own.
 
-    >>> listed("abcde", 3)
-    'a, b, c and 2 more'
+    >>> listed("abcde", 3), listed("ab"), listed([])
+    ('a, b, c and 2 more', 'a, b', 'none')
     """
-    words = [str(name) for name in names]
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return mark.join(words[:most]) + more
+    names = list(names)
+    more = f"and {len(names) - most} more"
+    rest = (f"{mark}... {more}" if "\n" in mark else f" {more}") if len(names) > most else ""
+    return (mark.join(map(str, names[:most])) or "none") + rest
 
 
 # ----------------------------------------------------------------- functions named in a spec
@@ -97,7 +99,7 @@ def find_target(key: str, target: str) -> Callable[..., Any]:
         names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
         raise UserError(
             f'{key}.target = "{target}": {module_name} has no function {name}; it has'
-            f" {', '.join(names) or 'none'}"
+            f" {listed(names, 20)}"
         )
     return function
 

@@ -16,7 +16,7 @@ from glovita_lib import dist
 from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Source, Split
 from glovita_lib.dist import autocast
 from glovita_lib.encoder import Encoder, Features, aggregate, evaluating, resolve_method
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch
 from glovita_lib.objectives import HeadOutput
@@ -423,8 +423,9 @@ class Extractor:
         broken = ~torch.isfinite(read).all(1)
         if broken.any():
             raise UserError(
-                f"the encoder gives NaN or infinite features for {listed(ids, broken, among)};"
-                f" it computed with training.precision = {self.experiment.precision}: fp16 may"
+                "the encoder gives NaN or infinite features for"
+                f" {samples_text(ids, broken, among)}; it computed with training.precision ="
+                f" {self.experiment.precision}: fp16 may"
                 ' overflow inside it, "bf16" and "no" do not; else its weights are broken'
             )
         too_large = torch.isinf(read.half()).any(1)
@@ -432,7 +433,7 @@ class Extractor:
         other = f", or another extract.method than {self.method}"
         raise UserError(
             f"features up to {largest:.4g} overflow float16 (largest number 65,504) in"
-            f" {listed(ids, too_large, among)}; set extract.precision = 32"
+            f" {samples_text(ids, too_large, among)}; set extract.precision = 32"
             f"{other if self.spec.output == 'embedding' else ''}"
         )
 
@@ -503,11 +504,10 @@ def to_host(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda
     return tuple(host), copied
 
 
-def listed(ids: list[str], chosen: Tensor, among: str) -> str:
+def samples_text(ids: list[str], chosen: Tensor, among: str) -> str:
     """The chosen (B,) samples of a batch or split, in words."""
     names = [name for name, is_chosen in zip(ids, chosen.tolist(), strict=True) if is_chosen]
-    more = f" and {len(names) - 1} more of its {among}" if len(names) > 1 else ""
-    return f"sample {names[0]}{more}"
+    return f"sample {listed(names, 1)}{f' of its {among}' * (len(names) > 1)}"
 
 
 def as_map(features: Features) -> Tensor:

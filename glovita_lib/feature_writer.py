@@ -18,7 +18,7 @@ import numpy as np
 
 from glovita_lib import __version__, files
 from glovita_lib.data import Data, Split
-from glovita_lib.errors import UserError, versions
+from glovita_lib.errors import UserError, listed, versions
 from glovita_lib.extraction import Extractor, Readout
 from glovita_lib.files import read_csv
 from glovita_lib.spec_root import Root
@@ -119,9 +119,7 @@ def read_coords(path: str, ids: np.ndarray) -> np.ndarray:
     absent = [name for name in ids if name not in table]
     if absent:
         example = f"; the file has e.g. {next(iter(table))}" if table else ""
-        raise UserError(
-            f"{path}: no row for {len(absent)} samples ({', '.join(absent[:10])}){example}"
-        )
+        raise UserError(f"{path}: no row for {len(absent)} samples ({listed(absent)}){example}")
     return np.array([table[name] for name in ids])
 
 
@@ -276,7 +274,7 @@ def weights_text(root: Root, checkpoint: Path | None) -> str:
 # N samples, D width, M instances.
 
 CHUNK_BYTES = 256 * 2**10  # of a compressed chunk: large enough to inflate fast
-SHOWN = 60  # characters of two values that are shown beside each other
+LONGEST = 60  # characters of two values that are shown beside each other
 LOCK = ".lock"  # of the process that writes blocks
 
 
@@ -560,7 +558,7 @@ def refuse_other(target: Path, wanted: dict[str, Any]) -> bool:
 
 def difference(name: str, known: Any, wanted: Any) -> str:
     """How an attribute differs, with its values where they are short."""
-    if len(f"{known}{wanted}") > SHOWN:
+    if len(f"{known}{wanted}") > LONGEST:
         return f"another {name}"
     return f"{name} {known}, now {wanted}"
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from glovita_lib.data import Source, Split
 from glovita_lib.dist import Ranks, cores, hash_seed
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.read_features import VectorSource
 from glovita_lib.sampler import EvalOrder, TrainOrder, WindowOrder
 from glovita_lib.spec_train import Dataloading
@@ -30,7 +30,6 @@ from glovita_lib.spec_train import Dataloading
 
 CHUNK = 32  # samples a thread decodes at a time
 TOLD_FROM = 2000  # samples whose decoding is announced
-ERRORS_SHOWN = 20
 # Shares of a GPU's free memory that a split may stay in, which saves a copy per batch. An encoder
 # of images needs the rest for activations, which come only with the first batch; a head on vectors
 # needs next to nothing, and half leaves as much to the next split.
@@ -129,7 +128,7 @@ def in_threads(work: Callable[[Any], Any], items: list[Any], threads: int) -> It
         while ahead:
             yield from settled(ahead.popleft(), errors)
     if errors:
-        raise UserError(shortened(errors))
+        raise UserError(listed(errors, 20, "\n"))
 
 
 def settled(future: Future, errors: list[str]) -> Iterator[Any]:
@@ -141,12 +140,6 @@ def settled(future: Future, errors: list[str]) -> Iterator[Any]:
         return
     if not errors:
         yield result
-
-
-def shortened(lines: list[str]) -> str:
-    """Lines as one text; after the first ones only how many more there are."""
-    more = len(lines) - ERRORS_SHOWN
-    return "\n".join(lines[:ERRORS_SHOWN] + [f"... and {more} more"] * (more > 0))
 
 
 def to_device(
@@ -367,7 +360,7 @@ def check_batch_sizes(split: Split, fit: Resizing) -> None:
             fit.boxes(size[None], generator)
         except UserError as error:
             lines.append(f"{identity}: {error}")
-    raise UserError(shortened(lines))
+    raise UserError(listed(lines, 20, "\n"))
 
 
 def build_order(

@@ -9,7 +9,7 @@ metrics. Neither torch nor numpy is imported: the spec checker needs this table.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from glovita_lib.errors import UserError, nearest_word
+from glovita_lib.errors import UserError, listed, nearest_word
 
 CLASSES = ("multiclass", "multilabel")
 SPLITS = ("train", "val", "test")
@@ -140,16 +140,9 @@ def check_logged(name: str, available: Iterable[str]) -> None:
     by_rest = {split_name(entry)[1]: entry for entry in available}
     near = nearest_word(split_name(name)[1], by_rest, 0.5)
     hint = f"; did you mean {by_rest[near]}?" if near else ""
-    raise UserError(f'no metric is logged as "{name}"; there are {listed(available)}{hint}')
+    raise UserError(f'no metric is logged as "{name}"; there are {listed(available, 20)}{hint}')
 
 
 def spelled(text: str) -> str:
     """A name or a title without case and with spaces: F1_per_class -> f1 per class."""
     return text.lower().replace("_", " ")
-
-
-def listed(names: Iterable[str], most: int = 20) -> str:
-    """Names with commas; of very many (one per class) only the first."""
-    names = tuple(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more

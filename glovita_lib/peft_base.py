@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.network import (
     Layer,
     RowRange,
@@ -176,11 +176,10 @@ def nothing(offered: str | None, usable: list[Layer], allowed: tuple[str, ...]) 
     logical = [name for name in LOGICAL if expand(usable, (name,))]
     near = get_close_matches(offered or "", [*logical, *names], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     what = "unset, the attention and MLP projections," if offered is None else repr(offered)
     return UserError(
         f"peft.targets: {what} matches no layer of this encoder{hint}; logical names here:"
-        f" {', '.join(logical) or 'none'}; layers here: {shown}"
+        f" {listed(logical)}; layers here: {listed(names, 12)}"
     )
 
 
@@ -204,8 +203,7 @@ def by_pattern(
         matched = [name for name in ranks if expression.search(name)]
         if not matched:
             raise UserError(
-                f"peft.rank_pattern: {pattern!r} matches no target; targets are"
-                f" {', '.join(list(ranks)[:12])}"
+                f"peft.rank_pattern: {pattern!r} matches no target; targets are {listed(ranks, 12)}"
             )
         ranks |= dict.fromkeys(matched, rank)
     return ranks

@@ -460,7 +460,7 @@ def label_outcomes(
 #
 # N samples, K classes or labels.
 
-SHOWN = 7  # classes with a colour and a line in the legend
+COLOURED = 7  # classes with a colour and a line in the legend
 GRID = np.linspace(0, 1, 401)  # of false positive rate or recall
 
 
@@ -539,7 +539,7 @@ def draw_family(
     from matplotlib.collections import LineCollection
 
     worst = sorted(range(len(lines)), key=lambda i: lines[i][2])
-    coloured = range(len(lines)) if len(lines) <= SHOWN else worst[: SHOWN - 2]
+    coloured = range(len(lines)) if len(lines) <= COLOURED else worst[: COLOURED - 2]
     rest = [np.stack([x, lines[i][1]], 1) for i in worst if i not in coloured]
     if rest:
         fade = float(np.clip(8 / len(rest), 0.06, 0.5))
@@ -554,7 +554,7 @@ def draw_family(
         mean, value = np.mean([v for _, v, _ in lines], 0), np.mean([a for _, _, a in lines])
         axes.plot(x, mean, color=INK, lw=2.4, label=f"mean of classes  {number(value)}")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
-    title = area if len(lines) <= SHOWN else f"{area}, lowest classes"
+    title = area if len(lines) <= COLOURED else f"{area}, lowest classes"
     legend = axes.legend(
         title=title,
         loc="upper left",

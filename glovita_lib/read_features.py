@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from glovita_lib.bags import Bags
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.read_hdf5 import DatasetRows, open_hdf5
 
 # ------------------------------------------------------------------------------------- files
@@ -129,7 +129,7 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
         ids=[str(i) for i in (range(count) if ids is None else ids)],
         named=ids is not None,
         groups=None if groups is None else [str(group) for group in groups],
-        class_names=None if names is None else listed(as_python(names)),
+        class_names=None if names is None else class_list(as_python(names)),
         has_coords=has_coords,
         attributes=attributes,
     )
@@ -188,9 +188,9 @@ def bag_pointers(path: str, file: Any, keys: Keys, shape: tuple[int, ...]) -> np
         )
     empty = np.flatnonzero(steps == 0)
     if len(empty):
-        shown = ", ".join(map(str, empty[:10])) + (" ..." if len(empty) > 10 else "")
         raise UserError(
-            f"{path}: {len(empty)} bags have no instance (bags {shown}); leave them out of the file"
+            f"{path}: {len(empty)} bags have no instance (bags {listed(empty)}); leave them out of"
+            " the file"
         )
     return ptr
 
@@ -229,7 +229,7 @@ def as_python(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def listed(names: Any) -> tuple[str, ...]:
+def class_list(names: Any) -> tuple[str, ...]:
     """Class names from an attribute: a list, or text that holds one as JSON or with commas."""
     if isinstance(names, str):
         try:
@@ -260,10 +260,9 @@ def check_finite(file: FeatureFile) -> None:
     if bad:
         samples = bad if file.layout != "ragged" else np.searchsorted(file.ptr, bad, "right") - 1
         names = list(dict.fromkeys(file.ids[sample] for sample in samples))
-        shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
         raise UserError(
-            f"{file.path}: NaN or infinite features in {len(names)} samples ({shown}); extract them"
-            " again (extract.precision = 32 if float16 overflowed) or leave them out"
+            f"{file.path}: NaN or infinite features in {len(names)} samples ({listed(names)});"
+            " extract them again (extract.precision = 32 if float16 overflowed) or leave them out"
         )
 
 
@@ -421,7 +420,7 @@ def open_folder(folder: Path, keys: Keys) -> FolderBags:
         except UserError as error:
             errors.append(str(error))
     if errors:
-        raise UserError("\n".join(errors[:20]))
+        raise UserError(listed(errors, 20, "\n"))
     width, most = Counter(shape[1] for shape in shapes).most_common(1)[0]
     if most < len(shapes):
         others = [
@@ -430,8 +429,8 @@ def open_folder(folder: Path, keys: Keys) -> FolderBags:
             if shape[1] != width
         ]
         raise UserError(
-            f"{folder}: bags of different widths: most have {width}, but {', '.join(others[:10])}"
-            f"{' ...' if len(others) > 10 else ''}; one encoder makes one width"
+            f"{folder}: bags of different widths: most have {width}, but {listed(others)};"
+            " one encoder makes one width"
         )
     lengths = np.array([shape[0] for shape in shapes], np.int64)
     return FolderBags(paths, keys, lengths, width, max(shape[2] for shape in shapes))
@@ -535,10 +534,9 @@ def check_bags(folder: FolderBags, *, threads: int) -> None:
         sound = pool.map(lambda bag: is_finite(folder.read(bag)), range(len(folder.paths)))
         bad = [path.name for path, fine in zip(folder.paths, sound, strict=True) if not fine]
     if bad:
-        shown = ", ".join(bad[:10]) + (" ..." if len(bad) > 10 else "")
         raise UserError(
-            f"{folder.paths[0].parent}: NaN or infinite features in {len(bad)} bags ({shown});"
-            " extract them again or remove the files"
+            f"{folder.paths[0].parent}: NaN or infinite features in {len(bad)} bags"
+            f" ({listed(bad)}); extract them again or remove the files"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 
 DEFLATE, SHUFFLE = 1, 2  # HDF5's numbers of the filters that are read here
 # What is read at a time: long enough to be worth a task of its own, and, as rows between those that
@@ -48,7 +48,7 @@ class DatasetRows:
         with open_hdf5(self.path) as file:
             if key not in file:
                 raise UserError(
-                    f"{path}: no dataset {key!r}; the file has {', '.join(sorted(file)) or 'none'}"
+                    f"{path}: no dataset {key!r}; the file has {listed(sorted(file), 20)}"
                 )
             dataset = file[key]
             if not hasattr(dataset, "shape") or dataset.shape in ((), None):

@@ -16,7 +16,7 @@ import torch
 from glovita_lib import figures, files, plots
 from glovita_lib.augment import Augmenter
 from glovita_lib.data import Split
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment
 from glovita_lib.files import TEMPORARY, Lock, read_json, read_jsonl, write_csv, write_json
 from glovita_lib.loader import fit_all, to_tensor
@@ -472,8 +472,8 @@ def unfit(loaded: Loaded, run: RunDir) -> str | None:
         return f"its run {run.path} {state}; train it first"
     if changes := changed_keys(read_json(run.config), loaded.plain):
         return (
-            f"{run.path} was trained with another spec: {'; '.join(changes[:8])}; undo the changes"
-            " or train it again"
+            f"{run.path} was trained with another spec: {listed(changes, 8, '; ')}; undo the"
+            " changes or train it again"
         )
     if not run.metrics.is_file():
         return "objective probe has no steps and no trained parameters to compare; leave it out"

@@ -13,7 +13,7 @@ import numpy as np
 
 from glovita_lib import dist, files
 from glovita_lib.data import Data, Split, skipped
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.extraction import (
     Extractor,
     PendingReadout,
@@ -50,8 +50,6 @@ from glovita_lib.spec_train import Extract
 # All ranks extract blocks, then one of them writes the file.
 #
 # N samples.
-
-SHOWN = 10  # unreadable samples that an error lists
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,9 @@ class Job:
         keep = ~np.isin(self.plan.rows, list(broken))
         rows = self.plan.rows[keep]
         if not len(rows):
-            lines = "\n".join(["", *broken.values()][: SHOWN + 1])
             parts.remove()  # mended ones are to be read when it is started again
-            raise UserError(f"{self.name}: none of the {len(keep)} samples could be read{lines}")
+            lines = listed(broken.values(), mark="\n")
+            raise UserError(f"{self.name}: none of the {len(keep)} samples could be read\n{lines}")
         tables = self.tables(rows)
         if broken:
             tables["left_out"] = np.array(list(broken.values()), object)

@@ -13,7 +13,7 @@ from glovita_lib.attention_maps import AttentionWriter, draw_bags
 from glovita_lib.data import Data, Split
 from glovita_lib.data_features import unlabelled_features
 from glovita_lib.data_folder import build_unlabelled
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment, read_data, restore, some_of
 from glovita_lib.loggers import say, two_columns
 from glovita_lib.objectives import LabelledPredictions, Predictions, SupervisedObjective
@@ -173,8 +173,8 @@ def member_of(run: RunDir, loaded: Loaded) -> Path:
     changes = changed_keys(files.read_json(run.config), loaded.plain)
     if changes:
         raise UserError(
-            f"{run.path} was trained with another spec: {'; '.join(changes[:8])}; undo the changes,"
-            f' or evaluate it with them by infer.checkpoint = "{path}"'
+            f"{run.path} was trained with another spec: {listed(changes, 8, '; ')}; undo the"
+            f' changes, or evaluate it with them by infer.checkpoint = "{path}"'
         )
     return path
 
@@ -197,8 +197,8 @@ def check_same_outputs(first: Resolved, first_path: Path, other: Resolved, path:
     """
     if (first.subtask, first.class_names) != (other.subtask, other.class_names):
         raise UserError(
-            f"{path} predicts {other.subtask} {', '.join(other.class_names[:8])}, but {first_path}"
-            f" {first.subtask} {', '.join(first.class_names[:8])}: members of an ensemble must"
+            f"{path} predicts {other.subtask} {listed(other.class_names, 8)}, but {first_path}"
+            f" {first.subtask} {listed(first.class_names, 8)}: members of an ensemble must"
             " have the same classes"
         )
 
@@ -260,9 +260,9 @@ def check_classes(data: Data, resolved: Resolved) -> None:
     """
     if (data.subtask, data.class_names) != (resolved.subtask, resolved.class_names):
         raise UserError(
-            f"data set {data.name} is {data.subtask} of {', '.join(data.class_names[:8])}, the"
+            f"data set {data.name} is {data.subtask} of {listed(data.class_names, 8)}, the"
             f" checkpoint was trained for {resolved.subtask} of"
-            f" {', '.join(resolved.class_names[:8])}; set data.class_names to the latter, or use"
+            f" {listed(resolved.class_names, 8)}; set data.class_names to the latter, or use"
             " infer.input to predict without labels"
         )
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from glovita_lib import checkpoint, dist, files
 from glovita_lib.data import Data
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import (
     Experiment,
     assemble,
@@ -220,8 +220,8 @@ def saved_state(run: RunDir, loaded: Loaded) -> dict[str, Any]:
     changes = changed_keys(saved.get("spec", {}), loaded.plain)
     if changes:
         raise UserError(
-            f"{run.last} is not of this run but of another spec: {'; '.join(changes[:8])}; put its"
-            ' own checkpoint back, or set training.on_existing = "overwrite" to train again'
+            f"{run.last} is not of this run but of another spec: {listed(changes, 8, '; ')}; put"
+            ' its own checkpoint back, or set training.on_existing = "overwrite" to train again'
         )
     return saved
 

@@ -18,7 +18,7 @@ from glovita_lib import dist
 from glovita_lib.data import Data, Images, Split, skipped, subset
 from glovita_lib.data_features import encode_labels, keys, read_collection
 from glovita_lib.data_splits import strata
-from glovita_lib.errors import UserError, versions
+from glovita_lib.errors import UserError, listed, versions
 from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, part_to_read, source_of, wanted_splits
 from glovita_lib.files import read_csv, write_csv, write_json
@@ -206,7 +206,7 @@ def refuse_nan(samples: ChosenSamples) -> None:
         bad = [samples.ids[row] for row in np.flatnonzero(~finite)]
         raise UserError(
             f"{samples.name}: NaN or infinite features in {len(bad)} samples"
-            f" ({', '.join(bad[:10])}{' ...' if len(bad) > 10 else ''}); extract them again"
+            f" ({listed(bad)}); extract them again"
             " (extract.precision = 32 if float16 overflowed)"
         )
 
@@ -324,11 +324,10 @@ def other_outputs(resolved: Resolved, data: Data) -> tuple[str, ...]:
     """A note where the data have other classes or targets than those the model was trained on."""
     if (resolved.subtask, resolved.class_names) == (data.subtask, data.class_names):
         return ()
-    names = ", ".join(resolved.class_names[:10]) + ", ..." * (len(resolved.class_names) > 10)
     return (
         f"{data.name} has other classes or targets than the model was trained on"
-        f" ({resolved.subtask}: {names}); predictions are shown under the model's own, without"
-        " mistakes",
+        f" ({resolved.subtask}: {listed(resolved.class_names)}); predictions are shown under the"
+        " model's own, without mistakes",
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from glovita_lib.dist import Ranks, main_decides
-from glovita_lib.errors import UserError, environment, git_state
+from glovita_lib.errors import UserError, environment, git_state, listed
 from glovita_lib.files import (
     Lock,
     check_free,
@@ -31,7 +31,6 @@ from glovita_lib.files import (
 from glovita_lib.spec import Loaded, changed_keys
 
 Decision = Literal["start", "resume", "overwrite", "finished"]
-SHOWN_CHANGES = 8
 # What a run writes, in the order in which it is removed when a run starts over: the mark of being
 # finished first and config.json last, so that no kill in between leaves an apparently whole run.
 OURS = (
@@ -219,11 +218,9 @@ def decide(wanted: RunDir, loaded: Loaded) -> tuple[RunDir, Decision]:
         return wanted, "overwrite"
     changes = changed_keys(read_json(wanted.config), loaded.plain)
     if changes:
-        shown = "; ".join(changes[:SHOWN_CHANGES])
-        more = len(changes) - SHOWN_CHANGES
         raise UserError(
-            f"{wanted.path} holds a run of another spec: {shown}"
-            f"{f' and {more} more' if more > 0 else ''}. Undo the changes to continue it, set"
+            f"{wanted.path} holds a run of another spec: {listed(changes, 8, '; ')}."
+            " Undo the changes to continue it, set"
             ' training.on_existing = "overwrite" to replace it or "new" to start beside it, or'
             " give this one another name"
         )
