@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from glovita_lib.data import Split
 from glovita_lib.dist import Ranks
-from glovita_lib.loader import build_feature_loader
+from glovita_lib.loader_features import build_feature_loader
 from glovita_lib.read_features import VectorSource
 from glovita_lib.read_hdf5 import DatasetRows
 from glovita_lib.spec_train import Dataloading

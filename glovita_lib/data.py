@@ -23,7 +23,8 @@ class Source(Protocol):
     A source of samples that are not images (bags of features, volumes) has one more method,
     `collate(samples) -> inputs`: it makes of a list of fetched samples what a batch holds as
     `inputs`, a tensor or an object with `to(device, non_blocking=...)` and `pin_memory()`. Its
-    samples may be of any type, reach no image augmentation and are held in memory as they are.
+    samples may be of any type, reach no image augmentation and are held in memory as they are. One
+    that is read fastest all at once (vectors in a file) has `reads_at_once = True`.
     """
 
     uniform: tuple[int, ...] | None
@@ -63,6 +64,7 @@ class Split:
 class BaseSamples(Spec, tag_field="kind"):
     """What a sample of a data set is; one Struct a modality."""
 
+    built_in: ClassVar[str] = "resolved"
     mixes: ClassVar[bool] = False
     """Whether two samples can be mixed (mixup, cutmix)."""
 
@@ -86,12 +88,16 @@ class ImageSamples(BaseSamples, tag="images"):
 class VectorSamples(BaseSamples, tag="vectors"):
     """Precomputed features (D,)."""
 
+    built_in: ClassVar[str] = "loader_features"
+
     width: int
     """D."""
 
 
 class BagSamples(BaseSamples, tag="bags"):
     """Bags of precomputed features (instances, D)."""
+
+    built_in: ClassVar[str] = "loader_features"
 
     width: int
     """D."""

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
-from functools import singledispatch
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,15 +20,14 @@ from glovita_lib.datasets import build_data
 from glovita_lib.dist import resolve_precision
 from glovita_lib.encoder import Encoder, Identity, output_width
 from glovita_lib.errors import UserError
-from glovita_lib.loader import Batch, Loader, build_feature_loader, build_loader
+from glovita_lib.loader import Batch, Loader, build_loader
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import BaseWeights, Model, build_model
 from glovita_lib.objectives import Objective, Predictions, build_objective, gather_split
 from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
 from glovita_lib.resolved import BagInputs, EncodedInputs, Inputs, Resolved, VectorInputs
-from glovita_lib.spec import expand, with_paths
-from glovita_lib.spec_data import PrecomputedData
-from glovita_lib.spec_model import ClamHead, Head
+from glovita_lib.spec import ByStruct, expand, with_paths
+from glovita_lib.spec_model import Head
 from glovita_lib.spec_root import Root
 from glovita_lib.trainer import Hooks, Trainer
 
@@ -60,10 +58,10 @@ def check_instances(spec: Head, head: nn.Module, encoder: Encoder, resolved: Res
             ' sample: set it to "classification" or "regression", or give bags (bag_ptr in the'
             " feature file) or an encoder with patch tokens"
         )
-    if isinstance(spec, ClamHead) and spec.instance_eval and resolved.subtask == "regression":
+    if spec.needs_classes and resolved.subtask == "regression":
         raise UserError(
-            "model.head.instance_eval = true labels instances by the class of their bag, but the"
-            " targets are numbers: set it to false"
+            f"model.head.{spec.needs_classes} = true labels instances by the class of their bag,"
+            " but the targets are numbers: set it to false"
         )
 
 
@@ -148,25 +146,16 @@ class Experiment:
             loader.close()
 
 
-@singledispatch
+@ByStruct
 def build_split_loader(inputs: Inputs, split: Split, root: Root, **options: Any) -> Loader:
     """Loader of a split of the inputs of a run; options are those of build_loader."""
     return build_loader(split, root.dataloading, **options)
 
 
-@build_split_loader.register
-def _(inputs: VectorInputs, split: Split, root: Root, **options: Any) -> Loader:
-    # a custom data set may give vectors too
-    data = root.data if isinstance(root.data, PrecomputedData) else PrecomputedData()
-    return build_feature_loader(split, root.dataloading, window_mb=data.window_mb, **options)
-
-
 def read_data(root: Root, ranks: dist.Ranks) -> Data:
     """The data of a spec; the first rank reads (and downloads) before the others, and alone looks
     at all values of features. Only training needs a train split."""
-    spec = root.data
-    if isinstance(spec, PrecomputedData) and not ranks.is_main:
-        spec = replace(spec, check_values=False)
+    spec = root.data if ranks.is_main else root.data.unchecked()
     with dist.main_first(ranks):
         return build_data(spec, seed=root.seed, trains=root.mode == "train")
 

@@ -23,7 +23,6 @@ from glovita_lib.objectives import HeadOutput
 from glovita_lib.resolved import EncodedInputs, ImageInputs, Inputs, check_samples, resolve_spec
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
-from glovita_lib.spec_data import GenericImageData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Extract
 
@@ -570,9 +569,7 @@ def for_extraction(root: Root) -> Root:
     data, spec = root.data, root.extract
     if not spec.use_data_fraction:
         data = replace(data, data_fraction=1.0)
-    if spec.on_error == "skip" and isinstance(data, GenericImageData):
-        data = replace(data, strict=False)
-    return replace(root, data=data)
+    return replace(root, data=data.lenient() if spec.on_error == "skip" else data)
 
 
 def wanted_splits(data: Data, name: str | None, key: str) -> dict[str, Split]:

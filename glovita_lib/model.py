@@ -6,12 +6,11 @@ B batch, C channels, H W pixels, D width, K classes or targets.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.bags import Bags
 from glovita_lib.checkpoint import load_tensors
 from glovita_lib.encoder import (
     Encoder,
@@ -28,6 +27,9 @@ from glovita_lib.peft_base import ADDED, adapters_by_class, apply_peft, encoder_
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import Peft
 
+if TYPE_CHECKING:
+    from glovita_lib.bags import Bags  # runs on images do not load it
+
 
 class Model(nn.Module):
     """An encoder, an aggregation method that makes one vector of its tokens, and a head.
@@ -41,7 +43,7 @@ class Model(nn.Module):
         self.reads_pooled = head.consumes == "pooled" and reads_pooled(aggregation, encoder)
         self.refresh()
 
-    def forward(self, x: Tensor | Bags, targets: Tensor | None = None) -> Any:
+    def forward(self, x: "Tensor | Bags", targets: Tensor | None = None) -> Any:
         """Inputs (B, C, H, W) -> logits (B, K), or what a head on raw features gives.
 
         Vectors (B, D) are what the encoder and the aggregation gave before (see experiment); the
@@ -58,7 +60,7 @@ class Model(nn.Module):
             return self.head(aggregate(features, self.aggregation))  # (B, D) -> (B, K)
         return self.head(features) if targets is None else self.head(features, targets)
 
-    def features(self, x: Tensor | Bags) -> Features | Bags:
+    def features(self, x: "Tensor | Bags") -> "Features | Bags":
         """Inputs (B, C, H, W) -> features, bags of features as they are; without autograd where
         nothing of the encoder trains."""
         with torch.no_grad() if self.encoder_is_frozen else nullcontext():

@@ -4,23 +4,21 @@ B batch, N samples of a split, D width of a feature, K classes or targets.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import singledispatch
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from glovita_lib.augment import Augmenter, mixup_cutmix
-from glovita_lib.bags import Bags
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
-from glovita_lib.loader import Batch, Loader
+from glovita_lib.loader import Batch, Loader, Resizing
 from glovita_lib.losses import build_criterion, plain_criterion
 from glovita_lib.metrics import compute
-from glovita_lib.resolved import BagInputs, ImageInputs, Inputs, Resolved, VectorInputs
+from glovita_lib.resolved import ImageInputs, Inputs, Resolved
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_train import Supervised
 
@@ -48,8 +46,8 @@ class Objective(ABC):
     the device; their attribute `fit` crops and resizes single images in the loaders.
     """
 
-    train_inputs: "Augmenter | FeatureInputs"
-    eval_inputs: "Augmenter | FeatureInputs"
+    train_inputs: "Preparation"
+    eval_inputs: "Preparation"
 
     @abstractmethod
     def loss(
@@ -117,35 +115,24 @@ def gather_split(
 # -------------------------------------------------------------------------- the encoder's input
 
 
-class FeatureInputs:
-    """Precomputed features as a head takes them, standardised where the spec asks for it."""
+class Preparation(Protocol):
+    """Makes the encoder's input of a batch, on the training device."""
 
-    fit = None
+    @property
+    def fit(self) -> Resizing | None:
+        """Crops and resizes samples of differing sizes where they are decoded."""
 
-    def __init__(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        self.moments: tuple[Tensor, Tensor] | None = None  # (D,) each
-        if mean is not None and std is not None:
-            self.moments = torch.tensor(mean), torch.tensor(std)
+    def __call__(self, inputs: Any, fitted: bool, seed: int) -> Any:
+        """Inputs of a batch as the loader gives them -> what the encoder takes.
 
-    def __call__(self, inputs: Tensor | Bags, fitted: bool, seed: int) -> Tensor | Bags:
-        """Vectors (B, D) in float32; bags as they are, their heads convert piece by piece."""
-        if not isinstance(inputs, Bags):
-            return self.standardized(inputs)
-        if self.moments is None:
-            return inputs
-        return Bags(self.standardized(inputs.features), inputs.lengths)
-
-    def standardized(self, features: Tensor) -> Tensor:
-        """Features (N, D) in float32, of mean 0 and deviation 1 over the train split if asked."""
-        if self.moments is None:
-            return features.float()
-        mean, std = self.moments
-        self.moments = mean, std = mean.to(features.device), std.to(features.device)
-        return (features.float() - mean) / std
+        Args:
+            fitted: whether `fit` has been applied.
+            seed: of what is drawn.
+        """
 
 
-@singledispatch
-def build_inputs(inputs: Inputs, *, train: bool) -> Augmenter | FeatureInputs:
+@ByStruct
+def build_inputs(inputs: Inputs, *, train: bool) -> Preparation:
     """What makes the encoder's input of a batch, on the training device.
 
     Args:
@@ -157,11 +144,6 @@ def build_inputs(inputs: Inputs, *, train: bool) -> Augmenter | FeatureInputs:
 @build_inputs.register
 def _(inputs: ImageInputs, *, train: bool) -> Augmenter:
     return Augmenter(inputs.augmentation, train=train, bit_depth=inputs.bit_depth)
-
-
-@build_inputs.register
-def _(inputs: VectorInputs | BagInputs, *, train: bool) -> FeatureInputs:
-    return FeatureInputs(inputs.mean, inputs.std)
 
 
 # ---------------------------------------------------------------------- supervised learning

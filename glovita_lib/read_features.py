@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -290,6 +290,8 @@ BAG_SUFFIXES = (".h5", ".hdf5", ".pt")
 @dataclass(frozen=True)
 class VectorSource:
     """Vectors of some rows of a file."""
+
+    reads_at_once: ClassVar[bool] = True
 
     vectors: DatasetRows  # (M, D)
     index: np.ndarray  # (N,) rows of the file

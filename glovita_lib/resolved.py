@@ -5,7 +5,6 @@ B batch, C channels, S side of an image as the encoder receives it, D width of a
 or targets.
 """
 
-from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from glovita_lib.data import BagSamples, BaseSamples, Data, ImageSamples, Split,
 from glovita_lib.encoder import preprocess_of
 from glovita_lib.errors import UserError
 from glovita_lib.metric_names import check_logged, logged_names, metrics_of, usual_metrics
-from glovita_lib.read_features import feature_moments
-from glovita_lib.spec import Spec
+from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_data import PrecomputedData, Subtask
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Supervised
@@ -26,10 +24,10 @@ from glovita_lib.spec_train import Supervised
 # What a sample is and how it becomes the encoder's input: one Struct a modality, which adds to that
 # of the data set what a run derives.
 #
-# To add a modality, add its samples (in data), its Struct here and to the unions, and what is
-# registered for them: `resolve_inputs` here, `build_inputs` in objectives, `build_split_loader` in
-# experiment, and where samples are read without labels or shown, the functions registered for
-# ImageInputs.
+# To add a modality, add its samples (in data), its Struct here and to the unions, and the module
+# that the samples name (`built_in`), which registers for them `resolve_inputs`, `build_inputs` of
+# objectives and `build_split_loader` of experiment; and where samples are read without labels or
+# shown, the functions registered for ImageInputs.
 
 
 class ImageInputs(ImageSamples, tag="images"):
@@ -82,7 +80,7 @@ EncodedInputs = ImageInputs
 Inputs = EncodedInputs | VectorInputs | BagInputs
 
 
-@singledispatch
+@ByStruct
 def resolve_inputs(samples: BaseSamples, root: Root, data: Data) -> Inputs:
     """What a run makes of the samples of a data set.
 
@@ -112,38 +110,6 @@ def _(samples: ImageSamples, root: Root, data: Data) -> ImageInputs:
     return ImageInputs(
         channels=samples.channels, bit_depth=samples.bit_depth, augmentation=augmentation
     )
-
-
-@resolve_inputs.register
-def _(samples: VectorSamples, root: Root, data: Data) -> VectorInputs:
-    mean, std = moments(samples, root, data)
-    return VectorInputs(width=samples.width, mean=mean, std=std)
-
-
-@resolve_inputs.register
-def _(samples: BagSamples, root: Root, data: Data) -> BagInputs:
-    mean, std = moments(samples, root, data)
-    return BagInputs(width=samples.width, mean=mean, std=std)
-
-
-def moments(
-    samples: BaseSamples, root: Root, data: Data
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Mean and standard deviation (D,) of the features of the train split, where the spec
-    standardises them.
-
-    Raises:
-        UserError: the encoder takes images.
-    """
-    if root.model.encoder.takes != "features":
-        raise UserError(
-            f"the samples of data set {data.name} are {samples.kind} of features, which no encoder"
-            ' takes: set model.encoder.encoder_type = "precomputed"'
-        )
-    if not isinstance(root.data, PrecomputedData) or not root.data.standardize:
-        return None, None
-    mean, std = feature_moments(data.splits["train"].source)
-    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def check_samples(inputs: Inputs, spec: Spec, data: Data, trained: str) -> None:

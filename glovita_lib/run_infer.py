@@ -31,7 +31,6 @@ from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_data import BaseData, GenericImageData, PrecomputedData
 from glovita_lib.spec_root import Root
-from glovita_lib.spec_train import Probe
 
 
 def run(loaded: Loaded, *, dry_run: bool) -> None:
@@ -149,7 +148,7 @@ def member_paths(loaded: Loaded) -> list[Path]:
     if spec.checkpoint is not None:
         named = (spec.checkpoint,) if isinstance(spec.checkpoint, str) else spec.checkpoint
         return [Path(name) for name in named]
-    if isinstance(loaded.root.task, Probe):
+    if not loaded.root.task.keeps_model:
         raise UserError(
             "a probe keeps no model to predict with: mode = train writes its metrics and"
             f" predictions, metrics_probe.json and predictions_<method>_<split>.csv in"

@@ -260,8 +260,7 @@ class ByStruct(Generic[Parameters, Result]):
         return self.dispatch(type(spec))(spec, *args, **options)
 
     def dispatch(self, kind: type[Spec]) -> Callable[..., Result]:
-        """The implementation for a Struct; the function itself, which raises, where there is
-        none."""
+        """The implementation for a Struct; the function itself where there is none."""
         import_module(f"glovita_lib.{kind.built_in}")
         return self.implementations.dispatch(kind)
 

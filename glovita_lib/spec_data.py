@@ -1,10 +1,11 @@
 """Data section of a spec: which samples exist, their labels and splits, their augmentation."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_errors import Count, Fraction, NonNegative, PathText, Positive, shown
@@ -260,6 +261,14 @@ class BaseData(Spec):
         """Fields that must name a file before samples can be read, and why."""
         yield from ()
 
+    def unchecked(self) -> Self:
+        """The same without a look at every value, for a rank after the one that has looked."""
+        return self
+
+    def lenient(self) -> Self:
+        """The same with broken samples left out, where the data set can do that."""
+        return self
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """All keys that state the number of classes state the same, and the fold is one that
         exists, so that no two folds train on the same split."""
@@ -448,6 +457,9 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
     def stated_folds(self) -> int | None:
         return self.folds_of(self.split_source)
 
+    def lenient(self) -> Self:
+        return replace(self, strict=False)
+
     def stated_channels(self) -> int | None:
         return self.channels
 
@@ -553,6 +565,9 @@ class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset")
 
     def stated_folds(self) -> int | None:
         return self.folds_of(self.split_source)
+
+    def unchecked(self) -> Self:
+        return replace(self, check_values=False)
 
     def missing_files(self) -> Iterator[tuple[str, str]]:
         drawn = self.split_source != "files"

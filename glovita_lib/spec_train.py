@@ -29,6 +29,8 @@ class BaseTask(Spec):
     built_in: ClassVar[str] = "objectives"
     learnt_by: ClassVar[str] = "run_train"
     """Module of mode train: the loop of gradient steps, or one of the task's own."""
+    keeps_model: ClassVar[bool] = True
+    """Whether mode train leaves a checkpoint to predict with."""
 
     metrics: MetricNames | None = None
     """Metrics of every evaluation."""
@@ -80,6 +82,7 @@ class Probe(BaseTask, tag="probe", tag_field="objective"):
 
     built_in: ClassVar[str] = "run_probe"
     learnt_by: ClassVar[str] = "run_probe"
+    keeps_model: ClassVar[bool] = False
 
     metrics: MetricNames | None = None
     """Metrics of the results; the first one chooses."""

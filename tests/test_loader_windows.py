@@ -9,10 +9,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-import glovita_lib.loader
+import glovita_lib.loader_features
 from glovita_lib.data import Split
 from glovita_lib.dist import Ranks
-from glovita_lib.loader import WindowLoader, build_feature_loader
+from glovita_lib.loader_features import WindowLoader, build_feature_loader
 from glovita_lib.read_features import VectorSource
 from glovita_lib.read_hdf5 import DatasetRows
 from glovita_lib.spec_train import Dataloading
@@ -33,7 +33,7 @@ def loader(
 ):
     with h5py.File(path, "w") as file:
         file.create_dataset("features", data=FEATURES, **STORAGE[storage])
-    monkeypatch.setattr(glovita_lib.loader, "BLOCK_BYTES", 1024)  # 8 rows
+    monkeypatch.setattr(glovita_lib.loader_features, "BLOCK_BYTES", 1024)  # 8 rows
     rows = np.arange(0, len(FEATURES), every)
     split = Split(
         [str(row) for row in rows],

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import pytest
 from small_runs import TINY
 
 REPOSITORY = Path(__file__).parent.parent
@@ -290,6 +292,7 @@ assert glovita.main(["--explain", "model.head.head_type"]) == 0
 """
 
 
+@pytest.mark.processes
 def test_encoder_data_set_head_and_method_are_a_struct_and_a_module_each(tmp_path: Path) -> None:
     """All four in one run; what the rules of other sections ask stands at the Structs."""
     parts = {
@@ -324,3 +327,23 @@ def test_encoder_data_set_head_and_method_are_a_struct_and_a_module_each(tmp_pat
         if original.get(path.name) != path.read_bytes()
     }
     assert changed == parts.keys() | {"spec_model", "spec_data", "spec_peft"}
+
+
+# ------------------------------------------------------------------------- what a run loads
+
+LOADED = """
+import sys, glovita
+assert glovita.main([sys.argv[1], "--dry-run"]) == 0
+print(*(name.removeprefix("glovita_lib.") for name in sys.modules if "glovita_lib." in name))
+"""
+
+
+@pytest.mark.processes
+def test_training_on_images_loads_only_what_it_asks_for(tmp_path: Path) -> None:
+    """Modules of features, bags, probes and of other encoders, heads and methods stay away."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    loaded = python(REPOSITORY, "-c", LOADED, str(tmp_path / "tiny.toml")).splitlines()[-1].split()
+    assert 40 < len(loaded) <= 46
+    others = r"bags|attention_.*|.*_features|.*hdf5|head_.*|peft_(?!base).*|run_(?!train).*"
+    others += "|data_folder|data_labels|read_.*|encoder_(?!timm).*|neighbors|extraction"
+    assert [name for name in loaded if re.fullmatch(others, name)] == []

@@ -18,7 +18,8 @@ from glovita_lib.data import (
     VectorSamples,
 )
 from glovita_lib.errors import UserError
-from glovita_lib.objectives import FeatureInputs, build_inputs
+from glovita_lib.loader_features import FeatureInputs
+from glovita_lib.objectives import build_inputs
 from glovita_lib.resolved import (
     ImageInputs,
     Inputs,
@@ -123,4 +124,4 @@ def test_every_modality_has_its_functions():
         assert member.__struct_config__.tag == samples.__struct_config__.tag
         assert resolve_inputs.dispatch(samples) is not resolve_inputs.dispatch(BaseSamples)
         for function in (build_inputs, run_infer.new_samples):
-            assert function.dispatch(member) is not function.dispatch(object)
+            assert function.dispatch(member) is not function.dispatch(BaseSamples)

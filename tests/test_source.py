@@ -14,7 +14,7 @@ PACKAGE = REPOSITORY / "glovita_lib"
 
 RUNS = r"run_.*|rundir|experiment|trainer|objectives|results|extraction|feature_writer"
 MODELS = r"encoder.*|head.*|peft.*|model|attention_pool|attention_maps|checkpoint"
-DATA_SETS = r"data_folder|data_features|datasets|loader"
+DATA_SETS = r"data_folder|data_features|datasets|loader.*"
 
 MAY_NOT_KNOW = {
     r"spec.*": r"(?!(spec|errors|metric_names)).*",

@@ -1,0 +1,225 @@
+"""Precomputed features as the inputs of a run: standardisation, and loaders by windows of a file.
+
+N samples, B batch, D width, W ranks.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glovita_lib.bags import Bags
+from glovita_lib.data import BagSamples, BaseSamples, Data, Split, VectorSamples
+from glovita_lib.dist import Ranks
+from glovita_lib.errors import UserError
+from glovita_lib.experiment import build_split_loader
+from glovita_lib.loader import (
+    Batch,
+    BatchBuilder,
+    Loader,
+    Resizing,
+    build_loader,
+    build_order,
+    fits_in_memory,
+    gather_samples,
+    needed,
+)
+from glovita_lib.objectives import build_inputs
+from glovita_lib.read_features import VectorSource, feature_moments
+from glovita_lib.resolved import BagInputs, VectorInputs, resolve_inputs
+from glovita_lib.sampler import TrainOrder, WindowOrder
+from glovita_lib.spec_data import PrecomputedData
+from glovita_lib.spec_root import Root
+from glovita_lib.spec_train import Dataloading
+
+# ---------------------------------------------------------------------------- standardisation
+
+
+@resolve_inputs.register
+def _(samples: VectorSamples, root: Root, data: Data) -> VectorInputs:
+    mean, std = moments(samples, root, data)
+    return VectorInputs(width=samples.width, mean=mean, std=std)
+
+
+@resolve_inputs.register
+def _(samples: BagSamples, root: Root, data: Data) -> BagInputs:
+    mean, std = moments(samples, root, data)
+    return BagInputs(width=samples.width, mean=mean, std=std)
+
+
+def moments(
+    samples: BaseSamples, root: Root, data: Data
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and standard deviation (D,) of the features of the train split, where the spec
+    standardises them.
+
+    Raises:
+        UserError: the encoder takes images.
+    """
+    if root.model.encoder.takes != "features":
+        raise UserError(
+            f"the samples of data set {data.name} are {samples.kind} of features, which no encoder"
+            ' takes: set model.encoder.encoder_type = "precomputed"'
+        )
+    if not isinstance(root.data, PrecomputedData) or not root.data.standardize:
+        return None, None
+    mean, std = feature_moments(data.splits["train"].source)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+class FeatureInputs:
+    """Precomputed features as a head takes them, standardised where the spec asks for it."""
+
+    fit: Resizing | None = None
+
+    def __init__(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        self.moments: tuple[Tensor, Tensor] | None = None  # (D,) each
+        if mean is not None and std is not None:
+            self.moments = torch.tensor(mean), torch.tensor(std)
+
+    def __call__(self, inputs: Tensor | Bags, fitted: bool, seed: int) -> Tensor | Bags:
+        """Vectors (B, D) in float32; bags as they are, their heads convert piece by piece."""
+        if not isinstance(inputs, Bags):
+            return self.standardized(inputs)
+        if self.moments is None:
+            return inputs
+        return Bags(self.standardized(inputs.features), inputs.lengths)
+
+    def standardized(self, features: Tensor) -> Tensor:
+        """Features (N, D) in float32, of mean 0 and deviation 1 over the train split if asked."""
+        if self.moments is None:
+            return features.float()
+        mean, std = self.moments
+        self.moments = mean, std = mean.to(features.device), std.to(features.device)
+        return (features.float() - mean) / std
+
+
+@build_inputs.register
+def _(inputs: VectorInputs | BagInputs, *, train: bool) -> FeatureInputs:
+    return FeatureInputs(inputs.mean, inputs.std)
+
+
+# ------------------------------------------------------------------------ loaders of windows
+#
+# Training on vectors that do not fit in memory: read in windows, shuffled by blocks and by rows.
+#
+# The order of an epoch puts blocks of neighbouring rows in random order and shuffles the rows
+# within windows of many blocks. A window is read in long pieces while the one before it is trained
+# on.
+
+BLOCK_BYTES = 256 * 2**10  # neighbouring rows that stay in one window
+
+
+class WindowLoader(Loader):
+    """Batches of vectors from a file, read window by window.
+
+    Each of two buffers holds a window: one is read while batches are gathered from the other.
+    """
+
+    def __init__(self, *args: Any, source: VectorSource, window: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.source = source
+        self.window = window  # batches
+        self._buffers: list[Tensor] = []  # of the epoch before, as fresh memory is slow
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of an epoch from batch `start` on."""
+        empty = torch.from_numpy(self.source.vectors.empty(0))
+        buffers, self._buffers = self._buffers or [empty, empty], []
+        with ThreadPoolExecutor(1) as pool:
+            ahead: deque[Future] = deque()
+            while start < len(self):
+                stop = min(len(self), start - start % self.window + self.window)
+                ahead.append(pool.submit(self.read, epoch, start, stop, buffers))
+                if len(ahead) > 1:
+                    yield from self.cut(*ahead.popleft().result())
+                start = stop
+            while ahead:
+                yield from self.cut(*ahead.popleft().result())
+        self._buffers = buffers
+
+    def read(
+        self, epoch: int, start: int, stop: int, buffers: list[Tensor]
+    ) -> tuple[list[np.ndarray], Tensor, np.ndarray]:
+        """Read a window into the buffer that comes next -> the rows of each batch, the buffer, and
+        where in it their vectors are."""
+        source, parts = self.source, [self.rows(epoch, b) for b in range(start, stop)]
+        wanted, places = np.unique(source.index[np.concatenate(parts)], return_inverse=True)
+        buffer = buffers.pop(0)
+        if len(buffer) < len(wanted):
+            buffer = torch.from_numpy(source.vectors.empty(len(wanted)))
+        source.vectors.read_rows(wanted, buffer.numpy()[: len(wanted)])
+        buffers.append(buffer)
+        return parts, buffer, places
+
+    def cut(self, parts: list[np.ndarray], buffer: Tensor, places: np.ndarray) -> Iterator[Batch]:
+        """The batches of a window."""
+        targets, ends = self.split.targets, np.cumsum([len(rows) for rows in parts])
+        for rows, where in zip(parts, np.split(places, ends[:-1]), strict=True):
+            inputs = gather_samples(buffer, where, pinned=self.pinned)
+            labels = None if targets is None else torch.from_numpy(targets[rows])
+            yield self.pin(Batch(inputs, labels, torch.from_numpy(rows), fitted=True))
+
+
+def build_feature_loader(
+    split: Split,
+    spec: Dataloading,
+    *,
+    fit: Resizing | None,
+    window_mb: int,
+    train: bool,
+    seed: int,
+    ranks: Ranks,
+    batch_size: int,
+) -> Loader:
+    """Loader of vectors or bags on this rank: from memory where they fit, else by windows (vectors)
+    or bag by bag.
+
+    Args:
+        fit: as for build_loader; vectors and bags have no geometry and ask nothing of it.
+        window_mb: size of a window of vectors, MiB.
+    """
+    source = split.source
+    first, end = needed(split, train=train, ranks=ranks)
+    if fits_in_memory(split, spec, end - first) or not isinstance(source, VectorSource):
+        return build_loader(
+            split, spec, fit=fit, train=train, seed=seed, ranks=ranks, batch_size=batch_size
+        )
+    order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
+    row = max(1, source.vectors.row_bytes)
+    window = max(1, window_mb * 2**20 // (row * batch_size * ranks.world))
+    if isinstance(order, TrainOrder):
+        chunk = source.vectors.chunk_rows or 1
+        block = -(-max(1, BLOCK_BYTES // row) // chunk) * chunk  # whole chunks
+        order = WindowOrder(
+            count=order.count,
+            batch_size=order.batch_size,
+            shuffle=order.shuffle,
+            drop_last=order.drop_last,
+            seed=order.seed,
+            rank=order.rank,
+            world=order.world,
+            block=block,
+            window=window,
+        )
+    builder = BatchBuilder(source, 0, split.targets, fit, seed, ranks.rank, True)
+    return WindowLoader(
+        split,
+        order,
+        builder,
+        spec,
+        held=False,
+        device=ranks.device,
+        source=source,
+        window=window,
+    )
+
+
+@build_split_loader.register
+def _(inputs: VectorInputs, split: Split, root: Root, **options: Any) -> Loader:
+    data = root.data if isinstance(root.data, PrecomputedData) else PrecomputedData()  # or a user's
+    return build_feature_loader(split, root.dataloading, window_mb=data.window_mb, **options)
