@@ -27,8 +27,9 @@ class Source(Protocol):
     that is read fastest all at once (vectors in a file) has `reads_at_once = True`.
     """
 
-    uniform: tuple[int, ...] | None
-    """(C, H, W) where all samples have one size, else None."""
+    @property
+    def uniform(self) -> tuple[int, ...] | None:
+        """(C, H, W) where all samples have one size, else None."""
 
     def fetch(self, rows: np.ndarray) -> np.ndarray | list[np.ndarray]:
         """Samples (C, H, W), uint8 or uint16, of these rows in this order; one (B, C, H, W) array
@@ -143,7 +144,7 @@ class ArraySource:
     rows: np.ndarray  # (N,) rows of `samples` that make up the split
 
     @property
-    def uniform(self) -> tuple[int, int, int]:
+    def uniform(self) -> tuple[int, ...]:
         return self.samples.shape[1:]
 
     def fetch(self, rows: np.ndarray) -> np.ndarray:

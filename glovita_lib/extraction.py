@@ -1,11 +1,12 @@
 """Outputs of an encoder that are read for each sample: vectors, tokens, maps, layers."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, singledispatch
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from glovita_lib.encoder import Encoder, Features, aggregate, evaluating, resolv
 from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch
-from glovita_lib.objectives import HeadOutput
+from glovita_lib.model import Model
+from glovita_lib.objectives import HeadOutput, SupervisedObjective
 from glovita_lib.resolved import EncodedInputs, ImageInputs, Inputs, check_samples, resolve_spec
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
@@ -40,6 +42,14 @@ from glovita_lib.spec_train import Extract
 NORMS = ("encoder.ln", "norm")  # final norms of torchvision's ViT and Swin, by their names
 
 
+@runtime_checkable
+class TimmNet(Protocol):
+    """A network that gives its layers by timm's own method."""
+
+    def forward_intermediates(self, x: Tensor, **options: Any) -> Any:
+        """Outputs of layers, as maps (B, D, H, W)."""
+
+
 @dataclass(frozen=True)
 class Layers:
     """Which layers of which encoder are read."""
@@ -50,15 +60,14 @@ class Layers:
 
     def __call__(self, x: Tensor) -> list[Features]:
         """Features of every layer for inputs (B, C, H, W), in the order of `indices`."""
-        if is_timm(self.encoder):
-            return self.by_timm(x)
-        return self.by_hooks(x)
+        net = self.encoder.net
+        return self.by_timm(net, x) if isinstance(net, TimmNet) else self.by_hooks(x)
 
-    def by_timm(self, x: Tensor) -> list[Features]:
+    def by_timm(self, net: TimmNet, x: Tensor) -> list[Features]:
         """Through timm, which gives maps (B, D, H, W) and, of some models, prefix tokens
         (B, P, D)."""
         wanted = sorted(set(self.indices))
-        method = self.encoder.net.forward_intermediates
+        method = net.forward_intermediates
         gives_prefix = "return_prefix_tokens" in signature(method).parameters
         keywords = {"return_prefix_tokens": True} if gives_prefix and self.encoder.n_prefix else {}
         outputs = method(x, indices=wanted, norm=self.norm, intermediates_only=True, **keywords)
@@ -80,9 +89,10 @@ class Layers:
 
     def by_hooks(self, x: Tensor) -> list[Features]:
         """Through hooks on the blocks of a network that has no such method."""
-        blocks, found = self.encoder.blocks(), {}
+        blocks = self.encoder.blocks()
+        found: dict[int, object] = {}
 
-        def note(index: int) -> object:
+        def note(index: int) -> Callable[[nn.Module, object, object], None]:
             # a copy, as an activation behind the block may work in place
             return lambda module, inputs, output: found.__setitem__(index, copied(output))
 
@@ -94,7 +104,7 @@ class Layers:
                 hook.remove()
         return [self.hooked(found[index], index, x.shape[-2:]) for index in self.indices]
 
-    def hooked(self, raw: Tensor, index: int, size: torch.Size) -> Features:
+    def hooked(self, raw: object, index: int, size: torch.Size) -> Features:
         """Output of a block as tokens.
 
         Raises:
@@ -136,13 +146,14 @@ class Layers:
                 ) from None
             raw = Layers(self.encoder, self.indices, norm=False)(x)
         pairs = zip(self.indices, features, raw, strict=True)
-        changed = {index for index, a, b in pairs if not torch.equal(a.tokens, b.tokens)}
+        changed = {index for index, a, b in pairs if not torch.equal(all_tokens(a), all_tokens(b))}
         return features, tuple(sorted(changed))
 
 
-def is_timm(encoder: Encoder) -> bool:
-    """Whether layers come from timm's own method."""
-    return hasattr(encoder.net, "forward_intermediates")
+def all_tokens(features: Features) -> Tensor:
+    """Tokens (B, N, D) of a layer, or of an encoder that `check_tokens` has let pass."""
+    assert features.tokens is not None
+    return features.tokens
 
 
 def copied(output: object) -> object:
@@ -180,7 +191,7 @@ def choose_layers(
 def number_of_layers(encoder: Encoder, input_shape: tuple[int, ...]) -> int:
     """How many layers can be read."""
     net = encoder.net
-    if not is_timm(encoder):
+    if not isinstance(net, TimmNet):
         return len(encoder.blocks())
     zeros = torch.zeros(input_shape, device=next(net.parameters()).device)
     with torch.no_grad(), evaluating(encoder):
@@ -200,17 +211,24 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Instances:
+    """How the rows of a batch make samples, where a sample has several."""
+
+    lengths: np.ndarray  # (B,) instances per sample
+    coords: np.ndarray  # (M, 2) grid row and column of every instance; -1: prefix token
+
+
+@dataclass(frozen=True, slots=True)
 class Readout:
     """What was read out of a batch, on the CPU."""
 
     features: np.ndarray  # (B, D), (B, D, H, W), or (M, D) instances of B samples
-    lengths: np.ndarray | None  # (B,) instances per sample; None: one row a sample
-    coords: np.ndarray | None  # (M, 2) grid row and column of every instance; -1: prefix token
+    instances: Instances | None  # None: one row a sample
 
     @property
     def samples(self) -> int:
         """B."""
-        return len(self.features if self.lengths is None else self.lengths)
+        return len(self.features if self.instances is None else self.instances.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +237,7 @@ class PendingReadout:
 
     rows: Tensor  # (B,) of the split
     read: Tensor  # values in float32, on the device, in the layout of Readout.features
-    lengths: np.ndarray | None
-    coords: np.ndarray | None
+    instances: Instances | None
     host: tuple[Tensor, ...]  # stored values, and whether all are finite ()
     copied: torch.cuda.Event | None  # after the copies to the host; None: they are there
 
@@ -239,7 +256,9 @@ class Extractor:
         self.inputs = inputs
         self.experiment, self.spec = experiment, spec
         self.model = experiment.model.eval()
-        self.layers, self.normed, probed = None, (), []
+        self.layers: Layers | None = None
+        self.normed: tuple[int, ...] = ()  # layers that the final norm changes
+        probed: list[Features] = []
         if spec.layers:
             shape = (1, *inputs.shape)
             self.layers = choose_layers(
@@ -262,7 +281,7 @@ class Extractor:
         device = self.experiment.ranks.device
         inputs = torch.zeros(1, *self.inputs.shape, device=device)
         with torch.no_grad(), autocast(self.experiment.precision, device):
-            read, *_ = self.read(inputs, self.features(inputs))
+            read, _ = self.read(inputs, self.features(inputs))
         return read.numel() * self.dtype.itemsize
 
     def resolve_method(self, probed: list[Features]) -> str:
@@ -331,12 +350,13 @@ class Extractor:
         moved = batch.to(device)
         prepare = objective.eval_inputs if augment is None else objective.train_inputs
         inputs = prepare(moved.inputs, moved.fitted, augment or 0)
+        assert isinstance(inputs, Tensor)  # of images
         with autocast(self.experiment.precision, device):
-            values, lengths, coords = self.read(inputs, self.features(inputs))
+            values, instances = self.read(inputs, self.features(inputs))
         read = values.float()
         stored = read.to(self.dtype)
         host, copied = to_host((stored, torch.isfinite(stored).all()))
-        return PendingReadout(batch.rows, read, lengths, coords, host, copied)
+        return PendingReadout(batch.rows, read, instances, host, copied)
 
     def finish(self, running: PendingReadout, *, ids: list[str]) -> Readout:
         """Wait for what `start` began.
@@ -358,7 +378,7 @@ class Extractor:
         if running.copied is not None:
             # Out of page-locked memory, which is scarce and serves the next batches again.
             stored = stored.clone()
-        return Readout(stored.numpy(), running.lengths, running.coords)
+        return Readout(stored.numpy(), running.instances)
 
     def features(self, inputs: Tensor) -> list[Features]:
         """Features of the chosen layers, or of the encoder's output where tokens are asked for."""
@@ -368,30 +388,29 @@ class Extractor:
             return []
         return [self.model.encoder(inputs, pooled=False)]
 
-    def read(
-        self, inputs: Tensor, features: list[Features]
-    ) -> tuple[Tensor, np.ndarray | None, np.ndarray | None]:
-        """Values, and for tokens instances per sample and their places."""
+    def read(self, inputs: Tensor, features: list[Features]) -> tuple[Tensor, Instances | None]:
+        """Values, and for tokens the instances."""
         if self.spec.output == "embedding":
             if not features:
-                return self.model.embed(inputs, self.method), None, None
-            return torch.cat([aggregate(part, self.method) for part in features], dim=1), None, None
+                return self.model.embed(inputs, self.method), None
+            return torch.cat([aggregate(part, self.method) for part in features], dim=1), None
         self.check_grids(features)
         if self.spec.output == "map":
-            return torch.cat([as_map(part) for part in features], dim=1), None, None
+            return torch.cat([as_map(part) for part in features], dim=1), None
         keep = self.spec.prefix_tokens
-        tokens = torch.cat([part.tokens if keep else part.patches for part in features], dim=2)
+        tokens = torch.cat([all_tokens(f) if keep else f.patches for f in features], dim=2)
         places = grid_places(features[0].grid, features[0].n_prefix if keep else 0, tokens.shape[1])
         lengths = np.full(len(tokens), tokens.shape[1], np.int64)
-        return tokens.flatten(0, 1), lengths, np.tile(places, (len(tokens), 1))
+        return tokens.flatten(0, 1), Instances(lengths, np.tile(places, (len(tokens), 1)))
 
     def scores(self, inputs: Tensor, vectors: Tensor) -> Tensor:
         """Predictions (B, K); the encoder runs again only where its head takes something else than
         the vectors (B, D) that are read out."""
-        model = self.model
+        model, objective = self.model, self.experiment.objective
+        assert isinstance(objective, SupervisedObjective)  # the only one that predicts
         is_shared = self.layers is None and self.method == model.aggregation
         takes = vectors if is_shared and model.head.consumes == "pooled" else inputs
-        return self.experiment.objective.scores(HeadOutput.of(model(takes)).logits.float())
+        return objective.scores(HeadOutput.of(model(takes)).logits.float())
 
     def check_grids(self, features: list[Features]) -> None:
         """Layers of different grids cannot be put side by side.
@@ -522,7 +541,7 @@ def grid_places(grid: tuple[int, ...] | None, n_prefix: int, tokens: int) -> np.
     return np.concatenate([np.full((n_prefix, len(grid)), -1), places]).astype(np.int32)
 
 
-def weights_hash(model: nn.Module) -> str:
+def weights_hash(model: Model) -> str:
     """SHA-256 over names, shapes and values of a model's encoder."""
     import hashlib
 
@@ -595,6 +614,7 @@ def part_to_read(split: Split, rows: np.ndarray, notes: Path, extractor: Extract
     """Some rows of a split, without labels; where broken ones are to be left out, black images in
     their place and notes about them in a folder."""
     whole = split.source
+    source: Source
     if isinstance(whole, ArraySource):
         source = whole.select(rows)
     elif extractor.spec.on_error == "skip":

@@ -34,9 +34,8 @@ from glovita_lib.spec_train import Extract
 AXES = ("x", "y", "z")
 
 
-def group_order(split: Split) -> np.ndarray:
-    """Rows (N,) with the samples of a group together: groups by their first sample, samples in the
-    split's order.
+def groups_of(split: Split) -> list[str]:
+    """Group of each sample.
 
     Raises:
         UserError: the data set knows no groups.
@@ -46,10 +45,16 @@ def group_order(split: Split) -> np.ndarray:
             'extract.bag_by = "group": the data set has no groups; name their column with'
             " data.group_column"
         )
-    first: dict[str, int] = {}
-    for group in split.groups:
+    return split.groups
+
+
+def group_order(split: Split) -> np.ndarray:
+    """Rows (N,) with the samples of a group together: groups by their first sample, samples in the
+    split's order; see groups_of."""
+    groups, first = groups_of(split), dict[str, int]()
+    for group in groups:
         first.setdefault(group, len(first))
-    return np.argsort([first[group] for group in split.groups], kind="stable")
+    return np.argsort([first[group] for group in groups], kind="stable")
 
 
 def sample_tables(split: Split, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -72,7 +77,8 @@ def bag_tables(split: Split, rows: np.ndarray, coords_file: str | None) -> dict[
     Raises:
         UserError: a group whose samples have different labels, a sample without coordinates.
     """
-    groups = [split.groups[row] for row in rows]
+    of_rows = groups_of(split)
+    groups = [of_rows[row] for row in rows]
     starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
     ptr = np.array([*starts, len(rows)], np.int64)
     tables = {
@@ -328,9 +334,9 @@ class BlockFiles:
     def write(self, block: int, rows: np.ndarray, readouts: list[Readout]) -> None:
         """Write a finished block: rows of the split, and what was read out of them."""
         arrays = {"rows": [rows], "features": [r.features for r in readouts]}
-        if readouts[0].lengths is not None:
-            arrays["lengths"] = [r.lengths for r in readouts]
-            arrays["coords"] = [r.coords for r in readouts]
+        if instances := [r.instances for r in readouts if r.instances is not None]:
+            arrays["lengths"] = [part.lengths for part in instances]
+            arrays["coords"] = [part.coords for part in instances]
         with files.atomic_path(self.path(block)) as temporary, ZipFile(temporary, "w") as archive:
             for name, pieces in arrays.items():
                 write_array(archive, name, pieces)
@@ -368,7 +374,7 @@ def write_array(archive: ZipFile, name: str, pieces: list[np.ndarray]) -> None:
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for piece in pieces:
-            file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
+            file.write(np.ascontiguousarray(piece).data.cast("B"))
 
 
 def put_together(

@@ -1,7 +1,7 @@
 """Mode extract: features of every sample of a split, in the order of the data set, as HDF5."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -222,7 +222,7 @@ class Job:
                         missing -= readouts[-1].samples
                     yield block, readouts
 
-    def readouts(self, split: Split, block: int, rate: Rate) -> Iterator[Readout]:
+    def readouts(self, split: Split, block: int, rate: Rate) -> Generator[Readout, None, None]:
         """What is read out of the batches of a readable split; each is copied to the host while
         the device computes the next one.
 

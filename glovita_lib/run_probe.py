@@ -102,7 +102,7 @@ class Linear:
         """(N, D) -> (N, K) float32, on the device of the model."""
         device = self.bias.device
         logits = torch.empty(len(features), len(self.bias), device=device)
-        size = probe_block_size(*self.weight.shape, device)
+        size = probe_block_size(self.weight.shape[1], len(self.weight), device)
         for start in range(0, len(features), size):
             block = features[start : start + size].to(device).float()
             block = (block - self.mean) / self.std
@@ -202,9 +202,9 @@ def fit_linear(
     largest = value_and_gradient(train, 0.0, solution)[1].abs().max()
     tolerance = TOLERANCE * float(largest)
     for strength in l2:
-        solution, *how = minimize(train, strength, solution, tolerance, max_iterations)
+        solution, steps, done = minimize(train, strength, solution, tolerance, max_iterations)
         weight, bias = solution[:, :-1].float(), solution[:, -1].float()
-        yield strength, Linear(weight, bias, mean, std, *how)
+        yield strength, Linear(weight, bias, mean, std, steps, done)
 
 
 def value_and_gradient(train: Train, l2: float, solution: Tensor) -> tuple[float, Tensor]:

@@ -199,11 +199,11 @@ def test_tokens_are_those_of_timm(name, keep):
         raw = raw.flatten(1, 2) if name == "Swin" else raw.flatten(2).transpose(1, 2)
     tokens = raw if keep else raw[:, n_prefix:]
     close(readout.features, tokens.flatten(0, 1))
-    assert readout.lengths.tolist() == [tokens.shape[1]] * 5
+    assert readout.instances.lengths.tolist() == [tokens.shape[1]] * 5
     side = round((raw.shape[1] - n_prefix) ** 0.5)
     grid = [(row, column) for row in range(side) for column in range(side)]
     places = [(-1, -1)] * (n_prefix * keep) + grid
-    assert readout.coords.tolist() == [list(place) for place in places] * 5
+    assert readout.instances.coords.tolist() == [list(place) for place in places] * 5
     says = extractor.attributes()["prefix_tokens"]
     assert says == ("in" if keep else "out")
 

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from glovita_lib import feature_writer, files
 from glovita_lib.data import PartSource, SkippingSource, skipped
 from glovita_lib.errors import UserError
-from glovita_lib.extraction import Readout
+from glovita_lib.extraction import Instances, Readout
 from glovita_lib.feature_writer import BlockFiles, BlockPlan, left_out, put_together, refuse_other
 from glovita_lib.files import Lock
 from glovita_lib.read_hdf5 import DatasetRows
@@ -32,7 +32,7 @@ def parts_of(folder: Path, count=COUNT, block=BLOCK, order=None, **recipe) -> Bl
 def vectors(parts: BlockFiles, block: int) -> tuple[np.ndarray, list[Readout]]:
     """A block in two batches."""
     rows = parts.plan.rows_of(block)
-    return rows, [Readout(X[part], None, None) for part in np.array_split(rows, 2)]
+    return rows, [Readout(X[part], None) for part in np.array_split(rows, 2)]
 
 
 def bags(parts: BlockFiles, block: int) -> tuple[np.ndarray, list[Readout]]:
@@ -40,7 +40,7 @@ def bags(parts: BlockFiles, block: int) -> tuple[np.ndarray, list[Readout]]:
     rows = parts.plan.rows_of(block)
     places = [(row, i) for row in rows for i in range(row % 3 + 1)]
     features = X[[row + i for row, i in places]]
-    return rows, [Readout(features, rows % 3 + 1, np.array(places, np.int32))]
+    return rows, [Readout(features, Instances(rows % 3 + 1, np.array(places, np.int32)))]
 
 
 def written(folder: Path, make=vectors, **options) -> BlockFiles:
@@ -132,7 +132,7 @@ def test_a_block_is_what_numpy_writes(tmp_path):
     pieces = [maps[:5].transpose(0, 2, 3, 1), maps[5:].transpose(0, 2, 3, 1)]
     lengths, coords = np.arange(1, 17), np.arange(272, dtype=np.int32).reshape(136, 2)
     parts.write(1, rows, [
-        Readout(piece, lengths[part], coords[part])
+        Readout(piece, Instances(lengths[part], coords[part]))
         for piece, part in zip(pieces, (slice(5), slice(5, None)), strict=True)
     ])  # fmt: skip
     np.savez(tmp_path / "own.npz", rows=rows, features=np.concatenate(pieces),
@@ -153,7 +153,7 @@ def test_no_block_is_copied_to_be_written(tmp_path):
     pieces = [np.ones((8, 2**19), np.float16) for _ in range(2)]  # 16 MiB in all
     tracemalloc.start()
     try:
-        parts.write(0, np.arange(16), [Readout(piece, None, None) for piece in pieces])
+        parts.write(0, np.arange(16), [Readout(piece, None) for piece in pieces])
         assert tracemalloc.get_traced_memory()[1] < 2**20
         del pieces
         assemble(parts)
@@ -229,7 +229,7 @@ def test_samples_that_are_left_out(tmp_path, make, first):
 def test_one_sample_and_a_map(tmp_path):
     parts = parts_of(tmp_path, count=1)
     parts.open()
-    parts.write(0, np.array([0]), [Readout(X[:6].reshape(1, 6, 8, 8), None, None)])
+    parts.write(0, np.array([0]), [Readout(X[:6].reshape(1, 6, 8, 8), None)])
     assert assemble(parts, compression="gzip") == (1, 6, 8, 8)
     with h5py.File(parts.target) as file:
         np.testing.assert_array_equal(file["features"][0], X[:6].reshape(6, 8, 8))
