@@ -319,8 +319,7 @@ def model_attributes(resolved: Resolved, sizes: Sizes) -> dict[str, Any]:
 
 PANELS = 6  # branches shown
 COLUMNS = 3
-SIDE = 3.0  # inches of the longer side of a map
-SHORTEST = 0.9  # of its shorter side
+SIDE = 3.0  # inches of the cell of a map
 TILES = 5000  # instances up to which each is drawn as a square of its own
 CELLS = 1500  # of the picture's longer side where they are more
 PROBED = 256  # instances whose neighbours tell the size of a tile
@@ -459,8 +458,10 @@ def attention_map(bag: BagMap, path: Path) -> None:
     columns = min(panels, COLUMNS)
     rows = -(-panels // columns)
     side = tile_side(bag.coords)
-    width, height = panel_size(bag.coords, side)
-    with drawing(path, columns * width + 1.7, rows * (height + 0.42) + 0.45) as figure:
+    # square cells, of which the layout keeps what the maps take
+    size = (SIDE * columns + 1.2, SIDE * rows + 0.5)
+    with drawing(path, *size) as figure:
+        figure.set_layout_engine("compressed", h_pad=0.08, w_pad=0.08)
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for spare in axes[panels:]:
             spare.set_axis_off()
@@ -470,18 +471,16 @@ def attention_map(bag: BagMap, path: Path) -> None:
         for place, k in zip(drawn, shown, strict=True):
             tiles = draw_branch(place, bag.coords, side, bag.attention[:, k])
             place.set_title(short(bag.branches[k], 40))
-        bar = figure.colorbar(tiles, ax=axes, shrink=0.6, aspect=18, ticks=-np.log10(MARKED))
+        wide, high = np.ptp(bag.coords, axis=0) + side
+        beside = {"location": "right", "shrink": 0.7, "aspect": 30}
+        if columns * wide > rows * high:  # a flat page has no room for it at its side
+            beside = {"location": "bottom", "shrink": 0.9, "aspect": 45}
+        bar = figure.colorbar(tiles, ax=axes, ticks=-np.log10(MARKED), **beside)
         bar.outline.set_visible(False)
-        bar.ax.set_yticklabels([f"{100 * share:g} %" for share in MARKED])
-        bar.ax.tick_params(length=0)
+        bar.set_ticklabels([f"{100 * share:g} %" for share in MARKED])
+        bar.ax.tick_params(length=0, labelsize=7)
         bar.set_label("rank by attention: top ... of the bag")
-        figure.suptitle(f"{short(bag.title, 60)}   {bag.caption}".rstrip(), x=0.01, ha="left")
-
-
-def panel_size(coords: np.ndarray, side: float) -> tuple[float, float]:
-    """Width and height of a map, inches."""
-    extent = np.ptp(coords, axis=0) + side
-    return tuple(np.maximum(SIDE * extent / extent.max(), SHORTEST))
+        figure.suptitle(f"{short(bag.title, 60)}   {bag.caption}".rstrip())
 
 
 def draw_branch(axes: Any, coords: np.ndarray, side: float, attention: np.ndarray) -> Any:
@@ -501,7 +500,15 @@ def draw_branch(axes: Any, coords: np.ndarray, side: float, attention: np.ndarra
     margin = 0.02 * (high - low).max()
     axes.set(xlim=(low[0] - margin, high[0] + margin), ylim=(high[1] + margin, low[1] - margin))
     bare(axes)
-    axes.set_xlabel(concentration(attention), color=GREY, fontsize=7.5)
+    below = {"xytext": (0, -5), "textcoords": "offset points", "ha": "center", "va": "top"}
+    axes.annotate(
+        concentration(attention),
+        (0.5, 0),
+        xycoords="axes fraction",
+        color=GREY,
+        fontsize=7.5,
+        **below,
+    )
     return tiles
 
 

@@ -187,22 +187,22 @@ def augmented_sheet(
     shift = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
     pixels = (augmented.detach().cpu().float() * scale + shift).clamp(0, 1).numpy()
     side = min(WIDTH / (rounds + 1.2), (HEIGHT - 0.5) / max(rows, 1) - LINE, 1.7)
-    page = Page(side, caption=1, gutter=0.2 * side)  # the originals stand a little apart
-    with drawing(path, page.width(rounds + 1), page.height(rows)) as figure:
-        figure.set_layout_engine("none")
-        page.heading(figure, 0, "stored")
-        if rounds:
-            page.heading(figure, 1, "augmented, as the encoder sees it")
-        room = int(side / 0.055)
+    room = int(side / 0.055)
+    # an empty column, as the originals stand a little apart
+    widths = [1, 0.05, *[1] * rounds]
+    with image_grid(path, rows, widths, side=side, lines=1) as (_, cells):
         for row, (image, caption) in enumerate(zip(originals, captions, strict=True)):
             depth = 8 if image.dtype == np.uint8 else 16
             low, high = window(image, depth)
             lines = [Line(short(caption, room), INK)]
-            page.image(figure, row, 0, displayed(image, low, high), lines)
+            first = show(cells[row, 0], displayed(image, low, high), lines, "NW")
+            if not row:
+                first.set_title("stored")
             for column in range(rounds):
                 values = pixels[column, row] * (2**depth - 1)
-                shown = displayed(values, low, high)
-                page.image(figure, row, column + 1, shown, [])
+                axes = show(cells[row, column + 2], displayed(values, low, high), [], "NW")
+                if not row and not column:
+                    axes.set_title("augmented, as the encoder sees it")
 
 
 def worst_sheet(
@@ -231,19 +231,18 @@ def worst_sheet(
         path: of the PNG.
     """
     columns = max(1, min(COLUMNS, len(images)))
-    rows = -(-len(images) // columns)
     side = WIDTH / COLUMNS - GAP
     room = int(side / 0.056)  # characters of a caption line
     captions = caption_lines(targets, scores, subtask, class_names, room)
-    page = Page(side, caption=4, gutter=0.0)
-    with drawing(path, page.width(max(columns, 3)), page.height(max(rows, 1))) as figure:
-        figure.set_layout_engine("none")
-        page.heading(figure, 0, "Largest losses" if len(images) else "No samples")
-        names = unique_short(ids, room)
+    names = unique_short(ids, room)
+    rows = -(-len(images) // columns)
+    with image_grid(path, rows, [1] * columns, side=side, lines=4) as (figure, cells):
+        title = "Largest losses" if len(images) else "No samples"
+        figure.suptitle(title, x=0, y=1.01, ha="left", va="bottom", fontsize=9.5)
         for i, (image, lines) in enumerate(zip(images, captions, strict=True)):
             low, high = window(image, bit_depth)
             lines = [Line(names[i], GREY), *lines, Line(f"loss {number(float(losses[i]))}", GREY)]
-            page.image(figure, *divmod(i, columns), displayed(image, low, high), lines)
+            show(cells[divmod(i, columns)], displayed(image, low, high), lines, "SW")
 
 
 # ---------------------------------------------------------------------- pixels
@@ -337,46 +336,48 @@ def value_lines(
 # ---------------------------------------------------------------------- the page
 
 
-class Page:
-    """Places of equal square images in rows, each with caption lines below. Inches."""
+@contextmanager
+def image_grid(
+    path: Path, rows: int, widths: list[float], *, side: float, lines: int
+) -> Iterator[tuple[Any, Any]]:
+    """A figure and its GridSpec of square cells with room for captions below them.
 
-    def __init__(self, side: float, *, caption: int, gutter: float) -> None:
-        self.side, self.gutter = side, gutter
-        self.step = side + caption * LINE + 0.1  # from row to row
-        self.top = 0.32  # for the headings
+    Args:
+        path: of the PNG.
+        widths: of the columns, 1 for an image.
+        side: of an image, inches.
+        lines: of a caption.
+    """
+    rows, below = max(rows, 1), lines * LINE + 0.14
+    width = sum(widths) * side + (len(widths) - 1) * GAP
+    with drawing(path, width, rows * side + (rows - 1) * below) as figure:
+        figure.set_layout_engine("none")  # which would make room beside the images for captions
+        edges = {"left": 0, "right": 1, "bottom": 0, "top": 1}
+        gaps = {"wspace": GAP * len(widths) / (sum(widths) * side), "hspace": below / side}
+        yield figure, figure.add_gridspec(rows, len(widths), width_ratios=widths, **edges, **gaps)
 
-    def width(self, columns: int) -> float:
-        """Of a page with so many columns."""
-        return columns * (self.side + GAP) + self.gutter
 
-    def height(self, rows: int) -> float:
-        """Of a page with so many rows."""
-        return self.top + rows * self.step
+def show(cell: Any, pixels: np.ndarray, lines: list[Line], anchor: str) -> Any:
+    """Axes with pixels (H, W, 3), whole and in proportion, and their caption below.
 
-    def left(self, column: int) -> float:
-        """Left edge of a column; a gutter follows the first."""
-        return column * (self.side + GAP) + (self.gutter if column else 0)
-
-    def heading(self, figure: Any, column: int, text: str) -> None:
-        """Bold words above a column."""
-        width, height = figure.get_size_inches()
-        y = (height - self.top + 0.08) / height
-        figure.text(self.left(column) / width, y, text, fontweight="bold", fontsize=9.5)
-
-    def image(
-        self, figure: Any, row: int, column: int, pixels: np.ndarray, lines: list[Line]
-    ) -> None:
-        """Pixels (H, W, 3) in their place, whole and in proportion, with their caption."""
-        width, height = figure.get_size_inches()
-        left, top = self.left(column), height - self.top - row * self.step
-        axes = figure.add_axes(
-            (left / width, (top - self.side) / height, self.side / width, self.side / height)
+    Args:
+        cell: of a GridSpec.
+        anchor: where in the cell the image lies.
+    """
+    axes = cell.get_gridspec().figure.add_subplot(cell)
+    small = max(pixels.shape[:2]) <= SMALL
+    axes.imshow(pixels, interpolation="nearest" if small else "antialiased", aspect="equal")
+    axes.set(xticks=[], yticks=[], anchor=anchor)
+    axes.spines[:].set(visible=True, color=PALE, linewidth=0.5)  # for images as white as paper
+    for i, line in enumerate(lines):
+        axes.annotate(
+            line.text,
+            xy=(0, 0),
+            xycoords="axes fraction",
+            xytext=(0, -72 * LINE * (i + 0.35)),
+            textcoords="offset points",
+            color=line.colour,
+            fontsize=6.6,
+            va="top",
         )
-        small = max(pixels.shape[:2]) <= SMALL
-        axes.imshow(pixels, interpolation="nearest" if small else "antialiased", aspect="equal")
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set(visible=True, color=PALE, linewidth=0.5)  # for images as white as paper
-        axes.set_anchor("SW")  # the caption stays close
-        for i, line in enumerate(lines):
-            y = (top - self.side - (i + 0.35) * LINE) / height
-            figure.text(left / width, y, line.text, color=line.colour, fontsize=6.6, va="top")
+    return axes

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -395,3 +397,37 @@ def test_map_colours_are_where_the_instances_are(tmp_path, monkeypatch, tiles):
     map_ = pixels[:, : width // 2]  # without the colour bar
     y, x = np.nonzero((map_[..., 0] > 100) & (map_[..., 1] < 90) & (map_[..., 2] < 60))
     assert len(y) and y.max() < 0.5 * height and x.max() < 0.35 * width
+
+
+@pytest.mark.parametrize(("width", "height", "branches"), [(20, 25, 8), (60, 1, 1), (4, 60, 3)])
+def test_no_words_of_a_map_lie_over_others(tmp_path, monkeypatch, width, height, branches):
+    """Of several rows, of a row of tiles, and of columns that are narrower than their captions."""
+    from matplotlib.text import Text
+
+    drawn, original = [], attention_maps.drawing
+
+    @contextmanager
+    def kept(*page):
+        with original(*page) as figure:
+            drawn.append(figure)
+            yield figure
+
+    monkeypatch.setattr(attention_maps, "drawing", kept)
+    coords = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).reshape(-1, 2)
+    values = np.random.default_rng(0).random((len(coords), branches))
+    names = [f"tissue class {k}" for k in range(branches)]
+    bag = BagMap(
+        "a slide",
+        "label a, predicted b",
+        coords * 1.0,
+        values / values.sum(0),
+        names,
+        range(branches),
+    )
+    attention_map(bag, tmp_path / "a.png")
+    (figure,) = drawn
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    boxes = [text.get_window_extent() for text in texts]
+    assert len(boxes) > 8
+    for (one, box), (other, second) in combinations(zip(texts, boxes, strict=True), 2):
+        assert not box.overlaps(second), (one, other)
