@@ -7,11 +7,16 @@ from importlib import import_module
 from glovita_lib.errors import UserError
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line; a mistake in it exits with code 2."""
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line (none: the process's own); a mistake in it exits with code 2."""
     parser = argparse.ArgumentParser(description="Train, evaluate and read out vision models.")
     add = parser.add_argument
-    add("specs", nargs="*", metavar="SPEC", help="TOML file of an experiment")
+    add(
+        "specs",
+        nargs="*",
+        metavar="SPEC",
+        help="TOML file of an experiment, or the name of a shipped one",
+    )
     add("--override", nargs="+", action="extend", default=[], metavar="a.b=value",
         help="change keys of the spec: TOML or a bare string; none unsets")  # fmt: skip
     add("--check", action="store_true", help="only check the specs, all errors at once")
@@ -40,7 +45,7 @@ def information(asked: argparse.Namespace) -> str | None:
     return None
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; the exit code is 2 after a mistake of the user's."""
     asked = arguments(argv)
     try:
@@ -69,4 +74,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -85,6 +85,8 @@ def find_target(key: str, target: str) -> Callable[..., Any]:
     module_name, colon, name = target.partition(":")
     if not (module_name and colon and name):
         raise UserError(f'{key}.target = "{target}": write it as "package.module:function"')
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # an installed command has its own folder there instead
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -1,6 +1,7 @@
 """Specs: loading TOML files with `extends` and overrides, and writing them back."""
 
 import os
+import pathlib
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -317,7 +318,7 @@ def load_spec(path: str | os.PathLike, overrides: Sequence[str], root_type: type
     Raises:
         UserError: one line for each mistake: file, key, what was offered, what is valid.
     """
-    path = os.fspath(path)
+    path = spec_file(os.fspath(path))
     kind = spec_errors.struct_type(root_type)
     merge = Merge(kind)
     problems: list[str] = []
@@ -421,6 +422,36 @@ def read_tables(path: str) -> dict:
         raise UserError(f"{path}: not UTF-8 text: byte {error.start} cannot be read") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def spec_file(path: str) -> str:
+    """The file of a spec: the path as it was given, or the shipped spec of that name where there is
+    nothing at the path and it has no suffix.
+
+    Raises:
+        UserError: no such spec; names that are near.
+    """
+    if os.path.exists(path) or os.path.splitext(path)[1]:
+        return path
+    from difflib import get_close_matches  # only ever needed for a message
+
+    shipped = shipped_specs()
+    if path in shipped:
+        return shipped[path]
+    near = get_close_matches(path, shipped, n=5) or shipped
+    raise UserError(
+        f"{path}: no such spec file, and none of that name comes with glovita; there are"
+        f" {errors.listed(near)}"
+    )
+
+
+def shipped_specs() -> dict[str, str]:
+    """Name, as in peft/vit_lora, and file of the specs that come with glovita."""
+    package = pathlib.Path(__file__).parent
+    installed, checkout = package / "specs", package.parent / "specs"
+    folder = installed if installed.is_dir() else checkout
+    files = sorted(folder.rglob("*.toml"))
+    return {file.relative_to(folder).with_suffix("").as_posix(): str(file) for file in files}
 
 
 def similar_file(path: str) -> str:

@@ -75,7 +75,9 @@ def commands():
     """Simple commands of all pages, loops unrolled, with their place."""
     for page in PAGES:
         lines = [(n + i, line) for n, text in blocks(page, "sh") for i, line in numbered(text)]
-        lines += [(0, text) for text in inline(page) if re.match(r"(python|torchrun|for) ", text)]
+        lines += [
+            (0, text) for text in inline(page) if re.match(r"(python|glovita|torchrun|for) ", text)
+        ]
         for number, line in lines:
             for words in unrolled(shlex.split(line, comments=True)):
                 yield f"{page.name}:{number}", words
@@ -120,7 +122,7 @@ def parse(words):
             parse_install(rest)
         case ["python", "-m", "pytest", *rest]:
             parse_pytest(rest)
-        case ["python", "glovita.py", *rest]:
+        case ["python", "glovita.py", *rest] | ["glovita", *rest]:
             parse_glovita(rest)
         case ["torchrun", *rest]:
             from torch.distributed.run import get_args_parser
@@ -214,7 +216,8 @@ def test_every_command_parses(monkeypatch):
         'python -m pip install -e ".[tests]"',
         "python -m pytest -m slower",
         "python -m pytest tests/test_nothing.py",
-        "glovita specs/digits_resnet.toml",
+        "glovita digits_resnt",
+        "glovit digits_resnet",
     ],
 )
 def test_a_wrong_command_is_found(line, monkeypatch):
