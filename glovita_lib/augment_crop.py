@@ -7,6 +7,7 @@ CPU; pixels on any device. B batch, C channels, H W source pixels, S side of the
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -133,9 +134,9 @@ def resample_windows(
     size, device = rows.shape[1], images.device
     if bool((boxes == boxes[:1]).all() & (rows == rows[:1]).all() & (columns == columns[:1]).all()):
         boxes, rows, columns = boxes[:1], rows[:1], columns[:1]  # one matrix serves the batch
-    how = {"window_only": window_only, "interpolation": interpolation, "device": device}
-    vertical = weights(boxes[:, 0], boxes[:, 2], rows, extent=height, **how)  # (B | 1, S, H)
-    across = weights(boxes[:, 1], boxes[:, 3], columns, extent=width, **how)  # (B | 1, S, W)
+    along = partial(weights, window_only=window_only, interpolation=interpolation, device=device)
+    vertical = along(boxes[:, 0], boxes[:, 2], rows, extent=height)  # (B | 1, S, H)
+    across = along(boxes[:, 1], boxes[:, 3], columns, extent=width)  # (B | 1, S, W)
     chunk = max(1, CHUNK // (channels * height * width))
     parts = []
     for begin in range(0, batch, chunk):
@@ -156,19 +157,18 @@ def library_windows(
     images (B, C, H, W) uint8, boxes (B, 4) as drawn by `Fit.boxes` -> (B, C, S, S) uint8, within
     one level of `resample_windows`.
     """
-    how = {"mode": interpolation, "antialias": True}
+
+    def resized(part: Tensor, sides: int | tuple[int, int]) -> Tensor:
+        return F.interpolate(part, sides, mode=interpolation, antialias=True)
 
     def window(part: Tensor, box: list[float]) -> Tensor:
         y, x, h, w = box
         if window_only:
-            return F.interpolate(
-                cut_window(part, round(y), round(x), round(h), round(w)), size, **how
-            )
+            return resized(cut_window(part, round(y), round(x), round(h), round(w)), size)
         height, width = part.shape[2:]
         scaled = round(size * height / h), round(size * width / w)  # undo the folding
         top, left = round(y * scaled[0] / height), round(x * scaled[1] / width)
-        whole = F.interpolate(part, scaled, **how)
-        return whole[:, :, top : top + size, left : left + size]
+        return resized(part, scaled)[:, :, top : top + size, left : left + size]
 
     parts = zip(images.split(1), boxes.tolist(), strict=True)
     return torch.cat([window(part, box) for part, box in parts])
@@ -229,23 +229,23 @@ class CropResize:
         Raises:
             UserError: an image is smaller than a crop that does not resize it.
         """
-        sizes = torch.as_tensor(np.asarray(sizes).reshape(-1, 2)).double()  # (B, 2)
+        whole = torch.as_tensor(np.asarray(sizes).reshape(-1, 2)).double()  # (B, 2)
         if self.ops.crop == "none":
-            return torch.cat([torch.zeros_like(sizes), sizes], 1)
+            return torch.cat([torch.zeros_like(whole), whole], 1)
         if self.ops.crop == "resized":
-            return self.resized_boxes(sizes, generator)
-        scaled = self.scaled(sizes)  # (B, 2) size after the resize
+            return self.resized_boxes(whole, generator)
+        scaled = self.scaled(whole)  # (B, 2) size after the resize
         if self.ops.crop == "padded":
-            return self.padded_boxes(sizes, scaled, generator)
+            return self.padded_boxes(whole, scaled, generator)
         room = scaled - self.size
         if bool((room < 0).any()):
-            raise UserError(too_small(sizes[(room < 0).any(1).nonzero()[0, 0]], self.size))
+            raise UserError(too_small(whole[(room < 0).any(1).nonzero()[0, 0]], self.size))
         if self.ops.crop == "center":
             offset = (room / 2).round()
         else:
-            draws = torch.rand(sizes.shape, generator=generator, dtype=torch.float64)
+            draws = torch.rand(whole.shape, generator=generator, dtype=torch.float64)
             offset = (draws * (room + 1)).floor()
-        step = sizes / scaled  # source pixels per resized pixel
+        step = whole / scaled  # source pixels per resized pixel
         return torch.cat([offset * step, self.size * step], 1)
 
     def scaled(self, sizes: Tensor) -> Tensor:
@@ -327,11 +327,16 @@ class CropResize:
             if whole and images.shape[2:] == (self.size, self.size) and untouched(rows, columns):
                 return images
             return gather_pixels(images, rows, columns)
-        how = {"window_only": self.window_only, "interpolation": self.interpolation}
+        cut, kernel = self.window_only, self.interpolation
         quick = images.dtype == torch.uint8 and images.device.type == "cpu"
-        if quick and self.interpolation in ("bilinear", "bicubic"):
-            return mirrored(library_windows(images, boxes, self.size, **how), hflip, vflip)
-        canvas = resample_windows(images, boxes, rows, columns, **how)
+        if quick and kernel in ("bilinear", "bicubic"):
+            canvas = library_windows(
+                images, boxes, self.size, window_only=cut, interpolation=kernel
+            )
+            return mirrored(canvas, hflip, vflip)
+        canvas = resample_windows(
+            images, boxes, rows, columns, window_only=cut, interpolation=kernel
+        )
         return canvas if self.interpolation == "bilinear" else canvas.clamp(0, self.peak)
 
     def positions(self, count: int, flip: Tensor | None) -> Tensor:

@@ -216,7 +216,8 @@ def warp(x: Tensor, matrices: Tensor, *, padding: str, fill: float = 0.0) -> Ten
         fill: value of what comes from outside with padding "zeros".
     """
     back = torch.linalg.inv(matrices)[:, :2].float()  # output -> input
-    grid = F.affine_grid(*to(x.device, back), list(x.shape), align_corners=False)
+    (back,) = to(x.device, back)
+    grid = F.affine_grid(back, list(x.shape), align_corners=False)
     if not fill:
         return F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
     return F.grid_sample(x - fill, grid, padding_mode=padding, align_corners=False).add_(fill)
@@ -250,9 +251,7 @@ def jittered(x: Tensor, rows: Tensor, ops: ImageOps, generator: torch.Generator)
         for strength in ops.jitter[:3]
     ]
     factors.append(uniform(count, -ops.jitter[3], ops.jitter[3], generator))
-    steps = (brightness, contrast, saturation, hue)
-    if x.shape[1] == 1:
-        steps = steps[:2]
+    steps = [brightness, contrast, saturation, hue][: 2 if x.shape[1] == 1 else 4]
     order = torch.rand(count, 4, generator=generator).argsort(1)  # (n, 4)
     for turn in range(4):
         for step, operation in enumerate(steps):

@@ -36,6 +36,15 @@ class Chunk:
     skipped: int  # bit mask over the filters
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkedStorage:
+    """Chunks of whole rows whose filters can all be undone here."""
+
+    filters: tuple[int, ...]  # in the order of writing
+    chunks: dict[int, Chunk]  # by their number along the first axis
+    fill_value: Any  # of a chunk that was never written
+
+
 class DatasetRows:
     """Random access to the rows of one dataset; safe to use from threads and after a fork.
 
@@ -57,15 +66,13 @@ class DatasetRows:
                 )
             self.shape: tuple[int, ...] = dataset.shape
             self.dtype: np.dtype = readable_type(dataset.dtype)
-            self.chunk_rows = dataset.chunks[0] if dataset.chunks else None
+            self.chunk_rows: int = dataset.chunks[0] if dataset.chunks else 1
             self.offset = contiguous_offset(dataset)
-            self.filters = readable_filters(dataset)
-            self.chunks = {} if self.filters is None else chunk_table(dataset)
-            self.fill_value = None if self.filters is None else dataset.fillvalue
+            self.storage = chunked_storage(dataset)
         self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         if self.offset is not None:
             self.check_length(self.offset + self.row_bytes * len(self))
-        for chunk in self.chunks.values():
+        for chunk in self.storage.chunks.values() if self.storage is not None else ():
             self.check_length(chunk.offset + chunk.size)
         self.file = os.open(self.path, os.O_RDONLY)
         self._pools: dict[int, ThreadPoolExecutor] = {}  # by process
@@ -107,7 +114,7 @@ class DatasetRows:
         """
         out = self.empty(len(rows)) if out is None else out
         pieces = self.pieces(rows)
-        if self.offset is None and self.filters is None:
+        if self.offset is None and self.storage is None:
             with open_hdf5(self.path) as file:
                 self.fill(pieces, rows, out, file[self.key])
             return out
@@ -123,8 +130,8 @@ class DatasetRows:
     def pieces(self, rows: np.ndarray) -> list[tuple[int, int]]:
         """Ranges of `rows` that are read in one go: those of a chunk, or near ones of several MiB
         that end at the end of a chunk."""
-        chunk, row = self.chunk_rows or 1, max(1, self.row_bytes)
-        if self.filters is not None:
+        chunk, row = self.chunk_rows, max(1, self.row_bytes)
+        if self.storage is not None:
             return cut_ranges(rows, length=chunk, gap=chunk)
         length = max(1, PIECE_BYTES // (row * chunk)) * chunk
         return cut_ranges(rows, length=length, gap=max(GAP_BYTES // row, chunk - 1))
@@ -141,9 +148,9 @@ class DatasetRows:
         for first, end in pieces:
             wanted, target = rows[first:end], out[first:end]
             start, stop = int(wanted[0]), int(wanted[-1]) + 1
-            if self.filters is not None:
+            if self.storage is not None:
                 index = start // self.chunk_rows
-                pick(self.chunk(index), wanted - index * self.chunk_rows, target)
+                pick(self.chunk(self.storage, index), wanted - index * self.chunk_rows, target)
             elif stop - start == len(wanted):
                 self.load(start, stop, target, dataset)
             else:
@@ -154,10 +161,10 @@ class DatasetRows:
 
     def load(self, start: int, stop: int, out: np.ndarray, dataset: Any) -> None:
         """Rows start..stop of a storage without chunks, or of one that h5py reads, into `out`."""
-        if dataset is None:
-            self.pread(out, self.offset + start * self.row_bytes)
-        else:
+        if self.offset is None:
             dataset.read_direct(out, np.s_[start:stop])
+        else:
+            self.pread(out.data, self.offset + start * self.row_bytes)
 
     # ------------------------------------------------------------------ bytes
 
@@ -183,9 +190,9 @@ class DatasetRows:
         if getattr(self, "file", None) is not None:
             os.close(self.file)
 
-    def pread(self, out: np.ndarray, offset: int) -> None:
+    def pread(self, out: memoryview, offset: int) -> None:
         """Fill `out` (C-contiguous) with the file's bytes from offset on."""
-        view, done = memoryview(out).cast("B"), 0
+        view, done = out.cast("B"), 0
         while done < len(view):
             got = self.pread_some(view[done:], offset + done)
             if not got:
@@ -201,22 +208,21 @@ class DatasetRows:
             file.seek(offset)
             return file.readinto(view)
 
-    def chunk(self, index: int) -> np.ndarray:
+    def chunk(self, storage: ChunkedStorage, index: int) -> np.ndarray:
         """A whole chunk (chunk_rows, ...); one that was never written holds the fill value."""
-        where = self.chunks.get(index)
+        shape, where = (self.chunk_rows, *self.shape[1:]), storage.chunks.get(index)
         if where is None:
-            return np.full((self.chunk_rows, *self.shape[1:]), self.fill_value, self.dtype)
-        stored = np.empty(where.size, np.uint8)
+            return np.full(shape, storage.fill_value, self.dtype)
+        stored = np.empty(where.size, np.uint8).data
         self.pread(stored, where.offset)
-        data: bytes | np.ndarray = stored
-        for number in reversed(range(len(self.filters))):
-            if where.skipped >> number & 1:
-                continue
-            data = inflate(data, self) if self.filters[number] == DEFLATE else unshuffle(data, self)
-        return np.frombuffer(data, self.dtype).reshape(self.chunk_rows, *self.shape[1:])
+        data: bytes | memoryview = stored
+        for number, kind in reversed(list(enumerate(storage.filters))):
+            if not where.skipped >> number & 1:
+                data = inflate(data, self) if kind == DEFLATE else unshuffle(data, self)
+        return np.frombuffer(data, self.dtype).reshape(shape)
 
 
-def inflate(data: bytes | np.ndarray, rows: DatasetRows) -> bytes:
+def inflate(data: bytes | memoryview, rows: DatasetRows) -> bytes:
     """Undo gzip."""
     try:
         return zlib.decompress(data, bufsize=rows.chunk_rows * rows.row_bytes)
@@ -224,14 +230,14 @@ def inflate(data: bytes | np.ndarray, rows: DatasetRows) -> bytes:
         raise UserError(f"{rows.path}: damaged chunk in {rows.key!r} ({error})") from None
 
 
-def unshuffle(data: bytes | np.ndarray, rows: DatasetRows) -> np.ndarray:
+def unshuffle(data: bytes | memoryview, rows: DatasetRows) -> memoryview:
     """Undo HDF5's byte shuffle: all first bytes, then all second bytes ... -> whole values."""
     planes = np.frombuffer(data, np.uint8).reshape(rows.dtype.itemsize, -1)
     values = planes[-1].astype(f"u{rows.dtype.itemsize}")
     for plane in planes[-2::-1]:  # shifts are several times faster than a transposed copy
         values <<= 8
         values |= plane
-    return values
+    return values.data
 
 
 def cut_ranges(rows: np.ndarray, *, length: int, gap: int) -> list[tuple[int, int]]:
@@ -290,23 +296,20 @@ def converts(dataset: Any) -> bool:
     return readable_type(dataset.dtype) != dataset.dtype
 
 
-def readable_filters(dataset: Any) -> tuple[int, ...] | None:
-    """Filters of a chunked dataset in the order of writing; None unless all can be undone here."""
+def chunked_storage(dataset: Any) -> ChunkedStorage | None:
+    """Where the chunks of a dataset are; None unless all their filters can be undone here."""
     whole_rows = dataset.chunks and dataset.chunks[1:] == dataset.shape[1:]
     if not whole_rows or dataset.is_virtual or converts(dataset):
         return None
     plist = dataset.id.get_create_plist()
     filters = tuple(plist.get_filter(i)[0] for i in range(plist.get_nfilters()))
-    return filters if set(filters) <= {DEFLATE, SHUFFLE} else None
-
-
-def chunk_table(dataset: Any) -> dict[int, Chunk]:
-    """Chunk number along the first axis -> its place."""
-    table = {}
+    if not set(filters) <= {DEFLATE, SHUFFLE}:
+        return None
+    chunks: dict[int, Chunk] = {}
 
     def note(info: Any) -> None:
         number = info.chunk_offset[0] // dataset.chunks[0]
-        table[number] = Chunk(info.byte_offset, info.size, info.filter_mask)
+        chunks[number] = Chunk(info.byte_offset, info.size, info.filter_mask)
 
     dataset.id.chunk_iter(note)
-    return table
+    return ChunkedStorage(filters, chunks, dataset.fillvalue)

@@ -28,6 +28,7 @@ from typing import IO
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from glovita_lib.errors import UserError
 
@@ -93,7 +94,7 @@ def read_header(path: str) -> Header:
         height, width = image.height, image.width
         if orientation(image) >= 5:
             height, width = width, height
-        pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        pages = image.n_frames if isinstance(image, TiffImageFile) else 1
         if is_cut(file, image):
             image.load()
             if image.format == "PNG" and not has_end(file):
@@ -103,7 +104,7 @@ def read_header(path: str) -> Header:
 
 def orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8 of an image that is not decoded yet; 1 is upright."""
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         return 1  # Pillow turns these itself
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # Pillow would decode the whole file to look for it behind the pixels
@@ -122,7 +123,7 @@ def is_cut(file: IO[bytes], image: Image.Image) -> bool:
     elif image.format == "BMP":
         file.seek(2)
         cut = struct.unpack("<I", file.read(4))[0] > size
-    elif image.format == "TIFF":
+    elif isinstance(image, TiffImageFile):
         cut = end_of_tiff(image) > size
     file.seek(position)
     return cut
@@ -134,7 +135,7 @@ def has_end(file: IO[bytes]) -> bool:
     return b"IEND" in file.read()
 
 
-def end_of_tiff(image: Image.Image) -> int:
+def end_of_tiff(image: TiffImageFile) -> int:
     """Byte after the last pixel of the first page."""
     ends = [0]
     for offsets, counts in STRIP_TAGS:
@@ -160,7 +161,7 @@ def read_headers(paths: Sequence[str], *, threads: int) -> tuple[list[Header], d
     with ThreadPoolExecutor(threads) as pool:
         answers = list(pool.map(attempt, paths, chunksize=64))
     broken = {i: answer for i, answer in enumerate(answers) if isinstance(answer, str)}
-    return [Header(0, 0, 0) if i in broken else a for i, a in enumerate(answers)], broken
+    return [Header(0, 0, 0) if isinstance(a, str) else a for a in answers], broken
 
 
 # ---------------------------------------------------------------------- pixels
@@ -188,7 +189,7 @@ def has_wide_colours(image: Image.Image, data: bytes) -> bool:
     """Whether an image has 16 bits and several channels, of which Pillow keeps 8 bits."""
     if image.format == "PNG":
         return data[24] == 16 and data[25] in (2, 4, 6)  # bit depth and colour type in IHDR
-    bits = image.tag_v2.get(BITS_TAG, ()) if image.format == "TIFF" else ()
+    bits = image.tag_v2.get(BITS_TAG, ()) if isinstance(image, TiffImageFile) else ()
     return len(bits) > 1 and max(bits) == 16
 
 
@@ -213,14 +214,14 @@ def wide_colours(data: bytes) -> np.ndarray:
     return halves[0] << 8 | halves[1]
 
 
-def other_order(args: str | tuple) -> str | tuple:
+def other_order(args: str | tuple | None) -> str | tuple:
     """Decoder arguments with the other byte order: L little, B big, N the machine's."""
-    raw_mode = args if isinstance(args, str) else args[0]
+    raw_mode = str(args[0] if isinstance(args, tuple) else args)
     if raw_mode[-3:-1] != "16":
         raise UserError(f"16-bit image stored as {raw_mode}: save it as 16-bit PNG")
     order = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}[raw_mode[-1]]
     raw_mode = raw_mode[:-1] + order
-    return raw_mode if isinstance(args, str) else (raw_mode, *args[1:])
+    return (raw_mode, *args[1:]) if isinstance(args, tuple) else raw_mode
 
 
 def wide_grey_alpha(data: bytes) -> np.ndarray:
@@ -326,7 +327,8 @@ class FileSource:
     def uniform(self) -> tuple[int, int, int] | None:
         if not len(self.sizes) or (self.sizes != self.sizes[0]).any():
             return None
-        return (self.channels, *map(int, self.sizes[0]))
+        height, width = self.sizes[0].tolist()
+        return self.channels, height, width
 
     def fetch(self, rows: np.ndarray) -> np.ndarray | list[np.ndarray]:
         images, errors = [], []

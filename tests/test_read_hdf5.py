@@ -175,7 +175,7 @@ def test_a_damaged_chunk_is_named(tmp_path):
     with h5py.File(path, "w") as file:
         file.create_dataset("features", data=DIGITS, chunks=(128, 64), compression="gzip")
     rows = DatasetRows(path, "features", threads=2)
-    chunk = rows.chunks[3]
+    chunk = rows.storage.chunks[3]
     with open(path, "r+b") as file:
         file.seek(chunk.offset + 10)
         file.write(bytes(200))
