@@ -42,14 +42,15 @@ class Labels:
 
     def cells(self) -> list[Any]:
         """The label of each sample; several of a sample as a list."""
-        several = isinstance(self.values, np.ndarray) and self.values.ndim > 1
-        return self.values.tolist() if several else list(self.values)
+        if isinstance(self.values, np.ndarray) and self.values.ndim > 1:
+            return self.values.tolist()
+        return list(self.values)
 
     def error(self, text: str) -> UserError:
         """An error about these labels."""
         return UserError(f"{self.where}: {text}" if self.where else text)
 
-    def refuse(self, wrong: Iterable[bool], why: str) -> None:
+    def refuse(self, wrong: Iterable[bool] | np.ndarray, why: str) -> None:
         """Raise an error that names the samples that are wrong."""
         bad = [identity for identity, is_wrong in zip(self.ids, wrong, strict=True) if is_wrong]
         if bad:
@@ -251,7 +252,7 @@ def class_indices(files: Sequence[Labels], rules: LabelRules) -> Targets:
     names = rules.class_names or tuple(map(str, range(max(largest + 1, rules.num_classes or 0))))
     for file, values in zip(files, targets, strict=True):
         bad = np.flatnonzero((values < 0) | (values >= len(names)))
-        refuse_unknown(file, ((str(values[row]), file.ids[row]) for row in bad), names, rules)
+        refuse_unknown(file, ((str(values[i]), file.ids[int(i)]) for i in bad), names, rules)
     return targets, names
 
 
@@ -314,7 +315,7 @@ def multilabel(files: Sequence[Labels], rules: LabelRules) -> Targets:
         files = [replace(file, values=marked(file)) for file in files]
     found = [matrix(file, why) for file in files]
     for file, values in zip(files, found, strict=True):
-        file.refuse(~np.isin(values, (0, 1)).all(1), why)
+        file.refuse(np.any(~np.isin(values, (0, 1)), axis=1), why)
     return in_columns(files, found, rules)
 
 
@@ -349,30 +350,30 @@ def regression(files: Sequence[Labels], rules: LabelRules) -> Targets:
 def matrix(file: Labels, why: str) -> np.ndarray:
     """Labels of a file as numbers (N, K) float32; `why` is the error about one that is none."""
     if isinstance(file.values, np.ndarray) and file.values.dtype.kind in "iubf":
-        rows = file.values.reshape(len(file.values), -1)
+        numbers = file.values.reshape(len(file.values), -1)
     else:
         rows = [label_numbers(label) for label in file.cells()]
-        file.refuse((row is None for row in rows), why)
+        file.refuse((not row for row in rows), why)
         widths = {len(row) for row in rows}
         if len(widths) > 1:
             raise file.error(
                 f"samples have {' or '.join(map(str, sorted(widths)))} regression targets: give"
                 " every sample the same number"
             )
-        rows = np.array(rows, np.float64).reshape(len(rows), *widths or (1,))
+        numbers = np.array(rows, np.float64).reshape(len(rows), *widths or (1,))
     with np.errstate(over="ignore"):  # becomes infinity, which is refused
-        values = rows.astype(np.float32)
-    file.refuse(~np.isfinite(values).all(1), why)
+        values = numbers.astype(np.float32)
+    file.refuse(np.any(~np.isfinite(values), axis=1), why)
     return values
 
 
-def label_numbers(label: Any) -> list[float] | None:
-    """Numbers of a label; None if it is something else."""
+def label_numbers(label: Any) -> list[float]:
+    """Numbers of a label; none if it is something else."""
     parts = label if isinstance(label, list | tuple) else [label]
     try:
-        return [float(part) for part in parts] or None
+        return [float(part) for part in parts]
     except (TypeError, ValueError, OverflowError):
-        return None
+        return []
 
 
 def in_columns(files: Sequence[Labels], found: list[np.ndarray], rules: LabelRules) -> Targets:

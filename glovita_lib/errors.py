@@ -76,17 +76,22 @@ def listed(names: Iterable[object], most: int = 10, mark: str = ", ") -> str:
 # errors say.
 
 
+def is_target(text: str) -> bool:
+    """Whether a text names a function as package.module:function."""
+    return re.fullmatch(r"\w+(\.\w+)*:\w+", text) is not None
+
+
 def find_target(key: str, target: str) -> Callable[..., Any]:
     """The function of a `target`.
 
     Raises:
         UserError: malformed, no such module or no such function.
     """
-    module_name, colon, name = target.partition(":")
-    if not (module_name and colon and name):
+    if not is_target(target):
         raise UserError(f'{key}.target = "{target}": write it as "package.module:function"')
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # an installed command has its own folder there instead
+    module_name, _, name = target.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -5,7 +5,6 @@ A rule of one table is the method `problems` of its Struct; rules between sectio
 `spec_check`. Both are asked before any data is read.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any
 from msgspec import Meta
 from msgspec import inspect as kinds
 
+from glovita_lib.errors import is_target
 from glovita_lib.spec import Spec
 from glovita_lib.spec_errors import default_of, extra_of, shown
 
@@ -67,7 +67,7 @@ def read_unless(key: str, *values: Any, words: str | None = None) -> Meta:
 
 def target_problems(target: str) -> Iterator[tuple[str, str]]:
     """What is wrong with the `target` of a part of the user's own."""
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+", target):
+    if not is_target(target):
         yield "target", f'{shown(target)} must read "package.module:function"'
 
 
