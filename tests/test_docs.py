@@ -6,6 +6,7 @@ specs/; data and checkpoint files that a command names need not exist.
 """
 
 import argparse
+import ast
 import configparser
 import importlib.util
 import re
@@ -19,6 +20,7 @@ from typing import get_type_hints
 
 import msgspec
 import pytest
+import yaml
 from msgspec import inspect as kinds
 
 import glovita
@@ -443,3 +445,58 @@ def test_the_picture_of_the_floors_is_made_of_todays_imports():
     drawn = structure.picture(structure.Source(REPOSITORY))
     message = f"{structure.PICTURE} is out of date: python benchmarks/structure.py --picture"
     assert (REPOSITORY / structure.PICTURE).read_text() == drawn, message
+
+
+# ---------------------------------------------------------------- continuous integration
+
+
+def test_ci_runs_the_readmes_own_commands():
+    """.ci/run installs and tests as README says, the workflow calls it on every Python that
+    setup.cfg claims."""
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    _, text = blocks(REPOSITORY / "README.md", "sh")[0]
+    install, test = next(line for line in text.splitlines() if "[test]" in line).split(" && ")
+    assert install.replace("install", "install -q") in script and f"\n{test}\n" in script
+    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())
+    job = workflow["jobs"]["tests"]
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
+
+
+def test_contributing_is_short_and_names_the_markers_and_checks():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    assert len(text.splitlines()) <= 60
+    settings = configparser.ConfigParser()
+    settings.read(REPOSITORY / "setup.cfg")
+    markers = settings["tool:pytest"]["markers"].strip().splitlines()
+    report(m for m in markers if f"`{m.split(':')[0].strip()}`" not in text)
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0][
+        "hooks"
+    ]
+    assert [hook["id"] for hook in hooks] == ["ruff", "format", "mypy", "schema", "specs"]
+    for path in ("ISSUE_TEMPLATE/bug.md", "PULL_REQUEST_TEMPLATE.md"):
+        template = (REPOSITORY / ".github" / path).read_text()
+        assert "spec" in template and "`runtime_info.json`" in template
+
+
+def test_every_bound_of_the_dependencies_is_installed_by_ci_oldest():
+    """A requirement without a lower bound is one that nobody has tried."""
+    settings = configparser.ConfigParser()
+    settings.read(REPOSITORY / "setup.cfg")
+    lines = settings["options"]["install_requires"].strip().splitlines()
+    wanted = [line for line in lines if not line.startswith("#")]
+    report(f"{line}: no lower bound" for line in wanted if not re.match(r"[\w-]+>=[\d.]+", line))
+    names = {re.split(r"[>;]", line)[0].replace("-", "_") for line in wanted}
+    called = {"PIL": "pillow", "sklearn": "scikit_learn", "umap": "umap_learn"}
+    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "glovita_lib").glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported |= {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+    roots = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
+    # our own, a part of matplotlib, and what huggingface_hub brings where it has it
+    roots -= {"glovita_lib", "mpl_toolkits", "httpx"}
+    report(
+        f"{root}: imported, not in setup.cfg"
+        for root in roots
+        if called.get(root, root) not in names
+    )
