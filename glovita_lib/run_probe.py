@@ -363,12 +363,7 @@ def read(loaded: Loaded) -> tuple[Data, dict[str, ProbeSplit]]:
     """
     data = build_data(loaded.root.data, seed=loaded.root.seed)
     check_metrics(loaded.root.task.metrics, data.subtask)
-    source = data.splits["train"].source
-    if not isinstance(source, VectorSource | BagSource):
-        raise UserError(
-            f'task.objective = "probe" judges features, but data set {data.name} has images: write'
-            ' them with mode = "extract" and set data.dataset = "precomputed_features"'
-        )
+    sources = {name: feature_source(split, data.name) for name, split in data.splits.items()}
     if not len(data.splits.get("val") or ()):
         raise UserError(
             'task.objective = "probe" chooses k and l2 on val, but there is no val split: give'
@@ -376,25 +371,42 @@ def read(loaded: Loaded) -> tuple[Data, dict[str, ProbeSplit]]:
         )
     spec = loaded.root.data
     scaled = isinstance(spec, PrecomputedData) and spec.standardize
-    scale = feature_moments(source) if scaled else None
-    samples = {
-        name: ProbeSplit(gather_features(split, scale), split.targets, split.ids)
-        for name, split in data.splits.items()
-        if len(split)
-    }
+    scale = feature_moments(sources["train"]) if scaled else None
+    samples = {}
+    for name, split in data.splits.items():
+        assert split.targets is not None  # build_data refuses to train without labels
+        samples[name] = ProbeSplit(gather_features(sources[name], scale), split.targets, split.ids)
     return data, samples
 
 
-def gather_features(split: Split, scale: tuple[np.ndarray, np.ndarray] | None) -> Tensor:
-    """Features (N, D) of a split, of bags their means, minus mean over deviation of `scale`."""
-    source, bags = split.source, isinstance(split.source, BagSource)
-    width = source.reader.width if bags else source.uniform[0]
-    kind = np.float32 if bags or scale is not None else source.vectors.dtype
-    features = np.empty((len(split), width), kind)
-    size = 1 if bags else max(1, READ_BYTES // source.vectors.row_bytes)
-    for start in range(0, len(split), size):
-        fetched = source.fetch(np.arange(start, min(start + size, len(split))))
-        block = fetched[0].mean(0, dtype=np.float64)[None] if bags else fetched
+def feature_source(split: Split, name: str) -> VectorSource | BagSource:
+    """Source of the features of a split of the data set `name`.
+
+    Raises:
+        UserError: its samples are no features.
+    """
+    if isinstance(split.source, VectorSource | BagSource):
+        return split.source
+    raise UserError(
+        f'task.objective = "probe" judges features, but data set {name} has images: write them'
+        ' with mode = "extract" and set data.dataset = "precomputed_features"'
+    )
+
+
+def gather_features(
+    source: VectorSource | BagSource, scale: tuple[np.ndarray, np.ndarray] | None
+) -> Tensor:
+    """Features (N, D) of a source, of bags their means, minus mean over deviation of `scale`."""
+    count, size, kind = len(source.index), 1, np.dtype(np.float32)
+    if isinstance(source, BagSource):
+        width = source.reader.width
+    else:
+        width, size = source.vectors.shape[1], max(1, READ_BYTES // source.vectors.row_bytes)
+        kind = source.vectors.dtype if scale is None else kind
+    features = np.empty((count, width), kind)
+    for start in range(0, count, size):
+        part = source.fetch(np.arange(start, min(start + size, count)))
+        block = part[0].mean(0, dtype=np.float64)[None] if isinstance(part, list) else part
         if scale is not None:
             block = (block - scale[0]) / scale[1]
         features[start : start + size] = block
@@ -419,14 +431,14 @@ class Choice:
         return logged_names(self.names[:1], self.data.class_names)[0]
 
     @property
-    def best(self) -> int | None:
+    def best(self) -> int:
         """Number of the first of the best candidates; the first one where none has a metric."""
         best, chosen = None, 0
         for number, candidate in enumerate(self.candidates):
             value = candidate["val"][self.decisive]
             if better(value, best, self.decisive):
                 best, chosen = value, number
-        return chosen if self.candidates else None
+        return chosen
 
     def add(self, setting: dict[str, Any], scores: Tensor) -> bool:
         """Note a candidate with its scores (N, K) of val; whether it is the best so far."""
@@ -553,19 +565,36 @@ def write_probe(
     """Predictions and plots of a probe; what metrics_probe.json says of it."""
     task = root.task
     names = task.metrics or usual_metrics(data.subtask)
-    kind = {"subtask": data.subtask, "class_names": data.class_names}
     content: dict[str, Any] = {"chosen": fitted.chosen, "candidates": fitted.candidates}
     for split, scores in fitted.scores.items():
         targets = samples[split].targets
         name = f"{method}_{split}"
         results.write_prediction_csv(
-            run.predictions_of(name), ids=samples[split].ids, targets=targets, scores=scores, **kind
+            run.predictions_of(name),
+            ids=samples[split].ids,
+            targets=targets,
+            scores=scores,
+            subtask=data.subtask,
+            class_names=data.class_names,
         )
         content[split] = metrics_report(
-            names, targets=targets, scores=scores, bootstrap=task.bootstrap, seed=root.seed, **kind
+            names,
+            subtask=data.subtask,
+            targets=targets,
+            scores=scores,
+            class_names=data.class_names,
+            bootstrap=task.bootstrap,
+            seed=root.seed,
         )
         if task.result_plot != "none":
-            plots.plot_results(run.plots, name, targets=targets, scores=scores, **kind)
+            plots.plot_results(
+                run.plots,
+                name,
+                subtask=data.subtask,
+                targets=targets,
+                scores=scores,
+                class_names=data.class_names,
+            )
     return content
 
 

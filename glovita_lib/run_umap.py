@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 
 from glovita_lib import dist
-from glovita_lib.data import Data, Images, Split, skipped, subset
+from glovita_lib.data import Data, Images, Source, Split, skipped, subset
 from glovita_lib.data_features import encode_labels, keys, read_collection
 from glovita_lib.data_splits import strata
 from glovita_lib.errors import UserError, listed, versions
@@ -35,7 +35,7 @@ from glovita_lib.plot_projection import (
     write_page,
 )
 from glovita_lib.projection import MISSING, Projection, choose, perplexity_of, project
-from glovita_lib.read_features import BagSource, FileBags, feature_moments
+from glovita_lib.read_features import BagSource, FileBags, VectorSource, feature_moments
 from glovita_lib.resolved import Resolved
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded, Spec
@@ -84,10 +84,10 @@ def choose_rows(
     splits: dict[str, Split], lengths: dict[str, np.ndarray], subtask: str, spec: Umap, seed: int
 ) -> dict[str, np.ndarray]:
     """Sorted rows of each split that are shown; a sample has as many rows as its length says."""
-    targets = [split.targets for split in splits.values()]
+    targets = joined([split.targets for split in splits.values()])
     classes = None
-    if subtask != "regression" and all(part is not None for part in targets):
-        classes = strata(np.concatenate(targets), subtask)  # of several labels the rarest
+    if subtask != "regression" and targets is not None:
+        classes = strata(targets, subtask)  # of several labels the rarest
     counts = [int(lengths[name].sum()) for name in splits]
     rows = choose(classes, np.concatenate(list(lengths.values())), spec, seed=seed)
     ends = np.cumsum(counts)
@@ -98,6 +98,12 @@ def choose_rows(
         for name, part, begin in zip(splits, parts, begins, strict=True)
         if len(part)
     }
+
+
+def joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
+    """Targets of several splits one below the other; None where a split has none."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 def choose_samples(splits: dict[str, Split], data: Data, spec: Umap, seed: int) -> dict[str, Split]:
@@ -125,7 +131,8 @@ def samples_of_features(
         for name, split in splits.items()
     }
     rows = choose_rows(splits, lengths, data.subtask, spec, seed)
-    features, ids, owners, targets, names = [], [], [], [], []
+    features, ids, owners, names = [], [], [], []
+    targets: list[np.ndarray | None] = []
     for name, chosen in rows.items():
         split = splits[name]
         ends = np.cumsum(lengths[name])
@@ -135,16 +142,16 @@ def samples_of_features(
             features.append(instances(split.source, owner, inside))
             ids += [f"{split.ids[bag]}#{i}" for bag, i in zip(owner, inside, strict=True)]
         else:
-            features.append(vectors(split, owner))
+            features.append(vectors(split.source, owner))
             ids += [split.ids[row] for row in owner]
         owners += [split.ids[row] for row in owner]
-        targets += [] if split.targets is None else [split.targets[owner]]
+        targets.append(None if split.targets is None else split.targets[owner])
         names += [name] * len(owner)
     found = ChosenSamples(
         features=np.concatenate(features).astype(np.float32, copy=False),
         ids=ids,
         owners=owners,
-        targets=np.concatenate(targets) if len(targets) == len(rows) else None,
+        targets=joined(targets),
         said=None,
         subtask=data.subtask,
         class_names=data.class_names,
@@ -169,20 +176,21 @@ def standardize(samples: ChosenSamples, data: Data) -> ChosenSamples:
             "data.standardize takes the mean and deviation of the train split, but there is none:"
             " name data.train_features_file, or drop data.standardize"
         )
-    moments = feature_moments(data.splits["train"].source)
-    mean, std = (moment.astype(np.float32) for moment in moments)
+    source = data.splits["train"].source
+    assert isinstance(source, VectorSource | BagSource)  # of a feature data set
+    mean, std = (moment.astype(np.float32) for moment in feature_moments(source))
     found = with_fields(samples, features=(samples.features - mean) / std, standardized=True)
     refuse_nan(found)
     return found
 
 
-def vectors(split: Split, rows: np.ndarray) -> np.ndarray:
+def vectors(source: Source, rows: np.ndarray) -> np.ndarray:
     """Features (N, D) of samples; of a bag the mean of its instances."""
-    if not isinstance(split.source, BagSource):
-        return split.source.fetch(rows)
-    return np.stack([
-        split.source.fetch(rows[i : i + 1])[0].mean(0, dtype=np.float64) for i in range(len(rows))
-    ])  # fmt: skip
+    if isinstance(source, BagSource):
+        bags = (source.fetch(rows[i : i + 1])[0] for i in range(len(rows)))
+        return np.stack([bag.mean(0, dtype=np.float64) for bag in bags])
+    assert isinstance(source, VectorSource)  # of a feature data set
+    return source.fetch(rows)
 
 
 def instances(source: BagSource, owner: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -229,13 +237,13 @@ def open_input(path: Path, data: Spec) -> Data:
         raise UserError(f'umap.input: "{path}" does not exist')
     names = keys(data if isinstance(data, PrecomputedData) else PrecomputedData())
     collection = read_collection(path, names, labelled=False)
-    targets, subtask, names = None, "multiclass", ()
-    if collection.labels is not None:
-        found = encode_labels(PrecomputedData(), [collection], of_table=False)
-        subtask, names, (targets,) = found
     source = collection.source(np.arange(len(collection.ids)))
-    split = Split(ids=collection.ids, targets=targets, source=source)
-    return Data(str(path), {"": split}, subtask, names, samples=collection.samples)
+    split, samples = Split(collection.ids, None, source), collection.samples
+    if collection.labels is None:
+        return Data(str(path), {"": split}, "multiclass", (), samples)
+    found = encode_labels(PrecomputedData(), [collection], of_table=False)
+    subtask, class_names, (split.targets,) = found
+    return Data(str(path), {"": split}, subtask, class_names, samples)
 
 
 # -------------------------------------------------------------------------------- embeddings
@@ -270,13 +278,12 @@ def samples_of_model(loaded: Loaded, spec: Umap, ranks: dist.Ranks, seed: int) -
         splits[name] = subset(split, kept) if len(kept) < len(split) else split
         parts.append(found)
     features = np.concatenate([part["vectors"] for part in parts])
-    targets = [split.targets for split in splits.values()]
     ids = [name for split in splits.values() for name in split.ids]
     return ChosenSamples(
         features=features,
         ids=ids,
         owners=ids,
-        targets=None if any(t is None for t in targets) else np.concatenate(targets),
+        targets=joined([split.targets for split in splits.values()]),
         said=Said(
             np.concatenate([part["scores"] for part in parts]),
             resolved.subtask,
@@ -382,8 +389,9 @@ def refuse_early(spec: Umap) -> None:
     """
     if spec.method == "umap" and util.find_spec("umap") is None:
         raise UserError(MISSING)
-    if spec.color_file is not None:
-        read_csv(Path(spec.color_file), ("id", spec.color_column))
+    if spec.color_table is not None:
+        path, column = spec.color_table
+        read_csv(Path(path), ("id", column))
 
 
 # ---------------------------------------------------------------------- samples
@@ -424,9 +432,10 @@ def colorings_of(samples: ChosenSamples, spec: Umap) -> list[Coloring]:
         own = (samples.said.subtask, samples.said.class_names)
         said, are_alike = of_scores("prediction", samples.said.scores, *own), own == outputs
     column = []
-    if spec.color_file is not None:
+    if spec.color_table is not None:
+        path, name = spec.color_table
         ids = list(zip(samples.ids, samples.owners, strict=True))
-        column = [of_column(Path(spec.color_file), spec.color_column, ids)]
+        column = [of_column(Path(path), name, ids)]
     first = {"label": truth, "prediction": said, "column": column}[spec.color_by]
     if spec.color_by == "prediction" and not said:
         raise UserError(

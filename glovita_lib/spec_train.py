@@ -470,6 +470,13 @@ class Umap(Spec):
     """Folder of the results; none is umap below the run directory, for a file umap_plots/<name>
     beside it."""
 
+    @property
+    def color_table(self) -> tuple[str, str] | None:
+        """CSV file and column of further colours."""
+        if self.color_file is None or self.color_column is None:
+            return None
+        return self.color_file, self.color_column
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """One source of samples, and of colours."""
         if self.input is not None and self.split is not None:
