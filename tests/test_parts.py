@@ -8,9 +8,20 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from small_runs import TINY
+
+from glovita_lib.data import read_data_set
+from glovita_lib.encoder import build_encoder
+from glovita_lib.heads import build_head
+from glovita_lib.loggers import build_logger
+from glovita_lib.peft_base import apply_peft
+from glovita_lib.spec_data import Data
+from glovita_lib.spec_model import Encoder, Head
+from glovita_lib.spec_peft import Peft
+from glovita_lib.spec_train import Logger
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -327,6 +338,21 @@ def test_encoder_data_set_head_and_method_are_a_struct_and_a_module_each(tmp_pat
         if original.get(path.name) != path.read_bytes()
     }
     assert changed == parts.keys() | {"spec_model", "spec_data", "spec_peft"}
+
+
+@pytest.mark.parametrize(
+    ("union", "function"),
+    [
+        (Data, read_data_set),
+        (Encoder, build_encoder),
+        (Head, build_head),
+        (Peft, apply_peft),
+        (Logger, build_logger),
+    ],
+)
+def test_the_module_that_a_struct_names_registers_what_is_built(union, function) -> None:
+    for kind in get_args(union):
+        assert function.dispatch(kind) is not function.__wrapped__, kind
 
 
 # ------------------------------------------------------------------------- what a run loads
