@@ -1,10 +1,10 @@
 """Attention of every instance of a split: HDF5, and heat maps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,24 +42,27 @@ BLOCK = 2**18  # instances that are put together at once
 ALL_CLASSES = "all classes"  # the branch of a head that has only one
 
 
-def pays_attention(head: nn.Module) -> bool:
-    """Whether a head has attention: its method attention(inputs) gives raw scores and softmax."""
-    return hasattr(head, "attention")
+@runtime_checkable
+class AttentionHead(Protocol):
+    """A head that weighs the instances of a bag."""
+
+    def attention(self, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw scores (M, K) of the instances, and their softmax over each bag."""
 
 
 class AttentionHook:
     """Writes the raw scores of all bags that pass a head to a file, and notes their sizes."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+    def __init__(self, file: BinaryIO, head: AttentionHead) -> None:
+        self.file, self.head = file, head
         self.lengths: list[torch.Tensor] = []  # (b,) each
         self.branches = 0
         self.grid: tuple[int, ...] | None = None  # of tokens
 
-    def __call__(self, head: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Forward hook. Heads that return their scores are not asked a second time."""
         known = isinstance(output, dict) and "scores" in output
-        scores = output["scores"] if known else head.attention(inputs[0])[0]  # (m, K)
+        scores = output["scores"] if known else self.head.attention(inputs[0])[0]  # (m, K)
         self.branches = scores.shape[1]
         self.lengths.append(as_bags(inputs[0]).lengths)
         if isinstance(inputs[0], Features):
@@ -99,19 +102,19 @@ class AttentionWriter:
 
     def listening(self, head: nn.Module) -> Any:
         """Context in which the passes of a head over its shard of the split are written down."""
-        if self.wanted and pays_attention(head):
-            return self._listening(head)
+        if self.wanted and isinstance(head, AttentionHead):
+            return self._listening(head, head)
         self.members.append(None)
         return nullcontext()
 
     @contextmanager
-    def _listening(self, head: nn.Module) -> Iterator[None]:
+    def _listening(self, module: nn.Module, head: AttentionHead) -> Iterator[None]:
         path = self.part(len(self.members), self.ranks.rank)
         files.make_folder(self.folder)
         self.own.append(path)
         with open(path, "wb") as file:
-            listener = AttentionHook(file)
-            handle = head.register_forward_hook(listener)
+            listener = AttentionHook(file, head)
+            handle = module.register_forward_hook(listener)
             try:
                 yield
             finally:
@@ -143,9 +146,10 @@ class AttentionWriter:
         dist.barrier(self.ranks)  # all parts are complete
 
         def put_together() -> Path | None:
-            if not self.members or not all(self.members):
+            members = [sizes for sizes in self.members if sizes is not None]
+            if not members or len(members) < len(self.members):
                 return None
-            sizes = self.one_size()
+            sizes = one_size(members)
             tables = {"ids": np.array(split.ids, object), "bag_ptr": pointers(sizes.lengths)}
             with files.atomic_path(self.target) as temporary:
                 self.assemble(
@@ -154,21 +158,6 @@ class AttentionWriter:
             return self.target
 
         return dist.main_decides(self.ranks, put_together)  # the parts go after it
-
-    def one_size(self) -> Sizes:
-        """The sizes of all members.
-
-        Raises:
-            UserError: one has other branches, so that there is no mean.
-        """
-        branches = [sizes.branches for sizes in self.members]
-        if len(set(branches)) > 1:
-            raise UserError(
-                f"the members of the ensemble have {', '.join(map(str, branches))} attention"
-                " branches, which have no mean: name members of one kind (sb or mb), or set"
-                " infer.attention = false"
-            )
-        return self.members[0]
 
     def assemble(
         self,
@@ -214,6 +203,22 @@ class AttentionWriter:
             left = left[wanted:]
 
 
+def one_size(members: list[Sizes]) -> Sizes:
+    """The sizes of all members.
+
+    Raises:
+        UserError: one has other branches, so that there is no mean.
+    """
+    branches = [sizes.branches for sizes in members]
+    if len(set(branches)) > 1:
+        raise UserError(
+            f"the members of the ensemble have {', '.join(map(str, branches))} attention"
+            " branches, which have no mean: name members of one kind (sb or mb), or set"
+            " infer.attention = false"
+        )
+    return members[0]
+
+
 def mapped(path: Path, branches: int) -> np.ndarray:
     """Scores (m, K) of a part, mapped; an empty file cannot be."""
     if not path.stat().st_size:
@@ -251,8 +256,10 @@ class Places:
     def __init__(self, split: Split, sizes: Sizes) -> None:
         source = split.source
         self.lengths = sizes.lengths
-        self.read = getattr(source, "coords", None)
-        self.names = getattr(source, "instance_ids", None)
+        self.read: Callable[[int], np.ndarray | None] | None = getattr(source, "coords", None)
+        self.names: Callable[[int], np.ndarray | None] | None = getattr(
+            source, "instance_ids", None
+        )
         self.axes = axes_of(source)
         if sizes.grid is not None:  # patch tokens of images
             places = grid_places(sizes.grid, 0, int(sizes.lengths[0]))
@@ -266,7 +273,9 @@ class Places:
             UserError: a bag with other axes than those before.
         """
         self.write_names(file, first, end, ptr)
-        for bag in range(first, end if self.read is not None else first):
+        if self.read is None:
+            return
+        for bag in range(first, end):
             coords = self.read(bag)  # (n, 2 or more)
             if coords is None:
                 continue
@@ -282,7 +291,9 @@ class Places:
 
     def write_names(self, file: Any, first: int, end: int, ptr: np.ndarray) -> None:
         """Names of the instances of the bags [first, end)."""
-        for bag in range(first, end if self.names is not None else first):
+        if self.names is None:
+            return
+        for bag in range(first, end):
             names = self.names(bag)
             if names is None:
                 return
@@ -360,7 +371,7 @@ def draw_bags(
     Returns how many were drawn: bags without coordinates are not.
 
     Args:
-        attention: the file that attention.Recorder wrote of the split.
+        attention: the file that an AttentionWriter wrote of the split.
     """
     import h5py
 
@@ -412,7 +423,7 @@ def bag_map(
         coords=coords[:, ::-1] if file.attrs["coords"] == "row,column" else coords,
         attention=file["attention"][rows],
         branches=branches,
-        order=np.argsort(-scores, kind="stable") if of_classes else range(len(branches)),
+        order=np.argsort(-scores, kind="stable").tolist() if of_classes else range(len(branches)),
         image=image,
     )
 
@@ -521,7 +532,13 @@ def draw_tiles(
     corners = side * np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
     places = coords[:, None] + corners  # (n, 4, 2)
     # without antialiasing, which would draw seams between neighbours
-    tiles = PolyCollection(places, array=values, linewidths=0, antialiaseds=False, **colours)
+    tiles = PolyCollection(
+        places,  # type: ignore[arg-type]  # an array is what it draws fastest
+        array=values,
+        linewidths=0,
+        antialiaseds=False,
+        **colours,
+    )
     axes.add_collection(tiles)
     return tiles
 

@@ -4,12 +4,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from glovita_lib.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 # ---------------------------------------------------------------------------------- the look
 #
@@ -23,7 +26,7 @@ AMBER, SKY, INK, GREY, PALE = "#E69F00", "#56B4E9", "#222222", "#8a8a8a", "#d9d9
 COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK, GREY)
 WIDTH = 7.5  # inches: A4 less its margins
 HEIGHT = 10.5  # inches
-STYLE: dict[str, Any] = {
+STYLE: "dict[RcKeyType, Any]" = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "figure.facecolor": "white",

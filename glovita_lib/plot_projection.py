@@ -104,8 +104,8 @@ def words(title: str, texts: Sequence[str]) -> Coloring:
 
 def label_sets(title: str, labels: np.ndarray, names: Sequence[str]) -> Coloring:
     """Labels (N, K) 0/1: samples with the same set of labels have the same colour."""
-    texts = [" + ".join(names[k] for k in np.flatnonzero(row)) or NO_LABEL for row in labels > 0.5]
-    return words(title, texts)
+    rows = [np.flatnonzero(row).tolist() for row in labels > 0.5]
+    return words(title, [" + ".join(names[k] for k in row) or NO_LABEL for row in rows])
 
 
 def of_targets(
@@ -240,7 +240,7 @@ def draw_points(
         figure.set_layout_engine("none")
         axes = figure.add_axes((0, 0, 1, 1))  # words and legend lie around it and widen the paper
         if coloring.values is not None:
-            draw_numbers(figure, axes, points, coloring, order, size)
+            draw_numbers(figure, axes, points, coloring.title, coloring.values, order, size)
         else:
             draw_class_points(figure, axes, points, coloring, order, size)
         frame(figure, axes, points, text)
@@ -283,17 +283,23 @@ def frame(figure: Any, axes: Any, points: np.ndarray, text: Text) -> None:
 
 
 def draw_numbers(
-    figure: Any, axes: Any, points: np.ndarray, coloring: Coloring, order: np.ndarray, size: float
+    figure: Any,
+    axes: Any,
+    points: np.ndarray,
+    title: str,
+    values: np.ndarray,
+    order: np.ndarray,
+    size: float,
 ) -> None:
     """Colours of a scale that every eye reads as rising; unknown numbers are grey, below."""
-    known = ~np.isnan(coloring.values)
+    known = ~np.isnan(values)
     scatter_shape(axes, points[~known], UNKNOWN, "o", size, zorder=1)
     order = order[known[order]]
     if not len(order):
         return
     drawn = axes.scatter(
         *points[order].T,
-        c=coloring.values[order],
+        c=values[order],
         cmap="viridis",
         s=size**2,
         linewidths=0,
@@ -304,7 +310,7 @@ def draw_numbers(
     bar.outline.set_visible(False)
     bar.solids.set_alpha(1)
     bar.ax.tick_params(length=2)
-    bar.ax.set_title(short(coloring.title, 24), fontsize=8.5, loc="left", pad=8)
+    bar.ax.set_title(short(title, 24), fontsize=8.5, loc="left", pad=8)
     if not known.all():
         text = f"not known ({np.count_nonzero(~known):,})"
         bar.ax.text(0, -0.06, "\u25cf", transform=bar.ax.transAxes, color=UNKNOWN, va="top")
@@ -339,7 +345,7 @@ def draw_class_points(
 
 
 def scatter_shape(
-    axes: Any, points: np.ndarray, colours: Any, mark: str, size: float, **more
+    axes: Any, points: np.ndarray, colours: Any, mark: str, size: float, *, zorder: int
 ) -> None:
     """Points of one shape."""
     scale = {"o": 1.0, "D": 0.9, "s": 0.95}.get(mark, 1.15)
@@ -351,7 +357,7 @@ def scatter_shape(
         edgecolors="white",
         linewidths=0.07 * size,  # neighbours stay apart
         alpha=0.9,
-        **more,
+        zorder=zorder,
     )
 
 
@@ -438,7 +444,8 @@ def darker(colour: str) -> str:
     """A colour that reads on white."""
     from matplotlib.colors import to_hex, to_rgb
 
-    return to_hex([0.6 * part for part in to_rgb(colour)])
+    red, green, blue = to_rgb(colour)
+    return to_hex((0.6 * red, 0.6 * green, 0.6 * blue))
 
 
 # ---------------------------------------------------------------------------------- the page
@@ -472,7 +479,7 @@ def write_page(
         images: image (C, H, W) of a sample, uint8 or uint16.
         thumbnail: longer side of a thumbnail, pixels; 0 makes none.
     """
-    content = {
+    content: dict[str, Any] = {
         "title": text.title,
         "axes": list(text.axes),
         "x": compact(points[:, 0]),

@@ -77,11 +77,8 @@ def panel_names(history: list[Record]) -> list[str]:
 
 def history_series(history: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs, counted from 1, and values where there is one."""
-    pairs = [(r["epoch"] + 1, r[key]) for r in history if finite(r.get(key))]
-    return tuple(np.array(column, float) for column in zip(*pairs, strict=True)) or (
-        np.empty(0),
-        np.empty(0),
-    )
+    rows = [r for r in history if finite(r.get(key))]
+    return np.array([r["epoch"] + 1.0 for r in rows]), np.array([r[key] for r in rows], float)
 
 
 def finite(value: Any) -> bool:
@@ -551,7 +548,7 @@ def draw_family(
         label = f"{short(name, 22)}  {number(value)}"
         axes.plot(x, values, color=COLOURS[place], ls=style, lw=1.4, label=label)
     if len(lines) > 1:
-        mean, value = np.mean([v for _, v, _ in lines], 0), np.mean([a for _, _, a in lines])
+        mean, value = np.mean([v for _, v, _ in lines], 0), float(np.mean([a for *_, a in lines]))
         axes.plot(x, mean, color=INK, lw=2.4, label=f"mean of classes  {number(value)}")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
     title = area if len(lines) <= COLOURED else f"{area}, lowest classes"
@@ -663,8 +660,9 @@ def plot_results(
         regression_scatter(targets, scores, class_names, path)
         return [path]
     paths = [folder / f"{kind}_{name}.png" for kind in ("confusion", "roc_pr", "calibration")]
-    data = {"targets": targets, "scores": scores, "class_names": class_names}
-    quality = compute(("ece", "brier"), subtask=subtask, **data)
+    quality = compute(
+        ("ece", "brier"), subtask=subtask, targets=targets, scores=scores, class_names=class_names
+    )
     if subtask == "multiclass":
         predicted, classes = scores.argmax(1), len(class_names)
         positives = targets[:, None] == np.arange(classes)  # (N, K)

@@ -271,7 +271,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 
     head = SimpleNamespace(attention=lambda bag: (torch.zeros(len(bag), 1), None))
     with pytest.raises(UserError, match="cannot write parts/0: No space left"):
-        AttentionHook(Full())(head, (torch.zeros(3, 2),), torch.zeros(1, 2))
+        AttentionHook(Full(), head)(head, (torch.zeros(3, 2),), torch.zeros(1, 2))
     with pytest.raises(UserError), AttentionWriter(tmp_path / "a.h5", ONE, wanted=True) as recorder:
         path = recorder.part(0, 0)
         path.parent.mkdir()
