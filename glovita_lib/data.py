@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,21 +17,37 @@ from glovita_lib.spec_data import Subtask
 # B batch, C channels, H W pixels, N samples of a split, K classes or targets.
 
 
+@runtime_checkable
 class Source(Protocol):
-    """Random access to the decoded samples of one split; picklable, for worker processes.
-
-    A source of samples that are not images (bags of features, volumes) has one more method,
-    `collate(samples) -> inputs`: it makes of a list of fetched samples what a batch holds as
-    `inputs`, a tensor or an object with `to(device, non_blocking=...)` and `pin_memory()`. Its
-    samples may be of any type, reach no image augmentation and are held in memory as they are. One
-    that is read fastest all at once (vectors in a file) has `reads_at_once = True`.
-    """
+    """Random access to the decoded samples of one split; picklable, for worker processes. A source
+    of your own derives from this class, and so has what it does not say itself."""
 
     @property
     def uniform(self) -> tuple[int, ...] | None:
         """(C, H, W) where all samples have one size, else None."""
 
-    def fetch(self, rows: np.ndarray) -> np.ndarray | list[np.ndarray]:
+    @property
+    def sizes(self) -> np.ndarray | None:
+        """Height and width (N, 2) of images, where they are known before they are decoded."""
+        return None
+
+    @property
+    def reads_at_once(self) -> bool:
+        """Whether it is read fastest all at once (vectors in a file)."""
+        return False
+
+    @property
+    def collate(self) -> Callable[[Any], Any] | None:
+        """A method collate(samples) -> inputs of samples that are not images (bags of features,
+        volumes); None of images.
+
+        It makes of a list of fetched samples what a batch holds as `inputs`, a tensor or an object
+        with `to(device, non_blocking=...)` and `pin_memory()`. Such samples may be of any type,
+        reach no image augmentation and are held in memory as they are.
+        """
+        return None
+
+    def fetch(self, rows: np.ndarray) -> np.ndarray | list[Any]:
         """Samples (C, H, W), uint8 or uint16, of these rows in this order; one (B, C, H, W) array
         where they are uniform.
 
@@ -137,7 +153,7 @@ def read_data_set(spec: Spec, *, seed: int) -> Data:
 
 
 @dataclass(frozen=True, slots=True)
-class ArraySource:
+class ArraySource(Source):
     """Samples that are in memory already; several splits may share one array."""
 
     samples: np.ndarray  # (M, C, H, W) uint8 or uint16
@@ -179,7 +195,7 @@ Images = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
-class PartSource:
+class PartSource(Source):
     """Some samples of a source.
 
     Whether they are of one size is said of the whole source: images of one size are resized as a
@@ -198,10 +214,14 @@ class PartSource:
     @property
     def sizes(self) -> np.ndarray | None:
         """Height and width (N, 2), where they are known."""
-        sizes = getattr(self.whole, "sizes", None)
-        return None if sizes is None else sizes[self.rows]
+        return None if self.whole.sizes is None else self.whole.sizes[self.rows]
 
-    def fetch(self, rows: np.ndarray) -> Any:
+    @property
+    def collate(self) -> Callable[[Any], Any] | None:
+        """That of the whole source."""
+        return self.whole.collate
+
+    def fetch(self, rows: np.ndarray) -> np.ndarray | list[Any]:
         """Samples of these rows."""
         return self.whole.fetch(self.rows[rows])
 
@@ -223,7 +243,7 @@ class SkippingSource(PartSource):
     blank: tuple[int, int, int]  # (C, H, W) of a black image whose own size is unknown
     bit_depth: int
 
-    def fetch(self, rows: np.ndarray) -> Any:
+    def fetch(self, rows: np.ndarray) -> np.ndarray | list[Any]:
         """Samples, read one by one where one of them fails."""
         wanted = self.rows[rows]
         try:
@@ -244,7 +264,7 @@ class SkippingSource(PartSource):
         """(C, H, W) of a sample that cannot be read."""
         if self.uniform is not None:
             return self.uniform
-        sizes = getattr(self.whole, "sizes", None)
+        sizes = self.whole.sizes
         return self.blank if sizes is None else (self.blank[0], *map(int, sizes[row]))
 
     def select(self, rows: np.ndarray) -> "SkippingSource":

@@ -60,38 +60,29 @@ class Collection:
     class_names: tuple[str, ...] | None
     subtask: str | None  # where the file says so
     split_of: list[str] | None  # from the split_column of labels_file
-    vectors: FeatureFile | None
-    bags: FileBags | FolderBags | None
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.vectors.width if self.bags is None else self.bags.width
+    stored: int  # samples of the file or folder, also those that no table lists
+    features: FeatureFile | FileBags | FolderBags  # vectors of a file, or bags
 
     @property
     def samples(self) -> VectorSamples | BagSamples:
         """What a sample is."""
-        return (VectorSamples if self.bags is None else BagSamples)(width=self.width)
-
-    @property
-    def stored(self) -> int:
-        """Samples of the file or folder, also those that no table lists."""
-        return len(self.bags.lengths) if self.vectors is None else len(self.vectors)
+        kind = VectorSamples if isinstance(self.features, FeatureFile) else BagSamples
+        return kind(width=self.features.width)
 
     def source(self, rows: np.ndarray) -> Source:
         """Source of some of the samples."""
-        if self.bags is not None:
-            return BagSource(self.bags, self.rows[rows])
-        return VectorSource(self.vectors.rows, self.rows[rows])
+        if isinstance(self.features, FeatureFile):
+            return VectorSource(self.features.rows, self.rows[rows])
+        return BagSource(self.features, self.rows[rows])
 
 
-def read_table(spec: PrecomputedData) -> dict[str, dict[str, str]]:
+def read_table(spec: PrecomputedData, labels_file: str) -> dict[str, dict[str, str]]:
     """Rows of labels_file by id.
 
     Raises:
         UserError: no such file or column, or an id twice.
     """
-    path = Path(spec.data_root_dir) / spec.labels_file
+    path = Path(spec.data_root_dir) / labels_file
     wanted = [spec.id_column, *label_columns(spec)]
     wanted += [spec.group_column] if spec.group_column else []
     wanted += [spec.split_column] if spec.split_source == "csv" else []
@@ -159,7 +150,7 @@ KINDS = ("features", "labels", "bag_ptr", "bag_lengths", "ids", "groups", "coord
 
 @read_data_set.register
 def _(spec: PrecomputedData, *, seed: int) -> Data:
-    table = None if spec.labels_file is None else read_table(spec)
+    table = None if spec.labels_file is None else read_table(spec, spec.labels_file)
     files = files_of(spec)
     opened = {file: open_collection(spec, file, table) for file in dict.fromkeys(files.values())}
     collections = list(opened.values())
@@ -169,8 +160,8 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
     if spec.split_source == "files":
         rows = {name: np.arange(len(opened[file].ids)) for name, file in files.items()}
     else:
-        file = spec.features_file
-        rows = split_rows(spec, opened[file], targets[file], subtask, seed)
+        ((file, whole),) = opened.items()
+        rows = split_rows(spec, whole, targets[file], subtask, seed)
         files = dict.fromkeys(rows, file)
     splits = {
         name: make_split(opened[files[name]], targets[files[name]], rows[name]) for name in rows
@@ -185,7 +176,11 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
         report=[
             *unused(spec, table, collections, splits),
             *shared_ids({name: splits[name] for name in splits if opened[files[name]].named}),
-            *(untrained(splits["train"].targets, names, subtask) if "train" in splits else []),
+            *(
+                untrained(targets[files["train"]][rows["train"]], names, subtask)
+                if "train" in rows
+                else []
+            ),
         ],
     )
 
@@ -198,7 +193,8 @@ def encode_labels(
     Raises:
         UserError: see data_labels.encode.
     """
-    values = [collection.labels for collection in collections]
+    # all of them have some: a file without is refused, and a table gives them
+    values = [whole.labels for whole in collections if whole.labels is not None]
     columns = label_columns(spec) if of_table else ()
     if of_table:
         values = cells_as_stored(values)
@@ -232,6 +228,7 @@ def make_split(collection: Collection, targets: np.ndarray, rows: np.ndarray) ->
 def files_of(spec: PrecomputedData) -> dict[str, str]:
     """The file or folder of each split, or of "all" where the splits are drawn from one."""
     if spec.split_source != "files":
+        assert spec.features_file is not None  # else it is among the missing files
         return {"all": spec.features_file}
     files = {
         "train": spec.train_features_file,
@@ -247,8 +244,8 @@ def refuse_mixture(collections: list[Collection]) -> None:
     Raises:
         UserError: what differs, by file.
     """
-    widths = {c.where: c.width for c in collections}
-    kinds = {c.where: "vectors" if c.bags is None else "bags" for c in collections}
+    widths = {c.where: c.samples.width for c in collections}
+    kinds = {c.where: c.samples.kind for c in collections}
     for what, values, advice in (
         ("widths", widths, "use one encoder for all"),
         ("kinds", kinds, "use one kind for all"),
@@ -287,10 +284,11 @@ def check_values(collection: Collection) -> None:
     Raises:
         UserError: NaN or infinity, with the samples that have them.
     """
-    if collection.vectors is None:
-        check_bags(collection.bags, threads=cores())
-    else:
-        check_finite(collection.vectors)
+    match collection.features:
+        case FolderBags() as folder:
+            check_bags(folder, threads=cores())
+        case FileBags(file=file) | (FeatureFile() as file):
+            check_finite(file)
 
 
 def unlabelled_features(path: Path, spec: PrecomputedData, *, kind: str, width: int) -> Split:
@@ -309,11 +307,11 @@ def unlabelled_features(path: Path, spec: PrecomputedData, *, kind: str, width: 
             f"{path}: no such file or folder, expected a feature file, or a folder of one-bag files"
         )
     collection = read_collection(path, keys(spec), labelled=False)
-    found = ("vectors" if collection.bags is None else "bags", collection.width)
-    if found != (kind, width):
+    found = collection.samples
+    if (found.kind, found.width) != (kind, width):
         raise UserError(
-            f"{path} holds {found[0]} of width {found[1]}, the checkpoint was trained on {kind} of"
-            f" width {width}"
+            f"{path} holds {found.kind} of width {found.width}, the checkpoint was trained on"
+            f" {kind} of width {width}"
         )
     if spec.check_values:
         check_values(collection)
@@ -328,15 +326,16 @@ def read_collection(path: Path, names: Keys, *, labelled: bool) -> Collection:
         UserError: it is damaged, has no sample or, where `labelled` asks for them, no labels; or
         two samples have the same id.
     """
-    groups = labels = class_names = subtask = vectors = None
+    features: FeatureFile | FileBags | FolderBags
+    file = None
     if path.is_dir():
-        bags = open_folder(path, names)
-        ids = [file.stem for file in bags.paths]
+        features = open_folder(path, names)
+        ids = [bag.stem for bag in features.paths]
     else:
-        vectors = open_features(path, names, threads=cores(), labelled=labelled)
-        bags = None if vectors.layout == "vectors" else FileBags(vectors, names)
-        ids, groups, labels = vectors.ids, vectors.groups, vectors.labels
-        class_names, subtask = vectors.class_names, vectors.attributes.get("subtask")
+        file = open_features(path, names, threads=cores(), labelled=labelled)
+        features = file if file.ptr is None else FileBags(file, file.ptr, names)
+        ids = file.ids
+    said = None if file is None else file.attributes.get("subtask")
     if not ids:
         raise UserError(f"{path}: the file has no sample")
     if len(set(ids)) < len(ids):
@@ -349,14 +348,14 @@ def read_collection(path: Path, names: Keys, *, labelled: bool) -> Collection:
         where=str(path),
         ids=ids,
         rows=np.arange(len(ids)),
-        named=vectors is None or vectors.named,
-        labels=labels,
-        groups=groups,
-        class_names=class_names,
-        subtask=subtask,
+        named=file is None or file.named,
+        labels=None if file is None else file.labels,
+        groups=None if file is None else file.groups,
+        class_names=None if file is None else file.class_names,
+        subtask=None if said is None else str(said),
         split_of=None,
-        vectors=vectors,
-        bags=bags,
+        stored=len(ids),
+        features=features,
     )
 
 
@@ -390,6 +389,7 @@ def column_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarra
     Raises:
         UserError: another name.
     """
+    assert whole.split_of is not None  # split_source csv without a labels_file is refused
     rows: dict[str, list[int]] = {"train": [], "val": [], "test": [], "": []}
     unknown = [name for name in whole.split_of if name not in rows]
     if unknown:

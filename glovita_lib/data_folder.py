@@ -131,8 +131,7 @@ class Problems:
         """Note an image; what was found first counts. The hint, which takes time, is asked only for
         images that a message lists."""
         if name not in self.lines:
-            shown = hint is not None and len(self.lines) < self.most
-            self.lines[name] = why + (hint(name) if shown else "")
+            self.lines[name] = why + (hint(name) if hint and len(self.lines) < self.most else "")
 
     def settle(self, report: list[str]) -> None:
         """Raise or report what was found.
@@ -201,13 +200,14 @@ def csv_labels(
     Raises:
         UserError: a missing column, or two rows that differ for one image.
     """
-    several = not isinstance(label_column, str)
-    wanted = [path_column, *(label_column if several else [label_column])]
+    columns = [label_column] if isinstance(label_column, str) else label_column
+    wanted = [path_column, *columns]
     wanted += [column for column in (group_column, split_column) if column]
     table = LabelTable()
     for row in read_csv(path, wanted):
         name = row[path_column]
-        label = tuple(row[column] for column in label_column) if several else row[label_column]
+        cells = tuple(row[column] for column in columns)
+        label = cells[0] if isinstance(label_column, str) else cells
         identity = images.find(name)
         enter(table, path, identity, name, label)
         for column, store in ((group_column, table.groups), (split_column, table.splits)):
@@ -257,7 +257,7 @@ def _(spec: GenericImageData, *, seed: int) -> Data:
     columns = None if isinstance(spec.label_column, str) else spec.label_column
     rules = LabelRules(subtask, spec.class_names, spec.num_classes, columns, spec.label_separator)
     _, class_names, (targets,) = encode([labels], rules)
-    groups = [table.groups[i] for i in ids] if spec.group_column else None
+    groups = [table.groups[i] for i in ids] if table is not None and spec.group_column else None
     samples = ImageTable(ids, targets, [kept[i].header for i in ids], groups)
     rows = table_rows(spec, members, samples, subtask, seed)
     if samples.groups is not None:
@@ -343,6 +343,7 @@ def images_of(
         entries = read_splits(path, spec.fold)
         where = str(path)
     elif spec.split_source == "csv":
+        assert table is not None  # these splits with other labels are refused
         entries, where = {}, f"column {spec.split_column}"
         for identity, name in table.splits.items():
             entries.setdefault(name, []).append(identity)
@@ -438,7 +439,7 @@ def usable_labels(
         elif is_missing(label, subtask):
             why = "no label" if table else "in no class folder"
             problems.add(identity, why, table.hint if table else None)
-        elif spec.group_column and not table.groups.get(identity):
+        elif table is not None and spec.group_column and not table.groups.get(identity):
             problems.add(identity, f"no group in column {spec.group_column}")
         else:
             kept[identity] = Kept(label, header)

@@ -6,18 +6,19 @@ N samples of a file, K classes or targets.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from glovita_lib.errors import UserError, listed, meant
+from glovita_lib.spec_data import Subtask
 
 
 @dataclass(frozen=True, slots=True)
 class LabelRules:
     """The fields of a data set that say how its labels are meant."""
 
-    subtask: str | None  # None: what the files say, or as their labels look
+    subtask: Subtask | None  # None: what the files say, or as their labels look
     class_names: tuple[str, ...] | None
     num_classes: int | None
     columns: tuple[str, ...] | None  # names of several label columns of a table
@@ -60,7 +61,7 @@ class Labels:
 class Encoded(NamedTuple):
     """Targets and what they mean."""
 
-    subtask: str
+    subtask: Subtask
     class_names: tuple[str, ...]
     """Names of the classes, or of the targets of a regression."""
     targets: list[np.ndarray]
@@ -105,20 +106,26 @@ def encode(files: Sequence[Labels], rules: LabelRules) -> Encoded:
 # ---------------------------------------------------------------------- what the files say
 
 
-def found_subtask(files: Sequence[Labels]) -> str:
+def found_subtask(files: Sequence[Labels]) -> Subtask:
     """Kind of target that the files state, else as their arrays look: whole numbers and names are
     multiclass, several columns of 0 and 1 multilabel, other numbers regression.
 
     Raises:
-        UserError: files that contradict each other, or whole numbers in columns, which may be
-            classes or targets.
+        UserError: files that state no subtask there is or contradict each other, or whole numbers
+            in columns, which may be classes or targets.
     """
     said = {file.subtask: file.where for file in files if file.subtask is not None}
     if len(said) > 1:
         each = listed(f"{where} {subtask}" for subtask, where in said.items())
         raise UserError(f"feature files of different subtasks: {each}; set data.subtask")
-    if said:
-        return next(iter(said))
+    for name, where in said.items():
+        known: tuple[Subtask, ...] = get_args(Subtask)
+        if name not in known:
+            raise UserError(
+                f'{where}: its attribute subtask is "{name}"; valid are {", ".join(known)}: correct'
+                " it, or set data.subtask"
+            )
+        return known[known.index(name)]
     arrays = [np.asarray(file.values) for file in files]
     if all(array.ndim == 1 and array.dtype.kind in "iuUOb" for array in arrays):
         return "multiclass"

@@ -267,7 +267,9 @@ def duplicate_notes(
     with different labels."""
     split = {int(row): name for name, numbers in different(rows).items() for row in numbers}
     used = sorted(split)
-    across, within, torn = [], [], []
+    across: list[str] = []
+    within: list[str] = []
+    torn: list[str] = []
     for twins in duplicates([paths[row] for row in used], threads=FILE_THREADS):
         members = [used[number] for number in twins]
         shown = listed((f"{ids[row]} ({split[row]})" for row in members), 4, " = ")

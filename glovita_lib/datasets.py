@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glovita_lib.data import ArraySource, Data, ImageSamples, Split, read_data_set, subset
+from glovita_lib.data import ArraySource, Data, ImageSamples, Source, Split, read_data_set, subset
 from glovita_lib.data_splits import FRACTION, VAL, draw_stratified, strata
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, call_target
@@ -146,7 +146,9 @@ def cut_fraction(train: Split, spec: BaseData, subtask: str, seed: int) -> Split
     """The share data_fraction of the train split; a smaller share of the same seed is taken from
     the same random order."""
     count = max(1, round(len(train) * spec.data_fraction))
-    labels = strata(train.targets, subtask, kept=spec.stratified)
+    labels = np.zeros(len(train), np.int64)
+    if train.targets is not None:
+        labels = strata(train.targets, subtask, kept=spec.stratified)
     rows, _ = draw_stratified(labels, count, seed=hash_seed(seed, FRACTION), keep="drawn")
     return subset(train, rows)
 
@@ -224,4 +226,10 @@ def _(spec: CustomData, *, seed: int) -> Data:
             f'data.target = "{spec.target}" returned {type(data).__name__}, expected'
             " glovita_lib.data.Data"
         )
+    for name, split in data.splits.items():
+        if not isinstance(split.source, Source):
+            raise UserError(
+                f'data.target = "{spec.target}": the source of the split {name} is of'
+                f" {type(split.source).__name__}, which must derive from glovita_lib.data.Source"
+            )
     return data

@@ -310,7 +310,8 @@ def split_notes(own: Root, root: Root) -> list[str]:
     if any(ours[key] != theirs.get(key) for key in ("dataset", "data_root_dir")):
         return []
     split = root.extract.split if root.mode == "extract" else root.infer.split or "test"
-    keys, drawn = SPLIT_KEYS, ours.get("split_source") == "kfold"
+    keys: tuple[str, ...] = SPLIT_KEYS
+    drawn = ours.get("split_source") == "kfold"
     if "val_fraction" in ours:  # val is drawn, test is always the same
         drawn = split != "test"
         keys = SPLIT_KEYS if drawn else ("test_fraction",)

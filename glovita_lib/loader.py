@@ -4,16 +4,16 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from glovita_lib.data import Source, Split
 from glovita_lib.dist import Ranks, cores, hash_seed
@@ -37,33 +37,27 @@ IMAGE_SHARE, VECTOR_SHARE = 0.1, 0.5
 
 @dataclass(slots=True)
 class CachedSource:
-    """Decoded samples: one array (N, C, H, W) if they are uniform, else a list of arrays."""
+    """Decoded samples: one array (N, C, H, W) if they are uniform, else a list."""
 
-    samples: Any
+    samples: np.ndarray | list[Any]
     fitted: bool  # whether they were cropped and resized when they were decoded
+    collate: Callable[[Any], Any] | None = None  # that of the source they came from
 
     @property
     def uniform(self) -> tuple[int, ...] | None:
         return self.samples.shape[1:] if isinstance(self.samples, np.ndarray) else None
 
-    def fetch(self, rows: np.ndarray) -> Any:
+    def fetch(self, rows: np.ndarray) -> np.ndarray | list[Any]:
         if isinstance(self.samples, np.ndarray):
             return self.samples[rows]
         return [self.samples[row] for row in rows]
-
-
-@dataclass(slots=True)
-class CollatingSource(CachedSource):
-    """Decoded samples of a source with its own way to make a batch of them."""
-
-    collate: Callable[[list[Any]], Any] = field(kw_only=True)
 
 
 def hold(
     source: Source,
     rows: np.ndarray,
     *,
-    fit: Callable[[list[np.ndarray]], np.ndarray] | None,
+    fit: Callable[[np.ndarray | list[Any]], np.ndarray] | None,
     threads: int,
     shown: bool,
 ) -> CachedSource:
@@ -80,27 +74,27 @@ def hold(
     Raises:
         UserError: one line for each sample that cannot be read.
     """
-    collate = getattr(source, "collate", None)
-    fitted = fit is not None and collate is None and source.uniform is None
+    once = fit if source.collate is None and source.uniform is None else None
     if shown and len(rows) >= TOLD_FROM and source.nbytes() > 2**28:
         print(f"decoding {len(rows)} samples into memory", file=sys.stderr, flush=True)
-    if getattr(source, "reads_at_once", False):
+    if source.reads_at_once:
         return CachedSource(source.fetch(rows), fitted=False)
 
-    def decode(part: np.ndarray) -> Any:
+    def decode(part: np.ndarray) -> np.ndarray | list[Any]:
         samples = source.fetch(part)
-        return fit(samples) if fitted else samples
+        return samples if once is None else once(samples)
 
     parts = in_threads(decode, np.array_split(rows, -(-len(rows) // CHUNK)), threads)
-    if collate is not None:
-        samples = [sample for part in parts for sample in part]
-        return CollatingSource(samples, False, collate=collate)
-    return CachedSource(join_parts(parts, len(rows)), fitted)
+    if source.collate is not None:
+        return CachedSource([sample for part in parts for sample in part], False, source.collate)
+    return CachedSource(join_parts(parts, len(rows)), fitted=once is not None)
 
 
-def join_parts(parts: Iterator[Any], count: int) -> Any:
+def join_parts(parts: Iterator[np.ndarray | list[Any]], count: int) -> np.ndarray | list[Any]:
     """Decoded parts as one array if they are arrays, written into it one by one, else a list."""
-    array, samples, done = None, [], 0
+    array: np.ndarray | None = None
+    samples: list[Any] = []
+    done = 0
     for part in parts:
         if isinstance(part, np.ndarray):
             array = np.empty((count, *part.shape[1:]), part.dtype) if array is None else array
@@ -145,9 +139,10 @@ def to_device(
     source: CachedSource, targets: np.ndarray | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None] | None:
     """Uniform samples and the targets on a GPU with room for them; None elsewhere."""
-    if device.type != "cuda" or source.uniform is None or hasattr(source, "collate"):
+    samples = source.samples
+    if device.type != "cuda" or not isinstance(samples, np.ndarray):
         return None
-    samples, (free, _) = source.samples, torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(device)
     size = samples.nbytes * (2 if samples.dtype == np.uint16 else 1)
     if size > free * (VECTOR_SHARE if samples.ndim == 2 else IMAGE_SHARE):
         return None
@@ -215,10 +210,9 @@ class BatchBuilder:
     source: Source | CachedSource
     first: int  # row of the split that is row 0 of the source
     targets: np.ndarray | None
-    fit: Resizing
+    fit: Resizing | None  # for samples of differing sizes that their source does not collate
     seed: int
     rank: int
-    fitted: bool  # whether the source's samples are fitted already
 
     def __call__(self, task: BatchTask, *, pinned: bool = False) -> Batch:
         """Batch of a task.
@@ -239,23 +233,29 @@ class BatchBuilder:
         return Batch(inputs, targets, torch.from_numpy(rows), fitted)
 
     @property
+    def fitted(self) -> bool:
+        """Whether the source's samples are fitted already."""
+        return isinstance(self.source, CachedSource) and self.source.fitted
+
+    @property
     def ready(self) -> Tensor | None:
         """All samples (N, ...) where they are in memory as torch calculates with them."""
-        if not isinstance(self.source, CachedSource) or self.source.uniform is None:
+        samples = self.source.samples if isinstance(self.source, CachedSource) else None
+        if not isinstance(samples, np.ndarray) or samples.dtype == np.uint16:
             return None
-        samples = self.source.samples
-        return None if samples.dtype == np.uint16 else torch.from_numpy(samples)
+        return torch.from_numpy(samples)
 
-    def inputs(self, samples: Any, seed: int) -> tuple[Any, bool]:
+    def inputs(self, samples: np.ndarray | list[Any], seed: int) -> tuple[Any, bool]:
         """Inputs of a batch, and whether they are fitted."""
-        if collate := getattr(self.source, "collate", None):
-            return collate(samples), False
+        if self.source.collate is not None:
+            return self.source.collate(samples), False
         if isinstance(samples, np.ndarray):
             return to_tensor(samples), self.fitted
+        assert self.fit is not None  # only images differ in size and are not collated
         return fit_all(samples, self.fit, seed), True
 
 
-def fit_all(samples: list[np.ndarray], fit: Resizing, seed: int) -> Tensor:
+def fit_all(samples: np.ndarray | list[Any], fit: Resizing, seed: int) -> Tensor:
     """Images (C, H, W) of any sizes as one batch (B, C, S, S), each with its own window."""
     sizes = np.array([sample.shape[1:] for sample in samples])  # (B, 2)
     boxes = fit.boxes(sizes, torch.Generator().manual_seed(seed))
@@ -295,13 +295,14 @@ def to_tensor(samples: np.ndarray) -> Tensor:
 # B batch, C channels, H W pixels, S side of the encoder's input, K classes or targets.
 
 MAX_WORKERS = 12
+Item = TypeVar("Item")
 
 
 def build_loader(
     split: Split,
     spec: Dataloading,
     *,
-    fit: Resizing,
+    fit: Resizing | None,
     train: bool,
     seed: int,
     ranks: Ranks,
@@ -316,14 +317,13 @@ def build_loader(
     check_batch_sizes(split, fit)
     order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
     first, end = needed(split, train=train, ranks=ranks)
-    source, start, fitted = split.source, 0, False
-    held = end > first and fits_in_memory(split, spec, end - first)
-    if held:
-        once = None if train else lambda samples: fit_all(samples, fit, seed).numpy()
-        source = hold(source, np.arange(first, end), fit=once, threads=cores(), shown=ranks.is_main)
-        start, fitted = first, source.fitted
-    builder = BatchBuilder(source, start, split.targets, fit, seed, ranks.rank, fitted)
-    return Loader(split, order, builder, spec, held=held, device=ranks.device)
+    builder = BatchBuilder(split.source, 0, split.targets, fit, seed, ranks.rank)
+    if end > first and fits_in_memory(split, spec, end - first):
+        once = None if train or fit is None else lambda part: fit_all(part, fit, seed).numpy()
+        rows, shown = np.arange(first, end), ranks.is_main
+        source = hold(split.source, rows, fit=once, threads=cores(), shown=shown)
+        builder = replace(builder, source=source, first=first)
+    return Loader(split, order, builder, spec, device=ranks.device)
 
 
 def needed(split: Split, *, train: bool, ranks: Ranks) -> tuple[int, int]:
@@ -339,14 +339,14 @@ def fits_in_memory(split: Split, spec: Dataloading, count: int) -> bool:
     return split.source.nbytes() * count <= spec.in_memory_mb * 2**20 * len(split)
 
 
-def check_batch_sizes(split: Split, fit: Resizing) -> None:
+def check_batch_sizes(split: Split, fit: Resizing | None) -> None:
     """Refuse images that are too small for the crop before anything is decoded.
 
     Raises:
         UserError: the images and why.
     """
-    sizes = getattr(split.source, "sizes", None)
-    if sizes is None:
+    sizes = split.source.sizes
+    if sizes is None or fit is None:
         return
     generator = torch.Generator().manual_seed(0)
     try:
@@ -400,16 +400,17 @@ class Loader:
         builder: BatchBuilder,
         spec: Dataloading,
         *,
-        held: bool,
         device: torch.device,
     ) -> None:
         self.split, self.order, self.builder, self.spec = split, order, builder, spec
-        self.held, self.device = held, device
+        self.held, self.device = isinstance(builder.source, CachedSource), device
         self.pinned = spec.pin_memory and device.type == "cuda"
         self.workers = self.count_workers()
-        self.resident = to_device(builder.source, split.targets, device) if held else None
-        self._tasks: list[BatchTask] | Iterator[BatchTask] = ()
-        self._processes: DataLoader | None = None
+        self.resident: tuple[Tensor, Tensor | None] | None = None
+        if isinstance(builder.source, CachedSource):
+            self.resident = to_device(builder.source, split.targets, device)
+        self._tasks: Iterable[BatchTask] = ()
+        self._processes: DataLoader[Batch | Failure] | None = None
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -443,7 +444,7 @@ class Loader:
             UserError: a sample cannot be read, a worker died or took longer than the timeout.
         """
         if self.resident is not None:
-            return self.gathered(epoch, start)
+            return self.gathered(epoch, start, *self.resident)
         tasks = ((epoch, b, self.rows(epoch, b)) for b in range(start, len(self)))
         if self.workers == 0:
             return (self.make(task) for task in tasks)
@@ -451,9 +452,10 @@ class Loader:
             return self.threaded(tasks)
         return self.processed(tasks)
 
-    def gathered(self, epoch: int, start: int) -> Iterator[Batch]:
+    def gathered(
+        self, epoch: int, start: int, samples: Tensor, targets: Tensor | None
+    ) -> Iterator[Batch]:
         """Batches of samples that live on the GPU; the order is copied there once an epoch."""
-        samples, targets = self.resident
         parts = [self.rows(epoch, b) for b in range(start, len(self))]
         if not parts:
             return
@@ -489,10 +491,10 @@ class Loader:
         except RuntimeError as error:
             raise self.explain(error) from error
 
-    def start_processes(self) -> DataLoader:
+    def start_processes(self) -> "DataLoader[Batch | Failure]":
         """The worker processes; kept for the next epoch if they are persistent."""
         spec = self.spec
-        loader = DataLoader(
+        loader: DataLoader[Batch | Failure] = DataLoader(
             WorkerSamples(self.builder),
             batch_size=None,  # a task is a whole batch
             sampler=Tasks(self),
@@ -546,7 +548,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerSamples:
+class WorkerSamples(Dataset[Batch | Failure]):
     """What DataLoader indexes with a task, in a worker process."""
 
     builder: BatchBuilder
@@ -571,7 +573,7 @@ class Tasks:
         return len(self.loader)
 
 
-def as_it_is(batch: Batch | Failure) -> Batch | Failure:
+def as_it_is(batch: Item) -> Item:
     """No collation: a task already is a batch."""
     return batch
 

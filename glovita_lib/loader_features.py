@@ -29,7 +29,7 @@ from glovita_lib.loader import (
     needed,
 )
 from glovita_lib.objectives import build_inputs
-from glovita_lib.read_features import VectorSource, feature_moments
+from glovita_lib.read_features import BagSource, VectorSource, feature_moments
 from glovita_lib.resolved import BagInputs, VectorInputs, resolve_inputs
 from glovita_lib.sampler import TrainOrder, WindowOrder
 from glovita_lib.spec_data import PrecomputedData
@@ -67,7 +67,9 @@ def moments(
         )
     if not isinstance(root.data, PrecomputedData) or not root.data.standardize:
         return None, None
-    mean, std = feature_moments(data.splits["train"].source)
+    source = data.splits["train"].source
+    assert isinstance(source, VectorSource | BagSource)  # those of precomputed features
+    mean, std = feature_moments(source)
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
@@ -193,7 +195,7 @@ def build_feature_loader(
     row = max(1, source.vectors.row_bytes)
     window = max(1, window_mb * 2**20 // (row * batch_size * ranks.world))
     if isinstance(order, TrainOrder):
-        chunk = source.vectors.chunk_rows or 1
+        chunk = source.vectors.chunk_rows
         block = -(-max(1, BLOCK_BYTES // row) // chunk) * chunk  # whole chunks
         order = WindowOrder(
             count=order.count,
@@ -206,13 +208,12 @@ def build_feature_loader(
             block=block,
             window=window,
         )
-    builder = BatchBuilder(source, 0, split.targets, fit, seed, ranks.rank, True)
+    builder = BatchBuilder(source, 0, split.targets, fit, seed, ranks.rank)
     return WindowLoader(
         split,
         order,
         builder,
         spec,
-        held=False,
         device=ranks.device,
         source=source,
         window=window,

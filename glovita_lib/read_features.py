@@ -50,7 +50,6 @@ class FeatureFile:
     """The tables of a feature file; the features themselves are read through `rows`."""
 
     path: str
-    layout: Literal["vectors", "fixed", "ragged"]
     rows: DatasetRows  # (N, D), (B, L, D) or (M, D)
     ptr: np.ndarray | None  # (B + 1,) int64: instances ptr[b]..ptr[b + 1] are bag b; None: vectors
     labels: np.ndarray | None  # as stored; strings as str
@@ -70,22 +69,11 @@ class FeatureFile:
         return self.rows.shape[-1]
 
     @property
-    def lengths(self) -> np.ndarray | None:
-        """Instances per bag (B,)."""
-        return None if self.ptr is None else np.diff(self.ptr)
-
-    def read_bag(self, bag: int) -> np.ndarray:
-        """Features of one bag, (n, D)."""
-        if self.layout == "fixed":
-            return self.rows.read(bag, bag + 1)[0]
-        return self.rows.read(int(self.ptr[bag]), int(self.ptr[bag + 1]))
-
-    def coords(self, key: str) -> np.ndarray | None:
-        """Coordinates of all instances, (M, 2 or more)."""
-        if not self.has_coords:
-            return None
-        with open_hdf5(self.path) as file:
-            return file[key][:].reshape(-1, file[key].shape[-1])
+    def layout(self) -> Literal["vectors", "fixed", "ragged"]:
+        """How the features lie in the file."""
+        if self.ptr is None:
+            return "vectors"
+        return "ragged" if len(self.rows.shape) == 2 else "fixed"
 
 
 def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool) -> FeatureFile:
@@ -106,7 +94,6 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
     with open_hdf5(path) as file:
         refuse_absent(path, file, keys)
         ptr = bag_pointers(path, file, keys, rows.shape)
-        layout = "vectors" if ptr is None else "ragged" if len(rows.shape) == 2 else "fixed"
         count = len(rows) if ptr is None else len(ptr) - 1
         labels = table_of(path, file, keys.labels, count)
         if labels is None and labelled:
@@ -122,7 +109,6 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
         has_coords = keys.coords in file
     return FeatureFile(
         path=path,
-        layout=layout,
         rows=rows,
         ptr=ptr,
         labels=labels,
@@ -247,8 +233,7 @@ def check_finite(file: FeatureFile) -> None:
     """
     rows = file.rows
     step = max(1, SCAN_BYTES // max(1, rows.row_bytes))
-    if rows.chunk_rows:
-        step = max(rows.chunk_rows, step // rows.chunk_rows * rows.chunk_rows)
+    step = max(rows.chunk_rows, step // rows.chunk_rows * rows.chunk_rows)
     buffer = rows.empty(min(step, len(rows)))
     bad: list[int] = []
     for start in range(0, len(rows), step):
@@ -258,7 +243,9 @@ def check_finite(file: FeatureFile) -> None:
             finite = np.isfinite(values).reshape(len(values), -1).all(1)
             bad += (start + np.flatnonzero(~finite)).tolist()
     if bad:
-        samples = bad if file.layout != "ragged" else np.searchsorted(file.ptr, bad, "right") - 1
+        samples = bad
+        if file.ptr is not None and file.layout == "ragged":
+            samples = (np.searchsorted(file.ptr, bad, "right") - 1).tolist()
         names = list(dict.fromkeys(file.ids[sample] for sample in samples))
         raise UserError(
             f"{file.path}: NaN or infinite features in {len(names)} samples ({listed(names)});"
@@ -292,6 +279,8 @@ class VectorSource:
     """Vectors of some rows of a file."""
 
     reads_at_once: ClassVar[bool] = True
+    sizes: ClassVar[None] = None
+    collate: ClassVar[None] = None
 
     vectors: DatasetRows  # (M, D)
     index: np.ndarray  # (N,) rows of the file
@@ -324,11 +313,17 @@ class VectorSource:
 class BagReader(Protocol):
     """Bags by number."""
 
-    lengths: np.ndarray
-    """Instances per bag (B,)."""
-    width: int
-    item_bytes: int
-    """Bytes of a stored number."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """Instances per bag (B,)."""
+
+    @property
+    def width(self) -> int:
+        """D."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a stored number."""
 
     def read(self, bag: int) -> np.ndarray:
         """Features (n, D) of a bag."""
@@ -336,17 +331,21 @@ class BagReader(Protocol):
     def coords(self, bag: int) -> np.ndarray | None:
         """Coordinates (n, 2 or more) of its instances, where there are some."""
 
+    def instance_ids(self, bag: int) -> np.ndarray | None:
+        """Names of its instances (n,), where there are some."""
+
 
 @dataclass(frozen=True)
 class FileBags:
     """Bags of one file."""
 
     file: FeatureFile
+    ptr: np.ndarray  # (B + 1,) that of the file
     keys: Keys
 
     @property
     def lengths(self) -> np.ndarray:
-        return self.file.lengths
+        return np.diff(self.ptr)
 
     @property
     def width(self) -> int:
@@ -357,25 +356,30 @@ class FileBags:
         return self.file.rows.dtype.itemsize
 
     def read(self, bag: int) -> np.ndarray:
-        return self.file.read_bag(bag)
+        if self.file.layout == "fixed":
+            return self.file.rows.read(bag, bag + 1)[0]
+        return self.file.rows.read(int(self.ptr[bag]), int(self.ptr[bag + 1]))
 
     @cached_property
     def all_coords(self) -> np.ndarray | None:
         """Coordinates of all instances (M, 2 or more)."""
-        return self.file.coords(self.keys.coords)
+        if not self.file.has_coords:
+            return None
+        with open_hdf5(self.file.path) as file:
+            coords = file[self.keys.coords]
+            return coords[:].reshape(-1, coords.shape[-1])
 
     def coords(self, bag: int) -> np.ndarray | None:
         if self.all_coords is None:
             return None
-        return self.all_coords[self.file.ptr[bag] : self.file.ptr[bag + 1]]
+        return self.all_coords[self.ptr[bag] : self.ptr[bag + 1]]
 
     def instance_ids(self, bag: int) -> np.ndarray | None:
         """Names of its instances (n,), where the file has some, as those of mode extract do."""
         with open_hdf5(self.file.path) as file:
             if "instance_ids" not in file:
                 return None
-            names = file["instance_ids"].asstr()
-            return names[int(self.file.ptr[bag]) : int(self.file.ptr[bag + 1])]
+            return file["instance_ids"].asstr()[int(self.ptr[bag]) : int(self.ptr[bag + 1])]
 
 
 @dataclass(frozen=True)
@@ -404,6 +408,9 @@ class FolderBags:
             if self.keys.coords not in file:
                 return None
             return file[self.keys.coords][()].reshape(self.lengths[bag], -1)
+
+    def instance_ids(self, bag: int) -> None:
+        """Such files name none."""
 
 
 def open_folder(folder: Path, keys: Keys) -> FolderBags:
@@ -492,9 +499,12 @@ def load_tensor(path: Path) -> torch.Tensor:
 class BagSource:
     """Some bags of a reader."""
 
+    uniform: ClassVar[None] = None
+    sizes: ClassVar[None] = None
+    reads_at_once: ClassVar[bool] = False
+
     reader: BagReader
     index: np.ndarray  # (N,) bags of the reader
-    uniform: None = None
 
     def fetch(self, rows: np.ndarray) -> list[np.ndarray]:
         """Features (n, D) of each bag."""
@@ -518,8 +528,7 @@ class BagSource:
 
     def instance_ids(self, row: int) -> np.ndarray | None:
         """Names of the instances of a bag (n,)."""
-        named = getattr(self.reader, "instance_ids", None)
-        return None if named is None else named(int(self.index[row]))
+        return self.reader.instance_ids(int(self.index[row]))
 
     def nbytes(self) -> int:
         """Size of the split, bytes."""
@@ -555,7 +564,8 @@ def feature_moments(source: VectorSource | BagSource) -> tuple[np.ndarray, np.nd
             for first in range(0, len(rows), MOMENT_ROWS):
                 yield rows[first : first + MOMENT_ROWS]
 
-    total, number = 0.0, 0
+    width = source.reader.width if isinstance(source, BagSource) else source.vectors.shape[1]
+    total, number = np.zeros(width), 0
     for block in blocks():
         total, number = total + block.sum(0, dtype=np.float64), number + len(block)
     mean = total / number

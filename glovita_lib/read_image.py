@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -313,6 +313,9 @@ def to_depth(pixels: np.ndarray, bit_depth: int) -> np.ndarray:
 
 class FileSource:
     """Samples in image files, decoded when they are asked for."""
+
+    reads_at_once: ClassVar[bool] = False
+    collate: ClassVar[None] = None
 
     def __init__(
         self, paths: Sequence[str], headers: Sequence[Header], *, channels: int, bit_depth: int

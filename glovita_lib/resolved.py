@@ -105,7 +105,7 @@ def _(samples: ImageSamples, root: Root, data: Data) -> ImageInputs:
         default_policies=root.data.default_policies,
         encoder=preprocess_of(root.model.encoder, channels=samples.channels),
         channels=samples.channels,
-        native_size=None if same is None else same[1:],
+        native_size=None if same is None else (same[1], same[2]),
     )
     return ImageInputs(
         channels=samples.channels, bit_depth=samples.bit_depth, augmentation=augmentation
@@ -173,18 +173,24 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
     """All resolved values of a run, from the spec, the data and the encoder's input convention.
 
     Raises:
-        UserError: no train split, targets that do not vary, class weights that do not fit the
+        UserError: no train split, a task that trains no model, class weights that do not fit the
             classes, or options that have no meaning for these targets or samples; see also
             resolve_inputs.
     """
+    task = root.task
+    if not isinstance(task, Supervised):
+        raise UserError(
+            'task.objective = "probe" judges features and has no model: set it to "supervised", or'
+            ' mode to "train"'
+        )
     train = data.splits.get("train")
     if train is None or not len(train):
         raise UserError(f"data set {data.name}: the train split is empty")
-    check_metrics(root.task.metrics, data.subtask)
-    check_options(root.task, data.subtask, data.samples)
+    check_metrics(task.metrics, data.subtask)
+    check_options(task, data.subtask, data.samples)
     inputs = resolve_inputs(data.samples, root, data)
-    metrics = root.task.metrics or usual_metrics(data.subtask)
-    mean, std = target_scale(root.task, data, train)
+    metrics = task.metrics or usual_metrics(data.subtask)
+    mean, std = target_scale(task, data, train)
     return Resolved(
         dataset=data.name,
         subtask=data.subtask,
@@ -193,7 +199,7 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
         inputs=inputs,
         metrics=metrics,
         best_metric=best_metric(root, data, metrics),
-        class_weights=class_weights(root.task, data, train),
+        class_weights=class_weights(task, data, train),
         target_mean=mean,
         target_std=std,
         eval_batch_size=root.dataloading.eval_batch_size or root.dataloading.batch_size,
@@ -244,7 +250,7 @@ def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
 
 def class_weights(task: Supervised, data: Data, train: Split) -> tuple[float, ...] | None:
     """Weights per class; balanced ones are N / (K n_k), so that their mean over the train samples
-    is 1.
+    is 1; none without labels, from which nothing is learnt.
 
     A class without samples gets weight 1. Multilabel: n_k counts positive labels.
     """
@@ -258,6 +264,8 @@ def class_weights(task: Supervised, data: Data, train: Split) -> tuple[float, ..
                 f" classes ({', '.join(data.class_names)}): give one number a class"
             )
         return task.class_weights
+    if train.targets is None:
+        return None
     if data.subtask == "multilabel":
         counts = train.targets.sum(0)
         total = counts.sum()
@@ -272,9 +280,10 @@ def target_scale(
     task: Supervised, data: Data, train: Split
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation (K,) that regression targets are standardised with; 0 and 1 for
-    the rest."""
+    the rest, and without labels."""
     outputs = len(data.class_names)
-    if data.subtask != "regression" or not task.standardize_targets:
+    scaled = data.subtask == "regression" and task.standardize_targets
+    if train.targets is None or not scaled:
         return (0.0,) * outputs, (1.0,) * outputs
     targets = train.targets.astype(np.float64)
     std = targets.std(0)

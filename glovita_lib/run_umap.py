@@ -197,7 +197,7 @@ def instances(source: BagSource, owner: np.ndarray, inside: np.ndarray) -> np.nd
     """Features (N, D) of instances, given by their bag and place in it, sorted."""
     reader = source.reader
     if isinstance(reader, FileBags) and reader.file.layout == "ragged":
-        return reader.file.rows.take(reader.file.ptr[source.index[owner]] + inside)
+        return reader.file.rows.take(reader.ptr[source.index[owner]] + inside)
     return np.concatenate([
         source.fetch(np.array([bag]))[0][inside[owner == bag]] for bag in np.unique(owner)
     ])  # fmt: skip

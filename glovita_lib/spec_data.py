@@ -463,7 +463,7 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
     def stated_channels(self) -> int | None:
         return self.channels
 
-    def stated_subtask(self) -> Subtask | None:
+    def stated_subtask(self) -> Subtask:
         return self.subtask or ("regression" if self.task == "Regression" else "multiclass")
 
     def stated_outputs(self) -> list[tuple[str, int]]:

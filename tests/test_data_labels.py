@@ -214,6 +214,11 @@ def test_what_files_state():
     assert several(a, stated=[("regression", None)])[0] == "regression"
     with pytest.raises(UserError, match="different subtasks: a.h5 multiclass, b.h5 regression"):
         several(a, b, stated=[("multiclass", None), ("regression", None)])
+    with pytest.raises(
+        UserError, match=r'^a.h5: its attribute subtask is "binary"; valid are mult'
+    ):
+        several(a, stated=[("binary", None)])
+    assert several(a, subtask="multiclass", stated=[("binary", None)])[0] == "multiclass"
     with pytest.raises(UserError, match=r"class_names \(a.h5: cat, dog; b.h5: dog, cat\)"):
         several(a, b, stated=[(None, names), (None, names[::-1])])
 

@@ -575,6 +575,10 @@ def test_custom_data(tmp_path, monkeypatch):
         "    return build_data(DigitsData(test_fraction=test_fraction), seed=seed)\n"
         "def nothing(spec, seed):\n"
         "    return None\n"
+        "def unread(spec, seed):\n"
+        "    data = digits(spec, seed, 0.5)\n"
+        "    data.splits['val'].source = [1, 2]\n"
+        "    return data\n"
     )
     (tmp_path / "bad_import.py").write_text("import there_is_no_such_module\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -588,6 +592,7 @@ def test_custom_data(tmp_path, monkeypatch):
         "other_data:digits": "no module other_data",
         "my_data:digit": "my_data has no function digit",
         "my_data:nothing": "returned NoneType, expected glovita_lib.data.Data",
+        "my_data:unread": "source of the split val is of list, which must derive from glovita_lib",
     }.items():
         with pytest.raises(UserError, match=said):
             custom(target)
@@ -609,9 +614,9 @@ def test_a_model_learns_from_labelled_splits_only(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
 
-    def splits(*unlabelled, trains):
+    def splits(*unlabelled, trains, **fields):
         options = {"unlabelled": unlabelled}
-        spec = CustomData(target="my_images:digits", options=options)
+        spec = CustomData(target="my_images:digits", options=options, **fields)
         return build_data(spec, seed=0, trains=trains).splits
 
     assert all(split.targets is not None for split in splits(trains=True).values())
@@ -619,6 +624,7 @@ def test_a_model_learns_from_labelled_splits_only(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"the {' and the '.join(names)} split has no labels"):
             splits(*names, trains=True)
         assert all(splits(*names, trains=False)[name].targets is None for name in names)
+    assert len(splits("train", trains=False, data_fraction=0.1)["train"]) == 117
 
 
 def unlabelled(path):

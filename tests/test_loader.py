@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from glovita_lib import loader, read_hdf5
-from glovita_lib.data import ArraySource, Split
+from glovita_lib.data import ArraySource, Source, Split
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
 from glovita_lib.loader import CachedSource, build_loader, gather_samples, hold, to_device
@@ -42,7 +42,7 @@ class CornerFit:
 
 
 @dataclass(frozen=True)
-class RaggedSource:
+class RaggedSource(Source):
     """Digits cropped to heights 4 to 8."""
 
     count: int
@@ -60,7 +60,7 @@ class RaggedSource:
 
 
 @dataclass(frozen=True)
-class SetSource:
+class SetSource(Source):
     """Samples that are no images: digit rows of differing number, padded by their own collate."""
 
     count: int

@@ -103,6 +103,22 @@ def test_only_images_are_mixed():
         )
 
 
+def test_a_probe_has_no_model_to_resolve():
+    with pytest.raises(UserError, match='task.objective = "probe" judges features and has no mod'):
+        resolve_spec(root_of("precomputed", task={"objective": "probe"}), data_of(FEATURES))
+
+
+@pytest.mark.parametrize("subtask", ["multiclass", "regression"])
+def test_without_labels_nothing_is_scaled_or_weighted(subtask):
+    data = data_of(FEATURES)
+    data.subtask, data.splits["train"].targets = subtask, None
+    weights = "balanced" if subtask == "multiclass" else None
+    task = {"objective": "supervised", "class_weights": weights}
+    found = resolve_spec(root_of("precomputed", task=task), data)
+    assert (found.target_mean, found.target_std) == ((0.0, 0.0), (1.0, 1.0))
+    assert found.class_weights is None
+
+
 @pytest.mark.parametrize(
     ("samples", "said"),
     [
