@@ -555,7 +555,7 @@ def weights_hash(model: Model) -> str:
 # ---------------------------------------------------------------------- what is read out
 
 
-def source_of(loaded: Loaded, ranks: dist.Ranks) -> tuple[Experiment, Data]:
+def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data]:
     """The model to read out, with its transforms, and the data.
 
     Raises:

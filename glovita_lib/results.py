@@ -27,6 +27,7 @@ from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.resolved import ImageInputs, Inputs, Resolved
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
+from glovita_lib.spec_root import Root
 
 # ------------------------------------------------------------------------------- predictions
 #
@@ -426,7 +427,7 @@ class Entry:
         }
 
 
-def compare_runs(specs: list[Loaded]) -> str:
+def compare_runs(specs: list[Loaded[Root]]) -> str:
     """A table of the runs of several specs as Markdown, best first; below it what its columns mean.
 
     Raises:
@@ -458,14 +459,14 @@ def compare_runs(specs: list[Loaded]) -> str:
     return "\n".join([markdown_table(rows), "", *comparison_notes(entries, devices)])
 
 
-def names(specs: list[Loaded]) -> list[str]:
+def names(specs: list[Loaded[Root]]) -> list[str]:
     """What the runs are called: file names, or whole paths where those are the same."""
     stems = [Path(loaded.path).stem for loaded in specs]
     many = Counter(stems)
     return [s if many[s] == 1 else o.path for s, o in zip(stems, specs, strict=True)]
 
 
-def unfit(loaded: Loaded, run: RunDir) -> str | None:
+def unfit(loaded: Loaded[Root], run: RunDir) -> str | None:
     """Why a run cannot be in the table; None if it can."""
     if not run.is_finished:
         state = "is not finished" if run.last.is_file() else "does not exist"

@@ -273,7 +273,7 @@ def say_main(ranks: dist.Ranks, text: str) -> None:
 BLOCK_BYTES = 256 * 2**20  # of features: a block is kept in memory until it is written
 
 
-def run(loaded: Loaded, *, dry_run: bool) -> None:
+def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
     """Extract the wanted splits; a dry run reads one batch of each and writes nothing."""
     with dist.session() as ranks:
         experiment, data = source_of(loaded, ranks)

@@ -33,7 +33,7 @@ from glovita_lib.spec_data import BaseData, GenericImageData, PrecomputedData
 from glovita_lib.spec_root import Root
 
 
-def run(loaded: Loaded, *, dry_run: bool) -> None:
+def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
     """Predict a split, or new samples, with one checkpoint or an explicit ensemble.
 
     A dry run predicts one batch with every member and writes nothing.
@@ -42,7 +42,7 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
         infer(loaded, ranks, dry_run=dry_run)
 
 
-def infer(loaded: Loaded, ranks: dist.Ranks, *, dry_run: bool) -> None:
+def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
     """Predict with every member, take the mean, write predictions, metrics and attention."""
     root = loaded.root
     paths = dist.main_decides(ranks, lambda: member_paths(loaded))
@@ -137,7 +137,7 @@ def refuse_unmerged(experiment: Experiment) -> None:
 # ---------------------------------------------------------------------- which checkpoints
 
 
-def member_paths(loaded: Loaded) -> list[Path]:
+def member_paths(loaded: Loaded[Root]) -> list[Path]:
     """The checkpoints to use: those named, those of the folds named, or that of the spec's run.
 
     Raises:
@@ -161,7 +161,7 @@ def member_paths(loaded: Loaded) -> list[Path]:
     return [member_of(RunDir(own.group / str(fold)), loaded) for fold in folds]
 
 
-def member_of(run: RunDir, loaded: Loaded) -> Path:
+def member_of(run: RunDir, loaded: Loaded[Root]) -> Path:
     """The checkpoint of a run of this very spec."""
     path = run.best if loaded.root.infer.use == "best" else run.last
     if not path.is_file():
@@ -178,7 +178,7 @@ def member_of(run: RunDir, loaded: Loaded) -> Path:
     return path
 
 
-def refuse_seen_samples(loaded: Loaded, folds: tuple[int, ...]) -> None:
+def refuse_seen_samples(loaded: Loaded[Root], folds: tuple[int, ...]) -> None:
     """Folds of a k-fold split have trained on each other's test samples."""
     if msgspec.to_builtins(loaded.root.data).get("split_source") == "kfold":
         raise UserError(

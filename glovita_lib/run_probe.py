@@ -25,6 +25,7 @@ from glovita_lib.results import summary_lines
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
 from glovita_lib.spec import Loaded, dump
 from glovita_lib.spec_data import PrecomputedData
+from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Probe
 
 # ------------------------------------------------------------------------------------ probes
@@ -313,7 +314,7 @@ class FittedProbe:
     scores: dict[str, np.ndarray]  # split -> (N, K)
 
 
-def run(loaded: Loaded, *, dry_run: bool) -> None:
+def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
     """Fit the probes of a spec and write what they predict; a dry run only reads the data.
 
     Raises:
@@ -330,9 +331,10 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
         say(f"dry run passed: {data.subtask} of {data.outputs}, {sizes}; nothing was written")
 
 
-def probe(loaded: Loaded, ranks: dist.Ranks) -> None:
+def probe(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
     """All probes of a spec; what an earlier start left unfinished is done again."""
-    root = loaded.root
+    root, task = loaded.root, loaded.root.task
+    assert isinstance(task, Probe)  # else the training is another
     run, decision = decide(locate(loaded), loaded)
     if decision != "finished":
         data, samples = read(loaded)
@@ -346,15 +348,15 @@ def probe(loaded: Loaded, ranks: dist.Ranks) -> None:
             train = samples["train"]
             samples["train"] = replace(train, features=resident(train.features, device))
             content = {}
-            for method in root.task.methods:
-                fitted = fit_probe(method, root.task, data, samples, device)
-                content[method] = write_probe(run, method, root, data, samples, fitted)
+            for method in task.methods:
+                fitted = fit_probe(method, task, data, samples, device)
+                content[method] = write_probe(run, method, task, data, samples, fitted, root.seed)
             files.write_json(run.path / "metrics_probe.json", content)
             run.mark_finished()
     show_results(run, decision)
 
 
-def read(loaded: Loaded) -> tuple[Data, dict[str, ProbeSplit]]:
+def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
     """The splits in memory, bags averaged.
 
     Raises:
@@ -557,13 +559,13 @@ def fit_models(
 def write_probe(
     run: RunDir,
     method: str,
-    root: Any,
+    task: Probe,
     data: Data,
     samples: dict[str, ProbeSplit],
     fitted: FittedProbe,
+    seed: int,
 ) -> dict[str, Any]:
     """Predictions and plots of a probe; what metrics_probe.json says of it."""
-    task = root.task
     names = task.metrics or usual_metrics(data.subtask)
     content: dict[str, Any] = {"chosen": fitted.chosen, "candidates": fitted.candidates}
     for split, scores in fitted.scores.items():
@@ -584,7 +586,7 @@ def write_probe(
             scores=scores,
             class_names=data.class_names,
             bootstrap=task.bootstrap,
-            seed=root.seed,
+            seed=seed,
         )
         if task.result_plot != "none":
             plots.plot_results(

@@ -107,7 +107,7 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
 # -------------------------------------------------------------------------------------- runs
 
 
-def run(loaded: Loaded, *, dry_run: bool) -> None:
+def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
     """Train a spec, or continue its run, or report it where it is finished.
 
     A dry run takes one batch through everything and leaves nothing behind.
@@ -119,7 +119,7 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
             train(loaded, ranks)
 
 
-def train(loaded: Loaded, ranks: dist.Ranks) -> None:
+def train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
     """Start or continue a run, train it to its end, evaluate it and write the results."""
     root = loaded.root
     run, decision = dist.main_decides(ranks, lambda: decide(locate(loaded), loaded))
@@ -163,7 +163,9 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
 # ---------------------------------------------------------------------- training
 
 
-def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, resume: bool) -> None:
+def learn(
+    run: RunDir, loaded: Loaded[Root], experiment: Experiment, data: Data, *, resume: bool
+) -> None:
     """Train from the start, or from the last checkpoint on."""
     root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
     saved = saved_state(run, loaded) if resume else None
@@ -210,7 +212,7 @@ def learn(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data, *, re
         trainer.close()
 
 
-def saved_state(run: RunDir, loaded: Loaded) -> dict[str, Any]:
+def saved_state(run: RunDir, loaded: Loaded[Root]) -> dict[str, Any]:
     """The checkpoint that a run is continued from.
 
     Raises:
@@ -227,7 +229,7 @@ def saved_state(run: RunDir, loaded: Loaded) -> dict[str, Any]:
 
 
 def prepare(
-    run: RunDir, loaded: Loaded, experiment: Experiment, saved: dict[str, Any] | None
+    run: RunDir, loaded: Loaded[Root], experiment: Experiment, saved: dict[str, Any] | None
 ) -> None:
     """Write the files that describe a run; of a continued run, cut metrics.jsonl back to the
     step of its checkpoint and complete its links."""
@@ -262,7 +264,7 @@ def mend_links(run: RunDir, state: dict[str, Any], training: Training) -> None:
 # ---------------------------------------------------------------------- results
 
 
-def finish(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data) -> None:
+def finish(run: RunDir, loaded: Loaded[Root], experiment: Experiment, data: Data) -> None:
     """Evaluate the best model on the whole of the held-out splits and write the results."""
     task, ranks = experiment.root.task, experiment.ranks
     dist.barrier(ranks)  # until the first rank has written the last epoch
@@ -286,7 +288,7 @@ def finish(run: RunDir, loaded: Loaded, experiment: Experiment, data: Data) -> N
     dist.barrier(ranks)
 
 
-def description(loaded: Loaded, experiment: Experiment) -> dict[str, Any]:
+def description(loaded: Loaded[Root], experiment: Experiment) -> dict[str, Any]:
     """What `restore` needs of a run beside its tensors, the same wherever it is run."""
     kept = ("seed", "data", "model", "peft", "task", "training")
     spec = {name: loaded.plain[name] for name in kept}

@@ -40,6 +40,7 @@ from glovita_lib.resolved import Resolved
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded, Spec
 from glovita_lib.spec_data import PrecomputedData
+from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Umap
 
 # ----------------------------------------------------------------------------------- samples
@@ -251,7 +252,9 @@ def open_input(path: Path, data: Spec) -> Data:
 # N samples, D width, K classes or targets.
 
 
-def samples_of_model(loaded: Loaded, spec: Umap, ranks: dist.Ranks, seed: int) -> ChosenSamples:
+def samples_of_model(
+    loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks, seed: int
+) -> ChosenSamples:
     """Samples of the spec's own data with their embeddings, as mode extract makes them under the
     spec's `extract`, and the predictions of the same pass.
 
@@ -358,7 +361,7 @@ SUFFIXES = {"picture": "png", "vectors": "svg", "page": "html", "table": "csv", 
 NAMES = {"umap": "UMAP", "pca": "Principal components", "tsne": "t-SNE"}
 
 
-def run(loaded: Loaded, *, dry_run: bool) -> None:
+def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
     """Draw the features of a file, or of the spec's own run or encoder.
 
     A dry run lays out a few samples and writes nothing.
@@ -372,7 +375,7 @@ def run(loaded: Loaded, *, dry_run: bool) -> None:
         dist.main_decides(ranks, lambda: make_map(loaded, spec, alone, dry_run=dry_run))
 
 
-def make_map(loaded: Loaded, spec: Umap, ranks: dist.Ranks, *, dry_run: bool) -> None:
+def make_map(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks, *, dry_run: bool) -> None:
     """Find the samples, lay them out, write everything and say where it is."""
     refuse_early(spec)
     samples = find_samples(loaded, spec, ranks)
@@ -397,7 +400,7 @@ def refuse_early(spec: Umap) -> None:
 # ---------------------------------------------------------------------- samples
 
 
-def find_samples(loaded: Loaded, spec: Umap, ranks: dist.Ranks) -> ChosenSamples:
+def find_samples(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks) -> ChosenSamples:
     """The chosen samples with their features."""
     seed, own = seed_of(loaded, spec), loaded.root.data
     if spec.input is not None:
@@ -408,10 +411,11 @@ def find_samples(loaded: Loaded, spec: Umap, ranks: dist.Ranks) -> ChosenSamples
     data = read_data(loaded.root, ranks)
     splits = wanted_splits(data, spec.split, "umap.split")
     samples = samples_of_features(splits, data, spec, seed)
-    return standardize(samples, data) if own.standardize else samples
+    scaled = isinstance(own, PrecomputedData) and own.standardize
+    return standardize(samples, data) if scaled else samples
 
 
-def seed_of(loaded: Loaded, spec: Umap) -> int:
+def seed_of(loaded: Loaded[Root], spec: Umap) -> int:
     """Seed of the choice and of the layout."""
     return loaded.root.seed if spec.seed is None else spec.seed
 
@@ -471,7 +475,7 @@ def distinct_titles(colorings: list[Coloring]) -> list[Coloring]:
 
 
 def draw_projection(
-    loaded: Loaded, spec: Umap, samples: ChosenSamples, ranks: dist.Ranks, *, dry_run: bool
+    loaded: Loaded[Root], spec: Umap, samples: ChosenSamples, ranks: dist.Ranks, *, dry_run: bool
 ) -> None:
     """Lay the samples out, write everything and say where it is."""
     colorings = colorings_of(samples, spec)
@@ -496,7 +500,7 @@ def draw_projection(
     say(two_columns([*rows, *((kind, str(path)) for kind, path in files.items())]))
 
 
-def output_stem(loaded: Loaded, spec: Umap) -> Path:
+def output_stem(loaded: Loaded[Root], spec: Umap) -> Path:
     """Path of the results without suffix."""
     if spec.output_dir is not None:
         folder = Path(spec.output_dir)
@@ -579,7 +583,7 @@ def write_map(
 
 
 def numbers_of(
-    spec: Umap, samples: ChosenSamples, projection: Projection, seed: int, loaded: Loaded
+    spec: Umap, samples: ChosenSamples, projection: Projection, seed: int, loaded: Loaded[Root]
 ) -> dict[str, Any]:
     """What the picture was made with, and how far it can be trusted."""
     found = versions()

@@ -29,6 +29,7 @@ from glovita_lib.files import (
     write_json,
 )
 from glovita_lib.spec import Loaded, changed_keys
+from glovita_lib.spec_root import Root
 
 Decision = Literal["start", "resume", "overwrite", "finished"]
 # What a run writes, in the order in which it is removed when a run starts over: the mark of being
@@ -187,7 +188,7 @@ def remove(path: Path) -> None:
 # ---------------------------------------------------------------------- which run
 
 
-def locate(loaded: Loaded) -> RunDir:
+def locate(loaded: Loaded[Root]) -> RunDir:
     """The directory of a spec's run, whether it exists or not.
 
     Raises:
@@ -200,7 +201,7 @@ def locate(loaded: Loaded) -> RunDir:
     return RunDir(Path(loaded.root.exp_dir) / data["dataset"] / group / str(data["fold"]))
 
 
-def decide(wanted: RunDir, loaded: Loaded) -> tuple[RunDir, Decision]:
+def decide(wanted: RunDir, loaded: Loaded[Root]) -> tuple[RunDir, Decision]:
     """Which directory to use, and what to do there; reads only.
 
     A run without a checkpoint starts over in its place.

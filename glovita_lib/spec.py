@@ -291,13 +291,16 @@ NOT_THE_EXPERIMENT = (
 and how fast it runs, what is logged, and which of its folds."""
 
 
+RootSpec = TypeVar("RootSpec", bound=Spec)
+
+
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Generic[RootSpec]):
     """A spec as it was asked for and as it was understood."""
 
-    root: Any
+    root: RootSpec
     """The root Struct, all sections filled in, ~ and $VAR expanded in its paths."""
-    as_written: Any
+    as_written: RootSpec
     """The same with its paths as they were given: what is kept of a run, and compared with it, so
     that a run may move between machines whose folders differ."""
     path: str
@@ -312,7 +315,9 @@ class Loaded:
     """Which file, or OVERRIDE, each key comes from; the others are defaults."""
 
 
-def load_spec(path: str | os.PathLike, overrides: Sequence[str], root_type: type[Spec]) -> Loaded:
+def load_spec(
+    path: str | os.PathLike, overrides: Sequence[str], root_type: type[RootSpec]
+) -> Loaded[RootSpec]:
     """Read a spec, lay it over what it extends, lay the overrides over it and check every key.
 
     Raises:

@@ -19,7 +19,7 @@ from glovita_lib.spec_rules import own_problems, unread_options
 from glovita_lib.spec_train import Supervised
 
 
-def load_checked(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Loaded:
+def load_checked(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Loaded[Root]:
     """A spec that is free of mistakes in its keys and between its sections.
 
     Raises:

@@ -354,7 +354,7 @@ def indented(text: str, columns: int, further: int | None = None) -> str:
 # `--print`: a spec with all it extends, its overrides and every default, as TOML.
 
 
-def spec_text(loaded: Loaded) -> str:
+def spec_text(loaded: Loaded[Root]) -> str:
     """The spec as it was understood, as TOML that loads to the same; behind each key that its own
     file does not give stands where the value comes from."""
     title = f"# {loaded.path} with all defaults; it gives the keys that have no note itself."
@@ -363,7 +363,7 @@ def spec_text(loaded: Loaded) -> str:
     return "\n".join([title, *toml_lines(tables, (), loaded)])
 
 
-def toml_lines(table: dict, path: tuple[str, ...], loaded: Loaded) -> Iterator[str]:
+def toml_lines(table: dict, path: tuple[str, ...], loaded: Loaded[Root]) -> Iterator[str]:
     """Lines of a table: its values, the keys that are unset, then the tables in it."""
     below = {key: value for key, value in table.items() if isinstance(value, dict) and value}
     if path and len(below) < len(table):
@@ -379,7 +379,7 @@ def toml_lines(table: dict, path: tuple[str, ...], loaded: Loaded) -> Iterator[s
         yield from toml_lines(value, (*path, key), loaded)
 
 
-def note_of(loaded: Loaded, path: tuple[str, ...]) -> str:
+def note_of(loaded: Loaded[Root], path: tuple[str, ...]) -> str:
     """Where a key comes from; empty for the spec's own file."""
     origin = loaded.origins.get(path)
     if origin is None:
