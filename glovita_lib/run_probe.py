@@ -334,7 +334,7 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
 def probe(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
     """All probes of a spec; what an earlier start left unfinished is done again."""
     root, task = loaded.root, loaded.root.task
-    assert isinstance(task, Probe)  # else the training is another
+    assert isinstance(task, Probe)  # whose learnt_by names this module
     run, decision = decide(locate(loaded), loaded)
     if decision != "finished":
         data, samples = read(loaded)
