@@ -1,7 +1,7 @@
 """What every mode builds from a spec: data, resolved values, model, objective, loaders."""
 
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from pathlib import Path
@@ -20,7 +20,7 @@ from glovita_lib.datasets import build_data
 from glovita_lib.dist import resolve_precision
 from glovita_lib.encoder import Encoder, Identity, output_width
 from glovita_lib.errors import UserError
-from glovita_lib.loader import Batch, Loader, build_loader
+from glovita_lib.loader import Batch, Loader, WorkerPool, announce, build_loader
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import BaseWeights, Model, build_model
 from glovita_lib.objectives import Objective, Predictions, build_objective, gather_split
@@ -90,6 +90,8 @@ class Experiment:
     ranks: dist.Ranks
     checkpoint: Path | None = None
     """File that the weights come from; None: from the encoder's own, or the seed."""
+    pool: WorkerPool | None = None
+    """Worker processes of all its loaders; None: each has its own."""
 
     @property
     def precision(self) -> str:
@@ -108,7 +110,29 @@ class Experiment:
             seed=self.root.seed,
             ranks=self.ranks,
             batch_size=spec.batch_size if train else self.resolved.eval_batch_size,
+            pool=self.pool,
         )
+
+    @contextmanager
+    def shared_workers(self, data: Data) -> Iterator[None]:
+        """The same worker processes for all loaders of the block: those of training, and those that
+        predict the splits afterwards."""
+        self.pool = WorkerPool(self.root.dataloading, self.ranks.device)
+        fit = self.objective.eval_inputs.fit
+        for split in data.splits.values():
+            announce(
+                split,
+                self.root.dataloading,
+                fit=fit,
+                seed=self.root.seed,
+                ranks=self.ranks,
+                pool=self.pool,
+            )
+        try:
+            yield
+        finally:
+            self.pool.close()
+            self.pool = None
 
     def single_pass(self, split: Split, *, augmented: bool, seed: int, ranks: dist.Ranks) -> Loader:
         """Batches of a split of images, in its order, that are read once: nothing is kept decoded.

@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -232,6 +232,12 @@ class BatchBuilder:
         targets = None if self.targets is None else torch.from_numpy(self.targets[rows])
         return Batch(inputs, targets, torch.from_numpy(rows), fitted)
 
+    def makes_same(self, other: "BatchBuilder") -> bool:
+        """Whether another one makes the same batches of the same objects."""
+        parts = (self.source, self.targets, self.fit), (other.source, other.targets, other.fit)
+        numbers = (self.first, self.seed, self.rank) == (other.first, other.seed, other.rank)
+        return numbers and all(a is b for a, b in zip(*parts, strict=True))
+
     @property
     def fitted(self) -> bool:
         """Whether the source's samples are fitted already."""
@@ -307,8 +313,12 @@ def build_loader(
     seed: int,
     ranks: Ranks,
     batch_size: int,
+    pool: "WorkerPool | None" = None,
 ) -> "Loader":
     """Loader of a split on this rank, with the split decoded in memory if it fits.
+
+    Args:
+        pool: worker processes that it has in common with other loaders; none: it has its own.
 
     Raises:
         UserError: nothing to train on, or (listed together) samples that cannot be read or are
@@ -323,7 +333,23 @@ def build_loader(
         rows, shown = np.arange(first, end), ranks.is_main
         source = hold(split.source, rows, fit=once, threads=cores(), shown=shown)
         builder = replace(builder, source=source, first=first)
-    return Loader(split, order, builder, spec, device=ranks.device)
+    return Loader(split, order, builder, spec, device=ranks.device, pool=pool)
+
+
+def announce(
+    split: Split,
+    spec: Dataloading,
+    *,
+    fit: Resizing | None,
+    seed: int,
+    ranks: Ranks,
+    pool: "WorkerPool",
+) -> None:
+    """Let worker processes know a split that `build_loader` will be asked to evaluate after they
+    have started."""
+    first, end = needed(split, train=False, ranks=ranks)
+    if end > first and not fits_in_memory(split, spec, end - first):
+        pool.add(BatchBuilder(split.source, 0, split.targets, fit, seed, ranks.rank))
 
 
 def needed(split: Split, *, train: bool, ranks: Ranks) -> tuple[int, int]:
@@ -401,6 +427,7 @@ class Loader:
         spec: Dataloading,
         *,
         device: torch.device,
+        pool: "WorkerPool | None" = None,
     ) -> None:
         self.split, self.order, self.builder, self.spec = split, order, builder, spec
         self.held, self.device = isinstance(builder.source, CachedSource), device
@@ -409,8 +436,11 @@ class Loader:
         self.resident: tuple[Tensor, Tensor | None] | None = None
         if isinstance(builder.source, CachedSource):
             self.resident = to_device(builder.source, split.targets, device)
-        self._tasks: Iterable[BatchTask] = ()
-        self._processes: DataLoader[Batch | Failure] | None = None
+        # Samples in memory go with their loader: no workers of others keep them.
+        self.owns_pool = pool is None or self.held
+        self.pool = WorkerPool(spec, device) if pool is None or self.held else pool
+        if self.uses_processes:
+            self.pool.add(builder, self.workers)
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -437,6 +467,12 @@ class Loader:
         """Whether a batch is a mere gather in memory."""
         return self.held and self.builder.source.uniform is not None
 
+    @property
+    def uses_processes(self) -> bool:
+        """Whether batches are made by worker processes."""
+        in_threads = self.is_ready or (self.held and self.spec.num_workers is None)
+        return self.workers > 0 and not in_threads
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches of an epoch from batch `start` on.
 
@@ -448,9 +484,9 @@ class Loader:
         tasks = ((epoch, b, self.rows(epoch, b)) for b in range(start, len(self)))
         if self.workers == 0:
             return (self.make(task) for task in tasks)
-        if self.is_ready or (self.held and self.spec.num_workers is None):
+        if not self.uses_processes:
             return self.threaded(tasks)
-        return self.processed(tasks)
+        return self.pool.batches(self.builder, tasks)
 
     def gathered(
         self, epoch: int, start: int, samples: Tensor, targets: Tensor | None
@@ -479,25 +515,106 @@ class Loader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def processed(self, tasks: Iterator[BatchTask]) -> Iterator[Batch]:
-        """Batches made ahead by worker processes, pinned by a thread."""
-        self._tasks = tasks
-        loader = self._processes or self.start_processes()
+    def make(self, task: BatchTask) -> Batch:
+        """Batch of a task, in page-locked memory where that helps; not for worker processes."""
+        return self.pin(self.builder(task, pinned=self.pinned))
+
+    def pin(self, batch: Batch) -> Batch:
+        """The batch in page-locked memory where that helps."""
+        return batch.pin_memory() if self.pinned else batch
+
+    def close(self) -> None:
+        """End the worker processes, unless other loaders have them too."""
+        if self.owns_pool:
+            self.pool.close()
+
+
+# -------------------------------------------------------------------------- worker processes
+
+TAKEN = "another epoch has taken the workers"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A user error that travels from a worker process."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSamples(Dataset[Batch | Failure]):
+    """What DataLoader indexes with the number of a builder and a task, in a worker process."""
+
+    builders: tuple[BatchBuilder, ...]
+
+    def __getitem__(self, numbered: tuple[int, BatchTask]) -> Batch | Failure:
+        number, task = numbered
+        try:
+            return self.builders[number](task)
+        except UserError as error:
+            return Failure(str(error))
+
+
+class WorkerPool:
+    """Worker processes that make the batches of one loader, or of all loaders of a run.
+
+    They start with the first batch that is asked for, knowing the builders that were added until
+    then, and start anew for one that was added later: a start costs an import of torch wherever
+    processes are not forked. One epoch of one loader is made at a time.
+    """
+
+    def __init__(self, spec: Dataloading, device: torch.device) -> None:
+        self.spec, self.pinned = spec, spec.pin_memory and device.type == "cuda"
+        self.workers = 0
+        self._builders: list[BatchBuilder] = []
+        self._known = 0  # builders that the running processes have
+        self._tasks: Iterator[tuple[int, BatchTask]] = iter(())
+        self._processes: DataLoader[Batch | Failure] | None = None
+
+    def add(self, builder: BatchBuilder, workers: int = 0) -> None:
+        """Let the processes know a builder; there will be as many as any loader asks for."""
+        self.workers = max(self.workers, workers)
+        if self.number(builder) is None:
+            self._builders.append(builder)
+
+    def number(self, builder: BatchBuilder) -> int | None:
+        """Place of a builder that makes the same batches; None where there is none."""
+        same = (known.makes_same(builder) for known in self._builders)
+        return next((number for number, found in enumerate(same) if found), None)
+
+    def batches(self, builder: BatchBuilder, tasks: Iterator[BatchTask]) -> Iterator[Batch]:
+        """Batches of a builder that was added, made ahead, pinned by a thread.
+
+        Raises:
+            UserError: a sample cannot be read, a worker died or took longer than the timeout.
+        """
+        number = self.number(builder)
+        assert number is not None, "the builder was not added"
+        if number >= self._known:
+            self.close()
+        mine = self._tasks = ((number, task) for task in tasks)
+        loader = self.start() if self._processes is None else self._processes
         try:
             for batch in loader:
+                assert self._tasks is mine, TAKEN
                 if isinstance(batch, Failure):
                     raise UserError(batch.text)
                 yield batch
+            assert self._tasks is mine, TAKEN  # the other one may have come to its end
         except RuntimeError as error:
             raise self.explain(error) from error
 
-    def start_processes(self) -> "DataLoader[Batch | Failure]":
+    def __iter__(self) -> Iterator[tuple[int, BatchTask]]:
+        """The tasks of the running epoch: this is DataLoader's sampler."""
+        return self._tasks
+
+    def start(self) -> "DataLoader[Batch | Failure]":
         """The worker processes; kept for the next epoch if they are persistent."""
         spec = self.spec
         loader: DataLoader[Batch | Failure] = DataLoader(
-            WorkerSamples(self.builder),
+            WorkerSamples(tuple(self._builders)),
             batch_size=None,  # a task is a whole batch
-            sampler=Tasks(self),
+            sampler=self,
             collate_fn=as_it_is,
             num_workers=self.workers,
             persistent_workers=spec.persistent_workers,
@@ -508,12 +625,12 @@ class Loader:
             generator=torch.Generator(),  # leaves the global stream alone
         )
         if spec.persistent_workers:
-            self._processes = loader
+            self._processes, self._known = loader, len(self._builders)
         return loader
 
     def explain(self, error: RuntimeError) -> Exception:
         """A user error of what DataLoader says about dead or slow workers; else the error."""
-        self._processes = None
+        self.close()
         text = str(error)
         if "timed out" in text:
             return UserError(
@@ -527,50 +644,9 @@ class Loader:
             )
         return error
 
-    def make(self, task: BatchTask) -> Batch:
-        """Batch of a task, in page-locked memory where that helps; not for worker processes."""
-        return self.pin(self.builder(task, pinned=self.pinned))
-
-    def pin(self, batch: Batch) -> Batch:
-        """The batch in page-locked memory where that helps."""
-        return batch.pin_memory() if self.pinned else batch
-
     def close(self) -> None:
-        """End the worker processes."""
-        self._processes = None
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A user error that travels from a worker process."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSamples(Dataset[Batch | Failure]):
-    """What DataLoader indexes with a task, in a worker process."""
-
-    builder: BatchBuilder
-
-    def __getitem__(self, task: BatchTask) -> Batch | Failure:
-        try:
-            return self.builder(task)
-        except UserError as error:
-            return Failure(str(error))
-
-
-@dataclass(frozen=True, slots=True)
-class Tasks:
-    """The tasks of the running epoch, as DataLoader's sampler."""
-
-    loader: Loader
-
-    def __iter__(self) -> Iterator[BatchTask]:
-        return iter(self.loader._tasks)
-
-    def __len__(self) -> int:
-        return len(self.loader)
+        """End the processes."""
+        self._processes, self._known = None, 0
 
 
 def as_it_is(batch: Item) -> Item:

@@ -22,6 +22,7 @@ from glovita_lib.loader import (
     BatchBuilder,
     Loader,
     Resizing,
+    WorkerPool,
     build_loader,
     build_order,
     fits_in_memory,
@@ -177,6 +178,7 @@ def build_feature_loader(
     seed: int,
     ranks: Ranks,
     batch_size: int,
+    pool: WorkerPool | None = None,
 ) -> Loader:
     """Loader of vectors or bags on this rank: from memory where they fit, else by windows (vectors)
     or bag by bag.
@@ -184,12 +186,20 @@ def build_feature_loader(
     Args:
         fit: as for build_loader; vectors and bags have no geometry and ask nothing of it.
         window_mb: size of a window of vectors, MiB.
+        pool: as for build_loader.
     """
     source = split.source
     first, end = needed(split, train=train, ranks=ranks)
     if fits_in_memory(split, spec, end - first) or not isinstance(source, VectorSource):
         return build_loader(
-            split, spec, fit=fit, train=train, seed=seed, ranks=ranks, batch_size=batch_size
+            split,
+            spec,
+            fit=fit,
+            train=train,
+            seed=seed,
+            ranks=ranks,
+            batch_size=batch_size,
+            pool=pool,
         )
     order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
     row = max(1, source.vectors.row_bytes)

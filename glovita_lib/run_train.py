@@ -132,7 +132,10 @@ def train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
     refuse_unstable(experiment)
     if ranks.is_main:
         introduce(run, experiment, data)
-    with run.opened(ranks, overwrite=decision == "overwrite"):
+    with (
+        run.opened(ranks, overwrite=decision == "overwrite"),
+        experiment.shared_workers(data),
+    ):
         learn(run, loaded, experiment, data, resume=decision == "resume")
         finish(run, loaded, experiment, data)
     conclude(run, ranks, "is finished")

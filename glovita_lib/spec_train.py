@@ -179,7 +179,7 @@ class Dataloading(Spec):
     pin_memory: bool = True
     """Whether batches are copied to the GPU from page-locked memory."""
     persistent_workers: bool = True
-    """Whether workers live through all epochs."""
+    """Whether workers live through all epochs and splits of a run; else each epoch has its own."""
     prefetch_factor: Annotated[Count, BY_WORKERS] = 2
     """Batches each worker prepares ahead."""
     timeout: Annotated[NonNegative, BY_WORKERS] = 0.0

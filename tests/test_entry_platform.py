@@ -1,4 +1,5 @@
-"""Runs on a system that is not POSIX: what only POSIX has is taken away in a fresh interpreter."""
+"""Runs on a system that is not POSIX: what only POSIX has is taken away in a fresh interpreter.
+Worker processes that are spawned, as on macOS and Windows."""
 
 import os
 import subprocess
@@ -65,3 +66,36 @@ def test_train_extract_and_infer_without_posix(tmp_path):
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert len(notes) == 3  # of the run, of its group and of the feature file
     assert all("has no file locks" in note for note in notes)
+
+
+SPAWN = """
+import multiprocessing, sys
+from multiprocessing.process import BaseProcess
+multiprocessing.set_start_method("spawn")
+start, started = BaseProcess.start, []
+BaseProcess.start = lambda process: started.append(process) or start(process)
+import glovita
+assert glovita.main(sys.argv[1:]) == 0
+print("started", len(started))
+"""
+
+
+@pytest.mark.processes
+def test_spawned_workers_start_once_a_run_and_give_the_same_results(tmp_path, command):
+    """Two workers serve training, the evaluations of val after each epoch, and val and test in the
+    end; the bits are those of a run without any."""
+    changes = ["dataloading.in_memory_mb=0", "training.val_steps_per_epoch=2"]
+    alone = command(*changes, "dataloading.num_workers=0", "name=alone")
+    overrides = [f"exp_dir={tmp_path / 'runs'}", *changes, "dataloading.num_workers=2"]
+    result = subprocess.run(
+        [sys.executable, "-c", SPAWN, str(tmp_path / "tiny.toml"), "--override", *overrides],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "started 2"
+    spawned = tmp_path / "runs" / "digits" / "tiny,training.val_steps_per_epoch=2" / "0"
+    for name in ("predictions_val.csv", "predictions_test.csv", "metrics_test.json"):
+        assert (spawned / name).read_bytes() == (alone.path / name).read_bytes()

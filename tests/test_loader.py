@@ -1,5 +1,6 @@
 """Loaders: order, ranks, resume, memory against workers, errors."""
 
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from glovita_lib import loader, read_hdf5
 from glovita_lib.data import ArraySource, Source, Split
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
-from glovita_lib.loader import CachedSource, build_loader, gather_samples, hold, to_device
+from glovita_lib.loader import (
+    CachedSource,
+    WorkerPool,
+    build_loader,
+    gather_samples,
+    hold,
+    to_device,
+)
 from glovita_lib.read_features import VectorSource
 from glovita_lib.read_hdf5 import DatasetRows
 from glovita_lib.sampler import EvalOrder, TrainOrder
@@ -95,6 +103,7 @@ def loader_of(
     batch_size=None,
     fit=None,
     device=CPU,
+    pool=None,
 ):
     ranks = Ranks(rank, world, rank, device)
     return build_loader(
@@ -105,6 +114,7 @@ def loader_of(
         seed=seed,
         ranks=ranks,
         batch_size=batch_size or spec.batch_size,
+        pool=pool,
     )
 
 
@@ -186,6 +196,57 @@ def test_workers_that_are_not_persistent():
     loader = loader_of(digits(20), spec)
     assert rows_of(loader, 0) == [loader.rows(0, b).tolist() for b in range(3)]
     assert rows_of(loader, 1) == [loader.rows(1, b).tolist() for b in range(3)]
+
+
+@dataclass(frozen=True)
+class ProcessSource(RaggedSource):
+    """Digits whose pixels are the number of the process that reads them, modulo 251."""
+
+    def fetch(self, rows):
+        return [np.full((1, 4, 4), os.getpid() % 251, np.uint8) for _ in rows]
+
+
+def test_loaders_of_a_pool_have_the_same_workers():
+    def processes(loader):
+        return {int(batch.inputs.max()) for batch in loader.epoch(0)}
+
+    pool = WorkerPool(WORKERS, CPU)
+    one, two = (loader_of(split_of(ProcessSource(50), 50), WORKERS, pool=pool) for _ in range(2))
+    found = processes(one)
+    assert len(found) == 2 and found == processes(two)
+    one.close()
+    two.close()
+    assert processes(one) == found  # a loader does not end what others have too
+    late = loader_of(split_of(ProcessSource(30), 30), WORKERS, pool=pool)
+    again = processes(late)
+    assert again.isdisjoint(found) and processes(one) == again
+    same_parts = loader_of(late.split, WORKERS, fit=late.builder.fit, pool=pool)
+    assert processes(same_parts) == again
+    pool.close()
+    assert processes(one).isdisjoint(again)
+    pool.close()
+
+
+def test_loaders_of_a_pool_give_their_own_batches():
+    pool = WorkerPool(WORKERS, CPU)
+    splits = [split_of(RaggedSource(50), 50), split_of(RaggedSource(30, broken=(7,)), 30)]
+    train, broken = (loader_of(split, WORKERS, pool=pool) for split in splits)
+    val = loader_of(splits[0], WORKERS, train=False, pool=pool)
+    for _ in range(2):
+        for shared in (train, val):
+            alone = loader_of(shared.split, INLINE, train=shared is train)
+            for one, two in zip(shared.epoch(1, 2), alone.epoch(1, 2), strict=True):
+                assert same(one, two)
+        with pytest.raises(UserError, match=r"^image 7\.png cannot be read$"):
+            list(broken.epoch(0))
+    for taken in (1, len(val)):
+        left, other = train.epoch(0), val.epoch(0)
+        next(left)
+        for batch in range(taken):
+            assert next(other).rows.tolist() == val.rows(0, batch).tolist()
+        with pytest.raises(AssertionError, match="another epoch has taken the workers"):
+            next(left)
+    pool.close()
 
 
 def test_the_global_random_stream_is_left_alone():
