@@ -29,7 +29,7 @@ class Operation:
     switches: tuple[str, ...]
     stage: Stage
     function: Callable[..., Any]
-    on: Callable[[Any], Any]
+    on: Callable[[Any], bool]
     """Whether the operation draws anything under given parameters."""
 
 
@@ -48,7 +48,7 @@ class Operations:
         self,
         *switches: str,
         stage: Stage = "values",
-        on: Callable[[Any], Any] | None = None,
+        on: Callable[[Any], bool] | None = None,
     ) -> Callable[[Function], Function]:
         """Decorator of the function of an operation.
 

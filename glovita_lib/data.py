@@ -1,5 +1,6 @@
 """What a data set is made of: splits, and the sources their samples come from."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ class Source(Protocol):
     of your own derives from this class, and so has what it does not say itself."""
 
     @property
+    @abstractmethod
     def uniform(self) -> tuple[int, ...] | None:
         """(C, H, W) where all samples have one size, else None."""
 
@@ -47,6 +49,7 @@ class Source(Protocol):
         """
         return None
 
+    @abstractmethod
     def fetch(self, rows: np.ndarray) -> np.ndarray | list[Any]:
         """Samples (C, H, W), uint8 or uint16, of these rows in this order; one (B, C, H, W) array
         where they are uniform.
@@ -55,9 +58,11 @@ class Source(Protocol):
             UserError: one line for each sample that cannot be read, with its path.
         """
 
+    @abstractmethod
     def nbytes(self) -> int:
         """Size of the whole split, decoded, in bytes."""
 
+    @abstractmethod
     def select(self, rows: np.ndarray) -> "Source":
         """The source of these rows, in this order."""
 

@@ -5,7 +5,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, Unpack, get_args
 
 import msgspec
 import numpy as np
@@ -20,13 +20,13 @@ from glovita_lib.datasets import build_data
 from glovita_lib.dist import resolve_precision
 from glovita_lib.encoder import Encoder, Identity, output_width
 from glovita_lib.errors import UserError
-from glovita_lib.loader import Batch, Loader, WorkerPool, announce, build_loader
+from glovita_lib.loader import Batch, Loader, LoaderOptions, WorkerPool, announce, build_loader
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import BaseWeights, Model, build_model
 from glovita_lib.objectives import Objective, Predictions, build_objective, gather_split
 from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
 from glovita_lib.resolved import BagInputs, EncodedInputs, Inputs, Resolved, VectorInputs
-from glovita_lib.spec import ByStruct, expand, with_paths
+from glovita_lib.spec import ByStruct, Spec, expand, with_paths
 from glovita_lib.spec_model import Head
 from glovita_lib.spec_root import Root
 from glovita_lib.trainer import Hooks, Trainer
@@ -65,9 +65,9 @@ def check_instances(spec: Head, head: nn.Module, encoder: Encoder, resolved: Res
         )
 
 
-def tag(spec: Any) -> str:
+def tag(spec: Spec | type[Spec]) -> str:
     """What the spec file calls a Struct, or the kind of one."""
-    return spec.__struct_config__.tag
+    return str(spec.__struct_config__.tag)
 
 
 # ------------------------------------------------------------------------------- experiments
@@ -171,7 +171,9 @@ class Experiment:
 
 
 @ByStruct
-def build_split_loader(inputs: Inputs, split: Split, root: Root, **options: Any) -> Loader:
+def build_split_loader(
+    inputs: Inputs, split: Split, root: Root, **options: Unpack[LoaderOptions]
+) -> Loader:
     """Loader of a split of the inputs of a run; options are those of build_loader."""
     return build_loader(split, root.dataloading, **options)
 
@@ -361,7 +363,10 @@ def resolved_of(saved: dict[str, Any], path: Path) -> Resolved:
     return part(saved, "resolved", Resolved, path)
 
 
-def part(saved: dict[str, Any], key: str, kind: type, path: Path) -> Any:
+Saved = TypeVar("Saved", Root, Resolved)
+
+
+def part(saved: dict[str, Any], key: str, kind: type[Saved], path: Path) -> Saved:
     """A Struct inside a checkpoint."""
     try:
         return msgspec.convert(saved[key], kind)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NotRequired, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from glovita_lib.spec_train import Dataloading
 # Decoded splits in memory, of the host or of the GPU.
 #
 # N samples, C channels, H W pixels.
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 CHUNK = 32  # samples a thread decodes at a time
 TOLD_FROM = 2000  # samples whose decoding is announced
@@ -105,14 +108,14 @@ def join_parts(parts: Iterator[np.ndarray | list[Any]], count: int) -> np.ndarra
     return samples if array is None else array
 
 
-def in_threads(work: Callable[[Any], Any], items: list[Any], threads: int) -> Iterator[Any]:
+def in_threads(work: Callable[[Item], Result], items: list[Item], threads: int) -> Iterator[Result]:
     """Results in the order of the items; user errors of all items are raised as one.
 
     Raises:
         UserError: the lines of all errors, the first of them where they are many.
     """
     errors: list[str] = []
-    ahead: deque[Future] = deque()
+    ahead: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
             ahead.append(pool.submit(work, item))
@@ -124,7 +127,7 @@ def in_threads(work: Callable[[Any], Any], items: list[Any], threads: int) -> It
         raise UserError(listed(errors, 20, "\n"))
 
 
-def settled(future: Future, errors: list[str]) -> Iterator[Any]:
+def settled(future: Future[Result], errors: list[str]) -> Iterator[Result]:
     """The result, unless it or an earlier one is a user error; its lines are added to `errors`."""
     try:
         result = future.result()
@@ -301,7 +304,17 @@ def to_tensor(samples: np.ndarray) -> Tensor:
 # B batch, C channels, H W pixels, S side of the encoder's input, K classes or targets.
 
 MAX_WORKERS = 12
-Item = TypeVar("Item")
+
+
+class LoaderOptions(TypedDict):
+    """What a loader is built with beside its split and the section dataloading."""
+
+    fit: Resizing | None
+    train: bool
+    seed: int
+    ranks: Ranks
+    batch_size: int
+    pool: NotRequired["WorkerPool | None"]
 
 
 def build_loader(
@@ -504,7 +517,7 @@ class Loader:
     def threaded(self, tasks: Iterator[BatchTask]) -> Iterator[Batch]:
         """Batches made ahead by threads; torch's and PIL's work runs outside Python's lock."""
         pool = ThreadPoolExecutor(self.workers)
-        ahead: deque = deque()
+        ahead: deque[Future[Batch]] = deque()
         try:
             for task in tasks:
                 ahead.append(pool.submit(self.make, task))

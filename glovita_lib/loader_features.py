@@ -6,7 +6,7 @@ N samples, B batch, D width, W ranks.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -14,15 +14,14 @@ from torch import Tensor
 
 from glovita_lib.bags import Bags
 from glovita_lib.data import BagSamples, BaseSamples, Data, Split, VectorSamples
-from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import build_split_loader
 from glovita_lib.loader import (
     Batch,
     BatchBuilder,
     Loader,
+    LoaderOptions,
     Resizing,
-    WorkerPool,
     build_loader,
     build_order,
     fits_in_memory,
@@ -32,7 +31,7 @@ from glovita_lib.loader import (
 from glovita_lib.objectives import build_inputs
 from glovita_lib.read_features import BagSource, VectorSource, feature_moments
 from glovita_lib.resolved import BagInputs, VectorInputs, resolve_inputs
-from glovita_lib.sampler import TrainOrder, WindowOrder
+from glovita_lib.sampler import EvalOrder, TrainOrder, WindowOrder
 from glovita_lib.spec_data import PrecomputedData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Dataloading
@@ -123,8 +122,18 @@ class WindowLoader(Loader):
     Each of two buffers holds a window: one is read while batches are gathered from the other.
     """
 
-    def __init__(self, *args: Any, source: VectorSource, window: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        split: Split,
+        order: TrainOrder | EvalOrder,
+        builder: BatchBuilder,
+        spec: Dataloading,
+        *,
+        device: torch.device,
+        source: VectorSource,
+        window: int,
+    ) -> None:
+        super().__init__(split, order, builder, spec, device=device)
         self.source = source
         self.window = window  # batches
         self._buffers: list[Tensor] = []  # of the epoch before, as fresh memory is slow
@@ -134,7 +143,7 @@ class WindowLoader(Loader):
         empty = torch.from_numpy(self.source.vectors.empty(0))
         buffers, self._buffers = self._buffers or [empty, empty], []
         with ThreadPoolExecutor(1) as pool:
-            ahead: deque[Future] = deque()
+            ahead: deque[Future[tuple[list[np.ndarray], Tensor, np.ndarray]]] = deque()
             while start < len(self):
                 stop = min(len(self), start - start % self.window + self.window)
                 ahead.append(pool.submit(self.read, epoch, start, stop, buffers))
@@ -172,35 +181,22 @@ def build_feature_loader(
     split: Split,
     spec: Dataloading,
     *,
-    fit: Resizing | None,
     window_mb: int,
-    train: bool,
-    seed: int,
-    ranks: Ranks,
-    batch_size: int,
-    pool: WorkerPool | None = None,
+    **options: Unpack[LoaderOptions],
 ) -> Loader:
     """Loader of vectors or bags on this rank: from memory where they fit, else by windows (vectors)
     or bag by bag.
 
     Args:
-        fit: as for build_loader; vectors and bags have no geometry and ask nothing of it.
         window_mb: size of a window of vectors, MiB.
-        pool: as for build_loader.
+        options: as for build_loader; vectors and bags have no geometry and ask nothing of `fit`.
     """
     source = split.source
+    train, ranks, batch_size = options["train"], options["ranks"], options["batch_size"]
     first, end = needed(split, train=train, ranks=ranks)
     if fits_in_memory(split, spec, end - first) or not isinstance(source, VectorSource):
-        return build_loader(
-            split,
-            spec,
-            fit=fit,
-            train=train,
-            seed=seed,
-            ranks=ranks,
-            batch_size=batch_size,
-            pool=pool,
-        )
+        return build_loader(split, spec, **options)
+    seed = options["seed"]
     order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
     row = max(1, source.vectors.row_bytes)
     window = max(1, window_mb * 2**20 // (row * batch_size * ranks.world))
@@ -218,7 +214,7 @@ def build_feature_loader(
             block=block,
             window=window,
         )
-    builder = BatchBuilder(source, 0, split.targets, fit, seed, ranks.rank)
+    builder = BatchBuilder(source, 0, split.targets, options["fit"], seed, ranks.rank)
     return WindowLoader(
         split,
         order,
@@ -231,6 +227,6 @@ def build_feature_loader(
 
 
 @build_split_loader.register
-def _(inputs: VectorInputs, split: Split, root: Root, **options: Any) -> Loader:
+def _(inputs: VectorInputs, split: Split, root: Root, **options: Unpack[LoaderOptions]) -> Loader:
     data = root.data if isinstance(root.data, PrecomputedData) else PrecomputedData()  # or a user's
     return build_feature_loader(split, root.dataloading, window_mb=data.window_mb, **options)

@@ -5,7 +5,7 @@ B batch, C channels, S side of an image as the encoder receives it, D width of a
 or targets.
 """
 
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -30,6 +30,13 @@ from glovita_lib.spec_train import Supervised
 # shown, the functions registered for ImageInputs.
 
 
+class ModelArguments(TypedDict):
+    """What build_model asks of the inputs."""
+
+    channels: int
+    image_size: int | None
+
+
 class ImageInputs(ImageSamples, tag="images"):
     """Images, under the policies of the run."""
 
@@ -42,7 +49,7 @@ class ImageInputs(ImageSamples, tag="images"):
         return (self.channels, self.augmentation.image_size, self.augmentation.image_size)
 
     @property
-    def model_arguments(self) -> dict[str, Any]:
+    def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
         return {"channels": self.channels, "image_size": self.augmentation.image_size}
 
@@ -56,7 +63,7 @@ class VectorInputs(VectorSamples, tag="vectors"):
     """Standard deviation of each feature, likewise."""
 
     @property
-    def model_arguments(self) -> dict[str, Any]:
+    def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
         return {"channels": self.width, "image_size": None}
 
@@ -70,7 +77,7 @@ class BagInputs(BagSamples, tag="bags"):
     """Standard deviation of each feature, likewise."""
 
     @property
-    def model_arguments(self) -> dict[str, Any]:
+    def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
         return {"channels": self.width, "image_size": None}
 

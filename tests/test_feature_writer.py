@@ -11,7 +11,7 @@ from skimage import data as photos
 from sklearn.datasets import load_digits
 
 from glovita_lib import feature_writer, files
-from glovita_lib.data import PartSource, SkippingSource, Source, skipped
+from glovita_lib.data import PartSource, SkippingSource, skipped
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import Instances, Readout
 from glovita_lib.feature_writer import BlockFiles, BlockPlan, left_out, put_together, refuse_other
@@ -337,7 +337,7 @@ def test_a_disk_that_fills_up_while_it_is_written(tmp_path):
 # ---------------------------------------------------------------------- leaving out
 
 
-class Images(Source):
+class Images:
     """Two of five images cannot be read."""
 
     uniform = None

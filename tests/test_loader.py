@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from glovita_lib import loader, read_hdf5
-from glovita_lib.data import ArraySource, Source, Split
+from glovita_lib.data import ArraySource, Split
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
 from glovita_lib.loader import (
@@ -50,12 +50,13 @@ class CornerFit:
 
 
 @dataclass(frozen=True)
-class RaggedSource(Source):
+class RaggedSource:
     """Digits cropped to heights 4 to 8."""
 
     count: int
     broken: tuple[int, ...] = ()
-    uniform = None
+    uniform = sizes = collate = None
+    reads_at_once = False
 
     def fetch(self, rows):
         bad = [row for row in rows if row in self.broken]
@@ -68,11 +69,12 @@ class RaggedSource(Source):
 
 
 @dataclass(frozen=True)
-class SetSource(Source):
+class SetSource:
     """Samples that are no images: digit rows of differing number, padded by their own collate."""
 
     count: int
-    uniform = None
+    uniform = sizes = None
+    reads_at_once = False
 
     def fetch(self, rows):
         return [DIGITS[row, 0, : 1 + row % 8] for row in rows]
