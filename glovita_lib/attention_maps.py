@@ -477,7 +477,9 @@ def attention_map(bag: BagMap, path: Path) -> None:
         for spare in axes[panels:]:
             spare.set_axis_off()
         if bag.image is not None:
-            show_image(axes[0], bag.image)
+            axes[0].imshow(bag.image, interpolation="nearest")
+            axes[0].set_title("image")
+            bare(axes[0])
         drawn = axes[panels - len(shown) : panels]
         for place, k in zip(drawn, shown, strict=True):
             tiles = draw_branch(place, bag.coords, side, bag.attention[:, k])
@@ -554,13 +556,6 @@ def draw_cells(
     cells[y, x] = values  # of equal places the last one stays
     extent = (low[0], low[0] + cells.shape[1] * side, low[1] + cells.shape[0] * side, low[1])
     return axes.imshow(cells, extent=extent, interpolation="nearest", **colours)
-
-
-def show_image(axes: Any, image: np.ndarray) -> None:
-    """The sample that the instances are parts of."""
-    axes.imshow(image, interpolation="nearest")
-    axes.set_title("image")
-    bare(axes)
 
 
 def bare(axes: Any) -> None:

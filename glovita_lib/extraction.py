@@ -396,7 +396,7 @@ class Extractor:
             return torch.cat([aggregate(part, self.method) for part in features], dim=1), None
         self.check_grids(features)
         if self.spec.output == "map":
-            return torch.cat([as_map(part) for part in features], dim=1), None
+            return torch.cat([f.patches.mT.unflatten(2, f.grid) for f in features], dim=1), None
         keep = self.spec.prefix_tokens
         tokens = torch.cat([all_tokens(f) if keep else f.patches for f in features], dim=2)
         places = grid_places(features[0].grid, features[0].n_prefix if keep else 0, tokens.shape[1])
@@ -528,11 +528,6 @@ def samples_text(ids: list[str], chosen: Tensor, among: str) -> str:
     return f"sample {listed(names, 1)}{f' of its {among}' * (len(names) > 1)}"
 
 
-def as_map(features: Features) -> Tensor:
-    """Patch tokens (B, N, D) as a map (B, D, H, W)."""
-    return features.patches.transpose(1, 2).unflatten(2, features.grid)
-
-
 def grid_places(grid: tuple[int, ...] | None, n_prefix: int, tokens: int) -> np.ndarray:
     """Row and column (N, 2) of each token in the grid; -1, -1 for prefix tokens; where there is no
     grid row 0 and a running number."""
@@ -561,7 +556,10 @@ def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data
     Raises:
         UserError: the spec's run does not exist.
     """
-    root, spec = for_extraction(loaded.root), loaded.root.extract
+    spec, asked = loaded.root.extract, loaded.root.data
+    if not spec.use_data_fraction:
+        asked = replace(asked, data_fraction=1.0)
+    root = replace(loaded.root, data=asked.lenient() if spec.on_error == "skip" else asked)
     data = read_data(root, ranks)
     if spec.checkpoint is None and spec.source == "encoder":
         return assemble(root, resolve_spec(root, data), ranks, load_weights=True), data
@@ -581,14 +579,6 @@ def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data
     training = replace(experiment.root.training, precision=root.training.precision)
     experiment.root = replace(experiment.root, training=training)
     return experiment, data
-
-
-def for_extraction(root: Root) -> Root:
-    """All samples, in batches of the evaluation; broken ones are left out where that is asked."""
-    data, spec = root.data, root.extract
-    if not spec.use_data_fraction:
-        data = replace(data, data_fraction=1.0)
-    return replace(root, data=data.lenient() if spec.on_error == "skip" else data)
 
 
 def wanted_splits(data: Data, name: str | None, key: str) -> dict[str, Split]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -213,13 +212,6 @@ def recipe_of_features(
         "ids_sha256": sha256("\n".join(split.ids).encode()),
         "bag_by": root.extract.bag_by or "none",
     }
-
-
-def policy_of(root: Root, plan: BlockPlan, *, augmented: bool, batch_size: int) -> dict[str, Any]:
-    """Test policy, or train policy with what its random draws follow from."""
-    if not augmented:
-        return {"policy": "test"}
-    return {"policy": "train", "seed": root.seed, "draws": f"{plan.block} / {batch_size}"}
 
 
 def recipe_of_tables(root: Root, data: Data, split: Split) -> dict[str, Any]:
@@ -575,8 +567,3 @@ def left_out(target: Path) -> list[str]:
 
     with h5py.File(target, "r") as file:
         return list(file["left_out"].asstr()[()]) if "left_out" in file else []
-
-
-def size_text(path: Path) -> str:
-    """Size of a file in MiB."""
-    return f"{os.path.getsize(path) / 2**20:,.1f} MiB"

@@ -102,12 +102,6 @@ def words(title: str, texts: Sequence[str]) -> Coloring:
     return Coloring(title, tuple(found[order].tolist()), place[codes], None)
 
 
-def label_sets(title: str, labels: np.ndarray, names: Sequence[str]) -> Coloring:
-    """Labels (N, K) 0/1: samples with the same set of labels have the same colour."""
-    rows = [np.flatnonzero(row).tolist() for row in labels > 0.5]
-    return words(title, [" + ".join(names[k] for k in row) or NO_LABEL for row in rows])
-
-
 def of_targets(
     title: str, targets: np.ndarray, subtask: str, names: Sequence[str]
 ) -> list[Coloring]:
@@ -119,8 +113,9 @@ def of_targets(
     """
     if subtask == "multiclass":
         return [classes(title, targets, names)]
-    if subtask == "multilabel":
-        return [label_sets(title, targets, names)]
+    if subtask == "multilabel":  # samples with the same set of labels have the same colour
+        rows = [np.flatnonzero(row).tolist() for row in targets > 0.5]
+        return [words(title, [" + ".join(names[k] for k in row) or NO_LABEL for row in rows])]
     several = targets.shape[1] > 1
     return [
         color_numbers(f"{title} {name}" if several else title, column)

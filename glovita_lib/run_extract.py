@@ -30,13 +30,11 @@ from glovita_lib.feature_writer import (
     group_order,
     left_out,
     notes_of,
-    policy_of,
     put_together,
     recipe_of_features,
     recipe_of_tables,
     refuse_other,
     sample_tables,
-    size_text,
 )
 from glovita_lib.files import Lock
 from glovita_lib.loader import Loader
@@ -176,7 +174,7 @@ class Job:
         notes = {**self.recipe, **notes_of(self.root, self.extractor), "left_out": len(broken)}
         shape = put_together(parts, tables=tables, compression=compression, keep=keep, notes=notes)
         parts.remove()
-        size = size_text(parts.target)
+        size = f"{parts.target.stat().st_size / 2**20:,.1f} MiB"
         count = f"{len(rows):,} of {len(keep):,}" if broken else f"{len(rows):,}"
         bags = f" in {len(tables['ids']):,} bags" if self.root.extract.bag_by else ""
         say(f"{self.name}: {count} samples{bags}, features {shape}, {size}: {parts.target}")
@@ -314,7 +312,9 @@ def plan_job(root: Root, extractor: Extractor, data: Data, name: str, split: Spl
     plan = BlockPlan(rows, block_size(spec, batch, extractor.sample_bytes))
     augmented = name == "train" and not spec.use_eval_transform_for_train
     features = recipe_of_features(root, extractor, data, name, split)
-    features |= policy_of(root, plan, augmented=augmented, batch_size=batch)
+    features["policy"] = "train" if augmented else "test"
+    if augmented:  # what its random draws follow from
+        features |= {"seed": root.seed, "draws": f"{plan.block} / {batch}"}
     target = Path(spec.output_dir) / feature_file_name(root, extractor, name)
     return Job(
         root=root,

@@ -347,9 +347,11 @@ def probe(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
             # once for both methods and all splits
             train = samples["train"]
             samples["train"] = replace(train, features=resident(train.features, device))
-            content = {}
+            names, content = task.metrics or usual_metrics(data.subtask), {}
             for method in task.methods:
-                fitted = fit_probe(method, task, data, samples, device)
+                choice = Choice(names, data, samples["val"].targets)
+                fit = fit_knn if method == "knn" else fit_models
+                fitted = fit(task, samples, device, choice)
                 content[method] = write_probe(run, method, task, data, samples, fitted, root.seed)
             files.write_json(run.path / "metrics_probe.json", content)
             run.mark_finished()
@@ -462,19 +464,6 @@ class Choice:
         chosen = {**setting, "by": self.decisive, extreme: value}
         arrays = {name: found.cpu().numpy() for name, found in scores.items()}
         return FittedProbe(chosen, self.candidates, arrays)
-
-
-def fit_probe(
-    method: str,
-    task: Probe,
-    data: Data,
-    samples: dict[str, ProbeSplit],
-    device: torch.device,
-) -> FittedProbe:
-    """Every candidate of a method, and the best of them on val by the first metric."""
-    names = task.metrics or usual_metrics(data.subtask)
-    choice = Choice(names, data, samples["val"].targets)
-    return (fit_knn if method == "knn" else fit_models)(task, samples, device, choice)
 
 
 def held_out(samples: dict[str, ProbeSplit]) -> dict[str, ProbeSplit]:

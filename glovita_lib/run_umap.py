@@ -376,25 +376,21 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
 
 
 def make_map(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks, *, dry_run: bool) -> None:
-    """Find the samples, lay them out, write everything and say where it is."""
-    refuse_early(spec)
-    samples = find_samples(loaded, spec, ranks)
-    for note in samples.notes:
-        say(f"  note: {note}")
-    draw_projection(loaded, spec, samples, ranks, dry_run=dry_run)
-
-
-def refuse_early(spec: Umap) -> None:
-    """Say what is missing before hours of work, not after.
+    """Find the samples, lay them out, write everything and say where it is.
 
     Raises:
-        UserError: umap-learn or the column of colours is missing.
+        UserError: umap-learn, the column of colours or the samples are missing.
     """
+    # what is missing is said before hours of work, not after
     if spec.method == "umap" and util.find_spec("umap") is None:
         raise UserError(MISSING)
     if spec.color_table is not None:
         path, column = spec.color_table
         read_csv(Path(path), ("id", column))
+    samples = find_samples(loaded, spec, ranks)
+    for note in samples.notes:
+        say(f"  note: {note}")
+    draw_projection(loaded, spec, samples, ranks, dry_run=dry_run)
 
 
 # ---------------------------------------------------------------------- samples
