@@ -13,8 +13,8 @@ from glovita_lib.data import ArraySource, Data, ImageSamples, Source, Split, rea
 from glovita_lib.data_splits import FRACTION, VAL, draw_stratified, strata
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, call_target
+from glovita_lib.spec_conditions import section_problems
 from glovita_lib.spec_data import BaseData, Cifar10Data, Cifar100Data, CustomData, DigitsData
-from glovita_lib.spec_rules import section_problems
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10

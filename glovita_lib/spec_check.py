@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from glovita_lib.errors import UserError
 from glovita_lib.metric_names import check_logged, logged_names, metrics_of, usual_metrics
 from glovita_lib.spec import Loaded, Spec, load_spec
+from glovita_lib.spec_conditions import own_problems, unread_options
 from glovita_lib.spec_data import FileData, PrecomputedData
 from glovita_lib.spec_errors import one_of, shown
 from glovita_lib.spec_model import RegressionHead
 from glovita_lib.spec_root import Root
-from glovita_lib.spec_rules import own_problems, unread_options
 from glovita_lib.spec_train import Supervised
 
 

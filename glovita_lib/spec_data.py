@@ -8,8 +8,8 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from glovita_lib.spec import Spec
+from glovita_lib.spec_conditions import read_if, read_unless, target_problems
 from glovita_lib.spec_errors import Count, Fraction, NonNegative, PathText, Positive, shown
-from glovita_lib.spec_rules import read_if, read_unless, target_problems
 
 # ------------------------------------------------------------------------------ augmentation
 #

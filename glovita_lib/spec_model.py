@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
+from glovita_lib.spec_conditions import read_if, target_problems
 from glovita_lib.spec_errors import Dropout, PathText, shown
-from glovita_lib.spec_rules import read_if, target_problems
 
 # ------------------------------------------------------------------------------------- heads
 

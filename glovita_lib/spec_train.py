@@ -7,8 +7,8 @@ from msgspec import Meta
 
 from glovita_lib.metric_names import METRICS, usual_metrics_text
 from glovita_lib.spec import Spec
+from glovita_lib.spec_conditions import read_if, read_unless
 from glovita_lib.spec_errors import Count, NonNegative, PathText, Positive, shown
-from glovita_lib.spec_rules import read_if, read_unless
 
 # ---------------------------------------------------------------------------------- learning
 
