@@ -337,8 +337,8 @@ _unprepared: list[Callable[[], None]] = []
 def eager(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """A function that torch.compile leaves as it is, once `keep_eager` was called.
 
-    torch.compiler.disable itself imports torch._dynamo, which takes seconds that only those should
-    wait who compile.
+    torch.compiler.disable itself imports torch._dynamo, which takes seconds. Who predicts from
+    features does without; timm's networks and torch.optim import it in any case.
     """
     chosen = [function]
 
