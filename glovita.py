@@ -29,6 +29,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     asked = parser.parse_args(argv)
     if not (asked.specs or asked.schema or asked.explain or asked.version):
         parser.error("name a spec in front of the options, e.g. specs/digits_resnet.toml")
+    if asked.print and (asked.check or asked.compare):
+        parser.error("--print checks the spec by itself; leave --check and --compare out")
     if len(asked.specs) > 1 and not asked.check and not asked.compare:
         parser.error("one spec a run; only --check and --compare take several")
     return asked

@@ -209,6 +209,11 @@ def completed(preset: ImageOps, asked: ImageKwargs, where: str, size: int) -> Im
     if "cutout_size" not in changes:  # half of a small image, as 16 is of CIFAR's 32
         changes["cutout_size"] = min(preset.cutout_size, size // 2)
     ops = msgspec.structs.replace(preset, **changes)
+    for name, when in ops.unread(changes.keys() - {"cutout_size"}):
+        raise UserError(
+            f"data.augmentation.{where}.{name} would be ignored, it is read only with {when}:"
+            " set that too, or leave it out"
+        )
     if ops.cutout_size >= size:
         raise UserError(
             f"data.augmentation.{where}.cutout_size: a square of {ops.cutout_size} pixels covers"

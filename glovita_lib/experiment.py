@@ -72,12 +72,6 @@ def tag(spec: Spec | type[Spec]) -> str:
 
 # ------------------------------------------------------------------------------- experiments
 
-SPLIT_KEYS = (
-    "fold", "n_folds", "split_source", "split_file", "split_column", "stratified", "group_column",
-    "val_fraction", "test_fraction", "train_split_name", "val_split_name", "test_split_name",
-)  # fmt: skip
-"""Keys of the section data that say which sample is in which split."""
-
 
 @dataclass
 class Experiment:
@@ -336,11 +330,11 @@ def split_notes(own: Root, root: Root) -> list[str]:
     if any(ours[key] != theirs.get(key) for key in ("dataset", "data_root_dir")):
         return []
     split = root.extract.split if root.mode == "extract" else root.infer.split or "test"
-    keys: tuple[str, ...] = SPLIT_KEYS
+    keys = root.data.split_fields
     drawn = ours.get("split_source") == "kfold"
     if "val_fraction" in ours:  # val is drawn, test is always the same
         drawn = split != "test"
-        keys = SPLIT_KEYS if drawn else ("test_fraction",)
+        keys = keys if drawn else ("test_fraction",)
     changed = [key for key in keys if ours.get(key) != theirs.get(key)]
     notes = [f"data.{key} = {theirs.get(key)!r}, not {ours.get(key)!r}" for key in changed]
     if drawn and own.seed != root.seed:

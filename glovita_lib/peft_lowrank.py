@@ -338,15 +338,10 @@ def apply_rep_adapter(spec: RepAdapter, model: nn.Module) -> None:
     """Freeze the encoder and put an adapter in front of every target.
 
     Raises:
-        UserError: groups that do not divide, or a grouped convolution, which cannot take up a
-            mixture of its groups.
+        UserError: a grouped convolution, which cannot take up a mixture of its groups.
     """
     root = encoder_of(model)
     targets = resolve_targets(root, spec.targets, allowed=("linear", "conv"), unset=("qkv", "fc1"))
-    if spec.bottleneck % spec.groups:
-        raise UserError(
-            f"peft.groups = {spec.groups} must divide peft.bottleneck = {spec.bottleneck}"
-        )
 
     def make(target: TargetWeight, weight: Tensor) -> Adapter:
         layer = target.layer.module

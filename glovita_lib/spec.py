@@ -342,7 +342,8 @@ def load_spec(
     return Loaded(root, as_written, path, tuple(overrides), group, plain, merge.origins)
 
 
-VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{([^}]*)\})")
+VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{([^}]*)\}|)")  # a lone dollar sign too
+NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def expand(text: str) -> str:
@@ -355,11 +356,18 @@ def expand(text: str) -> str:
     def value(found: re.Match) -> str:
         dollar, bare, braced = found.groups()
         name = bare or braced
-        if dollar or name in os.environ:
-            return dollar or os.environ[name]
+        if dollar:
+            return dollar
+        if not (name and NAME.fullmatch(name)):
+            raise UserError(
+                f"{spec_errors.shown(text)}: {found[0]} is no environment variable; write $NAME or"
+                " ${NAME}, and $$ for a dollar sign"
+            )
+        if filled := os.environ.get(name):
+            return filled
         raise UserError(
-            f"{spec_errors.shown(text)} needs the environment variable {name}, which is not set:"
-            f" export {name}=..., or write the path out"
+            f"{spec_errors.shown(text)} needs the environment variable {name}, which is not set or"
+            f" empty: export {name}=..., or write the path out"
         )
 
     home = os.path.expanduser(text)

@@ -212,6 +212,17 @@ def method_has_an_encoder(root: Root) -> Iterator[str]:
 # ------------------------------------------------------------------ training
 
 
+def cached_encoder_is_frozen(root: Root) -> Iterator[str]:
+    """Vectors can be cached where the encoder does not change."""
+    trains = root.peft.trains == "all" and root.data.samples != "features"
+    if root.training.cache_frozen_features and trains:
+        yield (
+            "training.cache_frozen_features: the encoder trains with peft.method ="
+            f' "{root.peft.__struct_config__.tag}"; set it to "linear_probing", or leave'
+            " cache_frozen_features out"
+        )
+
+
 def warmup_fits(root: Root) -> Iterator[str]:
     """The warm-up ends within the training."""
     warmup, epochs = root.optimizer.warmup_epochs, root.training.epochs
@@ -270,6 +281,7 @@ RULES = (
     encoder_channels,
     normalisation_fits_channels,
     method_has_an_encoder,
+    cached_encoder_is_frozen,
     warmup_fits,
     folds_exist,
     merging_is_possible,

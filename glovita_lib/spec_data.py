@@ -1,6 +1,6 @@
 """Data section of a spec: which samples exist, their labels and splits, their augmentation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_type_hints
 
 import msgspec
@@ -9,7 +9,16 @@ from msgspec.structs import replace
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_if, read_unless, target_problems
-from glovita_lib.spec_errors import Count, Fraction, NonNegative, PathText, Positive, shown
+from glovita_lib.spec_errors import (
+    Count,
+    Fraction,
+    NonNegative,
+    PathText,
+    Positive,
+    extra_of,
+    shown,
+    struct_type,
+)
 
 # ------------------------------------------------------------------------------ augmentation
 #
@@ -39,10 +48,16 @@ TrainPolicy = Literal[
 TestPolicy = Literal["shared_default_2d", "default", "native"]
 
 
-def part_of(switch: str, **bounds: Any) -> Meta:
-    """Annotation of a parameter that only the operation of another field, its switch, reads;
-    bounds are those of Meta."""
-    return Meta(**bounds, extra={"part_of": switch})
+def part_of(switch: str, *values: str, **bounds: Any) -> Meta:
+    """Annotation of a parameter that only the operation of another field, its switch, reads: at
+    any value that turns it on, or at these; bounds are those of Meta."""
+    return Meta(**bounds, extra={"part_of": switch, "at": values})
+
+
+def read_with(extra: dict[str, Any]) -> str:
+    """When a parameter of an augmentation is read, in words."""
+    at = " or ".join(shown(value) for value in extra["at"])
+    return f"{extra['part_of']} = {at}" if at else f"{extra['part_of']} above 0"
 
 
 class BaseOps(Spec):
@@ -51,6 +66,16 @@ class BaseOps(Spec):
     A field is the switch of an operation (its probability; 0 turns it off), or is `part_of` one.
     The operations are applied in the order of their switches. A pair is lowest and highest.
     """
+
+    def unread(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """Those of some fields that no operation reads, each with when it would be read."""
+        extras = {field.name: extra_of(field.type) for field in struct_type(type(self)).fields}
+        for name in names:
+            extra = extras[name]
+            if (switch := extra.get("part_of")) is not None:
+                at = getattr(self, switch)
+                if not (at in extra["at"] if extra["at"] else at):
+                    yield name, read_with(extra)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Pairs ascend."""
@@ -69,14 +94,17 @@ class ImageOps(BaseOps):
     crop: Literal["none", "center", "random", "resized", "padded"] = "center"
     """How the image_size window is cut: whole image squashed, centre, random place, random resized,
     or padded by crop_padding then random."""
-    resize: Annotated[Literal["none", "image_size", "resize_size"], part_of("crop")] = "resize_size"
+    resize: Annotated[
+        Literal["none", "image_size", "resize_size"],
+        part_of("crop", "center", "random", "padded"),
+    ] = "resize_size"
     """What the shortest side is resized to before a center, random or padded crop; with "none" the
     pixels stay as they are."""
-    crop_padding: Annotated[int, part_of("crop", ge=0)] = 4
+    crop_padding: Annotated[int, part_of("crop", "padded", ge=0)] = 4
     """Black margin on every side that a padded crop may reach into, pixels of the source image."""
-    scale: Annotated[tuple[Fraction, Fraction], part_of("crop")] = (0.7, 1.0)
+    scale: Annotated[tuple[Fraction, Fraction], part_of("crop", "resized")] = (0.7, 1.0)
     """Area of a random resized crop as a share of the image, lowest and highest."""
-    ratio: Annotated[tuple[Positive, Positive], part_of("crop")] = (0.8, 1.25)
+    ratio: Annotated[tuple[Positive, Positive], part_of("crop", "resized")] = (0.8, 1.25)
     """Aspect ratio (width / height) of a random resized crop, lowest and highest."""
     hflip_p: Probability = 0.0
     """Probability of a left-right flip."""
@@ -231,6 +259,13 @@ class BaseData(Spec):
     """Channels of the images, where they are always the same."""
     one_fold: ClassVar[str] = "0 only: this data set has one split; another seed draws another val"
     """The folds that there are, where there is one."""
+    split_fields: ClassVar[tuple[str, ...]] = (
+        "fold", "n_folds", "split_source", "split_file", "split_column", "stratified",
+        "group_column", "val_fraction", "test_fraction", "train_split_name", "val_split_name",
+        "test_split_name",
+    )  # fmt: skip
+    """Fields that say which sample is in which split, as far as a data set has them; one with
+    others of its own names them too."""
 
     data_root_dir: PathText = "data"
     """Folder of the data set; relative paths start where the command runs."""

@@ -16,6 +16,7 @@ from msgspec.inspect import Field, StructType, Type
 from glovita_lib import errors, spec_errors
 from glovita_lib.errors import UserError
 from glovita_lib.spec import OVERRIDE, Loaded, toml_tables, with_lists
+from glovita_lib.spec_data import read_with
 from glovita_lib.spec_root import Root
 
 # -------------------------------------------------------------------------------- docstrings
@@ -187,6 +188,8 @@ def notes(field: Field) -> Iterator[str]:
         yield f"None is {meaning}."
     if condition := spec_errors.extra_of(field.type).get("read_if"):
         yield f"Read only with {condition.text()}."
+    if "part_of" in (extra := spec_errors.extra_of(field.type)):
+        yield f"Read only with {read_with(extra)}."
 
 
 def leaves_keys(member: StructType) -> bool:
@@ -324,8 +327,8 @@ def table_lines(key: str, member: StructType, default: StructType | None) -> Ite
 def field_text(field: Field) -> str:
     """Type and default of a field, and what it is read with, in words."""
     parts = [spec_errors.describe_type(field.type), default_text(field)]
-    if switch := spec_errors.extra_of(field.type).get("part_of"):
-        parts.append(f"read with {switch}")
+    if "part_of" in (extra := spec_errors.extra_of(field.type)):
+        parts.append(f"read with {read_with(extra)}")
     if condition := spec_errors.extra_of(field.type).get("read_if"):
         parts.append(f"read only with {condition.text()}")
     return "; ".join(parts)

@@ -178,7 +178,7 @@ class Dataloading(Spec):
     needs none."""
     pin_memory: bool = True
     """Whether batches are copied to the GPU from page-locked memory."""
-    persistent_workers: bool = True
+    persistent_workers: Annotated[bool, BY_WORKERS] = True
     """Whether workers live through all epochs and splits of a run; else each epoch has its own."""
     prefetch_factor: Annotated[Count, BY_WORKERS] = 2
     """Batches each worker prepares ahead."""

@@ -81,9 +81,9 @@ def test_every_named_policy_exists_and_is_complete():
 
 @pytest.mark.parametrize("name", TRAIN)
 def test_resolution_survives_json(name):
-    first = resolved(name, train_kwargs=ImageKwargs(crop_padding=2))
+    first = resolved(name, train_kwargs=ImageKwargs(hflip_p=0.25))
     again = msgspec.json.decode(msgspec.json.encode(first), type=ResolvedImageAugmentation)
-    assert again == first and again.train.crop_padding == 2 and again.train_policy == name
+    assert again == first and again.train.hflip_p == 0.25 and again.train_policy == name
 
 
 def test_data_set_gives_the_policies_where_the_spec_is_silent():
@@ -395,3 +395,20 @@ def test_geometry_travels_to_workers():
     assert torch.equal(copied.boxes(size, torch.Generator().manual_seed(1)), box)
     image = photos(1, 60, 80)[0].numpy()
     assert torch.equal(copied.one(image, box[0]), geometry.one(image, box[0]))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "when"),
+    [
+        (ImageKwargs(rotate_degrees=90.0), "rotate_p above 0"),
+        (ImageKwargs(crop="center", scale=(0.5, 1.0)), 'crop = "resized"'),
+        (ImageKwargs(crop="resized", crop_padding=2), 'crop = "padded"'),
+        (ImageKwargs(crop="none", resize="none"), 'crop = "center" or "random" or "padded"'),
+        (ImageKwargs(randaugment_p=0.3), "randaugment_ops above 0"),
+    ],
+)
+def test_parameters_that_no_operation_reads_are_refused(kwargs, when):
+    with pytest.raises(UserError, match="would be ignored") as error:
+        resolved("baseline", train_kwargs=kwargs)
+    assert when in str(error.value)
+    resolved("baseline", train_kwargs=ImageKwargs(rotate_degrees=90.0, rotate_p=0.1))

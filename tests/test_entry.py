@@ -190,6 +190,7 @@ def test_mistake_in_the_spec_reaches_no_mode(bad, mode, capsys):
         ([], "name a spec"),
         (["--check"], "name a spec"),
         (["a.toml", "b.toml"], "one spec a run"),
+        (["a.toml", "--print", "--check"], "leave --check and --compare out"),
         (["a.toml", "--chek"], "unrecognized arguments: --chek"),
         (["a.toml", "--override"], "expected at least one argument"),
     ],

@@ -246,7 +246,6 @@ def test_half_of_the_batch_gives_the_same_output(method):
         (VisualPromptTuning(), "resnet", "one sequence of tokens"),
         (VisualPromptTuning(deep_layers=3), "vit", "has 2 blocks"),
         (RepAdapter(targets=("second",)), "volume", "2 groups"),
-        (RepAdapter(groups=3), "vit", "must divide"),
         (RepAdapter(bottleneck=9, groups=3), "vit", "must divide the 32 inputs"),
         (Fact(), "resnet", "changes Linear layers, and this encoder has none"),
         (Lora(targets=("q",)), "resnet", "'q' matches no layer of this encoder; logical names"),

@@ -385,6 +385,17 @@ def test_the_run_does_not_depend_on_what_a_variable_holds(write, monkeypatch):
     assert (found[0].plain, found[0].group) == (found[1].plain, found[1].group)
 
 
+@pytest.mark.parametrize("path", ["${}", "$1", "a${HOME", "ends in $", "${1x}"])
+def test_a_dollar_sign_that_starts_no_variable_is_an_error(errors, path):
+    (line,) = errors("", f"exp_dir={path}")
+    assert "is no environment variable; write $NAME or ${NAME}, and $$ for a dollar sign" in line
+
+
+def test_an_empty_variable_is_no_path(errors, monkeypatch):
+    monkeypatch.setenv("NOTHING", "")
+    assert "NOTHING, which is not set or empty" in errors("", "exp_dir=$NOTHING")[0]
+
+
 def test_what_cannot_be_expanded_is_named_with_its_key(errors, monkeypatch):
     monkeypatch.delenv("NOWHERE", raising=False)
     lines = errors(
@@ -395,7 +406,7 @@ def test_what_cannot_be_expanded_is_named_with_its_key(errors, monkeypatch):
     assert exp_dir.startswith('exp_dir: "~no_such_user_here/x": there is no such home folder')
     assert root_dir.startswith('--override data.data_root_dir: "$NOWHERE/a" needs the environment')
     assert checkpoint.startswith('infer.checkpoint[1]: "${NOWHERE}/b" needs the environment')
-    assert "variable NOWHERE, which is not set: export NOWHERE=" in checkpoint
+    assert "variable NOWHERE, which is not set or empty: export NOWHERE=" in checkpoint
     assert errors("extends = '$NOWHERE/a.toml'")[0].startswith('extends: "$NOWHERE/a.toml" needs')
 
 

@@ -38,6 +38,11 @@ CUSTOM = ["data.dataset=custom", "data.target=a.b:c"]
 
 BROKEN = [
     (["name=../x"], "name", "cannot name a directory"),
+    (
+        ["training.cache_frozen_features=true"],
+        "training.cache_frozen_features",
+        'the encoder trains with peft.method = "full_finetuning"',
+    ),
     (["name=.."], "name", "cannot name a directory"),
     # data
     ([*GENERIC, "data.task=Regression", "data.subtask=multilabel"], "data.subtask", "contradicts"),
@@ -296,6 +301,10 @@ IGNORED = [
     (["task.standardize_targets=false"], "task.standardize_targets"),
     (["training.early_stopping_min_delta=0.1"], "training.early_stopping_min_delta"),
     (["dataloading.num_workers=0", "dataloading.prefetch_factor=4"], "dataloading.prefetch_factor"),
+    (
+        ["dataloading.num_workers=0", "dataloading.persistent_workers=false"],
+        "dataloading.persistent_workers",
+    ),
     (["dataloading.num_workers=0", "dataloading.timeout=4"], "dataloading.timeout"),
     (["optimizer.momentum=0.5"], "optimizer.momentum"),
     (["optimizer.nesterov=true"], "optimizer.nesterov"),
@@ -422,7 +431,7 @@ def test_every_rule_is_broken_here(root):
 
 RULE_MODULES = [
     Path(spec_check.__file__).parent / f"spec_{name}.py"
-    for name in ("root", "data", "model", "peft", "train", "rules", "check")
+    for name in ("root", "data", "model", "peft", "train", "conditions", "check")
 ]
 
 

@@ -147,9 +147,12 @@ def test_help_says_which_metrics_are_computed_where_none_are_named():
 
 def test_explain_says_with_which_switch_a_parameter_is_read():
     text = explain("data.augmentation.train_kwargs")
-    assert "rotate_degrees: a number >= 0 and <= 180; default none; read with rotate_p\n" in text
+    assert (
+        "rotate_degrees: a number >= 0 and <= 180; default none; read with rotate_p above 0\n"
+        in text
+    )
     assert "rotate_p: a number >= 0 and <= 1; default none\n" in text
-    assert "read with crop" in explain("data.augmentation.test_kwargs.scale")
+    assert 'read with crop = "resized"' in explain("data.augmentation.test_kwargs.scale")
 
 
 def test_explain_says_which_members_have_the_key():
