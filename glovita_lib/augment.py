@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glovita_lib.augment_crop import CropResize
-from glovita_lib.augment_images import OPERATIONS, Placement, random_operations
+from glovita_lib.augment_images import OPERATIONS, Placement
 from glovita_lib.encoder import Preprocess
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, refuse
 from glovita_lib.spec import Spec
 from glovita_lib.spec_data import ImageAugmentation, ImageKwargs, ImageOps
 
@@ -141,25 +141,25 @@ def resolve_augmentation(
         native_size: height and width of the images where all have the same, else none.
 
     Raises:
-        UserError: no size known, an image smaller than the crop, random operations in evaluation,
-            mean or std of another number of channels, an empty range.
+        UserError: no size known, an image smaller than the crop, mean or std of another number of
+            channels.
     """
     names = (
         aug.train_policy or default_policies[0],
         aug.test_policy or default_policies[1],
     )
     size = image_size(aug, encoder, native_size, names[1])
+    refuse("data.augmentation", [*aug.crop_problems(size), *aug.channel_problems(channels)])
     train = completed(TRAIN[names[0]], aug.train_kwargs, "train_kwargs", size)
     test = completed(TEST[names[1]], aug.test_kwargs, "test_kwargs", size)
-    check_still(test)
     resolved = ResolvedImageAugmentation(
         train_policy=names[0],
         test_policy=names[1],
         image_size=size,
         resize_size=resize_size(aug, encoder, native_size, size),
         interpolation=aug.interpolation or encoder.interpolation,
-        mean=per_channel(aug.mean, encoder.mean, channels, "mean"),
-        std=per_channel(aug.std, encoder.std, channels, "std"),
+        mean=per_channel(aug.mean, encoder.mean, channels),
+        std=per_channel(aug.std, encoder.std, channels),
         train=train,
         test=test,
     )
@@ -222,34 +222,16 @@ def completed(preset: ImageOps, asked: ImageKwargs, where: str, size: int) -> Im
     return ops
 
 
-def check_still(test: ImageOps) -> None:
-    """Evaluation is deterministic: a test policy must not draw anything."""
-    drawn = random_operations(test)
-    if drawn:
-        raise UserError(
-            f"data.augmentation.test_kwargs.{drawn[0]} = {getattr(test, drawn[0])!r}: evaluation"
-            " is deterministic; valid there: crop = 'none' or 'center', and resize. Move it to"
-            " train_kwargs"
-        )
-
-
 def check_image_sizes(resolved: ResolvedImageAugmentation, native: tuple[int, int] | None) -> None:
     """A crop fits into the resized image and, where their size is known, into the images."""
     for policy_ops in (resolved.train, resolved.test):
-        if policy_ops.crop in ("none", "resized"):
-            continue
-        if policy_ops.resize == "resize_size" and resolved.resize_size < resolved.image_size:
-            raise UserError(
-                f"data.augmentation.resize_size {resolved.resize_size} is smaller than image_size"
-                f" {resolved.image_size}, the crop does not fit: raise it or lower image_size"
-            )
-        if native is not None:
+        if policy_ops.crop not in ("none", "resized") and native is not None:
             fit = build_fit(resolved, policy_ops, bit_depth=8)
             fit.boxes(np.array([native]), torch.Generator())
 
 
 def per_channel(
-    asked: tuple[float, ...] | None, own: tuple[float, ...], channels: int, name: str
+    asked: tuple[float, ...] | None, own: tuple[float, ...], channels: int
 ) -> tuple[float, ...]:
     """Mean or std for the channels of the data.
 
@@ -257,11 +239,6 @@ def per_channel(
     so the average of the RGB values is its natural unit.
     """
     if asked is not None:
-        if len(asked) != channels:
-            raise UserError(
-                f"data.augmentation.{name} has {len(asked)} numbers, the images {channels}"
-                f" channels: give {channels}"
-            )
         return asked
     if len(own) == channels:
         return tuple(own)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -29,27 +29,19 @@ class Operation:
     switches: tuple[str, ...]
     stage: Stage
     function: Callable[..., Any]
-    on: Callable[[Any], bool]
-    """Whether the operation draws anything under given parameters."""
+
+    def on(self, ops: BaseOps) -> bool:
+        """Whether the operation draws anything under given parameters."""
+        return any(map(ops.draws, self.switches))
 
 
 @dataclass(slots=True)
 class Operations:
     """The operations of a modality; each is registered at its function."""
 
-    struct: type[BaseOps]
     table: list[Operation] = field(default_factory=list)
-    of_struct: ClassVar[dict[type[BaseOps], "Operations"]] = {}
 
-    def __post_init__(self) -> None:
-        self.of_struct[self.struct] = self
-
-    def register(
-        self,
-        *switches: str,
-        stage: Stage = "values",
-        on: Callable[[Any], bool] | None = None,
-    ) -> Callable[[Function], Function]:
+    def register(self, *switches: str, stage: Stage = "values") -> Callable[[Function], Function]:
         """Decorator of the function of an operation.
 
         Args:
@@ -58,13 +50,10 @@ class Operations:
                 pixels come from. "values": `function(x, ops, generator, mean)` changes images
                 (B, C, S, S) float32 in 0..1, which may be changed in place, and mean (C,) is the
                 mean colour. "normalised": the same after the normalisation, where it is 0.
-            on: whether it draws anything under given parameters; by default with any of its
-                switches above 0.
         """
-        any_on = on or (lambda ops: any(getattr(ops, name) for name in switches))
 
         def registered(function: Function) -> Function:
-            self.table.append(Operation(switches, stage, function, any_on))
+            self.table.append(Operation(switches, stage, function))
             return function
 
         return registered
@@ -74,14 +63,7 @@ class Operations:
         return [each for each in self.table if each.stage == stage and each.on(ops)]
 
 
-def random_operations(ops: BaseOps) -> list[str]:
-    """Switches that make a policy draw something; none where it gives the same every time."""
-    table = Operations.of_struct[type(ops)].table
-    on = [name for each in table if each.on(ops) for name in each.switches]
-    return [name for name in on if getattr(ops, name)]
-
-
-OPERATIONS = Operations(ImageOps)
+OPERATIONS = Operations()
 operation = OPERATIONS.register
 
 # ------------------------------------------------------------------------- single operations
@@ -146,7 +128,7 @@ class Placement:
     vflip: Tensor | None = None  # (B,) bool
 
 
-@operation("crop", stage="geometry", on=lambda ops: ops.crop not in ("none", "center"))
+@operation("crop", stage="geometry")
 def random_window(place: Placement, ops: ImageOps, generator: torch.Generator) -> None:
     """A window of the image, unless it is cut already."""
     if place.boxes is None:
@@ -531,7 +513,7 @@ COLOUR: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 NAMES = (*GEOMETRIC, *COLOUR, "cutout")
 
 
-@operation("randaugment_ops", on=lambda ops: ops.randaugment_ops and ops.randaugment_p)
+@operation("randaugment_ops")
 def randaugment(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
     """RandAugment: operations drawn per sample, with replacement, and their strengths per
     operation; the cutout among them paints with the mean colour."""

@@ -25,6 +25,16 @@ class UserError(Exception):
     """
 
 
+def refuse(section: str, problems: Iterable[tuple[str, str]]) -> None:
+    """Refuse the problems of a section, each a key of it and what is wrong.
+
+    Raises:
+        UserError: a line for each, if there are any.
+    """
+    if lines := [f"{section}.{key}: {text}" for key, text in problems]:
+        raise UserError("\n".join(lines))
+
+
 LONGEST_NAME = 160  # characters of a group directory; file systems allow 255 bytes
 
 

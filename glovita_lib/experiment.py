@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from torch import nn
 
 from glovita_lib import checkpoint, dist, peft_base
-from glovita_lib.augment_images import random_operations
 from glovita_lib.data import ArraySource, Data, Split, subset
 from glovita_lib.datasets import build_data
 from glovita_lib.dist import resolve_precision
@@ -459,7 +458,7 @@ def refuse_unstable(experiment: Experiment) -> None:
             ' "linear_probing" with head_type classification or regression, or leave it out'
         )
     task = experiment.root.task
-    drawn = random_operations(inputs.augmentation.train)
+    drawn = inputs.augmentation.train.random()
     drawn += [name for name in ("mixup", "cutmix") if getattr(task, name)]
     if drawn:
         raise UserError(

@@ -12,8 +12,8 @@ import numpy as np
 from glovita_lib.augment import ResolvedImageAugmentation, resolve_augmentation
 from glovita_lib.data import BagSamples, BaseSamples, Data, ImageSamples, Split, VectorSamples
 from glovita_lib.encoder import preprocess_of
-from glovita_lib.errors import UserError
-from glovita_lib.metric_names import check_logged, logged_names, metrics_of, usual_metrics
+from glovita_lib.errors import UserError, listed, refuse
+from glovita_lib.metric_names import check_logged, logged_names, usual_metrics
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_data import PrecomputedData, Subtask
 from glovita_lib.spec_root import Root
@@ -193,8 +193,7 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
     train = data.splits.get("train")
     if train is None or not len(train):
         raise UserError(f"data set {data.name}: the train split is empty")
-    check_metrics(task.metrics, data.subtask)
-    check_options(task, data.subtask, data.samples)
+    check_task(task, data)
     inputs = resolve_inputs(data.samples, root, data)
     metrics = task.metrics or usual_metrics(data.subtask)
     mean, std = target_scale(task, data, train)
@@ -213,36 +212,20 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
     )
 
 
-def check_metrics(metrics: tuple[str, ...] | None, subtask: str) -> None:
-    """The spec's rule again, for data that alone tell what their targets are.
+def check_task(task: Supervised, data: Data) -> None:
+    """The rules of the task, for data that alone tell what their targets and samples are.
 
     Raises:
-        UserError: a metric that is not defined for the subtask.
+        UserError: a metric or an option that has no meaning here, or class weights that do not fit
+            the classes.
     """
-    for name in metrics or ():
-        if name not in metrics_of(subtask):
-            raise UserError(
-                f'task.metrics: "{name}" is not defined for {subtask}, which the data are; valid'
-                f" are {', '.join(metrics_of(subtask))}"
-            )
-
-
-def check_options(task: Supervised, subtask: str, samples: BaseSamples) -> None:
-    """Mixing is for images, and with weights and smoothing for classes.
-
-    Raises:
-        UserError: an option that has no meaning here.
-    """
-    mixing = {"mixup": task.mixup, "cutmix": task.cutmix}
-    softening = {"label_smoothing": task.label_smoothing, "class_weights": task.class_weights}
-    if subtask == "regression":
-        for name in (name for name, value in (mixing | softening).items() if value):
-            raise UserError(f"task.{name} is for classes, and the data are a regression: drop it")
-    if not samples.mixes:
-        for name in (name for name, value in mixing.items() if value):
-            raise UserError(
-                f"task.{name} mixes images, and the samples are {samples.kind}: drop it"
-            )
+    problems = [*task.target_problems(data.subtask)]
+    if not data.samples.mixes:
+        problems += task.sample_problems(data.samples.kind)
+    if data.subtask != "regression":
+        classes = listed(data.class_names)
+        problems += task.class_count_problems(len(data.class_names), f"the data ({classes})")
+    refuse("task", problems)
 
 
 def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
@@ -265,11 +248,6 @@ def class_weights(task: Supervised, data: Data, train: Split) -> tuple[float, ..
         return None
     classes = len(data.class_names)
     if task.class_weights != "balanced":
-        if len(task.class_weights) != classes:
-            raise UserError(
-                f"task.class_weights has {len(task.class_weights)} numbers, the data {classes}"
-                f" classes ({', '.join(data.class_names)}): give one number a class"
-            )
         return task.class_weights
     if train.targets is None:
         return None

@@ -14,13 +14,12 @@ from torch import Tensor
 from glovita_lib import dist, files, plots, results
 from glovita_lib.data import Data, Split
 from glovita_lib.datasets import build_data
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, refuse
 from glovita_lib.loggers import better, say, two_columns
 from glovita_lib.metric_names import logged_names, lower_is_better, usual_metrics
 from glovita_lib.metrics import compute, metrics_report
 from glovita_lib.neighbors import nearest
 from glovita_lib.read_features import BagSource, VectorSource, feature_moments
-from glovita_lib.resolved import check_metrics
 from glovita_lib.results import summary_lines
 from glovita_lib.rundir import RunDir, decide, locate, runtime_info
 from glovita_lib.spec import Loaded, dump
@@ -366,7 +365,7 @@ def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
             defined for the targets.
     """
     data = build_data(loaded.root.data, seed=loaded.root.seed)
-    check_metrics(loaded.root.task.metrics, data.subtask)
+    refuse("task", loaded.root.task.target_problems(data.subtask))
     sources = {name: feature_source(split, data.name) for name, split in data.splits.items()}
     if not len(data.splits.get("val") or ()):
         raise UserError(

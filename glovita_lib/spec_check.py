@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from glovita_lib.errors import UserError
-from glovita_lib.metric_names import check_logged, logged_names, metrics_of, usual_metrics
+from glovita_lib.metric_names import check_logged, logged_names, usual_metrics
 from glovita_lib.spec import Loaded, Spec, load_spec
 from glovita_lib.spec_conditions import own_problems, unread_options
 from glovita_lib.spec_data import FileData, PrecomputedData
@@ -97,21 +97,19 @@ def instances_have_classes(root: Root) -> Iterator[str]:
         yield f"model.head.{option}: true needs classes, and this is a regression: drop it"
 
 
-def metrics_fit_targets(root: Root) -> Iterator[str]:
-    """Each metric is defined for the kind of targets."""
-    subtask = root.data.stated_subtask()
-    for name in dict.fromkeys(root.task.metrics or ()):
-        if subtask and name not in metrics_of(subtask):
-            valid = ", ".join(metrics_of(subtask))
-            yield f"task.metrics: {shown(name)} is not defined for {subtask}; valid are {valid}"
+def task_fits_targets(root: Root) -> Iterator[str]:
+    """Metrics and options of the task are those of its kind of targets."""
+    subtask = root.data.stated_subtask() or ("regression" if root.predicts_numbers else None)
+    if subtask is not None:
+        for name, text in root.task.target_problems(subtask):
+            yield f"task.{name}: {text}"
 
 
-def features_are_not_mixed(root: Root) -> Iterator[str]:
-    """Mixup and CutMix mix images."""
+def task_fits_samples(root: Root) -> Iterator[str]:
+    """Only images are mixed."""
     if root.data.samples == "features" and isinstance(root.task, Supervised):
-        mixing = {"mixup": root.task.mixup, "cutmix": root.task.cutmix}
-        for name in (name for name, value in mixing.items() if value):
-            yield f"task.{name}: it mixes images, and the samples are features: drop it"
+        for name, text in root.task.sample_problems(root.data.samples):
+            yield f"task.{name}: {text}"
 
 
 def best_metric_is_logged(root: Root) -> Iterator[str]:
@@ -134,28 +132,11 @@ def known_class_names(root: Root) -> tuple[str, ...] | None:
 
 def class_weights_fit(root: Root) -> Iterator[str]:
     """One weight a class, where the spec says how many classes there are."""
-    weights = root.task.class_weights if isinstance(root.task, Supervised) else None
     stated = root.data.stated_outputs()
-    if root.predicts_numbers or not isinstance(weights, tuple) or not stated:
-        return
-    if len(weights) != stated[0][1]:
-        key, count = stated[0]
-        yield f"task.class_weights: {len(weights)} numbers, but {key} says {count} classes"
-
-
-def classification_only_options(root: Root) -> Iterator[str]:
-    """What blends or weights classes has no meaning for numbers."""
-    task = root.task
-    if not isinstance(task, Supervised) or not root.predicts_numbers:
-        return
-    asked = {
-        "mixup": task.mixup,
-        "cutmix": task.cutmix,
-        "label_smoothing": task.label_smoothing,
-        "class_weights": task.class_weights,
-    }
-    for name in (name for name, value in asked.items() if value):
-        yield f"task.{name}: {shown(asked[name])} is for classes, and this is a regression: drop it"
+    if stated and isinstance(root.task, Supervised) and not root.predicts_numbers:
+        source, count = stated[0]
+        for name, text in root.task.class_count_problems(count, source):
+            yield f"task.{name}: {text}"
 
 
 # ------------------------------------------------------------------ encoder
@@ -192,12 +173,9 @@ def normalisation_fits_channels(root: Root) -> Iterator[str]:
     if isinstance(data, PrecomputedData):
         return
     channels = data.stated_channels() or root.model.encoder.stated_channels
-    for name, numbers in {"mean": data.augmentation.mean, "std": data.augmentation.std}.items():
-        if numbers is not None and channels and len(numbers) != channels:
-            yield (
-                f"data.augmentation.{name}: {len(numbers)} numbers, but the images have"
-                f" {channels} channels: give one a channel"
-            )
+    if channels:
+        for name, text in data.augmentation.channel_problems(channels):
+            yield f"data.augmentation.{name}: {text}"
 
 
 def method_has_an_encoder(root: Root) -> Iterator[str]:
@@ -272,11 +250,10 @@ RULES = (
     head_fits_targets,
     head_size,
     instances_have_classes,
-    metrics_fit_targets,
-    features_are_not_mixed,
+    task_fits_targets,
+    task_fits_samples,
     best_metric_is_logged,
     class_weights_fit,
-    classification_only_options,
     features_have_their_encoder,
     encoder_channels,
     normalisation_fits_channels,

@@ -77,6 +77,16 @@ class BaseOps(Spec):
                 if not (at in extra["at"] if extra["at"] else at):
                     yield name, read_with(extra)
 
+    def draws(self, switch: str) -> bool:
+        """Whether the operation of a switch does anything: its value is above 0."""
+        return bool(getattr(self, switch))
+
+    def random(self) -> list[str]:
+        """Switches of the operations that are on; none where every time gives the same."""
+        fields = struct_type(type(self)).fields
+        switches = (each.name for each in fields if "part_of" not in extra_of(each.type))
+        return [name for name in switches if self.draws(name)]
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Pairs ascend."""
         for name in self.__struct_fields__:
@@ -161,6 +171,12 @@ class ImageOps(BaseOps):
     """Side of the square that is painted over with the mean colour in every sample, pixels of the
     canvas; 0 turns it off. The policies with cutout take 16, at most half of image_size."""
 
+    def draws(self, switch: str) -> bool:
+        """Crops at a stated place draw nothing, and RandAugment is on with its probability."""
+        if switch == "crop":
+            return self.crop not in (None, "none", "center")
+        return super().draws(switch) and (switch != "randaugment_ops" or self.randaugment_p != 0)
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Blur kernels have a pixel in their middle."""
         yield from super().problems()
@@ -215,14 +231,35 @@ class ImageAugmentation(Spec):
     """Parameters that replace those of the test policy."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """The crop is cut from an image that is at least as large."""
-        resize, size = self.resize_size, self.image_size
-        if resize is not None and size is not None and resize < size:
+        """Evaluation is deterministic, and the crop is cut from an image as large at least."""
+        for name in self.test_kwargs.random():
+            yield (
+                f"test_kwargs.{name}",
+                f"{shown(getattr(self.test_kwargs, name))} is random, and evaluation is"
+                ' deterministic; valid there are crop = "none" or "center", and resize: move it to'
+                " train_kwargs",
+            )
+        if self.image_size is not None:
+            yield from self.crop_problems(self.image_size)
+
+    def crop_problems(self, image_size: int) -> Iterator[tuple[str, str]]:
+        """A crop of image_size pixels is cut from an image that is at least as large."""
+        if self.resize_size is not None and self.resize_size < image_size:
             yield (
                 "resize_size",
-                f"{resize} pixels are too few for the crop of data.augmentation.image_size ="
-                f" {size}: at least {size}",
+                f"{self.resize_size} pixels are too few for the crop of image_size = {image_size}:"
+                f" at least {image_size}",
             )
+
+    def channel_problems(self, channels: int) -> Iterator[tuple[str, str]]:
+        """Mean and std have a number for each channel."""
+        for name, numbers in {"mean": self.mean, "std": self.std}.items():
+            if numbers is not None and len(numbers) != channels:
+                yield (
+                    name,
+                    f"{len(numbers)} numbers, but the images have {channels} channels: give one a"
+                    " channel",
+                )
 
 
 # --------------------------------------------------------------------------------- data sets

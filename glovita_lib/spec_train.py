@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from glovita_lib.metric_names import METRICS, usual_metrics_text
+from glovita_lib.metric_names import METRICS, metrics_of, usual_metrics_text
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_if, read_unless
 from glovita_lib.spec_errors import Count, NonNegative, PathText, Positive, shown
@@ -47,6 +47,13 @@ class BaseTask(Spec):
             if names.count(name) > 1:
                 yield "metrics", f"{shown(name)} is named {names.count(name)} times: name it once"
 
+    def target_problems(self, subtask: str) -> Iterator[tuple[str, str]]:
+        """Options that have no meaning for a kind of targets."""
+        for name in dict.fromkeys(self.metrics or ()):
+            if name not in metrics_of(subtask):
+                valid = ", ".join(metrics_of(subtask))
+                yield "metrics", f"{shown(name)} is not defined for {subtask}; valid are {valid}"
+
 
 class Supervised(BaseTask, tag="supervised", tag_field="objective"):
     """Predict the labels: cross-entropy, binary cross-entropy (multilabel) or a regression loss."""
@@ -73,6 +80,27 @@ class Supervised(BaseTask, tag="supervised", tag_field="objective"):
     """Plots of the final results: none, of the held-out splits val and test, or of train too."""
     bootstrap: Annotated[int, Meta(ge=0)] = 1000
     """Resamples behind the 95 % confidence intervals of the final metrics; 0 leaves them out."""
+
+    def target_problems(self, subtask: str) -> Iterator[tuple[str, str]]:
+        """Metrics are those of the targets; what blends or weights classes is not for numbers."""
+        yield from super().target_problems(subtask)
+        if subtask == "regression":
+            for name in ("mixup", "cutmix", "label_smoothing", "class_weights"):
+                if value := getattr(self, name):
+                    yield name, f"{shown(value)} is for classes, and this is a regression: drop it"
+
+    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
+        """Mixup and CutMix mix images, and no other samples (their kind in words)."""
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name):
+                yield name, f"it mixes images, and the samples are {samples}: drop it"
+
+    def class_count_problems(self, count: int, source: str) -> Iterator[tuple[str, str]]:
+        """One weight a class; source is what says how many classes there are."""
+        weights = self.class_weights
+        if isinstance(weights, tuple) and len(weights) != count:
+            numbers = f"{len(weights)} numbers, but {source} says {count} classes"
+            yield "class_weights", f"{numbers}: give one number a class"
 
 
 class Probe(BaseTask, tag="probe", tag_field="objective"):

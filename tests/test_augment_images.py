@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 from glovita_lib import augment_images
 from glovita_lib.augment import PLAIN, policy
 from glovita_lib.augment_crop import CropResize
-from glovita_lib.augment_images import OPERATIONS, Placement, random_operations
+from glovita_lib.augment_images import OPERATIONS, Placement
 from glovita_lib.spec_data import ImageOps
 from glovita_lib.spec_errors import extra_of
 
@@ -354,10 +354,10 @@ def test_an_operation_is_active_with_its_switch():
     assert not any(
         OPERATIONS.active(PLAIN, stage) for stage in ("geometry", "values", "normalised")
     )
-    assert random_operations(PLAIN) == []
+    assert PLAIN.random() == []
     for each in OPERATIONS.table:
         for switch in each.switches:
             on = policy(PLAIN, **{switch: "random" if switch == "crop" else 1})
             assert OPERATIONS.active(on, each.stage) == [each]
-            assert random_operations(on) == [switch]
-    assert random_operations(policy(PLAIN, randaugment_ops=2, randaugment_p=0.0)) == []
+            assert on.random() == [switch]
+    assert policy(PLAIN, randaugment_ops=2, randaugment_p=0.0).random() == []

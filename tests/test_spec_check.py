@@ -104,6 +104,19 @@ BROKEN = [
         "data.augmentation.test_kwargs.blur_kernel",
         "odd",
     ),
+    *(
+        (
+            [f"data.augmentation.test_kwargs.{key}={value}"],
+            f"data.augmentation.test_kwargs.{key}",
+            f"{value} is random, and evaluation is deterministic",
+        )
+        for key, value in {
+            "hflip_p": 0.5,
+            "crop": '"resized"',
+            "randaugment_ops": 1,
+            "cutout_size": 4,
+        }.items()
+    ),
     # head and metrics
     ([*CSV, "data.subtask=regression"], "model.head.head_type", 'set it to "regression"'),
     (["model.head.head_type=regression"], "model.head.head_type", 'set it to "classification"'),
