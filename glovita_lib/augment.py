@@ -14,7 +14,7 @@ from glovita_lib.augment_images import OPERATIONS, Placement
 from glovita_lib.encoder import Preprocess
 from glovita_lib.errors import UserError, refuse
 from glovita_lib.spec import Spec
-from glovita_lib.spec_data import ImageAugmentation, ImageKwargs, ImageOps
+from glovita_lib.spec_augment import ImageAugmentation, ImageKwargs, ImageOps
 
 # ---------------------------------------------------------------------------- named policies
 #

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glovita_lib.errors import UserError
-from glovita_lib.spec_data import ImageOps
+from glovita_lib.spec_augment import ImageOps
 
 CHUNK = 1 << 26  # source values resampled at once (256 MiB as float32)
 ATTEMPTS = 10  # of a random resized crop before it falls back to a centre crop, as in torchvision

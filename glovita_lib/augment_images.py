@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glovita_lib.augment_crop import CropResize
-from glovita_lib.spec_data import BaseOps, ImageOps
+from glovita_lib.spec_augment import BaseOps, ImageOps
 
 # ------------------------------------------------------------------- the table of operations
 #

@@ -16,7 +16,7 @@ from msgspec.inspect import Field, StructType, Type
 from glovita_lib import errors, spec_errors
 from glovita_lib.errors import UserError
 from glovita_lib.spec import OVERRIDE, Loaded, toml_tables, with_lists
-from glovita_lib.spec_data import read_with
+from glovita_lib.spec_augment import read_with
 from glovita_lib.spec_root import Root
 
 # -------------------------------------------------------------------------------- docstrings

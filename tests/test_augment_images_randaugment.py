@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from glovita_lib import augment_images
 from glovita_lib.augment_images import warp
-from glovita_lib.spec_data import ImageOps as Parameters
+from glovita_lib.spec_augment import ImageOps as Parameters
 
 PHOTO = load_sample_image("flower.jpg")
 

@@ -343,7 +343,7 @@ def test_real_photos_through_a_real_policy(tmp_path):
     from glovita_lib.augment import resolve_augmentation as resolve
     from glovita_lib.encoder import Preprocess
     from glovita_lib.read_image import FileSource, read_headers
-    from glovita_lib.spec_data import ImageAugmentation
+    from glovita_lib.spec_augment import ImageAugmentation
 
     for number, photo in enumerate(load_sample_images().images * 4):
         Image.fromarray(photo[: 100 + 10 * number, :120]).save(tmp_path / f"{number}.jpg")

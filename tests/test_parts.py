@@ -114,7 +114,7 @@ def test_an_augmentation_is_its_fields_and_a_function(tmp_path: Path) -> None:
     folder = package_with(
         tmp_path,
         [
-            ("spec_data", before, f"{fields}{before}"),
+            ("spec_augment", before, f"{fields}{before}"),
             ("augment_images", first, f"{function}\n\n{first}"),
         ],
     )

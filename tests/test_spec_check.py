@@ -444,7 +444,7 @@ def test_every_rule_is_broken_here(root):
 
 RULE_MODULES = [
     Path(spec_check.__file__).parent / f"spec_{name}.py"
-    for name in ("root", "data", "model", "peft", "train", "conditions", "check")
+    for name in ("root", "data", "augment", "model", "peft", "train", "conditions", "check")
 ]
 
 
