@@ -20,8 +20,13 @@ from glovita_lib.augment import (
 )
 from glovita_lib.encoder import Preprocess
 from glovita_lib.errors import UserError
-from glovita_lib.spec_augment import ImageAugmentation, ImageKwargs, ImageOps
-from glovita_lib.spec_data import TestPolicy, TrainPolicy
+from glovita_lib.spec_augment import (
+    ImageAugmentation,
+    ImageKwargs,
+    ImageOps,
+    TestPolicy,
+    TrainPolicy,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIT = Preprocess(224, 256, "bicubic", MEAN, STD, True)
