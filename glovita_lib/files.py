@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import time
@@ -104,10 +105,20 @@ def sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a killed process left anywhere below a folder."""
-    for path in folder.rglob(f"{TEMPORARY}*"):
+    """Remove temporary files and folders that a killed process left anywhere below a folder."""
+    for path in list(folder.rglob(f"{TEMPORARY}*")):
         with suppress(OSError):
-            path.unlink()
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; a kill leaves all of a folder or none of it."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    if not path.name.startswith(TEMPORARY):
+        path = path.rename(path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}"))
+    shutil.rmtree(path)
 
 
 # ---------------------------------------------------------------------- formats
@@ -306,46 +317,75 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: dict[str, int] = {}  # open lock files of this process
 
 
+class InUse(UserError):
+    """Another process holds a lock."""
+
+
 class Lock:
     """A lock on a file that says who holds it.
 
     The system drops it when the process ends in any way, and worker processes do not keep it. The
-    file stays: were it removed, two processes could lock two files of one name.
+    file stays, unless nothing else is in a folder that was made for it: then both are removed, and
+    a process that has opened the removed file notices it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.handle: int | None = None
+        self.made: list[Path] = []  # folders, the innermost first
 
     def acquire(self, *, wait: bool = False) -> None:
-        """Take the lock, at once or when it comes free.
+        """Take the lock, at once or when it comes free; its folder is created where it is missing.
 
         Raises:
-            UserError: another process holds it (unless waiting), or the file cannot be written.
+            InUse: another process holds it (unless waiting).
+            UserError: the file cannot be written.
         """
         name = os.path.realpath(self.path)
         if name in _held:
-            raise UserError(taken(self.path, "this process"))
-        try:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise write_error(self.path, error) from None
+            raise InUse(taken(self.path, "this process"))
+        handle = self.opened()
+        while not self.take(handle, wait):
+            handle = self.opened()
+        self.handle = handle
+        _held[name] = handle
+
+    def opened(self) -> int:
+        """The file, open; created with its folders where they are missing."""
+        folder = self.path.parent
+        for _ in range(ATTEMPTS):
+            missing = [part for part in (folder, *folder.parents) if not part.exists()]
+            make_folder(folder)
+            self.made = self.made or missing
+            try:
+                return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # another process has just removed the folder that it made
+                continue
+            except OSError as error:
+                raise write_error(self.path, error) from None
+        raise InUse(taken(self.path, "another process"))
+
+    def take(self, handle: int, wait: bool) -> bool:
+        """Lock an open file and say in it who has it; False, and the file is closed, where its
+        name belongs to no file or another one by now."""
         try:
             self.lock(handle, wait)
+            if not is_file_at(self.path, handle):
+                os.close(handle)
+                return False
             os.ftruncate(handle, 0)
             # Windows lets nobody else read the locked byte, the first one: it says nothing.
             os.write(handle, f"\nprocess {os.getpid()} on {socket.gethostname()}\n".encode())
         except BaseException:
             os.close(handle)
             raise
-        self.handle = handle
-        _held[name] = handle
+        return True
 
     def lock(self, handle: int, wait: bool) -> None:
         """Lock an open file."""
         try:
             if not (lock_descriptor(handle) if wait else soon_locked(handle)):
-                raise UserError(taken(self.path, owner(self.path)))
+                raise InUse(taken(self.path, owner(self.path)))
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise write_error(self.path, error) from None
@@ -356,9 +396,21 @@ class Lock:
         """Let others have it; twice is fine."""
         if self.handle is not None:
             os.ftruncate(self.handle, 0)
+            self.tidy()
             os.close(self.handle)  # which drops the lock
             self.handle = None
             _held.pop(os.path.realpath(self.path), None)
+
+    def tidy(self) -> None:
+        """Remove folders that were made for the lock and hold nothing else."""
+        with suppress(
+            OSError
+        ):  # others have put something there, or an open file cannot be removed
+            if self.made and os.listdir(self.path.parent) == [self.path.name]:
+                self.path.unlink()
+                for folder in self.made:
+                    folder.rmdir()
+        self.made = []
 
     def __enter__(self) -> "Lock":
         """Wait for the lock and take it."""
@@ -392,24 +444,12 @@ if hasattr(os, "register_at_fork"):  # elsewhere processes inherit nothing
     os.register_at_fork(after_in_child=close_inherited)
 
 
-def check_free(path: Path) -> None:
-    """Look at a lock without keeping it or writing anything.
-
-    Raises:
-        UserError: a process holds it.
-    """
-    if os.path.realpath(path) in _held:
-        raise UserError(taken(path, "this process"))
+def is_file_at(path: Path, handle: int) -> bool:
+    """Whether an open file is the one at a path."""
     try:
-        handle = os.open(path, os.O_RDWR)
-    except OSError:
-        return
-    try:
-        with suppress(OSError):  # a disk without locks
-            if not soon_locked(handle):
-                raise UserError(taken(path, owner(path)))
-    finally:
-        os.close(handle)
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def owner(path: Path) -> str:

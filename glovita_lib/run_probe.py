@@ -21,8 +21,8 @@ from glovita_lib.metrics import compute, metrics_report
 from glovita_lib.neighbors import nearest
 from glovita_lib.read_features import BagSource, VectorSource, feature_moments
 from glovita_lib.results import summary_lines
-from glovita_lib.rundir import RunDir, decide, locate, runtime_info
-from glovita_lib.spec import Loaded, dump
+from glovita_lib.rundir import RunDir, opened, runtime_info
+from glovita_lib.spec import Loaded
 from glovita_lib.spec_data import PrecomputedData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Probe
@@ -334,27 +334,41 @@ def probe(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
     """All probes of a spec; what an earlier start left unfinished is done again."""
     root, task = loaded.root, loaded.root.task
     assert isinstance(task, Probe)  # whose learnt_by names this module
-    run, decision = decide(locate(loaded), loaded)
-    if decision != "finished":
-        data, samples = read(loaded)
-        with run.opened(ranks, overwrite=decision == "overwrite"):
-            files.write_text(run.spec, dump(loaded.as_written))
-            files.write_json(run.config, loaded.plain)
+    with opened(loaded, ranks) as (run, decision):
+        if decision != "finished":
+            data, samples = read(loaded)
+            run.clean(ranks, decision)
+            run.write_spec(loaded)
             run.note_start(runtime_info(ranks, seed=root.seed))
-            # mps has no float64
-            device = torch.device("cpu") if ranks.device.type == "mps" else ranks.device
-            # once for both methods and all splits
-            train = samples["train"]
-            samples["train"] = replace(train, features=resident(train.features, device))
-            names, content = task.metrics or usual_metrics(data.subtask), {}
-            for method in task.methods:
-                choice = Choice(names, data, samples["val"].targets)
-                fit = fit_knn if method == "knn" else fit_models
-                fitted = fit(task, samples, device, choice)
-                content[method] = write_probe(run, method, task, data, samples, fitted, root.seed)
+            content = fit_methods(task, data, samples, run, ranks, seed=root.seed)
             files.write_json(run.path / "metrics_probe.json", content)
             run.mark_finished()
     show_results(run, decision)
+
+
+def fit_methods(
+    task: Probe,
+    data: Data,
+    samples: dict[str, ProbeSplit],
+    run: RunDir,
+    ranks: dist.Ranks,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """What metrics_probe.json says of each method, whose predictions and plots are written."""
+    # mps has no float64
+    device = torch.device("cpu") if ranks.device.type == "mps" else ranks.device
+    # once for both methods and all splits
+    train = samples["train"]
+    samples["train"] = replace(train, features=resident(train.features, device))
+    names = task.metrics or usual_metrics(data.subtask)
+    content: dict[str, Any] = {}
+    for method in task.methods:
+        choice = Choice(names, data, samples["val"].targets)
+        fit = fit_knn if method == "knn" else fit_models
+        fitted = fit(task, samples, device, choice)
+        content[method] = write_probe(run, method, task, data, samples, fitted, seed)
+    return content
 
 
 def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:

@@ -30,8 +30,8 @@ from glovita_lib.peft import save_adapter
 from glovita_lib.plots import learning_curves
 from glovita_lib.resolved import resolve_spec
 from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
-from glovita_lib.rundir import RunDir, decide, locate, runtime_info
-from glovita_lib.spec import Loaded, changed_keys, dump
+from glovita_lib.rundir import RunDir, opened, runtime_info
+from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Training
 from glovita_lib.trainer import Hooks, kept_epoch
@@ -122,22 +122,20 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
 def train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
     """Start or continue a run, train it to its end, evaluate it and write the results."""
     root = loaded.root
-    run, decision = dist.main_decides(ranks, lambda: decide(locate(loaded), loaded))
-    if decision == "finished":
-        conclude(run, ranks, "was finished before; nothing to do")
-        return
-    data = read_data(root, ranks)
-    resolved = resolve_spec(root, data)
-    experiment = assemble(root, resolved, ranks, load_weights=decision != "resume")
-    refuse_unstable(experiment)
-    if ranks.is_main:
-        introduce(run, experiment, data)
-    with (
-        run.opened(ranks, overwrite=decision == "overwrite"),
-        experiment.shared_workers(data),
-    ):
-        learn(run, loaded, experiment, data, resume=decision == "resume")
-        finish(run, loaded, experiment, data)
+    with opened(loaded, ranks) as (run, decision):
+        if decision == "finished":
+            conclude(run, ranks, "was finished before; nothing to do")
+            return
+        data = read_data(root, ranks)
+        resolved = resolve_spec(root, data)
+        experiment = assemble(root, resolved, ranks, load_weights=decision != "resume")
+        refuse_unstable(experiment)
+        if ranks.is_main:
+            introduce(run, experiment, data)
+        run.clean(ranks, decision)
+        with experiment.shared_workers(data):
+            learn(run, loaded, experiment, data, resume=decision == "resume")
+            finish(run, loaded, experiment, data)
     conclude(run, ranks, "is finished")
 
 
@@ -171,9 +169,8 @@ def learn(
 ) -> None:
     """Train from the start, or from the last checkpoint on."""
     root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
-    saved = saved_state(run, loaded) if resume else None
-    if ranks.is_main:
-        prepare(run, loaded, experiment, saved)
+    saved = saved_state(run, loaded, ranks) if resume else None
+    dist.main_decides(ranks, lambda: prepare(run, loaded, experiment, saved))
     logger = build_logger(
         root.logger,
         run=run,
@@ -215,17 +212,41 @@ def learn(
         trainer.close()
 
 
-def saved_state(run: RunDir, loaded: Loaded[Root]) -> dict[str, Any]:
-    """The checkpoint that a run is continued from.
+def saved_state(run: RunDir, loaded: Loaded[Root], ranks: dist.Ranks) -> dict[str, Any]:
+    """The checkpoint that a run is continued from: last.pt or, where it was taken away, the newest
+    of the others, which takes its place.
 
     Raises:
         UserError: it is damaged, or another run's.
     """
-    saved = checkpoint.load(run.last, map_location="cpu")
+    found: dict[str, Any] | None = None
+    for path in [run.last] if run.last.is_file() else run.kept:
+        saved = checkpoint_of(path, run, loaded)
+        if found is None or saved["state"]["epoch"] > found["state"]["epoch"]:
+            found, source = saved, path
+    assert found is not None  # else there is nothing to continue from, which `decide` says
+    if source != run.last and ranks.is_main:
+        say(f"  note: {run.last} is not there: the run goes on from {source.name}")
+        checkpoint.link(source, run.last)
+    return found
+
+
+def checkpoint_of(path: Path, run: RunDir, loaded: Loaded[Root]) -> dict[str, Any]:
+    """A checkpoint of this very run.
+
+    Raises:
+        UserError: it is damaged, or another run's.
+    """
+    others = [other.name for other in run.kept if other != path]
+    try:
+        saved = checkpoint.load(path, map_location="cpu")
+    except UserError as error:
+        hint = f"; without {path.name} the run goes on from {' or '.join(others)}" if others else ""
+        raise UserError(f"{error}{hint}") from None
     changes = changed_keys(saved.get("spec", {}), loaded.plain)
     if changes:
         raise UserError(
-            f"{run.last} is not of this run but of another spec: {listed(changes, 8, '; ')}; put"
+            f"{path} is not of this run but of another spec: {listed(changes, 8, '; ')}; put"
             ' its own checkpoint back, or set training.on_existing = "overwrite" to train again'
         )
     return saved
@@ -237,31 +258,39 @@ def prepare(
     """Write the files that describe a run; of a continued run, cut metrics.jsonl back to the
     step of its checkpoint and complete its links."""
     if saved is None:
-        # run again, the spec finds this very run, also where it was started beside another one
-        training = replace(loaded.as_written.training, on_existing="resume")
-        spec = replace(loaded.as_written, name=run.group.name, mode="train", training=training)
-        files.write_text(run.spec, dump(spec))
+        run.write_spec(loaded)
         table = {share.part: share.counts() for share in parameter_table(experiment.model)}
         resolved = msgspec.to_builtins(experiment.resolved)
         files.write_json(run.resolved_config, {**resolved, "parameters": table})
-        files.write_json(run.config, loaded.plain)
     else:
         step = saved["state"]["step"]
-        files.truncate_jsonl(run.metrics, lambda record: record["step"] <= step)
         mend_links(run, saved["state"], experiment.root.training)
+        files.truncate_jsonl(run.metrics, lambda record: record["step"] <= step)
     run.note_start(runtime_info(experiment.ranks, seed=experiment.root.seed))
 
 
 def mend_links(run: RunDir, state: dict[str, Any], training: Training) -> None:
     """Write the links best.pt and epoch_N.pt that are missing where a process was killed between
-    writing last.pt and linking it."""
-    if state["batch"]:
+    writing last.pt and linking it, and best.pt where it was taken away and its epoch is kept.
+
+    Raises:
+        UserError: best.pt was taken away and is nowhere else.
+    """
+    best = state["best_epoch"]
+    if not state["batch"]:
+        if best == state["epoch"] - 1:
+            checkpoint.link(run.last, run.best)
+        kept = kept_epoch(training, state["epoch"])
+        if kept is not None:
+            checkpoint.link(run.last, run.epoch(kept))
+    if best is None or run.best.is_file():
         return
-    if state["best_epoch"] == state["epoch"] - 1:
-        checkpoint.link(run.last, run.best)
-    kept = kept_epoch(training, state["epoch"])
-    if kept is not None:
-        checkpoint.link(run.last, run.epoch(kept))
+    if not run.epoch(best).is_file():
+        raise UserError(
+            f"{run.best} is not there, the model of epoch {best + 1}, the best one so far: put it"
+            " back, or copy last.pt to it, which then counts as that epoch"
+        )
+    checkpoint.link(run.epoch(best), run.best)
 
 
 # ---------------------------------------------------------------------- results

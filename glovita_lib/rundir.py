@@ -5,30 +5,32 @@ A run is finished when `finished` in runtime_info.json holds a time; it is writt
 """
 
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from msgspec.structs import replace
 
 from glovita_lib.dist import Ranks, main_decides
 from glovita_lib.errors import UserError, environment, git_state, listed
 from glovita_lib.files import (
+    TEMPORARY,
+    InUse,
     Lock,
-    check_free,
-    make_folder,
     read_json,
+    remove,
     remove_leftovers,
     write_error,
     write_json,
+    write_text,
 )
-from glovita_lib.spec import Loaded, changed_keys
+from glovita_lib.spec import Loaded, changed_keys, dump
 from glovita_lib.spec_root import Root
 
 Decision = Literal["start", "resume", "overwrite", "finished"]
@@ -48,11 +50,13 @@ OURS = (
     "spec.toml",
     "config.json",
 )
+LOCK = ".lock"
+WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".onnx")
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run. Nothing is created before `opened`."""
+    """Paths of one run."""
 
     path: Path
 
@@ -121,37 +125,45 @@ class RunDir:
     @property
     def lock(self) -> Path:
         """File that the running process has locked."""
-        return self.path / ".lock"
+        return self.path / LOCK
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing is left to do."""
         return self.runtime_info.is_file() and bool(read_json(self.runtime_info).get("finished"))
 
-    @contextmanager
-    def opened(self, ranks: Ranks, *, overwrite: bool) -> Iterator[None]:
-        """Hold the directory for this run: created, locked, freed of what a kill left behind.
+    @property
+    def kept(self) -> list[Path]:
+        """Checkpoints other than last.pt, from which training can go on too: the kept epoch that is
+        the newest, and the best one."""
+        epochs = sorted(
+            self.checkpoints.glob("epoch_*.pt"), key=lambda path: (len(path.name), path)
+        )
+        return [path for path in (*epochs[-1:], self.best) if path.is_file()]
 
-        With `overwrite`, or without a checkpoint to continue from, what an earlier run wrote there
-        is removed first; files of others stay.
+    def weights(self) -> list[Path]:
+        """Files that may hold weights: all checkpoints, and exports among the results."""
+        found = self.checkpoints.rglob("*")
+        results = (path for pattern in OURS for path in self.path.glob(f"{pattern}/**/*"))
+        exports = (path for path in results if path.suffix in WEIGHTS)
+        return sorted(
+            {p for p in (*found, *exports) if p.is_file() and not p.name.startswith(TEMPORARY)}
+        )
+
+    def clean(self, ranks: Ranks, decision: Decision) -> None:
+        """Remove what a kill left behind and, unless its run is continued, what an earlier run
+        wrote; files of others stay. The lock is held.
 
         Raises:
-            UserError: on all ranks: another process has it, or it cannot be written.
+            UserError: on all ranks: something cannot be removed.
         """
-        lock = Lock(self.lock)
 
-        def prepare() -> None:
-            make_folder(self.path)
-            lock.acquire()
+        def work() -> None:
             remove_leftovers(self.path)
-            if overwrite or not self.last.is_file():
+            if decision != "resume":
                 self.clear()
 
-        try:
-            main_decides(ranks, prepare)
-            yield
-        finally:
-            lock.release()
+        main_decides(ranks, work)
 
     def clear(self) -> None:
         """Remove what a run wrote."""
@@ -161,6 +173,14 @@ class RunDir:
                     remove(path)
                 except OSError as error:
                     raise write_error(path, error) from None
+
+    def write_spec(self, loaded: Loaded[Root]) -> None:
+        """Write the resolved spec in both forms: run again, spec.toml finds this very run, also
+        where it was started beside another one."""
+        training = replace(loaded.as_written.training, on_existing="resume")
+        spec = replace(loaded.as_written, name=self.group.name, mode="train", training=training)
+        write_text(self.spec, dump(spec))
+        write_json(self.config, loaded.plain)
 
     def note_start(self, info: dict[str, Any]) -> None:
         """Write runtime_info.json, or add to it where the run is continued."""
@@ -175,14 +195,6 @@ class RunDir:
         """Say that nothing is left to do; the last thing a run writes."""
         known = read_json(self.runtime_info)
         write_json(self.runtime_info, {**known, "finished": now()})
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 # ---------------------------------------------------------------------- which run
@@ -201,22 +213,59 @@ def locate(loaded: Loaded[Root]) -> RunDir:
     return RunDir(Path(loaded.root.exp_dir) / data["dataset"] / group / str(data["fold"]))
 
 
-def decide(wanted: RunDir, loaded: Loaded[Root]) -> tuple[RunDir, Decision]:
-    """Which directory to use, and what to do there; reads only.
+@contextmanager
+def opened(loaded: Loaded[Root], ranks: Ranks) -> Iterator[tuple[RunDir, Decision]]:
+    """The directory of a spec's run and what to do there, decided under its lock. The lock is held
+    to the end of the block, that of a finished run only for the decision.
 
-    A run without a checkpoint starts over in its place.
+    What was there stays until `RunDir.clean`; a directory in which nothing is written is removed.
 
     Raises:
-        UserError: another process has the directory, or the spec has changed.
+        UserError: on all ranks: another process has it, the spec has changed, there are weights but
+            nothing to continue from, or the directory cannot be written.
     """
-    on_existing = loaded.plain["training"]["on_existing"]
-    if on_existing == "new":
-        return beside(wanted), "start"
-    check_free(wanted.lock)
-    if not wanted.last.is_file() and not wanted.is_finished:
-        return wanted, "start"
-    if on_existing == "overwrite":
-        return wanted, "overwrite"
+    locks: list[Lock] = []
+
+    def claim() -> tuple[RunDir, Decision]:
+        wanted = locate(loaded)
+        if loaded.plain["training"]["on_existing"] == "new":
+            run, lock = beside(wanted)
+            locks.append(lock)
+            return run, "start"
+        if is_read_only(wanted.path) and wanted.is_finished:
+            return wanted, decide(wanted, loaded)
+        locks.append(Lock(wanted.lock))
+        locks[0].acquire()
+        decision = decide(wanted, loaded)
+        if decision == "finished":
+            locks[0].release()
+        return wanted, decision
+
+    try:
+        yield main_decides(ranks, claim)
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def is_read_only(folder: Path) -> bool:
+    """Whether a folder is there and nothing can be written to it."""
+    return folder.is_dir() and not os.access(folder, os.W_OK)
+
+
+def decide(wanted: RunDir, loaded: Loaded[Root]) -> Decision:
+    """What to do in a directory whose lock is held; reads only.
+
+    A run that has left no weights starts over in its place.
+
+    Raises:
+        UserError: the spec has changed, or there are weights but nothing to continue from.
+    """
+    weights, is_finished = wanted.weights(), wanted.is_finished
+    if not weights and not is_finished:
+        return "start"
+    if loaded.plain["training"]["on_existing"] == "overwrite":
+        return "overwrite"
     changes = changed_keys(read_json(wanted.config), loaded.plain)
     if changes:
         raise UserError(
@@ -225,17 +274,38 @@ def decide(wanted: RunDir, loaded: Loaded[Root]) -> tuple[RunDir, Decision]:
             ' training.on_existing = "overwrite" to replace it or "new" to start beside it, or'
             " give this one another name"
         )
-    return wanted, "finished" if wanted.is_finished else "resume"
+    if is_finished:
+        return "finished"
+    if not wanted.last.is_file() and not wanted.kept:
+        raise UserError(
+            f"{wanted.path} holds weights ({listed([path.name for path in weights], 4)}) but no"
+            " checkpoint to continue from: put last.pt or best.pt back into checkpoints/, move them"
+            ' elsewhere, or set training.on_existing = "overwrite" to remove them or "new" to start'
+            " beside them"
+        )
+    return "resume"
 
 
-def beside(wanted: RunDir) -> RunDir:
-    """The wanted directory, or the first of <group>_2, <group>_3 ... whose fold is not there."""
+def beside(wanted: RunDir) -> tuple[RunDir, Lock]:
+    """The wanted directory, or the first of <group>_2, <group>_3 ... in whose fold nothing is and
+    that no other process has, with its lock."""
     run, number = wanted, 1
-    while run.path.exists():
+    while True:
+        if is_empty(run):
+            lock = Lock(run.lock)
+            with suppress(InUse):
+                lock.acquire()
+                if is_empty(run):
+                    return run, lock
+                lock.release()
         number += 1
         group = wanted.group.with_name(f"{wanted.group.name}_{number}")
         run = RunDir(group / wanted.path.name)
-    return run
+
+
+def is_empty(run: RunDir) -> bool:
+    """Whether a directory is not there or holds nothing, but perhaps a lock."""
+    return not run.path.exists() or (run.path.is_dir() and set(os.listdir(run.path)) <= {LOCK})
 
 
 # ---------------------------------------------------------------------- about the process

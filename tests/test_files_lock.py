@@ -13,7 +13,7 @@ import pytest
 
 from glovita_lib import files
 from glovita_lib.errors import UserError
-from glovita_lib.files import Lock, check_free
+from glovita_lib.files import InUse, Lock
 
 HOLD = """
 import os, sys, time
@@ -49,15 +49,12 @@ def test_second_process_is_told_who_has_it(tmp_path: Path) -> None:
     process, _ = hold(path)
     try:
         expected = f"in use by process {process.pid} on {socket.gethostname()}: wait"
-        with pytest.raises(UserError, match=expected):
-            Lock(path).acquire()
         before = path.read_bytes()
-        with pytest.raises(UserError, match=expected):
-            check_free(path)
+        with pytest.raises(InUse, match=expected):
+            Lock(path).acquire()
         assert path.read_bytes() == before
     finally:
         end(process)
-    check_free(path)
     mine = Lock(path)
     mine.acquire()
     mine.release()
@@ -88,11 +85,9 @@ def test_same_process_twice(tmp_path: Path) -> None:
     mine.acquire()
     with pytest.raises(UserError, match="in use by this process"):
         Lock(tmp_path / "." / ".lock").acquire()
-    with pytest.raises(UserError, match="in use by this process"):
-        check_free(path)
     probe = (
-        "import sys; from pathlib import Path; from glovita_lib.files import check_free;"
-        "check_free(Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from glovita_lib.files import Lock;"
+        "Lock(Path(sys.argv[1])).acquire()"
     )
     env = os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1])}
     result = subprocess.run(
@@ -126,12 +121,61 @@ def test_disk_without_locks(
     mine.acquire()
     (said,) = capsys.readouterr().err.splitlines()
     assert "has no file locks" in said
-    (tmp_path / "other").touch()
-    check_free(tmp_path / "other")
     mine.release()
 
 
-def test_folder_that_is_not_there(tmp_path: Path) -> None:
-    check_free(tmp_path / "none" / ".lock")
+def test_folders_made_for_the_lock_go_with_it_unless_something_is_in_them(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / ".lock"
+    mine = Lock(path)
+    mine.acquire()
+    mine.release()
+    assert os.listdir(tmp_path) == []
+    mine.acquire()
+    (tmp_path / "a" / "other").touch()
+    mine.release()
+    assert sorted(os.listdir(tmp_path / "a")) == ["other"]
+    mine.acquire()
+    (path.parent / "results").touch()
+    mine.release()
+    assert sorted(os.listdir(path.parent)) == [".lock", "results"]
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
-        Lock(tmp_path / "none" / ".lock").acquire()
+        Lock(tmp_path / "file" / ".lock").acquire()
+
+
+TAKE_TURNS = """
+import sys, time
+from pathlib import Path
+from glovita_lib.files import InUse, Lock
+path, end = Path(sys.argv[1]), time.monotonic() + 2
+while time.monotonic() < end:
+    lock = Lock(path)
+    try:
+        lock.acquire(wait="wait" in sys.argv)
+    except InUse:
+        continue
+    mark = path.with_name("mark")
+    mark.touch(exist_ok=False)  # fails where two have the lock
+    mark.unlink()
+    lock.made = [path.parent]  # also where the other one made it
+    lock.release()
+print("done")
+"""
+
+
+@pytest.mark.processes
+def test_a_removed_lock_file_is_nobodys_lock(tmp_path: Path) -> None:
+    """Two processes that make and remove the folder of the lock again and again, one of which
+    opens the file that the other removes."""
+    root = str(Path(files.__file__).parents[1])
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", TAKE_TURNS, str(tmp_path / "a" / ".lock"), *how],
+            env=os.environ | {"PYTHONPATH": root},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for how in (["wait"], ["wait"])
+    ]
+    assert [other.communicate()[0] for other in others] == ["done\n"] * 2

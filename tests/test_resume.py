@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load as tensors
-from small_runs import TINY, snapshot
+from small_runs import TINY, load, snapshot
 
 from glovita_lib import files
 from glovita_lib.trainer import Trainer
@@ -242,3 +242,60 @@ def test_a_killed_run_of_another_spec_is_not_continued(command, refused, monkeyp
             command()
     assert "optimizer.lr: 0.001 -> 0.01" in refused("optimizer.lr=0.01", "name=tiny")
     assert "continuing" in command(spec=TINY).out
+
+
+# ---------------------------------------------------------------------- checkpoints taken away
+
+
+@pytest.mark.parametrize(
+    "gone", ["last.pt", "last.pt best.pt", "last.pt epoch_0000.pt epoch_0001.pt epoch_0002.pt"]
+)
+def test_without_last_the_run_goes_on_from_the_newest_of_the_others(
+    command, tmp_path, monkeypatch, gone
+):
+    """Three of four epochs are done and kept; the end is that of the undisturbed run."""
+    changes = ["training.epochs=4", "training.save_every=1", "training.log_every=1", "name=kept"]
+    command(*changes)
+    expected = results(tmp_path / "runs")
+    os.rename(tmp_path / "runs", tmp_path / "calm")
+    step = Trainer.optimizer_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "optimizer_step",
+                      lambda self: step(self) if self.state.epoch < 3 else die())  # fmt: skip
+        with pytest.raises(Killed):
+            command(*changes)
+    folder = tmp_path / "runs" / "digits" / "kept" / "0" / "checkpoints"
+    there = {name: load(folder / name)["state"]["epoch"] for name in os.listdir(folder)}
+    assert there["last.pt"] == there["epoch_0002.pt"] == 3
+    for name in gone.split():
+        (folder / name).unlink()
+        del there[name]
+    newest = max(sorted(there, reverse=True), key=there.get)  # of the same epoch not best.pt
+    again = command(*changes)
+    assert f"last.pt is not there: the run goes on from {newest}" in again.out
+    assert f"continuing in epoch {there[newest] + 1} after" in again.out
+    found = results(tmp_path / "runs")
+    away = {name for name in expected if name.split("/")[-1] in gone.split()} - found.keys()
+    assert "best.pt" not in {name.split("/")[-1] for name in away}  # its epoch was kept
+    equal(found, {name: value for name, value in expected.items() if name not in away})
+
+
+def test_a_damaged_checkpoint_names_the_others(command, refused, monkeypatch, tmp_path):
+    changes = ["training.epochs=3", "name=hurt"]
+    step = Trainer.optimizer_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "optimizer_step",
+                      lambda self: step(self) if self.state.epoch < 2 else die())  # fmt: skip
+        with pytest.raises(Killed):
+            command(*changes)
+    last = tmp_path / "runs" / "digits" / "hurt" / "0" / "checkpoints" / "last.pt"
+    content = last.read_bytes()
+    last.unlink()  # best.pt may be the same file
+    last.write_bytes(content[:-100])
+    said = refused(*changes)
+    assert "damaged" in said and "without last.pt the run goes on from best.pt" in said
+    last.write_bytes(content)
+    last.with_name("best.pt").unlink()
+    assert "best.pt is not there, the model of epoch" in refused(*changes)
+    last.rename(tmp_path / "elsewhere.pt")
+    assert "continuing" not in command(*changes).out  # nothing is left that could be lost

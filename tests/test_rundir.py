@@ -14,7 +14,7 @@ from glovita_lib import checkpoint, files, rundir
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
 from glovita_lib.files import Lock
-from glovita_lib.rundir import RunDir, decide, locate, runtime_info
+from glovita_lib.rundir import RunDir, decide, locate, opened, runtime_info
 from glovita_lib.spec import Loaded, load_spec
 from glovita_lib.spec_root import Root
 
@@ -28,9 +28,8 @@ def loaded(folder: Path, *overrides: str) -> Loaded:
 
 
 def started(spec: Loaded, *, saved: bool = True, finished: bool = False) -> RunDir:
-    run = locate(spec)
-    with run.opened(ONE, overwrite=False):
-        files.write_json(run.config, spec.plain)
+    with opened(spec, ONE) as (run, _):
+        run.write_spec(spec)
         run.note_start(runtime_info(ONE, seed=0))
         files.append_jsonl(run.metrics, {"step": 1})
         if saved:
@@ -62,16 +61,16 @@ def test_a_name_is_one_folder(tmp_path: Path, name: str) -> None:
 def test_decisions_read_only(tmp_path: Path) -> None:
     spec = loaded(tmp_path)
     wanted = locate(spec)
-    assert decide(wanted, spec) == (wanted, "start")
+    assert decide(wanted, spec) == "start"
     assert not (tmp_path / "experiments").exists()
     run = started(spec)
     before = sorted(map(str, run.path.rglob("*")))
-    assert decide(wanted, spec) == (run, "resume")
-    assert decide(wanted, loaded(tmp_path, "training.on_existing=overwrite")) == (run, "overwrite")
+    assert decide(wanted, spec) == "resume"
+    assert decide(wanted, loaded(tmp_path, "training.on_existing=overwrite")) == "overwrite"
     run.mark_finished()
     assert run.is_finished
-    assert decide(wanted, spec) == (run, "finished")
-    assert decide(wanted, loaded(tmp_path, "training.on_existing=overwrite")) == (run, "overwrite")
+    assert decide(wanted, spec) == "finished"
+    assert decide(wanted, loaded(tmp_path, "training.on_existing=overwrite")) == "overwrite"
     assert sorted(map(str, run.path.rglob("*"))) == before
 
 
@@ -87,7 +86,7 @@ def test_changed_spec_names_the_keys_and_the_ways_out(tmp_path: Path, finished: 
     assert all(way in text for way in ('"overwrite"', '"new"', "name"))
     assert "\n" not in text
     same = loaded(tmp_path, "mode=infer", "dataloading.num_workers=1", "logger.backend=none")
-    assert decide(run, same)[1] == ("finished" if finished else "resume")
+    assert decide(run, same) == ("finished" if finished else "resume")
 
 
 def test_many_changes_stay_short(tmp_path: Path) -> None:
@@ -101,9 +100,11 @@ def test_many_changes_stay_short(tmp_path: Path) -> None:
 
 def test_run_without_checkpoint_starts_over_in_its_place(tmp_path: Path) -> None:
     run = started(loaded(tmp_path), saved=False)
-    changed = loaded(tmp_path, "optimizer.lr=0.2")
-    assert decide(run, changed) == (run, "start")
-    with run.opened(ONE, overwrite=False):
+    changed = loaded(tmp_path, "optimizer.lr=0.2", "name=digits_resnet")
+    with opened(changed, ONE) as (found, decision):
+        assert (found, decision) == (run, "start")
+        assert run.metrics.exists()  # until the data are read
+        run.clean(ONE, decision)
         assert not run.metrics.exists()
         assert not run.config.exists()
 
@@ -111,12 +112,16 @@ def test_run_without_checkpoint_starts_over_in_its_place(tmp_path: Path) -> None
 def test_new_runs_stand_beside(tmp_path: Path) -> None:
     spec = loaded(tmp_path, "training.on_existing=new", "data.fold=1")
     names = []
-    for _ in range(3):
-        run, decision = decide(locate(spec), spec)
-        assert decision == "start"
-        with run.opened(ONE, overwrite=False):
+    for written in (True, True, False):
+        with opened(spec, ONE) as (run, decision), opened(spec, ONE) as (other, _):
+            assert decision == "start"
             names.append(f"{run.group.name}/{run.path.name}")
-    assert names == ["digits_resnet/1", "digits_resnet_2/1", "digits_resnet_3/1"]
+            names.append(f"{other.group.name}/{other.path.name}")
+            if written:
+                run.write_spec(spec)
+    first, second, third, fourth = (f"digits_resnet{n}/1" for n in ("", "_2", "_3", "_4"))
+    assert names == [first, second, second, third, third, fourth]
+    assert sorted(os.listdir(locate(spec).group.parent)) == ["digits_resnet", "digits_resnet_2"]
 
 
 def test_overwrite_removes_what_runs_write_and_nothing_else(tmp_path: Path) -> None:
@@ -126,10 +131,13 @@ def test_overwrite_removes_what_runs_write_and_nothing_else(tmp_path: Path) -> N
     files.write_text(run.plots / "curves.png", "x")
     files.write_text(run.path / "notes.md", "mine")
     files.write_text(run.path / f"{files.TEMPORARY}99-spec.toml", "half")
-    with run.opened(ONE, overwrite=False):
-        assert run.last.exists()
-        assert not list(run.path.glob(f"{files.TEMPORARY}*"))
-    with run.opened(ONE, overwrite=True):
+    files.write_text(run.path / f"{files.TEMPORARY}99-plots" / "curves.png", "half")
+    run.clean(ONE, "resume")
+    assert run.last.exists()
+    assert not list(run.path.glob(f"{files.TEMPORARY}*"))
+    with opened(loaded(tmp_path, "training.on_existing=overwrite"), ONE) as (_, decision):
+        assert run.last.exists()  # until the data are read
+        run.clean(ONE, decision)
         assert sorted(os.listdir(run.path)) == [".lock", "notes.md"]
         assert not run.is_finished
     before = sorted(map(str, run.path.rglob("*")))
@@ -154,10 +162,10 @@ def test_kill_while_overwriting_never_looks_finished(
         remove(path)
 
     monkeypatch.setattr(rundir, "remove", remove_some)
-    with pytest.raises(UserError, match="killed here"), run.opened(ONE, overwrite=True):
-        pytest.fail("opened although it could not be cleared")
+    with pytest.raises(UserError, match="killed here"):
+        run.clean(ONE, "overwrite")
     assert run.config.exists()
-    assert decide(run, spec) == (run, expected)
+    assert decide(run, spec) == expected
 
 
 @pytest.mark.processes
@@ -178,31 +186,89 @@ def test_locked_directory(tmp_path: Path) -> None:
         process.stdout.readline()
         for on_existing in ("resume", "overwrite"):
             again = loaded(tmp_path, f"training.on_existing={on_existing}")
-            with pytest.raises(UserError, match=f"in use by process {process.pid} on"):
-                decide(run, again)
-        with (
-            pytest.raises(UserError, match=f"in use by process {process.pid} on"),
-            run.opened(ONE, overwrite=True),
-        ):
-            pass
+            with (
+                pytest.raises(UserError, match=f"in use by process {process.pid} on"),
+                opened(again, ONE),
+            ):
+                pytest.fail("opened although another process has it")
         assert run.last.exists()
+        with opened(loaded(tmp_path, "training.on_existing=new"), ONE) as (other, decision):
+            assert (other.group.name, decision) == ("digits_resnet_2", "start")
         process.stdin.close()
-    assert decide(run, spec)[1] == "resume"
+    with opened(spec, ONE) as (_, decision):
+        assert decision == "resume"
 
 
 def test_directory_is_free_after_an_error(tmp_path: Path) -> None:
-    run = locate(loaded(tmp_path))
-    with pytest.raises(ZeroDivisionError), run.opened(ONE, overwrite=False):
+    spec = loaded(tmp_path)
+    with pytest.raises(ZeroDivisionError), opened(spec, ONE):
         raise ZeroDivisionError
-    with run.opened(ONE, overwrite=False), pytest.raises(UserError, match="this process"):
+    assert not (tmp_path / "experiments").exists()  # in which nothing was written
+    with opened(spec, ONE) as (run, _), pytest.raises(UserError, match="this process"):
         Lock(run.lock).acquire()
 
 
 def test_exp_dir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "experiments").write_text("a file")
-    run = locate(loaded(tmp_path))
-    with pytest.raises(UserError, match="cannot write"), run.opened(ONE, overwrite=False):
+    with pytest.raises(UserError, match="cannot write"), opened(loaded(tmp_path), ONE):
         pass
+
+
+def test_a_finished_run_on_a_read_only_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = loaded(tmp_path)
+    run = started(spec, finished=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(Lock, "acquire", lambda self: pytest.fail("writes"))
+    with opened(spec, ONE) as found:
+        assert found == (run, "finished")
+
+
+def test_a_finished_run_is_free_while_it_is_reported(tmp_path: Path) -> None:
+    spec = loaded(tmp_path)
+    started(spec, finished=True)
+    with opened(spec, ONE) as (_, first), opened(spec, ONE) as (_, second):
+        assert first == second == "finished"
+
+
+# ---------------------------------------------------------------------- weights are kept
+
+
+@pytest.mark.parametrize("left", ["best.pt", "epoch_0003.pt"])
+def test_without_last_the_run_goes_on_from_another_checkpoint(tmp_path: Path, left: str) -> None:
+    spec = loaded(tmp_path)
+    run = started(spec)
+    run.last.rename(run.checkpoints / left)
+    assert decide(run, spec) == "resume"
+    run.clean(ONE, "resume")
+    assert (run.checkpoints / left).is_file()
+    with pytest.raises(UserError, match="holds a run of another spec"):
+        decide(run, loaded(tmp_path, "optimizer.lr=0.2"))
+
+
+def test_the_newest_kept_epoch(tmp_path: Path) -> None:
+    run = locate(loaded(tmp_path))
+    for epoch in (9999, 10000, 8):
+        files.write_text(run.epoch(epoch), "x")
+    assert run.kept == [run.epoch(10000)]
+    files.write_text(run.best, "x")
+    assert run.kept == [run.epoch(10000), run.best]
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints/adapter.safetensors", "checkpoints/mine", "infer/merged.safetensors"]
+)
+def test_weights_that_no_run_goes_on_from_are_not_removed(tmp_path: Path, name: str) -> None:
+    spec = loaded(tmp_path)
+    run = started(spec, saved=False)
+    files.write_text(run.path / name, "x")
+    with pytest.raises(UserError, match=f"holds weights \\({Path(name).name}\\) but no"):
+        decide(run, spec)
+    over = loaded(tmp_path, "training.on_existing=overwrite")
+    assert decide(run, over) == "overwrite"
+    run.clean(ONE, "overwrite")
+    assert not (run.path / name).exists() and decide(run, spec) == "start"
 
 
 def test_runtime_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
