@@ -1,0 +1,353 @@
+"""DICOM: the slices of a series as one grid in space.
+
+A series is known by the header of its files, which may lie at any depth below a folder, or is one
+file with many frames. The spacing across comes from the positions of the slices, never from
+SliceThickness; slices that make up no regular grid are refused.
+"""
+
+import fnmatch
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from glovita_lib.errors import UserError, listed
+
+Box = tuple[slice, slice, slice]
+"""A part of a volume: a slice with start and stop for each of its axes."""
+
+POSITION_SLACK = 0.02, 0.05  # mm and share of the gap that positions may be rounded by
+SAME = 1e-3  # direction cosines and pixel spacings are written with few digits
+TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes run to left, back and head
+WANTED = (
+    "SeriesInstanceUID", "SeriesDescription", "SeriesNumber", "Rows", "Columns", "ImageType",
+    "SamplesPerPixel", "BitsAllocated", "NumberOfFrames", "ImagePositionPatient", "PixelSpacing",
+    "ImageOrientationPatient", "PerFrameFunctionalGroupsSequence",
+    "SharedFunctionalGroupsSequence", "GridFrameOffsetVector",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One image of a series."""
+
+    file: str
+    frame: int | None  # of a file with many
+    size: tuple[int, int]  # rows, columns
+    position: np.ndarray  # (3,) mm, centre of the first pixel
+    cosines: np.ndarray  # (6,) directions along a row and along a column
+    pixel: np.ndarray  # (2,) mm between rows, between columns
+    scale: tuple[float, float] | None  # slope and intercept of a frame; None: the file's own rule
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The slices of one series, in order of their position; axes are column, row and slice."""
+
+    slices: tuple[Slice, ...]
+    affine: np.ndarray
+    """(4, 4) float64, indices to mm in RAS axes."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Columns, rows, slices."""
+        rows, columns = self.slices[0].size
+        return columns, rows, len(self.slices)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files of the slices, each once."""
+        return tuple(dict.fromkeys(each.file for each in self.slices))
+
+    def read(self, box: Box | None) -> np.ndarray:
+        """Values (columns, rows, slices) float32 after slope and intercept, all or a box."""
+        part = (slice(None),) * 3 if box is None else box
+        files: dict[str, Any] = {}
+        planes = [pixels(each, files)[part[1], part[0]].T for each in self.slices[part[2]]]
+        return np.stack(planes, -1)
+
+
+def open_series(path: str, series: str | None) -> Series:
+    """The slices of one series below a folder, or of one file with many frames.
+
+    Args:
+        series: condition that picks it: "Keyword=pattern", several joined by &.
+
+    Raises:
+        UserError: no slices, several series, or slices that make up no regular grid.
+    """
+    headers = dicom_headers(path, series)
+    return stack([each for file, header in headers for each in slices_of(file, header)])
+
+
+def dicom_files(path: str) -> list[str]:
+    """Files below a folder in sorted order, without hidden ones; a file itself."""
+    if os.path.isfile(path):
+        return [path]
+    found = []
+    for parent, folders, files in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(parent, name) for name in sorted(files) if name[0] != "."]
+    return found
+
+
+def dicom_headers(path: str, series: str | None) -> list[tuple[str, Any]]:
+    """Files with images and their headers, of the one series that is meant.
+
+    Raises:
+        UserError: no such series or several; the line lists those that there are.
+    """
+    import pydicom
+
+    conditions = series_conditions(series)
+    tags: list[Any] = [*WANTED, *(keyword for keyword, _ in conditions)]
+    images = []
+    for file in dicom_files(path):
+        with open(file, "rb") as opened:
+            try:
+                header = pydicom.dcmread(opened, stop_before_pixels=True, specific_tags=tags)
+            except pydicom.errors.InvalidDicomError:
+                continue  # a text file, a preview ...
+            if "Rows" in header:  # others are reports, plans, directories
+                check_pixel_bytes(file, header, opened.tell())
+                images.append((file, header))
+    if not images:
+        raise UserError("no DICOM image")
+    chosen = [(file, header) for file, header in images if meets(header, conditions)]
+    names = {str(header.get("SeriesInstanceUID", "")) for _, header in chosen}
+    if len(names) != 1:
+        cure = "choose one with data.reading.series"
+        what = f"{len(names)} series" if names else f"no series with {series}"
+        raise UserError(f"{what}, {cure}; there are {series_text(chosen or images)}")
+    return chosen
+
+
+def series_conditions(series: str | None) -> list[tuple[str, str]]:
+    """Keywords and patterns of a condition such as "SeriesDescription=t1*"."""
+    parts = [part.partition("=") for part in series.split("&")] if series else []
+    return [(keyword.strip(), pattern.strip()) for keyword, _, pattern in parts]
+
+
+def meets(header: Any, conditions: list[tuple[str, str]]) -> bool:
+    """Whether a header has values that match all patterns; * and ? are wild, letters of either case
+    are the same."""
+    return all(
+        fnmatch.fnmatch(str(header.get(keyword, "")).lower(), pattern.lower())
+        for keyword, pattern in conditions
+    )
+
+
+def series_text(images: list[tuple[str, Any]]) -> str:
+    """The series of some files, as a user may choose them."""
+    counts = Counter(
+        (str(header.get("SeriesDescription", "")), str(header.get("SeriesInstanceUID", "")))
+        for _, header in images
+    )
+    found = (
+        f"SeriesDescription={name or '(none)'} SeriesInstanceUID={uid or '(none)'} ({count} files)"
+        for (name, uid), count in counts.items()
+    )
+    return listed(found, 5, "; ")
+
+
+def check_pixel_bytes(file: str, header: Any, start: int) -> None:
+    """Refuse an uncompressed image that is cut off.
+
+    Args:
+        start: byte of the file where the element of the pixels begins.
+
+    Raises:
+        UserError: the file is shorter than its pixels.
+    """
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    if syntax is None or syntax.is_encapsulated or syntax.is_deflated:
+        return
+    count = header.Rows * header.Columns * int(header.get("NumberOfFrames") or 1)
+    needed = count * header.get("SamplesPerPixel", 1) * header.get("BitsAllocated", 16) // 8
+    if os.path.getsize(file) < start + needed:
+        raise UserError(f"{os.path.basename(file)} is truncated: its pixels take {needed:,} bytes")
+
+
+def slices_of(file: str, header: Any) -> Iterator[Slice]:
+    """The images of one file.
+
+    Raises:
+        UserError: colours, mosaics, or images without a place in space.
+    """
+    name = os.path.basename(file)
+    if header.get("SamplesPerPixel", 1) != 1:
+        raise UserError(f"{name} is a colour image, no slice of a volume")
+    if "MOSAIC" in list(header.get("ImageType") or []):
+        raise UserError(f"{name} is a mosaic of slices: convert it to NIfTI (dcm2niix)")
+    count, size = int(header.get("NumberOfFrames") or 1), (header.Rows, header.Columns)
+    frames = header.get("PerFrameFunctionalGroupsSequence")
+    offsets = header.get("GridFrameOffsetVector")
+    for number in range(count):
+        groups = [frames[number]] if frames else []
+        groups += list(header.get("SharedFunctionalGroupsSequence") or [])
+        position = numbers(header, groups, "PlanePositionSequence", "ImagePositionPatient")
+        cosines = numbers(header, groups, "PlaneOrientationSequence", "ImageOrientationPatient")
+        pixel = numbers(header, groups, "PixelMeasuresSequence", "PixelSpacing")
+        if position is None or cosines is None or pixel is None:
+            raise UserError(
+                f"{name} lacks ImagePositionPatient, ImageOrientationPatient or PixelSpacing, and"
+                " so has no place in space"
+            )
+        if count > 1 and not frames:
+            if offsets is None or len(offsets) != count:
+                raise UserError(f"{name} has {count} frames without positions")
+            normal = np.cross(cosines[:3], cosines[3:])
+            position = position + (float(offsets[number]) - float(offsets[0])) * normal
+        frame = number if count > 1 or frames else None
+        yield Slice(file, frame, size, position, cosines, pixel, frame_scale(groups))
+
+
+def numbers(header: Any, groups: Sequence[Any], sequence: str, keyword: str) -> np.ndarray | None:
+    """Numbers of a frame, from the functional groups or the header itself; None: neither."""
+    places = [group[sequence][0] for group in groups if group.get(sequence)]
+    for place in [*places, header]:
+        if place.get(keyword) is not None and len(place.get(keyword)):
+            return np.array([float(number) for number in place.get(keyword)])
+    return None
+
+
+def frame_scale(groups: Sequence[Any]) -> tuple[float, float] | None:
+    """Slope and intercept that the functional groups give a frame."""
+    for group in groups:
+        if found := group.get("PixelValueTransformationSequence"):
+            return float(found[0].RescaleSlope), float(found[0].RescaleIntercept)
+    return None
+
+
+def pixels(each: Slice, files: dict[str, Any]) -> np.ndarray:
+    """Values (rows, columns) float32 of a slice, after slope and intercept.
+
+    Args:
+        files: decoded files with many frames, which are kept for their other frames.
+    """
+    import pydicom
+    from pydicom.pixels import apply_modality_lut
+
+    if each.frame is None:
+        image = pydicom.dcmread(each.file)
+        return np.asarray(apply_modality_lut(image.pixel_array, image), np.float32)
+    if each.file not in files:
+        image = pydicom.dcmread(each.file)
+        stack = image.pixel_array
+        stack = stack[None] if stack.ndim == 2 else stack
+        files[each.file] = stack if each.scale else apply_modality_lut(stack, image)
+    slope, intercept = each.scale or (1.0, 0.0)
+    return (files[each.file][each.frame] * slope + intercept).astype(np.float32)
+
+
+def stack(slices: list[Slice]) -> Series:
+    """Slices in order of their position along the normal, with the affine of the indices.
+
+    Raises:
+        UserError: sizes, orientations, pixel spacings or gaps mix; several slices at one place; or
+            a single slice, which has no spacing.
+    """
+    first = slices[0]
+    if len(slices) < 2:
+        raise UserError("a single slice, which has no spacing across: expected two slices at least")
+    refuse_mixed("sizes", [shape_text(each.size) for each in slices])
+    refuse_mixed("orientations", classes([each.cosines for each in slices]))
+    refuse_mixed("pixel spacings", classes([each.pixel for each in slices]))
+    normal = np.cross(first.cosines[:3], first.cosines[3:])
+    slices = sorted(slices, key=lambda each: float(each.position @ normal))
+    positions = np.stack([each.position for each in slices])  # (K, 3)
+    check_gaps(np.diff(positions @ normal), positions @ normal)
+    step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    straight = positions[0] + np.arange(len(slices))[:, None] * step
+    away = float(np.abs(positions - straight).max())
+    if away > slack(float(np.linalg.norm(step))):
+        raise UserError(f"slices lie up to {away:.3g} mm beside the line from first to last")
+    affine = np.eye(4)
+    affine[:3, 0] = first.cosines[:3] * first.pixel[1]  # along a row, from column to column
+    affine[:3, 1] = first.cosines[3:] * first.pixel[0]
+    affine[:3, 2], affine[:3, 3] = step, positions[0]
+    return Series(tuple(slices), TO_RAS @ affine)
+
+
+def classes(values: list[np.ndarray]) -> list[str]:
+    """Values as text, those that are nearly the same with the same text."""
+    kinds: list[np.ndarray] = []
+    found = []
+    for value in values:
+        near = (kind for kind in kinds if np.allclose(kind, value, rtol=SAME, atol=SAME))
+        if (kind := next(near, None)) is None:
+            kinds.append(kind := value)
+        found.append(", ".join(f"{number:g}" for number in kind))
+    return found
+
+
+def refuse_mixed(what: str, values: list[str]) -> None:
+    """Refuse slices that differ in something.
+
+    Raises:
+        UserError: what differs, with the number of slices of each.
+    """
+    counts = Counter(values)
+    if len(counts) > 1:
+        each = listed((f"{text} ({count} slices)" for text, count in counts.most_common()), 4, "; ")
+        raise UserError(
+            f"the slices' {what} mix: {each}; choose one series with data.reading.series, or move"
+            " the others away"
+        )
+
+
+def slack(gap: float) -> float:
+    """How far positions of slices so far apart may be off, mm."""
+    return max(POSITION_SLACK[0], POSITION_SLACK[1] * gap)
+
+
+def check_gaps(gaps: np.ndarray, places: np.ndarray) -> None:
+    """Refuse slices that are not evenly spaced.
+
+    Args:
+        gaps: (K - 1,) mm between neighbouring slices.
+        places: (K,) mm along the normal.
+
+    Raises:
+        UserError: several slices at one place, a missing one, or gaps that mix.
+    """
+    usual = float(np.median(gaps))
+    if (gaps < min(POSITION_SLACK[0], 0.5 * float(gaps.max()))).any():
+        raise UserError(
+            f"{len(gaps) + 1} slices at {1 + int((gaps >= POSITION_SLACK[0]).sum())} places, a"
+            " series over time or with several echoes: choose one image a place with"
+            ' data.reading.series, as "AcquisitionNumber=1"'
+        )
+    wrong = np.flatnonzero(np.abs(gaps - usual) > slack(usual))
+    if not len(wrong):
+        return
+    at = int(wrong[0])
+    between = f"between {places[at]:g} and {places[at + 1]:g} mm"
+    times = gaps[wrong] / usual
+    if (np.abs(times - np.rint(times)) < 0.1).all() and len(wrong) < len(gaps) / 2:
+        lost = int(np.rint(times - 1).sum())
+        raise UserError(
+            f"{lost} slice{'s' * (lost > 1)} missing: the gap is {gaps[at]:g} mm {between},"
+            f" {usual:g} mm elsewhere"
+        )
+    raise UserError(
+        f"the slices' gaps mix: {gaps[at]:g} mm {between}, {usual:g} mm for most; choose one series"
+        " with data.reading.series"
+    )
+
+
+SERIES = re.compile(r"\s*\w+\s*=[^&]+(&\s*\w+\s*=[^&]+)*")
+
+
+def is_series(text: str) -> bool:
+    """Whether a text is a condition of a series: "Keyword=pattern", several joined by &."""
+    return SERIES.fullmatch(text) is not None
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Lengths of axes as one writes them."""
+    return " x ".join(map(str, shape))

@@ -1,0 +1,196 @@
+"""DICOM series against nibabel's own reading of them, and series that make up no grid."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from volume_files import PLAIN, shipped, write_dicom
+
+from glovita_lib.errors import UserError
+from glovita_lib.read_dicom import is_series
+from glovita_lib.read_volume import open_sample, open_volume
+
+pydicom = pytest.importorskip("pydicom")
+
+VOXELS = np.random.default_rng(0).integers(-900, 900, (6, 5, 4), np.int16)
+SAGITTAL = (0, 1, 0, 0, 0, -1)
+OBLIQUE = (0.8, 0.6, 0, 0, 0, -1)
+STORED = replace(PLAIN, canonical=False)
+
+
+def refused(folder, how=PLAIN):
+    with pytest.raises(UserError) as caught:
+        open_sample([str(folder)], how).read()
+    (line,) = str(caught.value).splitlines()
+    return line.removeprefix(f"{folder}: ")
+
+
+@pytest.mark.filterwarnings("ignore:The DICOM readers are highly experimental")
+@pytest.mark.parametrize("cosines", [(1, 0, 0, 0, 1, 0), SAGITTAL, OBLIQUE])
+def test_affine_and_values_are_those_of_nibabel(tmp_path, cosines):
+    folder = write_dicom(
+        tmp_path / "a", VOXELS, spacing=(0.5, 0.8, 3), cosines=cosines, slope=2, intercept=-10
+    )
+    volume = open_volume(str(folder), STORED)
+    np.testing.assert_allclose(volume.spacing, (0.5, 0.8, 3), atol=1e-3)
+    assert (volume.read()[0] == VOXELS * 2.0 - 10).all()
+    from nibabel.nicom import dicomwrappers as wrappers
+
+    slices = [wrappers.wrapper_from_file(file) for file in sorted(folder.iterdir(), reverse=True)]
+    for number in (0, 3):  # nibabel: rows, columns, LPS
+        place = slices[number].affine @ [4, 5, 0, 1]
+        ours = volume.affine @ [5, 4, number, 1]
+        np.testing.assert_allclose(ours, place * [-1, -1, 1, 1], atol=1e-3)
+
+
+@pytest.mark.parametrize("cosines", [(1, 0, 0, 0, 1, 0), SAGITTAL])
+def test_a_series_is_turned_to_ras(tmp_path, cosines):
+    folder = write_dicom(tmp_path / "a", VOXELS, cosines=cosines)
+    volume = open_volume(str(folder), PLAIN)
+    directions = volume.affine[:3, :3] / volume.spacing
+    np.testing.assert_allclose(directions, np.eye(3), atol=1e-6)
+    stored = open_volume(str(folder), STORED)
+    for voxel in [(0, 0, 0), (5, 4, 3), (2, 3, 1)]:
+        place = stored.affine @ [*voxel, 1]
+        ours = np.rint(np.linalg.inv(volume.affine) @ place).astype(int)[:3]
+        assert volume.read()[0][tuple(ours)] == VOXELS[voxel]
+    box = slice(1, 3), slice(0, 4), slice(1, 4)
+    assert (volume.read(box) == volume.read()[(slice(None), *box)]).all()
+
+
+def test_shipped_series(tmp_path):
+    tests = shipped("pydicom/data/test_files/dicomdirtests")
+    volume = open_volume(str(tests / "98892001" / "CT5N"), PLAIN)
+    assert volume.shape == (1, 16, 16, 5)
+    assert volume.spacing == pytest.approx((0.488281, 0.488281, 2.5))
+    files = [pydicom.dcmread(file) for file in (tests / "98892001" / "CT5N").iterdir()]
+    values = [file.pixel_array * float(file.RescaleSlope) + file.RescaleIntercept for file in files]
+    assert sorted(volume.read().ravel()) == sorted(np.stack(values).ravel())
+    dose = open_volume(str(shipped("pydicom/data/test_files/rtdose.dcm")), PLAIN)
+    assert dose.shape == (1, 10, 10, 15) and dose.spacing == (10, 10, 5)
+    assert "slices missing" in refused(tests / "77654033" / "CT2")
+    assert "orientations mix" in refused(tests / "98892003" / "MR700")
+    assert "3 series" in refused(tests / "98892003" / "MR1")
+
+
+def test_one_file_with_frames(tmp_path):
+    """An enhanced image: geometry and scale in functional groups, frames in another order."""
+    from pydicom.dataset import Dataset
+    from pydicom.sequence import Sequence
+
+    folder = write_dicom(tmp_path / "a", VOXELS[..., :1], intercept=5)
+    (file,) = folder.iterdir()
+    image = pydicom.dcmread(file)
+
+    def part(**values):
+        return Sequence([values_of(values)])
+
+    def values_of(values):
+        data = Dataset()
+        for keyword, value in values.items():
+            setattr(data, keyword, value)
+        return data
+
+    shared = values_of(
+        {
+            "PixelMeasuresSequence": part(PixelSpacing=[0.5, 0.25]),
+            "PlaneOrientationSequence": part(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
+        }
+    )
+    order = [2, 0, 3, 1]
+    frames = [
+        values_of(
+            {
+                "PlanePositionSequence": part(ImagePositionPatient=[0, 0, 1.5 * place]),
+                "PixelValueTransformationSequence": part(
+                    RescaleSlope=1.0 + place, RescaleIntercept=-1.0
+                ),
+            }
+        )
+        for place in order
+    ]
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        delattr(image, keyword)
+    image.NumberOfFrames = 4
+    image.SharedFunctionalGroupsSequence = Sequence([shared])
+    image.PerFrameFunctionalGroupsSequence = Sequence(frames)
+    stored = np.stack([VOXELS[..., place].T for place in order])
+    image.PixelData = stored.astype("<i2").tobytes()
+    image.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    volume = open_volume(str(tmp_path / "a.dcm"), STORED)
+    assert volume.spacing == (0.25, 0.5, 1.5)
+    assert (volume.read()[0] == VOXELS * (1.0 + np.arange(4)) - 1).all()
+
+
+# ---------------------------------------------------------------------- choosing a series
+
+
+def test_a_series_is_chosen_by_its_tags_and_several_are_channels(tmp_path):
+    study = tmp_path / "study"
+    write_dicom(study / "1", VOXELS, uid="1.1", description="T1 post")
+    write_dicom(study / "2", VOXELS + 1, uid="1.2", description="T2", EchoNumbers=2)
+    (study / "readme.txt").write_text("no image")
+    line = refused(study)
+    assert "2 series" in line and "SeriesDescription=T1 post" in line and "(4 files)" in line
+    t1 = replace(PLAIN, series=("SeriesDescription=t1*",))
+    assert (
+        open_sample([str(study)], t1).read() == open_volume(str(study / "1"), PLAIN).read()
+    ).all()
+    both = replace(PLAIN, series=("SeriesInstanceUID=1.2 & EchoNumbers=2", "SeriesDescription=T1*"))
+    found = open_sample([str(study)], both)
+    assert found.shape == (2, 6, 5, 4) and len(found.files) == 8
+    assert (found.read()[0] == found.read()[1] + 1).all()
+    assert "no series with SeriesDescription=flair" in refused(
+        study, replace(PLAIN, series=("SeriesDescription=flair",))
+    )
+
+
+def test_conditions():
+    assert is_series("SeriesDescription=t1*") and is_series("A=b & C = d e")
+    assert not is_series("t1") and not is_series("=t1") and not is_series("A=b &")
+
+
+# ---------------------------------------------------------------------- no grid
+
+
+def test_slices_that_make_up_no_grid_are_one_line(tmp_path):
+    def mixed(name, **other):
+        folder = write_dicom(tmp_path / name, VOXELS)
+        return write_dicom(folder, VOXELS, **{"description": "b", "origin": (-10, 20, 13), **other})
+
+    turned = mixed("turned", cosines=(0, 1, 0, 1, 0, 0))
+    line = refused(turned)
+    assert "slices' orientations mix" in line and "0, 1, 0, 1, 0, 0 (4 slices)" in line
+    assert "pixel spacings mix" in refused(mixed("px", spacing=(2, 2, 2)))
+    small = write_dicom(tmp_path / "small", VOXELS)
+    write_dicom(small, VOXELS[:4], description="b", origin=(-10, 20, 13))
+    assert "sizes mix" in refused(small) and "5 x 4 (4 slices)" in refused(small)
+    assert "gaps mix: 2 mm between 5 and 7 mm, 5 mm for most" in refused(
+        mixed("gaps", origin=(-10, 20, 16), spacing=(1, 1, 5))
+    )
+    assert "8 slices at 4 places" in refused(mixed("time", origin=(-10, 20, 5)))
+    assert "beside the line" in refused(mixed("beside", origin=(-8, 20, 13)))
+
+
+def test_a_missing_slice_and_a_single_one(tmp_path):
+    folder = write_dicom(tmp_path / "a", VOXELS, positions=[0, 2, 6, 8])
+    assert "1 slice missing: the gap is 4 mm between 7 and 11 mm, 2 mm elsewhere" in refused(folder)
+    rounded = write_dicom(tmp_path / "c", VOXELS, positions=[0, 0.62, 1.25, 1.87])
+    assert open_volume(str(rounded), PLAIN).spacing[2] == pytest.approx(1.87 / 3, abs=1e-3)
+    assert "single slice" in refused(write_dicom(tmp_path / "b", VOXELS[..., :1]))
+
+
+def test_other_files(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no DICOM image" in refused(empty)
+    cut = write_dicom(tmp_path / "cut", VOXELS)
+    last = sorted(cut.iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:-20])
+    assert f"{last.name} is truncated" in refused(cut)
+    nowhere = write_dicom(tmp_path / "nowhere", VOXELS, ImagePositionPatient=None)
+    assert "no place in space" in refused(nowhere)
+    assert "mosaic" in refused(
+        write_dicom(tmp_path / "mosaic", VOXELS, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])
+    )
+    assert "colour image" in refused(shipped("pydicom/data/test_files/SC_rgb_small_odd.dcm"))

@@ -1,0 +1,281 @@
+"""Volume files against nibabel, NumPy and blosc2: every format, orientation and part, and broken
+files."""
+
+import gzip
+from dataclasses import replace
+
+import nibabel
+import numpy as np
+import pytest
+from covering import covering
+from volume_files import ICBM, ORIENTATIONS, PLAIN, affine_of, blob, shipped, write_nifti
+
+from glovita_lib.errors import UserError
+from glovita_lib.read_volume import Sample, is_volume, open_sample, open_volume
+
+AFFINE = affine_of((0.7, 1.1, 2.5), (-30, 12, 4))
+
+
+def refused(path, how=PLAIN):
+    """The one line about a file that cannot be read, at its opening or when it is read."""
+    with pytest.raises(UserError) as caught:
+        open_volume(str(path), how).read()
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: ")
+    return line.removeprefix(f"{path}: ")
+
+
+# ---------------------------------------------------------------------- NIfTI
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_volume_in_any_orientation_is_the_same_volume(tmp_path, codes, suffix):
+    voxels = blob()
+    path = write_nifti(tmp_path / f"a{suffix}", voxels, AFFINE, codes)
+    volume = open_volume(str(path), PLAIN)
+    assert volume.shape == (1, *voxels.shape)
+    np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)
+    np.testing.assert_allclose(volume.spacing, (0.7, 1.1, 2.5), atol=1e-6)
+    read = volume.read()
+    assert read.dtype == np.float32 and read.flags.c_contiguous
+    assert (read[0] == voxels).all()
+    box = slice(2, 7), slice(0, 5), slice(3, 10)
+    assert (volume.read(box)[0] == voxels[box]).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nibabel/tests/data/anatomical.nii",
+        "nibabel/tests/data/standard.nii.gz",
+        "nibabel/tests/data/reoriented_anat_moved.nii",
+        "dipy/data/files/S0_10slices.nii.gz",
+        "dipy/data/files/aniso_vox.nii.gz",
+        ICBM.format("gm"),
+    ],
+)
+def test_files_of_others_as_nibabel_turns_them(name):
+    path = shipped(name)
+    expected = nibabel.as_closest_canonical(nibabel.load(path))
+    volume = open_volume(str(path), PLAIN)
+    assert (volume.read()[0] == np.asarray(expected.dataobj).reshape(volume.shape[1:])).all()
+    np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-9)
+    np.testing.assert_allclose(volume.spacing, nibabel.affines.voxel_sizes(expected.affine))
+
+
+@pytest.mark.parametrize("name", ["functional.nii", "example4d.nii.gz", "example_nifti2.nii.gz"])
+def test_of_four_axes_a_frame_is_chosen_and_never_guessed(name):
+    path = shipped(f"nibabel/tests/data/{name}")
+    image = nibabel.as_closest_canonical(nibabel.load(path))
+    frames = np.asarray(image.dataobj).astype(np.float32)
+    assert f"4-D, {frames.shape[3]} frames" in refused(path)
+    one = open_volume(str(path), replace(PLAIN, frame=1))
+    assert one.shape == (1, *frames.shape[:3]) and (one.read()[0] == frames[..., 1]).all()
+    every = open_volume(str(path), replace(PLAIN, frame="channels"))
+    assert (every.read() == np.moveaxis(frames, -1, 0)).all()
+    box = slice(1, 9), slice(2, 11), slice(0, 3)
+    assert (every.read(box) == np.moveaxis(frames, -1, 0)[(slice(None), *box)]).all()
+    last = frames.shape[3]
+    assert f"frames 0 to {last - 1}" in refused(path, replace(PLAIN, frame=last))
+
+
+def test_a_fourth_axis_of_one_is_none(tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz", blob()[..., None])
+    assert open_volume(str(path), PLAIN).shape == (1, 12, 14, 10)
+
+
+def test_slices_as_they_are_stored(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", blob(), AFFINE, "PIR")
+    image = nibabel.load(path)
+    volume = open_volume(str(path), replace(PLAIN, canonical=False))
+    assert (volume.read()[0] == np.asarray(image.dataobj)).all()
+    np.testing.assert_allclose(volume.affine, image.affine)
+
+
+def test_slope_and_intercept_count_and_integers_stay(tmp_path):
+    voxels = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    plain = write_nifti(tmp_path / "a.nii", voxels)
+    scaled = write_nifti(tmp_path / "b.nii", voxels)
+    image = nibabel.Nifti1Image(voxels, np.eye(4))
+    image.header.set_slope_inter(2.0, -1024.0)
+    with open(scaled, "r+b") as file:  # nibabel would divide the voxels
+        file.seek(112)
+        file.write(np.array([2, -1024], "<f4").tobytes())
+    assert open_volume(str(plain), PLAIN).read().dtype == np.int16
+    read = open_volume(str(scaled), PLAIN).read()
+    assert read.dtype == np.float32 and (read[0] == voxels * 2 - 1024).all()
+
+
+def test_big_endian_files_and_units(tmp_path):
+    voxels = np.arange(24, dtype=">f8").reshape(2, 3, 4)
+    image = nibabel.Nifti1Image(voxels, np.diag([0.001, 0.002, 0.003, 1]))
+    image = nibabel.Nifti1Image(voxels, image.affine, image.header.as_byteswapped(">"))
+    image.header.set_xyzt_units("meter")
+    nibabel.save(image, tmp_path / "a.nii")
+    volume = open_volume(str(tmp_path / "a.nii"), PLAIN)
+    np.testing.assert_allclose(volume.spacing, (1, 2, 3), rtol=1e-6)
+    assert volume.read().dtype == np.float32 and volume.read().dtype.isnative
+    assert (volume.read()[0] == voxels).all()
+
+
+def test_colours_are_channels(tmp_path):
+    values = np.random.default_rng(0).integers(0, 255, (3, 4, 5, 3), np.uint8)
+    rgb = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    image = nibabel.Nifti1Image(values.view(rgb)[..., 0], np.eye(4))
+    nibabel.save(image, tmp_path / "a.nii")
+    volume = open_volume(str(tmp_path / "a.nii"), PLAIN)
+    assert (volume.read() == np.moveaxis(values, -1, 0)).all()
+
+
+# ---------------------------------------------------------------------- arrays
+
+
+def write_array(path, voxels, **beside):
+    if path.suffix == ".npy":
+        np.save(path, voxels)
+    elif path.suffix == ".npz":
+        np.savez(path, data=voxels, **beside)
+    else:
+        blosc2 = pytest.importorskip("blosc2")
+        array = blosc2.asarray(np.ascontiguousarray(voxels), urlpath=str(path), mode="w")
+        for name, value in beside.items():
+            array.schunk.vlmeta[name] = np.asarray(value).tolist()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "channels", "dtype"),
+    covering(
+        [".npy", ".npz", ".b2nd"], [0, 1, 3], ["uint8", "int16", "float32", "float64", "bool"]
+    ),
+)
+def test_arrays_have_their_channels_first(tmp_path, suffix, channels, dtype):
+    shape = (channels, 5, 6, 7) if channels else (5, 6, 7)
+    voxels = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
+    path = write_array(tmp_path / f"a{suffix}", voxels)
+    volume = open_volume(str(path), replace(PLAIN, array_spacing=(1, 2, 3)))
+    assert volume.shape == (channels or 1, 5, 6, 7) and volume.spacing == (1, 2, 3)
+    whole = voxels.reshape(volume.shape)
+    assert (volume.read() == whole).all()
+    assert (volume.read((slice(1, 3), slice(0, 6), slice(4, 7))) == whole[:, 1:3, :, 4:7]).all()
+    assert not open_volume(str(path), PLAIN).stored.has_spacing
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".b2nd"])
+def test_arrays_with_geometry_beside_them(tmp_path, suffix):
+    voxels = blob()
+    path = write_array(tmp_path / f"a{suffix}", voxels[:, ::-1], affine=turned(voxels, AFFINE))
+    volume = open_volume(str(path), PLAIN)
+    np.testing.assert_allclose(volume.affine, AFFINE)
+    assert (volume.read()[0] == voxels).all()
+    path = write_array(tmp_path / f"b{suffix}", voxels, spacing=[1.0, 2.0, 3.0])
+    assert open_volume(str(path), PLAIN).spacing == (1, 2, 3)
+
+
+def turned(voxels, affine):
+    """The affine of voxels whose second axis is reversed."""
+    flip = np.diag([1.0, -1, 1, 1])
+    flip[1, 3] = voxels.shape[1] - 1
+    return affine @ flip
+
+
+def test_the_entry_of_an_npz_is_named_where_there_are_several(tmp_path):
+    np.savez(tmp_path / "a.npz", data=blob(), seg=blob() > 1)
+    assert "2 arrays (data, seg)" in refused(tmp_path / "a.npz")
+    assert open_volume(str(tmp_path / "a.npz"), replace(PLAIN, array_key="seg")).read().max() == 1
+    assert 'no entry "sag"' in refused(tmp_path / "a.npz", replace(PLAIN, array_key="sag"))
+
+
+# ---------------------------------------------------------------------- broken files
+
+
+def corrupt(path, suffix):
+    """Broken files, and what is said about them."""
+    voxels = blob()
+    good = write_nifti(path / f"good{suffix}", voxels)
+    for share in (0.0, 0.1, 0.5, 0.99):
+        cut = path / f"cut{share}{suffix}"
+        content = good.read_bytes()
+        cut.write_bytes(content[: int(share * len(content))])
+        yield cut, "empty file" if share == 0 else "truncated|broken"
+    zeros = path / f"zeros{suffix}"
+    content = bytearray(gzip.decompress(good.read_bytes()) if suffix[-2:] == "gz" else content)
+    content[280:328] = bytes(48)  # srow_x, srow_y, srow_z; sform_code says that they count
+    zeros.write_bytes(gzip.compress(bytes(content)) if suffix[-2:] == "gz" else bytes(content))
+    yield zeros, "singular"
+    nans = path / f"nan{suffix}"
+    content[280:284] = np.array([np.nan], "<f4").tobytes()
+    nans.write_bytes(gzip.compress(bytes(content)) if suffix[-2:] == "gz" else bytes(content))
+    yield nans, "NaN or infinite"
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_broken_nifti_files_are_one_line_each(tmp_path, suffix):
+    for path, said in corrupt(tmp_path, suffix):
+        assert any(word in refused(path) for word in said.split("|")), path
+
+
+def test_a_cut_gzip_file_is_found_before_its_voxels_are_read(tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz", blob((30, 30, 30)))
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UserError, match="truncated"):
+        open_volume(str(path), PLAIN)
+
+
+def test_padding_behind_the_voxels_is_legal(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", blob())
+    content = path.read_bytes() + bytes(100)
+    path.write_bytes(content)
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(content))
+    for name in ("a.nii", "b.nii.gz"):
+        assert (open_volume(str(tmp_path / name), PLAIN).read()[0] == blob()).all()
+
+
+def test_other_files_are_refused_by_name(tmp_path):
+    (tmp_path / "a.nii").write_bytes(b"not a volume at all" * 50)
+    (tmp_path / "a.npy").write_bytes(np.lib.format.magic(1, 0) + b"rubbish")
+    (tmp_path / "a.txt").write_text("text")
+    np.save(tmp_path / "flat.npy", np.zeros((4, 4)))
+    np.save(tmp_path / "names.npy", np.array(["a"] * 8).reshape(2, 2, 2))
+    np.save(tmp_path / "none.npy", np.zeros((0, 4, 4)))
+    np.save(tmp_path / "complex.npy", np.zeros((2, 4, 4), complex))
+    np.save(tmp_path / "objects.npy", np.array([[[{}]]]), allow_pickle=True)
+    assert "broken volume file" in refused(tmp_path / "a.nii")
+    assert "broken volume file" in refused(tmp_path / "a.npy")
+    assert "suffix is none of" in refused(tmp_path / "a.txt")
+    assert "no such file or folder" in refused(tmp_path / "b.nii")
+    assert "2-D, 4 x 4" in refused(tmp_path / "flat.npy")
+    assert "no numbers" in refused(tmp_path / "names.npy")
+    assert "no voxels: its shape is 1 x 0 x 4 x 4" in refused(tmp_path / "none.npy")
+    assert "no numbers" in refused(tmp_path / "complex.npy")
+    assert "broken volume file" in refused(tmp_path / "objects.npy")
+    assert not is_volume("a.txt") and is_volume("A.NII.GZ")
+
+
+# ---------------------------------------------------------------------- several files a sample
+
+
+def sample(*paths, how=PLAIN) -> Sample:
+    return open_sample([str(path) for path in paths], how)
+
+
+def test_files_of_one_grid_are_channels_in_their_order(tmp_path):
+    one, two = blob(seed=1), blob(seed=2)
+    paths = [write_nifti(tmp_path / "a.nii", one, AFFINE, "LPS")]
+    paths += [write_nifti(tmp_path / "b.nii.gz", two, AFFINE, "SRA")]
+    both = sample(*paths)
+    assert both.shape == (2, *one.shape) and both.files == tuple(map(str, paths))
+    assert (both.read() == np.stack([one, two])).all()
+    box = slice(1, 4), slice(2, 5), slice(3, 6)
+    assert (both.read(box) == np.stack([one, two])[(slice(None), *box)]).all()
+
+
+def test_files_of_different_grids_are_refused(tmp_path):
+    first = write_nifti(tmp_path / "a.nii", blob(), AFFINE)
+    other = write_nifti(tmp_path / "b.nii", blob((12, 14, 9)), AFFINE)
+    moved = write_nifti(tmp_path / "c.nii", blob(), affine_of((0.7, 1.1, 2.5), (-30, 12, 5)))
+    with pytest.raises(UserError, match="12 x 14 x 9 voxels, but"):
+        sample(first, other)
+    with pytest.raises(UserError, match="lies up to 1 mm away"):
+        sample(first, moved)
