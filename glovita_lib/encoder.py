@@ -1,5 +1,6 @@
 """Encoders: the input they expect, the output they give, aggregation of tokens, building."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -54,7 +55,7 @@ def fit_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
 #
 # What an encoder gives: one type for every family.
 #
-# B batch, N tokens, D width, H W grid of patches.
+# B batch, N tokens, D width, H W grid of patches, also X Y Z or any number of axes.
 
 
 @dataclass(slots=True)
@@ -62,9 +63,9 @@ class Features:
     """The output of an encoder.
 
     tokens are final-normed, prefix tokens (CLS first, then registers) before patch tokens, which
-    run over the grid row by row. Feature maps (B, D, H, W) or (B, H, W, D) come as their H W
-    tokens, as the library pools them. pooled is the library's own vector before the classifier,
-    and pooling says what it is:
+    run over the grid in the order of its axes (row by row). Feature maps (B, D, *grid) or (B,
+    *grid, D) come as the tokens of their places, as the library pools them. pooled is the library's
+    own vector before the classifier, and pooling says what it is:
 
     - "cls_token": the CLS token and the layers trained behind it
     - "avg": the mean of the patch tokens and the layers trained behind it
@@ -91,7 +92,7 @@ class Features:
 # Features out of a library's own network. Facts about a network (width, layout of its maps, kind of
 # pooling, blocks) are read off the network itself: shapes from a pass without data, the kind of
 # pooling from what the pooling does to random features. B batch, N tokens, D width, C channels, H W
-# pixels.
+# pixels, or X Y Z voxels: `size` has any number of axes.
 
 
 class Encoder(nn.Module):
@@ -121,7 +122,8 @@ class Encoder(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward_features(self, x: Tensor) -> Any:
-        """Inputs (B, C, H, W) -> raw features: tokens (B, N, D), a map, a vector or several."""
+        """Inputs (B, C, *size) -> raw features: tokens (B, N, D), a map (B, D, *grid) or (B, *grid,
+        D) of two or more axes, a vector or several."""
         raise NotImplementedError
 
     def pool(self, raw: Any) -> Tensor:
@@ -133,26 +135,31 @@ class Encoder(nn.Module):
         return tokens
 
     def forward(self, x: Tensor, *, pooled: bool = True) -> Features:
-        """Features of inputs (B, C, H, W); without the library's own vector if not asked for."""
+        """Features of inputs (B, C, *size); without the library's own vector if not asked for."""
         raw = self.forward_features(x)
         if self.layout is None:
             return Features(None, None, 0, False, self.pool(raw), self.pooling)
         vector = self.pool(raw) if pooled and self.pooling else None  # (B, D')
         tokens = self.norm(self.to_tokens(raw))  # (B, N, D)
-        grid = self.grid(raw, x.shape[-2:])
+        grid = self.grid(raw, x.shape[2:])
         return Features(tokens, grid, self.n_prefix, self.has_cls, vector, self.pooling)
 
     def to_tokens(self, raw: Tensor) -> Tensor:
         """Raw tokens or map -> (B, N, D)."""
         if raw.ndim == 3:
             return raw
-        return raw.flatten(1, 2) if self.channels_last else raw.flatten(2).transpose(1, 2)
+        return raw.flatten(1, -2) if self.channels_last else raw.flatten(2).transpose(1, 2)
 
     def grid(self, raw: Tensor, size: torch.Size) -> tuple[int, ...] | None:
-        """Rows and columns of the patch tokens; None where tokens are no grid."""
-        if raw.ndim == 4:
-            return tuple(raw.shape[1:3] if self.channels_last else raw.shape[2:])
+        """Sides of the grid of the patch tokens, such as rows and columns, for inputs of a spatial
+        size; None where tokens are no grid."""
+        if raw.ndim > 3:
+            return tuple(raw.shape[1:-1] if self.channels_last else raw.shape[2:])
         patches = raw.shape[1] - self.n_prefix
+        if len(size) > 2:
+            share = (patches / math.prod(size)) ** (1 / len(size))  # of a side: cubes are patches
+            sides = tuple(round(side * share) for side in size)
+            return sides if math.prod(sides) == patches else None
         rows = round((patches * size[0] / size[1]) ** 0.5)
         return (rows, patches // rows) if rows and patches % rows == 0 else None
 
@@ -161,7 +168,7 @@ class Encoder(nn.Module):
     def inspect(self, input_shape: tuple[int, ...]) -> None:
         """Read the facts off the network."""
         raw = random_like(self.raw_shape(input_shape))
-        self.layout = raw.ndim if isinstance(raw, Tensor) and raw.ndim in (3, 4) else None
+        self.layout = raw.ndim if isinstance(raw, Tensor) and raw.ndim >= 3 else None
         self.has_tokens = self.layout is not None
         if not self.has_tokens:
             self.n_prefix, self.has_cls = 0, False
@@ -196,10 +203,12 @@ class Encoder(nn.Module):
             with torch.no_grad():
                 return self.forward_features(torch.zeros(input_shape))
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            _, channels, *sides = input_shape
+            kind, key = ("volumes", "patch_size") if len(sides) > 2 else ("images", "image_size")
             raise UserError(
-                f"encoder {self.name} does not take images of {input_shape[-1]} pixels with"
-                f" {input_shape[1]} channels ({reason(error)}); set"
-                " data.augmentation.image_size to a size it takes"
+                f"encoder {self.name} does not take {kind} of {' x '.join(map(str, sides))} with"
+                f" {channels} channels ({reason(error)}); set data.augmentation.{key} to a size it"
+                " takes"
             ) from error
 
     @torch.no_grad()
@@ -276,7 +285,7 @@ def random_like(raw: Any) -> Any:
     if isinstance(raw, list | tuple):
         return type(raw)(random_like(value) for value in raw)
     shape = [2, *raw.shape[1:]]
-    if len(shape) == 4:
+    if len(shape) > 3:
         shape = [2, *(max(2, side) for side in shape[1:])]
     return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -396,7 +405,7 @@ def output_width(encoder: Encoder, method: str) -> int:
 #
 # One function that says what an encoder expects and one that builds it per Struct.
 #
-# B batch, N tokens, D width, C channels, H W pixels.
+# B batch, N tokens, D width, C channels, H W pixels, X Y Z voxels.
 
 
 def check_channels(spec: Any, channels: int) -> None:
@@ -420,9 +429,9 @@ def preprocess_of(spec: Any, *, channels: int) -> Preprocess:
 
 @ByStruct
 def build_encoder(
-    spec: Any, *, channels: int, image_size: int | None, load_weights: bool
+    spec: Any, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:
-    """The encoder of a Struct for square images of `image_size` pixels, none: of its own size.
+    """The encoder of a Struct for inputs (C, *size), none: of its own size.
 
     Args:
         load_weights: False where a checkpoint is loaded over it; then no file is read or fetched.
@@ -438,14 +447,14 @@ def build_encoder(
 
 
 class CustomTrunk(Encoder):
-    """A user's module: gives a vector (B, D), tokens (B, N, D) or a map (B, D, H, W).
+    """A user's module: gives a vector (B, D), tokens (B, N, D) or a map (B, D, *grid).
 
     The module's attributes n_prefix and has_cls say how many of its tokens are prefix tokens and
     whether the first is a CLS token; without them none is.
     """
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Inputs (B, C, H, W) -> the module's output."""
+        """Inputs (B, C, *size) -> the module's output."""
         return self.net(x)
 
     def pool(self, raw: Tensor) -> Tensor:
@@ -470,7 +479,9 @@ def _(spec: CustomEncoder, *, channels: int) -> Preprocess:
 
 
 @build_encoder.register
-def _(spec: CustomEncoder, *, channels: int, image_size: int | None, load_weights: bool) -> Encoder:
+def _(
+    spec: CustomEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
+) -> Encoder:
     check_channels(spec, channels)
     net = call_target("model.encoder", spec.target, input_channels=channels, **spec.options)
     if not isinstance(net, nn.Module):
@@ -479,14 +490,13 @@ def _(spec: CustomEncoder, *, channels: int, image_size: int | None, load_weight
             " return a torch.nn.Module"
         )
     has_cls = bool(getattr(net, "has_cls", False))
-    size = image_size or 224
     return CustomTrunk(
         net,
         name=spec.target,
         n_prefix=int(getattr(net, "n_prefix", has_cls)),
         has_cls=has_cls,
         channels_last=False,
-        input_shape=(1, channels, size, size),
+        input_shape=(1, channels, *(size or (224, 224))),
     )
 
 
@@ -526,7 +536,7 @@ class Identity(Encoder):
 
 @build_encoder.register
 def _(
-    spec: PrecomputedEncoder, *, channels: int, image_size: int | None, load_weights: bool
+    spec: PrecomputedEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:
     if spec.feature_dim is not None and spec.feature_dim != channels:
         raise UserError(

@@ -108,7 +108,7 @@ def preprocess_timm(spec: TimmEncoder, *, channels: int) -> Preprocess:
 
 
 def build_timm(
-    spec: TimmEncoder, *, channels: int, image_size: int | None, load_weights: bool
+    spec: TimmEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> TimmTrunk:
     """The encoder of a Struct, built for its input."""
     config = published_timm(spec)
@@ -116,8 +116,8 @@ def build_timm(
     download = spec.pretrained and spec.weights is None and load_weights
     if download:
         check_published(spec, config)
-    default = preprocess_timm(spec, channels=channels).image_size
-    size = image_size or default or config.input_size[-1]
+    default = preprocess_timm(spec, channels=channels).image_size or config.input_size[-1]
+    size = size or (default, default)
     net = create_timm(spec, config, channels=channels, size=size, download=download)
     if spec.small_images:
         keep_small_images(net, spec.type)
@@ -128,7 +128,7 @@ def build_timm(
         n_prefix=n_prefix,
         has_cls=has_cls,
         channels_last=getattr(net, "output_fmt", "NCHW") == "NHWC",
-        input_shape=(1, channels, size, size),
+        input_shape=(1, channels, *size),
     )
     encoder.load_target = timm_target(encoder, config)
     if spec.weights is not None and load_weights:
@@ -158,13 +158,13 @@ def check_published(spec: TimmEncoder, config: Any) -> None:
 
 
 def create_timm(
-    spec: TimmEncoder, config: Any, *, channels: int, size: int, download: bool
+    spec: TimmEncoder, config: Any, *, channels: int, size: tuple[int, ...], download: bool
 ) -> nn.Module:
     """timm.create_model, its errors told in terms of the spec."""
     import timm
 
     arguments = {**spec.model_kwargs, "num_classes": 0, "in_chans": channels}
-    if has_fixed_size(spec, config) and size != config.input_size[-1]:
+    if has_fixed_size(spec, config) and tuple(size) != tuple(config.input_size[1:]):
         arguments["img_size"] = size
     try:
         if download:
@@ -284,6 +284,8 @@ def _(spec: TimmEncoder, *, channels: int) -> Preprocess:
 
 
 @build_encoder.register
-def _(spec: TimmEncoder, *, channels: int, image_size: int | None, load_weights: bool) -> Encoder:
+def _(
+    spec: TimmEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
+) -> Encoder:
     check_channels(spec, channels)
-    return build_timm(spec, channels=channels, image_size=image_size, load_weights=load_weights)
+    return build_timm(spec, channels=channels, size=size, load_weights=load_weights)

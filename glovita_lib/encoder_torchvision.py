@@ -146,10 +146,11 @@ def preprocess_torchvision(spec: TorchvisionEncoder, *, channels: int) -> Prepro
 
 
 def build_torchvision(
-    spec: TorchvisionEncoder, *, channels: int, image_size: int | None, load_weights: bool
+    spec: TorchvisionEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:
     """The encoder of a Struct, built for its input."""
-    size = image_size or preprocess_torchvision(spec, channels=channels).image_size or 224
+    default = preprocess_torchvision(spec, channels=channels).image_size or 224
+    size = size or (default, default)
     net = create_torchvision(spec, size=size)
     first = fit_first_conv(net, channels)
     classifier = take_off_classifier(net)
@@ -160,7 +161,7 @@ def build_torchvision(
         n_prefix=int(is_vit),
         has_cls=is_vit,
         channels_last=False,
-        input_shape=(1, channels, size, size),
+        input_shape=(1, channels, *size),
     )
     encoder.load_target = LoadTarget(net, (classifier, *AUXILIARY), encoder.n_prefix, first)
     if load_weights:
@@ -168,11 +169,11 @@ def build_torchvision(
     return encoder
 
 
-def create_torchvision(spec: TorchvisionEncoder, *, size: int) -> nn.Module:
+def create_torchvision(spec: TorchvisionEncoder, *, size: tuple[int, ...]) -> nn.Module:
     """Build the model with the arguments of the spec.
 
     Raises:
-        UserError: an argument that the model does not have.
+        UserError: an argument that the model does not have, a size it does not take.
     """
     builder = builder_of(spec)
     arguments = dict(spec.model_kwargs)
@@ -191,11 +192,21 @@ def create_torchvision(spec: TorchvisionEncoder, *, size: int) -> nn.Module:
                 f" {', '.join(sorted(known - set(OURS)))}"
             )
     if (sized := size_argument(spec)) is not None:
-        arguments[sized] = size if sized == "image_size" else (size, size)
+        arguments[sized] = side_of(spec, size) if sized == "image_size" else size
     if "aux_logits" in known:
         uses_published = spec.pretrained or spec.weights is not None
         arguments |= {"aux_logits": False, "transform_input": uses_published, "init_weights": True}
     return construct(builder, arguments, spec)
+
+
+def side_of(spec: TorchvisionEncoder, size: tuple[int, ...]) -> int:
+    """Side of a square input, for models that take no other."""
+    if len(set(size)) > 1:
+        raise UserError(
+            f"model.encoder.type: {spec.type} takes square inputs, not"
+            f" {' x '.join(map(str, size))}: make them square or name another encoder"
+        )
+    return size[0]
 
 
 def construct(builder: Any, arguments: dict[str, Any], spec: TorchvisionEncoder) -> nn.Module:
@@ -294,9 +305,7 @@ def _(spec: TorchvisionEncoder, *, channels: int) -> Preprocess:
 
 @build_encoder.register
 def _(
-    spec: TorchvisionEncoder, *, channels: int, image_size: int | None, load_weights: bool
+    spec: TorchvisionEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:
     check_channels(spec, channels)
-    return build_torchvision(
-        spec, channels=channels, image_size=image_size, load_weights=load_weights
-    )
+    return build_torchvision(spec, channels=channels, size=size, load_weights=load_weights)

@@ -102,7 +102,7 @@ class Layers:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [self.hooked(found[index], index, x.shape[-2:]) for index in self.indices]
+        return [self.hooked(found[index], index, x.shape[2:]) for index in self.indices]
 
     def hooked(self, raw: object, index: int, size: torch.Size) -> Features:
         """Output of a block as tokens.
@@ -111,11 +111,11 @@ class Layers:
             UserError: it is neither a map nor tokens.
         """
         encoder = self.encoder
-        if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
+        if not isinstance(raw, Tensor) or raw.ndim < 3:
             shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
             raise UserError(
                 f"extract.layers: layer {index} of {encoder.name} gives {shape}, neither a map"
-                " (B, D, H, W) nor tokens (B, N, D)"
+                " (B, D, *grid) nor tokens (B, N, D)"
             )
         if raw.ndim == 4 and type(encoder.net).__name__ == "SwinTransformer":
             raw = raw.permute(0, 3, 1, 2)  # the only ones whose blocks are channels-last
@@ -215,14 +215,14 @@ class Instances:
     """How the rows of a batch make samples, where a sample has several."""
 
     lengths: np.ndarray  # (B,) instances per sample
-    coords: np.ndarray  # (M, 2) grid row and column of every instance; -1: prefix token
+    coords: np.ndarray  # (M, 2 or 3) place of every instance in the grid; -1: prefix token
 
 
 @dataclass(frozen=True, slots=True)
 class Readout:
     """What was read out of a batch, on the CPU."""
 
-    features: np.ndarray  # (B, D), (B, D, H, W), or (M, D) instances of B samples
+    features: np.ndarray  # (B, D), (B, D, *grid), or (M, D) instances of B samples
     instances: Instances | None  # None: one row a sample
 
     @property
@@ -529,8 +529,8 @@ def samples_text(ids: list[str], chosen: Tensor, among: str) -> str:
 
 
 def grid_places(grid: tuple[int, ...] | None, n_prefix: int, tokens: int) -> np.ndarray:
-    """Row and column (N, 2) of each token in the grid; -1, -1 for prefix tokens; where there is no
-    grid row 0 and a running number."""
+    """Place (N, axes) of each token in the grid, such as row and column; -1, -1 for prefix tokens;
+    where there is no grid row 0 and a running number."""
     grid = grid or (1, tokens - n_prefix)
     places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, len(grid))
     return np.concatenate([np.full((n_prefix, len(grid)), -1), places]).astype(np.int32)

@@ -149,7 +149,7 @@ def build_model(
     *,
     outputs: int,
     channels: int,
-    image_size: int | None,
+    size: tuple[int, ...] | None,
     load_weights: bool,
     base: BaseWeights | None = None,
 ) -> Model:
@@ -160,7 +160,8 @@ def build_model(
 
     Args:
         outputs: number of classes or targets of the data.
-        image_size: side of the square input in pixels; none: the encoder's own.
+        size: spatial size of the input in pixels or voxels, (H, W) or (X, Y, Z); none: the
+            encoder's own.
         load_weights: False where a checkpoint is loaded over it.
         base: what takes the place of the encoder's file.
 
@@ -170,7 +171,7 @@ def build_model(
     encoder = build_encoder(
         spec.encoder,
         channels=channels,
-        image_size=image_size,
+        size=size,
         load_weights=load_weights and base is None,
     )
     if base is not None:

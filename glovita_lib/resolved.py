@@ -16,6 +16,7 @@ from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.metric_names import check_logged, logged_names, usual_metrics
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_data import PrecomputedData, Subtask
+from glovita_lib.spec_errors import shown
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Supervised
 
@@ -34,7 +35,7 @@ class ModelArguments(TypedDict):
     """What build_model asks of the inputs."""
 
     channels: int
-    image_size: int | None
+    size: tuple[int, ...] | None
 
 
 class ImageInputs(ImageSamples, tag="images"):
@@ -51,7 +52,7 @@ class ImageInputs(ImageSamples, tag="images"):
     @property
     def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
-        return {"channels": self.channels, "image_size": self.augmentation.image_size}
+        return {"channels": self.channels, "size": self.shape[1:]}
 
 
 class VectorInputs(VectorSamples, tag="vectors"):
@@ -65,7 +66,7 @@ class VectorInputs(VectorSamples, tag="vectors"):
     @property
     def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
-        return {"channels": self.width, "image_size": None}
+        return {"channels": self.width, "size": None}
 
 
 class BagInputs(BagSamples, tag="bags"):
@@ -79,7 +80,7 @@ class BagInputs(BagSamples, tag="bags"):
     @property
     def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
-        return {"channels": self.width, "image_size": None}
+        return {"channels": self.width, "size": None}
 
 
 EncodedInputs = ImageInputs
@@ -100,11 +101,7 @@ def resolve_inputs(samples: BaseSamples, root: Root, data: Data) -> Inputs:
 @resolve_inputs.register
 def _(samples: ImageSamples, root: Root, data: Data) -> ImageInputs:
     assert not isinstance(root.data, PrecomputedData)  # its samples are features
-    if root.model.encoder.takes == "features":
-        raise UserError(
-            'model.encoder.encoder_type = "precomputed" takes features, and the samples of data set'
-            f" {data.name} are images: name an encoder"
-        )
+    check_encoder(root, data, "images")
     sizes = {split.source.uniform for split in data.splits.values() if len(split)}
     same = sizes.pop() if len(sizes) == 1 else None
     augmentation = resolve_augmentation(
@@ -117,6 +114,21 @@ def _(samples: ImageSamples, root: Root, data: Data) -> ImageInputs:
     return ImageInputs(
         channels=samples.channels, bit_depth=samples.bit_depth, augmentation=augmentation
     )
+
+
+def check_encoder(root: Root, data: Data, kind: str) -> None:
+    """The encoder takes the samples of a data set, images or volumes.
+
+    Raises:
+        UserError: it does not.
+    """
+    encoder = root.model.encoder
+    if not encoder.reads(kind):
+        raise UserError(
+            f"model.encoder.encoder_type = {shown(encoder.__struct_config__.tag)} takes"
+            f" {encoder.takes}, and the samples of data set {data.name} are {kind}: name an encoder"
+            f" for {kind}"
+        )
 
 
 def check_samples(inputs: Inputs, spec: Spec, data: Data, trained: str) -> None:

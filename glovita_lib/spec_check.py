@@ -142,18 +142,25 @@ def class_weights_fit(root: Root) -> Iterator[str]:
 # ------------------------------------------------------------------ encoder
 
 
-def features_have_their_encoder(root: Root) -> Iterator[str]:
-    """Features pass by the encoder, images do not."""
-    samples, takes = root.data.samples, root.model.encoder.takes
-    if samples == "features" and takes != "features":
+ENCODERS = {"images": '"timm"', "volumes": '"residual_encoder"'}  # one that takes them
+
+
+def samples_have_their_encoder(root: Root) -> Iterator[str]:
+    """Features pass by the encoder; images and volumes have one that takes them."""
+    samples, encoder = str(root.data.samples), root.model.encoder
+    if samples == "either" or encoder.reads(samples):
+        return
+    if samples == "features":
         yield (
             'model.encoder.encoder_type: data.dataset = "precomputed_features" are features'
             ' already: set it to "precomputed"'
         )
-    if takes == "features" and samples == "images":
+    else:
+        features = ' set data.dataset to "precomputed_features", or'
         yield (
-            f"model.encoder.encoder_type: {tag(root.model.encoder)} takes features: set"
-            ' data.dataset to "precomputed_features", or name an encoder for images, e.g. "timm"'
+            f"model.encoder.encoder_type: {tag(encoder)} takes {encoder.takes}, and the samples of"
+            f" {tag(root.data)} are {samples}:{features if encoder.takes == 'features' else ''}"
+            f" name an encoder for {samples}, e.g. {ENCODERS[samples]}"
         )
 
 
@@ -254,7 +261,7 @@ RULES = (
     task_fits_samples,
     best_metric_is_logged,
     class_weights_fit,
-    features_have_their_encoder,
+    samples_have_their_encoder,
     encoder_channels,
     normalisation_fits_channels,
     method_has_an_encoder,

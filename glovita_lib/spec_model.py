@@ -228,8 +228,12 @@ class BaseEncoder(Spec):
     """What other sections and the model ask every encoder."""
 
     built_in: ClassVar[str] = "encoder"
-    takes: ClassVar[Literal["images", "features"]] = "images"
-    """What a sample is."""
+    takes: ClassVar[Literal["images", "volumes", "features", "either"]] = "images"
+    """What a sample is; either is an image or a volume."""
+
+    def reads(self, samples: str) -> bool:
+        """Whether samples of a kind, "images", "volumes" or "features", are what it takes."""
+        return samples == self.takes or (self.takes == "either" and samples != "features")
 
     @property
     def stated_channels(self) -> int | None:
@@ -327,7 +331,7 @@ class TorchvisionEncoder(LibraryEncoder, tag="torchvision", tag_field="encoder_t
 class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type"):
     """No network: the samples of data set precomputed_features are features already."""
 
-    takes: ClassVar[Literal["images", "features"]] = "features"
+    takes: ClassVar[Literal["images", "volumes", "features", "either"]] = "features"
 
     feature_dim: Annotated[int, Meta(ge=1)] | None = None
     """Width of the features; none takes the file's, a number is checked."""
@@ -336,10 +340,13 @@ class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type
 class CustomEncoder(BaseEncoder, tag="custom", tag_field="encoder_type", kw_only=True):
     """An encoder of your own: a function of your package that returns a module."""
 
+    takes: ClassVar[Literal["images", "volumes", "features", "either"]] = "either"
+
     target: str
     """Where the function is: "package.module:function"; called as function(input_channels=...,
-    **options). Its module gives vectors (B, D), maps (B, D, H, W) or tokens (B, N, D), of which
-    its attributes n_prefix and has_cls say what comes before the patches."""
+    **options). Its module gives vectors (B, D), maps (B, D, H, W), of volumes (B, D, X, Y, Z), or
+    tokens (B, N, D), of which its attributes n_prefix and has_cls say what comes before the
+    patches."""
     input_channels: Channels | None = None
     """Channels of the input; none takes the data's."""
     options: dict[str, Any] = {}

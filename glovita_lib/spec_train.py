@@ -382,7 +382,7 @@ class Extract(Spec):
     is the model's own aggregation; of layers the CLS token where they have one, else avg."""
     output: Literal["embedding", "tokens", "map"] = "embedding"
     """One vector a sample (N, D); all patch tokens as a bag (M, D) with bag_ptr and coords; or
-    feature maps (N, C, H, W)."""
+    feature maps (N, C, H, W), of volumes (N, C, X, Y, Z)."""
     layers: tuple[int, ...] = ()
     """Blocks (stages of a convolutional network of timm) whose outputs are read, from 0, negative
     from the last one, side by side along the width in this order; none is the encoder's output."""

@@ -47,7 +47,7 @@ def test_published_weights_classify_photos() -> None:
 
 def test_the_encoder_takes_the_same_file_without_its_classifier() -> None:
     spec = TimmEncoder(type="tf_efficientnet_lite0", weights=LITE0, weights_order=True)
-    encoder = build_encoder(spec, channels=3, image_size=224, load_weights=True).eval()
+    encoder = build_encoder(spec, channels=3, size=(224, 224), load_weights=True).eval()
     model = timm.create_model("tf_efficientnet_lite0").eval()
     load_weights(LoadTarget(model), LITE0, by_order=True)
     x = photo("coffee")
@@ -59,7 +59,7 @@ def test_the_encoder_takes_the_same_file_without_its_classifier() -> None:
 def test_order_is_not_enough_for_another_network() -> None:
     spec = TimmEncoder(type="mobilenetv3_small_100", weights=LITE0, weights_order=True)
     with pytest.raises(UserError, match="needs a file of the same network|stands in the place of"):
-        build_encoder(spec, channels=3, image_size=32, load_weights=True)
+        build_encoder(spec, channels=3, size=(32, 32), load_weights=True)
 
 
 def test_by_order_the_last_name_parts_must_agree(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_wrappers_and_prefixes(kind: str, tmp_path: Path) -> None:
     source = resnet(1).state_dict()
     torch.save(wrap(kind, source), tmp_path / "w.pt")
     encoder = build_encoder(
-        spec_for(tmp_path / "w.pt"), channels=3, image_size=32, load_weights=True
+        spec_for(tmp_path / "w.pt"), channels=3, size=(32, 32), load_weights=True
     )
     for name, tensor in encoder.net.state_dict().items():
         assert torch.equal(tensor, source[name]), name
@@ -110,7 +110,7 @@ def test_safetensors(tmp_path: Path) -> None:
     source = resnet(1).state_dict()
     save_file(source, tmp_path / "w.safetensors")
     encoder = build_encoder(
-        spec_for(tmp_path / "w.safetensors"), channels=3, image_size=32, load_weights=True
+        spec_for(tmp_path / "w.safetensors"), channels=3, size=(32, 32), load_weights=True
     )
     assert torch.equal(encoder.net.layer4[0].conv1.weight, source["layer4.0.conv1.weight"])
 
@@ -118,10 +118,10 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_other_channels_sum_or_repeat_the_first_kernel(tmp_path: Path) -> None:
     source = resnet(1).state_dict()
     torch.save(source, tmp_path / "w.pt")
-    grey = build_encoder(spec_for(tmp_path / "w.pt"), channels=1, image_size=32, load_weights=True)
+    grey = build_encoder(spec_for(tmp_path / "w.pt"), channels=1, size=(32, 32), load_weights=True)
     first = source["conv1.0.weight"]
     torch.testing.assert_close(grey.net.conv1[0].weight, first.sum(1, keepdim=True))
-    six = build_encoder(spec_for(tmp_path / "w.pt"), channels=6, image_size=32, load_weights=True)
+    six = build_encoder(spec_for(tmp_path / "w.pt"), channels=6, size=(32, 32), load_weights=True)
     torch.testing.assert_close(six.net.conv1[0].weight, first.repeat(1, 2, 1, 1) / 2)
 
 
@@ -130,7 +130,7 @@ def test_position_embeddings_are_interpolated(name: str, tmp_path: Path) -> None
     kind = TorchvisionEncoder if name == "vit_b_32" else TimmEncoder
     key = "pos_embed" if kind is TimmEncoder else "encoder.pos_embedding"
     spec = kind(type=name, pretrained=False)
-    source = build_encoder(spec, channels=3, image_size=64, load_weights=False)
+    source = build_encoder(spec, channels=3, size=(64, 64), load_weights=False)
     tensors = source.net.state_dict()
     side = int((tensors[key].shape[1] - 1) ** 0.5)
     rows = torch.linspace(0, 1, side)  # a ramp down the rows stays one
@@ -138,7 +138,7 @@ def test_position_embeddings_are_interpolated(name: str, tmp_path: Path) -> None
     tensors[key][:, :1] = 7.0
     torch.save(tensors, tmp_path / "w.pt")
     spec = kind(type=name, weights=str(tmp_path / "w.pt"))
-    larger = build_encoder(spec, channels=3, image_size=128, load_weights=True)
+    larger = build_encoder(spec, channels=3, size=(128, 128), load_weights=True)
     fitted = larger.net.state_dict()[key][0, :, 0]
     grid = fitted[1:].view(2 * side, 2 * side)
     assert float(fitted[0]) == 7.0  # the CLS token's is not part of the grid
@@ -159,7 +159,7 @@ def test_names_of_the_authors_go_through_timms_converter(tmp_path: Path) -> None
     tensors["mask_token"] = torch.zeros(1, 384)
     torch.save(tensors, tmp_path / "w.pth")
     spec = TimmEncoder(type=name, weights=str(tmp_path / "w.pth"), **depth)
-    encoder = build_encoder(spec, channels=3, image_size=28, load_weights=True)
+    encoder = build_encoder(spec, channels=3, size=(28, 28), load_weights=True)
     assert torch.equal(encoder.net.reg_token, source.reg_token)
     assert torch.equal(encoder.net.pos_embed, source.pos_embed)
 
@@ -174,7 +174,7 @@ def test_the_table_names_what_differs(tmp_path: Path) -> None:
     tensors["layer2.0.conv1.weight"] = torch.zeros(3, 3)
     torch.save(tensors, tmp_path / "w.pt")
     with pytest.raises(UserError) as caught:
-        build_encoder(spec_for(tmp_path / "w.pt"), channels=3, image_size=32, load_weights=True)
+        build_encoder(spec_for(tmp_path / "w.pt"), channels=3, size=(32, 32), load_weights=True)
     text = str(caught.value)
     for line in (
         r"missing in the file   layer1.0.conv1.weight",
@@ -187,7 +187,7 @@ def test_the_table_names_what_differs(tmp_path: Path) -> None:
 def test_weights_of_another_architecture(tmp_path: Path) -> None:
     torch.save(timm.create_model("convnext_atto").state_dict(), tmp_path / "w.pt")
     with pytest.raises(UserError, match="and .* more"):
-        build_encoder(spec_for(tmp_path / "w.pt"), channels=3, image_size=32, load_weights=True)
+        build_encoder(spec_for(tmp_path / "w.pt"), channels=3, size=(32, 32), load_weights=True)
 
 
 class Local:

@@ -28,7 +28,7 @@ from glovita_lib.spec_model import CustomEncoder, TimmEncoder, TorchvisionEncode
 
 def make(spec, size: int, channels: int = 3):
     torch.manual_seed(0)
-    return build_encoder(spec, channels=channels, image_size=size, load_weights=False).eval()
+    return build_encoder(spec, channels=channels, size=(size, size), load_weights=False).eval()
 
 
 def timm_spec(name: str, **kwargs) -> TimmEncoder:
@@ -320,6 +320,48 @@ def test_custom_tokens_and_vectors() -> None:
         resolve_method("avg", encoder)
 
 
+class Cubes(nn.Module):
+    """Patches of 4 voxels a side, as a map or as tokens in the order of the axes."""
+
+    def __init__(self, channels: int, as_tokens: bool) -> None:
+        super().__init__()
+        self.proj, self.as_tokens = nn.Conv3d(channels, 6, 4, 4), as_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x)  # (B, D, X / 4, Y / 4, Z / 4)
+        return y.flatten(2).mT if self.as_tokens else y
+
+
+def cubes(*, input_channels: int, as_tokens: bool) -> nn.Module:
+    return Cubes(input_channels, as_tokens)
+
+
+def test_maps_and_tokens_of_volumes() -> None:
+    volumes, found = torch.randn(2, 2, 8, 12, 20), []
+    for as_tokens in (False, True):
+        spec = CustomEncoder(target="tests.test_encoder:cubes", options={"as_tokens": as_tokens})
+        torch.manual_seed(0)
+        encoder = build_encoder(spec, channels=2, size=(8, 12, 20), load_weights=False).eval()
+        features = encoder(volumes)
+        assert (features.grid, features.tokens.shape) == ((2, 3, 5), (2, 30, 6))
+        place = features.tokens.unflatten(1, features.grid)[:, 1, 2, 4]  # the last patch
+        patch = encoder.net(volumes[:, :, 4:8, 8:12, 16:20]).reshape(2, 6)
+        torch.testing.assert_close(place, patch)
+        found.append(aggregate(features, "avg"))
+    torch.testing.assert_close(*found)
+    assert encoder.grid(torch.zeros(1, 29, 6), volumes.shape[2:]) is None
+    with pytest.raises(UserError, match="volumes of 8 x 3 x 8 with 2 channels.*patch_size to a"):
+        build_encoder(spec, channels=2, size=(8, 3, 8), load_weights=False)
+
+
+def test_images_that_are_not_square() -> None:
+    vit = timm_spec("vit_tiny_patch16_224", **SHALLOW)
+    encoder = build_encoder(vit, channels=3, size=(32, 64), load_weights=False)
+    assert encoder(torch.randn(2, 3, 32, 64)).grid == (2, 4)
+    with pytest.raises(UserError, match="vit_b_16 takes square inputs, not 32 x 64"):
+        build_encoder(tv_spec("vit_b_16"), channels=3, size=(32, 64), load_weights=False)
+
+
 # -------------------------------------------------------------------- mistakes
 
 
@@ -365,7 +407,7 @@ def test_an_encoder_without_any_vector_is_named() -> None:
 
 
 def test_too_small_images_are_told_at_once() -> None:
-    with pytest.raises(UserError, match="does not take images of 8 pixels"):
+    with pytest.raises(UserError, match="does not take images of 8 x 8 with 3 channels"):
         make(tv_spec("squeezenet1_1"), 8)
 
 
@@ -378,9 +420,9 @@ def test_offline_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     for spec in (TimmEncoder(type="resnet18"), TorchvisionEncoder(type="resnet18")):
         with pytest.raises(UserError, match=r'weights = "<file>"') as caught:
-            build_encoder(spec, channels=3, image_size=32, load_weights=True)
+            build_encoder(spec, channels=3, size=(32, 32), load_weights=True)
         assert "\n" not in str(caught.value)
-        build_encoder(spec, channels=3, image_size=32, load_weights=False)  # nothing is fetched
+        build_encoder(spec, channels=3, size=(32, 32), load_weights=False)  # nothing is fetched
 
 
 def test_without_an_address_the_hub_is_not_asked_again(
@@ -397,7 +439,7 @@ def test_without_an_address_the_hub_is_not_asked_again(
     start = time.monotonic()
     spec = TimmEncoder(type="test_vit3")
     with pytest.raises(UserError, match=r'cannot be downloaded .*weights = "<file>"'):
-        build_encoder(spec, channels=3, image_size=160, load_weights=True)
+        build_encoder(spec, channels=3, size=(160, 160), load_weights=True)
     assert time.monotonic() - start < 10
     assert not constants.HF_HUB_OFFLINE
 
@@ -407,6 +449,6 @@ def test_published_weights_do_not_fit_a_small_stem() -> None:
         build_encoder(
             TimmEncoder(type="resnet18", small_images=True),
             channels=3,
-            image_size=32,
+            size=(32, 32),
             load_weights=True,
         )

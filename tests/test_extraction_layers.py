@@ -39,7 +39,7 @@ NORM_BEHIND = {
 
 def make(spec, size: int):
     torch.manual_seed(0)
-    encoder = build_encoder(spec, channels=3, image_size=size, load_weights=False).eval()
+    encoder = build_encoder(spec, channels=3, size=(size, size), load_weights=False).eval()
     return jittered(encoder)
 
 

@@ -31,7 +31,7 @@ def make(encoder, *, peft=None, head=None, method=None, size=64, outputs=3, chan
         peft or FullFinetuning(),
         outputs=outputs,
         channels=channels,
-        image_size=size,
+        size=(size, size),
         load_weights=False,
     )
 

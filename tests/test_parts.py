@@ -172,14 +172,14 @@ def _(spec: PatchEncoder, *, channels):
 
 
 @build_encoder.register
-def _(spec: PatchEncoder, *, channels, image_size, load_weights):
+def _(spec: PatchEncoder, *, channels, size, load_weights):
     return Patches(
         nn.Conv2d(channels, spec.width, 4, stride=4),
         name="patches",
         n_prefix=0,
         has_cls=False,
         channels_last=False,
-        input_shape=(1, channels, image_size, image_size),
+        input_shape=(1, channels, *size),
     )
 '''
 HEAD = '''

@@ -17,7 +17,7 @@ def make(peft, encoder=None) -> Model:
         peft,
         outputs=3,
         channels=3,
-        image_size=32,
+        size=(32, 32),
         load_weights=False,
     )
 

@@ -56,7 +56,7 @@ SPECS = (
 def make(peft, encoder=VIT, **fields):
     torch.manual_seed(0)
     spec = ModelSpec(encoder=encoder, **fields)
-    return build_model(spec, peft, outputs=3, channels=3, image_size=32, load_weights=False)
+    return build_model(spec, peft, outputs=3, channels=3, size=(32, 32), load_weights=False)
 
 
 def images(count: int = 4) -> torch.Tensor:

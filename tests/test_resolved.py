@@ -57,7 +57,7 @@ def test_images_have_the_shape_and_the_policies_of_the_run():
     root = root_of("timm", model={"encoder": {"encoder_type": "timm", **encoder}})
     inputs = resolve_spec(root, data_of(GREY)).inputs
     assert isinstance(inputs, ImageInputs) and inputs.kind == "images"
-    assert inputs.shape == (1, 8, 8) and inputs.model_arguments == {"channels": 1, "image_size": 8}
+    assert inputs.shape == (1, 8, 8) and inputs.model_arguments == {"channels": 1, "size": (8, 8)}
     assert inputs.augmentation.train_policy == "default_2d_2"
     assert isinstance(build_inputs(inputs, train=True), Augmenter)
 
@@ -66,7 +66,7 @@ def test_images_have_the_shape_and_the_policies_of_the_run():
 def test_features_have_a_width(samples):
     inputs = resolve_spec(root_of("precomputed"), data_of(samples, (64,))).inputs
     assert (inputs.kind, inputs.width, inputs.mean) == (samples.kind, 64, None)
-    assert inputs.model_arguments == {"channels": 64, "image_size": None}
+    assert inputs.model_arguments == {"channels": 64, "size": None}
     assert isinstance(build_inputs(inputs, train=False), FeatureInputs)
 
 
