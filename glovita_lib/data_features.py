@@ -1,6 +1,7 @@
 """The data set of precomputed features: files or folders, labels, splits."""
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from glovita_lib.read_features import (
     FolderBags,
     Keys,
     VectorSource,
+    bag_files,
     check_bags,
     check_finite,
     open_features,
@@ -74,6 +76,19 @@ class Collection:
         if isinstance(self.features, FeatureFile):
             return VectorSource(self.features.rows, self.rows[rows])
         return BagSource(self.features, self.rows[rows])
+
+    def notes(self) -> list[str]:
+        """Lines about files that can only be read slowly, of those that were read so far."""
+        match self.features:
+            case FolderBags(proven=proven):
+                slow = f"{sum(not direct for direct in proven.values())} files"
+                if all(proven.values()):
+                    return []
+            case FileBags(file=file) | (FeatureFile() as file):
+                slow = "features"
+                if file.rows.direct:
+                    return []
+        return [f"{self.where}: {slow} read through h5py, as the direct way gave other values"]
 
 
 def read_table(spec: PrecomputedData, labels_file: str) -> dict[str, dict[str, str]]:
@@ -152,7 +167,10 @@ KINDS = ("features", "labels", "bag_ptr", "bag_lengths", "ids", "groups", "coord
 def _(spec: PrecomputedData, *, seed: int) -> Data:
     table = None if spec.labels_file is None else read_table(spec, spec.labels_file)
     files = files_of(spec)
-    opened = {file: open_collection(spec, file, table) for file in dict.fromkeys(files.values())}
+    used = used_ids(spec, table)
+    opened = {
+        file: open_collection(spec, file, table, used) for file in dict.fromkeys(files.values())
+    }
     collections = list(opened.values())
     refuse_mixture(collections)
     subtask, names, encoded = encode_labels(spec, collections, of_table=table is not None)
@@ -167,6 +185,10 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
         name: make_split(opened[files[name]], targets[files[name]], rows[name]) for name in rows
     }
     refuse_shared(opened, files, rows)
+    if spec.check_values:
+        for file, whole in opened.items():
+            parts = [found for name, found in rows.items() if files[name] == file]
+            check_values(whole, np.unique(np.concatenate(parts)))
     return Data(
         name="precomputed_features",
         splits=splits,
@@ -174,6 +196,7 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
         class_names=names,
         samples=collections[0].samples,
         report=[
+            *(note for whole in collections for note in whole.notes()),
             *unused(spec, table, collections, splits),
             *shared_ids({name: splits[name] for name in splits if opened[files[name]].named}),
             *(
@@ -255,13 +278,33 @@ def refuse_mixture(collections: list[Collection]) -> None:
             raise UserError(f"feature files of different {what}: {each}; {advice}")
 
 
+def used_ids(
+    spec: PrecomputedData, table: dict[str, dict[str, str]] | None
+) -> Container[str] | None:
+    """Ids of the samples that will be read, by what labels_file and split_file say; None: all.
+
+    Raises:
+        UserError: see data_splits.read_splits.
+    """
+    if spec.split_source == "splits_json":
+        content = read_splits(Path(spec.data_root_dir) / spec.split_file, spec.fold)
+        return {name for names in content.values() for name in names}
+    if table is not None and spec.split_source == "csv":
+        return {name for name, row in table.items() if row[spec.split_column]}
+    return table
+
+
 def open_collection(
-    spec: PrecomputedData, name: str, table: dict[str, dict[str, str]] | None
+    spec: PrecomputedData,
+    name: str,
+    table: dict[str, dict[str, str]] | None,
+    used: Container[str] | None,
 ) -> Collection:
     """A file or folder with its labels, checked.
 
     Args:
         table: rows of labels_file, where there is one.
+        used: ids of the samples that will be read, where not all of them.
 
     Raises:
         UserError: whatever is wrong with it, see read_features.open_features.
@@ -272,27 +315,29 @@ def open_collection(
             f"{path} is a folder of bags without labels; give data.labels_file, a CSV with the"
             f" columns {spec.id_column} and {spec.label_column}"
         )
-    collection = read_collection(path, keys(spec), labelled=table is None)
-    if spec.check_values:
-        check_values(collection)
+    collection = read_collection(path, keys(spec), labelled=table is None, listed=table, used=used)
     return with_table(spec, collection, table)
 
 
-def check_values(collection: Collection) -> None:
-    """Look at every feature once.
+def check_values(collection: Collection, rows: np.ndarray) -> None:
+    """Look at every feature of some samples of a collection once.
 
     Raises:
         UserError: NaN or infinity, with the samples that have them.
     """
+    samples = collection.rows[rows]
     match collection.features:
         case FolderBags() as folder:
-            check_bags(folder, threads=cores())
+            check_bags(folder, samples, threads=cores())
         case FileBags(file=file) | (FeatureFile() as file):
-            check_finite(file)
+            check_finite(file, samples)
 
 
-def unlabelled_features(path: Path, spec: PrecomputedData, *, kind: str, width: int) -> Split:
-    """Features without labels, for inference; labels in the file are not read.
+def unlabelled_features(
+    path: Path, spec: PrecomputedData, *, kind: str, width: int
+) -> tuple[Split, list[str]]:
+    """Features without labels, for inference, and lines about them; labels in the file are not
+    read.
 
     Args:
         spec: the names of the datasets are its.
@@ -313,14 +358,26 @@ def unlabelled_features(path: Path, spec: PrecomputedData, *, kind: str, width: 
             f"{path} holds {found.kind} of width {found.width}, the checkpoint was trained on"
             f" {kind} of width {width}"
         )
-    if spec.check_values:
-        check_values(collection)
     rows = np.arange(len(collection.ids))
-    return Split(ids=collection.ids, targets=None, source=collection.source(rows))
+    if spec.check_values:
+        check_values(collection, rows)
+    split = Split(ids=collection.ids, targets=None, source=collection.source(rows))
+    return split, collection.notes()
 
 
-def read_collection(path: Path, names: Keys, *, labelled: bool) -> Collection:
+def read_collection(
+    path: Path,
+    names: Keys,
+    *,
+    labelled: bool,
+    listed: Container[str] | None = None,
+    used: Container[str] | None = None,
+) -> Collection:
     """A feature file, or a folder of one-bag files whose names without suffix are the ids.
+
+    Args:
+        listed: ids that a table lists, where there is one.
+        used: ids of the samples that will be read, where not all of them.
 
     Raises:
         UserError: it is damaged, has no sample or, where `labelled` asks for them, no labels; or
@@ -329,21 +386,16 @@ def read_collection(path: Path, names: Keys, *, labelled: bool) -> Collection:
     features: FeatureFile | FileBags | FolderBags
     file = None
     if path.is_dir():
-        features = open_folder(path, names)
-        ids = [bag.stem for bag in features.paths]
+        paths = bag_files(path)
+        ids = [bag.stem for bag in paths]
+        refuse_equal(path, ids, listed)
+        features = open_folder(paths, names, used)
     else:
-        file = open_features(path, names, threads=cores(), labelled=labelled)
+        file = open_features(path, names, threads=cores(), labelled=labelled, used=used)
         features = file if file.ptr is None else FileBags(file, file.ptr, names)
         ids = file.ids
+        refuse_equal(path, ids, listed)
     said = None if file is None else file.attributes.get("subtask")
-    if not ids:
-        raise UserError(f"{path}: the file has no sample")
-    if len(set(ids)) < len(ids):
-        twice, times = Counter(ids).most_common(1)[0]
-        raise UserError(
-            f"{path}: id {twice!r} is that of {times} samples; splits, labels and predictions go by"
-            " ids: give each sample its own"
-        )
     return Collection(
         where=str(path),
         ids=ids,
@@ -359,11 +411,29 @@ def read_collection(path: Path, names: Keys, *, labelled: bool) -> Collection:
     )
 
 
+def refuse_equal(path: Path, ids: list[str], listed: Container[str] | None) -> None:
+    """There are samples, and each that a table lists (or that there is) has an id of its own.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not ids:
+        raise UserError(f"{path}: the file has no sample")
+    counts = Counter(ids if listed is None else [name for name in ids if name in listed])
+    twice, times = max(counts.items(), key=lambda entry: entry[1], default=("", 0))
+    if times > 1:
+        raise UserError(
+            f"{path}: id {twice!r} is that of {times} samples; splits, labels and predictions go by"
+            " ids: give each sample its own"
+        )
+
+
 def keys(spec: PrecomputedData) -> Keys:
     """Names of the datasets."""
     names = {kind: getattr(spec, f"{kind}_key") for kind in KINDS}
     defaults = {getattr(PrecomputedData(), f"{kind}_key") for kind in KINDS}
-    return Keys(**names, named=frozenset(names.values()) - defaults)
+    named = frozenset(names.values()) - defaults
+    return Keys(**names, named=named, follow_links=spec.follow_links)
 
 
 # ---------------------------------------------------------------------- splits

@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ import torch
 
 from glovita_lib.bags import Bags
 from glovita_lib.errors import UserError, listed
-from glovita_lib.read_hdf5 import DatasetRows, open_hdf5
+from glovita_lib.read_hdf5 import DatasetRows, array_of, dataset_of, open_hdf5, readable_type
 
 # ------------------------------------------------------------------------------------- files
 #
@@ -33,7 +33,7 @@ SCAN_BYTES = 64 * 2**20  # read at a time when all values are looked at
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Names of the datasets in a file."""
+    """Names of the datasets in a file, and how they are looked up."""
 
     features: str
     labels: str
@@ -43,6 +43,11 @@ class Keys:
     groups: str
     coords: str
     named: frozenset[str] = frozenset()  # those that a spec names itself: they must be there
+    follow_links: bool = False  # whether links may lead out of the folder of a file
+
+    def find(self, file: Any, name: str) -> Any:
+        """The dataset of an open file; None where it has none, see read_hdf5.dataset_of."""
+        return dataset_of(file, name, follow_links=self.follow_links)
 
 
 @dataclass(slots=True)
@@ -76,16 +81,26 @@ class FeatureFile:
         return "ragged" if len(self.rows.shape) == 2 else "fixed"
 
 
-def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool) -> FeatureFile:
-    """Tables of a feature file, checked; no feature is read.
+def open_features(
+    path: str | Path,
+    keys: Keys,
+    *,
+    threads: int,
+    labelled: bool,
+    used: Container[str] | None = None,
+) -> FeatureFile:
+    """Tables of a feature file, checked; few features are read.
+
+    Args:
+        used: ids of the samples that will be read, where not all of them.
 
     Raises:
         UserError: not HDF5, truncated, wrong ranks or lengths, pointers that do not rise from 0 to
-        M, an empty bag, no labels where `labelled` asks for them, no dataset of a name in
-        `keys.named`.
+        M, an empty bag that will be read, no labels where `labelled` asks for them, no dataset of a
+        name in `keys.named`.
     """
     path = str(path)
-    rows = DatasetRows(path, keys.features, threads=threads)
+    rows = DatasetRows(path, keys.features, threads=threads, follow_links=keys.follow_links)
     if len(rows.shape) not in (2, 3) or rows.dtype.kind != "f":
         raise UserError(
             f"{path}: {keys.features!r} has shape {rows.shape} and type {rows.dtype}; features are"
@@ -95,25 +110,26 @@ def open_features(path: str | Path, keys: Keys, *, threads: int, labelled: bool)
         refuse_absent(path, file, keys)
         ptr = bag_pointers(path, file, keys, rows.shape)
         count = len(rows) if ptr is None else len(ptr) - 1
-        labels = table_of(path, file, keys.labels, count)
+        labels = table_of(path, file, keys, keys.labels, count)
         if labels is None and labelled:
             raise UserError(
                 f"{path}: no dataset {keys.labels!r}; the file has {', '.join(sorted(file))};"
                 " name the labels with data.labels_key or give data.labels_file"
             )
-        ids = table_of(path, file, keys.ids, count)
-        groups = table_of(path, file, keys.groups, count)
+        found = table_of(path, file, keys, keys.ids, count)
+        ids = [str(name) for name in (range(count) if found is None else found)]
+        refuse_empty(path, ptr, ids, used)
+        groups = table_of(path, file, keys, keys.groups, count)
         names = file.attrs.get("class_names")
         attributes = {name: as_python(value) for name, value in file.attrs.items()}
-        check_coords(path, file, keys.coords, count if ptr is None else int(ptr[-1]))
-        has_coords = keys.coords in file
+        has_coords = check_coords(path, file, keys, count if ptr is None else int(ptr[-1]))
     return FeatureFile(
         path=path,
         rows=rows,
         ptr=ptr,
         labels=labels,
-        ids=[str(i) for i in (range(count) if ids is None else ids)],
-        named=ids is not None,
+        ids=ids,
+        named=found is not None,
         groups=None if groups is None else [str(group) for group in groups],
         class_names=None if names is None else class_list(as_python(names)),
         has_coords=has_coords,
@@ -128,7 +144,7 @@ def refuse_absent(path: str, file: Any, keys: Keys) -> None:
     Raises:
         UserError: one is not.
     """
-    absent = sorted(name for name in keys.named if name not in file)
+    absent = sorted(name for name in keys.named if keys.find(file, name) is None)
     if absent:
         raise UserError(
             f"{path}: no dataset {absent[0]!r}; the file has {', '.join(sorted(file))}; correct the"
@@ -136,33 +152,34 @@ def refuse_absent(path: str, file: Any, keys: Keys) -> None:
         )
 
 
-def check_coords(path: str, file: Any, key: str, rows: int) -> None:
-    """Coordinates, where there are some, are numbers with one row an instance (or sample).
+def check_coords(path: str, file: Any, keys: Keys, rows: int) -> bool:
+    """Whether there are coordinates: numbers with one row an instance (or sample).
 
     Raises:
-        UserError: they are not.
+        UserError: they are something else.
     """
-    if key not in file:
-        return
-    shape, kind = file[key].shape, file[key].dtype
+    coords = keys.find(file, keys.coords)
+    if coords is None:
+        return False
+    shape, kind = coords.shape, coords.dtype
     if len(shape) < 2 or int(np.prod(shape[:-1])) != rows or kind.kind not in "iuf":
         raise UserError(
-            f"{path}: {key!r} has shape {shape} and type {kind}; coordinates are numbers of shape"
-            f" ({rows}, 2 or more), one row an instance"
+            f"{path}: {keys.coords!r} has shape {shape} and type {kind}; coordinates are numbers of"
+            f" shape ({rows}, 2 or more), one row an instance"
         )
+    return True
 
 
 def bag_pointers(path: str, file: Any, keys: Keys, shape: tuple[int, ...]) -> np.ndarray | None:
     """Pointers (B + 1,) of either bag layout; None for vectors."""
     if len(shape) == 3:
         return np.arange(shape[0] + 1, dtype=np.int64) * shape[1]
-    if keys.bag_ptr in file:
-        name, ptr = keys.bag_ptr, integers(path, file, keys.bag_ptr)
-    elif keys.bag_lengths in file:
-        name, lengths = keys.bag_lengths, integers(path, file, keys.bag_lengths)
+    name, ptr = keys.bag_ptr, integers(path, file, keys, keys.bag_ptr)
+    if ptr is None:
+        name, lengths = keys.bag_lengths, integers(path, file, keys, keys.bag_lengths)
+        if lengths is None:
+            return None
         ptr = np.concatenate([[0], np.cumsum(lengths)])
-    else:
-        return None
     steps = np.diff(ptr)
     if len(ptr) < 1 or ptr[0] != 0 or ptr[-1] != shape[0] or (steps < 0).any():
         falls = np.flatnonzero(steps < 0)
@@ -172,18 +189,32 @@ def bag_pointers(path: str, file: Any, keys: Keys, shape: tuple[int, ...]) -> np
             f"{path}: {name!r} {ends}{where}; it must rise from 0 to the {shape[0]} instances of"
             f" {keys.features!r}"
         )
-    empty = np.flatnonzero(steps == 0)
-    if len(empty):
+    return ptr
+
+
+def refuse_empty(
+    path: str, ptr: np.ndarray | None, ids: list[str], used: Container[str] | None
+) -> None:
+    """Bags that will be read have instances.
+
+    Raises:
+        UserError: some have none.
+    """
+    found = [] if ptr is None else np.flatnonzero(np.diff(ptr) == 0).tolist()
+    empty = [bag for bag in found if used is None or ids[bag] in used]
+    if empty:
         raise UserError(
             f"{path}: {len(empty)} bags have no instance (bags {listed(empty)}); leave them out of"
             " the file"
         )
-    return ptr
 
 
-def integers(path: str, file: Any, key: str) -> np.ndarray:
-    """A 1-D dataset of whole numbers as int64."""
-    values = file[key][()]
+def integers(path: str, file: Any, keys: Keys, key: str) -> np.ndarray | None:
+    """A 1-D dataset of whole numbers as int64; None where the file has none."""
+    dataset = keys.find(file, key)
+    if dataset is None:
+        return None
+    values = dataset[()]
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise UserError(
             f"{path}: {key!r} has shape {values.shape} and type {values.dtype}; it must be a list"
@@ -192,11 +223,11 @@ def integers(path: str, file: Any, key: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def table_of(path: str, file: Any, key: str, count: int) -> np.ndarray | None:
+def table_of(path: str, file: Any, keys: Keys, key: str, count: int) -> np.ndarray | None:
     """A dataset with one row a sample; None where the file has none."""
-    if key not in file:
+    values = keys.find(file, key)
+    if values is None:
         return None
-    values = file[key]
     values = values.asstr()[()] if values.dtype.kind in "OS" else values[()]
     if values.ndim == 0 or len(values) != count:
         raise UserError(
@@ -225,28 +256,31 @@ def class_list(names: Any) -> tuple[str, ...]:
     return tuple(str(name).strip() for name in names)
 
 
-def check_finite(file: FeatureFile) -> None:
-    """Look at every feature once.
+def check_finite(file: FeatureFile, samples: np.ndarray) -> None:
+    """Look at every feature of some samples once.
 
     Raises:
         UserError: NaN or infinity, with the first samples that have them.
     """
     rows = file.rows
+    used = np.zeros(len(file), bool)
+    used[samples] = True
     step = max(1, SCAN_BYTES // max(1, rows.row_bytes))
     step = max(rows.chunk_rows, step // rows.chunk_rows * rows.chunk_rows)
     buffer = rows.empty(min(step, len(rows)))
-    bad: list[int] = []
+    bad: list[int] = []  # samples
     for start in range(0, len(rows), step):
-        stop = min(start + step, len(rows))
-        values = rows.read(start, stop, buffer[: stop - start])
+        places = np.arange(start, min(start + step, len(rows)))
+        owner = places  # sample of each row
+        if file.ptr is not None and file.layout == "ragged":
+            owner = np.searchsorted(file.ptr, places, "right") - 1
+        places, owner = places[used[owner]], owner[used[owner]]
+        values = rows.read_rows(places, buffer[: len(places)])
         if not is_finite(values):
             finite = np.isfinite(values).reshape(len(values), -1).all(1)
-            bad += (start + np.flatnonzero(~finite)).tolist()
+            bad += owner[~finite].tolist()
     if bad:
-        samples = bad
-        if file.ptr is not None and file.layout == "ragged":
-            samples = (np.searchsorted(file.ptr, bad, "right") - 1).tolist()
-        names = list(dict.fromkeys(file.ids[sample] for sample in samples))
+        names = [file.ids[sample] for sample in dict.fromkeys(bad)]
         raise UserError(
             f"{file.path}: NaN or infinite features in {len(names)} samples ({listed(names)});"
             " extract them again (extract.precision = 32 if float16 overflowed) or leave them out"
@@ -366,8 +400,8 @@ class FileBags:
         if not self.file.has_coords:
             return None
         with open_hdf5(self.file.path) as file:
-            coords = file[self.keys.coords]
-            return coords[:].reshape(-1, coords.shape[-1])
+            coords = self.keys.find(file, self.keys.coords)
+            return coords[()].reshape(-1, coords.shape[-1])
 
     def coords(self, bag: int) -> np.ndarray | None:
         if self.all_coords is None:
@@ -377,9 +411,10 @@ class FileBags:
     def instance_ids(self, bag: int) -> np.ndarray | None:
         """Names of its instances (n,), where the file has some, as those of mode extract do."""
         with open_hdf5(self.file.path) as file:
-            if "instance_ids" not in file:
+            names = self.keys.find(file, "instance_ids")
+            if names is None:
                 return None
-            return file["instance_ids"].asstr()[int(self.ptr[bag]) : int(self.ptr[bag + 1])]
+            return names.asstr()[int(self.ptr[bag]) : int(self.ptr[bag + 1])]
 
 
 @dataclass(frozen=True)
@@ -389,7 +424,7 @@ class FolderBags:
 
     paths: tuple[Path, ...]
     keys: Keys
-    lengths: np.ndarray
+    lengths: np.ndarray  # 0 of a file that is not read
     width: int
     item_bytes: int
 
@@ -398,51 +433,79 @@ class FolderBags:
         if path.suffix == ".pt":
             tensor = load_tensor(path).reshape(-1, self.width)
             return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        rows = DatasetRows(path, self.keys.features, threads=1)
+        rows = DatasetRows(
+            path,
+            self.keys.features,
+            threads=1,
+            follow_links=self.keys.follow_links,
+            proven=self.proven.get(bag),
+        )
+        self.proven[bag] = rows.direct
         return rows.read(0, len(rows)).reshape(-1, self.width)
+
+    @cached_property
+    def proven(self) -> dict[int, bool]:
+        """Whether the files that were read so far are read directly."""
+        return {}
 
     def coords(self, bag: int) -> np.ndarray | None:
         if self.paths[bag].suffix == ".pt":
             return None
         with open_hdf5(str(self.paths[bag])) as file:
-            if self.keys.coords not in file:
-                return None
-            return file[self.keys.coords][()].reshape(self.lengths[bag], -1)
+            coords = self.keys.find(file, self.keys.coords)
+            return None if coords is None else coords[()].reshape(self.lengths[bag], -1)
 
     def instance_ids(self, bag: int) -> None:
         """Such files name none."""
 
 
-def open_folder(folder: Path, keys: Keys) -> FolderBags:
-    """The bags of a folder in the order of their names; only headers are read.
+def bag_files(folder: Path) -> list[Path]:
+    """The bags of a folder in the order of their names.
 
     Raises:
-        UserError: no bag, or bags that are empty, damaged, or of different widths, listed together.
+        UserError: none.
     """
-    paths = tuple(sorted(path for path in folder.iterdir() if path.suffix in BAG_SUFFIXES))
+    paths = sorted(path for path in folder.iterdir() if path.suffix in BAG_SUFFIXES)
     if not paths:
         raise UserError(f"{folder}: no file with suffix {', '.join(BAG_SUFFIXES)}, one a bag")
-    shapes, errors = [], []
-    for path in paths:
-        try:
-            shapes.append(bag_shape(path, keys))
-        except UserError as error:
-            errors.append(str(error))
+    return paths
+
+
+def open_folder(paths: list[Path], keys: Keys, used: Container[str] | None = None) -> FolderBags:
+    """The bags of some files of a folder; only headers are read.
+
+    Args:
+        used: names without suffix of the files that will be read, where not all of them; the others
+            are not opened.
+
+    Raises:
+        UserError: bags that are empty, damaged, or of different widths, listed together.
+    """
+    shapes, errors = {}, []
+    for place, path in enumerate(paths):
+        if used is None or path.stem in used:
+            try:
+                shapes[place] = bag_shape(path, keys)
+            except UserError as error:
+                errors.append(str(error))
     if errors:
         raise UserError(listed(errors, 20, "\n"))
-    width, most = Counter(shape[1] for shape in shapes).most_common(1)[0]
-    if most < len(shapes):
+    widths = Counter(shape[1] for shape in shapes.values())
+    width = max(widths, key=widths.__getitem__, default=0)
+    if len(widths) > 1:
         others = [
-            f"{path.name} {shape[1]}"
-            for path, shape in zip(paths, shapes, strict=True)
+            f"{paths[place].name} {shape[1]}"
+            for place, shape in shapes.items()
             if shape[1] != width
         ]
         raise UserError(
-            f"{folder}: bags of different widths: most have {width}, but {listed(others)};"
+            f"{paths[0].parent}: bags of different widths: most have {width}, but {listed(others)};"
             " one encoder makes one width"
         )
-    lengths = np.array([shape[0] for shape in shapes], np.int64)
-    return FolderBags(paths, keys, lengths, width, max(shape[2] for shape in shapes))
+    lengths = np.zeros(len(paths), np.int64)
+    lengths[list(shapes)] = [shape[0] for shape in shapes.values()]
+    item_bytes = max((shape[2] for shape in shapes.values()), default=0)
+    return FolderBags(tuple(paths), keys, lengths, width, item_bytes)
 
 
 def bag_shape(path: Path, keys: Keys) -> tuple[int, int, int]:
@@ -453,12 +516,23 @@ def bag_shape(path: Path, keys: Keys) -> tuple[int, int, int]:
     """
     if path.suffix == ".pt":
         tensor = load_tensor(path)
-        kind, size = str(tensor.dtype).removeprefix("torch."), tensor.element_size()
-        shape, floating = tuple(tensor.shape), tensor.is_floating_point()
-    else:
-        rows = DatasetRows(path, keys.features, threads=1)
-        shape, kind, size = rows.shape, rows.dtype.name, rows.dtype.itemsize
-        floating = rows.dtype.kind == "f"
+        kind = str(tensor.dtype).removeprefix("torch.")
+        size = bag_size(path, tuple(tensor.shape), kind, floating=tensor.is_floating_point())
+        return *size, tensor.element_size()
+    with open_hdf5(str(path)) as file:
+        dataset = array_of(file, keys.features, follow_links=keys.follow_links)
+        dtype = readable_type(dataset.dtype)
+        size = bag_size(path, dataset.shape, dtype.name, floating=dtype.kind == "f")
+        check_coords(str(path), file, keys, size[0])
+        return *size, dtype.itemsize
+
+
+def bag_size(path: Path, shape: tuple[int, ...], kind: str, *, floating: bool) -> tuple[int, int]:
+    """Instances and width of a bag (n, D) or (1, n, D).
+
+    Raises:
+        UserError: it is empty or something else.
+    """
     shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     if len(shape) != 2 or not floating:
         raise UserError(
@@ -466,10 +540,7 @@ def bag_shape(path: Path, keys: Keys) -> tuple[int, int, int]:
         )
     if not shape[0]:
         raise UserError(f"{path}: the bag has no instance; remove the file")
-    if path.suffix != ".pt":
-        with open_hdf5(str(path)) as file:
-            check_coords(str(path), file, keys.coords, shape[0])
-    return shape[0], shape[1], size
+    return shape
 
 
 def load_tensor(path: Path) -> torch.Tensor:
@@ -535,15 +606,15 @@ class BagSource:
         return int(self.lengths().sum()) * self.reader.width * self.reader.item_bytes
 
 
-def check_bags(folder: FolderBags, *, threads: int) -> None:
-    """Look at every feature of a folder once, so many files at a time.
+def check_bags(folder: FolderBags, bags: np.ndarray, *, threads: int) -> None:
+    """Look at every feature of some bags once, so many files at a time.
 
     Raises:
         UserError: NaN or infinity, with the files that have them.
     """
     with ThreadPoolExecutor(threads) as pool:
-        sound = pool.map(lambda bag: is_finite(folder.read(bag)), range(len(folder.paths)))
-        bad = [path.name for path, fine in zip(folder.paths, sound, strict=True) if not fine]
+        sound = pool.map(lambda bag: is_finite(folder.read(bag)), bags.tolist())
+        bad = [folder.paths[bag].name for bag, fine in zip(bags, sound, strict=True) if not fine]
     if bad:
         raise UserError(
             f"{folder.paths[0].parent}: NaN or infinite features in {len(bad)} bags"

@@ -3,14 +3,17 @@
 h5py serialises all reads of a process behind one lock and inflates in the calling thread. A feature
 file is read only, so its bytes can be fetched where HDF5 says they are: contiguous storage by
 `pread`, chunks (gzip and byte shuffle included) by `pread` and zlib in several threads, which both
-release the interpreter lock. Every other storage goes through h5py.
+release the interpreter lock. Every other storage goes through h5py, and so does a dataset of which
+a few blocks, read both ways when it is opened, differ: the library's answer is the right one.
 
 M rows, D width; a row is one index of the first axis, whatever the other axes are.
 """
 
 import os
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +23,17 @@ import numpy as np
 
 from glovita_lib.errors import UserError, listed
 
+HDF5_AT_LEAST = (1, 14)  # stands in setup.cfg; before it there is no list of all chunks
 DEFLATE, SHUFFLE = 1, 2  # HDF5's numbers of the filters that are read here
 # What is read at a time: long enough to be worth a task of its own, and, as rows between those that
 # are wanted are read into a buffer of this size, small enough that a sparse choice stays cheap.
 PIECE_BYTES = 4 * 2**20
 GAP_BYTES = 64 * 2**10  # an SSD reads about as much in the time in which it finds another place
+PROOF_BYTES = 64 * 2**10  # a block of contiguous rows that is read both ways
+
+
+class UndecodableChunk(Exception):
+    """Bytes of a chunk that the direct reader makes no rows of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,46 +57,101 @@ class ChunkedStorage:
 class DatasetRows:
     """Random access to the rows of one dataset; safe to use from threads and after a fork.
 
+    Args:
+        follow_links: whether links may lead out of the folder of the file, see `dataset_of`.
+        proven: what an earlier object of the same dataset has found of the direct way (`direct`),
+            which is then not proved again.
+
     Raises:
         UserError: the file is not HDF5, is truncated, or has no such dataset.
     """
 
-    def __init__(self, path: str | Path, key: str, *, threads: int) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        key: str,
+        *,
+        threads: int,
+        follow_links: bool = False,
+        proven: bool | None = None,
+    ) -> None:
         self.path, self.key, self.threads = str(path), key, threads
         with open_hdf5(self.path) as file:
-            if key not in file:
-                raise UserError(
-                    f"{path}: no dataset {key!r}; the file has {listed(sorted(file), 20)}"
-                )
-            dataset = file[key]
-            if not hasattr(dataset, "shape") or dataset.shape in ((), None):
-                raise UserError(
-                    f"{path}: {key!r} is no array; say with data.features_key which one is"
-                )
+            dataset = array_of(file, key, follow_links=follow_links)
             self.shape: tuple[int, ...] = dataset.shape
             self.dtype: np.dtype = readable_type(dataset.dtype)
+            self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
             self.chunk_rows: int = dataset.chunks[0] if dataset.chunks else 1
+            self.stored_in: str = dataset.file.filename  # another file where a link leads there
+            self.leaves_room = leaves_room(dataset)
             self.offset = contiguous_offset(dataset)
             self.storage = chunked_storage(dataset)
-        self.row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        if self.offset is not None:
-            self.check_length(self.offset + self.row_bytes * len(self))
-        for chunk in self.storage.chunks.values() if self.storage is not None else ():
-            self.check_length(chunk.offset + chunk.size)
-        self.file = os.open(self.path, os.O_RDONLY)
-        self._pools: dict[int, ThreadPoolExecutor] = {}  # by process
+            self._pools: dict[int, ThreadPoolExecutor] = {}  # by process
+            self.file = os.open(self.stored_in, os.O_RDONLY)
+            self.stamp = stamp_of(self.file)
+            self.is_other = False  # whether the file was replaced since then
+            self.check_length()
+            self.direct = self.is_proven(dataset) if proven is None else proven
+            if not self.direct:
+                self.offset = self.storage = None
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def check_length(self, end: int) -> None:
+    def check_length(self) -> None:
         """Refuse a file that is shorter than what its own tables say."""
-        length = os.path.getsize(self.path)
+        end, length = 0, os.fstat(self.file).st_size
+        if self.offset is not None:
+            end = self.offset + self.row_bytes * len(self)
+        elif self.storage is not None:
+            end = max((at.offset + at.size for at in self.storage.chunks.values()), default=0)
         if end > length:
             raise UserError(
-                f"{self.path}: truncated, dataset {self.key!r} ends at byte {end:,} but the file"
-                f" has {length:,}; write or copy it again"
+                f"{self.stored_in}: truncated, dataset {self.key!r} ends at byte {end:,} but the"
+                f" file has {length:,}; write or copy it again"
             )
+
+    # ------------------------------------------------------------------ proof
+
+    def is_proven(self, dataset: Any) -> bool:
+        """Whether the first, the last and one drawn block of each kind hold the same rows when they
+        are read directly as when the library reads them."""
+        if self.offset is None and self.storage is None:
+            return True
+        return all(self.is_same(start, stop, dataset) for start, stop in self.blocks_of_each_kind())
+
+    def is_same(self, start: int, stop: int, dataset: Any) -> bool:
+        """Whether rows start..stop are the library's; also if neither way can read them."""
+        own, decoded = self.empty(stop - start), True
+        try:
+            self.load(start, stop, own)
+        except UndecodableChunk:
+            decoded = False
+        try:
+            expected = dataset[start:stop]
+        except OSError:
+            return not decoded
+        return decoded and np.array_equal(own, expected, equal_nan=self.dtype.kind == "f")
+
+    def blocks_of_each_kind(self) -> Iterator[tuple[int, int]]:
+        """Ranges of rows: the first, the last and one drawn block of each kind. Kinds of chunks are
+        whole ones and the one that reaches past the last row, those that were written and those
+        that were not, and those of which the same filters were left out."""
+        draw = np.random.default_rng(len(self))
+        if self.storage is None:
+            block = max(1, PROOF_BYTES // max(1, self.row_bytes))
+            kinds = np.zeros(-(-len(self) // block), np.int64)
+        else:
+            block = self.chunk_rows
+            kinds = np.full(-(-len(self) // block), -1)
+            for number, chunk in self.storage.chunks.items():
+                kinds[number] = chunk.skipped
+            if len(self) % block:
+                kinds[-1] = -2
+        for kind in np.unique(kinds):
+            places = np.flatnonzero(kinds == kind)
+            for place in sorted({places[0], draw.choice(places), places[-1]}):
+                yield int(place) * block, min((int(place) + 1) * block, len(self))
 
     # ------------------------------------------------------------------ reading
 
@@ -114,6 +178,10 @@ class DatasetRows:
         """
         out = self.empty(len(rows)) if out is None else out
         pieces = self.pieces(rows)
+        if self.offset is None and self.storage is None:
+            self.is_other = self.is_other or stamp_of(self.stored_in) != self.stamp
+        if self.is_other:
+            raise UserError(f"{self.stored_in}: changed while the program ran; start it again")
         if self.offset is None and self.storage is None:
             with open_hdf5(self.path) as file:
                 self.fill(pieces, rows, out, file[self.key])
@@ -149,8 +217,7 @@ class DatasetRows:
             wanted, target = rows[first:end], out[first:end]
             start, stop = int(wanted[0]), int(wanted[-1]) + 1
             if self.storage is not None:
-                index = start // self.chunk_rows
-                pick(self.chunk(self.storage, index), wanted - index * self.chunk_rows, target)
+                self.decode(self.storage, wanted, target)
             elif stop - start == len(wanted):
                 self.load(start, stop, target, dataset)
             else:
@@ -159,12 +226,41 @@ class DatasetRows:
                 self.load(start, stop, between[: stop - start], dataset)
                 pick(between, wanted - start, target)
 
-    def load(self, start: int, stop: int, out: np.ndarray, dataset: Any) -> None:
-        """Rows start..stop of a storage without chunks, or of one that h5py reads, into `out`."""
-        if self.offset is None:
-            dataset.read_direct(out, np.s_[start:stop])
-        else:
+    def decode(self, storage: ChunkedStorage, wanted: np.ndarray, out: np.ndarray) -> None:
+        """Rows of one chunk, into `out`; the library decides what is damaged."""
+        index = int(wanted[0]) // self.chunk_rows
+        first = index * self.chunk_rows
+        try:
+            values = self.chunk(storage, index)
+        except UndecodableChunk:
+            stop = min(first + self.chunk_rows, len(self))
+            values = self.empty(stop - first)
+            with open_hdf5(self.path) as file:
+                self.ask_library(file[self.key], first, stop, values)
+        pick(values, wanted - first, out)
+
+    def load(self, start: int, stop: int, out: np.ndarray, dataset: Any = None) -> None:
+        """Rows start..stop of a chunk, of a storage without chunks, or of one that h5py reads, into
+        `out`."""
+        if self.storage is not None:
+            out[...] = self.chunk(self.storage, start // self.chunk_rows)[: stop - start]
+        elif self.offset is not None:
             self.pread(out.data, self.offset + start * self.row_bytes)
+        else:
+            self.ask_library(dataset, start, stop, out)
+
+    def ask_library(self, dataset: Any, start: int, stop: int, out: np.ndarray) -> None:
+        """Rows start..stop by h5py, into `out`."""
+        if self.leaves_room:
+            out[...] = 0
+        try:
+            if out.size:
+                dataset.read_direct(out, np.s_[start:stop])
+        except OSError as error:
+            raise UserError(
+                f"{self.stored_in}: rows {start} to {stop - 1} of {self.key!r} are damaged"
+                f" ({error}); write or copy it again"
+            ) from None
 
     # ------------------------------------------------------------------ bytes
 
@@ -180,14 +276,17 @@ class DatasetRows:
         return self._pools[process]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"file": None, "_pools": {}}
+        return self.__dict__ | {"file": -1, "_pools": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.file = os.open(self.path, os.O_RDONLY)
+        with suppress(OSError):
+            self.file = os.open(self.stored_in, os.O_RDONLY)
+        # said when it is read, not while a worker process starts
+        self.is_other = self.file < 0 or stamp_of(self.file) != self.stamp
 
     def __del__(self) -> None:
-        if getattr(self, "file", None) is not None:
+        if getattr(self, "file", -1) >= 0:
             os.close(self.file)
 
     def pread(self, out: memoryview, offset: int) -> None:
@@ -196,7 +295,7 @@ class DatasetRows:
         while done < len(view):
             got = self.pread_some(view[done:], offset + done)
             if not got:
-                raise UserError(f"{self.path}: became shorter while it was read")
+                raise UserError(f"{self.stored_in}: became shorter while it was read")
             done += got
 
     def pread_some(self, view: memoryview, offset: int) -> int:
@@ -204,30 +303,34 @@ class DatasetRows:
         if hasattr(os, "preadv"):
             return os.preadv(self.file, [view], offset)
         # Not on this platform: a file of this read's own, as threads share the place in theirs.
-        with open(self.path, "rb", buffering=0) as file:
+        with open(self.stored_in, "rb", buffering=0) as file:
             file.seek(offset)
             return file.readinto(view)
 
     def chunk(self, storage: ChunkedStorage, index: int) -> np.ndarray:
-        """A whole chunk (chunk_rows, ...); one that was never written holds the fill value."""
+        """A whole chunk (chunk_rows, ...); one that was never written holds the fill value.
+
+        Raises:
+            UndecodableChunk: its bytes do not give as many values.
+        """
         shape, where = (self.chunk_rows, *self.shape[1:]), storage.chunks.get(index)
         if where is None:
             return np.full(shape, storage.fill_value, self.dtype)
         stored = np.empty(where.size, np.uint8).data
         self.pread(stored, where.offset)
         data: bytes | memoryview = stored
-        for number, kind in reversed(list(enumerate(storage.filters))):
-            if not where.skipped >> number & 1:
-                data = inflate(data, self) if kind == DEFLATE else unshuffle(data, self)
-        return np.frombuffer(data, self.dtype).reshape(shape)
+        try:
+            for number, kind in reversed(list(enumerate(storage.filters))):
+                if not where.skipped >> number & 1:
+                    data = inflate(data, self) if kind == DEFLATE else unshuffle(data, self)
+            return np.frombuffer(data, self.dtype).reshape(shape)
+        except (zlib.error, ValueError) as error:
+            raise UndecodableChunk from error
 
 
 def inflate(data: bytes | memoryview, rows: DatasetRows) -> bytes:
     """Undo gzip."""
-    try:
-        return zlib.decompress(data, bufsize=rows.chunk_rows * rows.row_bytes)
-    except zlib.error as error:
-        raise UserError(f"{rows.path}: damaged chunk in {rows.key!r} ({error})") from None
+    return zlib.decompress(data, bufsize=rows.chunk_rows * rows.row_bytes)
 
 
 def unshuffle(data: bytes | memoryview, rows: DatasetRows) -> memoryview:
@@ -261,21 +364,45 @@ def pick(values: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
 # ---------------------------------------------------------------------- what HDF5 says
 
 
-def open_hdf5(path: str) -> Any:
-    """An open h5py file.
+@contextmanager
+def open_hdf5(path: str) -> Iterator[Any]:
+    """An open h5py file; what the library cannot read in it is the user's mistake.
 
     Raises:
-        UserError: missing, truncated, or not HDF5.
+        UserError: missing, truncated, not HDF5, or damaged; or h5py has an older HDF5.
     """
     import h5py
 
+    if h5py.version.hdf5_version_tuple < HDF5_AT_LEAST:
+        raise UserError(
+            f"h5py was built with HDF5 {h5py.version.hdf5_version}, at least"
+            f" {'.'.join(map(str, HDF5_AT_LEAST))} is needed: pip install --force-reinstall h5py"
+        )
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
+    except BlockingIOError as error:
+        raise UserError(f"{path}: another program writes it ({error}); wait for its end") from None
     except OSError as error:
         reason = "truncated" if "truncated" in str(error) else "not an HDF5 file, or a damaged one"
         raise UserError(f"{path}: {reason} ({error})") from None
+    with file:
+        try:
+            yield file
+        except (OSError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"{path}: damaged ({said}); write or copy it again") from None
+
+
+def stamp_of(file: str | int) -> tuple[int, int] | None:
+    """What tells a file, of a name or a descriptor, from another one under the same name: size and
+    time of change; None where there is none."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def readable_type(dtype: np.dtype) -> np.dtype:
@@ -286,14 +413,29 @@ def readable_type(dtype: np.dtype) -> np.dtype:
 
 def contiguous_offset(dataset: Any) -> int | None:
     """Where a contiguous dataset of native numbers begins in its file; None if it is not that."""
-    if dataset.chunks or dataset.external or dataset.is_virtual or converts(dataset):
+    if dataset.chunks or dataset.is_virtual or converts(dataset):
         return None
     return dataset.id.get_offset()
 
 
 def converts(dataset: Any) -> bool:
-    """Whether its numbers are given in another type than they are stored in."""
-    return readable_type(dataset.dtype) != dataset.dtype
+    """Whether its numbers are given in another type than they are stored in: h5py gives bfloat16,
+    which numpy lacks, as float32."""
+    from h5py import h5t
+
+    if dataset.dtype.kind not in "iuf" or readable_type(dataset.dtype) != dataset.dtype:
+        return True
+    return not dataset.id.get_type().equal(h5t.py_create(dataset.dtype))
+
+
+def leaves_room(dataset: Any) -> bool:
+    """Whether the library leaves places of a buffer as they are, where nothing was written and no
+    fill value is to be used; h5py's own buffers hold zeros there."""
+    from h5py import h5d
+
+    plist = dataset.id.get_create_plist()
+    never = plist.get_fill_time() == h5d.FILL_TIME_NEVER
+    return dataset.is_virtual or never or not plist.fill_value_defined()
 
 
 def chunked_storage(dataset: Any) -> ChunkedStorage | None:
@@ -301,8 +443,7 @@ def chunked_storage(dataset: Any) -> ChunkedStorage | None:
     whole_rows = dataset.chunks and dataset.chunks[1:] == dataset.shape[1:]
     if not whole_rows or dataset.is_virtual or converts(dataset):
         return None
-    plist = dataset.id.get_create_plist()
-    filters = tuple(plist.get_filter(i)[0] for i in range(plist.get_nfilters()))
+    filters = tuple(filter_numbers(dataset))
     if not set(filters) <= {DEFLATE, SHUFFLE}:
         return None
     chunks: dict[int, Chunk] = {}
@@ -312,4 +453,165 @@ def chunked_storage(dataset: Any) -> ChunkedStorage | None:
         chunks[number] = Chunk(info.byte_offset, info.size, info.filter_mask)
 
     dataset.id.chunk_iter(note)
-    return ChunkedStorage(filters, chunks, dataset.fillvalue)
+    return ChunkedStorage(filters, chunks, 0 if leaves_room(dataset) else dataset.fillvalue)
+
+
+def filter_numbers(dataset: Any) -> list[int]:
+    """HDF5's numbers of the filters, in the order of writing."""
+    plist = dataset.id.get_create_plist()
+    return [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+
+
+# ---------------------------------------------------------------------- links
+#
+# A feature file may hold its datasets itself or link to other HDF5 files, and what such a file says
+# is not the user's word: it must not make the program read any other file as features.
+
+NAME_ANOTHER = "say with data.features_key, data.labels_key ... which one is meant"
+
+
+def dataset_of(
+    file: Any, key: str, *, follow_links: bool, parents: tuple[tuple[str, str], ...] = ()
+) -> Any:
+    """The dataset of a name, wherever links lead; None if there is none.
+
+    External links and the sources of virtual datasets may lie in HDF5 files in the folder of the
+    linking file, or below it.
+
+    Args:
+        file: an open h5py file.
+        follow_links: whether they may lie elsewhere, too.
+        parents: files and names of the virtual datasets that it is a source of.
+
+    Raises:
+        UserError: a link that leads nowhere or elsewhere, no array, numbers outside of HDF5 files,
+        or a filter that is not installed.
+    """
+    import h5py
+
+    path = file.filename
+    try:
+        found = file[key]
+    except KeyError as error:
+        if is_absent(file, key):
+            return None
+        reason = error.args[0] if error.args else error
+        raise UserError(
+            f"{path}: {key!r} cannot be opened{aim(file, key)} ({reason}); correct the link, or"
+            " copy the dataset into the file"
+        ) from None
+    if not isinstance(found, h5py.Dataset) or found.shape is None:
+        raise UserError(f"{path}: {key!r} is no array; {NAME_ANOTHER}")
+    try:
+        found.dtype  # noqa: B018
+    except TypeError as error:
+        raise UserError(f"{path}: {key!r} is of a type that numpy has not ({error})") from None
+    refuse_outside(path, key, found.file.filename, follow_links=follow_links)
+    if found.external:
+        raise UserError(
+            f"{path}: {key!r} keeps its numbers in files that are not HDF5"
+            f" ({found.external[0][0]}); copy it into the file"
+        )
+    absent = [code for code in filter_numbers(found) if not h5py.h5z.filter_avail(code)]
+    if absent:
+        raise UserError(
+            f"{path}: {key!r} is compressed with HDF5's filter {absent[0]}, which is not installed;"
+            " write it with gzip or without, or name the plugin's folder in HDF5_PLUGIN_PATH"
+        )
+    if found.is_virtual:
+        parents = (*parents, (os.path.realpath(found.file.filename), "/" + key.lstrip("/")))
+        check_sources(found, key, follow_links=follow_links, parents=parents)
+    return found
+
+
+def array_of(file: Any, key: str, *, follow_links: bool) -> Any:
+    """The dataset of a name, which must have rows.
+
+    Raises:
+        UserError: there is none, or as `dataset_of`.
+    """
+    found = dataset_of(file, key, follow_links=follow_links)
+    if found is None:
+        raise UserError(
+            f"{file.filename}: no dataset {key!r}; the file has {listed(sorted(file), 20)}"
+        )
+    if found.shape == ():
+        raise UserError(f"{file.filename}: {key!r} is no array; {NAME_ANOTHER}")
+    return found
+
+
+def is_absent(file: Any, key: str) -> bool:
+    """Whether a name does not stand in the file, not even as a link that leads nowhere."""
+    group, parts = file, [part for part in key.split("/") if part not in ("", ".")]
+    for part in parts[:-1]:
+        if not group.id.links.exists(part.encode()):
+            return True
+        group = group.get(part)
+        if group is None or not hasattr(group, "keys"):  # a link that leads nowhere, or an array
+            return group is not None
+    return not parts or not group.id.links.exists(parts[-1].encode())
+
+
+def aim(file: Any, key: str) -> str:
+    """Where the first external link of a name leads, in words."""
+    import h5py
+
+    names = [part for part in key.split("/") if part not in ("", ".")]
+    for end in range(1, len(names) + 1):
+        link = file.get("/".join(names[:end]), getlink=True)
+        if isinstance(link, h5py.ExternalLink):
+            return f", it leads to {link.path!r} of {link.filename}"
+        if isinstance(link, h5py.SoftLink):
+            return f", it leads to {link.path!r}"
+    return ""
+
+
+def refuse_outside(path: str, key: str, target: str, *, follow_links: bool) -> None:
+    """A file that another one refers to lies in its folder or below.
+
+    Raises:
+        UserError: it does not, and `follow_links` does not allow that.
+    """
+    where, own = Path(target).resolve(), Path(path)
+    folders = own.parent.resolve(), own.resolve().parent  # of a link to the file, and of the file
+    if not follow_links and not any(where.is_relative_to(folder) for folder in folders):
+        raise UserError(
+            f"{path}: {key!r} lies in another file outside of its folder, {where};"
+            " data.follow_links = true reads it all the same"
+        )
+
+
+def check_sources(
+    dataset: Any, key: str, *, follow_links: bool, parents: tuple[tuple[str, str], ...]
+) -> None:
+    """The sources of a virtual dataset are there; the library would give the fill value instead.
+
+    Raises:
+        UserError: one is not, or is none that may be read, see `dataset_of`.
+    """
+    path = dataset.file.filename
+    for name, wanted in {(s.file_name, s.dset_name) for s in dataset.virtual_sources()}:
+        what = f"{path}: the virtual dataset {key!r} takes rows from {wanted!r} of {name}"
+        if "%b" in name + wanted:
+            raise UserError(f"{what}, a pattern of names; copy its rows into one dataset")
+        source = path if name == "." else source_path(path, name)
+        if source is None:
+            raise UserError(f"{what}, which is not there; copy it back")
+        refuse_outside(path, key, source, follow_links=follow_links)
+        if (os.path.realpath(source), "/" + wanted.lstrip("/")) in parents:
+            raise UserError(f"{what}, and so from itself")
+        with open_hdf5(source) as file:
+            if dataset_of(file, wanted, follow_links=follow_links, parents=parents) is None:
+                raise UserError(f"{what}, which the file has not; copy it back")
+
+
+def source_path(path: str, name: str) -> str | None:
+    """The file that the library takes for a source of a virtual dataset of `path`, where it is not
+    told otherwise by HDF5_VDS_PREFIX; None if there is none. It is sought in this order: as named,
+    if absolute; in the folder of `path`; where the program runs; where a link `path` leads. What
+    stays of an absolute name that is not there is its last part."""
+    relative = os.path.basename(name) if os.path.isabs(name) else name
+    folders = (os.path.dirname(path), os.curdir, os.path.dirname(os.path.realpath(path)))
+    tried = [name] if os.path.isabs(name) else []
+    tried += [os.path.join(folder, relative) for folder in folders]
+    return next((place for place in tried if os.path.isfile(place)), None)

@@ -213,7 +213,10 @@ def wanted_split(root: Root, resolved: Resolved, ranks: dist.Ranks) -> tuple[str
     """
     spec = root.infer
     if spec.input is not None:
-        return Path(spec.input).stem, new_samples(resolved.inputs, spec.input, root.data)
+        split, notes = new_samples(resolved.inputs, spec.input, root.data)
+        if notes and ranks.is_main:
+            say("\n".join(f"note: {note}" for note in notes))
+        return Path(spec.input).stem, split
     data = read_data(root, ranks)
     check_samples(resolved.inputs, root.data, data, "the checkpoint")
     check_classes(data, resolved)
@@ -225,8 +228,8 @@ def wanted_split(root: Root, resolved: Resolved, ranks: dist.Ranks) -> tuple[str
 
 
 @singledispatch
-def new_samples(inputs: Inputs, path: str, data: BaseData) -> Split:
-    """Samples without labels, of the kind that the model takes.
+def new_samples(inputs: Inputs, path: str, data: BaseData) -> tuple[Split, list[str]]:
+    """Samples without labels, of the kind that the model takes, and lines about them.
 
     Raises:
         UserError: there are none.
@@ -235,18 +238,19 @@ def new_samples(inputs: Inputs, path: str, data: BaseData) -> Split:
 
 
 @new_samples.register
-def _(inputs: ImageInputs, path: str, data: BaseData) -> Split:
+def _(inputs: ImageInputs, path: str, data: BaseData) -> tuple[Split, list[str]]:
     images = data if isinstance(data, GenericImageData) else GenericImageData()
-    return build_unlabelled(
+    split = build_unlabelled(
         path,
         channels=inputs.channels,
         bit_depth=inputs.bit_depth,
         allowed_exts=images.allowed_exts,
     )
+    return split, []
 
 
 @new_samples.register
-def _(inputs: VectorInputs | BagInputs, path: str, data: BaseData) -> Split:
+def _(inputs: VectorInputs | BagInputs, path: str, data: BaseData) -> tuple[Split, list[str]]:
     names = data if isinstance(data, PrecomputedData) else PrecomputedData()
     return unlabelled_features(Path(path), names, kind=inputs.kind, width=inputs.width)
 

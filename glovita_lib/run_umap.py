@@ -160,6 +160,7 @@ def samples_of_features(
         image=None,
         total=int(sum(part.sum() for part in lengths.values())),
         name=data.name,
+        notes=tuple(data.report),
     )
     refuse_nan(found)
     return found
@@ -241,10 +242,10 @@ def open_input(path: Path, data: Spec) -> Data:
     source = collection.source(np.arange(len(collection.ids)))
     split, samples = Split(collection.ids, None, source), collection.samples
     if collection.labels is None:
-        return Data(str(path), {"": split}, "multiclass", (), samples)
+        return Data(str(path), {"": split}, "multiclass", (), samples, collection.notes())
     found = encode_labels(PrecomputedData(), [collection], of_table=False)
     subtask, class_names, (split.targets,) = found
-    return Data(str(path), {"": split}, subtask, class_names, samples)
+    return Data(str(path), {"": split}, subtask, class_names, samples, collection.notes())
 
 
 # -------------------------------------------------------------------------------- embeddings

@@ -376,6 +376,9 @@ class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset")
     """Dataset of the groups."""
     coords_key: str = "coords"
     """Dataset of the coordinates, one row an instance."""
+    follow_links: bool = False
+    """Whether links in a feature file to other HDF5 files are followed, too, where these do not lie
+    in its folder or below: the file then decides what is read."""
     standardize: bool = False
     """Whether features are brought to mean 0 and deviation 1 over the train split, for features
     that no network made; the figures are kept in every checkpoint."""

@@ -468,3 +468,113 @@ def test_numbers_beyond_any_type_are_one_line(tmp_path):
         UserError, match=r"f.h5: the label .* must be a finite number of float32.*; wrong: 0, 1"
     ):
         build(tmp_path, train_features_file=name, labels_file="labels.csv")
+
+
+def spoiled(folder, how):
+    """A bag that cannot be used."""
+    if how == "nan":
+        write(folder / "bad.h5", features=np.full((3, 64), np.nan, np.float32))
+    elif how == "width":
+        write(folder / "bad.h5", features=X[:3, :60])
+    elif how == "damaged":
+        (folder / "bad.h5").write_bytes(b"no HDF5")
+    elif how == "empty":
+        write(folder / "bad.h5", features=X[:0])
+    else:
+        (folder / "bad.pt").write_bytes(b"no tensor")
+
+
+@pytest.mark.parametrize("how", ["nan", "width", "damaged", "empty", "tensor"])
+def test_bags_that_nothing_lists_are_not_opened(tmp_path, how):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for number in range(6):
+        write(folder / f"s{number}.h5", features=X[number : number + 4])
+    spoiled(folder, how)
+    good = "".join(f"s{n},{n % 2},{['train', 'val'][n > 3]}\n" for n in range(6))
+    (tmp_path / "labels.csv").write_text("id,label,split\n" + good)
+    given = {"features_file": "slides", "labels_file": "labels.csv"}
+    assert len(build(tmp_path, **given, split_source="kfold", n_folds=3).splits["train"]) > 0
+    data = build(tmp_path, **given, split_source="csv")
+    source = data.splits["val"].source
+    np.testing.assert_array_equal(source.fetch(np.array([1]))[0], X[5:9])
+    # a row of the table that no split uses
+    (tmp_path / "labels.csv").write_text(f"id,label,split\n{good}bad,1,\n")
+    assert list(map(len, build(tmp_path, **given, split_source="csv").splits.values())) == [4, 2]
+    splits = {"train": ["s0", "s1", "s2", "s3"], "val": ["s4"]}
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    build(tmp_path, **given, split_source="splits_json", split_file="splits.json")
+    (tmp_path / "splits.json").write_text(json.dumps(splits | {"test": ["bad"]}))
+    with pytest.raises(UserError, match="bad"):
+        build(tmp_path, **given, split_source="splits_json", split_file="splits.json")
+    with pytest.raises(UserError, match="bad"):
+        build(tmp_path, **given, split_source="kfold", n_folds=3)
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["x"], "val": ["y"]}))
+    with pytest.raises(UserError, match="1 ids of train are not in"):
+        build(tmp_path, **given, split_source="splits_json", split_file="splits.json")
+
+
+def test_rows_that_nothing_lists_may_be_bad(tmp_path):
+    """NaN, an empty bag, an id that occurs twice: of samples that are not used."""
+    ptr = np.array([0, 3, 3, 8, 12, 15, 20])
+    features = X[:20].copy()
+    features[12:15] = np.nan
+    names = np.array(["a", "empty", "b", "c", "nan", "d"], object)
+    write(tmp_path / "all.h5", features=features, bag_ptr=ptr, ids=names)
+    given = {"features_file": "all.h5", "labels_file": "labels.csv", "split_source": "kfold"}
+    (tmp_path / "labels.csv").write_text("id,label\na,0\nb,1\nc,0\nd,1\n")
+    data = build(tmp_path, **given, n_folds=3)
+    for split in data.splits.values():
+        for row, name in enumerate(split.ids):
+            begin = {"a": 0, "b": 3, "c": 8, "d": 15}[name]
+            bag = split.source.fetch(np.array([row]))[0]
+            np.testing.assert_array_equal(bag, X[begin : begin + len(bag)])
+    for name, said in (("nan", "1 samples .nan."), ("empty", "1 bags have no instance .bags 1.")):
+        (tmp_path / "labels.csv").write_text(f"id,label\na,0\nb,1\nc,0\n{name},1\n")
+        with pytest.raises(UserError, match=said):
+            build(tmp_path, **given, n_folds=3)
+    names[[1, 4]] = "twice"
+    write(tmp_path / "all.h5", features=X[:6], ids=names)
+    (tmp_path / "labels.csv").write_text("id,label\na,0\nb,1\nc,0\nd,1\n")
+    build(tmp_path, **given, n_folds=3)
+    (tmp_path / "labels.csv").write_text("id,label\na,0\nb,1\nc,0\ntwice,1\n")
+    with pytest.raises(UserError, match="id 'twice' is that of 2 samples"):
+        build(tmp_path, **given, n_folds=3)
+
+
+def test_features_behind_a_link_are_those_of_the_other_file(tmp_path):
+    (tmp_path / "store").mkdir()
+    ids = np.array([f"s{n}" for n in range(100)], object)
+    write(tmp_path / "store" / "x.h5", room=X, features=X[:100], labels=Y[:100], ids=ids)
+    for name, target in (("below", "store/x.h5"), ("out", "../x.h5")):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["before"] = np.ones(5000)
+            for key in ("features", "labels", "ids"):
+                file[key] = h5py.ExternalLink(target, key)
+    split = build(tmp_path, train_features_file="below.h5").splits["train"]
+    np.testing.assert_array_equal(split.source.fetch(np.arange(100)), X[:100])
+    np.testing.assert_array_equal(split.targets, Y[:100])
+    assert split.ids == ids.tolist()
+    with pytest.raises(UserError, match=r"'features' cannot be opened, it leads to 'features' of"):
+        build(tmp_path, train_features_file="out.h5")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (tmp_path / "store" / "x.h5").rename(tmp_path / "x.h5")
+    (tmp_path / "out.h5").rename(inner / "out.h5")
+    with pytest.raises(UserError, match=r"'features' lies in another file outside of its folder"):
+        build(inner, train_features_file="out.h5")
+    split = build(inner, train_features_file="out.h5", follow_links=True).splits["train"]
+    np.testing.assert_array_equal(split.source.fetch(np.arange(100)), X[:100])
+
+
+@pytest.mark.parametrize("key", ["labels", "ids", "groups", "coords", "bag_ptr"])
+def test_no_table_is_read_from_files_that_are_not_hdf5(tmp_path, key):
+    name = ragged(tmp_path)
+    np.arange(100).tofile(tmp_path / "secret")
+    shape = {"coords": (50, 2), "bag_ptr": (11,)}.get(key, (10,))
+    with h5py.File(tmp_path / name, "a") as file:
+        if key in file:
+            del file[key]
+        file.create_dataset(key, shape, np.int64, external=[("secret", 0, h5py.h5f.UNLIMITED)])
+    with pytest.raises(UserError, match=f"'{key}' keeps its numbers in files that are not HDF5"):
+        build(tmp_path, train_features_file=name, follow_links=True)

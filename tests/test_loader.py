@@ -592,10 +592,10 @@ def test_vectors_are_held_with_every_chunk_inflated_once(tmp_path, monkeypatch, 
     for name in storage:
         vectors = DatasetRows(tmp_path / name, "features", threads=2)
         source = VectorSource(vectors, np.arange(0, len(values), every))
-        opened.clear()
+        opened.clear(), inflated.clear()  # those of the proof
         rows = np.arange(5, len(source.index))
         held = hold(source, rows, fit=None, threads=2, shown=False)
         np.testing.assert_array_equal(held.samples, values[::every][5:])
         assert held.uniform == (64,) and not held.fitted
         assert len(opened) == (name == "lzf")
-    assert len(inflated) == 11
+        assert len(inflated) == (11 if name == "gzip" else 0)

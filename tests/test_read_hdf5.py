@@ -1,5 +1,6 @@
 """Rows read past h5py equal rows read through it, whatever the storage."""
 
+import configparser
 import multiprocessing
 import os
 import pickle
@@ -7,6 +8,7 @@ import time
 import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -179,7 +181,7 @@ def test_a_damaged_chunk_is_named(tmp_path):
     with open(path, "r+b") as file:
         file.seek(chunk.offset + 10)
         file.write(bytes(200))
-    with pytest.raises(UserError, match="damaged chunk"):
+    with pytest.raises(UserError, match=r"rows 384 to 511 of .features. are damaged"):
         rows.read(0, len(rows))
     os.truncate(path, chunk.offset + 10)
     with pytest.raises(UserError, match="became shorter while it was read"):
@@ -221,3 +223,175 @@ def test_threads_after_a_fork(tmp_path):
     is_done = worker.exitcode == 0
     worker.kill()
     assert is_done
+
+
+def test_the_bounds_of_the_libraries(tmp_path, monkeypatch):
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parents[1] / "setup.cfg")
+    bound = settings["glovita:libraries"]["hdf5"]
+    assert tuple(map(int, bound.split("."))) == read_hdf5.HDF5_AT_LEAST
+    assert h5py.version.hdf5_version_tuple >= read_hdf5.HDF5_AT_LEAST
+    asked = settings["options"]["install_requires"].split()
+    (h5py_bound,) = [entry for entry in asked if entry.startswith("h5py>=")]
+    wanted = tuple(map(int, h5py_bound.removeprefix("h5py>=").split(".")))
+    assert h5py.version.version_tuple[: len(wanted)] >= wanted
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["features"] = DIGITS
+    monkeypatch.setattr(h5py.version, "hdf5_version_tuple", (1, 10, 10))
+    with pytest.raises(UserError, match=rf"HDF5 .*, at least {bound} is needed: pip install"):
+        DatasetRows(tmp_path / "f.h5", "features", threads=1)
+
+
+def refused(path, key="features", **options):
+    """The line that ends the opening of a dataset."""
+    with pytest.raises(UserError) as raised:
+        DatasetRows(path, key, threads=1, **options)
+    assert len(str(raised.value).splitlines()) == 1
+    return str(raised.value)
+
+
+def test_links_out_of_the_folder_ask_for_leave(tmp_path):
+    (tmp_path / "own" / "below").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for folder in ("own/below", "other"):
+        with h5py.File(tmp_path / folder / "far.h5", "w") as file:
+            file["before"] = np.ones(1000)
+            file["x"] = DIGITS
+    with h5py.File(tmp_path / "own" / "f.h5", "w") as file:
+        file["below"] = h5py.ExternalLink("below/far.h5", "x")
+        file["other"] = h5py.ExternalLink("../other/far.h5", "x")
+        file["gone"] = h5py.ExternalLink("gone.h5", "x")
+        file["loose"] = h5py.SoftLink("/nothing")
+        layout = h5py.VirtualLayout(DIGITS.shape, DIGITS.dtype)
+        layout[...] = h5py.VirtualSource("../other/far.h5", "x", DIGITS.shape)
+        file.create_virtual_dataset("virtual", layout)
+    path = tmp_path / "own" / "f.h5"
+    (tmp_path / "link.h5").symlink_to(path)
+    for place in (path, tmp_path / "link.h5"):
+        rows = DatasetRows(place, "below", threads=1)
+        assert rows.direct and rows.offset is not None
+        np.testing.assert_array_equal(rows.take(np.array([7, 3])), DIGITS[[7, 3]])
+    for key in ("other", "virtual"):
+        said = refused(path, key)
+        assert "outside of its folder" in said and "data.follow_links = true" in said
+        rows = DatasetRows(path, key, threads=1, follow_links=True)
+        np.testing.assert_array_equal(rows.read(0, len(rows)), DIGITS)
+    assert "leads to 'x' of gone.h5" in refused(path, "gone")
+    assert "leads to '/nothing'" in refused(path, "loose")
+    assert "no dataset 'gon'" in refused(path, "gon")
+    assert "no dataset 'below/x'" in refused(path, "below/x")
+
+
+def test_numbers_outside_of_hdf5_files_are_never_read(tmp_path):
+    """A feature file must not make the program read any file as floats."""
+    DIGITS.tofile(tmp_path / "secret")
+    with h5py.File(tmp_path / "raw.h5", "w") as file:
+        file.create_dataset(
+            "x", DIGITS.shape, DIGITS.dtype, external=[("secret", 0, h5py.h5f.UNLIMITED)]
+        )
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["linked"] = h5py.ExternalLink("raw.h5", "x")
+        layout = h5py.VirtualLayout(DIGITS.shape, DIGITS.dtype)
+        layout[...] = h5py.VirtualSource("raw.h5", "x", DIGITS.shape)
+        file.create_virtual_dataset("virtual", layout)
+    for name, key in (("raw.h5", "x"), ("f.h5", "linked"), ("f.h5", "virtual")):
+        for follow in (False, True):
+            said = refused(tmp_path / name, key, follow_links=follow)
+            assert "keeps its numbers in files that are not HDF5 (secret)" in said
+
+
+def virtual(path, key, source, name):
+    """Add a virtual dataset of one source, or of as many as a pattern of names finds."""
+    kind, rows = h5py.h5t.IEEE_F64LE, h5py.h5s.create_simple(DIGITS.shape)
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    space = rows
+    if "%b" in source:
+        space = h5py.h5s.create_simple(DIGITS.shape, (h5py.h5s.UNLIMITED, DIGITS.shape[1]))
+        many = (h5py.h5s.UNLIMITED, 1)
+        space.select_hyperslab((0, 0), many, stride=DIGITS.shape, block=DIGITS.shape)
+    plist.set_virtual(space, source.encode(), name.encode(), rows)
+    with h5py.File(path, "a", libver="latest") as file:
+        h5py.h5d.create(file.id, key.encode(), kind, space, plist)
+
+
+def test_sources_of_virtual_datasets_are_there(tmp_path):
+    """The library would give zeros in their place."""
+    path = tmp_path / "f.h5"
+    with h5py.File(tmp_path / "far.h5", "w") as file:
+        file["x"] = DIGITS
+    virtual(path, "absolute", "/moved/far.h5", "x")  # its name alone, in the own folder
+    virtual(path, "chain", ".", "absolute")
+    virtual(path, "gone", "gone.h5", "x")
+    virtual(path, "other", "far.h5", "y")
+    virtual(path, "itself", "f.h5", "itself")
+    virtual(path, "one", ".", "two")
+    virtual(path, "two", "f.h5", "/one")
+    virtual(path, "pattern", "far%b.h5", "x")
+    for key in ("absolute", "chain"):
+        rows = DatasetRows(path, key, threads=1)
+        np.testing.assert_array_equal(rows.read(0, len(rows)), DIGITS)
+    assert "'x' of gone.h5, which is not there" in refused(path, "gone")
+    assert "'y' of far.h5, which the file has not" in refused(path, "other")
+    assert "and so from itself" in refused(path, "itself")
+    assert "and so from itself" in refused(path, "one")
+    assert "a pattern of names" in refused(path, "pattern")
+
+
+@pytest.mark.parametrize("present", ["abcd", "bcd", "cd", "d"])
+def test_sources_are_sought_where_the_library_seeks_them(tmp_path, monkeypatch, present):
+    """The one that is checked is the one that is read."""
+    folders = {"a": "named", "b": "links", "c": "here", "d": "real"}
+    for number, folder in enumerate(folders.values()):
+        (tmp_path / folder).mkdir()
+        if folder[0] in [folders[letter][0] for letter in present]:
+            with h5py.File(tmp_path / folder / "far.h5", "w") as file:
+                file["x"] = np.full_like(DIGITS, number)
+    virtual(tmp_path / "real" / "f.h5", "absolute", str(tmp_path / "named" / "far.h5"), "x")
+    virtual(tmp_path / "real" / "f.h5", "relative", "far.h5", "x")
+    (tmp_path / "links" / "f.h5").symlink_to(tmp_path / "real" / "f.h5")
+    monkeypatch.chdir(tmp_path / "here")
+    path = str(tmp_path / "links" / "f.h5")
+    for key, name in (("absolute", str(tmp_path / "named" / "far.h5")), ("relative", "far.h5")):
+        with h5py.File(path) as file, h5py.File(read_hdf5.source_path(path, name)) as source:
+            assert source["x"][0, 0] == file[key][0, 0]
+
+
+def test_a_filter_that_is_not_there_is_named(tmp_path):
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_chunk((100, 64))
+        plist.set_filter(32999, h5py.h5z.FLAG_OPTIONAL)
+        kind, space = h5py.h5t.IEEE_F64LE, h5py.h5s.create_simple(DIGITS.shape)
+        h5py.h5d.create(file.id, b"features", kind, space, plist)
+    assert "filter 32999, which is not installed" in refused(tmp_path / "f.h5")
+
+
+def test_damage_is_one_line_whoever_reads(tmp_path):
+    path = tmp_path / "f.h5"
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset("features", data=DIGITS, chunks=(128, 64), fletcher32=True)
+        place = data.id.get_chunk_info(5).byte_offset
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(bytes(range(200)))
+    rows = DatasetRows(path, "features", threads=2)
+    np.testing.assert_array_equal(rows.read(0, 640), DIGITS[:640])
+    with pytest.raises(UserError, match=r"of 'features' are damaged"):
+        rows.read(600, 700)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "lzf", "chunks": (100, 64)}])
+def test_a_file_that_is_replaced_is_not_read_as_the_first_one(tmp_path, options):
+    path = tmp_path / "f.h5"
+    for values in (DIGITS, DIGITS + 1):
+        with h5py.File(path, "w") as file:
+            file["room"] = np.zeros(int(values[0, 0]) * 100)
+            file.create_dataset("features", data=values, **options)
+        if values is DIGITS:
+            sent = pickle.dumps(DatasetRows(path, "features", threads=1))
+    rows = pickle.loads(sent)
+    with pytest.raises(UserError, match="changed while the program ran"):
+        rows.read(0, 5)
+    path.unlink()
+    with pytest.raises(UserError, match="changed while the program ran"):
+        pickle.loads(sent).read(0, 5)
