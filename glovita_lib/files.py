@@ -124,7 +124,7 @@ def remove(path: Path) -> None:
 # ---------------------------------------------------------------------- formats
 
 
-def write_bytes(path: Path | str, content: bytes) -> None:
+def write_bytes(path: Path | str, content: bytes | memoryview) -> None:
     """Bytes, whole or not at all."""
     with atomic_write(path) as file:
         file.write(content)
