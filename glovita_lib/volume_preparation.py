@@ -185,10 +185,12 @@ def stored_type(voxels: np.ndarray, dtype: str) -> np.ndarray:
 def foreground_mask(voxels: np.ndarray, what: float | str) -> np.ndarray:
     """Voxels (X, Y, Z) that are foreground in any channel (C, X, Y, Z)."""
     if what == "nonzero":
-        return (voxels != 0).any(0)
-    if what == "otsu":
-        return np.stack([channel > otsu(channel) for channel in voxels]).any(0)
-    return (voxels > what).any(0)
+        found = voxels != 0
+    elif what == "otsu":
+        found = np.stack([channel > otsu(channel) for channel in voxels])
+    else:
+        found = voxels > float(what)
+    return np.asarray(found.any(0))
 
 
 def otsu(values: np.ndarray, bins: int = 256) -> float:
