@@ -27,6 +27,7 @@ from glovita_lib.errors import UserError
 # processes as soon as one of them fails, so a long time never hides a crash.
 TIMEOUT = timedelta(hours=2)
 WORD = (1 << 64) - 1
+DROPOUT = 0  # number of the random stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +148,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
-    """Seed torch's generators, the stream of dropout and stochastic depth, for one step.
+def seed_batch(seed: int, epoch: int, place: int) -> None:
+    """Seed torch's generators, the stream of dropout and stochastic depth, for one batch, which is
+    known by its place in the order of the epoch.
 
     Only those of devices in use: torch.manual_seed keeps the seed, with a stack trace, for every
     kind of device that may still start, which takes 3 ms a step and memory that only grows.
     """
-    number = hash_seed(seed, epoch, step, rank)
+    number = hash_seed(seed, epoch, place, DROPOUT)
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)

@@ -91,8 +91,12 @@ class Experiment:
         """Autocast type on this device: no, bf16 or fp16."""
         return resolve_precision(self.root.training.precision, self.ranks.device)
 
-    def loader(self, split: Split, *, train: bool) -> Loader:
-        """Batches of a split, with the geometry of the policy that it is used with."""
+    def loader(self, split: Split, *, train: bool, step_size: int | None = None) -> Loader:
+        """Batches of a split, with the geometry of the policy that it is used with.
+
+        Args:
+            step_size: samples of an optimizer step over all ranks; none: as the spec says.
+        """
         objective, spec = self.objective, self.root.dataloading
         return build_split_loader(
             self.resolved.inputs,
@@ -104,6 +108,8 @@ class Experiment:
             ranks=self.ranks,
             batch_size=spec.batch_size if train else self.resolved.eval_batch_size,
             pool=self.pool,
+            step_size=step_size,
+            accumulation=self.root.training.gradient_accumulation_steps,
         )
 
     @contextmanager
@@ -202,16 +208,29 @@ def assemble(
     return Experiment(root, resolved, model, objective, ranks)
 
 
-def build_trainer(experiment: Experiment, data: Data, hooks: Hooks) -> Trainer:
-    """The loop over the train split, with evaluations of the val split where there is one."""
+def samples_per_step(root: Root, world: int) -> int:
+    """Samples of an optimizer step of a run that is started on so many ranks."""
+    return root.dataloading.batch_size * root.training.gradient_accumulation_steps * world
+
+
+def build_trainer(
+    experiment: Experiment, data: Data, hooks: Hooks, step_size: int | None = None
+) -> Trainer:
+    """The loop over the train split, with evaluations of the val split where there is one.
+
+    Args:
+        step_size: samples of an optimizer step over all ranks, of a run that is continued; none:
+            as the spec says.
+    """
     root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
     val, steps = data.splits.get("val"), root.training.val_steps_per_epoch
     if val is not None and steps is not None:
-        val = some_of(val, steps * resolved.eval_batch_size * ranks.world, root.seed)
+        world = ranks.world if step_size is None else step_size // samples_per_step(root, 1)
+        val = some_of(val, steps * resolved.eval_batch_size * world, root.seed)
     return Trainer(
         experiment.model,
         experiment.objective,
-        train_loader=experiment.loader(data.splits["train"], train=True),
+        train_loader=experiment.loader(data.splits["train"], train=True, step_size=step_size),
         val_loader=experiment.loader(val, train=False) if val is not None and len(val) else None,
         training=root.training,
         optimizer=root.optimizer,

@@ -168,7 +168,8 @@ def gather_samples(samples: Tensor, rows: np.ndarray, *, pinned: bool) -> Tensor
 #
 # B batch, C channels, H W pixels, S side of the encoder's input, K classes or targets.
 
-BatchTask = tuple[int, int, np.ndarray]  # epoch, batch, rows
+BatchTask = tuple[int, int, np.ndarray]  # epoch, place in its order, rows
+FIT = 3  # number of the random stream
 
 
 class Resizing(Protocol):
@@ -215,7 +216,6 @@ class BatchBuilder:
     targets: np.ndarray | None
     fit: Resizing | None  # for samples of differing sizes that their source does not collate
     seed: int
-    rank: int
 
     def __call__(self, task: BatchTask, *, pinned: bool = False) -> Batch:
         """Batch of a task.
@@ -226,19 +226,19 @@ class BatchBuilder:
         Raises:
             UserError: a sample cannot be read.
         """
-        epoch, batch, rows = task
+        epoch, place, rows = task
         if (samples := self.ready) is not None:
             inputs, fitted = gather_samples(samples, rows - self.first, pinned=pinned), self.fitted
         else:
             fetched = self.source.fetch(rows - self.first)
-            inputs, fitted = self.inputs(fetched, hash_seed(self.seed, epoch, batch, self.rank))
+            inputs, fitted = self.inputs(fetched, hash_seed(self.seed, epoch, place, FIT))
         targets = None if self.targets is None else torch.from_numpy(self.targets[rows])
         return Batch(inputs, targets, torch.from_numpy(rows), fitted)
 
     def makes_same(self, other: "BatchBuilder") -> bool:
         """Whether another one makes the same batches of the same objects."""
         parts = (self.source, self.targets, self.fit), (other.source, other.targets, other.fit)
-        numbers = (self.first, self.seed, self.rank) == (other.first, other.seed, other.rank)
+        numbers = (self.first, self.seed) == (other.first, other.seed)
         return numbers and all(a is b for a, b in zip(*parts, strict=True))
 
     @property
@@ -315,6 +315,8 @@ class LoaderOptions(TypedDict):
     ranks: Ranks
     batch_size: int
     pool: NotRequired["WorkerPool | None"]
+    step_size: NotRequired[int | None]
+    accumulation: NotRequired[int]
 
 
 def build_loader(
@@ -327,20 +329,35 @@ def build_loader(
     ranks: Ranks,
     batch_size: int,
     pool: "WorkerPool | None" = None,
+    step_size: int | None = None,
+    accumulation: int = 1,
 ) -> "Loader":
     """Loader of a split on this rank, with the split decoded in memory if it fits.
 
     Args:
+        batch_size: most samples of a batch.
         pool: worker processes that it has in common with other loaders; none: it has its own.
+        step_size: samples of an optimizer step over all ranks; none: those of `accumulation`
+            batches on each.
+        accumulation: batches of an optimizer step on each rank that the run was started on.
 
     Raises:
         UserError: nothing to train on, or (listed together) samples that cannot be read or are
             too small for the crop.
     """
     check_batch_sizes(split, fit)
-    order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
+    order = build_order(
+        split,
+        spec,
+        train=train,
+        seed=seed,
+        ranks=ranks,
+        batch_size=batch_size,
+        step_size=step_size,
+        accumulation=accumulation,
+    )
     first, end = needed(split, train=train, ranks=ranks)
-    builder = BatchBuilder(split.source, 0, split.targets, fit, seed, ranks.rank)
+    builder = BatchBuilder(split.source, 0, split.targets, fit, seed)
     if end > first and fits_in_memory(split, spec, end - first):
         once = None if train or fit is None else lambda part: fit_all(part, fit, seed).numpy()
         rows, shown = np.arange(first, end), ranks.is_main
@@ -362,7 +379,7 @@ def announce(
     have started."""
     first, end = needed(split, train=False, ranks=ranks)
     if end > first and not fits_in_memory(split, spec, end - first):
-        pool.add(BatchBuilder(split.source, 0, split.targets, fit, seed, ranks.rank))
+        pool.add(BatchBuilder(split.source, 0, split.targets, fit, seed))
 
 
 def needed(split: Split, *, train: bool, ranks: Ranks) -> tuple[int, int]:
@@ -402,20 +419,30 @@ def check_batch_sizes(split: Split, fit: Resizing | None) -> None:
 
 
 def build_order(
-    split: Split, spec: Dataloading, *, train: bool, seed: int, ranks: Ranks, batch_size: int
+    split: Split,
+    spec: Dataloading,
+    *,
+    train: bool,
+    seed: int,
+    ranks: Ranks,
+    batch_size: int,
+    step_size: int | None,
+    accumulation: int,
 ) -> TrainOrder | EvalOrder:
-    """Which samples make up which batch.
+    """Which samples make up which batch; arguments as for build_loader.
 
     Raises:
         UserError: no batch to train on.
     """
     if not train:
         return EvalOrder(len(split), batch_size, ranks.rank, ranks.world)
+    step_size = step_size or batch_size * accumulation * ranks.world
     order = TrainOrder(
         count=len(split),
         batch_size=batch_size,
+        step_size=step_size,
         shuffle=spec.shuffle_train,
-        drop_last=spec.drop_last_train,
+        unit=step_size // accumulation if spec.drop_last_train else 1,
         seed=seed,
         rank=ranks.rank,
         world=ranks.world,
@@ -423,7 +450,7 @@ def build_order(
     if len(order) == 0:
         raise UserError(
             f"no training batch: the train split has {len(split)} samples, a batch of"
-            f" {batch_size} on each of {ranks.world} ranks needs {order.piece}; lower"
+            f" {batch_size} on each of {ranks.world} ranks needs {order.unit}; lower"
             " dataloading.batch_size or set dataloading.drop_last_train = false"
         )
     return order
@@ -459,10 +486,6 @@ class Loader:
         """Batches per epoch on this rank."""
         return len(self.order)
 
-    def size(self, batch: int) -> int:
-        """Samples of a batch on this rank."""
-        return self.order.size(batch)
-
     def rows(self, epoch: int, batch: int) -> np.ndarray:
         """Rows of the split that a batch is made of."""
         return self.order.rows(epoch, batch)
@@ -494,7 +517,8 @@ class Loader:
         """
         if self.resident is not None:
             return self.gathered(epoch, start, *self.resident)
-        tasks = ((epoch, b, self.rows(epoch, b)) for b in range(start, len(self)))
+        place = self.order.place
+        tasks = ((epoch, place(b), self.rows(epoch, b)) for b in range(start, len(self)))
         if self.workers == 0:
             return (self.make(task) for task in tasks)
         if not self.uses_processes:

@@ -196,25 +196,23 @@ def build_feature_loader(
     first, end = needed(split, train=train, ranks=ranks)
     if fits_in_memory(split, spec, end - first) or not isinstance(source, VectorSource):
         return build_loader(split, spec, **options)
-    seed = options["seed"]
-    order = build_order(split, spec, train=train, seed=seed, ranks=ranks, batch_size=batch_size)
-    row = max(1, source.vectors.row_bytes)
-    window = max(1, window_mb * 2**20 // (row * batch_size * ranks.world))
+    order = build_order(
+        split,
+        spec,
+        train=train,
+        seed=options["seed"],
+        ranks=ranks,
+        batch_size=batch_size,
+        step_size=options.get("step_size"),
+        accumulation=options.get("accumulation", 1),
+    )
+    rows = window_mb * 2**20 // max(1, source.vectors.row_bytes)  # of a window, over all ranks
     if isinstance(order, TrainOrder):
-        chunk = source.vectors.chunk_rows
-        block = -(-max(1, BLOCK_BYTES // row) // chunk) * chunk  # whole chunks
-        order = WindowOrder(
-            count=order.count,
-            batch_size=order.batch_size,
-            shuffle=order.shuffle,
-            drop_last=order.drop_last,
-            seed=order.seed,
-            rank=order.rank,
-            world=order.world,
-            block=block,
-            window=window,
-        )
-    builder = BatchBuilder(source, 0, split.targets, options["fit"], seed, ranks.rank)
+        order = in_windows(order, source, rows)
+        window = order.window * order.full_rounds
+    else:
+        window = max(1, rows // (batch_size * ranks.world))
+    builder = BatchBuilder(source, 0, split.targets, options["fit"], options["seed"])
     return WindowLoader(
         split,
         order,
@@ -223,6 +221,25 @@ def build_feature_loader(
         device=ranks.device,
         source=source,
         window=window,
+    )
+
+
+def in_windows(order: TrainOrder, source: VectorSource, rows: int) -> WindowOrder:
+    """The same steps of samples in another random order, of windows of about so many rows; it does
+    not depend on the number of ranks."""
+    chunk = source.vectors.chunk_rows
+    block = -(-max(1, BLOCK_BYTES // max(1, source.vectors.row_bytes)) // chunk) * chunk
+    return WindowOrder(
+        count=order.count,
+        batch_size=order.batch_size,
+        step_size=order.step_size,
+        shuffle=order.shuffle,
+        unit=order.unit,
+        seed=order.seed,
+        rank=order.rank,
+        world=order.world,
+        block=block,  # whole chunks
+        window=max(1, rows // order.step_size),
     )
 
 

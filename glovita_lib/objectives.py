@@ -27,16 +27,16 @@ from glovita_lib.spec_train import Supervised
 
 @dataclass(frozen=True, slots=True)
 class BatchRng:
-    """Random streams of a training batch: functions of its place in the run alone."""
+    """Random streams of a training batch: functions of its place in the run alone, the same on any
+    number of ranks."""
 
     seed: int
     epoch: int
-    batch: int
-    rank: int
+    place: int  # of its first sample in the order of the epoch
 
     def stream(self, which: int) -> int:
         """Seed of one of the random streams of this batch."""
-        return hash_seed(self.seed, self.epoch, self.batch, self.rank, which)
+        return hash_seed(self.seed, self.epoch, self.place, which)
 
 
 class Objective(ABC):

@@ -19,6 +19,7 @@ from glovita_lib.experiment import (
     cached,
     read_data,
     refuse_unstable,
+    samples_per_step,
     some_of,
     trained_weights,
 )
@@ -30,11 +31,12 @@ from glovita_lib.peft import save_adapter
 from glovita_lib.plots import learning_curves
 from glovita_lib.resolved import resolve_spec
 from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
-from glovita_lib.rundir import RunDir, opened, runtime_info
+from glovita_lib.rundir import Decision, RunDir, opened, runtime_info
+from glovita_lib.sampler import check_ranks
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Training
-from glovita_lib.trainer import Hooks, kept_epoch
+from glovita_lib.trainer import Hooks, Trainer, kept_epoch
 
 # ----------------------------------------------------------------------------------- dry run
 #
@@ -55,7 +57,7 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
     data = read_data(root, ranks)
     resolved = resolve_spec(root, data)
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
-    count = root.dataloading.batch_size * training.gradient_accumulation_steps * ranks.world
+    count = samples_per_step(root, ranks.world)
     data.splits["train"] = some_of(data.splits["train"], count, root.seed)
     if data.splits.get("val"):
         count = resolved.eval_batch_size * ranks.world
@@ -132,9 +134,8 @@ def train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
         refuse_unstable(experiment)
         if ranks.is_main:
             introduce(run, experiment, data)
-        run.clean(ranks, decision)
         with experiment.shared_workers(data):
-            learn(run, loaded, experiment, data, resume=decision == "resume")
+            learn(run, loaded, experiment, data, decision)
             finish(run, loaded, experiment, data)
     conclude(run, ranks, "is finished")
 
@@ -165,11 +166,29 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
 
 
 def learn(
-    run: RunDir, loaded: Loaded[Root], experiment: Experiment, data: Data, *, resume: bool
+    run: RunDir, loaded: Loaded[Root], experiment: Experiment, data: Data, decision: Decision
 ) -> None:
-    """Train from the start, or from the last checkpoint on."""
+    """Train from the start, or from the last checkpoint on. The directory stays as it is until all
+    that training needs is there."""
     root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
-    saved = saved_state(run, loaded, ranks) if resume else None
+    saved = saved_state(run, loaded, ranks) if decision == "resume" else None
+
+    def log(record: dict[str, Any]) -> None:
+        files.append_jsonl(run.metrics, record)
+        logger.log(record, step=record["step"])
+
+    def save(state: dict[str, Any], is_best: bool, keep: int | None) -> None:
+        checkpoint.save(run.last, state | identity)
+        if is_best:  # after last.pt: `mend_links` completes it after a kill in between
+            checkpoint.link(run.last, run.best)
+        if keep is not None:
+            checkpoint.link(run.last, run.epoch(keep))
+
+    step_size = None if saved is None else saved["samples"]["step"]
+    trainer = build_trainer(*cached(experiment, data), Hooks(log, save, say), step_size)
+    if saved is not None:
+        trainer.load_state_dict(saved)
+    run.clean(ranks, decision)
     dist.main_decides(ranks, lambda: prepare(run, loaded, experiment, saved))
     logger = build_logger(
         root.logger,
@@ -183,24 +202,8 @@ def learn(
         "resolved": msgspec.to_builtins(resolved),
         "logger_id": logger.run_id,
     }
-
-    def log(record: dict[str, Any]) -> None:
-        files.append_jsonl(run.metrics, record)
-        logger.log(record, step=record["step"])
-
-    def save(state: dict[str, Any], is_best: bool, keep: int | None) -> None:
-        checkpoint.save(run.last, state | identity)
-        if is_best:  # after last.pt: `mend_links` completes it after a kill in between
-            checkpoint.link(run.last, run.best)
-        if keep is not None:
-            checkpoint.link(run.last, run.epoch(keep))
-
-    trainer = build_trainer(*cached(experiment, data), Hooks(log, save, say))
-    if saved is not None:
-        trainer.load_state_dict(saved)
-        if ranks.is_main:
-            state = trainer.state
-            say(f"continuing in epoch {state.epoch + 1} after optimizer step {state.step}")
+    if saved is not None and ranks.is_main:
+        say(continuation_line(trainer, root))
     elif ranks.is_main and root.task.result_plot != "none":
         rows = trainer.train_loader.rows(0, 0)
         path = run.plots / "augmented.png"
@@ -212,12 +215,26 @@ def learn(
         trainer.close()
 
 
+def continuation_line(trainer: Trainer, root: Root) -> str:
+    """Where a run goes on and, on another number of ranks than before, how its steps stay the
+    same."""
+    state, order = trainer.state, trainer.order
+    line = f"continuing in epoch {state.epoch + 1} after optimizer step {state.step}"
+    if order.step_size == samples_per_step(root, order.world):
+        return line
+    size, rounds = -(-order.step_size // order.batches), order.full_rounds
+    return (
+        f"{line}, on another number of ranks: its {order.step_size} samples a step are now"
+        f" {rounds} batch{'es'[: 2 * (rounds > 1)]} of {size} on each of {order.world}"
+    )
+
+
 def saved_state(run: RunDir, loaded: Loaded[Root], ranks: dist.Ranks) -> dict[str, Any]:
     """The checkpoint that a run is continued from: last.pt or, where it was taken away, the newest
     of the others, which takes its place.
 
     Raises:
-        UserError: it is damaged, or another run's.
+        UserError: it is damaged, another run's, or one that this number of ranks cannot share.
     """
     found: dict[str, Any] | None = None
     for path in [run.last] if run.last.is_file() else run.kept:
@@ -225,6 +242,7 @@ def saved_state(run: RunDir, loaded: Loaded[Root], ranks: dist.Ranks) -> dict[st
         if found is None or saved["state"]["epoch"] > found["state"]["epoch"]:
             found, source = saved, path
     assert found is not None  # else there is nothing to continue from, which `decide` says
+    check_ranks(found["samples"]["step"], ranks.world)
     if source != run.last and ranks.is_main:
         say(f"  note: {run.last} is not there: the run goes on from {source.name}")
         checkpoint.link(source, run.last)
@@ -243,6 +261,11 @@ def checkpoint_of(path: Path, run: RunDir, loaded: Loaded[Root]) -> dict[str, An
     except UserError as error:
         hint = f"; without {path.name} the run goes on from {' or '.join(others)}" if others else ""
         raise UserError(f"{error}{hint}") from None
+    if "samples" not in saved:
+        raise UserError(
+            f"{path} was written by a version of glovita whose training cannot be continued; mode ="
+            ' infer reads it, training.on_existing = "overwrite" trains again'
+        )
     changes = changed_keys(saved.get("spec", {}), loaded.plain)
     if changes:
         raise UserError(
@@ -277,7 +300,7 @@ def mend_links(run: RunDir, state: dict[str, Any], training: Training) -> None:
         UserError: best.pt was taken away and is nowhere else.
     """
     best = state["best_epoch"]
-    if not state["batch"]:
+    if not state["seen"]:
         if best == state["epoch"] - 1:
             checkpoint.link(run.last, run.best)
         kept = kept_epoch(training, state["epoch"])

@@ -153,7 +153,7 @@ class Training(Spec):
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast type; auto is bf16 where the device computes it natively, else float32 (no)."""
     gradient_accumulation_steps: Count = 1
-    """Batches whose gradients make one optimizer step."""
+    """Batches of each rank whose gradients make one optimizer step."""
     gradient_clip_val: Positive | None = None
     """Largest global gradient norm, applied once per optimizer step."""
     ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
@@ -178,7 +178,8 @@ class Training(Spec):
     train_steps_per_epoch: Count | None = None
     """Optimizer steps that end an epoch early; none passes over the whole train split."""
     val_steps_per_epoch: Count | None = None
-    """Batches of the evaluation after each epoch; the final evaluation is always whole."""
+    """Batches, on each rank that the run was started on, of the evaluation after each epoch; the
+    final evaluation is always whole."""
     num_sanity_val_steps: Annotated[int, Meta(ge=0)] = 0
     """Batches evaluated before training starts, so that a broken evaluation shows at once."""
     cache_frozen_features: bool = False
@@ -198,7 +199,7 @@ class Dataloading(Spec):
     """How batches are made."""
 
     batch_size: Count = 32
-    """Samples per batch and rank."""
+    """Samples per batch and rank; a run that goes on on other ranks keeps those of its steps."""
     eval_batch_size: Count | None = None
     """Samples per batch and rank in evaluation; none takes batch_size."""
     num_workers: Annotated[int, Meta(ge=0)] | None = None

@@ -1,7 +1,8 @@
 """One loop for every objective: train, evaluate, choose the best, continue from any step.
 
-`step` counts optimizer steps, `batch` the batches of the current epoch on this rank. The device is
-waited for only where a number is shown: every `log_every` steps and at the end of an epoch.
+`step` counts optimizer steps, `seen` the samples of the current epoch over all ranks, by which a
+run is continued on any number of ranks, `batch` the batches of the epoch on this rank. The device
+is waited for only where a number is shown: every `log_every` steps and at the end of an epoch.
 """
 
 import math
@@ -23,6 +24,7 @@ from glovita_lib.loggers import Bar, Meter, better, epoch_line
 from glovita_lib.model import Model
 from glovita_lib.objectives import BatchRng, Objective
 from glovita_lib.optim import Schedule, build_average, build_optimizer, set_lr
+from glovita_lib.sampler import TrainOrder
 from glovita_lib.spec_train import Optimizer, Training
 
 Record = dict[str, Any]
@@ -33,15 +35,15 @@ class TrainState:
     """Progress of a run, saved with every checkpoint."""
 
     epoch: int = 0  # the current one; equal to training.epochs at the end
-    batch: int = 0  # batches of it that are done
+    seen: int = 0  # samples of it that are done, over all ranks
+    samples: int = 0  # the same since the start
     step: int = 0  # optimizer steps since the start
     best: float | None = None  # best value of the metric that picks the best checkpoint
     best_epoch: int | None = None
     mark: float | None = None  # last value that early stopping counted as better
     stale: int = 0  # epochs since then
     stopped: bool = False  # early, for want of a better value
-    sums: dict[str, Tensor] = field(default_factory=dict)  # sample-weighted sums of this epoch
-    samples: int = 0  # samples of this epoch
+    sums: dict[str, Tensor] = field(default_factory=dict)  # over this rank's samples of the epoch
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,11 @@ class Trainer:
         self.spec, self.seed, self.best_metric = training, seed, best_metric
         self.calibration_batches = calibration_batches
         self.precision = resolve_precision(training.precision, ranks.device)
-        self.accumulation = training.gradient_accumulation_steps
-        cap = (training.train_steps_per_epoch or math.inf) * self.accumulation
-        self.batches = int(min(len(train_loader), cap))  # per epoch
+        assert isinstance(train_loader.order, TrainOrder)
+        self.order, self.batch = train_loader.order, 0
+        self.steps = min(self.order.steps, training.train_steps_per_epoch or self.order.steps)
         self.optimizer = build_optimizer(model, optimizer)
-        steps = math.ceil(self.batches / self.accumulation)
-        self.schedule = Schedule(optimizer, epochs=training.epochs, steps_per_epoch=steps)
+        self.schedule = Schedule(optimizer, epochs=training.epochs, steps_per_epoch=self.steps)
         # only in fp16 gradients underflow; elsewhere the scaler does nothing
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         self.ema = build_average(model, training.ema_decay)
@@ -120,44 +121,43 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """The rest of the current epoch."""
-        state = self.state
+        state, order = self.state, self.order
         self.model.train()
         self.meter.read()
         self.epoch_meter.read()
-        bar = Bar(f"epoch {state.epoch + 1}", self.batches, state.batch, shown=self.ranks.is_main)
-        for batch in self.train_loader.epoch(state.epoch, state.batch):
+        start = order.first_batch(order.step_behind(state.seen))
+        end = order.first_batch(self.steps)
+        bar = Bar(f"epoch {state.epoch + 1}", end, start, shown=self.ranks.is_main)
+        batches = self.train_loader.epoch(state.epoch, start)
+        for self.batch, batch in zip(range(start, end), batches, strict=False):
             self.train_batch(batch.to(self.ranks.device))
             bar.advance()
-            if self.ends_step(state.batch):
+            if order.ends_step(self.batch):
+                self.optimizer_step()
                 self.log_and_save(bar)
-            if state.batch == self.batches:
-                break
         bar.close()
 
     def train_batch(self, batch: Batch) -> None:
-        """Forward and backward of one batch, and the optimizer step where it completes one."""
-        state = self.state
-        rng = BatchRng(self.seed, state.epoch, state.batch, self.ranks.rank)
-        dist.seed_step(self.seed, state.epoch, state.batch, self.ranks.rank)  # dropout
-        ends_step = self.ends_step(state.batch + 1)
-        with self.synchronized(ends_step):
+        """Forward and backward of one batch."""
+        epoch, order = self.state.epoch, self.order
+        place = order.place(self.batch)
+        dist.seed_batch(self.seed, epoch, place)
+        with self.synchronized(order.ends_step(self.batch)):
             with autocast(self.precision, self.ranks.device):
+                rng = BatchRng(self.seed, epoch, place)
                 loss, logs = self.objective.loss(self.parallel, batch, rng)
                 terms = self.model.auxiliary_losses()
                 loss = sum(terms.values(), loss)
-            self.scaler.scale(loss * self.share(state.batch)).backward()
+            self.scaler.scale(loss * order.share(self.batch)).backward()
         logs = logs | {name: term.detach() for name, term in terms.items()}
-        self.count(loss, logs, len(batch.rows))
-        state.batch += 1
-        if ends_step:
-            self.optimizer_step()
+        self.count(loss, logs, order.size(self.batch))
 
     def calibrate(self) -> None:
         """Let the PEFT method choose what trains by the gradient of some training batches."""
         batches = islice(self.train_loader.epoch(0), self.calibration_batches)
 
         def loss(batch: Batch) -> Tensor:
-            rng = BatchRng(self.seed, 0, 0, self.ranks.rank)
+            rng = BatchRng(self.seed, 0, self.ranks.rank)
             with autocast(self.precision, self.ranks.device):
                 return self.objective.loss(self.model, batch, rng)[0]
 
@@ -170,7 +170,8 @@ class Trainer:
         self.ema = build_average(self.model, self.spec.ema_decay)  # follows what was chosen
 
     def optimizer_step(self) -> None:
-        """Clip the gradient, update the weights, clear the gradient, update the average."""
+        """Clip the gradient, update the weights, clear the gradient, update the average, and count
+        the step and its samples."""
         set_lr(self.optimizer, self.schedule(self.state.step))
         if self.spec.gradient_clip_val is not None:
             self.scaler.unscale_(self.optimizer)
@@ -182,17 +183,21 @@ class Trainer:
         self.state.step += 1
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+        seen = self.order.edge(self.order.step_of(self.batch) + 1)
+        for meter in (self.meter, self.epoch_meter):
+            meter.add(seen - self.state.seen)
+        self.state.samples += seen - self.state.seen
+        self.state.seen = seen
 
     def log_and_save(self, bar: Bar) -> None:
         """Log every `log_every` optimizer steps, save every `save_every_steps`."""
         state, every = self.state, self.spec.save_every_steps
         if state.step % self.spec.log_every == 0:
             self.check_finite(weights=False)
-            record = {"event": "step", "epoch": state.epoch, "step": state.step, **self.means()}
-            record |= self.vitals(self.meter)
+            record = self.record("step", self.meter)
             bar.show(loss=record["train_loss"], lr=record["lr"])
             self.log(record)
-        if every and state.step % every == 0 and state.batch < self.batches:
+        if every and state.step % every == 0 and state.seen < self.order.edge(self.steps):
             self.check_finite(weights=True)
             self.save(is_best=False)
 
@@ -200,8 +205,7 @@ class Trainer:
         """Evaluate, log, decide whether this epoch is the best, save."""
         self.check_finite(weights=True)
         state = self.state
-        record = {"event": "epoch", "epoch": state.epoch, "step": state.step, **self.means()}
-        record |= self.vitals(self.epoch_meter)
+        record = self.record("epoch", self.epoch_meter)
         if self.val_loader is not None:
             values = self.evaluate(self.val_loader, None)
             record |= {f"val_{name}": value for name, value in values.items()}
@@ -213,23 +217,10 @@ class Trainer:
             self.hooks.say(
                 epoch_line(record, epochs=self.spec.epochs, best_metric=self.best_metric)
             )
-        state.epoch, state.batch, state.sums, state.samples = state.epoch + 1, 0, {}, 0
+        state.epoch, state.seen, state.sums = state.epoch + 1, 0, {}
         self.save(is_best=is_best)
 
     # ------------------------------------------------------------------ parts
-
-    def ends_step(self, batches: int) -> bool:
-        """Whether an optimizer step is complete after so many batches of the epoch."""
-        return batches % self.accumulation == 0 or batches == self.batches
-
-    def share(self, batch: int) -> float:
-        """Weight of a batch in its optimizer step: its samples over those of the whole step."""
-        if self.accumulation == 1:
-            return 1.0
-        first = batch - batch % self.accumulation
-        members = range(first, min(first + self.accumulation, self.batches))
-        sizes = {member: self.train_loader.size(member) for member in members}
-        return sizes[batch] / sum(sizes.values())
 
     def synchronized(self, ends_step: bool) -> AbstractContextManager:
         """Context of a backward pass: ranks average gradients only in the last batch of a step."""
@@ -238,17 +229,16 @@ class Trainer:
         return self.parallel.no_sync()
 
     def count(self, loss: Tensor, logs: dict[str, Tensor], samples: int) -> None:
-        """Add a batch to the epoch's sums, and note the first batch whose loss is not finite."""
+        """Add a batch to the epoch's sums, and note the first batch whose loss is not finite; one
+        of no samples counts nothing, whatever its loss."""
         state = self.state
         loss = loss.detach()
         for name, value in {"loss": loss, **logs}.items():
+            value = value * samples if samples else torch.zeros_like(value)
             total = state.sums.get(name)
-            state.sums[name] = value * samples if total is None else total + value * samples
-        state.samples += samples
-        for meter in (self.meter, self.epoch_meter):
-            meter.add(samples * self.ranks.world)
-        bad = torch.isfinite(loss).logical_not() & (self.first_bad < 0)
-        self.first_bad = torch.where(bad, state.batch, self.first_bad)
+            state.sums[name] = value if total is None else total + value
+        bad = torch.isfinite(loss).logical_not() & (self.first_bad < 0) & bool(samples)
+        self.first_bad = torch.where(bad, self.batch, self.first_bad)
 
     def check_finite(self, *, weights: bool) -> None:
         """Stop where a loss was NaN or infinite since the last check or, if asked, a weight is.
@@ -262,7 +252,7 @@ class Trainer:
         """
         what, bad = "loss", int(self.first_bad)
         if weights and bad < 0 and not self.weights_are_finite():
-            what, bad = "weights", self.state.batch - 1
+            what, bad = "weights", self.batch
         if not dist.any_rank(self.ranks, bad >= 0):
             return
         where = "on another rank"
@@ -281,18 +271,21 @@ class Trainer:
         trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
         return not trained or bool(torch.stack([p.isfinite().all() for p in trained]).all())
 
-    def means(self) -> Record:
-        """Means over the epoch's samples so far, over all ranks."""
+    def record(self, event: str, meter: Meter) -> Record:
+        """What is logged of a step or an epoch: the progress, means over the samples of the epoch
+        so far over all ranks, learning rate of the last update, samples per second, peak memory in
+        MiB."""
         state = self.state
         names = list(state.sums)
-        sums = torch.stack([state.sums[n] for n in names]).cpu().double() / state.samples
-        sums = dist.all_mean(self.ranks, sums)
-        return {f"train_{name}": float(value) for name, value in zip(names, sums, strict=True)}
-
-    def vitals(self, meter: Meter) -> Record:
-        """Learning rate of the last update, samples per second, peak memory in MiB."""
+        sums = torch.stack([state.sums[name] for name in names]).cpu().double()
+        means = dist.all_sum(self.ranks, sums) / state.seen
         return {
-            "lr": self.schedule(self.state.step - 1),
+            "event": event,
+            "epoch": state.epoch,
+            "step": state.step,
+            "samples": state.samples,
+            **{f"train_{name}": float(m) for name, m in zip(names, means, strict=True)},
+            "lr": self.schedule(state.step - 1),
             "samples_per_s": meter.read(),
             "memory_mb": dist.peak_memory_mb(self.ranks.device),
         }
@@ -343,15 +336,15 @@ class Trainer:
 
     def save(self, *, is_best: bool) -> None:
         """Write a checkpoint, on the first rank."""
-        keep = None if self.state.batch else kept_epoch(self.spec, self.state.epoch)
+        keep = None if self.state.seen else kept_epoch(self.spec, self.state.epoch)
         saved = self.state_dict()  # on every rank: sharded parameters are gathered by all
         if self.ranks.is_main:
             self.hooks.save(saved, is_best, keep)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run is continued from: tensors and plain values."""
-        state = self.state
-        sums = {k: dist.all_mean(self.ranks, v.clone()) for k, v in state.sums.items()}
+        ranks, state = self.ranks, self.state
+        sums = {name: dist.all_sum(ranks, self.in_its_place(v)) for name, v in state.sums.items()}
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -361,32 +354,41 @@ class Trainer:
             **self.constants(),
         }
 
-    def constants(self) -> dict[str, dict[str, int]]:
-        """What learning rates and random streams follow from, beside the step: the same from the
-        start of a run to its end."""
+    def in_its_place(self, value: Tensor) -> Tensor:
+        """A number () of this rank among zeros for the others, (W,)."""
+        values = value.new_zeros(self.ranks.world)
+        values[self.ranks.rank] = value
+        return values
+
+    def constants(self) -> dict[str, Any]:
+        """What learning rates, random streams and the samples of a step follow from, beside the
+        step: the same from the start of a run to its end, on any number of ranks."""
+        order = self.order
         return {
             "scheduler": {"steps": self.schedule.total, "warmup": self.schedule.warmup},
-            "rng": {"seed": self.seed, "ranks": self.ranks.world},
+            "rng": {"seed": self.seed},
+            "samples": {"train": order.count, "step": order.step_size},
+            "order": {"drawn_by": order.drawn_by},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from a checkpoint of the same spec.
+        """Continue from a checkpoint of the same spec, perhaps of another number of ranks.
 
         Raises:
-            UserError: its schedule or its random streams are others, because the number of ranks
-            or of training samples has changed.
+            UserError: its schedule, its random streams or its samples are others; within an epoch
+                the order of the samples too.
         """
         changes = [
             f"{key}.{name} {saved[key].get(name)} -> {value}"
             for key, own in self.constants().items()
             for name, value in own.items()
-            if saved[key].get(name) != value
+            if saved[key].get(name) != value and (key != "order" or saved["state"]["seen"])
         ]
         if changes:
             raise UserError(
-                f"the run cannot go on as it began: {', '.join(changes)}; continue it on as many"
-                " ranks and with the training samples that it was started with, or set"
-                ' training.on_existing = "overwrite" to train again'
+                f"the run cannot go on as it began: {', '.join(changes)}; continue it with the"
+                " training samples and the dataloading.in_memory_mb that it was started with, or"
+                ' set training.on_existing = "overwrite" to train again'
             )
         self.model.load_state_dict(saved["model"])
         if self.ema is not None:
@@ -395,7 +397,15 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.state = TrainState(**saved["state"])
-        self.state.sums = {k: v.to(self.ranks.device) for k, v in self.state.sums.items()}
+        self.state.sums = {k: self.own_part(v) for k, v in self.state.sums.items()}
+
+    def own_part(self, parts: Tensor) -> Tensor:
+        """This rank's number () of those of all ranks (W,); of as many ranks as there were then,
+        else the first one takes all."""
+        if len(parts) != self.ranks.world:
+            total = parts.sum()
+            parts = self.in_its_place(total if self.ranks.is_main else torch.zeros_like(total))
+        return parts[self.ranks.rank].to(self.ranks.device)
 
 
 def kept_epoch(training: Training, done: int) -> int | None:

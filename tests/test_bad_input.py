@@ -328,16 +328,16 @@ def test_nan_in_a_later_epoch_keeps_the_last_good_checkpoint(command, monkeypatc
 
     def spoiled_loss(self, model, batch, clock):
         value, logs = loss(self, model, batch, clock)
-        if (clock.epoch, clock.batch) == (1, 2):
+        if (clock.epoch, clock.place) == (1, 64):
             wanted["rows"] = batch.rows.tolist()
             value = value * float("nan")
         return value, logs
 
     def spoiled_step(self):
-        if self.state.epoch == 1 and self.state.batch == self.batches:
+        if self.state.epoch == 1 and self.batch == 3:
             parameter = next(self.model.head.parameters())
             parameter.grad[0] = float("inf")
-            wanted["rows"] = self.train_loader.rows(1, self.batches - 1).tolist()
+            wanted["rows"] = self.train_loader.rows(1, 3).tolist()
         step(self)
 
     with monkeypatch.context() as patch:

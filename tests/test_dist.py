@@ -165,8 +165,8 @@ def test_seeds_repeat() -> None:
         draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
     assert draws[0] == draws[1]
     streams = []
-    for step, rank in ((5, 0), (5, 0), (6, 0), (5, 1)):
-        dist.seed_step(3, 1, step, rank)
+    for epoch, place in ((5, 0), (5, 0), (6, 0), (5, 1)):
+        dist.seed_batch(3, epoch, place)
         streams.append(nn.functional.dropout(torch.ones(64), 0.5))
     assert torch.equal(streams[0], streams[1])
     assert not torch.equal(streams[0], streams[2])

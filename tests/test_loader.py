@@ -25,7 +25,7 @@ from glovita_lib.loader import (
 )
 from glovita_lib.read_features import VectorSource
 from glovita_lib.read_hdf5 import DatasetRows
-from glovita_lib.sampler import EvalOrder, TrainOrder
+from glovita_lib.sampler import EvalOrder
 from glovita_lib.spec_train import Dataloading
 
 CPU = torch.device("cpu")
@@ -150,7 +150,7 @@ def test_batches_hold_the_samples_of_their_rows():
             assert (batch.inputs.numpy() == DIGITS[rows]).all()
             assert (batch.targets.numpy() == rows).all()
             assert not batch.fitted and batch.inputs.dtype == torch.uint8
-            assert len(rows) == loader.size(number)
+            assert len(rows) == loader.order.size(number)
             assert (loader.rows(2, number) == rows).all()
         assert number + 1 == len(loader) == 7
         loader.close()
@@ -262,38 +262,10 @@ def test_the_global_random_stream_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("count", [1, 5, 48, 50, 53])
-def test_ranks_together_see_the_batches_of_one(world, count):
-    orders = [order(count, rank=rank, world=world) for rank in range(world)]
-    single = order(count, batch_size=8 * world)
-    assert {len(o) for o in orders} == {len(single)}
-    for batch in range(len(single)):
-        parts = [o.rows(4, batch) for o in orders]
-        assert {len(part) for part in parts} == {orders[0].size(batch)}
-        expected = single.rows(4, batch)
-        assert set(np.concatenate(parts)) >= set(expected)
-        extra = sum(len(part) for part in parts) - len(expected)
-        assert extra <= max(world - 1, 2 * world - len(expected))
-        if len(expected) == 8 * world:
-            assert (np.concatenate(parts) == expected).all()
-
-
-def order(count, *, rank=0, world=1, batch_size=8, shuffle=True, drop_last=False):
-    return TrainOrder(count, batch_size, shuffle, drop_last, 3, rank, world)
-
-
-def test_a_last_batch_of_one_is_filled_up_for_batch_norm():
-    assert [order(17).size(b) for b in range(3)] == [8, 8, 2]
-    assert len(set(order(17).rows(0, 2))) == 2
-    assert [order(18).size(b) for b in range(3)] == [8, 8, 2]
-    assert order(1).size(0) == 1
-    assert order(3, batch_size=1).size(2) == 1
-
-
 def test_drop_last_and_fixed_order():
-    assert len(order(17, drop_last=True)) == 2
-    assert order(17, shuffle=False).rows(9, 1).tolist() == list(range(8, 16))
+    assert len(loader_of(digits(17), Dataloading(batch_size=8, drop_last_train=True))) == 2
+    fixed = loader_of(digits(16), Dataloading(batch_size=8, shuffle_train=False))
+    assert fixed.rows(9, 1).tolist() == list(range(8, 16))
     spec = Dataloading(drop_last_train=True)
     with pytest.raises(UserError, match="a batch of 32 on each of 1 ranks needs 32"):
         loader_of(digits(31), spec)

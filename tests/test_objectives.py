@@ -175,9 +175,20 @@ def test_a_checkpoint_of_another_schedule_or_seed_is_refused(tmp_path, override,
     assert other.trainer.state.step == 0  # nothing was loaded
 
 
-def test_a_checkpoint_of_another_number_of_ranks_is_refused(tmp_path):
+def test_a_checkpoint_of_other_samples_is_refused(tmp_path):
     run = Run(tmp_path)
     state = run.trainer.state_dict()
-    state["rng"]["ranks"] = 2
-    with pytest.raises(UserError, match="rng.ranks 2 -> 1; continue it on as many ranks"):
+    state["samples"]["train"] = 118
+    with pytest.raises(UserError, match="samples.train 118 -> 117; continue it with the training"):
+        run.trainer.load_state_dict(state)
+
+
+def test_within_an_epoch_the_order_is_that_of_its_start(tmp_path):
+    """Vectors in memory are ordered otherwise than those read by windows of a file."""
+    run = Run(tmp_path)
+    state = run.trainer.state_dict()
+    state["order"]["drawn_by"] = "blocks of 8 in windows of 7 steps"
+    run.trainer.load_state_dict(state)
+    state["state"]["seen"] = 32
+    with pytest.raises(UserError, match="order.drawn_by .* -> samples; .*dataloading.in_memory_mb"):
         run.trainer.load_state_dict(state)

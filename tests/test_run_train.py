@@ -68,7 +68,7 @@ def test_lines_of_metrics(command):
     assert [record["step"] for record in epochs] == [4, 8]  # ceil(117 / 32) steps an epoch
     for record in steps:
         assert record.keys() == {
-            *("event", "epoch", "step", "train_loss", "train_acc"),
+            *("event", "epoch", "step", "samples", "train_loss", "train_acc"),
             *("lr", "samples_per_s", "memory_mb"),
         }
     for record in epochs:

@@ -45,7 +45,7 @@ def in_float64(root):
 @pytest.mark.parametrize("clip", ["none", "0.02"])
 @pytest.mark.parametrize("loss", ["plain", "weighted"])
 def test_accumulated_batches_equal_the_large_batch(tmp_path, clip, loss):
-    """117 samples: 48, 48, 21 at once, or 16, 16, 16 | 16, 16, 16 | 16, 5 accumulated."""
+    """117 samples: 48, 48, 21 at once, or 16, 16, 16 | 16, 16, 16 | 10, 11 accumulated."""
     changes = [f"training.gradient_clip_val={clip}"]
     if loss == "weighted":
         changes += ["task.class_weights=[1,2,3,4,5,6,7,8,9,10]", "task.label_smoothing=0.1"]
@@ -63,7 +63,7 @@ def test_accumulated_batches_equal_the_large_batch(tmp_path, clip, loss):
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11)
     for a, b in zip(after, before, strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-10)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-6)  # in float32
         assert a["lr"] == b["lr"]
 
 
