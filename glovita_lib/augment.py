@@ -190,15 +190,13 @@ def image_size(
 def resize_size(
     aug: ImageAugmentation, encoder: Preprocess, native: tuple[int, int] | None, size: int
 ) -> int:
-    """Shortest side before the crop: the spec's, else in the encoder's proportion to image_size,
-    else none where the images have that size already, else 256 for 224."""
+    """Shortest side before the crop: the spec's; else that of the images, where they are taken at
+    their own size; else that of which image_size is the encoder's share (timm's rule)."""
     if aug.resize_size is not None:
         return aug.resize_size
-    if encoder.image_size is not None and encoder.resize_size is not None:
-        if native is not None and min(native) == size != encoder.image_size:
-            return size  # taken at their own size
-        return max(size, round(size * encoder.resize_size / encoder.image_size))
-    return size if native is not None and min(native) == size else round(size * 256 / 224)
+    if native is not None and min(native) == size != encoder.image_size:
+        return size
+    return math.floor(size / encoder.crop_pct)
 
 
 def completed(preset: ImageOps, asked: ImageKwargs, where: str, size: int) -> ImageOps:
@@ -310,7 +308,7 @@ class Augmenter:
         batch, _, height, width = inputs.shape
         place = Placement(self.fit, np.tile([height, width], (batch, 1)))
         if fitted:
-            place.boxes = torch.tensor([0.0, 0.0, self.size, self.size]).expand(batch, -1)
+            place.boxes = torch.tensor([0, self.size, self.size, 0]).expand(batch, 2, -1)
         for each in OPERATIONS.active(self.ops, "geometry"):
             each.function(place, self.ops, generator)
         if place.boxes is None:  # the same for every draw

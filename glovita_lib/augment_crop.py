@@ -1,8 +1,10 @@
 """Geometry of an image: a source window, resampled to the square canvas that the encoder receives.
 
-Resize and crop are folded into one window (y0, x0, height, width) per sample, in pixels of the
-source and possibly between pixels, so that every sample is resampled once. Windows live on the
-CPU; pixels on any device. B batch, C channels, H W source pixels, S side of the canvas.
+A window is cut out of the source, the cut is resized, and the canvas is a part of what comes out;
+every sample is resampled once. Resampling is Pillow's bit by bit on every device: weights in fixed
+point, along the rows first, whole levels after each axis. Windows live on the CPU; pixels on any
+device. B batch, C channels, H W source pixels, S side of the canvas, T source pixels that make one
+of the canvas.
 """
 
 import math
@@ -12,6 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from glovita_lib.errors import UserError
@@ -19,6 +22,11 @@ from glovita_lib.spec_augment import ImageOps
 
 CHUNK = 1 << 26  # source values resampled at once (256 MiB as float32)
 ATTEMPTS = 10  # of a random resized crop before it falls back to a centre crop, as in torchvision
+START, LENGTH, RESIZED, OFFSET = range(4)  # numbers of a box along an axis, see CropResize.boxes
+BITS = {8: 22, 16: 34}  # bit depth -> bits of a weight behind the point; Pillow's are 22
+LOW_BITS = 8  # of these in the lower of the two parts that float32 can multiply exactly
+MOST_TAPS = 500  # products with a lower part that float32 adds exactly
+WASTE = 4  # times the canvas that a resized cut may be large before only what is shown is computed
 
 
 def triangle(t: Tensor) -> Tensor:
@@ -27,10 +35,10 @@ def triangle(t: Tensor) -> Tensor:
 
 
 def cubic(t: Tensor) -> Tensor:
-    """Keys' cubic kernel with a = -1/2, for |t| < 2 (that of PIL and of antialiased torch)."""
+    """Keys' cubic kernel with a = -1/2, for |t| < 2, in Pillow's order of operations."""
     t = t.abs()
     near = (1.5 * t - 2.5) * t * t + 1
-    far = ((-0.5 * t + 2.5) * t - 4) * t + 2
+    far = (((t - 5) * t + 8) * t - 4) * -0.5
     return torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
 
 
@@ -39,11 +47,11 @@ def lanczos(t: Tensor) -> Tensor:
     return torch.where(t.abs() < 3, torch.sinc(t) * torch.sinc(t / 3), torch.zeros_like(t))
 
 
-KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "bilinear": (triangle, 1.0),
-    "bicubic": (cubic, 2.0),
-    "lanczos": (lanczos, 3.0),
-}  # interpolation -> kernel and its radius; nearest is a gather
+KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], float, Image.Resampling]] = {
+    "bilinear": (triangle, 1.0, Image.Resampling.BILINEAR),
+    "bicubic": (cubic, 2.0, Image.Resampling.BICUBIC),
+    "lanczos": (lanczos, 3.0, Image.Resampling.LANCZOS),
+}  # interpolation -> kernel, its radius, Pillow's name; nearest is a gather
 
 
 def gather_pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -66,129 +74,264 @@ def gather_pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return picked.view(batch, channels, rows.shape[1], columns.shape[1])
 
 
-def weights(
-    starts: Tensor,
-    lengths: Tensor,
-    positions: Tensor,
-    *,
-    extent: int,
-    window_only: bool,
-    interpolation: str,
-    device: torch.device,
-) -> Tensor:
-    """Antialiased resampling along one axis as matrices: output (S) = matrix (S, extent) @ source.
+# ------------------------------------------------------------------- resampling, on any device
 
-    Weight of source pixel x for output i: k((x + 1/2 - start - (i + 1/2) scale) / max(scale, 1)),
-    scale = length / S, normalised to 1 over the pixels in reach (the convention of PIL and of
-    torchvision with antialias=True).
+
+def centres(boxes: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Where pixels of the canvas lie in the cut along an axis, and how many pixels of it the unit
+    of the kernel is.
+
+    boxes (B, 4) of the axis, positions (B, S) on the canvas -> (B, S) and (B, 1) float64, in pixels
+    of the cut from its edge.
+    """
+    scale = boxes[:, LENGTH, None].double() / boxes[:, RESIZED, None]  # (B, 1)
+    return (boxes[:, OFFSET, None] + positions + 0.5) * scale, scale.clamp(min=1)
+
+
+def reached(boxes: Tensor, size: int, interpolation: str) -> tuple[Tensor, int]:
+    """Source pixels that the canvas depends on along an axis, boxes (B, 4): the first one of each
+    sample (B,), and how many from there on are all of every sample."""
+    middle, unit = centres(boxes, torch.tensor([[0, size - 1]]).expand(len(boxes), -1))
+    support = KERNELS[interpolation][1] * unit[:, 0]
+    first = (middle[:, 0] - support + 0.5).floor().long().clamp(min=0)
+    end = torch.minimum((middle[:, 1] + support + 0.5).floor().long(), boxes[:, LENGTH])
+    return boxes[:, START] + first, int((end - first).max())
+
+
+def cut_reached(
+    images: Tensor, boxes: Tensor, size: int, interpolation: str
+) -> tuple[Tensor, list[Tensor]]:
+    """The part of images (B, C, H, W) that the canvas depends on, and the source row and column
+    (B,) that it begins with; the whole images where that saves little."""
+    axes = [reached(boxes[:, axis], size, interpolation) for axis in (0, 1)]
+    sides = images.shape[2:]
+    if len(boxes) == 1:
+        # a pixel at least, where the window lies beside the image
+        begins = [
+            min(max(0, int(first)), side - 1) for (first, _), side in zip(axes, sides, strict=True)
+        ]
+        ends = [max(1, int(first) + count) for first, count in axes]
+        part = images[:, :, begins[0] : ends[0], begins[1] : ends[1]]
+        return part, [torch.tensor([begin]) for begin in begins]
+    if 2 * math.prod(count for _, count in axes) > math.prod(sides):
+        return images, [torch.zeros(len(boxes), dtype=torch.int64)] * 2
+    rows, columns = (first[:, None] + torch.arange(count) for first, count in axes)
+    return gather_pixels(images, rows, columns), [first for first, _ in axes]
+
+
+def matrices(
+    boxes: Tensor,
+    positions: Tensor,
+    origins: Tensor,
+    extent: int,
+    *,
+    interpolation: str,
+    bits: int,
+    device: torch.device,
+) -> tuple[Tensor, int]:
+    """Antialiased resampling along an axis: canvas (S) = matrix (S, extent) @ source / 2^bits.
+
+    Weight of pixel x of the cut for the one of the canvas with centre c: k((x + 1/2 - c) / unit),
+    normalised to 1 over the pixels of the cut in reach, then rounded (Pillow's precompute_coeffs).
 
     Args:
-        starts, lengths: (B,) float64 on the CPU, the windows along this axis in pixels.
-        positions: (B, S) which output each row of the matrix is: 0..S-1, or backwards for a flip.
-        extent: source pixels along this axis; reached pixels beyond are black.
-        window_only: whether nothing outside the window contributes (crop, then resize), else
-            nothing outside the source (resize, then crop).
+        boxes: (B, 4) of the axis, on the CPU.
+        positions: (B, S) which pixel of the canvas each row is: 0..S-1, or backwards for a flip.
+        origins: (B,) source pixel of the first column.
+        extent: source pixels; what the cut has beyond them is black, as is what the canvas has
+            beyond what the cut is resized to.
 
     Returns:
-        (B, S, extent) float32 on the device.
+        (B, S, extent) float64 of whole numbers on the device, and the most source pixels T of a
+        row.
     """
-    kernel, radius = KERNELS[interpolation]
-    size = positions.shape[1]
-    scale = lengths / size  # (B,)
-    reach = radius * scale.clamp(min=1)
-    base = (starts - reach).floor()  # float32 counts from here, so large images stay exact
-    taps = math.ceil(float(2 * reach.max())) + 2
-    low, high = starts - base, starts + lengths - base
-    if not window_only:
-        low, high = -base, extent - base
-    resolved = torch.stack([scale, starts - base, reach, low, high, base])
-    resolved = resolved.float().to(device, non_blocking=True)[:, :, None]  # (6, B, 1)
-    scale, start, reach, low, high, base = resolved
-    positions = positions.to(device, non_blocking=True)
-    center = start + (positions + 0.5) * scale  # (B, S)
-    x = (center - reach).floor()[:, :, None] + torch.arange(taps, device=device)  # (B, S, T)
-    weight = kernel((x + 0.5 - center[:, :, None]) / scale.clamp(min=1)[:, :, None])
-    weight *= (x >= low[:, :, None]) & (x < high[:, :, None])
-    weight /= weight.sum(2, keepdim=True)
-    x = (x + base[:, :, None]).long()  # source pixel
+    kernel, radius, _ = KERNELS[interpolation]
+    longest = float((boxes[:, LENGTH] / boxes[:, RESIZED]).max())
+    taps = math.ceil(2 * radius * max(1.0, longest)) + 2
+    shift = boxes[:, START] - origins
+    boxes, positions, shift = (
+        part.to(device, non_blocking=True) for part in (boxes, positions, shift)
+    )
+    middle, unit = centres(boxes, positions)  # (B, S), (B, 1)
+    low = (middle - radius * unit + 0.5).floor().clamp_(min=0)
+    high = torch.minimum((middle + radius * unit + 0.5).floor(), boxes[:, LENGTH, None])
+    x = low[:, :, None] + torch.arange(taps, device=low.device)  # (B, S, T)
+    weight = kernel((x - middle[:, :, None] + 0.5) * (1 / unit)[:, :, None])
+    weight *= x < high[:, :, None]
+    total = weight.sum(2, keepdim=True)
+    weight /= torch.where(total == 0, 1, total)
+    place = boxes[:, OFFSET, None] + positions
+    weight *= ((place >= 0) & (place < boxes[:, RESIZED, None]))[:, :, None]
+    weight = (weight * 2.0**bits + weight.sign() / 2).trunc_()
+    x = x.long() + shift[:, None, None]  # column
     weight *= (x >= 0) & (x < extent)
-    matrix = torch.zeros(len(starts), size, extent, device=device)
-    return matrix.scatter_add_(2, x.clamp_(0, extent - 1), weight)
+    matrix = weight.new_zeros(*positions.shape, extent)
+    return matrix.scatter_add_(2, x.clamp_(0, extent - 1), weight), taps
 
 
-def resample_windows(
+class AxisResize:
+    """Resampling along one axis in whole numbers, the same on every device."""
+
+    def __init__(self, matrix: Tensor, taps: int, *, bit_depth: int) -> None:
+        """matrix (B, S, extent) of `matrices` and its T."""
+        self.bits, self.peak = BITS[bit_depth], 2**bit_depth - 1
+        # float32 has 24 bits: enough for 8 of a pixel and a part of the weight
+        self.in_parts = (
+            bit_depth == 8
+            and taps <= MOST_TAPS
+            and torch.get_float32_matmul_precision() == "highest"  # else a GPU reads 11 bits
+        )
+        if self.in_parts:
+            high = ((matrix + 2.0 ** (LOW_BITS - 1)) / 2.0**LOW_BITS).floor()
+            low = matrix - high * 2.0**LOW_BITS
+            matrix = torch.cat([high, low], 1).float()  # (B, 2 S, extent)
+        self.matrix = matrix
+
+    def along_last(self, x: Tensor, part: slice) -> Tensor:
+        """x (b, N, extent) of the samples of a part -> (b, N, S) of the type of the matrix."""
+        return self.levels(*self.split(torch.matmul(x, self.matrix[part].mT), 2))
+
+    def along_rows(self, x: Tensor, part: slice) -> Tensor:
+        """x (b, extent, N) of the samples of a part -> (b, S, N) of the type of the matrix."""
+        return self.levels(*self.split(torch.matmul(self.matrix[part], x), 1))
+
+    def split(self, sums: Tensor, axis: int) -> tuple[Tensor, ...]:
+        """The sums of both parts, or of the one."""
+        return sums.chunk(2, axis) if self.in_parts else (sums,)
+
+    def levels(self, high: Tensor, low: Tensor | None = None) -> Tensor:
+        """Sums of whole numbers as whole levels: floor(sum / 2^bits + 1/2), clipped."""
+        if low is None:
+            return (high / 2.0**self.bits + 0.5).floor_().clamp_(0, self.peak)
+        sums = (high.int() << LOW_BITS) + (low.int() + (1 << (self.bits - 1)))
+        return (sums >> self.bits).clamp_(0, self.peak).float()
+
+
+def rows_first(boxes: Tensor) -> Tensor:
+    """Which windows (B, 2, 4) are resampled along their height before their width, (B,) bool: those
+    that lose more than twice as many pixels of it, the rule of Pillow since version 13."""
+    lost = boxes[:, :, LENGTH] - boxes[:, :, RESIZED]
+    return (lost[:, 0] > 0) & (lost[:, 0] > 2 * lost[:, 1])
+
+
+def resample(
     images: Tensor,
     boxes: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    positions: tuple[Tensor, Tensor],
     *,
-    window_only: bool,
     interpolation: str,
+    bit_depth: int,
 ) -> Tensor:
-    """Windows of images resampled by one matrix product per axis.
+    """Windows of images resampled by matrix products.
 
-    images (B, C, H, W) of any type, boxes (B, 4) float64 on the CPU, rows and columns (B, S) output
-    positions -> (B, C, S, S) float32 in the units of the images.
+    images (B, C, H, W) uint8 or int32, boxes (B, 2, 4), positions which rows and columns (B, S) of
+    the canvas are made -> (B, C, S, S), same type.
     """
-    batch, channels, height, width = images.shape
-    size, device = rows.shape[1], images.device
-    if bool((boxes == boxes[:1]).all() & (rows == rows[:1]).all() & (columns == columns[:1]).all()):
-        boxes, rows, columns = boxes[:1], rows[:1], columns[:1]  # one matrix serves the batch
-    along = partial(weights, window_only=window_only, interpolation=interpolation, device=device)
-    vertical = along(boxes[:, 0], boxes[:, 2], rows, extent=height)  # (B | 1, S, H)
-    across = along(boxes[:, 1], boxes[:, 3], columns, extent=width)  # (B | 1, S, W)
+    along_axes = partial(resample_axes, interpolation=interpolation, bit_depth=bit_depth)
+    first = rows_first(boxes)
+    if bool(first.all()):
+        return along_axes(images.mT, boxes.flip(1), (positions[1], positions[0])).mT
+    if not bool(first.any()):
+        return along_axes(images, boxes, positions)
+    size = positions[0].shape[1]
+    canvas = images.new_empty(*images.shape[:2], size, size)
+    for group in (first, ~first):
+        rows = group.nonzero()[:, 0]
+        there = rows.to(images.device, non_blocking=True)
+        part = resample(
+            images.index_select(0, there),
+            boxes[rows],
+            (positions[0][rows], positions[1][rows]),
+            interpolation=interpolation,
+            bit_depth=bit_depth,
+        )
+        canvas.index_copy_(0, there, part)
+    return canvas
+
+
+def resample_axes(
+    images: Tensor,
+    boxes: Tensor,
+    positions: tuple[Tensor, Tensor],
+    *,
+    interpolation: str,
+    bit_depth: int,
+) -> Tensor:
+    """The same, along the width and then along the height."""
+    batch, channels = images.shape[:2]
+    kind, size = images.dtype, positions[0].shape[1]
+    if all(bool((part == part[:1]).all()) for part in (boxes, *positions)):
+        boxes, positions = boxes[:1], (positions[0][:1], positions[1][:1])  # one matrix serves all
+    images, origins = cut_reached(images, boxes, size, interpolation)
+    height, width = images.shape[2:]
+    vertical, across = (
+        AxisResize(
+            *matrices(
+                boxes[:, axis],
+                positions[axis],
+                origins[axis],
+                images.shape[2 + axis],
+                interpolation=interpolation,
+                bits=BITS[bit_depth],
+                device=images.device,
+            ),
+            bit_depth=bit_depth,
+        )
+        for axis in (0, 1)
+    )
     chunk = max(1, CHUNK // (channels * height * width))
     parts = []
     for begin in range(0, batch, chunk):
         part = slice(begin, begin + chunk) if len(boxes) > 1 else slice(None)
-        x = images[begin : begin + chunk].permute(0, 2, 1, 3).float()  # (b, H, C, W)
+        x = images[begin : begin + chunk].permute(0, 2, 1, 3).to(across.matrix.dtype)
         n = len(x)
-        x = torch.matmul(vertical[part], x.reshape(n, height, -1))  # (b, S, C W)
-        x = torch.matmul(x.view(n, size * channels, width), across[part].mT)  # (b, S C, S)
-        parts.append(x.view(n, size, channels, size).permute(0, 2, 1, 3))
+        x = across.along_last(x.reshape(n, -1, width), part)  # (b, H C, S)
+        x = x.to(vertical.matrix.dtype).view(n, height, -1)
+        x = vertical.along_rows(x, part).view(n, size, channels, size)
+        parts.append(x.permute(0, 2, 1, 3).to(kind))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def library_windows(
-    images: Tensor, boxes: Tensor, size: int, *, window_only: bool, interpolation: str
-) -> Tensor:
-    """Windows resampled by torch's 8-bit integer code, on a CPU 10 times as fast as the products.
+# ------------------------------------------------------------------------ resampling by Pillow
 
-    images (B, C, H, W) uint8, boxes (B, 4) as drawn by `Fit.boxes` -> (B, C, S, S) uint8, within
-    one level of `resample_windows`.
+
+def resample_by_pillow(image: np.ndarray, box: Tensor, size: int, interpolation: str) -> np.ndarray:
+    """A window resampled by Pillow itself, on a CPU several times as fast as the products.
+
+    image (C, H, W) uint8, box (2, 4) -> (C, S, S), the same as `resample` gives.
     """
+    (y, h, tall, top), (x, w, wide, left) = box.tolist()
+    cut = cut_window(image, y, x, h, w)
+    method = KERNELS[interpolation][2]
+    axes = (0, 1) if bool(rows_first(box[None])) else (1, 0)
 
-    def resized(part: Tensor, sides: int | tuple[int, int]) -> Tensor:
-        return F.interpolate(part, sides, mode=interpolation, antialias=True)
+    def resized(pixels: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        for axis in axes:  # one a call: which of two goes first depends on Pillow's version
+            width, height = picture.size
+            if axis == 0:
+                picture = picture.resize((width, tall), method)
+                picture = picture.crop((0, top, width, top + size))
+            else:
+                picture = picture.resize((wide, height), method)
+                picture = picture.crop((left, 0, left + size, height))
+        return np.asarray(picture)
 
-    def window(part: Tensor, box: list[float]) -> Tensor:
-        y, x, h, w = box
-        if window_only:
-            return resized(cut_window(part, round(y), round(x), round(h), round(w)), size)
-        height, width = part.shape[2:]
-        scaled = round(size * height / h), round(size * width / w)  # undo the folding
-        top, left = round(y * scaled[0] / height), round(x * scaled[1] / width)
-        return resized(part, scaled)[:, :, top : top + size, left : left + size]
-
-    parts = zip(images.split(1), boxes.tolist(), strict=True)
-    return torch.cat([window(part, box) for part, box in parts])
-
-
-def cut_window(images: Tensor, y: int, x: int, h: int, w: int) -> Tensor:
-    """Window at whole pixels; what lies outside is 0."""
-    height, width = images.shape[2:]
-    inside = images[:, :, max(y, 0) : y + h, max(x, 0) : x + w]
-    outside = (max(-x, 0), max(x + w - width, 0), max(-y, 0), max(y + h - height, 0))
-    return F.pad(inside, outside) if any(outside) else inside
+    if len(cut) == 3:
+        return resized(cut.transpose(1, 2, 0)).transpose(2, 0, 1)
+    return np.stack([resized(band) for band in cut])
 
 
-def mirrored(images: Tensor, hflip: Tensor | None, vflip: Tensor | None) -> Tensor:
-    """Chosen rows of images (B, C, H, W) flipped; hflip and vflip (B,) bool on the CPU."""
-    for flip, axis in ((hflip, 3), (vflip, 2)):
-        if flip is not None and bool(flip.any()):
-            rows = flip.nonzero()[:, 0]
-            images = images.index_copy(0, rows, images.index_select(0, rows).flip(axis))
-    return images
+def cut_window(image: np.ndarray, y: int, x: int, h: int, w: int) -> np.ndarray:
+    """Window of an image (C, H, W) at whole pixels; what lies outside is 0."""
+    top, left = max(y, 0), max(x, 0)
+    bottom, right = max(top, min(y + h, image.shape[1])), max(left, min(x + w, image.shape[2]))
+    inside = image[:, top:bottom, left:right]
+    if inside.shape[1:] == (h, w):
+        return inside
+    window = np.zeros((len(image), h, w), image.dtype)
+    window[:, top - y : bottom - y, left - x : right - x] = inside
+    return window
 
 
 class CropResize:
@@ -208,45 +351,50 @@ class CropResize:
     ) -> None:
         self.ops = ops
         self.size = image_size
-        self.shortest = {"none": None, "image_size": image_size, "resize_size": resize_size}[
-            ops.resize
-        ]
+        # smaller than the canvas only where a model's authors put a black margin around the image
+        large = resize_size if ops.crop == "center" else max(image_size, resize_size)
+        self.shortest = {"none": None, "image_size": image_size, "resize_size": large}[ops.resize]
         self.interpolation = interpolation
-        self.peak = float(2**bit_depth - 1)
-        # A resized or padded crop cuts first and then resizes, so pixels beyond the cut are unseen.
-        self.window_only = ops.crop in ("resized", "padded")
+        self.bit_depth, self.peak = bit_depth, float(2**bit_depth - 1)
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator | None) -> Tensor:
-        """Source windows of a batch.
+        """Windows of a batch.
 
         Args:
             sizes: (B, 2) height and width of each image, pixels.
             generator: CPU generator of random crops; unused (may be None) for none and center.
 
         Returns:
-            (B, 4) float64 y0, x0, height, width on the CPU, pixels of the source.
+            (B, 2, 4) int64 on the CPU; for the rows, then for the columns, in this order: first
+            pixel of the cut in the source, its pixels, what they are resized to, and the first
+            pixel of the canvas in that.
 
         Raises:
             UserError: an image is smaller than a crop that does not resize it.
         """
         whole = torch.as_tensor(np.asarray(sizes).reshape(-1, 2)).double()  # (B, 2)
-        if self.ops.crop == "none":
-            return torch.cat([torch.zeros_like(whole), whole], 1)
+        start = torch.zeros_like(whole)
+        length, resized, offset = whole, torch.full_like(whole, self.size), torch.zeros_like(whole)
         if self.ops.crop == "resized":
-            return self.resized_boxes(whole, generator)
-        scaled = self.scaled(whole)  # (B, 2) size after the resize
-        if self.ops.crop == "padded":
-            return self.padded_boxes(whole, scaled, generator)
-        room = scaled - self.size
+            start, length = self.random_cut(whole, generator)
+        elif self.ops.crop == "padded":
+            start, length = self.padded_cut(whole, generator)
+        elif self.ops.crop != "none":
+            resized = self.scaled(whole)
+            room = resized - self.size
+            if self.shortest is None or self.shortest >= self.size:
+                self.refuse_small(whole, room)
+            if self.ops.crop == "center":  # of an odd margin the smaller half is before the image
+                offset = torch.where(room < 0, (room / 2).ceil(), (room / 2).round())
+            else:
+                draws = torch.rand(whole.shape, generator=generator, dtype=torch.float64)
+                offset = (draws * (room + 1)).floor()
+        return torch.stack([start, length, resized, offset], 2).long()
+
+    def refuse_small(self, sizes: Tensor, room: Tensor) -> None:
+        """Refuse the first image that has no room for the crop."""
         if bool((room < 0).any()):
-            raise UserError(too_small(whole[(room < 0).any(1).nonzero()[0, 0]], self.size))
-        if self.ops.crop == "center":
-            offset = (room / 2).round()
-        else:
-            draws = torch.rand(whole.shape, generator=generator, dtype=torch.float64)
-            offset = (draws * (room + 1)).floor()
-        step = whole / scaled  # source pixels per resized pixel
-        return torch.cat([offset * step, self.size * step], 1)
+            raise UserError(too_small(sizes[(room < 0).any(1).nonzero()[0, 0]], self.size))
 
     def scaled(self, sizes: Tensor) -> Tensor:
         """Size (B, 2) after the shortest side was resized, whole pixels as in torchvision."""
@@ -255,21 +403,20 @@ class CropResize:
         short = sizes.min(1, keepdim=True).values
         return (sizes * self.shortest / short).floor().clamp(min=self.shortest)
 
-    def padded_boxes(
-        self, sizes: Tensor, scaled: Tensor, generator: torch.Generator | None
-    ) -> Tensor:
-        """Windows at whole source pixels inside the image and its black margin."""
+    def padded_cut(self, sizes: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """First pixels and sides (B, 2) of squares inside the images and their black margin."""
         margin = self.ops.crop_padding
-        side = (self.size * (sizes / scaled).min(1, keepdim=True).values).round()  # (B, 1)
+        scale = (sizes / self.scaled(sizes)).min(1, keepdim=True).values
+        side = (self.size * scale).round()  # (B, 1)
         room = sizes + 2 * margin - side
-        if bool((room < 0).any()):
-            raise UserError(too_small(sizes[(room < 0).any(1).nonzero()[0, 0]], self.size))
+        self.refuse_small(sizes, room)
         draws = torch.rand(sizes.shape, generator=generator, dtype=torch.float64)
-        return torch.cat([(draws * (room + 1)).floor() - margin, side, side], 1)
+        return (draws * (room + 1)).floor() - margin, side.expand(-1, 2)
 
-    def resized_boxes(self, sizes: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Random area and aspect ratio: the first of 10 attempts that fits, else the largest centre
-        window of a legal ratio (torchvision's RandomResizedCrop)."""
+    def random_cut(self, sizes: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """First pixels and sides (B, 2) of random area and aspect ratio: the first of 10 attempts
+        that fits, else the largest centre window of a legal ratio (torchvision's
+        RandomResizedCrop)."""
         (low, high), ratio = self.ops.scale, self.ops.ratio
         count = len(sizes)
         draws = torch.rand(4, count, ATTEMPTS, generator=generator, dtype=torch.float64)
@@ -285,17 +432,16 @@ class CropResize:
         w = torch.minimum(width, (height * ratio[1]).round().clamp(min=1))
         h = torch.minimum(height, (width / ratio[0]).round().clamp(min=1))
         centre = torch.cat([((height - h) / 2).floor(), ((width - w) / 2).floor(), h, w], 1)
-        return torch.where(fits.any(1, keepdim=True), drawn, centre)
+        found = torch.where(fits.any(1, keepdim=True), drawn, centre)
+        return found[:, :2], found[:, 2:]
 
     def one(self, image: np.ndarray, box: Tensor) -> Tensor:
-        """One sample in a worker: image (C, H, W) uint8 or uint16, box (4,) -> (C, S, S) uint8 or
+        """One sample in a worker: image (C, H, W) uint8 or uint16, box (2, 4) -> (C, S, S) uint8 or
         int32."""
         wide = image.dtype != np.uint8
         if wide or not image.flags.writeable:  # torch has no uint16 and warns of read-only memory
             image = image.astype(np.int32 if wide else np.uint8)
-        source = torch.from_numpy(image)
-        canvas = self.canvas(source[None], box[None])[0]
-        return canvas.round().to(source.dtype) if canvas.is_floating_point() else canvas
+        return self.canvas(torch.from_numpy(image)[None], box[None])[0]
 
     def canvas(
         self,
@@ -304,45 +450,64 @@ class CropResize:
         hflip: Tensor | None = None,
         vflip: Tensor | None = None,
     ) -> Tensor:
-        """Windows on the canvas, mirrored where asked, in the units of the images.
+        """Windows on the canvas, mirrored where asked: the same levels on every device.
 
         Args:
             images: (B, C, H, W) uint8 or int32 on any device.
-            boxes: (B, 4) on the CPU.
+            boxes: (B, 2, 4) on the CPU.
             hflip, vflip: (B,) bool on the CPU.
 
         Returns:
-            (B, C, S, S): the type of the images where pixels are only moved, and for uint8 on the
-            CPU; else float32.
+            (B, C, S, S), the type of the images, which are returned where nothing changes.
         """
-        boxes = boxes.double()
         rows, columns = self.positions(len(boxes), vflip), self.positions(len(boxes), hflip)
-        whole = bool((boxes[:, 2:] == self.size).all()) and bool((boxes == boxes.floor()).all())
-        if whole or self.interpolation == "nearest":
-            if not whole:  # PIL's nearest: the pixel under the centre of the output pixel
-                rows, columns = rows + 0.5, columns + 0.5
-            step = boxes[:, 2:] / self.size
-            rows = (boxes[:, :1] + rows * step[:, :1]).floor().long()
-            columns = (boxes[:, 1:2] + columns * step[:, 1:]).floor().long()
-            if whole and images.shape[2:] == (self.size, self.size) and untouched(rows, columns):
+        moved = bool((boxes[:, :, LENGTH] == boxes[:, :, RESIZED]).all())
+        if moved or self.interpolation == "nearest":
+            rows, columns = source_pixels(boxes[:, 0], rows), source_pixels(boxes[:, 1], columns)
+            if images.shape[2:] == (self.size, self.size) and untouched(rows, columns):
                 return images
             return gather_pixels(images, rows, columns)
-        cut, kernel = self.window_only, self.interpolation
-        quick = images.dtype == torch.uint8 and images.device.type == "cpu"
-        if quick and kernel in ("bilinear", "bicubic"):
-            canvas = library_windows(
-                images, boxes, self.size, window_only=cut, interpolation=kernel
-            )
-            return mirrored(canvas, hflip, vflip)
-        canvas = resample_windows(
-            images, boxes, rows, columns, window_only=cut, interpolation=kernel
+        if images.device.type == "mps":  # it has no float64
+            return self.canvas(images.cpu(), boxes, hflip, vflip).to(images.device)
+        if images.dtype != torch.uint8 or images.device.type != "cpu":
+            return self.by_products(images, boxes, (rows, columns))
+        canvas = images.new_empty(*images.shape[:2], self.size, self.size)
+        for i, (image, box) in enumerate(zip(images, boxes, strict=True)):
+            if int(box[:, RESIZED].prod()) > WASTE * self.size**2:
+                positions = rows[i : i + 1], columns[i : i + 1]
+                canvas[i] = self.by_products(image[None], box[None], positions)[0]
+                continue
+            found = resample_by_pillow(image.numpy(), box, self.size, self.interpolation)
+            steps = (-1 if flip is not None and flip[i] else 1 for flip in (vflip, hflip))
+            canvas[i].numpy()[:] = found[
+                (slice(None), *(slice(None, None, step) for step in steps))
+            ]
+        return canvas
+
+    def by_products(
+        self, images: Tensor, boxes: Tensor, positions: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The canvas by matrix products, see `resample`."""
+        return resample(
+            images,
+            boxes,
+            positions,
+            interpolation=self.interpolation,
+            bit_depth=self.bit_depth,
         )
-        return canvas if self.interpolation == "bilinear" else canvas.clamp(0, self.peak)
 
     def positions(self, count: int, flip: Tensor | None) -> Tensor:
         """Output positions 0..S-1 along an axis, backwards where flipped, (B, S) int64."""
         ahead = torch.arange(self.size).expand(count, -1)
         return ahead if flip is None else torch.where(flip[:, None], self.size - 1 - ahead, ahead)
+
+
+def source_pixels(boxes: Tensor, positions: Tensor) -> Tensor:
+    """The source pixel under the centre of each pixel of the canvas along an axis: boxes (B, 4),
+    positions (B, S) -> (B, S) int64."""
+    start, length, resized, offset = boxes[:, :, None].unbind(1)  # (B, 1)
+    middle = (2 * (offset + positions) + 1) * length  # in halves of 1 / resized pixels
+    return start + middle.div(2 * resized, rounding_mode="floor")
 
 
 def untouched(rows: Tensor, columns: Tensor) -> bool:

@@ -123,7 +123,7 @@ class Placement:
 
     crop: CropResize
     sizes: np.ndarray  # (B, 2) height and width of the images
-    boxes: Tensor | None = None  # (B, 4) windows, see CropResize; none: not drawn yet
+    boxes: Tensor | None = None  # (B, 2, 4) windows, see CropResize; none: not drawn yet
     hflip: Tensor | None = None  # (B,) bool
     vflip: Tensor | None = None  # (B,) bool
 

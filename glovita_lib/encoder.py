@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import torch
@@ -31,8 +32,8 @@ class Preprocess:
 
     image_size: int | None
     """Side of the square input; none where nothing asks for a certain one."""
-    resize_size: int | None
-    """Shorter side before the centre crop to image_size, e.g. 256 before 224."""
+    crop_pct: float | Fraction
+    """Share of the shorter side that the centre crop keeps, e.g. 0.875 of 256 pixels."""
     interpolation: str
     """nearest, bilinear, bicubic or lanczos."""
     mean: tuple[float, ...]
@@ -470,7 +471,7 @@ def _(spec: CustomEncoder, *, channels: int) -> Preprocess:
     check_channels(spec, channels)
     return Preprocess(
         image_size=None,
-        resize_size=None,
+        crop_pct=0.875,
         interpolation="bilinear",
         mean=fit_channels((0.485, 0.456, 0.406), channels),
         std=fit_channels((0.229, 0.224, 0.225), channels),

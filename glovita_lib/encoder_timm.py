@@ -99,7 +99,7 @@ def preprocess_timm(spec: TimmEncoder, *, channels: int) -> Preprocess:
     size = resolved["input_size"][-1]
     return Preprocess(
         image_size=size if sized else None,
-        resize_size=int(size / resolved["crop_pct"]) if sized else None,
+        crop_pct=resolved["crop_pct"],
         interpolation=resolved["interpolation"],
         mean=fit_channels(resolved["mean"], channels),
         std=fit_channels(resolved["std"], channels),

@@ -8,6 +8,7 @@ channels, H W pixels.
 import inspect
 import sys
 from difflib import get_close_matches
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def preprocess_torchvision(spec: TorchvisionEncoder, *, channels: int) -> Prepro
         size, resize = 224, 256
     return Preprocess(
         image_size=size if sized else None,
-        resize_size=resize if sized else None,
+        crop_pct=Fraction(size, resize),
         interpolation=interpolation,
         mean=fit_channels(means, channels),
         std=fit_channels(stds, channels),

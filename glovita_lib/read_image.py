@@ -168,7 +168,8 @@ def read_headers(paths: Sequence[str], *, threads: int) -> tuple[list[Header], d
 
 
 def read_image(path: str, *, channels: int, bit_depth: int) -> np.ndarray:
-    """Upright image (C, H, W) of a file, uint8 or uint16 as bit_depth says.
+    """Upright image (C, H, W) of a file, uint8 or uint16 as bit_depth says; in memory the channels
+    of a pixel are side by side, as Pillow resizes them.
 
     Raises:
         UserError: missing, unreadable, broken or floating-point; one line with the path.
@@ -182,7 +183,7 @@ def read_image(path: str, *, channels: int, bit_depth: int) -> np.ndarray:
     if turned != 1:
         pixels = UPRIGHT[turned](pixels)
     pixels = to_depth(to_channels(pixels, channels), bit_depth)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return np.ascontiguousarray(pixels).transpose(2, 0, 1)
 
 
 def has_wide_colours(image: Image.Image, data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Windows and resampling against torchvision and PIL on real photos."""
+"""Windows against torchvision, resampling against Pillow, level by level, on real photos."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from covering import covering
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 from glovita_lib.augment import PLAIN, policy
@@ -16,12 +16,6 @@ from glovita_lib.augment_crop import CropResize, gather_pixels
 from glovita_lib.errors import UserError
 
 PHOTO = np.ascontiguousarray(load_sample_image("flower.jpg").transpose(2, 0, 1))[:, 40:190, 30:250]
-MODES = {
-    "bilinear": InterpolationMode.BILINEAR,
-    "bicubic": InterpolationMode.BICUBIC,
-    "lanczos": InterpolationMode.LANCZOS,
-    "nearest": InterpolationMode.NEAREST_EXACT,
-}
 
 
 def fit(
@@ -51,68 +45,159 @@ def photos(count: int) -> torch.Tensor:
     )
 
 
-def resized(geometry: CropResize, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W) and their windows (B, 4) -> (B, C, S, S) float32 in 0..1."""
-    return geometry.canvas(images, boxes).float() / geometry.peak
+def pillow(image: np.ndarray, box: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
+    """A window (2, 4) of an image (C, H, W) as Pillow makes it: pad, crop, resize, crop."""
+    (y, h, tall, top), (x, w, wide, left) = box.tolist()
+    margin = max(0, -y, -x, y + h - image.shape[1], x + w - image.shape[2])
+    padded = np.pad(image, ((0, 0), (margin, margin), (margin, margin)))
+    cut = padded[:, y + margin : y + margin + h, x + margin : x + margin + w]
+    bands = [
+        Image.fromarray(band).resize((wide, tall), Image.Resampling[interpolation.upper()])
+        for band in cut
+    ]
+    return torch.from_numpy(np.stack(bands))[:, top : top + size, left : left + size]
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
-@pytest.mark.parametrize("size", [24, 64, 224])
-def test_resized_crop_equals_torchvision(interpolation, size):
-    images = photos(6).int()  # int32 goes through the matrix products, as uint8 does off the CPU
-    geometry = fit(size, interpolation=interpolation, crop="resized", scale=(0.1, 1.0))
-    boxes = geometry.boxes(np.tile([120, 160], (6, 1)), seeded())
-    assert len(boxes.unique(dim=0)) == 6
-    ours = resized(geometry, images, boxes)
-    for image, box, our in zip(images, boxes.int().tolist(), ours, strict=True):
-        reference = TF.resized_crop(
-            image.double() / 255,
-            *box,
-            size=[size, size],
-            interpolation=MODES[interpolation],
-            antialias=True,
-        )
-        # torch computes the antialias weights of float input in the input's type
-        torch.testing.assert_close(our, reference.clamp(0, 1).float(), atol=2e-5, rtol=0)
+def in_every_way(geometry: CropResize, images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """The canvas (B, C, S, S) of a batch of bytes, which is the same as whole numbers (what a GPU
+    multiplies), one by one, and as they lie in memory after decoding."""
+    canvas = geometry.canvas(images, boxes)
+    assert canvas.dtype == torch.uint8
+    wide = geometry.canvas(images.int(), boxes)
+    assert wide.dtype == torch.int32 and torch.equal(wide, canvas.int())
+    for image, box, row in zip(images, boxes, canvas, strict=True):
+        as_decoded = np.ascontiguousarray(image.numpy().transpose(1, 2, 0)).transpose(2, 0, 1)
+        as_decoded.setflags(write=False)  # as arrays from Pillow are
+        for array in (image.numpy(), as_decoded):
+            assert torch.equal(geometry.one(array, box), row)
+    return canvas
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
-@pytest.mark.parametrize("box", [(0, 0, 120, 160), (13, 21, 64, 80), (10.25, 3.5, 100.5, 70.125)])
-@pytest.mark.parametrize("size", [32, 211])
-def test_window_equals_pil_resize_with_box(interpolation, box, size):
-    image = PHOTO[:, :120, :160]
-    geometry = fit(size, interpolation=interpolation)
-    windows = torch.tensor([box], dtype=torch.float64)
-    our = geometry.canvas(torch.from_numpy(image.astype(np.int32))[None], windows)[0].numpy()
-    y, x, h, w = box
-    reference = Image.fromarray(image.transpose(1, 2, 0)).resize(
-        (size, size), Image.Resampling[interpolation.upper()], box=(x, y, x + w, y + h)
+INTERPOLATIONS = ["bilinear", "bicubic", "lanczos"]
+CROPS = ["none", "center", "random", "resized", "padded"]
+
+
+@pytest.mark.parametrize(
+    ("crop", "interpolation", "shape", "size"),
+    covering(
+        CROPS,
+        INTERPOLATIONS,
+        [(120, 160), (160, 90), (31, 200), (64, 64), (7, 5), (150, 3)],
+        [1, 24, 64, 211],
+    ),
+)
+def test_every_way_gives_the_levels_of_pillow(crop, interpolation, shape, size):
+    rng = np.random.default_rng(size)
+    photo = np.asarray(Image.fromarray(PHOTO.transpose(1, 2, 0)).resize(shape[::-1]))
+    photo = photo.transpose(2, 0, 1)
+    noise = rng.integers(0, 256, (3, *shape), np.uint8)
+    hard = (noise > 127).astype(np.uint8) * 255  # where a kernel overshoots
+    images = torch.from_numpy(np.stack([photo, noise, hard, photo[::-1], hard[::-1]]))
+    changes = {"resize": "resize_size", "crop_padding": 9, "scale": (0.05, 1.0), "ratio": (0.3, 3)}
+    geometry = fit(size, size + size // 7, interpolation, crop=crop, **changes)
+    boxes = geometry.boxes(np.tile(shape, (5, 1)), seeded(size))
+    for image, box, our in zip(images, boxes, in_every_way(geometry, images, boxes), strict=True):
+        assert torch.equal(our, pillow(image.numpy(), box, size, interpolation))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+@pytest.mark.parametrize("shape", [(120, 160), (33, 200), (55, 55)])
+def test_an_image_smaller_than_its_centre_crop_gets_the_margin_of_torchvision(shape, interpolation):
+    """As the weights of volo_d5 were evaluated."""
+    picture = Image.fromarray(np.maximum(PHOTO, 1).transpose(1, 2, 0)).resize(shape[::-1])
+    geometry = fit(64, 55, interpolation)
+    method = TF.InterpolationMode(interpolation)
+    reference = TF.pil_to_tensor(TF.center_crop(TF.resize(picture, [55], method), [64, 64]))
+    images = torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())[None]
+    ours = in_every_way(geometry, images, geometry.boxes(np.array([shape]), None))
+    if interpolation == "bilinear":
+        assert torch.equal(ours[0], reference)
+    assert torch.equal(ours[0] == 0, reference == 0)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_channels_are_resampled_by_themselves(channels):
+    images = torch.cat([photos(3), 255 - photos(3)], 1)[:, :channels]
+    geometry = fit(50, 57, "bicubic", crop="random")
+    boxes = geometry.boxes(np.tile([120, 160], (3, 1)), seeded())
+    for image, box, our in zip(images, boxes, in_every_way(geometry, images, boxes), strict=True):
+        assert torch.equal(our, pillow(image.numpy(), box, 50, "bicubic"))
+
+
+@pytest.mark.parametrize("shape", [(5000, 3), (3, 5000), (2500, 60)])
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_of_a_strip_only_what_is_shown_is_enlarged(shape, crop, monkeypatch):
+    """The whole of it would be 224 x 373,333 pixels."""
+    image = np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8)
+    geometry = fit(224, 224, "bicubic", crop=crop)
+    box = geometry.boxes(np.array([shape]), seeded())[0]
+    resized = []
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *_: resized.append(size) or self.copy()
     )
-    difference = np.abs(our - np.asarray(reference, dtype=float).transpose(2, 0, 1))
-    if interpolation == "nearest":  # a centre exactly between two pixels may fall either way
-        assert (difference > 0).mean() < 0.01
-    else:  # PIL rounds and clips to whole levels after each of the two axes
-        assert np.quantile(difference, 0.999) < 1.2 and difference.max() < 5
+    ours = geometry.one(image, box)
+    monkeypatch.undo()
+    assert not resized
+    # the same by a part of it that Pillow can enlarge: whole numbers of both sizes, far from it
+    axis = int(shape[1] > shape[0])
+    start, length, size, offset = box[axis].tolist()
+    step, steps = length // math.gcd(length, size), size // math.gcd(length, size)
+    skip = max(0, offset // steps - 4)
+    part, keep = box.clone(), 4 * step + -(-(offset + 224) * length // size) - skip * step
+    keep = min(-(-keep // step) * step, length - skip * step)
+    part[axis] = torch.tensor([skip * step, keep, keep // step * steps, offset - skip * steps])
+    assert torch.equal(ours, pillow(image, part, 224, "bicubic"))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_products_are_exact_whatever_precision_was_allowed(precision, monkeypatch):
+    """A GPU would read 11 bits of a factor."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        images = photos(3)
+        geometry = fit(40, 45, "bicubic", crop="random")
+        boxes = geometry.boxes(np.tile([120, 160], (3, 1)), seeded())
+        in_every_way(geometry, images, boxes)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_more_pixels_than_float32_adds_exactly():
+    image = np.random.default_rng(0).integers(0, 2, (1, 3000, 4), np.uint8) * 255
+    geometry = fit(5, interpolation="lanczos", crop="none")  # 3,600 of them make one
+    boxes = geometry.boxes(sizes(image), None)
+    ours = in_every_way(geometry, torch.from_numpy(image)[None], boxes)
+    assert torch.equal(ours[0], pillow(image, boxes[0], 5, "lanczos"))
+
+
+@pytest.mark.parametrize("size", [32, 211])
+@pytest.mark.parametrize("shape", [(120, 160), (33, 200), (64, 64)])
+def test_nearest_equals_pillow(shape, size):
+    image = np.ascontiguousarray(PHOTO[:, : shape[0], : shape[1]])
+    geometry = fit(size, interpolation="nearest", crop="none")
+    boxes = geometry.boxes(sizes(image), None)
+    ours = in_every_way(geometry, torch.from_numpy(image)[None], boxes)[0]
+    # a centre exactly between two pixels may fall either way
+    assert (ours != pillow(image, boxes[0], size, "nearest")).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("shape", [(120, 160), (151, 97), (33, 200), (64, 64)])
 @pytest.mark.parametrize("size, resize", [(32, 36), (50, 57), (48, 48)])
-def test_centre_crop_equals_resize_then_crop(shape, size, resize):
-    image = torch.from_numpy(PHOTO[:, : shape[0], : shape[1]].copy()).float() / 255
-    if image.shape[1:] != shape:
-        image = TF.resize(image, list(shape), antialias=True)
+def test_centre_crop_equals_the_transforms_of_torchvision(shape, size, resize):
+    picture = Image.fromarray(PHOTO.transpose(1, 2, 0)).resize(shape[::-1])
+    image = np.asarray(picture).transpose(2, 0, 1)
     geometry = fit(size, resize)
-    levels = (image * 255).round()
-    reference = TF.center_crop(TF.resize(levels / 255, [resize], antialias=True), [size, size])
-    our = resized(geometry, levels.to(torch.int32)[None], geometry.boxes(np.array([shape]), None))
-    torch.testing.assert_close(our[0], reference, atol=1e-5, rtol=0)
+    reference = TF.pil_to_tensor(TF.center_crop(TF.resize(picture, [resize]), [size, size]))
+    assert torch.equal(geometry.one(image, geometry.boxes(np.array([shape]), None)[0]), reference)
 
 
 def test_random_crop_covers_every_offset_once_resized():
     geometry = fit(32, 34, crop="random")
     boxes = geometry.boxes(np.tile([68, 136], (4000, 1)), seeded())
-    offsets = boxes[:, :2] / 2  # 2 source pixels per resized one
-    assert (offsets == offsets.floor()).all() and (boxes[:, 2:] == 64).all()
+    assert torch.equal(boxes[0, :, :3], torch.tensor([[0, 68, 34], [0, 136, 68]]))
+    assert (boxes[:, :, :3] == boxes[0, :, :3]).all()
+    offsets = boxes[:, :, 3]
     counts = torch.bincount(offsets[:, 0].long(), minlength=3)  # 0, 1, 2
     assert len(counts) == 3 and (counts > 4000 / 3 * 0.85).all()
     assert offsets[:, 1].min() == 0 and offsets[:, 1].max() == 36
@@ -124,25 +209,13 @@ def test_padded_crop_equals_torchvision_pad_and_crop():
     boxes = geometry.boxes(np.tile([32, 32], (30, 1)), seeded())
     ours = geometry.canvas(images, boxes)
     assert ours.dtype == torch.uint8
-    for image, (y, x, h, w), our in zip(images, boxes.int().tolist(), ours, strict=True):
+    for image, box, our in zip(images, boxes, ours, strict=True):
+        (y, x), (h, w) = box[:, 0].tolist(), box[:, 1].tolist()
         assert -4 <= y <= 4 and -4 <= x <= 4
         assert torch.equal(our, TF.crop(TF.pad(image, [4]), y + 4, x + 4, h, w))
-    many = geometry.boxes(np.tile([32, 32], (9000, 1)), seeded(1))[:, :2] + 4
-    counts = torch.bincount((many[:, 0] * 9 + many[:, 1]).long(), minlength=81)
+    many = geometry.boxes(np.tile([32, 32], (9000, 1)), seeded(1))[:, :, 0] + 4
+    counts = torch.bincount(many[:, 0] * 9 + many[:, 1], minlength=81)
     assert counts.min() > 60 and counts.max() < 170  # 111 expected of each of 81 places
-
-
-def test_padded_crop_of_an_upsampled_image():
-    images = photos(5)[:, :, :32, :32].int()
-    geometry = fit(96, crop="padded", resize="image_size", crop_padding=4)
-    boxes = geometry.boxes(np.tile([32, 32], (5, 1)), seeded())
-    for image, (y, x, h, w), our in zip(
-        images, boxes.int().tolist(), resized(geometry, images, boxes), strict=True
-    ):
-        reference = TF.resized_crop(
-            TF.pad(image, [4]).double() / 255, y + 4, x + 4, h, w, [96, 96], antialias=True
-        )
-        torch.testing.assert_close(our, reference.float(), atol=1e-5, rtol=0)
 
 
 def test_resized_windows_follow_torchvision_distribution():
@@ -151,7 +224,7 @@ def test_resized_windows_follow_torchvision_distribution():
     boxes = fit(32, crop="resized", scale=scale, ratio=ratio).boxes(
         np.tile([100, 140], (3000, 1)), seeded()
     )
-    y, x, h, w = boxes.T
+    y, x, h, w = boxes[:, :, :2].mT.flatten(1).T.double()
     assert (y >= 0).all() and (x >= 0).all() and (y + h <= 100).all() and (x + w <= 140).all()
     torch.manual_seed(0)
     transform = RandomResizedCrop(32, scale=scale, ratio=ratio)
@@ -168,38 +241,10 @@ def test_resized_windows_follow_torchvision_distribution():
 
 def test_resized_falls_back_to_the_largest_legal_window():
     geometry = fit(32, crop="resized", scale=(0.9, 1.0), ratio=(0.75, 4 / 3))
-    y, x, h, w = geometry.boxes(np.array([[50, 400]]), seeded())[0].tolist()
+    (y, h, *_), (x, w, *_) = geometry.boxes(np.array([[50, 400]]), seeded())[0].tolist()
     assert (h, w) == (50, round(50 * 4 / 3)) and (y, x) == (0, (400 - w) // 2)
-    y, x, h, w = geometry.boxes(np.array([[400, 50]]), seeded())[0].tolist()
+    (y, h, *_), (x, w, *_) = geometry.boxes(np.array([[400, 50]]), seeded())[0].tolist()
     assert (h, w) == (round(50 / 0.75), 50) and (y, x) == ((400 - h) // 2, 0)
-
-
-def test_whole_image_is_squashed():
-    geometry = fit(40, crop="none")
-    boxes = geometry.boxes(sizes(PHOTO), None)
-    reference = TF.resize(torch.from_numpy(PHOTO.copy()).double() / 255, [40, 40], antialias=True)
-    our = resized(geometry, torch.from_numpy(PHOTO.astype(np.int32))[None], boxes)[0]
-    torch.testing.assert_close(our, reference.float(), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("crop", "interpolation", "channels", "size"),
-    covering(
-        ["none", "center", "random", "resized", "padded"],
-        ["bilinear", "bicubic"],
-        [1, 3],
-        [40, 150],
-    ),
-)
-def test_integer_code_is_within_a_level_of_the_matrix_products(crop, interpolation, channels, size):
-    images = photos(4)[:, :channels]
-    changes = {"crop": crop, "resize": "resize_size", "crop_padding": 9, "scale": (0.2, 1.0)}
-    geometry = fit(size, size + 9, interpolation, **changes)
-    boxes = geometry.boxes(np.tile([120, 160], (4, 1)), seeded())
-    quick, exact = geometry.canvas(images, boxes), geometry.canvas(images.int(), boxes)
-    assert quick.dtype == torch.uint8 and exact.dtype == torch.float32
-    difference = (quick - exact).abs()
-    assert difference.quantile(0.999) < 1.2 and difference.mean() < 0.35
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
@@ -213,46 +258,52 @@ def test_flips_mirror_the_canvas_of_their_sample_only(crop, dtype):
     vflip = torch.tensor([True, True, False, False])
     flipped = geometry.canvas(images, boxes, hflip, vflip)
     expected = [plain[0].flip(1, 2), plain[1].flip(1), plain[2].flip(2), plain[3]]
-    gap = (flipped.float() - torch.stack(expected).float()).abs().max()
-    assert gap <= (0 if dtype == torch.uint8 else 2e-3)
-
-
-def test_one_equals_batch_and_shared_windows_equal_single_ones():
-    images = photos(3)
-    for interpolation in ("bilinear", "lanczos", "nearest"):
-        geometry = fit(40, 45, interpolation)
-        boxes = geometry.boxes(np.tile([120, 160], (3, 1)), None)
-        batch = resized(geometry, images, boxes)
-        for image, box, row in zip(images, boxes, batch, strict=True):
-            single = geometry.one(image.numpy(), box)
-            assert single.dtype == torch.uint8
-            image.numpy().setflags(write=False)  # as arrays from PIL are
-            assert torch.equal(geometry.one(image.numpy(), box), single)
-            assert (single.float() / 255 - row).abs().max() <= 0.5 / 255 + 1e-6
+    assert torch.equal(flipped, torch.stack(expected))
 
 
 def test_large_batches_go_in_parts(monkeypatch):
     images = photos(5).int()
     geometry = fit(40, 45, crop="random")
     boxes = geometry.boxes(np.tile([120, 160], (5, 1)), seeded())
-    whole = resized(geometry, images, boxes)
+    whole = geometry.canvas(images, boxes)
     monkeypatch.setattr("glovita_lib.augment_crop.CHUNK", 2 * 3 * 120 * 160)
-    torch.testing.assert_close(resized(geometry, images, boxes), whole)
+    assert torch.equal(geometry.canvas(images, boxes), whole)
 
 
-def test_sixteen_bit_keeps_its_depth():
-    image = (PHOTO[:1].astype(np.uint16) << 8) + np.arange(220, dtype=np.uint16)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("shape", [(120, 160), (160, 90), (40, 40)])
+def test_sixteen_bits_equal_pillow(interpolation, shape):
+    """Pillow weighs them in float64 without rounding the weights, and wraps what overshoots."""
+    image = np.random.default_rng(0).integers(20000, 40000, (1, *shape)).astype(np.uint16)
     geometry = CropResize(
-        PLAIN, image_size=64, resize_size=64, interpolation="bilinear", bit_depth=16
-    )
+        policy(PLAIN, crop="center", resize="resize_size"),
+        image_size=64, resize_size=73, interpolation=interpolation, bit_depth=16,
+    )  # fmt: skip
     box = geometry.boxes(sizes(image), None)
     single = geometry.one(image, box[0])
     assert single.dtype == torch.int32 and single.max() > 255
-    wide = torch.from_numpy(image.astype(np.int32))
-    reference = TF.center_crop(TF.resize(wide.double() / 65535, [64], antialias=True), [64, 64])
-    torch.testing.assert_close(single.double() / 65535, reference, atol=1 / 65535, rtol=0)
-    batch = resized(geometry, wide[None], box)[0]
-    torch.testing.assert_close(batch, reference.float(), atol=1e-5, rtol=0)
+    reference = pillow(image, box[0], 64, interpolation).int()
+    off = (single - reference).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 0.01  # halves fall either way
+    assert torch.equal(
+        geometry.canvas(torch.from_numpy(image.astype(np.int32))[None], box)[0], single
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_levels_stay_in_their_range(bits):
+    """What a kernel overshoots is cut off along the first axis, before the second one sees it."""
+    peak = 2**bits - 1
+    image = np.zeros((1, 40, 40), np.uint8 if bits == 8 else np.uint16)
+    image[:, 10:30, 10:30] = peak
+    geometry = CropResize(
+        policy(PLAIN, crop="none"),
+        image_size=97, resize_size=97, interpolation="bicubic", bit_depth=bits,
+    )  # fmt: skip
+    box = geometry.boxes(sizes(image), None)[0]
+    ours = geometry.one(image, box)
+    assert ours.min() == 0 and ours.max() == peak
+    assert (ours[0, 48, 30:68] == peak).all() and (ours[0, :20] == 0).all()
 
 
 def test_gather_reads_zeros_outside():
@@ -264,7 +315,7 @@ def test_gather_reads_zeros_outside():
 
 def test_one_pixel_images():
     image = np.full((3, 1, 1), 200, np.uint8)
-    for crop in ("none", "center", "random", "resized", "padded"):
+    for crop in CROPS:
         geometry = fit(4, 4, crop=crop, crop_padding=0)
         box = geometry.boxes(sizes(image), seeded())
         assert (geometry.one(image, box[0]) == 200).all()
@@ -278,5 +329,5 @@ def test_image_smaller_than_the_crop_is_a_user_error(crop, padding):
 
 
 def test_empty_batch_has_no_windows():
-    for crop in ("none", "center", "random", "resized", "padded"):
-        assert fit(8, crop=crop).boxes(np.zeros((0, 2)), seeded()).shape == (0, 4)
+    for crop in CROPS:
+        assert fit(8, crop=crop).boxes(np.zeros((0, 2)), seeded()).shape == (0, 2, 4)

@@ -223,7 +223,7 @@ def test_attention_that_pools_is_no_block() -> None:
 def test_input_convention_is_that_of_the_weights() -> None:
     config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg("resnet18").to_dict())
     found = preprocess_of(TimmEncoder(type="resnet18"), channels=3)
-    assert (found.image_size, found.resize_size) == (224, int(224 / config["crop_pct"]))
+    assert (found.image_size, found.crop_pct) == (224, config["crop_pct"])
     assert (found.mean, found.std) == (config["mean"], config["std"])
     assert found.interpolation == config["interpolation"] and not found.fixed_size
     lite = preprocess_of(TimmEncoder(type="tf_efficientnet_lite0"), channels=3)
@@ -231,7 +231,7 @@ def test_input_convention_is_that_of_the_weights() -> None:
     weights = torchvision.models.get_model_weights("convnext_tiny").DEFAULT.transforms()
     found = preprocess_of(TorchvisionEncoder(type="convnext_tiny"), channels=3)
     assert found.image_size == weights.crop_size[0]
-    assert found.resize_size == weights.resize_size[0] == 236
+    assert found.image_size / found.crop_pct == weights.resize_size[0] == 236
 
 
 def test_untrained_models_ask_for_a_size_only_if_built_for_one() -> None:

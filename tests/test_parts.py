@@ -168,7 +168,7 @@ class Patches(Encoder):
 @preprocess_of.register
 def _(spec: PatchEncoder, *, channels):
     half = (0.5,) * channels
-    return Preprocess(8, None, "bilinear", mean=half, std=half, fixed_size=False)
+    return Preprocess(8, 1.0, "bilinear", mean=half, std=half, fixed_size=False)
 
 
 @build_encoder.register

@@ -74,7 +74,7 @@ def test_opaque_images_as_pillow_converts_them(tmp_path, suffix, channels, store
     if (stored, mode) in {("P", "L"), ("CMYK", "L")}:  # by way of RGB, as every colour image
         with Image.open(path) as opened:
             expected = np.asarray(opened.convert("RGB").convert("L"))[None]
-    assert image.dtype == np.uint8 and image.flags.c_contiguous
+    assert image.dtype == np.uint8 and image.transpose(1, 2, 0).flags.c_contiguous
     assert (image == expected).all()
     header = read_header(str(path))
     assert (header.height, header.width, header.pages) == (97, 71, 1)
