@@ -14,81 +14,7 @@ from glovita_lib.augment_images import OPERATIONS, Placement
 from glovita_lib.encoder import Preprocess
 from glovita_lib.errors import UserError, refuse
 from glovita_lib.spec import Spec
-from glovita_lib.spec_augment import ImageAugmentation, ImageKwargs, ImageOps
-
-# ---------------------------------------------------------------------------- named policies
-#
-# The named augmentation policies for images: every parameter of each.
-#
-# A policy differs from `PLAIN`, the defaults of `ImageOps`, in what it lists; fields and units are
-# those of `ImageOps`. Nothing here is random or needs torch.
-
-PLAIN = ImageOps()  # a centre crop; what is off has the strength it gets when it is switched on
-
-
-def policy(base: ImageOps, **changes: object) -> ImageOps:
-    """A policy that differs from another one in a few parameters."""
-    return msgspec.structs.replace(base, **changes)
-
-
-CUTOUT = 16  # pixels; half the side of a CIFAR image, as in DeVries and Taylor 2017
-SHIFTED = policy(PLAIN, crop="padded", resize="image_size", hflip_p=0.5)
-TRAIN: dict[str, ImageOps] = {
-    "default_2d_1": PLAIN,
-    "default_2d_2": policy(PLAIN, crop="random", hflip_p=0.5, vflip_p=0.2, rotate_p=0.3),
-    "default_2d_3": policy(
-        PLAIN,
-        crop="random",
-        hflip_p=0.5,
-        vflip_p=0.5,
-        rotate_degrees=45.0,
-        rotate_p=0.5,
-        jitter_p=0.5,
-        jitter=(0.15, 0.15, 0.10, 0.02),
-    ),
-    "default_2d_4": policy(
-        PLAIN,
-        crop="resized",
-        hflip_p=0.5,
-        vflip_p=0.5,
-        rotate_degrees=90.0,
-        rotate_p=0.5,
-        jitter_p=0.6,
-        blur_p=0.15,
-        noise_p=0.15,
-    ),
-    "default_2d_5": policy(
-        PLAIN,
-        crop="resized",
-        scale=(0.6, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        hflip_p=0.5,
-        vflip_p=0.5,
-        rotate_degrees=180.0,
-        rotate_p=0.6,
-        affine_p=0.3,
-        jitter_p=0.7,
-        jitter=(0.25, 0.25, 0.2, 0.04),
-        brightness_contrast=0.2,
-        blur_p=0.2,
-        blur_kernel=(3, 7),
-        motion_blur=True,
-        noise_p=0.2,
-        noise_std=(0.01, 0.05),
-        dropout_p=0.2,
-    ),
-    "default_2d_randaugment": policy(
-        PLAIN, crop="random", hflip_p=0.5, randaugment_ops=2, cutout_size=CUTOUT
-    ),
-    "baseline": SHIFTED,
-    "baseline_cutout": policy(SHIFTED, cutout_size=CUTOUT),
-    "randaugment": policy(SHIFTED, randaugment_ops=2, cutout_size=CUTOUT),
-}
-TEST: dict[str, ImageOps] = {
-    "shared_default_2d": PLAIN,
-    "default": policy(PLAIN, resize="image_size"),
-    "native": policy(PLAIN, resize="none"),
-}
+from glovita_lib.spec_augment import TEST, TRAIN, ImageAugmentation, ImageKwargs, ImageOps
 
 # ------------------------------------------------------------------------------- application
 #
@@ -149,7 +75,9 @@ def resolve_augmentation(
         aug.test_policy or default_policies[1],
     )
     size = image_size(aug, encoder, native_size, names[1])
-    refuse("data.augmentation", [*aug.crop_problems(size), *aug.channel_problems(channels)])
+    unread = aug.unread_kwargs(default_policies)
+    problems = [*aug.crop_problems(size), *aug.channel_problems(channels), *unread]
+    refuse("data.augmentation", problems)
     train = completed(TRAIN[names[0]], aug.train_kwargs, "train_kwargs", size)
     test = completed(TEST[names[1]], aug.test_kwargs, "test_kwargs", size)
     resolved = ResolvedImageAugmentation(
@@ -201,17 +129,10 @@ def resize_size(
 
 def completed(preset: ImageOps, asked: ImageKwargs, where: str, size: int) -> ImageOps:
     """A policy with the asked parameters in the place of its own."""
-    changes = {
-        name: value for name, value in msgspec.structs.asdict(asked).items() if value is not None
-    }
+    changes = asked.given()
     if "cutout_size" not in changes:  # half of a small image, as 16 is of CIFAR's 32
         changes["cutout_size"] = min(preset.cutout_size, size // 2)
     ops = msgspec.structs.replace(preset, **changes)
-    for name, when in ops.unread(changes.keys() - {"cutout_size"}):
-        raise UserError(
-            f"data.augmentation.{where}.{name} would be ignored, it is read only with {when}:"
-            " set that too, or leave it out"
-        )
     if ops.cutout_size >= size:
         raise UserError(
             f"data.augmentation.{where}.cutout_size: a square of {ops.cutout_size} pixels covers"

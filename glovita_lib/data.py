@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -87,6 +87,8 @@ class BaseSamples(Spec, tag_field="kind"):
     """What a sample of a data set is; one Struct a modality."""
 
     built_in: ClassVar[str] = "resolved"
+    spec_kind: ClassVar[Literal["images", "volumes", "features"]] = "images"
+    """What the spec calls such samples: `samples` of its data set, `takes` of its encoder."""
     mixes: ClassVar[bool] = False
     """Whether two samples can be mixed (mixup, cutmix)."""
 
@@ -111,6 +113,7 @@ class VectorSamples(BaseSamples, tag="vectors"):
     """Precomputed features (D,)."""
 
     built_in: ClassVar[str] = "loader_features"
+    spec_kind: ClassVar[Literal["images", "volumes", "features"]] = "features"
 
     width: int
     """D."""
@@ -120,6 +123,7 @@ class BagSamples(BaseSamples, tag="bags"):
     """Bags of precomputed features (instances, D)."""
 
     built_in: ClassVar[str] = "loader_features"
+    spec_kind: ClassVar[Literal["images", "volumes", "features"]] = "features"
 
     width: int
     """D."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from glovita_lib import network
 from glovita_lib.checkpoint import LoadTarget
-from glovita_lib.errors import UserError, call_target, reason
+from glovita_lib.errors import UserError, call_target, reason, refuse
 from glovita_lib.spec import ByStruct
-from glovita_lib.spec_model import CustomEncoder, PrecomputedEncoder
+from glovita_lib.spec_model import BaseEncoder, CustomEncoder, PrecomputedEncoder
 
 # ------------------------------------------------------------------------------------ inputs
 #
@@ -409,13 +409,9 @@ def output_width(encoder: Encoder, method: str) -> int:
 # B batch, N tokens, D width, C channels, H W pixels, X Y Z voxels.
 
 
-def check_channels(spec: Any, channels: int) -> None:
+def check_channels(spec: BaseEncoder, channels: int) -> None:
     """The spec may state the channels, but the data have them."""
-    if spec.input_channels is not None and spec.input_channels != channels:
-        raise UserError(
-            f"model.encoder.input_channels = {spec.input_channels}: the data have {channels};"
-            " remove input_channels or change how the data are read"
-        )
+    refuse("model.encoder", spec.channel_problems(channels))
 
 
 @ByStruct

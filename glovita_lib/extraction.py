@@ -252,7 +252,10 @@ class Extractor:
     def __init__(self, experiment: Experiment, spec: Extract) -> None:
         inputs = experiment.resolved.inputs
         if not isinstance(inputs, EncodedInputs):
-            raise UserError("mode extract reads images; data set precomputed_features is read out")
+            raise UserError(
+                f"mode extract reads features out of an encoder, and the samples are {inputs.kind}"
+                " already"
+            )
         self.inputs = inputs
         self.experiment, self.spec = experiment, spec
         self.model = experiment.model.eval()

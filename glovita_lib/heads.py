@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.errors import UserError, call_target
+from glovita_lib.errors import UserError, call_target, refuse
 from glovita_lib.spec import ByStruct
 from glovita_lib.spec_model import ClassificationHead, CustomHead, RegressionHead
 
@@ -47,11 +47,7 @@ def _(spec: ClassificationHead, *, width: int, outputs: int) -> nn.Module:
 
 @build_head.register
 def _(spec: RegressionHead, *, width: int, outputs: int) -> nn.Module:
-    if spec.out_dim is not None and spec.out_dim != outputs:
-        raise UserError(
-            f"model.head.out_dim = {spec.out_dim}: the data have {outputs} targets; remove out_dim"
-            " or give the data as many"
-        )
+    refuse("model.head", spec.count_problems(outputs, "the data set"))
     return LinearHead(width, outputs, dropout=spec.dropout, init_std=None)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from glovita_lib.bags import Bags
 from glovita_lib.data import BagSamples, BaseSamples, Data, Split, VectorSamples
-from glovita_lib.errors import UserError
 from glovita_lib.experiment import build_split_loader
 from glovita_lib.loader import (
     Batch,
@@ -32,7 +31,6 @@ from glovita_lib.objectives import build_inputs
 from glovita_lib.read_features import BagSource, VectorSource, feature_moments
 from glovita_lib.resolved import BagInputs, VectorInputs, resolve_inputs
 from glovita_lib.sampler import EvalOrder, TrainOrder, WindowOrder
-from glovita_lib.spec_data import PrecomputedData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Dataloading
 
@@ -55,17 +53,8 @@ def moments(
     samples: BaseSamples, root: Root, data: Data
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Mean and standard deviation (D,) of the features of the train split, where the spec
-    standardises them.
-
-    Raises:
-        UserError: the encoder takes images.
-    """
-    if root.model.encoder.takes != "features":
-        raise UserError(
-            f"the samples of data set {data.name} are {samples.kind} of features, which no encoder"
-            ' takes: set model.encoder.encoder_type = "precomputed"'
-        )
-    if not isinstance(root.data, PrecomputedData) or not root.data.standardize:
+    standardises them."""
+    if not root.data.features.standardize:
         return None, None
     source = data.splits["train"].source
     assert isinstance(source, VectorSource | BagSource)  # those of precomputed features
@@ -245,5 +234,5 @@ def in_windows(order: TrainOrder, source: VectorSource, rows: int) -> WindowOrde
 
 @build_split_loader.register
 def _(inputs: VectorInputs, split: Split, root: Root, **options: Unpack[LoaderOptions]) -> Loader:
-    data = root.data if isinstance(root.data, PrecomputedData) else PrecomputedData()  # or a user's
-    return build_feature_loader(split, root.dataloading, window_mb=data.window_mb, **options)
+    window_mb = root.data.features.window_mb
+    return build_feature_loader(split, root.dataloading, window_mb=window_mb, **options)

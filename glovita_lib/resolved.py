@@ -15,8 +15,8 @@ from glovita_lib.encoder import preprocess_of
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.metric_names import check_logged, logged_names, usual_metrics
 from glovita_lib.spec import ByStruct, Spec
-from glovita_lib.spec_data import PrecomputedData, Subtask
-from glovita_lib.spec_errors import shown
+from glovita_lib.spec_augment import ImageAugmentation
+from glovita_lib.spec_data import Subtask
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Supervised
 
@@ -93,19 +93,19 @@ def resolve_inputs(samples: BaseSamples, root: Root, data: Data) -> Inputs:
     """What a run makes of the samples of a data set.
 
     Raises:
-        UserError: see resolve_augmentation; or the encoder takes other samples.
+        UserError: see resolve_augmentation.
     """
     raise TypeError(f"no inputs for {type(samples).__name__}")
 
 
 @resolve_inputs.register
 def _(samples: ImageSamples, root: Root, data: Data) -> ImageInputs:
-    assert not isinstance(root.data, PrecomputedData)  # its samples are features
-    check_encoder(root, data, "images")
+    section = getattr(root.data, "augmentation", None)
+    assert isinstance(section, ImageAugmentation), "a data set of images has data.augmentation"
     sizes = {split.source.uniform for split in data.splits.values() if len(split)}
     same = sizes.pop() if len(sizes) == 1 else None
     augmentation = resolve_augmentation(
-        root.data.augmentation,
+        section,
         default_policies=root.data.default_policies,
         encoder=preprocess_of(root.model.encoder, channels=samples.channels),
         channels=samples.channels,
@@ -114,21 +114,6 @@ def _(samples: ImageSamples, root: Root, data: Data) -> ImageInputs:
     return ImageInputs(
         channels=samples.channels, bit_depth=samples.bit_depth, augmentation=augmentation
     )
-
-
-def check_encoder(root: Root, data: Data, kind: str) -> None:
-    """The encoder takes the samples of a data set, images or volumes.
-
-    Raises:
-        UserError: it does not.
-    """
-    encoder = root.model.encoder
-    if not encoder.reads(kind):
-        raise UserError(
-            f"model.encoder.encoder_type = {shown(encoder.__struct_config__.tag)} takes"
-            f" {encoder.takes}, and the samples of data set {data.name} are {kind}: name an encoder"
-            f" for {kind}"
-        )
 
 
 def check_samples(inputs: Inputs, spec: Spec, data: Data, trained: str) -> None:
@@ -206,6 +191,7 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
     if train is None or not len(train):
         raise UserError(f"data set {data.name}: the train split is empty")
     check_task(task, data)
+    refuse("model.encoder", root.model.encoder.sample_problems(data.samples.spec_kind))
     inputs = resolve_inputs(data.samples, root, data)
     metrics = task.metrics or usual_metrics(data.subtask)
     mean, std = target_scale(task, data, train)

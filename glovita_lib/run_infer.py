@@ -29,7 +29,7 @@ from glovita_lib.resolved import (
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
-from glovita_lib.spec_data import BaseData, GenericImageData, PrecomputedData
+from glovita_lib.spec_data import BaseData, GenericImageData
 from glovita_lib.spec_root import Root
 
 
@@ -251,8 +251,7 @@ def _(inputs: ImageInputs, path: str, data: BaseData) -> tuple[Split, list[str]]
 
 @new_samples.register
 def _(inputs: VectorInputs | BagInputs, path: str, data: BaseData) -> tuple[Split, list[str]]:
-    names = data if isinstance(data, PrecomputedData) else PrecomputedData()
-    return unlabelled_features(Path(path), names, kind=inputs.kind, width=inputs.width)
+    return unlabelled_features(Path(path), data.features, kind=inputs.kind, width=inputs.width)
 
 
 def check_classes(data: Data, resolved: Resolved) -> None:

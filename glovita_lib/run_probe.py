@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glovita_lib import dist, files, plots, results
-from glovita_lib.data import Data, Split
+from glovita_lib.data import Data, Source
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError, refuse
 from glovita_lib.loggers import better, say, two_columns
@@ -23,7 +23,6 @@ from glovita_lib.read_features import BagSource, VectorSource, feature_moments
 from glovita_lib.results import summary_lines
 from glovita_lib.rundir import RunDir, opened, runtime_info
 from glovita_lib.spec import Loaded
-from glovita_lib.spec_data import PrecomputedData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Probe
 
@@ -380,52 +379,46 @@ def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
     """
     data = build_data(loaded.root.data, seed=loaded.root.seed)
     refuse("task", loaded.root.task.target_problems(data.subtask))
-    sources = {name: feature_source(split, data.name) for name, split in data.splits.items()}
+    if data.samples.spec_kind != "features":
+        raise UserError(
+            f'task.objective = "probe" judges features, but data set {data.name} has'
+            f' {data.samples.kind}: write them with mode = "extract" and set data.dataset ='
+            ' "precomputed_features"'
+        )
     if not len(data.splits.get("val") or ()):
         raise UserError(
             'task.objective = "probe" chooses k and l2 on val, but there is no val split: give'
             " data.val_features_file"
         )
-    spec = loaded.root.data
-    scaled = isinstance(spec, PrecomputedData) and spec.standardize
-    scale = feature_moments(sources["train"]) if scaled else None
+    scale = None
+    if loaded.root.data.features.standardize:
+        source = data.splits["train"].source
+        assert isinstance(source, VectorSource | BagSource)  # those of precomputed features
+        scale = feature_moments(source)
     samples = {}
     for name, split in data.splits.items():
         assert split.targets is not None  # build_data refuses to train without labels
-        samples[name] = ProbeSplit(gather_features(sources[name], scale), split.targets, split.ids)
+        samples[name] = ProbeSplit(
+            gather_features(split.source, len(split), scale), split.targets, split.ids
+        )
     return data, samples
 
 
-def feature_source(split: Split, name: str) -> VectorSource | BagSource:
-    """Source of the features of a split of the data set `name`.
-
-    Raises:
-        UserError: its samples are no features.
-    """
-    if isinstance(split.source, VectorSource | BagSource):
-        return split.source
-    raise UserError(
-        f'task.objective = "probe" judges features, but data set {name} has images: write them'
-        ' with mode = "extract" and set data.dataset = "precomputed_features"'
-    )
-
-
 def gather_features(
-    source: VectorSource | BagSource, scale: tuple[np.ndarray, np.ndarray] | None
+    source: Source, count: int, scale: tuple[np.ndarray, np.ndarray] | None
 ) -> Tensor:
-    """Features (N, D) of a source, of bags their means, minus mean over deviation of `scale`."""
-    count, size, kind = len(source.index), 1, np.dtype(np.float32)
-    if isinstance(source, BagSource):
-        width = source.reader.width
-    else:
-        width, size = source.vectors.shape[1], max(1, READ_BYTES // source.vectors.row_bytes)
-        kind = source.vectors.dtype if scale is None else kind
-    features = np.empty((count, width), kind)
+    """Features (N, D) of the N = count samples of a source, of bags their means, minus mean over
+    deviation of `scale`; float64 ones are rounded to float32."""
+    size = max(1, READ_BYTES // source.vectors.row_bytes) if isinstance(source, VectorSource) else 1
+    features = np.empty((0, 0), np.float32)
     for start in range(0, count, size):
         part = source.fetch(np.arange(start, min(start + size, count)))
         block = part[0].mean(0, dtype=np.float64)[None] if isinstance(part, list) else part
         if scale is not None:
             block = (block - scale[0]) / scale[1]
+        if not len(features):
+            kind = np.float32 if block.dtype == np.float64 else block.dtype
+            features = np.empty((count, block.shape[1]), kind)
         features[start : start + size] = block
     return torch.from_numpy(features)
 

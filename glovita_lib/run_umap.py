@@ -38,8 +38,8 @@ from glovita_lib.projection import MISSING, Projection, choose, perplexity_of, p
 from glovita_lib.read_features import BagSource, FileBags, VectorSource, feature_moments
 from glovita_lib.resolved import Resolved
 from glovita_lib.rundir import locate
-from glovita_lib.spec import Loaded, Spec
-from glovita_lib.spec_data import PrecomputedData
+from glovita_lib.spec import Loaded
+from glovita_lib.spec_data import BaseData, PrecomputedData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Umap
 
@@ -191,8 +191,7 @@ def vectors(source: Source, rows: np.ndarray) -> np.ndarray:
     if isinstance(source, BagSource):
         bags = (source.fetch(rows[i : i + 1])[0] for i in range(len(rows)))
         return np.stack([bag.mean(0, dtype=np.float64) for bag in bags])
-    assert isinstance(source, VectorSource)  # of a feature data set
-    return source.fetch(rows)
+    return np.asarray(source.fetch(rows))
 
 
 def instances(source: BagSource, owner: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -224,7 +223,7 @@ def refuse_nan(samples: ChosenSamples) -> None:
 # ---------------------------------------------------------------------- files
 
 
-def open_input(path: Path, data: Spec) -> Data:
+def open_input(path: Path, data: BaseData) -> Data:
     """A feature file in any layout, or a folder of one-bag files, as a data set of one split.
 
     Labels are not needed.
@@ -237,8 +236,7 @@ def open_input(path: Path, data: Spec) -> Data:
     """
     if not path.exists():
         raise UserError(f'umap.input: "{path}" does not exist')
-    names = keys(data if isinstance(data, PrecomputedData) else PrecomputedData())
-    collection = read_collection(path, names, labelled=False)
+    collection = read_collection(path, keys(data.features), labelled=False)
     source = collection.source(np.arange(len(collection.ids)))
     split, samples = Split(collection.ids, None, source), collection.samples
     if collection.labels is None:
@@ -403,13 +401,14 @@ def find_samples(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks) -> ChosenS
     if spec.input is not None:
         data = open_input(Path(spec.input), own)
         return samples_of_features(data.splits, data, spec, seed)
-    if own.samples != "features":
+    if own.samples == "images":
         return samples_of_model(loaded, spec, ranks, seed)
     data = read_data(loaded.root, ranks)
+    if data.samples.spec_kind == "images":  # which a user's own data set tells only now
+        return samples_of_model(loaded, spec, ranks, seed)
     splits = wanted_splits(data, spec.split, "umap.split")
     samples = samples_of_features(splits, data, spec, seed)
-    scaled = isinstance(own, PrecomputedData) and own.standardize
-    return standardize(samples, data) if scaled else samples
+    return standardize(samples, data) if own.features.standardize else samples
 
 
 def seed_of(loaded: Loaded[Root], spec: Umap) -> int:

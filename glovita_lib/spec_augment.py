@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import asdict, replace
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_errors import Fraction, NonNegative, Positive, extra_of, shown, struct_type
@@ -194,6 +195,85 @@ class ImageKwargs(ImageOps):
     """Parameters that replace those of a policy for images, in the order in which its operations
     are applied; an unset one (none) keeps the value of the named policy."""
 
+    def given(self) -> dict[str, Any]:
+        """Those that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+# ---------------------------------------------------------------------------- named policies
+#
+# The named augmentation policies for images: every parameter of each.
+#
+# A policy differs from `PLAIN`, the defaults of `ImageOps`, in what it lists; fields and units are
+# those of `ImageOps`. Nothing here is random.
+
+PLAIN = ImageOps()  # a centre crop; what is off has the strength it gets when it is switched on
+
+
+def policy(base: ImageOps, **changes: object) -> ImageOps:
+    """A policy that differs from another one in a few parameters."""
+    return replace(base, **changes)
+
+
+CUTOUT = 16  # pixels; half the side of a CIFAR image, as in DeVries and Taylor 2017
+SHIFTED = policy(PLAIN, crop="padded", resize="image_size", hflip_p=0.5)
+TRAIN: dict[str, ImageOps] = {
+    "default_2d_1": PLAIN,
+    "default_2d_2": policy(PLAIN, crop="random", hflip_p=0.5, vflip_p=0.2, rotate_p=0.3),
+    "default_2d_3": policy(
+        PLAIN,
+        crop="random",
+        hflip_p=0.5,
+        vflip_p=0.5,
+        rotate_degrees=45.0,
+        rotate_p=0.5,
+        jitter_p=0.5,
+        jitter=(0.15, 0.15, 0.10, 0.02),
+    ),
+    "default_2d_4": policy(
+        PLAIN,
+        crop="resized",
+        hflip_p=0.5,
+        vflip_p=0.5,
+        rotate_degrees=90.0,
+        rotate_p=0.5,
+        jitter_p=0.6,
+        blur_p=0.15,
+        noise_p=0.15,
+    ),
+    "default_2d_5": policy(
+        PLAIN,
+        crop="resized",
+        scale=(0.6, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        hflip_p=0.5,
+        vflip_p=0.5,
+        rotate_degrees=180.0,
+        rotate_p=0.6,
+        affine_p=0.3,
+        jitter_p=0.7,
+        jitter=(0.25, 0.25, 0.2, 0.04),
+        brightness_contrast=0.2,
+        blur_p=0.2,
+        blur_kernel=(3, 7),
+        motion_blur=True,
+        noise_p=0.2,
+        noise_std=(0.01, 0.05),
+        dropout_p=0.2,
+    ),
+    "default_2d_randaugment": policy(
+        PLAIN, crop="random", hflip_p=0.5, randaugment_ops=2, cutout_size=CUTOUT
+    ),
+    "baseline": SHIFTED,
+    "baseline_cutout": policy(SHIFTED, cutout_size=CUTOUT),
+    "randaugment": policy(SHIFTED, randaugment_ops=2, cutout_size=CUTOUT),
+}
+TEST: dict[str, ImageOps] = {
+    "shared_default_2d": PLAIN,
+    "default": policy(PLAIN, resize="image_size"),
+    "native": policy(PLAIN, resize="none"),
+}
+
 
 class ImageAugmentation(Spec):
     """Policies and sizes for images; what is unset is derived from the data set (policies) and the
@@ -238,6 +318,19 @@ class ImageAugmentation(Spec):
                 f"{self.resize_size} pixels are too few for the crop of image_size = {image_size}:"
                 f" at least {image_size}",
             )
+
+    def unread_kwargs(self, default_policies: tuple[str, str]) -> Iterator[tuple[str, str]]:
+        """Parameters that no operation of their policy reads, under the policies of a data set."""
+        train = TRAIN[self.train_policy or default_policies[0]]
+        test = TEST[self.test_policy or default_policies[1]]
+        for where, preset in {"train_kwargs": train, "test_kwargs": test}.items():
+            changes = getattr(self, where).given()
+            for name, when in replace(preset, **changes).unread(changes):
+                yield (
+                    f"{where}.{name}",
+                    f"{shown(changes[name])} would be ignored, it is read only with {when}: set"
+                    " that too, or leave it out",
+                )
 
     def channel_problems(self, channels: int) -> Iterator[tuple[str, str]]:
         """Mean and std have a number for each channel."""

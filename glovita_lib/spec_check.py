@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from glovita_lib.errors import UserError
 from glovita_lib.metric_names import check_logged, logged_names, usual_metrics
 from glovita_lib.spec import Loaded, Spec, load_spec
+from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_conditions import own_problems, unread_options
-from glovita_lib.spec_data import FileData, PrecomputedData
+from glovita_lib.spec_data import FileData
 from glovita_lib.spec_errors import one_of, shown
 from glovita_lib.spec_model import RegressionHead
 from glovita_lib.spec_root import Root
@@ -84,10 +85,10 @@ def head_fits_targets(root: Root) -> Iterator[str]:
 def head_size(root: Root) -> Iterator[str]:
     """A stated number of outputs agrees with the stated number of targets."""
     head, stated = root.model.head, root.data.stated_outputs()
-    if isinstance(head, RegressionHead) and head.out_dim and stated:
-        key, count = stated[0]
-        if head.out_dim != count:
-            yield f"model.head.out_dim: {head.out_dim} outputs, but {key} says {count} targets"
+    if isinstance(head, RegressionHead) and stated:
+        source, count = stated[0]
+        for name, text in head.count_problems(count, source):
+            yield f"model.head.{name}: {text}"
 
 
 def instances_have_classes(root: Root) -> Iterator[str]:
@@ -142,47 +143,25 @@ def class_weights_fit(root: Root) -> Iterator[str]:
 # ------------------------------------------------------------------ encoder
 
 
-ENCODERS = {"images": '"timm"', "volumes": '"residual_encoder"'}  # one that takes them
+def encoder_takes_samples(root: Root) -> Iterator[str]:
+    """Features pass by the encoder, images do not, and channels are those of the data."""
+    encoder, samples, channels = root.model.encoder, root.data.samples, root.data.stated_channels()
+    problems = list(encoder.sample_problems(samples) if samples != "either" else ())
+    problems += encoder.channel_problems(channels) if channels else ()
+    for name, text in problems:
+        yield f"model.encoder.{name}: {text}"
 
 
-def samples_have_their_encoder(root: Root) -> Iterator[str]:
-    """Features pass by the encoder; images and volumes have one that takes them."""
-    samples, encoder = str(root.data.samples), root.model.encoder
-    if samples == "either" or encoder.reads(samples):
+def augmentation_fits(root: Root) -> Iterator[str]:
+    """Mean and std have a number for each channel, and policies read their parameters."""
+    augmentation = getattr(root.data, "augmentation", None)
+    if not isinstance(augmentation, ImageAugmentation):
         return
-    if samples == "features":
-        yield (
-            'model.encoder.encoder_type: data.dataset = "precomputed_features" are features'
-            ' already: set it to "precomputed"'
-        )
-    else:
-        features = ' set data.dataset to "precomputed_features", or'
-        yield (
-            f"model.encoder.encoder_type: {tag(encoder)} takes {encoder.takes}, and the samples of"
-            f" {tag(root.data)} are {samples}:{features if encoder.takes == 'features' else ''}"
-            f" name an encoder for {samples}, e.g. {ENCODERS[samples]}"
-        )
-
-
-def encoder_channels(root: Root) -> Iterator[str]:
-    """The encoder takes the channels that the data have."""
-    asked, channels = root.model.encoder.stated_channels, root.data.stated_channels()
-    if asked and channels and asked != channels:
-        yield (
-            f"model.encoder.input_channels: {asked}, but the images have {channels} channels:"
-            " leave it out"
-        )
-
-
-def normalisation_fits_channels(root: Root) -> Iterator[str]:
-    """Mean and std have a number for each channel."""
-    data = root.data
-    if isinstance(data, PrecomputedData):
-        return
-    channels = data.stated_channels() or root.model.encoder.stated_channels
-    if channels:
-        for name, text in data.augmentation.channel_problems(channels):
-            yield f"data.augmentation.{name}: {text}"
+    channels = root.data.stated_channels() or root.model.encoder.stated_channels
+    problems = list(augmentation.channel_problems(channels) if channels else ())
+    problems += augmentation.unread_kwargs(root.data.default_policies)
+    for name, text in problems:
+        yield f"data.augmentation.{name}: {text}"
 
 
 def method_has_an_encoder(root: Root) -> Iterator[str]:
@@ -261,9 +240,8 @@ RULES = (
     task_fits_samples,
     best_metric_is_logged,
     class_weights_fit,
-    samples_have_their_encoder,
-    encoder_channels,
-    normalisation_fits_channels,
+    encoder_takes_samples,
+    augmentation_fits,
     method_has_an_encoder,
     cached_encoder_is_frozen,
     warmup_fits,

@@ -48,6 +48,8 @@ class BaseData(Spec):
     """Number of classes, where it is always the same."""
     image_channels: ClassVar[int | None] = None
     """Channels of the images, where they are always the same."""
+    default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")
+    """Train and test policy where the spec names none; unread without augmentation."""
     one_fold: ClassVar[str] = "0 only: this data set has one split; another seed draws another val"
     """The folds that there are, where there is one."""
     split_fields: ClassVar[tuple[str, ...]] = (
@@ -83,6 +85,12 @@ class BaseData(Spec):
         """Number of classes or targets, with the keys that state it; empty if none does."""
         return [] if self.classes is None else [("data.dataset", self.classes)]
 
+    @property
+    def features(self) -> "PrecomputedData":
+        """How feature files are read: the names of their datasets and the like; the defaults of
+        the data set that has such fields, for all others."""
+        return PrecomputedData()
+
     def missing_files(self) -> Iterator[tuple[str, str]]:
         """Fields that must name a file before samples can be read, and why."""
         yield from ()
@@ -110,9 +118,6 @@ class BaseData(Spec):
 
 class ImageData(BaseData):
     """Fields of data sets of images that need no files of labels and splits."""
-
-    default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")
-    """Train and test policy where the spec names none."""
 
     augmentation: ImageAugmentation = ImageAugmentation()
     """Augmentation and preprocessing."""
@@ -233,7 +238,6 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
     """Any folder of images with labels from folder names, a JSON or a CSV file."""
 
     built_in: ClassVar[str] = "data_folder"
-    default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")
 
     augmentation: ImageAugmentation = ImageAugmentation()
     """Augmentation and preprocessing."""
@@ -391,6 +395,10 @@ class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset")
     window_mb: Annotated[int, Meta(ge=1)] = 256
     """Files too large for memory are read in windows of so many MiB: blocks in random order,
     rows shuffled within a window."""
+
+    @property
+    def features(self) -> Self:
+        return self
 
     def stated_folds(self) -> int | None:
         return self.folds_of(self.split_source)

@@ -56,6 +56,11 @@ class RegressionHead(BaseHead, tag="regression", tag_field="head_type"):
     out_dim: Annotated[int, Meta(ge=1)] | None = None
     """Number of targets; none takes the data's, a number is checked against it."""
 
+    def count_problems(self, targets: int, source: str) -> Iterator[tuple[str, str]]:
+        """As many outputs as targets; source is what says how many those are."""
+        if self.out_dim is not None and self.out_dim != targets:
+            yield "out_dim", f"{self.out_dim} outputs, but {source} says {targets} targets"
+
 
 OF_INSTANCES = read_if("instance_eval", True)
 OF_PREP = read_if("feature_prep", True)
@@ -224,6 +229,9 @@ Channels = Annotated[int, Meta(ge=1)]
 Aggregation = Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"]
 
 
+ENCODERS = {"images": "timm", "volumes": "residual_encoder"}  # one that takes them
+
+
 class BaseEncoder(Spec):
     """What other sections and the model ask every encoder."""
 
@@ -244,6 +252,28 @@ class BaseEncoder(Spec):
     def without_class_token(self) -> str | None:
         """Name of the model, where it says that there is no class token."""
         return None
+
+    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
+        """Features pass by the encoder; images and volumes have one that takes them."""
+        if samples == "features" and self.takes != "features":
+            yield "encoder_type", 'the samples are features already: set it to "precomputed"'
+        elif not self.reads(samples):
+            features = ' set data.dataset to "precomputed_features", or'
+            yield (
+                "encoder_type",
+                f"{shown(self.__struct_config__.tag)} takes {self.takes}, and the samples are"
+                f" {samples}:{features if self.takes == 'features' else ''} name an encoder for"
+                f" {samples}, e.g. {shown(ENCODERS[samples])}",
+            )
+
+    def channel_problems(self, channels: int) -> Iterator[tuple[str, str]]:
+        """Where the section states the channels, the data have as many."""
+        stated = self.stated_channels
+        if stated is not None and stated != channels:
+            yield (
+                "input_channels",
+                f"{stated}, but the samples have {channels} channels: leave it out",
+            )
 
 
 WITHOUT_CLASS_TOKEN = (

@@ -76,6 +76,11 @@ class Root(Spec):
         return subtask == "regression"
 
     @property
+    def trains_encoder(self) -> bool:
+        """Whether there is an encoder of which something trains."""
+        return self.peft.trains != "head" and self.data.samples != "features"
+
+    @property
     def maps_features(self) -> bool:
         """Whether mode umap draws features of files, not those of a model."""
         return self.umap.input is not None or self.data.samples == "features"

@@ -103,6 +103,10 @@ class Supervised(BaseTask, tag="supervised", tag_field="objective"):
             yield "class_weights", f"{numbers}: give one number a class"
 
 
+BY_NEIGHBOURS = read_if("asks_neighbours", True, words='"knn" in task.methods')
+BY_LINEAR_MODEL = read_if("asks_linear_model", True, words='"linear" in task.methods')
+
+
 class Probe(BaseTask, tag="probe", tag_field="objective"):
     """Judge precomputed features: nearest neighbours and linear models, what they are set to chosen
     on val. Nothing is trained by gradient steps, model and optimizer are not used. Bags are
@@ -116,23 +120,42 @@ class Probe(BaseTask, tag="probe", tag_field="objective"):
     """Metrics of the results; the first one chooses."""
     methods: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
     """Weighted vote of nearest neighbours; logistic regression (ridge for regression)."""
-    k: tuple[Count, ...] = (1, 5, 10, 20, 50, 100)
+    k: Annotated[tuple[Count, ...], BY_NEIGHBOURS] = (1, 5, 10, 20, 50, 100)
     """Numbers of neighbours to choose from; at most as many as there are train samples."""
-    distance: Literal["cosine", "euclidean"] = "cosine"
+    distance: Annotated[Literal["cosine", "euclidean"], BY_NEIGHBOURS] = "cosine"
     """Distance of neighbours."""
-    temperature: Positive = 0.07
+    temperature: Annotated[Positive, BY_NEIGHBOURS] = 0.07
     """Neighbours are weighted by exp(-distance / temperature), in units of the distance."""
-    l2: tuple[Positive, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    l2: Annotated[tuple[Positive, ...], BY_LINEAR_MODEL] = (
+        1e-6,
+        1e-5,
+        1e-4,
+        1e-3,
+        1e-2,
+        1e-1,
+        1.0,
+        10.0,
+    )
     """Strengths of the L2 penalty to choose from, per sample: scikit-learn's C is 1 / (l2 N)."""
-    standardize: bool = True
+    standardize: Annotated[bool, BY_LINEAR_MODEL] = True
     """Whether the linear model sees features of mean 0 and deviation 1 over the train split, which
     its L2 strengths are meant for; after data.standardize vectors stay as they are."""
-    max_iterations: Count = 1000
+    max_iterations: Annotated[Count, BY_LINEAR_MODEL] = 1000
     """L-BFGS iterations of each linear model."""
     result_plot: Literal["none", "val", "all"] = "val"
     """Plots of the results: none, or of val and test."""
     bootstrap: Annotated[int, Meta(ge=0)] = 1000
     """Resamples behind the 95 % confidence intervals; 0 leaves them out."""
+
+    @property
+    def asks_neighbours(self) -> bool:
+        """Whether nearest neighbours are asked."""
+        return "knn" in self.methods
+
+    @property
+    def asks_linear_model(self) -> bool:
+        """Whether a linear model is fitted."""
+        return "linear" in self.methods
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """There is something to choose from."""
@@ -221,10 +244,10 @@ class Dataloading(Spec):
     """Data sets whose decoded samples fit in this many MiB per rank are held in memory; 0 never."""
 
 
-OF_ENCODER = read_unless(
-    "root.peft.trains",
-    "head",
-    words='peft.method other than "linear_probing", which trains the head alone',
+OF_ENCODER = read_if(
+    "root.trains_encoder",
+    True,
+    words='an encoder that trains: images, and peft.method other than "linear_probing"',
 )
 
 
@@ -245,7 +268,7 @@ class Optimizer(Spec):
     """Decay of the estimates of both moments."""
     layer_wise_lr_decay: Annotated[float, Meta(gt=0, lt=1), OF_ENCODER] | None = None
     """Factor of the learning rate per layer, from the head (1) down to the input; none is off."""
-    undecay_norm: bool = False
+    undecay_norm: Annotated[bool, read_unless("weight_decay", 0)] = False
     """Whether norms, biases, tokens and position embeddings are kept from weight decay."""
     scheduler: Literal["CosineAnneal", "Step", "MultiStep", "None"] = "CosineAnneal"
     """Schedule after the warm-up."""

@@ -13,16 +13,12 @@ from timm.data import create_transform
 from torchvision.transforms import v2
 
 from glovita_lib import augment_images
-from glovita_lib.augment import (
-    TEST,
-    TRAIN,
-    Augmenter,
-    ResolvedImageAugmentation,
-    resolve_augmentation,
-)
+from glovita_lib.augment import Augmenter, ResolvedImageAugmentation, resolve_augmentation
 from glovita_lib.encoder import Preprocess
 from glovita_lib.errors import UserError
 from glovita_lib.spec_augment import (
+    TEST,
+    TRAIN,
     ImageAugmentation,
     ImageKwargs,
     ImageOps,

@@ -11,9 +11,9 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
-from glovita_lib.augment import PLAIN, policy
 from glovita_lib.augment_crop import CropResize, gather_pixels
 from glovita_lib.errors import UserError
+from glovita_lib.spec_augment import PLAIN, policy
 
 PHOTO = np.ascontiguousarray(load_sample_image("flower.jpg").transpose(2, 0, 1))[:, 40:190, 30:250]
 

@@ -12,10 +12,9 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2 import functional as TF
 
 from glovita_lib import augment_images
-from glovita_lib.augment import PLAIN, policy
 from glovita_lib.augment_crop import CropResize
 from glovita_lib.augment_images import OPERATIONS, Placement
-from glovita_lib.spec_augment import ImageOps
+from glovita_lib.spec_augment import PLAIN, ImageOps, policy
 from glovita_lib.spec_errors import extra_of
 
 PHOTO = load_sample_image("china.jpg").transpose(2, 0, 1)

@@ -374,7 +374,7 @@ def test_images_that_are_not_square() -> None:
         (timm_spec("resnet18", model_kwargs={"depht": 3}), "model_kwargs.depht: resnet18 has no"),
         (timm_spec("resnet18", model_kwargs={"num_classes": 3}), "the data decides"),
         (timm_spec("vit_tiny_patch16_224", small_images=True), "no ResNet stem"),
-        (timm_spec("resnet18", input_channels=1), "the data have 3"),
+        (timm_spec("resnet18", input_channels=1), "the samples have 3"),
         (tv_spec("resnet18", dropout=0.1), "model.encoder.dropout: resnet18 has no such argument"),
         (tv_spec("convnext_tiny", model_kwargs={"foo": 1}), "model_kwargs.foo: convnext_tiny has"),
         (tv_spec("vit_b_16", model_kwargs={"image_size": 2}), "data.augmentation.image_size"),

@@ -37,7 +37,7 @@ def test_init_std() -> None:
 def test_regression_targets_are_the_datas() -> None:
     assert build_head(RegressionHead(), width=4, outputs=3)(torch.ones(1, 4)).shape == (1, 3)
     assert build_head(RegressionHead(out_dim=3), width=4, outputs=3).linear.out_features == 3
-    with pytest.raises(UserError, match="out_dim = 2: the data have 3 targets"):
+    with pytest.raises(UserError, match="out_dim: 2 outputs, but the data set says 3 targets"):
         build_head(RegressionHead(out_dim=2), width=4, outputs=3)
 
 

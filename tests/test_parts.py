@@ -340,6 +340,65 @@ def test_encoder_data_set_head_and_method_are_a_struct_and_a_module_each(tmp_pat
     assert changed == parts.keys() | {"spec_model", "spec_data", "spec_peft"}
 
 
+BLOBS_DATA = '''
+class BlobsData(BaseData, tag="blobs", tag_field="dataset"):
+    """Two Gaussian clouds of vectors."""
+
+    built_in: ClassVar[str] = "data_blobs"
+    samples: ClassVar[Literal["images", "features", "either"]] = "features"
+    classes: ClassVar[int | None] = 2
+
+
+Data = BlobsData | '''
+BLOBS = '''"""Two clouds."""
+
+import numpy as np
+
+from glovita_lib import data
+from glovita_lib.spec_data import BlobsData
+
+
+@data.read_data_set.register
+def _(spec: BlobsData, *, seed):
+    labels = np.arange(120) % 2
+    points = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
+    points += 4 * labels[:, None] - 2
+    splits = {}
+    for name, rows in {"train": slice(60), "val": slice(60, 90), "test": slice(90, 120)}.items():
+        rows = np.arange(120)[rows]
+        source = data.ArraySource(points, rows)
+        splits[name] = data.Split([str(row) for row in rows], labels[rows], source)
+    samples = data.VectorSamples(width=4)
+    return data.Data("blobs", splits, "multiclass", ("left", "right"), samples)
+'''
+EVERY_MODE = """
+import sys, glovita
+for each in ("mode=train", "mode=infer", "mode=umap umap.method=pca", "task.objective=probe"):
+    changes = [f"--override={change}" for change in each.split()]
+    assert glovita.main(["own.toml", *changes]) == 0, each
+for change in ("model.encoder.encoder_type=timm", "mode=extract"):
+    assert glovita.main(["own.toml", "--override", change]) == 2
+"""
+
+
+@pytest.mark.processes
+def test_a_data_set_of_features_is_a_struct_and_a_module(tmp_path: Path) -> None:
+    """All modes that read features take it; the others refuse it in words."""
+    edits = [("spec_data", "\nData = ", BLOBS_DATA)]
+    folder = package_with(tmp_path, edits, {"data_blobs": BLOBS})
+    encoder = "[model.encoder]\nencoder_type = 'precomputed'\n"
+    (folder / "own.toml").write_text(
+        f"[data]\ndataset = 'blobs'\n{encoder}[training]\nepochs = 8\n[optimizer]\nlr = 0.1\n"
+        "[task]\nresult_plot = 'none'\nbootstrap = 0\n[logger]\nbackend = 'none'\n"
+    )
+    python(folder, "-c", EVERY_MODE)
+    found = {path.name: path for path in (folder / "experiments").rglob("*.json")}
+    assert json.loads(found["metrics_test.json"].read_text())["metrics"]["acc"] > 0.9
+    probed = json.loads(found["metrics_probe.json"].read_text())
+    assert probed["knn"]["test"]["metrics"]["acc"] > 0.9
+    assert list((folder / "experiments").rglob("*.html"))
+
+
 @pytest.mark.parametrize(
     ("union", "function"),
     [

@@ -84,9 +84,9 @@ def test_what_a_checkpoint_carries_survives_json(samples):
 @pytest.mark.parametrize(
     ("encoder", "samples", "words"),
     [
-        ("precomputed", GREY, ["takes features", "data set mine are images", "name an encoder"]),
-        ("timm", FEATURES, ["are vectors of features", 'encoder_type = "precomputed"']),
-        ("timm", BAGS, ["are bags of features", 'encoder_type = "precomputed"']),
+        ("precomputed", GREY, ["takes features", "the samples are images", "name an encoder"]),
+        ("timm", FEATURES, ["encoder_type: the samples are features", '"precomputed"']),
+        ("timm", BAGS, ["encoder_type: the samples are features", '"precomputed"']),
     ],
 )
 def test_the_encoder_takes_the_samples(encoder, samples, words):

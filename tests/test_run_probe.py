@@ -204,11 +204,11 @@ def test_one_bag_at_a_time_is_in_memory():
     source = OneByOne(Reader(), np.array([2, 0, 1]))
     bags = [Reader().read(bag).astype(np.float64) for bag in (2, 0, 1)]
     means = np.stack([bag.mean(0) for bag in bags])
-    np.testing.assert_allclose(run_probe.gather_features(source, None), means, rtol=1e-6)
+    np.testing.assert_allclose(run_probe.gather_features(source, 3, None), means, rtol=1e-6)
     mean, std = feature_moments(source)
     np.testing.assert_allclose(mean, np.concatenate(bags).mean(0))
     np.testing.assert_allclose(std, np.concatenate(bags).std(0))
-    scaled = run_probe.gather_features(source, (mean, std))
+    scaled = run_probe.gather_features(source, 3, (mean, std))
     np.testing.assert_allclose(scaled, (means - mean) / std, atol=1e-5)
 
 

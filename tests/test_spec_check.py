@@ -32,6 +32,8 @@ FEATURES = [
     "model.encoder.encoder_type=precomputed",
 ]
 FOLDS_OF_FEATURES = [FEATURES[0], FEATURES[2], "data.features_file=t.h5"]
+PROBE = [*FEATURES, "task.objective=probe"]
+TRAIN_KWARGS = "data.augmentation.train_kwargs"
 INSTANCES = "model.head.instance_eval=true"
 CLAM = [*FEATURES, "model.head.head_type=clam"]
 CUSTOM = ["data.dataset=custom", "data.target=a.b:c"]
@@ -95,13 +97,18 @@ BROKEN = [
         "at least 64",
     ),
     (
-        ["data.augmentation.train_kwargs.scale=[1.0, 0.5]"],
+        [f"{TRAIN_KWARGS}.crop=resized", f"{TRAIN_KWARGS}.scale=[1.0, 0.5]"],
         "data.augmentation.train_kwargs.scale",
         "write [0.5, 1.0]",
     ),
     (
-        ["data.augmentation.test_kwargs.blur_kernel=[3, 4]"],
-        "data.augmentation.test_kwargs.blur_kernel",
+        [f"{TRAIN_KWARGS}.rotate_degrees=10"],
+        f"{TRAIN_KWARGS}.rotate_degrees",
+        "10.0 would be ignored, it is read only with rotate_p above 0",
+    ),
+    (
+        [f"{TRAIN_KWARGS}.blur_p=0.5", f"{TRAIN_KWARGS}.blur_kernel=[3, 4]"],
+        f"{TRAIN_KWARGS}.blur_kernel",
         "odd",
     ),
     *(
@@ -319,6 +326,19 @@ IGNORED = [
         "dataloading.persistent_workers",
     ),
     (["dataloading.num_workers=0", "dataloading.timeout=4"], "dataloading.timeout"),
+    *(
+        ([*PROBE, f"task.methods=['{method}']", f"task.{name}={value}"], f"task.{name}")
+        for method, name, value in (
+            ("linear", "k", "[3]"),
+            ("linear", "distance", "euclidean"),
+            ("linear", "temperature", "0.5"),
+            ("knn", "l2", "[0.5]"),
+            ("knn", "standardize", "false"),
+            ("knn", "max_iterations", "5"),
+        )
+    ),
+    ([*FEATURES, "optimizer.layer_wise_lr_decay=0.5"], "optimizer.layer_wise_lr_decay"),
+    (["optimizer.weight_decay=0", "optimizer.undecay_norm=true"], "optimizer.undecay_norm"),
     (["optimizer.momentum=0.5"], "optimizer.momentum"),
     (["optimizer.nesterov=true"], "optimizer.nesterov"),
     (["optimizer.name=SGD", "optimizer.betas=[0.5, 0.9]"], "optimizer.betas"),
@@ -365,7 +385,7 @@ SOUND = [
     ["optimizer.name=SGD", "optimizer.nesterov=true"],
     [*KFOLD, "infer.folds=[0, 1, 4]"],
     ["data.dataset=cifar100", "data.augmentation.mean=[0.5, 0.5, 0.5]"],
-    ["data.augmentation.train_kwargs.scale=[0.5, 0.5]"],
+    [f"{TRAIN_KWARGS}.crop=resized", f"{TRAIN_KWARGS}.scale=[0.5, 0.5]"],
     ["name=my run (2)"],
     [*FOLDER, "data.val_split_name=test"],  # one split is both
     [*CSV, "data.split_source=csv", "data.split_column=x"],
