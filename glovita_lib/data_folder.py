@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path, PurePosixPath
@@ -34,31 +34,50 @@ from glovita_lib.spec_data import GenericImageData
 # An image is known by its id, its path below the images folder with forward slashes.
 
 
-def walk(folder: Path, exts: Sequence[str]) -> list[str]:
+def walk(folder: Path, exts: Sequence[str], *, report: list[str] | None = None) -> list[str]:
     """Ids of all images below a folder, sorted; hidden files and folders are left out, links
     followed.
 
+    Args:
+        report: gets a line about folders that cannot be listed; none: they are an error.
+
     Raises:
-        UserError: no such folder.
+        UserError: no such folder, or one that cannot be listed.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     endings = tuple("." + ext.lower().lstrip(".") for ext in exts)
-    found, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder above itself
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = Path(parent).relative_to(folder)
-        found += [
-            (inside / name).as_posix()
-            for name in files
-            if name.lower().endswith(endings) and not name.startswith(".")
-        ]
+    found: list[str] = []
+    unlisted: list[str] = []
+    for parent, names in walk_folders(str(folder), unlisted):
+        inside = os.path.relpath(parent, folder).replace(os.sep, "/")
+        start = "" if inside == "." else f"{inside}/"
+        found += [start + name for name in names if name.lower().endswith(endings)]
+    if unlisted:
+        line = f"folders that cannot be listed: {listed(unlisted, 5)}"
+        if report is None:
+            raise UserError(f"{line}; what is in them would be missing")
+        report.append(f"{line}: left out")
     return sorted(found)
+
+
+def walk_folders(
+    folder: str, unlisted: list[str], above: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, list[str]]]:
+    """A folder and all below it, each with the names of its files; links are followed under each of
+    their names, but not back to a folder that they are in. What cannot be listed is noted."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as found:
+            entries = {entry.name: entry.is_dir() for entry in found if entry.name[0] != "."}
+    except OSError as error:
+        unlisted.append(f"{folder} ({error.strerror})")
+        return
+    yield folder, [name for name, is_folder in entries.items() if not is_folder]
+    for name in sorted(name for name, is_folder in entries.items() if is_folder):
+        yield from walk_folders(os.path.join(folder, name), unlisted, above | {real})
 
 
 @dataclass(slots=True)
@@ -244,9 +263,10 @@ def _(spec: GenericImageData, *, seed: int) -> Data:
     """A folder of images."""
     subtask = spec.stated_subtask()
     folder = Path(spec.data_root_dir) / spec.images_dir
-    images = ImageFolder(folder, walk(folder, spec.allowed_exts))
     report: list[str] = []
     problems = Problems(spec.strict)
+    found = walk(folder, spec.allowed_exts, report=None if spec.strict else report)
+    images = ImageFolder(folder, found)
     table = label_table(spec, images)
     members = images_of(spec, images, table, problems, report)
     kept = usable_labels(spec, images, table, members, subtask, problems)
@@ -427,7 +447,9 @@ def usable_labels(
     names["test"] = spec.test_split_name
     split_of_id = {i: names.get(split, "") for split, ids in members.items() for i in ids}
     ids = list(split_of_id)
-    headers, broken = read_headers([images.path(i) for i in ids], threads=FILE_THREADS)
+    headers, broken = read_headers(
+        [images.path(i) for i in ids], threads=FILE_THREADS, max_megapixels=spec.max_megapixels
+    )
     kept = {}
     for number, (identity, header) in enumerate(zip(ids, headers, strict=True)):
         if table is None:
@@ -491,6 +513,7 @@ def images_split(
             [samples.headers[row] for row in rows],
             channels=spec.channels,
             bit_depth=spec.bit_depth,
+            max_megapixels=spec.max_megapixels,
         ),
         groups=None if samples.groups is None else [samples.groups[row] for row in rows],
     )
@@ -499,18 +522,19 @@ def images_split(
 # -------------------------------------------------------------------------------- new images
 
 
-def build_unlabelled(
-    path: str, *, channels: int, bit_depth: int, allowed_exts: tuple[str, ...]
-) -> Split:
+def build_unlabelled(path: str, *, channels: int, bit_depth: int, files: GenericImageData) -> Split:
     """New images without labels: of a folder and all below it in sorted order, of a CSV file with a
     column `path` (relative to the CSV file's folder) in its order, or a single image.
+
+    Args:
+        files: says which files are images, and how large they may be.
 
     Raises:
         UserError: nothing there, no image, or images that are missing or broken, all together.
     """
     where = Path(path)
     if where.is_dir():
-        ids = walk(where, allowed_exts)
+        ids = walk(where, files.allowed_exts)
         paths = [str(where / name) for name in ids]
     elif where.suffix.lower() == ".csv":
         ids = [row["path"] for row in read_csv(where, ["path"])]
@@ -520,12 +544,18 @@ def build_unlabelled(
     else:
         raise UserError(f"{path}: no such file or folder, expected images, or a CSV of their paths")
     if not ids:
-        raise UserError(f"{path}: no image with a suffix of {', '.join(allowed_exts)}")
-    headers, broken = read_headers(paths, threads=FILE_THREADS)
+        raise UserError(f"{path}: no image with a suffix of {', '.join(files.allowed_exts)}")
+    headers, broken = read_headers(paths, threads=FILE_THREADS, max_megapixels=files.max_megapixels)
     problems = Problems(strict=True)
     for number, line in broken.items():
         problems.add(paths[number], line.removeprefix(f"{paths[number]}: "))
     if problems.lines:
         raise UserError(problems.text(f"of {len(ids)} cannot be read:"))
-    source = FileSource(paths, headers, channels=channels, bit_depth=bit_depth)
+    source = FileSource(
+        paths,
+        headers,
+        channels=channels,
+        bit_depth=bit_depth,
+        max_megapixels=files.max_megapixels,
+    )
     return Split(ids=ids, targets=None, source=source)

@@ -465,7 +465,10 @@ def bag_files(folder: Path) -> list[Path]:
     Raises:
         UserError: none.
     """
-    paths = sorted(path for path in folder.iterdir() if path.suffix in BAG_SUFFIXES)
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix in BAG_SUFFIXES)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}") from None
     if not paths:
         raise UserError(f"{folder}: no file with suffix {', '.join(BAG_SUFFIXES)}, one a bag")
     return paths

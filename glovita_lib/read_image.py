@@ -9,12 +9,14 @@ What happens to files of another kind:
 - Grey to colour repeats the channel; colour to grey is ITU-R 601 luma, rounded as PIL does.
 - RGBA to RGB or grey is laid over white; a missing alpha channel is opaque.
 - 16-bit files read as 8 bits are divided by 257 and rounded, 8-bit files read as 16 bits multiplied
-  by 257, so that black and white stay black and white.
+  by 257, 12-bit files likewise, so that black and white stay black and white.
+- A TIFF whose zero is white is turned over.
 - 32-bit integer files are read if their values fit into 16 bits; floating-point files are refused,
   as nothing says what their white is.
 """
 
 import io
+import math
 import os
 import struct
 import sys
@@ -28,13 +30,15 @@ from typing import IO, ClassVar
 
 import numpy as np
 from PIL import Image
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import OPEN_INFO, TiffImageFile
 
 from glovita_lib.errors import UserError
 
 ORIENTATION = 0x0112  # EXIF tag
 STRIP_TAGS = ((273, 279), (324, 325))  # TIFF tags: offsets and byte counts of strips, of tiles
-BITS_TAG = 258  # TIFF tag: bits per sample
+BITS_TAG, PHOTOMETRIC_TAG = 258, 262  # TIFF tags: bits per sample, what the numbers mean
+WHITE_IS_ZERO = 0  # value of the second one
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins
 TAIL = 4096  # bytes at the end of a JPEG where its end marker may be
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda a: a[:, ::-1],
@@ -72,16 +76,50 @@ def decoding(path: str) -> Iterator[None]:
     except IsADirectoryError:
         raise UserError(f"{path}: a folder, expected an image file") from None
     except Image.UnidentifiedImageError:
-        what = "not an image file" if os.path.getsize(path) else "an empty file"
-        raise UserError(f"{path}: {what}") from None
+        raise UserError(f"{path}: {unidentified(path)}") from None
     except Exception as error:
         raise UserError(f"{path}: broken image file ({error})") from error
+
+
+def unidentified(path: str) -> str:
+    """What a file is that Pillow does not recognise."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start in TIFF:
+        return "a TIFF of a kind that Pillow does not read: save it as 8 or 16 bits, grey or RGB"
+    return "not an image file" if start else "an empty file"
+
+
+def opened(file: IO[bytes], max_megapixels: float) -> Image.Image:
+    """An image that is not decoded yet.
+
+    Pillow has a limit of its own for all of a process, against files that fill the memory; it is
+    raised where ours is higher, and ours is applied here.
+
+    Raises:
+        UserError: it has more pixels.
+    """
+    largest = math.floor(max_megapixels * 1e6)
+    if Image.MAX_IMAGE_PIXELS is not None and largest > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = largest
+    for order, name in ((b"II", "I;16"), (b"MM", "I;16B")):  # of the big endian Pillow lacks it
+        OPEN_INFO.setdefault((order, WHITE_IS_ZERO, (1,), 1, (16,), ()), (name, name))
+    try:
+        image = Image.open(file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"larger than data.max_megapixels = {max_megapixels:g}: raise it") from None
+    if image.width * image.height > largest:
+        raise UserError(
+            f"{image.width} x {image.height} pixels are more than data.max_megapixels ="
+            f" {max_megapixels:g}: raise it"
+        )
+    return image
 
 
 # ---------------------------------------------------------------------- headers
 
 
-def read_header(path: str) -> Header:
+def read_header(path: str, *, max_megapixels: float) -> Header:
     """Size of the upright image of a file.
 
     A file whose end is missing is found here too, without decoding it: its format tells where it
@@ -90,7 +128,7 @@ def read_header(path: str) -> Header:
     Raises:
         UserError: missing, unreadable or broken; one line with the path.
     """
-    with decoding(path), open(path, "rb") as file, Image.open(file) as image:
+    with decoding(path), open(path, "rb") as file, opened(file, max_megapixels) as image:
         height, width = image.height, image.width
         if orientation(image) >= 5:
             height, width = width, height
@@ -144,7 +182,9 @@ def end_of_tiff(image: TiffImageFile) -> int:
     return max(ends)
 
 
-def read_headers(paths: Sequence[str], *, threads: int) -> tuple[list[Header], dict[int, str]]:
+def read_headers(
+    paths: Sequence[str], *, threads: int, max_megapixels: float
+) -> tuple[list[Header], dict[int, str]]:
     """Headers of many files, read in threads.
 
     Returns:
@@ -154,7 +194,7 @@ def read_headers(paths: Sequence[str], *, threads: int) -> tuple[list[Header], d
 
     def attempt(path: str) -> Header | str:
         try:
-            return read_header(path)
+            return read_header(path, max_megapixels=max_megapixels)
         except UserError as error:
             return str(error)
 
@@ -167,7 +207,7 @@ def read_headers(paths: Sequence[str], *, threads: int) -> tuple[list[Header], d
 # ---------------------------------------------------------------------- pixels
 
 
-def read_image(path: str, *, channels: int, bit_depth: int) -> np.ndarray:
+def read_image(path: str, *, channels: int, bit_depth: int, max_megapixels: float) -> np.ndarray:
     """Upright image (C, H, W) of a file, uint8 or uint16 as bit_depth says; in memory the channels
     of a pixel are side by side, as Pillow resizes them.
 
@@ -177,7 +217,7 @@ def read_image(path: str, *, channels: int, bit_depth: int) -> np.ndarray:
     with decoding(path):
         with open(path, "rb") as file:
             data = file.read()
-        with Image.open(io.BytesIO(data)) as image:
+        with opened(io.BytesIO(data), max_megapixels) as image:
             turned = orientation(image)
             pixels = wide_colours(data) if has_wide_colours(image, data) else stored(image)
     if turned != 1:
@@ -251,9 +291,20 @@ def stored(image: Image.Image) -> np.ndarray:
                 f"values {values.min()} to {values.max()} do not fit into 16 bits: save it as 16"
                 " bits, scaled as it should be"
             )
-        return values.astype(np.uint16)[..., None]
+        return grey_levels(image, values.astype(np.uint16))[..., None]
     pixels = np.asarray(plain_mode(image))
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def grey_levels(image: Image.Image, values: np.ndarray) -> np.ndarray:
+    """Values (H, W) uint16 of a grey image, of which 0 is black and 65535 white."""
+    if not isinstance(image, TiffImageFile) or not image.mode.startswith("I;16"):
+        return values
+    bits = image.tag_v2.get(BITS_TAG, (16,))[0]
+    if bits < 16:
+        peak = 2**bits - 1
+        values = ((values.astype(np.uint32) * 65535 + peak // 2) // peak).astype(np.uint16)
+    return 65535 - values if image.tag_v2.get(PHOTOMETRIC_TAG) == WHITE_IS_ZERO else values
 
 
 def plain_mode(image: Image.Image) -> Image.Image:
@@ -319,13 +370,20 @@ class FileSource:
     collate: ClassVar[None] = None
 
     def __init__(
-        self, paths: Sequence[str], headers: Sequence[Header], *, channels: int, bit_depth: int
+        self,
+        paths: Sequence[str],
+        headers: Sequence[Header],
+        *,
+        channels: int,
+        bit_depth: int,
+        max_megapixels: float,
     ) -> None:
         # Bytes in one array: worker processes share it, while a list of strings would be copied
         # into each of them as reference counts change.
         self.paths = np.array([os.fsencode(path) for path in paths], np.bytes_)  # (N,)
         self.sizes = np.array([(h.height, h.width) for h in headers]).reshape(-1, 2)  # (N, 2)
         self.channels, self.bit_depth = channels, bit_depth
+        self.max_megapixels = max_megapixels
 
     @property
     def uniform(self) -> tuple[int, int, int] | None:
@@ -348,7 +406,12 @@ class FileSource:
     def read(self, row: int) -> np.ndarray:
         """One image (C, H, W)."""
         path = os.fsdecode(self.paths[row])
-        image = read_image(path, channels=self.channels, bit_depth=self.bit_depth)
+        image = read_image(
+            path,
+            channels=self.channels,
+            bit_depth=self.bit_depth,
+            max_megapixels=self.max_megapixels,
+        )
         if image.shape[1:] != tuple(self.sizes[row]):
             raise UserError(f"{path}: its size has changed since the run was started")
         return image

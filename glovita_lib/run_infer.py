@@ -244,7 +244,7 @@ def _(inputs: ImageInputs, path: str, data: BaseData) -> tuple[Split, list[str]]
         path,
         channels=inputs.channels,
         bit_depth=inputs.bit_depth,
-        allowed_exts=images.allowed_exts,
+        files=images,
     )
     return split, []
 

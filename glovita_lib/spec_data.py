@@ -269,6 +269,9 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
     bit_depth: Literal[8, 16] = 8
     """Bits per channel as the encoder sees them; files of the other depth are scaled, white stays
     white."""
+    max_megapixels: Positive = 179.0
+    """Largest image that is decoded, millions of pixels: a small file may claim to be huge and fill
+    the memory."""
 
     @property
     def reads_label_file(self) -> bool:

@@ -1,6 +1,7 @@
 """Tables: how files are found, and what CSV, JSON and split files may look like."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -36,6 +37,37 @@ def test_walk_finds_images_in_stable_order(images, tmp_path):
     assert walk(images.folder, EXTS) == sorted([*NAMES, "far/b.png"])
     with pytest.raises(UserError, match="nowhere: no such folder"):
         walk(tmp_path / "nowhere", EXTS)
+
+
+def test_a_linked_folder_is_there_under_each_of_its_names(images, tmp_path):
+    """A class that train and test share, a split that is a link to another one."""
+    folder = tmp_path / "images"
+    (folder / "train/dog").symlink_to(folder / "dog")
+    (folder / "a_link").symlink_to(folder / "train")
+    (folder / "dog/up").symlink_to(folder)  # goes back to where it is
+    linked = ["a_link/dog/1.png", "a_link/x.jpg", "train/dog/1.png"]
+    assert walk(folder, EXTS) == sorted([*NAMES, *linked])
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(images, tmp_path, monkeypatch):
+    folder, scandir = tmp_path / "images", os.scandir
+
+    def refusing(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError) as caught:
+        walk(folder, EXTS)
+    assert str(caught.value).startswith(
+        f"folders that cannot be listed: {folder / 'cat'} (Permission denied)"
+    )
+    report = []
+    assert walk(folder, EXTS, report=report) == ["a.png", "dog/1.png", "train/x.jpg"]
+    assert report == [
+        f"folders that cannot be listed: {folder / 'cat'} (Permission denied): left out"
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)

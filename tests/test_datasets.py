@@ -628,7 +628,8 @@ def test_a_model_learns_from_labelled_splits_only(tmp_path, monkeypatch):
 
 
 def unlabelled(path):
-    return build_unlabelled(str(path), channels=1, bit_depth=8, allowed_exts=("png", "tif"))
+    files = GenericImageData(allowed_exts=("png", "tif"))
+    return build_unlabelled(str(path), channels=1, bit_depth=8, files=files)
 
 
 def test_new_images(root):

@@ -320,7 +320,13 @@ def test_real_photos_through_a_real_policy(tmp_path):
     for number, photo in enumerate(load_sample_images().images * 4):
         Image.fromarray(photo[: 100 + 10 * number, :120]).save(tmp_path / f"{number}.jpg")
     paths = [str(tmp_path / f"{number}.jpg") for number in range(8)]
-    source = FileSource(paths, read_headers(paths, threads=1)[0], channels=3, bit_depth=8)
+    source = FileSource(
+        paths,
+        read_headers(paths, threads=1, max_megapixels=1)[0],
+        channels=3,
+        bit_depth=8,
+        max_megapixels=1,
+    )
     encoder = Preprocess(64, 64 / 72, "bilinear", (0.5,) * 3, (0.5,) * 3, False)
     resolved = resolve(
         ImageAugmentation(train_policy="default_2d_2"),

@@ -10,8 +10,9 @@ from covering import covering
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
+from glovita_lib import read_image as reading
 from glovita_lib.errors import UserError
-from glovita_lib.read_image import FileSource, read_header, read_headers, read_image
+from glovita_lib.read_image import FileSource
 
 CHINA, FLOWER = (
     np.ascontiguousarray(photo[200:297, 300:371]) for photo in load_sample_images().images
@@ -20,8 +21,21 @@ CHINA, FLOWER = (
 WIDE = CHINA.astype(np.uint16) * 256 + FLOWER  # 16 bits, all of them used
 
 
-def read(path, channels=3, bit_depth=8):
-    return read_image(str(path), channels=channels, bit_depth=bit_depth)
+LARGEST = 1.0  # megapixels
+
+
+def read(path, channels=3, bit_depth=8, largest=LARGEST):
+    return reading.read_image(
+        str(path), channels=channels, bit_depth=bit_depth, max_megapixels=largest
+    )
+
+
+def header_of(path, largest=LARGEST):
+    return reading.read_header(path, max_megapixels=largest)
+
+
+def headers_of(paths, threads):
+    return reading.read_headers(paths, threads=threads, max_megapixels=LARGEST)
 
 
 def pillow(path, mode):
@@ -76,7 +90,7 @@ def test_opaque_images_as_pillow_converts_them(tmp_path, suffix, channels, store
             expected = np.asarray(opened.convert("RGB").convert("L"))[None]
     assert image.dtype == np.uint8 and image.transpose(1, 2, 0).flags.c_contiguous
     assert (image == expected).all()
-    header = read_header(str(path))
+    header = header_of(str(path))
     assert (header.height, header.width, header.pages) == (97, 71, 1)
 
 
@@ -114,7 +128,7 @@ def test_exif_orientation(tmp_path, number, suffix):
     with Image.open(path) as image:
         upright = np.asarray(ImageOps.exif_transpose(image)).transpose(2, 0, 1)
     image = read(path)
-    header = read_header(str(path))
+    header = header_of(str(path))
     assert image.shape == upright.shape and (image == upright).all()
     assert (header.height, header.width) == image.shape[1:]
 
@@ -168,34 +182,103 @@ def test_images_whose_range_is_unknown_are_refused(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-def test_16_bit_colour_tiff(tmp_path, order):
-    path = tmp_path / "a.tif"
-    data = WIDE.astype(order + "u2").tobytes()
-    height, width, _ = WIDE.shape
+def write_tiff(path, order, size, bits, meaning, data):
+    """A TIFF of one strip: byte order < or >, (height, width), bits of each sample, what numbers
+    mean (0 white is zero, 1 black is zero, 2 RGB), bytes of the pixels."""
+    height, width = size
+    channels = len(bits)
+    place = 8 + 2 * channels
     tags = [  # tag, type (3 short, 4 long), count, value or offset
-        (256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2),
-        (273, 4, 1, 14), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data)),
+        (256, 3, 1, width), (257, 3, 1, height), (258, 3, channels, 8 if channels > 1 else bits[0]),
+        (259, 3, 1, 1), (262, 3, 1, meaning), (273, 4, 1, place), (277, 3, 1, channels),
+        (278, 3, 1, height), (279, 4, 1, len(data)),
     ]  # fmt: skip
     padded = [(tag, kind, n, v << 16 * (kind == 3 and n == 1 and order == ">"))
               for tag, kind, n, v in tags]  # fmt: skip
     directory = b"".join(struct.pack(order + "HHII", *tag) for tag in padded)
     path.write_bytes(
-        struct.pack(order + "2sHI", b"II" if order == "<" else b"MM", 42, 14 + len(data))
-        + struct.pack(order + "3H", 16, 16, 16)
+        struct.pack(order + "2sHI", b"II" if order == "<" else b"MM", 42, place + len(data))
+        + struct.pack(f"{order}{channels}H", *bits)
         + data
         + struct.pack(order + "H", len(tags))
         + directory
         + bytes(4)
     )
+    return path
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_colour_tiff(tmp_path, order):
+    data = WIDE.astype(order + "u2").tobytes()
+    path = write_tiff(tmp_path / "a.tif", order, WIDE.shape[:2], (16, 16, 16), 2, data)
     assert (read(path, 3, 16) == WIDE.transpose(2, 0, 1)).all()
     assert np.abs(read(path, 3, 8) - WIDE.transpose(2, 0, 1) / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("meaning", [0, 1])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_grey_tiff_whose_zero_is_white_is_no_negative(tmp_path, order, meaning, bits):
+    grey = WIDE[..., 1] if bits == 16 else CHINA[..., 1]
+    stored = np.iinfo(grey.dtype).max - grey if meaning == 0 else grey
+    data = stored.astype(f"{order}u{bits // 8}").tobytes()
+    path = write_tiff(tmp_path / "a.tif", order, grey.shape, (bits,), meaning, data)
+    exact = grey if bits == 16 else grey.astype(np.uint16) * 257
+    assert (read(path, 1, 16)[0] == exact).all()
+    assert np.abs(read(path, 1, 8)[0] - exact / 257).max() <= 0.5
+    assert (read(path, 3, 8) == read(path, 1, 8)).all()
+    assert header_of(str(path)).width == 71
+
+
+def test_a_packed_tiff_whose_zero_is_white(tmp_path):
+    grey = WIDE[..., 1]
+    image = Image.fromarray(65535 - grey)
+    path = save(tmp_path / "a.tif", image, compression="tiff_lzw", tiffinfo={262: 0})
+    with Image.open(path) as opened:
+        assert opened.tag_v2[262] == 0
+    assert (read(path, 1, 16)[0] == grey).all()
+
+
+def test_the_twelve_bits_of_a_tiff_reach_white(tmp_path):
+    grey = WIDE[:, :70, 1] >> 4
+    pairs = grey.reshape(len(grey), -1, 2).astype(np.uint32)
+    packed = pairs[..., 0] << 12 | pairs[..., 1]  # 24 bits
+    data = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], -1).astype(np.uint8).tobytes()
+    path = write_tiff(tmp_path / "a.tif", "<", grey.shape, (12,), 1, data)
+    assert (read(path, 1, 16)[0] == np.rint(grey * (65535 / 4095))).all()
+
+
+def test_a_tiff_that_pillow_does_not_know_is_called_one(tmp_path):
+    data = WIDE[..., 0].astype(">u2").tobytes()
+    path = write_tiff(tmp_path / "a.tif", ">", WIDE.shape[:2], (13,), 1, data)
+    with pytest.raises(UserError, match="a.tif: a TIFF of a kind that Pillow does not read: save"):
+        read(path)
+
+
+def test_the_largest_image_is_what_the_spec_says(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", CHINA)  # 6,887 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # Pillow refuses twice as many
+    for largest in (0.003, 0.006):
+        for reader in (header_of, read):
+            with pytest.raises(
+                UserError, match=f"a.png: larger than data.max_megapixels = {largest}"
+            ):
+                reader(str(path), largest=largest)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # above ours
+    with pytest.raises(UserError, match="a.png: 71 x 97 pixels are more than data.max_megapixels"):
+        header_of(str(path), 0.006)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    assert (read(path, largest=0.007) == CHINA.transpose(2, 0, 1)).all()
+    assert header_of(str(path), 0.007).width == 71
+    assert Image.MAX_IMAGE_PIXELS == 7000
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # somebody took the limit away
+    assert header_of(str(path), 0.007).width == 71 and Image.MAX_IMAGE_PIXELS is None
 
 
 def test_first_page_of_a_tiff(tmp_path):
     first, second = Image.fromarray(CHINA), Image.fromarray(FLOWER)
     path = save(tmp_path / "a.tif", first, save_all=True, append_images=[second])
-    assert read_header(str(path)).pages == 2
+    assert header_of(str(path)).pages == 2
     assert (read(path) == CHINA.transpose(2, 0, 1)).all()
 
 
@@ -205,7 +288,7 @@ def test_a_truncated_file_is_found_by_its_header_and_when_decoded(tmp_path, suff
     path = save(tmp_path / f"a.{suffix}", CHINA)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
-    for reader in (lambda p: read_header(str(p)), read):
+    for reader in (lambda p: header_of(str(p)), read):
         with pytest.raises(UserError) as caught:
             reader(path)
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
@@ -217,14 +300,14 @@ def test_a_png_whose_second_half_was_never_written(tmp_path):
     half = len(data) // 2
     path.write_bytes(data[:half] + bytes(len(data) - half))
     with pytest.raises(UserError, match="a.png: broken image file"):
-        read_header(str(path))
+        header_of(str(path))
 
 
 def test_a_jpeg_with_something_behind_its_end_is_whole(tmp_path):
     path = save(tmp_path / "a.jpg", CHINA)
     before = read(path)
     path.write_bytes(path.read_bytes() + bytes(10_000))
-    assert read_header(str(path)).width == 71
+    assert header_of(str(path)).width == 71
     assert (read(path) == before).all()
 
 
@@ -252,7 +335,7 @@ def test_damaged_bytes_never_raise_anything_but_user_errors(tmp_path):
             hurt[generator.integers(0, min(200, len(hurt)), 4)] = generator.integers(0, 256, 4)
             path.write_bytes(hurt.tobytes())
             try:
-                read_header(str(path))
+                header_of(str(path))
                 read(path)
             except UserError as error:
                 assert str(path) in str(error)
@@ -263,15 +346,17 @@ def test_damaged_bytes_never_raise_anything_but_user_errors(tmp_path):
 def test_headers_of_many_files_and_the_broken_among_them(tmp_path):
     paths = [str(save(tmp_path / f"{i}.png", CHINA[: 10 + i])) for i in range(5)]
     os.truncate(paths[3], 40)
-    headers, broken = read_headers([*paths, str(tmp_path / "no.png")], threads=2)
+    headers, broken = headers_of([*paths, str(tmp_path / "no.png")], threads=2)
     assert [header.height for header in headers] == [10, 11, 12, 0, 14, 0]
     assert set(broken) == {3, 5}
     assert "3.png: " in broken[3] and "no.png: no such file" in broken[5]
 
 
 def source_of(paths, channels=3, bit_depth=8):
-    headers, _ = read_headers(paths, threads=2)
-    return FileSource(paths, headers, channels=channels, bit_depth=bit_depth)
+    headers, _ = headers_of(paths, threads=2)
+    return FileSource(
+        paths, headers, channels=channels, bit_depth=bit_depth, max_megapixels=LARGEST
+    )
 
 
 def test_source_of_files_of_one_size(tmp_path):
