@@ -1,17 +1,62 @@
 """What a data set is made of: splits, and the sources their samples come from."""
 
+import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from glovita_lib import files
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_data import Subtask
+
+# ----------------------------------------------------------------------- names of the outputs
+
+
+class Outputs(NamedTuple):
+    """What a model predicts."""
+
+    subtask: Subtask
+    class_names: tuple[str, ...]
+    """Names of the classes, or of the targets of a regression, in the order of the outputs."""
+
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+"""A number as it is written; float() reads more, such as 1_0 and nan, which are names."""
+INNER = re.compile(r"(\d+(?:\.\d+)?)", re.ASCII)
+"""A number inside a name."""
+
+
+def are_ordered(names: Sequence[str]) -> bool:
+    """Whether names say themselves that they are in order: they are numbers, or differ in a number
+    alone, which rise or fall.
+
+    >>> are_ordered(["0", "1.5"]), are_ordered(["grade 1", "grade 2"]), are_ordered(["mild", "no"])
+    (True, True, False)
+    """
+    if all(map(NUMBER.fullmatch, names)):
+        numbers = list(map(Decimal, names))
+    else:
+        parts = [INNER.split(name) for name in names]
+        if not all(len(split) == 3 for split in parts) or len({(s[0], s[2]) for s in parts}) > 1:
+            return False
+        numbers = [Decimal(number) for _, number, _ in parts]
+    steps = [second > first for first, second in pairwise(numbers)]
+    return len(set(numbers)) == len(numbers) and len(set(steps)) < 2
+
+
+def outputs_line(subtask: str, names: Sequence[str], *, ordered: bool) -> tuple[str, str]:
+    """What the outputs are, for the console, and the names of the first ten: of classes whose order
+    a metric goes by as an inequality."""
+    what = "targets" if subtask == "regression" else "classes"
+    return what, listed(names, 10, " < " if ordered else ", ")
+
 
 # --------------------------------------------------------------------------------- data sets
 #
@@ -74,13 +119,39 @@ class Split:
     ids: list[str]
     """Stable name of each sample: path below the images folder, or row of the original data."""
     targets: np.ndarray | None
-    """(N,) int64 for multiclass, (N, K) float32 for multilabel and regression, None unlabelled."""
+    """(N,) int64 for multiclass, (N, K) float32 for multilabel, (N, K) float64 for regression, None
+    unlabelled."""
     source: Source
     groups: list[str] | None = None
     """What each sample belongs to (patient, slide), if known."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetScale:
+    """What a model learns instead of regression targets y: (y - mean) / std, in float32. The
+    targets themselves stay float64, as float32 rounds 1,700,000,001 to 1,700,000,000."""
+
+    mean: np.ndarray  # (K,) float64
+    std: np.ndarray  # (K,)
+
+    @classmethod
+    def of(cls, targets: np.ndarray) -> "TargetScale":
+        """That of targets (N, K); the deviation of a constant is 1: it is learnt as its mean."""
+        with np.errstate(over="ignore"):  # becomes infinity
+            mean, std = targets.mean(0, dtype=np.float64), targets.std(0, dtype=np.float64)
+        return cls(mean, np.where(std > 0, std, 1.0))
+
+    def standardized(self, targets: np.ndarray) -> np.ndarray:
+        """Targets (N, K) -> (N, K) float32."""
+        with np.errstate(over="ignore", invalid="ignore"):  # becomes infinity or NaN
+            return ((targets.astype(np.float64) - self.mean) / self.std).astype(np.float32)
+
+    def restored(self, outputs: np.ndarray) -> np.ndarray:
+        """Outputs of a model (N, K) in units of the targets, float64."""
+        return outputs.astype(np.float64) * self.std + self.mean
 
 
 class BaseSamples(Spec, tag_field="kind"):
@@ -144,16 +215,28 @@ class Data:
     """What a sample is."""
     report: list[str] = field(default_factory=list)
     """Lines worth showing: left-out files, duplicates, classes without samples."""
+    ordered: bool = False
+    """Whether the classes are a scale in the order of their names, as somebody has stated."""
 
     @property
     def outputs(self) -> int:
         """Number of classes or targets."""
         return len(self.class_names)
 
+    @property
+    def has_order(self) -> bool:
+        """Whether a metric may go by the order of the classes: it is stated, or their names are
+        numbers or differ in one alone."""
+        return self.ordered or are_ordered(self.class_names)
+
 
 @ByStruct
-def read_data_set(spec: Spec, *, seed: int) -> Data:
+def read_data_set(spec: Spec, *, seed: int, **model: Outputs | None) -> Data:
     """The whole data set of a spec, before data_fraction.
+
+    Args:
+        model: `trained`, for data sets whose labels stand in files: the outputs of the model that
+            the samples are for.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
@@ -181,6 +264,24 @@ class ArraySource(Source):
 
     def select(self, rows: np.ndarray) -> "ArraySource":
         return ArraySource(self.samples, self.rows[rows])
+
+
+@dataclass(slots=True)
+class CachedSource:
+    """Decoded samples: one array (N, C, H, W) if they are uniform, else a list."""
+
+    samples: np.ndarray | list[Any]
+    fitted: bool  # whether they were cropped and resized when they were decoded
+    collate: Callable[[Any], Any] | None = None  # that of the source they came from
+
+    @property
+    def uniform(self) -> tuple[int, ...] | None:
+        return self.samples.shape[1:] if isinstance(self.samples, np.ndarray) else None
+
+    def fetch(self, rows: np.ndarray) -> np.ndarray | list[Any]:
+        if isinstance(self.samples, np.ndarray):
+            return self.samples[rows]
+        return [self.samples[row] for row in rows]
 
 
 def subset(split: Split, rows: np.ndarray) -> Split:

@@ -4,29 +4,30 @@ from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from glovita_lib.data import BagSamples, Data, Source, Split, VectorSamples, read_data_set
+from glovita_lib.data import BagSamples, Data, Outputs, Source, Split, VectorSamples, read_data_set
 from glovita_lib.data_labels import (
     Encoded,
     LabelRules,
     Labels,
-    cells_as_stored,
     encode,
     untrained,
 )
 from glovita_lib.data_splits import (
     fold_splits,
     folds,
+    in_one_form,
     read_splits,
     refuse_shared_groups,
     refuse_shared_rows,
     strata,
 )
 from glovita_lib.dist import cores
-from glovita_lib.errors import UserError, listed
-from glovita_lib.files import read_csv
+from glovita_lib.errors import UserError, composed, listed
+from glovita_lib.files import on_disk, read_csv
 from glovita_lib.read_features import (
     BagSource,
     FeatureFile,
@@ -57,7 +58,9 @@ class Collection:
     ids: list[str]
     rows: np.ndarray  # (N,) where they are in the file or folder
     named: bool  # whether the ids are names, that mean the same in other files
-    labels: np.ndarray | None  # as stored: numbers or names, (N,) or (N, K); or cells of a table
+    labels: (
+        np.ndarray | list[Any] | None
+    )  # an array (N,) or (N, K), or cells of a table, see Labels
     groups: list[str] | None
     class_names: tuple[str, ...] | None
     subtask: str | None  # where the file says so
@@ -92,19 +95,19 @@ class Collection:
 
 
 def read_table(spec: PrecomputedData, labels_file: str) -> dict[str, dict[str, str]]:
-    """Rows of labels_file by id.
+    """Rows of labels_file by composed id.
 
     Raises:
         UserError: no such file or column, or an id twice.
     """
-    path = Path(spec.data_root_dir) / labels_file
+    path = on_disk(Path(spec.data_root_dir) / labels_file)
     wanted = [spec.id_column, *label_columns(spec)]
     wanted += [spec.group_column] if spec.group_column else []
     wanted += [spec.split_column] if spec.split_source == "csv" else []
     rows = read_csv(path, wanted)
-    table = {row[spec.id_column]: row for row in rows}
+    table = {composed(row[spec.id_column]): row for row in rows}
     if len(table) < len(rows):
-        counts = Counter(row[spec.id_column] for row in rows)
+        counts = Counter(composed(row[spec.id_column]) for row in rows)
         twice = counts.most_common(1)[0][0]
         raise UserError(f"{path}: id {twice!r} occurs twice; give each sample one row")
     return table
@@ -125,15 +128,15 @@ def with_table(
     """
     if table is None:
         return collection
-    kept = [place for place, name in enumerate(collection.ids) if name in table]
+    kept = [place for place, name in enumerate(collection.ids) if composed(name) in table]
     if not kept:
         raise UserError(
             f"{spec.labels_file}: no row for any sample of {collection.where}; its ids are"
             f" {listed(collection.ids, 3)}, in column {spec.id_column} stand"
-            f" {listed(table, 3)}"
+            f" {listed((row[spec.id_column] for row in table.values()), 3)}"
         )
     ids = [collection.ids[place] for place in kept]
-    rows = [table[name] for name in ids]
+    rows = [table[composed(name)] for name in ids]
     columns = label_columns(spec)
     for column in (*columns, *([spec.group_column] if spec.group_column else [])):
         blank = [row[spec.id_column] for row in rows if not row[column]]
@@ -148,7 +151,9 @@ def with_table(
         collection,
         ids=ids,
         rows=collection.rows[kept],
-        labels=np.array([[row[column] for column in columns] for row in rows]),
+        labels=[row[columns[0]] for row in rows]
+        if len(columns) == 1
+        else [tuple(row[column] for column in columns) for row in rows],
         class_names=None,
         groups=[row[group] for row in rows] if group else groups,
         split_of=[row[spec.split_column] for row in rows] if spec.split_source == "csv" else None,
@@ -164,7 +169,7 @@ KINDS = ("features", "labels", "bag_ptr", "bag_lengths", "ids", "groups", "coord
 
 
 @read_data_set.register
-def _(spec: PrecomputedData, *, seed: int) -> Data:
+def _(spec: PrecomputedData, *, seed: int, trained: Outputs | None = None) -> Data:
     table = None if spec.labels_file is None else read_table(spec, spec.labels_file)
     files = files_of(spec)
     used = used_ids(spec, table)
@@ -172,8 +177,12 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
         file: open_collection(spec, file, table, used) for file in dict.fromkeys(files.values())
     }
     collections = list(opened.values())
+    forms: dict[str, str] = {}
+    for whole in collections:
+        whole.groups = None if whole.groups is None else in_one_form(whole.groups, forms)
     refuse_mixture(collections)
-    subtask, names, encoded = encode_labels(spec, collections, of_table=table is not None)
+    columns = None if table is None or isinstance(spec.label_column, str) else spec.label_column
+    subtask, names, encoded = encode_labels(spec, collections, columns, trained)
     targets = dict(zip(opened, encoded, strict=True))
     if spec.split_source == "files":
         rows = {name: np.arange(len(opened[file].ids)) for name, file in files.items()}
@@ -194,6 +203,7 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
         splits=splits,
         subtask=subtask,
         class_names=names,
+        ordered=spec.class_names is not None,
         samples=collections[0].samples,
         report=[
             *(note for whole in collections for note in whole.notes()),
@@ -209,27 +219,25 @@ def _(spec: PrecomputedData, *, seed: int) -> Data:
 
 
 def encode_labels(
-    spec: PrecomputedData, collections: list[Collection], *, of_table: bool
+    spec: PrecomputedData,
+    collections: list[Collection],
+    columns: tuple[str, ...] | None = None,
+    trained: Outputs | None = None,
 ) -> Encoded:
     """Targets of all collections.
+
+    Args:
+        columns: of the table, where there are several.
+        trained: the model that the samples are for.
 
     Raises:
         UserError: see data_labels.encode.
     """
-    # all of them have some: a file without is refused, and a table gives them
-    values = [whole.labels for whole in collections if whole.labels is not None]
-    columns = label_columns(spec) if of_table else ()
-    if of_table:
-        values = cells_as_stored(values)
-    rules = LabelRules(
-        spec.subtask,
-        spec.class_names,
-        spec.num_classes,
-        columns if len(columns) > 1 else None,
-    )
+    rules = LabelRules(spec.subtask, spec.class_names, spec.num_classes, columns, trained=trained)
     labels = [
-        Labels(found, whole.ids, whole.where, whole.subtask, whole.class_names)
-        for whole, found in zip(collections, values, strict=True)
+        Labels(whole.labels, whole.ids, whole.where, whole.subtask, whole.class_names)
+        for whole in collections
+        if whole.labels is not None  # all have some: a table gives them, or a file is refused
     ]
     return encode(labels, rules)
 
@@ -281,14 +289,14 @@ def refuse_mixture(collections: list[Collection]) -> None:
 def used_ids(
     spec: PrecomputedData, table: dict[str, dict[str, str]] | None
 ) -> Container[str] | None:
-    """Ids of the samples that will be read, by what labels_file and split_file say; None: all.
+    """Composed ids of the samples that will be read, as labels_file and split_file say; None: all.
 
     Raises:
         UserError: see data_splits.read_splits.
     """
     if spec.split_source == "splits_json":
-        content = read_splits(Path(spec.data_root_dir) / spec.split_file, spec.fold)
-        return {name for names in content.values() for name in names}
+        content = read_splits(on_disk(Path(spec.data_root_dir) / spec.split_file), spec.fold)
+        return {composed(name) for names in content.values() for name in names}
     if table is not None and spec.split_source == "csv":
         return {name for name, row in table.items() if row[spec.split_column]}
     return table
@@ -304,12 +312,12 @@ def open_collection(
 
     Args:
         table: rows of labels_file, where there is one.
-        used: ids of the samples that will be read, where not all of them.
+        used: composed ids of the samples that will be read, where not all of them.
 
     Raises:
         UserError: whatever is wrong with it, see read_features.open_features.
     """
-    path = Path(spec.data_root_dir) / name
+    path = on_disk(Path(spec.data_root_dir) / name)
     if path.is_dir() and table is None:
         raise UserError(
             f"{path} is a folder of bags without labels; give data.labels_file, a CSV with the"
@@ -347,6 +355,7 @@ def unlabelled_features(
     Raises:
         UserError: see read_features.open_features; or the features are of another kind or width.
     """
+    path = on_disk(path)
     if not path.exists():
         raise UserError(
             f"{path}: no such file or folder, expected a feature file, or a folder of one-bag files"
@@ -376,8 +385,8 @@ def read_collection(
     """A feature file, or a folder of one-bag files whose names without suffix are the ids.
 
     Args:
-        listed: ids that a table lists, where there is one.
-        used: ids of the samples that will be read, where not all of them.
+        listed: composed ids that a table lists, where there is one.
+        used: composed ids of the samples that will be read, where not all of them.
 
     Raises:
         UserError: it is damaged, has no sample or, where `labelled` asks for them, no labels; or
@@ -419,7 +428,8 @@ def refuse_equal(path: Path, ids: list[str], listed: Container[str] | None) -> N
     """
     if not ids:
         raise UserError(f"{path}: the file has no sample")
-    counts = Counter(ids if listed is None else [name for name in ids if name in listed])
+    names = map(composed, ids)
+    counts = Counter(names if listed is None else [name for name in names if name in listed])
     twice, times = max(counts.items(), key=lambda entry: entry[1], default=("", 0))
     if times > 1:
         raise UserError(
@@ -479,12 +489,13 @@ def listed_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarra
     Raises:
         UserError: no such fold or split, or an id that is not there or is listed twice.
     """
-    path = Path(spec.data_root_dir) / spec.split_file
+    path = on_disk(Path(spec.data_root_dir) / spec.split_file)
     content = read_splits(path, spec.fold)
     unknown = [name for name in content if name not in ("train", "val", "test")]
     if unknown:
         raise UserError(f"{path}: {unknown[0]!r} is no split; there are train, val and test")
-    place = {name: row for row, name in enumerate(whole.ids)}
+    place = {composed(name): row for row, name in enumerate(whole.ids)}
+    content = {name: list(map(composed, ids)) for name, ids in content.items()}
     for name, ids in content.items():
         absent = [identity for identity in ids if identity not in place]
         if absent:
@@ -530,8 +541,9 @@ def unused(
         for whole in collections
         if whole.stored > len(whole.ids)
     ]
-    ids = {identity for whole in collections for identity in whole.ids}
-    absent = [name for name in table or () if name not in ids]
+    ids = {composed(identity) for whole in collections for identity in whole.ids}
+    rows = table or {}
+    absent = [row[spec.id_column] for name, row in rows.items() if name not in ids]
     if absent:
         lines.append(
             f"{len(absent)} rows of {spec.labels_file} have no sample, e.g. {absent[0]}: not used"
@@ -545,9 +557,10 @@ def unused(
 def shared_ids(splits: dict[str, Split]) -> list[str]:
     """Lines about ids that occur in two splits of several files."""
     lines, names = [], list(splits)
+    ids = {name: set(map(composed, split.ids)) for name, split in splits.items()}
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            both = set(splits[first].ids).intersection(splits[second].ids)
+            both = ids[first] & ids[second]
             if both:
                 example = min(both)
                 lines.append(f"{len(both)} ids are in {first} and {second}, e.g. {example}")

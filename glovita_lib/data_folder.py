@@ -10,20 +10,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from glovita_lib.data import Data, ImageSamples, Split, read_data_set
+from glovita_lib.data import Data, ImageSamples, Outputs, Split, read_data_set
 from glovita_lib.data_labels import LabelRules, Labels, encode, is_missing, untrained
 from glovita_lib.data_splits import (
     FOLDS,
     duplicate_notes,
     fold_splits,
     folds,
+    in_one_form,
     read_splits,
     refuse_shared_groups,
     strata,
 )
 from glovita_lib.dist import hash_seed
-from glovita_lib.errors import UserError, listed, meant, nearest_word
-from glovita_lib.files import FILE_THREADS, read_csv, read_json_table
+from glovita_lib.errors import UserError, composed, listed, meant, nearest_word
+from glovita_lib.files import FILE_THREADS, on_disk, read_csv, read_json_table
 from glovita_lib.read_image import FileSource, Header, read_headers
 from glovita_lib.spec_data import GenericImageData
 
@@ -86,20 +87,24 @@ class ImageFolder:
 
     folder: Path
     ids: list[str]
-    known: frozenset[str] = field(init=False)
+    known: dict[str, list[str]] = field(init=False)
+    """Composed id -> ids, two where the disk has a name in both Unicode forms."""
 
     def __post_init__(self) -> None:
-        self.known = frozenset(self.ids)
+        self.known = {}
+        for identity in self.ids:
+            self.known.setdefault(composed(identity), []).append(identity)
 
     def path(self, identity: str) -> str:
         """Path of an image."""
         return str(self.folder / identity)
 
     def find(self, name: str) -> str | None:
-        """Id of the image at a path below the folder, which may hold "./" and "//"; None if there
-        is none. Which sample it is, is never guessed."""
+        """Id of the image at a path below the folder, which may hold "./" and "//" and be in either
+        Unicode form; None if there is none. Which sample it is, is never guessed."""
         identity = str(PurePosixPath(name))
-        return identity if identity in self.known else None
+        found = self.known.get(composed(identity), [])
+        return identity if identity in found else found[0] if len(found) == 1 else None
 
     def hint(self, name: str) -> str:
         """What may be wrong with a path that is no image: the image that was probably meant, or why
@@ -180,6 +185,7 @@ class LabelTable:
     labels: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
+    split_names: set[str] = field(default_factory=set)  # also those of images that are not there
     missing: list[str] = field(default_factory=list)  # names for which there is no image
 
     def hint(self, identity: str) -> str:
@@ -225,6 +231,8 @@ def csv_labels(
     table = LabelTable()
     for row in read_csv(path, wanted):
         name = row[path_column]
+        if split_column:
+            table.split_names.add(row[split_column])
         cells = tuple(row[column] for column in columns)
         label = cells[0] if isinstance(label_column, str) else cells
         identity = images.find(name)
@@ -245,6 +253,8 @@ def enter(table: LabelTable, path: Path, identity: str | None, name: str, label:
 
 def agree(path: Path, name: str, what: str, first: Any, second: Any) -> None:
     """Refuse two different values for one image."""
+    if isinstance(first, str) and isinstance(second, str):
+        first, second = composed(first), composed(second)
     if first != second:
         raise UserError(
             f"{path}: {name} has two values of {what}: {first!r} and {second!r}; keep one"
@@ -259,10 +269,10 @@ ALL = "all"  # the one split of a data set that folds are drawn from
 
 
 @read_data_set.register
-def _(spec: GenericImageData, *, seed: int) -> Data:
+def _(spec: GenericImageData, *, seed: int, trained: Outputs | None = None) -> Data:
     """A folder of images."""
     subtask = spec.stated_subtask()
-    folder = Path(spec.data_root_dir) / spec.images_dir
+    folder = on_disk(Path(spec.data_root_dir) / spec.images_dir)
     report: list[str] = []
     problems = Problems(spec.strict)
     found = walk(folder, spec.allowed_exts, report=None if spec.strict else report)
@@ -271,13 +281,20 @@ def _(spec: GenericImageData, *, seed: int) -> Data:
     members = images_of(spec, images, table, problems, report)
     kept = usable_labels(spec, images, table, members, subtask, problems)
     problems.settle(report)
+    refuse_emptied(members, kept, problems)
+    if table is None:
+        refuse_split_folders(spec, kept)
     every = dict.fromkeys(identity for found in members.values() for identity in found)
     ids = [identity for identity in every if identity in kept]
     labels = Labels([kept[i].label for i in ids], ids)
     columns = None if isinstance(spec.label_column, str) else spec.label_column
-    rules = LabelRules(subtask, spec.class_names, spec.num_classes, columns, spec.label_separator)
+    rules = LabelRules(
+        subtask, spec.class_names, spec.num_classes, columns, spec.label_separator, trained
+    )
     _, class_names, (targets,) = encode([labels], rules)
-    groups = [table.groups[i] for i in ids] if table is not None and spec.group_column else None
+    groups = None
+    if table is not None and spec.group_column:
+        groups = in_one_form(table.groups[i] for i in ids)
     samples = ImageTable(ids, targets, [kept[i].header for i in ids], groups)
     rows = table_rows(spec, members, samples, subtask, seed)
     if samples.groups is not None:
@@ -294,6 +311,7 @@ def _(spec: GenericImageData, *, seed: int) -> Data:
         splits={name: images_split(spec, images, samples, rows[name]) for name in rows},
         subtask=subtask,
         class_names=class_names,
+        ordered=spec.class_names is not None,
         samples=ImageSamples(channels=spec.channels, bit_depth=spec.bit_depth),
         report=report,
     )
@@ -325,7 +343,7 @@ def label_table(spec: GenericImageData, images: ImageFolder) -> LabelTable | Non
     base = Path(spec.data_root_dir)
     if spec.label_source == "folder":
         return None
-    path = base / (spec.labels_file or f"labels.{spec.label_source}")
+    path = on_disk(base / (spec.labels_file or f"labels.{spec.label_source}"))
     if spec.label_source == "json":
         return json_labels(path, images)
     return csv_labels(
@@ -359,17 +377,20 @@ def images_of(
     if spec.split_source == "kfold":
         return {ALL: images.ids if table is None else list(table.labels)}
     if spec.split_source == "splits_json":
-        path = Path(spec.data_root_dir) / spec.split_file
+        path = on_disk(Path(spec.data_root_dir) / spec.split_file)
         entries = read_splits(path, spec.fold)
         where = str(path)
     elif spec.split_source == "csv":
         assert table is not None  # these splits with other labels are refused
-        entries, where = {}, f"column {spec.split_column}"
+        entries, where = {name: [] for name in table.split_names}, f"column {spec.split_column}"
         for identity, name in table.splits.items():
-            entries.setdefault(name, []).append(identity)
+            entries[name].append(identity)
     else:
         entries, where = by_first_folder(images), str(images.folder)
-    members = {}
+    members, parts = {}, entries
+    entries = {}
+    for name, part in parts.items():
+        entries.setdefault(composed(name), []).extend(part)
     for split, name in split_names(spec, entries, where).items():
         found = {entry: images.find(entry) for entry in entries[name]}
         for entry in [entry for entry, identity in found.items() if identity is None]:
@@ -404,6 +425,7 @@ def split_names(spec: GenericImageData, entries: Iterable[str], where: str) -> d
         "val": spec.val_split_name,
         "test": spec.test_split_name,
     }
+    names = {split: composed(name) for split, name in names.items()}
     default_test = type(spec)().test_split_name
     for split, name in list(names.items()):
         if name in entries:
@@ -472,9 +494,52 @@ def class_folder(identity: str, split: str, spec: GenericImageData) -> str | Non
     """Class of an image by its folder: the first one of its path, after that of its split."""
     folders = PurePosixPath(identity).parts[:-1]
     skips = spec.split_source == "subdirs" or len(folders) > 1
-    if folders and folders[0] == split and skips:
+    if folders and composed(folders[0]) == composed(split) and skips:
         folders = folders[1:]
     return folders[0] if folders else None
+
+
+def refuse_emptied(
+    members: dict[str, list[str]], kept: dict[str, Kept], problems: Problems
+) -> None:
+    """Refuse a split that has no image left, where images were left out: first say why.
+
+    Raises:
+        UserError: the images and what is wrong with them.
+    """
+    empty = [split for split, ids in members.items() if not any(i in kept for i in ids)]
+    if empty and problems.lines:
+        of = "" if empty == [ALL] else f" for {' and '.join(empty)}"
+        raise UserError(problems.text(f"cannot be used, which leaves none{of}:"))
+
+
+SPLIT_FOLDERS = frozenset(
+    ["train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing", "holdout"]
+)
+"""What people call the folders of splits."""
+
+
+def refuse_split_folders(spec: GenericImageData, kept: dict[str, Kept]) -> None:
+    """Refuse the folders of splits as classes: where the splits come from elsewhere, the first
+    folder of a path is the class.
+
+    Raises:
+        UserError: all classes, or one where a split file names such splits, are called like splits
+            and have all their images in sub-folders.
+    """
+    deeper: dict[str, bool] = {}
+    for identity, image in kept.items():
+        folders = PurePosixPath(identity).parts[:-1]
+        deeper[image.label] = deeper.get(image.label, True) and folders[-1] != image.label
+    splits = SPLIT_FOLDERS | {spec.train_split_name, spec.val_split_name, spec.test_split_name}
+    named = [name for name, is_deeper in deeper.items() if is_deeper and name.lower() in splits]
+    is_mistake = named and (len(named) == len(deeper) or spec.split_source != "kfold")
+    if is_mistake and spec.class_names is None:
+        raise UserError(
+            f"the classes are the folders {listed(named)} of {spec.images_dir}, which are called"
+            ' like splits and have folders of their own: set data.split_source = "subdirs", put the'
+            " class folders directly below data.images_dir, or name the classes in data.class_names"
+        )
 
 
 # ---------------------------------------------------------------------- splits
@@ -532,15 +597,15 @@ def build_unlabelled(path: str, *, channels: int, bit_depth: int, files: Generic
     Raises:
         UserError: nothing there, no image, or images that are missing or broken, all together.
     """
-    where = Path(path)
+    where = on_disk(Path(path))
     if where.is_dir():
         ids = walk(where, files.allowed_exts)
         paths = [str(where / name) for name in ids]
     elif where.suffix.lower() == ".csv":
         ids = [row["path"] for row in read_csv(where, ["path"])]
-        paths = [str(where.parent / name) for name in ids]
+        paths = [str(on_disk(where.parent / name)) for name in ids]
     elif where.exists():
-        ids, paths = [where.name], [path]
+        ids, paths = [where.name], [str(where)]
     else:
         raise UserError(f"{path}: no such file or folder, expected images, or a CSV of their paths")
     if not ids:

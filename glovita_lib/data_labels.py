@@ -1,28 +1,38 @@
 """Labels to targets, for images and features: what the labels are is decided once over all files.
 
-N samples of a file, K classes or targets.
+A cell of a table is a name, compared in Unicode's composed form (NFC). Whole numbers are indices
+only of a list of names that has no numbers in it, or where a feature file states its names; else
+they are names too. Nothing depends on which of the classes a split happens to hold.
+
+N samples of a file, K classes or targets, W distinct words of M.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, get_args
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from glovita_lib.errors import UserError, listed, meant
+from glovita_lib.data import INNER, NUMBER, Outputs
+from glovita_lib.errors import UserError, composed, listed, meant
 from glovita_lib.spec_data import Subtask
+
+MOST_INDICES = 100_000  # classes that numbers may be indices of, where nothing states how many
 
 
 @dataclass(frozen=True, slots=True)
 class LabelRules:
-    """The fields of a data set that say how its labels are meant."""
+    """What says how the labels of a data set are meant: its fields, and the model that is asked."""
 
     subtask: Subtask | None  # None: what the files say, or as their labels look
     class_names: tuple[str, ...] | None
     num_classes: int | None
     columns: tuple[str, ...] | None  # names of several label columns of a table
     separator: str = "|"  # between several labels in one cell
+    trained: Outputs | None = None  # outputs of a trained model, which the targets shall be of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +41,34 @@ class Labels:
 
     values: Sequence[Any] | np.ndarray
     """N cells: strings, numbers or booleans, lists from JSON, tuples of strings from several CSV
-    columns. Or an array (N,) or (N, K), as a feature file holds it: numbers or names, whole numbers
-    (N,) are indices of classes."""
+    columns. Or an array (N,) or (N, K), as a feature file holds it: numbers or names."""
     ids: Sequence[str]
     where: str = ""
     """The file, for messages."""
     subtask: str | None = None
     """Kind of target that the file states."""
     class_names: tuple[str, ...] | None = None
-    """Names that the file states."""
+    """Names that the file states: its whole numbers are indices of them."""
 
     def cells(self) -> list[Any]:
         """The label of each sample; several of a sample as a list."""
         if isinstance(self.values, np.ndarray) and self.values.ndim > 1:
             return self.values.tolist()
-        return list(self.values)
+        return [
+            cell[0] if isinstance(cell, tuple) and len(cell) == 1 else cell for cell in self.values
+        ]
+
+    @property
+    def whole(self) -> np.ndarray | None:
+        """The labels (N,) where they are an array of whole numbers."""
+        values = self.values
+        if not isinstance(values, np.ndarray) or values.ndim != 1:
+            return None
+        if values.dtype.kind == "f" and not np.all(np.floor(values) == values):  # or NaN
+            return None
+        if values.dtype.kind in "bf":
+            return values.astype(np.int64)
+        return values if values.dtype.kind in "iu" else None
 
     def error(self, text: str) -> UserError:
         """An error about these labels."""
@@ -65,7 +88,8 @@ class Encoded(NamedTuple):
     class_names: tuple[str, ...]
     """Names of the classes, or of the targets of a regression."""
     targets: list[np.ndarray]
-    """Of each file: (N,) int64 for multiclass, else (N, K) float32."""
+    """Of each file: (N,) int64 for multiclass, (N, K) float32 for multilabel, (N, K) float64 for
+    regression."""
 
 
 Targets = tuple[list[np.ndarray], tuple[str, ...]]
@@ -79,18 +103,24 @@ def is_missing(label: Any, subtask: str) -> bool:
         return any(is_missing(part, "multiclass") for part in label)
     if isinstance(label, str):
         return subtask != "multilabel" and not label.strip()
-    return label is None or (isinstance(label, float) and math.isnan(label))
+    return label is None or (isinstance(label, float | np.floating) and math.isnan(label))
 
 
 def encode(files: Sequence[Labels], rules: LabelRules) -> Encoded:
-    """Targets of all files, by one kind of target and one list of names.
+    """Targets of all files, by one kind of target and one list of names, those of the trained model
+    where there is one.
 
     Raises:
         UserError: a label that is no class or of the wrong kind, with its samples; files that
             contradict each other; a num_classes that is not the number of classes.
     """
-    subtask = rules.subtask or found_subtask(files)
-    rules = replace(rules, class_names=stored_names(files, rules))
+    subtask, trained = rules.subtask or found_subtask(files, rules), rules.trained
+    if trained is not None and trained.subtask != subtask:
+        raise UserError(
+            f"the labels are {subtask}, the checkpoint was trained for {trained.subtask} of"
+            f" {listed(trained.class_names, 8)}; set data.subtask to that, or use infer.input to"
+            " predict without labels"
+        )
     kinds = {"multiclass": multiclass, "multilabel": multilabel, "regression": regression}
     targets, names = kinds[subtask](files, rules)
     if rules.num_classes not in (None, len(names)):
@@ -106,9 +136,10 @@ def encode(files: Sequence[Labels], rules: LabelRules) -> Encoded:
 # ---------------------------------------------------------------------- what the files say
 
 
-def found_subtask(files: Sequence[Labels]) -> Subtask:
-    """Kind of target that the files state, else as their arrays look: whole numbers and names are
-    multiclass, several columns of 0 and 1 multilabel, other numbers regression.
+def found_subtask(files: Sequence[Labels], rules: LabelRules) -> Subtask:
+    """Kind of target that the files state, else that of the trained model, else as the labels of
+    all files look: whole numbers and names are multiclass, several columns of 0 and 1 multilabel,
+    other numbers regression.
 
     Raises:
         UserError: files that state no subtask there is or contradict each other, or whole numbers
@@ -126,146 +157,265 @@ def found_subtask(files: Sequence[Labels]) -> Subtask:
                 " it, or set data.subtask"
             )
         return known[known.index(name)]
-    arrays = [np.asarray(file.values) for file in files]
-    if all(array.ndim == 1 and array.dtype.kind in "iuUOb" for array in arrays):
-        return "multiclass"
-    if all(array.ndim == 2 and np.isin(array, (0, 1)).all() for array in arrays):
+    if rules.trained is not None:
+        return rules.trained.subtask
+    looks = [look(file) for file in files]
+    if set(looks) <= {"whole", "numbers", "text"}:
+        return "multiclass" if "text" in looks or "numbers" not in looks else "regression"
+    if set(looks) == {"hot"}:
         return "multilabel"
-    for file, array in zip(files, arrays, strict=True):
-        if array.ndim == 2 and array.dtype.kind in "iu":
-            raise file.error(
-                f"labels of shape {array.shape} are whole numbers; store classes as (N,), or set"
-                ' data.subtask = "regression"'
-            )
+    if "whole columns" in looks and "columns" not in looks:
+        file = files[looks.index("whole columns")]
+        raise file.error(
+            f"labels of shape {np.shape(file.values)} are whole numbers; store classes as (N,), or"
+            ' set data.subtask = "regression"'
+        )
     return "regression"
 
 
-def stored_names(files: Sequence[Labels], rules: LabelRules) -> tuple[str, ...] | None:
-    """Names that the spec or else the files state.
+Look = Literal["whole", "numbers", "text", "hot", "whole columns", "columns"]
+
+
+def look(file: Labels) -> Look:
+    """What the labels of a file look like: one column of whole numbers, of other numbers or of
+    text; or several columns of 0 and 1, of whole numbers or of anything."""
+    if isinstance(file.values, np.ndarray):
+        kind = file.values.dtype.kind
+        if file.values.ndim == 1:
+            return "whole" if kind in "iub" else "numbers" if kind == "f" else "text"
+        is_hot, is_whole = bool(np.isin(file.values, (0, 1)).all()), kind in "iub"
+    elif not any(isinstance(cell, tuple) for cell in file.values):
+        cells = [str(cell).strip() for cell in file.values]
+        if all(map(WHOLE.fullmatch, cells)):
+            return "whole"
+        return "numbers" if all(map(NUMBER.fullmatch, cells)) else "text"
+    else:
+        cells = [MARKS.get(cell.lower(), cell) for row in file.values for cell in row]
+        is_hot = all(NUMBER.fullmatch(cell) and float(cell) in (0, 1) for cell in cells)
+        is_whole = all(map(WHOLE.fullmatch, cells))
+    return "hot" if is_hot else "whole columns" if is_whole else "columns"
+
+
+def stated_names(files: Sequence[Labels]) -> tuple[str, ...] | None:
+    """Names that the files state.
 
     Raises:
         UserError: files that state different ones.
     """
-    stored = {file.class_names: file.where for file in files if file.class_names}
-    if len(stored) > 1:
-        each = "; ".join(f"{where}: {listed(names)}" for names, where in stored.items())
+    stated = {file.class_names: file.where for file in files if file.class_names}
+    if len(stated) > 1:
+        each = "; ".join(f"{where}: {listed(names)}" for names, where in stated.items())
         raise UserError(
             f"feature files of different class_names ({each}), so that a number would"
             " mean two classes; write the same list and labels to all of them"
         )
-    return rules.class_names or next(iter(stored), None)
+    return next(iter(stated), None)
 
 
-def cells_as_stored(tables: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Cells (N, K) of a table, divided by files, as feature files hold labels: as whole numbers if
-    all of them are some, else as floats, else as they are; (N,) where there is one column."""
-    for kind in (np.int64, np.float64):
-        try:
-            tables = [cells.astype(kind) for cells in tables]
-            break
-        except (ValueError, OverflowError):
-            continue
-    return [cells[:, 0] if cells.shape[1] == 1 else cells for cells in tables]
+def are_new(given: tuple[str, ...], stated: tuple[str, ...]) -> bool:
+    """Whether the names of a spec are new ones for those that the files state, each in its place;
+    else the files' names are among them, in whatever order.
+
+    Raises:
+        UserError: neither.
+    """
+    known, own = set(map(composed, given)), set(map(composed, stated))
+    if own <= known:
+        return False
+    if own.isdisjoint(known) and len(given) == len(stated):
+        return True
+    raise UserError(
+        f"data.class_names ({listed(given)}) do not hold the class_names of the feature files"
+        f" ({listed(stated)}): name all of these, or as many new ones in their order"
+    )
+
+
+# ---------------------------------------------------------------------- names and numbers
+
+WHOLE = re.compile(r"0|-?[1-9]\d*", re.ASCII)
+"""A whole number as it is printed; int() reads more, such as 1_0, 007 and +7, which are names."""
+
+
+def word(label: Any) -> str:
+    """A label as a class name: text but for the spaces around it as it is, numbers and booleans of
+    a JSON file as they are printed there, 3.0 as 3."""
+    if isinstance(label, bool | np.bool_):
+        return str(label).lower()
+    if isinstance(label, float | np.floating) and label.is_integer():
+        return str(int(label))
+    return str(label).strip()
+
+
+def order_key(name: str) -> tuple[list[tuple[int, Decimal, str]], str]:
+    """What class names are sorted by: numbers, also those inside names, by value, text by the
+    alphabet.
+
+    >>> sorted(["grade 10", "grade 9", "10", "-1", "9.5"], key=order_key)
+    ['-1', '9.5', '10', 'grade 9', 'grade 10']
+    """
+    if NUMBER.fullmatch(name):
+        return [(0, Decimal(name), "")], name
+    parts = [part for part in INNER.split(name) if part]
+    return [
+        (0, Decimal(part), "") if INNER.fullmatch(part) else (1, Decimal(0), part) for part in parts
+    ], name
 
 
 # ---------------------------------------------------------------------- classes
 
 
-def word(label: Any) -> str:
-    """A label as a class name: 3, 3.0, "3" and "3.0" are all "3"."""
-    if isinstance(label, bool | np.bool_):
-        return str(label).lower()
-    if isinstance(label, str):
-        label = label.strip()
-        try:
-            number = float(label)
-        except ValueError:
-            return label
-        # "007" and "1e3" are names, not numbers
-        return str(int(number)) if label == f"{number:.1f}" and number.is_integer() else label
-    if isinstance(label, float | np.floating) and label.is_integer():
-        return str(int(label))
-    return str(label)
+OF_CHECKPOINT = "classes of the checkpoint"
 
 
-def is_whole(name: str) -> bool:
-    """Whether a class name is a whole number."""
-    return name.removeprefix("-").isdecimal()
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The class names of all samples of a file."""
+
+    distinct: list[str]  # (W,) composed
+    codes: np.ndarray  # (M,) which of them
+    samples: np.ndarray  # (M,) which sample has it
+
+    @classmethod
+    def of(cls, names: Sequence[str], samples: np.ndarray) -> "Words":
+        """Names (M,) of samples (M,)."""
+        place: dict[str, int] = {}
+        codes = [place.setdefault(composed(name), len(place)) for name in names]
+        return cls(list(place), np.array(codes, np.int64), samples)
+
+    @classmethod
+    def of_numbers(cls, numbers: np.ndarray) -> "Words":
+        """Whole numbers (N,), as they are printed."""
+        values, codes = np.unique(numbers, return_inverse=True)
+        return cls([str(value) for value in values], codes, np.arange(len(numbers)))
 
 
-def class_places(
-    words: set[str], class_names: tuple[str, ...] | None
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Index of the class that each word means, and the class names.
+@dataclass(slots=True)
+class ClassWords:
+    """The class names of all files."""
 
-    Without names the classes are the words that occur: numbers by value, others by the alphabet.
-    With names, words that all are whole numbers and none of them a name are indices.
+    files: Sequence[Labels]
+    words: list[Words] = field(default_factory=list)
+    """Of each file."""
+    forms: dict[str, str] = field(default_factory=dict)
+    """Composed name -> as it is written where it stands first."""
 
-    Raises:
-        UserError: a name that is given twice.
-    """
-    whole = all(map(is_whole, words))
-    names = tuple(sorted(words, key=int if whole else None)) if class_names is None else class_names
-    place = {name: index for index, name in enumerate(names)}
-    if len(place) < len(names):
-        raise UserError(f"data.class_names: a name occurs twice in {', '.join(names)}")
-    if words and whole and place.keys().isdisjoint(words):
-        place = {str(index): index for index in range(len(names))}
-    return place, names
+    def add(self, names: Sequence[str], samples: np.ndarray) -> None:
+        """The names (M,) of samples (M,) of the next file."""
+        for name in names:
+            self.forms.setdefault(composed(name), name)
+        self.words.append(Words.of(names, samples))
+
+    def targets(self, rules: LabelRules) -> Targets:
+        """Class (M,) of each word of each file, and the class names.
+
+        Raises:
+            UserError: a word that is no class, of the data or of the trained model.
+        """
+        names, meanings = self.meanings(rules)
+        key = "data.class_names" if rules.class_names else "classes"
+        lists = [] if names is None else [(names, key)]
+        if rules.trained is not None:
+            lists.append((rules.trained.class_names, OF_CHECKPOINT))
+        lists = lists or [(self.found_names(rules), key)]
+        for known, key in lists:
+            place: dict[str | None, int] = {composed(name): i for i, name in enumerate(known)}
+            if len(place) < len(known):
+                raise UserError(f"data.class_names: a name occurs twice in {', '.join(known)}")
+            for file, words, means in zip(self.files, self.words, meanings, strict=True):
+                refuse_unknown(file, words, [name in place for name in means], known, key)
+        tables = [np.array([place[name] for name in means], np.int64) for means in meanings]
+        found = zip(self.words, tables, strict=True)
+        return [table[words.codes] for words, table in found], known
+
+    def meanings(self, rules: LabelRules) -> tuple[tuple[str, ...] | None, list[list[str | None]]]:
+        """The names that the spec or the files state, and the composed name that each distinct word
+        (W,) of each file means, None where it is the index of none.
+
+        Whole numbers of a file that states names are indices of these. Other words are indices
+        where all of them are whole numbers and no name that is stated is one.
+        """
+        stated = stated_names(self.files)
+        names = rules.class_names or stated
+        listing = stated
+        if rules.class_names and stated and are_new(rules.class_names, stated):
+            listing = rules.class_names
+        own = [stated is not None and file.whole is not None for file in self.files]
+        rest = (w.distinct for w, is_own in zip(self.words, own, strict=True) if not is_own)
+        numbers = all(WHOLE.fullmatch(name) for distinct in rest for name in distinct)
+        indices = numbers and names is not None and not any(map(WHOLE.fullmatch, names))
+        return names, [
+            words_of_places(words.distinct, listing if is_own else names if indices else None)
+            for words, is_own in zip(self.words, own, strict=True)
+        ]
+
+    def found_names(self, rules: LabelRules) -> tuple[str, ...]:
+        """Names where nothing states them: the words that occur, in order; of arrays of whole
+        numbers all numbers from 0 to the largest, or num_classes of them.
+
+        Raises:
+            UserError: numbers that would make more classes than anybody means.
+        """
+        distinct = {name for words in self.words for name in words.distinct}
+        if not all(file.whole is not None for file in self.files):
+            return tuple(self.forms.get(name, name) for name in sorted(distinct, key=order_key))
+        largest, stated = max(map(int, distinct), default=-1), rules.num_classes or 0
+        count = max(largest + 1, stated)
+        if count > max(MOST_INDICES, stated):
+            raise UserError(
+                f"the label {largest} as the index of a class makes {count:,} classes: set"
+                ' data.subtask = "regression" where the labels are values, else data.num_classes,'
+                " or store names"
+            )
+        return tuple(map(str, range(count)))
+
+
+def words_of_places(words: list[str], names: Sequence[str] | None) -> list[str | None]:
+    """The composed name that each word means, where it is an index of names; None where there is no
+    such index; the word itself without names."""
+    if names is None:
+        return list(words)
+    places = map(int, words)
+    return [composed(names[place]) if 0 <= place < len(names) else None for place in places]
 
 
 def refuse_unknown(
-    file: Labels, unknown: Iterable[tuple[str, str]], names: tuple[str, ...], rules: LabelRules
+    file: Labels, words: Words, known: Sequence[bool], names: Sequence[str], key: str
 ) -> None:
-    """Raise an error that names the labels that are no class, each with a sample that has it."""
-    found: dict[str, str] = {}
-    for label, identity in unknown:
-        found.setdefault(label, identity)
-    if found:
-        words = [label for label in list(found)[:10] if not is_whole(label)]
-        near = {label: meant(label, list(names)) for label in words}
-        shown = (f'"{label}" ({found[label]}){near.get(label, "")}' for label in found)
-        key = "data.class_names" if rules.class_names else "classes"
-        raise file.error(f"label not in class list: {listed(shown)}; {key}: {listed(names)}")
+    """Raise an error that names the words that are no class, each with a sample that has it."""
+    codes = [code for code, is_known in enumerate(known) if not is_known]
+    if not codes:
+        return
+    shown = []
+    for code in codes[:10]:
+        label = words.distinct[code]
+        owner = file.ids[words.samples[np.flatnonzero(words.codes == code)[0]]]
+        near = "" if WHOLE.fullmatch(label) else meant(label, list(names))
+        shown.append(f'"{label}" ({owner}){near}')
+    text = f"label not in class list: {listed([*shown, *codes[10:]])}; {key}: {listed(names)}"
+    way_out = "; infer.input predicts without labels" if key == OF_CHECKPOINT else ""
+    raise file.error(text + way_out)
 
 
 def multiclass(files: Sequence[Labels], rules: LabelRules) -> Targets:
     """One class a sample."""
-    arrays = [file.values for file in files if isinstance(file.values, np.ndarray)]
-    if len(arrays) == len(files) and all(a.ndim == 1 and a.dtype.kind in "iub" for a in arrays):
-        return class_indices(files, rules)
-    words = []
+    classes = ClassWords(files)
     for file in files:
+        if (numbers := file.whole) is not None:
+            classes.words.append(Words.of_numbers(numbers))
+            continue
         cells = file.cells()
         file.refuse(
             (isinstance(label, list | tuple | dict) for label in cells),
             'several labels for one sample: set data.subtask = "multilabel" or "regression"',
         )
-        words.append([word(label) for label in cells])
-    place, names = class_places(set().union(*words), rules.class_names)
-    targets = []
-    for file, found in zip(files, words, strict=True):
-        pairs = zip(found, file.ids, strict=True)
-        refuse_unknown(file, (pair for pair in pairs if pair[0] not in place), names, rules)
-        targets.append(np.array([place[name] for name in found], np.int64))
-    return targets, names
-
-
-def class_indices(files: Sequence[Labels], rules: LabelRules) -> Targets:
-    """Classes that whole numbers of arrays are indices of; without names there are as many as the
-    largest says, or num_classes."""
-    targets = [np.asarray(file.values).astype(np.int64) for file in files]
-    largest = max(int(values.max(initial=-1)) for values in targets)
-    names = rules.class_names or tuple(map(str, range(max(largest + 1, rules.num_classes or 0))))
-    for file, values in zip(files, targets, strict=True):
-        bad = np.flatnonzero((values < 0) | (values >= len(names)))
-        refuse_unknown(file, ((str(values[i]), file.ids[int(i)]) for i in bad), names, rules)
-    return targets, names
+        file.refuse((is_missing(label, "multiclass") for label in cells), "there is no label")
+        classes.add([word(label) for label in cells], np.arange(len(cells)))
+    return classes.targets(rules)
 
 
 def class_sets(files: Sequence[Labels], rules: LabelRules) -> Targets:
     """Any number of class names a sample: in one cell, or as a list."""
-    lists = []
+    classes = ClassWords(files)
     for file in files:
         cells = file.cells()
         file.refuse(
@@ -276,18 +426,16 @@ def class_sets(files: Sequence[Labels], rules: LabelRules) -> Targets:
             ),
             "expected a list of class names, or of a 0 or 1 for each class",
         )
-        lists.append([named(label, rules.separator) for label in cells])
-    words = {name for labels in lists for names in labels for name in names}
-    place, names = class_places(words, rules.class_names)
-    if not names:
+        lists = [named(label, rules.separator) for label in cells]
+        owners = np.repeat(np.arange(len(lists)), [len(labels) for labels in lists])
+        classes.add([name for labels in lists for name in labels], owners)
+    if not (classes.forms or rules.class_names or rules.trained):
         raise UserError("no sample has a label: give data.class_names")
+    found, names = classes.targets(rules)
     targets = []
-    for file, labels in zip(files, lists, strict=True):
-        pairs = [(w, owner) for owner, found in zip(file.ids, labels, strict=True) for w in found]
-        refuse_unknown(file, (pair for pair in pairs if pair[0] not in place), names, rules)
-        hot = np.zeros((len(labels), len(names)), np.float32)
-        rows = np.repeat(np.arange(len(labels)), [len(found) for found in labels])
-        hot[rows, [place[name] for name, _ in pairs]] = 1
+    for file, words, places in zip(files, classes.words, found, strict=True):
+        hot = np.zeros((len(file.ids), len(names)), np.float32)
+        hot[words.samples, places] = 1
         targets.append(hot)
     return targets, names
 
@@ -323,7 +471,8 @@ def multilabel(files: Sequence[Labels], rules: LabelRules) -> Targets:
     found = [matrix(file, why) for file in files]
     for file, values in zip(files, found, strict=True):
         file.refuse(np.any(~np.isin(values, (0, 1)), axis=1), why)
-    return in_columns(files, found, rules)
+    targets, names = in_columns(files, found, rules)
+    return [values.astype(np.float32) for values in targets], names
 
 
 def marked(file: Labels) -> Sequence[Any] | np.ndarray:
@@ -338,8 +487,9 @@ def are_hot(labels: Sequence[Any], rules: LabelRules) -> bool:
     list where there is one, and of nothing else."""
     if not labels or not all(isinstance(label, list) for label in labels):
         return False
+    names = rules.class_names or (rules.trained and rules.trained.class_names)
+    classes = len(names) if names else rules.num_classes
     lengths = {len(label) for label in labels}
-    classes = len(rules.class_names) if rules.class_names else rules.num_classes
     return (
         len(lengths) == 1
         and lengths != {0}
@@ -350,12 +500,12 @@ def are_hot(labels: Sequence[Any], rules: LabelRules) -> bool:
 
 def regression(files: Sequence[Labels], rules: LabelRules) -> Targets:
     """One number or more a sample."""
-    why = "the label of a regression must be a finite number of float32, or a list of them"
+    why = "the label of a regression must be a finite number, or a list of them"
     return in_columns(files, [matrix(file, why) for file in files], rules)
 
 
 def matrix(file: Labels, why: str) -> np.ndarray:
-    """Labels of a file as numbers (N, K) float32; `why` is the error about one that is none."""
+    """Labels of a file as numbers (N, K) float64; `why` is the error about one that is none."""
     if isinstance(file.values, np.ndarray) and file.values.dtype.kind in "iubf":
         numbers = file.values.reshape(len(file.values), -1)
     else:
@@ -368,8 +518,7 @@ def matrix(file: Labels, why: str) -> np.ndarray:
                 " every sample the same number"
             )
         numbers = np.array(rows, np.float64).reshape(len(rows), *widths or (1,))
-    with np.errstate(over="ignore"):  # becomes infinity, which is refused
-        values = numbers.astype(np.float32)
+    values = numbers.astype(np.float64)
     file.refuse(np.any(~np.isfinite(values), axis=1), why)
     return values
 
@@ -377,6 +526,8 @@ def matrix(file: Labels, why: str) -> np.ndarray:
 def label_numbers(label: Any) -> list[float]:
     """Numbers of a label; none if it is something else."""
     parts = label if isinstance(label, list | tuple) else [label]
+    if any(isinstance(part, str) and not NUMBER.fullmatch(part.strip()) for part in parts):
+        return []
     try:
         return [float(part) for part in parts]
     except (TypeError, ValueError, OverflowError):
@@ -384,34 +535,52 @@ def label_numbers(label: Any) -> list[float]:
 
 
 def in_columns(files: Sequence[Labels], found: list[np.ndarray], rules: LabelRules) -> Targets:
-    """Numbers (N, K) of each file and the names of their columns, in the order of class_names.
+    """Numbers (N, K) of each file and the names of their columns, in the order of the trained model
+    or else of class_names.
 
     Raises:
         UserError: there are other names than columns.
     """
     if not sum(map(len, found)):
         raise UserError("no sample has a label")
-    width = found[0].shape[1]
-    names = (
-        rules.class_names
-        or rules.columns
-        or (("target",) if width == 1 else tuple(f"target_{number}" for number in range(width)))
-    )
+    given, stated, width = rules.class_names, stated_names(files), found[0].shape[1]
+    unnamed = ("target",) if width == 1 else tuple(f"target_{number}" for number in range(width))
+    names = rules.columns or stated or given or unnamed
     for file, values in zip(files, found, strict=True):
         if values.shape[1] != len(names):
             raise file.error(
                 f"the labels have {values.shape[1]} columns, but there are {len(names)} names"
                 f" ({listed(names)})"
             )
-    if rules.columns is None:
+    if given and rules.columns:
+        found, names = reordered(found, names, given, "data.class_names", "data.label_column")
+    elif given and stated and not are_new(given, stated):
+        where = "the class_names of the feature files"
+        found, names = reordered(found, names, given, "data.class_names", where)
+    else:
+        names = given or names
+    if rules.trained is None:
         return found, names
-    if sorted(names) != sorted(rules.columns):
+    if names is unnamed and width == len(rules.trained.class_names) == 1:
+        return found, rules.trained.class_names
+    return reordered(found, names, rules.trained.class_names, "the checkpoint's", "the data's")
+
+
+def reordered(
+    found: list[np.ndarray], names: Sequence[str], wanted: tuple[str, ...], whose: str, own: str
+) -> Targets:
+    """Columns (N, K) of each file in the order in which their names are wanted.
+
+    Raises:
+        UserError: the names are not the same.
+    """
+    place = {composed(name): column for column, name in enumerate(names)}
+    if sorted(place) != sorted(map(composed, wanted)):
         raise UserError(
-            f"data.class_names ({', '.join(names)}) and data.label_column"
-            f" ({', '.join(rules.columns)}) must hold the same names"
+            f"{whose} ({', '.join(wanted)}) and {own} ({', '.join(names)}) must hold the same names"
         )
-    order = [rules.columns.index(name) for name in names]
-    return [values[:, order] for values in found], names
+    order = [place[composed(name)] for name in wanted]
+    return [values[:, order] for values in found], wanted
 
 
 # ---------------------------------------------------------------------- what is worth saying

@@ -2,14 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import FILE_THREADS, read_json_table
 
 # ------------------------------------------------------------------------------- split files
@@ -211,6 +211,16 @@ def fold_splits(fold_of: np.ndarray, fold: int, n_folds: int) -> dict[str, np.nd
 # N samples.
 
 TAIL = 4096  # last bytes, which tell compressed images of one size apart
+
+
+def in_one_form(names: Iterable[str], first: dict[str, str] | None = None) -> list[str]:
+    """Names, each in the Unicode form in which it stands first, so that groups of one name are one.
+
+    Args:
+        first: composed name -> first form, of names that stand before these; completed by them.
+    """
+    first = {} if first is None else first
+    return [first.setdefault(composed(name), name) for name in names]
 
 
 def refuse_shared_rows(ids: Sequence[str], rows: dict[str, np.ndarray]) -> None:

@@ -9,12 +9,28 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glovita_lib.data import ArraySource, Data, ImageSamples, Source, Split, read_data_set, subset
+from glovita_lib.data import (
+    ArraySource,
+    Data,
+    ImageSamples,
+    Outputs,
+    Source,
+    Split,
+    read_data_set,
+    subset,
+)
 from glovita_lib.data_splits import FRACTION, VAL, draw_stratified, strata
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, call_target
 from glovita_lib.spec_conditions import section_problems
-from glovita_lib.spec_data import BaseData, Cifar10Data, Cifar100Data, CustomData, DigitsData
+from glovita_lib.spec_data import (
+    BaseData,
+    Cifar10Data,
+    Cifar100Data,
+    CustomData,
+    DigitsData,
+    FileData,
+)
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -109,11 +125,14 @@ def open_cifar(spec: Cifar10Data | Cifar100Data, name: str) -> tuple["CIFAR10", 
 DIGITS_TEST_SEED = 0
 
 
-def build_data(spec: BaseData, *, seed: int, trains: bool = True) -> Data:
+def build_data(
+    spec: BaseData, *, seed: int, trains: bool = True, trained: Outputs | None = None
+) -> Data:
     """The data set of a spec with all its splits; data_fraction has cut the train split.
 
     Args:
         trains: whether a model learns from it: there must be a train split, and labels.
+        trained: the model that the samples are for, whose outputs the labels of files are read as.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
@@ -121,7 +140,8 @@ def build_data(spec: BaseData, *, seed: int, trains: bool = True) -> Data:
     missing = [f"data.{name}: {text}" for name, text in spec.missing_files()]
     if problems := [*section_problems(spec, "data."), *missing]:
         raise UserError("\n".join(problems))
-    data = read_data_set(spec, seed=seed)
+    model = {"trained": trained} if isinstance(spec, FileData) else {}
+    data = read_data_set(spec, seed=seed, **model)
     empty = [name for name, split in data.splits.items() if not len(split)]
     if empty or (trains and "train" not in data.splits):
         what = f"the {' and the '.join(empty)} split has no sample" if empty else "no train split"

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -47,6 +48,12 @@ def file_name(text: str) -> str:
 
 
 # ----------------------------------------------------------------------------- nearest words
+
+
+def composed(text: str) -> str:
+    """A text in Unicode's composed form (NFC), in which names are compared: a Mac writes an umlaut
+    as two characters, other systems as one."""
+    return unicodedata.normalize("NFC", text)
 
 
 def nearest_word(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from torch import nn
 
 from glovita_lib import checkpoint, dist, peft_base
-from glovita_lib.data import ArraySource, Data, Split, subset
+from glovita_lib.data import ArraySource, Data, Outputs, Split, subset
 from glovita_lib.datasets import build_data
 from glovita_lib.dist import resolve_precision
 from glovita_lib.encoder import Encoder, Identity, output_width
@@ -107,6 +107,7 @@ class Experiment:
             seed=self.root.seed,
             ranks=self.ranks,
             batch_size=spec.batch_size if train else self.resolved.eval_batch_size,
+            scale=objective.target_scale,
             pool=self.pool,
             step_size=step_size,
             accumulation=self.root.training.gradient_accumulation_steps,
@@ -125,6 +126,7 @@ class Experiment:
                 fit=fit,
                 seed=self.root.seed,
                 ranks=self.ranks,
+                scale=self.objective.target_scale,
                 pool=self.pool,
             )
         try:
@@ -177,12 +179,17 @@ def build_split_loader(
     return build_loader(split, root.dataloading, **options)
 
 
-def read_data(root: Root, ranks: dist.Ranks) -> Data:
+def read_data(root: Root, ranks: dist.Ranks, *, model: Resolved | None = None) -> Data:
     """The data of a spec; the first rank reads (and downloads) before the others, and alone looks
-    at all values of features. Only training needs a train split."""
+    at all values of features. Only training needs a train split.
+
+    Args:
+        model: what a trained model has resolved, where it is asked about the labels.
+    """
     spec = root.data if ranks.is_main else root.data.unchecked()
+    trained = None if model is None else Outputs(model.subtask, model.class_names)
     with dist.main_first(ranks):
-        return build_data(spec, seed=root.seed, trains=root.mode == "train")
+        return build_data(spec, seed=root.seed, trains=root.mode == "train", trained=trained)
 
 
 def assemble(

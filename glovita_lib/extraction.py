@@ -407,8 +407,8 @@ class Extractor:
         return tokens.flatten(0, 1), Instances(lengths, np.tile(places, (len(tokens), 1)))
 
     def scores(self, inputs: Tensor, vectors: Tensor) -> Tensor:
-        """Predictions (B, K); the encoder runs again only where its head takes something else than
-        the vectors (B, D) that are read out."""
+        """Scores (B, K) of the objective; the encoder runs again only where its head takes
+        something else than the vectors (B, D) that are read out."""
         model, objective = self.model, self.experiment.objective
         assert isinstance(objective, SupervisedObjective)  # the only one that predicts
         is_shared = self.layers is None and self.method == model.aggregation

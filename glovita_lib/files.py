@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from filelock import lock_descriptor
 
-from glovita_lib.errors import UserError, meant
+from glovita_lib.errors import UserError, composed, meant
 
 FILE_THREADS = 8  # file systems answer several readers faster than one, whatever the cores
 
@@ -240,7 +240,16 @@ def truncate_jsonl(path: Path | str, keep: Callable[[dict[str, Any]], bool]) -> 
 # ---------------------------------------------------------------------------- files of users
 
 
-# ---------------------------------------------------------------------- files
+def on_disk(path: Path) -> Path:
+    """The path as the disk spells it, where a name in it is there in the other Unicode form alone:
+    archives of a Mac hold decomposed names."""
+    if str(path).isascii() or path.exists():
+        return path
+    folder = on_disk(path.parent)
+    if not folder.is_dir():
+        return path
+    near = [name for name in os.listdir(folder) if composed(name) == composed(path.name)]
+    return folder / near[0] if len(near) == 1 else path
 
 
 def read_json_table(path: Path) -> Any:
@@ -275,7 +284,7 @@ def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """Rows of a CSV file with a header, separated by comma, semicolon or tab.
 
     Args:
-        columns: those that must be there.
+        columns: those that must be there, in either Unicode form; the rows have them as given here.
 
     Raises:
         UserError: missing, empty, without one of the columns, or with a row of another length.
@@ -289,7 +298,9 @@ def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
         header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     except csv.Error as error:
         raise UserError(f"{path}: not valid CSV ({error})") from None
-    header = [name.strip() for name in header]
+    columns = list(columns)
+    spelled = {composed(column): column for column in columns}
+    header = [spelled.get(composed(name.strip()), name.strip()) for name in header]
     for column in columns:
         if column not in header:
             raise UserError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from glovita_lib.data import Source, Split
+from glovita_lib.data import CachedSource, Source, Split, TargetScale
 from glovita_lib.dist import Ranks, cores, hash_seed
 from glovita_lib.errors import UserError, listed
 from glovita_lib.sampler import EvalOrder, TrainOrder
@@ -36,24 +36,6 @@ TOLD_FROM = 2000  # samples whose decoding is announced
 # of images needs the rest for activations, which come only with the first batch; a head on vectors
 # needs next to nothing, and half leaves as much to the next split.
 IMAGE_SHARE, VECTOR_SHARE = 0.1, 0.5
-
-
-@dataclass(slots=True)
-class CachedSource:
-    """Decoded samples: one array (N, C, H, W) if they are uniform, else a list."""
-
-    samples: np.ndarray | list[Any]
-    fitted: bool  # whether they were cropped and resized when they were decoded
-    collate: Callable[[Any], Any] | None = None  # that of the source they came from
-
-    @property
-    def uniform(self) -> tuple[int, ...] | None:
-        return self.samples.shape[1:] if isinstance(self.samples, np.ndarray) else None
-
-    def fetch(self, rows: np.ndarray) -> np.ndarray | list[Any]:
-        if isinstance(self.samples, np.ndarray):
-            return self.samples[rows]
-        return [self.samples[row] for row in rows]
 
 
 def hold(
@@ -138,11 +120,8 @@ def settled(future: Future[Result], errors: list[str]) -> Iterator[Result]:
         yield result
 
 
-def to_device(
-    source: CachedSource, targets: np.ndarray | None, device: torch.device
-) -> tuple[Tensor, Tensor | None] | None:
-    """Uniform samples and the targets on a GPU with room for them; None elsewhere."""
-    samples = source.samples
+def to_device(samples: Any, device: torch.device) -> Tensor | None:
+    """Uniform samples in memory on a GPU with room for them; None elsewhere."""
     if device.type != "cuda" or not isinstance(samples, np.ndarray):
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -151,8 +130,7 @@ def to_device(
         return None
     if samples.dtype == np.uint16:
         samples = samples.astype(np.int32)  # torch calculates with few operations on uint16
-    labels = None if targets is None else torch.from_numpy(targets).to(device)
-    return torch.from_numpy(samples).to(device), labels
+    return torch.from_numpy(samples).to(device)
 
 
 def gather_samples(samples: Tensor, rows: np.ndarray, *, pinned: bool) -> Tensor:
@@ -187,7 +165,7 @@ class Batch:
     inputs: Any
     """(B, C, H, W) uint8, or int32 for 16-bit images; what Source.collate makes for other data."""
     targets: Tensor | None
-    """(B,) int64 or (B, K) float32."""
+    """(B,) int64 or (B, K) float32; of a regression standardised."""
     rows: Tensor
     """(B,) int64, rows of the split."""
     fitted: bool
@@ -216,6 +194,7 @@ class BatchBuilder:
     targets: np.ndarray | None
     fit: Resizing | None  # for samples of differing sizes that their source does not collate
     seed: int
+    scale: TargetScale | None = None  # of the targets of a regression
 
     def __call__(self, task: BatchTask, *, pinned: bool = False) -> Batch:
         """Batch of a task.
@@ -232,12 +211,18 @@ class BatchBuilder:
         else:
             fetched = self.source.fetch(rows - self.first)
             inputs, fitted = self.inputs(fetched, hash_seed(self.seed, epoch, place, FIT))
-        targets = None if self.targets is None else torch.from_numpy(self.targets[rows])
-        return Batch(inputs, targets, torch.from_numpy(rows), fitted)
+        return Batch(inputs, self.labels(rows), torch.from_numpy(rows), fitted)
+
+    def labels(self, rows: np.ndarray) -> Tensor | None:
+        """Targets (B,) or (B, K) of rows, as a model learns them."""
+        if self.targets is None:
+            return None
+        targets = self.targets[rows]
+        return torch.from_numpy(targets if self.scale is None else self.scale.standardized(targets))
 
     def makes_same(self, other: "BatchBuilder") -> bool:
         """Whether another one makes the same batches of the same objects."""
-        parts = (self.source, self.targets, self.fit), (other.source, other.targets, other.fit)
+        parts = ((b.source, b.targets, b.fit, b.scale) for b in (self, other))
         numbers = (self.first, self.seed) == (other.first, other.seed)
         return numbers and all(a is b for a, b in zip(*parts, strict=True))
 
@@ -314,6 +299,7 @@ class LoaderOptions(TypedDict):
     seed: int
     ranks: Ranks
     batch_size: int
+    scale: NotRequired[TargetScale | None]
     pool: NotRequired["WorkerPool | None"]
     step_size: NotRequired[int | None]
     accumulation: NotRequired[int]
@@ -328,6 +314,7 @@ def build_loader(
     seed: int,
     ranks: Ranks,
     batch_size: int,
+    scale: TargetScale | None = None,
     pool: "WorkerPool | None" = None,
     step_size: int | None = None,
     accumulation: int = 1,
@@ -336,6 +323,7 @@ def build_loader(
 
     Args:
         batch_size: most samples of a batch.
+        scale: what the targets of a regression are standardised by.
         pool: worker processes that it has in common with other loaders; none: it has its own.
         step_size: samples of an optimizer step over all ranks; none: those of `accumulation`
             batches on each.
@@ -357,7 +345,7 @@ def build_loader(
         accumulation=accumulation,
     )
     first, end = needed(split, train=train, ranks=ranks)
-    builder = BatchBuilder(split.source, 0, split.targets, fit, seed)
+    builder = BatchBuilder(split.source, 0, split.targets, fit, seed, scale)
     if end > first and fits_in_memory(split, spec, end - first):
         once = None if train or fit is None else lambda part: fit_all(part, fit, seed).numpy()
         rows, shown = np.arange(first, end), ranks.is_main
@@ -373,13 +361,14 @@ def announce(
     fit: Resizing | None,
     seed: int,
     ranks: Ranks,
+    scale: TargetScale | None,
     pool: "WorkerPool",
 ) -> None:
     """Let worker processes know a split that `build_loader` will be asked to evaluate after they
     have started."""
     first, end = needed(split, train=False, ranks=ranks)
     if end > first and not fits_in_memory(split, spec, end - first):
-        pool.add(BatchBuilder(split.source, 0, split.targets, fit, seed))
+        pool.add(BatchBuilder(split.source, 0, split.targets, fit, seed, scale))
 
 
 def needed(split: Split, *, train: bool, ranks: Ranks) -> tuple[int, int]:
@@ -475,7 +464,10 @@ class Loader:
         self.workers = self.count_workers()
         self.resident: tuple[Tensor, Tensor | None] | None = None
         if isinstance(builder.source, CachedSource):
-            self.resident = to_device(builder.source, split.targets, device)
+            samples = to_device(builder.source.samples, device)
+            if samples is not None:
+                labels = builder.labels(np.arange(len(split)))
+                self.resident = samples, None if labels is None else labels.to(device)
         # Samples in memory go with their loader: no workers of others keep them.
         self.owns_pool = pool is None or self.held
         self.pool = WorkerPool(spec, device) if pool is None or self.held else pool

@@ -159,10 +159,10 @@ class WindowLoader(Loader):
 
     def cut(self, parts: list[np.ndarray], buffer: Tensor, places: np.ndarray) -> Iterator[Batch]:
         """The batches of a window."""
-        targets, ends = self.split.targets, np.cumsum([len(rows) for rows in parts])
+        ends = np.cumsum([len(rows) for rows in parts])
         for rows, where in zip(parts, np.split(places, ends[:-1]), strict=True):
             inputs = gather_samples(buffer, where, pinned=self.pinned)
-            labels = None if targets is None else torch.from_numpy(targets[rows])
+            labels = self.builder.labels(rows)
             yield self.pin(Batch(inputs, labels, torch.from_numpy(rows), fitted=True))
 
 
@@ -201,7 +201,8 @@ def build_feature_loader(
         window = order.window * order.full_rounds
     else:
         window = max(1, rows // (batch_size * ranks.world))
-    builder = BatchBuilder(source, 0, split.targets, options["fit"], options["seed"])
+    fit, scale = options["fit"], options.get("scale")
+    builder = BatchBuilder(source, 0, split.targets, fit, options["seed"], scale)
     return WindowLoader(
         split,
         order,

@@ -27,6 +27,8 @@ class Metric:
     """Whether it is computed where task.metrics is not given."""
     lower_is_better: bool = False
     """Whether the smallest value is the best."""
+    ordered: bool = False
+    """Whether the order of the classes is its scale."""
     per_class: bool = False
     """Whether each class or target has its own value, logged as <name>_<class>."""
 
@@ -43,7 +45,7 @@ METRICS: dict[str, Metric] = {
     "ap": Metric("average precision", CLASSES),
     "mcc": Metric("MCC", CLASSES),
     "kappa": Metric("Cohen's kappa", CLASSES),
-    "quadratic_kappa": Metric("quadratic kappa", ("multiclass",)),
+    "quadratic_kappa": Metric("quadratic kappa", ("multiclass",), ordered=True),
     "ece": Metric("calibration error", CLASSES, lower_is_better=True),
     "brier": Metric("Brier score", CLASSES, lower_is_better=True),
     "mse": Metric("MSE", ("regression",), usual=True, lower_is_better=True),
@@ -58,6 +60,11 @@ METRICS: dict[str, Metric] = {
 def metrics_of(subtask: str) -> tuple[str, ...]:
     """Names of the metrics that are defined for a subtask."""
     return tuple(name for name, metric in METRICS.items() if subtask in metric.subtasks)
+
+
+def uses_order(metrics: Iterable[str]) -> bool:
+    """Whether one of the metrics goes by the order of the classes."""
+    return any(METRICS[name].ordered for name in metrics)
 
 
 def usual_metrics(subtask: str) -> tuple[str, ...]:

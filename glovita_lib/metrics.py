@@ -193,15 +193,17 @@ def metrics_report(
         seed: of the resamples.
 
     Returns:
-        n: samples. metrics: name -> value. ci95: name -> [low, high] of the percentile bootstrap.
-        per_class: class or target -> name -> value; n counts its samples, predicted how often it
-        was predicted. confusion: K rows of true and columns of predicted classes; null unless
-        multiclass of at most 200 classes. Undefined numbers are null.
+        n: samples. class_names: in the order of the outputs. metrics: name -> value. ci95: name ->
+        [low, high] of the percentile bootstrap. per_class: class or target -> name -> value; n
+        counts its samples, predicted how often it was predicted. confusion: K rows of true and
+        columns of predicted classes; null unless multiclass of at most 200 classes. Undefined
+        numbers are null.
     """
     metrics = compute(
         names, subtask=subtask, targets=targets, scores=scores, class_names=class_names
     )
-    result: dict[str, Any] = {"n": len(scores), "metrics": metrics, "ci95": {}}
+    result: dict[str, Any] = {"n": len(scores), "class_names": class_names}
+    result |= {"metrics": metrics, "ci95": {}}
     result |= {"per_class": {}, "confusion": None}
     if all_finite(scores):
         samples = samples_of(subtask, targets, scores, class_names)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glovita_lib.augment import Augmenter, mixup_cutmix
+from glovita_lib.data import TargetScale
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader, Resizing
 from glovita_lib.losses import build_criterion, plain_criterion
@@ -48,6 +49,8 @@ class Objective(ABC):
 
     train_inputs: "Preparation"
     eval_inputs: "Preparation"
+    target_scale: TargetScale | None = None
+    """What the loaders standardise targets by."""
 
     @abstractmethod
     def loss(
@@ -156,7 +159,7 @@ class Predictions:
     """What a model predicts for the samples of a split, in the split's order."""
 
     ids: list[str]
-    scores: np.ndarray  # (N, K) float32: probabilities, or outputs in target units
+    scores: np.ndarray  # (N, K) probabilities in float32, or outputs in target units in float64
     rows: np.ndarray  # (N,) rows of the split
 
 
@@ -164,7 +167,7 @@ class Predictions:
 class LabelledPredictions(Predictions):
     """Predictions for samples whose labels are known."""
 
-    targets: np.ndarray  # (N,) int64, or (N, K) float32
+    targets: np.ndarray  # (N,) int64, or (N, K)
     losses: np.ndarray  # (N,) float32
 
     @property
@@ -203,8 +206,10 @@ class SupervisedObjective(Objective):
         ).to(device)
         self.plain = plain_criterion(task, subtask=resolved.subtask).to(device)
         self.mixes = task.mixup or task.cutmix
-        self.shift = torch.tensor(resolved.target_mean, device=device)  # (K,), 0 unless regression
-        self.scale = torch.tensor(resolved.target_std, device=device)  # (K,), 1 unless regression
+        self.device = device
+        if resolved.subtask == "regression":
+            mean, std = np.array(resolved.target_mean), np.array(resolved.target_std)
+            self.target_scale = TargetScale(mean, std)
 
     def loss(
         self, model: nn.Module, batch: Batch, rng: BatchRng
@@ -213,7 +218,7 @@ class SupervisedObjective(Objective):
         classes the accuracy too."""
         inputs = self.train_inputs(batch.inputs, batch.fitted, rng.stream(AUGMENT))
         assert batch.targets is not None  # build_data refuses to train without labels
-        targets = self.standardized(batch.targets)
+        targets = batch.targets
         if self.mixes:
             assert isinstance(inputs, Tensor)  # the rules refuse to mix bags
             inputs, targets = mixup_cutmix(
@@ -234,18 +239,13 @@ class SupervisedObjective(Objective):
         losses += output.aux.values()
         return sum(losses[1:], losses[0]), logs
 
-    def standardized(self, targets: Tensor) -> Tensor:
-        """Regression targets in units of the train split's standard deviation; labels unchanged."""
-        return (targets - self.shift) / self.scale if self.subtask == "regression" else targets
-
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Row, scores (B, K: probabilities, or regression outputs in target units) and loss (B,) of
-        each sample."""
+        """Row, scores (B, K) and loss (B,) of each sample."""
         inputs = self.eval_inputs(batch.inputs, batch.fitted, 0)
         logits = HeadOutput.of(model(inputs)).logits.float()  # (B, K)
         rows = {"rows": batch.rows, "scores": self.scores(logits)}
         if batch.targets is not None:
-            rows["loss"] = self.plain(logits, self.standardized(batch.targets))
+            rows["loss"] = self.plain(logits, batch.targets)
         return rows
 
     def evaluate(
@@ -264,7 +264,7 @@ class SupervisedObjective(Objective):
         if gathered is None:
             return None
         split, rows = loader.split, gathered["rows"].numpy()
-        ids, scores = [split.ids[row] for row in rows], gathered["scores"].numpy()
+        ids, scores = [split.ids[row] for row in rows], self.in_units(gathered["scores"])
         if split.targets is None:
             return Predictions(ids, scores, rows)
         losses = gathered["loss"].numpy()
@@ -282,24 +282,27 @@ class SupervisedObjective(Objective):
         return {"loss": predictions.loss, **metrics}
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Logits -> softmax or sigmoid probabilities, or outputs in target units, (B, K)."""
+        """Logits -> softmax or sigmoid probabilities, or outputs as they are, (B, K)."""
         if self.subtask == "multiclass":
             return logits.softmax(1)
-        return (
-            logits.sigmoid() if self.subtask == "multilabel" else logits * self.scale + self.shift
-        )
+        return logits.sigmoid() if self.subtask == "multilabel" else logits
+
+    def in_units(self, scores: Tensor) -> np.ndarray:
+        """Scores (N, K) as they are shown: outputs of a regression in target units, float64, which
+        not every device calculates with."""
+        values = scores.cpu().numpy()
+        return values if self.target_scale is None else self.target_scale.restored(values)
 
     def losses_of(self, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Loss (N,) of given scores (N, K), for scores that no single model gave."""
-        device = self.shift.device
-        score = torch.from_numpy(scores).to(device)
+        if self.target_scale is not None:
+            scores, targets = map(self.target_scale.standardized, (scores, targets))
+        score, wanted = (torch.from_numpy(part).to(self.device) for part in (scores, targets))
         if self.subtask == "multiclass":
-            logits = score.clamp_min(1e-12).log()  # softmax of it is the score again
-        else:
-            logits = (score - self.shift) / self.scale
-            logits = score.logit(1e-7) if self.subtask == "multilabel" else logits
-        wanted = self.standardized(torch.from_numpy(targets).to(device))
-        return self.plain(logits, wanted).cpu().numpy()
+            score = score.clamp_min(1e-12).log()  # softmax of it is the score again
+        elif self.subtask == "multilabel":
+            score = score.logit(1e-7)
+        return self.plain(score, wanted).cpu().numpy()
 
 
 @ByStruct

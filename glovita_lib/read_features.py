@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from glovita_lib.bags import Bags
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.read_hdf5 import DatasetRows, array_of, dataset_of, open_hdf5, readable_type
 
 # ------------------------------------------------------------------------------------- files
@@ -92,7 +92,7 @@ def open_features(
     """Tables of a feature file, checked; few features are read.
 
     Args:
-        used: ids of the samples that will be read, where not all of them.
+        used: composed ids of the samples that will be read, where not all of them.
 
     Raises:
         UserError: not HDF5, truncated, wrong ranks or lengths, pointers that do not rise from 0 to
@@ -120,8 +120,8 @@ def open_features(
         ids = [str(name) for name in (range(count) if found is None else found)]
         refuse_empty(path, ptr, ids, used)
         groups = table_of(path, file, keys, keys.groups, count)
-        names = file.attrs.get("class_names")
-        attributes = {name: as_python(value) for name, value in file.attrs.items()}
+        attributes = attributes_of(path, file)
+        names = attributes.get("class_names")
         has_coords = check_coords(path, file, keys, count if ptr is None else int(ptr[-1]))
     return FeatureFile(
         path=path,
@@ -131,7 +131,7 @@ def open_features(
         ids=ids,
         named=found is not None,
         groups=None if groups is None else [str(group) for group in groups],
-        class_names=None if names is None else class_list(as_python(names)),
+        class_names=None if names is None else class_list(names),
         has_coords=has_coords,
         attributes=attributes,
     )
@@ -201,7 +201,7 @@ def refuse_empty(
         UserError: some have none.
     """
     found = [] if ptr is None else np.flatnonzero(np.diff(ptr) == 0).tolist()
-    empty = [bag for bag in found if used is None or ids[bag] in used]
+    empty = [bag for bag in found if used is None or composed(ids[bag]) in used]
     if empty:
         raise UserError(
             f"{path}: {len(empty)} bags have no instance (bags {listed(empty)}); leave them out of"
@@ -225,16 +225,54 @@ def integers(path: str, file: Any, keys: Keys, key: str) -> np.ndarray | None:
 
 def table_of(path: str, file: Any, keys: Keys, key: str, count: int) -> np.ndarray | None:
     """A dataset with one row a sample; None where the file has none."""
+    import h5py
+
     values = keys.find(file, key)
     if values is None:
         return None
-    values = values.asstr()[()] if values.dtype.kind in "OS" else values[()]
-    if values.ndim == 0 or len(values) != count:
+    shape, kind = values.shape, values.dtype
+    if not shape or shape[0] != count:
         raise UserError(
-            f"{path}: {key!r} has {values.shape[0] if values.ndim else 0} rows, the file has"
-            f" {count} samples; each sample needs one"
+            f"{path}: {key!r} has {shape[0] if shape else 0} rows, the file has {count} samples;"
+            " each sample needs one"
         )
-    return values
+    if h5py.check_string_dtype(kind) is not None:
+        return text_of(values, slice(count))
+    if kind.kind not in "iufb":
+        raise UserError(f"{path}: {key!r} is of type {kind}; it must be numbers or text")
+    return values[()]
+
+
+def text_of(values: Any, rows: slice) -> np.ndarray:
+    """Rows of a dataset of text, as str; byte strings are UTF-8, whatever the file declares.
+
+    Raises:
+        UserError: they are not.
+    """
+    try:
+        return values.asstr("utf-8")[rows]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{values.file.filename}: {values.name[1:]!r} holds {error.object[:40]!r}, which is not"
+            " UTF-8: write it as text"
+        ) from None
+
+
+def attributes_of(path: str, file: Any) -> dict[str, Any]:
+    """The attributes of a file.
+
+    Raises:
+        UserError: text that is not UTF-8.
+    """
+    found = {}
+    for name, value in file.attrs.items():
+        try:
+            found[name] = as_python(value)
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{path}: its attribute {name} is not UTF-8: write it as text"
+            ) from None
+    return found
 
 
 def as_python(value: Any) -> Any:
@@ -414,7 +452,7 @@ class FileBags:
             names = self.keys.find(file, "instance_ids")
             if names is None:
                 return None
-            return names.asstr()[int(self.ptr[bag]) : int(self.ptr[bag + 1])]
+            return text_of(names, slice(int(self.ptr[bag]), int(self.ptr[bag + 1])))
 
 
 @dataclass(frozen=True)
@@ -486,7 +524,7 @@ def open_folder(paths: list[Path], keys: Keys, used: Container[str] | None = Non
     """
     shapes, errors = {}, []
     for place, path in enumerate(paths):
-        if used is None or path.stem in used:
+        if used is None or composed(path.stem) in used:
             try:
                 shapes[place] = bag_shape(path, keys)
             except UserError as error:

@@ -10,10 +10,19 @@ from typing import TypedDict
 import numpy as np
 
 from glovita_lib.augment import ResolvedImageAugmentation, resolve_augmentation
-from glovita_lib.data import BagSamples, BaseSamples, Data, ImageSamples, Split, VectorSamples
+from glovita_lib.data import (
+    BagSamples,
+    BaseSamples,
+    Data,
+    ImageSamples,
+    Split,
+    TargetScale,
+    VectorSamples,
+    outputs_line,
+)
 from glovita_lib.encoder import preprocess_of
-from glovita_lib.errors import UserError, listed, refuse
-from glovita_lib.metric_names import check_logged, logged_names, usual_metrics
+from glovita_lib.errors import UserError, composed, listed, refuse
+from glovita_lib.metric_names import check_logged, logged_names, uses_order, usual_metrics
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_data import Subtask
@@ -143,6 +152,26 @@ def check_samples(inputs: Inputs, spec: Spec, data: Data, trained: str) -> None:
             )
 
 
+def check_targets(data: Data, resolved: "Resolved", trained: str) -> None:
+    """The targets of a data set are those that a trained model predicts, in the same order.
+
+    Args:
+        trained: what the model is called in a message.
+
+    Raises:
+        UserError: they are not.
+    """
+    names, theirs = data.class_names, resolved.class_names
+    same_names = list(map(composed, names)) == list(map(composed, theirs))
+    if data.subtask == resolved.subtask and same_names:
+        return
+    raise UserError(
+        f"data set {data.name} is {data.subtask} of {listed(names, 8)}, {trained} was trained for"
+        f" {resolved.subtask} of {listed(theirs, 8)}; set data.class_names to the latter, or use"
+        " infer.input to predict without labels"
+    )
+
+
 # ------------------------------------------------------------------------------------- a run
 
 
@@ -155,6 +184,8 @@ class Resolved(Spec):
     """Kind of target."""
     class_names: tuple[str, ...]
     """Names of the classes, or of the targets of a regression, in the order of the outputs."""
+    ordered: bool
+    """Whether the classes are a scale in that order."""
     samples: dict[str, int]
     """Number of samples per split."""
     inputs: Inputs
@@ -171,6 +202,12 @@ class Resolved(Spec):
     """Standard deviation per regression target over the train split; 1 otherwise."""
     eval_batch_size: int
     """Samples per batch and rank in evaluation."""
+
+    @property
+    def outputs_line(self) -> tuple[str, str]:
+        """Classes or targets for the console."""
+        ordered = uses_order(self.metrics)
+        return outputs_line(self.subtask, self.class_names, ordered=ordered)
 
 
 def resolve_spec(root: Root, data: Data) -> Resolved:
@@ -199,6 +236,7 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
         dataset=data.name,
         subtask=data.subtask,
         class_names=data.class_names,
+        ordered=data.has_order,
         samples={name: len(split) for name, split in data.splits.items()},
         inputs=inputs,
         metrics=metrics,
@@ -218,6 +256,8 @@ def check_task(task: Supervised, data: Data) -> None:
             the classes.
     """
     problems = [*task.target_problems(data.subtask)]
+    if not problems and not data.has_order:
+        problems += task.order_problems(listed(data.class_names))
     if not data.samples.mixes:
         problems += task.sample_problems(data.samples.kind)
     if data.subtask != "regression":
@@ -263,12 +303,22 @@ def target_scale(
     task: Supervised, data: Data, train: Split
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation (K,) that regression targets are standardised with; 0 and 1 for
-    the rest, and without labels."""
+    the rest, and without labels.
+
+    Raises:
+        UserError: targets too large for the float32 that a model calculates with.
+    """
     outputs = len(data.class_names)
-    scaled = data.subtask == "regression" and task.standardize_targets
-    if train.targets is None or not scaled:
-        return (0.0,) * outputs, (1.0,) * outputs
-    targets = train.targets.astype(np.float64)
-    std = targets.std(0)
-    std = np.where(std > 0, std, 1.0)  # a constant target is learnt as its mean
-    return tuple(map(float, targets.mean(0))), tuple(map(float, std))
+    scale = TargetScale(np.zeros(outputs), np.ones(outputs))
+    if train.targets is None or data.subtask != "regression":
+        return tuple(scale.mean.tolist()), tuple(scale.std.tolist())
+    if task.standardize_targets:
+        scale = TargetScale.of(train.targets)
+    for name, split in data.splits.items():
+        if split.targets is not None and not np.isfinite(scale.standardized(split.targets)).all():
+            raise UserError(
+                f"the targets of {name} reach {np.abs(split.targets).max():g}, too large for the"
+                " float32 of a model: give them in another unit"
+                + ("" if task.standardize_targets else ", or set task.standardize_targets = true")
+            )
+    return tuple(scale.mean.tolist()), tuple(scale.std.tolist())

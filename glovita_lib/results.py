@@ -90,8 +90,8 @@ class Table:
     """Predictions as read from a file."""
 
     ids: list[str]
-    targets: np.ndarray | None  # (N,) int64 | (N, K) float32
-    scores: np.ndarray  # (N, K) float32
+    targets: np.ndarray | None  # (N,) int64 | (N, K)
+    scores: np.ndarray  # (N, K); float32, of a regression float64
 
 
 def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[str]) -> Table:
@@ -115,13 +115,14 @@ def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[st
     if missing:
         raise UserError(f"{path} is of other classes: it has no column {missing[0]}")
     index = {name: i for i, name in enumerate(class_names)}
+    kind = np.float64 if subtask == "regression" else np.float32
     try:
-        scores = np.array([columns[name] for name in shown], dtype=np.float32).T
+        scores = np.array([columns[name] for name in shown], dtype=kind).T
         targets: np.ndarray | None = None
         if truth[0] in columns and subtask == "multiclass":
             targets = np.array([index[name] for name in columns["label"]], dtype=np.int64)
         elif truth[0] in columns:
-            targets = np.array([columns[name] for name in truth], dtype=np.float32).T
+            targets = np.array([columns[name] for name in truth], dtype=kind).T
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} is of other classes: {error}") from None
     return Table(list(columns["id"]), targets, scores)

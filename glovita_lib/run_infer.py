@@ -10,10 +10,10 @@ import numpy as np
 
 from glovita_lib import dist, files
 from glovita_lib.attention_maps import AttentionWriter, draw_bags
-from glovita_lib.data import Data, Split
+from glovita_lib.data import Split
 from glovita_lib.data_features import unlabelled_features
 from glovita_lib.data_folder import build_unlabelled
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.experiment import Experiment, read_data, restore, some_of
 from glovita_lib.loggers import say, two_columns
 from glovita_lib.objectives import LabelledPredictions, Predictions, SupervisedObjective
@@ -25,6 +25,7 @@ from glovita_lib.resolved import (
     Resolved,
     VectorInputs,
     check_samples,
+    check_targets,
 )
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, locate
@@ -217,9 +218,12 @@ def wanted_split(root: Root, resolved: Resolved, ranks: dist.Ranks) -> tuple[str
         if notes and ranks.is_main:
             say("\n".join(f"note: {note}" for note in notes))
         return Path(spec.input).stem, split
-    data = read_data(root, ranks)
+    data = read_data(root, ranks, model=resolved)
     check_samples(resolved.inputs, root.data, data, "the checkpoint")
-    check_classes(data, resolved)
+    check_targets(data, resolved, "the checkpoint")
+    if not resolved.ordered:
+        names = f"{listed(resolved.class_names)} of the checkpoint"
+        refuse("task", root.task.order_problems(names))
     name = spec.split or ("test" if len(data.splits.get("test") or ()) else "val")
     if not len(data.splits.get(name) or ()):
         there = ", ".join(name for name, split in data.splits.items() if len(split))
@@ -254,21 +258,6 @@ def _(inputs: VectorInputs | BagInputs, path: str, data: BaseData) -> tuple[Spli
     return unlabelled_features(Path(path), data.features, kind=inputs.kind, width=inputs.width)
 
 
-def check_classes(data: Data, resolved: Resolved) -> None:
-    """The data's targets are those that the model predicts.
-
-    Raises:
-        UserError: they are not.
-    """
-    if (data.subtask, data.class_names) != (resolved.subtask, resolved.class_names):
-        raise UserError(
-            f"data set {data.name} is {data.subtask} of {listed(data.class_names, 8)}, the"
-            f" checkpoint was trained for {resolved.subtask} of"
-            f" {listed(resolved.class_names, 8)}; set data.class_names to the latter, or use"
-            " infer.input to predict without labels"
-        )
-
-
 # ---------------------------------------------------------------------- results
 
 
@@ -281,7 +270,7 @@ def mean_of(members: list[Predictions], experiment: Experiment) -> Predictions:
     if len(members) == 1:
         return first
     scores = np.mean([member.scores.astype(np.float64) for member in members], axis=0)
-    scores = scores.astype(np.float32)
+    scores = scores.astype(first.scores.dtype)
     if not isinstance(first, LabelledPredictions):
         return replace(first, scores=scores)
     objective = experiment.objective
@@ -294,7 +283,8 @@ def write_split(
 ) -> list[tuple[str, str]]:
     """Write predictions, and of labelled samples metrics and plots too; lines on what came out and
     where it is."""
-    rows = [("predictions", str(folder / f"predictions_{name}.csv"))]
+    outputs = experiment.resolved.outputs_line
+    rows = [outputs, ("predictions", str(folder / f"predictions_{name}.csv"))]
     if not isinstance(predictions, LabelledPredictions):
         write_predictions(folder / f"predictions_{name}.csv", predictions, experiment.resolved)
         return rows

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glovita_lib import dist, files, plots, results
-from glovita_lib.data import Data, Source
+from glovita_lib.data import Data, Source, TargetScale, outputs_line
 from glovita_lib.datasets import build_data
-from glovita_lib.errors import UserError, refuse
+from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.loggers import better, say, two_columns
-from glovita_lib.metric_names import logged_names, lower_is_better, usual_metrics
+from glovita_lib.metric_names import logged_names, lower_is_better, uses_order, usual_metrics
 from glovita_lib.metrics import compute, metrics_report
 from glovita_lib.neighbors import nearest
 from glovita_lib.read_features import BagSource, VectorSource, feature_moments
@@ -336,6 +336,7 @@ def probe(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
     with opened(loaded, ranks) as (run, decision):
         if decision != "finished":
             data, samples = read(loaded)
+            introduce(run, task, data)
             run.clean(ranks, decision)
             run.write_spec(loaded)
             run.note_start(runtime_info(ranks, seed=root.seed))
@@ -343,6 +344,14 @@ def probe(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
             files.write_json(run.path / "metrics_probe.json", content)
             run.mark_finished()
     show_results(run, decision)
+
+
+def introduce(run: RunDir, task: Probe, data: Data) -> None:
+    """Print data, classes and directory of the run."""
+    sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
+    ordered = uses_order(task.metrics or usual_metrics(data.subtask))
+    line = outputs_line(data.subtask, data.class_names, ordered=ordered)
+    say(two_columns([("data", f"{data.name}: {sizes}"), line, ("run", str(run.path))]))
 
 
 def fit_methods(
@@ -363,7 +372,7 @@ def fit_methods(
     names = task.metrics or usual_metrics(data.subtask)
     content: dict[str, Any] = {}
     for method in task.methods:
-        choice = Choice(names, data, samples["val"].targets)
+        choice = Choice(names, data, samples["train"].targets, samples["val"].targets)
         fit = fit_knn if method == "knn" else fit_models
         fitted = fit(task, samples, device, choice)
         content[method] = write_probe(run, method, task, data, samples, fitted, seed)
@@ -378,7 +387,11 @@ def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
             defined for the targets.
     """
     data = build_data(loaded.root.data, seed=loaded.root.seed)
-    refuse("task", loaded.root.task.target_problems(data.subtask))
+    task = loaded.root.task
+    problems = [*task.target_problems(data.subtask)]
+    if not problems and not data.has_order:
+        problems += task.order_problems(listed(data.class_names))
+    refuse("task", problems)
     if data.samples.spec_kind != "features":
         raise UserError(
             f'task.objective = "probe" judges features, but data set {data.name} has'
@@ -432,8 +445,27 @@ class Choice:
 
     names: tuple[str, ...]
     data: Data
+    train_targets: np.ndarray
     targets: np.ndarray  # of val
     candidates: list[dict[str, Any]] = field(default_factory=list)
+
+    @cached_property
+    def scale(self) -> TargetScale | None:
+        """What the targets of a regression are standardised by, so that no digit is lost in the
+        float32 of scores; ridge regression and neighbours give the same predictions."""
+        is_regression = self.data.subtask == "regression"
+        return TargetScale.of(self.train_targets) if is_regression else None
+
+    @property
+    def learnt(self) -> Tensor:
+        """The train targets as a probe learns them."""
+        scale, targets = self.scale, self.train_targets
+        return torch.from_numpy(targets if scale is None else scale.standardized(targets))
+
+    def in_units(self, scores: Tensor) -> np.ndarray:
+        """Scores (N, K): probabilities, or outputs in target units, float64."""
+        values = scores.cpu().numpy()
+        return values if self.scale is None else self.scale.restored(values)
 
     @property
     def decisive(self) -> str:
@@ -456,7 +488,7 @@ class Choice:
             self.names,
             subtask=self.data.subtask,
             targets=self.targets,
-            scores=scores.cpu().numpy(),
+            scores=self.in_units(scores),
             class_names=self.data.class_names,
         )
         self.candidates.append({**setting, "val": metrics})
@@ -468,7 +500,7 @@ class Choice:
         value = setting.pop("val")[self.decisive]
         extreme = "lowest" if lower_is_better(self.decisive) else "highest"
         chosen = {**setting, "by": self.decisive, extreme: value}
-        arrays = {name: found.cpu().numpy() for name, found in scores.items()}
+        arrays = {name: self.in_units(found) for name, found in scores.items()}
         return FittedProbe(chosen, self.candidates, arrays)
 
 
@@ -496,7 +528,7 @@ def fit_knn(
         )
         seconds = time.perf_counter() - started
         say(f"knn: neighbours of {len(part.ids):,} {name} samples in {seconds:,.1f} s")
-    targets = torch.from_numpy(train.targets).to(near["val"][1].device)
+    targets = choice.learnt.to(near["val"][1].device)
 
     def scores(name: str, k: int) -> Tensor:
         distances, indices = near[name]
@@ -523,7 +555,7 @@ def fit_models(
     for done, (strength, model) in enumerate(
         fit_linear(
             train.features,
-            torch.from_numpy(train.targets),
+            choice.learnt,
             outputs=choice.data.outputs,
             subtask=subtask,
             l2=sorted(task.l2, reverse=True),

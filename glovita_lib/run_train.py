@@ -19,6 +19,7 @@ from glovita_lib.experiment import (
     cached,
     read_data,
     refuse_unstable,
+    resolved_of,
     samples_per_step,
     some_of,
     trained_weights,
@@ -29,7 +30,7 @@ from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.objectives import LabelledPredictions
 from glovita_lib.peft import save_adapter
 from glovita_lib.plots import learning_curves
-from glovita_lib.resolved import resolve_spec
+from glovita_lib.resolved import check_targets, resolve_spec
 from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
 from glovita_lib.rundir import Decision, RunDir, opened, runtime_info
 from glovita_lib.sampler import check_ranks
@@ -97,6 +98,7 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
     numbers = ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None)
     rows = [
         ("data", f"{resolved.dataset}: {sizes}; {len(resolved.class_names)} outputs"),
+        resolved.outputs_line,
         ("model", parameter_line(experiment.model)),
         ("one step", numbers),
     ]
@@ -150,6 +152,7 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
         two_columns(
             [
                 ("data", f"{resolved.dataset}: {sizes}; {len(resolved.class_names)} {what}"),
+                resolved.outputs_line,
                 ("model", parameter_line(experiment.model)),
                 ("device", f"{device}, precision {experiment.precision}"),
                 ("run", str(run.path)),
@@ -172,6 +175,8 @@ def learn(
     that training needs is there."""
     root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
     saved = saved_state(run, loaded, ranks) if decision == "resume" else None
+    if saved is not None:
+        check_targets(data, resolved_of(saved, run.last), f"{run.last}, which is continued,")
 
     def log(record: dict[str, Any]) -> None:
         files.append_jsonl(run.metrics, record)

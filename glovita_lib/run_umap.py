@@ -23,6 +23,7 @@ from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, part_to_read, source_of, wanted_splits
 from glovita_lib.files import read_csv, write_csv, write_json
 from glovita_lib.loggers import say, two_columns
+from glovita_lib.objectives import SupervisedObjective
 from glovita_lib.plot_projection import (
     Coloring,
     Text,
@@ -66,7 +67,7 @@ class ChosenSamples:
     features: np.ndarray  # (N, D) float32
     ids: list[str]
     owners: list[str]  # bag of each instance; else the ids again
-    targets: np.ndarray | None  # (N,) int64 or (N, K) float32
+    targets: np.ndarray | None  # (N,) int64 or (N, K)
     said: Said | None  # predictions
     subtask: str
     class_names: tuple[str, ...]
@@ -241,7 +242,7 @@ def open_input(path: Path, data: BaseData) -> Data:
     split, samples = Split(collection.ids, None, source), collection.samples
     if collection.labels is None:
         return Data(str(path), {"": split}, "multiclass", (), samples, collection.notes())
-    found = encode_labels(PrecomputedData(), [collection], of_table=False)
+    found = encode_labels(PrecomputedData(), [collection])
     subtask, class_names, (split.targets,) = found
     return Data(str(path), {"": split}, subtask, class_names, samples, collection.notes())
 
@@ -281,18 +282,17 @@ def samples_of_model(
         parts.append(found)
     features = np.concatenate([part["vectors"] for part in parts])
     ids = [name for split in splits.values() for name in split.ids]
+    said, objective = None, experiment.objective
+    if trained:
+        assert isinstance(objective, SupervisedObjective)  # the only one that predicts
+        scores = torch.from_numpy(np.concatenate([part["scores"] for part in parts]))
+        said = Said(objective.in_units(scores), resolved.subtask, resolved.class_names)
     return ChosenSamples(
         features=features,
         ids=ids,
         owners=ids,
         targets=joined([split.targets for split in splits.values()]),
-        said=Said(
-            np.concatenate([part["scores"] for part in parts]),
-            resolved.subtask,
-            resolved.class_names,
-        )
-        if trained
-        else None,
+        said=said,
         subtask=data.subtask,
         class_names=data.class_names,
         splits=[name for name, split in splits.items() for _ in split.ids],

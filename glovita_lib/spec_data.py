@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from msgspec import Meta
 from msgspec.structs import replace
 
+from glovita_lib.errors import composed
 from glovita_lib.spec import Spec
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_conditions import read_if, read_unless, target_problems
@@ -181,7 +182,7 @@ class FileData(BaseData):
     def problems(self) -> Iterator[tuple[str, str]]:
         """No class name is given twice."""
         yield from super().problems()
-        names = self.class_names or ()
+        names = list(map(composed, self.class_names or ()))
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             yield "class_names", f"{shown(twice)} given more than once"

@@ -54,6 +54,16 @@ class BaseTask(Spec):
                 valid = ", ".join(metrics_of(subtask))
                 yield "metrics", f"{shown(name)} is not defined for {subtask}; valid are {valid}"
 
+    def order_problems(self, classes: str) -> Iterator[tuple[str, str]]:
+        """Metrics that go by an order of the classes, where nobody has stated one."""
+        for name in self.metrics or ():
+            if METRICS[name].ordered:
+                yield (
+                    "metrics",
+                    f"{shown(name)} goes by the order of the classes, which {classes} do not say:"
+                    " name them in data.class_names, from the lowest to the highest",
+                )
+
 
 class Supervised(BaseTask, tag="supervised", tag_field="objective"):
     """Predict the labels: cross-entropy, binary cross-entropy (multilabel) or a regression loss."""

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from sklearn.preprocessing import MultiLabelBinarizer
 
+from glovita_lib.data import Outputs, are_ordered
 from glovita_lib.data_labels import (
     LabelRules,
     Labels,
-    cells_as_stored,
     encode,
     is_missing,
     untrained,
@@ -31,20 +31,21 @@ def encoded(labels, subtask="multiclass", *, names=None, classes=None, columns=N
         ([2, 0, 1], [2, 0, 1], ("0", "1", "2")),
         (["10", "9", "2"], [2, 1, 0], ("2", "9", "10")),  # by value
         ([1.0, 3.0], [0, 1], ("1", "3")),
-        (["1.0", 1, "1"], [0, 0, 0], ("1",)),
+        (["1.0", 1, "1", 1.0], [1, 0, 0, 0], ("1", "1.0")),
         ([-1, 1], [0, 1], ("-1", "1")),
         ([True, False], [1, 0], ("false", "true")),
         (["a", 1], [1, 0], ("1", "a")),
-        (["007", "7"], None, None),
+        (["007", "7"], [0, 1], ("007", "7")),
+        (["3_4", "4_3", "1_1", "11"], [1, 2, 0, 3], ("1_1", "3_4", "4_3", "11")),
+        (["+1", "1", "-0", "0"], [2, 3, 0, 1], ("-0", "0", "+1", "1")),
+        (["grade 10", "grade 9", "-2", "1.5"], [3, 2, 0, 1], ("-2", "1.5", "grade 9", "grade 10")),
+        (["1", "2", "3", "normal"], [0, 1, 2, 3], ("1", "2", "3", "normal")),
         (["0.5", "1e3", "nan"], [0, 1, 2], ("0.5", "1e3", "nan")),
         ([" cat ", "cat"], [0, 0], ("cat",)),
     ],
 )
 def test_multiclass_without_names(labels, targets, names):
     found, classes = encoded(labels)
-    if names is None:
-        assert len(classes) == 2
-        return
     assert found.dtype == np.int64 and found.tolist() == targets and classes == names
 
 
@@ -66,6 +67,8 @@ def test_labels_that_are_no_class():
         encoded([0, 3], names=("a", "b", "c"))
     with pytest.raises(UserError, match="a name occurs twice"):
         encoded(["a"], names=("a", "a"))
+    with pytest.raises(UserError, match="there is no label; wrong: 1.png, 2.png"):
+        encoded(["a", " ", math.nan])
     with pytest.raises(UserError, match='several labels .* "multilabel".*; wrong: 1.png'):
         encoded([1, [0, 1]])
 
@@ -123,14 +126,15 @@ def test_multilabel_columns():
 
 def test_regression():
     found, names = encoded(["1.5", 2, "-3e2"], "regression")
-    assert found.tolist() == [[1.5], [2], [-300]] and found.dtype == np.float32
+    assert found.tolist() == [[1.5], [2], [-300]] and found.dtype == np.float64
+    assert encoded(["1700000000.1", 1e39], "regression")[0].tolist() == [[1700000000.1], [1e39]]
     assert names == ("target",)
     found, names = encoded([[1, 2], [3, 4]], "regression")
     assert found.tolist() == [[1, 2], [3, 4]] and names == ("target_0", "target_1")
     assert encoded([[1, 2]], "regression", names=("x", "y"))[1] == ("x", "y")
     found, names = encoded([("1", "2")], "regression", columns=("x", "y"), names=("y", "x"))
     assert found.tolist() == [[2, 1]] and names == ("y", "x")
-    for wrong in ("high", "nan", "inf", [], None, {"a": 1}, 1e39, "1e39", 10**400):
+    for wrong in ("high", "nan", "inf", [], None, {"a": 1}, "3_4", "1e400", 10**400):
         with pytest.raises(UserError, match="a finite number.*wrong: 1.png"):
             encoded([1, wrong], "regression")
     with pytest.raises(UserError, match="samples have 1 or 2 regression targets"):
@@ -152,14 +156,17 @@ def test_what_is_no_label():
 # ---------------------------------------------------------------------- several files
 
 
-def several(*values, subtask=None, names=None, classes=None, columns=None, stated=None):
+def several(
+    *values, subtask=None, names=None, classes=None, columns=None, stated=None, trained=None
+):
     """Subtask, names and targets of the labels of several files, a.h5, b.h5, ..."""
     stated = stated or [(None, None)] * len(values)
     files = [
         Labels(labels, [f"s{i}" for i in range(len(labels))], f"{letter}.h5", *said)
         for letter, labels, said in zip("abc", values, stated, strict=False)
     ]
-    found, names, targets = encode(files, LabelRules(subtask, names, classes, columns))
+    rules = LabelRules(subtask, names, classes, columns, trained=trained)
+    found, names, targets = encode(files, rules)
     return found, names, [part.tolist() for part in targets]
 
 
@@ -168,10 +175,17 @@ def test_the_kind_of_labels_is_decided_over_all_files():
     words, numbers = np.array(["1", "3", "normal"]), np.array([1, 3])
     names = ("1", "3", "normal")
     assert several(words, numbers) == ("multiclass", names, [[0, 1, 2], [0, 1]])
-    tables = cells_as_stored([words[:, None], np.array([["3"], ["1"]])])
-    assert several(*tables) == ("multiclass", names, [[0, 1, 2], [1, 0]])
-    tables = cells_as_stored([np.array([["0", "2"]]), np.array([["1", "0.5"]])])
-    assert several(*tables) == ("regression", ("target_0", "target_1"), [[[0, 2]], [[1, 0.5]]])
+    assert several(words.tolist(), ["3", "1"]) == ("multiclass", names, [[0, 1, 2], [1, 0]])
+    tables = [("0", "2")], [("1", "0.5")]
+    assert several(*tables, columns=("a", "b")) == (
+        "regression",
+        ("a", "b"),
+        [[[0, 2]], [[1, 0.5]]],
+    )
+    assert several(["2", "3"], ["2.5"])[0] == "regression"
+    assert several(["2", "3"], ["2.5"], ["no"])[:2] == ("multiclass", ("2", "2.5", "3", "no"))
+    assert several(["1_0", "2_5"])[:2] == ("multiclass", ("1_0", "2_5"))
+    assert several([("0", "1")], [("true", "0.0")], columns=("a", "b"))[0] == "multilabel"
 
 
 def test_whole_numbers_of_arrays_are_indices():
@@ -183,6 +197,10 @@ def test_whole_numbers_of_arrays_are_indices():
     assert named == ("multiclass", ("5", "1"), [[1]])
     with pytest.raises(UserError, match=r'^b.h5: label not in class list: "7" \(s1\); data.class'):
         several(first[:1], np.array([0, 7]), names=("x", "y"))
+    whole = np.array([0.0, 2.0])  # of another tool, which knows one kind of number
+    assert several(whole, subtask="multiclass")[1:] == (("0", "1", "2"), [[0, 2]])
+    with pytest.raises(UserError, match="the label 1700000000 as the index of a class makes"):
+        several(np.array([0, 1700000000]))
     with pytest.raises(UserError, match="a.h5: several labels for one sample"):
         several(np.eye(2), subtask="multiclass")
 
@@ -221,6 +239,95 @@ def test_what_files_state():
     assert several(a, subtask="multiclass", stated=[("binary", None)])[0] == "multiclass"
     with pytest.raises(UserError, match=r"class_names \(a.h5: cat, dog; b.h5: dog, cat\)"):
         several(a, b, stated=[(None, names), (None, names[::-1])])
+
+
+def test_numbers_are_indices_of_names_that_are_no_numbers():
+    """Whichever of the classes a file holds."""
+    animals, grades = ("cat", "dog", "cow"), ("1", "2", "3", "normal")
+    for cells in (["0", "2"], ["2"]):
+        assert several(cells, names=animals)[2] == [[int(cell) for cell in cells]]
+        with pytest.raises(UserError, match='"0" .*|"2" .*'):
+            several(cells, ["cat"], names=animals)
+    for cells in (["1", "2", "3"], ["1"], np.array([1, 2]), np.array(["3"])):
+        expected = [int(cell) - 1 for cell in cells]
+        assert several(cells, names=grades)[2] == [expected]
+        assert several(cells, trained=Outputs("multiclass", grades)) == (
+            "multiclass", grades, [expected]
+        )  # fmt: skip
+    with pytest.raises(UserError, match=r'"0" \(s0\); data.class_names: 1, 2, 3, normal'):
+        several(np.array([0, 1]), names=grades)
+
+
+def test_names_of_files_and_of_the_spec():
+    """The indices of a file are those of its own names, also where the spec has more names, or
+    others in their place."""
+    indices, own = np.array([0, 1]), ("cow", "dog")
+    files = {"stated": [(None, own)]}
+    assert several(indices, names=("cat", "dog", "cow"), **files)[2] == [[2, 1]]
+    assert several(indices, names=("Kuh", "Hund"), **files)[1:] == (("Kuh", "Hund"), [[0, 1]])
+    assert several(indices + 1, names=("1", "2", "3"), stated=[(None, ("3", "2", "1"))])[2] == [
+        [1, 0]
+    ]
+    for names in (("cow", "cat"), ("a", "b", "c")):
+        with pytest.raises(UserError, match="do not hold the class_names of the feature files"):
+            several(indices, names=names, **files)
+    hot = np.array([[0, 1], [1, 1]])
+    assert several(hot, names=("dog", "cow"), **files)[2] == [[[1, 0], [1, 1]]]
+    assert several(hot, names=("a", "b"), **files)[1:] == (("a", "b"), [[[0, 1], [1, 1]]])
+    with pytest.raises(UserError, match="must hold the same names"):
+        several(hot, names=("dog", "cow", "cat"), **files)
+
+
+def test_labels_are_read_as_the_trained_model_means_them():
+    animals = Outputs("multiclass", ("dog", "cat"))
+    assert several(["cat"], trained=animals) == ("multiclass", ("dog", "cat"), [[1]])
+    assert several(["cat"], names=("cat", "dog"), trained=animals)[2] == [[1]]
+    assert several(np.array([0]), stated=[(None, ("cat",))], trained=animals)[2] == [[1]]
+    for labels in (["1"], np.array([1])):  # whose coding?
+        with pytest.raises(UserError, match='"1" .s0.; classes of the checkpoint: dog, cat'):
+            several(labels, trained=animals)
+        assert several(labels, names=("cat", "dog"), trained=animals)[2] == [[0]]
+    with pytest.raises(UserError, match='"cow" .s1.; classes of the checkpoint: dog, cat'):
+        several(["dog", "cow"], trained=animals)
+    mixed = Outputs("multiclass", ("1", "1.5", "normal"))
+    assert several(["1.5", "1"], trained=mixed)[2] == [[1, 0]]  # which look like a regression
+    with pytest.raises(UserError, match="labels are multiclass, the checkpoint .* regression of t"):
+        several(["a"], subtask="multiclass", trained=Outputs("regression", ("t",)))
+    sets = Outputs("multilabel", ("b", "a", "c"))
+    assert several(["a", "c|a"], trained=sets)[2] == [[[0, 1, 0], [0, 1, 1]]]
+    assert several([[0], [1]], trained=Outputs("multilabel", ("0", "1", "2")))[2] == [
+        [[1, 0, 0], [0, 1, 0]]
+    ]  # indices, as three zeros and ones would be
+    pair = Outputs("regression", ("x", "y"))
+    assert several([("1", "2")], columns=("y", "x"), trained=pair)[1:] == (("x", "y"), [[[2, 1]]])
+    with pytest.raises(UserError, match="checkpoint's .x, y. and the data's .target_0, target_1."):
+        several(np.array([[0.5, 1]]), trained=pair)
+    assert several(["2"], trained=Outputs("regression", ("age",)))[1:] == (("age",), [[[2]]])
+
+
+def test_names_in_two_unicode_forms_are_one():
+    composed, apart = "b\u00f6se", "bo\u0308se"
+    assert encoded([apart, composed])[1] == (apart,)
+    assert encoded([apart, composed])[0].tolist() == [0, 0]
+    assert encoded([apart, "gut"], names=("gut", composed))[0].tolist() == [1, 0]
+    assert encoded([[apart], [composed, "gut"]], "multilabel")[0].tolist() == [[1, 0], [1, 1]]
+    columns = encoded([("1", "2")], "regression", columns=(apart, "b"), names=("b", composed))
+    assert columns[0].tolist() == [[2, 1]]
+    with pytest.raises(UserError, match="a name occurs twice"):
+        encoded(["a"], names=(composed, apart))
+
+
+def test_names_that_say_their_order():
+    for names in (["0", "1", "10"], ["-1", "0.5", "2"], ["grade 1", "grade 2"], ["G3b", "G4b"]):
+        assert are_ordered(names)
+    for names in (
+        ["none", "mild"],
+        ["1", "2", "normal"],
+        ["grade 1", "stage 2"],
+        ["1a2", "1a3"],
+        ["2", "1", "3"],
+    ):
+        assert not are_ordered(names)
 
 
 def test_classes_without_a_training_sample():

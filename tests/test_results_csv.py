@@ -25,7 +25,7 @@ def data(subtask: str, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         return rng.integers(0, k, n), scores / scores.sum(1, keepdims=True)
     if subtask == "multilabel":
         return rng.integers(0, 2, (n, k)).astype(np.float32), scores
-    return rng.normal(size=(n, k)).astype(np.float32), scores * 1e-7 - 1e3
+    return 1.7e9 + rng.normal(size=(n, k)), 1.7e9 + rng.normal(size=(n, k))
 
 
 @pytest.mark.parametrize("subtask", ["multiclass", "multilabel", "regression"])

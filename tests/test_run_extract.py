@@ -209,7 +209,8 @@ def test_labels_of_every_kind(extract, table_spec, tmp_path, subtask):
     assert again.subtask == subtask and again.class_names == data.class_names
     for name, split in data.splits.items():
         file = content(tmp_path / "out" / f"{name}.h5")
-        assert file["labels"].dtype == np.float32 and file["labels"].ndim == 2
+        kind = np.float64 if subtask == "regression" else np.float32
+        assert file["labels"].dtype == kind and file["labels"].ndim == 2
         np.testing.assert_array_equal(file["labels"], split.targets)
         assert list(file["groups"]) == split.groups
         assert list(attributes(tmp_path / "out" / f"{name}.h5")["class_names"]) == list(

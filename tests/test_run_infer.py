@@ -144,7 +144,9 @@ def test_wrong_classes(command, refused, folder_spec):
     run = command()
     line = refused("mode=infer", f"infer.checkpoint={run.path}/checkpoints/best.pt",
                    spec=folder_spec)  # fmt: skip
-    assert "one, two, zero" in line and "0, 1, 2, 3" in line and "infer.input" in line
+    assert (
+        '"one" (' in line and '"zero" (' in line and "0, 1, 2, 3" in line and "infer.input" in line
+    )
 
 
 def test_no_such_truncated_and_foreign_checkpoints(command, refused, tmp_path):
