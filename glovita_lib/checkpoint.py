@@ -380,7 +380,6 @@ def without_prefix(tensors: Tensors, names: Iterable[str]) -> Tensors:
 def fit_shape(name: str, tensor: Tensor, wanted: Tensor | None, target: LoadTarget) -> Tensor:
     """Interpolate a position embedding, sum or repeat the input channels of the first kernel."""
     from timm.layers import resample_abs_pos_embed
-    from timm.models import adapt_input_conv
 
     if wanted is None or tensor.shape == wanted.shape:
         return tensor
@@ -393,8 +392,18 @@ def fit_shape(name: str, tensor: Tensor, wanted: Tensor | None, target: LoadTarg
         wanted.shape[:1] + wanted.shape[2:]
     )
     if same_kernel and name == f"{target.first_conv}.weight":
-        return adapt_input_conv(wanted.shape[1], tensor, base_chans=tensor.shape[1])
+        return fit_channels(tensor, wanted.shape[1])
     return tensor
+
+
+def fit_channels(kernel: Tensor, channels: int) -> Tensor:
+    """A kernel (O, I, kh, kw) for other input channels: the sum for one, else repeated and scaled
+    by I / channels (timm's adapt_input_conv, for any I; that of timm before 1.0.31 knows I = 3)."""
+    if channels == 1:
+        return kernel.float().sum(1, keepdim=True).to(kernel.dtype)
+    own = kernel.shape[1]
+    repeated = kernel.float().repeat(1, -(-channels // own), 1, 1)[:, :channels]
+    return (repeated * (own / channels)).to(kernel.dtype)
 
 
 def mismatch_of(tensors: Tensors, state: Tensors) -> Mismatch:

