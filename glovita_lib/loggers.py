@@ -262,7 +262,6 @@ class Wandb:
                 tags=spec.tags,
                 config=config,
                 dir=str(run.path),
-                settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT),
             )
             self.start(spec, init, run.path)
         except Exception as error:  # of the network, the server, the disk, wandb's own process
@@ -270,15 +269,20 @@ class Wandb:
 
     def start(self, spec: WandbLogger, init: "partial[wandb.Run]", folder: Path) -> None:
         """Begin or continue the run online; where that cannot be, offline."""
+        settings = partial(  # made anew for each try: a failed one leaves its marks on them
+            self.wandb.Settings, silent=True, console="off", init_timeout=INIT_TIMEOUT
+        )
         reason = "logger.offline is set" if spec.offline else self.hindrance()
         if reason is None:
+            mode = os.environ.get("WANDB_MODE", "online")
             try:
-                self.run = init(mode=os.environ.get("WANDB_MODE", "online"), resume="allow")
+                self.run = init(mode=mode, resume="allow", settings=settings())
                 return
             except Exception as error:
                 reason = first_line(error)
                 self.wandb.teardown()  # forgets the id, which is tried again offline
-        self.run = init(mode="offline")  # where resume is not known; sync joins by the id
+        # where resume is not known; sync joins by the id
+        self.run = init(mode="offline", settings=settings())
         if not spec.offline:
             files = folder / "wandb" / f"offline-run-*-{self.run_id}"
             tell(f"W&B runs offline ({reason}); send it later with: wandb sync {files}")
