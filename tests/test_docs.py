@@ -486,6 +486,8 @@ def test_every_bound_of_the_dependencies_is_installed_by_ci_oldest():
     extras = settings["options.extras_require"]["volumes"]
     lines = f"{settings['options']['install_requires']}\n{extras}".split("\n")
     lines = [line for line in lines if line]
+    of_tests = settings["options.extras_require"]["test"].splitlines()
+    report(f"{x}: not in the extra of the tests" for x in extras.splitlines() if x not in of_tests)
     wanted = [line for line in lines if not line.startswith("#")]
     report(f"{line}: no lower bound" for line in wanted if not re.match(r"[\w-]+>=[\d.]+", line))
     names = {re.split(r"[>;]", line)[0].replace("-", "_") for line in wanted}
