@@ -1,9 +1,16 @@
 """Labels: every way they are written, and what is wrong with them."""
 
+import csv
+import json
 import math
+import unicodedata
 
+import h5py
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from glovita_lib.data import Outputs, are_ordered
@@ -14,7 +21,10 @@ from glovita_lib.data_labels import (
     is_missing,
     untrained,
 )
+from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
+from glovita_lib.results import read_predictions, write_prediction_csv
+from glovita_lib.spec_data import PrecomputedData
 
 
 def encoded(labels, subtask="multiclass", *, names=None, classes=None, columns=None, mark="|"):
@@ -335,3 +345,97 @@ def test_classes_without_a_training_sample():
     assert untrained(np.array([1, 1]), ("a", "b", "c"), "multiclass") == line
     assert untrained(np.array([[0, 1, 0], [0, 0, 0]]), ("a", "b", "c"), "multilabel") == line
     assert untrained(np.zeros((2, 3)), ("a", "b", "c"), "regression") == []
+
+
+# ---------------------------------------------------------------------- any table
+#
+# Whatever strings stand in a table, however its rows are divided: a cell means the class of its
+# name in every split, in a new cohort that a model is asked about, and in the predictions file.
+
+NAMES = st.one_of(
+    st.text("0123456789_+-.eE ", max_size=6),
+    st.text("aäößA1\u0308\u0301 ,;|\"'", max_size=6),
+    st.text(st.characters(exclude_categories=["C"]), max_size=8),
+    st.sampled_from(["0", "1", "2", "10", "1.0", "01", "1_0", "+1", "nan", "inf", "1e3", "true"]),
+    st.integers().map(str),
+).filter(str.strip)
+TABLES = st.lists(NAMES, min_size=1, max_size=6).flatmap(
+    lambda names: st.lists(
+        st.tuples(st.sampled_from(names), st.sampled_from(["train", "val", "test"]), st.booleans()),
+        min_size=1,
+        max_size=20,
+    )
+)
+"""Rows: the cell, its split, and whether it is in the cohort too."""
+
+
+def plain(cell):
+    """A cell as it is compared."""
+    return unicodedata.normalize("NFC", cell.strip())
+
+
+@settings(deadline=None, derandomize=True)
+@given(rows=TABLES)
+def test_a_cell_means_its_name_in_every_split_and_cohort(rows):
+    parts = {split: [cell for cell, own, _ in rows if own == split] for _, split, _ in rows}
+    files = [Labels(cells, [str(i) for i in range(len(cells))]) for cells in parts.values()]
+    subtask, names, targets = encode(files, LabelRules("multiclass", None, None, None))
+    for cells, found in zip(parts.values(), targets, strict=True):
+        assert [plain(names[index]) for index in found] == [plain(cell) for cell in cells]
+    assert set(names) <= {cell.strip() for cell, _, _ in rows}  # in a form of the user's
+    cohort = [cell for cell, _, is_in in rows if is_in]
+    trained = Outputs(subtask, names)
+    for rules in (
+        LabelRules("multiclass", None, None, None, trained=trained),
+        LabelRules(None, None, None, None, trained=trained),
+        LabelRules(None, names[::-1], None, None, trained=trained),
+    ):
+        again = encode([Labels(cohort, [str(i) for i in range(len(cohort))])], rules)
+        assert again.class_names == names and again.subtask == subtask
+        assert [plain(names[i]) for i in again.targets[0]] == [plain(cell) for cell in cohort]
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(rows=TABLES)
+def test_the_predictions_file_has_the_cells_of_the_table(tmp_path, rows):
+    """Of feature files whose table gives the splits, and whose labels are text."""
+    rows = [("first", "train", False), *rows]
+    ids = [str(row) for row in range(len(rows))]
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["features"] = np.eye(len(rows), 4, dtype=np.float32)
+        file["labels"] = np.array([cell for cell, _, _ in rows], object)
+    with open(tmp_path / "labels.csv", "w", newline="", encoding="utf-8") as file:
+        cells = [(i, *row[:2]) for i, row in zip(ids, rows, strict=True)]
+        csv.writer(file).writerows([("id", "label", "split"), *cells])
+    spec = PrecomputedData(
+        data_root_dir=str(tmp_path), features_file="f.h5", labels_file="labels.csv",
+        split_source="csv", subtask="multiclass",
+    )  # fmt: skip
+    content: dict[str, list[str]] = {}
+    for name, (_, split, _) in zip(ids, rows, strict=True):
+        content.setdefault(split, []).append(name)
+    (tmp_path / "splits.json").write_text(json.dumps(content))
+    stored = replace(spec, labels_file=None, split_source="splits_json")
+    names = None
+    for asked in (spec, stored):
+        trained = names and Outputs("multiclass", names)
+        data = build_data(asked, seed=0, trained=trained)
+        names = names or data.class_names
+        assert data.class_names == names
+        for split in data.splits.values():
+            path = tmp_path / "predictions.csv"
+            scores = np.eye(len(names), dtype=np.float32)[split.targets]
+            kind = {"subtask": "multiclass", "class_names": names}
+            write_prediction_csv(path, ids=split.ids, targets=split.targets, scores=scores, **kind)
+            with open(path, newline="", encoding="utf-8") as file:
+                written = list(csv.DictReader(file))
+            for row in written:
+                cell = plain(rows[int(row["id"])][0])
+                assert (plain(row["label"]), plain(row["prediction"])) == (cell, cell)
+            table = read_predictions(path, **kind)
+            np.testing.assert_array_equal(table.targets, split.targets)
