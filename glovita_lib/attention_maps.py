@@ -352,6 +352,8 @@ class BagMap:
     order: Sequence[int]
     """Branches by their importance, should they be too many."""
     image: np.ndarray | None = None  # (H, W, 3) uint8, what the instances are parts of
+    ratio: float = 1.0
+    """Height of an instance over its width."""
 
 
 # ---------------------------------------------------------------------- which bags
@@ -417,14 +419,21 @@ def bag_map(
     if isinstance(resolved.inputs, ImageInputs):
         (pixels,) = split.source.fetch(np.array([bag]))
         image = displayed(pixels, *window(pixels, resolved.inputs.bit_depth))
+    ratio = 1.0
+    if file.attrs["coords"] == "row,column" and len(
+        coords
+    ):  # patches, which divide a square image evenly
+        rows_of_grid, columns_of_grid = coords.max(0) + 1
+        coords, ratio = coords[:, ::-1], columns_of_grid / rows_of_grid
     return BagMap(
         title=predictions.ids[bag],
         caption=caption(predictions, bag, resolved),
-        coords=coords[:, ::-1] if file.attrs["coords"] == "row,column" else coords,
+        coords=coords,
         attention=file["attention"][rows],
         branches=branches,
         order=np.argsort(-scores, kind="stable").tolist() if of_classes else range(len(branches)),
         image=image,
+        ratio=float(ratio),
     )
 
 
@@ -483,10 +492,11 @@ def attention_map(bag: BagMap, path: Path) -> None:
         drawn = axes[panels - len(shown) : panels]
         for place, k in zip(drawn, shown, strict=True):
             tiles = draw_branch(place, bag.coords, side, bag.attention[:, k])
+            place.set_aspect(bag.ratio)
             place.set_title(short(bag.branches[k], 40))
         wide, high = np.ptp(bag.coords, axis=0) + side
         beside = {"location": "right", "shrink": 0.7, "aspect": 30}
-        if columns * wide > rows * high:  # a flat page has no room for it at its side
+        if columns * wide > rows * high * bag.ratio:  # a flat page has no room for it at its side
             beside = {"location": "bottom", "shrink": 0.9, "aspect": 45}
         bar = figure.colorbar(tiles, ax=axes, ticks=-np.log10(MARKED), **beside)
         bar.outline.set_visible(False)

@@ -14,7 +14,14 @@ from glovita_lib.augment_images import OPERATIONS, Placement
 from glovita_lib.encoder import Preprocess
 from glovita_lib.errors import UserError, refuse
 from glovita_lib.spec import Spec
-from glovita_lib.spec_augment import TEST, TRAIN, ImageAugmentation, ImageKwargs, ImageOps
+from glovita_lib.spec_augment import (
+    TEST,
+    TRAIN,
+    CropMode,
+    ImageAugmentation,
+    ImageKwargs,
+    ImageOps,
+)
 
 # ------------------------------------------------------------------------------- application
 #
@@ -36,6 +43,8 @@ class ResolvedImageAugmentation(Spec):
     resize_size: int
     """Length of the shortest side before the crop, pixels; read by policies with resize
     resize_size."""
+    crop_mode: CropMode
+    """What is resized before a centre crop: the shortest side, both sides, or the longest."""
     interpolation: str
     """Resampling: nearest, bilinear, bicubic or lanczos."""
     mean: tuple[float, ...]
@@ -85,6 +94,7 @@ def resolve_augmentation(
         test_policy=names[1],
         image_size=size,
         resize_size=resize_size(aug, encoder, native_size, size),
+        crop_mode=aug.crop_mode or encoder.crop_mode,
         interpolation=aug.interpolation or encoder.interpolation,
         mean=per_channel(aug.mean, encoder.mean, channels),
         std=per_channel(aug.std, encoder.std, channels),
@@ -173,6 +183,8 @@ def build_fit(resolved: ResolvedImageAugmentation, ops: ImageOps, *, bit_depth: 
         resize_size=resolved.resize_size,
         interpolation=resolved.interpolation,
         bit_depth=bit_depth,
+        crop_mode=resolved.crop_mode,
+        mean=resolved.mean,
     )
 
 

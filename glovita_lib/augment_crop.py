@@ -8,7 +8,7 @@ of the canvas.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -348,14 +348,20 @@ class CropResize:
         resize_size: int,
         interpolation: str,
         bit_depth: int,
+        crop_mode: str,
+        mean: Sequence[float],
     ) -> None:
+        """Args as in `ResolvedImageAugmentation`; mean is the colour of borders."""
         self.ops = ops
         self.size = image_size
         # smaller than the canvas only where a model's authors put a black margin around the image
         large = resize_size if ops.crop == "center" else max(image_size, resize_size)
-        self.shortest = {"none": None, "image_size": image_size, "resize_size": large}[ops.resize]
+        self.side = {"none": None, "image_size": image_size, "resize_size": large}[ops.resize]
         self.interpolation = interpolation
         self.bit_depth, self.peak = bit_depth, float(2**bit_depth - 1)
+        centred = ops.crop == "center" and self.side is not None
+        self.crop_mode = crop_mode if centred else "center"
+        self.border = torch.tensor([round(self.peak * value) for value in mean])  # (C,)
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator | None) -> Tensor:
         """Windows of a batch.
@@ -382,7 +388,7 @@ class CropResize:
         elif self.ops.crop != "none":
             resized = self.scaled(whole)
             room = resized - self.size
-            if self.shortest is None or self.shortest >= self.size:
+            if self.crop_mode != "border" and (self.side is None or self.side >= self.size):
                 self.refuse_small(whole, room)
             if self.ops.crop == "center":  # of an odd margin the smaller half is before the image
                 offset = torch.where(room < 0, (room / 2).ceil(), (room / 2).round())
@@ -397,11 +403,17 @@ class CropResize:
             raise UserError(too_small(sizes[(room < 0).any(1).nonzero()[0, 0]], self.size))
 
     def scaled(self, sizes: Tensor) -> Tensor:
-        """Size (B, 2) after the shortest side was resized, whole pixels as in torchvision."""
-        if self.shortest is None:
+        """Size (B, 2) after the resize: of the shortest side, whole pixels as in torchvision; of
+        both sides (squash) or the longest (border), as in timm."""
+        if self.side is None:
             return sizes
+        if self.crop_mode == "squash":
+            return torch.full_like(sizes, self.side)
+        if self.crop_mode == "border":
+            longest = sizes.max(1, keepdim=True).values
+            return (sizes / (longest / self.side)).round().clamp(min=1)
         short = sizes.min(1, keepdim=True).values
-        return (sizes * self.shortest / short).floor().clamp(min=self.shortest)
+        return (sizes * self.side / short).floor().clamp(min=self.side)
 
     def padded_cut(self, sizes: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """First pixels and sides (B, 2) of squares inside the images and their black margin."""
@@ -460,6 +472,21 @@ class CropResize:
         Returns:
             (B, C, S, S), the type of the images, which are returned where nothing changes.
         """
+        canvas = self.resampled(images, boxes, hflip, vflip)
+        if self.crop_mode != "border":
+            return canvas
+        positions = self.positions(len(boxes), vflip), self.positions(len(boxes), hflip)
+        inside = []
+        for axis in (0, 1):
+            place = boxes[:, axis, OFFSET, None] + positions[axis]  # (B, S)
+            inside.append((place >= 0) & (place < boxes[:, axis, RESIZED, None]))
+        shown = (inside[0][:, None, :, None] & inside[1][:, None, None, :]).to(canvas.device)
+        return torch.where(shown, canvas, self.border.to(canvas)[:, None, None])
+
+    def resampled(
+        self, images: Tensor, boxes: Tensor, hflip: Tensor | None, vflip: Tensor | None
+    ) -> Tensor:
+        """The canvas, black where it lies beyond the image."""
         rows, columns = self.positions(len(boxes), vflip), self.positions(len(boxes), hflip)
         moved = bool((boxes[:, :, LENGTH] == boxes[:, :, RESIZED]).all())
         if moved or self.interpolation == "nearest":
@@ -468,7 +495,7 @@ class CropResize:
                 return images
             return gather_pixels(images, rows, columns)
         if images.device.type == "mps":  # it has no float64
-            return self.canvas(images.cpu(), boxes, hflip, vflip).to(images.device)
+            return self.resampled(images.cpu(), boxes, hflip, vflip).to(images.device)
         if images.dtype != torch.uint8 or images.device.type != "cpu":
             return self.by_products(images, boxes, (rows, columns))
         canvas = images.new_empty(*images.shape[:2], self.size, self.size)

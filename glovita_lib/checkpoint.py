@@ -6,12 +6,15 @@ import pickle
 import re
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable
+from argparse import Namespace
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any
+from types import SimpleNamespace
+from typing import IO, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -200,14 +203,22 @@ def load_model(model: nn.Module, state_dict: dict[str, Tensor], path: Path | str
 #
 # A file may come from anywhere: from this program, from timm, torchvision or the network's authors,
 # wrapped in a checkpoint, with prefixes before its names. Files hold tensors only; nothing in them
-# is executed.
+# is executed. Which tensors of a file are the network is found out here; how they are renamed and
+# fitted to its size and channels is the rule of the library that the network comes from.
 
-WRAPPERS = ("ema", "model_ema", "state_dict", "model_state_dict", "model_state", "model", "teacher")
-POSITIONS = ("pos_embed", "pos_embedding")
 COUNTER = "num_batches_tracked"  # of BatchNorm; files of old torch versions lack it
-Tensors = dict[str, Tensor]
+POSITIONS = ("pos_embed", "pos_embedding")
+WRAPPED = ("_orig_mod.", "module.")  # before names: torch.compile, DistributedDataParallel
+AVERAGED = {"ema", "teacher", "swa", "averaged"}  # words in the names of the network that counts
+NESTED = 4  # dicts in dicts, at most
+Tensors = OrderedDict[str, Tensor]
 ADAPTER = re.compile(r"(^|\.)(adapter|added|shared)\.")  # children that PEFT methods add
-Converter = Callable[[Tensors, nn.Module], Tensors]
+Loading = Callable[[nn.Module, Tensors], object]
+
+
+def load_directly(net: nn.Module, tensors: Tensors) -> None:
+    """The loading of a network without a library: names and shapes as they are."""
+    net.load_state_dict(tensors)
 
 
 @dataclass(frozen=True)
@@ -215,10 +226,15 @@ class LoadTarget:
     """What is loaded into: a network and what is known about it."""
 
     net: nn.Module
-    classifier: tuple[str, ...] = ()  # names of the classifiers that were taken off
-    n_prefix: int = 0  # prefix tokens in a position embedding
-    first_conv: str | None = None  # name of the convolution that sees the input
-    converter: Converter | None = None  # from the names of the network's authors
+    loading: Loading = load_directly
+    """The library's own loading of tensors under names, which ends in net.load_state_dict."""
+    classifier: tuple[str, ...] = ()
+    """Names of the classifiers that were taken off."""
+    whole: Callable[[], frozenset[str]] = frozenset
+    """Names of the tensors of the network with its classifier, some of which are not below the
+    names above; asked only where a file has tensors too many."""
+    first_conv: tuple[str, ...] = ()
+    """Names of the convolutions that see the input."""
 
 
 @dataclass
@@ -228,9 +244,14 @@ class Mismatch:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
+    refusal: str = ""
+    """What the library says."""
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes)
+        return bool(self.missing or self.unexpected or self.shapes or self.refusal)
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.shapes)
 
     def table(self) -> str:
         """A line per tensor; long lists are cut."""
@@ -239,6 +260,7 @@ class Mismatch:
             ("missing in the file", self.missing),
             ("not in the network", self.unexpected),
             ("another shape", self.shapes),
+            ("the library says", [self.refusal] if self.refusal else []),
         ):
             if names:
                 lines.append(f"  {title:20}  " + listed(names, 8, f"\n  {title:20}  "))
@@ -248,8 +270,28 @@ class Mismatch:
 # -------------------------------------------------------------------- files
 
 
-def read_tensors(path: str | Path) -> Tensors:
-    """The tensors of a pth, pt or safetensors file, out of their wrappers.
+@dataclass(frozen=True, slots=True)
+class FileNetwork:
+    """Tensors of a file that may be one network."""
+
+    name: str
+    """Where it stands in the file; empty for the whole file."""
+    tensors: Tensors
+    """Under the names that they have there, with torch's versions of their modules."""
+
+    @property
+    def place(self) -> str:
+        """Its name in a message."""
+        return self.name or "the network at the top"
+
+    @property
+    def rank(self) -> int:
+        """How many words of its name say that it is an average, or the teacher."""
+        return len(AVERAGED & set(re.split(r"[._]", self.name.lower())))
+
+
+def read_networks(path: str | Path) -> list[FileNetwork]:
+    """The dicts of tensors in a pth, pt or safetensors file, in their order.
 
     Raises:
         UserError: no such file, not readable, holds other things than tensors.
@@ -258,19 +300,57 @@ def read_tensors(path: str | Path) -> Tensors:
     if not path.is_file():
         raise UserError(f'weights = "{path}": no such file')
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
-    while isinstance(content, dict):
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            break
-        inner = next((k for k in WRAPPERS if isinstance(content.get(k), dict) and content[k]), None)
-        if inner is None:
-            break
-        content = content[inner]
-    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+    found = list(dicts_of_tensors(content, "", NESTED))
+    if not found:
         raise UserError(f'weights = "{path}": holds no tensors under names')
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    most = max(len(network.tensors) for network in found)
+    return [network for network in found if 2 * len(network.tensors) >= most]
 
 
-def read_safetensors(path: Path) -> Tensors:
+def dicts_of_tensors(content: Any, name: str, depth: int) -> Iterator[FileNetwork]:
+    """Dicts that hold tensors under names, the states of optimizers left out."""
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        return
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if tensors:
+        yield FileNetwork(name, unwrapped(tensors, getattr(content, "_metadata", None)))
+    for key, value in content.items():
+        if depth and not key.startswith("optim"):
+            yield from dicts_of_tensors(value, f"{name}.{key}".lstrip("."), depth - 1)
+
+
+def unwrapped(tensors: Mapping[str, Tensor], versions: dict[str, Any] | None) -> Tensors:
+    """Tensors without what torch.compile and DistributedDataParallel put before their names.
+
+    Args:
+        versions: of the modules, as torch keeps them beside a state dict.
+    """
+
+    def bare(key: str) -> str:
+        while key.startswith(WRAPPED):
+            key = key.partition(".")[2]
+        return key
+
+    return with_versions(
+        {bare(key): tensor for key, tensor in tensors.items()},
+        None if versions is None else {bare(f"{key}.")[:-1]: v for key, v in versions.items()},
+    )
+
+
+def with_versions(tensors: Mapping[str, Tensor], versions: dict[str, Any] | None) -> Tensors:
+    """Tensors with the versions of their modules, where they are known."""
+    state = Tensors(tensors)
+    if versions is not None:
+        vars(state)["_metadata"] = versions
+    return state
+
+
+def versions_of(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Versions of the modules of tensors, as torch keeps them beside a state dict."""
+    return getattr(tensors, "_metadata", None)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -282,9 +362,11 @@ def read_safetensors(path: Path) -> Tensors:
 
 
 def read_torch(path: Path) -> Any:
-    """Content of a file of torch.save."""
+    """Content of a file of torch.save; the arguments that timm's training puts beside the weights
+    are read along."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise UserError(
             f'weights = "{path}": not a torch file of tensors only; save its state_dict alone, as'
@@ -297,106 +379,223 @@ def read_torch(path: Path) -> Any:
 # -------------------------------------------------------------------- by name
 
 
-def load_weights(target: LoadTarget, path: str | Path, *, by_order: bool) -> None:
+def load_weights(target: LoadTarget, path: str | Path, *, by_order: bool) -> str | None:
     """Load a file into a network: every tensor of it, or an error.
 
-    Classifier tensors of the file are left out where the network's classifier was taken off;
-    position embeddings are interpolated to the network's grid, first kernels to its channels.
+    Classifier tensors of the file are left out where the network's classifier was taken off; the
+    library's own loading renames tensors and fits them to the network's size and channels. Of
+    several networks in a file the averaged one, or the teacher, is taken.
+
+    Returns:
+        Which network of the file was taken, where it holds several.
 
     Raises:
-        UserError: with a table of missing and unexpected names and other shapes.
+        UserError: with a table of missing and unexpected names and other shapes; or the file holds
+            several networks, none of which comes first.
     """
-    tensors = read_tensors(path)
+    networks = read_networks(path)
+    source = f'weights = "{path}"'
     if by_order:
-        tensors = rename_by_order(tensors, target, path)
-    load_tensors(target, tensors, source=f'weights = "{path}"')
+        named = [rename_by_order(network, target, source) for network in networks]
+    else:
+        names = frozenset(target.net.state_dict())
+        named = [part for network in networks for part in parts_of(network, names)]
+    return load_one_of(target, named, source=source)
 
 
-def load_tensors(target: LoadTarget, tensors: Tensors, *, source: str) -> None:
+def load_tensors(target: LoadTarget, tensors: Mapping[str, Tensor], *, source: str) -> None:
     """Load named tensors into a network, as `load_weights`; `source` opens the error."""
-    state = target.net.state_dict()
-    fitted = fit_to_network(tensors, target, state)
-    found = mismatch_of(fitted, state)
-    if found:
-        converted = library_names(tensors, target)
-        if converted is not None:
-            fitted = fit_to_network(converted, target, state)
-            found = mismatch_of(fitted, state)
+    network = FileNetwork("", with_versions(tensors, versions_of(tensors)))
+    load_one_of(target, [network], source=source)
+
+
+def load_one_of(target: LoadTarget, networks: list[FileNetwork], *, source: str) -> str | None:
+    """Load the one of several candidates that fits a network; which, where several do."""
+    tried = [(network, *load_candidate(target, network.tensors)) for network in networks]
+    fitting = [(network, state) for network, found, state in tried if not found]
+    if not fitting:
+        refuse(target, min((found for _, found, _ in tried), key=len), source)
+    chosen, state = first_of(fitting, source)
+    for network, found, _ in tried:  # an average that lacks something is not passed over
+        if found and network.rank > chosen.rank and 2 * len(found) < len(network.tensors):
+            refuse(target, found, f"{source}: {network.name}, which comes before {chosen.place},")
+    if chosen is not tried[-1][0]:
+        load_candidate(target, chosen.tensors)
+    others = [network.place for network, other in fitting if not equal(state, other)]
+    return f"{source}: {chosen.place} is loaded, not {listed(others, 3)}" if others else None
+
+
+def first_of(
+    networks: list[tuple[FileNetwork, Tensors]], source: str
+) -> tuple[FileNetwork, Tensors]:
+    """The averaged network, or the teacher, of several, each with what it gives the network.
+
+    Raises:
+        UserError: none of them comes first.
+    """
+    rank = max(network.rank for network, _ in networks)
+    best = [(network, state) for network, state in networks if network.rank == rank]
+    if all(equal(best[0][1], state) for _, state in best[1:]):
+        return best[0]
+    names = " and ".join(network.place for network, _ in best)
+    raise UserError(
+        f"{source} holds {len(best)} networks that fit, {names}, and no name says which is the"
+        " averaged one or the teacher: save the tensors of the wanted one alone, as"
+        " torch.save(state_dict, path) or as safetensors"
+    )
+
+
+def equal(one: Tensors, other: Tensors) -> bool:
+    """Whether names and tensors are the same."""
+    return one.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in one.items())
+
+
+def refuse(target: LoadTarget, found: Mismatch, source: str) -> NoReturn:
+    """The error about a file that does not fit."""
     if any(ADAPTER.search(name) for name in found.unexpected):
         raise UserError(
             f"{source} holds adapters of a PEFT run beside its base: take the adapter.safetensors"
             ' beside it, or fold them in with mode = "infer", infer.merge = true and infer.export ='
             ' "merged.safetensors", and take that file'
         )
-    if found:
-        raise UserError(
-            f"{source} does not fit {type(target.net).__name__}:\n{found.table()}\n"
-            "  take the file of this very model, or weights_order = true if only names differ"
-        )
-    counters = {name: state[name] for name in state if name.endswith(COUNTER)}
-    target.net.load_state_dict({**counters, **fitted})
+    raise UserError(
+        f"{source} does not fit {type(target.net).__name__}:\n{found.table()}\n"
+        "  take the file of this very model, or weights_order = true if only names differ"
+    )
 
 
-def library_names(tensors: Tensors, target: LoadTarget) -> Tensors | None:
-    """Tensors under the library's names; None where the library does not know theirs."""
-    if target.converter is None:
-        return None
+def load_candidate(target: LoadTarget, tensors: Tensors) -> tuple[Mismatch, Tensors]:
+    """Load tensors as the library does; where they and the network differ, and what was loaded."""
+    net, own = target.net, target.net.state_dict()
+    try:
+        state = without_classifier(handed_over(target, tensors), target)
+    except LIBRARY_ERRORS as error:
+        found = mismatch_of(without_classifier(tensors, target), own)
+        found.refusal = reason(error)
+        return found, tensors
+    found = mismatch_of(state, own)
+    if dropped := [name for name in found.missing if name in tensors]:
+        found.refusal = f"{listed(dropped, 3)} cannot be fitted to the network's input"
+    if found.shapes or found.refusal:
+        return found, state
+    counters = {name: own[name] for name in own if name.endswith(COUNTER)}
+    versions = versions_of(state)
+    whole = with_versions({**counters, **state}, versions)
+    try:  # the network's own classes know names of older versions of themselves
+        try:
+            keys = net.load_state_dict(whole, strict=False)
+        except ValueError:  # MNASNet reads no state without its version
+            keys = net.load_state_dict(with_versions(whole, versions_of(own)), strict=False)
+    except LIBRARY_ERRORS as error:
+        return Mismatch(refusal=reason(error)), state
+    return Mismatch(list(keys.missing_keys), list(keys.unexpected_keys)), state
+
+
+LIBRARY_ERRORS = (
+    *(KeyError, IndexError, AttributeError, TypeError, ValueError),
+    *(RuntimeError, AssertionError, ArithmeticError),
+)
+"""What a library raises at names and shapes that it does not expect."""
+
+
+def handed_over(target: LoadTarget, tensors: Tensors) -> Tensors:
+    """What the library's loading gives the network's load_state_dict: renamed, and fitted to its
+    size and channels."""
+    state = Tensors()
+
+    def record(tensors: Mapping[str, Tensor], *_: Any, **__: Any) -> Any:
+        nonlocal state
+        state = with_versions(tensors, versions_of(tensors))
+        return SimpleNamespace(missing_keys=[], unexpected_keys=[])
+
+    own = vars(target.net)
+    own["load_state_dict"] = record  # in front of the method of its class
     try:
         with torch.no_grad():
-            return target.converter(dict(tensors), target.net)
-    except (KeyError, IndexError, RuntimeError, AttributeError, AssertionError):
-        return None
+            target.loading(target.net, with_versions(tensors, versions_of(tensors)))
+    finally:
+        del own["load_state_dict"]
+    return with_versions(
+        {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)},
+        versions_of(state),
+    )
 
 
-def fit_to_network(tensors: Tensors, target: LoadTarget, state: Tensors) -> Tensors:
-    """Tensors without prefix and classifier, position embeddings and first kernel fitted."""
-    tensors = without_prefix(tensors, state)
-    classifier = tuple(f"{name}." for name in target.classifier)
-    kept = {n: t for n, t in tensors.items() if n in state or not n.startswith(classifier)}
-    return {name: fit_shape(name, t, state.get(name), target) for name, t in kept.items()}
+def without_classifier(tensors: Tensors, target: LoadTarget) -> Tensors:
+    """Tensors without those of the classifiers that the network has lost."""
+    own = target.net.state_dict().keys()
+    below = tuple(f"{name}." for name in target.classifier)
+    spare = {n for n in tensors if n not in own and not n.startswith(below)}
+    lost = target.whole() if spare else frozenset()
+    kept = {n: t for n, t in tensors.items() if n in own or (n in spare and n not in lost)}
+    return with_versions(kept, versions_of(tensors))
 
 
-def without_prefix(tensors: Tensors, names: Iterable[str]) -> Tensors:
-    """Cut off the prefix behind which most names of the network stand in the file.
+def mismatch_of(tensors: Tensors, own: Mapping[str, Tensor]) -> Mismatch:
+    """Differences between a file and a network."""
+    missing = [n for n in own if n not in tensors and not n.endswith(COUNTER)]
+    shapes = [
+        f"{name}: file {tuple(tensors[name].shape)}, network {tuple(own[name].shape)}"
+        for name in tensors
+        if name in own and tensors[name].shape != own[name].shape
+    ]
+    return Mismatch(missing, [name for name in tensors if name not in own], shapes)
 
-    Tensors elsewhere belong to other parts of a larger model (its head, a text tower): left out.
+
+# -------------------------------------------------------------------- prefixes
+
+
+def parts_of(network: FileNetwork, names: frozenset[str]) -> Iterator[FileNetwork]:
+    """What in a dict of tensors may be the network with these names: all of it, and what stands
+    behind a prefix behind which many of the names are found.
+
+    Tensors elsewhere belong to other parts of a larger model (its head, a text tower, another
+    copy of the network): left out.
     """
-    names = set(names)
-    prefixes: Counter[str] = Counter()
+    counts = prefixes(network.tensors, names)
+    most = max(counts.values(), default=0)
+    several = [prefix for prefix, count in counts.items() if 2 * count >= most]
+    shared = shared_prefix(network.tensors)
+    for prefix in dict.fromkeys(["", *([shared] if shared else []), *several]):
+        inner = tuple(f"{p}." for p in several if p != prefix and p.startswith(prefix))
+        start = len(prefix) + bool(prefix)
+        tensors = {
+            key[start:]: tensor
+            for key, tensor in network.tensors.items()
+            if (not prefix or key.startswith(f"{prefix}."))
+            and (key[start:] in names or not key.startswith(inner))
+        }
+        if not tensors:
+            continue
+        versions = versions_of(network.tensors)
+        if versions is not None and prefix:
+            inside = {k: v for k, v in versions.items() if f"{k}.".startswith(f"{prefix}.")}
+            versions = {key[start:]: version for key, version in inside.items()}
+        place = ".".join(filter(None, (network.name, prefix)))
+        yield FileNetwork(place, with_versions(tensors, versions))
+
+
+def prefixes(tensors: Iterable[str], names: frozenset[str]) -> Counter[str]:
+    """Prefixes behind which names of a network stand, and how many of them."""
+    counts: Counter[str] = Counter()
     for key in tensors:
         parts = key.split(".")
         for start in range(len(parts)):
             if ".".join(parts[start:]) in names:
-                prefixes[".".join(parts[:start])] += 1
-    if not prefixes:
-        return tensors
-    prefix, _ = min(prefixes.items(), key=lambda item: (-item[1], len(item[0])))
-    if not prefix:
-        return tensors
-    start = len(prefix) + 1
-    return {key[start:]: t for key, t in tensors.items() if key.startswith(f"{prefix}.")}
+                counts[".".join(parts[:start])] += 1
+    return counts
 
 
-def fit_shape(name: str, tensor: Tensor, wanted: Tensor | None, target: LoadTarget) -> Tensor:
-    """Interpolate a position embedding, sum or repeat the input channels of the first kernel."""
-    from timm.layers import resample_abs_pos_embed
-
-    if wanted is None or tensor.shape == wanted.shape:
-        return tensor
-    if name.split(".")[-1] in POSITIONS and tensor.ndim == wanted.ndim == 3:
-        grids = [(t.shape[1] - target.n_prefix) ** 0.5 for t in (tensor, wanted)]
-        if tensor.shape[2] == wanted.shape[2] and all(grid == int(grid) > 0 for grid in grids):
-            side = int(grids[1])
-            return resample_abs_pos_embed(tensor, [side, side], num_prefix_tokens=target.n_prefix)
-    same_kernel = tensor.ndim == 4 and tensor.shape[:1] + tensor.shape[2:] == (
-        wanted.shape[:1] + wanted.shape[2:]
-    )
-    if same_kernel and name == f"{target.first_conv}.weight":
-        return fit_channels(tensor, wanted.shape[1])
-    return tensor
+def shared_prefix(tensors: Iterable[str]) -> str:
+    """The prefix that all names share, for names that only the library knows."""
+    first, *others = (key.split(".")[:-1] for key in tensors)
+    for other in others:
+        agree = (a == b for a, b in zip(first, other, strict=False))
+        first = first[: sum(1 for _ in takewhile(bool, agree))]
+    return ".".join(first)
 
 
-def fit_channels(kernel: Tensor, channels: int) -> Tensor:
+def fit_kernel(kernel: Tensor, channels: int) -> Tensor:
     """A kernel (O, I, kh, kw) for other input channels: the sum for one, else repeated and scaled
     by I / channels (timm's adapt_input_conv, for any I; that of timm before 1.0.31 knows I = 3)."""
     if channels == 1:
@@ -406,21 +605,10 @@ def fit_channels(kernel: Tensor, channels: int) -> Tensor:
     return (repeated * (own / channels)).to(kernel.dtype)
 
 
-def mismatch_of(tensors: Tensors, state: Tensors) -> Mismatch:
-    """Differences between a file and a network."""
-    missing = [n for n in state if n not in tensors and not n.endswith(COUNTER)]
-    shapes = [
-        f"{name}: file {tuple(tensors[name].shape)}, network {tuple(state[name].shape)}"
-        for name in tensors
-        if name in state and tensors[name].shape != state[name].shape
-    ]
-    return Mismatch(missing, [name for name in tensors if name not in state], shapes)
-
-
 # -------------------------------------------------------------------- by order
 
 
-def rename_by_order(tensors: Tensors, target: LoadTarget, path: str | Path) -> Tensors:
+def rename_by_order(network: FileNetwork, target: LoadTarget, source: str) -> FileNetwork:
     """Give the tensors of a file the names of the network's in the same place.
 
     The last parts of the names (weight, bias, running_mean ...) must agree. Where the network's
@@ -430,22 +618,33 @@ def rename_by_order(tensors: Tensors, target: LoadTarget, path: str | Path) -> T
         UserError: naming the first place where file and network differ.
     """
     ours = [(n, t) for n, t in target.net.state_dict().items() if not n.endswith(COUNTER)]
-    theirs = [(n, t) for n, t in tensors.items() if not n.endswith(COUNTER)]
+    theirs = [(n, t) for n, t in network.tensors.items() if not n.endswith(COUNTER)]
     rest = theirs[len(ours) :]
     one_layer = len({name.rpartition(".")[0] for name, _ in rest}) <= 1 and len(rest) <= 2
     if len(theirs) < len(ours) or (rest and not (target.classifier and one_layer)):
         raise UserError(
-            f'weights = "{path}": {len(theirs)} tensors, {type(target.net).__name__} has'
-            f" {len(ours)}; weights_order needs a file of the same network"
+            f"{source}: {len(theirs)} tensors, {type(target.net).__name__} has {len(ours)};"
+            " weights_order needs a file of the same network"
         )
-    for (our_name, our), (their_name, their) in zip(ours, theirs, strict=False):
+    pairs = list(zip(ours, theirs, strict=False))
+    for (our_name, our), (their_name, their) in pairs:
         kinds = our_name.rpartition(".")[2], their_name.rpartition(".")[2]
-        fitted = fit_shape(our_name, their, our, target)
-        if kinds[0] != kinds[1] or our.shape != fitted.shape:
+        if kinds[0] != kinds[1] or not may_fit(our_name, our, their, target):
             raise UserError(
-                f'weights = "{path}": {their_name} {tuple(their.shape)} stands in the place of'
+                f"{source}: {their_name} {tuple(their.shape)} stands in the place of"
                 f" {our_name} {tuple(our.shape)}; weights_order needs the same network in the same"
                 " order"
             )
-    pairs = zip(ours, theirs, strict=False)
-    return {our_name: their for (our_name, _), (_, their) in pairs}
+    renamed = Tensors((our_name, their) for (our_name, _), (_, their) in pairs)
+    return FileNetwork(network.name, renamed)
+
+
+def may_fit(name: str, our: Tensor, their: Tensor, target: LoadTarget) -> bool:
+    """Whether a tensor has the shape of the network's, or one that libraries fit to it: position
+    embeddings of another grid, first kernels for other channels."""
+    if our.shape == their.shape:
+        return True
+    if name.split(".")[-1] in POSITIONS:
+        return our.ndim == their.ndim and our.shape[-1] == their.shape[-1]
+    same_size = our.shape[:1] + our.shape[2:] == their.shape[:1] + their.shape[2:]
+    return same_size and name in {f"{conv}.weight" for conv in target.first_conv}

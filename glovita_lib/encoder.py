@@ -1,7 +1,7 @@
 """Encoders: the input they expect, the output they give, aggregation of tokens, building."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from glovita_lib import network
 from glovita_lib.checkpoint import LoadTarget
-from glovita_lib.errors import UserError, call_target, reason, refuse
+from glovita_lib.errors import UserError, call_target, listed, reason, refuse
 from glovita_lib.spec import ByStruct
+from glovita_lib.spec_augment import CropMode
 from glovita_lib.spec_model import BaseEncoder, CustomEncoder, PrecomputedEncoder
 
 # ------------------------------------------------------------------------------------ inputs
@@ -42,6 +43,8 @@ class Preprocess:
     """Divides each channel after that."""
     fixed_size: bool
     """Whether the encoder must be built for its input size and accepts no other."""
+    crop_mode: CropMode = "center"
+    """What is resized before the centre crop, as in data.augmentation."""
 
 
 def fit_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -117,6 +120,8 @@ class Encoder(nn.Module):
         self.n_prefix, self.has_cls, self.channels_last = n_prefix, has_cls, channels_last
         self.load_target = LoadTarget(net)
         """What is known about weights from files."""
+        self.notes: tuple[str, ...] = ()
+        """What the user should know about how it was built, a line each."""
         with evaluating(self):
             self.inspect(input_shape)
 
@@ -157,20 +162,30 @@ class Encoder(nn.Module):
         if raw.ndim > 3:
             return tuple(raw.shape[1:-1] if self.channels_last else raw.shape[2:])
         patches = raw.shape[1] - self.n_prefix
+        if not patches:
+            return None
+        # patches of one shape: as many on each axis as their sides there allow
+        sides = [side / patch for side, patch in zip(size, self.patch, strict=True)]
+        share = (patches / math.prod(sides)) ** (1 / len(sides))
+        rows, *others = (round(side * share) for side in sides)
+        if rows * math.prod(others) == patches:
+            return (rows, *others)
         if len(size) > 2:
-            share = (patches / math.prod(size)) ** (1 / len(size))  # of a side: cubes are patches
-            sides = tuple(round(side * share) for side in size)
-            return sides if math.prod(sides) == patches else None
-        rows = round((patches * size[0] / size[1]) ** 0.5)
+            return None
         return (rows, patches // rows) if rows and patches % rows == 0 else None
 
     # ------------------------------------------------------------------ facts
 
     def inspect(self, input_shape: tuple[int, ...]) -> None:
         """Read the facts off the network."""
-        raw = random_like(self.raw_shape(input_shape))
+        given, sizes = self.raw_shape(input_shape)
+        self.check_output(given, input_shape)
+        raw = random_like(given)
         self.layout = raw.ndim if isinstance(raw, Tensor) and raw.ndim >= 3 else None
         self.has_tokens = self.layout is not None
+        patches = given.shape[1] - self.n_prefix if self.layout == 3 else 0
+        self.patch = self.patch_sides(patches, sizes, input_shape[2:])
+        """Sides of a patch, pixels or in proportion; empty for vectors."""
         if not self.has_tokens:
             self.n_prefix, self.has_cls = 0, False
         self.has_patches = self.has_tokens and self.to_tokens(raw).shape[1] > self.n_prefix
@@ -189,20 +204,23 @@ class Encoder(nn.Module):
         self.pooling_parameters = self.only_pooling(raw, pooled)
         self.block_names = network.block_names(self.net, self.pooling_parameters)
 
-    def raw_shape(self, input_shape: tuple[int, ...]) -> Any:
-        """Raw features of an input of this shape, without computing them where that is possible.
+    def raw_shape(self, input_shape: tuple[int, ...]) -> tuple[Any, list[tuple[int, ...]]]:
+        """Raw features of an input of this shape, without computing them where that is possible,
+        and the spatial sizes of the outputs of the convolutions.
 
         Raises:
             UserError: the network does not take inputs of this shape.
         """
         try:
             with torch.no_grad():
-                return without_data(self).forward_features(torch.zeros(input_shape, device="meta"))
+                copy = without_data(self)
+                with convolution_sizes(copy.net) as sizes:
+                    return copy.forward_features(torch.zeros(input_shape, device="meta")), sizes
         except (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError):
             pass  # tensors that are no buffers, operators without shapes: compute it
         try:
-            with torch.no_grad():
-                return self.forward_features(torch.zeros(input_shape))
+            with torch.no_grad(), convolution_sizes(self.net) as sizes:
+                return self.forward_features(torch.zeros(input_shape)), sizes
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             _, channels, *sides = input_shape
             kind, key = ("volumes", "patch_size") if len(sides) > 2 else ("images", "image_size")
@@ -211,6 +229,25 @@ class Encoder(nn.Module):
                 f" {channels} channels ({reason(error)}); set data.augmentation.{key} to a size it"
                 " takes"
             ) from error
+
+    def check_output(self, raw: Any, input_shape: tuple[int, ...]) -> None:
+        """Raise a UserError where raw features are not what `forward_features` may give."""
+
+    def patch_sides(
+        self, patches: int, sizes: list[tuple[int, ...]], image: tuple[int, ...]
+    ) -> tuple[float, ...]:
+        """Sides of a patch: the first convolution whose output has as many places as there are
+        patches makes them; without one they are taken for squares, or cubes.
+
+        Args:
+            patches: how many patch tokens there are; 0 where there are none.
+            sizes: of the outputs of the convolutions.
+            image: sides of the input.
+        """
+        for size in sizes:
+            if len(size) == len(image) and math.prod(size) == patches:
+                return tuple(side / n for side, n in zip(image, size, strict=True))
+        return (1.0,) * len(image)
 
     @torch.no_grad()
     def kind_of_pooling(self, raw: Any, pooled: Tensor) -> tuple[str, bool]:
@@ -267,6 +304,22 @@ def without_data(module: Network) -> Network:
     for buffer in module.buffers():
         tensors[id(buffer)] = buffer.to("meta")
     return deepcopy(module, tensors)
+
+
+@contextmanager
+def convolution_sizes(net: nn.Module) -> Iterator[list[tuple[int, ...]]]:
+    """The spatial sizes of what the convolutions of a network give inside, in their order."""
+    sizes: list[tuple[int, ...]] = []
+
+    def note(module: nn.Module, inputs: object, output: Tensor) -> None:
+        sizes.append(tuple(output.shape[2:]))
+
+    hooks = [part.register_forward_hook(note) for part in net.modules() if network.is_conv(part)]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -450,6 +503,17 @@ class CustomTrunk(Encoder):
     whether the first is a CLS token; without them none is.
     """
 
+    def check_output(self, raw: Any, input_shape: tuple[int, ...]) -> None:
+        """One tensor: vectors, tokens or a map."""
+        if isinstance(raw, Tensor) and raw.ndim in (2, 3, len(input_shape)):
+            return
+        given = f"a tensor of shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else kind_of(raw)
+        raise UserError(
+            f'model.encoder.target = "{self.name}": its module gives {given}; valid: one tensor,'
+            " vectors (B, D), tokens (B, N, D) or maps (B, D, *size), so wrap it in a module that"
+            " picks one"
+        )
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Inputs (B, C, *size) -> the module's output."""
         return self.net(x)
@@ -460,6 +524,15 @@ class CustomTrunk(Encoder):
             return raw
         tokens = self.to_tokens(raw)
         return tokens[:, 0] if self.has_cls else tokens[:, self.n_prefix :].mean(1)
+
+
+def kind_of(raw: Any) -> str:
+    """What a module gives that gives no tensor, in words."""
+    if isinstance(raw, Mapping):
+        return f"a {type(raw).__name__} of {listed(raw, 5)}"
+    if isinstance(raw, list | tuple):
+        return f"a {type(raw).__name__} of {len(raw)}"
+    return f"a {type(raw).__name__}"
 
 
 @preprocess_of.register

@@ -3,19 +3,27 @@
 B batch, N tokens, D width, C channels, H W pixels.
 """
 
+import math
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from functools import cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import torch
 from torch import Tensor, nn
 
-from glovita_lib import checkpoint
-from glovita_lib.checkpoint import LoadTarget
+from glovita_lib.checkpoint import (
+    LoadTarget,
+    Tensors,
+    fit_kernel,
+    handed_over,
+    load_directly,
+    load_weights,
+)
 from glovita_lib.encoder import (
     Encoder,
     Preprocess,
@@ -24,7 +32,7 @@ from glovita_lib.encoder import (
     fit_channels,
     preprocess_of,
 )
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed, reason
 from glovita_lib.spec_model import TimmEncoder
 
 OURS = {  # arguments of timm that other keys of the spec decide
@@ -49,12 +57,44 @@ class TimmTrunk(Encoder):
         """Raw features -> pre-logits (B, D')."""
         return self.net.forward_head(raw, pre_logits=True)  # type: ignore[operator]  # a method
 
+    def patch_sides(
+        self, patches: int, sizes: list[tuple[int, ...]], image: tuple[int, ...]
+    ) -> tuple[float, ...]:
+        """Sides of a patch, as the network's own embedding has it."""
+        for name in ("patch_embed", "embeds"):
+            stated = getattr(getattr(self.net, name, None), "dynamic_feat_size", None)
+            if stated is not None and math.prod(grid := stated(image)) == patches:
+                return tuple(side / n for side, n in zip(image, grid, strict=True))
+        return super().patch_sides(patches, sizes, image)
+
     def norm(self, tokens: Tensor) -> Tensor:
         """A ViT that norms behind its pooling gives unnormed tokens: that norm, token by token."""
         if isinstance(getattr(self.net, "norm", None), nn.Identity):
             behind = getattr(self.net, "fc_norm", None)
             return tokens if behind is None else behind(tokens)
         return tokens
+
+
+@cache
+def present_name(name: str) -> str:
+    """The name that timm has today for a model; the name itself where it is no old one.
+
+    Raises:
+        UserError: timm has removed the model.
+    """
+    import timm
+
+    model, _, tag = name.partition(".")
+    old = timm.models.get_deprecated_models()
+    if model not in old:
+        return name
+    present = old[model]
+    if present is None:
+        raise UserError(
+            f'model.encoder.type = "{name}": timm {timm.__version__} has removed this model'
+            " without a successor; timm.list_models() has all that there are"
+        )
+    return f"{present.partition('.')[0]}.{tag}" if tag else present
 
 
 def published_timm(spec: TimmEncoder) -> Any:
@@ -65,7 +105,8 @@ def published_timm(spec: TimmEncoder) -> Any:
     """
     import timm
 
-    name = spec.type.partition(".")[0]
+    present = present_name(spec.type)
+    name = present.partition(".")[0]
     if not timm.is_model(name):
         close = get_close_matches(name, timm.list_models(), n=3)
         hint = f"; nearest: {', '.join(close)}" if close else ""
@@ -74,12 +115,14 @@ def published_timm(spec: TimmEncoder) -> Any:
             " timm.list_models() has them all"
         )
     try:
-        return timm.models.get_pretrained_cfg(spec.type)
+        config = timm.models.get_pretrained_cfg(present)
     except RuntimeError as error:
         tags = timm.list_models(f"{name}.*", pretrained=True) or [name]
         raise UserError(
             f'model.encoder.type = "{spec.type}": no such weights; valid: {", ".join(tags)}'
         ) from error
+    # a model that somebody has registered without a configuration gets timm's default
+    return config or timm.models.PretrainedCfg(architecture=name)
 
 
 def has_fixed_size(spec: TimmEncoder, config: Any) -> bool:
@@ -104,21 +147,24 @@ def preprocess_timm(spec: TimmEncoder, *, channels: int) -> Preprocess:
         mean=fit_channels(resolved["mean"], channels),
         std=fit_channels(resolved["std"], channels),
         fixed_size=fixed,
+        crop_mode=resolved["crop_mode"],
     )
 
 
 def build_timm(
-    spec: TimmEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
+    spec: TimmEncoder, *, channels: int, size: tuple[int, ...] | None, read_weights: bool
 ) -> TimmTrunk:
     """The encoder of a Struct, built for its input."""
     config = published_timm(spec)
     check_arguments(spec)
-    download = spec.pretrained and spec.weights is None and load_weights
+    download = spec.pretrained and spec.weights is None and read_weights
     if download:
         check_published(spec, config)
     default = preprocess_timm(spec, channels=channels).image_size or config.input_size[-1]
     size = size or (default, default)
-    net = create_timm(spec, config, channels=channels, size=size, download=download)
+    net, loader = create_timm(spec, config, channels=channels, size=size)
+    if download:
+        download_timm(spec, net, loader)
     if spec.small_images:
         keep_small_images(net, spec.type)
     n_prefix, has_cls = prefix_tokens(net)
@@ -130,9 +176,12 @@ def build_timm(
         channels_last=getattr(net, "output_fmt", "NCHW") == "NHWC",
         input_shape=(1, channels, *size),
     )
-    encoder.load_target = timm_target(encoder, config)
-    if spec.weights is not None and load_weights:
-        checkpoint.load_weights(encoder.load_target, spec.weights, by_order=spec.weights_order)
+    encoder.load_target = timm_target(spec, config, net, loader)
+    if spec.weights is not None and read_weights:
+        note = load_weights(encoder.load_target, spec.weights, by_order=spec.weights_order)
+        encoder.notes += () if note is None else (note,)
+    if (present := present_name(spec.type)) != spec.type:
+        encoder.notes += (f'model.encoder.type = "{spec.type}" is now called {present} in timm',)
     return encoder
 
 
@@ -157,24 +206,59 @@ def check_published(spec: TimmEncoder, config: Any) -> None:
         )
 
 
+Loader = partial[None]
+"""timm's load_pretrained, with all that timm gives it for a model but the model."""
+
+BUILDING_ERRORS = (AssertionError, ValueError, RuntimeError, NotImplementedError)
+ARGUMENT_ERRORS = (TypeError, LookupError, AttributeError, ArithmeticError)
+
+
 def create_timm(
-    spec: TimmEncoder, config: Any, *, channels: int, size: tuple[int, ...], download: bool
-) -> nn.Module:
-    """timm.create_model, its errors told in terms of the spec."""
+    spec: TimmEncoder, config: Any, *, channels: int, size: tuple[int, ...]
+) -> tuple[nn.Module, Loader | None]:
+    """timm.create_model, its errors told in terms of the spec; the model has random weights.
+
+    Returns:
+        The model, and what loads published weights into it; None where timm does not load any.
+
+    Raises:
+        UserError: the model does not take an argument, or the size.
+    """
     import timm
 
     arguments = {**spec.model_kwargs, "num_classes": 0, "in_chans": channels}
     if has_fixed_size(spec, config) and tuple(size) != tuple(config.input_size[1:]):
         arguments["img_size"] = size
+    loaders: list[Loader] = []
     try:
-        if download:
-            return downloaded(spec, arguments)
-        return timm.create_model(spec.type, pretrained=False, **arguments)
-    except TypeError as error:
-        raise refused(spec, config, error) from error
+        with instead_of_loading(loaders):
+            net = timm.create_model(present_name(spec.type), pretrained=True, **arguments)
+    except BUILDING_ERRORS + ARGUMENT_ERRORS as error:
+        raise refused(spec, config, arguments, error) from error
+    return net, loaders[-1] if loaders else None
 
 
-def refused(spec: TimmEncoder, config: Any, error: TypeError) -> Exception:
+@contextmanager
+def instead_of_loading(loaders: list[Loader]) -> Iterator[None]:
+    """Inside, timm loads no published weights; what it would have called is put down. Only its
+    builder knows the converter of a model, and that with the model's own arguments."""
+    from timm.models import _builder
+
+    original = _builder.load_pretrained
+
+    def put_down(model: nn.Module, **arguments: Any) -> None:
+        loaders.append(partial(original, **arguments))
+
+    vars(_builder)["load_pretrained"] = put_down
+    try:
+        yield
+    finally:
+        vars(_builder)["load_pretrained"] = original
+
+
+def refused(
+    spec: TimmEncoder, config: Any, arguments: dict[str, Any], error: Exception
+) -> Exception:
     """The error for an argument that a model does not take; other errors as they are."""
     message = str(error)
     if "unexpected keyword argument 'img_size'" in message:
@@ -188,18 +272,27 @@ def refused(spec: TimmEncoder, config: Any, error: TypeError) -> Exception:
                 f"model.encoder.model_kwargs.{key}: {spec.type} has no such argument;"
                 " timm.create_model passes them to the class of the model"
             )
-    return error
+    if isinstance(error, ARGUMENT_ERRORS) and not spec.model_kwargs:
+        return error
+    given = {key: value for key, value in arguments.items() if key != "num_classes"}
+    places = {"in_chans": "the channels of the data", "img_size": "data.augmentation.image_size"}
+    told = (f"{places.get(k, f'model.encoder.model_kwargs.{k}')} = {v}" for k, v in given.items())
+    return UserError(
+        f"model.encoder.type: timm cannot build {spec.type} with {', '.join(told)}:"
+        f" {type(error).__name__}: {reason(error)}"
+    )
 
 
-def downloaded(spec: TimmEncoder, arguments: dict[str, Any]) -> nn.Module:
-    """The model with its published weights.
+def download_timm(spec: TimmEncoder, net: nn.Module, loader: Loader | None) -> None:
+    """Load the published weights as timm does.
 
     Raises:
-        UserError: they cannot be fetched; names the way without a network.
+        UserError: they cannot be fetched, which names the way without a network; or timm leaves
+            some of the network's weights random.
     """
-    import timm
     from huggingface_hub.errors import HfHubHTTPError
 
+    assert loader is not None, "published weights are loaded by timm's builder"
     refusals: tuple[type[Exception], ...] = (OSError, HfHubHTTPError)
     with suppress(ImportError):  # before huggingface_hub 1.0: requests, whose errors are OSErrors
         from httpx import HTTPError
@@ -207,13 +300,23 @@ def downloaded(spec: TimmEncoder, arguments: dict[str, Any]) -> nn.Module:
         refusals += (HTTPError,)
     try:
         with cache_only_without_network():
-            return timm.create_model(spec.type, pretrained=True, **arguments)
+            state = handed_over(LoadTarget(net, lambda net, _: loader(net)), Tensors())
     except refusals as error:
         raise UserError(
             f'model.encoder.pretrained = true: the weights of "{spec.type}" cannot be downloaded'
             f' ({type(error).__name__}); offline: model.encoder.weights = "<file>" (pth, pt,'
             " safetensors), or pretrained = false"
         ) from error
+    if not state:
+        return  # of a format that the model reads itself
+    missing = set(net.load_state_dict(state, strict=False).missing_keys)
+    if random := [name for name, _ in net.named_parameters() if name in missing]:
+        raise UserError(
+            f'model.encoder.pretrained = true: the published weights of "{spec.type}" lack'
+            f" {listed(random, 3)} for {loader.keywords['in_chans']} channels and these"
+            " model_kwargs, and timm leaves them random: change the channels or model_kwargs, or"
+            " set pretrained = false"
+        )
 
 
 @contextmanager
@@ -241,17 +344,58 @@ def prefix_tokens(net: nn.Module) -> tuple[int, bool]:
     return int(getattr(net, "num_prefix_tokens", has_cls)), has_cls
 
 
-def timm_target(encoder: TimmTrunk, config: Any) -> LoadTarget:
-    """What weights are loaded into; timm's own converter knows the names of the models' authors."""
-    classifier = config.classifier or ()
-    first = config.first_conv
+def timm_target(
+    spec: TimmEncoder, config: Any, net: nn.Module, loader: Loader | None
+) -> LoadTarget:
+    """What weights are loaded into, and by which of timm's rules."""
+    import timm
+
+    @cache
+    def whole() -> frozenset[str]:
+        classes = {**spec.model_kwargs, "num_classes": config.num_classes or 1000}
+        with torch.device("meta"):
+            model = timm.create_model(present_name(spec.type), **classes)
+        return frozenset(model.state_dict())
+
     return LoadTarget(
-        encoder.net,
-        classifier=(classifier,) if isinstance(classifier, str) else tuple(classifier),
-        n_prefix=encoder.n_prefix,
-        first_conv=first if isinstance(first, str) else None,
-        converter=getattr(sys.modules[type(encoder.net).__module__], "checkpoint_filter_fn", None),
+        net,
+        loading=load_directly if loader is None else partial(load_as_timm, loader),
+        classifier=names_of(config.classifier),
+        whole=whole,
+        first_conv=first_convolutions(net, config.first_conv),
     )
+
+
+def names_of(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """One name, several or none, as timm's configurations have them."""
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def first_convolutions(net: nn.Module, published: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names of the convolutions that see the input: what the network itself says, else the
+    configuration of its published weights."""
+    traits = getattr(net, "_traits", {})
+    return names_of(traits.get("first_conv", published))
+
+
+def load_as_timm(loader: Loader, net: nn.Module, tensors: Tensors) -> None:
+    """Load tensors as timm loads published weights from a file.
+
+    timm takes every file for one of RGB. First kernels of a network of other channels are fitted
+    here by the same rule.
+    """
+    state, own = dict(tensors), net.state_dict()
+    config, channels = loader.keywords["pretrained_cfg"], loader.keywords["in_chans"]
+    kernels = [f"{name}.weight" for name in first_convolutions(net, config.get("first_conv"))]
+    for key in (key for key in kernels if key in state and key in own):
+        kernel, wanted = state[key], own[key]
+        plain = kernel.ndim == wanted.ndim == 4 and wanted.shape[1] == channels  # no stacked pixels
+        if plain and kernel.shape[1] not in (3, channels):
+            state[key] = fit_kernel(kernel, channels)
+    if all(key in state and key in own and state[key].shape == own[key].shape for key in kernels):
+        channels = 3  # in timm's words: there is nothing to fit
+    elsewhere = {"file": None, "url": None, "hf_hub_id": None, "source": ""}
+    loader(net, pretrained_cfg={**config, **elsewhere, "state_dict": state}, in_chans=channels)
 
 
 def keep_small_images(net: nn.Module, name: str) -> None:
@@ -288,4 +432,4 @@ def _(
     spec: TimmEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:
     check_channels(spec, channels)
-    return build_timm(spec, channels=channels, size=size, load_weights=load_weights)
+    return build_timm(spec, channels=channels, size=size, read_weights=load_weights)

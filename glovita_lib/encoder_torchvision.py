@@ -9,13 +9,14 @@ import inspect
 import sys
 from difflib import get_close_matches
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glovita_lib.checkpoint import LoadTarget, load_tensors, load_weights
+from glovita_lib.checkpoint import LoadTarget, Tensors, fit_kernel, load_tensors, load_weights
 from glovita_lib.encoder import (
     Encoder,
     Preprocess,
@@ -147,7 +148,7 @@ def preprocess_torchvision(spec: TorchvisionEncoder, *, channels: int) -> Prepro
 
 
 def build_torchvision(
-    spec: TorchvisionEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
+    spec: TorchvisionEncoder, *, channels: int, size: tuple[int, ...] | None, read_weights: bool
 ) -> Encoder:
     """The encoder of a Struct, built for its input."""
     default = preprocess_torchvision(spec, channels=channels).image_size or 224
@@ -164,9 +165,12 @@ def build_torchvision(
         channels_last=False,
         input_shape=(1, channels, *size),
     )
-    encoder.load_target = LoadTarget(net, (classifier, *AUXILIARY), encoder.n_prefix, first)
-    if load_weights:
-        load_torchvision_file(encoder.load_target, spec)
+    encoder.load_target = LoadTarget(
+        net, load_as_torchvision, (classifier, *AUXILIARY), first_conv=(first,)
+    )
+    if read_weights:
+        note = load_torchvision_file(encoder.load_target, spec)
+        encoder.notes += () if note is None else (note,)
     return encoder
 
 
@@ -216,14 +220,23 @@ def construct(builder: Any, arguments: dict[str, Any], spec: TorchvisionEncoder)
         return builder(weights=None, **arguments)
     except TypeError as error:
         culprit = next((k for k in arguments if f"'{k}'" in str(error)), None)
-        if culprit is None:
+        if culprit is None and not spec.model_kwargs:
             raise
-        where = "" if culprit in ("dropout", "stochastic_depth_prob") else "model_kwargs."
+        place = "model_kwargs" if culprit is None else f"model_kwargs.{culprit}"
+        if culprit in ("dropout", "stochastic_depth_prob"):
+            place = culprit
         raise UserError(
-            f"model.encoder.{where}{culprit}: {spec.type} does not take it ({error})"
+            f"model.encoder.{place}: {spec.type} does not take it ({reason(error)})"
         ) from error
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"model.encoder: {spec.type}: {reason(error)}") from error
+    except (LookupError, AttributeError, ArithmeticError) as error:
+        if not spec.model_kwargs:
+            raise
+        raise UserError(
+            f"model.encoder.model_kwargs: {spec.type} does not take them"
+            f" ({type(error).__name__}: {reason(error)})"
+        ) from error
 
 
 def accepted(builder: Any) -> frozenset[str]:
@@ -242,9 +255,14 @@ def accepted(builder: Any) -> frozenset[str]:
     return frozenset(keys - {"kwargs"})  # what a class swallows unread is not accepted
 
 
+def first_convolution(net: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The convolution that sees the input, and its name."""
+    return next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+
+
 def fit_first_conv(net: nn.Module, channels: int) -> str:
     """Give the first convolution the input's channels, with new weights; its name."""
-    name, conv = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+    name, conv = first_convolution(net)
     if conv.in_channels != channels:
         conv.in_channels = channels
         conv.weight = nn.Parameter(torch.empty(conv.out_channels, channels, *conv.kernel_size))
@@ -270,17 +288,38 @@ def take_off_classifier(net: nn.Module) -> str:
     return name
 
 
-def load_torchvision_file(target: LoadTarget, spec: TorchvisionEncoder) -> None:
-    """Load the file of the spec, or the published weights.
+def load_as_torchvision(net: nn.Module, tensors: Tensors) -> None:
+    """Load tensors as torchvision loads published weights, which renames those of a DenseNet.
+
+    Position embeddings are fitted to the grid by torchvision's function for that, first kernels to
+    the channels as timm does.
+    """
+    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+    if isinstance(net, VisionTransformer) and "encoder.pos_embedding" in tensors:
+        tensors = interpolate_embeddings(net.image_size, net.patch_size, tensors)
+    name, conv = first_convolution(net)
+    kernel = tensors.get(f"{name}.weight")
+    if kernel is not None and kernel.shape != conv.weight.shape and kernel.ndim == 4:
+        tensors[f"{name}.weight"] = fit_kernel(kernel, conv.in_channels)
+    renaming = getattr(sys.modules[type(net).__module__], "_load_state_dict", None)
+    if renaming is None:
+        net.load_state_dict(tensors)
+    else:
+        given = SimpleNamespace(get_state_dict=lambda **_: tensors)  # as an enum of weights has it
+        renaming(model=net, weights=given, progress=False)
+
+
+def load_torchvision_file(target: LoadTarget, spec: TorchvisionEncoder) -> str | None:
+    """Load the file of the spec, or the published weights; a note on what was taken.
 
     Raises:
         UserError: they do not exist or cannot be fetched; names the way without a network.
     """
     if spec.weights is not None:
-        load_weights(target, spec.weights, by_order=False)
-        return
+        return load_weights(target, spec.weights, by_order=False)
     if not spec.pretrained:
-        return
+        return None
     weights = published_torchvision(spec)
     if weights is None:
         raise UserError(
@@ -296,6 +335,7 @@ def load_torchvision_file(target: LoadTarget, spec: TorchvisionEncoder) -> None:
             " safetensors), or pretrained = false"
         ) from error
     load_tensors(target, tensors, source=f"{weights}")
+    return None
 
 
 @preprocess_of.register
@@ -309,4 +349,4 @@ def _(
     spec: TorchvisionEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:
     check_channels(spec, channels)
-    return build_torchvision(spec, channels=channels, size=size, load_weights=load_weights)
+    return build_torchvision(spec, channels=channels, size=size, read_weights=load_weights)

@@ -210,6 +210,8 @@ def assemble(
         base=base,
         **resolved.inputs.model_arguments,
     ).to(ranks.device)
+    for note in model.encoder.notes if ranks.is_main else ():
+        say(f"  note: {note}")
     check_instances(root.model.head, model.head, model.encoder, resolved)
     objective = build_objective(root.task, resolved, ranks.device)
     return Experiment(root, resolved, model, objective, ranks)

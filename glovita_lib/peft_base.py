@@ -572,7 +572,7 @@ def trained_names(model: nn.Module) -> list[str]:
     added, and everything outside the encoder; without what only continues a run."""
     skipped = {
         f"{name}.{buffer}"
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, ADDED)
         for buffer in getattr(module, "transient", ())
     }
@@ -584,8 +584,10 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of the encoder that the method has left alone."""
     root = encoder_of(model)
     prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is root)
-    added = [f"{n}." for n, m in model.named_modules() if isinstance(m, ADDED)]
-    training = {n for n, p in model.named_parameters() if p.requires_grad}
+    # a part that is used twice stands in the state dict under both its names
+    modules = model.named_modules(remove_duplicate=False)
+    added = [f"{n}." for n, m in modules if isinstance(m, ADDED)]
+    training = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     owners = {n.rpartition(".")[0] for n in training}
     base = {}
     for key, tensor in model.state_dict().items():
@@ -600,9 +602,15 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `trained_names` on the CPU."""
+    """Copies of the tensors of `trained_names` on the CPU, in memory of their own, as safetensors
+    wants them."""
     state = model.state_dict()
-    return {name: state[name].detach().cpu().contiguous() for name in trained_names(model)}
+    return {name: contiguous_copy(state[name]) for name in trained_names(model)}
+
+
+def contiguous_copy(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that shares no memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def load_trained(model: nn.Module, state: dict[str, Tensor], *, source: object) -> None:

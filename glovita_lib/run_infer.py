@@ -17,7 +17,7 @@ from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.experiment import Experiment, read_data, restore, some_of
 from glovita_lib.loggers import say, two_columns
 from glovita_lib.objectives import LabelledPredictions, Predictions, SupervisedObjective
-from glovita_lib.peft_base import ADDED, Insert
+from glovita_lib.peft_base import ADDED, Insert, contiguous_copy
 from glovita_lib.resolved import (
     BagInputs,
     ImageInputs,
@@ -88,9 +88,8 @@ def export(path: Path, experiment: Experiment) -> None:
 
     refuse_unmerged(experiment)
     refuse_foreign(path)
-    state = {
-        name: value.cpu().contiguous() for name, value in experiment.model.state_dict().items()
-    }
+    # a block that is used twice is written under both its names
+    state = {name: contiguous_copy(t) for name, t in experiment.model.state_dict().items()}
     spec = json.dumps(msgspec.to_builtins(experiment.root.model))
     files.write_bytes(path, safetensors.torch.save(state, {"format": "pt", "model": spec}))
     say(f"wrote {len(state)} tensors to {path}")

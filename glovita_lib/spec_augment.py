@@ -23,6 +23,7 @@ Magnitude = Annotated[float, Meta(ge=0, le=10)]
 Pixels = Annotated[int, Meta(ge=1)]
 HueShift = Annotated[float, Meta(ge=0, le=0.5)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+CropMode = Literal["center", "squash", "border"]
 TrainPolicy = Literal[
     "default_2d_1",
     "default_2d_2",
@@ -287,6 +288,10 @@ class ImageAugmentation(Spec):
     """Side of the square the encoder receives, pixels; none takes the encoder's."""
     resize_size: Pixels | None = None
     """Length of the shortest side before the crop, pixels; none takes the encoder's."""
+    crop_mode: CropMode | None = None
+    """What is resized before a centre crop: the shortest side (center), each side for itself
+    (squash), or the longest, with a border of the mean colour around it (border); none takes the
+    encoder's."""
     interpolation: Interpolation | None = None
     """Resampling of the resize; none takes the encoder's."""
     mean: tuple[float, ...] | None = None

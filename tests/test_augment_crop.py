@@ -8,6 +8,7 @@ import torch
 from covering import covering
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from timm.data import create_transform
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
@@ -19,14 +20,21 @@ PHOTO = np.ascontiguousarray(load_sample_image("flower.jpg").transpose(2, 0, 1))
 
 
 def fit(
-    size: int, shortest: int | None = None, interpolation: str = "bilinear", **changes
+    size: int,
+    shortest: int | None = None,
+    interpolation: str = "bilinear",
+    crop_mode: str = "center",
+    bit_depth: int = 8,
+    **changes,
 ) -> CropResize:
     return CropResize(
         policy(PLAIN, **changes),
         image_size=size,
         resize_size=shortest or size,
         interpolation=interpolation,
-        bit_depth=8,
+        bit_depth=bit_depth,
+        crop_mode=crop_mode,
+        mean=(0.485, 0.456, 0.406),
     )
 
 
@@ -275,10 +283,7 @@ def test_large_batches_go_in_parts(monkeypatch):
 def test_sixteen_bits_equal_pillow(interpolation, shape):
     """Pillow weighs them in float64 without rounding the weights, and wraps what overshoots."""
     image = np.random.default_rng(0).integers(20000, 40000, (1, *shape)).astype(np.uint16)
-    geometry = CropResize(
-        policy(PLAIN, crop="center", resize="resize_size"),
-        image_size=64, resize_size=73, interpolation=interpolation, bit_depth=16,
-    )  # fmt: skip
+    geometry = fit(64, 73, interpolation, bit_depth=16)
     box = geometry.boxes(sizes(image), None)
     single = geometry.one(image, box[0])
     assert single.dtype == torch.int32 and single.max() > 255
@@ -296,10 +301,7 @@ def test_levels_stay_in_their_range(bits):
     peak = 2**bits - 1
     image = np.zeros((1, 40, 40), np.uint8 if bits == 8 else np.uint16)
     image[:, 10:30, 10:30] = peak
-    geometry = CropResize(
-        policy(PLAIN, crop="none"),
-        image_size=97, resize_size=97, interpolation="bicubic", bit_depth=bits,
-    )  # fmt: skip
+    geometry = fit(97, 97, "bicubic", bit_depth=bits, crop="none")
     box = geometry.boxes(sizes(image), None)[0]
     ours = geometry.one(image, box)
     assert ours.min() == 0 and ours.max() == peak
@@ -331,3 +333,40 @@ def test_image_smaller_than_the_crop_is_a_user_error(crop, padding):
 def test_empty_batch_has_no_windows():
     for crop in CROPS:
         assert fit(8, crop=crop).boxes(np.zeros((0, 2)), seeded()).shape == (0, 2, 4)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.9])
+@pytest.mark.parametrize("shape", [(96, 64), (61, 97), (40, 40), (3, 90)])
+def test_crop_modes_of_timm(crop_mode, crop_pct, shape):
+    """timm's own transform of PIL images; batches, single samples, flips and 16 bits."""
+    image = np.ascontiguousarray(PHOTO[:, 10 : 10 + shape[0], 20 : 20 + shape[1]])
+    kinds = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": "bicubic"}
+    theirs = create_transform(48, **kinds, mean=(0.485, 0.456, 0.406), normalize=False)
+    expected = theirs(Image.fromarray(image.transpose(1, 2, 0)))
+    geometry = fit(48, int(48 / crop_pct), "bicubic", crop_mode)
+    box = geometry.boxes(sizes(image), None)
+    whole = geometry.one(image, box[0])
+    assert torch.equal(whole, expected)
+    flip = torch.tensor([True])
+    for batch in (torch.from_numpy(image)[None], torch.from_numpy(image.astype(np.int32))[None]):
+        assert torch.equal(geometry.canvas(batch, box)[0], expected.to(batch.dtype))
+        mirrored = geometry.canvas(batch, box, flip, flip)[0]
+        assert torch.equal(mirrored.flip(1, 2), expected.to(batch.dtype))
+
+
+def test_a_border_of_sixteen_bits_has_the_colour_of_the_mean():
+    geometry = fit(8, 8, "nearest", "border", bit_depth=16)
+    image = np.full((3, 4, 8), 7, np.uint16)
+    canvas = geometry.one(image, geometry.boxes(sizes(image), None)[0])
+    assert canvas[:, 0, 0].tolist() == [round(65535 * mean) for mean in (0.485, 0.456, 0.406)]
+    assert (canvas[:, 2:6] == 7).all() and not (canvas[:, :2] == 7).any()
+
+
+@pytest.mark.parametrize("crop_mode", ["squash", "border"])
+def test_random_crops_and_images_as_they_are_know_no_crop_mode(crop_mode):
+    image = np.ascontiguousarray(PHOTO[:, :96, :64])
+    for changes in ({"crop": "random"}, {"crop": "padded"}, {"resize": "none"}, {"crop": "none"}):
+        boxes = [fit(48, 52, crop_mode=m, **changes).boxes(sizes(image), seeded()) for m in
+                 (crop_mode, "center")]  # fmt: skip
+        assert torch.equal(*boxes)

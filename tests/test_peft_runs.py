@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from small_runs import TINY
+from torch import nn
 
 from glovita_lib import dist
 from glovita_lib.experiment import assemble, read_data, restore
@@ -126,6 +127,57 @@ def test_life_of_a_run(command, refused, tmp_path, method):
     np.testing.assert_allclose(logits.softmax(1).numpy(), best.scores, atol=1e-5)
 
     merged_and_stacked(command, refused, tmp_path, run, method)
+
+
+class Twice(nn.Module):
+    """A stem, and one block that is used twice, under two names."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 8, 4, 4)
+        block = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+        self.blocks = nn.ModuleDict({"first": block, "again": block})
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        tokens = self.stem(x).flatten(2).transpose(1, 2)  # (B, N, 8)
+        for block in self.blocks.values():
+            tokens = tokens + block(tokens)
+        return self.norm(tokens)
+
+
+def twice(*, input_channels: int) -> nn.Module:
+    return Twice(input_channels)
+
+
+USED_TWICE = TINY.replace(
+    TINY[TINY.index("[model.encoder]") : TINY.index("[task]")],
+    """[model.encoder]
+encoder_type = "custom"
+target = "tests.test_peft_runs:twice"
+""",
+)
+
+
+@pytest.mark.parametrize("method", ["full_finetuning", "lora", "bitfit"])
+def test_a_block_that_is_used_twice(command, tmp_path, method):
+    """Export and adapter file hold it under both names and give what the run has predicted."""
+    asked = [*changes(method), "training.epochs=2"]
+    run = command(*asked, spec=USED_TWICE)
+    file = tmp_path / "export.safetensors"
+    merge = [] if method == "full_finetuning" else ["infer.merge=true"]
+    command("mode=infer", *asked, *merge, f"infer.export={file}", spec=USED_TWICE)
+    np.testing.assert_allclose(scores(run.path / "infer"), scores(run.path), atol=1e-5)
+    exported = safetensors.torch.load_file(file)
+    names = [name for name in exported if ".again." in name]
+    assert names
+    for name in names:
+        assert torch.equal(exported[name], exported[name.replace(".again.", ".first.")])
+    if method != "full_finetuning":
+        adapter = run.path / "checkpoints" / "adapter.safetensors"
+        command("mode=infer", f"infer.checkpoint={adapter}", "name=other", spec=USED_TWICE)
+        other = run.path.parent.parent / "other" / run.path.name / "infer"
+        np.testing.assert_allclose(scores(other), scores(run.path), atol=1e-6)
 
 
 transient = tuple(f".{kind}_{name}" for kind in "SU" for name in "PeQ")
