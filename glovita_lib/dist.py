@@ -1,20 +1,27 @@
-"""Ranks, devices, seeds, precision, and what travels between processes."""
+"""Ranks, devices, seeds, precision, and what travels between processes: ranks and workers."""
 
 import gc
+import multiprocessing.queues
 import os
+import pickle
 import random
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from glovita_lib.errors import UserError
+from glovita_lib.spec_train import Dataloading
 
 # ------------------------------------------------------------------------------------- ranks
 #
@@ -141,8 +148,6 @@ def hash_seed(*numbers: int) -> int:
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's generators."""
-    import numpy as np
-
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -365,3 +370,208 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return torch.autocast(device.type, dtype)
+
+
+# -------------------------------------------------------------------------- worker processes
+
+#
+# Processes that make batches: what travels to them and back.
+
+TAKEN = "another epoch has taken the workers"
+BatchTask = tuple[int, int, np.ndarray]  # epoch, place in its order, rows
+
+
+class BatchMaker(Protocol):
+    """Makes the batch of a task; picklable."""
+
+    def __call__(self, task: BatchTask) -> Any: ...
+
+    def makes_same(self, other: Any) -> bool:
+        """Whether another one makes the same batches of the same objects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A user error that travels from a worker process."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piped:
+    """A batch that travels through a pipe, as shared memory is used up: slower, but it comes."""
+
+    content: bytes
+    nbytes: int  # of its tensors
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSamples(Dataset[Any]):
+    """What DataLoader indexes with the number of a builder and a task, in a worker process: batches
+    in shared memory, or what travels instead."""
+
+    builders: tuple[BatchMaker, ...]
+
+    def __getitem__(self, numbered: tuple[int, BatchTask]) -> Any:
+        number, task = numbered
+        try:
+            batch = self.builders[number](task)
+        except UserError as error:
+            return Failure(str(error))
+        found = tensors_in(batch)
+        try:
+            for tensor in found:
+                tensor.share_memory_()
+        except RuntimeError as error:  # no room, or too many open files
+            nbytes = sum(tensor.nbytes for tensor in found)
+            plain = pickle.dumps(batch, protocol=pickle.HIGHEST_PROTOCOL)
+            return Piped(plain, nbytes, str(error).splitlines()[0])
+        return batch
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a batch: fields of objects, entries of lists and tables."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif is_dataclass(value):
+        value = [getattr(value, part.name) for part in fields(value)]
+    elif hasattr(value, "__dict__"):
+        value = list(vars(value).values())
+    if not isinstance(value, list | tuple):
+        return []
+    return [tensor for part in value for tensor in tensors_in(part)]
+
+
+class WorkerPool:
+    """Worker processes that make the batches of one loader, or of all loaders of a run.
+
+    They start with the first batch that is asked for, knowing the builders that were added until
+    then, and start anew for one that was added later: a start costs an import of torch wherever
+    processes are not forked. One epoch of one loader is made at a time.
+    """
+
+    def __init__(self, spec: Dataloading, device: torch.device) -> None:
+        self.spec, self.pinned = spec, spec.pin_memory and device.type == "cuda"
+        self.workers = 0
+        self._builders: list[BatchMaker] = []
+        self._known = 0  # builders that the running processes have
+        self._tasks: Iterator[tuple[int, BatchTask]] = iter(())
+        self._processes: DataLoader[Any] | None = None
+        self._told = False  # that shared memory is small
+
+    def add(self, builder: BatchMaker, workers: int = 0) -> None:
+        """Let the processes know a builder; there will be as many as any loader asks for."""
+        self.workers = max(self.workers, workers)
+        if self.number(builder) is None:
+            self._builders.append(builder)
+
+    def number(self, builder: BatchMaker) -> int | None:
+        """Place of a builder that makes the same batches; None where there is none."""
+        same = (known.makes_same(builder) for known in self._builders)
+        return next((number for number, found in enumerate(same) if found), None)
+
+    def batches(self, builder: BatchMaker, tasks: Iterator[BatchTask]) -> Iterator[Any]:
+        """Batches of a builder that was added, made ahead, pinned by a thread.
+
+        Raises:
+            UserError: a sample cannot be read, a worker died or took longer than the timeout.
+        """
+        number = self.number(builder)
+        assert number is not None, "the builder was not added"
+        if number >= self._known:
+            self.close()
+        mine = self._tasks = ((number, task) for task in tasks)
+        loader = self.start() if self._processes is None else self._processes
+        try:
+            for batch in loader:
+                assert self._tasks is mine, TAKEN
+                if isinstance(batch, Failure):
+                    raise UserError(batch.text)
+                yield self.unpiped(batch) if isinstance(batch, Piped) else batch
+            assert self._tasks is mine, TAKEN  # the other one may have come to its end
+        except RuntimeError as error:
+            raise self.explain(error) from error
+
+    def unpiped(self, piped: Piped) -> Any:
+        """A batch that came through a pipe; the first time it is said why."""
+        if not self._told:
+            self._told = True
+            size = piped.nbytes / 2**20
+            most = size * (self.workers * self.spec.prefetch_factor + 2)  # 2: in use and pinned
+            print(
+                f"note: shared memory (/dev/shm) is too small for the batches in flight, about"
+                f" {most:,.0f} MiB of {size:,.1f} MiB each: those that find no room come through"
+                " pipes, which is slower. Enlarge it (docker --shm-size), or lower"
+                f" dataloading.num_workers or prefetch_factor ({piped.reason})",
+                file=sys.stderr,
+            )
+        batch = pickle.loads(piped.content)
+        return batch.pin_memory() if self.pinned else batch
+
+    def __iter__(self) -> Iterator[tuple[int, BatchTask]]:
+        """The tasks of the running epoch: this is DataLoader's sampler."""
+        return self._tasks
+
+    def start(self) -> DataLoader[Any]:
+        """The worker processes; kept for the next epoch if they are persistent."""
+        spec = self.spec
+        loader: DataLoader[Any] = DataLoader(
+            WorkerSamples(tuple(self._builders)),
+            batch_size=None,  # a task is a whole batch
+            sampler=self,
+            collate_fn=as_it_is,
+            num_workers=self.workers,
+            persistent_workers=spec.persistent_workers,
+            prefetch_factor=spec.prefetch_factor,
+            pin_memory=self.pinned,
+            timeout=spec.timeout,
+            worker_init_fn=begin_worker,
+            generator=torch.Generator(),  # leaves the global stream alone
+        )
+        if spec.persistent_workers:
+            self._processes, self._known = loader, len(self._builders)
+        return loader
+
+    def explain(self, error: RuntimeError) -> Exception:
+        """A user error of what DataLoader says about dead or slow workers; else the error."""
+        self.close()
+        text = str(error)
+        if "timed out" in text:
+            return UserError(
+                f"no batch came within {self.spec.timeout:g} s: raise dataloading.timeout (0 waits"
+                " for ever) or look for slow files"
+            )
+        if "exited unexpectedly" in text or "is killed by signal" in text:
+            return UserError(
+                f"a data worker died ({text.splitlines()[0]}), most often for want of memory or of"
+                " shared memory (/dev/shm): lower dataloading.num_workers or prefetch_factor"
+            )
+        return error
+
+    def close(self) -> None:
+        """End the processes."""
+        self._processes, self._known = None, 0
+
+
+def as_it_is(batch: Any) -> Any:
+    """No collation: a task already is a batch."""
+    return batch
+
+
+def begin_worker(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which ends the workers; a batch that cannot be sent ends
+    its worker, which the main process notices, instead of being waited for."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    queue = multiprocessing.queues.Queue
+    queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]  # private
+
+
+def end_worker(error: Exception, batch: Any) -> None:
+    """End this process for want of a way to send a batch."""
+    if not isinstance(error, BrokenPipeError | ConnectionResetError):  # the main process has ended
+        print(f"a data worker cannot send a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -16,10 +16,10 @@ from torch import nn
 from glovita_lib import checkpoint, dist, peft_base
 from glovita_lib.data import ArraySource, Data, Outputs, Split, subset
 from glovita_lib.datasets import build_data
-from glovita_lib.dist import resolve_precision
+from glovita_lib.dist import WorkerPool, resolve_precision
 from glovita_lib.encoder import Encoder, Identity, output_width
 from glovita_lib.errors import UserError
-from glovita_lib.loader import Batch, Loader, LoaderOptions, WorkerPool, announce, build_loader
+from glovita_lib.loader import Batch, Loader, LoaderOptions, announce, build_loader
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import BaseWeights, Model, build_model
 from glovita_lib.objectives import Objective, Predictions, build_objective, gather_split

@@ -1,6 +1,5 @@
 """Batches: splits kept in memory, the making of a batch, and loading by worker processes."""
 
-import signal
 import sys
 import threading
 from collections import deque
@@ -13,10 +12,9 @@ from typing import Any, NotRequired, Protocol, TypedDict, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from glovita_lib.data import CachedSource, Source, Split, TargetScale
-from glovita_lib.dist import Ranks, cores, hash_seed
+from glovita_lib.dist import BatchTask, Ranks, WorkerPool, cores, hash_seed
 from glovita_lib.errors import UserError, listed
 from glovita_lib.sampler import EvalOrder, TrainOrder
 from glovita_lib.spec_train import Dataloading
@@ -146,7 +144,6 @@ def gather_samples(samples: Tensor, rows: np.ndarray, *, pinned: bool) -> Tensor
 #
 # B batch, C channels, H W pixels, S side of the encoder's input, K classes or targets.
 
-BatchTask = tuple[int, int, np.ndarray]  # epoch, place in its order, rows
 FIT = 3  # number of the random stream
 
 
@@ -300,7 +297,7 @@ class LoaderOptions(TypedDict):
     ranks: Ranks
     batch_size: int
     scale: NotRequired[TargetScale | None]
-    pool: NotRequired["WorkerPool | None"]
+    pool: NotRequired[WorkerPool | None]
     step_size: NotRequired[int | None]
     accumulation: NotRequired[int]
 
@@ -315,7 +312,7 @@ def build_loader(
     ranks: Ranks,
     batch_size: int,
     scale: TargetScale | None = None,
-    pool: "WorkerPool | None" = None,
+    pool: WorkerPool | None = None,
     step_size: int | None = None,
     accumulation: int = 1,
 ) -> "Loader":
@@ -362,7 +359,7 @@ def announce(
     seed: int,
     ranks: Ranks,
     scale: TargetScale | None,
-    pool: "WorkerPool",
+    pool: WorkerPool,
 ) -> None:
     """Let worker processes know a split that `build_loader` will be asked to evaluate after they
     have started."""
@@ -456,7 +453,7 @@ class Loader:
         spec: Dataloading,
         *,
         device: torch.device,
-        pool: "WorkerPool | None" = None,
+        pool: WorkerPool | None = None,
     ) -> None:
         self.split, self.order, self.builder, self.spec = split, order, builder, spec
         self.held, self.device = isinstance(builder.source, CachedSource), device
@@ -556,134 +553,3 @@ class Loader:
         """End the worker processes, unless other loaders have them too."""
         if self.owns_pool:
             self.pool.close()
-
-
-# -------------------------------------------------------------------------- worker processes
-
-TAKEN = "another epoch has taken the workers"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A user error that travels from a worker process."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSamples(Dataset[Batch | Failure]):
-    """What DataLoader indexes with the number of a builder and a task, in a worker process."""
-
-    builders: tuple[BatchBuilder, ...]
-
-    def __getitem__(self, numbered: tuple[int, BatchTask]) -> Batch | Failure:
-        number, task = numbered
-        try:
-            return self.builders[number](task)
-        except UserError as error:
-            return Failure(str(error))
-
-
-class WorkerPool:
-    """Worker processes that make the batches of one loader, or of all loaders of a run.
-
-    They start with the first batch that is asked for, knowing the builders that were added until
-    then, and start anew for one that was added later: a start costs an import of torch wherever
-    processes are not forked. One epoch of one loader is made at a time.
-    """
-
-    def __init__(self, spec: Dataloading, device: torch.device) -> None:
-        self.spec, self.pinned = spec, spec.pin_memory and device.type == "cuda"
-        self.workers = 0
-        self._builders: list[BatchBuilder] = []
-        self._known = 0  # builders that the running processes have
-        self._tasks: Iterator[tuple[int, BatchTask]] = iter(())
-        self._processes: DataLoader[Batch | Failure] | None = None
-
-    def add(self, builder: BatchBuilder, workers: int = 0) -> None:
-        """Let the processes know a builder; there will be as many as any loader asks for."""
-        self.workers = max(self.workers, workers)
-        if self.number(builder) is None:
-            self._builders.append(builder)
-
-    def number(self, builder: BatchBuilder) -> int | None:
-        """Place of a builder that makes the same batches; None where there is none."""
-        same = (known.makes_same(builder) for known in self._builders)
-        return next((number for number, found in enumerate(same) if found), None)
-
-    def batches(self, builder: BatchBuilder, tasks: Iterator[BatchTask]) -> Iterator[Batch]:
-        """Batches of a builder that was added, made ahead, pinned by a thread.
-
-        Raises:
-            UserError: a sample cannot be read, a worker died or took longer than the timeout.
-        """
-        number = self.number(builder)
-        assert number is not None, "the builder was not added"
-        if number >= self._known:
-            self.close()
-        mine = self._tasks = ((number, task) for task in tasks)
-        loader = self.start() if self._processes is None else self._processes
-        try:
-            for batch in loader:
-                assert self._tasks is mine, TAKEN
-                if isinstance(batch, Failure):
-                    raise UserError(batch.text)
-                yield batch
-            assert self._tasks is mine, TAKEN  # the other one may have come to its end
-        except RuntimeError as error:
-            raise self.explain(error) from error
-
-    def __iter__(self) -> Iterator[tuple[int, BatchTask]]:
-        """The tasks of the running epoch: this is DataLoader's sampler."""
-        return self._tasks
-
-    def start(self) -> "DataLoader[Batch | Failure]":
-        """The worker processes; kept for the next epoch if they are persistent."""
-        spec = self.spec
-        loader: DataLoader[Batch | Failure] = DataLoader(
-            WorkerSamples(tuple(self._builders)),
-            batch_size=None,  # a task is a whole batch
-            sampler=self,
-            collate_fn=as_it_is,
-            num_workers=self.workers,
-            persistent_workers=spec.persistent_workers,
-            prefetch_factor=spec.prefetch_factor,
-            pin_memory=self.pinned,
-            timeout=spec.timeout,
-            worker_init_fn=ignore_interrupt,
-            generator=torch.Generator(),  # leaves the global stream alone
-        )
-        if spec.persistent_workers:
-            self._processes, self._known = loader, len(self._builders)
-        return loader
-
-    def explain(self, error: RuntimeError) -> Exception:
-        """A user error of what DataLoader says about dead or slow workers; else the error."""
-        self.close()
-        text = str(error)
-        if "timed out" in text:
-            return UserError(
-                f"no batch came within {self.spec.timeout:g} s: raise dataloading.timeout (0 waits"
-                " for ever) or look for slow files"
-            )
-        if "exited unexpectedly" in text or "is killed by signal" in text:
-            return UserError(
-                f"a data worker died ({text.splitlines()[0]}), most often for want of memory or of"
-                " shared memory (/dev/shm): lower dataloading.num_workers or prefetch_factor"
-            )
-        return error
-
-    def close(self) -> None:
-        """End the processes."""
-        self._processes, self._known = None, 0
-
-
-def as_it_is(batch: Item) -> Item:
-    """No collation: a task already is a batch."""
-    return batch
-
-
-def ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which ends the workers."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)

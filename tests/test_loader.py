@@ -13,10 +13,9 @@ from sklearn.datasets import load_digits
 
 from glovita_lib import loader, read_hdf5
 from glovita_lib.data import ArraySource, Split
-from glovita_lib.dist import Ranks
+from glovita_lib.dist import Ranks, WorkerPool
 from glovita_lib.errors import UserError
 from glovita_lib.loader import (
-    WorkerPool,
     build_loader,
     gather_samples,
     hold,
