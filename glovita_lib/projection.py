@@ -3,6 +3,11 @@
 N samples, D width, k neighbours.
 """
 
+import atexit
+import os
+import shutil
+import sys
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -180,12 +185,41 @@ def umap_learn() -> ModuleType:
         UserError: it is not installed.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its optional parts
-            import umap
+        return imported_umap()
     except ImportError as error:
         raise UserError(f"{MISSING} ({error})") from None
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+    keep_numba_cache_for_now()
+    return imported_umap()
+
+
+def imported_umap() -> ModuleType:
+    """umap-learn, without the warnings of its optional parts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import umap
     return umap
+
+
+def keep_numba_cache_for_now() -> None:
+    """Give numba a temporary folder for what it compiles, where neither the installation nor the
+    home folder can be written, and forget what was imported without one."""
+    from numba.core import config
+
+    folder = tempfile.mkdtemp(prefix="glovita-numba-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["NUMBA_CACHE_DIR"] = folder
+    config.reload_config()
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("umap", "pynndescent"):
+            del sys.modules[name]
+    print(
+        "note: numba may write neither to its installation nor to the home folder: umap is compiled"
+        " anew each time; set NUMBA_CACHE_DIR to a folder of yours to keep what it compiles",
+        file=sys.stderr,
+    )
 
 
 def exact_neighbors(

@@ -7,18 +7,19 @@ is waited for only where a number is shown: every `log_every` steps and at the e
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from glovita_lib import dist
 from glovita_lib.dist import autocast, resolve_precision
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.loader import Batch, Loader
 from glovita_lib.loggers import Bar, Meter, better, epoch_line
 from glovita_lib.model import Model
@@ -28,6 +29,10 @@ from glovita_lib.sampler import TrainOrder
 from glovita_lib.spec_train import Optimizer, Training
 
 Record = dict[str, Any]
+UNUSED = (
+    "several ranks need one for each weight that trains: set training.ddp_find_unused_parameters ="
+    " true, or freeze or remove what the model does not use"
+)
 
 
 @dataclass
@@ -96,6 +101,7 @@ class Trainer:
         if training.compile:
             model.compile()
         self.parallel = dist.wrap(model, ranks, training.ddp_find_unused_parameters)
+        self.all_have_gradients = False  # known from the first step on
         self.state = TrainState()
         self.meter, self.epoch_meter = Meter(), Meter()
         self.first_bad = torch.tensor(-1, device=ranks.device)  # batch whose loss was not finite
@@ -133,6 +139,7 @@ class Trainer:
             self.train_batch(batch.to(self.ranks.device))
             bar.advance()
             if order.ends_step(self.batch):
+                self.check_gradients()
                 self.optimizer_step()
                 self.log_and_save(bar)
         bar.close()
@@ -145,7 +152,8 @@ class Trainer:
         with self.synchronized(order.ends_step(self.batch)):
             with autocast(self.precision, self.ranks.device):
                 rng = BatchRng(self.seed, epoch, place)
-                loss, logs = self.objective.loss(self.parallel, batch, rng)
+                with gradients_expected():
+                    loss, logs = self.objective.loss(self.parallel, batch, rng)
                 terms = self.model.auxiliary_losses()
                 loss = sum(terms.values(), loss)
             self.scaler.scale(loss * order.share(self.batch)).backward()
@@ -224,7 +232,7 @@ class Trainer:
 
     def synchronized(self, ends_step: bool) -> AbstractContextManager:
         """Context of a backward pass: ranks average gradients only in the last batch of a step."""
-        if ends_step or not isinstance(self.parallel, nn.parallel.DistributedDataParallel):
+        if ends_step or not isinstance(self.parallel, DistributedDataParallel):
             return nullcontext()
         return self.parallel.no_sync()
 
@@ -265,6 +273,21 @@ class Trainer:
             " optimizer.lr, set training.gradient_clip_val, try training.precision ="
             ' "no" or look at these samples'
         )
+
+    def check_gradients(self) -> None:
+        """Stop where a weight that trains got no gradient in this process's first step: the ranks
+        wait for all of them before they exchange any.
+
+        Raises:
+            UserError: with the names of the weights.
+        """
+        if self.all_have_gradients or not isinstance(self.parallel, DistributedDataParallel):
+            return
+        self.all_have_gradients = True
+        named = self.model.named_parameters()
+        missing = [name for name, p in named if p.requires_grad and p.grad is None]
+        if missing and not self.spec.ddp_find_unused_parameters:
+            raise UserError(f"{listed(missing, 4)} got no gradient; {UNUSED}")
 
     def weights_are_finite(self) -> bool:
         """Whether all trained parameters are finite; the device is waited for once."""
@@ -412,3 +435,19 @@ def kept_epoch(training: Training, done: int) -> int | None:
     """The epoch whose checkpoint is kept when so many are done, if it is one of those."""
     every = training.save_every
     return None if every is None or done % every else done - 1
+
+
+@contextmanager
+def gradients_expected() -> Iterator[None]:
+    """What DistributedDataParallel says, when the next batch comes, of weights that got no gradient
+    in the one before, in one line.
+
+    Raises:
+        UserError: there are some.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "Expected to have finished reduction" not in str(error):
+            raise
+        raise UserError(f"weights that train got no gradient in a batch; {UNUSED}") from None

@@ -129,6 +129,25 @@ def one_layer(input_channels: int) -> Any:
     return nn.Sequential(nn.Conv2d(input_channels, 16, 8), nn.GELU())
 
 
+def forgetful_layer(input_channels: int, uses: int) -> Any:
+    """`one_layer` with weights "second" that only the first batches of training use."""
+    from torch import nn
+
+    class Forgetful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = one_layer(input_channels), one_layer(input_channels)
+            self.uses = uses
+
+        def forward(self, images: Any) -> Any:
+            found = self.first(images)
+            if self.training:
+                self.uses -= 1
+            return found + self.second(images) if self.uses >= 0 else found
+
+    return Forgetful()
+
+
 def publish_cifar(
     monkeypatch: Any, root: Path, kind: Any, images: Any, labels: Any, names: list[str]
 ) -> None:

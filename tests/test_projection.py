@@ -3,6 +3,7 @@ and counts."""
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -405,3 +406,38 @@ def test_no_text_breaks_out_of_the_script():
     hostile = {"ids": ["</script><script>alert(1)</script>", "<!--", "\u2028", 'a"b', "ä"]}
     text = as_script(hostile)
     assert "<" not in text and "\u2028" not in text and json.loads(text) == hostile
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from numba.core import caching
+
+class Nowhere:  # as where neither the installation nor the home folder can be written
+    @classmethod
+    def from_function(cls, function, file):
+        return None
+
+caching.CacheImpl._locator_classes[1:] = [Nowhere]
+os.environ.pop("NUMBA_CACHE_DIR", None)
+from glovita_lib.projection import umap_learn
+umap_learn().UMAP
+folder = Path(os.environ["NUMBA_CACHE_DIR"])
+print(len(list(folder.rglob("*.nbi"))) > 0, folder)
+"""
+
+
+@pytest.mark.slow  # numba compiles all of it
+@pytest.mark.processes
+def test_umap_where_numba_may_write_nowhere(tmp_path):
+    """Its caches go to a temporary folder, which goes with the process."""
+    environment = os.environ | {
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ONLY], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"True {tmp_path}") and not list(tmp_path.iterdir())
+    assert "NUMBA_CACHE_DIR" in done.stderr

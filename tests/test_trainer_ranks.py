@@ -191,3 +191,29 @@ def test_two_ranks_do_what_one_does_that_accumulates_two_batches(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for key, value in one.result.last["model"].items():
         torch.testing.assert_close(two.result.last["model"][key], value, rtol=1e-3, atol=2e-5)
+
+
+# ---------------------------------------------------------------------- weights without gradient
+
+
+@pytest.mark.parametrize("uses", [0, 2])
+def test_weights_without_gradient_are_one_line(tmp_path, uses):
+    """From the first batch on, and later, which torch says with the next batch."""
+    start, end = EXACT.index("type = "), EXACT.index("[task]")
+    encoder = f"""encoder_type = "custom"
+target = "small_runs:forgetful_layer"
+options = {{ uses = {uses} }}
+[data.augmentation]
+image_size = 8
+"""
+    spec = EXACT.replace(EXACT[start:end], encoder, 1).replace("image_size = 8\n", "", 1)
+    spec = spec.replace("[data.augmentation]\n", "", 1)
+    runs = Runs(tmp_path / "run", spec, *CHANGES[1:], "training.epochs=1")
+    out = runs.run(2, code=2)
+    name = "encoder.net.second.0.weight, encoder.net.second.0.bias got no gradient"
+    assert (name in out) == (uses == 0) and "got no gradient" in out, out
+    assert "training.ddp_find_unused_parameters = true" in out and "Traceback" not in out
+    assert runs.result.path.exists()
+    again = Runs(tmp_path / "again", spec, *CHANGES[1:], "training.epochs=1",
+                 "training.ddp_find_unused_parameters=true")  # fmt: skip
+    assert "is finished" in again.run(2)
