@@ -206,12 +206,10 @@ def imported_umap() -> ModuleType:
 def keep_numba_cache_for_now() -> None:
     """Give numba a temporary folder for what it compiles, where neither the installation nor the
     home folder can be written, and forget what was imported without one."""
-    from numba.core import config
-
     folder = tempfile.mkdtemp(prefix="glovita-numba-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["NUMBA_CACHE_DIR"] = folder
-    config.reload_config()
+    sys.modules["numba"].core.config.reload_config()  # umap-learn has imported it
     for name in list(sys.modules):
         if name.partition(".")[0] in ("umap", "pynndescent"):
             del sys.modules[name]
