@@ -2,7 +2,7 @@
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import pairwise
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from glovita_lib import files
 from glovita_lib.errors import UserError, listed
@@ -129,29 +131,67 @@ class Split:
         return len(self.ids)
 
 
-@dataclass(frozen=True, slots=True)
-class TargetScale:
-    """What a model learns instead of regression targets y: (y - mean) / std, in float32. The
-    targets themselves stay float64, as float32 rounds 1,700,000,001 to 1,700,000,000."""
+# ---------------------------------------------------------------------------- standardisation
 
-    mean: np.ndarray  # (K,) float64
-    std: np.ndarray  # (K,)
+
+def is_constant(mean: Any, variance: Any, count: int) -> Any:
+    """Whether columns of `count` numbers vary by no more than rounding in float64 makes them vary:
+    variance <= N eps variance + (N eps mean)^2, the bound of scikit-learn's StandardScaler. Sixty
+    times 0.1 has the deviation 1e-17.
+
+    Args:
+        mean, variance: of each column, arrays, tensors or numbers.
+    """
+    eps = float(np.finfo(np.float64).eps)
+    return variance <= count * eps * variance + (count * eps * mean) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class Standardizer:
+    """(x - mean) / std of each column, where a constant column has std 1: features of a train
+    split, inputs of a probe or a map, and targets are all standardised by this one."""
+
+    mean: np.ndarray  # (D,) float64
+    std: np.ndarray  # (D,)
 
     @classmethod
-    def of(cls, targets: np.ndarray) -> "TargetScale":
-        """That of targets (N, K); the deviation of a constant is 1: it is learnt as its mean."""
-        with np.errstate(over="ignore"):  # becomes infinity
-            mean, std = targets.mean(0, dtype=np.float64), targets.std(0, dtype=np.float64)
-        return cls(mean, np.where(std > 0, std, 1.0))
+    def of(cls, blocks: Callable[[], Iterable[Tensor]]) -> "Standardizer":
+        """That of the rows of all blocks (B, D), by the device they are on. `blocks` is called
+        twice: two passes keep the digits of large values."""
+        total, count = torch.zeros(()), 0
+        for block in blocks():
+            total, count = total + block.double().sum(0), count + len(block)
+        mean = total / count
+        squares = sum((block.double() - mean).square_().sum(0) for block in blocks())
+        variance = torch.as_tensor(squares / count)
+        std = torch.where(is_constant(mean, variance, count), 1.0, variance.sqrt())
+        return cls(mean.cpu().numpy(), std.cpu().numpy())
 
-    def standardized(self, targets: np.ndarray) -> np.ndarray:
-        """Targets (N, K) -> (N, K) float32."""
-        with np.errstate(over="ignore", invalid="ignore"):  # becomes infinity or NaN
-            return ((targets.astype(np.float64) - self.mean) / self.std).astype(np.float32)
+    @classmethod
+    def of_array(cls, values: np.ndarray) -> "Standardizer":
+        """That of values (N, D)."""
+        return cls.of(lambda: [torch.from_numpy(values)])
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Values (N, D) -> (N, D) float32. The difference of float64 ones is taken in float64:
+        float32 rounds 1,700,000,001 to 1,700,000,000."""
+        kind = torch.float64 if values.dtype == torch.float64 else torch.float32  # all that mps has
+        mean, std = (
+            torch.as_tensor(part, dtype=kind, device=values.device)
+            for part in (self.mean, self.std)
+        )
+        return (values.to(kind) - mean).div_(std).float()
+
+    def standardized(self, values: np.ndarray) -> np.ndarray:
+        """Values (N, D) of any type -> (N, D) float32, by way of float64."""
+        return self(torch.from_numpy(values).double()).numpy()
 
     def restored(self, outputs: np.ndarray) -> np.ndarray:
-        """Outputs of a model (N, K) in units of the targets, float64."""
+        """Outputs of a model (N, D) in units of the columns, float64."""
         return outputs.astype(np.float64) * self.std + self.mean
+
+
+# ------------------------------------------------------------------------- kinds of samples
 
 
 class BaseSamples(Spec, tag_field="kind"):

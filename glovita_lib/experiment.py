@@ -236,7 +236,7 @@ def build_trainer(
     if val is not None and steps is not None:
         world = ranks.world if step_size is None else step_size // samples_per_step(root, 1)
         val = some_of(val, steps * resolved.eval_batch_size * world, root.seed)
-    return Trainer(
+    trainer = Trainer(
         experiment.model,
         experiment.objective,
         train_loader=experiment.loader(data.splits["train"], train=True, step_size=step_size),
@@ -249,6 +249,8 @@ def build_trainer(
         ranks=ranks,
         hooks=hooks,
     )
+    trainer.refuse_lone_values()
+    return trainer
 
 
 def some_of(split: Split, count: int, seed: int) -> Split:

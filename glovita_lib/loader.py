@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glovita_lib.data import CachedSource, Source, Split, TargetScale
+from glovita_lib.data import CachedSource, Source, Split, Standardizer
 from glovita_lib.dist import BatchTask, Ranks, WorkerPool, cores, hash_seed
 from glovita_lib.errors import UserError, listed
 from glovita_lib.sampler import EvalOrder, TrainOrder
@@ -191,7 +191,7 @@ class BatchBuilder:
     targets: np.ndarray | None
     fit: Resizing | None  # for samples of differing sizes that their source does not collate
     seed: int
-    scale: TargetScale | None = None  # of the targets of a regression
+    scale: Standardizer | None = None  # of the targets of a regression
 
     def __call__(self, task: BatchTask, *, pinned: bool = False) -> Batch:
         """Batch of a task.
@@ -296,7 +296,7 @@ class LoaderOptions(TypedDict):
     seed: int
     ranks: Ranks
     batch_size: int
-    scale: NotRequired[TargetScale | None]
+    scale: NotRequired[Standardizer | None]
     pool: NotRequired[WorkerPool | None]
     step_size: NotRequired[int | None]
     accumulation: NotRequired[int]
@@ -311,7 +311,7 @@ def build_loader(
     seed: int,
     ranks: Ranks,
     batch_size: int,
-    scale: TargetScale | None = None,
+    scale: Standardizer | None = None,
     pool: WorkerPool | None = None,
     step_size: int | None = None,
     accumulation: int = 1,
@@ -358,7 +358,7 @@ def announce(
     fit: Resizing | None,
     seed: int,
     ranks: Ranks,
-    scale: TargetScale | None,
+    scale: Standardizer | None,
     pool: WorkerPool,
 ) -> None:
     """Let worker processes know a split that `build_loader` will be asked to evaluate after they

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glovita_lib.bags import Bags
-from glovita_lib.data import BagSamples, BaseSamples, Data, Split, VectorSamples
+from glovita_lib.data import BagSamples, BaseSamples, Data, Split, Standardizer, VectorSamples
 from glovita_lib.experiment import build_split_loader
 from glovita_lib.loader import (
     Batch,
@@ -28,7 +28,7 @@ from glovita_lib.loader import (
     needed,
 )
 from glovita_lib.objectives import build_inputs
-from glovita_lib.read_features import BagSource, VectorSource, feature_moments
+from glovita_lib.read_features import BagSource, VectorSource, feature_scale
 from glovita_lib.resolved import BagInputs, VectorInputs, resolve_inputs
 from glovita_lib.sampler import EvalOrder, TrainOrder, WindowOrder
 from glovita_lib.spec_root import Root
@@ -58,8 +58,8 @@ def moments(
         return None, None
     source = data.splits["train"].source
     assert isinstance(source, VectorSource | BagSource)  # those of precomputed features
-    mean, std = feature_moments(source)
-    return tuple(mean.tolist()), tuple(std.tolist())
+    scale = feature_scale(source)
+    return tuple(scale.mean.tolist()), tuple(scale.std.tolist())
 
 
 class FeatureInputs:
@@ -68,25 +68,21 @@ class FeatureInputs:
     fit: Resizing | None = None
 
     def __init__(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        self.moments: tuple[Tensor, Tensor] | None = None  # (D,) each
+        self.scale: Standardizer | None = None
         if mean is not None and std is not None:
-            self.moments = torch.tensor(mean), torch.tensor(std)
+            self.scale = Standardizer(np.array(mean), np.array(std))
 
     def __call__(self, inputs: Tensor | Bags, fitted: bool, seed: int) -> Tensor | Bags:
         """Vectors (B, D) in float32; bags as they are, their heads convert piece by piece."""
         if not isinstance(inputs, Bags):
             return self.standardized(inputs)
-        if self.moments is None:
+        if self.scale is None:
             return inputs
         return Bags(self.standardized(inputs.features), inputs.lengths)
 
     def standardized(self, features: Tensor) -> Tensor:
         """Features (N, D) in float32, of mean 0 and deviation 1 over the train split if asked."""
-        if self.moments is None:
-            return features.float()
-        mean, std = self.moments
-        self.moments = mean, std = mean.to(features.device), std.to(features.device)
-        return (features.float() - mean) / std
+        return features.float() if self.scale is None else self.scale(features)
 
 
 @build_inputs.register

@@ -120,7 +120,9 @@ def epoch_line(record: dict[str, Any], *, epochs: int, best_metric: str | None) 
             )
     parts.append(f"lr {record['lr']:.3g}")
     parts.append(f"{record['samples_per_s']:,.0f}/s {record['seconds']:.1f} s")
-    if best_metric and record.get("best_epoch") not in (None, record["epoch"]):
+    if best_metric and record.get("best", 0) is None:
+        parts.append(f"{best_metric.split('_', 1)[1]} was never defined")
+    elif best_metric and record.get("best_epoch") not in (None, record["epoch"]):
         parts.append(f"best {record['best']:.4f} in epoch {record['best_epoch'] + 1}")
     return " | ".join(parts)
 
@@ -128,9 +130,10 @@ def epoch_line(record: dict[str, Any], *, epochs: int, best_metric: str | None) 
 def entry(key: str, value: float | None, record: dict[str, Any], best_metric: str | None) -> str:
     """A metric without its split, with a star where it is the best so far."""
     name = key.split("_", 1)[1]
+    if value is None or math.isnan(value):
+        return f"{name} -"
     star = "*" if key == best_metric and record.get("best_epoch") == record["epoch"] else ""
-    number = "-" if value is None or math.isnan(value) else f"{value:.4f}"
-    return f"{name} {number}{star}"
+    return f"{name} {value:.4f}{star}"
 
 
 def better(value: float, than: float | None, metric: str, min_delta: float = 0.0) -> bool:

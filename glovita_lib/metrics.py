@@ -216,6 +216,20 @@ def metrics_report(
     return as_json(result)
 
 
+def undefined(
+    names: tuple[str, ...], *, subtask: str, targets: Array, class_names: tuple[str, ...]
+) -> list[str]:
+    """Logged names of the metrics that no prediction defines on some targets, as the AUROC of one
+    class: arguments as of `compute`, whose values for random scores tell."""
+    scores = np.random.default_rng(0).random((len(targets), len(class_names)))
+    if subtask == "multiclass":
+        scores /= scores.sum(1, keepdims=True)
+    values = compute(
+        names, subtask=subtask, targets=targets, scores=scores, class_names=class_names
+    )
+    return [name for name, value in values.items() if math.isnan(value)]
+
+
 def all_finite(scores: Array) -> bool:
     """Whether there are scores and all of them are finite."""
     return scores.size > 0 and bool(np.isfinite(scores.min()) and np.isfinite(scores.max()))

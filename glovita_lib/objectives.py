@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glovita_lib.augment import Augmenter, mixup_cutmix
-from glovita_lib.data import TargetScale
+from glovita_lib.data import Standardizer
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader, Resizing
 from glovita_lib.losses import build_criterion, plain_criterion
@@ -49,7 +49,7 @@ class Objective(ABC):
 
     train_inputs: "Preparation"
     eval_inputs: "Preparation"
-    target_scale: TargetScale | None = None
+    target_scale: Standardizer | None = None
     """What the loaders standardise targets by."""
 
     @abstractmethod
@@ -209,7 +209,7 @@ class SupervisedObjective(Objective):
         self.device = device
         if resolved.subtask == "regression":
             mean, std = np.array(resolved.target_mean), np.array(resolved.target_std)
-            self.target_scale = TargetScale(mean, std)
+            self.target_scale = Standardizer(mean, std)
 
     def loss(
         self, model: nn.Module, batch: Batch, rng: BatchRng

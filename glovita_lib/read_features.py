@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from glovita_lib.bags import Bags
+from glovita_lib.data import Standardizer
 from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.read_hdf5 import DatasetRows, array_of, dataset_of, open_hdf5, readable_type
 
@@ -663,24 +664,15 @@ def check_bags(folder: FolderBags, bags: np.ndarray, *, threads: int) -> None:
         )
 
 
-def feature_moments(source: VectorSource | BagSource) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) over all vectors, or instances of all bags, in float64; the
-    deviation of a constant feature is 1. Two passes, so that large values keep their digits; one
-    bag at a time is in memory."""
+def feature_scale(source: VectorSource | BagSource) -> Standardizer:
+    """What standardises all vectors, or instances of all bags; one bag at a time is in memory."""
     count, size = len(source.index), 1 if isinstance(source, BagSource) else MOMENT_ROWS
 
-    def blocks() -> Iterator[np.ndarray]:
+    def blocks() -> Iterator[torch.Tensor]:
         for start in range(0, count, size):
             part = source.fetch(np.arange(start, min(start + size, count)))
             rows = part[0] if isinstance(part, list) else part
             for first in range(0, len(rows), MOMENT_ROWS):
-                yield rows[first : first + MOMENT_ROWS]
+                yield torch.from_numpy(np.ascontiguousarray(rows[first : first + MOMENT_ROWS]))
 
-    width = source.reader.width if isinstance(source, BagSource) else source.vectors.shape[1]
-    total, number = np.zeros(width), 0
-    for block in blocks():
-        total, number = total + block.sum(0, dtype=np.float64), number + len(block)
-    mean = total / number
-    squares = sum(np.square(block - mean).sum(0) for block in blocks())
-    std = np.sqrt(squares / number)
-    return mean, np.where(std > 0, std, 1.0)
+    return Standardizer.of(blocks)

@@ -16,7 +16,7 @@ from glovita_lib.data import (
     Data,
     ImageSamples,
     Split,
-    TargetScale,
+    Standardizer,
     VectorSamples,
     outputs_line,
 )
@@ -309,11 +309,11 @@ def target_scale(
         UserError: targets too large for the float32 that a model calculates with.
     """
     outputs = len(data.class_names)
-    scale = TargetScale(np.zeros(outputs), np.ones(outputs))
+    scale = Standardizer(np.zeros(outputs), np.ones(outputs))
     if train.targets is None or data.subtask != "regression":
         return tuple(scale.mean.tolist()), tuple(scale.std.tolist())
     if task.standardize_targets:
-        scale = TargetScale.of(train.targets)
+        scale = Standardizer.of_array(train.targets)
     for name, split in data.splits.items():
         if split.targets is not None and not np.isfinite(scale.standardized(split.targets)).all():
             raise UserError(

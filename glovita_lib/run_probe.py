@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glovita_lib import dist, files, plots, results
-from glovita_lib.data import Data, Source, TargetScale, outputs_line
+from glovita_lib.data import Data, Source, Standardizer, outputs_line
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.loggers import better, say, two_columns
 from glovita_lib.metric_names import logged_names, lower_is_better, uses_order, usual_metrics
-from glovita_lib.metrics import compute, metrics_report
+from glovita_lib.metrics import compute, metrics_report, undefined
 from glovita_lib.neighbors import nearest
-from glovita_lib.read_features import BagSource, VectorSource, feature_moments
+from glovita_lib.read_features import BagSource, VectorSource, feature_scale
 from glovita_lib.results import summary_lines
 from glovita_lib.rundir import RunDir, opened, runtime_info
 from glovita_lib.spec import Loaded
@@ -92,8 +92,7 @@ class Linear:
 
     weight: Tensor  # (K, D) float32
     bias: Tensor  # (K,)
-    mean: Tensor  # (D,)
-    std: Tensor  # (D,)
+    scale: Standardizer | None
     iterations: int
     converged: bool
 
@@ -103,8 +102,8 @@ class Linear:
         logits = torch.empty(len(features), len(self.bias), device=device)
         size = probe_block_size(self.weight.shape[1], len(self.weight), device)
         for start in range(0, len(features), size):
-            block = features[start : start + size].to(device).float()
-            block = (block - self.mean) / self.std
+            block = features[start : start + size].to(device)
+            block = block.float() if self.scale is None else self.scale(block)
             torch.addmm(self.bias, block, self.weight.T, out=logits[start : start + size])
         return logits
 
@@ -124,8 +123,8 @@ class Train:
     targets: Tensor  # (N,) class indices; (N, K) 0 or 1; (N, K) values
     outputs: int
     subtask: str
-    mean: Tensor  # (D,) on the device that computes
-    std: Tensor
+    scale: Standardizer | None
+    device: torch.device  # that computes
 
     def blocks(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Standardised features (B, D) and targets (B,) or (B, K), block after block, float64: in
@@ -139,26 +138,12 @@ class Train:
 
     def converted(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The blocks, made one by one."""
-        device = self.mean.device
+        device = self.device
         size = probe_block_size(self.features.shape[1], self.outputs, device)
         for x, t in zip(self.features.split(size), self.targets.split(size), strict=True):
-            x, t = x.to(device).double() - self.mean, t.to(device)
-            yield x.div_(self.std), t.double() if t.ndim == 2 else t
-
-
-def moments(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) over the samples, float32; of a constant feature 1."""
-    blocks = features.split(probe_block_size(features.shape[1], 1, device))
-    total = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
-    square = total.clone()
-    for block in blocks:
-        total += block.to(device).double().sum(0)
-    mean = total / len(features)
-    for block in blocks:
-        square += (block.to(device).double() - mean).square().sum(0)
-    std = (square / len(features)).sqrt()
-    std = torch.where(std > 1e-12, std, 1.0)  # a constant feature says nothing and stays 0
-    return mean.float(), std.float()
+            x, t = x.to(device), t.to(device)
+            x = x if self.scale is None else self.scale(x)
+            yield x.double(), t.double() if t.ndim == 2 else t
 
 
 def fit_linear(
@@ -186,16 +171,16 @@ def fit_linear(
         standardize: whether the features are brought to mean 0 and deviation 1.
         device: what computes, in float64.
     """
-    width = features.shape[1]
-    mean, std = torch.zeros(width, device=device), torch.ones(width, device=device)
+    width, scale = features.shape[1], None
     if standardize:
-        mean, std = moments(features, device)
-    train = Train(features, targets, outputs, subtask, mean, std)
+        blocks = features.split(probe_block_size(width, 1, device))
+        scale = Standardizer.of(lambda: (block.to(device) for block in blocks))
+    train = Train(features, targets, outputs, subtask, scale, device)
     if subtask == "regression":
         sums = normal_equations(train)
         for strength in l2:
             weight, bias = ridge(*sums, strength)
-            yield strength, Linear(weight.T.float(), bias.float(), mean, std, 1, True)
+            yield strength, Linear(weight.T.float(), bias.float(), scale, 1, True)
         return
     solution = torch.zeros(outputs, width + 1, dtype=torch.float64, device=device)
     largest = value_and_gradient(train, 0.0, solution)[1].abs().max()
@@ -203,7 +188,7 @@ def fit_linear(
     for strength in l2:
         solution, steps, done = minimize(train, strength, solution, tolerance, max_iterations)
         weight, bias = solution[:, :-1].float(), solution[:, -1].float()
-        yield strength, Linear(weight, bias, mean, std, steps, done)
+        yield strength, Linear(weight, bias, scale, steps, done)
 
 
 def value_and_gradient(train: Train, l2: float, solution: Tensor) -> tuple[float, Tensor]:
@@ -254,7 +239,7 @@ def minimize(
 
 def normal_equations(train: Train) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Covariance (D, D) of the features and (D, K) of features and targets, means (D,) and (K,)."""
-    width, device = train.features.shape[1], train.mean.device
+    width, device = train.features.shape[1], train.device
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -371,6 +356,15 @@ def fit_methods(
     samples["train"] = replace(train, features=resident(train.features, device))
     names = task.metrics or usual_metrics(data.subtask)
     content: dict[str, Any] = {}
+    lost = undefined(
+        names,
+        subtask=data.subtask,
+        targets=samples["val"].targets,
+        class_names=data.class_names,
+    )
+    if logged_names(names[:1], data.class_names)[0] in lost:
+        chosen = "the smallest k and the largest l2 are taken"
+        say(f"  note: the labels of val define no {names[0]}: {chosen}")
     for method in task.methods:
         choice = Choice(names, data, samples["train"].targets, samples["val"].targets)
         fit = fit_knn if method == "knn" else fit_models
@@ -407,7 +401,7 @@ def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
     if loaded.root.data.features.standardize:
         source = data.splits["train"].source
         assert isinstance(source, VectorSource | BagSource)  # those of precomputed features
-        scale = feature_moments(source)
+        scale = feature_scale(source)
     samples = {}
     for name, split in data.splits.items():
         assert split.targets is not None  # build_data refuses to train without labels
@@ -417,18 +411,16 @@ def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
     return data, samples
 
 
-def gather_features(
-    source: Source, count: int, scale: tuple[np.ndarray, np.ndarray] | None
-) -> Tensor:
-    """Features (N, D) of the N = count samples of a source, of bags their means, minus mean over
-    deviation of `scale`; float64 ones are rounded to float32."""
+def gather_features(source: Source, count: int, scale: Standardizer | None) -> Tensor:
+    """Features (N, D) of the N = count samples of a source, of bags their means, standardised by
+    `scale`; float64 ones are rounded to float32."""
     size = max(1, READ_BYTES // source.vectors.row_bytes) if isinstance(source, VectorSource) else 1
     features = np.empty((0, 0), np.float32)
     for start in range(0, count, size):
         part = source.fetch(np.arange(start, min(start + size, count)))
         block = part[0].mean(0, dtype=np.float64)[None] if isinstance(part, list) else part
         if scale is not None:
-            block = (block - scale[0]) / scale[1]
+            block = scale(torch.from_numpy(block)).numpy()
         if not len(features):
             kind = np.float32 if block.dtype == np.float64 else block.dtype
             features = np.empty((count, block.shape[1]), kind)
@@ -450,11 +442,11 @@ class Choice:
     candidates: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
-    def scale(self) -> TargetScale | None:
+    def scale(self) -> Standardizer | None:
         """What the targets of a regression are standardised by, so that no digit is lost in the
         float32 of scores; ridge regression and neighbours give the same predictions."""
         is_regression = self.data.subtask == "regression"
-        return TargetScale.of(self.train_targets) if is_regression else None
+        return Standardizer.of_array(self.train_targets) if is_regression else None
 
     @property
     def learnt(self) -> Tensor:

@@ -25,12 +25,12 @@ from glovita_lib.experiment import (
     trained_weights,
 )
 from glovita_lib.loggers import build_logger, say, two_columns
-from glovita_lib.metrics import compute
+from glovita_lib.metrics import compute, undefined
 from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.objectives import LabelledPredictions
 from glovita_lib.peft import save_adapter
 from glovita_lib.plots import learning_curves
-from glovita_lib.resolved import check_targets, resolve_spec
+from glovita_lib.resolved import Resolved, check_targets, resolve_spec
 from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
 from glovita_lib.rundir import Decision, RunDir, opened, runtime_info
 from glovita_lib.sampler import check_ranks
@@ -207,6 +207,9 @@ def learn(
         "resolved": msgspec.to_builtins(resolved),
         "logger_id": logger.run_id,
     }
+    if ranks.is_main:
+        for note in undefined_notes(resolved, trainer):
+            say(f"  note: {note}")
     if saved is not None and ranks.is_main:
         say(continuation_line(trainer, root))
     elif ranks.is_main and root.task.result_plot != "none":
@@ -218,6 +221,27 @@ def learn(
     finally:
         logger.finish()
         trainer.close()
+
+
+def undefined_notes(resolved: Resolved, trainer: Trainer) -> list[str]:
+    """Lines about metrics that no model can have on the val split, as it has too few classes, or
+    targets that do not vary."""
+    split = None if trainer.val_loader is None else trainer.val_loader.split
+    if split is None or split.targets is None:
+        return []
+    names = undefined(
+        resolved.metrics,
+        subtask=resolved.subtask,
+        targets=split.targets,
+        class_names=resolved.class_names,
+    )
+    lines = [f"the labels of val define no {listed(names)}, whatever the model predicts"]
+    if resolved.best_metric in [f"val_{name}" for name in names]:
+        lines.append(
+            f"training.best_checkpoint_metric = {resolved.best_metric} is among them: the last"
+            " epoch counts as the best"
+        )
+    return lines if names else []
 
 
 def continuation_line(trainer: Trainer, root: Root) -> str:

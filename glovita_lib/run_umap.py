@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 
 from glovita_lib import dist
-from glovita_lib.data import Data, Images, Source, Split, skipped, subset
+from glovita_lib.data import Data, Images, Source, Split, Standardizer, skipped, subset
 from glovita_lib.data_features import encode_labels, keys, read_collection
 from glovita_lib.data_splits import strata
 from glovita_lib.errors import UserError, listed, versions
@@ -36,7 +36,7 @@ from glovita_lib.plot_projection import (
     write_page,
 )
 from glovita_lib.projection import MISSING, Projection, choose, perplexity_of, project
-from glovita_lib.read_features import BagSource, FileBags, VectorSource, feature_moments
+from glovita_lib.read_features import BagSource, FileBags, VectorSource, feature_scale
 from glovita_lib.resolved import Resolved
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
@@ -119,9 +119,16 @@ def choose_samples(splits: dict[str, Split], data: Data, spec: Umap, seed: int) 
 
 
 def samples_of_features(
-    splits: dict[str, Split], data: Data, spec: Umap, seed: int
+    splits: dict[str, Split],
+    data: Data,
+    spec: Umap,
+    seed: int,
+    scale: Standardizer | None = None,
 ) -> ChosenSamples:
     """Vectors, bags or instances of splits whose samples are features.
+
+    Args:
+        scale: what standardises them; a mean of instances becomes that of standardised ones.
 
     Raises:
         UserError: NaN or infinity among the chosen ones.
@@ -149,8 +156,9 @@ def samples_of_features(
         owners += [split.ids[row] for row in owner]
         targets.append(None if split.targets is None else split.targets[owner])
         names += [name] * len(owner)
+    values = torch.from_numpy(np.concatenate(features))
     found = ChosenSamples(
-        features=np.concatenate(features).astype(np.float32, copy=False),
+        features=(values.float() if scale is None else scale(values)).numpy(),
         ids=ids,
         owners=owners,
         targets=joined(targets),
@@ -161,18 +169,19 @@ def samples_of_features(
         image=None,
         total=int(sum(part.sum() for part in lengths.values())),
         name=data.name,
+        standardized=scale is not None,
         notes=tuple(data.report),
     )
     refuse_nan(found)
     return found
 
 
-def standardize(samples: ChosenSamples, data: Data) -> ChosenSamples:
-    """The samples with features of mean 0 and deviation 1 over the train split, as a model that
-    data.standardize asks for takes them; a mean of instances is that of standardised ones.
+def train_scale(data: Data) -> Standardizer:
+    """What brings features to mean 0 and deviation 1 over the train split, as a model that
+    data.standardize asks for takes them.
 
     Raises:
-        UserError: there is no train split, or it has NaN or infinity.
+        UserError: there is no train split.
     """
     if "train" not in data.splits:
         raise UserError(
@@ -181,10 +190,7 @@ def standardize(samples: ChosenSamples, data: Data) -> ChosenSamples:
         )
     source = data.splits["train"].source
     assert isinstance(source, VectorSource | BagSource)  # of a feature data set
-    mean, std = (moment.astype(np.float32) for moment in feature_moments(source))
-    found = with_fields(samples, features=(samples.features - mean) / std, standardized=True)
-    refuse_nan(found)
-    return found
+    return feature_scale(source)
 
 
 def vectors(source: Source, rows: np.ndarray) -> np.ndarray:
@@ -407,8 +413,8 @@ def find_samples(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks) -> ChosenS
     if data.samples.spec_kind == "images":  # which a user's own data set tells only now
         return samples_of_model(loaded, spec, ranks, seed)
     splits = wanted_splits(data, spec.split, "umap.split")
-    samples = samples_of_features(splits, data, spec, seed)
-    return standardize(samples, data) if own.features.standardize else samples
+    scale = train_scale(data) if own.features.standardize else None
+    return samples_of_features(splits, data, spec, seed, scale)
 
 
 def seed_of(loaded: Loaded[Root], spec: Umap) -> int:

@@ -160,6 +160,35 @@ class Trainer:
         logs = logs | {name: term.detach() for name, term in terms.items()}
         self.count(loss, logs, order.size(self.batch))
 
+    def refuse_lone_values(self) -> None:
+        """Where batches have one sample, take one through the model: batch norm cannot train on a
+        map of 1 x 1 pixels of one sample. Nothing changes by it.
+
+        Raises:
+            UserError: there is such a batch norm.
+        """
+        if not dist.any_rank(self.ranks, len(self.order) > 0 and self.order.size(0) == 1):
+            return
+        (batch,) = islice(self.train_loader.epoch(0), 1)
+        batch = batch.to(self.ranks.device)
+        kept = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self.model.train()
+        try:
+            with torch.no_grad(), autocast(self.precision, self.ranks.device):
+                self.objective.loss(self.model, batch, BatchRng(self.seed, 0, 0))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                "batch norm cannot train on one value a channel, but training batches have one"
+                f" sample and a map of the model 1 x 1 pixels ({error}); set"
+                " dataloading.batch_size to 2 or more (of a train split of two or more), use larger"
+                " images, or a model without batch norm"
+            ) from None
+        finally:
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(kept[name])
+
     def calibrate(self) -> None:
         """Let the PEFT method choose what trains by the gradient of some training batches."""
         batches = islice(self.train_loader.epoch(0), self.calibration_batches)
@@ -329,13 +358,16 @@ class Trainer:
         return dist.broadcast_object(self.ranks, record)
 
     def judge(self, record: Record) -> bool:
-        """Whether this epoch is the best so far; without a val split the last one is."""
+        """Whether this epoch is the best so far. Any number is better than an undefined value;
+        until there is one, and without a val split, the last epoch is the best."""
         state, spec = self.state, self.spec
-        if self.best_metric is None or self.val_loader is None:
+        value = math.nan
+        if self.best_metric is not None and self.val_loader is not None:
+            value = record[self.best_metric]
+            value = math.nan if value is None else value
+        if self.best_metric is None or (math.isnan(value) and state.best is None):
             state.best_epoch = state.epoch
             return True
-        value = record[self.best_metric]
-        value = math.nan if value is None else value
         if better(value, state.mark, self.best_metric, spec.early_stopping_min_delta):
             state.mark, state.stale = value, 0
         else:
@@ -344,9 +376,6 @@ class Trainer:
         state.stopped = patience is not None and state.stale >= patience
         if better(value, state.best, self.best_metric):
             state.best, state.best_epoch = value, state.epoch
-            return True
-        if state.best_epoch is None:  # NaN from the start: still keep a checkpoint to look at
-            state.best_epoch = state.epoch
             return True
         return False
 

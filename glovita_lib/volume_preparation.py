@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from glovita_lib.data import is_constant
 from glovita_lib.errors import UserError
 from glovita_lib.read_volume import spacing_of
 from glovita_lib.spec_data import VolumePreparation
@@ -298,7 +299,8 @@ def scaled(
             ' data.preparation.statistics = "foreground" over'
         )
     if name == "zscore":
-        offset, scale = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+        offset, variance = float(values.mean(dtype=np.float64)), float(values.var(dtype=np.float64))
+        scale = 0.0 if is_constant(offset, variance, values.size) else variance**0.5
     elif name == "minmax":
         offset, scale = float(values.min()), float(values.max()) - float(values.min())
     else:

@@ -9,7 +9,7 @@ import scipy.stats
 import sklearn.metrics as sk
 
 from glovita_lib.metric_names import logged_names, metrics_of
-from glovita_lib.metrics import compute, metrics_report
+from glovita_lib.metrics import compute, metrics_report, undefined
 
 NAMES = tuple("abcdefg")
 
@@ -270,3 +270,16 @@ def test_report_is_json_and_agrees_with_compute(subtask: str) -> None:
         assert found["confusion"] is None
     without = metrics_report(names, bootstrap=0, seed=3, **data)
     assert without["ci95"] == {} and without["metrics"] == found["metrics"]
+
+
+def test_metrics_that_no_prediction_defines():
+    def of(names, subtask, targets, classes="abc"):
+        return undefined(names, subtask=subtask, targets=targets, class_names=tuple(classes))
+
+    names = ("acc", "auroc", "ap", "f1")
+    assert of(names, "multiclass", np.ones(5, int)) == ["auroc", "ap"]
+    assert of(names, "multiclass", np.array([0, 1, 1])) == []
+    assert of(names, "multilabel", np.zeros((4, 3))) == ["auroc", "ap"]
+    numbers = ("mse", "r2", "pearson", "spearman")
+    assert of(numbers, "regression", np.full((60, 1), 0.1), "y") == list(numbers[1:])
+    assert of(numbers, "regression", np.arange(6.0)[:, None], "y") == []

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 import glovita
 from glovita_lib import run_probe
 from glovita_lib.dist import Ranks
-from glovita_lib.read_features import BagSource, feature_moments
+from glovita_lib.read_features import BagSource, feature_scale
 from glovita_lib.results import read_predictions
 
 DIGITS = load_digits()
@@ -205,11 +205,11 @@ def test_one_bag_at_a_time_is_in_memory():
     bags = [Reader().read(bag).astype(np.float64) for bag in (2, 0, 1)]
     means = np.stack([bag.mean(0) for bag in bags])
     np.testing.assert_allclose(run_probe.gather_features(source, 3, None), means, rtol=1e-6)
-    mean, std = feature_moments(source)
-    np.testing.assert_allclose(mean, np.concatenate(bags).mean(0))
-    np.testing.assert_allclose(std, np.concatenate(bags).std(0))
-    scaled = run_probe.gather_features(source, 3, (mean, std))
-    np.testing.assert_allclose(scaled, (means - mean) / std, atol=1e-5)
+    scale = feature_scale(source)
+    np.testing.assert_allclose(scale.mean, np.concatenate(bags).mean(0))
+    np.testing.assert_allclose(scale.std, np.concatenate(bags).std(0))
+    scaled = run_probe.gather_features(source, 3, scale)
+    np.testing.assert_allclose(scaled, (means - scale.mean) / scale.std, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

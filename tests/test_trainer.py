@@ -9,7 +9,9 @@ import torch
 from small_runs import RESNET, TINY
 
 from glovita_lib import dist, experiment, run_train
+from glovita_lib.data import subset
 from glovita_lib.experiment import assemble, build_trainer, read_data
+from glovita_lib.loggers import epoch_line
 from glovita_lib.optim import build_optimizer
 from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_check import load_checked
@@ -241,6 +243,78 @@ def test_few_samples_and_a_last_batch_of_one(command, monkeypatch, count):
     run = command("training.epochs=1", spec=TINY if count == 1 else RESNET)
     assert run.records()[0]["step"] == math.ceil(count / 32)
     assert math.isfinite(run.records()[0]["val_loss"])
+
+
+@pytest.mark.parametrize("change", ["dataloading.batch_size=1", "one sample"])
+def test_batch_norm_on_one_value_is_refused_before_anything_is_written(
+    command, monkeypatch, change
+):
+    """32 x 32 pixels are a map of 1 x 1 behind five halvings."""
+    spec = RESNET.replace("image_size = 16", "image_size = 32")
+    spec = spec.replace("test_resnet", "resnet18")
+    changes = [change] if "=" in change else []
+    if not changes:
+        read = experiment.read_data
+
+        def cut(root, ranks):
+            data = read(root, ranks)
+            data.splits["train"] = experiment.some_of(data.splits["train"], 1, 0)
+            return data
+
+        monkeypatch.setattr(run_train, "read_data", cut)
+    run = command("training.epochs=1", *changes, spec=spec, code=2)
+    assert "batch norm cannot train on one value a channel" in run.err
+    assert "dataloading.batch_size to 2 or more" in run.err
+    assert not run.path.exists()
+
+
+def test_batches_of_one_train_where_batch_norm_has_more_to_see(command):
+    """And what is tried before changes nothing: the running figures are those of the training."""
+    changes = ["dataloading.batch_size=1", "data.data_fraction=0.01", "training.epochs=1"]
+    run = command(*changes, spec=RESNET.replace("image_size = 16", "image_size = 64"))
+    counts = {v.item() for k, v in run.last["model"].items() if k.endswith("num_batches_tracked")}
+    assert counts == {run.records()[0]["step"]}
+
+
+def of_one_class(data):
+    """The data with a val split of one class."""
+    split = data.splits["val"]
+    data.splits["val"] = subset(split, np.flatnonzero(split.targets == split.targets[0]))
+    return data
+
+
+def test_a_best_metric_that_is_never_defined(command, monkeypatch):
+    """It is said before training; training goes on, and the last epoch is the best."""
+    read = experiment.read_data
+    monkeypatch.setattr(run_train, "read_data", lambda *given: of_one_class(read(*given)))
+    changes = ["training.early_stopping_patience=1", "training.best_checkpoint_metric=val_auroc"]
+    changes += ['task.metrics=["acc","auroc","f1"]', "training.epochs=3"]
+    run = command(*changes)
+    before, training = run.out.split("epoch 1/3")
+    assert "note: the labels of val define no auroc, whatever the model predicts" in before
+    assert "best_checkpoint_metric = val_auroc is among them: the last epoch counts" in before
+    assert training.count("auroc was never defined") == 3
+    assert [record["best_epoch"] for record in run.records()] == [0, 1, 2]
+    assert all(record["best"] is None for record in run.records())
+    torch.testing.assert_close(run.best["model"], run.last["model"], rtol=0, atol=0)
+
+
+def test_any_number_is_better_than_an_undefined_value(tmp_path):
+    root = root_of(tmp_path, TINY, "training.early_stopping_patience=2")
+    data = read_data(root, RANKS)
+    built = assemble(root, resolve_spec(root, data), RANKS, load_weights=False)
+    trainer = build_trainer(built, data, Hooks(print, print, print))
+    chosen = []
+    for epoch, value in enumerate([None, math.nan, 0.2, None, 0.1, 0.3]):
+        trainer.state.epoch = epoch
+        record = {"epoch": epoch, "lr": 0.1, "samples_per_s": 1.0, "seconds": 1.0}
+        record[trainer.best_metric] = value
+        chosen.append(trainer.judge(record))
+        record |= {"best": trainer.state.best, "best_epoch": trainer.state.best_epoch}
+        assert ("never" in epoch_line(record, epochs=6, best_metric="val_acc")) == (epoch < 2)
+        assert trainer.state.stopped == (epoch == 4)
+    assert chosen == [True, True, True, False, False, True]
+    assert (trainer.state.best, trainer.state.best_epoch) == (0.3, 5)
 
 
 def test_the_test_images_may_be_the_val_split(command, folder_spec, class_folders):

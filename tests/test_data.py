@@ -1,0 +1,141 @@
+"""What standardises columns, wherever they are standardised."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from sklearn.preprocessing import StandardScaler
+
+from glovita_lib import run_probe, run_umap
+from glovita_lib.data import Standardizer, is_constant
+from glovita_lib.datasets import build_data
+from glovita_lib.loader_features import FeatureInputs
+from glovita_lib.objectives import SupervisedObjective
+from glovita_lib.resolved import resolve_spec
+from glovita_lib.spec_check import load_checked
+
+N = 60
+DRAW = np.random.default_rng(0)
+COLUMNS = {
+    "constant": np.full(N, 0.1),
+    "constant and large": np.full(N, 1.7e9 + 0.1),
+    "constant and small": np.full(N, 1e-30),
+    "negative": np.full(N, -1 / 3),
+    "zero": np.zeros(N),
+    "usual": DRAW.normal(3, 2, N),
+    "small": DRAW.normal(0, 1e-30, N),
+    "one digit": 0.1 + 1e-9 * (np.arange(N) % 2),
+    "large": 1.7e9 + np.round(DRAW.normal(0, 30, N)),
+    "almost constant": np.r_[np.full(N - 1, 5.0), 5.5],
+}
+TABLE = np.stack(list(COLUMNS.values()), 1)
+KINDS = [np.float64, np.float32, np.float16]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_are_standardised_as_by_scikit_learn(kind):
+    columns = [k for k, v in enumerate(COLUMNS) if kind != np.float16 or "large" not in v]
+    table = TABLE[:, columns].astype(kind)
+    blocks = torch.from_numpy(table).split(7)
+    scale = Standardizer.of(lambda: blocks)
+    expected = StandardScaler().fit(table.astype(np.float64))
+    np.testing.assert_allclose(scale.mean, expected.mean_, rtol=1e-15)
+    np.testing.assert_allclose(scale.std, expected.scale_, rtol=1e-9)
+    assert (scale.std[: 3 if kind == np.float16 else 5] == 1).all()
+    wanted = expected.transform(table.astype(np.float64))
+    found = scale(torch.from_numpy(table))
+    assert found.dtype == torch.float32
+    rough = {np.float64: 1e-5, np.float32: 0.2, np.float16: 1e-3}[kind]  # of the mean in float32
+    np.testing.assert_allclose(found, wanted, atol=rough)
+    np.testing.assert_allclose(scale.restored(scale.standardized(table)), table, 1e-6, 1e-6)
+
+
+def test_whole_numbers_of_nine_digits_keep_their_last_one():
+    times = 1_700_000_000.0 + np.arange(-30, 31)[:, None]
+    scale = Standardizer.of_array(times)
+    steps = np.diff(scale.standardized(times)[:, 0])
+    np.testing.assert_allclose(steps, 1 / times.std(), rtol=1e-4)
+    assert (np.round(scale.restored(scale.standardized(times))) == times).all()
+
+
+def test_one_sample_and_one_constant_are_legal():
+    scale = Standardizer.of_array(np.array([[0.1, 5.0]]))
+    assert scale.std.tolist() == [1, 1] and scale.standardized(np.array([[0.1, 7.0]]))[0, 1] == 2
+    assert is_constant(0.1, 1e-33, 60) and not is_constant(0.1, 1e-20, 60)
+
+
+SPEC = """
+[data]
+dataset = "precomputed_features"
+data_root_dir = "{folder}"
+train_features_file = "train.h5"
+val_features_file = "val.h5"
+standardize = true
+[model.encoder]
+encoder_type = "precomputed"
+feature_dim = 10
+[model.head]
+head_type = "{head}"
+"""
+
+
+@pytest.fixture
+def features(tmp_path):
+    """A spec of features and of targets that have the columns above, constant in train alone."""
+
+    def written(head):
+        for name, values in (("train", TABLE), ("val", TABLE + 0.01)):
+            with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+                file["features"] = values
+                file["labels"] = values if head == "regression" else np.arange(N) % 2
+        (tmp_path / "spec.toml").write_text(SPEC.format(folder=tmp_path, head=head))
+        root = load_checked(str(tmp_path / "spec.toml"), []).root
+        return root, build_data(root.data, seed=0)
+
+    return written
+
+
+def by_hand(values):
+    scaler = StandardScaler().fit(TABLE)
+    return scaler.transform(values)
+
+
+def test_features_of_a_run_and_targets(features):
+    root, data = features("regression")
+    resolved = resolve_spec(root, data)
+    inputs = FeatureInputs(resolved.inputs.mean, resolved.inputs.std)
+    found = inputs(torch.from_numpy(TABLE + 0.01), False, 0)
+    np.testing.assert_allclose(found, by_hand(TABLE + 0.01), rtol=1e-5, atol=1e-5)
+    assert resolved.target_std == resolved.inputs.std
+    objective = SupervisedObjective(root.task, resolved, torch.device("cpu"))
+    found = objective.target_scale.standardized(TABLE + 0.01)
+    np.testing.assert_allclose(found, by_hand(TABLE + 0.01), rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_a_map_and_of_a_probe(features):
+    root, data = features("classification")
+    scale = run_umap.train_scale(data)
+    chosen = run_umap.samples_of_features({"val": data.splits["val"]}, data, root.umap, 0, scale)
+    np.testing.assert_allclose(chosen.features, by_hand(TABLE + 0.01), rtol=1e-5, atol=1e-5)
+    found = run_probe.gather_features(data.splits["val"].source, N, scale)
+    np.testing.assert_allclose(found, by_hand(TABLE + 0.01), rtol=1e-5, atol=1e-5)
+
+
+def test_a_probe_standardises_so_itself():
+    """A column that is 0.1 in train says nothing, and must not outweigh the others elsewhere."""
+    generator = np.random.default_rng(0)
+    labels = torch.arange(N) % 2
+    table = np.c_[generator.normal(size=(N, 3)) + labels[:, None].numpy(), np.full(N, 1e6 / 3)]
+    ((_, model),) = run_probe.fit_linear(
+        torch.from_numpy(table),
+        labels,
+        outputs=2,
+        subtask="multiclass",
+        l2=[1e-3],
+        standardize=True,
+        max_iterations=100,
+        device=torch.device("cpu"),
+    )
+    moved = torch.from_numpy(table + [0, 0, 0, 1e-3])
+    assert model.scale.std[3] == 1
+    assert (model.logits(moved) - model.logits(torch.from_numpy(table))).abs().max() < 1e-2
