@@ -1,6 +1,7 @@
 """Mode infer: predictions and metrics of trained checkpoints, with the transforms of training."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import singledispatch
 from pathlib import Path
@@ -28,7 +29,7 @@ from glovita_lib.resolved import (
     check_targets,
 )
 from glovita_lib.results import summary_lines, write_predictions, write_results
-from glovita_lib.rundir import RunDir, locate
+from glovita_lib.rundir import RunDir, alone, locate
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_data import BaseData, GenericImageData
 from glovita_lib.spec_root import Root
@@ -56,7 +57,9 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
     folder = Path(root.infer.output_dir or locate(loaded).path / "infer")
     target = folder / f"attention_{name}.h5"
     members: list[Predictions] = []
-    with AttentionWriter(target, ranks, wanted=root.infer.attention and not dry_run) as recorder:
+    wanted = root.infer.attention and not dry_run
+    claimed = nullcontext() if dry_run else alone(folder / name, ranks)
+    with claimed, AttentionWriter(target, ranks, wanted=wanted) as recorder:
         for path in paths:
             member = first if path == paths[0] else restore(path, root, ranks)
             check_same_outputs(first.resolved, paths[0], member.resolved, path)
@@ -71,9 +74,9 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
         rows = [] if predictions is None else write_split(folder, name, split, predictions, first)
         notes = {"split": name, "checkpoints": list(map(str, paths))}
         attention = recorder.write(split, first.resolved, notes)
-    if predictions is not None:
-        if attention is not None:
+        if attention is not None and predictions is not None:
             rows += draw_attention(attention, split, predictions, first, root.infer.attention_maps)
+    if ranks.is_main:
         say(two_columns(rows))
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from importlib import metadata, util
@@ -38,7 +39,7 @@ from glovita_lib.plot_projection import (
 from glovita_lib.projection import MISSING, Projection, choose, perplexity_of, project
 from glovita_lib.read_features import BagSource, FileBags, VectorSource, feature_scale
 from glovita_lib.resolved import Resolved
-from glovita_lib.rundir import locate
+from glovita_lib.rundir import alone, locate
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_data import BaseData, PrecomputedData
 from glovita_lib.spec_root import Root
@@ -392,10 +393,11 @@ def make_map(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks, *, dry_run: bo
     if spec.color_table is not None:
         path, column = spec.color_table
         read_csv(Path(path), ("id", column))
-    samples = find_samples(loaded, spec, ranks)
-    for note in samples.notes:
-        say(f"  note: {note}")
-    draw_projection(loaded, spec, samples, ranks, dry_run=dry_run)
+    with nullcontext() if dry_run else alone(output_stem(loaded, spec), ranks):
+        samples = find_samples(loaded, spec, ranks)
+        for note in samples.notes:
+            say(f"  note: {note}")
+        draw_projection(loaded, spec, samples, ranks, dry_run=dry_run)
 
 
 # ---------------------------------------------------------------------- samples

@@ -248,6 +248,24 @@ def opened(loaded: Loaded[Root], ranks: Ranks) -> Iterator[tuple[RunDir, Decisio
             lock.release()
 
 
+@contextmanager
+def alone(results: Path, ranks: Ranks) -> Iterator[None]:
+    """No other process writes results of this name in the block; nothing is left of the lock.
+
+    Raises:
+        UserError: another process does.
+    """
+    lock = Lock(results.with_name(f".{results.name}.lock"))
+    main_decides(ranks, lock.acquire)
+    try:
+        yield
+    finally:
+        if lock.handle is not None:
+            with suppress(OSError):  # an open file, which some systems do not remove
+                lock.path.unlink()
+        lock.release()
+
+
 def is_read_only(folder: Path) -> bool:
     """Whether a folder is there and nothing can be written to it."""
     return folder.is_dir() and not os.access(folder, os.W_OK)

@@ -6,9 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from small_runs import TINY, digits, load, snapshot, write_png
 
 from glovita_lib import checkpoint
+from glovita_lib.dist import Ranks
+from glovita_lib.rundir import alone
 
 CHANGES = [
     "training.ema_decay=0.9",
@@ -63,6 +66,15 @@ def test_test_is_the_default_and_training_files_stay(command):
         "infer/", "infer/predictions_test.csv", "infer/metrics_test.json"
     }  # fmt: skip
     assert all(after[name] == content for name, content in before.items())
+
+
+def test_two_write_the_same_results_one_after_the_other(command, refused):
+    """Another split's results may be written meanwhile."""
+    run = command()
+    with alone(run.path / "infer" / "test", Ranks(0, 1, 0, torch.device("cpu"))):
+        assert "in use by this process" in refused("mode=infer")
+        command("mode=infer", "infer.split=val")
+    assert not list(run.path.rglob("*.lock"))[1:]  # but that of the run
 
 
 def test_the_last_checkpoint_if_asked(command):

@@ -17,10 +17,12 @@ from small_runs import FOLDERS, TINY, write_png
 
 import glovita
 from glovita_lib import dist
+from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
 from glovita_lib.projection import project
 from glovita_lib.read_image import FileSource
 from glovita_lib.run_umap import open_input, samples_of_features, samples_of_model
+from glovita_lib.rundir import alone
 from glovita_lib.spec_check import load_checked
 from glovita_lib.spec_data import DigitsData, PrecomputedData
 from glovita_lib.spec_train import Umap
@@ -160,6 +162,14 @@ def test_a_file_becomes_pictures_table_page_and_numbers(tmp_path, capsys):
     assert "class 3" in (folder / "pca.svg").read_text()
     out = capsys.readouterr().out
     assert f"{numbers['trustworthiness']:.3f}" in out and str(folder / "pca.html") in out
+
+
+def test_two_draw_the_same_map_one_after_the_other(tmp_path, capsys):
+    path = write(tmp_path / "v.h5", features=X[:60])
+    with alone(tmp_path / "umap_plots" / "v" / "pca", Ranks(0, 1, 0, torch.device("cpu"))):
+        assert command(tmp_path, f"umap.input={path}") == 2
+    assert "in use by this process" in capsys.readouterr().err
+    assert command(tmp_path, f"umap.input={path}") == 0
 
 
 def test_the_same_command_gives_the_same_files(tmp_path):
