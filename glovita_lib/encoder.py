@@ -478,6 +478,13 @@ def preprocess_of(spec: Any, *, channels: int) -> Preprocess:
 
 
 @ByStruct
+def patch_size_of(spec: Any) -> tuple[int, ...] | None:
+    """Voxels (X, Y, Z) that the encoder of a Struct was made for, the default of the patch; None
+    where nothing asks for certain ones. Builds nothing."""
+    return None
+
+
+@ByStruct
 def build_encoder(
     spec: Any, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:

@@ -40,7 +40,7 @@ class Grid:
         """Number of prefix tokens and the grid of the others, which may be halved (Swin's stages).
 
         Raises:
-            RuntimeError: no such grid, for example where patches were dropped.
+            UserError: no such grid, for example where patches were dropped.
         """
         size = self.size
         if tokens >= math.prod(size):
@@ -48,7 +48,10 @@ class Grid:
         while math.prod(size) > tokens:
             size = tuple(-(-side // 2) for side in size)
         if math.prod(size) != tokens:
-            raise RuntimeError(f"{tokens} tokens are no grid of the {self.size} patches")
+            raise UserError(
+                f"peft.method: it needs all {' x '.join(map(str, self.size))} patches, and there"
+                f" are {tokens} tokens: leave no patches out in model.encoder"
+            )
         return 0, size
 
 

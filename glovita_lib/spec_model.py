@@ -236,8 +236,11 @@ class BaseEncoder(Spec):
     """What other sections and the model ask every encoder."""
 
     built_in: ClassVar[str] = "encoder"
-    takes: ClassVar[Literal["images", "volumes", "features", "either"]] = "images"
-    """What a sample is; either is an image or a volume."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        """What a sample is; either is an image or a volume."""
+        return "images"
 
     def reads(self, samples: str) -> bool:
         """Whether samples of a kind, "images", "volumes" or "features", are what it takes."""
@@ -358,19 +361,203 @@ class TorchvisionEncoder(LibraryEncoder, tag="torchvision", tag_field="encoder_t
     """Probability of skipping the last block, where the model has it."""
 
 
+Positive = Annotated[int, Meta(ge=1)]
+Odd = Annotated[int, Meta(ge=1, le=31)]
+Probability = Annotated[float, Meta(ge=0, lt=1)]
+Voxels = tuple[Positive, Positive, Positive]
+
+
+class VolumeEncoder(BaseEncoder):
+    """What the encoders of volumes (C, X, Y, Z) share; none of them has a class token."""
+
+    built_in: ClassVar[str] = "encoder_volume"
+
+    input_channels: Channels | None = None
+    """Channels of the input; none takes the data's."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "volumes"
+
+    @property
+    def stated_channels(self) -> int | None:
+        return self.input_channels
+
+    @property
+    def without_class_token(self) -> str | None:
+        return str(self.__struct_config__.tag)
+
+
+class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_type"):
+    """The residual encoder of nnU-Net (ResEnc, blocks of ResNet-D), of volumes or images; the
+    defaults are those of its L preset."""
+
+    spatial_dim: Literal[2, 3] = 3
+    """Axes of the input besides the channels: 3 takes volumes, 2 images."""
+    features_per_stage: tuple[Positive, ...] = (32, 64, 128, 256, 320, 320)
+    """Channels of the stages, from the input; the last is the width."""
+    kernel_sizes: Odd | tuple[Odd | tuple[Odd, ...], ...] = 3
+    """Side of the kernels, odd: of all, or a number or one per axis for each stage; an axis of
+    thick slices has 1 in the first stages."""
+    strides: tuple[Positive | tuple[Positive, ...], ...] = (1, 2, 2, 2, 2, 2)
+    """Step of the first block of each stage, a number or one per axis."""
+    n_blocks_per_stage: Positive | tuple[Positive, ...] = (1, 3, 4, 6, 6, 6)
+    """Residual blocks of all stages or of each."""
+    conv_bias: bool = True
+    """Whether convolutions have a bias, but for those of the skips."""
+    norm: Literal["instance", "batch"] = "instance"
+    """Normalisation behind each convolution, with scale and shift."""
+    dropout_p: Probability = 0.0
+    """Probability of dropping a channel behind a convolution of a stage's kernel size."""
+    nonlinearity: Literal["relu", "leaky_relu", "gelu"] = "leaky_relu"
+    """Activation; the leaky one has slope 0.01 below 0."""
+    block_type: Literal["basic", "bottleneck"] = "basic"
+    """Two convolutions a block, or three, the outer ones of one voxel."""
+    bottleneck_channels: Annotated[
+        Positive | tuple[Positive, ...] | None, read_if("block_type", "bottleneck")
+    ] = None
+    """Channels inside the blocks of all stages or of each."""
+    stem_channels: Positive | None = None
+    """Channels behind the first convolution; none takes those of the first stage."""
+    pool_type: Literal["conv", "avg", "max"] = "conv"
+    """What makes a stage's step: its first convolution, or a pooling before it."""
+    stochastic_depth_p: Probability = 0.0
+    """Probability that training skips a block for a sample."""
+    squeeze_excitation: bool = False
+    """Whether a block's channels are scaled by what a small network makes of their means."""
+    squeeze_excitation_reduction_ratio: Annotated[
+        float, Meta(gt=0, le=1), read_if("squeeze_excitation", True)
+    ] = 0.0625
+    """Hidden channels of that network in proportion to the block's, at least 8."""
+    weights: PathText | None = None
+    """File of weights (pth, pt, safetensors) under the names of dynamic-network-architectures;
+    those of one channel are spread over the input's."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "volumes" if self.spatial_dim == 3 else "images"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """There is an entry a stage and a number an axis."""
+        stages = len(self.features_per_stage)
+        if not stages:
+            yield "features_per_stage", "name the channels of one stage at least"
+        if self.block_type == "bottleneck" and self.bottleneck_channels is None:
+            yield (
+                "bottleneck_channels",
+                'model.encoder.block_type = "bottleneck" needs them: a number, or one a stage',
+            )
+        for key in ("kernel_sizes", "strides", "n_blocks_per_stage", "bottleneck_channels"):
+            given = getattr(self, key)
+            entries = given if isinstance(given, tuple) else (given,) * stages
+            if len(entries) != stages:
+                yield (
+                    key,
+                    f"{len(entries)} entries, but model.encoder.features_per_stage has {stages}"
+                    " stages: one for each",
+                )
+            if any(isinstance(e, tuple) and len(e) != self.spatial_dim for e in entries):
+                yield key, f"a number, or {self.spatial_dim} for each stage, one per axis"
+        sizes = self.kernel_sizes if isinstance(self.kernel_sizes, tuple) else (self.kernel_sizes,)
+        sides = [side for size in sizes for side in (size if isinstance(size, tuple) else (size,))]
+        if even := [side for side in sides if side % 2 == 0]:
+            yield "kernel_sizes", f"{even[0]} is even: only odd kernels keep the size"
+
+
+class PrimusEncoder(VolumeEncoder, tag="primus", tag_field="encoder_type"):
+    """The transformer of volumes by Wald et al. (Primus, 2025): EVA blocks with learned and rotary
+    position embeddings over patches of voxels."""
+
+    built_in: ClassVar[str] = "encoder_primus"
+
+    variant: Literal["S", "B", "M", "L"] = "S"
+    """Width, blocks and heads: S 396, 12, 6; B 792, 12, 12; M 864, 16, 12; L 1056, 24, 16."""
+    input_shape: Voxels | None = None
+    """Voxels that the position embedding is made for, as data.augmentation.patch_size, whose
+    default it is."""
+    patch_embed_size: Voxels = (8, 8, 8)
+    """Voxels of a token."""
+    drop_path_rate: Probability = 0.0
+    """Probability that training skips the last block for a sample; from 0 on in even steps."""
+    patch_drop_rate: Probability = 0.0
+    """Share of the tokens that training leaves out."""
+    weights: PathText | None = None
+    """File of weights (pth, pt, safetensors) under the names of dynamic-network-architectures;
+    those of one channel are spread over the input's, the position embedding is resampled."""
+    weights_shape: Annotated[Voxels | None, read_if("weights")] = None
+    """Voxels that the position embedding in the file was made for; none takes those of the input
+    where their patches are as many, else a cube."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Inputs are whole numbers of patches."""
+        for key in ("input_shape", "weights_shape"):
+            shape = getattr(self, key)
+            if shape and any(s % p for s, p in zip(shape, self.patch_embed_size, strict=True)):
+                fitting = [
+                    max(1, round(s / p)) * p
+                    for s, p in zip(shape, self.patch_embed_size, strict=True)
+                ]
+                yield (
+                    key,
+                    f"{shown(shape)} is no whole number of tokens of {shown(self.patch_embed_size)}"
+                    f" voxels; nearest {shown(fitting)}",
+                )
+
+
+class NnFoundationEncoder(
+    VolumeEncoder, tag="nnfoundation", tag_field="encoder_type", kw_only=True
+):
+    """A network pretrained with nnssl (nnFoundation, OpenMind): architecture and weights from its
+    checkpoint, whose adaptation plan says what it is."""
+
+    built_in: ClassVar[str] = "encoder_nnfoundation"
+
+    checkpoint_path: PathText
+    """checkpoint_final.pth of nnssl; its adaptation_plan.json where pretrained = false."""
+    pretrained: bool = True
+    """Whether its weights are loaded; else the architecture alone is built."""
+    drop_path_rate: Probability | None = None
+    """Probability that training skips the last block of a Primus for a sample; none takes the
+    plan's, else 0.2."""
+    input_shape: Voxels | None = None
+    """Voxels of the input, the default of data.augmentation.patch_size; none takes the plan's
+    recommended downstream patch."""
+
+
+class VideoResNetEncoder(LibraryEncoder, tag="torchvision_video", tag_field="encoder_type"):
+    """A 3-D ResNet of torchvision on volumes, their last axis in the place of time."""
+
+    built_in: ClassVar[str] = "encoder_volume"
+    set_elsewhere: ClassVar[dict[str, str]] = {
+        "num_classes": "the data",
+        "weights": "model.encoder.weights",
+    }
+
+    type: Literal["r3d_18", "mc3_18", "r2plus1d_18"] = "r3d_18"
+    """Model name; the published weights are of Kinetics-400."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "volumes"
+
+    @property
+    def without_class_token(self) -> str | None:
+        return self.type
+
+
 class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type"):
     """No network: the samples of data set precomputed_features are features already."""
-
-    takes: ClassVar[Literal["images", "volumes", "features", "either"]] = "features"
 
     feature_dim: Annotated[int, Meta(ge=1)] | None = None
     """Width of the features; none takes the file's, a number is checked."""
 
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "features"
+
 
 class CustomEncoder(BaseEncoder, tag="custom", tag_field="encoder_type", kw_only=True):
     """An encoder of your own: a function of your package that returns a module."""
-
-    takes: ClassVar[Literal["images", "volumes", "features", "either"]] = "either"
 
     target: str
     """Where the function is: "package.module:function"; called as function(input_channels=...,
@@ -383,6 +570,10 @@ class CustomEncoder(BaseEncoder, tag="custom", tag_field="encoder_type", kw_only
     """Keyword arguments of the function."""
 
     @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "either"
+
+    @property
     def stated_channels(self) -> int | None:
         return self.input_channels
 
@@ -390,7 +581,16 @@ class CustomEncoder(BaseEncoder, tag="custom", tag_field="encoder_type", kw_only
         yield from target_problems(self.target)
 
 
-Encoder = TimmEncoder | TorchvisionEncoder | PrecomputedEncoder | CustomEncoder
+Encoder = (
+    TimmEncoder
+    | TorchvisionEncoder
+    | ResidualEncoder
+    | PrimusEncoder
+    | NnFoundationEncoder
+    | VideoResNetEncoder
+    | PrecomputedEncoder
+    | CustomEncoder
+)
 
 
 class ModelSpec(Spec):

@@ -6,7 +6,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from glovita_lib.encoder_primus import PrimusNetwork, PrimusShape
+from glovita_lib.encoder_volume import ResidualNetwork
 from glovita_lib.peft_base import adapters_by_class
+from glovita_lib.spec_model import ResidualEncoder
 
 SHAPES = {
     "vit": (3, 32, 32),
@@ -16,6 +19,8 @@ SHAPES = {
     "convnext": (3, 64, 64),
     "resnet": (3, 32, 32),
     "volume": (1, 8, 8, 8),
+    "residual": (1, 8, 8, 8),
+    "primus": (1, 8, 8, 12),
     "series": (2, 32),
     "torch_attention": (3, 32, 32),
 }
@@ -98,9 +103,39 @@ class Separate(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class Mean(nn.Module):
+    """The mean of a network's map or of its tokens."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)  # (B, D, *grid) or (B, N, D)
+        return y.mean(1) if y.ndim == 3 else y.flatten(2).mean(2)
+
+
+def residual() -> nn.Module:
+    """A residual encoder of volumes."""
+    spec = ResidualEncoder(
+        features_per_stage=(8, 16), strides=(1, 2), n_blocks_per_stage=(1, 2), norm="batch"
+    )
+    return Mean(ResidualNetwork(spec, 1))
+
+
+def primus() -> nn.Module:
+    """A transformer of volumes, of 2 x 2 x 3 patches and two registers."""
+    shape = PrimusShape(48, 2, 4, (4, 4, 4), drop_path=0.0, registers=2)
+    return Mean(PrimusNetwork(shape, 1, (2, 2, 3)))
+
+
 def build(name: str) -> nn.Module:
     """A network without head in eval mode, always the same weights."""
     torch.manual_seed(0)
+    if name in ("residual", "primus"):
+        net = residual() if name == "residual" else primus()
+        jitter_vectors(net)
+        return net.eval()
     if name == "volume":
         return Volume().eval()
     if name == "series":

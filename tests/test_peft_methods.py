@@ -41,9 +41,9 @@ from glovita_lib.spec_peft import (
 )
 
 ALL = tuple(SHAPES)
-TRANSFORMERS = ("vit", "dinov3", "eva02", "series", "torch_attention")
+TRANSFORMERS = ("vit", "dinov3", "eva02", "series", "torch_attention", "primus")
 LINEAR = (*TRANSFORMERS, "swin", "convnext")
-WITH_MLP = ("vit", "dinov3", "eva02", "torch_attention", "swin", "convnext")
+WITH_MLP = ("vit", "dinov3", "eva02", "torch_attention", "primus", "swin", "convnext")
 SEQUENCES = TRANSFORMERS
 UNGROUPED = tuple(n for n in ALL if n != "volume")  # its second convolutions have two groups
 
@@ -77,7 +77,7 @@ METHODS = {
     "convpass": (Convpass(bottleneck=4), WITH_MLP),
     "convpass_attn": (
         Convpass(bottleneck=4, places=("attn",)),
-        ("vit", "dinov3", "eva02", "torch_attention"),
+        ("vit", "dinov3", "eva02", "torch_attention", "primus"),
     ),
     "rep_adapter": (RepAdapter(), UNGROUPED),
     "fact_tt": (Fact(r=3), LINEAR),

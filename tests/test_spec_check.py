@@ -37,6 +37,8 @@ TRAIN_KWARGS = "data.augmentation.train_kwargs"
 INSTANCES = "model.head.instance_eval=true"
 CLAM = [*FEATURES, "model.head.head_type=clam"]
 CUSTOM = ["data.dataset=custom", "data.target=a.b:c"]
+RESIDUAL = [*CUSTOM, "model.encoder.encoder_type=residual_encoder"]
+PRIMUS = [*CUSTOM, "model.encoder.encoder_type=primus"]
 
 BROKEN = [
     (["name=../x"], "name", "cannot name a directory"),
@@ -258,6 +260,39 @@ BROKEN = [
     ([*KFOLD, "infer.folds=[]"], "infer.folds", "names none"),
     ([*KFOLD, "infer.folds=[1, 1]"], "infer.folds", "twice"),
     ([*KFOLD, "infer.folds=[0, 7]"], "infer.folds", "[7] do not exist"),
+    # encoders of volumes
+    (
+        ["model.encoder.encoder_type=primus"],
+        "model.encoder.encoder_type",
+        '"primus" takes volumes, and the samples are images: name an encoder for images',
+    ),
+    ([*RESIDUAL, "model.encoder.strides=[1, 2]"], "model.encoder.strides", "2 entries, but"),
+    (
+        [*RESIDUAL, "model.encoder.kernel_sizes=[[1, 3], 3, 3, 3, 3, 3]"],
+        "model.encoder.kernel_sizes",
+        "a number, or 3 for each stage, one per axis",
+    ),
+    ([*RESIDUAL, "model.encoder.kernel_sizes=4"], "model.encoder.kernel_sizes", "4 is even"),
+    (
+        [
+            *RESIDUAL,
+            "model.encoder.features_per_stage=[]",
+            "model.encoder.strides=[]",
+            "model.encoder.n_blocks_per_stage=1",
+        ],
+        "model.encoder.features_per_stage",
+        "one stage at least",
+    ),
+    (
+        [*RESIDUAL, "model.encoder.block_type=bottleneck"],
+        "model.encoder.bottleneck_channels",
+        '"bottleneck" needs them',
+    ),
+    (
+        [*PRIMUS, "model.encoder.input_shape=[64, 60, 64]"],
+        "model.encoder.input_shape",
+        "[64, 60, 64] is no whole number of tokens of [8, 8, 8] voxels; nearest [64, 64, 64]",
+    ),
     # extract
     (["extract.source=encoder", "extract.checkpoint=x.pt"], "extract.source", "drop one"),
     (["extract.bag_by=group", "extract.output=map"], "extract.bag_by", "one vector a sample"),
@@ -288,6 +323,12 @@ IGNORED = [
     ([*CSV, "data.split_column=x"], "data.split_column"),
     ([*FEATURES, "data.id_column=x"], "data.id_column"),
     (["model.encoder.weights_order=true"], "model.encoder.weights_order"),
+    ([*RESIDUAL, "model.encoder.bottleneck_channels=2"], "model.encoder.bottleneck_channels"),
+    (
+        [*RESIDUAL, "model.encoder.squeeze_excitation_reduction_ratio=0.5"],
+        "model.encoder.squeeze_excitation_reduction_ratio",
+    ),
+    ([*PRIMUS, "model.encoder.weights_shape=[8, 8, 8]"], "model.encoder.weights_shape"),
     ([*CLAM, "model.head.k_sample=4"], "model.head.k_sample"),
     ([*CLAM, "model.head.subtyping=true"], "model.head.subtyping"),
     ([*CLAM, "model.head.instance_loss=svm"], "model.head.instance_loss"),
