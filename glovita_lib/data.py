@@ -17,6 +17,7 @@ from glovita_lib import files
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_data import Subtask
+from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 
 # ----------------------------------------------------------------------- names of the outputs
 
@@ -77,7 +78,18 @@ class Source(Protocol):
 
     @property
     def sizes(self) -> np.ndarray | None:
-        """Height and width (N, 2) of images, where they are known before they are decoded."""
+        """Height and width (N, 2) of images, voxels along X, Y, Z (N, 3) of volumes, where they are
+        known before they are decoded."""
+        return None
+
+    @property
+    def windows(self) -> Callable[[np.ndarray], list[Any]] | None:
+        """A method windows(rows) -> samples of which only what is sliced is read (volumes), arrays
+        in all that `fit` of an objective asks of them; `loaded()` gives one in memory. None of
+        samples that are read whole.
+
+        Such samples are always fitted where they are read, also where all have one size.
+        """
         return None
 
     @property
@@ -220,6 +232,17 @@ class ImageSamples(BaseSamples, tag="images"):
     """Bits per channel: 8 (uint8 samples) or 16 (uint16 samples)."""
 
 
+class VolumeSamples(BaseSamples, tag="volumes"):
+    """Prepared volumes (C, X, Y, Z)."""
+
+    channels: int
+    """Channels of a prepared volume: each series, frame or CT window is one."""
+    reading: VolumeReading | None = None
+    """How their files are read; none of a data set of the user's own."""
+    preparation: VolumePreparation | None = None
+    """How they are prepared, without what says where and how fast."""
+
+
 class VectorSamples(BaseSamples, tag="vectors"):
     """Precomputed features (D,)."""
 
@@ -313,6 +336,7 @@ class CachedSource:
     samples: np.ndarray | list[Any]
     fitted: bool  # whether they were cropped and resized when they were decoded
     collate: Callable[[Any], Any] | None = None  # that of the source they came from
+    windows: ClassVar[None] = None  # samples in memory are sliced as they are
 
     @property
     def uniform(self) -> tuple[int, ...] | None:
@@ -363,8 +387,14 @@ class PartSource(Source):
 
     @property
     def sizes(self) -> np.ndarray | None:
-        """Height and width (N, 2), where they are known."""
+        """Spatial sizes (N, 2 or 3), where they are known."""
         return None if self.whole.sizes is None else self.whole.sizes[self.rows]
+
+    @property
+    def windows(self) -> Callable[[np.ndarray], list[Any]] | None:
+        """That of the whole source."""
+        windows = self.whole.windows
+        return None if windows is None else lambda rows: windows(self.rows[rows])
 
     @property
     def collate(self) -> Callable[[Any], Any] | None:

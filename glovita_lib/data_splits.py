@@ -271,7 +271,12 @@ def different(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def duplicate_notes(
-    paths: Sequence[str], ids: Sequence[str], targets: np.ndarray, rows: dict[str, np.ndarray]
+    paths: Sequence[str],
+    ids: Sequence[str],
+    targets: np.ndarray,
+    rows: dict[str, np.ndarray],
+    *,
+    noun: str,
 ) -> list[str]:
     """Lines on files that are equal byte for byte: across splits (leakage), within a split, and
     with different labels."""
@@ -287,11 +292,13 @@ def duplicate_notes(
         if len({targets[row].tobytes() for row in members}) > 1:
             torn.append(shown)
     texts = {
-        "leakage: {} images are in several splits under different names: {}": across,
-        "{} images occur several times within a split: {}": within,
-        "{} images occur with different labels: {}": torn,
+        "leakage: {} {}s are in several splits under different names: {}": across,
+        "{} {}s occur several times within a split: {}": within,
+        "{} {}s occur with different labels: {}": torn,
     }
-    return [text.format(len(found), listed(found, 5)) for text, found in texts.items() if found]
+    return [
+        text.format(len(found), noun, listed(found, 5)) for text, found in texts.items() if found
+    ]
 
 
 def duplicates(paths: Sequence[str], *, threads: int) -> list[list[int]]:

@@ -473,7 +473,7 @@ def refuse_unstable(experiment: Experiment) -> None:
     """Where training.cache_frozen_features is set, the vectors of every epoch must be the same.
 
     Raises:
-        UserError: the samples are no images, the encoder trains, the head takes raw features, or
+        UserError: the samples are features, the encoder trains, the head takes raw features, or
             the train policy draws something.
     """
     if not experiment.root.training.cache_frozen_features:
@@ -488,7 +488,7 @@ def refuse_unstable(experiment: Experiment) -> None:
             ' "linear_probing" with head_type classification or regression, or leave it out'
         )
     task = experiment.root.task
-    drawn = inputs.augmentation.train.random()
+    drawn = [*inputs.drawn]
     drawn += [name for name in ("mixup", "cutmix") if getattr(task, name)]
     if drawn:
         raise UserError(

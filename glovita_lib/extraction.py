@@ -618,9 +618,10 @@ def part_to_read(split: Split, rows: np.ndarray, notes: Path, extractor: Extract
 
 
 @singledispatch
-def skipping_source(inputs: Inputs, whole: Source, rows: np.ndarray, notes: Path) -> SkippingSource:
-    """Some samples of a source, with blank ones and notes about them for what cannot be read."""
-    raise TypeError(f"no blank sample of {type(inputs).__name__}")
+def skipping_source(inputs: Inputs, whole: Source, rows: np.ndarray, notes: Path) -> Source:
+    """Some samples of a source, with blank ones and notes about them for what cannot be read; of
+    other samples than images the data set has left out what cannot be."""
+    return PartSource(whole, rows)
 
 
 @skipping_source.register

@@ -208,7 +208,7 @@ def recipe_of_features(
         "encoder_spec": json.dumps(encoder),
         "peft_spec": json.dumps(msgspec.to_builtins(experiment.root.peft)),
         "weights_sha256": extractor.weights_sha256,
-        "transform": json.dumps(msgspec.to_builtins(extractor.inputs.augmentation)),
+        "transform": json.dumps(extractor.inputs.transform),
         "ids_sha256": sha256("\n".join(split.ids).encode()),
         "bag_by": root.extract.bag_by or "none",
     }

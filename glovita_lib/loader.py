@@ -23,7 +23,7 @@ from glovita_lib.spec_train import Dataloading
 #
 # Decoded splits in memory, of the host or of the GPU.
 #
-# N samples, C channels, H W pixels.
+# N samples, C channels, H W pixels, X Y Z voxels.
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,6 +41,7 @@ def hold(
     rows: np.ndarray,
     *,
     fit: Callable[[np.ndarray | list[Any]], np.ndarray] | None,
+    windows: Callable[[np.ndarray], list[Any]] | None,
     threads: int,
     shown: bool,
 ) -> CachedSource:
@@ -50,22 +51,24 @@ def hold(
     threads of its own, and each of its chunks is inflated once.
 
     Args:
-        fit: crops and resizes samples of differing sizes once and for all, where that is the same
-            in every epoch (evaluation).
+        fit: crops and resizes samples once, where that is the same in every epoch (evaluation).
+        windows: what reads samples that are fitted from windows, see Source.windows.
         shown: whether a long decoding is announced.
 
     Raises:
         UserError: one line for each sample that cannot be read.
     """
-    once = fit if source.collate is None and source.uniform is None else None
+    once = fit if windows or (source.collate is None and source.uniform is None) else None
     if shown and len(rows) >= TOLD_FROM and source.nbytes() > 2**28:
         print(f"decoding {len(rows)} samples into memory", file=sys.stderr, flush=True)
     if source.reads_at_once:
         return CachedSource(source.fetch(rows), fitted=False)
 
     def decode(part: np.ndarray) -> np.ndarray | list[Any]:
-        samples = source.fetch(part)
-        return samples if once is None else once(samples)
+        samples = source.fetch(part) if windows is None else windows(part)
+        if once is not None:
+            return once(samples)
+        return samples if windows is None else [sample.loaded() for sample in samples]
 
     parts = in_threads(decode, np.array_split(rows, -(-len(rows) // CHUNK)), threads)
     if source.collate is not None:
@@ -148,11 +151,11 @@ FIT = 3  # number of the random stream
 
 
 class Resizing(Protocol):
-    """Crop and resize of single images to the encoder's input, see augment_crop.CropResize."""
+    """Crop and resize of single samples to the encoder's input, see augment_crop.CropResize."""
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator) -> Tensor: ...
 
-    def one(self, image: np.ndarray, box: Tensor) -> Tensor: ...
+    def one(self, sample: Any, box: Tensor, /) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -160,7 +163,7 @@ class Batch:
     """Samples as they come from disk or memory; augmentation follows on the training device."""
 
     inputs: Any
-    """(B, C, H, W) uint8, or int32 for 16-bit images; what Source.collate makes for other data."""
+    """(B, C, H, W) uint8, or int32 for 16-bit images; (B, C, X, Y, Z); or as collated."""
     targets: Tensor | None
     """(B,) int64 or (B, K) float32; of a regression standardised."""
     rows: Tensor
@@ -206,8 +209,9 @@ class BatchBuilder:
         if (samples := self.ready) is not None:
             inputs, fitted = gather_samples(samples, rows - self.first, pinned=pinned), self.fitted
         else:
-            fetched = self.source.fetch(rows - self.first)
-            inputs, fitted = self.inputs(fetched, hash_seed(self.seed, epoch, place, FIT))
+            seed = hash_seed(self.seed, epoch, place, FIT)
+            read = self.windows or self.source.fetch
+            inputs, fitted = self.inputs(read(rows - self.first), seed)
         return Batch(inputs, self.labels(rows), torch.from_numpy(rows), fitted)
 
     def labels(self, rows: np.ndarray) -> Tensor | None:
@@ -236,19 +240,24 @@ class BatchBuilder:
             return None
         return torch.from_numpy(samples)
 
+    @property
+    def windows(self) -> Callable[[np.ndarray], list[Any]] | None:
+        """What reads samples that are fitted from windows; None of samples that are read whole."""
+        return None if self.fit is None else self.source.windows
+
     def inputs(self, samples: np.ndarray | list[Any], seed: int) -> tuple[Any, bool]:
         """Inputs of a batch, and whether they are fitted."""
         if self.source.collate is not None:
             return self.source.collate(samples), False
         if isinstance(samples, np.ndarray):
             return to_tensor(samples), self.fitted
-        assert self.fit is not None  # only images differ in size and are not collated
+        assert self.fit is not None  # for what differs in size and is not collated
         return fit_all(samples, self.fit, seed), True
 
 
 def fit_all(samples: np.ndarray | list[Any], fit: Resizing, seed: int) -> Tensor:
-    """Images (C, H, W) of any sizes as one batch (B, C, S, S), each with its own window."""
-    sizes = np.array([sample.shape[1:] for sample in samples])  # (B, 2)
+    """Samples of any sizes as one batch (B, C, S, S) or (B, C, X, Y, Z), each with a window."""
+    sizes = np.array([sample.shape[1:] for sample in samples])  # (B, 2 or 3)
     boxes = fit.boxes(sizes, torch.Generator().manual_seed(seed))
     with one_core():
         return torch.stack([fit.one(*pair) for pair in zip(samples, boxes, strict=True)])
@@ -346,7 +355,9 @@ def build_loader(
     if end > first and fits_in_memory(split, spec, end - first):
         once = None if train or fit is None else lambda part: fit_all(part, fit, seed).numpy()
         rows, shown = np.arange(first, end), ranks.is_main
-        source = hold(split.source, rows, fit=once, threads=cores(), shown=shown)
+        source = hold(
+            split.source, rows, fit=once, windows=builder.windows, threads=cores(), shown=shown
+        )
         builder = replace(builder, source=source, first=first)
     return Loader(split, order, builder, spec, device=ranks.device, pool=pool)
 

@@ -19,7 +19,7 @@ from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader, Resizing
 from glovita_lib.losses import build_criterion, plain_criterion
 from glovita_lib.metrics import compute
-from glovita_lib.resolved import ImageInputs, Inputs, Resolved
+from glovita_lib.resolved import ImageInputs, Inputs, Resolved, VolumeInputs
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_train import Supervised
 
@@ -147,6 +147,22 @@ def build_inputs(inputs: Inputs, *, train: bool) -> Preparation:
 @build_inputs.register
 def _(inputs: ImageInputs, *, train: bool) -> Augmenter:
     return Augmenter(inputs.augmentation, train=train, bit_depth=inputs.bit_depth)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeVolumes:
+    """Prepared volumes as they are, in float32."""
+
+    fit: None = None
+
+    def __call__(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
+        """(B, C, X, Y, Z)."""
+        return inputs.float()
+
+
+@build_inputs.register
+def _(inputs: VolumeInputs, *, train: bool) -> WholeVolumes:
+    return WholeVolumes()
 
 
 # ---------------------------------------------------------------------- supervised learning

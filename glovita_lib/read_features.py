@@ -354,6 +354,7 @@ class VectorSource:
     reads_at_once: ClassVar[bool] = True
     sizes: ClassVar[None] = None
     collate: ClassVar[None] = None
+    windows: ClassVar[None] = None
 
     vectors: DatasetRows  # (M, D)
     index: np.ndarray  # (N,) rows of the file
@@ -614,6 +615,7 @@ class BagSource:
 
     uniform: ClassVar[None] = None
     sizes: ClassVar[None] = None
+    windows: ClassVar[None] = None
     reads_at_once: ClassVar[bool] = False
 
     reader: BagReader

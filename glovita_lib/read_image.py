@@ -368,6 +368,7 @@ class FileSource:
 
     reads_at_once: ClassVar[bool] = False
     collate: ClassVar[None] = None
+    windows: ClassVar[None] = None
 
     def __init__(
         self,

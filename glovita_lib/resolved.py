@@ -5,9 +5,12 @@ B batch, C channels, S side of an image as the encoder receives it, D width of a
 or targets.
 """
 
-from typing import TypedDict
+from collections.abc import Iterator
+from typing import Any, TypedDict
 
+import msgspec
 import numpy as np
+from msgspec.structs import asdict
 
 from glovita_lib.augment import ResolvedImageAugmentation, resolve_augmentation
 from glovita_lib.data import (
@@ -18,6 +21,7 @@ from glovita_lib.data import (
     Split,
     Standardizer,
     VectorSamples,
+    VolumeSamples,
     outputs_line,
 )
 from glovita_lib.encoder import preprocess_of
@@ -63,6 +67,43 @@ class ImageInputs(ImageSamples, tag="images"):
         """What the model is built with."""
         return {"channels": self.channels, "size": self.shape[1:]}
 
+    @property
+    def transform(self) -> dict[str, Any]:
+        """All that makes the encoder's input of a file, as builtin types."""
+        return msgspec.to_builtins(self.augmentation)
+
+    @property
+    def drawn(self) -> list[str]:
+        """What the train policy draws, by the names of its fields."""
+        return self.augmentation.train.random()
+
+
+class VolumeInputs(VolumeSamples, tag="volumes", kw_only=True):
+    """Volumes, prepared, as they are."""
+
+    size: tuple[int, int, int]
+    """X, Y, Z of a sample as the encoder receives it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, X, Y, Z) of a sample as the encoder receives it."""
+        return (self.channels, *self.size)
+
+    @property
+    def model_arguments(self) -> ModelArguments:
+        """What the model is built with."""
+        return {"channels": self.channels, "size": self.size}
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        """All that makes the encoder's input of a file, as builtin types."""
+        return msgspec.to_builtins(self)
+
+    @property
+    def drawn(self) -> list[str]:
+        """What the train policy draws."""
+        return []
+
 
 class VectorInputs(VectorSamples, tag="vectors"):
     """Precomputed features."""
@@ -92,7 +133,7 @@ class BagInputs(BagSamples, tag="bags"):
         return {"channels": self.width, "size": None}
 
 
-EncodedInputs = ImageInputs
+EncodedInputs = ImageInputs | VolumeInputs
 """Samples that an encoder reads; the others are features, which a head takes as they are."""
 Inputs = EncodedInputs | VectorInputs | BagInputs
 
@@ -125,6 +166,19 @@ def _(samples: ImageSamples, root: Root, data: Data) -> ImageInputs:
     )
 
 
+@resolve_inputs.register
+def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
+    sizes = {split.source.uniform for split in data.splits.values() if len(split)}
+    shape = sizes.pop() if len(sizes) == 1 else None
+    if shape is None:
+        raise UserError(
+            f"the volumes of data set {data.name} differ in size: bring them to one with"
+            " data.preparation.size"
+        )
+    _, along, across, up = shape
+    return VolumeInputs(**asdict(samples), size=(along, across, up))
+
+
 def check_samples(inputs: Inputs, spec: Spec, data: Data, trained: str) -> None:
     """The samples of a data set are those that a trained model takes.
 
@@ -142,14 +196,23 @@ def check_samples(inputs: Inputs, spec: Spec, data: Data, trained: str) -> None:
             f"{trained} was trained on {inputs.kind}, the samples of data set {data.name} are"
             f" {samples.kind}"
         )
-    for name in samples.__struct_fields__:
-        theirs, ours = getattr(inputs, name), getattr(samples, name)
-        if theirs != ours:
-            hint = f"; set data.{name}" if name in spec.__struct_fields__ else ""
-            raise UserError(
-                f"{trained} was trained on {inputs.kind} of {name} {theirs}, data set {data.name}"
-                f" has {name} {ours}{hint}"
-            )
+    for key, theirs, ours in differences(inputs, samples):
+        first = key.partition(".")[0]
+        hint = f"; set data.{key}" if first in spec.__struct_fields__ else ""
+        raise UserError(
+            f"{trained} was trained on {inputs.kind} of {key} {theirs}, data set {data.name} has"
+            f" {key} {ours}{hint}"
+        )
+
+
+def differences(one: Spec, other: Spec, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys of the second table whose values differ in the first, with both values."""
+    for name in other.__struct_fields__:
+        first, second = getattr(one, name), getattr(other, name)
+        if isinstance(first, Spec) and isinstance(second, Spec):
+            yield from differences(first, second, f"{prefix}{name}.")
+        elif first != second:
+            yield f"{prefix}{name}", first, second
 
 
 def check_targets(data: Data, resolved: "Resolved", trained: str) -> None:

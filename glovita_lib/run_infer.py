@@ -14,6 +14,7 @@ from glovita_lib.attention_maps import AttentionWriter, draw_bags
 from glovita_lib.data import Split
 from glovita_lib.data_features import unlabelled_features
 from glovita_lib.data_folder import build_unlabelled
+from glovita_lib.data_volumes import unlabelled_volumes
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.experiment import Experiment, read_data, restore, some_of
 from glovita_lib.loggers import say, two_columns
@@ -25,13 +26,14 @@ from glovita_lib.resolved import (
     Inputs,
     Resolved,
     VectorInputs,
+    VolumeInputs,
     check_samples,
     check_targets,
 )
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, alone, locate
 from glovita_lib.spec import Loaded, changed_keys
-from glovita_lib.spec_data import BaseData, GenericImageData
+from glovita_lib.spec_data import BaseData, GenericImageData, VolumeData
 from glovita_lib.spec_root import Root
 
 
@@ -253,6 +255,12 @@ def _(inputs: ImageInputs, path: str, data: BaseData) -> tuple[Split, list[str]]
         files=images,
     )
     return split, []
+
+
+@new_samples.register
+def _(inputs: VolumeInputs, path: str, data: BaseData) -> tuple[Split, list[str]]:
+    volumes = data if isinstance(data, VolumeData) else VolumeData()
+    return unlabelled_volumes(path, inputs, volumes)
 
 
 @new_samples.register

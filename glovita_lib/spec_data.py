@@ -1,6 +1,5 @@
 """Data section of a spec: which samples exist, their labels and splits."""
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -18,13 +17,18 @@ from glovita_lib.spec_errors import (
     Positive,
     shown,
 )
+from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 
 Subtask = Literal["multiclass", "multilabel", "regression"]
 OF_LABEL_FILE = read_if(
-    "reads_label_file", True, words='data.label_source = "csv" or "json" (images)'
+    "reads_label_file",
+    True,
+    words='data.label_source other than "folder" (images, volumes)',
 )
 OF_TABLE = read_if(
-    "reads_table", True, words='data.label_source = "csv" (images) or data.labels_file (features)'
+    "reads_table",
+    True,
+    words='data.label_source = "csv" (images, volumes) or data.labels_file (features)',
 )
 OF_NAMED_SPLITS = read_unless("split_source", "kfold")
 OF_SEVERAL_LABELS = read_if(
@@ -33,15 +37,13 @@ OF_SEVERAL_LABELS = read_if(
     words='data.label_source = "csv", data.subtask = "multilabel" and one data.label_column',
 )
 A_FILE_EACH = read_if("split_source", "files")
-OF_SPACING = read_if("spacing")
-Percentage = Annotated[float, Meta(ge=0, le=100)]
 
 
 class BaseData(Spec):
     """Fields of every data set, and what other sections and the experiment ask of it."""
 
     built_in: ClassVar[str] = "datasets"
-    samples: ClassVar[Literal["images", "features", "either"]] = "images"
+    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "images"
     """What a sample is; of a user's data set its function tells."""
     folds: ClassVar[int | None] = 1
     """Number of folds; none where the fields or the files tell."""
@@ -139,9 +141,9 @@ class FileData(BaseData):
     """Names of the classes in the order of their indices; none takes those of the feature file, or
     sorts what the labels hold."""
     labels_file: Annotated[PathText | None, OF_LABEL_FILE] = None
-    """File of the labels below data_root_dir. Images: none is labels.json or labels.csv, after
-    label_source. Features: a CSV file with a row a sample, samples without one are not used; none
-    takes the labels in the feature file."""
+    """File of the labels below data_root_dir. Images and volumes: none is labels.json, labels.csv
+    or dataset.json, after label_source. Features: a CSV file with a row a sample, samples without
+    one are not used; none takes the labels in the feature file."""
     label_column: Annotated[str | tuple[str, ...], OF_TABLE] = "label"
     """CSV column of the label; several for multilabel (0/1 each) and multi-target regression."""
     group_column: Annotated[str | None, OF_TABLE] = None
@@ -235,44 +237,37 @@ class Cifar100Data(CifarData, tag="cifar100", tag_field="dataset"):
     classes: ClassVar[int | None] = 100
 
 
-class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset"):
-    """Any folder of images with labels from folder names, a JSON or a CSV file."""
+class FolderData(FileData):
+    """Fields of data sets that are files below a folder, one sample each."""
 
-    built_in: ClassVar[str] = "data_folder"
-
-    augmentation: ImageAugmentation = ImageAugmentation()
-    """Augmentation and preprocessing."""
+    split_source: Literal["splits_json", "subdirs", "csv", "dataset_json", "kfold"] = "splits_json"
+    """Splits from split_file, from sub-folders of images_dir named like the splits, from
+    split_column of the CSV file, from the lists of dataset.json, or drawn as folds from the
+    seed."""
+    label_source: Literal["folder", "json", "csv", "dataset_json"] = "json"
+    """Labels from the class folder, a JSON object {path: label}, a CSV file, or the lists of
+    dataset.json: {split: [{"image": path, "label": label}]}."""
     task: Literal["Classification", "Regression"] | None = None
     """Kind of prediction; none follows from subtask."""
     images_dir: PathText = "images"
-    """Folder of the images below data_root_dir."""
-    split_source: Literal["splits_json", "subdirs", "csv", "kfold"] = "splits_json"
-    """Splits from split_file, from sub-folders of images_dir named like the splits, from
-    split_column of the CSV file, or drawn as folds from the seed."""
-    label_source: Literal["folder", "json", "csv"] = "json"
-    """Labels from the class folder, a JSON object {path: label} or a CSV file."""
-    path_column: Annotated[str, OF_TABLE] = "path"
-    """CSV column of the image's path below images_dir, as the file is named."""
+    """Folder of the files below data_root_dir."""
     train_split_name: Annotated[str, OF_NAMED_SPLITS] = "train"
     """Name of the train split in the split file, folder or column."""
     val_split_name: Annotated[str, OF_NAMED_SPLITS] = "val"
-    """Name of the val split; the name of the test split uses its images as both."""
+    """Name of the val split; the name of the test split uses its samples as both."""
     test_split_name: Annotated[str, OF_NAMED_SPLITS] = "test"
     """Name of the test split; may be absent unless another name than this one is given."""
-    allowed_exts: tuple[str, ...] = ("jpg", "jpeg", "png", "bmp", "tif", "tiff")
-    """File suffixes that count as images."""
     label_separator: Annotated[str, OF_SEVERAL_LABELS] = "|"
     """Separator of several labels in one CSV cell."""
     strict: bool = True
-    """Whether a missing, unlabelled or broken image is an error; else it is left out and listed."""
-    channels: Literal[1, 3, 4] = 3
-    """Channels of an image as the encoder sees it: grey, RGB or RGBA; files are converted."""
-    bit_depth: Literal[8, 16] = 8
-    """Bits per channel as the encoder sees them; files of the other depth are scaled, white stays
-    white."""
-    max_megapixels: Positive = 179.0
-    """Largest image that is decoded, millions of pixels: a small file may claim to be huge and fill
-    the memory."""
+    """Whether a missing, unlabelled or broken file is an error; else it is left out and listed."""
+    allowed_exts: tuple[str, ...] = ()
+    """File suffixes that count as samples."""
+
+    @property
+    def path_columns(self) -> tuple[str, ...]:
+        """CSV columns of the paths of a sample."""
+        return ("path",)
 
     @property
     def reads_label_file(self) -> bool:
@@ -294,10 +289,7 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
     def lenient(self) -> Self:
         return replace(self, strict=False)
 
-    def stated_channels(self) -> int | None:
-        return self.channels
-
-    def stated_subtask(self) -> Subtask:
+    def stated_subtask(self) -> Subtask | None:
         return self.subtask or ("regression" if self.task == "Regression" else "multiclass")
 
     def stated_outputs(self) -> list[tuple[str, int]]:
@@ -310,8 +302,8 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
         return stated
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """task and subtask agree, labels are what their source can carry, some file suffix counts
-        as an image, and nothing is trained on and evaluated; val and test may be one split."""
+        """task and subtask agree, labels are what their source can carry, some file suffix counts,
+        and nothing is trained on and evaluated; val and test may be one split."""
         yield from super().problems()
         task, subtask = self.task, self.subtask
         if task and subtask and (task == "Regression") != (subtask == "regression"):
@@ -325,20 +317,22 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
                 " trained on and evaluated",
             )
         if self.allowed_exts == ():
-            yield "allowed_exts", '[] allows no file: name one suffix at least, e.g. ["png"]'
+            example = shown([type(self)().allowed_exts[0]])
+            yield "allowed_exts", f"[] allows no file: name one suffix at least, e.g. {example}"
 
     def label_problems(self) -> Iterator[tuple[str, str]]:
         """Folder names and single columns carry only what they can."""
         subtask, source, columns = self.stated_subtask(), self.label_source, self.label_column
-        if source == "folder" and subtask != "multiclass":
+        if source == "folder" and subtask not in (None, "multiclass"):
             yield (
                 "label_source",
-                f'"folder" gives each image one class, not {subtask} targets: use "csv" or "json"',
+                f'"folder" gives each sample one class, not {subtask} targets: use "csv" or "json"',
             )
-        if self.split_source == "csv" and source != "csv":
+        if self.split_source in ("csv", "dataset_json") and source != self.split_source:
+            asked = shown(self.split_source)
             yield (
                 "split_source",
-                f'"csv" needs data.label_source = "csv", not {shown(source)}',
+                f"{asked} needs data.label_source = {asked}, not {shown(source)}",
             )
         if source == "csv" and isinstance(columns, tuple):
             if subtask == "multiclass" and len(columns) != 1:
@@ -351,12 +345,40 @@ class GenericImageData(FileData, tag="generic_image_dataset", tag_field="dataset
                 yield "label_column", f"{shown(columns)} must name different columns, one at least"
 
 
+class GenericImageData(FolderData, tag="generic_image_dataset", tag_field="dataset"):
+    """Any folder of images with labels from folder names, a JSON or a CSV file."""
+
+    built_in: ClassVar[str] = "data_folder"
+
+    augmentation: ImageAugmentation = ImageAugmentation()
+    """Augmentation and preprocessing."""
+    path_column: Annotated[str, OF_TABLE] = "path"
+    """CSV column of the image's path below images_dir, as the file is named."""
+    allowed_exts: tuple[str, ...] = ("jpg", "jpeg", "png", "bmp", "tif", "tiff")
+    """File suffixes that count as images."""
+    channels: Literal[1, 3, 4] = 3
+    """Channels of an image as the encoder sees it: grey, RGB or RGBA; files are converted."""
+    bit_depth: Literal[8, 16] = 8
+    """Bits per channel as the encoder sees them; files of the other depth are scaled, white stays
+    white."""
+    max_megapixels: Positive = 179.0
+    """Largest image that is decoded, millions of pixels: a small file may claim to be huge and fill
+    the memory."""
+
+    @property
+    def path_columns(self) -> tuple[str, ...]:
+        return (self.path_column,)
+
+    def stated_channels(self) -> int | None:
+        return self.channels
+
+
 class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset"):
     """Features in HDF5 files: vectors (N, D), bags (B, L, D), or bags of any length (M, D) with
     bag_ptr or bag_lengths; or a folder with one file (h5, pt) a bag."""
 
     built_in: ClassVar[str] = "data_features"
-    samples: ClassVar[Literal["images", "features", "either"]] = "features"
+    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "features"
 
     data_root_dir: PathText = "."
     """Folder that the files below are relative to."""
@@ -432,129 +454,72 @@ class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset")
             )
 
 
-Spacing = tuple[Positive, Positive, Positive]
-Voxels = tuple[Count, Count, Count]
-Normalization = Literal["none", "zscore", "ct_window", "percentile", "minmax"]
+class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
+    """Any folder of volumes (NIfTI, NumPy, blosc2, DICOM folders) with labels from folder names,
+    a JSON or a CSV file or dataset.json; where dataset.json below data_root_dir states subtask,
+    num_classes or class_names, they count unless the spec states them."""
 
+    built_in: ClassVar[str] = "data_volumes"
+    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "volumes"
 
-class VolumeReading(Spec):
-    """How volume files are read where they do not say it themselves."""
+    path_column: Annotated[str | tuple[str, ...], OF_TABLE] = "path"
+    """CSV column of the volume's path below images_dir, a file or a DICOM folder; several columns
+    are the files whose channels make up a sample."""
+    path_suffix: tuple[str, ...] = ()
+    """What follows the names in tables and split files; several give one file each, as
+    ["_0000.nii.gz", "_0001.nii.gz"], whose channels make up a sample."""
+    allowed_exts: tuple[str, ...] = ("nii", "nii.gz", "npy", "npz", "b2nd", "dcm")
+    """File suffixes that count as volumes; with dcm folders of DICOM files are volumes."""
+    channels: Count | None = None
+    """Channels of the files of a sample; none takes those that most have. Others are broken."""
+    reading: VolumeReading = VolumeReading()
+    """How files are read."""
+    preparation: VolumePreparation = VolumePreparation()
+    """Resampling, crop, intensities and where they are cached."""
 
-    canonical: bool = True
-    """Whether axes are turned to run from left to right, back to front and foot to head (RAS); else
-    they stay as they are stored."""
-    frame: Annotated[int, Meta(ge=0)] | Literal["channels"] | None = None
-    """Frame that is taken of a NIfTI file with four axes, from 0; "channels" takes each frame as a
-    channel; none refuses such files."""
-    series: tuple[str, ...] = ()
-    """Conditions that choose a series of a DICOM folder, "Keyword=pattern" with * and ?, several
-    joined by &; each condition gives one channel, or belongs to one path column."""
-    array_key: str | None = None
-    """Entry of a .npz file that is the volume; none takes the only array there."""
-    array_spacing: Spacing | None = None
-    """Spacing of .npy, .npz and .b2nd files that state none, X, Y, Z, mm."""
+    @property
+    def path_columns(self) -> tuple[str, ...]:
+        return (self.path_column,) if isinstance(self.path_column, str) else self.path_column
+
+    def stated_subtask(self) -> Subtask | None:
+        """None where dataset.json may tell."""
+        return self.subtask or ("regression" if self.task == "Regression" else None)
+
+    def stated_channels(self) -> int | None:
+        return None if self.channels is None else self.preparation.channels(self.channels)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Conditions have a keyword and a pattern."""
-        for text in self.series:
-            if re.fullmatch(r"\s*\w+\s*=[^&]+(&\s*\w+\s*=[^&]+)*", text) is None:
-                yield "series", f'{shown(text)} must read "Keyword=pattern", as "EchoNumbers=1"'
-
-
-class VolumePreparation(Spec):
-    """What is done to every volume once, and kept in a cache file each; a changed value makes new
-    files."""
-
-    spacing: Spacing | None = None
-    """Spacing that volumes are resampled to, X, Y, Z, mm; none keeps each volume's own."""
-    interpolation: Annotated[Literal["nearest", "linear", "cubic"], OF_SPACING] = "linear"
-    """Resampling: nearest voxel, linear, or cubic spline."""
-    antialias: Annotated[bool, OF_SPACING] = True
-    """Whether axes that get fewer voxels are smoothed before, by a Gaussian of (factor - 1) / 2
-    voxels."""
-    anisotropy: Annotated[float, Meta(ge=1), OF_SPACING] = 3.0
-    """Across the one axis whose spacing is more than this many times the smallest, in the file or
-    in spacing, the nearest slice is taken and nothing is interpolated."""
-    foreground: float | Literal["nonzero", "otsu"] = "nonzero"
-    """What is foreground, in any channel: voxels other than 0, above Otsu's threshold, or above
-    this value of the file (CT: -500)."""
-    crop: Literal["none", "foreground"] = "none"
-    """Whether volumes are cut to the box around their foreground."""
-    crop_margin: Annotated[float, Meta(ge=0), read_if("crop", "foreground")] = 0.0
-    """Margin around that box, mm."""
-    normalize: Normalization | tuple[Normalization, ...] = "zscore"
-    """Intensities, of each volume and channel by itself: mean 0 and deviation 1 (zscore), windows
-    of CT, percentiles, or minimum and maximum as 0 and 1; a list has one entry a channel."""
-    statistics: Annotated[
-        Literal["all", "foreground"],
-        read_if("has_statistics", True, words="normalize zscore, percentile or minmax"),
-    ] = "all"
-    """Voxels that means, percentiles and extremes are taken over, after the crop."""
-    ct_windows: Annotated[
-        tuple[tuple[float, Positive], ...],
-        read_if("has_windows", True, words='normalize = "ct_window"'),
-    ] = ((40.0, 400.0),)
-    """Level and width of CT windows, Hounsfield units; each becomes a channel, clipped to 0 and
-    1."""
-    percentiles: Annotated[
-        tuple[Percentage, Percentage],
-        read_if("has_percentiles", True, words='normalize = "percentile"'),
-    ] = (0.5, 99.5)
-    """Percentiles that become 0 and 1; beyond them values are clipped."""
-    size: Voxels | None = None
-    """Voxels X, Y, Z that prepared volumes are cut or padded to around their centre; none keeps
-    each volume's own."""
-    fill_nan: float | None = None
-    """Value of the file that takes the place of NaN and infinite voxels; none refuses such
-    volumes."""
-    dtype: Literal["float16", "float32"] = "float16"
-    """Type of the cached voxels; float16 rounds to 3 digits."""
-    cache_dir: PathText | None = None
-    """Folder of the cache files; none: volume_cache below data_root_dir."""
-    workers: Count | None = None
-    """Processes that prepare volumes; none: one a core."""
-
-    @property
-    def normalizations(self) -> tuple[Normalization, ...]:
-        """The normalisation of each channel, or the one of all."""
-        return (self.normalize,) if isinstance(self.normalize, str) else self.normalize
-
-    @property
-    def has_statistics(self) -> bool:
-        """Whether figures of the volume itself are needed."""
-        return not {"zscore", "percentile", "minmax"}.isdisjoint(self.normalizations)
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether a channel is cut into CT windows."""
-        return "ct_window" in self.normalizations
-
-    @property
-    def has_percentiles(self) -> bool:
-        """Whether a channel is scaled by its percentiles."""
-        return "percentile" in self.normalizations
-
-    def channels(self, stored: int) -> int:
-        """Channels of a prepared volume whose files have so many."""
-        names = self.normalizations
-        names = names * stored if len(names) == 1 else names
-        return sum(len(self.ct_windows) if name == "ct_window" else 1 for name in names)
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Percentiles ascend; lists are not empty."""
-        low, high = self.percentiles
-        if low >= high:
-            yield "percentiles", f"{shown(self.percentiles)} must ascend"
-        if not self.normalizations:
-            yield "normalize", "[] names no normalisation: name one for all, or one a channel"
-        if not self.ct_windows:
-            yield "ct_windows", "[] has no window: give [level, width], as [[40, 400]]"
+        """Columns and suffixes differ, and each series has its files."""
+        yield from super().problems()
+        for name, texts in (("path_column", self.path_columns), ("path_suffix", self.path_suffix)):
+            if len(set(texts)) < len(texts) or (name == "path_column" and not texts):
+                yield name, f"{shown(texts)} must name different ones, one at least"
+        files = len(self.path_columns) if self.label_source == "csv" else 1
+        if files > 1 and len(self.path_suffix) > 1:
+            yield (
+                "path_suffix",
+                f"{shown(self.path_suffix)}: with several path columns, one at most",
+            )
+        files = max(files, len(self.path_suffix))
+        if files > 1 and len(self.reading.series) not in (0, 1, files):
+            yield (
+                "reading.series",
+                f"{len(self.reading.series)} conditions for {files} files a sample: give one for"
+                " all, or one each",
+            )
+        names = self.preparation.normalizations
+        if self.channels is not None and len(names) not in (1, self.channels):
+            yield (
+                "preparation.normalize",
+                f"{len(names)} entries for {self.channels} channels (data.channels): give one for"
+                " all, or one each",
+            )
 
 
 class CustomData(ImageData, tag="custom", tag_field="dataset", kw_only=True):
     """A data set of your own: a function of your package that returns glovita_lib.data.Data."""
 
-    samples: ClassVar[Literal["images", "features", "either"]] = "either"
+    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "either"
     folds: ClassVar[int | None] = None
 
     target: str
@@ -568,4 +533,12 @@ class CustomData(ImageData, tag="custom", tag_field="dataset", kw_only=True):
         yield from target_problems(self.target)
 
 
-Data = DigitsData | Cifar10Data | Cifar100Data | GenericImageData | PrecomputedData | CustomData
+Data = (
+    DigitsData
+    | Cifar10Data
+    | Cifar100Data
+    | GenericImageData
+    | VolumeData
+    | PrecomputedData
+    | CustomData
+)

@@ -29,7 +29,7 @@ from glovita_lib.errors import UserError
 from glovita_lib.files import Lock, make_folder, write_bytes, write_json
 from glovita_lib.read_dicom import dicom_files, shape_text
 from glovita_lib.read_volume import Reading, open_sample, reading, spacing_of
-from glovita_lib.spec_data import VolumePreparation, VolumeReading
+from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 from glovita_lib.volume_preparation import Prepared, prepare
 
 # ------------------------------------------------------------------------------- cache files

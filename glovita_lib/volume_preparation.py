@@ -22,7 +22,7 @@ import numpy as np
 from glovita_lib.data import is_constant
 from glovita_lib.errors import UserError
 from glovita_lib.read_volume import spacing_of
-from glovita_lib.spec_data import VolumePreparation
+from glovita_lib.spec_volumes import VolumePreparation
 
 ORDERS = {"nearest": 0, "linear": 1, "cubic": 3}
 SAME_GRID = 0.01  # voxels by which the ends of two grids may differ and still be one

@@ -406,7 +406,9 @@ def test_an_image_twice_in_a_split_is_used_once(root):
     (root / "splits.json").write_text(json.dumps(splits))
     data = build(root)
     assert len(data.splits["train"]) == 20
-    assert data.report == ["2 entries of split train name an image again: used once"]
+    assert data.report == [
+        "2 entries of split train name images that the split has already: used once"
+    ]
 
 
 def test_a_table_names_files_exactly_or_the_near_one_is_offered(root):
@@ -462,7 +464,7 @@ def test_kinds_that_contradict_each_other(template):
     with pytest.raises(UserError) as caught:
         build(template, task="Regression", subtask="multiclass", split_source="csv")
     assert len(str(caught.value).splitlines()) == 2  # both things that are wrong
-    with pytest.raises(UserError, match='"folder" gives each image one class, not multilabel'):
+    with pytest.raises(UserError, match='"folder" gives each sample one class, not multilabel'):
         build(template, label_source="folder", subtask="multilabel")
 
 

@@ -53,7 +53,7 @@ class RaggedSource:
 
     count: int
     broken: tuple[int, ...] = ()
-    uniform = sizes = collate = None
+    uniform = sizes = collate = windows = None
     reads_at_once = False
 
     def fetch(self, rows):
@@ -71,7 +71,7 @@ class SetSource:
     """Samples that are no images: digit rows of differing number, padded by their own collate."""
 
     count: int
-    uniform = sizes = None
+    uniform = sizes = windows = None
     reads_at_once = False
 
     def fetch(self, rows):
@@ -569,7 +569,7 @@ def test_vectors_are_held_with_every_chunk_inflated_once(tmp_path, monkeypatch, 
         source = VectorSource(vectors, np.arange(0, len(values), every))
         opened.clear(), inflated.clear()  # those of the proof
         rows = np.arange(5, len(source.index))
-        held = hold(source, rows, fit=None, threads=2, shown=False)
+        held = hold(source, rows, fit=None, windows=None, threads=2, shown=False)
         np.testing.assert_array_equal(held.samples, values[::every][5:])
         assert held.uniform == (64,) and not held.fitted
         assert len(opened) == (name == "lzf")

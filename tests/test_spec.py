@@ -522,4 +522,5 @@ def test_a_key_of_the_data_sets_is_declared_once():
         if name in getattr(cls, "__struct_fields__", ())
     ]
     twice = {name for name in declared if declared.count(name) > 1}
-    assert twice == {"augmentation", "data_root_dir", "split_source", "val_fraction"}
+    of_modality = {"allowed_exts", "augmentation", "channels", "path_column"}
+    assert twice == of_modality | {"data_root_dir", "split_source", "val_fraction"}

@@ -24,6 +24,9 @@ GENERIC = ["data.dataset=generic_image_dataset"]
 FOLDER = [*GENERIC, "data.split_source=subdirs", "data.label_source=folder"]
 KFOLD = [*GENERIC, "data.split_source=kfold", "data.label_source=folder"]
 CSV = [*GENERIC, "data.label_source=csv"]
+VOLUMES = ["data.dataset=generic_3d_dataset", "model.encoder.encoder_type=custom"]
+VOLUMES += ["model.encoder.target=a.b:c", "data.label_source=csv"]
+PREPARATION = "data.preparation"
 REGRESSION = [*CSV, "data.subtask=regression", "model.head.head_type=regression"]
 MULTILABEL = [*CSV, "data.subtask=multilabel"]
 FEATURES = [
@@ -53,7 +56,7 @@ BROKEN = [
     (
         [*FOLDER, "data.subtask=multilabel"],
         "data.label_source",
-        '"folder" gives each image one class, not multilabel',
+        '"folder" gives each sample one class, not multilabel',
     ),
     ([*CSV, "data.label_column=['a','b']"], "data.label_column", "multiclass reads one"),
     ([*MULTILABEL, "data.label_column=['a','a']"], "data.label_column", "different columns"),
@@ -241,6 +244,36 @@ BROKEN = [
         "infer.export",
         "infer names 3",
     ),
+    # volumes
+    ([*VOLUMES, "data.path_column=[]"], "data.path_column", "must name different ones"),
+    ([*VOLUMES, "data.path_suffix=['a', 'a']"], "data.path_suffix", "must name different ones"),
+    (
+        [*VOLUMES, "data.path_column=['a', 'b']", "data.path_suffix=['c', 'd']"],
+        "data.path_suffix",
+        "with several path columns, one at most",
+    ),
+    (
+        [*VOLUMES, "data.path_column=['a', 'b']", "data.reading.series=['A=1', 'A=2', 'A=3']"],
+        "data.reading.series",
+        "3 conditions for 2 files",
+    ),
+    ([*VOLUMES, "data.reading.series=['t1']"], "data.reading.series", "must read"),
+    (
+        [*VOLUMES, "data.channels=3", f"{PREPARATION}.normalize=['none', 'minmax']"],
+        f"{PREPARATION}.normalize",
+        "2 entries for 3 channels",
+    ),
+    ([*VOLUMES, f"{PREPARATION}.normalize=[]"], f"{PREPARATION}.normalize", "no normalisation"),
+    (
+        [*VOLUMES, f"{PREPARATION}.normalize=percentile", f"{PREPARATION}.percentiles=[9, 1]"],
+        f"{PREPARATION}.percentiles",
+        "must ascend",
+    ),
+    (
+        [*VOLUMES, f"{PREPARATION}.normalize=ct_window", f"{PREPARATION}.ct_windows=[]"],
+        f"{PREPARATION}.ct_windows",
+        "has no window",
+    ),
     # training
     (
         ["training.epochs=5", "optimizer.warmup_epochs=6"],
@@ -322,6 +355,21 @@ IGNORED = [
     ([*CSV, "data.label_separator=;"], "data.label_separator"),
     ([*CSV, "data.split_column=x"], "data.split_column"),
     ([*FEATURES, "data.id_column=x"], "data.id_column"),
+    *(
+        ([*VOLUMES, f"{PREPARATION}.{key}={value}"], f"{PREPARATION}.{key}")
+        for key, value in {
+            "interpolation": "cubic",
+            "antialias": "false",
+            "anisotropy": "2",
+            "crop_margin": "5",
+            "ct_windows": "[[0, 100]]",
+            "percentiles": "[1, 99]",
+        }.items()
+    ),
+    (
+        [*VOLUMES, f"{PREPARATION}.normalize=none", f"{PREPARATION}.statistics=foreground"],
+        f"{PREPARATION}.statistics",
+    ),
     (["model.encoder.weights_order=true"], "model.encoder.weights_order"),
     ([*RESIDUAL, "model.encoder.bottleneck_channels=2"], "model.encoder.bottleneck_channels"),
     (
@@ -429,6 +477,13 @@ SOUND = [
     [f"{TRAIN_KWARGS}.crop=resized", f"{TRAIN_KWARGS}.scale=[0.5, 0.5]"],
     ["name=my run (2)"],
     [*FOLDER, "data.val_split_name=test"],  # one split is both
+    VOLUMES,
+    [*VOLUMES, "data.path_column=['a', 'b']", "data.reading.series=['A=1', 'B=2 & C=3*']"],
+    [
+        *VOLUMES,
+        f"{PREPARATION}.normalize=['zscore', 'ct_window']",
+        f"{PREPARATION}.ct_windows=[[9, 9]]",
+    ],
     [*CSV, "data.split_source=csv", "data.split_column=x"],
     [*CLAM, INSTANCES, "model.head.k_sample=4"],
     [*FEATURES, "data.labels_file=x.csv", "data.id_column=x", "data.label_column=['a', 'b']"],
@@ -505,7 +560,17 @@ def test_every_rule_is_broken_here(root):
 
 RULE_MODULES = [
     Path(spec_check.__file__).parent / f"spec_{name}.py"
-    for name in ("root", "data", "augment", "model", "peft", "train", "conditions", "check")
+    for name in (
+        "root",
+        "data",
+        "volumes",
+        "augment",
+        "model",
+        "peft",
+        "train",
+        "conditions",
+        "check",
+    )
 ]
 
 

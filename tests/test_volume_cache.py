@@ -16,7 +16,7 @@ from volume_files import affine_of, blob, write_dicom, write_nifti
 from glovita_lib import volume_cache
 from glovita_lib.errors import UserError
 from glovita_lib.read_volume import open_sample
-from glovita_lib.spec_data import VolumePreparation, VolumeReading
+from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 from glovita_lib.volume_cache import Entry, VolumeCache, VolumeSource, reading_of
 from glovita_lib.volume_preparation import prepare
 
@@ -172,7 +172,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from glovita_lib import volume_cache
-from glovita_lib.spec_data import VolumePreparation, VolumeReading
+from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 real = volume_cache.make_entry
 def slow(task):
     found = real(task)

@@ -12,7 +12,7 @@ from volume_files import ICBM, ORIENTATIONS, PLAIN, affine_of, blob, shipped, wr
 
 from glovita_lib.errors import UserError
 from glovita_lib.read_volume import open_sample
-from glovita_lib.spec_data import VolumePreparation
+from glovita_lib.spec_volumes import VolumePreparation
 from glovita_lib.volume_preparation import FOREGROUND_POINTS, otsu, prepare
 
 NOTHING = VolumePreparation(normalize="none", dtype="float32")

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from glovita_lib.data_folder import ImageFolder, csv_labels, json_labels, walk
 from glovita_lib.data_splits import read_splits
+from glovita_lib.data_tables import SampleFolder, csv_labels, json_labels, walk
 from glovita_lib.errors import UserError
 from glovita_lib.files import read_csv
 
@@ -26,7 +26,7 @@ def images(tmp_path):
         Image.fromarray(digits[number]).save(path)
     (tmp_path / "images/notes.txt").write_text("no image")
     folder = tmp_path / "images"
-    return ImageFolder(folder, walk(folder, EXTS))
+    return SampleFolder(folder, walk(folder, EXTS))
 
 
 def test_walk_finds_images_in_stable_order(images, tmp_path):
@@ -140,7 +140,7 @@ def test_bad_csv_files(tmp_path, text, said):
 
 
 def table_of(images, path, **columns):
-    defaults = {"path_column": "path", "label_column": "label"}
+    defaults = {"path_columns": ("path",), "label_column": "label"}
     defaults |= {"group_column": None, "split_column": None}
     return csv_labels(path, images, **(defaults | columns))
 

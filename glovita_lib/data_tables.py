@@ -1,0 +1,274 @@
+"""Folders, CSV and JSON files as rows: which samples there are, their labels, groups and splits.
+
+A sample is known by its id, its path below the images folder with forward slashes.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+from glovita_lib.errors import UserError, composed, listed, nearest_word
+from glovita_lib.files import read_csv, read_json_table
+
+
+def walk(folder: Path, exts: Sequence[str], *, report: list[str] | None = None) -> list[str]:
+    """Ids of all images below a folder, sorted; hidden files and folders are left out, links
+    followed.
+
+    Args:
+        report: gets a line about folders that cannot be listed; none: they are an error.
+
+    Raises:
+        UserError: no such folder, or one that cannot be listed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    endings = tuple("." + ext.lower().lstrip(".") for ext in exts)
+    found: list[str] = []
+    unlisted: list[str] = []
+    for parent, names in walk_folders(str(folder), unlisted):
+        inside = os.path.relpath(parent, folder).replace(os.sep, "/")
+        start = "" if inside == "." else f"{inside}/"
+        found += [start + name for name in names if name.lower().endswith(endings)]
+    if unlisted:
+        line = f"folders that cannot be listed: {listed(unlisted, 5)}"
+        if report is None:
+            raise UserError(f"{line}; what is in them would be missing")
+        report.append(f"{line}: left out")
+    return sorted(found)
+
+
+def walk_folders(
+    folder: str, unlisted: list[str], above: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, list[str]]]:
+    """A folder and all below it, each with the names of its files; links are followed under each of
+    their names, but not back to a folder that they are in. What cannot be listed is noted."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as found:
+            entries = {entry.name: entry.is_dir() for entry in found if entry.name[0] != "."}
+    except OSError as error:
+        unlisted.append(f"{folder} ({error.strerror})")
+        return
+    yield folder, [name for name, is_folder in entries.items() if not is_folder]
+    for name in sorted(name for name, is_folder in entries.items() if is_folder):
+        yield from walk_folders(os.path.join(folder, name), unlisted, above | {real})
+
+
+@dataclass(slots=True)
+class SampleFolder:
+    """The samples below a folder; of images each is a file."""
+
+    noun: ClassVar[str] = "image"
+    """What a sample is called."""
+
+    folder: Path
+    ids: list[str]
+    known: dict[str, list[str]] = field(init=False)
+    """Composed id -> ids, two where the disk has a name in both Unicode forms."""
+
+    def __post_init__(self) -> None:
+        self.known = {}
+        for identity in self.ids:
+            self.known.setdefault(composed(identity), []).append(identity)
+
+    def path(self, identity: str) -> str:
+        """File of a sample, the first of several."""
+        return str(self.folder / identity)
+
+    def find(self, name: str) -> str | None:
+        """Id of the image at a path below the folder, which may hold "./" and "//" and be in either
+        Unicode form; None if there is none. Which sample it is, is never guessed."""
+        identity = str(PurePosixPath(name))
+        found = self.known.get(composed(identity), [])
+        return identity if identity in found else found[0] if len(found) == 1 else None
+
+    def find_row(self, names: tuple[str, ...]) -> tuple[str | None, str]:
+        """Id of the sample of these files, see `find`, and the name to say where there is none."""
+        return self.find(names[0]), names[0]
+
+    def hint(self, name: str) -> str:
+        """What may be wrong with a path that is no sample: the one that was probably meant, or why
+        a file there does not count; empty if nothing is near."""
+        if near := near_path(name, self.ids):
+            return f'; did you mean "{near}"?'
+        if name and (self.folder / name).is_file():
+            return (
+                f"; the file is there, but no {self.noun} below {self.folder} with a suffix of"
+                " data.allowed_exts"
+            )
+        return ""
+
+
+def near_path(name: str, paths: Sequence[str]) -> str | None:
+    """The path that was probably meant: one with the same file name, else with the same one but for
+    its suffix, where several have it in the folders most alike; else one spelled nearly so and with
+    the same numbers, as 2.png is no misspelt 1.png.
+
+    >>> near_path("images/cat/1", ["cat/1.png", "dog/1.png"]), near_path("ct1.png", ["ct2.png"])
+    ('cat/1.png', None)
+    """
+    wanted = PurePosixPath(name.replace("\\", "/").strip())
+    files = {path: path.rpartition("/")[2] for path in paths}
+    alike = [path for path in paths if files[path] == wanted.name] or [
+        path for path in paths if files[path].rpartition(".")[0] in (wanted.name, wanted.stem)
+    ]
+    if alike:
+        folders = wanted.parts[-2::-1]
+        return max(
+            alike, key=lambda path: len(commonprefix([folders, PurePosixPath(path).parts[-2::-1]]))
+        )
+    numbers = re.findall(r"\d+", str(wanted))
+    return nearest_word(
+        str(wanted), (path for path in paths if re.findall(r"\d+", path) == numbers)
+    )
+
+
+@dataclass(slots=True)
+class Problems:
+    """Samples that cannot be used: an error if the spec is strict, else lines of the report."""
+
+    strict: bool
+    noun: str = "image"
+    lines: dict[str, str] = field(default_factory=dict)  # sample -> why, in the order found
+    most: ClassVar[int] = 20  # that a message lists
+
+    def add(self, name: str, why: str, hint: Callable[[str], str] | None = None) -> None:
+        """Note a sample; what was found first counts. The hint, which takes time, is asked only for
+        those that a message lists."""
+        if name not in self.lines:
+            self.lines[name] = why + (hint(name) if hint and len(self.lines) < self.most else "")
+
+    def settle(self, report: list[str]) -> None:
+        """Raise or report what was found.
+
+        Raises:
+            UserError: all samples that cannot be used, with their paths.
+        """
+        if self.lines and self.strict:
+            raise UserError(self.text("cannot be used; mend them or set data.strict = false:"))
+        if self.lines:
+            report.append(self.text("left out:"))
+
+    def text(self, head: str) -> str:
+        """How many samples, and the first of them with their reasons, one a line."""
+        lines = [f"{name}: {why}" for name, why in self.lines.items()]
+        count = f"{len(lines)} {self.noun}{'s' * (len(lines) > 1)}"
+        return f"{count} {head}\n  " + listed(lines, self.most, "\n  ")
+
+
+# ---------------------------------------------------------------------- labels and splits
+
+
+@dataclass(slots=True)
+class LabelTable:
+    """What a label file says, by the id of the sample."""
+
+    labels: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+    split_names: set[str] = field(default_factory=set)  # also those of images that are not there
+    missing: list[str] = field(default_factory=list)  # names for which there is no image
+
+    def hint(self, identity: str) -> str:
+        """The line that was probably meant for an image without label; empty if none is near."""
+        near = near_path(identity, self.missing)
+        return f'; the label file has "{near}", and there is no such image' if near else ""
+
+
+def json_labels(path: Path, images: SampleFolder) -> LabelTable:
+    """Labels of a JSON object {path: label}.
+
+    Raises:
+        UserError: not such an object, or two labels for one image.
+    """
+    content = read_json_table(path)
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: holds a {type(content).__name__}, expected an object {{path: label}}"
+        )
+    table = LabelTable()
+    for name, label in content.items():
+        enter(table, path, images.find(name), name, label)
+    return table
+
+
+def csv_labels(
+    path: Path,
+    images: SampleFolder,
+    *,
+    path_columns: tuple[str, ...],
+    label_column: str | tuple[str, ...],
+    group_column: str | None,
+    split_column: str | None,
+) -> LabelTable:
+    """Labels of a CSV file: a string, or a tuple of strings for several label columns.
+
+    Raises:
+        UserError: a missing column, or two rows that differ for one image.
+    """
+    columns = [label_column] if isinstance(label_column, str) else label_column
+    wanted = [*path_columns, *columns]
+    wanted += [column for column in (group_column, split_column) if column]
+    table = LabelTable()
+    for row in read_csv(path, wanted):
+        identity, name = images.find_row(tuple(row[column] for column in path_columns))
+        if split_column:
+            table.split_names.add(row[split_column])
+        cells = tuple(row[column] for column in columns)
+        label = cells[0] if isinstance(label_column, str) else cells
+        enter(table, path, identity, name, label)
+        for column, store in ((group_column, table.groups), (split_column, table.splits)):
+            if column and identity is not None:
+                agree(path, name, column, store.setdefault(identity, row[column]), row[column])
+    return table
+
+
+def datalist_labels(path: Path, images: SampleFolder) -> LabelTable:
+    """Labels and splits of a JSON object {split: [{"image": path, "label": label}, ...]}, as the
+    Medical Segmentation Decathlon and MONAI write it; image may be a list of paths. Other keys, and
+    entries that are a path alone, are not used.
+
+    Raises:
+        UserError: no such object, or two labels for one sample.
+    """
+    content = read_json_table(path)
+    lists = content if isinstance(content, dict) else {}
+    table = LabelTable()
+    for split, entries in lists.items():
+        for entry in entries if isinstance(entries, list) else ():
+            if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
+                continue
+            paths = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+            identity, name = images.find_row(tuple(map(str, paths)))
+            table.split_names.add(split)
+            enter(table, path, identity, name, entry["label"])
+            if identity is not None:
+                agree(path, name, "split", table.splits.setdefault(identity, split), split)
+    if not table.split_names:
+        raise UserError(f'{path}: expected {{split: [{{"image": path, "label": label}}, ...]}}')
+    return table
+
+
+def enter(table: LabelTable, path: Path, identity: str | None, name: str, label: Any) -> None:
+    """Note the label of an image, or that there is no such image."""
+    if identity is None:
+        table.missing.append(name)
+    else:
+        agree(path, name, "label", table.labels.setdefault(identity, label), label)
+
+
+def agree(path: Path, name: str, what: str, first: Any, second: Any) -> None:
+    """Refuse two different values for one image."""
+    if isinstance(first, str) and isinstance(second, str):
+        first, second = composed(first), composed(second)
+    if first != second:
+        raise UserError(
+            f"{path}: {name} has two values of {what}: {first!r} and {second!r}; keep one"
+        )
