@@ -506,7 +506,8 @@ def dataset_of(
         found.dtype  # noqa: B018
     except TypeError as error:
         raise UserError(f"{path}: {key!r} is of a type that numpy has not ({error})") from None
-    refuse_outside(path, key, found.file.filename, follow_links=follow_links)
+    if found.file.filename != path:
+        refuse_outside(path, key, found.file.filename, follow_links=follow_links)
     if found.external:
         raise UserError(
             f"{path}: {key!r} keeps its numbers in files that are not HDF5"
