@@ -322,7 +322,7 @@ class ClassWords:
             if len(place) < len(known):
                 raise UserError(f"data.class_names: a name occurs twice in {', '.join(known)}")
             for file, words, means in zip(self.files, self.words, meanings, strict=True):
-                refuse_unknown(file, words, [name in place for name in means], known, key)
+                refuse_unknown(file, words, means, known, key)
         tables = [np.array([place[name] for name in means], np.int64) for means in meanings]
         found = zip(self.words, tables, strict=True)
         return [table[words.codes] for words, table in found], known
@@ -379,21 +379,26 @@ def words_of_places(words: list[str], names: Sequence[str] | None) -> list[str |
 
 
 def refuse_unknown(
-    file: Labels, words: Words, known: Sequence[bool], names: Sequence[str], key: str
+    file: Labels, words: Words, means: list[str | None], names: Sequence[str], key: str
 ) -> None:
-    """Raise an error that names the words that are no class, each with a sample that has it."""
-    codes = [code for code, is_known in enumerate(known) if not is_known]
+    """Raise an error that names the words whose meanings (W,) are no class, each with a sample that
+    has it."""
+    known = set(map(composed, names))
+    codes = [code for code, name in enumerate(means) if name not in known]
     if not codes:
         return
+    labels = [means[code] or words.distinct[code] for code in codes]
     shown = []
-    for code in codes[:10]:
-        label = words.distinct[code]
+    for code, label in zip(codes[:10], labels, strict=False):
         owner = file.ids[words.samples[np.flatnonzero(words.codes == code)[0]]]
         near = "" if WHOLE.fullmatch(label) else meant(label, list(names))
         shown.append(f'"{label}" ({owner}){near}')
     text = f"label not in class list: {listed([*shown, *codes[10:]])}; {key}: {listed(names)}"
-    way_out = "; infer.input predicts without labels" if key == OF_CHECKPOINT else ""
-    raise file.error(text + way_out)
+    if key == OF_CHECKPOINT and all(map(WHOLE.fullmatch, labels)):
+        text += "; if the numbers are indices, name their classes in order in data.class_names"
+    if key == OF_CHECKPOINT:
+        text += "; infer.input predicts without labels"
+    raise file.error(text)
 
 
 def multiclass(files: Sequence[Labels], rules: LabelRules) -> Targets:

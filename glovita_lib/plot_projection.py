@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from glovita_lib.data import Images
+from glovita_lib.data import NUMBER, Images
 from glovita_lib.dist import cores
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, composed
 from glovita_lib.figures import (
     AMBER,
     BLUE,
@@ -157,11 +157,12 @@ def of_column(path: Path, column: str, ids: Sequence[Sequence[str]]) -> Coloring
         UserError: no such file or column, an id twice, or a file that has none of the samples.
     """
     rows = read_csv(path, ("id", column))
-    table = {row["id"]: row[column] for row in rows}
+    table = {composed(row["id"]): row[column] for row in rows}
     if len(table) < len(rows):
         raise UserError(f"{path}: some ids occur twice; give each sample one row")
-    texts = [next((table[name] for name in names if name in table), "") for names in ids]
-    if not any(any(name in table for name in names) for names in ids) and len(ids):
+    known = [[table[name] for name in map(composed, names) if name in table] for names in ids]
+    texts = [cells[0] if cells else "" for cells in known]
+    if not any(known) and len(ids):
         raise UserError(
             f"{path} has none of the samples: its ids are like {next(iter(table), 'none')!r}, those"
             f" of the samples like {ids[0][0]!r}; write the latter into the column id"
@@ -169,19 +170,19 @@ def of_column(path: Path, column: str, ids: Sequence[Sequence[str]]) -> Coloring
     values = as_numbers(texts)
     if values is None:
         return words(column, texts)
-    known = np.unique(values[~np.isnan(values)])
-    if len(known) <= WHOLE_NUMBERS and (known == np.round(known)).all():
-        codes = np.where(np.isnan(values), -1, np.searchsorted(known, values))
-        return Coloring(column, tuple(f"{value:.0f}" for value in known), codes, None)
+    found = np.unique(values[~np.isnan(values)])
+    if len(found) <= WHOLE_NUMBERS and (found == np.round(found)).all():
+        codes = np.where(np.isnan(values), -1, np.searchsorted(found, values))
+        return Coloring(column, tuple(f"{value:.0f}" for value in found), codes, None)
     return color_numbers(column, values)
 
 
 def as_numbers(texts: Sequence[str]) -> np.ndarray | None:
     """Cells as finite numbers, NaN where empty or not finite; None where one is a word."""
-    try:
-        values = np.array([float(text) if text else np.nan for text in texts], np.float64)
-    except ValueError:
+    without = ("", "nan", "inf", "-inf")
+    if not all(NUMBER.fullmatch(text) or text.lower() in without for text in texts):
         return None
+    values = np.array([float(text or "nan") for text in texts], np.float64)
     return np.where(np.isfinite(values), values, np.nan)
 
 

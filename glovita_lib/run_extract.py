@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from glovita_lib import dist, files
-from glovita_lib.data import Data, Split, skipped
+from glovita_lib.data import Data, Split, outputs_line, skipped
 from glovita_lib.errors import UserError, listed
 from glovita_lib.extraction import (
     Extractor,
@@ -276,6 +276,7 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
     with dist.session() as ranks:
         experiment, data = source_of(loaded, ranks)
         extractor = Extractor(experiment, loaded.root.extract)
+        say_main(ranks, ": ".join(outputs_line(data.subtask, data.class_names, ordered=False)))
         notes = data.report if ranks.is_main else []
         at_end = loaded.root.extract.on_error == "skip" and not dry_run
         for note in notes:

@@ -16,7 +16,16 @@ import torch
 from msgspec.structs import replace
 
 from glovita_lib import dist
-from glovita_lib.data import Data, Images, Source, Split, Standardizer, skipped, subset
+from glovita_lib.data import (
+    Data,
+    Images,
+    Source,
+    Split,
+    Standardizer,
+    outputs_line,
+    skipped,
+    subset,
+)
 from glovita_lib.data_features import encode_labels, keys, read_collection
 from glovita_lib.data_splits import strata
 from glovita_lib.errors import UserError, listed, versions
@@ -501,6 +510,8 @@ def draw_projection(
     files = write_map(stem, spec, samples, projection, colorings, text)
     write_json(files["numbers"], numbers_of(spec, samples, projection, seed, loaded))
     rows = [("samples", shown), ("trustworthiness", trust)]
+    if samples.targets is not None:
+        rows.append(outputs_line(samples.subtask, samples.class_names, ordered=False))
     say(two_columns([*rows, *((kind, str(path)) for kind, path in files.items())]))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import unicodedata
 from pathlib import Path
 
 import h5py
@@ -578,3 +579,55 @@ def test_no_table_is_read_from_files_that_are_not_hdf5(tmp_path, key):
         file.create_dataset(key, shape, np.int64, external=[("secret", 0, h5py.h5f.UNLIMITED)])
     with pytest.raises(UserError, match=f"'{key}' keeps its numbers in files that are not HDF5"):
         build(tmp_path, train_features_file=name, follow_links=True)
+
+
+def test_ids_groups_and_columns_in_either_unicode_form_are_one(tmp_path):
+    """A feature file from a Mac, a table from elsewhere."""
+    apart = [unicodedata.normalize("NFD", f"bär{number}") for number in range(6)]
+    composed = [unicodedata.normalize("NFC", name) for name in apart]
+    write(tmp_path / "f.h5", features=X[:6], ids=np.array(apart, object))
+    rows = [("id", "größe", "p", "split")]
+    rows += [(name, i // 2 % 2, "äß"[i % 2] * 3, "val" if i % 2 else "train")
+             for i, name in enumerate(composed)]  # fmt: skip
+    with open(tmp_path / unicodedata.normalize("NFD", "tabü.csv"), "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    given = {"features_file": "f.h5", "labels_file": "tabü.csv", "group_column": "p"}
+    given["label_column"] = unicodedata.normalize("NFD", "größe")
+    data = build(tmp_path, **given, split_source="csv")
+    assert data.splits["train"].ids == apart[::2] and data.splits["val"].ids == apart[1::2]
+    assert data.splits["train"].groups == ["äää"] * 3 and data.report == []
+    (tmp_path / "splits.json").write_text(json.dumps({"train": composed[:4], "val": composed[4:]}))
+    with pytest.raises(UserError, match="groups are in more than one split"):
+        build(tmp_path, **given, split_source="splits_json")
+    groups = np.array([unicodedata.normalize(form, "ä") for form in ("NFC", "NFD")] * 3, object)
+    write(tmp_path / "g.h5", features=X[:6], labels=Y[:6] % 2, groups=groups)
+    with pytest.raises(UserError, match="at most 1 folds"):
+        build(tmp_path, features_file="g.h5", split_source="kfold", n_folds=3)
+    write(
+        tmp_path / "g.h5",
+        features=X[:2],
+        labels=Y[:2],
+        ids=np.array([apart[0], composed[0]], object),
+    )
+    with pytest.raises(UserError, match="is that of 2 samples"):
+        build(tmp_path, train_features_file="g.h5")
+
+
+@pytest.mark.parametrize("key", ["labels", "ids", "groups"])
+def test_text_that_is_not_utf8_is_one_line(tmp_path, key):
+    tables = {"labels": Y[:2], key: np.array(["böse".encode("latin-1"), b"gut"])}
+    name = write(tmp_path / "f.h5", features=X[:2], **tables)
+    with pytest.raises(UserError, match=rf"f.h5: '{key}' holds b'b\\xf6se', which is not UTF-8"):
+        build(tmp_path, train_features_file=name)
+    tables[key] = np.array(["böse", "gut"], object)
+    fixed = np.array([text.encode() for text in tables[key]])
+    for values in (fixed, tables[key]):
+        name = write(tmp_path / "f.h5", features=X[:2], **(tables | {key: values}))
+        data = build(tmp_path, train_features_file=name)
+        split = data.splits["train"]
+        found = {"labels": list(data.class_names), "ids": split.ids, "groups": split.groups}
+        assert found[key] == ["böse", "gut"]
+    kinds = np.dtype([("a", int)])
+    name = write(tmp_path / "f.h5", features=X[:2], **(tables | {key: np.zeros(2, kinds)}))
+    with pytest.raises(UserError, match="it must be numbers or text"):
+        build(tmp_path, train_features_file=name)

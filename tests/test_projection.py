@@ -300,6 +300,10 @@ def test_columns_of_a_table(tmp_path):
     assert stain.words() == ["HE", "HE", "IHC", ""] and stain.names == ("HE", "IHC")
     assert age.values.tolist()[:2] == [40, 61.5] and np.isnan(age.values[2:]).all()
     assert grade.names == ("1", "2") and grade.codes.tolist() == [0, 0, 1, -1]
+    path.write_text("id,part\nbo\u0308se,1_0\nb,10\n", encoding="utf-8")
+    parts = of_column(path, "part", [("b\u00f6se",), ("b",)])
+    assert parts.words() == ["1_0", "10"]  # names, of an id in either Unicode form
+    path.write_text("id,stain\na,HE\nb,IHC\n")
     of_instances = of_column(path, "stain", [("b#0", "b"), ("b#1", "b")])
     assert of_instances.words() == ["IHC", "IHC"]
 
