@@ -361,7 +361,8 @@ def test_a_run_is_trained_asked_and_read_out(root, command, monkeypatch):
     command("mode=infer", f"infer.input={folder}", spec=spec)
     (file,) = run.rglob("predictions_new.csv")
     assert [row["id"] for row in rows_of(file)] == ["0.nii", "1.nii"]
-    command("mode=extract", spec=spec)
+    command("mode=extract", f"extract.output_dir={root / 'features'}", spec=spec)
+    assert len(list((root / "features").glob("*.h5"))) == 3
     trained = f"infer.checkpoint={run / 'checkpoints' / 'best.pt'}"
     changed = "data.preparation.size=[9, 9, 7]"
     bad = command("mode=infer", changed, trained, spec=spec, code=2)
