@@ -226,7 +226,7 @@ def timm_outcome(name: str, case: Case, folder: Path, **kwargs) -> str:
     def reference(seed: int, **more) -> nn.Module:
         torch.manual_seed(seed)
         options = {"num_classes": 0, "in_chans": case.channels, **sized, **kwargs, **more}
-        overlay = {"file": str(folder / "bare.pt")}
+        overlay = {"file": str(folder / "bare.pt"), "custom_load": False}
         try:
             return timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay=overlay, **options

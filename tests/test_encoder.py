@@ -460,7 +460,7 @@ def test_the_crop_mode_is_that_of_the_published_weights() -> None:
         if mode != "center" or name.startswith("resnet18"):
             assert preprocess_of(TimmEncoder(type=name), channels=3).crop_mode == mode, name
             asked[mode] += 1
-    assert all(asked.values())
+    assert asked["center"] and asked["squash"]  # timm 1.0.20 has no border
     assert preprocess_of(TorchvisionEncoder(type="resnet18"), channels=3).crop_mode == "center"
 
 
