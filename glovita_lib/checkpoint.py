@@ -16,6 +16,7 @@ from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -361,11 +362,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f'weights = "{path}": not a whole safetensors file ({error})') from error
 
 
+def plain_values() -> list[Any]:
+    """Types of values that hold data only, beside those that torch knows."""
+    rebuild = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["All"]}
+    old = [(rebuild, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [Namespace, np.dtype, *kinds, *old]
+
+
 def read_torch(path: Path) -> Any:
-    """Content of a file of torch.save; the arguments that timm's training puts beside the weights
-    are read along."""
+    """Content of a file of torch.save; what training programs like to put beside the weights,
+    parsed arguments and numbers of NumPy, is read along."""
     try:
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals(plain_values()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise UserError(

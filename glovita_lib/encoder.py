@@ -215,7 +215,9 @@ class Encoder(nn.Module):
             with torch.no_grad():
                 copy = without_data(self)
                 with convolution_sizes(copy.net) as sizes:
-                    return copy.forward_features(torch.zeros(input_shape, device="meta")), sizes
+                    raw = copy.forward_features(torch.zeros(input_shape, device="meta"))
+            if not isinstance(raw, Tensor) or raw.numel():  # torch 2.6 lets too small inputs pass
+                return raw, sizes
         except (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError):
             pass  # tensors that are no buffers, operators without shapes: compute it
         try:
@@ -245,7 +247,7 @@ class Encoder(nn.Module):
             image: sides of the input.
         """
         for size in sizes:
-            if len(size) == len(image) and math.prod(size) == patches:
+            if len(size) == len(image) and math.prod(size) == patches > 0:
                 return tuple(side / n for side, n in zip(image, size, strict=True))
         return (1.0,) * len(image)
 

@@ -63,7 +63,7 @@ class TimmTrunk(Encoder):
         """Sides of a patch, as the network's own embedding has it."""
         for name in ("patch_embed", "embeds"):
             stated = getattr(getattr(self.net, name, None), "dynamic_feat_size", None)
-            if stated is not None and math.prod(grid := stated(image)) == patches:
+            if stated is not None and math.prod(grid := stated(image)) == patches > 0:
                 return tuple(side / n for side, n in zip(image, grid, strict=True))
         return super().patch_sides(patches, sizes, image)
 
@@ -219,7 +219,7 @@ def create_timm(
     """timm.create_model, its errors told in terms of the spec; the model has random weights.
 
     Returns:
-        The model, and what loads published weights into it; None where timm does not load any.
+        The model, and what loads published weights into it; None where the spec asks for none.
 
     Raises:
         UserError: the model does not take an argument, or the size.
@@ -230,9 +230,11 @@ def create_timm(
     if has_fixed_size(spec, config) and tuple(size) != tuple(config.input_size[1:]):
         arguments["img_size"] = size
     loaders: list[Loader] = []
+    # some models are built otherwise for published weights (fbnetc_100: another eps of BatchNorm)
+    trained = spec.pretrained or spec.weights is not None
     try:
         with instead_of_loading(loaders):
-            net = timm.create_model(present_name(spec.type), pretrained=True, **arguments)
+            net = timm.create_model(present_name(spec.type), pretrained=trained, **arguments)
     except BUILDING_ERRORS + ARGUMENT_ERRORS as error:
         raise refused(spec, config, arguments, error) from error
     return net, loaders[-1] if loaders else None

@@ -325,6 +325,11 @@ def test_files_of_timms_training(tmp_path: Path) -> None:
         assert torch.equal(value, encoder.net.state_dict()[name]), name
 
 
+def test_numbers_of_numpy_beside_the_weights(tmp_path: Path) -> None:
+    numbers = {"best": np.float64(0.9), "epoch": np.int32(3), "flag": np.bool_(True)}
+    assert loaded({"model": RAW, **numbers}, tmp_path / "w.pt") == (1.0, ())
+
+
 # -------------------------------------------------------------------- the libraries' rules
 
 
@@ -446,6 +451,16 @@ def test_mnasnet_with_and_without_the_version_of_its_state(kind: str, tmp_path: 
     spec = TorchvisionEncoder(type="mnasnet0_5", weights=str(path))
     ours = build_encoder(spec, channels=3, size=(64, 64), load_weights=True).net.state_dict()
     assert all(torch.equal(value, source[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("fields", [{}, {"pretrained": False}, {"weights": "w.pt"}], ids=str)
+def test_a_model_that_is_built_otherwise_for_published_weights(fields: dict) -> None:
+    """fbnetc_100 has another eps of BatchNorm then; so it is restored from a checkpoint too."""
+    trained = fields != {"pretrained": False}
+    spec = TimmEncoder(type="fbnetc_100", **({"pretrained": False} | fields if fields else {}))
+    net = build_encoder(spec, channels=3, size=(64, 64), load_weights=False).net
+    eps = {module.eps for module in net.modules() if isinstance(module, nn.BatchNorm2d)}
+    assert eps == {1e-3 if trained else 1e-5}
 
 
 # -------------------------------------------------------------------- pretrained = true
