@@ -19,7 +19,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from glovita_lib.encoder import build_encoder
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
 
 SMALLEST = (
@@ -356,6 +356,8 @@ def test_every_family_of_torchvision(name, case, tmp_path):
 
 def test_the_sweep_has_every_module_of_timm_and_every_family_of_torchvision():
     entries = timm.models._registry._model_to_module
+    if missing := [name for name in SMALLEST if name not in entries]:
+        pytest.skip(f"timm {timm.__version__} lacks {listed(missing)}")
     assert {entries[name] for name in SMALLEST} == set(timm.models.list_modules())
 
 

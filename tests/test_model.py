@@ -181,7 +181,7 @@ def test_one_channel_and_one_sample_and_one_class() -> None:
 
 
 def test_regression_checks_its_targets() -> None:
-    with pytest.raises(UserError, match="out_dim = 2"):
+    with pytest.raises(UserError, match="out_dim: 2 outputs"):
         make(timm_spec("test_vit"), head=RegressionHead(out_dim=2), size=32)
 
 
