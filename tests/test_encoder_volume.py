@@ -200,6 +200,9 @@ FAMILIES = {
 }
 
 
+BLOCKS = {"residual": 2, "bottleneck": 2, "pooled": 2, "images": 2, "primus": 12, "clips": 8}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trains_a_step_saves_and_reloads_strictly(name: str, tmp_path: Path) -> None:
     spec, size = FAMILIES[name]
@@ -210,6 +213,9 @@ def test_trains_a_step_saves_and_reloads_strictly(name: str, tmp_path: Path) -> 
         return build_model(ModelSpec(encoder=spec), FullFinetuning(), **arguments)
 
     model = fresh()
+    assert len(model.encoder.blocks()) == BLOCKS[name]  # for learning rates by depth and for PEFT
+    depths = list(model.encoder.layer_ids().values())
+    assert depths[0] == 0 and {*range(1, BLOCKS[name] + 1)} <= {*depths}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = volumes(*size, channels=2), torch.tensor([0, 2])
     for _ in range(3):  # blocks begin as their skip and pass gradients on behind the first step
