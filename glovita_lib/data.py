@@ -235,6 +235,8 @@ class ImageSamples(BaseSamples, tag="images"):
 class VolumeSamples(BaseSamples, tag="volumes"):
     """Prepared volumes (C, X, Y, Z)."""
 
+    spec_kind: ClassVar[Literal["images", "volumes", "features"]] = "volumes"
+
     channels: int
     """Channels of a prepared volume: each series, frame or CT window is one."""
     reading: VolumeReading | None = None

@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
-from glovita_lib.data import Source
 from glovita_lib.errors import UserError
 from glovita_lib.files import Lock, make_folder, write_bytes, write_json
 from glovita_lib.read_dicom import dicom_files, shape_text
@@ -203,7 +202,7 @@ def hdf5_bytes(found: Prepared, facts: dict[str, Any]) -> memoryview:
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         file.create_dataset(VOXELS, data=found.voxels, chunks=chunks)
-        file[FOREGROUND] = found.foreground
+        file[FOREGROUND] = found.foreground.astype(np.int16)  # no axis has 32,768 voxels
         fill = found.voxels.min((1, 2, 3))
         for name, value in {"affine": found.affine, "fill": fill, **facts}.items():
             file.attrs[name] = value
@@ -365,7 +364,7 @@ def open_prepared(path: str) -> PreparedVolume:
             file[VOXELS],
             affine=file.attrs["affine"],
             fill=file.attrs["fill"],
-            foreground=file[FOREGROUND][...],
+            foreground=file[FOREGROUND][...].astype(np.int32),
         )
     except (OSError, KeyError) as error:
         raise UserError(
@@ -374,7 +373,7 @@ def open_prepared(path: str) -> PreparedVolume:
         ) from None
 
 
-class VolumeSource(Source):
+class VolumeSource:
     """Prepared volumes of one split, read from their cache files."""
 
     reads_at_once: ClassVar[bool] = False

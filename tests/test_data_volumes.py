@@ -3,13 +3,11 @@ and whole runs on them."""
 
 import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
-from torch import nn
 from volume_files import ORIENTATIONS, affine_of, blob, write_dicom, write_nifti
 
 from glovita_lib.data import subset
@@ -316,13 +314,6 @@ def test_specs_that_contradict_themselves(root, fields, said):
 # ---------------------------------------------------------------------- whole runs
 
 
-def tiny_net(input_channels):
-    """A 3-D network of two layers."""
-    return nn.Sequential(
-        nn.Conv3d(input_channels, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool3d(2), nn.Flatten()
-    )
-
-
 SPEC = """
 [data]
 dataset = "generic_3d_dataset"
@@ -333,8 +324,11 @@ split_source = "csv"
 size = [8, 9, 7]
 workers = 1
 [model.encoder]
-encoder_type = "custom"
-target = "test_data_volumes:tiny_net"
+encoder_type = "residual_encoder"
+features_per_stage = [4, 8]
+n_blocks_per_stage = [1, 1]
+strides = [1, 1]
+kernel_sizes = [3, 3]
 [training]
 epochs = 2
 [dataloading]
@@ -345,8 +339,7 @@ backend = "none"
 """
 
 
-def test_a_run_is_trained_asked_and_read_out(root, command, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+def test_a_run_is_trained_asked_and_read_out(root, command):
     spec = SPEC.format(root=root)
     run = command(spec=spec).path
     resolved = json.loads((run / "resolved_config.json").read_text())
@@ -372,8 +365,7 @@ def test_a_run_is_trained_asked_and_read_out(root, command, monkeypatch):
     assert "2.nii: 4-D, 2 frames" in bad.err
 
 
-def test_the_same_volume_in_any_orientation_has_the_same_prediction(root, command, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+def test_the_same_volume_in_any_orientation_has_the_same_prediction(root, command):
     spec = SPEC.format(root=root)
     command(spec=spec)
     for codes in ORIENTATIONS:
@@ -384,18 +376,16 @@ def test_the_same_volume_in_any_orientation_has_the_same_prediction(root, comman
     assert len(rows) == 8 and all(row == rows[0] for row in rows)
 
 
-def test_volumes_of_unlike_sizes_need_one(root, command, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+def test_volumes_of_unlike_sizes_need_one(root, command):
     write_nifti(root / "images" / "0.nii.gz", blob((12, 9, 7)))
     spec = SPEC.format(root=root).replace("size = [8, 9, 7]\n", "")
     assert "differ in size: bring them to one" in command(spec=spec, code=2).err
 
 
 def test_an_encoder_of_images_is_refused(root, command):
-    spec = SPEC.format(root=root).replace(
-        'encoder_type = "custom"\ntarget = "test_data_volumes:tiny_net"',
-        'encoder_type = "timm"\ntype = "resnet18"\npretrained = false',
-    )
+    of_images = 'encoder_type = "timm"\ntype = "resnet18"\npretrained = false\n[training]'
+    own = SPEC[SPEC.index("encoder_type") : SPEC.index("[training]") + len("[training]")]
+    spec = SPEC.format(root=root).replace(own, of_images)
     assert "takes images, and the samples" in command(spec=spec, code=2).err
 
 
