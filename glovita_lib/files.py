@@ -417,8 +417,8 @@ class Lock:
         with suppress(
             OSError
         ):  # others have put something there, or an open file cannot be removed
-            if self.made and os.listdir(self.path.parent) == [self.path.name]:
-                self.path.unlink()
+            if self.made and set(os.listdir(self.path.parent)) <= {self.path.name}:
+                self.path.unlink(missing_ok=True)
                 for folder in self.made:
                     folder.rmdir()
         self.made = []

@@ -967,7 +967,7 @@ train_features_file = "train.h5"
 [model.encoder]
 encoder_type = "precomputed"
 """
-    assert "is read out" in extract(spec=spec, code=2).err
+    assert "the samples are vectors already" in extract(spec=spec, code=2).err
 
 
 # ---------------------------------------------------------------------- training on the files
