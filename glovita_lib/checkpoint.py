@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -209,7 +209,7 @@ def load_model(model: nn.Module, state_dict: dict[str, Tensor], path: Path | str
 
 COUNTER = "num_batches_tracked"  # of BatchNorm; files of old torch versions lack it
 POSITIONS = ("pos_embed", "pos_embedding")
-WRAPPED = ("_orig_mod.", "module.")  # before names: torch.compile, DistributedDataParallel
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts of names
 AVERAGED = {"ema", "teacher", "swa", "averaged"}  # words in the names of the network that counts
 NESTED = 4  # dicts in dicts, at most
 Tensors = OrderedDict[str, Tensor]
@@ -321,16 +321,16 @@ def dicts_of_tensors(content: Any, name: str, depth: int) -> Iterator[FileNetwor
 
 
 def unwrapped(tensors: Mapping[str, Tensor], versions: dict[str, Any] | None) -> Tensors:
-    """Tensors without what torch.compile and DistributedDataParallel put before their names.
+    """Tensors without what torch puts into their names: torch.compile, FullyShardedDataParallel and
+    activation checkpointing anywhere, DistributedDataParallel in front.
 
     Args:
         versions: of the modules, as torch keeps them beside a state dict.
     """
 
     def bare(key: str) -> str:
-        while key.startswith(WRAPPED):
-            key = key.partition(".")[2]
-        return key
+        parts = (part for part in key.split(".") if part not in WRAPPERS)
+        return ".".join(dropwhile("module".__eq__, parts))
 
     return with_versions(
         {bare(key): tensor for key, tensor in tensors.items()},
@@ -405,7 +405,7 @@ def load_weights(target: LoadTarget, path: str | Path, *, by_order: bool) -> str
     networks = read_networks(path)
     source = f'weights = "{path}"'
     if by_order:
-        named = [rename_by_order(network, target, source) for network in networks]
+        named = renamed_by_order(networks, target, source)
     else:
         names = frozenset(target.net.state_dict())
         named = [part for network in networks for part in parts_of(network, names)]
@@ -456,7 +456,9 @@ def first_of(
 
 def equal(one: Tensors, other: Tensors) -> bool:
     """Whether names and tensors are the same."""
-    return one.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in one.items())
+    return one.keys() == other.keys() and all(
+        t.dtype == other[n].dtype and torch.equal(t, other[n]) for n, t in one.items()
+    )
 
 
 def refuse(target: LoadTarget, found: Mismatch, source: str) -> NoReturn:
@@ -615,6 +617,25 @@ def fit_kernel(kernel: Tensor, channels: int) -> Tensor:
 
 
 # -------------------------------------------------------------------- by order
+
+
+def renamed_by_order(
+    networks: list[FileNetwork], target: LoadTarget, source: str
+) -> list[FileNetwork]:
+    """Those of several dicts of tensors that have the order of the network, under its names.
+
+    Raises:
+        UserError: none has.
+    """
+    named, errors = [], []
+    for network in networks:
+        try:
+            named.append(rename_by_order(network, target, source))
+        except UserError as error:
+            errors.append(error)
+    if not named:
+        raise errors[0]
+    return named
 
 
 def rename_by_order(network: FileNetwork, target: LoadTarget, source: str) -> FileNetwork:

@@ -92,6 +92,10 @@ def wrap(kind: str, tensors: dict[str, Tensor]) -> dict:
         return {"state_dict": {f"module.{k}": t for k, t in tensors.items()}, "epoch": 3}
     if kind == "compiled":
         return {"model": {f"_orig_mod.model.{k}": t for k, t in tensors.items()}}
+    if kind == "sharded":
+        return {
+            k.replace("layer1.", "_fsdp_wrapped_module.layer1.", 1): t for k, t in tensors.items()
+        }
     if kind == "ours":
         own = {f"encoder.net.{k}": t for k, t in tensors.items() if not k.startswith("fc.")}
         return {"model": {**own, "head.linear.weight": torch.zeros(2, 2)}, "ema": None, "spec": {}}
@@ -101,7 +105,7 @@ def wrap(kind: str, tensors: dict[str, Tensor]) -> dict:
     return tensors
 
 
-@pytest.mark.parametrize("kind", ["plain", "ddp", "compiled", "ours", "ema"])
+@pytest.mark.parametrize("kind", ["plain", "ddp", "compiled", "sharded", "ours", "ema"])
 def test_wrappers_and_prefixes(kind: str, tmp_path: Path) -> None:
     source = resnet(1).state_dict()
     torch.save(wrap(kind, source), tmp_path / "w.pt")
@@ -294,6 +298,9 @@ def test_a_tie_is_refused_with_both_names(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"encoder_q and .*encoder_k, and no name says") as got:
             loaded(content, tmp_path / "w.pt")
         assert "\n" not in str(got.value)
+    halves = {name: value.half() if value.ndim else value for name, value in RAW.items()}
+    with pytest.raises(UserError, match="no name says"):
+        loaded({"encoder_q": RAW, "encoder_k": halves}, tmp_path / "w.pt")
     same = {"encoder_q": RAW, "encoder_k": dict(RAW)}
     assert loaded(same, tmp_path / "w.pt") == (1.0, ())  # nothing to choose
 
@@ -303,6 +310,19 @@ def test_an_average_that_lacks_something_is_not_passed_over(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"state_dict_ema, which comes before state_dict") as got:
         loaded({"state_dict": RAW, "state_dict_ema": partial}, tmp_path / "w.pt")
     assert "conv1.0.weight" in str(got.value)
+
+
+def test_by_order_the_average_comes_first_too(tmp_path: Path) -> None:
+    raw, mean = (
+        {key.replace("layer", "stage"): value for key, value in state.items()}
+        for state in (RAW, MEAN)
+    )
+    other = {f"y.{i}.weight": torch.zeros(1) for i in range(len(raw))}
+    torch.save({"text": other, "state_dict": raw, "ema": mean}, tmp_path / "w.pt")
+    spec = spec_for(tmp_path / "w.pt", weights_order=True)
+    encoder = build_encoder(spec, channels=3, size=(32, 32), load_weights=True)
+    assert all(float(value.detach().mean()) == 2.0 for value in encoder.net.parameters())
+    assert encoder.notes[0].endswith("ema is loaded, not state_dict")
 
 
 def test_an_optimizer_is_no_network(tmp_path: Path) -> None:
