@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from glovita_lib import files
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_data import Subtask
 from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
+
+if TYPE_CHECKING:  # processes that prepare volumes import this module and no torch
+    from torch import Tensor
 
 # ----------------------------------------------------------------------- names of the outputs
 
@@ -167,9 +168,11 @@ class Standardizer:
     std: np.ndarray  # (D,)
 
     @classmethod
-    def of(cls, blocks: Callable[[], Iterable[Tensor]]) -> "Standardizer":
+    def of(cls, blocks: "Callable[[], Iterable[Tensor]]") -> "Standardizer":
         """That of the rows of all blocks (B, D), by the device they are on. `blocks` is called
         twice: two passes keep the digits of large values."""
+        import torch
+
         total, count = torch.zeros(()), 0
         for block in blocks():
             total, count = total + block.double().sum(0), count + len(block)
@@ -182,11 +185,15 @@ class Standardizer:
     @classmethod
     def of_array(cls, values: np.ndarray) -> "Standardizer":
         """That of values (N, D)."""
+        import torch
+
         return cls.of(lambda: [torch.from_numpy(values)])
 
-    def __call__(self, values: Tensor) -> Tensor:
+    def __call__(self, values: "Tensor") -> "Tensor":
         """Values (N, D) -> (N, D) float32. The difference of float64 ones is taken in float64:
         float32 rounds 1,700,000,001 to 1,700,000,000."""
+        import torch
+
         kind = torch.float64 if values.dtype == torch.float64 else torch.float32  # all that mps has
         mean, std = (
             torch.as_tensor(part, dtype=kind, device=values.device)
@@ -196,6 +203,8 @@ class Standardizer:
 
     def standardized(self, values: np.ndarray) -> np.ndarray:
         """Values (N, D) of any type -> (N, D) float32, by way of float64."""
+        import torch
+
         return self(torch.from_numpy(values).double()).numpy()
 
     def restored(self, outputs: np.ndarray) -> np.ndarray:
