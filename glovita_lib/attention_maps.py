@@ -216,6 +216,12 @@ def one_size(members: list[Sizes]) -> Sizes:
             " branches, which have no mean: name members of one kind (sb or mb), or set"
             " infer.attention = false"
         )
+    for sizes in members[1:]:
+        if sizes.grid != members[0].grid or not np.array_equal(sizes.lengths, members[0].lengths):
+            raise UserError(
+                "the members of the ensemble weigh different instances (patches of another grid),"
+                " which have no mean: name members of one kind, or set infer.attention = false"
+            )
     return members[0]
 
 

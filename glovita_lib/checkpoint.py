@@ -117,8 +117,13 @@ def link(src: Path | str, dst: Path | str) -> None:
             shutil.copyfile(src, temporary)
 
 
-def load(path: Path | str, map_location: str | torch.device) -> dict[str, Any]:
+def load(
+    path: Path | str, map_location: str | torch.device, *, mapped: bool = False
+) -> dict[str, Any]:
     """The state that `save` wrote.
+
+    Args:
+        mapped: whether tensors are read only where they are looked at.
 
     Raises:
         UserError: missing, truncated, or not written by `save`.
@@ -138,7 +143,7 @@ def load(path: Path | str, map_location: str | torch.device) -> dict[str, Any]:
     if start != ZIP:
         raise damaged if ZIP.startswith(start) else UserError(foreign(path, "is of another format"))
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise UserError(foreign(path, "holds other things than tensors and values")) from None
     except torch.OutOfMemoryError:

@@ -304,13 +304,21 @@ class Data:
         return self.ordered or are_ordered(self.class_names)
 
 
+def splits_needed(there: Iterable[str], wanted: Sequence[str] | None) -> set[str]:
+    """The splits, of those that are there, whose samples must be readable: the first of the wanted
+    ones, else all. See `build_data`."""
+    there = list(there)
+    first = next((name for name in wanted or () if name in there), None)
+    return set(there) if first is None else {first}
+
+
 @ByStruct
-def read_data_set(spec: Spec, *, seed: int, **model: Outputs | None) -> Data:
+def read_data_set(spec: Spec, *, seed: int, **asked: Any) -> Data:
     """The whole data set of a spec, before data_fraction.
 
     Args:
-        model: `trained`, for data sets whose labels stand in files: the outputs of the model that
-            the samples are for.
+        asked: for data sets whose labels and splits stand in files, `trained`: the outputs of the
+            model that the samples are for, and `wanted`; see `build_data`.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.

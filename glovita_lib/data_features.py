@@ -1,14 +1,23 @@
 """The data set of precomputed features: files or folders, labels, splits."""
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glovita_lib.data import BagSamples, Data, Outputs, Source, Split, VectorSamples, read_data_set
+from glovita_lib.data import (
+    BagSamples,
+    Data,
+    Outputs,
+    Source,
+    Split,
+    VectorSamples,
+    read_data_set,
+    splits_needed,
+)
 from glovita_lib.data_labels import (
     Encoded,
     LabelRules,
@@ -42,6 +51,9 @@ from glovita_lib.read_features import (
     open_folder,
 )
 from glovita_lib.spec_data import PrecomputedData
+
+Table = dict[str, dict[str, str]]
+"""Rows of labels_file by composed id."""
 
 # ---------------------------------------------------------------------------------- collections
 #
@@ -94,7 +106,7 @@ class Collection:
         return [f"{self.where}: {slow} read through h5py, as the direct way gave other values"]
 
 
-def read_table(spec: PrecomputedData, labels_file: str) -> dict[str, dict[str, str]]:
+def read_table(spec: PrecomputedData, labels_file: str) -> Table:
     """Rows of labels_file by composed id.
 
     Raises:
@@ -118,9 +130,7 @@ def label_columns(spec: PrecomputedData) -> tuple[str, ...]:
     return (spec.label_column,) if isinstance(spec.label_column, str) else spec.label_column
 
 
-def with_table(
-    spec: PrecomputedData, collection: Collection, table: dict[str, dict[str, str]] | None
-) -> Collection:
+def with_table(spec: PrecomputedData, collection: Collection, table: Table | None) -> Collection:
     """The samples that the CSV lists, with its labels, groups and splits, where there is one.
 
     Raises:
@@ -169,13 +179,16 @@ KINDS = ("features", "labels", "bag_ptr", "bag_lengths", "ids", "groups", "coord
 
 
 @read_data_set.register
-def _(spec: PrecomputedData, *, seed: int, trained: Outputs | None = None) -> Data:
+def _(
+    spec: PrecomputedData,
+    *,
+    seed: int,
+    trained: Outputs | None = None,
+    wanted: Sequence[str] | None = None,
+) -> Data:
     table = None if spec.labels_file is None else read_table(spec, spec.labels_file)
     files = files_of(spec)
-    used = used_ids(spec, table)
-    opened = {
-        file: open_collection(spec, file, table, used) for file in dict.fromkeys(files.values())
-    }
+    opened = open_all(spec, files, table, splits_needed(files, wanted))
     collections = list(opened.values())
     forms: dict[str, str] = {}
     for whole in collections:
@@ -195,9 +208,11 @@ def _(spec: PrecomputedData, *, seed: int, trained: Outputs | None = None) -> Da
     }
     refuse_shared(opened, files, rows)
     if spec.check_values:
+        needed = splits_needed(rows, wanted)
         for file, whole in opened.items():
-            parts = [found for name, found in rows.items() if files[name] == file]
-            check_values(whole, np.unique(np.concatenate(parts)))
+            parts = [rows[name] for name in rows if name in needed and files[name] == file]
+            if parts:
+                check_values(whole, np.unique(np.concatenate(parts)))
     return Data(
         name="precomputed_features",
         splits=splits,
@@ -269,6 +284,31 @@ def files_of(spec: PrecomputedData) -> dict[str, str]:
     return {name: file for name, file in files.items() if file is not None}
 
 
+def open_all(
+    spec: PrecomputedData, files: dict[str, str], table: Table | None, needed: set[str]
+) -> dict[str, Collection]:
+    """The files or folders of splits. Those of splits that are not needed tell which classes there
+    are; where they cannot be read, their splits are taken away.
+
+    Args:
+        table: rows of labels_file, where there is one.
+
+    Raises:
+        UserError: whatever is wrong with one that is needed.
+    """
+    used = used_ids(spec, table)
+    opened: dict[str, Collection] = {}
+    for split, file in list(files.items()):
+        if file not in opened:
+            try:
+                opened[file] = open_collection(spec, file, table, used)
+            except UserError:
+                if any(files[name] == file for name in needed):
+                    raise
+                del files[split]
+    return opened
+
+
 def refuse_mixture(collections: list[Collection]) -> None:
     """The files of one data set have the same width and kind.
 
@@ -286,9 +326,7 @@ def refuse_mixture(collections: list[Collection]) -> None:
             raise UserError(f"feature files of different {what}: {each}; {advice}")
 
 
-def used_ids(
-    spec: PrecomputedData, table: dict[str, dict[str, str]] | None
-) -> Container[str] | None:
+def used_ids(spec: PrecomputedData, table: Table | None) -> Container[str] | None:
     """Composed ids of the samples that will be read, as labels_file and split_file say; None: all.
 
     Raises:
@@ -305,7 +343,7 @@ def used_ids(
 def open_collection(
     spec: PrecomputedData,
     name: str,
-    table: dict[str, dict[str, str]] | None,
+    table: Table | None,
     used: Container[str] | None,
 ) -> Collection:
     """A file or folder with its labels, checked.
@@ -342,18 +380,16 @@ def check_values(collection: Collection, rows: np.ndarray) -> None:
 
 
 def unlabelled_features(
-    path: Path, spec: PrecomputedData, *, kind: str, width: int
-) -> tuple[Split, list[str]]:
-    """Features without labels, for inference, and lines about them; labels in the file are not
-    read.
+    path: Path, spec: PrecomputedData
+) -> tuple[Split, VectorSamples | BagSamples, list[str]]:
+    """Features without labels, for inference, what a sample of them is, and lines about them;
+    labels in the file are not read.
 
     Args:
         spec: the names of the datasets are its.
-        kind: "vectors" or "bags", what the model takes.
-        width: of the features that the model takes.
 
     Raises:
-        UserError: see read_features.open_features; or the features are of another kind or width.
+        UserError: see read_features.open_features.
     """
     path = on_disk(path)
     if not path.exists():
@@ -361,17 +397,11 @@ def unlabelled_features(
             f"{path}: no such file or folder, expected a feature file, or a folder of one-bag files"
         )
     collection = read_collection(path, keys(spec), labelled=False)
-    found = collection.samples
-    if (found.kind, found.width) != (kind, width):
-        raise UserError(
-            f"{path} holds {found.kind} of width {found.width}, the checkpoint was trained on"
-            f" {kind} of width {width}"
-        )
     rows = np.arange(len(collection.ids))
     if spec.check_values:
         check_values(collection, rows)
     split = Split(ids=collection.ids, targets=None, source=collection.source(rows))
-    return split, collection.notes()
+    return split, collection.samples, collection.notes()
 
 
 def read_collection(
@@ -530,7 +560,7 @@ def refuse_shared(
 
 def unused(
     spec: PrecomputedData,
-    table: dict[str, dict[str, str]] | None,
+    table: Table | None,
     collections: list[Collection],
     splits: dict[str, Split],
 ) -> list[str]:

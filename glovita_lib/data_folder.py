@@ -1,14 +1,22 @@
 """Folders of samples with labels, splits, folds and groups; data sets of images, and new images
 without labels."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from glovita_lib.data import Data, ImageSamples, Outputs, Source, Split, read_data_set
+from glovita_lib.data import (
+    Data,
+    ImageSamples,
+    Outputs,
+    Source,
+    Split,
+    read_data_set,
+    splits_needed,
+)
 from glovita_lib.data_labels import LabelRules, Labels, encode, is_missing, untrained
 from glovita_lib.data_splits import (
     FOLDS,
@@ -42,6 +50,7 @@ from glovita_lib.spec_data import FolderData, GenericImageData, Subtask
 ALL = "all"  # the one split of a data set that folds are drawn from
 
 
+Part = TypeVar("Part")
 Look = Callable[[list[str]], tuple[list[Any], dict[int, str]]]
 """Looks at the files of samples: what is known of each, and of those that are broken, by their
 number, why."""
@@ -77,43 +86,54 @@ def read_folder(
     *,
     seed: int,
     trained: Outputs | None,
+    wanted: Sequence[str] | None,
 ) -> FolderTable:
-    """Samples, labels, groups and splits of a folder, as a spec describes them.
+    """Samples, labels, groups and splits of a folder, as a spec describes them. Of splits that are
+    not needed only the labels are read, which tell which classes there are.
 
     Args:
         subtask: kind of target.
         report: takes lines worth showing.
         trained: the outputs of the model that the samples are for.
+        wanted: see `build_data`.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
     """
     problems = Problems(spec.strict, images.noun)
     table = label_table(spec, images)
-    members = members_of(spec, images, table, problems, report)
+    members = members_of(spec, images, table, problems, report, wanted)
+    needed = splits_needed(members, wanted) | {ALL}
+    members, others = parted(members, needed)
     labels = usable_labels(spec, table, members, subtask, problems)
+    labels |= usable_labels(spec, table, others, subtask, Problems(strict=False))
     if not problems.lines:  # mistakes in labels are said before files are read, which may take long
         folder_targets(spec, subtask, labels, trained)
-    found, broken = look(list(labels))
+    read = set().union(*members.values())
+    ids = [identity for identity in labels if identity in read]
+    found, broken = look(ids)
     for number, line in broken.items():
-        problems.add(list(labels)[number], line)
-    facts = {i: found[n] for n, i in enumerate(labels) if n not in broken}
+        problems.add(ids[number], line)
+    facts = {i: found[n] for n, i in enumerate(ids) if n not in broken}
     problems.settle(report)
     refuse_emptied(members, facts, problems)
-    labels = {identity: labels[identity] for identity in facts}
+    labels = {i: label for i, label in labels.items() if i in facts or i not in read}
     if table is None:
         refuse_split_folders(spec, labels)
-    ids = list(labels)
     class_names, targets = folder_targets(spec, subtask, labels, trained)
+    targets = targets[[identity in facts for identity in labels]]
+    ids = [identity for identity in labels if identity in facts]
     groups = None
     if table is not None and spec.group_column:
         groups = in_one_form(table.groups[i] for i in ids)
     rows = table_rows(spec, members, ids, targets, groups, subtask, seed)
+    rows, _ = parted(rows, splits_needed(rows, wanted))
     if groups is not None:
         refuse_shared_groups(ids, groups, rows)
     paths = [images.path(i) for i in ids]
     report += duplicate_notes(paths, ids, targets, rows, noun=images.noun)
-    report += untrained(targets[rows["train"]], class_names, subtask)
+    if "train" in rows:
+        report += untrained(targets[rows["train"]], class_names, subtask)
     return FolderTable(ids, targets, [facts[i] for i in ids], groups, subtask, class_names, rows)
 
 
@@ -147,7 +167,13 @@ def one_hot_classes(labels: Sequence[Any]) -> tuple[list[int], int] | None:
 
 
 @read_data_set.register
-def _(spec: GenericImageData, *, seed: int, trained: Outputs | None = None) -> Data:
+def _(
+    spec: GenericImageData,
+    *,
+    seed: int,
+    trained: Outputs | None = None,
+    wanted: Sequence[str] | None = None,
+) -> Data:
     """A folder of images."""
     folder = on_disk(Path(spec.data_root_dir) / spec.images_dir)
     report: list[str] = []
@@ -162,7 +188,9 @@ def _(spec: GenericImageData, *, seed: int, trained: Outputs | None = None) -> D
         return headers, {i: line.removeprefix(f"{paths[i]}: ") for i, line in broken.items()}
 
     subtask = spec.stated_subtask() or "multiclass"
-    table = read_folder(spec, subtask, images, look, report, seed=seed, trained=trained)
+    table = read_folder(
+        spec, subtask, images, look, report, seed=seed, trained=trained, wanted=wanted
+    )
     stacks = [i for i, header in zip(table.ids, table.found, strict=True) if header.pages > 1]
     if stacks:
         report.append(
@@ -219,21 +247,25 @@ def members_of(
     table: LabelTable | None,
     problems: Problems,
     report: list[str],
+    wanted: Sequence[str] | None,
 ) -> dict[str, list[str]]:
-    """Ids of each split; those of ALL where folds are drawn later.
+    """Ids of each split that is there; those of ALL where folds are drawn later.
+
+    Args:
+        wanted: see `build_data`; of splits that are not needed files may be missing.
 
     Raises:
         UserError: a split that does not exist, or an image in two splits.
     """
     if spec.split_source in ("kfold", "csv", "dataset_json") and table is not None:
-        for name in table.missing:
-            problems.add(name, "no such file", images.hint)
         unused = len(set(images.ids) - set(table.labels))
         if unused:
             report.append(
                 f"{unused} {images.noun}s of {images.folder} are not in the label file: not used"
             )
     if spec.split_source == "kfold":
+        for name in () if table is None else table.missing:
+            problems.add(name, "no such file", images.hint)
         return {ALL: images.ids if table is None else list(table.labels)}
     if spec.split_source == "splits_json":
         path = on_disk(Path(spec.data_root_dir) / spec.split_file)
@@ -252,9 +284,14 @@ def members_of(
     entries = {}
     for name, part in parts.items():
         entries.setdefault(composed(name), []).extend(part)
-    for split, name in split_names(spec, entries, where).items():
+    names = split_names(spec, entries, where, trains=wanted is None)
+    needed = splits_needed(names, wanted)
+    for name in missing_rows(spec, table, set(names.values()) - {names[s] for s in needed}):
+        problems.add(name, "no such file", images.hint)
+    for split, name in names.items():
         found = {entry: images.find(entry) for entry in entries[name]}
-        for entry in [entry for entry, identity in found.items() if identity is None]:
+        missing = [entry for entry, identity in found.items() if identity is None]
+        for entry in missing if split in needed else ():
             problems.add(entry, f"no such file (in split {name})", images.hint)
         members[split] = [identity for identity in found.values() if identity is not None]
         again = len(entries[name]) - len(set(members[split])) - list(found.values()).count(None)
@@ -264,6 +301,19 @@ def members_of(
         members[split] = list(dict.fromkeys(members[split]))
     refuse_shared_samples(spec, members, images.noun)
     return members
+
+
+def missing_rows(spec: FolderData, table: LabelTable | None, others: set[str]) -> list[str]:
+    """Names in a table of labels and splits for which there is no file, without those of others."""
+    if table is None or spec.split_source not in ("csv", "dataset_json"):
+        return []
+    return [name for name, split in table.missing.items() if composed(split) not in others]
+
+
+def parted(members: dict[str, Part], needed: set[str]) -> tuple[dict[str, Part], dict[str, Part]]:
+    """What belongs to the splits that are needed, and to the others."""
+    ours = {split: part for split, part in members.items() if split in needed}
+    return ours, {split: part for split, part in members.items() if split not in needed}
 
 
 def by_first_folder(images: SampleFolder) -> dict[str, list[str]]:
@@ -276,11 +326,16 @@ def by_first_folder(images: SampleFolder) -> dict[str, list[str]]:
     return entries
 
 
-def split_names(spec: FolderData, entries: Iterable[str], where: str) -> dict[str, str]:
+def split_names(
+    spec: FolderData, entries: Collection[str], where: str, *, trains: bool
+) -> dict[str, str]:
     """What the data set calls each split that is there.
 
+    Args:
+        trains: whether a model learns from it: train and val must be there.
+
     Raises:
-        UserError: a split that must be there is not.
+        UserError: a split that must be there is not, or none is.
     """
     names = {
         "train": spec.train_split_name,
@@ -288,19 +343,22 @@ def split_names(spec: FolderData, entries: Iterable[str], where: str) -> dict[st
         "test": spec.test_split_name,
     }
     names = {split: composed(name) for split, name in names.items()}
+    there = {split: name for split, name in names.items() if name in entries}
+    if there and not trains:
+        return there
     default_test = type(spec)().test_split_name
-    for split, name in list(names.items()):
-        if name in entries:
+    for split, name in names.items():
+        if split in there or (trains and split == "test" and name == default_test):
             continue
-        if split == "test" and name == default_test:
-            del names[split]
-            continue
-        known = listed(entries)
+        taken = set(names.values()) if split == "train" else {names["train"]}
+        mend = f"{split} needs samples of its own"  # val and test may be one
+        if set(entries) - taken:
+            mend = f"set data.{split}_split_name"
         raise UserError(
-            f'{where}: no split "{name}"{meant(name, list(entries))}; splits there: {known};'
-            f" set data.{split}_split_name"
+            f'{where}: no split "{name}"{meant(name, list(entries))}; splits there:'
+            f" {listed(entries)}; {mend}"
         )
-    return names
+    return there
 
 
 def refuse_shared_samples(spec: FolderData, members: dict[str, list[str]], noun: str) -> None:

@@ -174,11 +174,12 @@ class LabelTable:
     groups: dict[str, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     split_names: set[str] = field(default_factory=set)  # also those of images that are not there
-    missing: list[str] = field(default_factory=list)  # names for which there is no image
+    missing: dict[str, str] = field(default_factory=dict)
+    """Names for which there is no image, with their split where the file says it."""
 
     def hint(self, identity: str) -> str:
         """The line that was probably meant for an image without label; empty if none is near."""
-        near = near_path(identity, self.missing)
+        near = near_path(identity, list(self.missing))
         return f'; the label file has "{near}", and there is no such image' if near else ""
 
 
@@ -195,7 +196,7 @@ def json_labels(path: Path, images: SampleFolder) -> LabelTable:
         )
     table = LabelTable()
     for name, label in content.items():
-        enter(table, path, images.find(name), name, label)
+        enter(table, path, images.find(name), name, label, "")
     return table
 
 
@@ -223,7 +224,7 @@ def csv_labels(
             table.split_names.add(row[split_column])
         cells = tuple(row[column] for column in columns)
         label = cells[0] if isinstance(label_column, str) else cells
-        enter(table, path, identity, name, label)
+        enter(table, path, identity, name, label, row[split_column] if split_column else "")
         for column, store in ((group_column, table.groups), (split_column, table.splits)):
             if column and identity is not None:
                 agree(path, name, column, store.setdefault(identity, row[column]), row[column])
@@ -248,7 +249,7 @@ def datalist_labels(path: Path, images: SampleFolder) -> LabelTable:
             paths = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
             identity, name = images.find_row(tuple(map(str, paths)))
             table.split_names.add(split)
-            enter(table, path, identity, name, entry["label"])
+            enter(table, path, identity, name, entry["label"], split)
             if identity is not None:
                 agree(path, name, "split", table.splits.setdefault(identity, split), split)
     if not table.split_names:
@@ -256,10 +257,12 @@ def datalist_labels(path: Path, images: SampleFolder) -> LabelTable:
     return table
 
 
-def enter(table: LabelTable, path: Path, identity: str | None, name: str, label: Any) -> None:
+def enter(
+    table: LabelTable, path: Path, identity: str | None, name: str, label: Any, split: str
+) -> None:
     """Note the label of an image, or that there is no such image."""
     if identity is None:
-        table.missing.append(name)
+        table.missing.setdefault(name, split)
     else:
         agree(path, name, "label", table.labels.setdefault(identity, label), label)
 

@@ -227,7 +227,13 @@ def is_text(value: Any) -> bool:
 
 
 @read_data_set.register
-def _(spec: VolumeData, *, seed: int, trained: Outputs | None = None) -> Data:
+def _(
+    spec: VolumeData,
+    *,
+    seed: int,
+    trained: Outputs | None = None,
+    wanted: Sequence[str] | None = None,
+) -> Data:
     """A folder of volumes."""
     spec = with_facts(spec)
     base = Path(spec.data_root_dir)
@@ -251,7 +257,9 @@ def _(spec: VolumeData, *, seed: int, trained: Outputs | None = None) -> Data:
         return entries, broken_samples(entries, [folder.files(i) for i in ids], spec.channels)
 
     subtask = spec.stated_subtask() or "multiclass"
-    table = read_folder(spec, subtask, folder, look, report, seed=seed, trained=trained)
+    table = read_folder(
+        spec, subtask, folder, look, report, seed=seed, trained=trained, wanted=wanted
+    )
     if spec.preparation.spacing is None:
         report += spacing_line(table.found)
 

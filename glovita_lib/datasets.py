@@ -1,6 +1,7 @@
 """The named data sets, and how the data set of a spec is built."""
 
 import gzip
+from collections.abc import Sequence
 from http.client import HTTPException
 from importlib import resources
 from importlib.util import find_spec, module_from_spec
@@ -126,13 +127,21 @@ DIGITS_TEST_SEED = 0
 
 
 def build_data(
-    spec: BaseData, *, seed: int, trains: bool = True, trained: Outputs | None = None
+    spec: BaseData,
+    *,
+    seed: int,
+    trains: bool = True,
+    trained: Outputs | None = None,
+    wanted: Sequence[str] | None = None,
 ) -> Data:
-    """The data set of a spec with all its splits; data_fraction has cut the train split.
+    """The data set of a spec with the splits that are needed; data_fraction has cut the train
+    split.
 
     Args:
         trains: whether a model learns from it: there must be a train split, and labels.
         trained: the model that the samples are for, whose outputs the labels of files are read as.
+        wanted: names of splits, of which the first that is there is needed; empty: those that are
+            there; none: all that training uses.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
@@ -140,8 +149,8 @@ def build_data(
     missing = [f"data.{name}: {text}" for name, text in spec.missing_files()]
     if problems := [*section_problems(spec, "data."), *missing]:
         raise UserError("\n".join(problems))
-    model = {"trained": trained} if isinstance(spec, FileData) else {}
-    data = read_data_set(spec, seed=seed, **model)
+    asked = {"trained": trained, "wanted": wanted}
+    data = read_data_set(spec, seed=seed, **(asked if isinstance(spec, FileData) else {}))
     empty = [name for name, split in data.splits.items() if not len(split)]
     if empty or (trains and "train" not in data.splits):
         what = f"the {' and the '.join(empty)} split has no sample" if empty else "no train split"

@@ -1,6 +1,6 @@
 """What every mode builds from a spec: data, resolved values, model, objective, loaders."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
@@ -26,6 +26,8 @@ from glovita_lib.objectives import Objective, Predictions, build_objective, gath
 from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
 from glovita_lib.resolved import BagInputs, EncodedInputs, Inputs, Resolved, VectorInputs
 from glovita_lib.spec import ByStruct, Spec, expand, with_paths
+from glovita_lib.spec_augment import ImageAugmentation
+from glovita_lib.spec_errors import shown
 from glovita_lib.spec_model import Head
 from glovita_lib.spec_root import Root
 from glovita_lib.trainer import Hooks, Trainer
@@ -179,17 +181,27 @@ def build_split_loader(
     return build_loader(split, root.dataloading, **options)
 
 
-def read_data(root: Root, ranks: dist.Ranks, *, model: Resolved | None = None) -> Data:
+def read_data(
+    root: Root,
+    ranks: dist.Ranks,
+    *,
+    model: Resolved | None = None,
+    wanted: Sequence[str] = (),
+) -> Data:
     """The data of a spec; the first rank reads (and downloads) before the others, and alone looks
     at all values of features. Only training needs a train split.
 
     Args:
         model: what a trained model has resolved, where it is asked about the labels.
+        wanted: names of splits, of which the first that is there is needed; empty: all that are
+            there. Training needs all.
     """
     spec = root.data if ranks.is_main else root.data.unchecked()
     trained = None if model is None else Outputs(model.subtask, model.class_names)
     with dist.main_first(ranks):
-        return build_data(spec, seed=root.seed, trains=root.mode == "train", trained=trained)
+        if root.mode == "train":
+            return build_data(spec, seed=root.seed)
+        return build_data(spec, seed=root.seed, trains=False, trained=trained, wanted=wanted)
 
 
 def assemble(
@@ -272,8 +284,11 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
     adapter = read_adapter(path) if path.suffix == ".safetensors" else None
     saved = checkpoint.load(path, map_location="cpu") if adapter is None else adapter.run
     own, resolved = spec_of(saved, path), resolved_of(saved, path)
-    for line in split_notes(own, root) if ranks.is_main else ():
-        say(f"  note: {path} was trained with {line}: it may know samples of this split")
+    if ranks.is_main:
+        for line in split_notes(own, root):
+            say(f"  note: {path} was trained with {line}: it may know samples of this split")
+        for line in transform_notes(own, root):
+            say(f"  note: {line} has no effect: {path} keeps the transforms it was trained with")
     size = root.dataloading.eval_batch_size or root.dataloading.batch_size
     resolved = replace(
         resolved, eval_batch_size=size, metrics=root.task.metrics or resolved.metrics
@@ -346,6 +361,34 @@ def merged_base(root: Root, ranks: dist.Ranks) -> BaseWeights | None:
         )
     peft_base.merge(model)
     return BaseWeights(weights, model.encoder.net.state_dict())
+
+
+def record_of(path: Path) -> Resolved:
+    """What a model was trained on, from its checkpoint or adapter file, of which the tensors of a
+    checkpoint are not read.
+
+    Raises:
+        UserError: no such file, or not a checkpoint of glovita.
+    """
+    if path.suffix == ".safetensors":
+        saved = read_adapter(path).run
+    else:
+        saved = checkpoint.load(path, map_location="cpu", mapped=True)
+    spec_of(saved, path)  # it is there and of this version
+    return resolved_of(saved, path)
+
+
+def transform_notes(own: Root, root: Root) -> list[str]:
+    """What a spec says of data.augmentation, other than when a model was trained."""
+    ours, theirs = (msgspec.to_builtins(spec.data).get("augmentation") for spec in (root, own))
+    if ours is None:
+        return []
+    default = msgspec.to_builtins(ImageAugmentation())
+    return [
+        f"data.augmentation.{key} = {shown(value)}"
+        for key, value in ours.items()
+        if value != default.get(key) and value != (theirs or {}).get(key)
+    ]
 
 
 def split_notes(own: Root, root: Root) -> list[str]:

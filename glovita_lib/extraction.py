@@ -22,7 +22,7 @@ from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch
 from glovita_lib.model import Model
 from glovita_lib.objectives import HeadOutput, SupervisedObjective
-from glovita_lib.resolved import EncodedInputs, ImageInputs, Inputs, check_samples, resolve_spec
+from glovita_lib.resolved import EncodedInputs, ImageInputs, Inputs, check_data, resolve_spec
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_root import Root
@@ -563,9 +563,11 @@ def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data
     if not spec.use_data_fraction:
         asked = replace(asked, data_fraction=1.0)
     root = replace(loaded.root, data=asked.lenient() if spec.on_error == "skip" else asked)
-    data = read_data(root, ranks)
     if spec.checkpoint is None and spec.source == "encoder":
+        data = read_data(root, ranks)
         return assemble(root, resolve_spec(root, data), ranks, load_weights=True), data
+    split = root.umap.split if root.mode == "umap" else spec.split
+    data = read_data(root, ranks, wanted=() if split is None else (split,))
     if spec.checkpoint is not None:
         path = Path(spec.checkpoint)
     else:
@@ -578,7 +580,7 @@ def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data
                 ' with extract.source = "encoder"'
             )
     experiment = restore(path, root, ranks)
-    check_samples(experiment.resolved.inputs, root.data, data, str(path))
+    check_data(experiment.resolved, str(path), data, root.data)
     training = replace(experiment.root.training, precision=root.training.precision)
     experiment.root = replace(experiment.root, training=training)
     return experiment, data

@@ -5,7 +5,7 @@ B batch, C channels, S side of an image as the encoder receives it, D width of a
 or targets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 import msgspec
@@ -179,62 +179,6 @@ def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
     return VolumeInputs(**asdict(samples), size=(along, across, up))
 
 
-def check_samples(inputs: Inputs, spec: Spec, data: Data, trained: str) -> None:
-    """The samples of a data set are those that a trained model takes.
-
-    Args:
-        inputs: of the model.
-        spec: the section data.
-        trained: what the model is called in a message.
-
-    Raises:
-        UserError: they are not.
-    """
-    samples = data.samples
-    if samples.kind != inputs.kind:
-        raise UserError(
-            f"{trained} was trained on {inputs.kind}, the samples of data set {data.name} are"
-            f" {samples.kind}"
-        )
-    for key, theirs, ours in differences(inputs, samples):
-        first = key.partition(".")[0]
-        hint = f"; set data.{key}" if first in spec.__struct_fields__ else ""
-        raise UserError(
-            f"{trained} was trained on {inputs.kind} of {key} {theirs}, data set {data.name} has"
-            f" {key} {ours}{hint}"
-        )
-
-
-def differences(one: Spec, other: Spec, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys of the second table whose values differ in the first, with both values."""
-    for name in other.__struct_fields__:
-        first, second = getattr(one, name), getattr(other, name)
-        if isinstance(first, Spec) and isinstance(second, Spec):
-            yield from differences(first, second, f"{prefix}{name}.")
-        elif first != second:
-            yield f"{prefix}{name}", first, second
-
-
-def check_targets(data: Data, resolved: "Resolved", trained: str) -> None:
-    """The targets of a data set are those that a trained model predicts, in the same order.
-
-    Args:
-        trained: what the model is called in a message.
-
-    Raises:
-        UserError: they are not.
-    """
-    names, theirs = data.class_names, resolved.class_names
-    same_names = list(map(composed, names)) == list(map(composed, theirs))
-    if data.subtask == resolved.subtask and same_names:
-        return
-    raise UserError(
-        f"data set {data.name} is {data.subtask} of {listed(names, 8)}, {trained} was trained for"
-        f" {resolved.subtask} of {listed(theirs, 8)}; set data.class_names to the latter, or use"
-        " infer.input to predict without labels"
-    )
-
-
 # ------------------------------------------------------------------------------------- a run
 
 
@@ -273,12 +217,113 @@ class Resolved(Spec):
         return outputs_line(self.subtask, self.class_names, ordered=ordered)
 
 
+# ------------------------------------------------------------------- what a model was trained on
+#
+# `Resolved` is the record of it in a checkpoint: what a sample is (kind, channels, bit depth,
+# width) and the outputs (kind of target, names, their order). Every mode that asks a checkpoint
+# about data compares them here.
+
+
+def read_by(inputs: Inputs) -> BaseSamples:
+    """What a sample has to be for a trained model."""
+    kind = type(inputs).__base__
+    assert kind is not None and issubclass(kind, BaseSamples)
+    return kind(**{name: getattr(inputs, name) for name in kind.__struct_fields__})
+
+
+def check_samples(
+    model: Resolved, trained: str, samples: BaseSamples, where: str, spec: Spec | None = None
+) -> None:
+    """Samples are those that a trained model takes.
+
+    Args:
+        trained: what the model is called in a message.
+        where: what has the samples.
+        spec: the section data, where it says how they are read.
+
+    Raises:
+        UserError: they are not.
+    """
+    wanted = read_by(model.inputs)
+    if samples.kind != wanted.kind:
+        raise UserError(
+            f"{trained} was trained on {wanted.kind}, the samples of {where} are {samples.kind}"
+        )
+    for key, theirs, ours in differences(wanted, samples):
+        first = key.partition(".")[0]
+        hint = f"; set data.{key}" if spec and first in spec.__struct_fields__ else ""
+        raise UserError(
+            f"{trained} was trained on {wanted.kind} of {key} {theirs}, {where} has {key}"
+            f" {ours}{hint}"
+        )
+
+
+def differences(one: Spec, other: Spec, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys of the second table whose values differ in the first, with both values."""
+    for name in other.__struct_fields__:
+        first, second = getattr(one, name), getattr(other, name)
+        if isinstance(first, Spec) and isinstance(second, Spec):
+            yield from differences(first, second, f"{prefix}{name}.")
+        elif first != second:
+            yield f"{prefix}{name}", first, second
+
+
+def check_data(model: Resolved, trained: str, data: Data, spec: Spec) -> None:
+    """The samples of a data set are those that a trained model takes, see `check_samples`."""
+    check_samples(model, trained, data.samples, f"data set {data.name}", spec)
+
+
+def has_targets_of(model: Resolved, subtask: str, names: tuple[str, ...]) -> bool:
+    """Whether targets are those that a trained model predicts, in the same order."""
+    same_names = list(map(composed, names)) == list(map(composed, model.class_names))
+    return subtask == model.subtask and same_names
+
+
+def check_targets(model: Resolved, trained: str, data: Data) -> None:
+    """The targets of a data set are those that a trained model predicts, in the same order.
+
+    Raises:
+        UserError: they are not.
+    """
+    if not has_targets_of(model, data.subtask, data.class_names):
+        raise UserError(
+            f"data set {data.name} is {data.subtask} of {listed(data.class_names, 8)}, {trained}"
+            f" was trained for {model.subtask} of {listed(model.class_names, 8)}; set"
+            " data.class_names to the latter, or use infer.input to predict without labels"
+        )
+
+
+def check_members(models: Mapping[str, Resolved]) -> None:
+    """The members of an ensemble, by what they are called in a message, predict the same and read
+    the same kind of samples; images each may read in its own way.
+
+    Raises:
+        UserError: they do not.
+    """
+    (first, model), *others = models.items()
+    for name, other in others:
+        if not has_targets_of(model, other.subtask, other.class_names):
+            raise UserError(
+                f"{name} predicts {other.subtask} {listed(other.class_names, 8)}, but {first}"
+                f" {model.subtask} {listed(model.class_names, 8)}: members of an ensemble must"
+                " have the same classes, in the same order"
+            )
+        if other.inputs.kind != model.inputs.kind:
+            raise UserError(
+                f"{name} was trained on {other.inputs.kind}, but {first} on {model.inputs.kind}:"
+                " members of an ensemble must read the same samples"
+            )
+
+
+# ---------------------------------------------------------------------------------- resolving
+
+
 def resolve_spec(root: Root, data: Data) -> Resolved:
     """All resolved values of a run, from the spec, the data and the encoder's input convention.
 
     Raises:
-        UserError: no train split, a task that trains no model, class weights that do not fit the
-            classes, or options that have no meaning for these targets or samples; see also
+        UserError: nothing to train on, a task that trains no model, class weights that do not fit
+            the classes, or options that have no meaning for these targets or samples; see also
             resolve_inputs.
     """
     task = root.task
@@ -288,7 +333,7 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
             ' mode to "train"'
         )
     train = data.splits.get("train")
-    if train is None or not len(train):
+    if root.mode == "train" and (train is None or not len(train)):
         raise UserError(f"data set {data.name}: the train split is empty")
     check_task(task, data)
     refuse("model.encoder", root.model.encoder.sample_problems(data.samples.spec_kind))
@@ -339,7 +384,7 @@ def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
     return asked
 
 
-def class_weights(task: Supervised, data: Data, train: Split) -> tuple[float, ...] | None:
+def class_weights(task: Supervised, data: Data, train: Split | None) -> tuple[float, ...] | None:
     """Weights per class; balanced ones are N / (K n_k), so that their mean over the train samples
     is 1; none without labels, from which nothing is learnt.
 
@@ -350,7 +395,7 @@ def class_weights(task: Supervised, data: Data, train: Split) -> tuple[float, ..
     classes = len(data.class_names)
     if task.class_weights != "balanced":
         return task.class_weights
-    if train.targets is None:
+    if train is None or train.targets is None:
         return None
     if data.subtask == "multilabel":
         counts = train.targets.sum(0)
@@ -363,7 +408,7 @@ def class_weights(task: Supervised, data: Data, train: Split) -> tuple[float, ..
 
 
 def target_scale(
-    task: Supervised, data: Data, train: Split
+    task: Supervised, data: Data, train: Split | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation (K,) that regression targets are standardised with; 0 and 1 for
     the rest, and without labels.
@@ -373,7 +418,7 @@ def target_scale(
     """
     outputs = len(data.class_names)
     scale = Standardizer(np.zeros(outputs), np.ones(outputs))
-    if train.targets is None or data.subtask != "regression":
+    if train is None or train.targets is None or data.subtask != "regression":
         return tuple(scale.mean.tolist()), tuple(scale.std.tolist())
     if task.standardize_targets:
         scale = Standardizer.of_array(train.targets)

@@ -2,21 +2,22 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import replace as with_fields
 from functools import singledispatch
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from glovita_lib import dist, files
 from glovita_lib.attention_maps import AttentionWriter, draw_bags
-from glovita_lib.data import Split
+from glovita_lib.data import BaseSamples, ImageSamples, Split
 from glovita_lib.data_features import unlabelled_features
 from glovita_lib.data_folder import build_unlabelled
 from glovita_lib.data_volumes import unlabelled_volumes
 from glovita_lib.errors import UserError, listed, refuse
-from glovita_lib.experiment import Experiment, read_data, restore, some_of
+from glovita_lib.experiment import Experiment, read_data, record_of, restore, some_of
 from glovita_lib.loggers import say, two_columns
 from glovita_lib.objectives import LabelledPredictions, Predictions, SupervisedObjective
 from glovita_lib.peft_base import ADDED, Insert, contiguous_copy
@@ -27,8 +28,11 @@ from glovita_lib.resolved import (
     Resolved,
     VectorInputs,
     VolumeInputs,
+    check_data,
+    check_members,
     check_samples,
     check_targets,
+    read_by,
 )
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, alone, locate
@@ -50,12 +54,16 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
     """Predict with every member, take the mean, write predictions, metrics and attention."""
     root = loaded.root
     paths = dist.main_decides(ranks, lambda: member_paths(loaded))
+    records = {path: record_of(path) for path in paths}
+    check_members({str(path): record for path, record in records.items()})
     first = restore(paths[0], root, ranks)
     if root.infer.export is not None and ranks.is_main and not dry_run:
         export(Path(root.infer.export), first)
-    name, split = wanted_split(root, first.resolved, ranks)
+    name, splits = wanted_splits(root, records, ranks)
     if dry_run:
-        split = some_of(split, first.resolved.eval_batch_size, root.seed)
+        count = first.resolved.eval_batch_size
+        splits = {path: some_of(split, count, root.seed) for path, split in splits.items()}
+    split = splits[paths[0]]
     folder = Path(root.infer.output_dir or locate(loaded).path / "infer")
     target = folder / f"attention_{name}.h5"
     members: list[Predictions] = []
@@ -64,9 +72,8 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
     with claimed, AttentionWriter(target, ranks, wanted=wanted) as recorder:
         for path in paths:
             member = first if path == paths[0] else restore(path, root, ranks)
-            check_same_outputs(first.resolved, paths[0], member.resolved, path)
             with recorder.listening(member.model.head):
-                predictions = member.predict(split)
+                predictions = member.predict(splits[path])
             if predictions is not None:
                 members.append(predictions)
                 say(f"predicted {len(split):,} samples of {name} with {path}")
@@ -193,51 +200,80 @@ def refuse_seen_samples(loaded: Loaded[Root], folds: tuple[int, ...]) -> None:
         )
 
 
-def check_same_outputs(first: Resolved, first_path: Path, other: Resolved, path: Path) -> None:
-    """The members of an ensemble predict the same classes.
-
-    Raises:
-        UserError: they do not.
-    """
-    if (first.subtask, first.class_names) != (other.subtask, other.class_names):
-        raise UserError(
-            f"{path} predicts {other.subtask} {listed(other.class_names, 8)}, but {first_path}"
-            f" {first.subtask} {listed(first.class_names, 8)}: members of an ensemble must"
-            " have the same classes"
-        )
-
-
 # ---------------------------------------------------------------------- which samples
 
 
-def wanted_split(root: Root, resolved: Resolved, ranks: dist.Ranks) -> tuple[str, Split]:
-    """The samples to predict, and what they are called in file names.
+def wanted_splits(
+    root: Root, records: dict[Path, Resolved], ranks: dist.Ranks
+) -> tuple[str, dict[Path, Split]]:
+    """What the samples to predict are called in file names, and the samples for each member: each
+    reads the images in its own way, where they differ in that.
+
+    Args:
+        records: what each member was trained on.
 
     Raises:
-        UserError: there is no such split or folder, or its classes are others than the model's.
+        UserError: see wanted_split.
+    """
+    readings = {path: read_by(record.inputs) for path, record in records.items()}
+    keys = {path: msgspec.json.encode(samples) for path, samples in readings.items()}
+    differ = len(set(keys.values())) > 1
+    name, splits = "", {}
+    found: dict[bytes, Split] = {}
+    for path, samples in readings.items():
+        if (key := keys[path]) not in found:
+            data = read_as(root.data, samples) if differ else root.data
+            trained = str(path) if len(records) > 1 else "the checkpoint"
+            name, found[key] = wanted_split(replace(root, data=data), records[path], ranks, trained)
+        splits[path] = found[key]
+    return name, splits
+
+
+def read_as(data: BaseData, samples: BaseSamples) -> BaseData:
+    """A data set whose samples are read as those of a model, as far as that can be told."""
+    told = set(samples.__struct_fields__) & set(data.__struct_fields__)
+    return replace(data, **{name: getattr(samples, name) for name in told})
+
+
+def wanted_split(
+    root: Root, record: Resolved, ranks: dist.Ranks, trained: str
+) -> tuple[str, Split]:
+    """The samples to predict with a model, and what they are called in file names.
+
+    Args:
+        record: what it was trained on.
+        trained: what it is called in a message.
+
+    Raises:
+        UserError: there is no such split or folder, or the samples or classes are others than the
+            model's.
     """
     spec = root.infer
     if spec.input is not None:
-        split, notes = new_samples(resolved.inputs, spec.input, root.data)
+        split, samples, notes = new_samples(record.inputs, spec.input, root.data)
+        check_samples(record, trained, samples, spec.input)
         if notes and ranks.is_main:
             say("\n".join(f"note: {note}" for note in notes))
         return Path(spec.input).stem, split
-    data = read_data(root, ranks, model=resolved)
-    check_samples(resolved.inputs, root.data, data, "the checkpoint")
-    check_targets(data, resolved, "the checkpoint")
-    if not resolved.ordered:
-        names = f"{listed(resolved.class_names)} of the checkpoint"
+    wanted = ("test", "val") if spec.split is None else (spec.split,)
+    data = read_data(root, ranks, model=record, wanted=wanted)
+    check_data(record, trained, data, root.data)
+    check_targets(record, trained, data)
+    if not record.ordered:
+        names = f"{listed(record.class_names)} of {trained}"
         refuse("task", root.task.order_problems(names))
-    name = spec.split or ("test" if len(data.splits.get("test") or ()) else "val")
-    if not len(data.splits.get(name) or ()):
-        there = ", ".join(name for name, split in data.splits.items() if len(split))
-        raise UserError(f"data set {data.name} has no split {name}; set infer.split to {there}")
+    there = [name for name, split in data.splits.items() if len(split)]
+    name = next((name for name in wanted if name in there), None)
+    if name is None:
+        raise UserError(
+            f"data set {data.name} has no split {wanted[0]}; set infer.split to {', '.join(there)}"
+        )
     return name, data.splits[name]
 
 
 @singledispatch
-def new_samples(inputs: Inputs, path: str, data: BaseData) -> tuple[Split, list[str]]:
-    """Samples without labels, of the kind that the model takes, and lines about them.
+def new_samples(inputs: Inputs, path: str, data: BaseData) -> tuple[Split, BaseSamples, list[str]]:
+    """Samples without labels, of the kind that the model takes, what one is, and lines about them.
 
     Raises:
         UserError: there are none.
@@ -246,26 +282,27 @@ def new_samples(inputs: Inputs, path: str, data: BaseData) -> tuple[Split, list[
 
 
 @new_samples.register
-def _(inputs: ImageInputs, path: str, data: BaseData) -> tuple[Split, list[str]]:
+def _(inputs: ImageInputs, path: str, data: BaseData) -> tuple[Split, BaseSamples, list[str]]:
     images = data if isinstance(data, GenericImageData) else GenericImageData()
+    samples = ImageSamples(channels=inputs.channels, bit_depth=inputs.bit_depth)
     split = build_unlabelled(
-        path,
-        channels=inputs.channels,
-        bit_depth=inputs.bit_depth,
-        files=images,
+        path, channels=samples.channels, bit_depth=samples.bit_depth, files=images
     )
-    return split, []
+    return split, samples, []
 
 
 @new_samples.register
-def _(inputs: VolumeInputs, path: str, data: BaseData) -> tuple[Split, list[str]]:
+def _(inputs: VolumeInputs, path: str, data: BaseData) -> tuple[Split, BaseSamples, list[str]]:
     volumes = data if isinstance(data, VolumeData) else VolumeData()
-    return unlabelled_volumes(path, inputs, volumes)
+    split, notes = unlabelled_volumes(path, inputs, volumes)
+    return split, read_by(inputs), notes
 
 
 @new_samples.register
-def _(inputs: VectorInputs | BagInputs, path: str, data: BaseData) -> tuple[Split, list[str]]:
-    return unlabelled_features(Path(path), data.features, kind=inputs.kind, width=inputs.width)
+def _(
+    inputs: VectorInputs | BagInputs, path: str, data: BaseData
+) -> tuple[Split, BaseSamples, list[str]]:
+    return unlabelled_features(Path(path), data.features)
 
 
 # ---------------------------------------------------------------------- results
@@ -282,10 +319,10 @@ def mean_of(members: list[Predictions], experiment: Experiment) -> Predictions:
     scores = np.mean([member.scores.astype(np.float64) for member in members], axis=0)
     scores = scores.astype(first.scores.dtype)
     if not isinstance(first, LabelledPredictions):
-        return replace(first, scores=scores)
+        return with_fields(first, scores=scores)
     objective = experiment.objective
     assert isinstance(objective, SupervisedObjective)  # the only one that predicts scores
-    return replace(first, scores=scores, losses=objective.losses_of(scores, first.targets))
+    return with_fields(first, scores=scores, losses=objective.losses_of(scores, first.targets))
 
 
 def write_split(

@@ -30,7 +30,7 @@ from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.objectives import LabelledPredictions
 from glovita_lib.peft import save_adapter
 from glovita_lib.plots import learning_curves
-from glovita_lib.resolved import Resolved, check_targets, resolve_spec
+from glovita_lib.resolved import Resolved, check_data, check_targets, resolve_spec
 from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
 from glovita_lib.rundir import Decision, RunDir, opened, runtime_info
 from glovita_lib.sampler import check_ranks
@@ -176,7 +176,9 @@ def learn(
     root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
     saved = saved_state(run, loaded, ranks) if decision == "resume" else None
     if saved is not None:
-        check_targets(data, resolved_of(saved, run.last), f"{run.last}, which is continued,")
+        record, trained = resolved_of(saved, run.last), f"{run.last}, which is continued,"
+        check_data(record, trained, data, root.data)
+        check_targets(record, trained, data)
 
     def log(record: dict[str, Any]) -> None:
         files.append_jsonl(run.metrics, record)

@@ -47,7 +47,7 @@ from glovita_lib.plot_projection import (
 )
 from glovita_lib.projection import MISSING, Projection, choose, perplexity_of, project
 from glovita_lib.read_features import BagSource, FileBags, VectorSource, feature_scale
-from glovita_lib.resolved import Resolved
+from glovita_lib.resolved import Resolved, has_targets_of
 from glovita_lib.rundir import alone, locate
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_data import BaseData, PrecomputedData
@@ -347,7 +347,7 @@ def embed_readable(
 
 def other_outputs(resolved: Resolved, data: Data) -> tuple[str, ...]:
     """A note where the data have other classes or targets than those the model was trained on."""
-    if (resolved.subtask, resolved.class_names) == (data.subtask, data.class_names):
+    if has_targets_of(resolved, data.subtask, data.class_names):
         return ()
     return (
         f"{data.name} has other classes or targets than the model was trained on"
@@ -420,7 +420,9 @@ def find_samples(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks) -> ChosenS
         return samples_of_features(data.splits, data, spec, seed)
     if own.samples == "images":
         return samples_of_model(loaded, spec, ranks, seed)
-    data = read_data(loaded.root, ranks)
+    # features are standardised over train
+    wanted = () if spec.split is None or own.features.standardize else (spec.split,)
+    data = read_data(loaded.root, ranks, wanted=wanted)
     if data.samples.spec_kind == "images":  # which a user's own data set tells only now
         return samples_of_model(loaded, spec, ranks, seed)
     splits = wanted_splits(data, spec.split, "umap.split")

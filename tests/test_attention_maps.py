@@ -155,7 +155,7 @@ def test_new_bags_without_labels(command, refused, bags, tmp_path):
     narrow = (f"infer.input={file}", "data.features_key=narrow")
     known = f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}"
     line = refused(*bags.overrides, "mode=infer", known, *narrow, spec=spec)
-    assert "holds bags of width 3, the checkpoint was trained on bags of width 16" in line
+    assert f"the checkpoint was trained on bags of width 16, {file} has width 3" in line
     line = refused(*bags.overrides, "mode=infer", "infer.input=nowhere", spec=spec)
     assert "nowhere: no such file or folder, expected a feature file" in line
 
@@ -431,3 +431,10 @@ def test_no_words_of_a_map_lie_over_others(tmp_path, monkeypatch, width, height,
     assert len(boxes) > 8
     for (one, box), (other, second) in combinations(zip(texts, boxes, strict=True), 2):
         assert not box.overlaps(second), (one, other)
+
+
+def test_members_of_other_grids_have_no_mean():
+    four, nine = (attention_maps.Sizes(np.full(3, n * n), 1, (n, n)) for n in (2, 3))
+    assert attention_maps.one_size([four, four]) is four
+    with pytest.raises(UserError, match="weigh different instances .patches of another grid"):
+        attention_maps.one_size([four, nine])

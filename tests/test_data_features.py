@@ -273,6 +273,34 @@ def test_num_classes_and_absent_labels(tmp_path):
         build(tmp_path, train_features_file=name)
 
 
+@pytest.mark.parametrize("wrong", ["gone", "damaged", "NaN"])
+def test_the_file_of_a_split_that_is_not_asked_for_may_be_wrong(tmp_path, wrong):
+    names = np.array(["b", "c", "a"], "S")
+    train = write(tmp_path / "a.h5", features=X[:3], labels=names)
+    test = write(tmp_path / "b.h5", features=X[3:5], labels=names[:2])
+    fields = {"train_features_file": train, "test_features_file": test}
+    spec = PrecomputedData(data_root_dir=str(tmp_path), **fields)
+
+    def asked():
+        return build_data(spec, seed=0, trains=False, wanted=("test", "val"))
+
+    whole = asked()  # the labels of train tell which classes there are
+    assert whole.class_names == ("a", "b", "c") and whole.splits["test"].targets.tolist() == [1, 2]
+    if wrong == "NaN":
+        write(tmp_path / "a.h5", features=X[:3] * np.nan, labels=names)
+    elif wrong == "gone":
+        (tmp_path / "a.h5").unlink()
+    else:
+        (tmp_path / "a.h5").write_bytes(b"damaged")
+    part = asked()
+    assert part.splits["test"].source.fetch(np.array([1])).tolist() == [X[4].tolist()]
+    assert part.class_names == (("a", "b", "c") if wrong == "NaN" else ("b", "c"))
+    with pytest.raises(UserError, match="a.h5"):
+        build_data(spec, seed=0, trains=False, wanted=("train",))
+    with pytest.raises(UserError, match="a.h5"):
+        build_data(spec, seed=0)
+
+
 def test_a_group_in_two_splits_is_refused(tmp_path):
     groups = np.array(["p1", "p2"], "S")
     a = write(tmp_path / "a.h5", features=X[:2], labels=Y[:2], groups=groups)

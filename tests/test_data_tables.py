@@ -149,7 +149,7 @@ def test_csv_labels(images, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("path,label,n,who,part\ncat/1.png,x,3,p1,train\nmissing.png,y,4,p2,val\n")
     table = table_of(images, path, group_column="who", split_column="part")
-    assert table.labels == {"cat/1.png": "x"} and table.missing == ["missing.png"]
+    assert table.labels == {"cat/1.png": "x"} and list(table.missing) == ["missing.png"]
     assert table.groups == {"cat/1.png": "p1"} and table.splits == {"cat/1.png": "train"}
     assert table_of(images, path, label_column=("n", "label")).labels == {"cat/1.png": ("3", "x")}
     path.write_text("path,label\ncat/1.png,x\n./cat/1.png,x\n")
@@ -163,7 +163,9 @@ def test_json_labels(images, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"cat/1.png": [0, 1], "./dog/1.png": None, "no.png": 3}))
     table = json_labels(path, images)
-    assert table.labels == {"cat/1.png": [0, 1], "dog/1.png": None} and table.missing == ["no.png"]
+    assert table.labels == {"cat/1.png": [0, 1], "dog/1.png": None} and list(table.missing) == [
+        "no.png"
+    ]
     for content, said in (("[1]", "holds a list"), ("{", "a.json, line 1: not valid JSON")):
         path.write_text(content)
         with pytest.raises(UserError, match=said):

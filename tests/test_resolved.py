@@ -24,8 +24,7 @@ from glovita_lib.resolved import (
     ImageInputs,
     Inputs,
     Resolved,
-    VectorInputs,
-    check_samples,
+    check_data,
     resolve_inputs,
     resolve_spec,
 )
@@ -127,11 +126,12 @@ def test_without_labels_nothing_is_scaled_or_weighted(subtask):
     ],
 )
 def test_other_features_than_those_of_training_are_refused(samples, said):
-    inputs = VectorInputs(width=32, mean=None, std=None)
+    root, data = root_of("precomputed"), data_of(VectorSamples(width=32), (32,))
+    model = resolve_spec(root, data)
     with pytest.raises(UserError) as error:
-        check_samples(inputs, GenericImageData(), data_of(samples), "the model")
+        check_data(model, "the model", data_of(samples), GenericImageData())
     assert str(error.value) == said
-    check_samples(inputs, GenericImageData(), data_of(VectorSamples(width=32)), "the model")
+    check_data(model, "the model", data, GenericImageData())
 
 
 def test_every_modality_has_its_functions():

@@ -288,3 +288,172 @@ def test_folds_make_an_ensemble_only_for_new_samples(command, refused, table_spe
     missing = refused("mode=infer", "infer.folds=[0, 2]", "training.epochs=1", "name=cv",
                       f"infer.input={new}", spec=spec)  # fmt: skip
     assert "cv/2/checkpoints/best.pt does not exist" in missing
+
+
+# ---------------------------------------------------------------------- other data
+
+
+def checkpoint_of(run):
+    return str(run.path / "checkpoints" / "best.pt")
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_members_read_images_each_in_its_own_way(
+    command, folder_spec, class_folders, tmp_path, new
+):
+    ways = {"grey": "1, 8", "rgb": "3, 8", "deep": "1, 16"}
+    paths, alone, asked = [], [], ["mode=infer"]
+    if new:
+        asked.append(f"infer.input={class_folders / 'images' / 'test'}")
+    name = "predictions_test.csv"
+    for way, (channels, depth) in ((way, text.split(", ")) for way, text in ways.items()):
+        made = [f"data.channels={channels}", f"data.bit_depth={depth}"]
+        run = command(*made, f"name={way}", spec=folder_spec)
+        paths.append(checkpoint_of(run))
+        command(*made, *asked, f"infer.checkpoint={paths[-1]}",
+                f"infer.output_dir={tmp_path / way}", spec=folder_spec)  # fmt: skip
+        alone.append(predictions(tmp_path / way / name))
+    command(*asked, f"infer.checkpoint={json.dumps(paths)}", f"infer.output_dir={tmp_path / 'all'}",
+            "data.channels=4", spec=folder_spec)  # fmt: skip
+    ids, scores = predictions(tmp_path / "all" / name)
+    assert all(ids == names for names, _ in alone)
+    np.testing.assert_allclose(scores, np.mean([part for _, part in alone], axis=0), rtol=1e-6)
+
+
+def test_members_that_cannot_read_the_same_are_refused_first(
+    command, refused, folder_spec, tmp_path
+):
+    spec = folder_spec.replace("epochs = 2", "epochs = 1")
+    grey, rgb = (
+        checkpoint_of(command(f"data.channels={c}", f"name=c{c}", spec=spec)) for c in "13"
+    )
+    # the images of another data set are what they are
+    digit = checkpoint_of(command("name=d", "training.epochs=1"))
+    changed = tmp_path / "rgb.pt"
+    state = load(rgb)
+    state["resolved"]["class_names"] = load(digit)["resolved"]["class_names"]
+    checkpoint.save(changed, state)
+    line = refused("mode=infer", f'infer.checkpoint=["{digit}", "{changed}"]')
+    assert "rgb.pt was trained on images of channels 3, data set digits has channels 1" in line
+    # features
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["features"] = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+        file["labels"] = np.arange(12) % 3
+        file.attrs["class_names"] = ["one", "two", "zero"]
+    features = f"""
+    [data]
+    dataset = "precomputed_features"
+    data_root_dir = "{tmp_path}"
+    train_features_file = "f.h5"
+    [model.encoder]
+    encoder_type = "precomputed"
+    [training]
+    epochs = 1
+    [task]
+    result_plot = "none"
+    [logger]
+    backend = "none"
+    """
+    vectors = checkpoint_of(command("name=f", spec=features))
+    line = refused("mode=infer", f'infer.checkpoint=["{grey}", "{vectors}"]', spec=spec)
+    assert f"{vectors} was trained on vectors, but {grey} on images" in line
+    line = refused("mode=infer", f"infer.checkpoint={vectors}", spec=spec)
+    assert "the checkpoint was trained on vectors, the samples of data set generic_image" in line
+    with h5py.File(tmp_path / "wide.h5", "w") as file:
+        file["features"] = np.zeros((4, 7), np.float32)
+    line = refused("mode=infer", f"infer.checkpoint={vectors}", f"infer.input={tmp_path}/wide.h5",
+                   spec=features)  # fmt: skip
+    assert f"trained on vectors of width 5, {tmp_path}/wide.h5 has width 7" in line
+
+
+def test_another_way_of_reading_is_refused_in_every_mode(command, refused, folder_spec):
+    run = command("data.bit_depth=16", "training.epochs=1", spec=folder_spec)
+    for mode in ("infer", "extract"):
+        line = refused(f"mode={mode}", f"{mode}.checkpoint={checkpoint_of(run)}", spec=folder_spec)
+        assert "trained on images of bit_depth 16, data set generic_image_dataset has" in line
+        assert "set data.bit_depth" in line
+    told = command("mode=umap", f"extract.checkpoint={checkpoint_of(run)}", "umap.method=pca",
+                   spec=folder_spec, code=2)  # fmt: skip
+    assert "set data.bit_depth" in told.err and len(told.err.splitlines()) == 1
+
+
+def test_transforms_that_are_asked_for_beside_a_checkpoint_are_noted(command):
+    run = command("training.epochs=1")
+    asked = ["mode=infer", f"infer.checkpoint={checkpoint_of(run)}"]
+    assert "has no effect" not in command(*asked).out
+    told = command(*asked, "data.augmentation.image_size=16",
+                   "data.augmentation.train_kwargs={hflip_p = 0.5}").out  # fmt: skip
+    for setting in ("image_size = 16", "train_kwargs = "):
+        assert f"note: data.augmentation.{setting}" in told
+    assert told.count("has no effect: ") == 2 and "keeps the transforms it was trained with" in told
+
+
+def cohort_of(tmp_path, class_folders, form):
+    """The test images alone, in one of the forms that splits are given in; the spec's lines."""
+    root = tmp_path / "cohort"
+    files = sorted((class_folders / "images" / "test").rglob("*.png"))
+    rows = []
+    for file in files:
+        label = file.parent.name
+        place = f"test/{label}/{file.name}" if form == "subdirs" else f"{label}/{file.name}"
+        (root / "images" / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, root / "images" / place)
+        rows.append((place, label))
+    lines = {"subdirs": 'split_source = "subdirs"\nlabel_source = "folder"'}
+    lines["splits_json"] = 'split_source = "splits_json"\nlabel_source = "folder"'
+    lines["csv"] = 'split_source = "csv"\nlabel_source = "csv"'
+    lines["kfold"] = 'split_source = "kfold"\nlabel_source = "json"\nn_folds = 3'
+    (root / "splits.json").write_text(json.dumps({"test": [place for place, _ in rows]}))
+    (root / "labels.json").write_text(json.dumps(dict(rows)))
+    table = "".join(f"{place},{label},test\n" for place, label in rows)
+    (root / "labels.csv").write_text("path,label,split\n" + table)
+    return root, lines[form]
+
+
+@pytest.mark.parametrize("form", ["subdirs", "splits_json", "csv", "kfold"])
+def test_a_cohort_needs_no_split_but_the_one_that_is_asked_for(
+    command, folder_spec, class_folders, tmp_path, form
+):
+    run = command(spec=folder_spec)
+    root, lines = cohort_of(tmp_path, class_folders, form)
+    spec = folder_spec.replace(str(class_folders), str(root))
+    spec = spec.replace('split_source = "subdirs"\nlabel_source = "folder"', lines)
+    best = checkpoint_of(run)
+    command("mode=infer", f"infer.checkpoint={best}", f"infer.output_dir={tmp_path / 'o'}",
+            spec=spec)  # fmt: skip
+    ids, scores = predictions(tmp_path / "o" / "predictions_test.csv")
+    known = {row["id"].split("/")[-1]: row for row in run.rows()}
+    if form != "kfold":
+        assert len(ids) == len(known)
+    for identity, row in zip(ids, scores, strict=True):
+        told = known[identity.split("/")[-1]]
+        assert row.tolist() == [float(told[f"p_{name}"]) for name in ("one", "two", "zero")]
+    command("mode=extract", f"extract.checkpoint={best}", f"extract.output_dir={tmp_path / 'e'}",
+            spec=spec)  # fmt: skip
+    command("mode=extract", "extract.source=encoder", f"extract.output_dir={tmp_path / 'b'}",
+            spec=spec)  # fmt: skip
+    if form != "kfold":
+        assert (
+            len(list((tmp_path / "e").glob("*.h5"))) == len(list((tmp_path / "b").iterdir())) == 1
+        )
+
+
+def test_training_says_which_split_a_cohort_lacks(refused, folder_spec, class_folders, tmp_path):
+    root, _ = cohort_of(tmp_path, class_folders, "subdirs")
+    spec = folder_spec.replace(str(class_folders), str(root))
+    line = refused(spec=spec)
+    assert 'no split "train"; splits there: test; train needs samples of its own' in line
+
+
+def test_files_of_splits_that_are_not_asked_for_may_be_gone(command, refused, tmp_path, table_spec):
+    spec = table_spec("multilabel")
+    run = command(spec=spec)
+    images = tmp_path / "multilabel" / "images"
+    for row in run.rows("val"):
+        (images / row["id"]).unlink()
+    (images / "000.png").write_bytes(b"broken")  # of train
+    command("mode=infer", spec=spec)
+    told = (run.path / "infer" / "predictions_test.csv").read_bytes()
+    assert told == (run.path / "predictions_test.csv").read_bytes()
+    assert "no such file" in refused("mode=infer", "infer.split=val", spec=spec, lines=19)
