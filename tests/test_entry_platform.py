@@ -64,7 +64,7 @@ def test_train_extract_and_infer_without_posix(tmp_path):
     assert len(list((tmp_path / "out").glob("*_digits_*.h5"))) == 1
     # an interpreter without fcntl takes the place of Windows, whose locks filelock knows
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 3  # of the run, of its group and of the feature file
+    assert len(notes) == 4  # of the run, its group, the feature file and the results of infer
     assert all("has no file locks" in note for note in notes)
 
 
