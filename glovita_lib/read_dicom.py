@@ -85,11 +85,19 @@ def open_series(path: str, series: str | None) -> Series:
 
 
 def dicom_files(path: str) -> list[str]:
-    """Files below a folder in sorted order, without hidden ones; a file itself."""
+    """Files below a folder in sorted order, without hidden ones; a file itself.
+
+    Raises:
+        UserError: a folder that cannot be listed, which may hold slices.
+    """
     if os.path.isfile(path):
         return [path]
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
+
     found = []
-    for parent, folders, files in os.walk(path, followlinks=True):
+    for parent, folders, files in os.walk(path, onerror=stop, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [os.path.join(parent, name) for name in sorted(files) if name[0] != "."]
     return found

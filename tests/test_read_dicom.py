@@ -1,5 +1,6 @@
 """DICOM series against nibabel's own reading of them, and series that make up no grid."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -178,6 +179,20 @@ def test_a_missing_slice_and_a_single_one(tmp_path):
     rounded = write_dicom(tmp_path / "c", VOXELS, positions=[0, 0.62, 1.25, 1.87])
     assert open_volume(str(rounded), PLAIN).spacing[2] == pytest.approx(1.87 / 3, abs=1e-3)
     assert "single slice" in refused(write_dicom(tmp_path / "b", VOXELS[..., :1]))
+
+
+def test_a_folder_that_cannot_be_listed_may_hold_slices(tmp_path, monkeypatch):
+    folder, scandir = write_dicom(tmp_path / "a", VOXELS), os.scandir
+    (folder / "more").mkdir()
+
+    def refusing(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="more: cannot be listed .Permission denied"):
+        open_volume(str(folder), PLAIN)
 
 
 def test_other_files(tmp_path):
