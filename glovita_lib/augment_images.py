@@ -49,7 +49,8 @@ class Operations:
             stage: what it changes. "geometry": `function(placement, ops, generator)` draws where
                 pixels come from. "values": `function(x, ops, generator, mean)` changes images
                 (B, C, S, S) float32 in 0..1, which may be changed in place, and mean (C,) is the
-                mean colour. "normalised": the same after the normalisation, where it is 0.
+                mean colour; of volumes (B, C, X, Y, Z), which are normalised, it gets their grid
+                instead. "normalised": the same after the normalisation, where it is 0.
         """
 
         def registered(function: Function) -> Function:

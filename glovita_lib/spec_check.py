@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from glovita_lib.errors import UserError
 from glovita_lib.metric_names import check_logged, logged_names, usual_metrics
 from glovita_lib.spec import Loaded, Spec, load_spec
-from glovita_lib.spec_augment import ImageAugmentation
+from glovita_lib.spec_augment import ImageAugmentation, VolumeAugmentation
 from glovita_lib.spec_conditions import own_problems, unread_options
 from glovita_lib.spec_data import FileData
 from glovita_lib.spec_errors import one_of, shown
@@ -155,10 +155,12 @@ def encoder_takes_samples(root: Root) -> Iterator[str]:
 def augmentation_fits(root: Root) -> Iterator[str]:
     """Mean and std have a number for each channel, and policies read their parameters."""
     augmentation = getattr(root.data, "augmentation", None)
-    if not isinstance(augmentation, ImageAugmentation):
+    if not isinstance(augmentation, ImageAugmentation | VolumeAugmentation):
         return
+    problems: list[tuple[str, str]] = []
     channels = root.data.stated_channels() or root.model.encoder.stated_channels
-    problems = list(augmentation.channel_problems(channels) if channels else ())
+    if channels and isinstance(augmentation, ImageAugmentation):
+        problems += augmentation.channel_problems(channels)
     problems += augmentation.unread_kwargs(root.data.default_policies)
     for name, text in problems:
         yield f"data.augmentation.{name}: {text}"

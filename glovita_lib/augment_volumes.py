@@ -1,0 +1,512 @@
+"""Augmentations of a batch of volumes in which every sample has its own parameters.
+
+B batch, C channels, X Y Z voxels, N voxels along one axis, n channels that drew an operation.
+
+The geometry is that of augment_patch; formulas of the intensities are those of batchgeneratorsv2.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import msgspec
+import torch
+from torch import Tensor
+
+from glovita_lib.augment_images import coin, to, uniform
+from glovita_lib.augment_patch import (
+    VOLUME_OPERATIONS,
+    Grid,
+    PatchCut,
+    Placement,
+    Size,
+    interpolated,
+    moved,
+    operation,
+    picked,
+)
+from glovita_lib.errors import UserError, refuse
+from glovita_lib.spec import Spec
+from glovita_lib.spec_augment import VOLUME_TEST, VOLUME_TRAIN, VolumeAugmentation, VolumeOps
+from glovita_lib.volume_preparation import thick_axis
+
+AXES = ("x", "y", "z")
+INTERPOLATED = ("rotate_p", "scale_p", "elastic_p")  # switches of what shows more than the patch
+WINDOWS = 2**25  # values of median windows at a time
+PIECE = 2**17  # values that are summed at a time on a CPU: what stays in its cache
+TINY = 1e-7  # smallest range and deviation that a gamma curve divides by
+
+
+# ------------------------------------------------------------------------------ the resolved facts
+
+
+class ResolvedVolumeAugmentation(Spec):
+    """What augmentation of volumes a run uses, complete; saved with its checkpoints."""
+
+    train_policy: str
+    """Policy of the training split."""
+    test_policy: str
+    """Policy of evaluation, inference and extraction."""
+    patch_size: Size
+    """Voxels X, Y, Z that the encoder receives."""
+    margin: float
+    """What is cut beyond the patch on every side in training, share of patch_size."""
+    mirror_axes: tuple[str, ...]
+    """Axes along which a policy may mirror."""
+    spacing: tuple[float, float, float]
+    """Spacing of the volumes, mm, or any other unit: angles are those of the world."""
+    thick_axis: int | None
+    """Axis across whose thick slices nothing is rotated, scaled or interpolated."""
+    train: VolumeOps
+    """Every parameter of the train policy."""
+    test: VolumeOps
+    """Every parameter of the test policy."""
+
+
+def resolve_volume_augmentation(
+    aug: VolumeAugmentation,
+    *,
+    default_policies: tuple[str, str],
+    encoder_size: Size | None,
+    native_size: Size | None,
+    spacing: tuple[float, float, float] | None,
+) -> ResolvedVolumeAugmentation:
+    """The augmentation of a run: spec before encoder before data.
+
+    Args:
+        aug: the section of the spec.
+        default_policies: train and test policy of the data set.
+        encoder_size: patch that the encoder asks for.
+        native_size: voxels of the prepared volumes where all have the same, else none.
+        spacing: of the prepared volumes, a typical one where they differ; none: unknown, the same
+            along all axes.
+
+    Raises:
+        UserError: no patch size known, parameters that nothing reads.
+    """
+    refuse("data.augmentation", list(aug.unread_kwargs(default_policies)))
+    size = aug.patch_size or encoder_size or native_size
+    if size is None:
+        raise UserError(
+            "data.augmentation.patch_size: none given, the encoder asks for none and the volumes"
+            " differ in size: set it, e.g. patch_size = [96, 96, 96]"
+        )
+    spacing = spacing or (1.0, 1.0, 1.0)
+    names = aug.train_policy or default_policies[0], aug.test_policy or default_policies[1]
+    return ResolvedVolumeAugmentation(
+        train_policy=names[0],
+        test_policy=names[1],
+        patch_size=size,
+        margin=aug.margin,
+        mirror_axes=aug.mirror_axes,
+        spacing=spacing,
+        thick_axis=thick_axis(spacing, aug.anisotropy),
+        train=msgspec.structs.replace(VOLUME_TRAIN[names[0]], **aug.train_kwargs.given()),
+        test=msgspec.structs.replace(VOLUME_TEST[names[1]], **aug.test_kwargs.given()),
+    )
+
+
+# ------------------------------------------------------------------------------------ intensities
+#
+# The functions take channels (n, X, Y, Z) float32 and parameters (n,) or (n, ...), may change the
+# channels in place, and return them. A registered function draws parameters on the CPU and applies
+# an operation to the channels that drew it.
+
+
+def of_channels(
+    x: Tensor, probability: float, channel_p: float, generator: torch.Generator
+) -> Tensor:
+    """Which of the channels of x (B, C, ...) are chosen: their numbers in (B C), sorted."""
+    samples = coin(len(x), probability, generator)
+    channels = torch.rand(x.shape[:2], generator=generator) < channel_p
+    return (samples[:, None] & channels).flatten().nonzero()[:, 0]
+
+
+def on_channels(
+    x: Tensor, rows: Tensor, function: Callable[..., Tensor], *parameters: Tensor
+) -> Tensor:
+    """A function on some of the channels of x (B, C, X, Y, Z), which is changed.
+
+    Args:
+        rows: (n,) numbers in (B C), without repeats.
+        parameters: (n, ...) each.
+    """
+    flat = x.flatten(0, 1)
+    if x.device.type == "cpu":  # one after the other, in place: the cache holds one
+        for i, row in enumerate(rows.tolist()):
+            part = flat[row : row + 1]
+            result = function(part, *(each[i : i + 1] for each in parameters))
+            if result.data_ptr() != part.data_ptr():
+                part.copy_(result)
+    elif len(rows):
+        there, *moved_parameters = to(x.device, rows, *parameters)
+        flat.index_copy_(0, there, function(flat.index_select(0, there), *moved_parameters))
+    return x
+
+
+def per(values: Tensor) -> Tensor:
+    """(n,) -> (n, 1, 1, 1)."""
+    return values[:, None, None, None]
+
+
+def around_one(count: int, limits: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """(count,) factors, half of them below 1 and half above where the limits are on both sides of
+    it (batchgenerators' rule)."""
+    low, high = limits
+    if low >= 1 or high <= 1:
+        return uniform(count, low, high, generator)
+    below = coin(count, 0.5, generator)
+    drawn = torch.rand(count, generator=generator)
+    return torch.where(below, low + (1 - low) * drawn, 1 + (high - 1) * drawn)
+
+
+@operation("noise_p")
+def random_noise(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid) -> Tensor:
+    """Gaussian noise, independent per voxel, of one strength in all channels of a sample."""
+    rows = of_channels(x, ops.noise_p, 1.0, generator)
+    std = uniform(len(x), *ops.noise_std, generator)
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    field = torch.Generator(x.device).manual_seed(seed)
+    return on_channels(x, rows, lambda part, std: noisy(part, std, field), std[rows // x.shape[1]])
+
+
+def noisy(x: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
+    """x plus normal noise; the generator is on the device of x."""
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    return x.addcmul_(noise, per(std))
+
+
+@operation("blur_p")
+def random_blur(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid) -> Tensor:
+    """Gaussian blur, or a median filter for a share of the samples."""
+    rows = of_channels(x, ops.blur_p, ops.blur_channel_p, generator)
+    is_median = coin(len(x), ops.median_share, generator)[rows // x.shape[1]]
+    sigma = uniform(len(rows), *ops.blur_sigma, generator, 3)
+    low, high = ops.median_size
+    sides = torch.randint(low, high + 1, (len(rows),), generator=generator)
+    columns = sigma[~is_median].unbind(1)
+    taps = [gaussian_taps(each, side) for each, side in zip(columns, x.shape[2:], strict=True)]
+    x = on_channels(x, rows[~is_median], blurred, *taps)
+    for row, side in zip(rows[is_median].tolist(), sides[is_median].tolist(), strict=True):
+        channel = x.flatten(0, 1)[row]
+        channel.copy_(median(channel, side))
+    return x
+
+
+def blurred(x: Tensor, *taps: Tensor) -> Tensor:
+    """Gaussian filters along the axes, three of (n, half + 1) taps; borders reflected."""
+    for axis, each in enumerate(taps, 1):
+        x = filtered(x, each, axis)
+    return x
+
+
+def gaussian_taps(sigma: Tensor, side: int) -> Tensor:
+    """Taps (n, half + 1) of Gaussian filters from their middle on, both sides of one add up to 1.
+
+    A filter has the odd number of taps that is nearest to 6 sigma + 1/2 (batchgeneratorsv2), and no
+    more than an axis of `side` voxels can reflect.
+    """
+    reach = ((sigma * 6 + 0.5) / 2).floor().clamp(max=side - 1)
+    offset = torch.arange(int(reach.max()) + 1 if len(sigma) else 1)
+    taps = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2) * (offset <= reach[:, None])
+    return taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
+
+
+def filtered(x: Tensor, taps: Tensor, axis: int) -> Tensor:
+    """x (n, X, Y, Z) under symmetric filters (n, half + 1) along one axis, borders reflected."""
+    half, side = taps.shape[1] - 1, x.shape[axis]
+    places = torch.arange(-half, side + half).abs()
+    padded = picked(x, (side - 1) - (side - 1 - places).abs(), axis)
+    out = padded.narrow(axis, half, side) * per(taps[:, 0])
+    for i in range(1, half + 1):
+        for first in (half - i, half + i):
+            out.addcmul_(padded.narrow(axis, first, side), per(taps[:, i]))
+    return out
+
+
+def median(x: Tensor, side: int) -> Tensor:
+    """The median of the cube around each voxel, of an even number the upper one; borders mirrored
+    with the border voxel twice (scipy.ndimage.median_filter). (X, Y, Z) -> (X, Y, Z)."""
+    if x.device.type == "cpu":
+        from scipy import ndimage
+
+        return torch.from_numpy(ndimage.median_filter(x.numpy(), side))
+    return window_median(x, side)
+
+
+def window_median(x: Tensor, side: int) -> Tensor:
+    """The same on any device."""
+    for axis in range(3):
+        count = x.shape[axis]
+        places = torch.arange(-(side // 2), count + (side - 1) // 2) % (2 * count)
+        x = picked(x, torch.minimum(places, 2 * count - 1 - places), axis)
+    windows = x.unfold(0, side, 1).unfold(1, side, 1).unfold(2, side, 1)
+    step = max(1, WINDOWS // (windows[0].numel()))
+    parts = [part.flatten(3).kthvalue(side**3 // 2 + 1).values for part in windows.split(step)]
+    return torch.cat(parts)
+
+
+@operation("brightness_p")
+def random_brightness(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid) -> Tensor:
+    """Values times a factor."""
+    rows = of_channels(x, ops.brightness_p, ops.brightness_channel_p, generator)
+    factor = around_one(len(rows), ops.brightness, generator)
+    return on_channels(x, rows, lambda part, factor: part.mul_(per(factor)), factor)
+
+
+@operation("shift_p")
+def random_shift(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid) -> Tensor:
+    """Values plus a normal number."""
+    rows = of_channels(x, ops.shift_p, ops.shift_channel_p, generator)
+    shift = torch.randn(len(rows), generator=generator) * ops.shift_std
+    return on_channels(x, rows, lambda part, shift: part.add_(per(shift)), shift)
+
+
+@operation("contrast_p")
+def random_contrast(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid) -> Tensor:
+    """Distance to the mean times a factor, for a share of the samples within the old range."""
+    rows = of_channels(x, ops.contrast_p, ops.contrast_channel_p, generator)
+    clipped = coin(len(x), ops.contrast_clip_share, generator)[rows // x.shape[1]]
+    factor = around_one(len(rows), ops.contrast, generator)
+    return on_channels(x, rows, contrasted, factor, clipped)
+
+
+def contrasted(x: Tensor, factor: Tensor, clipped: Tensor) -> Tensor:
+    """mean + factor (x - mean), between minimum and maximum where clipped (n,) says so."""
+    low, high = extremes(x)
+    mean = x.mean((1, 2, 3))
+    low = torch.where(clipped, low, -math.inf)
+    high = torch.where(clipped, high, math.inf)
+    x = x.mul_(per(factor)).add_(per(mean * (1 - factor)))
+    return x.clamp_(per(low), per(high))
+
+
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum (n,) of channels."""
+    if len(x) == 1:  # over everything it is several times as fast
+        low, high = torch.aminmax(x)
+        return low[None], high[None]
+    return x.amin((1, 2, 3)), x.amax((1, 2, 3))
+
+
+@operation("low_resolution_p")
+def random_low_resolution(
+    x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid
+) -> Tensor:
+    """Fewer voxels along each axis but the thick one, the same share along all."""
+    rows = of_channels(x, ops.low_resolution_p, ops.low_resolution_channel_p, generator)
+    share = uniform(len(rows), *ops.low_resolution, generator)
+    for row, part in zip(rows.tolist(), share.tolist(), strict=True):
+        channel = x.flatten(0, 1)[row]
+        size = [
+            side if axis == grid.thick else max(1, round(side * part))
+            for axis, side in enumerate(channel.shape)
+        ]
+        channel.copy_(coarse(channel, size))
+    return x
+
+
+def coarse(x: Tensor, size: Sequence[int]) -> Tensor:
+    """A channel (X, Y, Z) at fewer voxels, the nearest, and linear again at its own."""
+    shape = x.shape
+    for axis, few in enumerate(size):
+        x = picked(x, ((torch.arange(few) + 0.5) * (shape[axis] / few)).floor(), axis)
+    for axis in (2, 1, 0):  # the last one, which costs most, while there are few
+        places = (torch.arange(shape[axis]) + 0.5) * (size[axis] / shape[axis]) - 0.5
+        x = interpolated(x, places, axis)
+    return x
+
+
+@operation("gamma_inverted_p")
+def random_gamma_inverted(
+    x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid
+) -> Tensor:
+    """A gamma curve on the values times -1."""
+    rows = of_channels(x, ops.gamma_inverted_p, 1.0, generator)
+    exponent = around_one(len(rows), ops.gamma_inverted, generator)
+    return on_channels(x, rows, lambda part, g: curved(part.neg_(), g).neg_(), exponent)
+
+
+@operation("gamma_p")
+def random_gamma(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid) -> Tensor:
+    """A gamma curve."""
+    rows = of_channels(x, ops.gamma_p, 1.0, generator)
+    return on_channels(x, rows, curved, around_one(len(rows), ops.gamma, generator))
+
+
+def curved(x: Tensor, exponent: Tensor) -> Tensor:
+    """((x - min) / range)^exponent range + min, brought to the mean and deviation of x."""
+    low, high = extremes(x)
+    spread = (high - low).clamp_(min=TINY)
+    x = x.sub_(per(low)).mul_(per(1 / spread))
+    mean, deviation = mean_and_norm(x)
+    x = powered(x, exponent)
+    new_mean, new_deviation = mean_and_norm(x)
+    size = x[0].numel() ** 0.5
+    gain = spread * deviation / (new_deviation * spread).clamp(min=TINY * size) * spread
+    return x.mul_(per(gain)).add_(per(low + spread * mean - gain * new_mean))
+
+
+def powered(x: Tensor, exponent: Tensor) -> Tensor:
+    """x^exponent of values 0 to 1, in place, as 2^(exponent log2 x): faster than a power."""
+    return x.clamp_(min=0).log2_().mul_(per(exponent)).exp2_()
+
+
+def mean_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (n,), and root of the sum of squared distances to it."""
+    mean = x.mean((1, 2, 3))
+    if len(x) == 1:  # scalar products in the cache: many times as fast as torch's variance
+        squares = [torch.dot(part - mean, part - mean) for part in x.reshape(-1).split(PIECE)]
+        return mean, torch.stack(squares).sum().sqrt()[None]
+    return mean, torch.linalg.vector_norm(x - per(mean), dim=(1, 2, 3))
+
+
+@operation("rectangles_p")
+def random_rectangles(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid) -> Tensor:
+    """Cuboids wholly inside, one after the other."""
+    rows = of_channels(x, ops.rectangles_p, ops.rectangles_channel_p, generator)
+    low, high = ops.rectangles
+    counts = torch.randint(low, high + 1, (len(rows),), generator=generator)
+    side = torch.tensor(x.shape[2:])
+    share = uniform(len(rows), *ops.rectangles_size, generator, high, 3)  # (n, M, 3)
+    extent = (share * side).floor().clamp(min=1)
+    start = (torch.rand(share.shape, generator=generator) * (side - extent + 1)).floor()
+    boxes = torch.stack([start, start + extent], 3).long()
+    for row, count, drawn in zip(rows.tolist(), counts.tolist(), boxes.tolist(), strict=True):
+        channel = x.flatten(0, 1)[row]
+        for box in drawn[:count]:
+            part = channel[tuple(slice(*ends) for ends in box)]
+            part.copy_(part.mean().expand_as(part))
+    return x
+
+
+@operation("gradient_p")
+def random_gradient(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid) -> Tensor:
+    """A Gaussian between 0 and 1 times a height of either sign, added."""
+    rows = of_channels(x, ops.gradient_p, ops.gradient_channel_p, generator)
+    bumps = profiles(len(rows), x.shape[2:], ops.gradient_scale, ops.gradient_place, generator)
+    height = uniform(len(rows), *ops.gradient_strength, generator)
+    height *= 1 - 2 * coin(len(rows), 0.5, generator).float()
+    return on_channels(
+        x, rows, lambda part, h, *parts: part.addcmul_(bump(*parts), per(h)), height, *bumps
+    )
+
+
+@operation("local_gamma_p")
+def random_local_gamma(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid) -> Tensor:
+    """A gamma curve, mixed in by a Gaussian between 0 and 1."""
+    rows = of_channels(x, ops.local_gamma_p, ops.local_gamma_channel_p, generator)
+    scale, place = ops.local_gamma_scale, ops.local_gamma_place
+    bumps = profiles(len(rows), x.shape[2:], scale, place, generator)
+    low, high = (
+        uniform(len(rows), *limits, generator)
+        for limits in (ops.local_gamma_low, ops.local_gamma_high)
+    )
+    exponent = torch.where(coin(len(rows), 0.5, generator), low, high)
+    return on_channels(x, rows, locally_curved, exponent, *bumps)
+
+
+def locally_curved(x: Tensor, exponent: Tensor, *parts: Tensor) -> Tensor:
+    """The share of the way to ((x - min) / range)^exponent range + min that a bump tells."""
+    low, high = extremes(x)
+    spread = (high - low).clamp_(min=TINY)
+    x = x.sub_(per(low)).mul_(per(1 / spread))
+    x = torch.lerp(x, powered(x.clone(), exponent), bump(*parts))
+    return x.mul_(per(spread)).add_(per(low))
+
+
+def profiles(
+    count: int,
+    size: Sequence[int],
+    scale: tuple[float, float],
+    place: tuple[float, float],
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """Gaussians along each axis with their mass in each voxel, largest 1: three of (count, N)."""
+    found = []
+    for side in size:
+        log_sigma = uniform(count, math.log(scale[0]), math.log(scale[1]), generator).double()
+        sigma = log_sigma.exp()[:, None] * side
+        centre = uniform(count, *place, generator).double()[:, None] * side
+        edges = torch.arange(side + 1, dtype=torch.float64) - 0.5
+        mass = torch.special.ndtr((edges - centre) / sigma).diff(dim=1)
+        found.append((mass / mass.amax(1, keepdim=True).clamp(min=1e-300)).float())
+    return found
+
+
+def bump(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """The product (n, X, Y, Z) of profiles (n, N), stretched to 0..1."""
+    low = x.amin(1) * y.amin(1) * z.amin(1)
+    spread = (1 - low).clamp(min=TINY)
+    product = x[:, :, None, None] * (y[:, :, None] * z[:, None, :])[:, None]
+    return product.sub_(per(low)).mul_(per(1 / spread))
+
+
+@operation("sharpen_p")
+def random_sharpen(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid) -> Tensor:
+    """The Laplacian subtracted with a factor."""
+    rows = of_channels(x, ops.sharpen_p, ops.sharpen_channel_p, generator)
+    return on_channels(x, rows, sharpened, uniform(len(rows), *ops.sharpen, generator))
+
+
+def sharpened(x: Tensor, factor: Tensor) -> Tensor:
+    """x + factor (6 x - the sum of the six neighbours), border voxels repeated."""
+    change = torch.zeros_like(x)
+    for axis in (1, 2, 3):
+        steps = x.diff(dim=axis)
+        side = steps.shape[axis]
+        change.narrow(axis, 0, side).sub_(steps)
+        change.narrow(axis, 1, side).add_(steps)
+    return x.addcmul_(change, per(factor))
+
+
+# ------------------------------------------------------------------------------------ application
+
+
+class VolumeAugmenter:
+    """Turns a batch of volumes as they are read into the encoder's input under one policy.
+
+    Every sample has its own parameters. They are drawn on the CPU from the seed, so they are the
+    same on every device and nothing waits for the device; only noise fields are drawn there.
+    """
+
+    def __init__(self, resolved: ResolvedVolumeAugmentation, *, train: bool) -> None:
+        self.ops = resolved.train if train else resolved.test
+        mirrors = tuple(AXES.index(name) for name in resolved.mirror_axes)
+        self.grid = Grid(resolved.patch_size, resolved.spacing, resolved.thick_axis, mirrors)
+        beyond = resolved.margin if any(map(self.ops.draws, INTERPOLATED)) else 0.0
+        cut = tuple(side + 2 * math.ceil(side * beyond) for side in resolved.patch_size)
+        self.fit = PatchCut(self.ops.crop, self.ops.foreground_share, (cut[0], cut[1], cut[2]))
+
+    def __call__(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
+        """Augmented batch.
+
+        Args:
+            inputs: (B, C, X, Y, Z) of any number type.
+            fitted: whether `fit` has cut them; else they are whole volumes of one size.
+            seed: of the random parameters; unused in evaluation.
+
+        Returns:
+            (B, C, *patch_size) float32 on the device of the inputs.
+        """
+        with torch.autocast(inputs.device.type, enabled=False):
+            return self.transformed(inputs, fitted, seed)
+
+    def transformed(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
+        """The same in the precision of the caller."""
+        batch, channels, *have = inputs.shape
+        if not batch:
+            return torch.empty(0, channels, *self.grid.size, device=inputs.device)
+        generator = torch.Generator().manual_seed(seed)
+        geometry = VOLUME_OPERATIONS.active(self.ops, "geometry")
+        if fitted:
+            geometry = [each for each in geometry if each.switches != ("crop",)]
+        changing = VOLUME_OPERATIONS.active(self.ops, "values")
+        place = Placement.centred(self.grid, batch, have)
+        for each in geometry:
+            each.function(place, self.ops, generator)
+        if not geometry and not changing and tuple(have) == self.grid.size:
+            return inputs.float()
+        x = moved(inputs, place)
+        for each in changing:
+            x = each.function(x, self.ops, generator, self.grid)
+        return x
