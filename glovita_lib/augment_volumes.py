@@ -88,7 +88,8 @@ def resolve_volume_augmentation(
     if size is None:
         raise UserError(
             "data.augmentation.patch_size: none given, the encoder asks for none and the volumes"
-            " differ in size: set it, e.g. patch_size = [96, 96, 96]"
+            " differ in size: set it, e.g. patch_size = [96, 96, 96], or bring them to one size"
+            " with data.preparation.size"
         )
     spacing = spacing or (1.0, 1.0, 1.0)
     names = aug.train_policy or default_policies[0], aug.test_policy or default_policies[1]

@@ -536,6 +536,6 @@ def refuse_unstable(experiment: Experiment) -> None:
     if drawn:
         raise UserError(
             f"{key}: training draws {', '.join(drawn)}, so no two epochs are alike; set"
-            ' data.augmentation.train_policy = "default_2d_1" without mixup and cutmix, or leave it'
-            " out"
+            f' data.augmentation.train_policy = "{inputs.still_policy}" without mixup and cutmix,'
+            " or leave it out"
         )

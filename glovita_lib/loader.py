@@ -151,7 +151,8 @@ FIT = 3  # number of the random stream
 
 
 class Resizing(Protocol):
-    """Crop and resize of single samples to the encoder's input, see augment_crop.CropResize."""
+    """Crop and resize of single samples to the encoder's input, see augment_crop.CropResize and
+    augment_patch.PatchCut."""
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator) -> Tensor: ...
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glovita_lib.augment import Augmenter, mixup_cutmix
+from glovita_lib.augment_volumes import VolumeAugmenter
 from glovita_lib.data import Standardizer
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader, Resizing
@@ -149,20 +150,9 @@ def _(inputs: ImageInputs, *, train: bool) -> Augmenter:
     return Augmenter(inputs.augmentation, train=train, bit_depth=inputs.bit_depth)
 
 
-@dataclass(frozen=True, slots=True)
-class WholeVolumes:
-    """Prepared volumes as they are, in float32."""
-
-    fit: None = None
-
-    def __call__(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
-        """(B, C, X, Y, Z)."""
-        return inputs.float()
-
-
 @build_inputs.register
-def _(inputs: VolumeInputs, *, train: bool) -> WholeVolumes:
-    return WholeVolumes()
+def _(inputs: VolumeInputs, *, train: bool) -> VolumeAugmenter:
+    return VolumeAugmenter(inputs.augmentation, train=train)
 
 
 # ---------------------------------------------------------------------- supervised learning

@@ -6,13 +6,14 @@ or targets.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import msgspec
 import numpy as np
 from msgspec.structs import asdict
 
 from glovita_lib.augment import ResolvedImageAugmentation, resolve_augmentation
+from glovita_lib.augment_volumes import ResolvedVolumeAugmentation, resolve_volume_augmentation
 from glovita_lib.data import (
     BagSamples,
     BaseSamples,
@@ -24,11 +25,11 @@ from glovita_lib.data import (
     VolumeSamples,
     outputs_line,
 )
-from glovita_lib.encoder import preprocess_of
+from glovita_lib.encoder import patch_size_of, preprocess_of
 from glovita_lib.errors import UserError, composed, listed, refuse
 from glovita_lib.metric_names import check_logged, logged_names, uses_order, usual_metrics
 from glovita_lib.spec import ByStruct, Spec
-from glovita_lib.spec_augment import ImageAugmentation
+from glovita_lib.spec_augment import ImageAugmentation, VolumeAugmentation
 from glovita_lib.spec_data import Subtask
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Supervised
@@ -43,6 +44,8 @@ from glovita_lib.spec_train import Supervised
 # objectives and `build_split_loader` of experiment; and where samples are read without labels or
 # shown, the functions registered for ImageInputs.
 
+SPACINGS = 32  # volumes whose spacing is looked at
+
 
 class ModelArguments(TypedDict):
     """What build_model asks of the inputs."""
@@ -53,6 +56,9 @@ class ModelArguments(TypedDict):
 
 class ImageInputs(ImageSamples, tag="images"):
     """Images, under the policies of the run."""
+
+    still_policy: ClassVar[str] = "default_2d_1"
+    """A train policy that draws nothing."""
 
     augmentation: ResolvedImageAugmentation
     """Policies with all their parameters, sizes, mean and std."""
@@ -79,20 +85,23 @@ class ImageInputs(ImageSamples, tag="images"):
 
 
 class VolumeInputs(VolumeSamples, tag="volumes", kw_only=True):
-    """Volumes, prepared, as they are."""
+    """Volumes, prepared, under the policies of the run."""
 
-    size: tuple[int, int, int]
-    """X, Y, Z of a sample as the encoder receives it."""
+    still_policy: ClassVar[str] = "default_3d_1"
+    """A train policy that draws nothing."""
+
+    augmentation: ResolvedVolumeAugmentation
+    """Policies with all their parameters and the patch."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, X, Y, Z) of a sample as the encoder receives it."""
-        return (self.channels, *self.size)
+        return (self.channels, *self.augmentation.patch_size)
 
     @property
     def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
-        return {"channels": self.channels, "size": self.size}
+        return {"channels": self.channels, "size": self.augmentation.patch_size}
 
     @property
     def transform(self) -> dict[str, Any]:
@@ -101,8 +110,8 @@ class VolumeInputs(VolumeSamples, tag="volumes", kw_only=True):
 
     @property
     def drawn(self) -> list[str]:
-        """What the train policy draws."""
-        return []
+        """What the train policy draws, by the names of its fields."""
+        return self.augmentation.train.random()
 
 
 class VectorInputs(VectorSamples, tag="vectors"):
@@ -168,15 +177,32 @@ def _(samples: ImageSamples, root: Root, data: Data) -> ImageInputs:
 
 @resolve_inputs.register
 def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
+    section, policies = getattr(root.data, "augmentation", None), root.data.default_policies
+    if not isinstance(
+        section, VolumeAugmentation
+    ):  # a data set of the user's own has that of images
+        section, policies = VolumeAugmentation(), ("default_3d_1", "shared_default_3d")
     sizes = {split.source.uniform for split in data.splits.values() if len(split)}
     shape = sizes.pop() if len(sizes) == 1 else None
-    if shape is None:
-        raise UserError(
-            f"the volumes of data set {data.name} differ in size: bring them to one with"
-            " data.preparation.size"
-        )
-    _, along, across, up = shape
-    return VolumeInputs(**asdict(samples), size=(along, across, up))
+    asked = patch_size_of(root.model.encoder)
+    augmentation = resolve_volume_augmentation(
+        section,
+        default_policies=policies,
+        encoder_size=None if asked is None else (asked[0], asked[1], asked[2]),
+        native_size=None if shape is None else (shape[1], shape[2], shape[3]),
+        spacing=typical_spacing(data.splits["train"]),
+    )
+    return VolumeInputs(**asdict(samples), augmentation=augmentation)
+
+
+def typical_spacing(split: Split) -> tuple[float, float, float] | None:
+    """Median spacing along each axis of the first volumes of a split, mm; None where their files do
+    not tell."""
+    if split.source.windows is None:
+        return None
+    volumes = split.source.windows(np.arange(min(len(split), SPACINGS)))
+    x, y, z = np.median([volume.spacing for volume in volumes], 0)
+    return float(x), float(y), float(z)
 
 
 # ------------------------------------------------------------------------------------- a run

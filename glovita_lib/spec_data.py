@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from glovita_lib.errors import composed
 from glovita_lib.spec import Spec
-from glovita_lib.spec_augment import ImageAugmentation
+from glovita_lib.spec_augment import ImageAugmentation, VolumeAugmentation
 from glovita_lib.spec_conditions import read_if, read_unless, target_problems
 from glovita_lib.spec_errors import (
     Count,
@@ -461,6 +461,7 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
 
     built_in: ClassVar[str] = "data_volumes"
     samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "volumes"
+    default_policies: ClassVar[tuple[str, str]] = ("default_nnunet", "shared_default_3d")
 
     path_column: Annotated[str | tuple[str, ...], OF_TABLE] = "path"
     """CSV column of the volume's path below images_dir, a file or a DICOM folder; several columns
@@ -476,6 +477,8 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
     """How files are read."""
     preparation: VolumePreparation = VolumePreparation()
     """Resampling, crop, intensities and where they are cached."""
+    augmentation: VolumeAugmentation = VolumeAugmentation()
+    """Policies and the patch that is cut."""
 
     @property
     def path_columns(self) -> tuple[str, ...]:

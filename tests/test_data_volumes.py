@@ -343,7 +343,9 @@ def test_a_run_is_trained_asked_and_read_out(root, command):
     spec = SPEC.format(root=root)
     run = command(spec=spec).path
     resolved = json.loads((run / "resolved_config.json").read_text())
-    assert resolved["inputs"]["kind"] == "volumes" and resolved["inputs"]["size"] == [8, 9, 7]
+    inputs = resolved["inputs"]
+    assert inputs["kind"] == "volumes" and inputs["augmentation"]["patch_size"] == [8, 9, 7]
+    np.testing.assert_allclose(inputs["augmentation"]["spacing"], (1, 2, 1.5), rtol=1e-5)
     predictions = rows_of(run / "predictions_test.csv")
     assert [row["id"] for row in predictions] == ["6.nii.gz", "7.nii.gz"]
     again = command("mode=infer", spec=spec)
@@ -379,7 +381,26 @@ def test_the_same_volume_in_any_orientation_has_the_same_prediction(root, comman
 def test_volumes_of_unlike_sizes_need_one(root, command):
     write_nifti(root / "images" / "0.nii.gz", blob((12, 9, 7)))
     spec = SPEC.format(root=root).replace("size = [8, 9, 7]\n", "")
-    assert "differ in size: bring them to one" in command(spec=spec, code=2).err
+    assert "differ in size: set it" in command(spec=spec, code=2).err
+
+
+def test_patches_of_volumes_of_unlike_sizes(root, command):
+    """Cut where they are read, in memory and not the same, and around the foreground."""
+    write_nifti(root / "images" / "0.nii.gz", blob((12, 5, 7)))
+    spec = SPEC.format(root=root).replace("size = [8, 9, 7]\n", "")
+    augmentation = (
+        "data.augmentation.patch_size=[6, 6, 6]", 'data.augmentation.mirror_axes=["y"]',
+        "data.augmentation.train_kwargs.crop=foreground",
+    )  # fmt: skip
+    losses = []
+    for memory in (0, 100):
+        run = command(*augmentation, f"dataloading.in_memory_mb={memory}", spec=spec)
+        inputs = json.loads((run.path / "resolved_config.json").read_text())["inputs"]
+        assert inputs["augmentation"]["mirror_axes"] == ["y"]
+        assert inputs["augmentation"]["train"]["crop"] == "foreground"
+        losses.append([row["train_loss"] for row in run.records() if "train_loss" in row])
+    assert losses[0]
+    assert losses[0] == losses[1]
 
 
 def test_an_encoder_of_images_is_refused(root, command):

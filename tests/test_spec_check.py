@@ -103,6 +103,24 @@ BROKEN = [
         "at least 64",
     ),
     (
+        [*VOLUMES, 'data.augmentation.mirror_axes=["x", "x"]'],
+        "data.augmentation.mirror_axes",
+        "names an axis twice",
+    ),
+    (
+        [*VOLUMES, f"{TRAIN_KWARGS}.gamma_p=0.0", f"{TRAIN_KWARGS}.gamma=[0.5, 2.0]"],
+        f"{TRAIN_KWARGS}.gamma",
+        "[0.5, 2.0] would be ignored, it is read only with gamma_p above 0",
+    ),
+    *(
+        (
+            [*VOLUMES, f"data.augmentation.test_kwargs.{key}={value}"],
+            f"data.augmentation.test_kwargs.{key}",
+            'is random, and evaluation is deterministic; valid there are crop = "center"',
+        )
+        for key, value in {"mirror_p": 0.5, "crop": '"random"'}.items()
+    ),
+    (
         [f"{TRAIN_KWARGS}.crop=resized", f"{TRAIN_KWARGS}.scale=[1.0, 0.5]"],
         "data.augmentation.train_kwargs.scale",
         "write [0.5, 1.0]",
