@@ -110,11 +110,14 @@ def test_an_augmentation_is_its_fields_and_a_function(tmp_path: Path) -> None:
         "    rows = coin(len(x), ops.negative_p, generator).nonzero()[:, 0]\n"
         "    return on_rows(x, rows, lambda part: part.lerp(1 - part, ops.negative_share))\n"
     )
-    before, first = "    rotate_p: Probability = 0.0\n", '@operation("rotate_p", "affine_p")\n'
+    before, first = (
+        '    """Probability of an up-down flip."""\n',
+        '@operation("rotate_p", "affine_p")\n',
+    )
     folder = package_with(
         tmp_path,
         [
-            ("spec_augment", before, f"{fields}{before}"),
+            ("spec_augment", before, f"{before}{fields}"),
             ("augment_images", first, f"{function}\n\n{first}"),
         ],
     )
