@@ -15,7 +15,7 @@ from glovita_lib.bags import as_bags
 from glovita_lib.data import Split
 from glovita_lib.encoder import Features
 from glovita_lib.errors import UserError, file_name, listed
-from glovita_lib.extraction import grid_places
+from glovita_lib.extraction import token_places
 from glovita_lib.figures import GREY, displayed, drawing, number, short, window
 from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.resolved import ImageInputs, Resolved
@@ -40,6 +40,7 @@ from glovita_lib.resolved import ImageInputs, Resolved
 
 BLOCK = 2**18  # instances that are put together at once
 ALL_CLASSES = "all classes"  # the branch of a head that has only one
+AXES_OF_TOKENS = {1: "slice", 2: "row,column", 3: "x,y,z"}  # by their number
 
 
 @runtime_checkable
@@ -57,7 +58,7 @@ class AttentionHook:
         self.file, self.head = file, head
         self.lengths: list[torch.Tensor] = []  # (b,) each
         self.branches = 0
-        self.grid: tuple[int, ...] | None = None  # of tokens
+        self.places: np.ndarray | None = None  # (N, axes) of the patch tokens of a sample
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Forward hook. Heads that return their scores are not asked a second time."""
@@ -66,7 +67,7 @@ class AttentionHook:
         self.branches = scores.shape[1]
         self.lengths.append(as_bags(inputs[0]).lengths)
         if isinstance(inputs[0], Features):
-            self.grid = inputs[0].grid
+            self.places = token_places(inputs[0], 0)
         try:
             self.file.write(scores.float().cpu().numpy().tobytes())
         except OSError as error:
@@ -79,7 +80,7 @@ class Sizes:
 
     lengths: np.ndarray  # (B,) int64
     branches: int
-    grid: tuple[int, ...] | None
+    places: np.ndarray | None  # (N, axes) of the patch tokens of a sample
 
 
 class AttentionWriter:
@@ -127,14 +128,16 @@ class AttentionWriter:
 
     def gathered(self, listener: AttentionHook) -> Sizes | None:
         """Sizes on the first rank, None on the others; a rank without bags knows no branches."""
-        numbers = [listener.branches, *(listener.grid or ())]
+        places = np.empty((0, 0)) if listener.places is None else listener.places
+        numbers = [listener.branches, *places.shape, *places.ravel().astype(int).tolist()]
         lengths = torch.cat([torch.empty(0, dtype=torch.int64), *listener.lengths])
         shape = torch.tensor([numbers] if listener.branches else [], dtype=torch.int64)
         got = dist.gather_rows(self.ranks, {"lengths": lengths, "shape": shape})
         if got is None:
             return None
-        branches, *grid = got["shape"][0].tolist()
-        return Sizes(got["lengths"].numpy(), branches, tuple(grid) or None)
+        branches, tokens, axes, *numbers = got["shape"][0].tolist()
+        found = np.array(numbers).reshape(tokens, axes) if tokens else None
+        return Sizes(got["lengths"].numpy(), branches, found)
 
     def write(self, split: Split, resolved: Resolved, notes: dict[str, Any]) -> Path | None:
         """Put the parts together; the path of the file, None if no member has attention. All ranks
@@ -217,7 +220,10 @@ def one_size(members: list[Sizes]) -> Sizes:
             " infer.attention = false"
         )
     for sizes in members[1:]:
-        if sizes.grid != members[0].grid or not np.array_equal(sizes.lengths, members[0].lengths):
+        pair = (sizes.places, members[0].places)
+        known, other = (np.empty(0) if places is None else places for places in pair)
+        same = np.array_equal(known, other)
+        if not same or not np.array_equal(sizes.lengths, members[0].lengths):
             raise UserError(
                 "the members of the ensemble weigh different instances (patches of another grid),"
                 " which have no mean: name members of one kind, or set infer.attention = false"
@@ -267,9 +273,9 @@ class Places:
             source, "instance_ids", None
         )
         self.axes = axes_of(source)
-        if sizes.grid is not None:  # patch tokens of images
-            places = grid_places(sizes.grid, 0, int(sizes.lengths[0]))
-            self.read, self.axes = (lambda row: places), "row,column"
+        if sizes.places is not None:  # patch tokens, or slices
+            places = sizes.places
+            self.read, self.axes = (lambda row: places), AXES_OF_TOKENS[places.shape[1]]
 
     def write(self, file: Any, first: int, end: int, ptr: np.ndarray) -> None:
         """Coordinates of the bags [first, end) to the dataset coords, names to instance_ids, made
@@ -309,10 +315,12 @@ class Places:
 
 
 def axes_of(source: Any) -> str:
-    """Axes of a source's coordinates; extracted tokens have rows and columns of their grid."""
+    """Axes of a source's coordinates; extracted tokens have rows and columns of their grid, or the
+    places of slices."""
     file = getattr(getattr(source, "reader", None), "file", None)
-    tokens = file is not None and file.attributes.get("output") == "tokens"
-    return "row,column" if tokens else "x,y"
+    if file is None or file.attributes.get("output") != "tokens":
+        return "x,y"
+    return "slice" if file.attributes.get("coords", "").startswith("slice") else "row,column"
 
 
 def model_attributes(resolved: Resolved, sizes: Sizes) -> dict[str, Any]:
@@ -418,6 +426,8 @@ def bag_map(
     """What the file holds of a bag."""
     rows = slice(*file["bag_ptr"][bag : bag + 2].tolist())
     coords = file["coords"][rows][:, :2]
+    if coords.shape[1] == 1:  # slices, side by side
+        coords = np.pad(coords, ((0, 0), (0, 1)))
     scores = predictions.scores[bag]
     branches = [str(name) for name in file.attrs["branches"]]
     of_classes = len(branches) == len(scores)

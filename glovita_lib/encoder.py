@@ -16,7 +16,12 @@ from glovita_lib.checkpoint import LoadTarget
 from glovita_lib.errors import UserError, call_target, listed, reason, refuse
 from glovita_lib.spec import ByStruct
 from glovita_lib.spec_augment import CropMode
-from glovita_lib.spec_model import BaseEncoder, CustomEncoder, PrecomputedEncoder
+from glovita_lib.spec_model import (
+    BaseEncoder,
+    CustomEncoder,
+    ImageEncoder,
+    PrecomputedEncoder,
+)
 
 # ------------------------------------------------------------------------------------ inputs
 #
@@ -83,6 +88,8 @@ class Features:
     pooled: Tensor | None  # (B, D'); None where not asked for
     pooling: str | None = None
     mask: Tensor | None = None  # (B, N) bool, True where a token is real; None: all are
+    places: tuple[int, ...] | None = None
+    """Voxels at which the tokens of a grid of one axis lie (slices); None: counted from 0."""
 
     @property
     def patches(self) -> Tensor:
@@ -122,6 +129,10 @@ class Encoder(nn.Module):
         """What is known about weights from files."""
         self.notes: tuple[str, ...] = ()
         """What the user should know about how it was built, a line each."""
+        self.has_few_tokens = False
+        """Whether tokens are so few that those of all samples may be kept in memory."""
+        self.has_layers = True
+        """Whether the outputs of its layers are those of whole samples."""
         with evaluating(self):
             self.inspect(input_shape)
 
@@ -500,6 +511,34 @@ def build_encoder(
         does not take.
     """
     raise TypeError(f"no encoder for {type(spec).__name__}")
+
+
+@ByStruct
+def lift_encoder(
+    lift: Any,
+    spec: ImageEncoder,
+    *,
+    channels: int,
+    size: tuple[int, ...] | None,
+    load_weights: bool,
+) -> Encoder:
+    """An encoder of images for volumes (C, *size), lifted as a Struct says; else as build_encoder.
+
+    Raises:
+        UserError: see build_encoder, or the encoder cannot be lifted.
+    """
+    raise TypeError(f"no lift for {type(lift).__name__}")
+
+
+def any_encoder(
+    spec: BaseEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
+) -> Encoder:
+    """The encoder of a Struct, lifted where that says so; else as build_encoder."""
+    if isinstance(spec, ImageEncoder) and spec.lifting is not None:
+        return lift_encoder(
+            spec.lifting, spec, channels=channels, size=size, load_weights=load_weights
+        )
+    return build_encoder(spec, channels=channels, size=size, load_weights=load_weights)
 
 
 # -------------------------------------------------------------------- a user's own

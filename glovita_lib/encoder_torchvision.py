@@ -26,7 +26,7 @@ from glovita_lib.encoder import (
     preprocess_of,
 )
 from glovita_lib.errors import UserError, reason
-from glovita_lib.spec_model import LibraryEncoder, TorchvisionEncoder
+from glovita_lib.spec_model import TorchvisionEncoder, VideoResNetEncoder
 
 TAIL = ("avgpool", "flatten", "dropout", "classifier", "fc", "head")  # pooling and classifier
 AUXILIARY = ("aux1", "aux2", "AuxLogits")  # classifiers for training GoogLeNet and Inception
@@ -107,7 +107,7 @@ def builder_of(spec: TorchvisionEncoder) -> Any:
     return torchvision.models.get_model_builder(spec.type)
 
 
-def published_torchvision(spec: LibraryEncoder) -> Any:
+def published_torchvision(spec: TorchvisionEncoder | VideoResNetEncoder) -> Any:
     """The default published weights of a model (an enum member), None where there are none."""
     import torchvision
 
@@ -214,7 +214,9 @@ def side_of(spec: TorchvisionEncoder, size: tuple[int, ...]) -> int:
     return size[0]
 
 
-def construct(builder: Any, arguments: dict[str, Any], spec: LibraryEncoder) -> nn.Module:
+def construct(
+    builder: Any, arguments: dict[str, Any], spec: TorchvisionEncoder | VideoResNetEncoder
+) -> nn.Module:
     """Call torchvision's function, its errors told in terms of the spec."""
     try:
         return builder(weights=None, **arguments)
@@ -310,7 +312,9 @@ def load_as_torchvision(net: nn.Module, tensors: Tensors) -> None:
         renaming(model=net, weights=given, progress=False)
 
 
-def load_torchvision_file(target: LoadTarget, spec: LibraryEncoder) -> str | None:
+def load_torchvision_file(
+    target: LoadTarget, spec: TorchvisionEncoder | VideoResNetEncoder
+) -> str | None:
     """Load the file of the spec, or the published weights; a note on what was taken.
 
     Raises:

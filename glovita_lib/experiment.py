@@ -17,7 +17,7 @@ from glovita_lib import checkpoint, dist, peft_base
 from glovita_lib.data import ArraySource, Data, Outputs, Split, subset
 from glovita_lib.datasets import build_data
 from glovita_lib.dist import WorkerPool, resolve_precision
-from glovita_lib.encoder import Encoder, Identity, output_width
+from glovita_lib.encoder import Encoder, Features, Identity, output_width
 from glovita_lib.errors import UserError
 from glovita_lib.loader import Batch, Loader, LoaderOptions, announce, build_loader
 from glovita_lib.loggers import Rate, say
@@ -487,7 +487,8 @@ def embed_split(
 
 def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
     """Experiment and data that training sees: where training.cache_frozen_features is set, the
-    train and val splits are the vectors that the encoder and the aggregation give; else unchanged.
+    train and val splits are the vectors that the encoder and the aggregation give, or bags of its
+    tokens for a head that takes them; else unchanged.
 
     `refuse_unstable` checks that they are the same in every epoch.
     """
@@ -496,7 +497,11 @@ def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
     model = experiment.model
 
     def vectors(inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"vectors": model.embed(inputs, model.aggregation).float()}  # (B, D)
+        if model.head.consumes == "pooled":
+            return {"vectors": model.embed(inputs, model.aggregation).float()}  # (B, D)
+        features = model.features(inputs)
+        assert isinstance(features, Features), "refuse_unstable lets encoded samples pass only"
+        return {"vectors": features.patches.float()}  # (B, N, D)
 
     splits = {}
     for name, split in data.splits.items():
@@ -505,8 +510,11 @@ def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
             found = embed_split(experiment, f"encoding {name}", split, vectors, augmented=augmented)
             source = ArraySource(found["vectors"].numpy(), np.arange(len(split)))
             splits[name] = with_fields(split, source=source)
-    width = output_width(model.encoder, model.aggregation)
-    resolved = replace(experiment.resolved, inputs=VectorInputs(width=width, mean=None, std=None))
+    inputs: Inputs = BagInputs(width=model.encoder.width, mean=None, std=None)
+    if model.head.consumes == "pooled":
+        width = output_width(model.encoder, model.aggregation)
+        inputs = VectorInputs(width=width, mean=None, std=None)
+    resolved = replace(experiment.resolved, inputs=inputs)
     objective = build_objective(experiment.root.task, resolved, experiment.ranks.device)
     small = with_fields(experiment, resolved=resolved, objective=objective)
     return small, with_fields(data, splits={**data.splits, **splits})
@@ -516,8 +524,8 @@ def refuse_unstable(experiment: Experiment) -> None:
     """Where training.cache_frozen_features is set, the vectors of every epoch must be the same.
 
     Raises:
-        UserError: the samples are features, the encoder trains, the head takes raw features, or
-            the train policy draws something.
+        UserError: the samples are features, the encoder trains, the head takes tokens that are too
+            many to be kept, or the train policy draws something.
     """
     if not experiment.root.training.cache_frozen_features:
         return
@@ -525,7 +533,8 @@ def refuse_unstable(experiment: Experiment) -> None:
     model, inputs = experiment.model, experiment.resolved.inputs
     if not isinstance(inputs, EncodedInputs):
         raise UserError(f"{key}: the samples are features already; leave it out")
-    if not model.encoder_is_frozen or model.head.consumes != "pooled":
+    kept = model.head.consumes == "pooled" or model.encoder.has_few_tokens
+    if not model.encoder_is_frozen or not kept:
         raise UserError(
             f"{key}: the encoder trains, or the head reads its tokens; set peft.method ="
             ' "linear_probing" with head_type classification or regression, or leave it out'

@@ -176,8 +176,13 @@ def choose_layers(
     """The layers of an encoder by index, negative ones from the last, in this order.
 
     Raises:
-        UserError: it has no such layer.
+        UserError: it has no such layer, or none of whole samples.
     """
+    if not encoder.has_layers:
+        raise UserError(
+            f"extract.layers: the layers of {encoder.name} are those of slices, not of volumes;"
+            " leave it out"
+        )
     count = number_of_layers(encoder, input_shape)
     wrong = [layer for layer in layers if not -count <= layer < count]
     if wrong:
@@ -402,7 +407,7 @@ class Extractor:
             return torch.cat([f.patches.mT.unflatten(2, f.grid) for f in features], dim=1), None
         keep = self.spec.prefix_tokens
         tokens = torch.cat([all_tokens(f) if keep else f.patches for f in features], dim=2)
-        places = grid_places(features[0].grid, features[0].n_prefix if keep else 0, tokens.shape[1])
+        places = token_places(features[0], features[0].n_prefix if keep else 0)
         lengths = np.full(len(tokens), tokens.shape[1], np.int64)
         return tokens.flatten(0, 1), Instances(lengths, np.tile(places, (len(tokens), 1)))
 
@@ -479,10 +484,16 @@ class Extractor:
     def coords_text(self) -> dict[str, str]:
         """What coordinates mean, where there are some."""
         if self.spec.output == "tokens":
-            return {"coords": "row and column in the grid of patches, from 0; -1: a prefix token"}
+            return {"coords": self.places_text()}
         if self.spec.coords_file is not None:
             return {"coords": "x, y (and z) as in extract.coords_file"}
         return {}
+
+    def places_text(self) -> str:
+        """What the coordinates of tokens mean."""
+        if self.model.encoder.has_layers:
+            return "row and column in the grid of patches, from 0; -1: a prefix token"
+        return "slice: voxel along the axis that slices lie across, from 0"
 
     def norm_text(self) -> str:
         """Whether tokens are final-normed."""
@@ -529,6 +540,14 @@ def samples_text(ids: list[str], chosen: Tensor, among: str) -> str:
     """The chosen (B,) samples of a batch or split, in words."""
     names = [name for name, is_chosen in zip(ids, chosen.tolist(), strict=True) if is_chosen]
     return f"sample {listed(names, 1)}{f' of its {among}' * (len(names) > 1)}"
+
+
+def token_places(features: Features, n_prefix: int) -> np.ndarray:
+    """Place (N, axes) of each token of features, after -1 for so many prefix tokens."""
+    patches = all_tokens(features).shape[1] - features.n_prefix
+    if features.places is not None:
+        return np.array(features.places, np.int32)[:, None]
+    return grid_places(features.grid, n_prefix, n_prefix + patches)
 
 
 def grid_places(grid: tuple[int, ...] | None, n_prefix: int, tokens: int) -> np.ndarray:

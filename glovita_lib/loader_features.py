@@ -73,9 +73,11 @@ class FeatureInputs:
             self.scale = Standardizer(np.array(mean), np.array(std))
 
     def __call__(self, inputs: Tensor | Bags, fitted: bool, seed: int) -> Tensor | Bags:
-        """Vectors (B, D) in float32; bags as they are, their heads convert piece by piece."""
+        """Vectors (B, D) in float32; bags as they are, their heads convert piece by piece. Bags of
+        one size that are kept in memory come as (B, N, D)."""
         if not isinstance(inputs, Bags):
-            return self.standardized(inputs)
+            vectors = self.standardized(inputs)
+            return vectors if vectors.ndim == 2 else Bags.from_padded(vectors, None)
         if self.scale is None:
             return inputs
         return Bags(self.standardized(inputs.features), inputs.lengths)

@@ -16,7 +16,7 @@ from glovita_lib.encoder import (
     Encoder,
     Features,
     aggregate,
-    build_encoder,
+    any_encoder,
     output_width,
     reads_pooled,
     resolve_method,
@@ -168,11 +168,8 @@ def build_model(
     Raises:
         UserError: see build_encoder, resolve_method, build_head and apply_peft.
     """
-    encoder = build_encoder(
-        spec.encoder,
-        channels=channels,
-        size=size,
-        load_weights=load_weights and base is None,
+    encoder = any_encoder(
+        spec.encoder, channels=channels, size=size, load_weights=load_weights and base is None
     )
     if base is not None:
         load_tensors(encoder.load_target, base.tensors, source=f'weights = "{base.file}"')

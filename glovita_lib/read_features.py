@@ -166,7 +166,7 @@ def check_coords(path: str, file: Any, keys: Keys, rows: int) -> bool:
     if len(shape) < 2 or int(np.prod(shape[:-1])) != rows or kind.kind not in "iuf":
         raise UserError(
             f"{path}: {keys.coords!r} has shape {shape} and type {kind}; coordinates are numbers of"
-            f" shape ({rows}, 2 or more), one row an instance"
+            f" shape ({rows}, 1 or more), one row an instance"
         )
     return True
 

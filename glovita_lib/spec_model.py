@@ -266,8 +266,12 @@ class BaseEncoder(Spec):
                 "encoder_type",
                 f"{shown(self.__struct_config__.tag)} takes {self.takes}, and the samples are"
                 f" {samples}:{features if self.takes == 'features' else ''} name an encoder for"
-                f" {samples}, e.g. {shown(ENCODERS[samples])}",
+                f" {samples}, e.g. {shown(ENCODERS[samples])}{self.other_samples(samples)}",
             )
+
+    def other_samples(self, samples: str) -> str:
+        """What else lets the encoder read samples of a kind, as the end of a message."""
+        return ""
 
     def channel_problems(self, channels: int) -> Iterator[tuple[str, str]]:
         """Where the section states the channels, the data have as many."""
@@ -279,6 +283,83 @@ class BaseEncoder(Spec):
             )
 
 
+Positive = Annotated[int, Meta(ge=1)]
+Axis = Literal["x", "y", "z"]
+
+
+class Slices(Spec):
+    """Which slices of a volume an encoder of images sees; without stride and count all."""
+
+    built_in: ClassVar[str] = "encoder_slicewise"
+
+    axis: Axis = "z"
+    """Axis that slices lie across; the first of the others is the height of an image."""
+    stride: Positive | None = None
+    """Voxels from a slice to the next, around the middle."""
+    count: Positive | None = None
+    """Number of slices at most, evenly over the volume; with stride those around the middle."""
+    adjacent: bool = False
+    """Whether a channel becomes three: of the slice before, of the slice and of the one behind."""
+    size: tuple[Positive, Positive] | None = None
+    """Height and width in pixels that slices are resized to; none keeps them."""
+    aggregation: Aggregation | None = None
+    """How the tokens of a slice become its vector, as model.feature_aggregation_method says it of
+    images; that key is about the vectors of the slices then."""
+    chunk: Positive | None = None
+    """Slices that pass the encoder at once; where it trains, the backward pass computes each chunk
+    anew. none is all where it trains, else 64."""
+
+
+class Inflation(Spec):
+    """How the kernels of a convolutional network get a third axis, as long as the others."""
+
+    built_in: ClassVar[str] = "encoder_slicewise"
+
+    axis: Axis = "z"
+    """Axis of the volume that kernels did not have."""
+    kernel: Literal["mean", "center"] = "mean"
+    """Whether weights are spread along it (Carreira, Zisserman, CVPR 2017) or in its middle."""
+
+
+LIFTS = (("slices", "slices", Slices()), ("inflate", "inflation", Inflation()))
+
+
+class ImageEncoder(BaseEncoder):
+    """An encoder of images, which may be lifted to volumes."""
+
+    lift: Literal["slices", "inflate"] | None = None
+    """How it reads volumes: slice by slice, or with kernels of three axes; none reads images."""
+    slices: Slices = Slices()
+    """Which slices, and what becomes of them."""
+    inflation: Inflation = Inflation()
+    """How kernels are lifted."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "images" if self.lift is None else "volumes"
+
+    @property
+    def lifting(self) -> Slices | Inflation | None:
+        """How it reads volumes, where it does."""
+        return {None: None, "slices": self.slices, "inflate": self.inflation}[self.lift]
+
+    @property
+    def without_class_token(self) -> str | None:
+        return None if self.lift is None else f"lift = {shown(self.lift)}"
+
+    def other_samples(self, samples: str) -> str:
+        if samples == "images":
+            return "; or leave model.encoder.lift out"
+        return ', or set model.encoder.lift = "slices"' if samples == "volumes" else ""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Options of a lift are read with it alone."""
+        for lift, key, default in LIFTS:
+            if self.lift != lift and getattr(self, key) != default:
+                needed = f"model.encoder.lift = {shown(lift)}"
+                yield key, f"it would be ignored, it is read only with {needed}"
+
+
 WITHOUT_CLASS_TOKEN = (
     r"(wide_)?res(net|nex)t?|seresnet|convnext|vgg|(tf_)?efficientnet|(tf_)?mobilenet|densenet"
     r"|regnet|swin|alexnet|squeezenet|googlenet|inception|mnasnet|shufflenet"
@@ -286,7 +367,7 @@ WITHOUT_CLASS_TOKEN = (
 """Opening of the names of encoders of timm and torchvision that have no class token."""
 
 
-class LibraryEncoder(BaseEncoder):
+class LibraryEncoder(ImageEncoder, kw_only=True):
     """Fields of the models of a library, by their names there."""
 
     set_elsewhere: ClassVar[dict[str, str]] = {}
@@ -311,14 +392,21 @@ class LibraryEncoder(BaseEncoder):
 
     @property
     def without_class_token(self) -> str | None:
-        return self.type if re.match(WITHOUT_CLASS_TOKEN, self.type) else None
+        named = self.type if re.match(WITHOUT_CLASS_TOKEN, self.type) else None
+        return super().without_class_token or named
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """model_kwargs leave alone what has a key of its own."""
-        for name in self.model_kwargs:
-            if name in self.set_elsewhere:
-                where = self.set_elsewhere[name]
-                yield f"model_kwargs.{name}", f"it comes from {where}: set it there"
+        yield from super().problems()
+        yield from argument_problems(self.model_kwargs, self.set_elsewhere)
+
+
+def argument_problems(
+    arguments: dict[str, Any], set_elsewhere: dict[str, str]
+) -> Iterator[tuple[str, str]]:
+    """model_kwargs leave alone what has a key of its own."""
+    for name in arguments:
+        if name in set_elsewhere:
+            yield f"model_kwargs.{name}", f"it comes from {set_elsewhere[name]}: set it there"
 
 
 class TimmEncoder(LibraryEncoder, tag="timm", tag_field="encoder_type"):
@@ -361,7 +449,6 @@ class TorchvisionEncoder(LibraryEncoder, tag="torchvision", tag_field="encoder_t
     """Probability of skipping the last block, where the model has it."""
 
 
-Positive = Annotated[int, Meta(ge=1)]
 Odd = Annotated[int, Meta(ge=1, le=31)]
 Probability = Annotated[float, Meta(ge=0, lt=1)]
 Voxels = tuple[Positive, Positive, Positive]
@@ -524,25 +611,21 @@ class NnFoundationEncoder(
     recommended downstream patch."""
 
 
-class VideoResNetEncoder(LibraryEncoder, tag="torchvision_video", tag_field="encoder_type"):
+class VideoResNetEncoder(VolumeEncoder, tag="torchvision_video", tag_field="encoder_type"):
     """A 3-D ResNet of torchvision on volumes, their last axis in the place of time."""
-
-    built_in: ClassVar[str] = "encoder_volume"
-    set_elsewhere: ClassVar[dict[str, str]] = {
-        "num_classes": "the data",
-        "weights": "model.encoder.weights",
-    }
 
     type: Literal["r3d_18", "mc3_18", "r2plus1d_18"] = "r3d_18"
     """Model name; the published weights are of Kinetics-400."""
+    pretrained: bool = True
+    """Whether the published weights are downloaded; weights takes a file instead."""
+    weights: PathText | None = None
+    """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then."""
+    model_kwargs: dict[str, Any] = {}
+    """Further arguments of the model; an unknown one is an error."""
 
-    @property
-    def takes(self) -> Literal["images", "volumes", "features", "either"]:
-        return "volumes"
-
-    @property
-    def without_class_token(self) -> str | None:
-        return self.type
+    def problems(self) -> Iterator[tuple[str, str]]:
+        elsewhere = {"num_classes": "the data", "weights": "model.encoder.weights"}
+        yield from argument_problems(self.model_kwargs, elsewhere)
 
 
 class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type"):
@@ -556,7 +639,7 @@ class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type
         return "features"
 
 
-class CustomEncoder(BaseEncoder, tag="custom", tag_field="encoder_type", kw_only=True):
+class CustomEncoder(ImageEncoder, tag="custom", tag_field="encoder_type", kw_only=True):
     """An encoder of your own: a function of your package that returns a module."""
 
     target: str
@@ -571,13 +654,14 @@ class CustomEncoder(BaseEncoder, tag="custom", tag_field="encoder_type", kw_only
 
     @property
     def takes(self) -> Literal["images", "volumes", "features", "either"]:
-        return "either"
+        return "either" if self.lift is None else "volumes"
 
     @property
     def stated_channels(self) -> int | None:
         return self.input_channels
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
         yield from target_problems(self.target)
 
 
