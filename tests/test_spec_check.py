@@ -96,6 +96,11 @@ BROKEN = [
         "model.head.heads",
         "7 heads cannot share model.head.hidden = 512",
     ),
+    (
+        ["model.encoder.slices.count=3"],
+        "model.encoder.slices",
+        'it would be ignored, it is read only with model.encoder.lift = "slices"',
+    ),
     ([*FOLDER, "data.allowed_exts=[]"], "data.allowed_exts", "name one suffix at least"),
     (
         ["data.augmentation.image_size=64", "data.augmentation.resize_size=32"],
