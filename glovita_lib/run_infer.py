@@ -1,11 +1,13 @@
 """Mode infer: predictions and metrics of trained checkpoints, with the transforms of training."""
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import replace as with_fields
 from functools import singledispatch
 from pathlib import Path
 
+import h5py
 import msgspec
 import numpy as np
 from msgspec.structs import replace
@@ -23,6 +25,7 @@ from glovita_lib.objectives import LabelledPredictions, Predictions, SupervisedO
 from glovita_lib.peft_base import ADDED, Insert, contiguous_copy
 from glovita_lib.resolved import (
     BagInputs,
+    EncodedInputs,
     ImageInputs,
     Inputs,
     Resolved,
@@ -250,6 +253,12 @@ def wanted_split(
     """
     spec = root.infer
     if spec.input is not None:
+        encoded = isinstance(record.inputs, EncodedInputs)
+        if encoded and os.path.isfile(spec.input) and h5py.is_hdf5(spec.input):
+            raise UserError(
+                f"{trained} was trained on {record.inputs.kind}, and infer.input ="
+                f' "{spec.input}" is a feature file'
+            )
         split, samples, notes = new_samples(record.inputs, spec.input, root.data)
         check_samples(record, trained, samples, spec.input)
         if notes and ranks.is_main:

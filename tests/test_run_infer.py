@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -224,6 +225,10 @@ def test_new_images_that_are_not_there_or_broken(command, refused, tmp_path):
     line = refused("mode=infer", f"infer.input={tmp_path / 'broken'}", "name=run",
                    lines=2)  # fmt: skip
     assert "a.png" in line
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["features"] = np.zeros((3, 4), np.float32)
+    line = refused("mode=infer", f"infer.input={tmp_path / 'f.h5'}", "name=run")
+    assert "was trained on images" in line and "is a feature file" in line
 
 
 # ---------------------------------------------------------------------- ensembles
