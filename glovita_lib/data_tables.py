@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR
 from typing import Any, ClassVar
 
 from glovita_lib.errors import UserError, composed, listed, nearest_word
@@ -20,7 +21,8 @@ def walk(folder: Path, exts: Sequence[str], *, report: list[str] | None = None) 
     followed.
 
     Args:
-        report: gets a line about folders that cannot be listed; none: they are an error.
+        report: gets a line about folders that cannot be listed, and links that may be such folders;
+            none: they are an error.
 
     Raises:
         UserError: no such folder, or one that cannot be listed.
@@ -30,35 +32,60 @@ def walk(folder: Path, exts: Sequence[str], *, report: list[str] | None = None) 
     endings = tuple("." + ext.lower().lstrip(".") for ext in exts)
     found: list[str] = []
     unlisted: list[str] = []
-    for parent, names in walk_folders(str(folder), unlisted):
+    for parent, names in walk_folders(str(folder), unlisted, endings):
         inside = os.path.relpath(parent, folder).replace(os.sep, "/")
         start = "" if inside == "." else f"{inside}/"
         found += [start + name for name in names if name.lower().endswith(endings)]
     if unlisted:
         line = f"folders that cannot be listed: {listed(unlisted, 5)}"
         if report is None:
-            raise UserError(f"{line}; what is in them would be missing")
+            raise UserError(f"{line}; what is in them would be missing: mend or remove them")
         report.append(f"{line}: left out")
     return sorted(found)
 
 
 def walk_folders(
-    folder: str, unlisted: list[str], above: frozenset[str] = frozenset()
+    folder: str,
+    unlisted: list[str],
+    endings: tuple[str, ...] = (),
+    above: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, list[str]]]:
     """A folder and all below it, each with the names of its files; links are followed under each of
-    their names, but not back to a folder that they are in. What cannot be listed is noted."""
+    their names, but not back to a folder that they are in. What cannot be listed is noted, also a
+    link to what is not there: it may be a folder of a disk that is not mounted, unless its name
+    ends as a file's, which whoever reads it will miss."""
     real = os.path.realpath(folder)
     if real in above:
         return
+    folders: list[str] = []
+    files: list[str] = []
     try:
         with os.scandir(folder) as found:
-            entries = {entry.name: entry.is_dir() for entry in found if entry.name[0] != "."}
+            entries = [entry for entry in found if entry.name[0] != "."]
     except OSError as error:
         unlisted.append(f"{folder} ({error.strerror})")
         return
-    yield folder, [name for name, is_folder in entries.items() if not is_folder]
-    for name in sorted(name for name, is_folder in entries.items() if is_folder):
-        yield from walk_folders(os.path.join(folder, name), unlisted, above | {real})
+    for entry in entries:
+        try:
+            (folders if is_folder(entry) else files).append(entry.name)
+        except OSError as error:
+            if entry.name.lower().endswith(endings):
+                files.append(entry.name)
+            else:
+                target = os.readlink(entry.path)
+                unlisted.append(f"{entry.path} (a link to {target}: {error.strerror})")
+    yield folder, files
+    for name in sorted(folders):
+        yield from walk_folders(os.path.join(folder, name), unlisted, endings, above | {real})
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one.
+
+    Raises:
+        OSError: a link to what is not there, to itself or to where one may not look.
+    """
+    return S_ISDIR(entry.stat().st_mode) if entry.is_symlink() else entry.is_dir()
 
 
 @dataclass(slots=True)

@@ -70,6 +70,35 @@ def test_a_folder_that_cannot_be_listed_is_an_error(images, tmp_path, monkeypatc
     ]
 
 
+@pytest.mark.parametrize("name", ["train/two", "test", "train/dog/more.2024"])
+@pytest.mark.parametrize("where", ["missing", "itself", "below a file"])
+def test_a_link_to_what_is_not_there_may_be_a_folder_of_images(images, tmp_path, name, where):
+    """A class or a split on a disk that is not mounted."""
+    link = images.folder / name
+    link.parent.mkdir(exist_ok=True)
+    target = {
+        "missing": tmp_path / "nodisk/two",
+        "itself": link,
+        "below a file": images.folder / "notes.txt/two",
+    }[where]
+    link.symlink_to(target)
+    with pytest.raises(UserError) as caught:
+        walk(images.folder, EXTS)
+    said = str(caught.value)
+    assert said.startswith(f"folders that cannot be listed: {link} (a link to {target}: ")
+    assert "\n" not in said and said.endswith("mend or remove them")
+    report = []
+    assert walk(images.folder, EXTS, report=report) == sorted(NAMES)
+    assert len(report) == 1 and str(link) in report[0] and report[0].endswith("left out")
+
+
+def test_a_link_with_the_suffix_of_an_image_is_an_image_wherever_it_leads(images, tmp_path):
+    (images.folder / "cat/9.PNG").symlink_to(tmp_path / "nodisk/9.png")
+    (images.folder / ".hidden").symlink_to(tmp_path / "nodisk")
+    (images.folder / "link.txt").symlink_to(images.folder / "notes.txt")
+    assert walk(images.folder, EXTS) == sorted([*NAMES, "cat/9.PNG"])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_path_in_a_table_is_that_of_the_file(images, name):
     assert images.find(name) == images.find(f"./{name}") == images.find(f".//{name}") == name
