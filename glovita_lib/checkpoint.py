@@ -483,6 +483,7 @@ def refuse(target: LoadTarget, found: Mismatch, source: str) -> NoReturn:
 def load_candidate(target: LoadTarget, tensors: Tensors) -> tuple[Mismatch, Tensors]:
     """Load tensors as the library does; where they and the network differ, and what was loaded."""
     net, own = target.net, target.net.state_dict()
+    tensors = without_counters(tensors, own)
     try:
         state = without_classifier(handed_over(target, tensors), target)
     except LIBRARY_ERRORS as error:
@@ -537,11 +538,20 @@ def handed_over(target: LoadTarget, tensors: Tensors) -> Tensors:
     )
 
 
+def without_counters(tensors: Tensors, own: Iterable[str]) -> Tensors:
+    """Tensors without scalars at the top that are none of `own`: steps, and how many were averaged
+    (torch's AveragedModel). timm's converter of Next-ViT goes by order, where they would count."""
+    kept = {n: t for n, t in tensors.items() if t.ndim or "." in n or n in own}
+    return with_versions(kept, versions_of(tensors))
+
+
 def without_classifier(tensors: Tensors, target: LoadTarget) -> Tensors:
-    """Tensors without those of the classifiers that the network has lost."""
+    """Tensors without those of the classifiers that the network has lost, and without counters."""
     own = target.net.state_dict().keys()
     below = tuple(f"{name}." for name in target.classifier)
+    children = dict(target.net.named_children())  # a scalar below none of them only counts
     spare = {n for n in tensors if n not in own and not n.startswith(below)}
+    spare -= {n for n in spare if not tensors[n].ndim and n.partition(".")[0] not in children}
     lost = target.whole() if spare else frozenset()
     kept = {n: t for n, t in tensors.items() if n in own or (n in spare and n not in lost)}
     return with_versions(kept, versions_of(tensors))
@@ -653,7 +663,8 @@ def rename_by_order(network: FileNetwork, target: LoadTarget, source: str) -> Fi
         UserError: naming the first place where file and network differ.
     """
     ours = [(n, t) for n, t in target.net.state_dict().items() if not n.endswith(COUNTER)]
-    theirs = [(n, t) for n, t in network.tensors.items() if not n.endswith(COUNTER)]
+    tensors = without_counters(network.tensors, {name for name, _ in ours})
+    theirs = [(n, t) for n, t in tensors.items() if not n.endswith(COUNTER)]
     rest = theirs[len(ours) :]
     one_layer = len({name.rpartition(".")[0] for name, _ in rest}) <= 1 and len(rest) <= 2
     if len(theirs) < len(ours) or (rest and not (target.classifier and one_layer)):

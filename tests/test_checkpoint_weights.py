@@ -330,6 +330,64 @@ def test_an_optimizer_is_no_network(tmp_path: Path) -> None:
     assert loaded(state, tmp_path / "w.pt") == (1.0, ())
 
 
+COUNT = {"n_averaged": torch.tensor(3)}
+
+
+def averaged(seed: int) -> dict[str, Tensor]:
+    """The state of torch's own average of a network."""
+    return torch.optim.swa_utils.AveragedModel(resnet(seed)).state_dict()
+
+
+@pytest.mark.parametrize("by_order", [False, True])
+def test_the_average_of_torch(by_order: bool, tmp_path: Path) -> None:
+    state, raw = averaged(2), resnet(1).state_dict()
+    assert "n_averaged" in state
+    for number, content in enumerate((state, {"model": raw, "model_ema": state})):
+        torch.save(content, tmp_path / f"{number}.pt")
+        spec = spec_for(tmp_path / f"{number}.pt", weights_order=by_order)
+        encoder = build_encoder(spec, channels=3, size=(32, 32), load_weights=True)
+        for name, value in encoder.net.named_parameters():
+            assert torch.equal(value, state[f"module.{name}"]), name
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"step": torch.tensor(7), **RAW},
+        {**RAW, "best_loss": torch.tensor(0.5), "metrics.accuracy.total": torch.tensor(9)},
+        {"state_dict": named("net", RAW) | {"step": torch.tensor(7)}},
+        {"a": RAW | COUNT, "b": RAW | {"step": torch.tensor(7)}},  # nothing to choose
+    ],
+    ids=range(4),
+)
+def test_counters_beside_the_tensors_are_left_out(content, tmp_path: Path) -> None:
+    assert loaded(content, tmp_path / "w.pt") == (1.0, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("step", (1,)), ("layer1.0.gain", ()), ("layer1.0.scale.gain", ()), ("layer9.weight", (2,))],
+)
+def test_what_is_no_counter_is_refused(name: str, shape: tuple, tmp_path: Path) -> None:
+    """A scalar of a module of the network is of another architecture."""
+    with pytest.raises(UserError, match=f"not in the network    {name}"):
+        loaded(RAW | {name: torch.ones(shape)}, tmp_path / "w.pt")
+
+
+def test_counters_do_not_shift_a_converter_by_order(tmp_path: Path) -> None:
+    """That of Next-ViT, for the authors' names."""
+    arguments = {"depths": (1, 1, 5, 1)}
+    state = random_state("nextvit_small", **arguments)
+    theirs = {
+        name.replace("stages.", "blocks.").replace("head.fc.", "proj_head.0."): value
+        for name, value in state.items()
+    }
+    torch.save(COUNT | theirs, tmp_path / "w.pt")
+    spec = TimmEncoder(type="nextvit_small", weights=str(tmp_path / "w.pt"), model_kwargs=arguments)
+    net = build_encoder(spec, channels=3, size=(64, 64), load_weights=True).net
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
 def test_files_of_timms_training(tmp_path: Path) -> None:
     """With the arguments beside the weights, which timm itself reads."""
     content = {"args": Namespace(lr=0.1), "state_dict": RAW, "state_dict_ema": MEAN}
