@@ -421,7 +421,7 @@ def test_every_field_that_names_a_file_or_folder_is_a_path():
     """What its name or docstring calls a file or folder; `input` and `export` are too."""
     for cls, member in every_struct().items():
         for field in member.fields:
-            named = field.name.endswith(("_file", "_dir")) or field.name in (
+            named = field.name.endswith(("_file", "_dir", "_path")) or field.name in (
                 "checkpoint", "weights", "input", "export", "extends",
             )  # fmt: skip
             assert spec_errors.is_path(field.type) == named, (cls, field.name)
