@@ -33,26 +33,35 @@ class Outputs(NamedTuple):
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 """A number as it is written; float() reads more, such as 1_0 and nan, which are names."""
-INNER = re.compile(r"(\d+(?:\.\d+)?)", re.ASCII)
-"""A number inside a name."""
+INNER = re.compile(r"([0-9]+(?:\.[0-9]+)?|(?<![^\W_]|\.)\.[0-9]+)")
+"""A number inside a name: also one that begins with its point (.5 mg, $.5), not a point that ends
+a word (No.5)."""
 
 
 def are_ordered(names: Sequence[str]) -> bool:
     """Whether names say themselves that they are in order: they are numbers, or differ in a number
-    alone, which rise or fall.
+    alone, which rise or fall. A number behind a point or a comma that may be its own (dose.5) must
+    do so with it and without.
 
     >>> are_ordered(["0", "1.5"]), are_ordered(["grade 1", "grade 2"]), are_ordered(["mild", "no"])
     (True, True, False)
     """
     if all(map(NUMBER.fullmatch, names)):
-        numbers = list(map(Decimal, names))
-    else:
-        parts = [INNER.split(name) for name in names]
-        if not all(len(split) == 3 for split in parts) or len({(s[0], s[2]) for s in parts}) > 1:
-            return False
-        numbers = [Decimal(number) for _, number, _ in parts]
-    steps = [second > first for first, second in pairwise(numbers)]
-    return len(set(numbers)) == len(numbers) and len(set(steps)) < 2
+        return rise_or_fall(names)
+    parts = [INNER.split(name) for name in names]
+    if not all(len(split) == 3 for split in parts) or len({(s[0], s[2]) for s in parts}) > 1:
+        return False
+    numbers = [number for _, number, _ in parts]
+    points = parts[0][0].endswith((".", ",")) and all(map(str.isdecimal, numbers))
+    readings = [numbers, [f".{number}" for number in numbers]] if points else [numbers]
+    return all(map(rise_or_fall, readings))
+
+
+def rise_or_fall(numbers: Sequence[str]) -> bool:
+    """Whether each number is larger than the one before it, or each is smaller."""
+    values = list(map(Decimal, numbers))
+    steps = [second > first for first, second in pairwise(values)]
+    return len(set(values)) == len(values) and len(set(steps)) < 2
 
 
 def outputs_line(subtask: str, names: Sequence[str], *, ordered: bool) -> tuple[str, str]:
@@ -318,7 +327,8 @@ def read_data_set(spec: Spec, *, seed: int, **asked: Any) -> Data:
 
     Args:
         asked: for data sets whose labels and splits stand in files, `trained`: the outputs of the
-            model that the samples are for, and `wanted`; see `build_data`.
+            model that the samples are for, and `wanted`; of features also `numbers`. See
+            `build_data`.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.

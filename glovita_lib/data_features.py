@@ -185,6 +185,7 @@ def _(
     seed: int,
     trained: Outputs | None = None,
     wanted: Sequence[str] | None = None,
+    numbers: bool = False,
 ) -> Data:
     table = None if spec.labels_file is None else read_table(spec, spec.labels_file)
     files = files_of(spec)
@@ -195,7 +196,7 @@ def _(
         whole.groups = None if whole.groups is None else in_one_form(whole.groups, forms)
     refuse_mixture(collections)
     columns = None if table is None or isinstance(spec.label_column, str) else spec.label_column
-    subtask, names, encoded = encode_labels(spec, collections, columns, trained)
+    subtask, names, encoded = encode_labels(spec, collections, columns, trained, numbers=numbers)
     targets = dict(zip(opened, encoded, strict=True))
     if spec.split_source == "files":
         rows = {name: np.arange(len(opened[file].ids)) for name, file in files.items()}
@@ -238,17 +239,22 @@ def encode_labels(
     collections: list[Collection],
     columns: tuple[str, ...] | None = None,
     trained: Outputs | None = None,
+    *,
+    numbers: bool = False,
 ) -> Encoded:
     """Targets of all collections.
 
     Args:
         columns: of the table, where there are several.
         trained: the model that the samples are for.
+        numbers: see `build_data`.
 
     Raises:
         UserError: see data_labels.encode.
     """
-    rules = LabelRules(spec.subtask, spec.class_names, spec.num_classes, columns, trained=trained)
+    rules = LabelRules(
+        spec.subtask, spec.class_names, spec.num_classes, columns, trained=trained, numbers=numbers
+    )
     labels = [
         Labels(whole.labels, whole.ids, whole.where, whole.subtask, whole.class_names)
         for whole in collections

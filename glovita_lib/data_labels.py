@@ -33,6 +33,7 @@ class LabelRules:
     columns: tuple[str, ...] | None  # names of several label columns of a table
     separator: str = "|"  # between several labels in one cell
     trained: Outputs | None = None  # outputs of a trained model, which the targets shall be of
+    numbers: bool = False  # whether the model that learns from them can predict numbers alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ def found_subtask(files: Sequence[Labels], rules: LabelRules) -> Subtask:
 
     Raises:
         UserError: files that state no subtask there is or contradict each other, or whole numbers
-            in columns, which may be classes or targets.
+            in columns or with decimals, which may be classes or targets.
     """
     said = {file.subtask: file.where for file in files if file.subtask is not None}
     if len(said) > 1:
@@ -159,13 +160,14 @@ def found_subtask(files: Sequence[Labels], rules: LabelRules) -> Subtask:
         return known[known.index(name)]
     if rules.trained is not None:
         return rules.trained.subtask
-    looks = [look(file) for file in files]
-    if set(looks) <= {"whole", "numbers", "text"}:
-        return "multiclass" if "text" in looks or "numbers" not in looks else "regression"
-    if set(looks) == {"hot"}:
+    looks = [looks_of(file) for file in files]
+    found = set().union(*looks)
+    if found <= set(ONE_COLUMN):
+        return subtask_of_column(files, found, rules)
+    if found == {"hot"} and not rules.numbers:
         return "multilabel"
-    if "whole columns" in looks and "columns" not in looks:
-        file = files[looks.index("whole columns")]
+    if "whole columns" in found and "columns" not in found and not rules.numbers:
+        file = files[looks.index({"whole columns"})]
         raise file.error(
             f"labels of shape {np.shape(file.values)} are whole numbers; store classes as (N,), or"
             ' set data.subtask = "regression"'
@@ -173,27 +175,76 @@ def found_subtask(files: Sequence[Labels], rules: LabelRules) -> Subtask:
     return "regression"
 
 
-Look = Literal["whole", "numbers", "text", "hot", "whole columns", "columns"]
+Look = Literal[
+    "whole", "codes", "decimals", "numbers", "text", "hot", "whole columns", "columns"
+]  # fmt: skip
+ONE_COLUMN: tuple[Look, ...] = ("whole", "codes", "decimals", "numbers", "text")
 
 
-def look(file: Labels) -> Look:
-    """What the labels of a file look like: one column of whole numbers, of other numbers or of
-    text; or several columns of 0 and 1, of whole numbers or of anything."""
-    if isinstance(file.values, np.ndarray):
-        kind = file.values.dtype.kind
-        if file.values.ndim == 1:
-            return "whole" if kind in "iub" else "numbers" if kind == "f" else "text"
-        is_hot, is_whole = bool(np.isin(file.values, (0, 1)).all()), kind in "iub"
-    elif not any(isinstance(cell, tuple) for cell in file.values):
-        cells = [str(cell).strip() for cell in file.values]
-        if all(map(WHOLE.fullmatch, cells)):
-            return "whole"
-        return "numbers" if all(map(NUMBER.fullmatch, cells)) else "text"
+def looks_of(file: Labels) -> set[Look]:
+    """What the labels of a file look like: see `look` for those of one column; several columns are
+    of 0 and 1, of whole numbers or of anything."""
+    values = file.values
+    if isinstance(values, np.ndarray):
+        kind = values.dtype.kind
+        if values.ndim == 1:
+            return {"whole" if kind in "iub" else float_look(values) if kind == "f" else "text"}
+        is_hot, is_whole = bool(np.isin(values, (0, 1)).all()), kind in "iub"
+        if kind == "f" and values.shape[1:] == (1,):  # classes as one column
+            is_whole = float_look(values) == "decimals"
+    elif not any(isinstance(cell, tuple) for cell in values):
+        return {look(cell) for cell in {str(cell).strip() for cell in values}}
     else:
-        cells = [MARKS.get(cell.lower(), cell) for row in file.values for cell in row]
+        cells = [MARKS.get(cell.lower(), cell) for row in values for cell in row]
         is_hot = all(NUMBER.fullmatch(cell) and float(cell) in (0, 1) for cell in cells)
         is_whole = all(map(WHOLE.fullmatch, cells))
-    return "hot" if is_hot else "whole columns" if is_whole else "columns"
+    return {"hot" if is_hot else "whole columns" if is_whole else "columns"}
+
+
+def float_look(values: np.ndarray) -> Look:
+    """Whether numbers (N, ...) are whole ones but for what is missing, which a library may have
+    made of integers."""
+    there = values[~np.isnan(values)]
+    return (
+        "decimals" if np.all(np.floor(there) == there) and np.isfinite(there).all() else "numbers"
+    )
+
+
+def look(cell: str) -> Look:
+    """What one label is: a whole number as it is printed; whole with a sign or zeros in front,
+    which no number is printed with; whole with decimals or an exponent; another number; text.
+
+    >>> [look(cell) for cell in ("1", "01", "1.0", "1.5", "one")]
+    ['whole', 'codes', 'decimals', 'numbers', 'text']
+    """
+    if WHOLE.fullmatch(cell):
+        return "whole"
+    if not NUMBER.fullmatch(cell):
+        return "text"
+    if CODE.match(cell):
+        return "codes"
+    return "decimals" if float(cell).is_integer() else "numbers"
+
+
+def subtask_of_column(files: Sequence[Labels], found: set[Look], rules: LabelRules) -> Subtask:
+    """Kind of target of one column with these looks.
+
+    Raises:
+        UserError: it may be classes or values, and nothing says which.
+    """
+    names = rules.class_names or stated_names(files)
+    count = rules.num_classes if names is None else len(names)
+    if rules.numbers and "text" not in found:
+        return "regression"
+    if "text" in found or found <= {"whole", "codes"} or (count or 0) > 1:
+        return "multiclass"
+    if count == 1 or ("numbers" in found and "codes" not in found):
+        return "regression"
+    cells = dict.fromkeys(str(cell).strip() for file in files for cell in file.cells())
+    raise UserError(
+        f"the labels ({listed(list(cells), 4)}) may be classes or values: set data.subtask ="
+        ' "multiclass" or "regression"'
+    )
 
 
 def stated_names(files: Sequence[Labels]) -> tuple[str, ...] | None:
@@ -234,6 +285,8 @@ def are_new(given: tuple[str, ...], stated: tuple[str, ...]) -> bool:
 
 WHOLE = re.compile(r"0|-?[1-9]\d*", re.ASCII)
 """A whole number as it is printed; int() reads more, such as 1_0, 007 and +7, which are names."""
+CODE = re.compile(r"[+-]?0\d|\+\d+$|-0$", re.ASCII)
+"""How a number begins that is not printed so."""
 
 
 def word(label: Any) -> str:
@@ -331,21 +384,23 @@ class ClassWords:
         """The names that the spec or the files state, and the composed name that each distinct word
         (W,) of each file means, None where it is the index of none.
 
-        Whole numbers of a file that states names are indices of these. Other words are indices
-        where all of them are whole numbers and no name that is stated is one.
+        Where files state names, arrays of whole numbers are indices of these. Else they are indices
+        where no name that is stated is a number; and other words, where all of these are whole
+        numbers, too.
         """
         stated = stated_names(self.files)
         names = rules.class_names or stated
         listing = stated
         if rules.class_names and stated and are_new(rules.class_names, stated):
             listing = rules.class_names
-        own = [stated is not None and file.whole is not None for file in self.files]
-        rest = (w.distinct for w, is_own in zip(self.words, own, strict=True) if not is_own)
+        whole = [file.whole is not None for file in self.files]
+        rest = (w.distinct for w, is_whole in zip(self.words, whole, strict=True) if not is_whole)
         numbers = all(WHOLE.fullmatch(name) for distinct in rest for name in distinct)
-        indices = numbers and names is not None and not any(map(WHOLE.fullmatch, names))
+        of_names = names if names and not any(map(WHOLE.fullmatch, names)) else None
+        of_array = of_names if stated is None else listing
         return names, [
-            words_of_places(words.distinct, listing if is_own else names if indices else None)
-            for words, is_own in zip(self.words, own, strict=True)
+            words_of_places(words.distinct, of_array if is_whole else of_names if numbers else None)
+            for words, is_whole in zip(self.words, whole, strict=True)
         ]
 
     def found_names(self, rules: LabelRules) -> tuple[str, ...]:
@@ -353,8 +408,10 @@ class ClassWords:
         numbers all numbers from 0 to the largest, or num_classes of them.
 
         Raises:
-            UserError: numbers that would make more classes than anybody means.
+            UserError: numbers that would make more classes than anybody means, or that may be
+                indices of the names of other files.
         """
+        self.refuse_mixed()
         distinct = {name for words in self.words for name in words.distinct}
         if not all(file.whole is not None for file in self.files):
             return tuple(self.forms.get(name, name) for name in sorted(distinct, key=order_key))
@@ -367,6 +424,32 @@ class ClassWords:
                 " or store names"
             )
         return tuple(map(str, range(count)))
+
+    def refuse_mixed(self) -> None:
+        """Raise an error where some files hold names and others numbers that are none of these: an
+        array of numbers one of which no text is, or text that is numbers beside text without any.
+        The rows of one table are names however they are divided."""
+        stored = [
+            (file, words.distinct, file.values.dtype.kind in "iubf")
+            for file, words in zip(self.files, self.words, strict=True)
+            if isinstance(file.values, np.ndarray)
+        ]
+        texts = [(file, distinct) for file, distinct, is_array in stored if not is_array]
+        named = [pair for pair in texts if not all(map(NUMBER.fullmatch, pair[1]))]
+        known = {name for _, distinct in texts for name in distinct}
+        without = named and not any(NUMBER.fullmatch(n) for _, names in named for n in names)
+        for file, distinct, is_array in stored:
+            if is_array:
+                is_mixed, others = bool(texts) and not known.issuperset(distinct), named or texts
+            else:
+                is_mixed, others = bool(without and all(map(NUMBER.fullmatch, distinct))), named
+            if is_mixed:
+                cure = ", or list the names by number in data.class_names" if is_array else ""
+                raise UserError(
+                    f"{others[0][0].where} has names for labels ({listed(others[0][1], 4)}),"
+                    f" {file.where} numbers ({listed(distinct, 4)}): store the same names in both"
+                    f"{cure}"
+                )
 
 
 def words_of_places(words: list[str], names: Sequence[str] | None) -> list[str | None]:

@@ -6,7 +6,7 @@ from http.client import HTTPException
 from importlib import resources
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from glovita_lib.spec_data import (
     CustomData,
     DigitsData,
     FileData,
+    PrecomputedData,
 )
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def build_data(
     trains: bool = True,
     trained: Outputs | None = None,
     wanted: Sequence[str] | None = None,
+    numbers: bool = False,
 ) -> Data:
     """The data set of a spec with the splits that are needed; data_fraction has cut the train
     split.
@@ -142,6 +144,8 @@ def build_data(
         trained: the model that the samples are for, whose outputs the labels of files are read as.
         wanted: names of splits, of which the first that is there is needed; empty: those that are
             there; none: all that training uses.
+        numbers: whether the model that learns from it can predict numbers alone, which says what
+            the labels of feature files are where these do not state their subtask.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
@@ -149,7 +153,9 @@ def build_data(
     missing = [f"data.{name}: {text}" for name, text in spec.missing_files()]
     if problems := [*section_problems(spec, "data."), *missing]:
         raise UserError("\n".join(problems))
-    asked = {"trained": trained, "wanted": wanted}
+    asked: dict[str, Any] = {"trained": trained, "wanted": wanted}
+    if isinstance(spec, PrecomputedData):
+        asked["numbers"] = numbers
     data = read_data_set(spec, seed=seed, **(asked if isinstance(spec, FileData) else {}))
     empty = [name for name, split in data.splits.items() if not len(split)]
     if empty or (trains and "train" not in data.splits):

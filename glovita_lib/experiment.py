@@ -200,8 +200,15 @@ def read_data(
     trained = None if model is None else Outputs(model.subtask, model.class_names)
     with dist.main_first(ranks):
         if root.mode == "train":
-            return build_data(spec, seed=root.seed)
-        return build_data(spec, seed=root.seed, trains=False, trained=trained, wanted=wanted)
+            return build_data(spec, seed=root.seed, numbers=root.predicts_numbers)
+        return build_data(
+            spec,
+            seed=root.seed,
+            trains=False,
+            trained=trained,
+            wanted=wanted,
+            numbers=root.predicts_numbers,
+        )
 
 
 def assemble(

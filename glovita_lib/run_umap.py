@@ -258,7 +258,10 @@ def open_input(path: Path, data: BaseData) -> Data:
     split, samples = Split(collection.ids, None, source), collection.samples
     if collection.labels is None:
         return Data(str(path), {"": split}, "multiclass", (), samples, collection.notes())
-    found = encode_labels(PrecomputedData(), [collection])
+    labels = collection.labels
+    is_float = isinstance(labels, np.ndarray) and labels.dtype.kind == "f"
+    is_column = is_float and labels.size == len(labels)  # whole ones are coloured by value, too
+    found = encode_labels(PrecomputedData(), [collection], numbers=is_column)
     subtask, class_names, (split.targets,) = found
     return Data(str(path), {"": split}, subtask, class_names, samples, collection.notes())
 

@@ -49,6 +49,8 @@ def encoded(labels, subtask="multiclass", *, names=None, classes=None, columns=N
         (["3_4", "4_3", "1_1", "11"], [1, 2, 0, 3], ("1_1", "3_4", "4_3", "11")),
         (["+1", "1", "-0", "0"], [2, 3, 0, 1], ("-0", "0", "+1", "1")),
         (["grade 10", "grade 9", "-2", "1.5"], [3, 2, 0, 1], ("-2", "1.5", "grade 9", "grade 10")),
+        ([".5mg", ".25mg", "1mg"], [1, 0, 2], (".25mg", ".5mg", "1mg")),
+        (["$.5", "$.25", "No.10", "No.5"], [1, 0, 3, 2], ("$.25", "$.5", "No.5", "No.10")),
         (["1", "2", "3", "normal"], [0, 1, 2, 3], ("1", "2", "3", "normal")),
         (["0.5", "1e3", "nan"], [0, 1, 2], ("0.5", "1e3", "nan")),
         ([" cat ", "cat"], [0, 0], ("cat",)),
@@ -229,9 +231,79 @@ def test_kinds_of_arrays():
     with pytest.raises(UserError, match="b.h5: every multilabel label must be 0 or 1; wrong: s0"):
         several(hot, hot * np.float32(0.5), subtask="multilabel")
     with pytest.raises(UserError, match="a.h5: the label of a regression .*; wrong: s1"):
-        several(np.array([1, np.nan]))
+        several(np.array([1, np.nan]), subtask="regression")
     with pytest.raises(UserError, match="b.h5: the labels have 1 columns, but there are 2 names"):
         several(np.eye(2) / 2, floats)
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["1.0", "2.0"],
+        ["1e3", "2"],
+        ["01", "2.5"],
+        ["+1", "-0.5"],
+        np.array([1.0, 2.0]),
+        np.array([0, np.nan], np.float32),
+    ],
+)
+def test_numbers_that_may_be_classes_or_values_are_asked_about(cells):
+    with pytest.raises(UserError, match="^the labels .* may be classes or values: set data.subt"):
+        several(cells)
+    with pytest.raises(UserError, match="may be classes or values"):
+        several(cells, np.array([0, 3]))
+    rules = LabelRules(None, None, None, None, numbers=True)  # the head of a regression
+    if np.all(np.array(cells, float) > -9):  # none is missing
+        assert encode([Labels(cells, ["a", "b"])], rules).subtask == "regression"
+        for given in ({"subtask": "regression"}, {"classes": 1}, {"names": ("dose",)}):
+            assert several(cells, **given)[0] == "regression"
+        if isinstance(cells, list):
+            for given in ({"subtask": "multiclass"}, {"classes": 2}, {"names": tuple(cells)}):
+                assert several(cells, **given)[0] == "multiclass"
+
+
+def test_names_that_look_like_numbers_are_no_regression():
+    """A number is what would be printed so; numbers with a fraction among them are values."""
+    for cells in (["01", "02", "10"], ["+1", "-1"], ["007", "0010"], ["-0", "1"]):
+        assert several(cells)[0] == several(cells[:1], cells[1:])[0] == "multiclass"
+        assert set(several(cells)[1]) == set(cells)
+    for cells in (["1.0", "2.5"], [".5", "1."], ["-0.50", "1.00"], ["1e-3", "1"], ["+0.5", "2"]):
+        assert several(cells)[0] == several(cells[:1], cells[1:])[0] == "regression"
+    assert several(np.array([1.0, 2.0]), np.array([0.5]))[0] == "regression"
+    with pytest.raises(UserError, match='not in class list: "01" .*; data.class_names: 1, 2, 10'):
+        several(["01", "02", "10"], names=("1", "2", "10"))
+    with pytest.raises(UserError, match='not in class list: "1.0" .*; data.class_names: 1, 2'):
+        several(["1.0", "2.0"], names=("1", "2"))
+    assert several(np.array([0.0, 1]), names=("a", "b"))[1:] == (("a", "b"), [[0, 1]])
+    column, rules = np.array([[1.0], [3.0]]), LabelRules(None, None, None, None, numbers=True)
+    with pytest.raises(UserError, match=r"shape \(2, 1\) are whole numbers; store classes as"):
+        several(column)
+    for values in (column, np.array([20, 30]), ["20", "30"], ["01", "30"], np.eye(2)):
+        assert encode([Labels(values, ["a", "b"])], rules).subtask == "regression"
+    assert encode([Labels(["a", "1"], ["a", "b"])], rules).subtask == "multiclass"
+    stated = Labels(np.array([0, 1]), ["a", "b"], subtask="multiclass")
+    assert encode([stated], rules).subtask == "multiclass"
+
+
+def test_names_in_one_file_and_numbers_in_another():
+    words, others = np.array(["cat", "dog", "emu"], object), ("1", "2", "3")
+    for numbers in (np.arange(3), np.array([True, False]), np.array([0.0, 2.0])):
+        for files in ((words, numbers), (numbers, words), (words, words, numbers)):
+            with pytest.raises(
+                UserError, match="has names for labels .cat, dog, emu., [abc].h5 nu"
+            ):
+                several(*files)
+    named = several(words, np.arange(3), names=("cat", "dog", "emu"))
+    assert named[1:] == (("cat", "dog", "emu"), [[0, 1, 2], [0, 1, 2]])
+    with pytest.raises(UserError, match=r"names for labels \(1, 2, 3\), b.h5 numbers \(0, 1, 2\)"):
+        several(np.array(others), np.arange(3))  # whose 1 is the second?
+    with pytest.raises(UserError, match="store the same names in both$"):
+        several(words, np.array(["0", "1", "2"]))
+    assert several(["cat", "dog"], ["0", "1"])[1] == ("0", "1", "cat", "dog")  # of one table
+    assert several(np.array(others), np.array([1, 3]))[2] == [[0, 1, 2], [0, 2]]
+    trained = Outputs("multiclass", ("cat", "dog", "emu"))
+    with pytest.raises(UserError, match='^b.h5: label not in class list: "0".*in data.class_names'):
+        several(words, np.arange(3), trained=trained)
 
 
 def test_what_files_state():
@@ -328,7 +400,17 @@ def test_names_in_two_unicode_forms_are_one():
 
 
 def test_names_that_say_their_order():
-    for names in (["0", "1", "10"], ["-1", "0.5", "2"], ["grade 1", "grade 2"], ["G3b", "G4b"]):
+    for names in (
+        ["0", "1", "10"],
+        ["-1", "0.5", "2"],
+        ["grade 1", "grade 2"],
+        ["G3b", "G4b"],
+        [".25mg", ".5mg", "1mg"],
+        ["-.25 D", "-.5 D", "-1 D"],
+        ["$.25", "$.5", "$1.5"],
+        ["dose .25", "dose .5"],
+        ["No.1", "No.2", "No.3"],  # with the point or without
+    ):
         assert are_ordered(names)
     for names in (
         ["none", "mild"],
@@ -336,6 +418,11 @@ def test_names_that_say_their_order():
         ["grade 1", "stage 2"],
         ["1a2", "1a3"],
         ["2", "1", "3"],
+        [".5mg", ".25mg", ".75mg"],
+        ["dose.5", "dose.25", "dose.75"],
+        ["No.5", "No.10", "No.15"],  # or a half and a tenth
+        [",5 mg", ",25 mg", ",75 mg"],
+        ["1e-3 g", "5e-4 g"],
     ):
         assert not are_ordered(names)
 

@@ -159,6 +159,26 @@ def test_an_ordered_metric_has_the_order_of_the_grades(
     assert abs(expected - cohen_kappa_score(*alphabet, weights="quadratic")) > 0.05
 
 
+def test_labels_that_files_leave_open(command, refused, tmp_path):
+    """Whole floats are classes or values, as data.subtask or the head says; numbers beside names
+    are indices of stated names alone."""
+    features, digits = digits_of(3)
+    names = np.array(["one", "zero", "two"], object)
+    splits = {split: slice(rows.start // 2, rows.stop // 2) for split, rows in SPLITS.items()}
+    for split, rows in splits.items():
+        write(tmp_path / "set", split, features[rows], labels=digits[rows].astype(np.float64))
+    spec = spec_of(tmp_path)
+    assert 'be classes or values: set data.subtask = "multiclass" or' in refused(spec=spec)
+    run = command("training.epochs=1", spec=spec + '[model.head]\nhead_type = "regression"\n')
+    assert "mae" in run.json("metrics_test.json")["metrics"]
+    for split, rows in splits.items():
+        labels = names[digits[rows]] if split == "train" else digits[rows]
+        write(tmp_path / "set", split, features[rows], labels=labels)
+    assert "numbers (0, 1, 2): store the same names in both" in refused("name=mixed", spec=spec)
+    run = command("name=mixed", spec=spec_of(tmp_path, class_names=list(names)))
+    assert run.json("metrics_test.json")["metrics"]["acc"] > 0.9
+
+
 def test_large_regression_labels_keep_their_digits(command, tmp_path):
     """Times in seconds, near 1.7e9, of which float32 knows every 128th."""
     features, digits = digits_of(10)

@@ -185,15 +185,16 @@ def test_the_same_command_gives_the_same_files(tmp_path):
     assert rows(tmp_path / "a" / "pca.csv") != rows(tmp_path / "c" / "pca.csv")
 
 
-@pytest.mark.parametrize("kind", ["regression", "multilabel", "none"])
+@pytest.mark.parametrize("kind", ["regression", "whole", "multilabel", "none"])
 def test_other_labels(tmp_path, kind, capsys):
     labels = {"regression": X[:40].mean(1), "multilabel": np.stack([Y[:40] % 2, Y[:40] > 4], 1)}
+    labels["whole"] = Y[:40]  # as floats
     more = {} if kind == "none" else {"labels": labels[kind].astype(np.float32)}
     path = write(tmp_path / "v.h5", features=X[:40], **more)
     assert command(tmp_path, f"umap.input={path}") == 0
     table = rows(tmp_path / "umap_plots" / "v" / "pca.csv")
     data = embedded((tmp_path / "umap_plots" / "v" / "pca.html").read_text())
-    if kind == "regression":
+    if kind in ("regression", "whole"):
         np.testing.assert_allclose([float(row["label"]) for row in table], labels[kind], rtol=1e-5)
         np.testing.assert_allclose(data["colorings"][0]["values"], labels[kind], rtol=1e-4)
     elif kind == "multilabel":
