@@ -259,9 +259,10 @@ def open_input(path: Path, data: BaseData) -> Data:
     if collection.labels is None:
         return Data(str(path), {"": split}, "multiclass", (), samples, collection.notes())
     labels = collection.labels
-    is_float = isinstance(labels, np.ndarray) and labels.dtype.kind == "f"
-    is_column = is_float and labels.size == len(labels)  # whole ones are coloured by value, too
-    found = encode_labels(PrecomputedData(), [collection], numbers=is_column)
+    is_values = False
+    if isinstance(labels, np.ndarray) and labels.dtype.kind == "f":
+        is_values = labels.size == len(labels)  # one column, also of whole ones
+    found = encode_labels(PrecomputedData(), [collection], numbers=is_values)
     subtask, class_names, (split.targets,) = found
     return Data(str(path), {"": split}, subtask, class_names, samples, collection.notes())
 
