@@ -11,7 +11,7 @@ What happens to files of another kind:
 - 16-bit files read as 8 bits are divided by 257 and rounded, 8-bit files read as 16 bits multiplied
   by 257, 12-bit files likewise, so that black and white stay black and white.
 - A TIFF whose zero is white is turned over.
-- 32-bit integer files are read if their values fit into 16 bits; floating-point files are refused,
+- 32-bit and signed integer files are read if their values fit into 16 bits; floating-point files are refused,
   as nothing says what their white is.
 """
 
@@ -37,6 +37,7 @@ from glovita_lib.errors import UserError
 ORIENTATION = 0x0112  # EXIF tag
 STRIP_TAGS = ((273, 279), (324, 325))  # TIFF tags: offsets and byte counts of strips, of tiles
 BITS_TAG, PHOTOMETRIC_TAG = 258, 262  # TIFF tags: bits per sample, what the numbers mean
+SIGN_TAG, SIGNED = 339, 2  # TIFF tag: what kind of number a sample is, and its value of signed ones
 WHITE_IS_ZERO = 0  # value of the second one
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins
 TAIL = 4096  # bytes at the end of a JPEG where its end marker may be
@@ -286,14 +287,21 @@ def stored(image: Image.Image) -> np.ndarray:
         raise UserError("floating-point image: save it as 8 or 16 bits, scaled as it should be")
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError(
-                f"values {values.min()} to {values.max()} do not fit into 16 bits: save it as 16"
-                " bits, scaled as it should be"
-            )
+        check_range(values)
         return grey_levels(image, values.astype(np.uint16))[..., None]
     pixels = np.asarray(plain_mode(image))
+    if isinstance(image, TiffImageFile) and SIGNED in image.tag_v2.get(SIGN_TAG, ()):
+        check_range(pixels.view(np.int8))  # Pillow takes -1 for 255
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def check_range(values: np.ndarray) -> None:
+    """Refuse values of a grey image that are not those of 16 bits."""
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(
+            f"values {values.min()} to {values.max()} do not fit into 16 bits: save it as 16"
+            " bits, scaled as it should be"
+        )
 
 
 def grey_levels(image: Image.Image, values: np.ndarray) -> np.ndarray:

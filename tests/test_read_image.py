@@ -207,6 +207,27 @@ def write_tiff(path, order, size, bits, meaning, data):
     return path
 
 
+@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize("packing", ["raw", "tiff_lzw"])
+def test_a_signed_tiff_is_read_if_nothing_in_it_is_negative(tmp_path, bits, packing):
+    grey = CHINA[..., 0] >> 1
+    for least in (0, -1):
+        values = grey.astype(f"i{bits // 8}")
+        values[5, 7] = least
+        kind = {8: "L", 16: "I;16", 32: "I"}[bits]
+        image = Image.frombytes(kind, values.shape[::-1], values.tobytes())
+        path = save(tmp_path / "a.tif", image, compression=packing, tiffinfo={339: 2})
+        with Image.open(path) as opened:
+            assert opened.tag_v2[339] == (2,) and opened.tag_v2[258] == (bits,)
+        if least < 0:
+            with pytest.raises(UserError, match="a.tif: values -1 to 127 do not fit into 16 bits"):
+                read(path)
+        else:
+            assert (
+                read(path, 1, 16)[0] == values.astype(np.uint16) * (257 if bits == 8 else 1)
+            ).all()
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_16_bit_colour_tiff(tmp_path, order):
     data = WIDE.astype(order + "u2").tobytes()
