@@ -7,7 +7,8 @@ What happens to files of another kind:
 - EXIF orientation is applied; the size is that of the upright image.
 - Palettes, CMYK, YCbCr and Lab become RGB; of a TIFF with several pages the first one is read.
 - Grey to colour repeats the channel; colour to grey is ITU-R 601 luma, rounded as PIL does.
-- RGBA to RGB or grey is laid over white; a missing alpha channel is opaque.
+- RGBA to RGB or grey is laid over white; a missing alpha channel is opaque, but for
+  the colour that a file calls transparent.
 - 16-bit files read as 8 bits are divided by 257 and rounded, 8-bit files read as 16 bits multiplied
   by 257, 12-bit files likewise, so that black and white stay black and white.
 - A TIFF whose zero is white is turned over.
@@ -221,6 +222,7 @@ def read_image(path: str, *, channels: int, bit_depth: int, max_megapixels: floa
         with opened(io.BytesIO(data), max_megapixels) as image:
             turned = orientation(image)
             pixels = wide_colours(data) if has_wide_colours(image, data) else stored(image)
+            pixels = with_transparency(pixels, image)
     if turned != 1:
         pixels = UPRIGHT[turned](pixels)
     pixels = to_depth(to_channels(pixels, channels), bit_depth)
@@ -274,6 +276,17 @@ def wide_grey_alpha(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         quarters = np.asarray(image).astype(np.uint16)
     return quarters[..., ::2] << 8 | quarters[..., 1::2]
+
+
+def with_transparency(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Pixels (H, W, c) with a channel that clears those of the colour which a 16-bit PNG calls
+    transparent; of 8 bits Pillow does so itself."""
+    colour = image.info.get("transparency")
+    wide = image.format == "PNG" and pixels.dtype == np.uint16
+    if not wide or colour is None or pixels.shape[-1] in (2, 4):
+        return pixels
+    opaque = (pixels != np.array(colour, np.uint16)).any(-1, keepdims=True)
+    return np.concatenate([pixels, opaque * np.uint16(65535)], -1)
 
 
 def stored(image: Image.Image) -> np.ndarray:

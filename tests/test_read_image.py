@@ -50,8 +50,9 @@ def save(path, pixels, **options):
     return path
 
 
-def save_png16(path, pixels):
-    """A 16-bit PNG of (H, W, c), written from its definition as Pillow cannot."""
+def save_png16(path, pixels, clear=()):
+    """A 16-bit PNG of (H, W, c) with a transparent colour, written from its definition as Pillow
+    cannot."""
     height, width, channels = pixels.shape
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
@@ -62,7 +63,13 @@ def save_png16(path, pixels):
         )
 
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
-    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    colour = chunk(b"tRNS", np.array(clear, ">u2").tobytes()) if len(clear) else b""
+    parts = [
+        chunk(b"IHDR", header),
+        colour,
+        chunk(b"IDAT", zlib.compress(lines)),
+        chunk(b"IEND", b""),
+    ]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
     return path
 
@@ -117,6 +124,23 @@ def test_transparent_palette_and_transparent_colour(tmp_path):
     colour = tuple(int(v) for v in CHINA[0, 0])
     path = save(tmp_path / "b.png", CHINA, transparency=colour)
     assert read(path, 4)[3, 0, 0] == 0 and (read(path)[:, 0, 0] == 255).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_transparent_colour_of_16_bits(tmp_path, channels):
+    pixels = WIDE[..., :channels].copy()
+    pixels[3, 4] = pixels[50, 60] = clear = np.array([300, 300, 700][:channels])
+    pixels[9, 9] = clear + 1  # the same in 8 bits
+    path = save_png16(tmp_path / "a.png", pixels, clear)
+    opaque = (pixels != clear).any(-1)
+    assert not opaque[3, 4] and opaque[9, 9]
+    assert (read(path, 4, 16)[:3].transpose(1, 2, 0) == pixels).all()
+    assert (read(path, 4, 16)[3] == opaque * 65535).all()
+    assert (read(path, 4, 8)[3] == opaque * 255).all()
+    expected = np.where(opaque[..., None], pixels, 65535)
+    assert (read(path, 3, 16).transpose(1, 2, 0) == expected).all()
+    assert (read(path, 1, 16)[0] == 65535)[~opaque].all()
+    assert np.abs(read(path, 3, 8).transpose(1, 2, 0) - expected / 257).max() <= 0.5
 
 
 @pytest.mark.parametrize("number", range(1, 9))
