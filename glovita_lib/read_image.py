@@ -12,8 +12,8 @@ What happens to files of another kind:
 - 16-bit files read as 8 bits are divided by 257 and rounded, 8-bit files read as 16 bits multiplied
   by 257, 12-bit files likewise, so that black and white stay black and white.
 - A TIFF whose zero is white is turned over.
-- 32-bit and signed integer files are read if their values fit into 16 bits; floating-point files are refused,
-  as nothing says what their white is.
+- 32-bit and signed integer files are read if their values fit into 16 bits; floating-point files
+  are refused, as nothing says what their white is.
 """
 
 import io
@@ -31,6 +31,7 @@ from typing import IO, ClassVar
 
 import numpy as np
 from PIL import Image
+from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import OPEN_INFO, TiffImageFile
 
 from glovita_lib.errors import UserError
@@ -41,6 +42,7 @@ BITS_TAG, PHOTOMETRIC_TAG = 258, 262  # TIFF tags: bits per sample, what the num
 SIGN_TAG, SIGNED = 339, 2  # TIFF tag: what kind of number a sample is, and its value of signed ones
 WHITE_IS_ZERO = 0  # value of the second one
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins
+GREY_PPM = {b"P3": b"P2", b"P6": b"P5"}  # how a colour file begins, and the grey one
 TAIL = 4096  # bytes at the end of a JPEG where its end marker may be
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda a: a[:, ::-1],
@@ -233,6 +235,8 @@ def has_wide_colours(image: Image.Image, data: bytes) -> bool:
     """Whether an image has 16 bits and several channels, of which Pillow keeps 8 bits."""
     if image.format == "PNG":
         return data[24] == 16 and data[25] in (2, 4, 6)  # bit depth and colour type in IHDR
+    if isinstance(image, PpmImageFile):
+        return image.mode == "RGB" and white_of(image) > 255
     bits = image.tag_v2.get(BITS_TAG, ()) if isinstance(image, TiffImageFile) else ()
     return len(bits) > 1 and max(bits) == 16
 
@@ -245,6 +249,8 @@ def wide_colours(data: bytes) -> np.ndarray:
     """
     if data[:4] == b"\x89PNG" and data[25] == 4:
         return wide_grey_alpha(data)
+    if data[:2] in GREY_PPM:
+        return wide_ppm(data)
     halves = []
     for swapped in (False, True):
         with Image.open(io.BytesIO(data)) as image:
@@ -266,6 +272,22 @@ def other_order(args: str | tuple | None) -> str | tuple:
     order = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}[raw_mode[-1]]
     raw_mode = raw_mode[:-1] + order
     return (raw_mode, *args[1:]) if isinstance(args, tuple) else raw_mode
+
+
+def white_of(image: PpmImageFile) -> int:
+    """The number that a PPM which is not decoded yet has for white."""
+    args = image.tile[0].args
+    return int(args[1]) if isinstance(args, tuple) else 255
+
+
+def wide_ppm(data: bytes) -> np.ndarray:
+    """Pixels (H, W, 3) uint16 of a PPM of more than 8 bits: the same numbers declared as a grey
+    image of three times the width, of which Pillow keeps 16 bits."""
+    with PpmImageFile(io.BytesIO(data)) as image:
+        (width, height), white, start = image.size, white_of(image), image.tile[0].offset
+    head = b"%s %d %d %d\n" % (GREY_PPM[data[:2]], 3 * width, height, white)
+    with PpmImageFile(io.BytesIO(head + data[start:])) as image:
+        return np.asarray(image).reshape(height, width, 3).astype(np.uint16)
 
 
 def wide_grey_alpha(data: bytes) -> np.ndarray:

@@ -143,6 +143,24 @@ def test_the_transparent_colour_of_16_bits(tmp_path, channels):
     assert np.abs(read(path, 3, 8).transpose(1, 2, 0) - expected / 257).max() <= 0.5
 
 
+@pytest.mark.parametrize("most", [256, 1023, 65535])
+@pytest.mark.parametrize("kind", ["P3", "P6"])
+def test_16_bit_colour_ppm(tmp_path, kind, most):
+    pixels = WIDE.astype(np.int64) % (most + 1)
+    data = pixels.astype(">u2").tobytes()
+    if kind == "P3":
+        data = b"# red green blue\n" + "\n".join(map(str, pixels.ravel())).encode()
+    path = tmp_path / "a.ppm"
+    path.write_bytes(f"{kind}\n# 71 wide\n71 97\n{most}\n".encode() + data)
+    exact = pixels.transpose(2, 0, 1) * (65535 / most)  # float64
+    assert np.abs(read(path, 3, 16) - exact).max() <= 0.5
+    assert (read(path, 4, 16)[3] == 65535).all()
+    assert np.abs(read(path, 3, 8) - exact / 257).max() <= 0.502  # rounded twice
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UserError, match="a.ppm: broken image file"):
+        read(path, 3, 16)
+
+
 @pytest.mark.parametrize("number", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
 def test_exif_orientation(tmp_path, number, suffix):
