@@ -195,6 +195,8 @@ def _(
     for whole in collections:
         whole.groups = None if whole.groups is None else in_one_form(whole.groups, forms)
     refuse_mixture(collections)
+    if table is not None and spec.split_source == "csv":
+        refuse_emptied(spec, table, collections[0], wanted)
     columns = None if table is None or isinstance(spec.label_column, str) else spec.label_column
     subtask, names, encoded = encode_labels(spec, collections, columns, trained, numbers=numbers)
     targets = dict(zip(opened, encoded, strict=True))
@@ -519,6 +521,30 @@ def column_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarra
     return {name: np.array(found) for name, found in rows.items() if name and found}
 
 
+def refuse_emptied(
+    spec: PrecomputedData, table: Table, whole: Collection, wanted: Sequence[str] | None
+) -> None:
+    """Each split that split_column names and that is needed has a sample.
+
+    Raises:
+        UserError: some ids of those that have none.
+    """
+    named: dict[str, list[str]] = {}
+    for row in table.values():
+        named.setdefault(row[spec.split_column], []).append(row[spec.id_column])
+    named.pop("", None)
+    needed, there = splits_needed(named, wanted), set(whole.split_of or ())
+    lines = [
+        f"{spec.labels_file}: {whole.where} has no sample of {name}: no {spec.id_column} of its"
+        f" {len(ids)} rows ({listed(ids, 3)}) is there, it has e.g. {listed(whole.ids, 3)}; correct"
+        f" the ids, or leave {spec.split_column} empty in these rows"
+        for name, ids in named.items()
+        if name in needed and name not in there
+    ]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
 def listed_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarray]:
     """Rows of the ids that split_file lists.
 
@@ -535,9 +561,12 @@ def listed_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarra
     for name, ids in content.items():
         absent = [identity for identity in ids if identity not in place]
         if absent:
+            places = whole.where
+            if spec.labels_file:
+                places = f"both {places} and {spec.labels_file}"
             raise UserError(
-                f"{path}: {len(absent)} ids of {name} are not in {whole.where}"
-                f" ({listed(absent)}); it has e.g. {whole.ids[0]}"
+                f"{path}: {len(absent)} ids of {name} are not in {places}"
+                f" ({listed(absent)}); what is there is e.g. {listed(whole.ids, 3)}"
             )
         if len(set(ids)) < len(ids):
             again = Counter(ids).most_common(1)[0][0]

@@ -33,7 +33,7 @@ PROOF_BYTES = 64 * 2**10  # a block of contiguous rows that is read both ways
 
 
 class UndecodableChunk(Exception):
-    """Bytes of a chunk that the direct reader makes no rows of."""
+    """Bytes of a chunk that the direct reader cannot decode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +127,8 @@ class DatasetRows:
             self.load(start, stop, own)
         except UndecodableChunk:
             decoded = False
+        except UserError:  # of another length than it must have; said when these rows are read
+            return True
         try:
             expected = dataset[start:stop]
         except OSError:
@@ -311,7 +313,9 @@ class DatasetRows:
         """A whole chunk (chunk_rows, ...); one that was never written holds the fill value.
 
         Raises:
-            UndecodableChunk: its bytes do not give as many values.
+            UndecodableChunk: its bytes cannot be decoded here.
+            UserError: they give more or fewer values, of which the library says nothing: what it
+                gives in place of those that lack is whatever stood in memory.
         """
         shape, where = (self.chunk_rows, *self.shape[1:]), storage.chunks.get(index)
         if where is None:
@@ -323,9 +327,16 @@ class DatasetRows:
             for number, kind in reversed(list(enumerate(storage.filters))):
                 if not where.skipped >> number & 1:
                     data = inflate(data, self) if kind == DEFLATE else unshuffle(data, self)
-            return np.frombuffer(data, self.dtype).reshape(shape)
-        except (zlib.error, ValueError) as error:
+        except zlib.error as error:
             raise UndecodableChunk from error
+        size, first = self.chunk_rows * self.row_bytes, index * self.chunk_rows
+        if len(data) != size:
+            last = min(first + self.chunk_rows, len(self)) - 1
+            raise UserError(
+                f"{self.stored_in}: rows {first} to {last} of {self.key!r} are damaged (their chunk"
+                f" holds {len(data):,} bytes, not {size:,}); write or copy it again"
+            )
+        return np.frombuffer(data, self.dtype).reshape(shape)
 
 
 def inflate(data: bytes | memoryview, rows: DatasetRows) -> bytes:
@@ -333,14 +344,17 @@ def inflate(data: bytes | memoryview, rows: DatasetRows) -> bytes:
     return zlib.decompress(data, bufsize=rows.chunk_rows * rows.row_bytes)
 
 
-def unshuffle(data: bytes | memoryview, rows: DatasetRows) -> memoryview:
-    """Undo HDF5's byte shuffle: all first bytes, then all second bytes ... -> whole values."""
+def unshuffle(data: bytes | memoryview, rows: DatasetRows) -> bytes | memoryview:
+    """Undo HDF5's byte shuffle: all first bytes, then all second bytes ... -> whole values; bytes
+    at the end that make no value (compressed data may have such) stay as they are."""
+    if over := len(data) % rows.dtype.itemsize:
+        return b"".join((unshuffle(data[:-over], rows), data[-over:]))
     planes = np.frombuffer(data, np.uint8).reshape(rows.dtype.itemsize, -1)
     values = planes[-1].astype(f"u{rows.dtype.itemsize}")
     for plane in planes[-2::-1]:  # shifts are several times faster than a transposed copy
         values <<= 8
         values |= plane
-    return values.data
+    return values.view(np.uint8).data
 
 
 def cut_ranges(rows: np.ndarray, *, length: int, gap: int) -> list[tuple[int, int]]:
@@ -492,10 +506,10 @@ def dataset_of(
     path = file.filename
     try:
         found = file[key]
-    except KeyError as error:
-        if is_absent(file, key):
+    except (KeyError, RuntimeError) as error:  # the second: links that lead in a circle
+        if isinstance(error, KeyError) and is_absent(file, key):
             return None
-        reason = error.args[0] if error.args else error
+        reason = " ".join(str(error.args[0] if error.args else error).split())
         raise UserError(
             f"{path}: {key!r} cannot be opened{aim(file, key)} ({reason}); correct the link, or"
             " copy the dataset into the file"
@@ -585,13 +599,15 @@ def refuse_outside(path: str, key: str, target: str, *, follow_links: bool) -> N
 def check_sources(
     dataset: Any, key: str, *, follow_links: bool, parents: tuple[tuple[str, str], ...]
 ) -> None:
-    """The sources of a virtual dataset are there; the library would give the fill value instead.
+    """All rows of a virtual dataset have sources that are there and large enough; the library would
+    give the fill value instead, or say nothing of use.
 
     Raises:
-        UserError: one is not, or is none that may be read, see `dataset_of`.
+        UserError: they have not, or a source is none that may be read, see `dataset_of`.
     """
-    path = dataset.file.filename
-    for name, wanted in {(s.file_name, s.dset_name) for s in dataset.virtual_sources()}:
+    path, virtual = dataset.file.filename, dataset.virtual_sources()
+    shapes = {}
+    for name, wanted in {(s.file_name, s.dset_name) for s in virtual}:
         what = f"{path}: the virtual dataset {key!r} takes rows from {wanted!r} of {name}"
         if "%b" in name + wanted:
             raise UserError(f"{what}, a pattern of names; copy its rows into one dataset")
@@ -602,8 +618,70 @@ def check_sources(
         if (os.path.realpath(source), "/" + wanted.lstrip("/")) in parents:
             raise UserError(f"{what}, and so from itself")
         with open_hdf5(source) as file:
-            if dataset_of(file, wanted, follow_links=follow_links, parents=parents) is None:
+            found = dataset_of(file, wanted, follow_links=follow_links, parents=parents)
+            if found is None:
                 raise UserError(f"{what}, which the file has not; copy it back")
+            shapes[name, wanted] = found.shape
+    mapped = [np.empty((0, 2, dataset.ndim), np.int64)]
+    for part in virtual:
+        shape = shapes[part.file_name, part.dset_name]
+        mapped.append(selected(part.vspace, dataset.shape))
+        takes, has = points(mapped[-1]), points(selected(part.src_space, shape))
+        if takes != has:
+            raise UserError(
+                f"{path}: the virtual dataset {key!r} maps {takes:,} numbers to {has:,} of"
+                f" {part.dset_name!r} of {part.file_name}, which has the shape {shape}; correct the"
+                " mapping, or copy the rows into one dataset"
+            )
+    if dataset.ndim and len(rows := unmapped_rows(np.concatenate(mapped), dataset.shape)):
+        raise UserError(
+            f"{path}: {len(rows)} of {len(dataset)} rows of the virtual dataset {key!r}, first row"
+            f" {rows[0]}, are not or not wholly mapped to a source; map them, or copy the rows into"
+            " one dataset"
+        )
+
+
+def selected(space: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """First and last index (N, 2, rank) of the blocks of a selection, cut to an array of a shape;
+    none where the selection is one of an array of another rank."""
+    from h5py import h5s
+
+    kind, rank = space.get_select_type(), len(shape)
+    if kind == h5s.SEL_ALL:
+        blocks = np.array([[[0] * rank, [size - 1 for size in shape]]])
+    elif kind != h5s.SEL_HYPERSLABS or space.get_simple_extent_ndims() != rank:
+        return np.empty((0, 2, rank), np.int64)
+    elif space.is_regular_hyperslab():  # which may be without end, and then has no list of blocks
+        start, stride, count, block = space.get_regular_hyperslab()
+        axes = [
+            np.arange(*along)[: min(times, along[1])]
+            for *along, times in zip(start, shape, stride, count, strict=True)
+        ]
+        first = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
+        size = [min(pair) for pair in zip(block, shape, strict=True)]
+        blocks = np.stack([first, first + size - 1], axis=1)
+    else:
+        blocks = space.get_select_hyper_blocklist().astype(np.int64)
+    blocks[:, 1] = np.minimum(blocks[:, 1], np.array(shape) - 1)
+    return blocks[(blocks[:, 0] <= blocks[:, 1]).all(axis=1)]
+
+
+def points(blocks: np.ndarray) -> int:
+    """How many places lie in blocks (N, 2, rank) that do not overlap."""
+    return int((blocks[:, 1] - blocks[:, 0] + 1).prod(axis=1).sum())
+
+
+def unmapped_rows(blocks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Rows of an array that blocks (N, 2, rank) do not cover wholly. Places between two neighbours
+    of all ends of blocks along each axis are covered together."""
+    ends = blocks + np.array([[0], [1]])
+    cuts = [np.unique([0, size, *ends[..., axis].flat]) for axis, size in enumerate(shape)]
+    covered = np.zeros([len(cut) - 1 for cut in cuts], bool)
+    for block in ends:
+        at = [slice(*np.searchsorted(*pair)) for pair in zip(cuts, block.T, strict=True)]
+        covered[tuple(at)] = True
+    whole = covered.all(axis=tuple(range(1, len(shape))))
+    return np.flatnonzero(~np.repeat(whole, np.diff(cuts[0])))
 
 
 def source_path(path: str, name: str) -> str | None:

@@ -326,7 +326,8 @@ def test_a_sample_in_two_splits_is_refused_but_test_may_be_val(tmp_path):
     ("content", "said"),
     [
         ({"train": [0, 1], "valid": [2]}, "'valid' is no split; there are train, val and test"),
-        ({"train": [0, 7], "val": [2]}, r"1 ids of train are not in .* \(7\); it has e.g. 0"),
+        ({"train": [0, 7], "val": [2]}, r"1 ids of train are not in .* \(7\); what is there is"),
+        ({"train": [0], "val": ["S1", "S2"]}, r"2 ids of val are not in .*f.h5 \(S1, S2\)"),
         ({"train": [0, 1, 0], "val": [2]}, "train lists '0' twice"),
     ],
 )
@@ -360,6 +361,44 @@ def test_what_no_split_uses_is_reported(tmp_path):
     (tmp_path / "labels.csv").write_text(table.replace("a,train", "a,trian"))
     with pytest.raises(UserError, match=r"'trian' \(1 samples\) is no split"):
         build(tmp_path, **given)
+
+
+@pytest.mark.parametrize("emptied", ["train", "val", "test"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_split_of_the_table_whose_ids_are_all_missing_is_refused(tmp_path, emptied, folder):
+    ids = [f"s{i}" for i in range(9)]
+    if folder:
+        (tmp_path / "f.h5").mkdir()
+        for name in ids:
+            write(tmp_path / "f.h5" / f"{name}.h5", features=X[:2])
+    else:
+        write(tmp_path / "f.h5", features=X[:9], ids=np.array(ids, object))
+    split_of = {name: ("train", "val", "test")[i // 3] for i, name in enumerate(ids)}
+    rows = [
+        f"{name.upper() if split == emptied else name},{'ab'[int(name[1]) % 2]},{split}"
+        for name, split in split_of.items()
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["id,label,split", *rows, "X,a,"]))
+    given = {"features_file": "f.h5", "labels_file": "labels.csv", "split_source": "csv"}
+    spec = PrecomputedData(data_root_dir=str(tmp_path), **given)
+    with pytest.raises(
+        UserError, match=rf"no sample of {emptied}: no id of its 3 rows \(S"
+    ) as raised:
+        build_data(spec, seed=0)
+    assert len(str(raised.value).splitlines()) == 1
+    other = "val" if emptied == "test" else "test"
+    data = build_data(spec, seed=0, trains=False, wanted=(other,))  # which needs no other split
+    assert set(data.splits) == {"train", "val", "test"} - {emptied}
+    with pytest.raises(UserError, match=f"no sample of {emptied}"):
+        build_data(spec, seed=0, trains=False, wanted=(emptied, other))
+
+
+def test_ids_of_a_split_file_that_the_table_lacks(tmp_path):
+    name = write(tmp_path / "f.h5", features=X[:6])
+    (tmp_path / "splits.json").write_text(json.dumps({"train": [0, 1], "val": [5]}))
+    (tmp_path / "labels.csv").write_text("id,label\n0,a\n1,b\n2,a\n")
+    with pytest.raises(UserError, match=r"val are not in both .*f.h5 and labels.csv \(5\)"):
+        build(tmp_path, features_file=name, labels_file="labels.csv", split_source="splits_json")
 
 
 def test_tables_may_be_separated_by_semicolons(tmp_path):

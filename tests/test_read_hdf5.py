@@ -4,9 +4,11 @@ import configparser
 import multiprocessing
 import os
 import pickle
+import re
 import time
 import tracemalloc
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -188,6 +190,46 @@ def test_a_damaged_chunk_is_named(tmp_path):
         rows.read(0, len(rows))
 
 
+@pytest.mark.parametrize("count", [5, 15])
+@pytest.mark.parametrize("names", ["", "gzip", "shuffle gzip", "gzip shuffle"])
+def test_a_chunk_of_another_length_is_refused(tmp_path, names, count):
+    """The library gives what stood in memory in place of rows that lack, and no error."""
+    path, held = tmp_path / "f.h5", DIGITS[20 : 20 + count].astype("f4")
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_chunk((10, 64))
+    for name in names.split():
+        plist.set_deflate(4) if name == "gzip" else plist.set_shuffle()
+    stored = held.tobytes()
+    for name in names.split():
+        over = len(stored) % 4
+        whole = np.frombuffer(stored[: len(stored) - over], np.uint8).reshape(-1, 4)
+        turned = whole.T.tobytes() + stored[len(stored) - over :]
+        stored = zlib.compress(stored) if name == "gzip" else turned
+    with h5py.File(path, "w") as file:
+        space = h5py.h5s.create_simple((100, 64))
+        dataset = h5py.h5d.create(file.id, b"features", h5py.h5t.IEEE_F32LE, space, plist)
+        h5py.Dataset(dataset)[...] = DIGITS[:100]
+        dataset.write_direct_chunk((20, 0), stored)
+    rows = DatasetRows(path, "features", threads=2)
+    assert rows.direct and rows.storage is not None
+    np.testing.assert_array_equal(rows.read(0, 20), DIGITS[:20])
+    np.testing.assert_array_equal(rows.read(30, 100), DIGITS[30:100])
+    said = rf"rows 20 to 29 of 'features' are damaged \(.* holds {count * 256:,} bytes, not 2,560\)"
+    with pytest.raises(UserError, match=said):
+        rows.read(25, 27)
+
+
+def test_a_chunk_of_another_length_does_not_make_the_library_read(tmp_path):
+    """Where it is one of the blocks by which the direct way is proven."""
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        data = file.create_dataset("features", data=DIGITS, chunks=(100, 64), compression="gzip")
+        data.id.write_direct_chunk((0, 0), zlib.compress(DIGITS[:50].tobytes()))
+    rows = DatasetRows(tmp_path / "f.h5", "features", threads=1)
+    np.testing.assert_array_equal(rows.read(100, 200), DIGITS[100:200])
+    with pytest.raises(UserError, match="rows 0 to 99 of 'features' are damaged"):
+        rows.read(0, 1)
+
+
 def test_what_is_no_array_is_named(tmp_path):
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file.create_group("features")
@@ -262,6 +304,11 @@ def test_links_out_of_the_folder_ask_for_leave(tmp_path):
         file["other"] = h5py.ExternalLink("../other/far.h5", "x")
         file["gone"] = h5py.ExternalLink("gone.h5", "x")
         file["loose"] = h5py.SoftLink("/nothing")
+        file["circle"] = h5py.SoftLink("/circle")
+        file["group"] = h5py.SoftLink("/round")
+        file["round"] = h5py.SoftLink("/group")
+        file["far circle"] = h5py.ExternalLink("f.h5", "/circle")
+        file["folder"] = h5py.ExternalLink(".", "/x")
         layout = h5py.VirtualLayout(DIGITS.shape, DIGITS.dtype)
         layout[...] = h5py.VirtualSource("../other/far.h5", "x", DIGITS.shape)
         file.create_virtual_dataset("virtual", layout)
@@ -278,6 +325,11 @@ def test_links_out_of_the_folder_ask_for_leave(tmp_path):
         np.testing.assert_array_equal(rows.read(0, len(rows)), DIGITS)
     assert "leads to 'x' of gone.h5" in refused(path, "gone")
     assert "leads to '/nothing'" in refused(path, "loose")
+    circles = {"circle": "/circle", "group/x": "/round", "far circle": "/circle"}
+    for key, target in circles.items():
+        said = refused(path, key)
+        assert f"leads to {target!r}" in said and "too many links)); correct the link" in said
+    assert "leads to '/x' of . (" in refused(path, "folder")
     assert "no dataset 'gon'" in refused(path, "gon")
     assert "no dataset 'below/x'" in refused(path, "below/x")
 
@@ -335,6 +387,80 @@ def test_sources_of_virtual_datasets_are_there(tmp_path):
     assert "and so from itself" in refused(path, "itself")
     assert "and so from itself" in refused(path, "one")
     assert "a pattern of names" in refused(path, "pattern")
+
+
+def mapping(path, key, shape, parts, **options):
+    """Add a virtual dataset of parts (place in it, source, part of the source or None: all)."""
+    rows = h5py.VirtualLayout(shape, "f8", **options)
+    with h5py.File(path, "a", libver="latest") as file:
+        for place, name, part in parts:
+            endless = (None, 4) if options else None
+            source = h5py.VirtualSource("far.h5", name, (40, 4), maxshape=endless)
+            rows[place] = source if part is None else source[part]
+        file.create_virtual_dataset(key, rows)
+
+
+ALL, ENDLESS = np.s_[:, :], np.s_[: h5py.h5s.UNLIMITED, :]
+EVEN, ODD = np.s_[::2, :], np.s_[1::2, :]
+MAPPINGS = {  # parts -> what the refusal says; None where all rows are mapped
+    "whole": ([(ALL, "x", ALL)], None),
+    "all of it": ([(ALL, "x", None)], None),
+    "head of a longer one": ([(ALL, "long", ALL)], None),
+    "halves": ([(np.s_[:20], "x", np.s_[:20]), (np.s_[20:], "x", np.s_[20:])], None),
+    "overlap": ([(np.s_[:30], "x", np.s_[:30]), (np.s_[10:], "x", np.s_[10:])], None),
+    "turns": ([(EVEN, "x", EVEN), (ODD, "x", ODD)], None),
+    "list": ([([0, 1, 4, *range(5, 40)], "x", np.s_[:38]), ([2, 3], "x", np.s_[38:])], None),
+    "columns": ([(np.s_[:, :3], "x", np.s_[:, :3]), (np.s_[:, 3:], "x", np.s_[:, 3:])], None),
+    "head": ([(np.s_[:30], "x", np.s_[:30])], "10 of 40 rows of the .*, first row 30, are not"),
+    "tail": ([(np.s_[10:], "x", np.s_[10:])], "10 of 40 rows of the .*, first row 0, are not"),
+    "every other": ([(EVEN, "x", EVEN)], "20 of 40 rows of the .*, first row 1, are not"),
+    "some": ([([0, 2, 3], "x", np.s_[:3])], "37 of 40 rows of the .*, first row 1, are not"),
+    "narrow": ([(np.s_[:, :3], "x", np.s_[:, :3])], "40 of 40 rows .*, are not or not wholly"),
+    "corner": (
+        [(np.s_[:, :3], "x", np.s_[:, :3]), (np.s_[:39, 3:], "x", np.s_[:39, 3:])],
+        "1 of 40 rows of the .*, first row 39, are not or not wholly mapped",
+    ),
+    "nothing": ([], "40 of 40 rows of the .*, first row 0, are not"),
+    "short": ([(ALL, "short", ALL)], r"160 numbers to 40 of 'short' .* shape \(10, 4\); correct"),
+    "thin": ([(ALL, "thin", ALL)], r"160 numbers to 80 of 'thin' .* shape \(40, 2\); correct"),
+    "long": ([(ALL, "long", None)], r"160 numbers to 320 of 'long' .* shape \(80, 4\); correct"),
+    "flat": ([(ALL, "flat", None)], r"160 numbers to 40 of 'flat' .* shape \(40,\); correct"),
+}
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_all_rows_of_a_virtual_dataset_are_mapped(tmp_path, name):
+    """The library gives its fill value for the others; what it says of sources that are too small
+    does not tell what is wrong."""
+    values = DIGITS[:80, :4]
+    with h5py.File(tmp_path / "far.h5", "w") as file:
+        file["x"], file["short"], file["long"] = values[:40], values[:10], values
+        file["thin"], file["flat"] = values[:40, :2], values[:40, 0]
+    parts, said = MAPPINGS[name]
+    mapping(tmp_path / "f.h5", "v", (40, 4), parts)
+    if said is None:
+        with h5py.File(tmp_path / "f.h5") as file:
+            expected = file["v"][()]
+        rows = DatasetRows(tmp_path / "f.h5", "v", threads=1)
+        np.testing.assert_array_equal(rows.read(0, 40), expected)
+    else:
+        assert re.search(said, refused(tmp_path / "f.h5", "v"))
+
+
+def test_mappings_without_end_go_as_far_as_their_sources(tmp_path):
+    with h5py.File(tmp_path / "far.h5", "w") as file:
+        for name, count in {"x": 50, "short": 10}.items():
+            file.create_dataset(name, data=DIGITS[:count, :4], maxshape=(None, 4))
+    path, grows = tmp_path / "f.h5", {"maxshape": (None, 4)}
+    mapping(path, "x", (40, 4), [(ENDLESS, "x", ENDLESS)], **grows)
+    even, odd = (np.s_[start : h5py.h5s.UNLIMITED : 2, :] for start in (0, 1))
+    mapping(path, "same", (40, 4), [(even, "x", ENDLESS), (odd, "x", ENDLESS)], **grows)
+    mapping(path, "other", (40, 4), [(even, "x", ENDLESS), (odd, "short", ENDLESS)], **grows)
+    values = DIGITS[:50, :4]
+    for key, expected in {"x": values, "same": np.repeat(values, 2, axis=0)}.items():
+        rows = DatasetRows(path, key, threads=1)
+        np.testing.assert_array_equal(rows.read(0, len(rows)), expected)
+    assert "to 40 of 'short' of far.h5" in refused(path, "other")
 
 
 @pytest.mark.parametrize("present", ["abcd", "bcd", "cd", "d"])
