@@ -25,8 +25,13 @@ from glovita_lib.augment_patch import (
     picked,
 )
 from glovita_lib.errors import UserError, refuse
-from glovita_lib.spec import Spec
-from glovita_lib.spec_augment import VOLUME_TEST, VOLUME_TRAIN, VolumeAugmentation, VolumeOps
+from glovita_lib.spec_augment import (
+    VOLUME_TEST,
+    VOLUME_TRAIN,
+    ResolvedVolumeAugmentation,
+    VolumeAugmentation,
+    VolumeOps,
+)
 from glovita_lib.volume_preparation import thick_axis
 
 AXES = ("x", "y", "z")
@@ -37,29 +42,6 @@ TINY = 1e-7  # smallest range and deviation that a gamma curve divides by
 
 
 # ------------------------------------------------------------------------------ the resolved facts
-
-
-class ResolvedVolumeAugmentation(Spec):
-    """What augmentation of volumes a run uses, complete; saved with its checkpoints."""
-
-    train_policy: str
-    """Policy of the training split."""
-    test_policy: str
-    """Policy of evaluation, inference and extraction."""
-    patch_size: Size
-    """Voxels X, Y, Z that the encoder receives."""
-    margin: float
-    """What is cut beyond the patch on every side in training, share of patch_size."""
-    mirror_axes: tuple[str, ...]
-    """Axes along which a policy may mirror."""
-    spacing: tuple[float, float, float]
-    """Spacing of the volumes, mm, or any other unit: angles are those of the world."""
-    thick_axis: int | None
-    """Axis across whose thick slices nothing is rotated, scaled or interpolated."""
-    train: VolumeOps
-    """Every parameter of the train policy."""
-    test: VolumeOps
-    """Every parameter of the test policy."""
 
 
 def resolve_volume_augmentation(

@@ -253,6 +253,7 @@ class ImageSamples(BaseSamples, tag="images"):
 class VolumeSamples(BaseSamples, tag="volumes"):
     """Prepared volumes (C, X, Y, Z)."""
 
+    built_in: ClassVar[str] = "loader_volumes"
     spec_kind: ClassVar[Literal["images", "volumes", "features"]] = "volumes"
 
     channels: int

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from glovita_lib.augment import Augmenter, mixup_cutmix
-from glovita_lib.augment_volumes import VolumeAugmenter
 from glovita_lib.data import Standardizer
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader, Resizing
 from glovita_lib.losses import build_criterion, plain_criterion
 from glovita_lib.metrics import compute
-from glovita_lib.resolved import ImageInputs, Inputs, Resolved, VolumeInputs
+from glovita_lib.resolved import ImageInputs, Inputs, Resolved
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_train import Supervised
 
@@ -148,11 +147,6 @@ def build_inputs(inputs: Inputs, *, train: bool) -> Preparation:
 @build_inputs.register
 def _(inputs: ImageInputs, *, train: bool) -> Augmenter:
     return Augmenter(inputs.augmentation, train=train, bit_depth=inputs.bit_depth)
-
-
-@build_inputs.register
-def _(inputs: VolumeInputs, *, train: bool) -> VolumeAugmenter:
-    return VolumeAugmenter(inputs.augmentation, train=train)
 
 
 # ---------------------------------------------------------------------- supervised learning

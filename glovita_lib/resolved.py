@@ -10,10 +10,8 @@ from typing import Any, ClassVar, TypedDict
 
 import msgspec
 import numpy as np
-from msgspec.structs import asdict
 
 from glovita_lib.augment import ResolvedImageAugmentation, resolve_augmentation
-from glovita_lib.augment_volumes import ResolvedVolumeAugmentation, resolve_volume_augmentation
 from glovita_lib.data import (
     BagSamples,
     BaseSamples,
@@ -25,11 +23,11 @@ from glovita_lib.data import (
     VolumeSamples,
     outputs_line,
 )
-from glovita_lib.encoder import patch_size_of, preprocess_of
+from glovita_lib.encoder import preprocess_of
 from glovita_lib.errors import UserError, composed, listed, refuse
 from glovita_lib.metric_names import check_logged, logged_names, uses_order, usual_metrics
 from glovita_lib.spec import ByStruct, Spec
-from glovita_lib.spec_augment import ImageAugmentation, VolumeAugmentation
+from glovita_lib.spec_augment import ImageAugmentation, ResolvedVolumeAugmentation
 from glovita_lib.spec_data import Subtask
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Supervised
@@ -43,8 +41,6 @@ from glovita_lib.spec_train import Supervised
 # that the samples name (`built_in`), which registers for them `resolve_inputs`, `build_inputs` of
 # objectives and `build_split_loader` of experiment; and where samples are read without labels or
 # shown, the functions registered for ImageInputs.
-
-SPACINGS = 32  # volumes whose spacing is looked at
 
 
 class ModelArguments(TypedDict):
@@ -173,36 +169,6 @@ def _(samples: ImageSamples, root: Root, data: Data) -> ImageInputs:
     return ImageInputs(
         channels=samples.channels, bit_depth=samples.bit_depth, augmentation=augmentation
     )
-
-
-@resolve_inputs.register
-def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
-    section, policies = getattr(root.data, "augmentation", None), root.data.default_policies
-    if not isinstance(
-        section, VolumeAugmentation
-    ):  # a data set of the user's own has that of images
-        section, policies = VolumeAugmentation(), ("default_3d_1", "shared_default_3d")
-    sizes = {split.source.uniform for split in data.splits.values() if len(split)}
-    shape = sizes.pop() if len(sizes) == 1 else None
-    asked = patch_size_of(root.model.encoder)
-    augmentation = resolve_volume_augmentation(
-        section,
-        default_policies=policies,
-        encoder_size=None if asked is None else (asked[0], asked[1], asked[2]),
-        native_size=None if shape is None else (shape[1], shape[2], shape[3]),
-        spacing=typical_spacing(data.splits["train"]),
-    )
-    return VolumeInputs(**asdict(samples), augmentation=augmentation)
-
-
-def typical_spacing(split: Split) -> tuple[float, float, float] | None:
-    """Median spacing along each axis of the first volumes of a split, mm; None where their files do
-    not tell."""
-    if split.source.windows is None:
-        return None
-    volumes = split.source.windows(np.arange(min(len(split), SPACINGS)))
-    x, y, z = np.median([volume.spacing for volume in volumes], 0)
-    return float(x), float(y), float(z)
 
 
 # ------------------------------------------------------------------------------------- a run

@@ -671,3 +671,26 @@ class VolumeAugmentation(Spec):
         test = VOLUME_TEST[self.test_policy or default_policies[1]]
         yield from unread_changes("train_kwargs", train, self.train_kwargs)
         yield from unread_changes("test_kwargs", test, self.test_kwargs)
+
+
+class ResolvedVolumeAugmentation(Spec):
+    """What augmentation of volumes a run uses, complete; saved with its checkpoints."""
+
+    train_policy: str
+    """Policy of the training split."""
+    test_policy: str
+    """Policy of evaluation, inference and extraction."""
+    patch_size: tuple[int, int, int]
+    """Voxels X, Y, Z that the encoder receives."""
+    margin: float
+    """What is cut beyond the patch on every side in training, share of patch_size."""
+    mirror_axes: tuple[str, ...]
+    """Axes along which a policy may mirror."""
+    spacing: tuple[float, float, float]
+    """Spacing of the volumes, mm, or any other unit: angles are those of the world."""
+    thick_axis: int | None
+    """Axis across whose thick slices nothing is rotated, scaled or interpolated."""
+    train: VolumeOps
+    """Every parameter of the train policy."""
+    test: VolumeOps
+    """Every parameter of the test policy."""

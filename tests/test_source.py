@@ -37,6 +37,7 @@ SMALL = {
     "optim": "the schedule and the parameter groups; the spine reads it on its own",
     "sampler": "the order of an epoch, whichever loader asks for it",
     "neighbors": "exact neighbours by a proved bound, one algorithm",
+    "loader_volumes": "what a run on images need not load",
 }
 """Modules under 150 lines with one importer, and why each is one."""
 
@@ -50,7 +51,7 @@ HEAVY = {
 TORCH = {"torch", "numpy", "h5py", "tqdm", "PIL"}  # packages that no spec module imports
 FORBIDDEN_NAMES = re.compile(r"(^|_)(utils?|helpers?|common|managers?|misc|tools?)(_|$)")
 
-MODULES_AT_MOST = 84
+MODULES_AT_MOST = 85
 MODULE_LINES = 700
 FUNCTION_LINES = 70
 IGNORED_HINTS = 25
