@@ -490,7 +490,7 @@ BAD_BAGS = {
 def test_coordinates_are_one_row_an_instance(tmp_path):
     for coords in (np.zeros((49, 2)), np.zeros(50), np.array([["a", "b"]] * 50, "S1")):
         name = ragged(tmp_path, coords=coords)
-        with pytest.raises(UserError, match=r"coordinates are numbers of shape \(50, 2 or more\)"):
+        with pytest.raises(UserError, match=r"coordinates are numbers of shape \(50, 1 or more\)"):
             build(tmp_path, train_features_file=name)
     folder = tmp_path / "slides"
     folder.mkdir()
