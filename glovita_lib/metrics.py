@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from glovita_lib.errors import listed
 from glovita_lib.files import as_json
 from glovita_lib.metric_names import METRICS, logged_names, metrics_of
 from glovita_lib.metrics_classification import (
@@ -228,6 +229,11 @@ def undefined(
         names, subtask=subtask, targets=targets, scores=scores, class_names=class_names
     )
     return [name for name, value in values.items() if math.isnan(value)]
+
+
+def undefined_line(names: list[str]) -> str:
+    """The line that says which logged names no prediction defines on val."""
+    return f"the labels of val define no {listed(names)}, whatever the model predicts"
 
 
 def all_finite(scores: Array) -> bool:

@@ -27,8 +27,10 @@ TIE = 1e-10  # relative difference of squared distances from which on float64 te
 
 
 def normalized(features: Tensor) -> Tensor:
-    """Rows of length 1, (N, D) float32; a row of zeros stays one."""
-    return torch.nn.functional.normalize(features.float(), dim=1)
+    """Rows of length 1, (N, D) float64; a row of zeros stays one."""
+    points = features.double()
+    length = torch.linalg.vector_norm(points, dim=1, keepdim=True)
+    return points / torch.where(length > 0, length, 1.0)
 
 
 def nearest(
@@ -106,8 +108,7 @@ class Space:
         points = features.to(self.device).double()
         if self.metric == "euclidean":
             return points
-        length = torch.linalg.vector_norm(points, dim=1, keepdim=True)
-        return points / torch.where(length > 0, length, 1.0)
+        return normalized(points)
 
     def small(self, points: Tensor) -> Tensor:
         """Shifted and scaled, by which no ranking changes: products of small numbers have small

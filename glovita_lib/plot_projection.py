@@ -62,10 +62,11 @@ class Coloring:
     """Number (N,) float64 of each sample, NaN where it is not known; None for classes."""
 
     def words(self) -> list[str]:
-        """The property of each sample as text; empty where it is not known."""
+        """The property of each sample as text, numbers so that they read back equal; empty where it
+        is not known."""
         if self.values is None:
             return [self.names[code] if code >= 0 else "" for code in self.codes]
-        return ["" if np.isnan(value) else f"{value:.7g}" for value in self.values]
+        return ["" if np.isnan(value) else repr(float(value)) for value in self.values]
 
 
 def style(place: int) -> tuple[str, str]:

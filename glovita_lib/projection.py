@@ -55,10 +55,9 @@ def project(features: np.ndarray, spec: Umap, *, seed: int, device: torch.device
     Raises:
         UserError: umap-learn is missing.
     """
-    given = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)).to(device)
-    if spec.metric == "cosine":
-        given = normalized(given)
-    axes, notes = ("", ""), []
+    given, notes = in_float32(torch.from_numpy(np.ascontiguousarray(features)), spec.metric)
+    given = given.to(device)
+    axes = ("", "")
     method = spec.method
     if method != "pca" and distinct(given) <= PLANE:
         method = "pca"
@@ -80,6 +79,32 @@ def project(features: np.ndarray, spec: Umap, *, seed: int, device: torch.device
     points = np.asarray(points, dtype=np.float64)
     trust, neighbors, samples = trust_in(given, points, spec, seed)
     return Projection(points, method, axes, trust, neighbors, samples, notes)
+
+
+def in_float32(features: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, list[str]]:
+    """Features (N, D) as float32 with the distances of the metric, and a note where that rounds
+    different ones to the same. float64 ones are centred first, which changes no Euclidean distance
+    and keeps what rounding beside a large mean would lose; for the cosine they get length 1."""
+    moved = features
+    if metric == "cosine":
+        moved = normalized(features)
+    elif features.dtype == torch.float64:
+        moved = features - features.mean(0)
+    rounded = moved.float()
+    if features.dtype != torch.float64 or not features.numel():
+        return rounded, []
+    first: dict[int, int] = {}  # by the hash of a row
+    rows = (rounded + 0.0).numpy()  # without -0
+    same = [first.setdefault(hash(row.tobytes()), place) for place, row in enumerate(rows)]
+    size = 1.0 if metric == "cosine" else features.abs().max()
+    noise = 8 * torch.finfo(torch.float64).eps * size  # of float64 itself
+    lost = int(((moved - moved[same]).abs().amax(1) > noise).sum())
+    if not lost:
+        return rounded, []
+    return rounded, [
+        f"{lost} of {len(features)} samples differ from others by less than float32, in which maps"
+        " are computed, can tell: they share their points"
+    ]
 
 
 def distinct(features: torch.Tensor) -> int:

@@ -308,6 +308,7 @@ def check_finite(file: FeatureFile, samples: np.ndarray) -> None:
     step = max(rows.chunk_rows, step // rows.chunk_rows * rows.chunk_rows)
     buffer = rows.empty(min(step, len(rows)))
     bad: list[int] = []  # samples
+    wrong: str | None = None
     for start in range(0, len(rows), step):
         places = np.arange(start, min(start + step, len(rows)))
         owner = places  # sample of each row
@@ -315,26 +316,42 @@ def check_finite(file: FeatureFile, samples: np.ndarray) -> None:
             owner = np.searchsorted(file.ptr, places, "right") - 1
         places, owner = places[used[owner]], owner[used[owner]]
         values = rows.read_rows(places, buffer[: len(places)])
-        if not is_finite(values):
-            finite = np.isfinite(values).reshape(len(values), -1).all(1)
-            bad += owner[~finite].tolist()
+        found = flaw(values)
+        if found is not None:
+            wrong = wrong or found
+            bad += owner[~sound_rows(values)].tolist()
     if bad:
         names = [file.ids[sample] for sample in dict.fromkeys(bad)]
         raise UserError(
-            f"{file.path}: NaN or infinite features in {len(names)} samples ({listed(names)});"
+            f"{file.path}: {wrong} in {len(names)} samples ({listed(names)});"
             " extract them again (extract.precision = 32 if float16 overflowed) or leave them out"
         )
 
 
-def is_finite(values: np.ndarray) -> bool:
-    """Whether all values are finite; float16 by its exponent bits, which is several times faster.
+LARGEST = np.finfo(np.float32).max  # of a feature: all of them are computed with as float32
 
-    >>> bool(is_finite(np.array([1, 65504], np.float16))), bool(is_finite(np.float16([np.inf])))
-    (True, False)
+
+def flaw(values: np.ndarray) -> str | None:
+    """What is wrong with features, if anything: NaN, infinity or float64 beyond float32; float16 by
+    its exponent bits, which is several times faster.
+
+    >>> flaw(np.array([1, 65504], np.float16)), flaw(np.float16([np.inf])), flaw(np.array([1e39]))
+    (None, 'NaN or infinite features', 'features beyond 3.4e+38, the largest float32, (scale them)')
     """
     if values.dtype == np.float16:
-        return not ((values.view(np.uint16) & 0x7C00) == 0x7C00).any()
-    return bool(np.isfinite(values).all())
+        fine = not ((values.view(np.uint16) & 0x7C00) == 0x7C00).any()
+    else:
+        fine = bool(np.isfinite(values).all())
+    if not fine:
+        return "NaN or infinite features"
+    if values.dtype.itemsize <= 4 or not values.size or np.abs(values).max() <= LARGEST:
+        return None
+    return f"features beyond {LARGEST:.2g}, the largest float32, (scale them)"
+
+
+def sound_rows(values: np.ndarray) -> np.ndarray:
+    """Which rows (N,) of values (N, ...) float32 can hold."""
+    return (np.abs(values) <= LARGEST).reshape(len(values), -1).all(1)
 
 
 # ----------------------------------------------------------------------------------- sources
@@ -657,11 +674,12 @@ def check_bags(folder: FolderBags, bags: np.ndarray, *, threads: int) -> None:
         UserError: NaN or infinity, with the files that have them.
     """
     with ThreadPoolExecutor(threads) as pool:
-        sound = pool.map(lambda bag: is_finite(folder.read(bag)), bags.tolist())
-        bad = [folder.paths[bag].name for bag, fine in zip(bags, sound, strict=True) if not fine]
+        flaws = pool.map(lambda bag: flaw(folder.read(bag)), bags.tolist())
+        bad = {folder.paths[bag].name: wrong for bag, wrong in zip(bags, flaws, strict=True)}
+    bad = {name: wrong for name, wrong in bad.items() if wrong}
     if bad:
         raise UserError(
-            f"{folder.paths[0].parent}: NaN or infinite features in {len(bad)} bags"
+            f"{folder.paths[0].parent}: {next(iter(bad.values()))} in {len(bad)} bags"
             f" ({listed(bad)}); extract them again or remove the files"
         )
 

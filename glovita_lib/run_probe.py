@@ -1,5 +1,6 @@
 """Task probe: k nearest neighbours and linear models on precomputed features."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.loggers import better, say, two_columns
 from glovita_lib.metric_names import logged_names, lower_is_better, uses_order, usual_metrics
-from glovita_lib.metrics import compute, metrics_report, undefined
+from glovita_lib.metrics import compute, metrics_report, undefined, undefined_line
 from glovita_lib.neighbors import nearest
 from glovita_lib.read_features import BagSource, VectorSource, feature_scale
 from glovita_lib.results import summary_lines
@@ -88,11 +89,11 @@ def knn_scores(
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A fitted linear model on standardised features."""
+    """A fitted linear model on standardised or centred features."""
 
     weight: Tensor  # (K, D) float32
     bias: Tensor  # (K,)
-    scale: Standardizer | None
+    scale: Standardizer
     iterations: int
     converged: bool
 
@@ -102,8 +103,7 @@ class Linear:
         logits = torch.empty(len(features), len(self.bias), device=device)
         size = probe_block_size(self.weight.shape[1], len(self.weight), device)
         for start in range(0, len(features), size):
-            block = features[start : start + size].to(device)
-            block = block.float() if self.scale is None else self.scale(block)
+            block = self.scale(features[start : start + size].to(device))
             torch.addmm(self.bias, block, self.weight.T, out=logits[start : start + size])
         return logits
 
@@ -123,7 +123,7 @@ class Train:
     targets: Tensor  # (N,) class indices; (N, K) 0 or 1; (N, K) values
     outputs: int
     subtask: str
-    scale: Standardizer | None
+    scale: Standardizer
     device: torch.device  # that computes
 
     def blocks(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -141,8 +141,7 @@ class Train:
         device = self.device
         size = probe_block_size(self.features.shape[1], self.outputs, device)
         for x, t in zip(self.features.split(size), self.targets.split(size), strict=True):
-            x, t = x.to(device), t.to(device)
-            x = x if self.scale is None else self.scale(x)
+            x, t = self.scale(x.to(device)), t.to(device)
             yield x.double(), t.double() if t.ndim == 2 else t
 
 
@@ -168,13 +167,15 @@ def fit_linear(
         targets: (N,) class indices; (N, K) 0 or 1; (N, K) values.
         outputs: K.
         l2: strengths; from strong to weak each start is near its minimum.
-        standardize: whether the features are brought to mean 0 and deviation 1.
+        standardize: whether the features are brought to mean 0 and deviation 1, or to mean 0
+            alone: the bias is free, so this moves no minimum, but rounding then loses no digits.
         device: what computes, in float64.
     """
-    width, scale = features.shape[1], None
-    if standardize:
-        blocks = features.split(probe_block_size(width, 1, device))
-        scale = Standardizer.of(lambda: (block.to(device) for block in blocks))
+    width = features.shape[1]
+    blocks = features.split(probe_block_size(width, 1, device))
+    scale = Standardizer.of(lambda: (block.to(device) for block in blocks))
+    if not standardize:
+        scale = replace(scale, std=np.ones(width))
     train = Train(features, targets, outputs, subtask, scale, device)
     if subtask == "regression":
         sums = normal_equations(train)
@@ -283,7 +284,7 @@ READ_BYTES = 2**26  # of the file, that are read at a time
 class ProbeSplit:
     """A split in memory."""
 
-    features: Tensor  # (N, D) in the file's float type; float32 where bags or standardised
+    features: Tensor  # (N, D) in the file's float type; float64 means of bags; float32 standardised
     targets: np.ndarray  # (N,) or (N, K)
     ids: list[str]
 
@@ -310,6 +311,8 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
             probe(loaded, ranks)
             return
         data, samples = read(loaded)
+        assert isinstance(loaded.root.task, Probe)  # whose learnt_by names this module
+        say_undefined(loaded.root.task, data, samples["val"].targets)
         sizes = ", ".join(f"{name} {tuple(part.features.shape)}" for name, part in samples.items())
         say(f"dry run passed: {data.subtask} of {data.outputs}, {sizes}; nothing was written")
 
@@ -322,6 +325,7 @@ def probe(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
         if decision != "finished":
             data, samples = read(loaded)
             introduce(run, task, data)
+            say_undefined(task, data, samples["val"].targets)
             run.clean(ranks, decision)
             run.write_spec(loaded)
             run.note_start(runtime_info(ranks, seed=root.seed))
@@ -337,6 +341,19 @@ def introduce(run: RunDir, task: Probe, data: Data) -> None:
     ordered = uses_order(task.metrics or usual_metrics(data.subtask))
     line = outputs_line(data.subtask, data.class_names, ordered=ordered)
     say(two_columns([("data", f"{data.name}: {sizes}"), line, ("run", str(run.path))]))
+
+
+def say_undefined(task: Probe, data: Data, targets: np.ndarray) -> None:
+    """Say which metrics the targets of val cannot define, whatever a probe predicts."""
+    names = task.metrics or usual_metrics(data.subtask)
+    lost = undefined(names, subtask=data.subtask, targets=targets, class_names=data.class_names)
+    if lost:
+        say(f"  note: {undefined_line(lost)}")
+    if logged_names(names[:1], data.class_names)[0] in lost:
+        say(
+            f"  note: task.metrics chooses by {names[0]}, which is among them: nothing can be"
+            " chosen, the smallest k and the largest l2 are taken"
+        )
 
 
 def fit_methods(
@@ -356,15 +373,6 @@ def fit_methods(
     samples["train"] = replace(train, features=resident(train.features, device))
     names = task.metrics or usual_metrics(data.subtask)
     content: dict[str, Any] = {}
-    lost = undefined(
-        names,
-        subtask=data.subtask,
-        targets=samples["val"].targets,
-        class_names=data.class_names,
-    )
-    if logged_names(names[:1], data.class_names)[0] in lost:
-        chosen = "the smallest k and the largest l2 are taken"
-        say(f"  note: the labels of val define no {names[0]}: {chosen}")
     for method in task.methods:
         choice = Choice(names, data, samples["train"].targets, samples["val"].targets)
         fit = fit_knn if method == "knn" else fit_models
@@ -412,8 +420,9 @@ def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
 
 
 def gather_features(source: Source, count: int, scale: Standardizer | None) -> Tensor:
-    """Features (N, D) of the N = count samples of a source, of bags their means, standardised by
-    `scale`; float64 ones are rounded to float32."""
+    """Features (N, D) of the N = count samples of a source, of bags their float64 means,
+    standardised to float32 by `scale`. Without it float64 stays: float32 would round what a probe
+    has yet to standardise, or what tells neighbours apart."""
     size = max(1, READ_BYTES // source.vectors.row_bytes) if isinstance(source, VectorSource) else 1
     features = np.empty((0, 0), np.float32)
     for start in range(0, count, size):
@@ -422,8 +431,7 @@ def gather_features(source: Source, count: int, scale: Standardizer | None) -> T
         if scale is not None:
             block = scale(torch.from_numpy(block)).numpy()
         if not len(features):
-            kind = np.float32 if block.dtype == np.float64 else block.dtype
-            features = np.empty((count, block.shape[1]), kind)
+            features = np.empty((count, block.shape[1]), block.dtype)
         features[start : start + size] = block
     return torch.from_numpy(features)
 
@@ -491,7 +499,9 @@ class Choice:
         setting = dict(self.candidates[self.best])
         value = setting.pop("val")[self.decisive]
         extreme = "lowest" if lower_is_better(self.decisive) else "highest"
-        chosen = {**setting, "by": self.decisive, extreme: value}
+        # without a value nothing was chosen: the setting is the first one
+        by = {"by": self.decisive, extreme: value}
+        chosen = {**setting, **({"by": None} if math.isnan(value) else by)}
         arrays = {name: self.in_units(found) for name, found in scores.items()}
         return FittedProbe(chosen, self.candidates, arrays)
 
@@ -563,8 +573,9 @@ def fit_models(
         seconds = time.perf_counter() - started
         started += seconds
         value = choice.candidates[-1]["val"][choice.decisive]
+        shown = "undefined" if math.isnan(value) else f"{value:.4f}"
         say(
-            f"linear: l2 {strength:g} ({done} of {count}): val {choice.decisive} {value:.4f},"
+            f"linear: l2 {strength:g} ({done} of {count}): val {choice.decisive} {shown},"
             f" {model.iterations} iterations, {seconds:,.1f} s; about"
             f" {(count - done) * seconds:,.0f} s left"
         )
@@ -624,7 +635,9 @@ def show_results(run: RunDir, decision: str) -> None:
     content = files.read_json(run.path / "metrics_probe.json")
     rows = []
     for method, found in content.items():
-        setting = ", ".join(f"{k} {v}" for k, v in found["chosen"].items() if k in ("k", "l2"))
+        chosen = found["chosen"]
+        setting = ", ".join(f"{k} {v}" for k, v in chosen.items() if k in ("k", "l2"))
+        setting += ", not chosen: undefined on val" * (chosen["by"] is None)
         reports = {
             f"{method} ({setting}) {split}": {**found[split], "loss": None}
             for split in ("val", "test")

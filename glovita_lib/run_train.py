@@ -25,7 +25,7 @@ from glovita_lib.experiment import (
     trained_weights,
 )
 from glovita_lib.loggers import build_logger, say, two_columns
-from glovita_lib.metrics import compute, undefined
+from glovita_lib.metrics import compute, undefined, undefined_line
 from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.objectives import LabelledPredictions
 from glovita_lib.peft import save_adapter
@@ -237,7 +237,7 @@ def undefined_notes(resolved: Resolved, trainer: Trainer) -> list[str]:
         targets=split.targets,
         class_names=resolved.class_names,
     )
-    lines = [f"the labels of val define no {listed(names)}, whatever the model predicts"]
+    lines = [undefined_line(names)]
     if resolved.best_metric in [f"val_{name}" for name in names]:
         lines.append(
             f"training.best_checkpoint_metric = {resolved.best_metric} is among them: the last"

@@ -46,7 +46,14 @@ from glovita_lib.plot_projection import (
     write_page,
 )
 from glovita_lib.projection import MISSING, Projection, choose, perplexity_of, project
-from glovita_lib.read_features import BagSource, FileBags, VectorSource, feature_scale
+from glovita_lib.read_features import (
+    BagSource,
+    FileBags,
+    VectorSource,
+    feature_scale,
+    flaw,
+    sound_rows,
+)
 from glovita_lib.resolved import Resolved, has_targets_of
 from glovita_lib.rundir import alone, locate
 from glovita_lib.spec import Loaded
@@ -74,7 +81,7 @@ class Said:
 class ChosenSamples:
     """The chosen samples and what is known of them."""
 
-    features: np.ndarray  # (N, D) float32
+    features: np.ndarray  # (N, D) float32, or float64 as given
     ids: list[str]
     owners: list[str]  # bag of each instance; else the ids again
     targets: np.ndarray | None  # (N,) int64 or (N, K)
@@ -167,8 +174,12 @@ def samples_of_features(
         targets.append(None if split.targets is None else split.targets[owner])
         names += [name] * len(owner)
     values = torch.from_numpy(np.concatenate(features))
+    if scale is not None:
+        values = scale(values)
+    elif values.dtype != torch.float64:  # which the map centres before it rounds
+        values = values.float()
     found = ChosenSamples(
-        features=(values.float() if scale is None else scale(values)).numpy(),
+        features=values.numpy(),
         ids=ids,
         owners=owners,
         targets=joined(targets),
@@ -222,16 +233,16 @@ def instances(source: BagSource, owner: np.ndarray, inside: np.ndarray) -> np.nd
 
 
 def refuse_nan(samples: ChosenSamples) -> None:
-    """All features are numbers.
+    """All features are numbers of float32.
 
     Raises:
         UserError: some are not.
     """
-    finite = np.isfinite(samples.features).all(1)
-    if not finite.all():
-        bad = [samples.ids[row] for row in np.flatnonzero(~finite)]
+    wrong = flaw(samples.features)
+    if wrong is not None:
+        bad = [samples.ids[row] for row in np.flatnonzero(~sound_rows(samples.features))]
         raise UserError(
-            f"{samples.name}: NaN or infinite features in {len(bad)} samples"
+            f"{samples.name}: {wrong} in {len(bad)} samples"
             f" ({listed(bad)}); extract them again"
             " (extract.precision = 32 if float16 overflowed)"
         )

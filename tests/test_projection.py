@@ -287,7 +287,7 @@ def test_several_targets_of_a_regression():
     values = np.array([[1.5, 2], [3, 4]], np.float32)
     first, second = of_targets("label", values, "regression", ["age", "size"])
     assert (first.title, second.title) == ("label age", "label size")
-    assert second.values.tolist() == [2, 4] and first.words() == ["1.5", "3"]
+    assert second.values.tolist() == [2, 4] and first.words() == ["1.5", "3.0"]
     error = of_mistakes(first, color_numbers("prediction", np.array([1.0, 3.5])))
     assert error.values.tolist() == [0.5, 0.5]
 

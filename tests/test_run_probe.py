@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 import glovita
@@ -251,6 +252,88 @@ def test_linear_models_may_be_standardised_by_either_option(scaled_runs):
     for options in ((True, False), (True, True)):
         np.testing.assert_allclose(scaled_runs["linear", *options][0], expected, atol=1e-4)
     assert np.abs(scaled_runs["linear", False, False][0] - expected).max() > 1e-2  # L2 differs
+
+
+# ---------------------------------------------------------------- float64
+
+
+def write_float64(folder, offset, scale=1e-3, bags=False):
+    """Features of three classes, float64 beside a large offset, by split; the spec."""
+    generator = np.random.default_rng(0)
+    found, files = {}, []
+    for name, count in (("train", 90), ("val", 30), ("test", 60)):
+        labels = np.arange(count) % 3
+        features = 4 * np.eye(3)[labels] + generator.normal(size=(count, 3))
+        features = offset + scale * (features.repeat(2, 0) if bags else features)
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            file["features"], file["labels"] = features, labels
+            if bags:
+                file["bag_lengths"] = np.full(count, 2)
+        files.append(f'{name}_features_file = "{folder / name}.h5"')
+        found[name] = features[::2] if bags else features, labels
+    path = folder / "probe.toml"
+    path.write_text(SPEC.format(files="\n".join(files), task=FEW.replace("1.0", "1e-3")))
+    return found, str(path)
+
+
+@pytest.mark.parametrize("where", ["task", "data", "neither"])
+@pytest.mark.parametrize(("offset", "bags"), [(1e8, False), (1e6, True)])
+def test_float64_beside_a_large_offset_keeps_its_digits(tmp_path, offset, bags, where):
+    found, spec = write_float64(tmp_path, offset, bags=bags)
+    scale = 1e-3 if where != "neither" else 1.0  # without standardising L2 decides what is learnt
+    if where == "neither":
+        found, spec = write_float64(tmp_path, offset, scale, bags)
+    chosen = [f"{part}.standardize={str(part == where).lower()}" for part in ("task", "data")]
+    assert run(spec, tmp_path, *chosen, "task.distance=euclidean") == 0
+    path, content = results(tmp_path)
+    x, y = found["train"]
+    scaler = StandardScaler(with_std=where != "neither").fit(x)
+    reference = LogisticRegression(C=1 / (1e-3 * len(x)), tol=1e-8, max_iter=5000)
+    reference.fit(scaler.transform(x), y)
+    inputs = scaler.transform(found["test"][0])
+    table = read_predictions(
+        path / "predictions_linear_test.csv", subtask="multiclass", class_names=("0", "1", "2")
+    )
+    np.testing.assert_allclose(table.scores, reference.predict_proba(inputs), atol=1e-3)
+    knn = KNeighborsClassifier(1).fit(scaler.transform(x), y)
+    accuracy = knn.score(inputs, found["test"][1])
+    assert content["knn"]["test"]["metrics"]["acc"] == pytest.approx(accuracy, abs=1e-9)
+    assert accuracy > 0.9
+
+
+@pytest.mark.parametrize("mode", ["probe", "umap", "umap.input"])
+@pytest.mark.parametrize("bags", [False, True])
+def test_features_beyond_float32_are_one_line(tmp_path, capsys, mode, bags):
+    _, spec = write_float64(tmp_path, 0, 1e200, bags)
+    more = [] if mode == "probe" else ["mode=umap", "umap.method=pca"]
+    more += [f"umap.input={tmp_path / 'val.h5'}"] if mode == "umap.input" else []
+    assert run(spec, tmp_path, *more) == 2
+    error = capsys.readouterr().err.strip()
+    assert "features beyond 3.4e+38, the largest float32" in error and "\n" not in error
+
+
+# ---------------------------------------------------------------- nothing to choose by
+
+
+@pytest.mark.parametrize("kind", ["one class", "constant target"])
+def test_a_metric_that_val_cannot_define_chooses_nothing(tmp_path, capsys, kind):
+    x, y = DIGITS.data[:300], (DIGITS.target[:300] > 4).astype(np.int64)
+    metric = "auroc"
+    if kind == "constant target":
+        metric, y = "pearson", x.mean(1)
+    y[100:200] = y[100]
+    splits = {"train": slice(0, 100), "val": slice(100, 200), "test": slice(200, None)}
+    task = f'metrics = ["{metric}"]\nk = [3, 1]\nl2 = [1.0, 1e-2]\nresult_plot = "none"'
+    spec = write(tmp_path, x, y, task, splits)
+    line = f"note: the labels of val define no {metric}, whatever the model predicts"
+    for dry in (["--dry-run"], []):
+        assert glovita.main([spec, *dry, "--override", f"exp_dir={tmp_path / 'runs'}"]) == 0
+        said = capsys.readouterr().out
+        assert line in said and "nothing can be chosen" in said and "nan" not in said
+    assert "knn (k 1, not chosen: undefined on val) test" in said
+    _, content = results(tmp_path)
+    assert content["knn"]["chosen"] == {"k": 1, "by": None}
+    assert content["linear"]["chosen"]["l2"] == 1 and content["linear"]["chosen"]["by"] is None
 
 
 # ---------------------------------------------------------------- what a probe is not for

@@ -13,6 +13,7 @@ import pytest
 import torch
 from children import glovita as glovita_ranks
 from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
 from small_runs import FOLDERS, TINY, write_png
 
 import glovita
@@ -195,7 +196,7 @@ def test_other_labels(tmp_path, kind, capsys):
     table = rows(tmp_path / "umap_plots" / "v" / "pca.csv")
     data = embedded((tmp_path / "umap_plots" / "v" / "pca.html").read_text())
     if kind in ("regression", "whole"):
-        np.testing.assert_allclose([float(row["label"]) for row in table], labels[kind], rtol=1e-5)
+        assert [float(row["label"]) for row in table] == more["labels"].tolist()
         np.testing.assert_allclose(data["colorings"][0]["values"], labels[kind], rtol=1e-4)
     elif kind == "multilabel":
         wanted = {"": "no label", "0": "target_0", "1": "target_1", "01": "target_0 + target_1"}
@@ -204,6 +205,43 @@ def test_other_labels(tmp_path, kind, capsys):
     else:
         assert list(table[0]) == ["id", "x", "y"] and data["colorings"] == []
         assert "no labels" in capsys.readouterr().out
+
+
+def test_numbers_of_the_table_read_back_equal(tmp_path):
+    labels = 1.7e9 + np.random.default_rng(0).normal(size=20) * 30
+    path = write(tmp_path / "v.h5", features=X[:20], labels=labels)
+    assert command(tmp_path, f"umap.input={path}") == 0
+    table = rows(tmp_path / "umap_plots" / "v" / "pca.csv")
+    assert [float(row["label"]) for row in table] == labels.tolist()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_float64_beside_a_large_offset(tmp_path, metric, capsys):
+    """Centred before float32 where distances allow it; what float32 then joins is said."""
+    path = write(tmp_path / "v.h5", features=1e8 + 1e-3 * X[:40].astype(np.float64))
+    assert command(tmp_path, f"umap.input={path}", f"umap.metric={metric}") == 0
+    table = rows(tmp_path / "umap_plots" / "v" / "pca.csv")
+    points = np.array([[float(row["x"]), float(row["y"])] for row in table])
+    said = capsys.readouterr().out
+    if metric == "cosine":
+        assert "differ from others by less than float32" in said
+        return
+    expected = PCA(2).fit_transform((1e-3 * X[:40]).astype(np.float64))
+    np.testing.assert_allclose(np.abs(points), np.abs(expected), atol=1e-7)
+    assert "float32" not in said
+
+
+def test_what_float32_joins_is_said(tmp_path, capsys):
+    """Two groups so far apart that float32 has no digits left within them; what float64 rounds, as
+    in means of equal bags, is not meant."""
+    values = X[:10].astype(np.float64)
+    path = write(tmp_path / "v.h5", features=np.concatenate([values * 1e-9, values * 1e-9 + 1]))
+    assert command(tmp_path, f"umap.input={path}") == 0
+    assert "samples differ from others by less than float32" in capsys.readouterr().out
+    same = np.concatenate([values, values * (1 + 2**-52)])
+    path = write(tmp_path / "same.h5", features=same)
+    assert command(tmp_path, f"umap.input={path}") == 0
+    assert "less than float32" not in capsys.readouterr().out
 
 
 def test_a_column_gives_the_colours(tmp_path):
