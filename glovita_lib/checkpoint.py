@@ -215,7 +215,11 @@ def load_model(model: nn.Module, state_dict: dict[str, Tensor], path: Path | str
 COUNTER = "num_batches_tracked"  # of BatchNorm; files of old torch versions lack it
 POSITIONS = ("pos_embed", "pos_embedding")
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts of names
-AVERAGED = {"ema", "teacher", "swa", "averaged"}  # words in the names of the network that counts
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # also in camel case
+AVERAGED = re.compile(  # in the names of the network that counts; not moments of an optimizer
+    r"(?<!\bno )(?<!\bnon )(?<!\bnot )(?<!\bwithout )(?<!\bexp )(?<!\bsquare )(?<!\bgrad )"
+    r"\b(ema|swa|avg|averaged?|shadow|momentum|teacher|target)\b(?! buffer)"
+)
 NESTED = 4  # dicts in dicts, at most
 Tensors = OrderedDict[str, Tensor]
 ADAPTER = re.compile(r"(^|\.)(adapter|added|shared)\.")  # children that PEFT methods add
@@ -290,10 +294,11 @@ class FileNetwork:
         """Its name in a message."""
         return self.name or "the network at the top"
 
-    @property
-    def rank(self) -> int:
-        """How many words of its name say that it is an average, or the teacher."""
-        return len(AVERAGED & set(re.split(r"[._]", self.name.lower())))
+    def rank(self, beside: set[str]) -> int:
+        """How many words of its name say that it is an average, or the teacher; of MoCo's two
+        encoders beside each other it is encoder_k."""
+        words = set(AVERAGED.findall(" ".join(WORD.findall(self.name)).lower()))
+        return len(words) + (re.sub(r"_k(?=\.|$)", "_q", self.name) in beside - {self.name})
 
 
 def read_networks(path: str | Path) -> list[FileNetwork]:
@@ -430,8 +435,10 @@ def load_one_of(target: LoadTarget, networks: list[FileNetwork], *, source: str)
     if not fitting:
         refuse(target, min((found for _, found, _ in tried), key=len), source)
     chosen, state = first_of(fitting, source)
+    names = {network.name for network in networks}
     for network, found, _ in tried:  # an average that lacks something is not passed over
-        if found and network.rank > chosen.rank and 2 * len(found) < len(network.tensors):
+        first = network.rank(names) > chosen.rank(names)
+        if found and first and 2 * len(found) < len(network.tensors):
             refuse(target, found, f"{source}: {network.name}, which comes before {chosen.place},")
     if chosen is not tried[-1][0]:
         load_candidate(target, chosen.tensors)
@@ -447,8 +454,9 @@ def first_of(
     Raises:
         UserError: none of them comes first.
     """
-    rank = max(network.rank for network, _ in networks)
-    best = [(network, state) for network, state in networks if network.rank == rank]
+    beside = {network.name for network, _ in networks}
+    rank = max(network.rank(beside) for network, _ in networks)
+    best = [(network, state) for network, state in networks if network.rank(beside) == rank]
     if all(equal(best[0][1], state) for _, state in best[1:]):
         return best[0]
     names = " and ".join(network.place for network, _ in best)
@@ -496,8 +504,7 @@ def load_candidate(target: LoadTarget, tensors: Tensors) -> tuple[Mismatch, Tens
     if found.shapes or found.refusal:
         return found, state
     counters = {name: own[name] for name in own if name.endswith(COUNTER)}
-    versions = versions_of(state)
-    whole = with_versions({**counters, **state}, versions)
+    whole = with_versions({**counters, **state}, versions_of(state))
     try:  # the network's own classes know names of older versions of themselves
         try:
             keys = net.load_state_dict(whole, strict=False)
@@ -614,11 +621,8 @@ def prefixes(tensors: Iterable[str], names: frozenset[str]) -> Counter[str]:
 
 def shared_prefix(tensors: Iterable[str]) -> str:
     """The prefix that all names share, for names that only the library knows."""
-    first, *others = (key.split(".")[:-1] for key in tensors)
-    for other in others:
-        agree = (a == b for a, b in zip(first, other, strict=False))
-        first = first[: sum(1 for _ in takewhile(bool, agree))]
-    return ".".join(first)
+    parts = zip(*(key.split(".")[:-1] for key in tensors), strict=False)
+    return ".".join(same[0] for same in takewhile(lambda part: len(set(part)) == 1, parts))
 
 
 def fit_kernel(kernel: Tensor, channels: int) -> Tensor:

@@ -281,8 +281,19 @@ RAW, MEAN = marked(1.0), marked(2.0)
         ({"state_dict": named("net", RAW) | named("ema_model", MEAN)}, "state_dict.ema_model"),
         (RAW | named("ema", MEAN), "ema"),
         ({"ema": named("teacher", MEAN) | named("student", RAW)}, "ema.teacher"),
+        ({"model": RAW, "modelEMA": MEAN}, "modelEMA"),
+        ({"emaModel": MEAN, "model": RAW}, "emaModel"),
+        ({"model": RAW, "model_avg": MEAN}, "model_avg"),
+        ({"model": RAW, "shadow_params": MEAN}, "shadow_params"),
+        (named("online_network", RAW) | named("target_network", MEAN), "target_network"),
+        ({"encoder": RAW, "target_encoder": MEAN}, "target_encoder"),
+        ({"base_encoder": RAW, "momentum_encoder": MEAN}, "momentum_encoder"),
+        (named("module.encoder_q", RAW) | named("module.encoder_k", MEAN), "encoder_k"),
+        ({"encoder_k": named("0", MEAN), "encoder_q": named("0", RAW)}, "encoder_k.0"),
+        ({"model_non_ema": RAW, "model_ema": MEAN}, "model_ema"),
+        ({"nonEMA": RAW, "nano_ema": MEAN}, "nano_ema"),
     ],
-    ids=range(9),
+    ids=range(20),
 )
 def test_the_average_and_the_teacher_come_first(content, taken: str, tmp_path: Path) -> None:
     value, notes = loaded(content, tmp_path / "w.pt")
@@ -292,15 +303,17 @@ def test_the_average_and_the_teacher_come_first(content, taken: str, tmp_path: P
 
 def test_a_tie_is_refused_with_both_names(tmp_path: Path) -> None:
     for content in (
-        {"state_dict": named("module.encoder_q", RAW) | named("module.encoder_k", MEAN)},
-        {"encoder_q": RAW, "encoder_k": MEAN},
+        {"state_dict": named("module.net_a", RAW) | named("module.net_k", MEAN)},
+        {"net_a": RAW, "net_k": MEAN},  # no net_q
+        *({"net_a": RAW, f"net_k{word}": MEAN} for word in ("_no_ema", "NonEma", "_without_ema")),
+        *({"net_a": RAW, "net_k": {word: MEAN}} for word in ("exp_avg", "momentum_buffer")),
     ):
-        with pytest.raises(UserError, match=r"encoder_q and .*encoder_k, and no name says") as got:
+        with pytest.raises(UserError, match=r"net_a and .*net_k\S*, and no name says") as got:
             loaded(content, tmp_path / "w.pt")
         assert "\n" not in str(got.value)
     halves = {name: value.half() if value.ndim else value for name, value in RAW.items()}
     with pytest.raises(UserError, match="no name says"):
-        loaded({"encoder_q": RAW, "encoder_k": halves}, tmp_path / "w.pt")
+        loaded({"net_a": RAW, "net_k": halves}, tmp_path / "w.pt")
     same = {"encoder_q": RAW, "encoder_k": dict(RAW)}
     assert loaded(same, tmp_path / "w.pt") == (1.0, ())  # nothing to choose
 
