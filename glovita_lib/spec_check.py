@@ -68,7 +68,9 @@ def files_are_named(root: Root) -> Iterator[str]:
 
 
 def head_fits_targets(root: Root) -> Iterator[str]:
-    """Classes need a classification head, numbers a regression head."""
+    """Classes need a classification head, numbers a regression head; a probe has none."""
+    if not root.task.keeps_model:
+        return
     subtask, head = root.data.stated_subtask(), root.model.head
     if subtask == "regression" and "numbers" not in head.predicts:
         yield (

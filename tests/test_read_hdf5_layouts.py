@@ -313,15 +313,15 @@ def test_last_rows_that_are_stored_unfiltered_are_right_and_noted(tmp_path, filt
     np.testing.assert_array_equal(data.splits["train"].source.fetch(np.arange(250)), values)
     said = "read through h5py, as the direct way gave other values"
     assert data.report == [f"{tmp_path}/f.h5: features {said}"]
-    split, notes = data_features.unlabelled_features(
-        tmp_path / "f.h5", spec, kind="vectors", width=8
-    )
+    split, samples, notes = data_features.unlabelled_features(tmp_path / "f.h5", spec)
+    assert samples.kind == "vectors"
     assert notes == data.report and len(split) == 250
     (tmp_path / "bags").mkdir()
     (tmp_path / "f.h5").rename(tmp_path / "bags" / "a.h5")
     with h5py.File(tmp_path / "bags" / "b.h5", "w") as file:
         file["features"] = values
-    split, notes = data_features.unlabelled_features(tmp_path / "bags", spec, kind="bags", width=8)
+    split, samples, notes = data_features.unlabelled_features(tmp_path / "bags", spec)
+    assert samples.kind == "bags"
     assert notes == [f"{tmp_path}/bags: 1 files {said}"]
     for bag in split.source.fetch(np.arange(2)):
         np.testing.assert_array_equal(bag, values)
