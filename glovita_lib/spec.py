@@ -383,7 +383,8 @@ def with_paths(struct: Any) -> Any:
         UserError: one line for each path that cannot be.
     """
     problems: list[tuple[Path, str]] = []
-    found = expanded(struct, kinds.type_info(type(struct)), (), problems)
+    table: type[Spec] = type(struct)
+    found = expanded(struct, spec_errors.struct_type(table), (), problems)
     if problems:
         raise UserError("\n".join(f"{spec_errors.dotted(key)}: {text}" for key, text in problems))
     return found

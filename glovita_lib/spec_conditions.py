@@ -11,11 +11,10 @@ from functools import cache
 from typing import Any
 
 from msgspec import Meta
-from msgspec import inspect as kinds
 
 from glovita_lib.errors import is_target
 from glovita_lib.spec import Spec
-from glovita_lib.spec_errors import default_of, extra_of, shown
+from glovita_lib.spec_errors import default_of, extra_of, shown, struct_type
 
 # -------------------------------------------------------------------- when a field is read
 
@@ -74,9 +73,8 @@ def target_problems(target: str) -> Iterator[tuple[str, str]]:
 @cache
 def conditions(struct: type[Spec]) -> dict[str, tuple[Condition, Any]]:
     """Fields of a Struct that are not always read: when they are, and their default."""
-    found, kind = {}, kinds.type_info(struct)
-    assert isinstance(kind, kinds.StructType)
-    for field in kind.fields:
+    found = {}
+    for field in struct_type(struct).fields:
         condition = extra_of(field.type).get("read_if")
         if condition is not None:
             found[field.name] = (condition, default_of(field))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Annotated, Any
 
 import msgspec
@@ -53,8 +54,9 @@ def structs(kind: Type) -> list[StructType]:
     return [option for option in options_of(kind) if isinstance(option, StructType)]
 
 
+@cache
 def struct_type(struct: type[msgspec.Struct]) -> StructType:
-    """The type of a Struct itself."""
+    """The type of a Struct itself; that of the whole spec takes milliseconds to find."""
     (found,) = structs(kinds.type_info(struct))
     return found
 
