@@ -347,7 +347,7 @@ def new_files(where: Path, data: VolumeData) -> tuple[list[str], list[tuple[str,
     if where.is_dir() and not dicom_only(where, data):
         folder, lacking = open_folder(where, data.allowed_exts, data.path_suffix, None)
         if lacking:
-            raise UserError("\n".join(f"{i}: {line}" for i, line in list(lacking.items())[:20]))
+            raise UserError(listed((f"{i}: {line}" for i, line in lacking.items()), 20, "\n"))
         return folder.ids, [folder.files(identity) for identity in folder.ids]
     if where.exists():
         return [where.name], [(str(where),)]

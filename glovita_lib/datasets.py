@@ -30,8 +30,6 @@ from glovita_lib.spec_data import (
     Cifar100Data,
     CustomData,
     DigitsData,
-    FileData,
-    PrecomputedData,
 )
 
 if TYPE_CHECKING:
@@ -153,10 +151,8 @@ def build_data(
     missing = [f"data.{name}: {text}" for name, text in spec.missing_files()]
     if problems := [*section_problems(spec, "data."), *missing]:
         raise UserError("\n".join(problems))
-    asked: dict[str, Any] = {"trained": trained, "wanted": wanted}
-    if isinstance(spec, PrecomputedData):
-        asked["numbers"] = numbers
-    data = read_data_set(spec, seed=seed, **(asked if isinstance(spec, FileData) else {}))
+    known: dict[str, Any] = {"trained": trained, "wanted": wanted, "numbers": numbers}
+    data = read_data_set(spec, seed=seed, **{name: known[name] for name in spec.told})
     empty = [name for name, split in data.splits.items() if not len(split)]
     if empty or (trains and "train" not in data.splits):
         what = f"the {' and the '.join(empty)} split has no sample" if empty else "no train split"

@@ -22,7 +22,13 @@ from glovita_lib.errors import UserError
 from glovita_lib.loader import Batch, Loader, LoaderOptions, announce, build_loader
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import BaseWeights, Model, build_model
-from glovita_lib.objectives import Objective, Predictions, build_objective, gather_split
+from glovita_lib.objectives import (
+    Objective,
+    Predictions,
+    SupervisedObjective,
+    build_objective,
+    gather_split,
+)
 from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
 from glovita_lib.resolved import BagInputs, EncodedInputs, Inputs, Resolved, VectorInputs
 from glovita_lib.spec import ByStruct, Spec, expand, with_paths
@@ -87,6 +93,20 @@ class Experiment:
     """File that the weights come from; None: from the encoder's own, or the seed."""
     pool: WorkerPool | None = None
     """Worker processes of all its loaders; None: each has its own."""
+
+    @property
+    def predictor(self) -> SupervisedObjective:
+        """The objective, of which modes ask scores.
+
+        Raises:
+            UserError: it gives none.
+        """
+        if isinstance(self.objective, SupervisedObjective):
+            return self.objective
+        raise UserError(
+            f'task.objective = "{tag(self.root.task)}" predicts no scores: only features can be'
+            " read out of its model"
+        )
 
     @property
     def precision(self) -> str:

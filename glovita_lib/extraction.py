@@ -21,7 +21,7 @@ from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch
 from glovita_lib.model import Model
-from glovita_lib.objectives import HeadOutput, SupervisedObjective
+from glovita_lib.objectives import HeadOutput
 from glovita_lib.resolved import EncodedInputs, ImageInputs, Inputs, check_data, resolve_spec
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
@@ -414,8 +414,7 @@ class Extractor:
     def scores(self, inputs: Tensor, vectors: Tensor) -> Tensor:
         """Scores (B, K) of the objective; the encoder runs again only where its head takes
         something else than the vectors (B, D) that are read out."""
-        model, objective = self.model, self.experiment.objective
-        assert isinstance(objective, SupervisedObjective)  # the only one that predicts
+        model, objective = self.model, self.experiment.predictor
         is_shared = self.layers is None and self.method == model.aggregation
         takes = vectors if is_shared and model.head.consumes == "pooled" else inputs
         return objective.scores(HeadOutput.of(model(takes)).logits.float())

@@ -7,7 +7,6 @@ SliceThickness; slices that make up no regular grid are refused.
 
 import fnmatch
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -346,14 +345,6 @@ def check_gaps(gaps: np.ndarray, places: np.ndarray) -> None:
         f"the slices' gaps mix: {gaps[at]:g} mm {between}, {usual:g} mm for most; choose one series"
         " with data.reading.series"
     )
-
-
-SERIES = re.compile(r"\s*\w+\s*=[^&]+(&\s*\w+\s*=[^&]+)*")
-
-
-def is_series(text: str) -> bool:
-    """Whether a text is a condition of a series: "Keyword=pattern", several joined by &."""
-    return SERIES.fullmatch(text) is not None
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -131,11 +131,6 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     return x, y, z
 
 
-def is_volume(path: str) -> bool:
-    """Whether a file name has the suffix of a volume."""
-    return path.lower().endswith(SUFFIXES)
-
-
 def open_volume(path: str, how: Reading, series: str | None = None) -> Volume:
     """The geometry of a volume file or a DICOM folder.
 

@@ -21,7 +21,7 @@ from glovita_lib.data_volumes import unlabelled_volumes
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.experiment import Experiment, read_data, record_of, restore, some_of
 from glovita_lib.loggers import say, two_columns
-from glovita_lib.objectives import LabelledPredictions, Predictions, SupervisedObjective
+from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.peft_base import ADDED, Insert, contiguous_copy
 from glovita_lib.resolved import (
     BagInputs,
@@ -329,9 +329,8 @@ def mean_of(members: list[Predictions], experiment: Experiment) -> Predictions:
     scores = scores.astype(first.scores.dtype)
     if not isinstance(first, LabelledPredictions):
         return with_fields(first, scores=scores)
-    objective = experiment.objective
-    assert isinstance(objective, SupervisedObjective)  # the only one that predicts scores
-    return with_fields(first, scores=scores, losses=objective.losses_of(scores, first.targets))
+    losses = experiment.predictor.losses_of(scores, first.targets)
+    return with_fields(first, scores=scores, losses=losses)
 
 
 def write_split(

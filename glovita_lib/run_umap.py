@@ -33,7 +33,6 @@ from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, part_to_read, source_of, wanted_splits
 from glovita_lib.files import read_csv, write_csv, write_json
 from glovita_lib.loggers import say, two_columns
-from glovita_lib.objectives import SupervisedObjective
 from glovita_lib.plot_projection import (
     Coloring,
     Text,
@@ -313,11 +312,11 @@ def samples_of_model(
         parts.append(found)
     features = np.concatenate([part["vectors"] for part in parts])
     ids = [name for split in splits.values() for name in split.ids]
-    said, objective = None, experiment.objective
+    said = None
     if trained:
-        assert isinstance(objective, SupervisedObjective)  # the only one that predicts
         scores = torch.from_numpy(np.concatenate([part["scores"] for part in parts]))
-        said = Said(objective.in_units(scores), resolved.subtask, resolved.class_names)
+        predicted = experiment.predictor.in_units(scores)
+        said = Said(predicted, resolved.subtask, resolved.class_names)
     return ChosenSamples(
         features=features,
         ids=ids,

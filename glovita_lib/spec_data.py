@@ -51,6 +51,10 @@ class BaseData(Spec):
     """Number of classes, where it is always the same."""
     image_channels: ClassVar[int | None] = None
     """Channels of the images, where they are always the same."""
+    told: ClassVar[tuple[str, ...]] = ()
+    """What its function is told of the run beside the seed, as far as it asks: the outputs that a
+    model was trained on (trained), the splits that are needed (wanted), whether the head predicts
+    numbers alone (numbers)."""
     default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")
     """Train and test policy where the spec names none; unread without augmentation."""
     one_fold: ClassVar[str] = "0 only: this data set has one split; another seed draws another val"
@@ -129,6 +133,7 @@ class ImageData(BaseData):
 class FileData(BaseData):
     """Fields of data sets whose labels and splits stand in files, or are drawn."""
 
+    told: ClassVar[tuple[str, ...]] = ("trained", "wanted")
     one_fold: ClassVar[str] = '0 only; data.split_source = "kfold" makes more'
 
     subtask: Subtask | None = None
@@ -379,6 +384,7 @@ class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset")
     bag_ptr or bag_lengths; or a folder with one file (h5, pt) a bag."""
 
     built_in: ClassVar[str] = "data_features"
+    told: ClassVar[tuple[str, ...]] = ("trained", "wanted", "numbers")
     samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "features"
 
     data_root_dir: PathText = "."

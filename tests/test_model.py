@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glovita_lib.bags import Bags, as_bags
 from glovita_lib.errors import UserError
 from glovita_lib.model import Model, build_model, parameter_line, parameter_table
 from glovita_lib.network import eager
@@ -219,3 +220,34 @@ def test_a_head_on_raw_features() -> None:
     out["aux"].backward()
     flags = {n: (p.requires_grad, p.grad is not None) for n, p in model.named_parameters()}
     assert all(trains == reached for trains, reached in flags.values())
+
+
+class PaddedMean(nn.Module):
+    """The mean over instances, written on the padded form."""
+
+    consumes = "features"
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, inputs, targets: Tensor | None = None) -> Tensor:
+        features, mask = as_bags(inputs).to_padded()  # (B, N_max, D), (B, N_max)
+        mask = mask[..., None].to(features)
+        return self.linear((features * mask).sum(1) / mask.sum(1))
+
+
+def padded_mean(*, width: int, outputs: int) -> nn.Module:
+    return PaddedMean(width, outputs)
+
+
+def test_a_head_written_on_padded_bags_takes_tokens_and_bags() -> None:
+    head = CustomHead(target="tests.test_model:padded_mean")
+    model = make(timm_spec("resnet18"), head=head, size=64).eval()
+    x = torch.randn(2, 3, 64, 64)
+    bags = [torch.randn(n, model.encoder.width) for n in (3, 1, 5)]
+    weight, bias = model.head.linear.weight, model.head.linear.bias
+    of_tokens = model.encoder(x).tokens.mean(1) @ weight.T + bias
+    of_bags = torch.stack([bag.mean(0) for bag in bags]) @ weight.T + bias
+    torch.testing.assert_close(model(x), of_tokens)
+    torch.testing.assert_close(model.head(Bags.from_list(bags)), of_bags)

@@ -65,6 +65,7 @@ def python(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 def test_a_metric_is_an_entry_and_a_formula(tmp_path: Path) -> None:
     """The share of wrong predictions: named in task.metrics, it picks the best checkpoint."""
     entry = '"error": Metric("error rate", ("multiclass",), lower_is_better=True),'
@@ -95,6 +96,7 @@ def test_a_metric_is_an_entry_and_a_formula(tmp_path: Path) -> None:
     assert '"error"' in glovita(folder, "--explain", "task.metrics")
 
 
+@pytest.mark.processes
 def test_an_augmentation_is_its_fields_and_a_function(tmp_path: Path) -> None:
     """The negative of an image: with probability 1 the same run trains on other pixels."""
     fields = (

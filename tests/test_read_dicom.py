@@ -8,7 +8,6 @@ import pytest
 from volume_files import PLAIN, shipped, write_dicom
 
 from glovita_lib.errors import UserError
-from glovita_lib.read_dicom import is_series
 from glovita_lib.read_volume import open_sample, open_volume
 
 pydicom = pytest.importorskip("pydicom")
@@ -144,11 +143,6 @@ def test_a_series_is_chosen_by_its_tags_and_several_are_channels(tmp_path):
     assert "no series with SeriesDescription=flair" in refused(
         study, replace(PLAIN, series=("SeriesDescription=flair",))
     )
-
-
-def test_conditions():
-    assert is_series("SeriesDescription=t1*") and is_series("A=b & C = d e")
-    assert not is_series("t1") and not is_series("=t1") and not is_series("A=b &")
 
 
 # ---------------------------------------------------------------------- no grid
