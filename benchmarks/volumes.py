@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from glovita_lib.augment_volumes import VolumeAugmenter, resolve_volume_augmentation
-from glovita_lib.spec_augment import VOLUME_TRAIN, VolumeAugmentation
+from glovita_lib.spec_volumes import VOLUME_TRAIN, VolumeAugmentation
 
 POLICY = "default_nnunet"
 OPS = VOLUME_TRAIN[POLICY]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glovita_lib.augment_images import Operations, coin, to, uniform
-from glovita_lib.spec_augment import VolumeOps
+from glovita_lib.spec_volumes import VolumeOps
 
 Size = tuple[int, int, int]
 

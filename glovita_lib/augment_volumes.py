@@ -25,7 +25,7 @@ from glovita_lib.augment_patch import (
     picked,
 )
 from glovita_lib.errors import UserError, refuse
-from glovita_lib.spec_augment import (
+from glovita_lib.spec_volumes import (
     VOLUME_TEST,
     VOLUME_TRAIN,
     ResolvedVolumeAugmentation,

@@ -22,7 +22,7 @@ from glovita_lib.encoder import Encoder, build_encoder, check_channels, patch_si
 from glovita_lib.encoder_primus import LAYER_SCALE, WIDTHS, PrimusShape, build_primus, input_size
 from glovita_lib.encoder_volume import SLOPE, Size, build_residual
 from glovita_lib.errors import UserError, listed, reason
-from glovita_lib.spec_model import NnFoundationEncoder, ResidualEncoder
+from glovita_lib.spec_encoders import NnFoundationEncoder, ResidualEncoder
 
 Voxels = tuple[int, int, int]
 PLAN = "nnssl_adaptation_plan"

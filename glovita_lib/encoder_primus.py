@@ -19,7 +19,7 @@ from glovita_lib.checkpoint import LoadTarget
 from glovita_lib.encoder import Encoder, build_encoder, check_channels, patch_size_of
 from glovita_lib.encoder_volume import Size, initialise, spread_channels
 from glovita_lib.errors import UserError
-from glovita_lib.spec_model import PrimusEncoder
+from glovita_lib.spec_encoders import PrimusEncoder
 
 # ------------------------------------------------------------------------------- the network
 #

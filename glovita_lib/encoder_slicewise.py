@@ -30,7 +30,7 @@ from glovita_lib.encoder import (
     resolve_method,
 )
 from glovita_lib.errors import UserError, listed
-from glovita_lib.spec_model import ImageEncoder, Inflation, Slices
+from glovita_lib.spec_encoders import ImageEncoder, Inflation, Slices
 
 if TYPE_CHECKING:
     from glovita_lib.bags import Bags  # who reads volumes need not load it

@@ -33,7 +33,7 @@ from glovita_lib.encoder import (
     preprocess_of,
 )
 from glovita_lib.errors import UserError, listed, reason
-from glovita_lib.spec_model import TimmEncoder
+from glovita_lib.spec_encoders import TimmEncoder
 
 OURS = {  # arguments of timm that other keys of the spec decide
     "num_classes": "the data",

@@ -26,7 +26,7 @@ from glovita_lib.encoder import (
     preprocess_of,
 )
 from glovita_lib.errors import UserError, reason
-from glovita_lib.spec_model import TorchvisionEncoder, VideoResNetEncoder
+from glovita_lib.spec_encoders import TorchvisionEncoder, VideoResNetEncoder
 
 TAIL = ("avgpool", "flatten", "dropout", "classifier", "fc", "head")  # pooling and classifier
 AUXILIARY = ("aux1", "aux2", "AuxLogits")  # classifiers for training GoogLeNet and Inception

@@ -31,7 +31,7 @@ from glovita_lib.encoder_torchvision import (
     take_off_classifier,
 )
 from glovita_lib.errors import UserError
-from glovita_lib.spec_model import ResidualEncoder, VideoResNetEncoder
+from glovita_lib.spec_encoders import ResidualEncoder, VideoResNetEncoder
 
 Size = tuple[int, ...]
 Tensors = dict[str, Tensor]

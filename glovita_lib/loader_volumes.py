@@ -11,8 +11,8 @@ from glovita_lib.data import Data, Split, VolumeSamples
 from glovita_lib.encoder import patch_size_of
 from glovita_lib.objectives import build_inputs
 from glovita_lib.resolved import VolumeInputs, resolve_inputs
-from glovita_lib.spec_augment import VolumeAugmentation
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_volumes import VolumeAugmentation
 
 SPACINGS = 32  # volumes whose spacing is looked at
 

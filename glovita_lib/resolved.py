@@ -27,10 +27,11 @@ from glovita_lib.encoder import preprocess_of
 from glovita_lib.errors import UserError, composed, listed, refuse
 from glovita_lib.metric_names import check_logged, logged_names, uses_order, usual_metrics
 from glovita_lib.spec import ByStruct, Spec
-from glovita_lib.spec_augment import ImageAugmentation, ResolvedVolumeAugmentation
+from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_data import Subtask
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Supervised
+from glovita_lib.spec_volumes import ResolvedVolumeAugmentation
 
 # ------------------------------------------------------------------------------------ inputs
 #

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from glovita_lib.errors import composed
 from glovita_lib.spec import Spec
-from glovita_lib.spec_augment import ImageAugmentation, VolumeAugmentation
+from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_conditions import read_if, read_unless, target_problems
 from glovita_lib.spec_errors import (
     Count,
@@ -17,7 +17,7 @@ from glovita_lib.spec_errors import (
     Positive,
     shown,
 )
-from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
+from glovita_lib.spec_volumes import VolumeAugmentation, VolumePreparation, VolumeReading
 
 Subtask = Literal["multiclass", "multilabel", "regression"]
 OF_LABEL_FILE = read_if(

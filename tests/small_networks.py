@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from glovita_lib.encoder_primus import PrimusNetwork, PrimusShape
 from glovita_lib.encoder_volume import ResidualNetwork
 from glovita_lib.peft_base import adapters_by_class
-from glovita_lib.spec_model import ResidualEncoder
+from glovita_lib.spec_encoders import ResidualEncoder
 
 SHAPES = {
     "vit": (3, 32, 32),

@@ -10,7 +10,8 @@ from scipy.interpolate import BSpline
 
 from glovita_lib import augment_patch
 from glovita_lib.augment_patch import VOLUME_OPERATIONS, Affine, Grid, PatchCut, Placement
-from glovita_lib.spec_augment import PLAIN_VOLUME, policy
+from glovita_lib.spec_augment import policy
+from glovita_lib.spec_volumes import PLAIN_VOLUME
 
 SIZE = (13, 11, 12)
 

@@ -17,16 +17,16 @@ from glovita_lib.augment_volumes import (
     resolve_volume_augmentation,
 )
 from glovita_lib.errors import UserError
-from glovita_lib.spec_augment import (
+from glovita_lib.spec_augment import policy
+from glovita_lib.spec_errors import extra_of
+from glovita_lib.spec_volumes import (
     PLAIN_VOLUME,
     VOLUME_TEST,
     VOLUME_TRAIN,
     VolumeAugmentation,
     VolumeKwargs,
     VolumeOps,
-    policy,
 )
-from glovita_lib.spec_errors import extra_of
 
 SIZE = (12, 10, 11)
 GRID = Grid(SIZE, (1.0, 1.0, 1.0), None, (0, 1, 2))

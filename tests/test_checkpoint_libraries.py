@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from glovita_lib.encoder import build_encoder
 from glovita_lib.errors import UserError, listed
-from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
 
 SMALLEST = (
     "beit_base_patch16_224",

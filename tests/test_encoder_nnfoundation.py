@@ -14,7 +14,8 @@ from glovita_lib.encoder_primus import PrimusNetwork, PrimusShape, resample
 from glovita_lib.encoder_volume import ResidualNetwork
 from glovita_lib.errors import UserError
 from glovita_lib.model import build_model
-from glovita_lib.spec_model import ModelSpec, NnFoundationEncoder, ResidualEncoder
+from glovita_lib.spec_encoders import NnFoundationEncoder, ResidualEncoder
+from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import Lora
 
 UNET = {  # ResidualEncoderUNet as DynamicArchitecturePlans.serialize() gives it

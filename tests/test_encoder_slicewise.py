@@ -18,7 +18,8 @@ from glovita_lib.encoder_slicewise import AT_ONCE, SlicewiseEncoder, keeping_sta
 from glovita_lib.errors import UserError
 from glovita_lib.model import build_model
 from glovita_lib.peft_base import merge
-from glovita_lib.spec_model import AbmilHead, ModelSpec, Slices, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import Slices, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_model import AbmilHead, ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
 
 VIT = {

@@ -20,13 +20,13 @@ from glovita_lib.encoder_volume import Block, ResidualNetwork, build_residual, f
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import Layers
 from glovita_lib.model import build_model
-from glovita_lib.spec_model import (
+from glovita_lib.spec_encoders import (
     CustomEncoder,
-    ModelSpec,
     PrimusEncoder,
     ResidualEncoder,
     VideoResNetEncoder,
 )
+from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import FullFinetuning
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "volume_reference.py"

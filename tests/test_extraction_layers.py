@@ -7,7 +7,7 @@ from torch import Tensor
 from glovita_lib.encoder import build_encoder
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import choose_layers, number_of_layers
-from glovita_lib.spec_model import CustomEncoder, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import CustomEncoder, TimmEncoder, TorchvisionEncoder
 
 ASKED = (-1, 0, 2, -1, 1, -2)  # not sorted, from both ends, one twice
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2}

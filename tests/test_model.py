@@ -12,14 +12,8 @@ from glovita_lib.bags import Bags, as_bags
 from glovita_lib.errors import UserError
 from glovita_lib.model import Model, build_model, parameter_line, parameter_table
 from glovita_lib.network import eager
-from glovita_lib.spec_model import (
-    ClassificationHead,
-    CustomHead,
-    ModelSpec,
-    RegressionHead,
-    TimmEncoder,
-    TorchvisionEncoder,
-)
+from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_model import ClassificationHead, CustomHead, ModelSpec, RegressionHead
 from glovita_lib.spec_peft import FullFinetuning, LinearProbing
 
 

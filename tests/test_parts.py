@@ -19,7 +19,8 @@ from glovita_lib.heads import build_head
 from glovita_lib.loggers import build_logger
 from glovita_lib.peft_base import apply_peft
 from glovita_lib.spec_data import Data
-from glovita_lib.spec_model import Encoder, Head
+from glovita_lib.spec_encoders import Encoder
+from glovita_lib.spec_model import Head
 from glovita_lib.spec_peft import Peft
 from glovita_lib.spec_train import Logger
 
@@ -159,7 +160,7 @@ PATCHES = '''"""An encoder of one convolution."""
 from torch import nn
 
 from glovita_lib.encoder import Encoder, Preprocess, build_encoder, preprocess_of
-from glovita_lib.spec_model import PatchEncoder
+from glovita_lib.spec_encoders import PatchEncoder
 
 
 class Patches(Encoder):
@@ -320,7 +321,7 @@ def test_encoder_data_set_head_and_method_are_a_struct_and_a_module_each(tmp_pat
     folder = package_with(
         tmp_path,
         [
-            ("spec_model", "\nEncoder = ", ENCODER),
+            ("spec_encoders", "\nEncoder = ", ENCODER),
             ("spec_model", "\nHead = (\n    ", HEAD),
             ("spec_data", "\nData = ", DATA),
             ("spec_peft", "\nPeft = (\n    ", PEFT),
@@ -342,7 +343,7 @@ def test_encoder_data_set_head_and_method_are_a_struct_and_a_module_each(tmp_pat
         for path in (folder / "glovita_lib").glob("*.py")
         if original.get(path.name) != path.read_bytes()
     }
-    assert changed == parts.keys() | {"spec_model", "spec_data", "spec_peft"}
+    assert changed == parts.keys() | {"spec_encoders", "spec_model", "spec_data", "spec_peft"}
 
 
 BLOBS_DATA = '''

@@ -6,7 +6,8 @@ from torch import nn
 
 from glovita_lib.errors import UserError
 from glovita_lib.model import Model, build_model
-from glovita_lib.spec_model import ModelSpec, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import CustomPeft, FullFinetuning, LinearProbing, PartialFinetuning
 
 

@@ -12,7 +12,8 @@ from glovita_lib.errors import UserError
 from glovita_lib.model import build_model
 from glovita_lib.optim import parameter_groups
 from glovita_lib.peft_base import Insert, apply_peft, merge
-from glovita_lib.spec_model import ModelSpec, TimmEncoder
+from glovita_lib.spec_encoders import TimmEncoder
+from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import (
     Adalora,
     AdaptFormer,

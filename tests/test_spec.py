@@ -11,7 +11,8 @@ from glovita_lib import spec, spec_errors
 from glovita_lib.errors import UserError
 from glovita_lib.spec import changed_keys, dump, load_spec
 from glovita_lib.spec_data import BaseData, CustomData, DigitsData, GenericImageData
-from glovita_lib.spec_model import RegressionHead, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_model import RegressionHead
 from glovita_lib.spec_root import Root
 
 SPECS = sorted((Path(__file__).parent.parent / "specs").glob("*.toml"))

@@ -1,0 +1,460 @@
+"""Encoders in a spec: of images, of volumes, and of images on volumes."""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta
+
+from glovita_lib.spec import Spec
+from glovita_lib.spec_conditions import read_if, target_problems
+from glovita_lib.spec_errors import PathText, shown
+
+Channels = Annotated[int, Meta(ge=1)]
+Aggregation = Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"]
+ENCODERS = {"images": "timm", "volumes": "residual_encoder"}  # one that takes them
+
+
+class BaseEncoder(Spec):
+    """What other sections and the model ask every encoder."""
+
+    built_in: ClassVar[str] = "encoder"
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        """What a sample is; either is an image or a volume."""
+        return "images"
+
+    def reads(self, samples: str) -> bool:
+        """Whether samples of a kind, "images", "volumes" or "features", are what it takes."""
+        return samples == self.takes or (self.takes == "either" and samples != "features")
+
+    @property
+    def stated_channels(self) -> int | None:
+        """Channels of the input, where the section states them."""
+        return None
+
+    @property
+    def without_class_token(self) -> str | None:
+        """Name of the model, where it says that there is no class token."""
+        return None
+
+    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
+        """Features pass by the encoder; images and volumes have one that takes them."""
+        if samples == "features" and self.takes != "features":
+            yield "encoder_type", 'the samples are features already: set it to "precomputed"'
+        elif not self.reads(samples):
+            features = ' set data.dataset to "precomputed_features", or'
+            yield (
+                "encoder_type",
+                f"{shown(self.__struct_config__.tag)} takes {self.takes}, and the samples are"
+                f" {samples}:{features if self.takes == 'features' else ''} name an encoder for"
+                f" {samples}, e.g. {shown(ENCODERS[samples])}{self.other_samples(samples)}",
+            )
+
+    def other_samples(self, samples: str) -> str:
+        """What else lets the encoder read samples of a kind, as the end of a message."""
+        return ""
+
+    def channel_problems(self, channels: int) -> Iterator[tuple[str, str]]:
+        """Where the section states the channels, the data have as many."""
+        stated = self.stated_channels
+        if stated is not None and stated != channels:
+            yield (
+                "input_channels",
+                f"{stated}, but the samples have {channels} channels: leave it out",
+            )
+
+
+Positive = Annotated[int, Meta(ge=1)]
+Axis = Literal["x", "y", "z"]
+
+
+class Slices(Spec):
+    """Which slices of a volume an encoder of images sees; without stride and count all."""
+
+    built_in: ClassVar[str] = "encoder_slicewise"
+
+    axis: Axis = "z"
+    """Axis that slices lie across; the first of the others is the height of an image."""
+    stride: Positive | None = None
+    """Voxels from a slice to the next, around the middle."""
+    count: Positive | None = None
+    """Number of slices at most, evenly over the volume; with stride those around the middle."""
+    adjacent: bool = False
+    """Whether a channel becomes three: of the slice before, of the slice and of the one behind."""
+    size: tuple[Positive, Positive] | None = None
+    """Height and width in pixels that slices are resized to; none keeps them."""
+    aggregation: Aggregation | None = None
+    """How the tokens of a slice become its vector, as model.feature_aggregation_method says it of
+    images; that key is about the vectors of the slices then."""
+    chunk: Positive | None = None
+    """Slices that pass the encoder at once; where it trains, the backward pass computes each chunk
+    anew. none is all where it trains, else 64."""
+
+
+class Inflation(Spec):
+    """How the kernels of a convolutional network get a third axis, as long as the others."""
+
+    built_in: ClassVar[str] = "encoder_slicewise"
+
+    axis: Axis = "z"
+    """Axis of the volume that kernels did not have."""
+    kernel: Literal["mean", "center"] = "mean"
+    """Whether weights are spread along it (Carreira, Zisserman, CVPR 2017) or in its middle."""
+
+
+LIFTS = (("slices", "slices", Slices()), ("inflate", "inflation", Inflation()))
+
+
+class ImageEncoder(BaseEncoder):
+    """An encoder of images, which may be lifted to volumes."""
+
+    lift: Literal["slices", "inflate"] | None = None
+    """How it reads volumes: slice by slice, or with kernels of three axes; none reads images."""
+    slices: Slices = Slices()
+    """Which slices, and what becomes of them."""
+    inflation: Inflation = Inflation()
+    """How kernels are lifted."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "images" if self.lift is None else "volumes"
+
+    @property
+    def lifting(self) -> Slices | Inflation | None:
+        """How it reads volumes, where it does."""
+        return {None: None, "slices": self.slices, "inflate": self.inflation}[self.lift]
+
+    @property
+    def without_class_token(self) -> str | None:
+        return None if self.lift is None else f"lift = {shown(self.lift)}"
+
+    def other_samples(self, samples: str) -> str:
+        if samples == "images":
+            return "; or leave model.encoder.lift out"
+        return ', or set model.encoder.lift = "slices"' if samples == "volumes" else ""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Options of a lift are read with it alone."""
+        for lift, key, default in LIFTS:
+            if self.lift != lift and getattr(self, key) != default:
+                needed = f"model.encoder.lift = {shown(lift)}"
+                yield key, f"it would be ignored, it is read only with {needed}"
+
+
+WITHOUT_CLASS_TOKEN = (
+    r"(wide_)?res(net|nex)t?|seresnet|convnext|vgg|(tf_)?efficientnet|(tf_)?mobilenet|densenet"
+    r"|regnet|swin|alexnet|squeezenet|googlenet|inception|mnasnet|shufflenet"
+)
+"""Opening of the names of encoders of timm and torchvision that have no class token."""
+
+
+class LibraryEncoder(ImageEncoder, kw_only=True):
+    """Fields of the models of a library, by their names there."""
+
+    set_elsewhere: ClassVar[dict[str, str]] = {}
+    """Keys of model_kwargs that have, or follow from, a key of their own, and which."""
+
+    type: str
+    """Model name."""
+    pretrained: bool = True
+    """Whether the published weights are downloaded; weights takes a file instead."""
+    weights: PathText | None = None
+    """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then. An
+    adapter.safetensors of a PEFT run stands for its base, which is needed too, with the change
+    folded in."""
+    input_channels: Channels | None = None
+    """Channels of the input; none takes the data's."""
+    model_kwargs: dict[str, Any] = {}
+    """Further arguments of the model; an unknown one is an error."""
+
+    @property
+    def stated_channels(self) -> int | None:
+        return self.input_channels
+
+    @property
+    def without_class_token(self) -> str | None:
+        named = self.type if re.match(WITHOUT_CLASS_TOKEN, self.type) else None
+        return super().without_class_token or named
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        yield from argument_problems(self.model_kwargs, self.set_elsewhere)
+
+
+def argument_problems(
+    arguments: dict[str, Any], set_elsewhere: dict[str, str]
+) -> Iterator[tuple[str, str]]:
+    """model_kwargs leave alone what has a key of its own."""
+    for name in arguments:
+        if name in set_elsewhere:
+            yield f"model_kwargs.{name}", f"it comes from {set_elsewhere[name]}: set it there"
+
+
+class TimmEncoder(LibraryEncoder, tag="timm", tag_field="encoder_type"):
+    """Any image model of timm by its name, e.g. resnet18.a1_in1k."""
+
+    built_in: ClassVar[str] = "encoder_timm"
+    set_elsewhere: ClassVar[dict[str, str]] = {
+        "pretrained": "model.encoder.pretrained",
+        "in_chans": "model.encoder.input_channels",
+        "num_classes": "the data",
+        "checkpoint_path": "model.encoder.weights",
+    }
+
+    type: str = "vit_base_patch16_224"
+    """Model name; timm.list_models() has them all."""
+    weights_order: Annotated[bool, read_if("weights")] = False
+    """Whether weights is matched by the order and shape of its tensors, for files of the same
+    network under other names."""
+    small_images: bool = False
+    """Whether a ResNet's stem of stride 4 becomes one of 3x3 convolutions of stride 1, for images
+    of about 32 pixels."""
+
+
+class TorchvisionEncoder(LibraryEncoder, tag="torchvision", tag_field="encoder_type"):
+    """Any image classification model of torchvision by its name, e.g. convnext_tiny."""
+
+    built_in: ClassVar[str] = "encoder_torchvision"
+    set_elsewhere: ClassVar[dict[str, str]] = {
+        "num_classes": "the data",
+        "weights": "model.encoder.weights",
+        "dropout": "model.encoder.dropout",
+        "stochastic_depth_prob": "model.encoder.stochastic_depth_prob",
+    }
+
+    type: str = "convnext_tiny"
+    """Model name; torchvision.models.list_models() has them all."""
+    dropout: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    """Dropout inside the model, where the model has it."""
+    stochastic_depth_prob: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    """Probability of skipping the last block, where the model has it."""
+
+
+Odd = Annotated[int, Meta(ge=1, le=31)]
+Probability = Annotated[float, Meta(ge=0, lt=1)]
+Voxels = tuple[Positive, Positive, Positive]
+
+
+class VolumeEncoder(BaseEncoder):
+    """What the encoders of volumes (C, X, Y, Z) share; none of them has a class token."""
+
+    built_in: ClassVar[str] = "encoder_volume"
+
+    input_channels: Channels | None = None
+    """Channels of the input; none takes the data's."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "volumes"
+
+    @property
+    def stated_channels(self) -> int | None:
+        return self.input_channels
+
+    @property
+    def without_class_token(self) -> str | None:
+        return str(self.__struct_config__.tag)
+
+
+class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_type"):
+    """The residual encoder of nnU-Net (ResEnc, blocks of ResNet-D), of volumes or images; the
+    defaults are those of its L preset."""
+
+    spatial_dim: Literal[2, 3] = 3
+    """Axes of the input besides the channels: 3 takes volumes, 2 images."""
+    features_per_stage: tuple[Positive, ...] = (32, 64, 128, 256, 320, 320)
+    """Channels of the stages, from the input; the last is the width."""
+    kernel_sizes: Odd | tuple[Odd | tuple[Odd, ...], ...] = 3
+    """Side of the kernels, odd: of all, or a number or one per axis for each stage; an axis of
+    thick slices has 1 in the first stages."""
+    strides: tuple[Positive | tuple[Positive, ...], ...] = (1, 2, 2, 2, 2, 2)
+    """Step of the first block of each stage, a number or one per axis."""
+    n_blocks_per_stage: Positive | tuple[Positive, ...] = (1, 3, 4, 6, 6, 6)
+    """Residual blocks of all stages or of each."""
+    conv_bias: bool = True
+    """Whether convolutions have a bias, but for those of the skips."""
+    norm: Literal["instance", "batch"] = "instance"
+    """Normalisation behind each convolution, with scale and shift."""
+    dropout_p: Probability = 0.0
+    """Probability of dropping a channel behind a convolution of a stage's kernel size."""
+    nonlinearity: Literal["relu", "leaky_relu", "gelu"] = "leaky_relu"
+    """Activation; the leaky one has slope 0.01 below 0."""
+    block_type: Literal["basic", "bottleneck"] = "basic"
+    """Two convolutions a block, or three, the outer ones of one voxel."""
+    bottleneck_channels: Annotated[
+        Positive | tuple[Positive, ...] | None, read_if("block_type", "bottleneck")
+    ] = None
+    """Channels inside the blocks of all stages or of each."""
+    stem_channels: Positive | None = None
+    """Channels behind the first convolution; none takes those of the first stage."""
+    pool_type: Literal["conv", "avg", "max"] = "conv"
+    """What makes a stage's step: its first convolution, or a pooling before it."""
+    stochastic_depth_p: Probability = 0.0
+    """Probability that training skips a block for a sample."""
+    squeeze_excitation: bool = False
+    """Whether a block's channels are scaled by what a small network makes of their means."""
+    squeeze_excitation_reduction_ratio: Annotated[
+        float, Meta(gt=0, le=1), read_if("squeeze_excitation", True)
+    ] = 0.0625
+    """Hidden channels of that network in proportion to the block's, at least 8."""
+    weights: PathText | None = None
+    """File of weights (pth, pt, safetensors) under the names of dynamic-network-architectures;
+    those of one channel are spread over the input's."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "volumes" if self.spatial_dim == 3 else "images"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """There is an entry a stage and a number an axis."""
+        stages = len(self.features_per_stage)
+        if not stages:
+            yield "features_per_stage", "name the channels of one stage at least"
+        if self.block_type == "bottleneck" and self.bottleneck_channels is None:
+            yield (
+                "bottleneck_channels",
+                'model.encoder.block_type = "bottleneck" needs them: a number, or one a stage',
+            )
+        for key in ("kernel_sizes", "strides", "n_blocks_per_stage", "bottleneck_channels"):
+            given = getattr(self, key)
+            entries = given if isinstance(given, tuple) else (given,) * stages
+            if len(entries) != stages:
+                yield (
+                    key,
+                    f"{len(entries)} entries, but model.encoder.features_per_stage has {stages}"
+                    " stages: one for each",
+                )
+            if any(isinstance(e, tuple) and len(e) != self.spatial_dim for e in entries):
+                yield key, f"a number, or {self.spatial_dim} for each stage, one per axis"
+        sizes = self.kernel_sizes if isinstance(self.kernel_sizes, tuple) else (self.kernel_sizes,)
+        sides = [side for size in sizes for side in (size if isinstance(size, tuple) else (size,))]
+        if even := [side for side in sides if side % 2 == 0]:
+            yield "kernel_sizes", f"{even[0]} is even: only odd kernels keep the size"
+
+
+class PrimusEncoder(VolumeEncoder, tag="primus", tag_field="encoder_type"):
+    """The transformer of volumes by Wald et al. (Primus, 2025): EVA blocks with learned and rotary
+    position embeddings over patches of voxels."""
+
+    built_in: ClassVar[str] = "encoder_primus"
+
+    variant: Literal["S", "B", "M", "L"] = "S"
+    """Width, blocks and heads: S 396, 12, 6; B 792, 12, 12; M 864, 16, 12; L 1056, 24, 16."""
+    input_shape: Voxels | None = None
+    """Voxels that the position embedding is made for, as data.augmentation.patch_size, whose
+    default it is."""
+    patch_embed_size: Voxels = (8, 8, 8)
+    """Voxels of a token."""
+    drop_path_rate: Probability = 0.0
+    """Probability that training skips the last block for a sample; from 0 on in even steps."""
+    patch_drop_rate: Probability = 0.0
+    """Share of the tokens that training leaves out."""
+    weights: PathText | None = None
+    """File of weights (pth, pt, safetensors) under the names of dynamic-network-architectures;
+    those of one channel are spread over the input's, the position embedding is resampled."""
+    weights_shape: Annotated[Voxels | None, read_if("weights")] = None
+    """Voxels that the position embedding in the file was made for; none takes those of the input
+    where their patches are as many, else a cube."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Inputs are whole numbers of patches."""
+        for key in ("input_shape", "weights_shape"):
+            shape = getattr(self, key)
+            if shape and any(s % p for s, p in zip(shape, self.patch_embed_size, strict=True)):
+                fitting = [
+                    max(1, round(s / p)) * p
+                    for s, p in zip(shape, self.patch_embed_size, strict=True)
+                ]
+                yield (
+                    key,
+                    f"{shown(shape)} is no whole number of tokens of {shown(self.patch_embed_size)}"
+                    f" voxels; nearest {shown(fitting)}",
+                )
+
+
+class NnFoundationEncoder(
+    VolumeEncoder, tag="nnfoundation", tag_field="encoder_type", kw_only=True
+):
+    """A network pretrained with nnssl (nnFoundation, OpenMind): architecture and weights from its
+    checkpoint, whose adaptation plan says what it is."""
+
+    built_in: ClassVar[str] = "encoder_nnfoundation"
+
+    checkpoint_path: PathText
+    """checkpoint_final.pth of nnssl; its adaptation_plan.json where pretrained = false."""
+    pretrained: bool = True
+    """Whether its weights are loaded; else the architecture alone is built."""
+    drop_path_rate: Probability | None = None
+    """Probability that training skips the last block of a Primus for a sample; none takes the
+    plan's, else 0.2."""
+    input_shape: Voxels | None = None
+    """Voxels of the input, the default of data.augmentation.patch_size; none takes the plan's
+    recommended downstream patch."""
+
+
+class VideoResNetEncoder(VolumeEncoder, tag="torchvision_video", tag_field="encoder_type"):
+    """A 3-D ResNet of torchvision on volumes, their last axis in the place of time."""
+
+    type: Literal["r3d_18", "mc3_18", "r2plus1d_18"] = "r3d_18"
+    """Model name; the published weights are of Kinetics-400."""
+    pretrained: bool = True
+    """Whether the published weights are downloaded; weights takes a file instead."""
+    weights: PathText | None = None
+    """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then."""
+    model_kwargs: dict[str, Any] = {}
+    """Further arguments of the model; an unknown one is an error."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        elsewhere = {"num_classes": "the data", "weights": "model.encoder.weights"}
+        yield from argument_problems(self.model_kwargs, elsewhere)
+
+
+class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type"):
+    """No network: the samples of data set precomputed_features are features already."""
+
+    feature_dim: Annotated[int, Meta(ge=1)] | None = None
+    """Width of the features; none takes the file's, a number is checked."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "features"
+
+
+class CustomEncoder(ImageEncoder, tag="custom", tag_field="encoder_type", kw_only=True):
+    """An encoder of your own: a function of your package that returns a module."""
+
+    target: str
+    """Where the function is: "package.module:function"; called as function(input_channels=...,
+    **options). Its module gives vectors (B, D), maps (B, D, H, W), of volumes (B, D, X, Y, Z), or
+    tokens (B, N, D), of which its attributes n_prefix and has_cls say what comes before the
+    patches."""
+    input_channels: Channels | None = None
+    """Channels of the input; none takes the data's."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the function."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+        return "either" if self.lift is None else "volumes"
+
+    @property
+    def stated_channels(self) -> int | None:
+        return self.input_channels
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        yield from target_problems(self.target)
+
+
+Encoder = (
+    TimmEncoder
+    | TorchvisionEncoder
+    | ResidualEncoder
+    | PrimusEncoder
+    | NnFoundationEncoder
+    | VideoResNetEncoder
+    | PrecomputedEncoder
+    | CustomEncoder
+)
