@@ -1,0 +1,91 @@
+"""Maps of volumes: the file, and where it lies in the world."""
+
+import nibabel
+import numpy as np
+import pytest
+from nibabel.affines import apply_affine
+from nibabel.processing import resample_from_to
+from volume_files import ORIENTATIONS, PLAIN, affine_of, blob, write_nifti
+
+from glovita_lib.augment_patch import PatchCut
+from glovita_lib.read_volume import open_sample
+from glovita_lib.spec_volumes import VolumePreparation
+from glovita_lib.volume_cache import PreparedVolume
+from glovita_lib.volume_maps import part_affine, write_map
+from glovita_lib.volume_preparation import prepare
+
+# ------------------------------------------------------------------------------------ the file
+
+OBLIQUE = np.array(
+    [[0.8, -0.6, 0.0, 5.0], [0.6, 0.8, 0.0, -7.0], [0.0, 0.0, 2.5, 3.0], [0.0, 0.0, 0.0, 1.0]]
+)
+SHEARED = OBLIQUE @ np.array(
+    [[1.0, 0.3, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+)
+
+
+@pytest.mark.parametrize("name", ["map.nii.gz", "map.nii"])
+@pytest.mark.parametrize("affine", [affine_of((1, 2, 3)), OBLIQUE, SHEARED, OBLIQUE[[1, 0, 2, 3]]])
+def test_a_map_is_read_by_nibabel_with_its_values_and_place(tmp_path, name, affine):
+    values = np.random.default_rng(0).normal(size=(4, 5, 6))
+    write_map(tmp_path / name, values, affine)
+    image = nibabel.load(tmp_path / name)
+    np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), values.astype(np.float32))
+    np.testing.assert_allclose(image.affine, affine, rtol=1e-6, atol=1e-6)
+    assert image.header.get_xyzt_units()[0] == "mm"
+    if image.header["qform_code"]:  # what viewers that know no other affine take
+        np.testing.assert_allclose(image.get_qform(), affine, atol=1e-5)
+    assert bool(image.header["qform_code"]) is (affine is not SHEARED)
+
+
+def test_a_map_is_the_same_bytes_again(tmp_path):
+    values = np.ones((2, 2, 2))
+    written = []
+    for name in ("a.nii.gz", "b.nii.gz"):
+        write_map(tmp_path / name, values, np.eye(4))
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.nii.gz", "b.nii.gz"]
+
+
+# ------------------------------------------------------------------------------------ its place
+
+PREPARATIONS = [
+    {},
+    {"spacing": (1.5, 1.5, 1.5)},
+    {"crop": "foreground", "crop_margin": 1.0},
+    {"size": (32, 14, 11)},
+    {"spacing": (1.0, 1.0, 4.0), "size": (20, 30, 9)},
+    {"spacing": (2.0, 1.5, 1.0), "crop": "foreground", "size": (15, 15, 15)},
+    {"spacing": (0.7, 0.8, 0.9), "crop": "foreground"},
+    {"size": (12, 40, 12), "crop": "foreground"},
+]
+
+
+@pytest.mark.parametrize(("codes", "settings"), [*zip(ORIENTATIONS, PREPARATIONS, strict=True)])
+def test_the_maximum_of_a_map_lies_at_the_planted_lesion(tmp_path, codes, settings):
+    """A file in any orientation, prepared and cut to a patch: the map of the patch lies over the
+    file."""
+    voxels = blob((22, 24, 18))
+    voxels[12:15, 8:11, 10:13] += 10 * voxels.max()
+    affine = affine_of((1.0, 1.2, 1.5), (-30.0, 12.0, 7.0))
+    lesion = apply_affine(affine, (13, 9, 11))
+    path = write_nifti(tmp_path / "a.nii.gz", voxels, affine, codes)
+    sample = open_sample((str(path),), PLAIN)
+    spec = VolumePreparation(dtype="float32", **settings)
+    found = prepare(sample.read(), sample.affine, spec, has_spacing=True)
+    volume = PreparedVolume(
+        found.voxels, affine=found.affine, fill=found.voxels.min((1, 2, 3)), foreground=np.empty(0)
+    )
+    cut = PatchCut("center", 0.0, (16, 26, 13))
+    (box,) = cut.boxes(np.array([volume.shape[1:]]), None)
+    patch, starts = cut.one(volume, box), cut.start(volume, box)
+    write_map(tmp_path / "map.nii.gz", patch[0].numpy(), part_affine(volume.affine, starts))
+    written = nibabel.load(tmp_path / "map.nii.gz")
+    places = np.argwhere(written.get_fdata() > 0.8 * written.get_fdata().max())
+    centre = apply_affine(written.affine, places.mean(0))
+    assert np.abs(centre - lesion).max() < max(1.0, 0.6 * max(volume.spacing))
+    original = nibabel.load(path)
+    over = resample_from_to(written, original, order=0, cval=float(voxels.min())).get_fdata()
+    top = np.unravel_index(over.argmax(), over.shape)
+    assert original.get_fdata()[top] > 5 * voxels[:12].max()  # it is inside the lesion
