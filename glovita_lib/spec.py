@@ -134,7 +134,7 @@ def merge_quietly(base: dict, patch: dict, root: StructType) -> dict:
 
 
 def parse(text: str, problems: list[str]) -> tuple[Path, str, Any] | None:
-    """Key, text and value of one override; the value is TOML, else the text itself."""
+    """Key, text and value of one override; the value is what the text is as TOML, else the text."""
     key, equals, value = (part.strip() for part in text.partition("="))
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
@@ -149,12 +149,6 @@ def parse(text: str, problems: list[str]) -> tuple[Path, str, Any] | None:
     try:
         tables = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        if value[0] in "[{\"'":
-            problems.append(
-                f"{OVERRIDE} {text}: not valid TOML; quote the strings in it, and the whole for"
-                f""" the shell: '{key}=["a", "b"]'"""
-            )
-            return None
         return path, value, value
     return path, value, (tables["value"] if len(tables) == 1 else value)
 
@@ -191,6 +185,10 @@ def kind_at(path: Path, root: StructType, table: dict) -> tuple[Type | None, boo
     return kind, False
 
 
+WORD = '"a"'
+EXAMPLES = {"[": '["a", "b"]', "{": '{ a = "b" }'}  # of TOML, by what it begins with
+
+
 def settle(
     path: Path, text: str, value: Any, kind: Type | None, free: bool, problems: list[str]
 ) -> Any:
@@ -206,11 +204,23 @@ def settle(
             key, valid = spec_errors.dotted(path), spec_errors.describe_type(kind)
             problems.append(f"{OVERRIDE} {key}={text}: cannot be unset: it must be {valid}{hint}")
         return UNSET
-    if kind is None or isinstance(value, str | list | dict):
+    options = spec_errors.options_of(kind) if kind is not None else []
+    takes_text = any(isinstance(option, kinds.StrType) for option in options)
+    only_text = takes_text and all(isinstance(o, kinds.StrType | kinds.NoneType) for o in options)
+    if value == text and text[0] in "[{\"'" and not (only_text and text[0] in "[{"):
+        key = spec_errors.dotted(path)
+        problems.append(
+            f"{OVERRIDE} {key}={text}: not valid TOML; quote the strings in it, and the whole for"
+            f" the shell: '{key}={EXAMPLES.get(text[0], WORD)}'"
+        )
+        return UNSET
+    if kind is None or isinstance(value, str):
         return value
-    takes_text = any(isinstance(option, kinds.StrType) for option in spec_errors.options_of(kind))
-    numbers = kinds.IntType | kinds.FloatType | kinds.BoolType
-    takes_value = any(isinstance(option, numbers) for option in spec_errors.options_of(kind))
+    takes_value = any(
+        isinstance(o, kinds.IntType | kinds.FloatType | kinds.BoolType) for o in options
+    )
+    if isinstance(value, list | dict):
+        return text if only_text else value
     return text if takes_text and not takes_value else value
 
 

@@ -288,7 +288,13 @@ def test_none_unsets(root):
         ("specs/other.toml", "write it as section.key=value"),
         ("training.epochs=none", "cannot be unset: it must be a whole number >= 1"),
         ("optimizer.scheduler=none", 'did you mean "None"?'),
-        ("task.metrics=[acc, f1]", "not valid TOML; quote the strings"),
+        ("task.metrics=[acc, f1]", """the shell: 'task.metrics=["a", "b"]'"""),
+        (
+            "model.encoder.model_kwargs={a",
+            """the shell: 'model.encoder.model_kwargs={ a = "b" }'""",
+        ),
+        ("training.epochs=[3", "not valid TOML; quote the strings"),
+        ('name="a', """the shell: 'name="a"'"""),
         ("extends=other.toml", "extends can only be set in the file"),
         ("training.epochs=3.5", "3.5 is not valid"),
         ("training.epoch=3", 'did you mean "epochs"?'),
@@ -300,6 +306,15 @@ def test_override_mistakes(errors, override, part):
     assert len(lines) == 1, lines
     assert lines[0].startswith("--override ")
     assert part in lines[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["{checkpoint}_{split}.h5", "[x]/y", "[1]", "{a=1}", "[", "{}", "a=[b]", "{"]
+)
+def test_a_field_of_text_takes_brackets_as_they_are(root, text):
+    """The type of the field decides how a value is read."""
+    loaded = root("", f"name={text}", f"extract.output_filename={text}", f"exp_dir={text}")
+    assert (loaded.name, loaded.extract.output_filename, loaded.exp_dir) == (text, text, text)
 
 
 def test_override_below_a_value(errors):
