@@ -37,18 +37,15 @@ from glovita_lib.data_splits import (
 from glovita_lib.dist import cores
 from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import on_disk, read_csv
+from glovita_lib.read_bags import FolderBags, bag_files, check_bags, open_folder
 from glovita_lib.read_features import (
     BagSource,
     FeatureFile,
     FileBags,
-    FolderBags,
     Keys,
     VectorSource,
-    bag_files,
-    check_bags,
     check_finite,
     open_features,
-    open_folder,
 )
 from glovita_lib.spec_data import PrecomputedData
 

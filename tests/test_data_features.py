@@ -459,6 +459,34 @@ def test_a_dataset_that_the_spec_names_must_be_there(tmp_path, kind):
         build(tmp_path, train_features_file=name, **{f"{kind}_key": "mine"})
 
 
+def test_what_says_the_bags_twice_says_the_same(tmp_path):
+    """Also (B, L, D) beside lengths that its padding would need."""
+    lengths = np.array([20, 13, 27])
+    ptr = np.concatenate([[0], np.cumsum(lengths)])
+    build(tmp_path, train_features_file=ragged_of(tmp_path, X[:60], ptr, lengths))
+    for other, what in (
+        (np.array([20, 27, 13]), "the first says 13 instances in bag 1, the second 27"),
+        (np.array([20, 40]), "the first says 3 bags, the second 2"),
+    ):
+        name = ragged_of(tmp_path, X[:60], ptr, other)
+        with pytest.raises(UserError, match=f"'bag_ptr' and 'bag_lengths' contradict.*{what}"):
+            build(tmp_path, train_features_file=name)
+    padded = X[:60].reshape(3, 20, -1)
+    build(tmp_path, train_features_file=ragged_of(tmp_path, padded, np.arange(4) * 20))
+    name = ragged_of(tmp_path, padded, lengths=np.array([20, 13, 7]))
+    with pytest.raises(
+        UserError, match="20 instances in bag 1, the second 13.*without the padding"
+    ):
+        build(tmp_path, train_features_file=name)
+
+
+def ragged_of(folder, features, ptr=None, lengths=None) -> str:
+    """A file of three bags."""
+    tables = {"bag_ptr": ptr, "bag_lengths": lengths}
+    given = {key: value for key, value in tables.items() if value is not None}
+    return write(folder / "bags.h5", features=features, labels=Y[:3], **given)
+
+
 @pytest.mark.parametrize("text", ['["even", "odd"]', "even, odd"])
 def test_class_names_that_are_one_text(tmp_path, text):
     name = write(
