@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from glovita_lib import network
-from glovita_lib.checkpoint import LoadTarget
 from glovita_lib.errors import UserError, call_target, listed, reason, refuse
 from glovita_lib.spec import ByStruct
 from glovita_lib.spec_augment import CropMode
 from glovita_lib.spec_encoders import BaseEncoder, CustomEncoder, ImageEncoder, PrecomputedEncoder
+from glovita_lib.weights import LoadTarget
 
 # ------------------------------------------------------------------------------------ inputs
 #

@@ -17,12 +17,12 @@ import msgspec
 import torch
 from torch import Tensor
 
-from glovita_lib import checkpoint
 from glovita_lib.encoder import Encoder, build_encoder, check_channels, patch_size_of
 from glovita_lib.encoder_primus import LAYER_SCALE, WIDTHS, PrimusShape, build_primus, input_size
 from glovita_lib.encoder_volume import SLOPE, Size, build_residual
 from glovita_lib.errors import UserError, listed, reason
 from glovita_lib.spec_encoders import NnFoundationEncoder, ResidualEncoder
+from glovita_lib.weights import load_tensors
 
 Voxels = tuple[int, int, int]
 PLAN = "nnssl_adaptation_plan"
@@ -251,5 +251,5 @@ def _(
     encoder = build_planned(spec, plan, channels, size)
     if load_weights and spec.pretrained:
         source = f'model.encoder.checkpoint_path = "{spec.checkpoint_path}"'
-        checkpoint.load_tensors(encoder.load_target, plan.tensors(), source=source)
+        load_tensors(encoder.load_target, plan.tensors(), source=source)
     return encoder

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glovita_lib import checkpoint
-from glovita_lib.checkpoint import LoadTarget
 from glovita_lib.encoder import Encoder, build_encoder, check_channels, patch_size_of
 from glovita_lib.encoder_volume import Size, initialise, spread_channels
 from glovita_lib.errors import UserError
 from glovita_lib.spec_encoders import PrimusEncoder
+from glovita_lib.weights import LoadTarget, load_file
 
 # ------------------------------------------------------------------------------- the network
 #
@@ -349,6 +348,6 @@ def _(spec: PrimusEncoder, *, channels: int, size: Size | None, load_weights: bo
         trained=() if spec.weights_shape is None else (spec.weights_shape,),
     )
     if load_weights and spec.weights is not None:
-        note = checkpoint.load_weights(encoder.load_target, spec.weights, by_order=False)
+        note = load_file(encoder.load_target, spec.weights, key=spec.weights_key)
         encoder.notes += () if note is None else (note,)
     return encoder

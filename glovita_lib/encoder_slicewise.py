@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from glovita_lib import network
-from glovita_lib.checkpoint import LoadTarget
 from glovita_lib.encoder import (
     Encoder,
     aggregate,
@@ -31,6 +30,7 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec_encoders import ImageEncoder, Inflation, Slices
+from glovita_lib.weights import LoadTarget
 
 if TYPE_CHECKING:
     from glovita_lib.bags import Bags  # who reads volumes need not load it

@@ -16,14 +16,6 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.checkpoint import (
-    LoadTarget,
-    Tensors,
-    fit_kernel,
-    handed_over,
-    load_directly,
-    load_weights,
-)
 from glovita_lib.encoder import (
     Encoder,
     Preprocess,
@@ -34,6 +26,14 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.errors import UserError, listed, reason
 from glovita_lib.spec_encoders import TimmEncoder
+from glovita_lib.weights import (
+    LoadTarget,
+    Tensors,
+    fit_kernel,
+    handed_over,
+    load_directly,
+    load_file,
+)
 
 OURS = {  # arguments of timm that other keys of the spec decide
     "num_classes": "the data",
@@ -178,7 +178,9 @@ def build_timm(
     )
     encoder.load_target = timm_target(spec, config, net, loader)
     if spec.weights is not None and read_weights:
-        note = load_weights(encoder.load_target, spec.weights, by_order=spec.weights_order)
+        note = load_file(
+            encoder.load_target, spec.weights, key=spec.weights_key, by_order=spec.weights_order
+        )
         encoder.notes += () if note is None else (note,)
     if (present := present_name(spec.type)) != spec.type:
         encoder.notes += (f'model.encoder.type = "{spec.type}" is now called {present} in timm',)

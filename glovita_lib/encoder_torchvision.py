@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glovita_lib.checkpoint import LoadTarget, Tensors, fit_kernel, load_tensors, load_weights
 from glovita_lib.encoder import (
     Encoder,
     Preprocess,
@@ -27,6 +26,7 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.errors import UserError, reason
 from glovita_lib.spec_encoders import TorchvisionEncoder, VideoResNetEncoder
+from glovita_lib.weights import LoadTarget, Tensors, fit_kernel, load_file, load_tensors
 
 TAIL = ("avgpool", "flatten", "dropout", "classifier", "fc", "head")  # pooling and classifier
 AUXILIARY = ("aux1", "aux2", "AuxLogits")  # classifiers for training GoogLeNet and Inception
@@ -321,7 +321,7 @@ def load_torchvision_file(
         UserError: they do not exist or cannot be fetched; names the way without a network.
     """
     if spec.weights is not None:
-        return load_weights(target, spec.weights, by_order=False)
+        return load_file(target, spec.weights, key=spec.weights_key)
     if not spec.pretrained:
         return None
     weights = published_torchvision(spec)

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glovita_lib import checkpoint
-from glovita_lib.checkpoint import LoadTarget
 from glovita_lib.encoder import (
     Encoder,
     Preprocess,
@@ -32,6 +30,7 @@ from glovita_lib.encoder_torchvision import (
 )
 from glovita_lib.errors import UserError
 from glovita_lib.spec_encoders import ResidualEncoder, VideoResNetEncoder
+from glovita_lib.weights import LoadTarget, load_file
 
 Size = tuple[int, ...]
 Tensors = dict[str, Tensor]
@@ -387,7 +386,7 @@ def _(spec: ResidualEncoder, *, channels: int, size: Size | None, load_weights: 
     check_channels(spec, channels)
     encoder = build_residual(spec, name="residual_encoder", channels=channels, size=size)
     if load_weights and spec.weights is not None:
-        note = checkpoint.load_weights(encoder.load_target, spec.weights, by_order=False)
+        note = load_file(encoder.load_target, spec.weights, key=spec.weights_key)
         encoder.notes += () if note is None else (note,)
     return encoder
 

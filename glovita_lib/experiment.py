@@ -356,7 +356,8 @@ def with_base_of(own: Root, root: Root) -> Root:
     same = all(here.get(key) == there.get(key) for key in ("encoder_type", "type"))
     if not (same and here.get("weights") and there.get("weights")):
         return replace(own, model=with_paths(own.model))
-    encoder = replace(own.model.encoder, weights=here["weights"])
+    given = {"weights": here["weights"], "weights_key": here["weights_key"]}
+    encoder = replace(own.model.encoder, **given)
     return replace(own, model=replace(own.model, encoder=encoder))
 
 
@@ -371,6 +372,8 @@ def merged_base(root: Root, ranks: dist.Ranks) -> BaseWeights | None:
     if weights is None or not is_adapter(weights):
         return None
     adapter, path = read_adapter(weights), Path(weights)
+    if msgspec.to_builtins(root.model.encoder)["weights_key"] is not None:
+        raise UserError(f"model.encoder.weights_key: {path} holds one network; leave it out")
     own, resolved = spec_of(adapter.run, path), resolved_of(adapter.run, path)
     own = replace(own, model=with_paths(own.model))
     base = msgspec.to_builtins(own.model.encoder).get("weights")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.checkpoint import load_tensors
 from glovita_lib.encoder import (
     Encoder,
     Features,
@@ -26,6 +25,7 @@ from glovita_lib.network import keep_eager
 from glovita_lib.peft_base import ADDED, adapters_by_class, apply_peft, encoder_of
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import Peft
+from glovita_lib.weights import load_tensors
 
 if TYPE_CHECKING:
     from glovita_lib.bags import Bags  # runs on images do not load it

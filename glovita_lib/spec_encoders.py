@@ -164,6 +164,9 @@ class LibraryEncoder(ImageEncoder, kw_only=True):
     """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then. An
     adapter.safetensors of a PEFT run stands for its base, which is needed too, with the change
     folded in."""
+    weights_key: Annotated[str | None, read_if("weights")] = None
+    """Where in the file the network stands, as "state_dict_ema" or "teacher.backbone"; "" is the
+    top. none takes the averaged one of several, or the teacher."""
     input_channels: Channels | None = None
     """Channels of the input; none takes the data's."""
     model_kwargs: dict[str, Any] = {}
@@ -302,6 +305,9 @@ class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_
     weights: PathText | None = None
     """File of weights (pth, pt, safetensors) under the names of dynamic-network-architectures;
     those of one channel are spread over the input's."""
+    weights_key: Annotated[str | None, read_if("weights")] = None
+    """Where in the file the network stands, as "state_dict_ema" or "teacher.backbone"; "" is the
+    top. none takes the averaged one of several, or the teacher."""
 
     @property
     def takes(self) -> Literal["images", "volumes", "features", "either"]:
@@ -354,6 +360,9 @@ class PrimusEncoder(VolumeEncoder, tag="primus", tag_field="encoder_type"):
     weights: PathText | None = None
     """File of weights (pth, pt, safetensors) under the names of dynamic-network-architectures;
     those of one channel are spread over the input's, the position embedding is resampled."""
+    weights_key: Annotated[str | None, read_if("weights")] = None
+    """Where in the file the network stands, as "state_dict_ema" or "teacher.backbone"; "" is the
+    top. none takes the averaged one of several, or the teacher."""
     weights_shape: Annotated[Voxels | None, read_if("weights")] = None
     """Voxels that the position embedding in the file was made for; none takes those of the input
     where their patches are as many, else a cube."""
@@ -403,6 +412,9 @@ class VideoResNetEncoder(VolumeEncoder, tag="torchvision_video", tag_field="enco
     """Whether the published weights are downloaded; weights takes a file instead."""
     weights: PathText | None = None
     """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then."""
+    weights_key: Annotated[str | None, read_if("weights")] = None
+    """Where in the file the network stands, as "state_dict_ema" or "teacher.backbone"; "" is the
+    top. none takes the averaged one of several, or the teacher."""
     model_kwargs: dict[str, Any] = {}
     """Further arguments of the model; an unknown one is an error."""
 

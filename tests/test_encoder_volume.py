@@ -13,7 +13,6 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glovita_lib import checkpoint
 from glovita_lib.encoder import Encoder, aggregate, build_encoder, patch_size_of, preprocess_of
 from glovita_lib.encoder_primus import WIDTHS, PrimusNetwork, PrimusShape, build_primus, resample
 from glovita_lib.encoder_volume import Block, ResidualNetwork, build_residual, fit_rgb
@@ -28,6 +27,7 @@ from glovita_lib.spec_encoders import (
 )
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import FullFinetuning
+from glovita_lib.weights import load_tensors
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "volume_reference.py"
 
@@ -86,7 +86,7 @@ def test_residual_encoders_are_those_of_the_package(name: str) -> None:
     size = (16,) * spec.spatial_dim
     encoder = build_residual(spec, name=name, channels=2, size=size).eval()
     found = RECORD["residual"][name]
-    checkpoint.load_tensors(encoder.load_target, recorded_tensors(found["shapes"]), source=name)
+    load_tensors(encoder.load_target, recorded_tensors(found["shapes"]), source=name)
     with torch.no_grad():
         output = encoder.net(REFERENCE.formula("input", (2, 2, *size)))
     torch.testing.assert_close(
@@ -100,7 +100,7 @@ def test_primus_is_that_of_the_package(name: str) -> None:
     shape = PrimusShape(396, 2, 6, (8, 8, 8), drop_path=0.0, registers=registers)
     encoder = build_primus(shape, name=name, channels=2, size=tuple(size), trained=()).eval()
     found = RECORD["primus"][name]
-    checkpoint.load_tensors(encoder.load_target, recorded_tensors(found["shapes"]), source=name)
+    load_tensors(encoder.load_target, recorded_tensors(found["shapes"]), source=name)
     with torch.no_grad():
         features = encoder(REFERENCE.formula("input", (2, 2, *size)))
     assert features.grid == tuple(side // 8 for side in size) and features.n_prefix == registers

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "glovita_lib"
 
 RUNS = r"run_.*|rundir|experiment|trainer|objectives|results|extraction|feature_writer"
-MODELS = r"encoder.*|head.*|peft.*|model|attention_pool|attention_maps|checkpoint"
+MODELS = r"encoder.*|head.*|peft.*|model|attention_pool|attention_maps|checkpoint|weights"
 DATA_SETS = r"data_folder|data_features|data_volumes|datasets|loader.*"
 
 MAY_NOT_KNOW = {

