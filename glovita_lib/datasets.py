@@ -17,6 +17,7 @@ from glovita_lib.data import (
     Outputs,
     Source,
     Split,
+    VolumeSamples,
     read_data_set,
     subset,
 )
@@ -28,8 +29,9 @@ from glovita_lib.spec_data import (
     BaseData,
     Cifar10Data,
     Cifar100Data,
-    CustomData,
+    CustomVolumes,
     DigitsData,
+    OwnData,
 )
 
 if TYPE_CHECKING:
@@ -249,13 +251,18 @@ def array_split(samples: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> S
 
 
 @read_data_set.register
-def _(spec: CustomData, *, seed: int) -> Data:
+def _(spec: OwnData, *, seed: int) -> Data:
     """The user's own function."""
     data = call_target("data", spec.target, spec, seed, **spec.options)
     if not isinstance(data, Data):
         raise UserError(
             f'data.target = "{spec.target}" returned {type(data).__name__}, expected'
             " glovita_lib.data.Data"
+        )
+    if isinstance(spec, CustomVolumes) and not isinstance(data.samples, VolumeSamples):
+        raise UserError(
+            f'data.target = "{spec.target}" returned {data.samples.kind}, and data.dataset ='
+            ' "custom_3d_dataset" takes volumes: set it to "custom"'
         )
     for name, split in data.splits.items():
         if not isinstance(split.source, Source):

@@ -32,7 +32,6 @@ from glovita_lib.objectives import (
 from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
 from glovita_lib.resolved import BagInputs, EncodedInputs, Inputs, Resolved, VectorInputs
 from glovita_lib.spec import ByStruct, Spec, expand, with_paths
-from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_errors import shown
 from glovita_lib.spec_model import Head
 from glovita_lib.spec_root import Root
@@ -410,10 +409,11 @@ def record_of(path: Path) -> Resolved:
 
 def transform_notes(own: Root, root: Root) -> list[str]:
     """What a spec says of data.augmentation, other than when a model was trained."""
-    ours, theirs = (msgspec.to_builtins(spec.data).get("augmentation") for spec in (root, own))
-    if ours is None:
+    section = getattr(root.data, "augmentation", None)
+    if section is None:
         return []
-    default = msgspec.to_builtins(ImageAugmentation())
+    ours, default = msgspec.to_builtins(section), msgspec.to_builtins(type(section)())
+    theirs = msgspec.to_builtins(own.data).get("augmentation")
     return [
         f"data.augmentation.{key} = {shown(value)}"
         for key, value in ours.items()

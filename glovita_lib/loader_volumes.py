@@ -9,8 +9,11 @@ from msgspec.structs import asdict
 from glovita_lib.augment_volumes import VolumeAugmenter, resolve_volume_augmentation
 from glovita_lib.data import Data, Split, VolumeSamples
 from glovita_lib.encoder import patch_size_of
+from glovita_lib.errors import UserError
 from glovita_lib.objectives import build_inputs
 from glovita_lib.resolved import VolumeInputs, resolve_inputs
+from glovita_lib.spec_augment import ImageAugmentation
+from glovita_lib.spec_data import CustomVolumes
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_volumes import VolumeAugmentation
 
@@ -20,10 +23,13 @@ SPACINGS = 32  # volumes whose spacing is looked at
 @resolve_inputs.register
 def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
     section, policies = getattr(root.data, "augmentation", None), root.data.default_policies
-    if not isinstance(
-        section, VolumeAugmentation
-    ):  # a data set of the user's own has that of images
-        section, policies = VolumeAugmentation(), ("default_3d_1", "shared_default_3d")
+    if not isinstance(section, VolumeAugmentation):  # dataset = "custom"
+        if section != ImageAugmentation():
+            raise UserError(
+                "data.augmentation is that of images here, and the samples are volumes: set"
+                ' data.dataset = "custom_3d_dataset"'
+            )
+        section, policies = VolumeAugmentation(), CustomVolumes.default_policies
     sizes = {split.source.uniform for split in data.splits.values() if len(split)}
     shape = sizes.pop() if len(sizes) == 1 else None
     asked = patch_size_of(root.model.encoder)

@@ -526,10 +526,9 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
             )
 
 
-class CustomData(ImageData, tag="custom", tag_field="dataset", kw_only=True):
-    """A data set of your own: a function of your package that returns glovita_lib.data.Data."""
+class OwnData(BaseData, kw_only=True):
+    """Fields of a data set of your own, made by a function of yours."""
 
-    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "either"
     folds: ClassVar[int | None] = None
 
     target: str
@@ -543,6 +542,26 @@ class CustomData(ImageData, tag="custom", tag_field="dataset", kw_only=True):
         yield from target_problems(self.target)
 
 
+class CustomData(OwnData, tag="custom", tag_field="dataset"):
+    """A data set of your own: a function of your package that returns glovita_lib.data.Data."""
+
+    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "either"
+
+    augmentation: ImageAugmentation = ImageAugmentation()
+    """Augmentation and preprocessing of images; volumes are taken as they are."""
+
+
+class CustomVolumes(OwnData, tag="custom_3d_dataset", tag_field="dataset"):
+    """A data set of volumes of your own: a function that returns glovita_lib.data.Data, whose
+    patches are cut and augmented."""
+
+    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "volumes"
+    default_policies: ClassVar[tuple[str, str]] = ("default_3d_1", "shared_default_3d")
+
+    augmentation: VolumeAugmentation = VolumeAugmentation()
+    """Policies and the patch that is cut."""
+
+
 Data = (
     DigitsData
     | Cifar10Data
@@ -551,4 +570,5 @@ Data = (
     | VolumeData
     | PrecomputedData
     | CustomData
+    | CustomVolumes
 )

@@ -1,0 +1,133 @@
+"""The real volumes that specs learn from: where pieces lie, what their targets are."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from glovita_lib import data_icbm
+from glovita_lib.data import Data
+from glovita_lib.datasets import build_data
+from glovita_lib.errors import UserError
+from glovita_lib.spec_data import CustomData, CustomVolumes
+
+SPLITS = ("train", "val", "test")
+
+
+def build(function: str, seed: int = 0, **options: int) -> Data:
+    """A data set of the module as a spec builds it."""
+    target = f"glovita_lib.data_icbm:{function}"
+    return build_data(CustomVolumes(target=target, options=options), seed=seed)
+
+
+def voxels_of(data: Data, split: str) -> np.ndarray:
+    """Which voxels of the brain the pieces of a split cover, by their affines."""
+    brain = data_icbm.read_brain()
+    source = data.splits[split].source
+    to_voxel = np.linalg.inv(brain.affine)
+    covered = np.zeros(brain.t1.shape, bool)
+    for piece in source.windows(np.arange(len(data.splits[split]))):
+        start = np.rint((to_voxel @ piece.affine)[:3, 3]).astype(int)
+        part = tuple(slice(at, at + side) for at, side in zip(start, piece.shape[1:], strict=True))
+        expected = brain.t1[part].astype(np.float32) / 127.5 - 1
+        np.testing.assert_allclose(piece[0], expected, atol=1e-6)
+        covered[part] = True
+    return covered
+
+
+@pytest.mark.parametrize("function", ["tissue", "white_depth"])
+@pytest.mark.parametrize("seed", [0, 3, 4])
+def test_no_voxel_is_in_two_splits(function, seed):
+    data = build(function, seed, pieces=300)
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 150,
+        "val": 45,
+        "test": 105,
+    }
+    covered = {split: voxels_of(data, split) for split in SPLITS}
+    for first, second in combinations(SPLITS, 2):
+        assert not (covered[first] & covered[second]).any()
+    half = len(covered["train"]) // 2
+    assert not covered["test"][: half + 1].any()
+    assert not (covered["train"] | covered["val"])[half:].any()
+
+
+def test_the_seed_chooses_the_block_of_validation_alone():
+    first, same, other = (build("tissue", seed, pieces=300) for seed in (0, 0, 3))
+    for split in SPLITS:
+        assert first.splits[split].ids == same.splits[split].ids
+    assert first.splits["test"].ids == other.splits["test"].ids
+    assert not set(first.splits["val"].ids) & set(other.splits["val"].ids)
+
+
+def middle_voxels(split) -> tuple[np.ndarray, ...]:
+    """The voxels in the middle of pieces, from their ids."""
+    affine = data_icbm.read_brain().affine
+    world = np.array([[float(side) for side in name.split("_")] for name in split.ids])
+    voxels = (world - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    return tuple(np.rint(voxels).astype(int).T)
+
+
+def test_labels_are_the_tissue_in_the_middle():
+    brain = data_icbm.read_brain()
+    for split in build("tissue", pieces=300).splits.values():
+        grey, white = (each[middle_voxels(split)] for each in (brain.gm, brain.wm))
+        expected = np.where(grey > 200, 0, np.where(white > 230, 1, 2))
+        assert (split.targets == expected).all()
+        assert np.bincount(split.targets).tolist() == [len(split) // 3] * 3
+
+
+def test_depth_is_the_distance_to_the_surface():
+    """By brute force over all voxels near the place."""
+    white = data_icbm.read_brain().wm > 127
+    split = build("white_depth", pieces=60).splits["test"]
+    for place, (depth,) in zip(zip(*middle_voxels(split), strict=True), split.targets, strict=True):
+        part = tuple(slice(max(0, at - 9), at + 10) for at in place)
+        others = np.argwhere(white[part] != white[place]) + [each.start for each in part]
+        nearest = np.sqrt(((others - place) ** 2).sum(1)).min() - 0.5
+        assert depth == pytest.approx(nearest if white[place] else -nearest)
+    assert np.abs(split.targets).max() < 6 and split.targets.std() > 2
+    assert split.targets.dtype == np.float64
+
+
+def test_sizes_and_numbers_are_options():
+    data = build("tissue", pieces=30, size=9)
+    assert data.splits["test"].source.uniform == (1, 9, 9, 9)
+    assert voxels_of(data, "train").any()
+    with pytest.raises(UserError, match=r"data.options: .* pieces of 90 voxels .* there are \d+"):
+        build("tissue", size=90)
+    with pytest.raises(UserError, match="unexpected keyword argument 'sise'"):
+        build("tissue", sise=9)
+
+
+def test_foreground_is_brain():
+    source = build("tissue", pieces=30).splits["train"].source
+    for piece in source.windows(np.arange(3)):
+        x, y, z = piece.foreground.T
+        assert len(x) and (piece[0][x, y, z] > -1).all()
+        assert (piece.fill == piece[...].min()).all() and piece.spacing == (1, 1, 1)
+
+
+def test_the_package_is_asked_for(monkeypatch):
+    data_icbm.read_brain.cache_clear()
+    monkeypatch.setattr(data_icbm, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps nilearn"):
+        build("tissue")
+    monkeypatch.undo()
+    monkeypatch.setattr(data_icbm, "FILE", "gone/{}.nii.gz")
+    with pytest.raises(UserError, match="t1.nii.gz is missing in this release of nilearn"):
+        build("tissue")
+
+
+def test_volumes_are_asked_for():
+    """Of a function that returns something else the data set of volumes says so."""
+    with pytest.raises(UserError, match='returned images, .* set it to "custom"'):
+        build_data(CustomVolumes(target="test_data_icbm:of_images"), seed=0)
+    assert build_data(CustomData(target="test_data_icbm:of_images"), seed=0).name == "digits"
+
+
+def of_images(spec, seed):
+    """A data set of images."""
+    from glovita_lib.spec_data import DigitsData
+
+    return build_data(DigitsData(), seed=seed)
