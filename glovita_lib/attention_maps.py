@@ -16,7 +16,7 @@ from glovita_lib.data import Split
 from glovita_lib.encoder import Features
 from glovita_lib.errors import UserError, file_name, listed
 from glovita_lib.extraction import token_places
-from glovita_lib.figures import GREY, displayed, drawing, number, short, window
+from glovita_lib.figures import GREY, bare, displayed, drawing, number, short, window
 from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.resolved import ImageInputs, Resolved
 
@@ -394,7 +394,7 @@ def draw_bags(
     for old in folder.glob("*.png"):
         old.unlink()
     with h5py.File(attention, "r") as file:
-        chosen = chosen_bags(predictions, resolved.subtask, count) if "coords" in file else []
+        chosen = chosen_samples(predictions, resolved.subtask, count) if "coords" in file else []
         bags = [bag_map(file, bag, split, predictions, resolved) for bag in chosen]
     drawn = [bag for bag in bags if np.isfinite(bag.coords).all()]
     for bag in drawn:
@@ -402,13 +402,13 @@ def draw_bags(
     return len(drawn)
 
 
-def chosen_bags(predictions: Predictions, subtask: str, count: int) -> list[int]:
-    """Rows of at most `count` bags in ascending order: of classes the first bags of each, by turns;
+def chosen_samples(predictions: Predictions, subtask: str, count: int) -> list[int]:
+    """Rows of at most `count` samples in ascending order: of classes the first of each, by turns;
     of other targets evenly from the lowest to the highest (of several, the first); without labels
     evenly over the split."""
-    bags = len(predictions.ids)
+    samples = len(predictions.ids)
     if not isinstance(predictions, LabelledPredictions):
-        order = np.arange(bags)
+        order = np.arange(samples)
     elif subtask == "multiclass":
         turns = [np.flatnonzero(predictions.targets == k) for k in np.unique(predictions.targets)]
         turn = np.concatenate([np.arange(len(rows)) for rows in turns])
@@ -416,7 +416,7 @@ def chosen_bags(predictions: Predictions, subtask: str, count: int) -> list[int]
         return sorted(order[:count].tolist())
     else:
         order = np.argsort(predictions.targets[:, 0], kind="stable")
-    places = np.linspace(0, bags - 1, min(count, bags)).astype(int)
+    places = np.linspace(0, samples - 1, min(count, samples)).astype(int)
     return sorted(order[places].tolist())
 
 
@@ -582,15 +582,6 @@ def draw_cells(
     cells[y, x] = values  # of equal places the last one stays
     extent = (low[0], low[0] + cells.shape[1] * side, low[1] + cells.shape[0] * side, low[1])
     return axes.imshow(cells, extent=extent, interpolation="nearest", **colours)
-
-
-def bare(axes: Any) -> None:
-    """Equal scales, no ticks, no grid."""
-    axes.set_aspect("equal")
-    axes.set(xticks=[], yticks=[])
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def concentration(attention: np.ndarray) -> str:

@@ -148,12 +148,15 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, *, pooled: bool = True) -> Features:
         """Features of inputs (B, C, *size); without the library's own vector if not asked for."""
-        raw = self.forward_features(x)
+        return self.features_of(self.forward_features(x), x.shape[2:], pooled=pooled)
+
+    def features_of(self, raw: Any, size: torch.Size, *, pooled: bool) -> Features:
+        """Features from raw ones of inputs of a spatial size."""
         if self.layout is None:
             return Features(None, None, 0, False, self.pool(raw), self.pooling)
         vector = self.pool(raw) if pooled and self.pooling else None  # (B, D')
         tokens = self.norm(self.to_tokens(raw))  # (B, N, D)
-        grid = self.grid(raw, x.shape[2:])
+        grid = self.grid(raw, size)
         return Features(tokens, grid, self.n_prefix, self.has_cls, vector, self.pooling)
 
     def to_tokens(self, raw: Tensor) -> Tensor:

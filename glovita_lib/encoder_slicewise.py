@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from glovita_lib import network
 from glovita_lib.encoder import (
     Encoder,
+    Features,
     aggregate,
     build_encoder,
     check_channels,
@@ -86,12 +87,13 @@ class SlicewiseEncoder(Encoder):
                 inner.net.get_parameter(name).requires_grad_(False)
 
     def forward(self, x: "Tensor | Bags", *, pooled: bool = True) -> Any:
-        """Features of volumes (B, C, X, Y, Z): tokens (B, S, D), the vectors of the slices, at
-        `places`, voxels along the axis. Bags of vectors, encoded before, as they are."""
-        if not isinstance(x, Tensor):
-            return x
-        features = super().forward(x, pooled=pooled)
-        features.places = tuple(self.places(x.shape[2 + self.axis]).tolist())
+        """Features of volumes (B, C, X, Y, Z); bags of vectors, encoded before, as they are."""
+        return super().forward(x, pooled=pooled) if isinstance(x, Tensor) else x
+
+    def features_of(self, raw: Tensor, size: torch.Size, *, pooled: bool) -> Features:
+        """Tokens (B, S, D), the vectors of the slices, at `places`, voxels along the axis."""
+        features = super().features_of(raw, size, pooled=pooled)
+        features.places = tuple(self.places(size[self.axis]).tolist())
         return features
 
     def places(self, voxels: int) -> Tensor:

@@ -156,6 +156,10 @@ LINE = 0.125  # inches of a caption line
 SMALL = 96  # pixels up to which each pixel stays a sharp square
 
 
+Limits = tuple[float, float]
+"""Values shown as black and white."""
+
+
 class Line(NamedTuple):
     """One line of a caption."""
 
@@ -235,23 +239,45 @@ def worst_sheet(
     """
     columns = max(1, min(COLUMNS, len(images)))
     side = WIDTH / COLUMNS - GAP
-    room = int(side / 0.056)  # characters of a caption line
-    captions = caption_lines(targets, scores, subtask, class_names, room)
-    names = unique_short(ids, room)
+    captions = worst_captions(ids, targets, scores, losses, subtask, class_names, side)
     rows = -(-len(images) // columns)
     with image_grid(path, rows, [1] * columns, side=side, lines=4) as (figure, cells):
-        title = "Largest losses" if len(images) else "No samples"
-        figure.suptitle(title, x=0, y=1.01, ha="left", va="bottom", fontsize=9.5)
+        title_of_worst(figure, len(images))
         for i, (image, lines) in enumerate(zip(images, captions, strict=True)):
             low, high = window(image, bit_depth)
-            lines = [Line(names[i], GREY), *lines, Line(f"loss {number(float(losses[i]))}", GREY)]
             show(cells[divmod(i, columns)], displayed(image, low, high), lines, "SW")
+
+
+def title_of_worst(figure: Any, count: int) -> None:
+    """The heading of a sheet of so many samples."""
+    title = "Largest losses" if count else "No samples"
+    figure.suptitle(title, x=0, y=1.01, ha="left", va="bottom", fontsize=9.5)
+
+
+def worst_captions(
+    ids: Sequence[str],
+    targets: np.ndarray,
+    scores: np.ndarray,
+    losses: np.ndarray,
+    subtask: str,
+    class_names: tuple[str, ...],
+    side: float,
+) -> list[list[Line]]:
+    """Id, truth, prediction and loss of each sample, in images of a width in inches; the other
+    arguments are those of worst_sheet."""
+    room = int(side / 0.056)  # characters of a caption line
+    said = caption_lines(targets, scores, subtask, class_names, room)
+    names = unique_short(ids, room)
+    return [
+        [Line(name, GREY), *lines, Line(f"loss {number(float(loss))}", GREY)]
+        for name, lines, loss in zip(names, said, losses, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------- pixels
 
 
-def window(image: np.ndarray, bit_depth: int) -> tuple[float, float]:
+def window(image: np.ndarray, bit_depth: int) -> Limits:
     """Values shown as black and white."""
     if bit_depth == 8:
         return 0.0, 255.0
@@ -341,22 +367,23 @@ def value_lines(
 
 @contextmanager
 def image_grid(
-    path: Path, rows: int, widths: list[float], *, side: float, lines: int
+    path: Path, rows: int, widths: list[float], *, side: float, lines: int, ratio: float = 1.0
 ) -> Iterator[tuple[Any, Any]]:
-    """A figure and its GridSpec of square cells with room for captions below them.
+    """A figure and its GridSpec of cells with room for captions below them.
 
     Args:
         path: of the PNG.
         widths: of the columns, 1 for an image.
-        side: of an image, inches.
+        side: width of an image, inches.
         lines: of a caption.
+        ratio: height of a cell over its width.
     """
-    rows, below = max(rows, 1), lines * LINE + 0.14
+    rows, below, high = max(rows, 1), lines * LINE + 0.14, side * ratio
     width = sum(widths) * side + (len(widths) - 1) * GAP
-    with drawing(path, width, rows * side + (rows - 1) * below) as figure:
+    with drawing(path, width, rows * high + (rows - 1) * below) as figure:
         figure.set_layout_engine("none")  # which would make room beside the images for captions
         edges = {"left": 0, "right": 1, "bottom": 0, "top": 1}
-        gaps = {"wspace": GAP * len(widths) / (sum(widths) * side), "hspace": below / side}
+        gaps = {"wspace": GAP * len(widths) / (sum(widths) * side), "hspace": below / high}
         yield figure, figure.add_gridspec(rows, len(widths), width_ratios=widths, **edges, **gaps)
 
 
@@ -372,6 +399,12 @@ def show(cell: Any, pixels: np.ndarray, lines: list[Line], anchor: str) -> Any:
     axes.imshow(pixels, interpolation="nearest" if small else "antialiased", aspect="equal")
     axes.set(xticks=[], yticks=[], anchor=anchor)
     axes.spines[:].set(visible=True, color=PALE, linewidth=0.5)  # for images as white as paper
+    write_below(axes, lines)
+    return axes
+
+
+def write_below(axes: Any, lines: list[Line]) -> None:
+    """The caption of an image."""
     for i, line in enumerate(lines):
         axes.annotate(
             line.text,
@@ -383,4 +416,220 @@ def show(cell: Any, pixels: np.ndarray, lines: list[Line], anchor: str) -> Any:
             fontsize=6.6,
             va="top",
         )
+
+
+def bare(axes: Any) -> None:
+    """Equal scales, no ticks, no grid, no frame."""
+    axes.set_aspect("equal")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+# ------------------------------------------------------------------------------- volumes
+#
+# Slices across each axis of a volume (X, Y, Z) in RAS order, seen as radiologists do: the right of
+# the patient on the left, the front on the left or above, the head above. All sides are in mm.
+
+PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}  # by the axis that is cut
+LETTERS = {2: "RLAP", 1: "RLSI", 0: "APSI"}  # left, right, above, below
+STACK_GAP = 0.03  # between slices on top of each other, share of their height
+WORST_COLUMNS = 6
+FEW = (0.5, 99.5)  # percentiles of a volume that are black and white
+
+
+def upright(
+    volume: np.ndarray, values: np.ndarray, affine: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A volume and a map of it (X, Y, Z), with axes as near to RAS as they get without
+    interpolation, and the spacing (3,) of these, mm."""
+    from nibabel.orientations import apply_orientation, io_orientation
+
+    turn = io_orientation(affine)
+    spacing = np.empty(3)
+    spacing[turn[:, 0].astype(int)] = np.linalg.norm(affine[:3, :3], axis=0)
+    return apply_orientation(volume, turn), apply_orientation(values, turn), spacing
+
+
+def plane(volume: np.ndarray, axis: int, place: int) -> np.ndarray:
+    """The slice (rows, columns) at a voxel of an axis."""
+    return volume.take(place, axis)[::-1, ::-1].T
+
+
+def plane_sides(sides: np.ndarray, axis: int) -> tuple[float, float]:
+    """Width and height of a slice of a volume with these sides (3,)."""
+    width, height = (float(side) for other, side in enumerate(sides) if other != axis)
+    return width, height
+
+
+def draw_plane(
+    axes: Any,
+    volume: np.ndarray,
+    axis: int,
+    place: int,
+    spacing: np.ndarray,
+    limits: Limits,
+    *,
+    lettered: bool,
+) -> None:
+    """A slice in grey.
+
+    Args:
+        lettered: whether letters say where its sides lie in the patient.
+    """
+    from matplotlib.patheffects import withStroke
+
+    width, height = plane_sides(np.array(volume.shape) * spacing, axis)
+    low, high = limits
+    axes.imshow(
+        plane(volume, axis, place),
+        cmap="gray",
+        vmin=low,
+        vmax=high,
+        extent=(0, width, height, 0),
+        interpolation="antialiased",
+    )
+    bare(axes)
+    if not lettered:
+        return
+    edge = {
+        "color": "white",
+        "fontsize": 7.5,
+        "path_effects": [withStroke(linewidth=2, foreground=INK)],
+    }
+    places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
+    sides = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
+    for letter, (x, y), (ha, va) in zip(LETTERS[axis], places, sides, strict=True):
+        axes.text(x, y, letter, transform=axes.transAxes, ha=ha, va=va, **edge)
+
+
+def draw_cross(
+    axes: Any, voxel: Sequence[int], shape: Sequence[int], spacing: np.ndarray, axis: int
+) -> None:
+    """Lines through a voxel in a slice."""
+    from_end = (np.array(shape) - np.array(voxel) - 0.5) * spacing
+    x, y = (float(mm) for other, mm in enumerate(from_end) if other != axis)
+    axes.axvline(x, color=SKY, linewidth=0.6, alpha=0.8)
+    axes.axhline(y, color=SKY, linewidth=0.6, alpha=0.8)
+
+
+def stack_sides(shape: Sequence[int], spacing: np.ndarray) -> tuple[float, float, float]:
+    """Width and height of the three slices of a volume on top of each other, and the gap between
+    them."""
+    sides = [plane_sides(np.array(shape) * spacing, axis) for axis in PLANES]
+    height = sum(high for _, high in sides)
+    gap = STACK_GAP * height
+    return max(wide for wide, _ in sides), height + (len(sides) - 1) * gap, gap
+
+
+def show_volume(
+    cell: Any,
+    volume: np.ndarray,
+    spacing: np.ndarray,
+    limits: Limits,
+    lines: list[Line],
+    *,
+    named: bool = False,
+) -> Any:
+    """Axes with the three middle slices of a volume (X, Y, Z) on top of each other, and their
+    caption below.
+
+    Args:
+        named: whether the names of the slices stand beside them.
+    """
+    axes = cell.get_gridspec().figure.add_subplot(cell)
+    width, height, gap = stack_sides(volume.shape, spacing)
+    top = 0.0
+    for axis, name in PLANES.items():
+        wide, high = plane_sides(np.array(volume.shape) * spacing, axis)
+        left = (width - wide) / 2
+        axes.imshow(
+            plane(volume, axis, volume.shape[axis] // 2),
+            cmap="gray",
+            vmin=limits[0],
+            vmax=limits[1],
+            extent=(left, left + wide, top + high, top),
+            interpolation="antialiased",
+        )
+        if named:
+            words = {"color": GREY, "fontsize": 6.6, "rotation": 90, "ha": "right", "va": "center"}
+            axes.text(-0.03 * width, top + high / 2, name, **words)
+        top += high + gap
+    bare(axes)
+    axes.set(xlim=(0, width), ylim=(height, 0), anchor="N")
+    write_below(axes, lines)
     return axes
+
+
+def augmented_volumes(
+    prepared: Sequence[np.ndarray],
+    spacings: Sequence[Sequence[float]],
+    augmented: torch.Tensor,
+    spacing: Sequence[float],
+    *,
+    path: Path,
+    captions: Sequence[str],
+) -> None:
+    """A row per sample: the middle slices of the prepared volume with its caption, then those of
+    augmented versions, all of the first channel and in the window of the prepared volume.
+
+    Args:
+        prepared: B arrays (C, X, Y, Z); sizes may differ.
+        spacings: B of three numbers, mm.
+        augmented: (R, B, C, x, y, z) as the encoder sees them, on any device.
+        spacing: of those, mm.
+        path: of the PNG.
+        captions: B texts, e.g. the id.
+    """
+    rounds, rows = augmented.shape[:2]
+    wide, high, _ = stack_sides(augmented.shape[3:], np.array(spacing))
+    room = (HEIGHT - 0.5) / max(rows, 1) - LINE - 0.14  # inches of a row
+    side = min(WIDTH / (rounds + 1.1), room * wide / high)
+    versions = augmented[:, :, 0].detach().cpu().float().numpy()
+    widths = [1, 0.05, *[1] * rounds]  # an empty column behind the first one
+    with image_grid(path, rows, widths, side=side, lines=1, ratio=high / wide) as (_, cells):
+        for row, (volume, own, text) in enumerate(zip(prepared, spacings, captions, strict=True)):
+            limits = limits_of(volume[0])
+            lines = [Line(short(text, int(side / 0.055)), INK)]
+            first = show_volume(cells[row, 0], volume[0], np.array(own), limits, lines, named=True)
+            if not row:
+                first.set_title("prepared")
+            for column in range(rounds):
+                part = versions[column, row]
+                axes = show_volume(cells[row, column + 2], part, np.array(spacing), limits, [])
+                if not row and not column:
+                    axes.set_title("augmented, as the encoder sees it")
+
+
+def worst_volumes(
+    volumes: Sequence[np.ndarray],
+    spacings: Sequence[Sequence[float]],
+    *,
+    ids: Sequence[str],
+    targets: np.ndarray,
+    scores: np.ndarray,
+    losses: np.ndarray,
+    subtask: str,
+    class_names: tuple[str, ...],
+    path: Path,
+) -> None:
+    """Volumes (C, X, Y, Z) in the given order, the middle slices of the first channel, each with
+    id, truth, prediction and loss; arguments as for worst_sheet."""
+    columns = max(1, min(WORST_COLUMNS, len(volumes)))
+    side = WIDTH / WORST_COLUMNS - GAP
+    captions = worst_captions(ids, targets, scores, losses, subtask, class_names, side)
+    rows = -(-len(volumes) // columns)
+    sides = [stack_sides(v.shape[1:], np.array(s)) for v, s in zip(volumes, spacings, strict=True)]
+    ratio = max((high / wide for wide, high, _ in sides), default=1.0)
+    side = min(side, ((HEIGHT - 0.7) / max(rows, 1) - 4 * LINE - 0.14) / ratio)
+    with image_grid(path, rows, [1] * columns, side=side, lines=4, ratio=ratio) as (figure, cells):
+        title_of_worst(figure, len(volumes))
+        for i, (volume, own) in enumerate(zip(volumes, spacings, strict=True)):
+            cell, limits = cells[divmod(i, columns)], limits_of(volume[0])
+            show_volume(cell, volume[0], np.array(own), limits, captions[i])
+
+
+def limits_of(volume: np.ndarray) -> Limits:
+    """Values of a volume shown as black and white."""
+    low, high = np.percentile(volume.astype(np.float32), FEW)
+    return float(low), float(high) if high > low else float(low) + 1.0

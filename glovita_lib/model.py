@@ -54,7 +54,10 @@ class Model(nn.Module):
         """
         if isinstance(x, Tensor) and x.ndim == 2 and self.head.consumes == "pooled":
             return self.head(x)
-        features = self.features(x)
+        return self.head_output(self.features(x), targets)
+
+    def head_output(self, features: "Features | Bags", targets: Tensor | None = None) -> Any:
+        """What the head gives for features or bags of them."""
         if self.head.consumes == "pooled":
             assert isinstance(features, Features), "such a head is refused for bags"
             return self.head(aggregate(features, self.aggregation))  # (B, D) -> (B, K)

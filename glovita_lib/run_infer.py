@@ -20,6 +20,7 @@ from glovita_lib.data_folder import build_unlabelled
 from glovita_lib.data_volumes import unlabelled_volumes
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.experiment import Experiment, read_data, record_of, restore, some_of
+from glovita_lib.grad_cam import check_heat_maps, write_heat_maps
 from glovita_lib.loggers import say, two_columns
 from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.peft_base import ADDED, Insert, contiguous_copy
@@ -60,6 +61,8 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
     records = {path: record_of(path) for path in paths}
     check_members({str(path): record for path, record in records.items()})
     first = restore(paths[0], root, ranks)
+    if root.infer.heat_maps:
+        check_heat_maps(first, root.infer)
     if root.infer.export is not None and ranks.is_main and not dry_run:
         export(Path(root.infer.export), first)
     name, splits = wanted_splits(root, records, ranks)
@@ -88,6 +91,8 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
         attention = recorder.write(split, first.resolved, notes)
         if attention is not None and predictions is not None:
             rows += draw_attention(attention, split, predictions, first, root.infer.attention_maps)
+        if root.infer.heat_maps and predictions is not None:
+            rows += write_heat_maps(first, root.infer, split, predictions, folder, name)
     if ranks.is_main:
         say(two_columns(rows))
 
@@ -359,5 +364,5 @@ def draw_attention(
     rows = [("attention", str(attention))]
     folder = attention.parent / "plots" / attention.stem
     if draw_bags(attention, folder, split, predictions, experiment.resolved, count=maps):
-        rows.append(("heat maps", f"{folder}/"))
+        rows.append(("attention maps", f"{folder}/"))
     return rows

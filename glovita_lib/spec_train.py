@@ -360,6 +360,12 @@ class Infer(Spec):
     attention_<split>.h5."""
     attention_maps: Annotated[int, Meta(ge=0), read_if("attention", True)] = 16
     """Bags whose attention is drawn over their coordinates, the classes in turn; 0 draws none."""
+    heat_maps: Annotated[int, Meta(ge=0)] = 0
+    """Images or volumes, the classes in turn, over which Grad-CAM is drawn: what in them speaks for
+    the predicted class; of volumes it is written as NIfTI too."""
+    heat_map_class: Annotated[str | None, read_unless("heat_maps", 0)] = None
+    """Class or target that the maps are of; none is the predicted class, of a regression the first
+    target."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """One source of weights and one of samples; folds are named once; what is exported is one
@@ -376,17 +382,27 @@ class Infer(Spec):
             yield "folds", f"{shown(self.folds)} names a fold twice"
         if self.export is not None:
             yield from self.export_problems(self.export)
+        if self.heat_maps and self.members > 1:
+            yield (
+                "heat_maps",
+                f"they are of one model, and infer names {self.members}: name one of them",
+            )
+
+    @property
+    def members(self) -> int:
+        """Checkpoints that are named, at least 1."""
+        if isinstance(self.checkpoint, tuple):
+            return len(self.checkpoint)
+        return len(self.folds or (0,)) if self.checkpoint is None else 1
 
     def export_problems(self, export: str) -> Iterator[tuple[str, str]]:
         """What is wrong with the exported file."""
         if not export.endswith(".safetensors"):
             yield "export", f'{shown(export)} must end in ".safetensors", which it is'
-        members = len(self.folds or ()) if isinstance(self.checkpoint, str | None) else 0
-        members = max(members, len(self.checkpoint) if isinstance(self.checkpoint, tuple) else 1)
-        if members > 1:
+        if self.members > 1:
             yield (
                 "export",
-                f"it takes one checkpoint, and infer names {members}: export them one after"
+                f"it takes one checkpoint, and infer names {self.members}: export them one after"
                 " another",
             )
 

@@ -24,7 +24,7 @@ from glovita_lib.attention_maps import (
     attention_map,
     bag_blocks,
     caption,
-    chosen_bags,
+    chosen_samples,
     concentration,
     softmax,
     tile_side,
@@ -341,14 +341,14 @@ def labelled(found: Predictions, targets: np.ndarray) -> LabelledPredictions:
     return LabelledPredictions(found.ids, found.scores, found.rows, targets, losses)
 
 
-def test_chosen_bags():
+def test_chosen_samples():
     classes = predictions(np.array([0, 0, 0, 0, 1, 1, 2]))
-    assert chosen_bags(classes, "multiclass", 5) == [0, 1, 4, 5, 6]
-    assert chosen_bags(classes, "multiclass", 99) == list(range(7))
-    assert chosen_bags(classes, "multiclass", 0) == []
+    assert chosen_samples(classes, "multiclass", 5) == [0, 1, 4, 5, 6]
+    assert chosen_samples(classes, "multiclass", 99) == list(range(7))
+    assert chosen_samples(classes, "multiclass", 0) == []
     numbers = predictions(np.array([[5.0], [1.0], [9.0], [3.0]], np.float32))
-    assert chosen_bags(numbers, "regression", 2) == [1, 2]  # the lowest and the highest
-    assert chosen_bags(predictions(None, np.zeros((5, 2))), "multiclass", 3) == [0, 2, 4]
+    assert chosen_samples(numbers, "regression", 2) == [1, 2]  # the lowest and the highest
+    assert chosen_samples(predictions(None, np.zeros((5, 2))), "multiclass", 3) == [0, 2, 4]
 
 
 def test_captions():

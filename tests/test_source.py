@@ -36,6 +36,7 @@ SMALL = {
     "losses": "the formula of every loss; the spine reads it on its own",
     "optim": "the schedule and the parameter groups; the spine reads it on its own",
     "loader_volumes": "what a run on images need not load",
+    "volume_maps": "a file format; whoever writes maps of volumes uses it",
 }
 """Modules under 150 lines with one importer, and why each is one."""
 
@@ -49,7 +50,7 @@ HEAVY = {
 TORCH = {"torch", "numpy", "h5py", "tqdm", "PIL"}  # packages that no spec module imports
 FORBIDDEN_NAMES = re.compile(r"(^|_)(utils?|helpers?|common|managers?|misc|tools?)(_|$)")
 
-MODULES_AT_MOST = 90
+MODULES_AT_MOST = 91
 MODULE_LINES = 700
 FUNCTION_LINES = 70
 IGNORED_HINTS = 25

@@ -1,0 +1,444 @@
+"""Grad-CAM: where in a sample the evidence for a class or a target lies.
+
+Of a score y and the activations A of the last map or tokens, K channels at N places,
+
+    alpha_k = 1/N sum_i dy/dA_ik,    L_i = max(0, sum_k alpha_k A_ik)
+
+(Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
+Localization", ICCV 2017). y is the logit of a class, or a target of a regression in its units.
+
+B batch, C channels, H W pixels, X Y Z voxels, D width, N places of a map, S slices of a volume.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from dataclasses import replace as with_fields
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glovita_lib import figures
+from glovita_lib.attention_maps import caption, chosen_samples
+from glovita_lib.augment_patch import PatchCut
+from glovita_lib.data import Split, subset
+from glovita_lib.encoder import Encoder, Features, aggregate, evaluating, reads_pooled
+from glovita_lib.encoder_slicewise import AT_ONCE, SlicewiseEncoder
+from glovita_lib.errors import UserError, composed, file_name, listed
+from glovita_lib.experiment import Experiment
+from glovita_lib.figures import displayed, window
+from glovita_lib.model import Model
+from glovita_lib.objectives import HeadOutput, Predictions
+from glovita_lib.resolved import EncodedInputs, ImageInputs, Inputs, Resolved, VolumeInputs
+from glovita_lib.spec_train import Infer
+from glovita_lib.volume_maps import part_affine, write_map
+
+OFF = "set infer.heat_maps = 0"
+
+# ------------------------------------------------------------------------------- the formula
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """The last map or tokens of a pass, and what becomes of them."""
+
+    leaves: list[Tensor]
+    """Raw features, of which gradients are asked."""
+    patches: Callable[[Tensor], Tensor]
+    """The patch tokens (n, N, D) of such a tensor, or of its gradient."""
+    features: Features
+    grid: tuple[int, ...]
+    """Sides of the N places."""
+
+
+def grad_cam(model: Model, x: Tensor, output: int) -> np.ndarray:
+    """Grad-CAM (*grid) in float64 of one sample (1, C, *size) for one output of a model; where it
+    reads slices (S, h, w), each slice a map of its own.
+
+    It is computed in the precision of the weights. Weights get no gradient.
+
+    Raises:
+        UserError: the encoder gives no map, or the output does not depend on it.
+    """
+    with torch.enable_grad(), evaluating(model), without_gradients(model):
+        if isinstance(model.encoder, SlicewiseEncoder):
+            found = slice_activations(model.encoder, x)
+        else:
+            method = model.aggregation if model.head.consumes == "pooled" else "avg"
+            found = activations(model.encoder, x, method)
+        logits = HeadOutput.of(model.head_output(found.features)).logits  # (1, K)
+        gradients = torch.autograd.grad(logits[0, output], found.leaves, allow_unused=True)
+    maps = []
+    for leaf, gradient in zip(found.leaves, gradients, strict=True):
+        if gradient is None:
+            raise UserError(
+                f"infer.heat_maps: the prediction does not depend on the last map of"
+                f" {model.encoder.name}; {OFF}"
+            )
+        kept, slope = (found.patches(part.detach()).double() for part in (leaf, gradient))
+        alpha = slope.mean(1, keepdim=True)  # (n, 1, D)
+        maps.append((alpha * kept).sum(2).clamp(min=0))  # (n, N)
+    return torch.cat(maps).reshape(found.grid).cpu().numpy()
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient: the graph begins at the activations."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def activations(encoder: Encoder, x: Tensor, method: str) -> Activations:
+    """The last map or tokens of inputs (n, C, *size).
+
+    Where the CLS token enters the vector, what it has read stands in it alone: the tokens are those
+    that enter the last block.
+
+    Args:
+        method: how tokens become a vector.
+
+    Raises:
+        UserError: the encoder gives no map and no tokens of a grid.
+    """
+    check_places(encoder)
+    pooled = reads_pooled(method, encoder)
+    leaves: list[Tensor] = []
+    from_cls = reads_cls(encoder, method)
+    if from_cls:
+        with taking_tokens(encoder, leaves):
+            features = encoder(x, pooled=pooled)
+    else:
+        raw = encoder.forward_features(x).detach().requires_grad_()
+        leaves.append(raw)
+        # a copy, as layers may work in place
+        features = encoder.features_of(raw.clone(), x.shape[2:], pooled=pooled)
+    count = features.patches.shape[1]
+    entering = leaves[-1].shape[1] if from_cls and leaves else count
+    if features.grid is None or not leaves or entering < count:
+        raise UserError(
+            f"infer.heat_maps: {encoder.name} has no tokens of a grid that its prediction is read"
+            f" from; {OFF}"
+        )
+
+    def patches(part: Tensor) -> Tensor:
+        return (part if from_cls else encoder.to_tokens(part))[:, -count:]  # behind any prefix
+
+    return Activations(leaves[-1:], patches, features, features.grid)
+
+
+def reads_cls(encoder: Encoder, method: str) -> bool:
+    """Whether a way to make a vector of tokens reads the CLS token."""
+    parts = ("cls_token", "joint", "mean_all")
+    of_library = method == "pooled" and encoder.pooling == "cls_token"
+    return encoder.has_cls and (method in parts or of_library)
+
+
+@contextmanager
+def taking_tokens(encoder: Encoder, leaves: list[Tensor]) -> Iterator[None]:
+    """Inside, the tokens (B, N, D) that enter the last block are put to `leaves`."""
+
+    def take(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 3:
+            leaves.append(inputs[0].detach().requires_grad_())
+            return (leaves[-1].clone(), *inputs[1:])
+        return inputs
+
+    handle = encoder.blocks()[-1].register_forward_pre_hook(take)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def slice_activations(encoder: SlicewiseEncoder, x: Tensor) -> Activations:
+    """The last maps or tokens of the slices of one volume (1, C, X, Y, Z)."""
+    (inner,) = encoder.image
+    volumes = x.movedim(2 + encoder.axis, 1)  # (1, N, C, H, W)
+    places = encoder.places(volumes.shape[1])  # (S,)
+    parts = []
+    for chosen in places.split(encoder.spec.chunk or AT_ONCE):
+        images = encoder.images(volumes, torch.zeros_like(chosen), chosen)
+        parts.append(activations(inner, images, encoder.method))
+    vectors = torch.cat([aggregate(part.features, encoder.method) for part in parts])  # (S, D)
+    features = encoder.features_of(vectors[None], x.shape[2:], pooled=True)
+    leaves = [leaf for part in parts for leaf in part.leaves]
+    return Activations(leaves, parts[0].patches, features, (len(places), *parts[0].grid))
+
+
+def check_places(encoder: Encoder) -> None:
+    """An encoder says something of places.
+
+    Raises:
+        UserError: it gives vectors alone.
+    """
+    (inner,) = encoder.image if isinstance(encoder, SlicewiseEncoder) else (encoder,)
+    if not inner.has_patches:
+        raise UserError(
+            f"infer.heat_maps: {inner.name} gives one vector a sample, no map that Grad-CAM could"
+            f" weigh; {OFF}"
+        )
+
+
+# ------------------------------------------------------------------------- on pixels and voxels
+
+
+def on_input(cells: np.ndarray, encoder: Encoder, size: Sequence[int]) -> np.ndarray:
+    """A map of places as one of pixels or voxels (*size): linear between the middles of places,
+    constant beyond the outer ones. Places divide the input evenly, but slices lie at theirs."""
+    of_slices = encoder if isinstance(encoder, SlicewiseEncoder) else None
+    if of_slices is not None:
+        cells = np.moveaxis(cells, 0, of_slices.axis)
+    for axis, (count, side) in enumerate(zip(cells.shape, size, strict=True)):
+        middles = (np.arange(count) + 0.5) * side / count - 0.5
+        if of_slices is not None and axis == of_slices.axis:
+            middles = of_slices.places(side).numpy()
+        weights = [np.interp(np.arange(side), middles, one) for one in np.eye(count)]
+        cells = np.moveaxis(np.tensordot(weights, cells, (0, axis)), 0, axis)
+    return cells
+
+
+# ------------------------------------------------------------------------- maps of a split
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """The map of one sample and what is said about it."""
+
+    title: str
+    caption: str
+    """Truth and prediction."""
+    output: str
+    """The class or target."""
+    inputs: np.ndarray  # (C, *size) as the encoder sees it
+    values: np.ndarray  # (*size)
+    affine: np.ndarray | None = None
+    """(4, 4) voxel to world mm, of volumes whose files tell."""
+
+
+def check_heat_maps(experiment: Experiment, spec: Infer) -> None:
+    """The model can be asked for the maps that the spec wants.
+
+    Raises:
+        UserError: it reads features or gives no map, or has no such class.
+    """
+    resolved = experiment.resolved
+    if not isinstance(resolved.inputs, EncodedInputs):
+        raise UserError(
+            f"infer.heat_maps: the samples are {resolved.inputs.kind}, which have no places in an"
+            f" image or a volume; {OFF}: heads with attention write that of every instance"
+        )
+    check_places(experiment.model.encoder)
+    names = list(map(composed, resolved.class_names))
+    if spec.heat_map_class is not None and composed(spec.heat_map_class) not in names:
+        raise UserError(
+            f'infer.heat_map_class = "{spec.heat_map_class}": the model predicts'
+            f" {listed(resolved.class_names, 20)}"
+        )
+
+
+def write_heat_maps(
+    experiment: Experiment,
+    spec: Infer,
+    split: Split,
+    predictions: Predictions,
+    folder: Path,
+    name: str,
+) -> list[tuple[str, str]]:
+    """Maps of some samples of a split, drawn below plots/ and of volumes as NIfTI too, where those
+    of an earlier start go; lines on where they are.
+
+    Args:
+        name: of the split in file names.
+    """
+    resolved = experiment.resolved
+    pictures, volumes = folder / "plots" / f"heat_maps_{name}", folder / f"heat_maps_{name}"
+    for old in [*pictures.glob("*.png"), *volumes.glob("*.nii.gz")]:
+        old.unlink()
+    chosen = chosen_samples(predictions, resolved.subtask, spec.heat_maps)
+    part = subset(split, predictions.rows[chosen])
+    alone = with_fields(experiment.ranks, rank=0, world=1)
+    with closing(
+        experiment.single_pass(part, augmented=False, seed=experiment.root.seed, ranks=alone)
+    ) as loader:
+        for batch in loader.epoch(0):
+            moved = batch.to(alone.device)
+            inputs = experiment.objective.eval_inputs(moved.inputs, moved.fitted, 0)
+            for x, row in zip(inputs, batch.rows.tolist(), strict=True):
+                found = heat_map(experiment, spec, part, row, x, predictions, chosen[row])
+                show(resolved.inputs, found, pictures, volumes, resolved)
+    rows = [("heat maps", f"{pictures}/")]
+    return [*rows, ("maps as NIfTI", f"{volumes}/")] if volumes.is_dir() else rows
+
+
+def heat_map(
+    experiment: Experiment,
+    spec: Infer,
+    split: Split,
+    row: int,
+    x: Tensor,
+    predictions: Predictions,
+    number: int,
+) -> HeatMap:
+    """The map of one sample.
+
+    Args:
+        row: of the sample in the split.
+        x: (C, *size), the sample as the encoder takes it.
+        number: of the sample in the predictions.
+    """
+    resolved = experiment.resolved
+    output = output_of(spec, resolved, predictions.scores[number])
+    cells = grad_cam(experiment.model, x[None], output)
+    if resolved.subtask == "regression":
+        cells = cells * resolved.target_std[output]  # of the target in its units
+    return HeatMap(
+        title=predictions.ids[number],
+        caption=caption(predictions, number, resolved),
+        output=resolved.class_names[output],
+        inputs=x.float().cpu().numpy(),
+        values=on_input(cells, experiment.model.encoder, x.shape[1:]),
+        affine=affine_of(experiment, split, row),
+    )
+
+
+def output_of(spec: Infer, resolved: Resolved, scores: np.ndarray) -> int:
+    """The output (of K) that is asked about: the one named, else the predicted class, of labels
+    the likeliest, of a regression the first target."""
+    if spec.heat_map_class is not None:
+        names = list(map(composed, resolved.class_names))
+        return names.index(composed(spec.heat_map_class))
+    return 0 if resolved.subtask == "regression" else int(scores.argmax())
+
+
+def affine_of(experiment: Experiment, split: Split, row: int) -> np.ndarray | None:
+    """Affine (4, 4) of what the encoder sees of a volume of a split; None where none is known."""
+    fit = experiment.objective.eval_inputs.fit
+    if split.source.windows is None or not isinstance(fit, PatchCut):
+        return None
+    (volume,) = split.source.windows(np.array([row]))
+    box = fit.boxes(np.array([volume.shape[1:]]), None)[0]  # the centre, in which nothing is drawn
+    return part_affine(volume.affine, fit.start(volume, box))
+
+
+@singledispatch
+def show(inputs: Inputs, found: HeatMap, pictures: Path, volumes: Path, resolved: Resolved) -> None:
+    """Write a map to the folder of pictures, and one of a volume to that of volumes too."""
+    raise TypeError(f"no picture of {inputs.kind}")
+
+
+@show.register
+def _(
+    inputs: ImageInputs, found: HeatMap, pictures: Path, volumes: Path, resolved: Resolved
+) -> None:
+    mean, std = (
+        np.array(v)[:, None, None] for v in (inputs.augmentation.mean, inputs.augmentation.std)
+    )
+    pixels = np.clip(found.inputs * std + mean, 0, 1) * (2**inputs.bit_depth - 1)
+    pixels = displayed(pixels, *window(pixels, inputs.bit_depth))
+    image_map(found, pixels, pictures / f"{file_name(found.title)}.png")
+
+
+@show.register
+def _(
+    inputs: VolumeInputs, found: HeatMap, pictures: Path, volumes: Path, resolved: Resolved
+) -> None:
+    name = file_name(found.title.removesuffix(".gz").removesuffix(".nii"))
+    spacing = np.diag([*inputs.augmentation.spacing, 1.0])
+    affine = spacing if found.affine is None else found.affine
+    write_map(volumes / f"{name}.nii.gz", found.values, affine)
+    volume_map(found, affine, pictures / f"{name}.png")
+
+
+# ------------------------------------------------------------------------------- the pictures
+#
+# A map lies over the sample, the clearer the higher its values are; 0 is not seen.
+
+SHADES = ("#7f0000", "#d7301f", "#fc8d59", "#ffd92f")  # low to high
+MOST = 0.75  # opacity of the highest value
+NOWHERE = "nothing in the sample speaks for it"
+
+
+def draw_over(axes: Any, values: np.ndarray, highest: float, **place: Any) -> Any:
+    """A map (rows, columns) over what axes show."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shares = np.clip(values / highest, 0, 1) if highest > 0 else np.zeros_like(values)
+    colours = LinearSegmentedColormap.from_list("map", SHADES)
+    return axes.imshow(shares, cmap=colours, vmin=0, vmax=1, alpha=MOST * shares, **place)
+
+
+def add_scale(figure: Any, drawn: Any, axes: Any, found: HeatMap) -> None:
+    """Colours of a map, in shares of its highest value, and what it is a map of."""
+    from matplotlib.cm import ScalarMappable
+
+    highest = float(found.values.max())
+    bar = figure.colorbar(
+        ScalarMappable(drawn.norm, drawn.cmap), ax=axes, ticks=[0, 0.5, 1], shrink=0.8, aspect=25
+    )
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=7)
+    bar.set_ticklabels([f"{share * highest:.2g}" for share in (0, 0.5, 1)])
+    name = f"Grad-CAM of {figures.short(found.output, 40)}"
+    bar.set_label(name if highest > 0 else f"{name}: {NOWHERE}")
+    figure.suptitle(f"{figures.short(found.title, 60)}   {found.caption}".rstrip())
+
+
+def image_map(found: HeatMap, pixels: np.ndarray, path: Path) -> None:
+    """The image (H, W, 3), and the map over it.
+
+    Args:
+        path: of the PNG.
+    """
+    high, wide = pixels.shape[:2]
+    side = 3.2  # inches
+    with figures.drawing(path, 2 * side + 0.9, side * high / wide + 0.5) as figure:
+        figure.set_layout_engine("compressed", h_pad=0.06, w_pad=0.06)
+        left, right = figure.subplots(1, 2)
+        smooth = "nearest" if max(high, wide) <= figures.SMALL else "antialiased"
+        for axes in (left, right):
+            axes.imshow(pixels, interpolation=smooth)
+            figures.bare(axes)
+        drawn = draw_over(right, found.values, float(found.values.max()), interpolation="bilinear")
+        add_scale(figure, drawn, [left, right], found)
+
+
+def volume_map(found: HeatMap, affine: np.ndarray, path: Path) -> None:
+    """The three slices of a volume through the highest value of its map, without it and with it.
+
+    Args:
+        path: of the PNG.
+    """
+    volume, values, spacing = figures.upright(found.inputs[0], found.values, affine)
+    highest = [int(place) for place in np.unravel_index(values.argmax(), values.shape)]
+    sides = np.array(values.shape) * spacing  # mm
+    planes = [figures.plane_sides(sides, axis) for axis in figures.PLANES]
+    wide, high = sum(side for side, _ in planes), max(side for _, side in planes)
+    scale = min((figures.WIDTH - 0.9) / wide, (figures.HEIGHT - 1) / (2 * high))  # inches a mm
+    limits, known = figures.limits_of(volume), found.affine is not None
+    voxel = np.unravel_index(found.values.argmax(), found.values.shape)
+    place = ", ".join(f"{mm:.0f}" for mm in (affine @ [*voxel, 1])[:3])  # of the world
+    with figures.drawing(path, wide * scale + 0.9, 2 * high * scale + 0.9) as figure:
+        figure.set_layout_engine("compressed", h_pad=0.03, w_pad=0.03)
+        cells = figure.subplots(2, 3, squeeze=False, width_ratios=[side for side, _ in planes])
+        for (axis, name), (above, below) in zip(figures.PLANES.items(), cells.T, strict=True):
+            for axes in (above, below):
+                figures.draw_plane(
+                    axes, volume, axis, highest[axis], spacing, limits, lettered=known
+                )
+            above.set_title(name)
+            figures.draw_cross(above, highest, values.shape, spacing, axis)
+            part = figures.plane(values, axis, highest[axis])
+            drawn = draw_over(below, part, values.max(), extent=below.images[0].get_extent())
+        add_scale(figure, drawn, list(cells.flat), found)
+        if known:
+            figure.supxlabel(f"slices through the highest value, at {place} mm", fontsize=8)
