@@ -214,6 +214,33 @@ def dotted(path: Iterable[str]) -> str:
 
 Path = tuple[str, ...]
 
+REPLACED = {
+    "data.dataset_kwargs": "every option of a data set is a key of its section; those of your own"
+    ' function (dataset = "custom") stand in data.options',
+    "data.augmentation.cutout_size": "it is data.augmentation.train_kwargs.cutout_size, with the"
+    " policy's other parameters",
+    "model.encoder.weight_dir": "model.encoder.weights names the file or folder itself",
+    "task.metric_computation_mode": "every metric is computed once over all samples of a split",
+    "training.seed": "seed stands at the top of the spec",
+    "training.cv_folds": 'data.split_source = "kfold" and data.n_folds make folds; each'
+    " data.fold = 0, 1 ... is a run, and summary.json covers those that are done",
+    "training.cluster_progress_bar": "the progress bar gives way to lines where the output"
+    " is no terminal",
+    "dataloading.drop_last_eval": "evaluation counts every sample once, whatever the batch size",
+    "dataloading.shuffle_eval": "evaluation does not depend on the order; predictions stand in that"
+    " of the data",
+    "dataloading.use_worker_init_fn": "random numbers follow from (seed, epoch, sample), whichever"
+    " process draws them",
+    "logger.experiment_name": "a run's experiment is the data set, its run the group and fold",
+    "extract.checkpoint_path": "it is extract.checkpoint",
+    "infer.exp_dir": "exp_dir stands at the top of the spec; infer.checkpoint names any other file",
+    "infer.fold": "it is data.fold for one run, infer.folds for the mean of several",
+    "infer.metrics": "task.metrics are those of training and of evaluation",
+    "infer.pred_output": "predictions are always written, as predictions_<split>.csv",
+}
+"""Keys of GloViTa that are not here, and what does their work. Further ones differ by name or
+place alone, which "did you mean" says."""
+
 
 class Walk:
     """One walk over the tables of a spec; collects `problems` and returns completed tables."""
@@ -297,6 +324,9 @@ class Walk:
 
     def unknown_key(self, key: str, value: Any, member: StructType, kind: Type, path: Path) -> None:
         """A key that the table does not have; says where it belongs if it exists elsewhere."""
+        if (replaced := REPLACED.get(dotted((*path, key)))) is not None:
+            self.add((*path, key), f"unknown key (offered {shown(value)}): {replaced}")
+            return
         names = [field.name for field in member.fields]
         names += [member.tag_field] if member.tag_field else []
         text = f"unknown key (offered {shown(value)}); valid here: {', '.join(names)}"
