@@ -18,13 +18,7 @@ from glovita_lib.data import (
     read_data_set,
     splits_needed,
 )
-from glovita_lib.data_labels import (
-    Encoded,
-    LabelRules,
-    Labels,
-    encode,
-    untrained,
-)
+from glovita_lib.data_labels import Encoded, encode, untrained
 from glovita_lib.data_splits import (
     fold_splits,
     folds,
@@ -34,6 +28,7 @@ from glovita_lib.data_splits import (
     refuse_shared_rows,
     strata,
 )
+from glovita_lib.data_subtask import LabelRules, Labels
 from glovita_lib.dist import cores
 from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import on_disk, read_csv

@@ -17,7 +17,7 @@ from glovita_lib.data import (
     read_data_set,
     splits_needed,
 )
-from glovita_lib.data_labels import LabelRules, Labels, encode, is_missing, untrained
+from glovita_lib.data_labels import encode, is_missing, untrained
 from glovita_lib.data_splits import (
     FOLDS,
     duplicate_notes,
@@ -28,6 +28,7 @@ from glovita_lib.data_splits import (
     refuse_shared_groups,
     strata,
 )
+from glovita_lib.data_subtask import LabelRules, Labels, refuse_values
 from glovita_lib.data_tables import (
     LabelTable,
     Problems,
@@ -151,7 +152,11 @@ def folder_targets(
         names = names or tuple(map(str, range(count)))
     columns = None if isinstance(spec.label_column, str) else spec.label_column
     rules = LabelRules(subtask, names, spec.num_classes, columns, spec.label_separator, trained)
-    _, class_names, (targets,) = encode([Labels(values, list(labels))], rules)
+    cells = Labels(values, list(labels))
+    is_assumed = spec.subtask is None and spec.task is None and spec.reads_label_file
+    if is_assumed and rules.class_names is None and trained is None:
+        refuse_values(cells, rules)
+    _, class_names, (targets,) = encode([cells], rules)
     return class_names, targets
 
 

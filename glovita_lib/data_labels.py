@@ -8,78 +8,19 @@ N samples of a file, K classes or targets, W distinct words of M.
 """
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from glovita_lib.data import INNER, NUMBER, Outputs
+from glovita_lib.data import INNER, NUMBER
+from glovita_lib.data_subtask import MARKS, WHOLE, LabelRules, Labels, found_subtask, stated_names
 from glovita_lib.errors import UserError, composed, listed, meant
 from glovita_lib.spec_data import Subtask
 
 MOST_INDICES = 100_000  # classes that numbers may be indices of, where nothing states how many
-
-
-@dataclass(frozen=True, slots=True)
-class LabelRules:
-    """What says how the labels of a data set are meant: its fields, and the model that is asked."""
-
-    subtask: Subtask | None  # None: what the files say, or as their labels look
-    class_names: tuple[str, ...] | None
-    num_classes: int | None
-    columns: tuple[str, ...] | None  # names of several label columns of a table
-    separator: str = "|"  # between several labels in one cell
-    trained: Outputs | None = None  # outputs of a trained model, which the targets shall be of
-    numbers: bool = False  # whether the model that learns from them can predict numbers alone
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """The labels of one file or table, as they stand there."""
-
-    values: Sequence[Any] | np.ndarray
-    """N cells: strings, numbers or booleans, lists from JSON, tuples of strings from several CSV
-    columns. Or an array (N,) or (N, K), as a feature file holds it: numbers or names."""
-    ids: Sequence[str]
-    where: str = ""
-    """The file, for messages."""
-    subtask: str | None = None
-    """Kind of target that the file states."""
-    class_names: tuple[str, ...] | None = None
-    """Names that the file states: its whole numbers are indices of them."""
-
-    def cells(self) -> list[Any]:
-        """The label of each sample; several of a sample as a list."""
-        if isinstance(self.values, np.ndarray) and self.values.ndim > 1:
-            return self.values.tolist()
-        return [
-            cell[0] if isinstance(cell, tuple) and len(cell) == 1 else cell for cell in self.values
-        ]
-
-    @property
-    def whole(self) -> np.ndarray | None:
-        """The labels (N,) where they are an array of whole numbers."""
-        values = self.values
-        if not isinstance(values, np.ndarray) or values.ndim != 1:
-            return None
-        if values.dtype.kind == "f" and not np.all(np.floor(values) == values):  # or NaN
-            return None
-        if values.dtype.kind in "bf":
-            return values.astype(np.int64)
-        return values if values.dtype.kind in "iu" else None
-
-    def error(self, text: str) -> UserError:
-        """An error about these labels."""
-        return UserError(f"{self.where}: {text}" if self.where else text)
-
-    def refuse(self, wrong: Iterable[bool] | np.ndarray, why: str) -> None:
-        """Raise an error that names the samples that are wrong."""
-        bad = [identity for identity, is_wrong in zip(self.ids, wrong, strict=True) if is_wrong]
-        if bad:
-            raise self.error(f"{why}; wrong: {listed(bad)}")
 
 
 class Encoded(NamedTuple):
@@ -134,135 +75,6 @@ def encode(files: Sequence[Labels], rules: LabelRules) -> Encoded:
     return Encoded(subtask, names, targets)
 
 
-# ---------------------------------------------------------------------- what the files say
-
-
-def found_subtask(files: Sequence[Labels], rules: LabelRules) -> Subtask:
-    """Kind of target that the files state, else that of the trained model, else as the labels of
-    all files look: whole numbers and names are multiclass, several columns of 0 and 1 multilabel,
-    other numbers regression.
-
-    Raises:
-        UserError: files that state no subtask there is or contradict each other, or whole numbers
-            in columns or with decimals, which may be classes or targets.
-    """
-    said = {file.subtask: file.where for file in files if file.subtask is not None}
-    if len(said) > 1:
-        each = listed(f"{where} {subtask}" for subtask, where in said.items())
-        raise UserError(f"feature files of different subtasks: {each}; set data.subtask")
-    for name, where in said.items():
-        known: tuple[Subtask, ...] = get_args(Subtask)
-        if name not in known:
-            raise UserError(
-                f'{where}: its attribute subtask is "{name}"; valid are {", ".join(known)}: correct'
-                " it, or set data.subtask"
-            )
-        return known[known.index(name)]
-    if rules.trained is not None:
-        return rules.trained.subtask
-    looks = [looks_of(file) for file in files]
-    found = set().union(*looks)
-    if found <= set(ONE_COLUMN):
-        return subtask_of_column(files, found, rules)
-    if found == {"hot"} and not rules.numbers:
-        return "multilabel"
-    if "whole columns" in found and "columns" not in found and not rules.numbers:
-        file = files[looks.index({"whole columns"})]
-        raise file.error(
-            f"labels of shape {np.shape(file.values)} are whole numbers; store classes as (N,), or"
-            ' set data.subtask = "regression"'
-        )
-    return "regression"
-
-
-Look = Literal[
-    "whole", "codes", "decimals", "numbers", "text", "hot", "whole columns", "columns"
-]  # fmt: skip
-ONE_COLUMN: tuple[Look, ...] = ("whole", "codes", "decimals", "numbers", "text")
-
-
-def looks_of(file: Labels) -> set[Look]:
-    """What the labels of a file look like: see `look` for those of one column; several columns are
-    of 0 and 1, of whole numbers or of anything."""
-    values = file.values
-    if isinstance(values, np.ndarray):
-        kind = values.dtype.kind
-        if values.ndim == 1:
-            return {"whole" if kind in "iub" else float_look(values) if kind == "f" else "text"}
-        is_hot, is_whole = bool(np.isin(values, (0, 1)).all()), kind in "iub"
-        if kind == "f" and values.shape[1:] == (1,):  # classes as one column
-            is_whole = float_look(values) == "decimals"
-    elif not any(isinstance(cell, tuple) for cell in values):
-        return {look(cell) for cell in {str(cell).strip() for cell in values}}
-    else:
-        cells = [MARKS.get(cell.lower(), cell) for row in values for cell in row]
-        is_hot = all(NUMBER.fullmatch(cell) and float(cell) in (0, 1) for cell in cells)
-        is_whole = all(map(WHOLE.fullmatch, cells))
-    return {"hot" if is_hot else "whole columns" if is_whole else "columns"}
-
-
-def float_look(values: np.ndarray) -> Look:
-    """Whether numbers (N, ...) are whole ones but for what is missing, which a library may have
-    made of integers."""
-    there = values[~np.isnan(values)]
-    return (
-        "decimals" if np.all(np.floor(there) == there) and np.isfinite(there).all() else "numbers"
-    )
-
-
-def look(cell: str) -> Look:
-    """What one label is: a whole number as it is printed; whole with a sign or zeros in front,
-    which no number is printed with; whole with decimals or an exponent; another number; text.
-
-    >>> [look(cell) for cell in ("1", "01", "1.0", "1.5", "one")]
-    ['whole', 'codes', 'decimals', 'numbers', 'text']
-    """
-    if WHOLE.fullmatch(cell):
-        return "whole"
-    if not NUMBER.fullmatch(cell):
-        return "text"
-    if CODE.match(cell):
-        return "codes"
-    return "decimals" if float(cell).is_integer() else "numbers"
-
-
-def subtask_of_column(files: Sequence[Labels], found: set[Look], rules: LabelRules) -> Subtask:
-    """Kind of target of one column with these looks.
-
-    Raises:
-        UserError: it may be classes or values, and nothing says which.
-    """
-    names = rules.class_names or stated_names(files)
-    count = rules.num_classes if names is None else len(names)
-    if rules.numbers and "text" not in found:
-        return "regression"
-    if "text" in found or found <= {"whole", "codes"} or (count or 0) > 1:
-        return "multiclass"
-    if count == 1 or ("numbers" in found and "codes" not in found):
-        return "regression"
-    cells = dict.fromkeys(str(cell).strip() for file in files for cell in file.cells())
-    raise UserError(
-        f"the labels ({listed(list(cells), 4)}) may be classes or values: set data.subtask ="
-        ' "multiclass" or "regression"'
-    )
-
-
-def stated_names(files: Sequence[Labels]) -> tuple[str, ...] | None:
-    """Names that the files state.
-
-    Raises:
-        UserError: files that state different ones.
-    """
-    stated = {file.class_names: file.where for file in files if file.class_names}
-    if len(stated) > 1:
-        each = "; ".join(f"{where}: {listed(names)}" for names, where in stated.items())
-        raise UserError(
-            f"feature files of different class_names ({each}), so that a number would"
-            " mean two classes; write the same list and labels to all of them"
-        )
-    return next(iter(stated), None)
-
-
 def are_new(given: tuple[str, ...], stated: tuple[str, ...]) -> bool:
     """Whether the names of a spec are new ones for those that the files state, each in its place;
     else the files' names are among them, in whatever order.
@@ -282,11 +94,6 @@ def are_new(given: tuple[str, ...], stated: tuple[str, ...]) -> bool:
 
 
 # ---------------------------------------------------------------------- names and numbers
-
-WHOLE = re.compile(r"0|-?[1-9]\d*", re.ASCII)
-"""A whole number as it is printed; int() reads more, such as 1_0, 007 and +7, which are names."""
-CODE = re.compile(r"[+-]?0\d|\+\d+$|-0$", re.ASCII)
-"""How a number begins that is not printed so."""
 
 
 def word(label: Any) -> str:
@@ -538,8 +345,6 @@ def named(label: Any, separator: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------- numbers
-
-MARKS = {"false": "0", "true": "1"}
 
 
 def multilabel(files: Sequence[Labels], rules: LabelRules) -> Targets:

@@ -328,6 +328,8 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
     train = data.splits.get("train")
     if root.mode == "train" and (train is None or not len(train)):
         raise UserError(f"data set {data.name}: the train split is empty")
+    if root.mode == "train":
+        refuse("model.head", root.model.head.target_problems(data.subtask))
     check_task(task, data)
     refuse("model.encoder", root.model.encoder.sample_problems(data.samples.spec_kind))
     inputs = resolve_inputs(data.samples, root, data)

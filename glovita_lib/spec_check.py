@@ -72,17 +72,9 @@ def head_fits_targets(root: Root) -> Iterator[str]:
     """Classes need a classification head, numbers a regression head; a probe has none."""
     if not root.task.keeps_model:
         return
-    subtask, head = root.data.stated_subtask(), root.model.head
-    if subtask == "regression" and "numbers" not in head.predicts:
-        yield (
-            f"model.head.head_type: {tag(head)} cannot predict the numbers of data.subtask ="
-            ' "regression": set it to "regression"'
-        )
-    if subtask in ("multiclass", "multilabel") and "classes" not in head.predicts:
-        yield (
-            f"model.head.head_type: {tag(head)} cannot predict {subtask} labels: set it to"
-            ' "classification", or data.subtask to "regression" where the data are numbers'
-        )
+    subtask = root.data.stated_subtask()
+    for name, text in root.model.head.target_problems(subtask) if subtask else ():
+        yield f"model.head.{name}: {text}"
 
 
 def head_size(root: Root) -> Iterator[str]:

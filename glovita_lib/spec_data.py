@@ -138,8 +138,9 @@ class FileData(BaseData):
 
     subtask: Subtask | None = None
     """Kind of target; none follows from task (images), or from the labels (features): whole numbers
-    and names are multiclass, several 0/1 columns multilabel, other numbers regression; it is asked
-    for where all numbers are whole ones with decimals (2.0) and the head predicts classes."""
+    and names are multiclass, several 0/1 columns multilabel, other numbers regression (images: are
+    asked for); it is asked for where all numbers are whole ones with decimals (2.0) and the head
+    predicts classes."""
     num_classes: Count | None = None
     """Number of classes (regression: of targets); none counts them, a number is checked against the
     data."""

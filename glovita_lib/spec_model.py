@@ -27,6 +27,22 @@ class BaseHead(Spec):
         """The option that labels instances by the class of their bag, where it is on."""
         return None
 
+    def target_problems(self, subtask: str) -> Iterator[tuple[str, str]]:
+        """Classes need a head that predicts classes, numbers one that predicts numbers."""
+        head = shown(self.__struct_config__.tag)
+        if subtask == "regression" and "numbers" not in self.predicts:
+            yield (
+                "head_type",
+                f'{head} cannot predict numbers, and this is a regression: set it to "regression",'
+                ' or data.subtask to "multiclass" where the numbers are classes',
+            )
+        if subtask != "regression" and "classes" not in self.predicts:
+            yield (
+                "head_type",
+                f'{head} cannot predict {subtask} labels: set it to "classification", or'
+                ' data.subtask to "regression" where the data are numbers',
+            )
+
 
 class BagHead(BaseHead):
     """A head on the instances of a bag."""

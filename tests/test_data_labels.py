@@ -14,13 +14,8 @@ from msgspec.structs import replace
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from glovita_lib.data import Outputs, are_ordered
-from glovita_lib.data_labels import (
-    LabelRules,
-    Labels,
-    encode,
-    is_missing,
-    untrained,
-)
+from glovita_lib.data_labels import encode, is_missing, untrained
+from glovita_lib.data_subtask import LabelRules, Labels
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
 from glovita_lib.results import read_predictions, write_prediction_csv
@@ -169,7 +164,14 @@ def test_what_is_no_label():
 
 
 def several(
-    *values, subtask=None, names=None, classes=None, columns=None, stated=None, trained=None
+    *values,
+    subtask=None,
+    names=None,
+    classes=None,
+    columns=None,
+    stated=None,
+    trained=None,
+    numbers=False,
 ):
     """Subtask, names and targets of the labels of several files, a.h5, b.h5, ..."""
     stated = stated or [(None, None)] * len(values)
@@ -177,7 +179,7 @@ def several(
         Labels(labels, [f"s{i}" for i in range(len(labels))], f"{letter}.h5", *said)
         for letter, labels, said in zip("abc", values, stated, strict=False)
     ]
-    rules = LabelRules(subtask, names, classes, columns, trained=trained)
+    rules = LabelRules(subtask, names, classes, columns, trained=trained, numbers=numbers)
     found, names, targets = encode(files, rules)
     return found, names, [part.tolist() for part in targets]
 
@@ -217,17 +219,61 @@ def test_whole_numbers_of_arrays_are_indices():
         several(np.eye(2), subtask="multiclass")
 
 
+STRAYS = [
+    (["0.5", "1.25", "nan", "3"], '"nan" of s2) beside 3 that are'),
+    (["0.5", "1.25", "x", "3"], '"x" of s2) beside 3'),
+    (["0", "1", "2", "NA"], '"NA" of s3) beside 3'),
+    (["0.", "1.", " N/A "], '" N/A " of s2) beside 2'),
+    (["0.5", "inf"], '"inf" of s1) beside 1'),
+    (["0,5", "1,25", "2,0"], 'decimal comma ("0,5" of s0'),
+    (["0.5", "1,25"], 'decimal comma ("1,25" of s1'),
+]
+
+
+@pytest.mark.parametrize(("cells", "said"), STRAYS, ids=range(len(STRAYS)))
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_text_in_a_column_of_numbers_is_named(cells, said, kind):
+    """Of a table, and of an array of text in a feature file, whatever the head predicts."""
+    for numbers in (False, True):
+        with pytest.raises(UserError) as got:
+            several(kind(cells), numbers=numbers)
+        assert said in str(got.value) and "\n" not in str(got.value)
+    names = several(kind(cells), subtask="multiclass")[1]
+    assert len(names) == len(cells)
+
+
+def test_words_beside_whole_numbers_are_classes():
+    for cells in (["1", "2", "normal"], ["none", "mild", "NA"], ["nan", "NaN"], ["1,a", "2,b"]):
+        assert several(cells)[0] == "multiclass"
+    assert several(["0.5", "nan"], names=("0.5", "nan"))[1] == ("0.5", "nan")
+    assert several(["0.5", "nan"], classes=2)[1] == ("0.5", "nan")
+
+
+def test_text_of_an_array_is_numbers_where_all_of_it_is():
+    assert several(np.array(["0.5", "1.25"]))[::2] == ("regression", [[[0.5], [1.25]]])
+    assert several(np.array(["2", "10"]))[1:] == (("2", "10"), [[0, 1]])
+
+
+def test_a_regression_names_the_cell_that_is_no_number():
+    with pytest.raises(UserError, match=r'finite number.*wrong: s1 \("nan"\)$'):
+        several(["0.5", "nan"], subtask="regression")
+
+
 def test_kinds_of_arrays():
     floats, hot = np.array([0.5, 1]), np.eye(2, dtype=np.float32)
     assert several(floats) == ("regression", ("target",), [[[0.5], [1]]])
     assert several(hot, hot[:1])[0] == "multilabel"
-    assert several(hot, hot + 1)[0] == "regression"
+    assert several(hot, hot + 0.5)[0] == "regression"
     assert several(hot, columns=("a", "b"), names=("b", "a"))[1:] == (
         ("b", "a"),
         [[[0, 1], [1, 0]]],
     )
     with pytest.raises(UserError, match=r"b.h5: .*\(2, 2\) are whole numbers; store classes as"):
         several(hot, np.array([[1, 2], [3, 4]]))
+    with pytest.raises(UserError, match=r"b.h5: .*\(2, 2\) are whole numbers; store classes as"):
+        several(hot, np.array([[1.0, 2], [3, 4]]))
+    with pytest.raises(UserError, match=r"a.h5: .*\(2, 2\) are whole numbers; store classes as"):
+        several([("1.0", "2"), ("3", "4")])
     with pytest.raises(UserError, match="b.h5: every multilabel label must be 0 or 1; wrong: s0"):
         several(hot, hot * np.float32(0.5), subtask="multilabel")
     with pytest.raises(UserError, match="a.h5: the label of a regression .*; wrong: s1"):

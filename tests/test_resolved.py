@@ -61,6 +61,26 @@ def test_images_have_the_shape_and_the_policies_of_the_run():
     assert isinstance(build_inputs(inputs, train=True), Augmenter)
 
 
+@pytest.mark.parametrize("subtask", ["multiclass", "multilabel", "regression"])
+@pytest.mark.parametrize("head", ["classification", "regression"])
+def test_the_head_predicts_what_the_data_turn_out_to_hold(subtask: str, head: str):
+    data = data_of(FEATURES)
+    data.subtask = subtask
+    if subtask != "multiclass":
+        for split in data.splits.values():
+            split.targets = np.eye(2)[split.targets % 2]
+    root = root_of(
+        "precomputed",
+        model={"encoder": {"encoder_type": "precomputed"}, "head": {"head_type": head}},
+    )
+    if (subtask == "regression") == (head == "regression"):
+        assert resolve_spec(root, data).subtask == subtask
+        return
+    with pytest.raises(UserError, match=f'^model.head.head_type: "{head}" cannot predict'):
+        resolve_spec(root, data)
+    resolve_spec(msgspec.structs.replace(root, mode="extract"), data)  # where no head is asked
+
+
 @pytest.mark.parametrize("samples", [FEATURES, BAGS])
 def test_features_have_a_width(samples):
     inputs = resolve_spec(root_of("precomputed"), data_of(samples, (64,))).inputs
@@ -113,7 +133,9 @@ def test_without_labels_nothing_is_scaled_or_weighted(subtask):
     data.subtask, data.splits["train"].targets = subtask, None
     weights = "balanced" if subtask == "multiclass" else None
     task = {"objective": "supervised", "class_weights": weights}
-    found = resolve_spec(root_of("precomputed", task=task), data)
+    head = {"head_type": "regression" if subtask == "regression" else "classification"}
+    model = {"encoder": {"encoder_type": "precomputed"}, "head": head}
+    found = resolve_spec(root_of("precomputed", task=task, model=model), data)
     assert (found.target_mean, found.target_std) == ((0.0, 0.0), (1.0, 1.0))
     assert found.class_weights is None
 

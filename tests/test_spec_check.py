@@ -395,6 +395,7 @@ IGNORED = [
         f"{PREPARATION}.statistics",
     ),
     (["model.encoder.weights_order=true"], "model.encoder.weights_order"),
+    (["model.encoder.weights_key=ema"], "model.encoder.weights_key"),
     ([*RESIDUAL, "model.encoder.bottleneck_channels=2"], "model.encoder.bottleneck_channels"),
     (
         [*RESIDUAL, "model.encoder.squeeze_excitation_reduction_ratio=0.5"],
