@@ -13,7 +13,8 @@ import torch
 
 from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.read_features import Keys, check_coords, flaw
-from glovita_lib.read_hdf5 import DatasetRows, array_of, open_hdf5, readable_type
+from glovita_lib.read_hdf5 import DatasetRows, readable_type
+from glovita_lib.read_hdf5_file import array_of, open_hdf5, read_whole
 
 BAG_SUFFIXES = (".h5", ".hdf5", ".pt")
 
@@ -54,7 +55,9 @@ class FolderBags:
             return None
         with open_hdf5(str(self.paths[bag])) as file:
             coords = self.keys.find(file, self.keys.coords)
-            return None if coords is None else coords[()].reshape(self.lengths[bag], -1)
+            if coords is None:
+                return None
+            return read_whole(coords, self.keys.coords).reshape(self.lengths[bag], -1)
 
     def instance_ids(self, bag: int) -> None:
         """Such files name none."""

@@ -13,7 +13,8 @@ import torch
 from glovita_lib.bags import Bags
 from glovita_lib.data import Standardizer
 from glovita_lib.errors import UserError, composed, listed
-from glovita_lib.read_hdf5 import DatasetRows, dataset_of, open_hdf5
+from glovita_lib.read_hdf5 import DatasetRows
+from glovita_lib.read_hdf5_file import dataset_of, open_hdf5, read_whole, refuse_torn
 
 # ------------------------------------------------------------------------------------- files
 #
@@ -250,7 +251,7 @@ def integers(path: str, file: Any, keys: Keys, key: str) -> np.ndarray | None:
     dataset = keys.find(file, key)
     if dataset is None:
         return None
-    values = dataset[()]
+    values = read_whole(dataset, key)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise UserError(
             f"{path}: {key!r} has shape {values.shape} and type {values.dtype}; it must be a list"
@@ -276,7 +277,7 @@ def table_of(path: str, file: Any, keys: Keys, key: str, count: int) -> np.ndarr
         return text_of(values, slice(count))
     if kind.kind not in "iufb":
         raise UserError(f"{path}: {key!r} is of type {kind}; it must be numbers or text")
-    return values[()]
+    return read_whole(values, key)
 
 
 def text_of(values: Any, rows: slice) -> np.ndarray:
@@ -285,6 +286,7 @@ def text_of(values: Any, rows: slice) -> np.ndarray:
     Raises:
         UserError: they are not.
     """
+    refuse_torn(values, values.name[1:], *rows.indices(len(values))[:2])
     try:
         return values.asstr("utf-8")[rows]
     except UnicodeDecodeError as error:
@@ -492,7 +494,7 @@ class FileBags:
             return None
         with open_hdf5(self.file.path) as file:
             coords = self.keys.find(file, self.keys.coords)
-            return coords[()].reshape(-1, coords.shape[-1])
+            return read_whole(coords, self.keys.coords).reshape(-1, coords.shape[-1])
 
     def coords(self, bag: int) -> np.ndarray | None:
         if self.all_coords is None:

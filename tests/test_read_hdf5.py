@@ -18,9 +18,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from glovita_lib import read_hdf5
+from glovita_lib import read_hdf5, read_hdf5_file
+from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
 from glovita_lib.read_hdf5 import DatasetRows, cut_ranges
+from glovita_lib.spec_data import PrecomputedData
 
 DIGITS = load_digits().data
 STORAGE = {
@@ -271,8 +273,8 @@ def test_the_bounds_of_the_libraries(tmp_path, monkeypatch):
     settings = configparser.ConfigParser()
     settings.read(Path(__file__).parents[1] / "setup.cfg")
     bound = settings["glovita:libraries"]["hdf5"]
-    assert tuple(map(int, bound.split("."))) == read_hdf5.HDF5_AT_LEAST
-    assert h5py.version.hdf5_version_tuple >= read_hdf5.HDF5_AT_LEAST
+    assert tuple(map(int, bound.split("."))) == read_hdf5_file.HDF5_AT_LEAST
+    assert h5py.version.hdf5_version_tuple >= read_hdf5_file.HDF5_AT_LEAST
     asked = settings["options"]["install_requires"].split()
     (h5py_bound,) = [entry for entry in asked if entry.startswith("h5py>=")]
     wanted = tuple(map(int, h5py_bound.removeprefix("h5py>=").split(".")))
@@ -282,6 +284,57 @@ def test_the_bounds_of_the_libraries(tmp_path, monkeypatch):
     monkeypatch.setattr(h5py.version, "hdf5_version_tuple", (1, 10, 10))
     with pytest.raises(UserError, match=rf"HDF5 .*, at least {bound} is needed: pip install"):
         DatasetRows(tmp_path / "f.h5", "features", threads=1)
+
+
+TORN = {
+    "big-endian": {"dtype": ">f4", "chunks": (10, 8), "compression": "gzip"},
+    "big-endian, raw": {"dtype": ">f4", "chunks": (10, 8)},
+    "columns": {"dtype": "f4", "chunks": (10, 4), "compression": "gzip"},
+    "columns, shuffled": {"dtype": "f8", "chunks": (10, 4), "compression": "gzip", "shuffle": True},
+    "columns, raw": {"dtype": "f2", "chunks": (10, 4)},
+    "checksum": {"dtype": "f4", "chunks": (10, 8), "compression": "gzip", "fletcher32": True},
+}
+
+
+@pytest.mark.parametrize("change", [-4, 4], ids=["short", "long"])
+@pytest.mark.parametrize("kind", TORN)
+def test_chunks_of_another_length_that_the_library_would_read(kind, change, tmp_path):
+    """Storage that the direct way leaves to the library, which takes what stands in memory."""
+    values = np.arange(240).reshape(30, 8).astype(TORN[kind]["dtype"])
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        data = file.create_dataset("features", data=values, **TORN[kind])
+        size = int(np.prod(data.chunks)) * data.dtype.itemsize
+        raw, place = b"\1" * (size + change), (10,) + (0,) * (data.ndim - 1)
+        raw = zlib.compress(raw) if "compression" in TORN[kind] else raw
+        raw += b"\0" * 4 if "fletcher32" in TORN[kind] else b""  # a wrong sum, never asked for
+        data.id.write_direct_chunk(place, raw)
+    rows = DatasetRows(tmp_path / "x.h5", "features", threads=1)
+    assert np.array_equal(rows.read(0, 10), values[:10])
+    assert np.array_equal(rows.read(20, 30), values[20:])
+    said = rf"rows 10 to 19 of 'features' are damaged \(.* {size + change} bytes, not {size}\)"
+    for start, stop in ((0, 30), (15, 16)):
+        with pytest.raises(UserError, match=said):
+            rows.read(start, stop)
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        layout = h5py.VirtualLayout(values.shape, values.dtype)
+        layout[:] = h5py.VirtualSource("x.h5", "features", values.shape)
+        file.create_virtual_dataset("features", layout)
+    rows = DatasetRows(tmp_path / "virtual.h5", "features", threads=1)
+    with pytest.raises(UserError, match=said):
+        rows.read(0, 30)
+
+
+def test_labels_in_chunks_of_another_length_are_refused(tmp_path):
+    for name, labels in {"number": np.arange(30), "text": np.array([b"ab", b"cd"] * 15)}.items():
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["features"] = np.zeros((30, 4), np.float32)
+            data = file.create_dataset("labels", data=labels, chunks=(10,))
+            data.id.write_direct_chunk((10,), b"abcd")
+        spec = PrecomputedData(
+            data_root_dir=str(tmp_path), features_file=f"{name}.h5", split_source="kfold"
+        )
+        with pytest.raises(UserError, match=r"rows 10 to 19 of 'labels' are damaged \(.* 4 bytes"):
+            build_data(spec, seed=0)
 
 
 def refused(path, key="features", **options):
@@ -478,7 +531,7 @@ def test_sources_are_sought_where_the_library_seeks_them(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path / "here")
     path = str(tmp_path / "links" / "f.h5")
     for key, name in (("absolute", str(tmp_path / "named" / "far.h5")), ("relative", "far.h5")):
-        with h5py.File(path) as file, h5py.File(read_hdf5.source_path(path, name)) as source:
+        with h5py.File(path) as file, h5py.File(read_hdf5_file.source_path(path, name)) as source:
             assert source["x"][0, 0] == file[key][0, 0]
 
 
