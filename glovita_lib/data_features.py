@@ -196,7 +196,7 @@ def _(
         rows = {name: np.arange(len(opened[file].ids)) for name, file in files.items()}
     else:
         ((file, whole),) = opened.items()
-        rows = split_rows(spec, whole, targets[file], subtask, seed)
+        rows = split_rows(spec, whole, targets[file], subtask, seed, wanted)
         files = dict.fromkeys(rows, file)
     splits = {
         name: make_split(opened[files[name]], targets[files[name]], rows[name]) for name in rows
@@ -480,7 +480,12 @@ def keys(spec: PrecomputedData) -> Keys:
 
 
 def split_rows(
-    spec: PrecomputedData, whole: Collection, targets: np.ndarray, subtask: str, seed: int
+    spec: PrecomputedData,
+    whole: Collection,
+    targets: np.ndarray,
+    subtask: str,
+    seed: int,
+    wanted: Sequence[str] | None,
 ) -> dict[str, np.ndarray]:
     """Rows of the splits of one collection."""
     if spec.split_source == "kfold":
@@ -490,7 +495,7 @@ def split_rows(
         return fold_splits(fold_of, spec.fold, spec.n_folds)
     if spec.split_source == "csv":
         return column_rows(spec, whole)
-    return listed_rows(spec, whole)
+    return listed_rows(spec, whole, wanted)
 
 
 def column_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarray]:
@@ -537,11 +542,14 @@ def refuse_emptied(
         raise UserError("\n".join(lines))
 
 
-def listed_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarray]:
-    """Rows of the ids that split_file lists.
+def listed_rows(
+    spec: PrecomputedData, whole: Collection, wanted: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    """Rows of the ids that split_file lists; of splits that are not needed, of those that are
+    there.
 
     Raises:
-        UserError: no such fold or split, or an id that is not there or is listed twice.
+        UserError: no such fold or split, an id that is not there or is listed twice.
     """
     path = on_disk(Path(spec.data_root_dir) / spec.split_file)
     content = read_splits(path, spec.fold)
@@ -550,7 +558,11 @@ def listed_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarra
         raise UserError(f"{path}: {unknown[0]!r} is no split; there are train, val and test")
     place = {composed(name): row for row, name in enumerate(whole.ids)}
     content = {name: list(map(composed, ids)) for name, ids in content.items()}
-    for name, ids in content.items():
+    needed = splits_needed(content, wanted)
+    for name, ids in list(content.items()):
+        if name not in needed:
+            content[name] = [identity for identity in dict.fromkeys(ids) if identity in place]
+            continue
         absent = [identity for identity in ids if identity not in place]
         if absent:
             places = whole.where
@@ -563,7 +575,8 @@ def listed_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarra
         if len(set(ids)) < len(ids):
             again = Counter(ids).most_common(1)[0][0]
             raise UserError(f"{path}: {name} lists {again!r} twice; list each id once")
-    return {name: np.array([place[i] for i in ids]) for name, ids in content.items() if ids}
+    rows = {name: np.array([place[i] for i in ids], int) for name, ids in content.items()}
+    return {name: found for name, found in rows.items() if name in needed or len(found)}
 
 
 def refuse_shared(

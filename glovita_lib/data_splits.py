@@ -52,6 +52,9 @@ def read_splits(path: Path, fold: int) -> dict[str, list[str]]:
 # Streams of the seed, so that one draw does not depend on another.
 VAL, FRACTION, FOLDS = 1, 2, 3
 
+WHOLE_COHORT = 'data.split_source = "splits_json" with all ids as test in data.split_file'
+"""How a trained model is asked about all samples of other data."""
+
 
 def strata(targets: np.ndarray, subtask: str, *, kept: bool = True, bins: int = 10) -> np.ndarray:
     """Stratum (N,) int64 of each sample; all in one stratum where proportions are not `kept`.
@@ -147,7 +150,8 @@ def folds(
     if units < n_folds:
         what = "samples" if groups is None else "groups"
         raise UserError(
-            f"data.n_folds = {n_folds}, but there are only {units} {what}: at most {units} folds"
+            f"data.n_folds = {n_folds}, but there are only {units} {what}: at most {units} folds;"
+            f" to ask a trained model about all of them, {WHOLE_COHORT}"
         )
     if groups is None:
         return deal(labels, n_folds, seed)

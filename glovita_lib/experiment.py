@@ -15,6 +15,7 @@ from torch import nn
 
 from glovita_lib import checkpoint, dist, peft_base
 from glovita_lib.data import ArraySource, Data, Outputs, Split, subset
+from glovita_lib.data_splits import WHOLE_COHORT
 from glovita_lib.datasets import build_data
 from glovita_lib.dist import WorkerPool, resolve_precision
 from glovita_lib.encoder import Encoder, Features, Identity, output_width
@@ -313,6 +314,8 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
     if ranks.is_main:
         for line in split_notes(own, root):
             say(f"  note: {path} was trained with {line}: it may know samples of this split")
+        for line in cohort_notes(own, root):
+            say(f"  note: {line}")
         for line in transform_notes(own, root):
             say(f"  note: {line} has no effect: {path} keeps the transforms it was trained with")
     size = root.dataloading.eval_batch_size or root.dataloading.batch_size
@@ -418,6 +421,24 @@ def transform_notes(own: Root, root: Root) -> list[str]:
         f"data.augmentation.{key} = {shown(value)}"
         for key, value in ours.items()
         if value != default.get(key) and value != (theirs or {}).get(key)
+    ]
+
+
+def cohort_notes(own: Root, root: Root) -> list[str]:
+    """Folds of other data than a model was trained on, where it is asked about a split: there is
+    nothing that they would keep apart."""
+    if root.mode not in ("infer", "extract") or (root.mode == "infer" and root.infer.input):
+        return []
+    ours, theirs = msgspec.to_builtins(root.data), msgspec.to_builtins(own.data)
+    with suppress(UserError):
+        theirs["data_root_dir"] = expand(theirs["data_root_dir"])
+    places = ("dataset", "data_root_dir", "images_dir", "features_file")
+    is_own = all(ours.get(key) == theirs.get(key) for key in places)
+    if is_own or ours.get("split_source") != "kfold":
+        return []
+    return [
+        f'data.split_source = "kfold" takes one of {ours["n_folds"]} folds of data that the model'
+        f" was not trained on; {WHOLE_COHORT} takes all of them"
     ]
 
 

@@ -338,6 +338,35 @@ def test_split_files_that_do_not_fit(tmp_path, content, said):
         build(tmp_path, features_file=name, split_source="splits_json")
 
 
+def test_what_a_mode_does_not_need_of_a_split_file_may_be_elsewhere(tmp_path):
+    """A cohort holds the test samples alone; training, and what names none, needs all."""
+    name = write(tmp_path / "f.h5", features=X[:6], labels=Y[:6] % 2)
+    content = {"train": ["x", "y"], "val": [0, "z", 0], "test": [1, 2]}
+    (tmp_path / "splits.json").write_text(json.dumps(content))
+    spec = PrecomputedData(
+        data_root_dir=str(tmp_path), features_file=name, split_source="splits_json"
+    )
+    data = build_data(spec, seed=0, trains=False, wanted=("test", "val"))
+    assert {name: split.ids for name, split in data.splits.items()} == {
+        "val": ["0"],
+        "test": ["1", "2"],
+    }
+    for wanted in ((), ("val",), ("train",)):
+        with pytest.raises(UserError, match="are not in .*f.h5|lists '0' twice"):
+            build_data(spec, seed=0, trains=False, wanted=wanted)
+    with pytest.raises(UserError, match=r"2 ids of train are not in"):
+        build_data(spec, seed=0)
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_a_split_that_is_listed_without_a_sample(name, tmp_path):
+    write(tmp_path / "f.h5", features=X[:6], labels=Y[:6] % 2)
+    content = {"train": [0, 1], "val": [2], "test": [3]} | {name: []}
+    (tmp_path / "splits.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"the {name} split has no sample"):
+        build(tmp_path, features_file="f.h5", split_source="splits_json")
+
+
 def test_what_no_split_uses_is_reported(tmp_path):
     name = write(tmp_path / "f.h5", features=X[:6], labels=Y[:6] % 2)
     (tmp_path / "splits.json").write_text(json.dumps({"train": [0, 1, 2], "val": [3]}))

@@ -116,6 +116,24 @@ def test_a_checkpoint_that_may_know_the_samples_is_noted(command):
         )
 
 
+def test_folds_of_other_data_are_noted(command, folder_spec, class_folders):
+    """Of a cohort that the model does not know all samples are worth asking about."""
+    spec = folder_spec.replace('"subdirs"', '"kfold"\nimages_dir = "images/train"')
+    run = command("name=one", spec=spec)
+    known = ["mode=infer", f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}", "name=two"]
+    cohort = class_folders / "cohort"
+    shutil.copytree(class_folders / "images" / "test", cohort)
+    for changes, said in {"": False, "data.images_dir=cohort": True}.items():
+        out = command(*known, *changes.split(), spec=spec).out
+        assert ("takes one of 5 folds of data that the model was not trained on" in out) == said
+    (cohort / "splits.json").write_text(
+        json.dumps({"test": sorted(f"{p.parent.name}/{p.name}" for p in cohort.glob("*/*.png"))})
+    )
+    changes = ["data.images_dir=cohort", "data.split_source=splits_json"]
+    out = command(*known, *changes, "data.split_file=cohort/splits.json", spec=spec).out
+    assert f"predicted {len(list(cohort.glob('*/*.png')))} samples of test" in out
+
+
 def test_no_such_split(command, refused, folder_spec, class_folders):
     run = command(spec=folder_spec)
     shutil.rmtree(class_folders / "images" / "test")
