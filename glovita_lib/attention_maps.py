@@ -58,7 +58,7 @@ class AttentionHook:
         self.file, self.head = file, head
         self.lengths: list[torch.Tensor] = []  # (b,) each
         self.branches = 0
-        self.places: np.ndarray | None = None  # (N, axes) of the patch tokens of a sample
+        self.places: list[np.ndarray] = []  # (n, axes) of the patch tokens of each sample
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Forward hook. Heads that return their scores are not asked a second time."""
@@ -67,7 +67,7 @@ class AttentionHook:
         self.branches = scores.shape[1]
         self.lengths.append(as_bags(inputs[0]).lengths)
         if isinstance(inputs[0], Features):
-            self.places = token_places(inputs[0], 0)
+            self.places += token_places(inputs[0], 0)
         try:
             self.file.write(scores.float().cpu().numpy().tobytes())
         except OSError as error:
@@ -80,7 +80,7 @@ class Sizes:
 
     lengths: np.ndarray  # (B,) int64
     branches: int
-    places: np.ndarray | None  # (N, axes) of the patch tokens of a sample
+    places: list[np.ndarray] | None  # (n, axes) of the patch tokens of each sample
 
 
 class AttentionWriter:
@@ -128,16 +128,27 @@ class AttentionWriter:
 
     def gathered(self, listener: AttentionHook) -> Sizes | None:
         """Sizes on the first rank, None on the others; a rank without bags knows no branches."""
-        places = np.empty((0, 0)) if listener.places is None else listener.places
-        numbers = [listener.branches, *places.shape, *places.ravel().astype(int).tolist()]
-        lengths = torch.cat([torch.empty(0, dtype=torch.int64), *listener.lengths])
-        shape = torch.tensor([numbers] if listener.branches else [], dtype=torch.int64)
-        got = dist.gather_rows(self.ranks, {"lengths": lengths, "shape": shape})
+        kinds = {places.tobytes(): places for places in listener.places}  # few: those of grids
+        number = {key: n for n, key in enumerate(kinds)}
+        which = [number[places.tobytes()] for places in listener.places]
+        facts = [[listener.branches, len(kinds), len(which)]] if listener.branches else []
+        stacked = np.concatenate(list(kinds.values())) if kinds else np.empty((0, 0))
+        tables = {
+            "lengths": torch.cat([torch.empty(0, dtype=torch.int64), *listener.lengths]),
+            "facts": torch.tensor(facts, dtype=torch.int64).reshape(-1, 3),
+            "which": torch.tensor(which, dtype=torch.int64),
+            "sizes": torch.tensor([len(places) for places in kinds.values()], dtype=torch.int64),
+            "places": torch.from_numpy(stacked.astype(np.int64)),
+        }
+        got = dist.gather_rows(self.ranks, tables)
         if got is None:
             return None
-        branches, tokens, axes, *numbers = got["shape"][0].tolist()
-        found = np.array(numbers).reshape(tokens, axes) if tokens else None
-        return Sizes(got["lengths"].numpy(), branches, found)
+        facts, lengths = got["facts"].tolist(), got["lengths"].numpy()
+        found = got["places"].split(got["sizes"].tolist())
+        before = [sum(kinds for _, kinds, _ in facts[:rank]) for rank in range(len(facts))]
+        offsets = np.repeat(before, [count for *_, count in facts])
+        places = [found[n].numpy() for n in got["which"].numpy() + offsets] if len(found) else None
+        return Sizes(lengths, facts[0][0], places)
 
     def write(self, split: Split, resolved: Resolved, notes: dict[str, Any]) -> Path | None:
         """Put the parts together; the path of the file, None if no member has attention. All ranks
@@ -220,10 +231,9 @@ def one_size(members: list[Sizes]) -> Sizes:
             " infer.attention = false"
         )
     for sizes in members[1:]:
-        pair = (sizes.places, members[0].places)
-        known, other = (np.empty(0) if places is None else places for places in pair)
-        same = np.array_equal(known, other)
-        if not same or not np.array_equal(sizes.lengths, members[0].lengths):
+        known, others = (part.places or [] for part in (sizes, members[0]))
+        same = np.array_equal(sizes.lengths, members[0].lengths) and len(known) == len(others)
+        if not same or not all(map(np.array_equal, known, others)):
             raise UserError(
                 "the members of the ensemble weigh different instances (patches of another grid),"
                 " which have no mean: name members of one kind, or set infer.attention = false"
@@ -273,9 +283,11 @@ class Places:
             source, "instance_ids", None
         )
         self.axes = axes_of(source)
-        if sizes.places is not None:  # patch tokens, or slices
-            places = sizes.places
-            self.read, self.axes = (lambda row: places), AXES_OF_TOKENS[places.shape[1]]
+        if sizes.places is not None:  # patch tokens, slices or windows
+            self.read, self.axes = (
+                sizes.places.__getitem__,
+                AXES_OF_TOKENS[sizes.places[0].shape[1]],
+            )
 
     def write(self, file: Any, first: int, end: int, ptr: np.ndarray) -> None:
         """Coordinates of the bags [first, end) to the dataset coords, names to instance_ids, made
@@ -316,11 +328,13 @@ class Places:
 
 def axes_of(source: Any) -> str:
     """Axes of a source's coordinates; extracted tokens have rows and columns of their grid, or the
-    places of slices."""
+    places of slices or windows."""
     file = getattr(getattr(source, "reader", None), "file", None)
     if file is None or file.attributes.get("output") != "tokens":
         return "x,y"
-    return "slice" if file.attributes.get("coords", "").startswith("slice") else "row,column"
+    text = file.attributes.get("coords", "")
+    parts = {"slice": "slice", "window": "x,y,z"}  # by the first word
+    return parts.get(text.partition(":")[0], "row,column")
 
 
 def model_attributes(resolved: Resolved, sizes: Sizes) -> dict[str, Any]:

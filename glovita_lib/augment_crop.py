@@ -340,6 +340,8 @@ class CropResize:
     Picklable: workers use it per sample (`one`), the training device per batch (`canvas`).
     """
 
+    one_size = True
+
     def __init__(
         self,
         ops: ImageOps,
@@ -362,6 +364,10 @@ class CropResize:
         centred = ops.crop == "center" and self.side is not None
         self.crop_mode = crop_mode if centred else "center"
         self.border = torch.tensor([round(self.peak * value) for value in mean])  # (C,)
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The images of a batch, (B, C, S, S)."""
+        return torch.stack(parts)
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator | None) -> Tensor:
         """Windows of a batch.

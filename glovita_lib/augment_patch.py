@@ -8,8 +8,10 @@ patch to those of the source, o -> A P (o + u(o)), and so one interpolation, lin
 where a map leads from voxels to voxels nothing is interpolated.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -37,9 +39,15 @@ class PatchCut:
     Picklable: workers use it per sample.
     """
 
+    one_size = True
+
     def __init__(self, crop: str, foreground_share: float, size: Size) -> None:
         """Args: crop and foreground_share as in VolumeOps; size of the patches, voxels."""
         self.crop, self.foreground_share, self.size = crop, foreground_share, size
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The patches of a batch, (B, C, *size)."""
+        return torch.stack(parts)
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator | None) -> Tensor:
         """Places of the patches of a batch.
@@ -112,6 +120,121 @@ def overlap(
         source.append(slice(first, end))
         target.append(slice(first - start, end - start))
     return source, target
+
+
+# --------------------------------------------------------------------- whole volumes and windows
+
+
+@dataclass(frozen=True, eq=False)
+class Volumes:
+    """A batch of volumes, each of its own size."""
+
+    each: tuple[Tensor, ...]  # (C, X, Y, Z)
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.each)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Volumes":
+        """The same volumes on a device."""
+        return Volumes(tuple(volume.to(device, non_blocking=non_blocking) for volume in self))
+
+    def pin_memory(self) -> "Volumes":
+        """The same volumes in page-locked memory."""
+        return Volumes(tuple(volume.pin_memory() for volume in self))
+
+
+class WholeVolumes:
+    """Takes volumes as they are where they are read, see PatchCut."""
+
+    one_size = False
+
+    def join(self, parts: list[Tensor]) -> Volumes:
+        """The volumes of a batch."""
+        return Volumes(tuple(parts))
+
+    def boxes(self, sizes: np.ndarray, generator: torch.Generator | None) -> Tensor:
+        """First voxel of each volume, (B, 3)."""
+        return torch.zeros(len(sizes), 3)
+
+    def one(self, sample: Any, box: Tensor) -> Tensor:
+        """A whole volume (C, X, Y, Z) in the type of the sample."""
+        voxels = np.asarray(sample[(slice(None),) * 4])
+        return torch.from_numpy(np.require(voxels, requirements=["C", "W"]))
+
+
+@dataclass(frozen=True, slots=True)
+class WindowGrid:
+    """Windows that cover volumes of any size."""
+
+    size: Size
+    stride: Size
+
+    @classmethod
+    def overlapping(cls, size: Size, overlap: float) -> "WindowGrid":
+        """Windows that have a share of their side in common with the next."""
+        x, y, z = (max(1, round(side * (1 - overlap))) for side in size)
+        return cls(size, (x, y, z))
+
+    def starts(self, have: Sequence[int]) -> np.ndarray:
+        """First voxels (N, 3) of the windows of a volume, in the order of its axes: a stride apart,
+        the last of an axis ends with the volume. On an axis that is shorter than a window, one
+        begins before the volume, which is in its middle, as PatchCut has it."""
+        axes = []
+        for there, side, step in zip(have, self.size, self.stride, strict=True):
+            room = there - side
+            axes.append([*range(0, room, step), room] if room > 0 else [room // 2])
+        return np.array([*product(*axes)], np.int64).reshape(-1, 3)
+
+    def count(self, have: Sequence[int]) -> int:
+        """Number of the windows of a volume."""
+        rooms = [there - side for there, side in zip(have, self.size, strict=True)]
+        return math.prod(
+            1 + -(-max(0, room) // step) for room, step in zip(rooms, self.stride, strict=True)
+        )
+
+    def cut(self, volume: Tensor, starts: Sequence[int]) -> Tensor:
+        """A window (C, *size) of a volume (C, X, Y, Z); outside is the minimum of its channel."""
+        return window(volume, starts, self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class WindowedVolumes:
+    """Volumes that reach a network window by window: `reduced` is asked instead of the network."""
+
+    volumes: Volumes
+    grid: WindowGrid
+    how: str  # what becomes of the windows' answers: mean or max
+    chunk: int  # windows that are asked at once
+    told: "Callable[[list[Tensor], list[np.ndarray]], None] | None" = None
+    """Receives the answers (N, K) of the windows of every volume, and where these begin, (N, 3)."""
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def reduced(self, function: Callable[[Tensor], Tensor], how: str | None = None) -> Tensor:
+        """Mean or maximum over the windows of each volume of what a function gives, (B, K).
+
+        Args:
+            function: windows (m, C, *size) -> (m, K).
+            how: mean or max; none as the volumes are to be; only then `told` hears of it.
+        """
+        starts = [self.grid.starts(volume.shape[1:]) for volume in self.volumes]
+        wanted = [(row, place) for row, places in enumerate(starts) for place in places.tolist()]
+        answers = []
+        for first in range(0, len(wanted), self.chunk):
+            chosen = wanted[first : first + self.chunk]
+            windows = [self.grid.cut(self.volumes.each[row], place) for row, place in chosen]
+            found = function(torch.stack(windows))
+            answers.append(found.float() if found.dtype.itemsize < 4 else found)
+        each = list(torch.cat(answers).split([len(places) for places in starts]))
+        if how is None and self.told is not None:
+            self.told(each, starts)
+        if (how or self.how) == "max":
+            return torch.stack([part.amax(0) for part in each])
+        return torch.stack([part.mean(0) for part in each])
 
 
 # -------------------------------------------------------------------------------------- geometry

@@ -7,8 +7,10 @@ The geometry is that of augment_patch; formulas of the intensities are those of 
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +21,16 @@ from glovita_lib.augment_patch import (
     PatchCut,
     Placement,
     Size,
+    Volumes,
+    WholeVolumes,
+    WindowedVolumes,
+    WindowGrid,
     interpolated,
     moved,
     operation,
     picked,
 )
+from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, refuse
 from glovita_lib.spec_volumes import (
     VOLUME_TEST,
@@ -50,6 +57,7 @@ def resolve_volume_augmentation(
     default_policies: tuple[str, str],
     encoder_size: Size | None,
     native_size: Size | None,
+    largest: Size | None = None,
     spacing: tuple[float, float, float] | None,
 ) -> ResolvedVolumeAugmentation:
     """The augmentation of a run: spec before encoder before data.
@@ -59,6 +67,8 @@ def resolve_volume_augmentation(
         default_policies: train and test policy of the data set.
         encoder_size: patch that the encoder asks for.
         native_size: voxels of the prepared volumes where all have the same, else none.
+        largest: the most voxels along each axis, where the encoder takes volumes of any size; else
+            none.
         spacing: of the prepared volumes, a typical one where they differ; none: unknown, the same
             along all axes.
 
@@ -66,7 +76,7 @@ def resolve_volume_augmentation(
         UserError: no patch size known, parameters that nothing reads.
     """
     refuse("data.augmentation", list(aug.unread_kwargs(default_policies)))
-    size = aug.patch_size or encoder_size or native_size
+    size = aug.patch_size or largest or encoder_size or native_size
     if size is None:
         raise UserError(
             "data.augmentation.patch_size: none given, the encoder asks for none and the volumes"
@@ -79,6 +89,11 @@ def resolve_volume_augmentation(
         train_policy=names[0],
         test_policy=names[1],
         patch_size=size,
+        whole=aug.patch_size is None and largest is not None,
+        evaluation=aug.evaluation or "center",
+        window_overlap=aug.window_overlap,
+        window_reduce=aug.window_reduce,
+        window_chunk=aug.window_chunk,
         margin=aug.margin,
         mirror_axes=aug.mirror_axes,
         spacing=spacing,
@@ -452,44 +467,78 @@ class VolumeAugmenter:
     same on every device and nothing waits for the device; only noise fields are drawn there.
     """
 
+    fit: PatchCut | WholeVolumes
+    told: Callable[[list[Tensor], list[np.ndarray]], None] | None = None
+    """Hears the answers of all windows, see WindowedVolumes."""
+
     def __init__(self, resolved: ResolvedVolumeAugmentation, *, train: bool) -> None:
         self.ops = resolved.train if train else resolved.test
         mirrors = tuple(AXES.index(name) for name in resolved.mirror_axes)
         self.grid = Grid(resolved.patch_size, resolved.spacing, resolved.thick_axis, mirrors)
+        self.windows: WindowGrid | None = None
+        if resolved.evaluation == "windows" and not train:
+            self.windows = WindowGrid.overlapping(resolved.patch_size, resolved.window_overlap)
+        self.how, self.chunk = resolved.window_reduce, resolved.window_chunk
+        if resolved.whole or self.windows is not None:
+            self.fit = WholeVolumes()
+            return
         beyond = resolved.margin if any(map(self.ops.draws, INTERPOLATED)) else 0.0
         cut = tuple(side + 2 * math.ceil(side * beyond) for side in resolved.patch_size)
         self.fit = PatchCut(self.ops.crop, self.ops.foreground_share, (cut[0], cut[1], cut[2]))
 
-    def __call__(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
+    def __call__(
+        self, inputs: Tensor | Volumes, fitted: bool, seed: int
+    ) -> Tensor | Volumes | WindowedVolumes:
         """Augmented batch.
 
         Args:
-            inputs: (B, C, X, Y, Z) of any number type.
-            fitted: whether `fit` has cut them; else they are whole volumes of one size.
+            inputs: (B, C, X, Y, Z) of any number type, or volumes each of its own size.
+            fitted: whether `fit` has cut them; else they are whole volumes.
             seed: of the random parameters; unused in evaluation.
 
         Returns:
-            (B, C, *patch_size) float32 on the device of the inputs.
+            (B, C, *patch_size) float32 on the device of the inputs, or whole volumes, or their
+            windows.
         """
-        with torch.autocast(inputs.device.type, enabled=False):
-            return self.transformed(inputs, fitted, seed)
+        whole = isinstance(self.fit, WholeVolumes)
+        with torch.autocast(device_of(inputs).type, enabled=False):
+            if not whole and isinstance(inputs, Tensor):
+                return self.transformed(inputs, self.grid, fitted, seed)
+            each = [
+                self.transformed(volume[None], self.of_size(volume), True, hash_seed(seed, number))
+                for number, volume in enumerate(inputs)
+            ]
+        volumes = Volumes(tuple(volume[0] for volume in each))
+        if self.windows is None:
+            return volumes
+        return WindowedVolumes(volumes, self.windows, self.how, self.chunk, self.told)
 
-    def transformed(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
-        """The same in the precision of the caller."""
+    def of_size(self, volume: Tensor) -> Grid:
+        """The patch that a volume (C, X, Y, Z) is itself."""
+        x, y, z = volume.shape[1:]
+        return replace(self.grid, size=(x, y, z))
+
+    def transformed(self, inputs: Tensor, grid: Grid, fitted: bool, seed: int) -> Tensor:
+        """The same of volumes of one size, to patches of a grid, in the precision of the caller."""
         batch, channels, *have = inputs.shape
         if not batch:
-            return torch.empty(0, channels, *self.grid.size, device=inputs.device)
+            return torch.empty(0, channels, *grid.size, device=inputs.device)
         generator = torch.Generator().manual_seed(seed)
         geometry = VOLUME_OPERATIONS.active(self.ops, "geometry")
         if fitted:
             geometry = [each for each in geometry if each.switches != ("crop",)]
         changing = VOLUME_OPERATIONS.active(self.ops, "values")
-        place = Placement.centred(self.grid, batch, have)
+        place = Placement.centred(grid, batch, have)
         for each in geometry:
             each.function(place, self.ops, generator)
-        if not geometry and not changing and tuple(have) == self.grid.size:
+        if not geometry and not changing and tuple(have) == grid.size:
             return inputs.float()
         x = moved(inputs, place)
         for each in changing:
-            x = each.function(x, self.ops, generator, self.grid)
+            x = each.function(x, self.ops, generator, grid)
         return x
+
+
+def device_of(inputs: Tensor | Volumes) -> torch.device:
+    """Where a batch is."""
+    return inputs.device if isinstance(inputs, Tensor) else inputs.each[0].device

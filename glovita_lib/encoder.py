@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from glovita_lib import network
 from glovita_lib.errors import UserError, call_target, listed, reason, refuse
 from glovita_lib.spec import ByStruct
 from glovita_lib.spec_augment import CropMode
-from glovita_lib.spec_encoders import BaseEncoder, CustomEncoder, ImageEncoder, PrecomputedEncoder
+from glovita_lib.spec_encoders import BaseEncoder, CustomEncoder, PrecomputedEncoder
 from glovita_lib.weights import LoadTarget
 
 # ------------------------------------------------------------------------------------ inputs
@@ -83,8 +84,9 @@ class Features:
     pooled: Tensor | None  # (B, D'); None where not asked for
     pooling: str | None = None
     mask: Tensor | None = None  # (B, N) bool, True where a token is real; None: all are
-    places: tuple[int, ...] | None = None
-    """Voxels at which the tokens of a grid of one axis lie (slices); None: counted from 0."""
+    places: tuple[np.ndarray, ...] | None = None
+    """Where the tokens of each sample lie, (n, axes) whole numbers: voxels of slices and windows of
+    a volume; None: in the grid, counted from 0."""
 
     @property
     def patches(self) -> Tensor:
@@ -126,8 +128,10 @@ class Encoder(nn.Module):
         """What the user should know about how it was built, a line each."""
         self.has_few_tokens = False
         """Whether tokens are so few that those of all samples may be kept in memory."""
-        self.has_layers = True
-        """Whether the outputs of its layers are those of whole samples."""
+        self.parts: str | None = None
+        """What it reads a sample in, whose layers its layers are, such as "slices"; None: whole."""
+        self.coords_text = "row and column in the grid of patches, from 0; -1: a prefix token"
+        """What the coordinates of its tokens mean."""
         with evaluating(self):
             self.inspect(input_shape)
 
@@ -158,6 +162,10 @@ class Encoder(nn.Module):
         tokens = self.norm(self.to_tokens(raw))  # (B, N, D)
         grid = self.grid(raw, size)
         return Features(tokens, grid, self.n_prefix, self.has_cls, vector, self.pooling)
+
+    def most_tokens(self, size: tuple[int, ...]) -> int | None:
+        """Most tokens of a sample up to this size, where their number differs; else None."""
+        return None
 
     def to_tokens(self, raw: Tensor) -> Tensor:
         """Raw tokens or map -> (B, N, D)."""
@@ -514,13 +522,14 @@ def build_encoder(
 @ByStruct
 def lift_encoder(
     lift: Any,
-    spec: ImageEncoder,
+    spec: BaseEncoder,
     *,
     channels: int,
     size: tuple[int, ...] | None,
     load_weights: bool,
 ) -> Encoder:
-    """An encoder of images for volumes (C, *size), lifted as a Struct says; else as build_encoder.
+    """An encoder for volumes (C, *size) that are more than its network takes, lifted as a Struct
+    says; else as build_encoder.
 
     Raises:
         UserError: see build_encoder, or the encoder cannot be lifted.
@@ -532,7 +541,7 @@ def any_encoder(
     spec: BaseEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:
     """The encoder of a Struct, lifted where that says so; else as build_encoder."""
-    if isinstance(spec, ImageEncoder) and spec.lifting is not None:
+    if spec.lifting is not None:
         return lift_encoder(
             spec.lifting, spec, channels=channels, size=size, load_weights=load_weights
         )

@@ -1,14 +1,16 @@
-"""Encoders of images on volumes: slice by slice, or with kernels inflated to three axes.
+"""Encoders on larger volumes than their networks take: of images slice by slice or with kernels
+inflated to three axes, of volumes window by window.
 
 B batch, C channels, X Y Z voxels, N voxels along the axis of the slices, S slices of a volume, H W
 pixels of a slice, D width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from glovita_lib import network
+from glovita_lib.augment_patch import Volumes, WindowGrid
 from glovita_lib.encoder import (
     Encoder,
     Features,
@@ -26,11 +29,12 @@ from glovita_lib.encoder import (
     evaluating,
     lift_encoder,
     output_width,
+    patch_size_of,
     reads_pooled,
     resolve_method,
 )
 from glovita_lib.errors import UserError, listed
-from glovita_lib.spec_encoders import ImageEncoder, Inflation, Slices
+from glovita_lib.spec_encoders import BaseEncoder, ImageEncoder, Inflation, Slices, Windows
 from glovita_lib.weights import LoadTarget
 
 if TYPE_CHECKING:
@@ -39,30 +43,28 @@ if TYPE_CHECKING:
 Size = tuple[int, ...]
 AXES = "xyz"  # names of the axes of a volume
 
-# ------------------------------------------------------------------------------------ slices
+# ------------------------------------------------------------------------------------- parts
 #
-# The vectors of the slices are the tokens of a volume, so that heads of bags, extraction and
+# The vectors of the parts of a volume are its tokens, so that heads of bags, extraction and
 # attention maps take them for instances.
 
-AT_ONCE = 64  # slices that pass an encoder that does not train, unless the spec says
 
+class PartwiseEncoder(Encoder):
+    """An encoder that reads the parts of a volume, each of which becomes a token.
 
-class SlicewiseEncoder(Encoder):
-    """An encoder of images that reads the slices of a volume, each of which becomes a token.
-
-    `net` is the network of the encoder of images under its own names, so that PEFT methods, weights
-    and adapters are those of images.
+    `net` is the network of the encoder of parts under its own names, so that PEFT methods, weights
+    and adapters are those of it.
     """
 
-    image: tuple[Encoder]
-    """The encoder of images; in a tuple, as a child would double the names of `net`."""
+    at_once: int
+    """Parts that pass an encoder that does not train, unless the spec says."""
+    inner: tuple[Encoder]
+    """The encoder of parts; in a tuple, as a child would double the names of `net`."""
 
-    def __init__(self, inner: Encoder, spec: Slices, input_shape: Size) -> None:
-        self.image = (inner,)
-        self.axis = AXES.index(spec.axis)
-        self.spec = spec
-        self.method = slice_method(spec, inner)
-        """How the tokens of a slice become its vector."""
+    def __init__(self, inner: Encoder, spec: Slices | Windows, key: str, input_shape: Size) -> None:
+        self.inner, self.chunk = (inner,), spec.chunk
+        self.method = part_method(spec, inner, key)
+        """How the tokens of a part become its vector."""
         super().__init__(
             inner.net,
             name=inner.name,
@@ -71,14 +73,14 @@ class SlicewiseEncoder(Encoder):
             channels_last=False,
             input_shape=input_shape,
         )
-        self.load_target, self.notes = inner.load_target, inner.notes
+        self.load_target, self.notes, self.parts = inner.load_target, inner.notes, key
 
     def inspect(self, input_shape: Size) -> None:
-        """Facts follow from those of the encoder of images; layers behind a pooling that its slices
+        """Facts follow from those of the encoder of parts; layers behind a pooling that its parts
         do not pass are frozen."""
-        (inner,) = self.image
+        (inner,) = self.inner
         self.layout, self.has_tokens, self.has_patches = 3, True, True
-        self.has_few_tokens, self.has_layers = True, False
+        self.has_few_tokens = True
         self.pooling, self.plain = "avg", True
         self.width = self.pooled_width = output_width(inner, self.method)
         self.pooling_parameters, self.block_names = frozenset(), inner.block_names
@@ -86,86 +88,49 @@ class SlicewiseEncoder(Encoder):
             for name in inner.pooling_parameters:
                 inner.net.get_parameter(name).requires_grad_(False)
 
-    def forward(self, x: "Tensor | Bags", *, pooled: bool = True) -> Any:
-        """Features of volumes (B, C, X, Y, Z); bags of vectors, encoded before, as they are."""
-        return super().forward(x, pooled=pooled) if isinstance(x, Tensor) else x
+    def encoded(self, count: int, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        """Vectors (count, D) of parts, a chunk at a time.
 
-    def features_of(self, raw: Tensor, size: torch.Size, *, pooled: bool) -> Features:
-        """Tokens (B, S, D), the vectors of the slices, at `places`, voxels along the axis."""
-        features = super().features_of(raw, size, pooled=pooled)
-        features.places = tuple(self.places(size[self.axis]).tolist())
-        return features
-
-    def places(self, voxels: int) -> Tensor:
-        """Voxels (S,) along the axis at which the slices of a volume lie."""
-        stride, count = self.spec.stride, self.spec.count
-        if stride is None:
-            count = min(count or voxels, voxels)
-            return (2 * torch.arange(count) + 1) * voxels // (2 * count)
-        found = 1 + (voxels - 1) // stride
-        count = min(count or found, found)
-        first = (voxels - 1 - (count - 1) * stride) // 2
-        return first + stride * torch.arange(count)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Volumes (B, C, X, Y, Z) -> vectors of their slices (B, S, D)."""
-        volumes = x.movedim(2 + self.axis, 1)  # (B, N, C, H, W)
-        places = self.places(volumes.shape[1])  # (S,)
-        numbers = torch.arange(len(x) * len(places))  # of all slices
+        Args:
+            cut: numbers (n,) of parts -> inputs (n, C, ...) of the encoder of parts.
+        """
+        numbers = torch.arange(count)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.net.parameters())
-        chunk = self.spec.chunk or (len(numbers) if trains else AT_ONCE)
+        chunk = self.chunk or (count if trains else self.at_once)
         vectors = []
         for part in numbers.split(chunk):
-            images = self.images(volumes, part // len(places), places[part % len(places)])
-            if trains and chunk < len(numbers):
+            inputs = cut(part)
+            if trains and chunk < count:
                 contexts = partial(recomputing, self.net)
                 vectors.append(
-                    recomputed(self.vectors, images, use_reentrant=False, context_fn=contexts)
+                    recomputed(self.vectors, inputs, use_reentrant=False, context_fn=contexts)
                 )
             else:
-                vectors.append(self.vectors(images))
-        return torch.cat(vectors).unflatten(0, (len(x), len(places)))
+                vectors.append(self.vectors(inputs))
+        return torch.cat(vectors)
 
-    def images(self, volumes: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """Slices of volumes (B, N, C, H, W) at places (n,) of the volumes rows (n,), as the encoder
-        of images takes them, (n, C, H', W') or (n, 3C, H', W')."""
-        if self.spec.adjacent:
-            last = volumes.shape[1] - 1
-            near = torch.stack([places - 1, places, places + 1], 1).clamp(0, last)  # (n, 3)
-            images = volumes[rows[:, None], near].transpose(1, 2).flatten(1, 2)  # (n, 3C, H, W)
-        else:
-            images = volumes[rows, places]  # (n, C, H, W)
-        if self.spec.size is None or images.shape[2:] == self.spec.size:
-            return images
-        return F.interpolate(images, self.spec.size, mode="bilinear", antialias=True)
-
-    def vectors(self, images: Tensor) -> Tensor:
-        """One vector of each image, (n, D)."""
-        (inner,) = self.image
-        features = inner(images, pooled=reads_pooled(self.method, inner))
+    def vectors(self, inputs: Tensor) -> Tensor:
+        """One vector of each part, (n, D)."""
+        (inner,) = self.inner
+        features = inner(inputs, pooled=reads_pooled(self.method, inner))
         return aggregate(features, self.method)
 
     def pool(self, raw: Tensor) -> Tensor:
-        """Mean of the vectors of the slices, (B, D)."""
+        """Mean of the vectors of the parts, (B, D)."""
         return raw.mean(1)
 
-    def grid(self, raw: Tensor, size: torch.Size) -> Size:
-        """Number of slices."""
-        return (raw.shape[1],)
 
-
-def slice_method(spec: Slices, inner: Encoder) -> str:
-    """How the tokens of a slice become its vector.
+def part_method(spec: Slices | Windows, inner: Encoder, key: str) -> str:
+    """How the tokens of a part become its vector.
 
     Raises:
-        UserError: the encoder of images cannot serve the method asked for.
+        UserError: the encoder of parts cannot serve the method asked for.
     """
     try:
         return resolve_method(spec.aggregation, inner)
     except UserError as error:
-        key = "model.feature_aggregation_method"
-        text = str(error).replace(key, "model.encoder.slices.aggregation")
-        raise UserError(text) from None
+        asked = "model.feature_aggregation_method"
+        raise UserError(str(error).replace(asked, f"model.encoder.{key}.aggregation")) from None
 
 
 def recomputing(net: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -186,6 +151,70 @@ def keeping_statistics(net: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, counter) in zip(norms, was, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, counter
+
+
+# ------------------------------------------------------------------------------------ slices
+
+
+class SlicewiseEncoder(PartwiseEncoder):
+    """An encoder of images that reads the slices of a volume."""
+
+    at_once = 64
+
+    def __init__(self, inner: Encoder, spec: Slices, input_shape: Size) -> None:
+        self.axis = AXES.index(spec.axis)
+        self.spec = spec
+        super().__init__(inner, spec, "slices", input_shape)
+        self.coords_text = "slice: voxel along the axis that slices lie across, from 0"
+
+    def forward(self, x: "Tensor | Bags", *, pooled: bool = True) -> Any:
+        """Features of volumes (B, C, X, Y, Z); bags of vectors, encoded before, as they are."""
+        return super().forward(x, pooled=pooled) if isinstance(x, Tensor) else x
+
+    def features_of(self, raw: Tensor, size: torch.Size, *, pooled: bool) -> Features:
+        """Tokens (B, S, D), the vectors of the slices, at `places`, voxels along the axis."""
+        features = super().features_of(raw, size, pooled=pooled)
+        features.places = (self.places(size[self.axis]).numpy()[:, None],) * len(raw)
+        return features
+
+    def places(self, voxels: int) -> Tensor:
+        """Voxels (S,) along the axis at which the slices of a volume lie."""
+        stride, count = self.spec.stride, self.spec.count
+        if stride is None:
+            count = min(count or voxels, voxels)
+            return (2 * torch.arange(count) + 1) * voxels // (2 * count)
+        found = 1 + (voxels - 1) // stride
+        count = min(count or found, found)
+        first = (voxels - 1 - (count - 1) * stride) // 2
+        return first + stride * torch.arange(count)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Volumes (B, C, X, Y, Z) -> vectors of their slices (B, S, D)."""
+        volumes = x.movedim(2 + self.axis, 1)  # (B, N, C, H, W)
+        places = self.places(volumes.shape[1])  # (S,)
+
+        def cut(part: Tensor) -> Tensor:
+            return self.images(volumes, part // len(places), places[part % len(places)])
+
+        vectors = self.encoded(len(x) * len(places), cut)
+        return vectors.unflatten(0, (len(x), len(places)))
+
+    def images(self, volumes: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """Slices of volumes (B, N, C, H, W) at places (n,) of the volumes rows (n,), as the encoder
+        of images takes them, (n, C, H', W') or (n, 3C, H', W')."""
+        if self.spec.adjacent:
+            last = volumes.shape[1] - 1
+            near = torch.stack([places - 1, places, places + 1], 1).clamp(0, last)  # (n, 3)
+            images = volumes[rows[:, None], near].transpose(1, 2).flatten(1, 2)  # (n, 3C, H, W)
+        else:
+            images = volumes[rows, places]  # (n, C, H, W)
+        if self.spec.size is None or images.shape[2:] == self.spec.size:
+            return images
+        return F.interpolate(images, self.spec.size, mode="bilinear", antialias=True)
+
+    def grid(self, raw: Tensor, size: torch.Size) -> Size:
+        """Number of slices."""
+        return (raw.shape[1],)
 
 
 @lift_encoder.register
@@ -210,6 +239,97 @@ def of_images(spec: ImageEncoder) -> ImageEncoder:
 def across(size: Size, axis: str) -> Size:
     """Sides of a volume but that along an axis."""
     return tuple(side for name, side in zip(AXES, size, strict=True) if name != axis)
+
+
+# ----------------------------------------------------------------------------------- windows
+
+
+class WindowsEncoder(PartwiseEncoder):
+    """An encoder of volumes that reads the windows of larger ones, which may differ in size."""
+
+    at_once = 16
+
+    def __init__(
+        self, inner: Encoder, spec: Windows, windows: WindowGrid, input_shape: Size
+    ) -> None:
+        self.windows, self.skip_below = windows, spec.skip_below
+        super().__init__(inner, spec, "windows", input_shape)
+        self.coords_text = "window: its first voxel along x, y and z, from 0"
+
+    def forward(self, x: "Tensor | Volumes | Bags", *, pooled: bool = True) -> Any:
+        """Features of volumes (B, C, X, Y, Z), or each of its own size: tokens (B, N, D), the
+        vectors of the windows, masked where a volume has fewer, at `places`, their first voxels.
+        Bags of vectors, encoded before, as they are."""
+        if not isinstance(x, Tensor | Volumes):
+            return x
+        volumes = list(x)
+        places = [self.places(volume) for volume in volumes]
+        vectors = self.of_windows(volumes, places)  # (M, D)
+        counts = torch.tensor([len(part) for part in places])
+        most = int(counts.max())
+        mask = None
+        tokens = vectors
+        if (counts < most).any():
+            mask = (torch.arange(most) < counts[:, None]).to(vectors.device)  # (B, N)
+            tokens = vectors.new_zeros(len(counts) * most, vectors.shape[1])
+            tokens = tokens.masked_scatter(mask.flatten()[:, None], vectors)
+        tokens = tokens.unflatten(0, (len(counts), most))
+        features = Features(tokens, None, 0, False, None, self.pooling, mask, tuple(places))
+        # the mean over the real tokens alone
+        features.pooled = tokens.mean(1) if mask is None else aggregate(features, "avg")
+        return features
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Volumes (B, C, X, Y, Z) -> vectors of all their windows (B, N, D)."""
+        places = [self.windows.starts(x.shape[2:])] * len(x)
+        return self.of_windows(list(x), places).unflatten(0, (len(x), -1))
+
+    def of_windows(self, volumes: Sequence[Tensor], places: Sequence[np.ndarray]) -> Tensor:
+        """Vectors (M, D) of the windows that begin at places (N, 3) of each volume."""
+        wanted = [(row, at) for row, starts in enumerate(places) for at in starts.tolist()]
+
+        def cut(part: Tensor) -> Tensor:
+            chosen = (wanted[number] for number in part.tolist())
+            return torch.stack([self.windows.cut(volumes[row], at) for row, at in chosen])
+
+        return self.encoded(len(wanted), cut)
+
+    def places(self, volume: Tensor) -> np.ndarray:
+        """First voxels (N, 3) of the windows of a volume (C, X, Y, Z) that are not empty; of all
+        where all are."""
+        starts = self.windows.starts(volume.shape[1:])
+        if self.skip_below is None:
+            return starts
+        highest = [self.windows.cut(volume, at).amax() for at in starts.tolist()]
+        filled = (torch.stack(highest) > self.skip_below).cpu().numpy()
+        return starts[filled] if filled.any() else starts
+
+    def most_tokens(self, size: Size) -> int | None:
+        """Windows of a volume of this size."""
+        return self.windows.count(size)
+
+    def grid(self, raw: Tensor, size: torch.Size) -> None:
+        """They are no grid, as volumes have sizes of their own."""
+
+
+@lift_encoder.register
+def _(
+    lift: Windows, spec: BaseEncoder, *, channels: int, size: Size | None, load_weights: bool
+) -> Encoder:
+    single = replace(spec, lift=None, windows=Windows())
+    taken = lift.size or patch_size_of(spec)
+    if taken is None:
+        raise UserError("model.encoder.windows.size: name the voxels of a window, as [64, 64, 64]")
+    try:
+        inner = build_encoder(single, channels=channels, size=taken, load_weights=load_weights)
+    except UserError as error:
+        asked = "data.augmentation.patch_size"
+        raise UserError(str(error).replace(asked, "model.encoder.windows.size")) from None
+    x, y, z = taken
+    grid = WindowGrid.overlapping((x, y, z), lift.overlap)
+    if lift.stride is not None:
+        grid = WindowGrid((x, y, z), lift.stride)
+    return WindowsEncoder(inner, lift, grid, (1, channels, *(size or taken)))
 
 
 # --------------------------------------------------------------------------------- inflation

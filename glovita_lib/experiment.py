@@ -5,7 +5,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from pathlib import Path
-from typing import Any, TypeVar, Unpack, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Unpack, get_args
 
 import msgspec
 import numpy as np
@@ -14,12 +14,13 @@ from msgspec.structs import replace
 from torch import nn
 
 from glovita_lib import checkpoint, dist, peft_base
-from glovita_lib.data import ArraySource, Data, Outputs, Split, subset
+from glovita_lib.data import ArraySource, Data, Outputs, Source, Split, subset
 from glovita_lib.data_splits import WHOLE_COHORT
 from glovita_lib.datasets import build_data
 from glovita_lib.dist import WorkerPool, resolve_precision
 from glovita_lib.encoder import Encoder, Features, Identity, output_width
 from glovita_lib.errors import UserError
+from glovita_lib.heads import LinearHead
 from glovita_lib.loader import Batch, Loader, LoaderOptions, announce, build_loader
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import BaseWeights, Model, build_model
@@ -31,12 +32,27 @@ from glovita_lib.objectives import (
     gather_split,
 )
 from glovita_lib.peft import AdapterFile, is_adapter, load_adapter, read_adapter
-from glovita_lib.resolved import BagInputs, EncodedInputs, Inputs, Resolved, VectorInputs
+from glovita_lib.resolved import (
+    BagInputs,
+    EncodedInputs,
+    Inputs,
+    Resolved,
+    VectorInputs,
+    VolumeInputs,
+)
 from glovita_lib.spec import ByStruct, Spec, expand, with_paths
 from glovita_lib.spec_errors import shown
 from glovita_lib.spec_model import Head
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_volumes import VolumeAugmentation
 from glovita_lib.trainer import Hooks, Trainer
+
+if TYPE_CHECKING:
+    from glovita_lib.bags import Bags
+
+
+EVALUATION_KEYS = ("evaluation", "window_overlap", "window_reduce", "window_chunk")
+"""What of data.augmentation a checkpoint is asked anew, where the spec names the first of them."""
 
 
 def check_instances(spec: Head, head: nn.Module, encoder: Encoder, resolved: Resolved) -> None:
@@ -320,7 +336,10 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
             say(f"  note: {line} has no effect: {path} keeps the transforms it was trained with")
     size = root.dataloading.eval_batch_size or root.dataloading.batch_size
     resolved = replace(
-        resolved, eval_batch_size=size, metrics=root.task.metrics or resolved.metrics
+        resolved,
+        eval_batch_size=size,
+        metrics=root.task.metrics or resolved.metrics,
+        inputs=evaluated_as(resolved.inputs, root),
     )
     task = replace(own.task, bootstrap=root.task.bootstrap, result_plot=root.task.result_plot)
     own = replace(own, data=root.data, dataloading=root.dataloading, task=task)
@@ -334,6 +353,17 @@ def restore(path: Path, root: Root, ranks: dist.Ranks) -> Experiment:
         peft_base.merge(experiment.model)
         experiment.model.refresh()
     return experiment
+
+
+def evaluated_as(inputs: Inputs, root: Root) -> Inputs:
+    """Inputs with the windows that a spec asks for where it says itself what evaluation sees."""
+    asked = getattr(root.data, "augmentation", None)
+    if not isinstance(asked, VolumeAugmentation) or not isinstance(inputs, VolumeInputs):
+        return inputs
+    if asked.evaluation is None or inputs.augmentation.whole:
+        return inputs
+    changed = {key: getattr(asked, key) for key in EVALUATION_KEYS}
+    return replace(inputs, augmentation=replace(inputs.augmentation, **changed))
 
 
 def over_base(adapter: AdapterFile, own: Root, resolved: Resolved, ranks: dist.Ranks) -> Experiment:
@@ -420,7 +450,9 @@ def transform_notes(own: Root, root: Root) -> list[str]:
     return [
         f"data.augmentation.{key} = {shown(value)}"
         for key, value in ours.items()
-        if value != default.get(key) and value != (theirs or {}).get(key)
+        if value != default.get(key)
+        and value != (theirs or {}).get(key)
+        and key not in EVALUATION_KEYS
     ]
 
 
@@ -536,6 +568,35 @@ def embed_split(
     return dist.broadcast_object(ranks, gathered)
 
 
+@dataclass(frozen=True)
+class EncodedBags(Source):
+    """Vectors (n, D) of the parts of each sample, in memory."""
+
+    samples: list[np.ndarray]
+    uniform: ClassVar[None] = None
+
+    @property
+    def collate(self) -> "Callable[[Any], Bags]":
+        return packed
+
+    def fetch(self, rows: np.ndarray) -> list[np.ndarray]:
+        return [self.samples[row] for row in rows]
+
+    def nbytes(self) -> int:
+        return sum(sample.nbytes for sample in self.samples)
+
+    def select(self, rows: np.ndarray) -> "EncodedBags":
+        return EncodedBags(self.fetch(rows))
+
+
+def packed(samples: list[np.ndarray]) -> "Bags":
+    """Samples (n, D) as bags."""
+    from glovita_lib.bags import Bags  # runs on images do not load it
+
+    lengths = torch.tensor([len(sample) for sample in samples])
+    return Bags(torch.from_numpy(np.concatenate(samples)), lengths)
+
+
 def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
     """Experiment and data that training sees: where training.cache_frozen_features is set, the
     train and val splits are the vectors that the encoder and the aggregation give, or bags of its
@@ -546,20 +607,31 @@ def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
     if not experiment.root.training.cache_frozen_features:
         return experiment, data
     model = experiment.model
+    encoded = experiment.resolved.inputs
+    assert isinstance(encoded, EncodedInputs), "refuse_unstable lets encoded samples pass only"
+    most = model.encoder.most_tokens(encoded.shape[1:])
 
     def vectors(inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         if model.head.consumes == "pooled":
             return {"vectors": model.embed(inputs, model.aggregation).float()}  # (B, D)
         features = model.features(inputs)
         assert isinstance(features, Features), "refuse_unstable lets encoded samples pass only"
-        return {"vectors": features.patches.float()}  # (B, N, D)
+        tokens = features.patches.float()  # (B, N, D)
+        if most is None:
+            return {"vectors": tokens}
+        counts = torch.tensor([len(places) for places in features.places or ()])
+        padded = torch.nn.functional.pad(tokens, (0, 0, 0, most - tokens.shape[1]))
+        return {"vectors": padded, "counts": counts}  # (B, most, D), (B,)
 
     splits = {}
     for name, split in data.splits.items():
         if name in ("train", "val") and len(split):
             augmented = name == "train"
             found = embed_split(experiment, f"encoding {name}", split, vectors, augmented=augmented)
-            source = ArraySource(found["vectors"].numpy(), np.arange(len(split)))
+            source: Source = ArraySource(found["vectors"].numpy(), np.arange(len(split)))
+            if "counts" in found:
+                parts = zip(found["vectors"], found["counts"].tolist(), strict=True)
+                source = EncodedBags([vectors[:count].numpy() for vectors, count in parts])
             splits[name] = with_fields(split, source=source)
     inputs: Inputs = BagInputs(width=model.encoder.width, mean=None, std=None)
     if model.head.consumes == "pooled":
@@ -589,6 +661,17 @@ def refuse_unstable(experiment: Experiment) -> None:
         raise UserError(
             f"{key}: the encoder trains, or the head reads its tokens; set peft.method ="
             ' "linear_probing" with head_type classification or regression, or leave it out'
+        )
+    linear = isinstance(model.head, LinearHead)
+    if (
+        isinstance(inputs, VolumeInputs)
+        and inputs.by_windows
+        and not (linear and inputs.augmentation.window_reduce == "mean")
+    ):
+        raise UserError(
+            f"{key}: the logits of the windows of data.augmentation.evaluation are not those of"
+            ' their mean vector; set data.augmentation.window_reduce = "mean" and head_type'
+            " classification or regression, or leave it out"
         )
     task = experiment.root.task
     drawn = [*inputs.drawn]

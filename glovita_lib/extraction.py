@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from glovita_lib import dist
 from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Source, Split
@@ -20,9 +21,15 @@ from glovita_lib.encoder import Encoder, Features, aggregate, evaluating, resolv
 from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch
-from glovita_lib.model import Model
-from glovita_lib.objectives import HeadOutput
-from glovita_lib.resolved import EncodedInputs, ImageInputs, Inputs, check_data, resolve_spec
+from glovita_lib.model import InWindows, Model, logits_of
+from glovita_lib.resolved import (
+    EncodedInputs,
+    ImageInputs,
+    Inputs,
+    VolumeInputs,
+    check_data,
+    resolve_spec,
+)
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_root import Root
@@ -178,10 +185,10 @@ def choose_layers(
     Raises:
         UserError: it has no such layer, or none of whole samples.
     """
-    if not encoder.has_layers:
+    if encoder.parts is not None:
         raise UserError(
-            f"extract.layers: the layers of {encoder.name} are those of slices, not of volumes;"
-            " leave it out"
+            f"extract.layers: the layers of {encoder.name} are those of {encoder.parts}, not of"
+            " volumes; leave it out"
         )
     count = number_of_layers(encoder, input_shape)
     wrong = [layer for layer in layers if not -count <= layer < count]
@@ -277,6 +284,7 @@ class Extractor:
         self.dtype = torch.float16 if spec.precision == 16 else torch.float32
         if spec.output != "embedding":
             self.check_tokens(probed)
+            self.check_windows()
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -335,6 +343,21 @@ class Extractor:
                 ' only output = "embedding" is possible'
             )
 
+    def check_windows(self) -> None:
+        """Tokens are those of whole inputs, no mean over windows.
+
+        Raises:
+            UserError: evaluation goes by windows.
+        """
+        inputs = self.inputs
+        if isinstance(inputs, VolumeInputs) and inputs.by_windows:
+            raise UserError(
+                f'extract.output = "{self.spec.output}": with data.augmentation.evaluation ='
+                ' "windows" a volume has the mean vector of its windows alone; set extract.output ='
+                ' "embedding" or evaluation = "center", or train with model.encoder.lift ='
+                ' "windows", whose tokens are the windows'
+            )
+
     def __call__(self, batch: Batch, *, ids: list[str], augment: int | None) -> Readout:
         """Read a batch out and wait for it.
 
@@ -358,7 +381,6 @@ class Extractor:
         moved = batch.to(device)
         prepare = objective.eval_inputs if augment is None else objective.train_inputs
         inputs = prepare(moved.inputs, moved.fitted, augment or 0)
-        assert isinstance(inputs, Tensor)  # of images
         with autocast(self.experiment.precision, device):
             values, instances = self.read(inputs, self.features(inputs))
         read = values.float()
@@ -379,7 +401,9 @@ class Extractor:
             running.copied.synchronize()
         stored, is_finite = running.host
         if not is_finite:
-            per_sample = running.read.unflatten(0, (len(running.rows), -1))  # (B, ...)
+            instances = running.instances
+            lengths = [1] * len(running.rows) if instances is None else instances.lengths.tolist()
+            per_sample = pad_sequence(running.read.split(lengths), batch_first=True)  # (B, ...)
             self.refuse_infinite(
                 per_sample, [ids[row] for row in running.rows.tolist()], among="batch"
             )
@@ -388,16 +412,21 @@ class Extractor:
             stored = stored.clone()
         return Readout(stored.numpy(), running.instances)
 
-    def features(self, inputs: Tensor) -> list[Features]:
-        """Features of the chosen layers, or of the encoder's output where tokens are asked for."""
+    def features(self, inputs: Any) -> list[Features]:
+        """Features of the chosen layers, or of the encoder's output where tokens are asked for;
+        none of windows, whose vectors are averaged."""
+        if isinstance(inputs, InWindows):
+            return []
         if self.layers is not None:
             return self.layers(inputs)
         if self.spec.output == "embedding":
             return []
         return [self.model.encoder(inputs, pooled=False)]
 
-    def read(self, inputs: Tensor, features: list[Features]) -> tuple[Tensor, Instances | None]:
+    def read(self, inputs: Any, features: list[Features]) -> tuple[Tensor, Instances | None]:
         """Values, and for tokens the instances."""
+        if isinstance(inputs, InWindows):
+            return inputs.reduced(lambda x: self.read(x, self.features(x))[0], "mean"), None
         if self.spec.output == "embedding":
             if not features:
                 return self.model.embed(inputs, self.method), None
@@ -408,16 +437,19 @@ class Extractor:
         keep = self.spec.prefix_tokens
         tokens = torch.cat([all_tokens(f) if keep else f.patches for f in features], dim=2)
         places = token_places(features[0], features[0].n_prefix if keep else 0)
-        lengths = np.full(len(tokens), tokens.shape[1], np.int64)
-        return tokens.flatten(0, 1), Instances(lengths, np.tile(places, (len(tokens), 1)))
+        lengths = np.array([len(part) for part in places], np.int64)
+        mask = features[0].mask  # of parts of volumes, which have no prefix tokens
+        rows = tokens.flatten(0, 1) if mask is None else tokens[mask]
+        return rows, Instances(lengths, np.concatenate(places))
 
-    def scores(self, inputs: Tensor, vectors: Tensor) -> Tensor:
+    def scores(self, inputs: Any, vectors: Tensor) -> Tensor:
         """Scores (B, K) of the objective; the encoder runs again only where its head takes
         something else than the vectors (B, D) that are read out."""
         model, objective = self.model, self.experiment.predictor
         is_shared = self.layers is None and self.method == model.aggregation
-        takes = vectors if is_shared and model.head.consumes == "pooled" else inputs
-        return objective.scores(HeadOutput.of(model(takes)).logits.float())
+        is_shared = is_shared and model.head.consumes == "pooled"
+        takes = vectors if is_shared and not isinstance(inputs, InWindows) else inputs
+        return objective.scores(logits_of(model, takes).float())
 
     def check_grids(self, features: list[Features]) -> None:
         """Layers of different grids cannot be put side by side.
@@ -483,16 +515,10 @@ class Extractor:
     def coords_text(self) -> dict[str, str]:
         """What coordinates mean, where there are some."""
         if self.spec.output == "tokens":
-            return {"coords": self.places_text()}
+            return {"coords": self.model.encoder.coords_text}
         if self.spec.coords_file is not None:
             return {"coords": "x, y (and z) as in extract.coords_file"}
         return {}
-
-    def places_text(self) -> str:
-        """What the coordinates of tokens mean."""
-        if self.model.encoder.has_layers:
-            return "row and column in the grid of patches, from 0; -1: a prefix token"
-        return "slice: voxel along the axis that slices lie across, from 0"
 
     def norm_text(self) -> str:
         """Whether tokens are final-normed."""
@@ -541,12 +567,13 @@ def samples_text(ids: list[str], chosen: Tensor, among: str) -> str:
     return f"sample {listed(names, 1)}{f' of its {among}' * (len(names) > 1)}"
 
 
-def token_places(features: Features, n_prefix: int) -> np.ndarray:
-    """Place (N, axes) of each token of features, after -1 for so many prefix tokens."""
-    patches = all_tokens(features).shape[1] - features.n_prefix
+def token_places(features: Features, n_prefix: int) -> list[np.ndarray]:
+    """Places (N, axes) of the tokens of each sample, after -1 for so many prefix tokens."""
+    tokens = all_tokens(features)
     if features.places is not None:
-        return np.array(features.places, np.int32)[:, None]
-    return grid_places(features.grid, n_prefix, n_prefix + patches)
+        return [places.astype(np.int32) for places in features.places]
+    patches = tokens.shape[1] - features.n_prefix
+    return [grid_places(features.grid, n_prefix, n_prefix + patches)] * len(tokens)
 
 
 def grid_places(grid: tuple[int, ...] | None, n_prefix: int, tokens: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from glovita_lib.attention_maps import caption, chosen_samples
 from glovita_lib.augment_patch import PatchCut
 from glovita_lib.data import Split, subset
 from glovita_lib.encoder import Encoder, Features, aggregate, evaluating, reads_pooled
-from glovita_lib.encoder_slicewise import AT_ONCE, SlicewiseEncoder
+from glovita_lib.encoder_slicewise import SlicewiseEncoder, WindowsEncoder
 from glovita_lib.errors import UserError, composed, file_name, listed
 from glovita_lib.experiment import Experiment
 from glovita_lib.figures import displayed, window
@@ -162,11 +162,11 @@ def taking_tokens(encoder: Encoder, leaves: list[Tensor]) -> Iterator[None]:
 
 def slice_activations(encoder: SlicewiseEncoder, x: Tensor) -> Activations:
     """The last maps or tokens of the slices of one volume (1, C, X, Y, Z)."""
-    (inner,) = encoder.image
+    (inner,) = encoder.inner
     volumes = x.movedim(2 + encoder.axis, 1)  # (1, N, C, H, W)
     places = encoder.places(volumes.shape[1])  # (S,)
     parts = []
-    for chosen in places.split(encoder.spec.chunk or AT_ONCE):
+    for chosen in places.split(encoder.chunk or encoder.at_once):
         images = encoder.images(volumes, torch.zeros_like(chosen), chosen)
         parts.append(activations(inner, images, encoder.method))
     vectors = torch.cat([aggregate(part.features, encoder.method) for part in parts])  # (S, D)
@@ -181,7 +181,7 @@ def check_places(encoder: Encoder) -> None:
     Raises:
         UserError: it gives vectors alone.
     """
-    (inner,) = encoder.image if isinstance(encoder, SlicewiseEncoder) else (encoder,)
+    (inner,) = encoder.inner if isinstance(encoder, SlicewiseEncoder) else (encoder,)
     if not inner.has_patches:
         raise UserError(
             f"infer.heat_maps: {inner.name} gives one vector a sample, no map that Grad-CAM could"
@@ -236,6 +236,12 @@ def check_heat_maps(experiment: Experiment, spec: Infer) -> None:
         raise UserError(
             f"infer.heat_maps: the samples are {resolved.inputs.kind}, which have no places in an"
             f" image or a volume; {OFF}: heads with attention write that of every instance"
+        )
+    of_windows = isinstance(resolved.inputs, VolumeInputs) and resolved.inputs.by_windows
+    if of_windows or isinstance(experiment.model.encoder, WindowsEncoder):
+        raise UserError(
+            "infer.heat_maps: Grad-CAM weighs the map of one input, and this model reads windows of"
+            f" a volume; {OFF}, infer.volume_maps = true shows which of them count"
         )
     check_places(experiment.model.encoder)
     names = list(map(composed, resolved.class_names))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NotRequired, Protocol, TypedDict, TypeVar
 
 import numpy as np
@@ -152,11 +153,16 @@ FIT = 3  # number of the random stream
 
 class Resizing(Protocol):
     """Crop and resize of single samples to the encoder's input, see augment_crop.CropResize and
-    augment_patch.PatchCut."""
+    augment_patch.PatchCut and WholeVolumes."""
+
+    @property
+    def one_size(self) -> bool: ...
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator) -> Tensor: ...
 
     def one(self, sample: Any, box: Tensor, /) -> Tensor: ...
+
+    def join(self, parts: list[Tensor], /) -> Any: ...
 
 
 @dataclass(slots=True)
@@ -256,12 +262,19 @@ class BatchBuilder:
         return fit_all(samples, self.fit, seed), True
 
 
-def fit_all(samples: np.ndarray | list[Any], fit: Resizing, seed: int) -> Tensor:
-    """Samples of any sizes as one batch (B, C, S, S) or (B, C, X, Y, Z), each with a window."""
+def fit_all(samples: np.ndarray | list[Any], fit: Resizing, seed: int) -> Any:
+    """Samples of any sizes as one batch: (B, C, S, S) or (B, C, X, Y, Z), each with a window, or
+    what `fit` makes of samples that keep their size."""
     sizes = np.array([sample.shape[1:] for sample in samples])  # (B, 2 or 3)
     boxes = fit.boxes(sizes, torch.Generator().manual_seed(seed))
     with one_core():
-        return torch.stack([fit.one(*pair) for pair in zip(samples, boxes, strict=True)])
+        return fit.join([fit.one(*pair) for pair in zip(samples, boxes, strict=True)])
+
+
+def fit_once(samples: np.ndarray | list[Any], fit: Resizing, seed: int) -> np.ndarray:
+    """The same as an array, where all get one size."""
+    fitted: Tensor = fit_all(samples, fit, seed)
+    return fitted.numpy()
 
 
 @contextmanager
@@ -354,7 +367,9 @@ def build_loader(
     first, end = needed(split, train=train, ranks=ranks)
     builder = BatchBuilder(split.source, 0, split.targets, fit, seed, scale)
     if end > first and fits_in_memory(split, spec, end - first):
-        once = None if train or fit is None else lambda part: fit_all(part, fit, seed).numpy()
+        once = None
+        if not train and fit is not None and fit.one_size:
+            once = partial(fit_once, fit=fit, seed=seed)
         rows, shown = np.arange(first, end), ranks.is_main
         source = hold(
             split.source, rows, fit=once, windows=builder.windows, threads=cores(), shown=shown

@@ -14,6 +14,7 @@ from glovita_lib.objectives import build_inputs
 from glovita_lib.resolved import VolumeInputs, resolve_inputs
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_data import CustomVolumes
+from glovita_lib.spec_encoders import Windows
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_volumes import VolumeAugmentation
 
@@ -32,15 +33,33 @@ def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
         section, policies = VolumeAugmentation(), CustomVolumes.default_policies
     sizes = {split.source.uniform for split in data.splits.values() if len(split)}
     shape = sizes.pop() if len(sizes) == 1 else None
-    asked = patch_size_of(root.model.encoder)
+    of_any_size = isinstance(root.model.encoder.lifting, Windows)
+    asked = None if of_any_size else patch_size_of(root.model.encoder)
     augmentation = resolve_volume_augmentation(
         section,
         default_policies=policies,
         encoder_size=None if asked is None else (asked[0], asked[1], asked[2]),
         native_size=None if shape is None else (shape[1], shape[2], shape[3]),
+        largest=largest_size(data) if of_any_size else None,
         spacing=typical_spacing(data.splits["train"]),
     )
     return VolumeInputs(**asdict(samples), augmentation=augmentation)
+
+
+def largest_size(data: Data) -> tuple[int, int, int] | None:
+    """The most voxels along each axis over all splits; None where their sizes are not known before
+    they are read."""
+    sizes = []
+    for split in data.splits.values():
+        source = split.source
+        if len(split) and source.sizes is not None:
+            sizes.append(source.sizes.max(0))
+        elif len(split) and source.uniform is not None:
+            sizes.append(np.array(source.uniform[1:]))
+        elif len(split):
+            return None
+    x, y, z = np.max(sizes, 0).tolist()
+    return x, y, z
 
 
 def typical_spacing(split: Split) -> tuple[float, float, float] | None:

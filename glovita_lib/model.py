@@ -6,7 +6,7 @@ B batch, C channels, H W pixels, D width, K classes or targets.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,23 @@ from glovita_lib.weights import load_tensors
 
 if TYPE_CHECKING:
     from glovita_lib.bags import Bags  # runs on images do not load it
+
+
+@runtime_checkable
+class InWindows(Protocol):
+    """Inputs that reach a network window by window, see augment_patch.WindowedVolumes."""
+
+    def reduced(self, function: Callable[[Tensor], Tensor], how: str | None = None) -> Tensor:
+        """What a function gives for windows (m, C, ...), reduced to a row of each sample."""
+
+
+def logits_of(model: nn.Module, inputs: Any) -> Tensor:
+    """Logits (B, K) that a model gives without targets; reduced over the windows of samples that
+    come in windows."""
+    if isinstance(inputs, InWindows):
+        return inputs.reduced(lambda windows: logits_of(model, windows))
+    output = model(inputs)
+    return output["logits"] if isinstance(output, dict) else output
 
 
 class Model(nn.Module):
@@ -69,8 +86,11 @@ class Model(nn.Module):
         with torch.no_grad() if self.encoder_is_frozen else nullcontext():
             return self.encoder(x, pooled=self.reads_pooled)
 
-    def embed(self, x: Tensor, method: str) -> Tensor:
-        """Inputs (B, C, H, W) -> one vector each (B, D), by any method that the encoder serves."""
+    def embed(self, x: Any, method: str) -> Tensor:
+        """Inputs (B, C, H, W) -> one vector each (B, D), by any method that the encoder serves; the
+        mean of those of windows."""
+        if isinstance(x, InWindows):
+            return x.reduced(lambda windows: self.embed(windows, method), "mean")
         with torch.no_grad() if self.encoder_is_frozen else nullcontext():
             features = self.encoder(x, pooled=reads_pooled(method, self.encoder))
             return aggregate(features, method)

@@ -19,6 +19,7 @@ from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader, Resizing
 from glovita_lib.losses import build_criterion, plain_criterion
 from glovita_lib.metrics import compute
+from glovita_lib.model import logits_of
 from glovita_lib.resolved import ImageInputs, Inputs, Resolved
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_train import Supervised
@@ -242,7 +243,7 @@ class SupervisedObjective(Objective):
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Row, scores (B, K) and loss (B,) of each sample."""
         inputs = self.eval_inputs(batch.inputs, batch.fitted, 0)
-        logits = HeadOutput.of(model(inputs)).logits.float()  # (B, K)
+        logits = logits_of(model, inputs).float()  # (B, K)
         rows = {"rows": batch.rows, "scores": self.scores(logits)}
         if batch.targets is not None:
             rows["loss"] = self.plain(logits, batch.targets)

@@ -96,6 +96,11 @@ class VolumeInputs(VolumeSamples, tag="volumes", kw_only=True):
         return (self.channels, *self.augmentation.patch_size)
 
     @property
+    def by_windows(self) -> bool:
+        """Whether evaluation sees a volume window by window."""
+        return self.augmentation.evaluation == "windows"
+
+    @property
     def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
         return {"channels": self.channels, "size": self.augmentation.patch_size}

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace as with_fields
 from functools import singledispatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import h5py
 import msgspec
@@ -19,7 +20,7 @@ from glovita_lib.data_features import unlabelled_features
 from glovita_lib.data_folder import build_unlabelled
 from glovita_lib.data_volumes import unlabelled_volumes
 from glovita_lib.errors import UserError, listed, refuse
-from glovita_lib.experiment import Experiment, read_data, record_of, restore, some_of
+from glovita_lib.experiment import Experiment, evaluated_as, read_data, record_of, restore, some_of
 from glovita_lib.grad_cam import check_heat_maps, write_heat_maps
 from glovita_lib.loggers import say, two_columns
 from glovita_lib.objectives import LabelledPredictions, Predictions
@@ -43,6 +44,9 @@ from glovita_lib.rundir import RunDir, alone, locate
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_data import BaseData, GenericImageData, VolumeData
 from glovita_lib.spec_root import Root
+
+if TYPE_CHECKING:
+    from glovita_lib.volume_maps import VolumeMaps
 
 
 def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
@@ -73,12 +77,15 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
     folder = Path(root.infer.output_dir or locate(loaded).path / "infer")
     target = folder / f"attention_{name}.h5"
     members: list[Predictions] = []
-    wanted = root.infer.attention and not dry_run
+    by_windows = any(in_windows(evaluated_as(r.inputs, root)) for r in records.values())
+    wanted = root.infer.attention and not dry_run and not by_windows
+    maps = volume_maps(folder / f"maps_{name}", ranks) if root.infer.volume_maps else None
+    heard = nullcontext if maps is None or dry_run else maps.listening
     claimed = nullcontext() if dry_run else alone(folder / name, ranks)
     with claimed, AttentionWriter(target, ranks, wanted=wanted) as recorder:
         for path in paths:
             member = first if path == paths[0] else restore(path, root, ranks)
-            with recorder.listening(member.model.head):
+            with recorder.listening(member.model.head), heard(member):
                 predictions = member.predict(splits[path])
             if predictions is not None:
                 members.append(predictions)
@@ -93,8 +100,22 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
             rows += draw_attention(attention, split, predictions, first, root.infer.attention_maps)
         if root.infer.heat_maps and predictions is not None:
             rows += write_heat_maps(first, root.infer, split, predictions, folder, name)
+        if maps is not None:
+            rows.append(("volume maps", f"{maps.write(split)}/"))
     if ranks.is_main:
         say(two_columns(rows))
+
+
+def volume_maps(folder: Path, ranks: dist.Ranks) -> "VolumeMaps":
+    """What writes maps of volumes; infer on other samples loads nothing of them."""
+    from glovita_lib.volume_maps import VolumeMaps
+
+    return VolumeMaps(folder, ranks)
+
+
+def in_windows(inputs: Inputs) -> bool:
+    """Whether a model sees volumes window by window: its head weighs no instances of samples."""
+    return isinstance(inputs, VolumeInputs) and inputs.by_windows
 
 
 def export(path: Path, experiment: Experiment) -> None:

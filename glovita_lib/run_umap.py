@@ -432,12 +432,12 @@ def find_samples(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks) -> ChosenS
     if spec.input is not None:
         data = open_input(Path(spec.input), own)
         return samples_of_features(data.splits, data, spec, seed)
-    if own.samples == "images":
+    if own.samples in ("images", "volumes"):
         return samples_of_model(loaded, spec, ranks, seed)
     # features are standardised over train
     wanted = () if spec.split is None or own.features.standardize else (spec.split,)
     data = read_data(loaded.root, ranks, wanted=wanted)
-    if data.samples.spec_kind == "images":  # which a user's own data set tells only now
+    if data.samples.spec_kind != "features":  # which a user's own data set tells only now
         return samples_of_model(loaded, spec, ranks, seed)
     splits = wanted_splits(data, spec.split, "umap.split")
     scale = train_scale(data) if own.features.standardize else None

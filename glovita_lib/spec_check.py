@@ -4,6 +4,7 @@ A rule yields one line for each mistake, opened by the key to change. What only 
 built model can tell (classes that are there, tokens that an encoder has) is checked by them.
 """
 
+import operator
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from glovita_lib.spec import Loaded, Spec, load_spec
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_conditions import own_problems, unread_options
 from glovita_lib.spec_data import FileData
+from glovita_lib.spec_encoders import Windows
 from glovita_lib.spec_errors import one_of, shown
 from glovita_lib.spec_model import RegressionHead
 from glovita_lib.spec_root import Root
@@ -206,6 +208,31 @@ def folds_exist(root: Root) -> Iterator[str]:
         yield f"infer.folds: {shown(unknown)} do not exist: this data has the folds {known}"
 
 
+def maps_are_of_volumes(root: Root) -> Iterator[str]:
+    """Maps lie over volumes."""
+    if root.infer.volume_maps and root.data.samples not in ("volumes", "either"):
+        yield f"infer.volume_maps: the samples are {root.data.samples}, not volumes: leave it out"
+
+
+def windows_fit(root: Root) -> Iterator[str]:
+    """Windows are cut once, and out of something larger."""
+    aug, windows = getattr(root.data, "augmentation", None), root.model.encoder.lifting
+    if not isinstance(aug, VolumeAugmentation) or not isinstance(windows, Windows):
+        return
+    if aug.evaluation == "windows":
+        yield (
+            'data.augmentation.evaluation: "windows" averages over windows that model.encoder.lift'
+            ' = "windows" makes instances of: leave one of them out'
+        )
+    size, patch = windows.size, aug.patch_size
+    if size and patch and any(map(operator.gt, size, patch)):
+        yield (
+            f"model.encoder.windows.size: {shown(size)} is more than the {shown(patch)} voxels of"
+            " data.augmentation.patch_size: at most those, or leave patch_size out for whole"
+            " volumes"
+        )
+
+
 def merging_is_possible(root: Root) -> Iterator[str]:
     """infer.merge has something to merge, and can; a checkpoint knows its own method."""
     if root.infer.merge and root.infer.checkpoint is None and not root.peft.merges:
@@ -243,6 +270,8 @@ RULES = (
     cached_encoder_is_frozen,
     warmup_fits,
     folds_exist,
+    maps_are_of_volumes,
+    windows_fit,
     merging_is_possible,
     predictions_are_known,
 )

@@ -1,5 +1,6 @@
 """Encoders in a spec: of images, of volumes, and of images on volumes."""
 
+import operator
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
@@ -7,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
-from glovita_lib.spec_conditions import read_if, target_problems
+from glovita_lib.spec_conditions import read_if, read_unless, target_problems
 from glovita_lib.spec_errors import PathText, shown
 
 Channels = Annotated[int, Meta(ge=1)]
@@ -37,6 +38,11 @@ class BaseEncoder(Spec):
     @property
     def without_class_token(self) -> str | None:
         """Name of the model, where it says that there is no class token."""
+        return None
+
+    @property
+    def lifting(self) -> "Slices | Inflation | Windows | None":
+        """How samples become what the network takes, where they are larger than that."""
         return None
 
     def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
@@ -104,43 +110,117 @@ class Inflation(Spec):
     """Whether weights are spread along it (Carreira, Zisserman, CVPR 2017) or in its middle."""
 
 
-LIFTS = (("slices", "slices", Slices()), ("inflate", "inflation", Inflation()))
+OF_OVERLAP = read_unless("stride")
 
 
-class ImageEncoder(BaseEncoder):
+class Windows(Spec):
+    """Which windows of a volume an encoder of volumes sees."""
+
+    built_in: ClassVar[str] = "encoder_slicewise"
+
+    size: tuple[Positive, Positive, Positive] | None = None
+    """Voxels X, Y, Z of a window; none takes the patch that the encoder was made for. A shorter
+    volume is filled up with the minimum of each channel."""
+    overlap: Annotated[float, Meta(ge=0, lt=1), OF_OVERLAP] = 0.25
+    """What neighbouring windows have in common along each axis, share of their side; the last one
+    ends with the volume."""
+    stride: tuple[Positive, Positive, Positive] | None = None
+    """Voxels X, Y, Z from a window to the next; none follows from overlap."""
+    skip_below: float | None = None
+    """Windows without a voxel above this value, after normalisation, are left out (air), unless
+    all are; none keeps all."""
+    aggregation: Aggregation | None = None
+    """How the tokens of a window become its vector, as model.feature_aggregation_method says it of
+    volumes; that key is about the vectors of the windows then."""
+    chunk: Positive | None = None
+    """Windows that pass the encoder at once; where it trains, the backward pass computes each chunk
+    anew. none is all where it trains, else 16."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Windows leave no voxel out between them."""
+        if self.size and self.stride and any(map(operator.gt, self.stride, self.size)):
+            yield (
+                "stride",
+                f"{shown(self.stride)} leaves voxels out between windows of {shown(self.size)}: at"
+                " most as long",
+            )
+
+
+class LiftedEncoder(BaseEncoder):
+    """An encoder that may read larger samples than its network takes."""
+
+    lift: Literal["slices", "inflate", "windows"] | None = None
+    """How it reads whole volumes; none: as its network does."""
+    windows: Windows = Windows()
+    """Which windows, and what becomes of them."""
+
+    windowed: ClassVar[bool] = True
+    """Whether its network may take volumes, and so windows of them."""
+
+    @property
+    def has_patch(self) -> bool:
+        """Whether it was made for a certain patch."""
+        return False
+
+    @property
+    def lifts(self) -> dict[str, tuple[str, Slices | Inflation | Windows]]:
+        """Key and options of every lift, by the value of `lift`."""
+        return {"windows": ("windows", self.windows)}
+
+    @property
+    def lifting(self) -> Slices | Inflation | Windows | None:
+        return None if self.lift is None else self.lifts[self.lift][1]
+
+    @property
+    def without_class_token(self) -> str | None:
+        return None if self.lift is None else f"lift = {shown(self.lift)}"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Options of a lift are read with it alone; windows have a size."""
+        for lift, (key, options) in self.lifts.items():
+            if self.lift != lift and options != type(options)():
+                needed = f"model.encoder.lift = {shown(lift)}"
+                yield key, f"it would be ignored, it is read only with {needed}"
+        tag = shown(self.__struct_config__.tag)
+        if self.lift == "windows" and not self.windowed:
+            yield (
+                "lift",
+                f'"windows" cuts volumes for an encoder of volumes, and {tag} is one of images: set'
+                ' it to "slices", or encoder_type to one of volumes, e.g. "residual_encoder"',
+            )
+        elif self.lift == "windows" and self.windows.size is None and not self.has_patch:
+            yield "windows.size", f"{tag} takes windows of any size: name theirs, as [64, 64, 64]"
+
+
+class ImageEncoder(LiftedEncoder):
     """An encoder of images, which may be lifted to volumes."""
 
-    lift: Literal["slices", "inflate"] | None = None
-    """How it reads volumes: slice by slice, or with kernels of three axes; none reads images."""
+    lift: Literal["slices", "inflate", "windows"] | None = None
+    """How it reads volumes: slice by slice, with kernels of three axes, or (one of volumes) window
+    by window; none reads what its network takes."""
     slices: Slices = Slices()
     """Which slices, and what becomes of them."""
     inflation: Inflation = Inflation()
     """How kernels are lifted."""
+
+    windowed: ClassVar[bool] = False
 
     @property
     def takes(self) -> Literal["images", "volumes", "features", "either"]:
         return "images" if self.lift is None else "volumes"
 
     @property
-    def lifting(self) -> Slices | Inflation | None:
-        """How it reads volumes, where it does."""
-        return {None: None, "slices": self.slices, "inflate": self.inflation}[self.lift]
-
-    @property
-    def without_class_token(self) -> str | None:
-        return None if self.lift is None else f"lift = {shown(self.lift)}"
+    def lifts(self) -> dict[str, tuple[str, Slices | Inflation | Windows]]:
+        return {
+            "slices": ("slices", self.slices),
+            "inflate": ("inflation", self.inflation),
+            **super().lifts,
+        }
 
     def other_samples(self, samples: str) -> str:
         if samples == "images":
             return "; or leave model.encoder.lift out"
         return ', or set model.encoder.lift = "slices"' if samples == "volumes" else ""
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Options of a lift are read with it alone."""
-        for lift, key, default in LIFTS:
-            if self.lift != lift and getattr(self, key) != default:
-                needed = f"model.encoder.lift = {shown(lift)}"
-                yield key, f"it would be ignored, it is read only with {needed}"
 
 
 WITHOUT_CLASS_TOKEN = (
@@ -240,8 +320,11 @@ Probability = Annotated[float, Meta(ge=0, lt=1)]
 Voxels = tuple[Positive, Positive, Positive]
 
 
-class VolumeEncoder(BaseEncoder):
+class VolumeEncoder(LiftedEncoder):
     """What the encoders of volumes (C, X, Y, Z) share; none of them has a class token."""
+
+    lift: Literal["windows"] | None = None
+    """How it reads whole volumes: window by window; none: as its network does."""
 
     built_in: ClassVar[str] = "encoder_volume"
 
@@ -315,6 +398,9 @@ class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """There is an entry a stage and a number an axis."""
+        yield from super().problems()
+        if self.lift is not None and self.spatial_dim == 2:
+            yield "lift", "it cuts volumes, and spatial_dim = 2 takes images: leave it out"
         stages = len(self.features_per_stage)
         if not stages:
             yield "features_per_stage", "name the channels of one stage at least"
@@ -367,8 +453,13 @@ class PrimusEncoder(VolumeEncoder, tag="primus", tag_field="encoder_type"):
     """Voxels that the position embedding in the file was made for; none takes those of the input
     where their patches are as many, else a cube."""
 
+    @property
+    def has_patch(self) -> bool:
+        return self.input_shape is not None
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Inputs are whole numbers of patches."""
+        yield from super().problems()
         for key in ("input_shape", "weights_shape"):
             shape = getattr(self, key)
             if shape and any(s % p for s, p in zip(shape, self.patch_embed_size, strict=True)):
@@ -402,6 +493,10 @@ class NnFoundationEncoder(
     """Voxels of the input, the default of data.augmentation.patch_size; none takes the plan's
     recommended downstream patch."""
 
+    @property
+    def has_patch(self) -> bool:
+        return True
+
 
 class VideoResNetEncoder(VolumeEncoder, tag="torchvision_video", tag_field="encoder_type"):
     """A 3-D ResNet of torchvision on volumes, their last axis in the place of time."""
@@ -419,6 +514,7 @@ class VideoResNetEncoder(VolumeEncoder, tag="torchvision_video", tag_field="enco
     """Further arguments of the model; an unknown one is an error."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
         elsewhere = {"num_classes": "the data", "weights": "model.encoder.weights"}
         yield from argument_problems(self.model_kwargs, elsewhere)
 
@@ -436,6 +532,8 @@ class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type
 
 class CustomEncoder(ImageEncoder, tag="custom", tag_field="encoder_type", kw_only=True):
     """An encoder of your own: a function of your package that returns a module."""
+
+    windowed: ClassVar[bool] = True
 
     target: str
     """Where the function is: "package.module:function"; called as function(input_channels=...,

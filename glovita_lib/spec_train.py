@@ -366,6 +366,10 @@ class Infer(Spec):
     heat_map_class: Annotated[str | None, read_unless("heat_maps", 0)] = None
     """Class or target that the maps are of; none is the predicted class, of a regression the first
     target."""
+    volume_maps: bool = False
+    """Whether maps_<split> gets NIfTI files that lie over the volumes in world coordinates: the
+    attention over windows, slices or patches, or with data.augmentation.evaluation = "windows" the
+    score of each class or target in the windows; the mean where they overlap."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """One source of weights and one of samples; folds are named once; what is exported is one

@@ -28,6 +28,7 @@ from glovita_lib.spec_errors import (
 )
 
 OF_SPACING = read_if("spacing")
+OF_WINDOWS = read_if("evaluation", "windows")
 Percentage = Annotated[float, Meta(ge=0, le=100)]
 Spacing = tuple[Positive, Positive, Positive]
 Voxels = tuple[Count, Count, Count]
@@ -419,7 +420,7 @@ class VolumeAugmentation(Spec):
     """Policy of evaluation, inference and extraction; none takes the data set's default."""
     patch_size: tuple[Count, Count, Count] | None = None
     """Voxels X, Y, Z that the encoder receives; none takes the encoder's, else whole volumes, where
-    all are of one size."""
+    all are of one size or the encoder cuts windows (model.encoder.lift)."""
     margin: Annotated[float, Meta(ge=0, le=1)] = 0.1
     """What is cut beyond the patch on every side in training, share of patch_size, so that a policy
     that rotates, scales or deforms has something to show there."""
@@ -429,6 +430,18 @@ class VolumeAugmentation(Spec):
     anisotropy: Annotated[float, Meta(ge=1)] = 3.0
     """Across the one axis whose spacing is more than this many times the smallest, nothing is
     rotated, scaled or interpolated."""
+    evaluation: Literal["center", "windows"] | None = None
+    """What evaluation, inference and extraction see of a volume that is larger than the patch: its
+    centre, or all of it by windows of patch_size; none is center, or what a checkpoint was trained
+    with."""
+    window_overlap: Annotated[float, Meta(ge=0, lt=1), OF_WINDOWS] = 0.5
+    """What neighbouring windows have in common along each axis, share of patch_size; the last one
+    ends with the volume."""
+    window_reduce: Annotated[Literal["mean", "max"], OF_WINDOWS] = "mean"
+    """What becomes of the logits of the windows, or the outputs of a regression; vectors are
+    averaged."""
+    window_chunk: Annotated[Count, OF_WINDOWS] = 8
+    """Windows that pass the model at once; dataloading.eval_batch_size counts volumes."""
     train_kwargs: VolumeKwargs = VolumeKwargs()
     """Parameters that replace those of the train policy."""
     test_kwargs: VolumeKwargs = VolumeKwargs()
@@ -456,7 +469,17 @@ class ResolvedVolumeAugmentation(Spec):
     test_policy: str
     """Policy of evaluation, inference and extraction."""
     patch_size: tuple[int, int, int]
-    """Voxels X, Y, Z that the encoder receives."""
+    """Voxels X, Y, Z that the encoder receives; of whole volumes the largest."""
+    whole: bool
+    """Whether it receives whole volumes, each of its own size."""
+    evaluation: str
+    """What evaluation sees of a volume: center or windows."""
+    window_overlap: float
+    """Overlap of those windows, share of patch_size."""
+    window_reduce: str
+    """What becomes of their logits: mean or max."""
+    window_chunk: int
+    """Windows that pass the model at once."""
     margin: float
     """What is cut beyond the patch on every side in training, share of patch_size."""
     mirror_axes: tuple[str, ...]

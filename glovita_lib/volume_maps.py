@@ -1,16 +1,32 @@
 """Maps of volumes as NIfTI files, which lie over the original in any viewer.
 
-X Y Z voxels.
+X Y Z voxels, n parts of a volume (windows, slices, patch tokens), K branches, classes or targets.
 """
 
 import gzip
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 
-from glovita_lib import files
+from glovita_lib import dist, files
+from glovita_lib.attention_maps import AttentionHead
+from glovita_lib.augment_volumes import VolumeAugmenter
+from glovita_lib.bags import as_bags, segment_softmax
+from glovita_lib.data import Split
+from glovita_lib.encoder import Features
+from glovita_lib.encoder_slicewise import SlicewiseEncoder, WindowsEncoder
+from glovita_lib.errors import UserError, file_name
+from glovita_lib.experiment import Experiment
+from glovita_lib.extraction import token_places
+from glovita_lib.loader import needed
+from glovita_lib.resolved import VolumeInputs
 
 # ---------------------------------------------------------------------------------- the file
 
@@ -53,3 +69,206 @@ def part_affine(affine: np.ndarray, starts: Sequence[float]) -> np.ndarray:
     shift = np.eye(4)
     shift[:3, 3] = starts
     return affine @ shift
+
+
+# ------------------------------------------------------------------------------- parts of volumes
+
+Ends = tuple[np.ndarray, np.ndarray]  # (n, 3) first voxels, and those behind the last
+Boxes = Callable[[np.ndarray, Sequence[int]], Ends]
+"""Places (n, axes) of parts and voxels of the encoder's input -> where the parts lie in it."""
+
+
+def window_boxes(places: np.ndarray, have: Sequence[int], *, size: Sequence[int]) -> Ends:
+    """Windows that begin at places (n, 3)."""
+    return places, places + np.array(size)
+
+
+def slice_boxes(places: np.ndarray, have: Sequence[int], *, axis: int) -> Ends:
+    """Slices at places (n, 1) of an axis, each with half of what lies between it and the next."""
+    at = places[:, 0]
+    middles = (at[1:] + at[:-1] + 1) / 2
+    before = [at[0] + 0.5 - (middles[0] - at[0] - 0.5)] if len(at) > 1 else [at[0]]
+    behind = [at[-1] + 0.5 + (at[-1] + 0.5 - middles[-1])] if len(at) > 1 else [at[0] + 1]
+    low, high = np.zeros((len(at), 3), np.int64), np.tile(np.array(have), (len(at), 1))
+    low[:, axis] = np.floor(np.concatenate([before, middles]))
+    high[:, axis] = np.floor(np.concatenate([middles, behind]))
+    return low, high
+
+
+def token_boxes(places: np.ndarray, have: Sequence[int]) -> Ends:
+    """Patches at places (n, 3) of a grid that divides the input evenly."""
+    sides = np.array(have) / (places.max(0) + 1)
+    return np.rint(places * sides).astype(int), np.rint((places + 1) * sides).astype(int)
+
+
+def spread(values: np.ndarray, ends: Ends, shape: Sequence[int]) -> np.ndarray:
+    """Values (n,) of parts in their voxels, the mean where parts overlap and 0 where there are
+    none, (X, Y, Z) float32."""
+    total, count = np.zeros(shape), np.zeros(shape, np.int32)
+    low, high = (np.clip(end, 0, shape) for end in ends)
+    for value, first, last in zip(values, low, high, strict=True):
+        part = tuple(slice(*pair) for pair in zip(first, last, strict=True))
+        total[part] += value
+        count[part] += 1
+    return (total / np.maximum(count, 1)).astype(np.float32)
+
+
+# ------------------------------------------------------------------- attention, scores of windows
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a model gave for the parts of the volumes of this rank, in their order."""
+
+    what: str  # attention or score
+    boxes: Boxes
+    whole: bool  # whether its input is the prepared volume, not a patch in its middle
+    patch: Sequence[int]  # voxels of its input where it is not
+    places: list[np.ndarray]  # (n, axes) of each volume
+    values: list[np.ndarray]  # (n, K) of each
+
+
+class VolumeMaps:
+    """Writes where in each volume of a split a model, or the mean of several, has looked: the
+    attention over its parts, or the scores of the windows of its evaluation.
+
+    Each rank writes the volumes that it has predicted. In memory are a number a part and branch.
+    """
+
+    def __init__(self, folder: Path, ranks: dist.Ranks) -> None:
+        self.folder, self.ranks = folder, ranks
+        self.members: list[Heard] = []
+        self.names: tuple[str, ...] = ()  # of K classes or targets
+
+    @contextmanager
+    def listening(self, experiment: Experiment) -> Iterator[None]:
+        """Context in which the passes of a model over its shard of the split are noted.
+
+        Raises:
+            UserError: the model has nothing to map.
+        """
+        inputs, head = experiment.resolved.inputs, experiment.model.head
+        prepare = experiment.objective.eval_inputs
+        if not isinstance(inputs, VolumeInputs) or not isinstance(prepare, VolumeAugmenter):
+            raise UserError(
+                f"infer.volume_maps: the model was trained on {inputs.kind}, not volumes"
+            )
+        self.names = experiment.resolved.class_names
+        aug = inputs.augmentation
+        if inputs.by_windows:
+            boxes = partial(window_boxes, size=aug.patch_size)
+            heard = Heard("score", boxes, True, aug.patch_size, [], [])
+            prepare.told = partial(note_scores, heard, experiment)
+            try:
+                yield
+            finally:
+                prepare.told = None
+        elif isinstance(head, AttentionHead):
+            heard = Heard(
+                "attention", boxes_of(experiment.model.encoder), aug.whole, aug.patch_size, [], []
+            )
+            hook = head.register_forward_hook(partial(note_attention, heard))
+            try:
+                yield
+            finally:
+                hook.remove()
+        else:
+            raise UserError(
+                "infer.volume_maps: this model weighs no parts of a volume; it needs a head with"
+                " attention (abmil, clam, dsmil, transmil), or data.augmentation.evaluation ="
+                ' "windows", whose windows have scores'
+            )
+        self.members.append(heard)
+
+    def write(self, split: Split) -> Path:
+        """Write the maps of the volumes of this rank, after all members; the folder. All ranks must
+        call it.
+
+        Raises:
+            UserError: members that prepare volumes in different ways, disk full ...
+        """
+        if self.ranks.is_main:
+            files.make_folder(self.folder)
+            for old in self.folder.glob("*.nii.gz"):
+                old.unlink()
+        dist.barrier(self.ranks)
+        first, end = needed(split, train=False, ranks=self.ranks)
+        for number, row in enumerate(range(first, end)):
+            affine, shape = frame(split, row)
+            for branch, values in self.maps(number, shape).items():
+                title = split.ids[row].removesuffix(".gz").removesuffix(".nii")
+                name = f"{file_name(title)}_{file_name(branch)}.nii.gz"
+                write_map(self.folder / name, values, affine)
+        dist.barrier(self.ranks)
+        return self.folder
+
+    def maps(self, number: int, shape: Sequence[int]) -> dict[str, np.ndarray]:
+        """Maps (X, Y, Z) of a volume of this rank by branch, the mean over the members."""
+        found: dict[str, list[np.ndarray]] = {}
+        for member in self.members:
+            have = shape if member.whole else member.patch
+            offset = np.array(
+                [(there - side) // 2 for there, side in zip(shape, have, strict=True)]
+            )
+            low, high = (np.clip(e, 0, have) for e in member.boxes(member.places[number], have))
+            placed = (low + offset, high + offset)
+            for branch, values in zip(
+                self.branches(member, number), member.values[number].T, strict=True
+            ):
+                found.setdefault(branch, []).append(spread(values, placed, shape))
+        return {branch: np.mean(parts, 0) for branch, parts in found.items()}
+
+    def branches(self, member: Heard, number: int) -> list[str]:
+        """Names of the K columns."""
+        count = member.values[number].shape[1]
+        if member.what == "attention" and count == 1:
+            return ["attention"]
+        names = self.names if count == len(self.names) else map(str, range(count))
+        return [f"{member.what}_{name}" for name in names]
+
+
+def boxes_of(encoder: nn.Module) -> Boxes:
+    """Where the instances that an encoder gives lie in its input."""
+    if isinstance(encoder, WindowsEncoder):
+        return partial(window_boxes, size=encoder.windows.size)
+    if isinstance(encoder, SlicewiseEncoder):
+        return partial(slice_boxes, axis=encoder.axis)
+    return token_boxes
+
+
+def note_scores(
+    heard: Heard, experiment: Experiment, logits: list[Tensor], places: list[np.ndarray]
+) -> None:
+    """Scores of the windows of each volume of a batch, from their logits (n, K)."""
+    objective = experiment.predictor
+    heard.values.extend(objective.in_units(objective.scores(each.float())) for each in logits)
+    heard.places.extend(places)
+
+
+def note_attention(heard: Heard, head: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """Forward hook: attention over the parts of each volume of a batch.
+
+    Raises:
+        UserError: they have no place.
+    """
+    assert isinstance(head, AttentionHead)
+    features = inputs[0]
+    if not isinstance(features, Features) or (features.places is None and not features.grid):
+        raise UserError("infer.volume_maps: the instances of this model have no place in a volume")
+    bags = as_bags(features)
+    known = isinstance(output, dict) and "scores" in output
+    raw = output["scores"] if known else head.attention(features)[0]
+    shares = segment_softmax(raw.float(), bags)
+    heard.values.extend(part.cpu().numpy() for part in bags.split(shares))
+    heard.places.extend(token_places(features, 0))
+
+
+def frame(split: Split, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Affine and voxels X, Y, Z of a prepared volume; without an affine of its own the voxels are
+    its mm."""
+    rows = np.array([row])
+    if split.source.windows is None:
+        (volume,) = split.source.fetch(rows)
+        return np.eye(4), tuple(volume.shape[1:])
+    (volume,) = split.source.windows(rows)
+    return volume.affine, tuple(volume.shape[1:])

@@ -434,7 +434,9 @@ def test_no_words_of_a_map_lie_over_others(tmp_path, monkeypatch, width, height,
 
 
 def test_members_of_other_grids_have_no_mean():
-    four, nine = (attention_maps.Sizes(np.full(3, n * n), 1, np.ones((n * n, 2))) for n in (2, 3))
+    four, nine = (
+        attention_maps.Sizes(np.full(3, n * n), 1, [np.ones((n * n, 2))] * 3) for n in (2, 3)
+    )
     assert attention_maps.one_size([four, four]) is four
     with pytest.raises(UserError, match="weigh different instances .patches of another grid"):
         attention_maps.one_size([four, nine])

@@ -37,10 +37,15 @@ INLINE = Dataloading(batch_size=8, in_memory_mb=0, num_workers=0)
 class CornerFit:
     """A 4x4 window at a random corner, the geometry of policies.Fit without its parameters."""
 
+    one_size = True
+
     def boxes(self, sizes, generator):
         free = torch.as_tensor(sizes) - 4
         corner = (torch.rand(len(sizes), 2, generator=generator) * (free + 1)).floor()
         return torch.cat([corner, torch.full((len(sizes), 2), 4.0)], 1)
+
+    def join(self, parts):
+        return torch.stack(parts)
 
     def one(self, image, box):
         y, x = int(box[0]), int(box[1])

@@ -22,6 +22,8 @@ PATCH = (8, 9, 10)
 class Cut:
     """A window of PATCH voxels at a drawn place, or in the middle; `read` counts the voxels."""
 
+    one_size = True
+
     def __init__(self, drawn):
         self.drawn = drawn
 
@@ -29,6 +31,9 @@ class Cut:
         if not self.drawn:
             return torch.full((len(sizes), 3), 0.5)
         return torch.rand(len(sizes), 3, generator=generator)
+
+    def join(self, parts):
+        return torch.stack(parts)
 
     def one(self, volume, box):
         room = torch.tensor(volume.shape[1:]) - torch.tensor(PATCH)

@@ -44,7 +44,50 @@ CUSTOM = ["data.dataset=custom", "data.target=a.b:c"]
 RESIDUAL = [*CUSTOM, "model.encoder.encoder_type=residual_encoder"]
 PRIMUS = [*CUSTOM, "model.encoder.encoder_type=primus"]
 
+WINDOWS = ["model.encoder.lift=windows", "model.encoder.windows.size=[8, 8, 8]"]
+
 BROKEN = [
+    (["infer.volume_maps=true"], "infer.volume_maps", "the samples are images, not volumes"),
+    (
+        ["infer.heat_maps=2", "infer.checkpoint=['a.pt', 'b.pt']"],
+        "infer.heat_maps",
+        "infer names 2: name one",
+    ),
+    (
+        [*VOLUMES, *WINDOWS, "data.augmentation.evaluation=windows"],
+        "data.augmentation.evaluation",
+        "leave one of them out",
+    ),
+    (
+        [*VOLUMES, *WINDOWS, "data.augmentation.patch_size=[9, 7, 9]"],
+        "model.encoder.windows.size",
+        "is more than the [9, 7, 9] voxels",
+    ),
+    (
+        [*VOLUMES, *WINDOWS, "model.encoder.windows.stride=[8, 9, 8]"],
+        "model.encoder.windows.stride",
+        "leaves voxels out",
+    ),
+    (
+        [*VOLUMES, "model.encoder.lift=windows"],
+        "model.encoder.windows.size",
+        "name theirs, as [64, 64, 64]",
+    ),
+    (
+        [*VOLUMES, "model.encoder.windows.size=[8, 8, 8]"],
+        "model.encoder.windows",
+        'would be ignored, it is read only with model.encoder.lift = "windows"',
+    ),
+    (
+        ["model.encoder.encoder_type=residual_encoder", "model.encoder.spatial_dim=2", *WINDOWS],
+        "model.encoder.lift",
+        "spatial_dim = 2 takes images: leave it out",
+    ),
+    (
+        [*VOLUMES[:1], *VOLUMES[3:], *WINDOWS],
+        "model.encoder.lift",
+        '"timm" is one of images: set it to "slices", or encoder_type',
+    ),
     (["name=../x"], "name", "cannot name a directory"),
     (
         ["training.cache_frozen_features=true"],
@@ -463,6 +506,18 @@ IGNORED = [
         "optimizer.layer_wise_lr_decay",
     ),
     (["infer.checkpoint=x.pt", "infer.use=last"], "infer.use"),
+    (["infer.heat_map_class=a"], "infer.heat_map_class"),
+    (["model.encoder.weights_key=ema"], "model.encoder.weights_key"),
+    (
+        [
+            *(*VOLUMES, *WINDOWS, "model.encoder.windows.stride=[2, 2, 2]"),
+            "model.encoder.windows.overlap=0.75",
+        ],
+        "model.encoder.windows.overlap",
+    ),
+    ([*VOLUMES, "data.augmentation.window_overlap=0.1"], "data.augmentation.window_overlap"),
+    ([*VOLUMES, "data.augmentation.window_reduce=max"], "data.augmentation.window_reduce"),
+    ([*VOLUMES, "data.augmentation.window_chunk=3"], "data.augmentation.window_chunk"),
     (
         ["peft.method=visual_prompt_tuning", "peft.deep=false", "peft.deep_layers=2"],
         "peft.deep_layers",
@@ -477,6 +532,8 @@ IGNORED = [
 
 SOUND = [
     [],
+    [*VOLUMES, *WINDOWS, "infer.volume_maps=true", "data.augmentation.patch_size=[8, 8, 9]"],
+    [*VOLUMES, "data.augmentation.evaluation=windows", "data.augmentation.window_reduce=max"],
     ["data.fold=3", *GENERIC],  # a split file may list folds
     [*KFOLD, "data.fold=4", "data.n_folds=7"],
     [*GENERIC, "data.label_source=json", "data.class_names=['a','b']", "data.num_classes=2"],
@@ -593,6 +650,7 @@ RULE_MODULES = [
         "volumes",
         "augment",
         "model",
+        "encoders",
         "peft",
         "train",
         "conditions",
