@@ -36,7 +36,6 @@ SMALL = {
     "losses": "the formula of every loss; the spine reads it on its own",
     "optim": "the schedule and the parameter groups; the spine reads it on its own",
     "loader_volumes": "what a run on images need not load",
-    "volume_maps": "a file format; whoever writes maps of volumes uses it",
 }
 """Modules under 150 lines with one importer, and why each is one."""
 
