@@ -169,12 +169,13 @@ def feature_file_name(root: Root, extractor: Extractor, split: str) -> str:
     if pattern is None:
         kind = "agg_{method}" if spec.output == "embedding" else spec.output
         pattern = kind + "_{model}_{dataset}_{split}_size{imgsize}_float{precision}.h5"
+    sides = extractor.inputs.shape[1:]
     known = {
         "method": extractor.method,
         "model": extractor.model.encoder.name.replace("/", "_"),
         "dataset": msgspec.to_builtins(root.data)["dataset"],
         "split": split,
-        "imgsize": extractor.inputs.shape[-1],
+        "imgsize": sides[0] if len(set(sides)) == 1 else "x".join(map(str, sides)),
         "precision": spec.precision,
         "checkpoint": checkpoint_name(spec),
     }

@@ -437,6 +437,9 @@ STACK_GAP = 0.03  # between slices on top of each other, share of their height
 WORST_COLUMNS = 6
 FEW = (0.5, 99.5)  # percentiles of a volume that are black and white
 
+Planes = dict[int, np.ndarray]
+"""Slices (rows, columns) by the axis that is cut, in the order of PLANES."""
+
 
 def upright(
     volume: np.ndarray, values: np.ndarray, affine: np.ndarray
@@ -522,29 +525,62 @@ def stack_sides(shape: Sequence[int], spacing: np.ndarray) -> tuple[float, float
     return max(wide for wide, _ in sides), height + (len(sides) - 1) * gap, gap
 
 
+def middle_planes(volume: Any) -> Planes:
+    """The slices in the middle of the first channel of what is sliced as (C, X, Y, Z); only they
+    are read."""
+    shape, found = volume.shape[1:], {}
+    for axis in PLANES:
+        middle = shape[axis] // 2
+        part = [slice(middle, middle + 1) if axis == other else slice(None) for other in range(3)]
+        found[axis] = plane(np.asarray(volume[(slice(0, 1), *part)])[0], axis, 0)
+    return found
+
+
+def middle_picture(volume: Any, spacing: Sequence[float]) -> np.ndarray:
+    """The axial slice in the middle of the first channel as an image (1, H, W) uint8 with square
+    pixels; only it is read."""
+    middle = volume.shape[3] // 2
+    grey = plane(np.asarray(volume[:1, :, :, middle : middle + 1])[0], 2, 0).astype(np.float32)
+    low, high = limits_of({2: grey})
+    pixels = np.round(np.clip((grey - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+    x, y = spacing[:2]
+    rows, columns = (
+        np.minimum((np.arange(round(n * mm / min(x, y))) + 0.5) * min(x, y) / mm, n - 1)
+        for n, mm in zip(pixels.shape, (y, x), strict=True)
+    )
+    return pixels[rows.astype(int)[:, None], columns.astype(int)][None]
+
+
+def limits_of(planes: Planes) -> Limits:
+    """Values of slices shown as black and white."""
+    values = np.concatenate([part.ravel() for part in planes.values()]).astype(np.float32)
+    low, high = np.percentile(values, FEW)
+    return float(low), float(high) if high > low else float(low) + 1.0
+
+
 def show_volume(
     cell: Any,
-    volume: np.ndarray,
+    planes: Planes,
     spacing: np.ndarray,
     limits: Limits,
     lines: list[Line],
     *,
     named: bool = False,
 ) -> Any:
-    """Axes with the three middle slices of a volume (X, Y, Z) on top of each other, and their
-    caption below.
+    """Axes with three slices of a volume on top of each other, and their caption below.
 
     Args:
+        spacing: (3,) mm.
         named: whether the names of the slices stand beside them.
     """
     axes = cell.get_gridspec().figure.add_subplot(cell)
-    width, height, gap = stack_sides(volume.shape, spacing)
+    width, height, gap = stack_sides(shape_of(planes), spacing)
     top = 0.0
-    for axis, name in PLANES.items():
-        wide, high = plane_sides(np.array(volume.shape) * spacing, axis)
+    for axis, part in planes.items():
+        wide, high = plane_sides(np.array(shape_of(planes)) * spacing, axis)
         left = (width - wide) / 2
         axes.imshow(
-            plane(volume, axis, volume.shape[axis] // 2),
+            part,
             cmap="gray",
             vmin=limits[0],
             vmax=limits[1],
@@ -553,7 +589,7 @@ def show_volume(
         )
         if named:
             words = {"color": GREY, "fontsize": 6.6, "rotation": 90, "ha": "right", "va": "center"}
-            axes.text(-0.03 * width, top + high / 2, name, **words)
+            axes.text(-0.03 * width, top + high / 2, PLANES[axis], **words)
         top += high + gap
     bare(axes)
     axes.set(xlim=(0, width), ylim=(height, 0), anchor="N")
@@ -561,48 +597,52 @@ def show_volume(
     return axes
 
 
+def shape_of(planes: Planes) -> tuple[int, int, int]:
+    """Voxels (X, Y, Z) of the volume that slices are of."""
+    (y, x), (z, _) = planes[2].shape, planes[1].shape
+    return x, y, z
+
+
 def augmented_volumes(
-    prepared: Sequence[np.ndarray],
+    prepared: Sequence[Planes],
     spacings: Sequence[Sequence[float]],
-    augmented: torch.Tensor,
+    augmented: Sequence[Sequence[Planes]],
     spacing: Sequence[float],
     *,
     path: Path,
     captions: Sequence[str],
 ) -> None:
-    """A row per sample: the middle slices of the prepared volume with its caption, then those of
-    augmented versions, all of the first channel and in the window of the prepared volume.
+    """A row per sample: slices of the prepared volume with its caption, then those of augmented
+    versions in the window of the prepared volume.
 
     Args:
-        prepared: B arrays (C, X, Y, Z); sizes may differ.
+        prepared: of B volumes; sizes may differ.
         spacings: B of three numbers, mm.
-        augmented: (R, B, C, x, y, z) as the encoder sees them, on any device.
+        augmented: of B times R volumes of one size, as the encoder sees them.
         spacing: of those, mm.
         path: of the PNG.
         captions: B texts, e.g. the id.
     """
-    rounds, rows = augmented.shape[:2]
-    wide, high, _ = stack_sides(augmented.shape[3:], np.array(spacing))
-    room = (HEIGHT - 0.5) / max(rows, 1) - LINE - 0.14  # inches of a row
+    rows, rounds = len(augmented), len(augmented[0])
+    wide, high, _ = stack_sides(shape_of(augmented[0][0]), np.array(spacing))
+    room = (HEIGHT - 0.5) / rows - LINE - 0.14  # inches of a row
     side = min(WIDTH / (rounds + 1.1), room * wide / high)
-    versions = augmented[:, :, 0].detach().cpu().float().numpy()
     widths = [1, 0.05, *[1] * rounds]  # an empty column behind the first one
     with image_grid(path, rows, widths, side=side, lines=1, ratio=high / wide) as (_, cells):
-        for row, (volume, own, text) in enumerate(zip(prepared, spacings, captions, strict=True)):
-            limits = limits_of(volume[0])
+        for row, (planes, own, text) in enumerate(zip(prepared, spacings, captions, strict=True)):
+            limits = limits_of(planes)
             lines = [Line(short(text, int(side / 0.055)), INK)]
-            first = show_volume(cells[row, 0], volume[0], np.array(own), limits, lines, named=True)
+            first = show_volume(cells[row, 0], planes, np.array(own), limits, lines, named=True)
             if not row:
                 first.set_title("prepared")
-            for column in range(rounds):
-                part = versions[column, row]
-                axes = show_volume(cells[row, column + 2], part, np.array(spacing), limits, [])
+            for column, version in enumerate(augmented[row]):
+                axes = show_volume(cells[row, column + 2], version, np.array(spacing), limits, [])
                 if not row and not column:
                     axes.set_title("augmented, as the encoder sees it")
 
 
 def worst_volumes(
-    volumes: Sequence[np.ndarray],
+    volumes: Sequence[Planes],
     spacings: Sequence[Sequence[float]],
     *,
     ids: Sequence[str],
@@ -613,23 +653,18 @@ def worst_volumes(
     class_names: tuple[str, ...],
     path: Path,
 ) -> None:
-    """Volumes (C, X, Y, Z) in the given order, the middle slices of the first channel, each with
-    id, truth, prediction and loss; arguments as for worst_sheet."""
+    """Slices of volumes in the given order, each with id, truth, prediction and loss; further
+    arguments as for worst_sheet."""
     columns = max(1, min(WORST_COLUMNS, len(volumes)))
     side = WIDTH / WORST_COLUMNS - GAP
-    captions = worst_captions(ids, targets, scores, losses, subtask, class_names, side)
     rows = -(-len(volumes) // columns)
-    sides = [stack_sides(v.shape[1:], np.array(s)) for v, s in zip(volumes, spacings, strict=True)]
+    sides = [stack_sides(shape_of(v), np.array(s)) for v, s in zip(volumes, spacings, strict=True)]
     ratio = max((high / wide for wide, high, _ in sides), default=1.0)
     side = min(side, ((HEIGHT - 0.7) / max(rows, 1) - 4 * LINE - 0.14) / ratio)
+    captions = worst_captions(ids, targets, scores, losses, subtask, class_names, side)
     with image_grid(path, rows, [1] * columns, side=side, lines=4, ratio=ratio) as (figure, cells):
         title_of_worst(figure, len(volumes))
-        for i, (volume, own) in enumerate(zip(volumes, spacings, strict=True)):
-            cell, limits = cells[divmod(i, columns)], limits_of(volume[0])
-            show_volume(cell, volume[0], np.array(own), limits, captions[i])
-
-
-def limits_of(volume: np.ndarray) -> Limits:
-    """Values of a volume shown as black and white."""
-    low, high = np.percentile(volume.astype(np.float32), FEW)
-    return float(low), float(high) if high > low else float(low) + 1.0
+        for i, (planes, own) in enumerate(zip(volumes, spacings, strict=True)):
+            show_volume(
+                cells[divmod(i, columns)], planes, np.array(own), limits_of(planes), captions[i]
+            )

@@ -430,7 +430,8 @@ def volume_map(found: HeatMap, affine: np.ndarray, path: Path) -> None:
     planes = [figures.plane_sides(sides, axis) for axis in figures.PLANES]
     wide, high = sum(side for side, _ in planes), max(side for _, side in planes)
     scale = min((figures.WIDTH - 0.9) / wide, (figures.HEIGHT - 1) / (2 * high))  # inches a mm
-    limits, known = figures.limits_of(volume), found.affine is not None
+    cut = {axis: figures.plane(volume, axis, highest[axis]) for axis in figures.PLANES}
+    limits, known = figures.limits_of(cut), found.affine is not None
     voxel = np.unravel_index(found.values.argmax(), found.values.shape)
     place = ", ".join(f"{mm:.0f}" for mm in (affine @ [*voxel, 1])[:3])  # of the world
     with figures.drawing(path, wide * scale + 0.9, 2 * high * scale + 0.9) as figure:

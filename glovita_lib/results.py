@@ -23,8 +23,8 @@ from glovita_lib.loader import fit_all, to_tensor
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.metrics import metrics_report
 from glovita_lib.metrics_classification import THRESHOLD
-from glovita_lib.objectives import LabelledPredictions, Predictions
-from glovita_lib.resolved import ImageInputs, Inputs, Resolved
+from glovita_lib.objectives import LabelledPredictions, Predictions, build_inputs
+from glovita_lib.resolved import ImageInputs, Inputs, Resolved, VolumeInputs
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_root import Root
@@ -134,6 +134,7 @@ def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[st
 
 WORST = 24  # samples on the sheet of the worst predictions
 SHEET_ROWS, SHEET_COLUMNS = 6, 7  # samples and their augmented versions
+WORST_VOLUMES, VOLUME_ROWS, VOLUME_COLUMNS = 12, 3, 6  # three slices each
 
 
 def write_predictions(path: Path, predictions: Predictions, resolved: Resolved) -> None:
@@ -218,6 +219,38 @@ def _(
     )
 
 
+@plot_worst.register
+def _(
+    inputs: VolumeInputs,
+    path: Path,
+    predictions: LabelledPredictions,
+    split: Split,
+    resolved: Resolved,
+) -> None:
+    worst = np.argsort(-predictions.losses, kind="stable")[:WORST_VOLUMES]
+    figures.worst_volumes(
+        *middles(inputs, split, predictions.rows[worst]),
+        ids=[predictions.ids[row] for row in worst],
+        targets=predictions.targets[worst],
+        scores=predictions.scores[worst],
+        losses=predictions.losses[worst],
+        subtask=resolved.subtask,
+        class_names=resolved.class_names,
+        path=path,
+    )
+
+
+def middles(
+    inputs: VolumeInputs, split: Split, rows: np.ndarray
+) -> tuple[list[figures.Planes], list[tuple[float, ...]]]:
+    """The middle slices of prepared volumes of a split, and their spacings, mm."""
+    if split.source.windows is None:
+        volumes = split.source.fetch(rows)
+        return list(map(figures.middle_planes, volumes)), [inputs.augmentation.spacing] * len(rows)
+    found = split.source.windows(rows)
+    return list(map(figures.middle_planes, found)), [volume.spacing for volume in found]
+
+
 @singledispatch
 def plot_augmented(inputs: Inputs, path: Path, split: Split, rows: np.ndarray) -> None:
     """A sheet of some training samples beside what the train policy makes of them; none of what
@@ -241,6 +274,25 @@ def _(inputs: ImageInputs, path: Path, split: Split, rows: np.ndarray) -> None:
         torch.stack(columns),
         mean=inputs.augmentation.mean,
         std=inputs.augmentation.std,
+        path=path,
+        captions=[split.ids[row] for row in rows],
+    )
+
+
+@plot_augmented.register
+def _(inputs: VolumeInputs, path: Path, split: Split, rows: np.ndarray) -> None:
+    augment = build_inputs(inputs, train=True)
+    assert augment.fit is not None, "volumes are cut where they are read"
+    rows = rows[:VOLUME_ROWS]
+    read = split.source.windows or split.source.fetch
+    samples, versions = list(read(rows)), []
+    for seed in range(VOLUME_COLUMNS):
+        batch = augment(fit_all(samples, augment.fit, seed), True, seed)  # (B, C, x, y, z)
+        versions.append([figures.middle_planes(sample.numpy()) for sample in batch])
+    figures.augmented_volumes(
+        *middles(inputs, split, rows),
+        list(zip(*versions, strict=True)),
+        inputs.augmentation.spacing,
         path=path,
         captions=[split.ids[row] for row in rows],
     )

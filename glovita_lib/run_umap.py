@@ -31,6 +31,7 @@ from glovita_lib.data_splits import strata
 from glovita_lib.errors import UserError, listed, versions
 from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, part_to_read, source_of, wanted_splits
+from glovita_lib.figures import middle_picture
 from glovita_lib.files import read_csv, write_csv, write_json
 from glovita_lib.loggers import say, two_columns
 from glovita_lib.plot_projection import (
@@ -53,7 +54,7 @@ from glovita_lib.read_features import (
     flaw,
     sound_rows,
 )
-from glovita_lib.resolved import Resolved, has_targets_of
+from glovita_lib.resolved import Inputs, Resolved, VolumeInputs, has_targets_of
 from glovita_lib.rundir import alone, locate
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_data import BaseData, PrecomputedData
@@ -326,7 +327,7 @@ def samples_of_model(
         subtask=data.subtask,
         class_names=data.class_names,
         splits=[name for name, split in splits.items() for _ in split.ids],
-        image=image_of(list(splits.values())),
+        image=image_of(list(splits.values()), resolved.inputs),
         total=sum(map(len, wanted.values())),
         name=data.name,
         notes=other_outputs(resolved, data) if trained else (),
@@ -370,13 +371,19 @@ def other_outputs(resolved: Resolved, data: Data) -> tuple[str, ...]:
     )
 
 
-def image_of(splits: list[Split]) -> Images | None:
-    """Images of the samples of splits that follow one another; None where they are not images."""
-    places = [(split, row) for split in splits for row in range(len(split))]
+def image_of(splits: list[Split], inputs: Inputs) -> Images | None:
+    """Images of the samples of splits that follow one another, of volumes their middle; None where
+    they have none."""
+    places = [(split, np.array([row])) for split in splits for row in range(len(split))]
 
     def image(i: int) -> np.ndarray:
         split, row = places[i]
-        return split.source.fetch(np.array([row]))[0]
+        if not isinstance(inputs, VolumeInputs):
+            return split.source.fetch(row)[0]
+        if split.source.windows is None:
+            return middle_picture(split.source.fetch(row)[0], inputs.augmentation.spacing)
+        (volume,) = split.source.windows(row)
+        return middle_picture(volume, volume.spacing)
 
     first = image(0)
     is_image = isinstance(first, np.ndarray) and first.ndim == 3 and first.dtype.kind == "u"

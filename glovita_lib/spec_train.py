@@ -456,7 +456,7 @@ class Extract(Spec):
     output_filename: str | None = None
     """File name with {method} {model} {dataset} {split} {imgsize} {precision} {checkpoint}; none is
     agg_{method}_{model}_{dataset}_{split}_size{imgsize}_float{precision}.h5, with tokens or map
-    instead of agg_{method} for those outputs."""
+    instead of agg_{method} for those outputs; imgsize is the side of the input, or 96x96x24."""
     use_eval_transform_for_train: bool = True
     """Whether the train split goes through the test policy; else it is augmented."""
     use_data_fraction: bool = False

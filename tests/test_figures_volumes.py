@@ -1,0 +1,177 @@
+"""Slices of volumes in pictures: which way round, in mm, only they are read; and the sheets and
+thumbnails of whole runs."""
+
+import csv
+import re
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+from volume_files import ORIENTATIONS, affine_of, blob, write_nifti
+
+from glovita_lib.figures import (
+    PLANES,
+    augmented_volumes,
+    limits_of,
+    middle_picture,
+    middle_planes,
+    plane,
+    shape_of,
+    stack_sides,
+    upright,
+    worst_volumes,
+)
+
+SHAPE = (8, 10, 6)
+
+
+class Sliced:
+    """A volume that only slices are read of; `read` counts voxels."""
+
+    def __init__(self, voxels):
+        self.voxels, self.shape, self.read = voxels, voxels.shape, 0
+
+    def __getitem__(self, part):
+        found = self.voxels[part]
+        self.read += found.size
+        return found
+
+
+def test_slices_are_seen_as_radiologists_do():
+    """The right of the patient is on the left, the front on the left or above, the head above."""
+    for axis, marks in (
+        (2, {0: "left", 1: "up"}),
+        (1, {0: "left", 2: "up"}),
+        (0, {1: "left", 2: "up"}),
+    ):
+        for bright, side in marks.items():
+            voxels = np.zeros(SHAPE)
+            voxels[tuple(-1 if other == bright else slice(None) for other in range(3))] = 1
+            shown = plane(voxels, axis, SHAPE[axis] // 2)
+            line = shown[:, 0] if side == "left" else shown[0]
+            assert line.all() and shown.sum() == len(line)
+
+
+def test_only_the_middle_slices_of_the_first_channel_are_read():
+    voxels = np.random.default_rng(0).random((2, *SHAPE)).astype(np.float16)
+    volume = Sliced(voxels)
+    planes = middle_planes(volume)
+    assert list(planes) == list(PLANES) == [2, 1, 0] and volume.read == 80 + 48 + 60
+    for axis, part in planes.items():
+        assert (part == plane(voxels[0], axis, SHAPE[axis] // 2)).all()
+    assert shape_of(planes) == SHAPE
+    low, high = limits_of(planes)
+    assert 0 <= low < high <= 1 and limits_of({2: np.zeros((3, 3))}) == (0.0, 1.0)
+    volume.read = 0
+    thumbnail = middle_picture(volume, (1.0, 2.0, 5.0))  # square pixels of 1 mm
+    assert thumbnail.shape == (1, 20, 8) and thumbnail.dtype == np.uint8 and volume.read == 80
+    assert (thumbnail[0, ::2] == thumbnail[0, 1::2]).all()
+    assert thumbnail.min() == 0 and thumbnail.max() == 255
+
+
+def test_sides_are_in_mm():
+    """Thick slices are as high as they are in the patient."""
+    wide, high, gap = stack_sides((80, 100, 20), np.array([1.0, 1.0, 5.0]))
+    assert wide == 100 and high == 100 + 100 + 100 + 2 * gap  # y, then z twice
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_volumes_of_any_orientation_are_turned_upright(codes, tmp_path):
+    voxels = blob(SHAPE)
+    path = write_nifti(tmp_path / "a.nii", voxels, affine_of((1, 2, 3), (5, 6, 7)), codes)
+    image = nibabel.load(path)
+    stored = image.get_fdata()
+    volume, values, spacing = upright(stored, -stored, image.affine)
+    assert (volume == voxels).all() and (values == -voxels).all()
+    np.testing.assert_allclose(spacing, (1, 2, 3))
+
+
+def grey_levels(path):
+    return np.array(Image.open(path).convert("L")).astype(int)
+
+
+def test_versions_are_in_the_window_of_the_prepared_volume(tmp_path):
+    """A version that is brighter than the volume is shown so; the identity is shown the same."""
+    planes = middle_planes((blob((20, 24, 16)) / 40)[None])
+    brighter = {axis: part + 0.3 for axis, part in planes.items()}
+    shown = {}
+    for name, version in (("same", planes), ("brighter", brighter)):
+        path = tmp_path / f"{name}.png"
+        spacing = (1.0, 1.0, 3.0)
+        augmented_volumes([planes], [spacing], [[version]], spacing, path=path, captions=["a" * 99])
+        shown[name] = grey_levels(path)
+    assert shown["same"].shape == shown["brighter"].shape
+    half = shown["same"].shape[1] // 2
+    assert shown["brighter"][:, half:].mean() > shown["same"][:, half:].mean() + 5
+    left = shown["same"].shape[1] // 3
+    assert (shown["brighter"][:, :left] == shown["same"][:, :left]).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_worst_volumes_of_differing_sizes(tmp_path, count):
+    planes = [middle_planes(blob((8 + n, 10, 6), seed=n)[None]) for n in range(count)]
+    worst_volumes(
+        planes,
+        [(1.0, 1.0, 2.0)] * count,
+        ids=[f"{n}.nii" for n in range(count)],
+        targets=np.zeros(count, int),
+        scores=np.full((count, 2), 0.5, np.float32),
+        losses=np.full(count, 0.7, np.float32),
+        subtask="multiclass",
+        class_names=("a", "b"),
+        path=tmp_path / "worst.png",
+    )
+    assert (tmp_path / "worst.png").stat().st_size > 1000
+
+
+SPEC = """
+[data]
+dataset = "generic_3d_dataset"
+data_root_dir = "ROOT"
+label_source = "csv"
+split_source = "csv"
+[data.preparation]
+workers = 1
+[data.augmentation]
+train_policy = "default_nnunet"
+patch_size = [8, 8, 6]
+[model.encoder]
+encoder_type = "residual_encoder"
+features_per_stage = [4, 8]
+n_blocks_per_stage = 1
+strides = [1, 2]
+[task]
+bootstrap = 0
+[training]
+epochs = 1
+[dataloading]
+batch_size = 4
+[logger]
+backend = "none"
+"""
+
+
+def test_sheets_and_thumbnails_of_whole_runs(command, tmp_path):
+    rows = []
+    for n in range(16):
+        name = f"{n}.nii"
+        voxels = blob((10 + n % 3, 10, 8), seed=n)
+        write_nifti(tmp_path / "images" / name, voxels, affine_of((1, 1, 2)), ORIENTATIONS[n % 8])
+        rows.append(
+            {"path": name, "label": "ab"[n % 2], "split": ["train", "val", "test"][n * 3 // 16]}
+        )
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    spec = SPEC.replace("ROOT", str(tmp_path))
+    result = command(spec=spec)
+    for name in ("augmented", "worst_val", "worst_test"):
+        pixels = grey_levels(result.path / "plots" / f"{name}.png")
+        assert pixels.std() > 20 and min(pixels.shape) > 150
+    command("mode=umap", "umap.method=pca", spec=spec)
+    page = (result.path / "umap" / "pca.html").read_text(encoding="utf-8")
+    assert re.search(r'"sheets":\["data:image/png;base64,', page)
+    command("mode=extract", f"extract.output_dir={tmp_path / 'features'}", spec=spec)
+    assert all("size8x8x6" in path.name for path in (tmp_path / "features").glob("*.h5"))
