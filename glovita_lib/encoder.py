@@ -67,7 +67,7 @@ def fit_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
 class Features:
     """The output of an encoder.
 
-    tokens are final-normed, prefix tokens (CLS first, then registers) before patch tokens, which
+    tokens are final-normed, prefix tokens (CLS first, then others) before patch tokens, which
     run over the grid in the order of its axes (row by row). Feature maps (B, D, *grid) or (B,
     *grid, D) come as the tokens of their places, as the library pools them. pooled is the library's
     own vector before the classifier, and pooling says what it is:
@@ -79,7 +79,7 @@ class Features:
 
     tokens: Tensor | None  # (B, N, D); None for encoders that give one vector only
     grid: tuple[int, ...] | None  # of the N - n_prefix patch tokens
-    n_prefix: int  # CLS and registers
+    n_prefix: int  # CLS, distillation and registers
     has_cls: bool
     pooled: Tensor | None  # (B, D'); None where not asked for
     pooling: str | None = None
@@ -122,6 +122,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.net, self.name = net, name
         self.n_prefix, self.has_cls, self.channels_last = n_prefix, has_cls, channels_last
+        self.prefix = ("cls",) * has_cls + ("register",) * (n_prefix - has_cls)
+        """What each token before the patches is."""
         self.load_target = LoadTarget(net)
         """What is known about weights from files."""
         self.notes: tuple[str, ...] = ()
@@ -204,7 +206,7 @@ class Encoder(nn.Module):
         self.patch = self.patch_sides(patches, sizes, input_shape[2:])
         """Sides of a patch, pixels or in proportion; empty for vectors."""
         if not self.has_tokens:
-            self.n_prefix, self.has_cls = 0, False
+            self.n_prefix, self.has_cls, self.prefix = 0, False, ()
         self.has_patches = self.has_tokens and self.to_tokens(raw).shape[1] > self.n_prefix
         pooled = self.pool(raw)
         self.pooling: str | None = None
@@ -272,16 +274,19 @@ class Encoder(nn.Module):
     def kind_of_pooling(self, raw: Any, pooled: Tensor) -> tuple[str, bool]:
         """What the library's own vector is, and whether it is just that, without layers behind.
 
-        A vector that does not change with the patch tokens is the CLS token's; one that does not
-        change when every patch token is replaced by their mean is the mean's.
+        A vector that does not change with any other token is the CLS token's (that of a distilled
+        DeiT is the mean of two); one that changes neither with the prefix tokens nor when every
+        patch token is replaced by their mean is the mean's.
         """
         if not self.has_tokens:
             return "pooled", False
         tokens = self.to_tokens(raw)
         n = self.n_prefix
-        if self.has_cls and same(self.pool(self.with_patches(raw, -tokens[:, n:])), pooled):
+        if self.has_cls and same(self.pool(torch.cat([raw[:, :1], -raw[:, 1:]], 1)), pooled):
             return "cls_token", same(self.norm(tokens)[:, 0], pooled)
         mean = tokens[:, n:].mean(1, keepdim=True)  # (2, 1, D)
+        if n and not same(self.pool(torch.cat([-raw[:, :n], raw[:, n:]], 1)), pooled):
+            return "pooled", False
         if same(self.pool(self.with_patches(raw, mean.expand_as(tokens[:, n:]))), pooled):
             return "avg", same(self.norm(tokens)[:, n:].mean(1), pooled)
         return "pooled", False

@@ -167,15 +167,16 @@ def build_timm(
         download_timm(spec, net, loader)
     if spec.small_images:
         keep_small_images(net, spec.type)
-    n_prefix, has_cls = prefix_tokens(net)
+    prefix = prefix_tokens(net)
     encoder = TimmTrunk(
         net,
         name=spec.type,
-        n_prefix=n_prefix,
-        has_cls=has_cls,
+        n_prefix=len(prefix),
+        has_cls="cls" in prefix,
         channels_last=getattr(net, "output_fmt", "NCHW") == "NHWC",
         input_shape=(1, channels, *size),
     )
+    encoder.prefix = prefix[: encoder.n_prefix]
     encoder.load_target = timm_target(spec, config, net, loader)
     if spec.weights is not None and read_weights:
         note = load_file(
@@ -341,11 +342,17 @@ def cache_only_without_network() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = was
 
 
-def prefix_tokens(net: nn.Module) -> tuple[int, bool]:
-    """Number of prefix tokens, CLS and registers, and whether the first is a CLS token."""
-    has_cls = getattr(net, "cls_token", None) is not None
-    has_cls = bool(getattr(net, "has_class_token", has_cls))
-    return int(getattr(net, "num_prefix_tokens", has_cls)), has_cls
+def prefix_tokens(net: nn.Module) -> tuple[str, ...]:
+    """What each token before the patches is, in order: "cls", "distillation" (DeiT) or
+    "register"."""
+    token = getattr(net, "cls_token", None)
+    has_cls = bool(getattr(net, "has_class_token", token is not None))
+    many = token.shape[1] if has_cls and isinstance(token, Tensor) and token.ndim == 3 else has_cls
+    distilled = getattr(net, "dist_token", None) is not None or (  # PiT: two CLS tokens
+        many > 1 and getattr(net, "head_dist", None) is not None
+    )
+    registers = int(getattr(net, "num_prefix_tokens", many)) - has_cls - distilled
+    return ("cls",) * has_cls + ("distillation",) * distilled + ("register",) * registers
 
 
 def timm_target(

@@ -529,10 +529,12 @@ class Extractor:
         return ", ".join([*parts, f"raw layers {raw}"] if raw else parts)
 
     def prefix_text(self) -> str:
-        """Whether CLS and register tokens are among what is written."""
+        """Whether CLS, distillation and register tokens are among what is written, and which."""
         if self.spec.output == "embedding":
             return "as the aggregation says; registers out"
-        return "in" if self.spec.output == "tokens" and self.spec.prefix_tokens else "out"
+        if self.spec.output != "tokens" or not self.spec.prefix_tokens:
+            return "out"
+        return f"in: {', '.join(self.model.encoder.prefix) or 'there are none'}"
 
     def pooling_text(self) -> str:
         """Whether vectors are the library's own pre-logits, or pooled here."""

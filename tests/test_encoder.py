@@ -51,13 +51,14 @@ TIMM = [
     ("vit_base_patch16_siglip_224", SHALLOW, 64, "pooled", (4, 4), 0, False, 768),
     ("vit_base_patch16_siglip_gap_224", SHALLOW, 64, "avg", (4, 4), 0, False, 768),
     ("beit_base_patch16_224", SHALLOW, 64, "avg", (4, 4), 1, True, 768),
-    ("deit_tiny_distilled_patch16_224", SHALLOW, 64, "cls_token", (4, 4), 2, True, 192),
+    ("deit_tiny_distilled_patch16_224", SHALLOW, 64, "pooled", (4, 4), 2, True, 192),
     ("swin_tiny_patch4_window7_224", {}, 96, "avg", (3, 3), 0, False, 768),
     ("convnext_atto", {}, 64, "avg", (2, 2), 0, False, 320),
     ("resnet18", {}, 64, "avg", (2, 2), 0, False, 512),
     ("mobilenetv3_small_100", {}, 64, "avg", (2, 2), 0, False, 1024),
     ("efficientnet_lite0", {}, 64, "avg", (2, 2), 0, False, 1280),
     ("pit_ti_224", {}, 224, "cls_token", None, 1, True, 256),
+    ("pit_ti_distilled_224", {}, 224, "pooled", None, 2, True, 256),
     ("crossvit_tiny_240", {}, 240, "pooled", None, 0, False, 288),
 ]
 
@@ -84,6 +85,39 @@ def test_timm_pools_as_timm_does(row) -> None:
         assert aggregate(features, method).shape == (2, output_width(encoder, method))
     if "avg" in served(encoder):
         assert output_width(encoder, "avg") == width
+
+
+CLS, REGISTERS = ("cls",), ("register",) * 4
+PREFIXES = [  # of each module of timm with several prefix tokens, one model of each kind
+    ("deit_tiny_distilled_patch16_224", SHALLOW, 64, (*CLS, "distillation")),
+    ("deit3_small_patch16_224", SHALLOW, 64, CLS),
+    ("pit_ti_distilled_224", {}, 224, (*CLS, "distillation")),
+    ("vit_small_patch14_reg4_dinov2", SHALLOW, 56, CLS + REGISTERS),
+    ("vit_mediumd_patch16_reg4_gap_256", SHALLOW, 64, REGISTERS),
+    ("vit_betwixt_patch16_reg1_gap_256", SHALLOW, 64, REGISTERS[:1]),
+    ("vit_small_patch16_dinov3", SHALLOW, 64, CLS + REGISTERS),
+    ("naflexvit_base_patch16_gap", SHALLOW, 64, REGISTERS),
+    ("levit_128s", {}, 224, ()),
+    ("efficientformer_l1", {}, 224, ()),
+]
+
+
+@pytest.mark.parametrize("row", PREFIXES, ids=lambda row: row[0])
+def test_prefix_tokens_are_what_they_are_called(row) -> None:
+    """cls_token is the first token as timm gives it, alone and in joint; means are of patches."""
+    name, fields, size, prefix = row
+    encoder, x = make(timm_spec(name, **fields), size), images(size)
+    assert encoder.prefix == prefix
+    with torch.no_grad():
+        features, tokens = encoder(x), encoder.net.forward_features(x)
+    if encoder.has_cls:
+        torch.testing.assert_close(aggregate(features, "cls_token"), tokens[:, 0])
+    if prefix and encoder.has_patches and encoder.pooling != "avg":
+        mean = tokens[:, len(prefix) :].mean(1)
+        torch.testing.assert_close(aggregate(features, "avg"), mean)
+        joint = torch.cat([tokens[:, 0], mean], 1)
+        torch.testing.assert_close(aggregate(features, "joint"), joint)
+    assert encoder.has_patches == (not name.startswith("pit"))
 
 
 def test_registers_and_cls_are_no_patches() -> None:

@@ -205,7 +205,8 @@ def test_tokens_are_those_of_timm(name, keep):
     places = [(-1, -1)] * (n_prefix * keep) + grid
     assert readout.instances.coords.tolist() == [list(place) for place in places] * 5
     says = extractor.attributes()["prefix_tokens"]
-    assert says == ("in" if keep else "out")
+    kinds = ["cls", *["register"] * (n_prefix - 1)][:n_prefix]
+    assert says == (f"in: {', '.join(kinds) or 'there are none'}" if keep else "out")
 
 
 @pytest.mark.parametrize("norm", [False, True])
