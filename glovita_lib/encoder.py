@@ -509,6 +509,19 @@ def patch_size_of(spec: Any) -> tuple[int, ...] | None:
 
 
 @ByStruct
+def file_facts(spec: Any) -> dict[str, Any] | None:
+    """What only a file says of the architecture of the encoder of a Struct, as plain values that a
+    run keeps with its checkpoints; None where the Struct says all."""
+    return None
+
+
+@ByStruct
+def with_facts(spec: Any, facts: dict[str, Any]) -> Any:
+    """The Struct with what `file_facts` has found, whose encoder needs no file but for weights."""
+    raise TypeError(f"no facts of files for {type(spec).__name__}")
+
+
+@ByStruct
 def build_encoder(
     spec: Any, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:

@@ -15,9 +15,17 @@ from typing import Any
 
 import msgspec
 import torch
+from msgspec.structs import asdict
 from torch import Tensor
 
-from glovita_lib.encoder import Encoder, build_encoder, check_channels, patch_size_of
+from glovita_lib.encoder import (
+    Encoder,
+    build_encoder,
+    check_channels,
+    file_facts,
+    patch_size_of,
+    with_facts,
+)
 from glovita_lib.encoder_primus import LAYER_SCALE, WIDTHS, PrimusShape, build_primus, input_size
 from glovita_lib.encoder_volume import SLOPE, Size, build_residual
 from glovita_lib.errors import UserError, listed, reason
@@ -27,6 +35,7 @@ from glovita_lib.weights import load_tensors
 Voxels = tuple[int, int, int]
 PLAN = "nnssl_adaptation_plan"
 NEEDED = ("architecture_plans", "key_to_encoder", "key_to_stem")
+PATCHES = ("pretrain_patch_size", "recommended_downstream_patchsize")
 PRESETS = ("ResEncL", "NoSkipResEncL")  # one encoder with two decoders
 PRIMUS_PRESETS = tuple(f"Primus{variant}" for variant in WIDTHS)
 PATCH = (8, 8, 8)  # voxels of a token of those
@@ -53,12 +62,23 @@ USUAL: dict[str, dict[str, Any]] = {
 OF_DECODERS = ("n_conv_per_stage_decoder", "deep_supervision", "num_classes", "input_channels")
 
 
+class PlannedEncoder(NnFoundationEncoder, tag="nnfoundation", kw_only=True):
+    """The section of a trained run, with the plan that it was built from."""
+
+    plan: dict[str, Any]
+    """What `Plan.facts` gave."""
+
+
 class Plan:
     """What a file of nnssl says of its network. Every error names the file."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, kept: dict[str, Any] | None = None) -> None:
+        """Args:
+        path: of the file.
+        kept: the facts of one that was read before; then no file is read.
+        """
         self.path = Path(path)
-        content = self.read()
+        content = self.read() if kept is None else kept
         plan = content.get(PLAN, content) if isinstance(content, dict) else {}
         if missing := [key for key in NEEDED if not (isinstance(plan, dict) and plan.get(key))]:
             raise self.refused(f"has no {PLAN} with {listed(missing)}: it is no file of nnssl")
@@ -68,6 +88,21 @@ class Plan:
         self.name = str(architecture.get("arch_class_name")).rpartition(".")[2]
         self.arguments: dict[str, Any] = dict(architecture.get("arch_kwargs") or {})
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a network is built from, as plain values."""
+        pretrained = (self.content.get("pretrain_plan") or {}).get("configurations") or {}
+        patches = {
+            str(name): {"patch_size": self.patch((entry or {}).get("patch_size"))}
+            for name, entry in pretrained.items()
+        }
+        return {
+            "architecture_plans": {"arch_class_name": self.name, "arch_kwargs": self.arguments},
+            "pretrain_plan": {"configurations": patches},
+            **{key: self.content[key] for key in NEEDED[1:]},
+            **{key: self.patch(self.content.get(key)) for key in PATCHES},
+        }
+
     def refused(self, what: str) -> UserError:
         """The error about the file."""
         return UserError(f'model.encoder.checkpoint_path = "{self.path}" {what}')
@@ -76,8 +111,8 @@ class Plan:
         """Content of the file; tensors are read where they are used."""
         if not self.path.is_file():
             raise self.refused(
-                "does not exist; without weights, and for a run that is trained already, the"
-                " adaptation_plan.json published beside the checkpoint is enough"
+                "does not exist; without weights the adaptation_plan.json published beside the"
+                " checkpoint is enough"
             )
         try:
             if self.path.suffix == ".json":
@@ -242,14 +277,26 @@ def _(spec: NnFoundationEncoder) -> Size | None:
     return spec.input_shape or Plan(spec.checkpoint_path).recommended
 
 
+@file_facts.register
+def _(spec: NnFoundationEncoder) -> dict[str, Any]:
+    return Plan(spec.checkpoint_path).facts
+
+
+@with_facts.register
+def _(spec: NnFoundationEncoder, facts: dict[str, Any]) -> PlannedEncoder:
+    return PlannedEncoder(**asdict(spec), plan=facts)
+
+
 @build_encoder.register
 def _(
     spec: NnFoundationEncoder, *, channels: int, size: Size | None, load_weights: bool
 ) -> Encoder:
     check_channels(spec, channels)
-    plan = Plan(spec.checkpoint_path)
+    reads = load_weights and spec.pretrained
+    kept = spec.plan if isinstance(spec, PlannedEncoder) and not reads else None
+    plan = Plan(spec.checkpoint_path, kept)
     encoder = build_planned(spec, plan, channels, size)
-    if load_weights and spec.pretrained:
+    if reads:
         source = f'model.encoder.checkpoint_path = "{spec.checkpoint_path}"'
         load_tensors(encoder.load_target, plan.tensors(), source=source)
     return encoder

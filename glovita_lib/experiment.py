@@ -18,7 +18,7 @@ from glovita_lib.data import ArraySource, Data, Outputs, Source, Split, subset
 from glovita_lib.data_splits import WHOLE_COHORT
 from glovita_lib.datasets import build_data
 from glovita_lib.dist import WorkerPool, resolve_precision
-from glovita_lib.encoder import Encoder, Features, Identity, output_width
+from glovita_lib.encoder import Encoder, Features, Identity, output_width, with_facts
 from glovita_lib.errors import UserError
 from glovita_lib.heads import LinearHead
 from glovita_lib.loader import Batch, Loader, LoaderOptions, announce, build_loader
@@ -256,9 +256,12 @@ def assemble(
         load_weights: False where a checkpoint is loaded over it.
     """
     base = merged_base(root, ranks) if load_weights else None
+    spec, facts = root.model, resolved.encoder_facts
+    if facts is not None:
+        spec = replace(spec, encoder=with_facts(spec.encoder, facts))
     dist.seed_everything(root.seed)
     model = build_model(
-        root.model,
+        spec,
         root.peft,
         outputs=len(resolved.class_names),
         load_weights=load_weights,

@@ -23,7 +23,7 @@ from glovita_lib.data import (
     VolumeSamples,
     outputs_line,
 )
-from glovita_lib.encoder import preprocess_of
+from glovita_lib.encoder import file_facts, preprocess_of
 from glovita_lib.errors import UserError, composed, listed, refuse
 from glovita_lib.metric_names import check_logged, logged_names, uses_order, usual_metrics
 from glovita_lib.spec import ByStruct, Spec
@@ -207,6 +207,9 @@ class Resolved(Spec):
     """Standard deviation per regression target over the train split; 1 otherwise."""
     eval_batch_size: int
     """Samples per batch and rank in evaluation."""
+    encoder_facts: dict[str, Any] | None = None
+    """What only a file says of the encoder's architecture, such as the plan of an nnssl checkpoint;
+    evaluation does not need that file."""
 
     @property
     def outputs_line(self) -> tuple[str, str]:
@@ -353,6 +356,7 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
         target_mean=mean,
         target_std=std,
         eval_batch_size=root.dataloading.eval_batch_size or root.dataloading.batch_size,
+        encoder_facts=file_facts(root.model.encoder),
     )
 
 

@@ -1,5 +1,6 @@
 """Checkpoints as nnssl writes them: the network of their plan, weights, and what is refused."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from volume_files import blob, write_nifti
 
 from glovita_lib.encoder import Encoder, build_encoder, patch_size_of
 from glovita_lib.encoder_nnfoundation import Plan
@@ -199,6 +201,55 @@ def test_a_model_of_it_with_lora(tmp_path: Path) -> None:
     assert model(torch.randn(2, 1, 8, 8, 12)).shape == (2, 2)
     trained = [name for name, p in model.encoder.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 7 and all(".adapter." in name for name in trained)
+
+
+RUN = """
+[data]
+dataset = "generic_3d_dataset"
+data_root_dir = "ROOT"
+label_source = "csv"
+split_source = "csv"
+[data.preparation]
+workers = 1
+[model.encoder]
+encoder_type = "nnfoundation"
+checkpoint_path = "PATH"
+[task]
+result_plot = "none"
+bootstrap = 0
+[training]
+epochs = 1
+[dataloading]
+batch_size = 4
+[logger]
+backend = "none"
+"""
+
+
+@pytest.mark.parametrize("name", ["PrimusX", "ResidualEncoderUNet"])
+def test_a_trained_run_needs_the_file_no_more(name: str, command, tmp_path: Path) -> None:
+    """Evaluation and extraction build the network from the plan that the checkpoint keeps."""
+    rows = ["path,label,split"]
+    for n, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2):
+        write_nifti(tmp_path / "images" / f"{n}.nii", blob((8, 9, 12), seed=n))
+        rows.append(f"{n}.nii,{'ab'[n % 2]},{split}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    primus = name == "PrimusX"
+    weights, arguments = (mae_weights(), MAE) if primus else (unet_weights(), UNET)
+    file = Path(checkpoint(tmp_path, weights, plan(name, arguments)))
+    spec = RUN.replace("ROOT", str(tmp_path)).replace("PATH", str(file))
+    result = command(spec=spec)
+    facts = result.json("resolved_config.json")["encoder_facts"]
+    assert facts["architecture_plans"]["arch_class_name"] == name
+    assert facts["recommended_downstream_patchsize"] == [8, 8, 12]
+    before = result.rows()
+    file.unlink()
+    command("mode=infer", spec=spec)
+    with open(result.path / "infer" / "predictions_test.csv", newline="") as table:
+        assert list(csv.DictReader(table)) == before
+    command("mode=extract", f"extract.output_dir={tmp_path / 'out'}", spec=spec)
+    assert len(list((tmp_path / "out").glob("*.h5"))) == 3
+    assert "does not exist" in command("name=other", spec=spec, code=2).err
 
 
 # -------------------------------------------------------------------- what is refused
