@@ -283,7 +283,7 @@ def mixup_cutmix(
     """Mixed inputs and soft targets; where both are on, each sample draws one of them.
 
     Args:
-        inputs: (B, C, H, W) float.
+        inputs: (B, C, H, W) float, or series (B, C, T), of which cutmix is refused.
         targets: (B,) int64 class numbers, or (B, K) multilabel or regression targets.
         outputs: K.
         mixup, cutmix: which of the two are on; with neither only the targets change their form.
@@ -291,7 +291,7 @@ def mixup_cutmix(
         seed: of the parameters, which are drawn on the CPU.
 
     Returns:
-        Inputs (B, C, H, W) and targets (B, K) float32.
+        Inputs of the same shape and targets (B, K) float32.
     """
     soft = F.one_hot(targets, outputs).float() if targets.dim() == 1 else targets.float()
     count = len(inputs)
@@ -311,6 +311,9 @@ def mixup_cutmix(
         drawn = rectangles(beta(count, cutmix_alpha, generator), height, width, generator)
         boxes = torch.where(pasted[:, None], drawn, boxes)
     moved = [t.to(inputs.device, non_blocking=True) for t in (partner, kept, boxes, pasted)]
+    if inputs.ndim == 3:  # of height 1
+        found, soft = mixed(inputs[:, :, None], soft, *moved)
+        return found[:, :, 0], soft
     return mixed(inputs, soft, *moved)
 
 

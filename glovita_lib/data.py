@@ -15,6 +15,7 @@ from glovita_lib import files
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_data import Subtask
+from glovita_lib.spec_series import SeriesPreparation
 from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 
 if TYPE_CHECKING:  # processes that prepare volumes import this module and no torch
@@ -228,10 +229,8 @@ class BaseSamples(Spec, tag_field="kind"):
     """What a sample of a data set is; one Struct a modality."""
 
     built_in: ClassVar[str] = "resolved"
-    spec_kind: ClassVar[Literal["images", "volumes", "features"]] = "images"
+    spec_kind: ClassVar[Literal["images", "volumes", "series", "features"]] = "images"
     """What the spec calls such samples: `samples` of its data set, `takes` of its encoder."""
-    mixes: ClassVar[bool] = False
-    """Whether two samples can be mixed (mixup, cutmix)."""
 
     @property
     def kind(self) -> str:
@@ -241,8 +240,6 @@ class BaseSamples(Spec, tag_field="kind"):
 
 class ImageSamples(BaseSamples, tag="images"):
     """Images (C, H, W)."""
-
-    mixes: ClassVar[bool] = True
 
     channels: int
     """1 grey, 3 RGB or 4 RGB and alpha."""
@@ -254,7 +251,7 @@ class VolumeSamples(BaseSamples, tag="volumes"):
     """Prepared volumes (C, X, Y, Z)."""
 
     built_in: ClassVar[str] = "loader_volumes"
-    spec_kind: ClassVar[Literal["images", "volumes", "features"]] = "volumes"
+    spec_kind: ClassVar[Literal["images", "volumes", "series", "features"]] = "volumes"
 
     channels: int
     """Channels of a prepared volume: each series, frame or CT window is one."""
@@ -264,11 +261,23 @@ class VolumeSamples(BaseSamples, tag="volumes"):
     """How they are prepared, without what says where and how fast."""
 
 
+class SeriesSamples(BaseSamples, tag="series"):
+    """Prepared time series (C, T) of any lengths."""
+
+    built_in: ClassVar[str] = "loader_series"
+    spec_kind: ClassVar[Literal["images", "volumes", "series", "features"]] = "series"
+
+    channels: int
+    """Channels of a prepared series."""
+    preparation: SeriesPreparation | None = None
+    """How they are prepared; none of a data set of the user's own."""
+
+
 class VectorSamples(BaseSamples, tag="vectors"):
     """Precomputed features (D,)."""
 
     built_in: ClassVar[str] = "loader_features"
-    spec_kind: ClassVar[Literal["images", "volumes", "features"]] = "features"
+    spec_kind: ClassVar[Literal["images", "volumes", "series", "features"]] = "features"
 
     width: int
     """D."""
@@ -278,7 +287,7 @@ class BagSamples(BaseSamples, tag="bags"):
     """Bags of precomputed features (instances, D)."""
 
     built_in: ClassVar[str] = "loader_features"
-    spec_kind: ClassVar[Literal["images", "volumes", "features"]] = "features"
+    spec_kind: ClassVar[Literal["images", "volumes", "series", "features"]] = "features"
 
     width: int
     """D."""

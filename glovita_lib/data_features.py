@@ -1,10 +1,10 @@
 """The data set of precomputed features: files or folders, labels, splits."""
 
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -42,8 +42,9 @@ from glovita_lib.read_features import (
     check_finite,
     open_features,
 )
-from glovita_lib.spec_data import PrecomputedData
+from glovita_lib.spec_data import CollectionData, PrecomputedData
 
+SomeCollection = TypeVar("SomeCollection", bound="Collection")
 Table = dict[str, dict[str, str]]
 """Rows of labels_file by composed id."""
 
@@ -56,7 +57,7 @@ Table = dict[str, dict[str, str]]
 
 @dataclass(slots=True)
 class Collection:
-    """The samples of one file or folder, before splits."""
+    """The samples of one file or folder, before splits; one class a kind of samples."""
 
     where: str
     ids: list[str]
@@ -70,6 +71,16 @@ class Collection:
     subtask: str | None  # where the file says so
     split_of: list[str] | None  # from the split_column of labels_file
     stored: int  # samples of the file or folder, also those that no table lists
+
+    def source(self, rows: np.ndarray) -> Source:
+        """Source of some of the samples."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class FeatureCollection(Collection):
+    """The features of one file or folder."""
+
     features: FeatureFile | FileBags | FolderBags  # vectors of a file, or bags
 
     @property
@@ -98,7 +109,7 @@ class Collection:
         return [f"{self.where}: {slow} read through h5py, as the direct way gave other values"]
 
 
-def read_table(spec: PrecomputedData, labels_file: str) -> Table:
+def read_table(spec: CollectionData, labels_file: str) -> Table:
     """Rows of labels_file by composed id.
 
     Raises:
@@ -117,12 +128,14 @@ def read_table(spec: PrecomputedData, labels_file: str) -> Table:
     return table
 
 
-def label_columns(spec: PrecomputedData) -> tuple[str, ...]:
+def label_columns(spec: CollectionData) -> tuple[str, ...]:
     """Label columns as a tuple."""
     return (spec.label_column,) if isinstance(spec.label_column, str) else spec.label_column
 
 
-def with_table(spec: PrecomputedData, collection: Collection, table: Table | None) -> Collection:
+def with_table(
+    spec: CollectionData, collection: SomeCollection, table: Table | None
+) -> SomeCollection:
     """The samples that the CSV lists, with its labels, groups and splits, where there is one.
 
     Raises:
@@ -229,8 +242,8 @@ def _(
 
 
 def encode_labels(
-    spec: PrecomputedData,
-    collections: list[Collection],
+    spec: CollectionData,
+    collections: Sequence[Collection],
     columns: tuple[str, ...] | None = None,
     trained: Outputs | None = None,
     *,
@@ -286,7 +299,7 @@ def files_of(spec: PrecomputedData) -> dict[str, str]:
 
 def open_all(
     spec: PrecomputedData, files: dict[str, str], table: Table | None, needed: set[str]
-) -> dict[str, Collection]:
+) -> dict[str, FeatureCollection]:
     """The files or folders of splits. Those of splits that are not needed tell which classes there
     are; where they cannot be read, their splits are taken away.
 
@@ -297,7 +310,7 @@ def open_all(
         UserError: whatever is wrong with one that is needed.
     """
     used = used_ids(spec, table)
-    opened: dict[str, Collection] = {}
+    opened: dict[str, FeatureCollection] = {}
     for split, file in list(files.items()):
         if file not in opened:
             try:
@@ -309,7 +322,7 @@ def open_all(
     return opened
 
 
-def refuse_mixture(collections: list[Collection]) -> None:
+def refuse_mixture(collections: list[FeatureCollection]) -> None:
     """The files of one data set have the same width and kind.
 
     Raises:
@@ -326,7 +339,7 @@ def refuse_mixture(collections: list[Collection]) -> None:
             raise UserError(f"feature files of different {what}: {each}; {advice}")
 
 
-def used_ids(spec: PrecomputedData, table: Table | None) -> Container[str] | None:
+def used_ids(spec: CollectionData, table: Table | None) -> Container[str] | None:
     """Composed ids of the samples that will be read, as labels_file and split_file say; None: all.
 
     Raises:
@@ -345,7 +358,7 @@ def open_collection(
     name: str,
     table: Table | None,
     used: Container[str] | None,
-) -> Collection:
+) -> FeatureCollection:
     """A file or folder with its labels, checked.
 
     Args:
@@ -365,7 +378,7 @@ def open_collection(
     return with_table(spec, collection, table)
 
 
-def check_values(collection: Collection, rows: np.ndarray) -> None:
+def check_values(collection: FeatureCollection, rows: np.ndarray) -> None:
     """Look at every feature of some samples of a collection once.
 
     Raises:
@@ -411,7 +424,7 @@ def read_collection(
     labelled: bool,
     listed: Container[str] | None = None,
     used: Container[str] | None = None,
-) -> Collection:
+) -> FeatureCollection:
     """A feature file, or a folder of one-bag files whose names without suffix are the ids.
 
     Args:
@@ -435,7 +448,7 @@ def read_collection(
         ids = file.ids
         refuse_equal(path, ids, listed)
     said = None if file is None else file.attributes.get("subtask")
-    return Collection(
+    return FeatureCollection(
         where=str(path),
         ids=ids,
         rows=np.arange(len(ids)),
@@ -480,7 +493,7 @@ def keys(spec: PrecomputedData) -> Keys:
 
 
 def split_rows(
-    spec: PrecomputedData,
+    spec: CollectionData,
     whole: Collection,
     targets: np.ndarray,
     subtask: str,
@@ -498,7 +511,7 @@ def split_rows(
     return listed_rows(spec, whole, wanted)
 
 
-def column_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarray]:
+def column_rows(spec: CollectionData, whole: Collection) -> dict[str, np.ndarray]:
     """Rows of each split that split_column names; rows without one are not used.
 
     Raises:
@@ -519,7 +532,7 @@ def column_rows(spec: PrecomputedData, whole: Collection) -> dict[str, np.ndarra
 
 
 def refuse_emptied(
-    spec: PrecomputedData, table: Table, whole: Collection, wanted: Sequence[str] | None
+    spec: CollectionData, table: Table, whole: Collection, wanted: Sequence[str] | None
 ) -> None:
     """Each split that split_column names and that is needed has a sample.
 
@@ -543,7 +556,7 @@ def refuse_emptied(
 
 
 def listed_rows(
-    spec: PrecomputedData, whole: Collection, wanted: Sequence[str] | None
+    spec: CollectionData, whole: Collection, wanted: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
     """Rows of the ids that split_file lists; of splits that are not needed, of those that are
     there.
@@ -580,7 +593,7 @@ def listed_rows(
 
 
 def refuse_shared(
-    opened: dict[str, Collection], files: dict[str, str], rows: dict[str, np.ndarray]
+    opened: Mapping[str, Collection], files: dict[str, str], rows: dict[str, np.ndarray]
 ) -> None:
     """No sample and no group may be in two splits; but test may be the same samples as val.
 
@@ -599,9 +612,9 @@ def refuse_shared(
 
 
 def unused(
-    spec: PrecomputedData,
+    spec: CollectionData,
     table: Table | None,
-    collections: list[Collection],
+    collections: Sequence[Collection],
     splits: dict[str, Split],
 ) -> list[str]:
     """Lines about rows of the table without a sample, and samples in no split."""

@@ -208,6 +208,43 @@ def fold_splits(fold_of: np.ndarray, fold: int, n_folds: int) -> dict[str, np.nd
     return {name: np.flatnonzero(mask) for name, mask in masks.items()}
 
 
+def resampled(
+    train: Sequence[str], test: Sequence[str], number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of train and test among those of both, one behind the other, in a resample of the
+    published results on the UCR and UEA archives (aeon's stratified_resample_data_indices): each
+    class is shuffled, and train gets as many of it as it had. Number 0 is the split as it is.
+
+    Args:
+        train, test: class of each sample in words; sorted as text, they are drawn in that order.
+
+    Raises:
+        UserError: a class is in one of them alone.
+    """
+    words = np.array([*train, *test])
+    lower = np.char.lower(words)  # as aeon reads labels; Unicode's order then decides
+    if len(np.unique(lower)) == len(np.unique(words)):
+        words = lower
+    first, second = words[: len(train)], words[len(train) :]
+    if not number:
+        return np.arange(len(first)), np.arange(len(first), len(words))
+    classes, counts = np.unique(first, return_counts=True)
+    alone = np.setxor1d(classes, second)
+    if len(alone):
+        raise UserError(
+            f"data.resample = {number}: the classes {listed(alone)} are in train or in test alone,"
+            " and resamples keep the number of each class in both"
+        )
+    rng = np.random.RandomState(number)
+    parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for name, count in zip(classes, counts, strict=True):
+        rows = np.flatnonzero(words == name)
+        rng.shuffle(rows)
+        parts[0].append(rows[:count])
+        parts[1].append(rows[count:])
+    return np.concatenate(parts[0]), np.concatenate(parts[1])
+
+
 # ----------------------------------------------------------------------------------- leakage
 #
 # What two splits must not share: groups, and files with the same bytes.

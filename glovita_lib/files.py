@@ -281,10 +281,18 @@ def read_text(path: Path) -> str:
 
 
 def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header, separated by comma, semicolon or tab.
+    """Rows of a CSV file by column, see `read_cells`."""
+    header, rows = read_cells(path, columns)
+    return [{name: cell.strip() for name, cell in zip(header, row, strict=True)} for row in rows]
+
+
+def read_cells(path: Path, columns: Iterable[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a CSV file with a header, separated by comma, semicolon or tab; empty
+    lines are left out.
 
     Args:
-        columns: those that must be there, in either Unicode form; the rows have them as given here.
+        columns: those that must be there, in either Unicode form; the header has them as given
+            here, and others as they stand there.
 
     Raises:
         UserError: missing, empty, without one of the columns, or with a row of another length.
@@ -314,9 +322,7 @@ def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
             raise UserError(
                 f"{path}, line {number}: {len(row)} cells, the header has {len(header)}"
             )
-    return [
-        {name: cell.strip() for name, cell in zip(header, row, strict=True)} for row in rows if row
-    ]
+    return header, [row for row in rows if row]
 
 
 # ---------------------------------------------------------------------- the lock of a folder

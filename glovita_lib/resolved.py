@@ -17,6 +17,7 @@ from glovita_lib.data import (
     BaseSamples,
     Data,
     ImageSamples,
+    SeriesSamples,
     Split,
     Standardizer,
     VectorSamples,
@@ -30,6 +31,7 @@ from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_data import Subtask
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_series import ResolvedSeriesAugmentation
 from glovita_lib.spec_train import Supervised
 from glovita_lib.spec_volumes import ResolvedVolumeAugmentation
 
@@ -116,6 +118,36 @@ class VolumeInputs(VolumeSamples, tag="volumes", kw_only=True):
         return self.augmentation.train.random()
 
 
+class SeriesInputs(SeriesSamples, tag="series", kw_only=True):
+    """Time series, prepared, under the policies of the run."""
+
+    still_policy: ClassVar[str] = "default_series_1"
+    """A train policy that draws nothing."""
+
+    augmentation: ResolvedSeriesAugmentation
+    """Policies with all their parameters and the longest length."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, T) of the longest sample as the encoder receives it."""
+        return (self.channels, self.augmentation.length)
+
+    @property
+    def model_arguments(self) -> ModelArguments:
+        """What the model is built with."""
+        return {"channels": self.channels, "size": (self.augmentation.length,)}
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        """All that makes the encoder's input of a file, as builtin types."""
+        return msgspec.to_builtins(self)
+
+    @property
+    def drawn(self) -> list[str]:
+        """What the train policy draws, by the names of its fields."""
+        return self.augmentation.train.random()
+
+
 class VectorInputs(VectorSamples, tag="vectors"):
     """Precomputed features."""
 
@@ -144,7 +176,7 @@ class BagInputs(BagSamples, tag="bags"):
         return {"channels": self.width, "size": None}
 
 
-EncodedInputs = ImageInputs | VolumeInputs
+EncodedInputs = ImageInputs | VolumeInputs | SeriesInputs
 """Samples that an encoder reads; the others are features, which a head takes as they are."""
 Inputs = EncodedInputs | VectorInputs | BagInputs
 
@@ -370,8 +402,7 @@ def check_task(task: Supervised, data: Data) -> None:
     problems = [*task.target_problems(data.subtask)]
     if not problems and not data.has_order:
         problems += task.order_problems(listed(data.class_names))
-    if not data.samples.mixes:
-        problems += task.sample_problems(data.samples.kind)
+    problems += task.sample_problems(data.samples.kind)
     if data.subtask != "regression":
         classes = listed(data.class_names)
         problems += task.class_count_problems(len(data.class_names), f"the data ({classes})")

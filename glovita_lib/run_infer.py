@@ -31,6 +31,7 @@ from glovita_lib.resolved import (
     ImageInputs,
     Inputs,
     Resolved,
+    SeriesInputs,
     VectorInputs,
     VolumeInputs,
     check_data,
@@ -42,7 +43,7 @@ from glovita_lib.resolved import (
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, alone, locate
 from glovita_lib.spec import Loaded, changed_keys
-from glovita_lib.spec_data import BaseData, GenericImageData, VolumeData
+from glovita_lib.spec_data import BaseData, GenericImageData, SeriesData, VolumeData
 from glovita_lib.spec_root import Root
 
 if TYPE_CHECKING:
@@ -330,6 +331,15 @@ def _(inputs: ImageInputs, path: str, data: BaseData) -> tuple[Split, BaseSample
 def _(inputs: VolumeInputs, path: str, data: BaseData) -> tuple[Split, BaseSamples, list[str]]:
     volumes = data if isinstance(data, VolumeData) else VolumeData()
     split, notes = unlabelled_volumes(path, inputs, volumes)
+    return split, read_by(inputs), notes
+
+
+@new_samples.register
+def _(inputs: SeriesInputs, path: str, data: BaseData) -> tuple[Split, BaseSamples, list[str]]:
+    from glovita_lib.data_series import unlabelled_series  # inference of others does without it
+
+    series = data if isinstance(data, SeriesData) else SeriesData()
+    split, notes = unlabelled_series(path, inputs, series)
     return split, read_by(inputs), notes
 
 

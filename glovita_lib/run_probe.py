@@ -1,4 +1,4 @@
-"""Task probe: k nearest neighbours and linear models on precomputed features."""
+"""Task probe: neighbours and linear models on features, random kernels on time series."""
 
 import math
 import time
@@ -287,6 +287,8 @@ class ProbeSplit:
     features: Tensor  # (N, D) in the file's float type; float64 means of bags; float32 standardised
     targets: np.ndarray  # (N,) or (N, K)
     ids: list[str]
+    series: list[np.ndarray] = field(default_factory=list)
+    """Time series (C, T), whose features kernels give."""
 
 
 @dataclass(frozen=True)
@@ -312,8 +314,9 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
             return
         data, samples = read(loaded)
         assert isinstance(loaded.root.task, Probe)  # whose learnt_by names this module
-        say_undefined(loaded.root.task, data, samples["val"].targets)
-        sizes = ", ".join(f"{name} {tuple(part.features.shape)}" for name, part in samples.items())
+        say_undefined(loaded.root.task, data, samples)
+        shapes = {n: f"({len(p.ids)}, {p.features.shape[1] or 'T'})" for n, p in samples.items()}
+        sizes = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         say(f"dry run passed: {data.subtask} of {data.outputs}, {sizes}; nothing was written")
 
 
@@ -325,7 +328,7 @@ def probe(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
         if decision != "finished":
             data, samples = read(loaded)
             introduce(run, task, data)
-            say_undefined(task, data, samples["val"].targets)
+            say_undefined(task, data, samples)
             run.clean(ranks, decision)
             run.write_spec(loaded)
             run.note_start(runtime_info(ranks, seed=root.seed))
@@ -343,13 +346,15 @@ def introduce(run: RunDir, task: Probe, data: Data) -> None:
     say(two_columns([("data", f"{data.name}: {sizes}"), line, ("run", str(run.path))]))
 
 
-def say_undefined(task: Probe, data: Data, targets: np.ndarray) -> None:
-    """Say which metrics the targets of val cannot define, whatever a probe predicts."""
-    names = task.metrics or usual_metrics(data.subtask)
+def say_undefined(task: Probe, data: Data, samples: dict[str, ProbeSplit]) -> None:
+    """Say which metrics the targets of val, if any, cannot define, whatever a probe predicts."""
+    if "val" not in samples:
+        return
+    names, targets = task.metrics or usual_metrics(data.subtask), samples["val"].targets
     lost = undefined(names, subtask=data.subtask, targets=targets, class_names=data.class_names)
     if lost:
         say(f"  note: {undefined_line(lost)}")
-    if logged_names(names[:1], data.class_names)[0] in lost:
+    if logged_names(names[:1], data.class_names)[0] in lost and not task.asks_kernels:
         say(
             f"  note: task.metrics chooses by {names[0]}, which is among them: nothing can be"
             " chosen, the smallest k and the largest l2 are taken"
@@ -374,9 +379,11 @@ def fit_methods(
     names = task.metrics or usual_metrics(data.subtask)
     content: dict[str, Any] = {}
     for method in task.methods:
-        choice = Choice(names, data, samples["train"].targets, samples["val"].targets)
-        fit = fit_knn if method == "knn" else fit_models
-        fitted = fit(task, samples, device, choice)
+        choice = Choice(names, data, train.targets, samples.get("val", train).targets)
+        if task.asks_kernels:  # without val
+            fitted = fit_kernels(task, method, samples, choice, seed=seed, device=device)
+        else:
+            fitted = (fit_knn if method == "knn" else fit_models)(task, samples, device, choice)
         content[method] = write_probe(run, method, task, data, samples, fitted, seed)
     return content
 
@@ -389,14 +396,16 @@ def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
             defined for the targets.
     """
     data = build_data(loaded.root.data, seed=loaded.root.seed)
-    task = loaded.root.task
-    problems = [*task.target_problems(data.subtask)]
+    task, kind = loaded.root.task, data.samples.spec_kind
+    problems = [*task.target_problems(data.subtask), *task.sample_problems(kind)]
     if not problems and not data.has_order:
         problems += task.order_problems(listed(data.class_names))
     refuse("task", problems)
-    if data.samples.spec_kind != "features":
+    if kind == "series":
+        return data, series_samples(data)
+    if kind != "features":
         raise UserError(
-            f'task.objective = "probe" judges features, but data set {data.name} has'
+            f'task.objective = "probe" judges features and series, but data set {data.name} has'
             f' {data.samples.kind}: write them with mode = "extract" and set data.dataset ='
             ' "precomputed_features"'
         )
@@ -417,6 +426,27 @@ def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
             gather_features(split.source, len(split), scale), split.targets, split.ids
         )
     return data, samples
+
+
+def series_samples(data: Data) -> dict[str, ProbeSplit]:
+    """The splits of time series in memory.
+
+    Raises:
+        UserError: there is nothing to predict.
+    """
+    from glovita_lib.data_series import series_of  # probes of features do without it
+
+    if data.splits.keys() <= {"train"}:
+        raise UserError(
+            'task.objective = "probe": there is no val or test to predict; name data.test_file, or'
+            " draw a val with data.val_fraction"
+        )
+    samples = {}
+    for name, split in data.splits.items():
+        assert split.targets is not None  # build_data refuses to train without labels
+        own = series_of(data, name)
+        samples[name] = ProbeSplit(torch.empty(0, 0), split.targets, split.ids, own)
+    return samples
 
 
 def gather_features(source: Source, count: int, scale: Standardizer | None) -> Tensor:
@@ -583,6 +613,26 @@ def fit_models(
     return choice.fitted({n: best.scores(p.features, subtask) for n, p in parts.items()})
 
 
+def fit_kernels(
+    task: Probe, method: str, samples: dict[str, ProbeSplit], choice: Choice, **how: Any
+) -> FittedProbe:
+    """A ridge on features of random kernels; `how` is the seed and the device."""
+    from glovita_lib.series_kernels import judge  # probes of features do without it
+
+    started = time.perf_counter()
+    series, data = {name: part.series for name, part in samples.items()}, choice.data
+    ridge, scores = judge(
+        method, series, choice.learnt, data.subtask, task.alphas, outputs=data.outputs, **how
+    )
+    say(
+        f"{method}: {len(ridge.weight):,} features of {sum(map(len, series.values())):,} series,"
+        f" alpha {ridge.alpha:.3g}, in {time.perf_counter() - started:,.1f} s"
+    )
+    chosen = {"alpha": ridge.alpha, "by": "leave-one-out", "lowest": ridge.error}
+    arrays = {name: choice.in_units(found) for name, found in scores.items()}
+    return FittedProbe(chosen, ridge.candidates, arrays)
+
+
 # ---------------------------------------------------------------------- results
 
 
@@ -636,7 +686,7 @@ def show_results(run: RunDir, decision: str) -> None:
     rows = []
     for method, found in content.items():
         chosen = found["chosen"]
-        setting = ", ".join(f"{k} {v}" for k, v in chosen.items() if k in ("k", "l2"))
+        setting = ", ".join(f"{k} {v:.6g}" for k, v in chosen.items() if k in ("k", "l2", "alpha"))
         setting += ", not chosen: undefined on val" * (chosen["by"] is None)
         reports = {
             f"{method} ({setting}) {split}": {**found[split], "loss": None}

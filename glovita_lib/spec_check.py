@@ -19,6 +19,7 @@ from glovita_lib.spec_encoders import Windows
 from glovita_lib.spec_errors import one_of, shown
 from glovita_lib.spec_model import RegressionHead
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_series import SeriesAugmentation
 from glovita_lib.spec_train import Supervised
 from glovita_lib.spec_volumes import VolumeAugmentation
 
@@ -104,8 +105,8 @@ def task_fits_targets(root: Root) -> Iterator[str]:
 
 
 def task_fits_samples(root: Root) -> Iterator[str]:
-    """Only images are mixed."""
-    if root.data.samples == "features" and isinstance(root.task, Supervised):
+    """Only images and series are mixed; a probe has methods of features and of series."""
+    if root.data.samples in ("features", "series"):
         for name, text in root.task.sample_problems(root.data.samples):
             yield f"task.{name}: {text}"
 
@@ -141,7 +142,10 @@ def class_weights_fit(root: Root) -> Iterator[str]:
 
 
 def encoder_takes_samples(root: Root) -> Iterator[str]:
-    """Features pass by the encoder, images do not, and channels are those of the data."""
+    """Features pass by the encoder, images do not, and channels are those of the data; a probe of
+    series has none."""
+    if root.data.samples == "series" and not root.task.keeps_model:
+        return
     encoder, samples, channels = root.model.encoder, root.data.samples, root.data.stated_channels()
     problems = list(encoder.sample_problems(samples) if samples != "either" else ())
     problems += encoder.channel_problems(channels) if channels else ()
@@ -152,7 +156,8 @@ def encoder_takes_samples(root: Root) -> Iterator[str]:
 def augmentation_fits(root: Root) -> Iterator[str]:
     """Mean and std have a number for each channel, and policies read their parameters."""
     augmentation = getattr(root.data, "augmentation", None)
-    if not isinstance(augmentation, ImageAugmentation | VolumeAugmentation):
+    kinds = ImageAugmentation | VolumeAugmentation | SeriesAugmentation
+    if not isinstance(augmentation, kinds):
         return
     problems: list[tuple[str, str]] = []
     channels = root.data.stated_channels() or root.model.encoder.stated_channels

@@ -17,6 +17,7 @@ from glovita_lib.spec_errors import (
     Positive,
     shown,
 )
+from glovita_lib.spec_series import SeriesAugmentation, SeriesPreparation
 from glovita_lib.spec_volumes import VolumeAugmentation, VolumePreparation, VolumeReading
 
 Subtask = Literal["multiclass", "multilabel", "regression"]
@@ -43,7 +44,7 @@ class BaseData(Spec):
     """Fields of every data set, and what other sections and the experiment ask of it."""
 
     built_in: ClassVar[str] = "datasets"
-    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "images"
+    samples: ClassVar[Literal["images", "volumes", "series", "features", "either"]] = "images"
     """What a sample is; of a user's data set its function tells."""
     folds: ClassVar[int | None] = 1
     """Number of folds; none where the fields or the files tell."""
@@ -380,16 +381,30 @@ class GenericImageData(FolderData, tag="generic_image_dataset", tag_field="datas
         return self.channels
 
 
-class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset"):
+class CollectionData(FileData):
+    """Fields of data sets whose files hold many samples each."""
+
+    told: ClassVar[tuple[str, ...]] = ("trained", "wanted", "numbers")
+
+    data_root_dir: PathText = "."
+    """Folder that the files below are relative to."""
+    split_source: Literal["files", "kfold", "splits_json", "csv"] = "files"
+    """Splits: one file each; folds drawn from the seed; ids listed in split_file; split_column of
+    labels_file, of series also of their own CSV file."""
+    id_column: Annotated[str, OF_TABLE] = "id"
+    """CSV column of the sample's id: its id in the file, or the name of the bag's file."""
+
+    def stated_folds(self) -> int | None:
+        return self.folds_of(self.split_source)
+
+
+class PrecomputedData(CollectionData, tag="precomputed_features", tag_field="dataset"):
     """Features in HDF5 files: vectors (N, D), bags (B, L, D), or bags of any length (M, D) with
     bag_ptr or bag_lengths; or a folder with one file (h5, pt) a bag."""
 
     built_in: ClassVar[str] = "data_features"
-    told: ClassVar[tuple[str, ...]] = ("trained", "wanted", "numbers")
-    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "features"
+    samples: ClassVar[Literal["images", "volumes", "series", "features", "either"]] = "features"
 
-    data_root_dir: PathText = "."
-    """Folder that the files below are relative to."""
     train_features_file: Annotated[PathText | None, A_FILE_EACH] = None
     """Feature file of the train split."""
     val_features_file: Annotated[PathText | None, A_FILE_EACH] = None
@@ -399,11 +414,6 @@ class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset")
     features_file: Annotated[PathText | None, read_unless("split_source", "files")] = None
     """One feature file, or a folder of one-bag files, whose samples split_source distributes;
     instead of a file a split."""
-    split_source: Literal["files", "kfold", "splits_json", "csv"] = "files"
-    """Splits: one file each; folds drawn from the seed; ids listed in split_file; split_column of
-    labels_file."""
-    id_column: Annotated[str, OF_TABLE] = "id"
-    """CSV column of the sample's id: its id in the feature file, or the name of the bag's file."""
     features_key: str = "features"
     """Dataset of the features in the file."""
     labels_key: Annotated[str, read_unless("labels_file")] = "labels"
@@ -433,9 +443,6 @@ class PrecomputedData(FileData, tag="precomputed_features", tag_field="dataset")
     @property
     def features(self) -> Self:
         return self
-
-    def stated_folds(self) -> int | None:
-        return self.folds_of(self.split_source)
 
     def unchecked(self) -> Self:
         return replace(self, check_values=False)
@@ -468,7 +475,7 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
     num_classes or class_names, they count unless the spec states them."""
 
     built_in: ClassVar[str] = "data_volumes"
-    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "volumes"
+    samples: ClassVar[Literal["images", "volumes", "series", "features", "either"]] = "volumes"
     default_policies: ClassVar[tuple[str, str]] = ("default_nnunet", "shared_default_3d")
 
     path_column: Annotated[str | tuple[str, ...], OF_TABLE] = "path"
@@ -527,6 +534,91 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
             )
 
 
+class SeriesData(CollectionData, tag="generic_series_dataset", tag_field="dataset"):
+    """Time series in CSV (a row a series, or a row a time point), npy, npz, .ts, .arff or .tsv
+    files, or a folder with one file a series; several channels, any lengths, missing values."""
+
+    built_in: ClassVar[str] = "data_series"
+    samples: ClassVar[Literal["images", "volumes", "series", "features", "either"]] = "series"
+    default_policies: ClassVar[tuple[str, str]] = ("default_series_1", "shared_default_series")
+    split_fields: ClassVar[tuple[str, ...]] = (*FileData.split_fields, "resample", "problem")
+
+    package: str | None = None
+    """Installed package whose folder data_root_dir is relative to; it is located, not imported."""
+    problem: str | None = None
+    """Name of a data set of the UCR and UEA archives: NAME_TRAIN and NAME_TEST (.ts or .arff) in
+    the folder NAME below data_root_dir are the files of train and test."""
+    train_file: Annotated[PathText | None, A_FILE_EACH] = None
+    """File of the train split."""
+    val_file: Annotated[PathText | None, A_FILE_EACH] = None
+    """File of the val split."""
+    test_file: Annotated[PathText | None, A_FILE_EACH] = None
+    """File of the test split."""
+    series_file: Annotated[PathText | None, read_unless("split_source", "files")] = None
+    """One file, or a folder of files of one series each, whose samples split_source distributes;
+    instead of a file a split."""
+    time_column: str = "time"
+    """CSV column of the times: a file that has it holds a row a time point."""
+    value_columns: tuple[str, ...] = ()
+    """CSV columns of the values, the channels or, with a row a series, the time points; none takes
+    all that are neither id, time, label, group nor split."""
+    val_fraction: Annotated[float, Meta(ge=0, lt=1), A_FILE_EACH] = 0.0
+    """Share of the train split that is drawn as val from the seed, where val has no file."""
+    resample: Annotated[int, Meta(ge=0, lt=30), A_FILE_EACH] = 0
+    """Which resample of train and test is used, by aeon's rule (stratified by class, of the sizes
+    that the files have); 0 is the split of the files."""
+    strict: bool = True
+    """Whether a broken series is an error; else it is left out and listed."""
+    preparation: SeriesPreparation = SeriesPreparation()
+    """Resampling, normalisation and missing values."""
+    augmentation: SeriesAugmentation = SeriesAugmentation()
+    """Policies."""
+
+    @property
+    def reads_table(self) -> bool:
+        return True
+
+    def lenient(self) -> Self:
+        return replace(self, strict=False)
+
+    def missing_files(self) -> Iterator[tuple[str, str]]:
+        drawn = self.split_source != "files"
+        if drawn and self.series_file is None:
+            yield (
+                "series_file",
+                f"data.split_source = {shown(self.split_source)} divides the samples of one file or"
+                " folder: name it here",
+            )
+        named = (self.problem, self.train_file, self.val_file, self.test_file)
+        if not drawn and named == (None,) * 4:
+            yield (
+                "train_file",
+                "no file is named: name one a split, or data.problem of an archive, or"
+                ' data.series_file with data.split_source = "kfold", "splits_json" or "csv"',
+            )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """A resample has both splits; val comes from one place."""
+        yield from super().problems()
+        if self.problem is not None and self.split_source != "files":
+            yield (
+                "problem",
+                'it has a file a split: leave it out, or set data.split_source = "files"',
+            )
+        files = self.split_source == "files" and self.problem is None
+        if self.resample and files and None in (self.train_file, self.test_file):
+            yield (
+                "resample",
+                f"{self.resample} draws train and test anew: name data.train_file and"
+                " data.test_file, or data.problem",
+            )
+        for key in ("train_file", "test_file"):
+            if self.problem is not None and getattr(self, key) is not None:
+                yield key, f"data.problem = {shown(self.problem)} names it: drop one of them"
+        if self.val_file is not None and self.val_fraction:
+            yield "val_fraction", f"{self.val_fraction:g}, but data.val_file names val: drop one"
+
+
 class OwnData(BaseData, kw_only=True):
     """Fields of a data set of your own, made by a function of yours."""
 
@@ -546,7 +638,7 @@ class OwnData(BaseData, kw_only=True):
 class CustomData(OwnData, tag="custom", tag_field="dataset"):
     """A data set of your own: a function of your package that returns glovita_lib.data.Data."""
 
-    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "either"
+    samples: ClassVar[Literal["images", "volumes", "series", "features", "either"]] = "either"
 
     augmentation: ImageAugmentation = ImageAugmentation()
     """Augmentation and preprocessing of images; volumes are taken as they are."""
@@ -556,7 +648,7 @@ class CustomVolumes(OwnData, tag="custom_3d_dataset", tag_field="dataset"):
     """A data set of volumes of your own: a function that returns glovita_lib.data.Data, whose
     patches are cut and augmented."""
 
-    samples: ClassVar[Literal["images", "volumes", "features", "either"]] = "volumes"
+    samples: ClassVar[Literal["images", "volumes", "series", "features", "either"]] = "volumes"
     default_policies: ClassVar[tuple[str, str]] = ("default_3d_1", "shared_default_3d")
 
     augmentation: VolumeAugmentation = VolumeAugmentation()
@@ -569,6 +661,7 @@ Data = (
     | Cifar100Data
     | GenericImageData
     | VolumeData
+    | SeriesData
     | PrecomputedData
     | CustomData
     | CustomVolumes

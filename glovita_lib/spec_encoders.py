@@ -13,7 +13,11 @@ from glovita_lib.spec_errors import PathText, shown
 
 Channels = Annotated[int, Meta(ge=1)]
 Aggregation = Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"]
-ENCODERS = {"images": "timm", "volumes": "residual_encoder"}  # one that takes them
+ENCODERS = {  # one that takes them
+    "images": "timm",
+    "volumes": "residual_encoder",
+    "series": "inception_time",
+}
 
 
 class BaseEncoder(Spec):
@@ -22,7 +26,7 @@ class BaseEncoder(Spec):
     built_in: ClassVar[str] = "encoder"
 
     @property
-    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
         """What a sample is; either is an image or a volume."""
         return "images"
 
@@ -206,7 +210,7 @@ class ImageEncoder(LiftedEncoder):
     windowed: ClassVar[bool] = False
 
     @property
-    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
         return "images" if self.lift is None else "volumes"
 
     @property
@@ -332,7 +336,7 @@ class VolumeEncoder(LiftedEncoder):
     """Channels of the input; none takes the data's."""
 
     @property
-    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
         return "volumes"
 
     @property
@@ -393,7 +397,7 @@ class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_
     top. none takes the averaged one of several, or the teacher."""
 
     @property
-    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
         return "volumes" if self.spatial_dim == 3 else "images"
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -526,7 +530,7 @@ class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type
     """Width of the features; none takes the file's, a number is checked."""
 
     @property
-    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
         return "features"
 
 
@@ -546,7 +550,7 @@ class CustomEncoder(ImageEncoder, tag="custom", tag_field="encoder_type", kw_onl
     """Keyword arguments of the function."""
 
     @property
-    def takes(self) -> Literal["images", "volumes", "features", "either"]:
+    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
         return "either" if self.lift is None else "volumes"
 
     @property

@@ -100,10 +100,13 @@ class Supervised(BaseTask, tag="supervised", tag_field="objective"):
                     yield name, f"{shown(value)} is for classes, and this is a regression: drop it"
 
     def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
-        """Mixup and CutMix mix images, and no other samples (their kind in words)."""
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name):
-                yield name, f"it mixes images, and the samples are {samples}: drop it"
+        """Mixup mixes images and series, CutMix images, and no other samples (their kind in
+        words)."""
+        kinds = {"mixup": ("images", "series"), "cutmix": ("images",)}
+        for name, mixed in kinds.items():
+            if getattr(self, name) and samples not in mixed:
+                what = " and ".join(mixed)
+                yield name, f"it mixes {what}, and the samples are {samples}: drop it"
 
     def class_count_problems(self, count: int, source: str) -> Iterator[tuple[str, str]]:
         """One weight a class; source is what says how many classes there are."""
@@ -115,12 +118,15 @@ class Supervised(BaseTask, tag="supervised", tag_field="objective"):
 
 BY_NEIGHBOURS = read_if("asks_neighbours", True, words='"knn" in task.methods')
 BY_LINEAR_MODEL = read_if("asks_linear_model", True, words='"linear" in task.methods')
+FEATURE_METHODS = frozenset(["knn", "linear"])
+BY_KERNELS = read_if("asks_kernels", True, words="kernels of series in task.methods")
 
 
 class Probe(BaseTask, tag="probe", tag_field="objective"):
     """Judge precomputed features: nearest neighbours and linear models, what they are set to chosen
     on val. Nothing is trained by gradient steps, model and optimizer are not used. Bags are
-    averaged. With data.standardize both methods see features of mean 0 and deviation 1."""
+    averaged. With data.standardize both methods see features of mean 0 and deviation 1. Of time
+    series: a ridge on features of random convolutional kernels, which needs no val."""
 
     built_in: ClassVar[str] = "run_probe"
     learnt_by: ClassVar[str] = "run_probe"
@@ -128,8 +134,25 @@ class Probe(BaseTask, tag="probe", tag_field="objective"):
 
     metrics: MetricNames | None = None
     """Metrics of the results; the first one chooses."""
-    methods: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
-    """Weighted vote of nearest neighbours; logistic regression (ridge for regression)."""
+    methods: tuple[
+        Literal["knn", "linear", "minirocket", "multirocket", "hydra", "hydra_multirocket"], ...
+    ] = ("knn", "linear")
+    """Of features weighted vote of nearest neighbours, and logistic regression (ridge for
+    regression); of time series the kernels of MiniRocket, MultiRocket, Hydra, or the last two."""
+    alphas: Annotated[tuple[Positive, ...], BY_KERNELS] = (
+        1e-3,
+        4.641588833612782e-3,
+        2.1544346900318832e-2,
+        1e-1,
+        4.6415888336127775e-1,
+        2.154434690031882,
+        10.0,
+        46.41588833612773,
+        215.44346900318823,
+        1000.0,
+    )
+    """Strengths of the ridge on kernels to choose from by leave-one-out, in units of scaled
+    features, as in scikit-learn's RidgeClassifierCV."""
     k: Annotated[tuple[Count, ...], BY_NEIGHBOURS] = (1, 5, 10, 20, 50, 100)
     """Numbers of neighbours to choose from; at most as many as there are train samples."""
     distance: Annotated[Literal["cosine", "euclidean"], BY_NEIGHBOURS] = "cosine"
@@ -167,10 +190,25 @@ class Probe(BaseTask, tag="probe", tag_field="objective"):
         """Whether a linear model is fitted."""
         return "linear" in self.methods
 
+    @property
+    def asks_kernels(self) -> bool:
+        """Whether time series are judged by random kernels."""
+        return not FEATURE_METHODS.issuperset(self.methods)
+
+    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
+        """Methods of features or of series, after the samples; others have none."""
+        of_series = [name for name in self.methods if name not in FEATURE_METHODS]
+        wrong = {"features": of_series, "series": [n for n in self.methods if n in FEATURE_METHODS]}
+        if names := wrong.get(samples):
+            kernels = "minirocket, multirocket, hydra, hydra_multirocket"
+            valid = kernels if samples == "series" else "knn, linear"
+            yield "methods", f"{shown(tuple(names))} cannot judge {samples}; valid are {valid}"
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """There is something to choose from."""
         yield from super().problems()
-        for name, choices in {"methods": self.methods, "k": self.k, "l2": self.l2}.items():
+        lists = {"methods": self.methods, "k": self.k, "l2": self.l2, "alphas": self.alphas}
+        for name, choices in lists.items():
             if not choices:
                 yield name, "[] names none: leave it out for the usual ones, or name one"
 

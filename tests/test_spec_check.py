@@ -37,6 +37,10 @@ FEATURES = [
 ]
 FOLDS_OF_FEATURES = [FEATURES[0], FEATURES[2], "data.features_file=t.h5"]
 PROBE = [*FEATURES, "task.objective=probe"]
+SERIES = ["data.dataset=generic_series_dataset", "task.objective=probe", 'task.methods=["hydra"]']
+CUSTOM_ENCODER = ["model.encoder.encoder_type=custom", "model.encoder.target=a.b:c"]
+SERIES_FILE = [*SERIES, "data.train_file=t.ts"]
+SERIES_FOLDS = [*SERIES, "data.split_source=kfold", "data.series_file=t.ts"]
 TRAIN_KWARGS = "data.augmentation.train_kwargs"
 INSTANCES = "model.head.instance_eval=true"
 CLAM = [*FEATURES, "model.head.head_type=clam"]
@@ -121,6 +125,23 @@ BROKEN = [
     ([*FOLDER, "data.split_source=csv"], "data.split_source", 'needs data.label_source = "csv"'),
     ([*CSV, "data.split_source=csv", "data.fold=1"], "data.fold", "0 only"),
     (FEATURES[:2], "model.encoder.encoder_type", 'set it to "precomputed"'),
+    (SERIES, "data.train_file", "data.problem of an archive"),
+    ([*SERIES, "data.split_source=kfold"], "data.series_file", "one file or folder"),
+    ([*SERIES, "data.problem=A", *SERIES_FOLDS[-2:]], "data.problem", "has a file a split"),
+    ([*SERIES_FILE, "data.problem=A"], "data.train_file", "names it"),
+    ([*SERIES_FILE, "data.resample=3"], "data.resample", "draws train and test anew"),
+    (
+        [*SERIES_FILE, "data.val_file=v.ts", "data.val_fraction=0.1"],
+        "data.val_fraction",
+        "data.val_file names val",
+    ),
+    ([*SERIES_FILE, 'task.methods=["knn"]'], "task.methods", "cannot judge series"),
+    ([*PROBE, 'task.methods=["hydra"]'], "task.methods", "cannot judge features"),
+    (
+        [SERIES[0], "data.train_file=t.ts", *CUSTOM_ENCODER, "task.cutmix=true"],
+        "task.cutmix",
+        "mixes images",
+    ),
     ([FEATURES[0], FEATURES[2]], "data.train_features_file", "no feature file is named"),
     (
         [FEATURES[0], FEATURES[2], "data.split_source=kfold"],
@@ -423,6 +444,18 @@ IGNORED = [
     ([*CSV, "data.split_column=x"], "data.split_column"),
     ([*FEATURES, "data.id_column=x"], "data.id_column"),
     *(
+        ([*SERIES_FOLDS, f"data.{key}={value}"], f"data.{key}")
+        for key, value in {
+            "train_file": "a.ts",
+            "val_file": "a.ts",
+            "test_file": "a.ts",
+            "val_fraction": "0.1",
+            "resample": "1",
+        }.items()
+    ),
+    ([*SERIES_FILE, "data.series_file=a.ts"], "data.series_file"),
+    ([*PROBE, "task.alphas=[1]"], "task.alphas"),
+    *(
         ([*VOLUMES, f"{PREPARATION}.{key}={value}"], f"{PREPARATION}.{key}")
         for key, value in {
             "interpolation": "cubic",
@@ -648,6 +681,7 @@ RULE_MODULES = [
         "root",
         "data",
         "volumes",
+        "series",
         "augment",
         "model",
         "encoders",

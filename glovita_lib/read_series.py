@@ -1,0 +1,654 @@
+"""Time series files: CSV (wide and long), npy, npz, .ts, .arff, .tsv, and folders with a file a
+series; and what is done to a series before a model or a kernel sees it.
+
+N series, C channels, T time points of a series, M time points of all series.
+"""
+
+import csv
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from glovita_lib.errors import UserError, listed
+from glovita_lib.files import read_cells, read_text
+from glovita_lib.spec_series import SeriesPreparation
+
+SUFFIXES = (".ts", ".arff", ".tsv", ".csv", ".npy", ".npz")
+ENTRIES = ("series", "lengths", "offsets", "times", "labels", "ids", "groups")
+"""Arrays of a .npz file."""
+MISSING = frozenset(["", "?", "nan", "na", "n/a", "null", "none"])
+REGULAR = 1e-3  # share of a step by which it may differ where times are regular
+
+# -------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns of CSV files."""
+
+    id: str
+    time: str
+    labels: tuple[str, ...]
+    group: str | None
+    split: str | None
+    values: tuple[str, ...]  # none: all others
+
+    def value_columns(self, header: Sequence[str]) -> list[int]:
+        """Places of the columns of the values."""
+        others = {self.id, self.time, *self.labels, self.group, self.split}
+        return [
+            place
+            for place, name in enumerate(header)
+            if (name in self.values if self.values else name not in others)
+        ]
+
+
+@dataclass(slots=True)
+class SeriesTable:
+    """The series of a file or folder as they are stored."""
+
+    where: str
+    ids: list[str]
+    series: list[Any]
+    """Arrays (C, T), NaN where a value is missing; a line of text where it cannot be used."""
+    times: list[np.ndarray] | None = None
+    """(T,) of each series, where the file has them."""
+    labels: list[Any] | np.ndarray | None = None
+    """See data_labels.Labels."""
+    groups: list[str] | None = None
+    splits: list[str] | None = None
+    subtask: str | None = None
+    """Kind of target that the file states."""
+    named: bool = False
+    """Whether the ids are names, that mean the same in other files."""
+
+
+def read_series(path: Path, columns: Columns) -> SeriesTable:
+    """The series of a file, or of a folder with one file a series.
+
+    Raises:
+        UserError: no such file, another kind of file, or one that is damaged as a whole.
+    """
+    if path.is_dir():
+        return read_folder(path, columns)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: no file of time series; known are {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    table = reader(path, columns)
+    if not table.ids:
+        raise UserError(f"{path}: the file has no series")
+    return table
+
+
+def read_folder(folder: Path, columns: Columns) -> SeriesTable:
+    """A folder with one file a series: npy (T,) or (C, T), or CSV with a row a time point. The id
+    is the name without its suffix.
+
+    Raises:
+        UserError: there is none.
+    """
+    paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".csv") and p.name[0] != ".")
+    if not paths:
+        raise UserError(f"{folder}: no .npy or .csv file of a series in it")
+    table = SeriesTable(str(folder), [path.stem for path in paths], [], [], named=True)
+    assert table.times is not None
+    for path in paths:
+        values, times = read_one(path, columns)
+        table.series.append(values)
+        table.times.append(times)
+    if not any(len(times) for times in table.times):
+        table.times = None
+    return table
+
+
+def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray]:
+    """A series (C, T) and its times (T,), empty where the file has none; or why it cannot be
+    used."""
+    nothing = np.empty(0)
+    try:
+        if path.suffix == ".npy":
+            values = load_array(path)
+            return (values[None] if values.ndim == 1 else values), nothing
+        header, rows = read_cells(path, columns.values)
+        places = columns.value_columns(header)
+        cells = [numbers([row[place] for row in rows]) for place in places]
+        if wrong := [cell for cell in cells if isinstance(cell, str)]:
+            return wrong[0], nothing
+        times: Any = nothing
+        if columns.time in header:
+            times = time_numbers([row[header.index(columns.time)] for row in rows])
+        if isinstance(times, str):
+            return times, nothing
+        return np.array(cells), times
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: "), nothing
+
+
+# ------------------------------------------------------------------------------------- numbers
+
+
+def numbers(cells: Sequence[str]) -> np.ndarray | str:
+    """Cells (T,) as float64, NaN where one is missing; else what is wrong with them."""
+    try:
+        if "_" not in (text := ",".join(cells)) and "?" not in text and ",," not in text:
+            return np.array(cells, np.float64)
+    except ValueError:
+        pass
+    values = np.full(len(cells), np.nan)
+    for place, cell in enumerate(cells):
+        stripped = cell.strip()
+        if stripped.lower() in MISSING:
+            continue
+        try:
+            values[place] = float("" if "_" in stripped else stripped)
+        except ValueError:
+            return f'"{stripped}" (value {place}) is no number'
+    return values
+
+
+def time_numbers(cells: Sequence[str]) -> np.ndarray | str:
+    """Times (T,) as numbers: numbers as they are, dates as seconds since 1970; else what is wrong
+    with them."""
+    values = numbers(cells)
+    if isinstance(values, str):
+        try:
+            dates = np.array([cell.strip().replace(" ", "T") for cell in cells], "datetime64[us]")
+        except ValueError:
+            return f"time {values.removesuffix(' is no number')} is neither a number nor a date"
+        values = np.where(np.isnat(dates), np.nan, dates.astype(np.int64) / 1e6)
+    return values if np.isfinite(values).all() else "a time is missing"
+
+
+# ----------------------------------------------------------------------------------------- CSV
+
+
+def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
+    """A CSV file: with the column of times a row a time point (long), else a row a series (wide,
+    one channel)."""
+    header, rows = read_cells(path, columns.values)
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have the same name")
+    places = columns.value_columns(header)
+    if not places:
+        raise UserError(
+            f"{path}: no column of values beside {listed(header)}; name them in data.value_columns"
+        )
+    read = read_long if columns.time in header else read_wide
+    return read(path, columns, header, rows, places)
+
+
+def read_wide(
+    path: Path, columns: Columns, header: list[str], rows: list[list[str]], places: list[int]
+) -> SeriesTable:
+    """A row a series of one channel."""
+    found = [numbers([row[place] for place in places]) for row in rows]
+    series = [values if isinstance(values, str) else values[None] for values in found]
+    ids = column(header, rows, columns.id)
+    table = SeriesTable(str(path), ids or list(map(str, range(len(rows)))), series)
+    return with_columns(table, columns, header, rows, named=ids is not None)
+
+
+def with_columns(
+    table: SeriesTable, columns: Columns, header: list[str], rows: list[list[str]], *, named: bool
+) -> SeriesTable:
+    """A table with the labels, groups and splits of a row for each series."""
+    labels = [column(header, rows, name) for name in columns.labels]
+    one = labels[0] if len(labels) == 1 else list(zip(*[c or () for c in labels], strict=False))
+    return replace(
+        table,
+        labels=None if None in labels else one,
+        groups=column(header, rows, columns.group),
+        splits=column(header, rows, columns.split),
+        named=named,
+    )
+
+
+def column(header: list[str], rows: list[list[str]], name: str | None) -> list[str] | None:
+    """Cells of a column; None where there is none."""
+    if name is None or name not in header:
+        return None
+    place = header.index(name)
+    return [row[place].strip() for row in rows]
+
+
+def read_long(
+    path: Path, columns: Columns, header: list[str], rows: list[list[str]], places: list[int]
+) -> SeriesTable:
+    """A row a time point: the rows of an id, which need not stand together, are a series."""
+    ids = column(header, rows, columns.id)
+    if ids is None:
+        raise UserError(
+            f'{path}: no column "{columns.id}" beside that of the times; name it in data.id_column'
+        )
+    members: dict[str, list[int]] = {}
+    for number, identity in enumerate(ids):
+        members.setdefault(identity, []).append(number)
+    cells = [numbers([row[place] for row in rows]) for place in places]
+    at = header.index(columns.time)
+    times = time_numbers([row[at] for row in rows])
+    table = SeriesTable(str(path), list(members), [], [])
+    assert table.times is not None
+    for own in members.values():
+        values, when = long_series(own, cells, times, rows, places, at)
+        table.series.append(values)
+        table.times.append(when)
+    first = [rows[own[0]] for own in members.values()]
+    names = [name for name in (*columns.labels, columns.group, columns.split) if name in header]
+    for name in names:
+        place = header.index(name)
+        for number, own in enumerate(members.values()):
+            if len(told := dict.fromkeys(rows[row][place].strip() for row in own)) > 1:
+                table.series[number] = f"several values of {name}: {listed(told, 3)}"
+    return with_columns(table, columns, header, first, named=True)
+
+
+def long_series(
+    own: list[int],
+    cells: list[np.ndarray | str],
+    times: np.ndarray | str,
+    rows: list[list[str]],
+    places: list[int],
+    at: int,
+) -> tuple[np.ndarray | str, np.ndarray]:
+    """A series (C, T) of rows of the table, in the order of its times (T,)."""
+    nothing = np.empty(0)
+    if isinstance(times, str):  # somewhere in the file
+        when = time_numbers([rows[row][at] for row in own])
+        if isinstance(when, str):
+            return when, nothing
+    else:
+        when = times[own]
+    values: list[np.ndarray] = []
+    for place, column_cells in zip(places, cells, strict=True):
+        if isinstance(column_cells, str):
+            column_cells = numbers([rows[row][place] for row in own])
+            if isinstance(column_cells, str):
+                return column_cells, nothing
+            values.append(column_cells)
+        else:
+            values.append(column_cells[own])
+    order = np.argsort(when, kind="stable")
+    return np.array(values)[:, order], when[order]
+
+
+def read_tsv(path: Path, columns: Columns) -> SeriesTable:
+    """The UCR archive's tables: no header, a row a series, first its label."""
+    rows = [row for row in csv.reader(read_text(path).splitlines(), delimiter="\t") if row]
+    found = [numbers(row[1:]) for row in rows]
+    series = [values if isinstance(values, str) else values[None] for values in found]
+    ids = list(map(str, range(len(rows))))
+    return SeriesTable(str(path), ids, series, labels=[row[0].strip() for row in rows])
+
+
+# -------------------------------------------------------------------------------------- arrays
+
+
+def load_array(path: Path) -> np.ndarray:
+    """An array of numbers in a .npy file.
+
+    Raises:
+        UserError: it is damaged, or holds objects or text.
+    """
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not an array that can be read ({error})") from None
+    return checked(path, "the array", values)
+
+
+def checked(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+    """Numbers that are no integers, as they are, integers as float64."""
+    if values.dtype.kind not in "iufb":
+        raise UserError(f"{path}: {name} holds {values.dtype}, no numbers")
+    return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
+
+
+def read_npy(path: Path, columns: Columns) -> SeriesTable:
+    """An array (N, T) or (N, C, T); labels come from data.labels_file."""
+    return SeriesTable(str(path), *listed_arrays(path, load_array(path), None, None))
+
+
+def listed_arrays(
+    path: Path, values: np.ndarray, lengths: np.ndarray | None, offsets: np.ndarray | None
+) -> tuple[list[str], list[Any]]:
+    """Ids and series of an array: (N, T) or (N, C, T) with lengths (N,), or rows (M, C) of all time
+    points with offsets (N + 1,).
+
+    Raises:
+        UserError: their shapes do not fit.
+    """
+    if offsets is not None:
+        ends = offsets.astype(np.int64)
+        values = values[:, None] if values.ndim == 1 else values
+        rising = ends.ndim == 1 and len(ends) > 1 and (np.diff(ends) >= 0).all()
+        if values.ndim != 2 or not rising or ends[0] or ends[-1] != len(values):
+            raise UserError(
+                f"{path}: offsets must rise from 0 to the {len(values)} rows of series (M, C)"
+            )
+        series = [values[a:b].T for a, b in zip(ends, ends[1:], strict=False)]
+        return list(map(str, range(len(series)))), series
+    if values.ndim not in (2, 3):
+        raise UserError(f"{path}: an array of shape {values.shape}; series are (N, T) or (N, C, T)")
+    series = list(values[:, None] if values.ndim == 2 else values)
+    if lengths is not None:
+        counts, most = lengths.astype(np.int64), values.shape[-1]
+        if counts.shape != (len(series),) or (counts < 0).any() or (counts > most).any():
+            raise UserError(f"{path}: lengths must be {len(series)} numbers from 0 to {most}")
+        series = [one[:, :count] for one, count in zip(series, counts, strict=True)]
+    return list(map(str, range(len(series)))), series
+
+
+def read_npz(path: Path, columns: Columns) -> SeriesTable:
+    """Arrays series, and as far as they are there lengths or offsets, times, labels, ids and
+    groups; times are (T,) of all, or (N, T), or (M,) beside offsets."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            entries = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not arrays that can be read ({error})") from None
+    unknown = entries.keys() - set(ENTRIES)
+    if "series" not in entries or unknown:
+        raise UserError(
+            f"{path}: arrays {listed(sorted(entries))}; series must be there, and may be:"
+            f" {', '.join(ENTRIES[1:])}"
+        )
+    values = checked(path, "series", entries["series"])
+    offsets = entries.get("offsets")
+    ids, series = listed_arrays(path, values, entries.get("lengths"), offsets)
+    for name in ("labels", "ids", "groups"):
+        if name in entries and len(entries[name]) != len(series):
+            raise UserError(f"{path}: {len(entries[name])} {name} for {len(series)} series")
+    table = SeriesTable(str(path), ids, series, labels=entries.get("labels"))
+    if "ids" in entries:
+        table.ids, table.named = list(map(str, entries["ids"].tolist())), True
+    if "groups" in entries:
+        table.groups = list(map(str, entries["groups"].tolist()))
+    if "times" in entries:
+        table.times = array_times(path, checked(path, "times", entries["times"]), series, offsets)
+    return table
+
+
+def array_times(
+    path: Path, times: np.ndarray, series: list[Any], offsets: np.ndarray | None
+) -> list[np.ndarray]:
+    """Times (T,) of each series."""
+    if offsets is not None and times.shape == (int(offsets[-1]),):
+        return np.split(times, offsets[1:-1].astype(np.int64))
+    longest = max(one.shape[1] for one in series)
+    if times.ndim == 1 and len(times) >= longest:
+        return [times[: one.shape[1]] for one in series]
+    if times.ndim == 2 and len(times) == len(series) and times.shape[1] >= longest:
+        return [row[: one.shape[1]] for row, one in zip(times, series, strict=True)]
+    raise UserError(f"{path}: times of shape {times.shape} for {len(series)} series")
+
+
+# ----------------------------------------------------------------------------------- .ts files
+
+
+def read_ts(path: Path, columns: Columns) -> SeriesTable:
+    """A .ts file of aeon, sktime and tsml: a line a series, channels between colons, then the
+    label; "?" is a missing value."""
+    lines = read_text(path).splitlines()
+    header: dict[str, list[str]] = {}
+    start = None
+    for number, line in enumerate(map(str.strip, lines)):
+        if line.lower() == "@data":
+            start = number + 1
+            break
+        if line.startswith("@"):
+            key, *words = line.split()
+            header[key[1:].lower()] = words
+    if start is None:
+        raise UserError(f"{path}: no line @data, behind which the series stand")
+    stated = {key: words[0].lower() == "true" for key, words in header.items() if words}
+    has_times = stated.get("timestamps", False)
+    is_number = stated.get("targetlabel", False)
+    labelled = is_number or stated.get("classlabel", False)
+    table = SeriesTable(str(path), [], [], [] if has_times else None, [] if labelled else None)
+    table.subtask = None if not labelled else "regression" if is_number else "multiclass"
+    for line in lines[start:]:
+        if not line.strip() or line.startswith("#"):
+            continue
+        parse = with_times if has_times else without_times
+        values, times, label = parse(line.strip(), labelled=labelled)
+        table.ids.append(str(len(table.ids)))
+        table.series.append(values)
+        if table.times is not None:
+            table.times.append(times)
+        if isinstance(table.labels, list):
+            table.labels.append(label)
+    return table
+
+
+class Parsed(NamedTuple):
+    """A line of a .ts file."""
+
+    values: Any
+    times: np.ndarray
+    label: str
+
+
+def without_times(line: str, *, labelled: bool) -> Parsed:
+    """Channels "1,2,?" between colons."""
+    parts = line.split(":")
+    label = parts.pop().strip() if labelled else ""
+    return Parsed(stacked([numbers(part.split(",")) for part in parts]), np.empty(0), label)
+
+
+def stacked(channels: list[np.ndarray | str]) -> np.ndarray | str:
+    """Channels of one length as (C, T), else what is wrong with them."""
+    if wrong := [channel for channel in channels if isinstance(channel, str)]:
+        return wrong[0]
+    lengths = [len(channel) for channel in channels]
+    if len(set(lengths)) > 1:
+        return f"channels of different lengths: {listed(lengths, 5)}"
+    return np.array(channels, np.float64)
+
+
+PAIR = re.compile(r"\(([^()]*),([^(),]*)\)")
+
+
+def with_times(line: str, *, labelled: bool) -> Parsed:
+    """Channels "(time,value),(time,value)" between colons; what one channel has at a time and
+    another has not is missing there."""
+    body, colon, label = line.rpartition(":")
+    if not labelled or not colon or ")" in label:
+        body, label = line, ""
+    found = [PAIR.findall(part) for part in re.split(r"(?<=\))\s*:", body)]
+    times = [time_numbers([time.strip() for time, _ in pairs]) for pairs in found]
+    values = [numbers([value for _, value in pairs]) for pairs in found]
+    if wrong := [part for part in (*times, *values) if isinstance(part, str)]:
+        return Parsed(wrong[0], np.empty(0), label.strip())
+    grid, places = np.unique(np.concatenate(times), return_inverse=True)
+    series = np.full((len(found), len(grid)), np.nan)
+    first = 0
+    for channel, own in enumerate(values):
+        where = places[first : first + len(own)]
+        first += len(own)
+        if len(set(where.tolist())) < len(where):
+            return Parsed("a time occurs twice", np.empty(0), label.strip())
+        series[channel, where] = own
+    return Parsed(series, grid, label.strip())
+
+
+# ---------------------------------------------------------------------------------- .arff files
+
+ATTRIBUTE = re.compile(r"@attribute\s+('[^']*'|\"[^\"]*\"|\S+)\s+(.*)", re.IGNORECASE)
+LABEL_NAMES = ("target", "class", "label")
+
+
+def read_arff(path: Path, columns: Columns) -> SeriesTable:
+    """An ARFF file of Weka: a row a series with its label at the end; of several channels one
+    relational attribute, whose lines are the channels."""
+    lines = read_text(path).splitlines()
+    attributes: list[tuple[str, str]] = []
+    depth, start = 0, None
+    for number, line in enumerate(map(str.strip, lines)):
+        if line.lower().startswith("@data"):
+            start = number + 1
+            break
+        if line.lower().startswith("@end"):
+            depth -= 1
+        elif found := ATTRIBUTE.match(line):
+            name, kind = found[1].strip("'\""), found[2].strip()
+            if not depth:
+                attributes.append((name, kind))
+            depth += kind.lower() == "relational"
+    if start is None or not attributes:
+        raise UserError(f"{path}: no @attribute and @data, of which an ARFF file is made")
+    name, kind = attributes[-1]
+    nominal = kind.startswith("{")
+    labelled = nominal or name.lower() in LABEL_NAMES
+    relational = attributes[0][1].lower() == "relational"
+    table = SeriesTable(str(path), [], [], labels=[] if labelled else None)
+    table.subtask = None if not labelled else "multiclass" if nominal else "regression"
+    for line in lines[start:]:
+        line = line.strip()
+        if not line or line.startswith("%"):
+            continue
+        body, label = line, ""
+        if labelled:
+            body, _, label = line.rpartition(",")
+        table.ids.append(str(len(table.ids)))
+        parts = body.strip("'\"").split("\\n") if relational else [body]
+        table.series.append(stacked([numbers(part.split(",")) for part in parts]))
+        if isinstance(table.labels, list):
+            table.labels.append(label.strip().strip("'\""))
+    return table
+
+
+READERS: dict[str, Callable[[Path, Columns], SeriesTable]] = {
+    ".ts": read_ts,
+    ".arff": read_arff,
+    ".tsv": read_tsv,
+    ".csv": read_csv_series,
+    ".npy": read_npy,
+    ".npz": read_npz,
+}
+
+
+# ---------------------------------------------------------------------------------- preparation
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSeries:
+    """A series as models see it."""
+
+    values: np.ndarray  # (C, T) float32
+    there: np.ndarray  # (T,) bool, where a channel has a value at least
+    step: float | None = field(default=None)  # distance of its times, where it has some
+
+
+def prepare(
+    values: np.ndarray, times: np.ndarray | None, spec: SeriesPreparation
+) -> PreparedSeries | str:
+    """A series (C, T) prepared, or the line that says why it cannot be used."""
+    values = np.asarray(values, np.float64)
+    if np.isinf(values).any():
+        channel, place = np.argwhere(np.isinf(values))[0]
+        return f"an infinite value in channel {channel} at time point {place}"
+    there = ~np.isnan(values)
+    if not there.any():
+        return "no value"
+    end = int(np.flatnonzero(there.any(0))[-1]) + 1  # beyond it a table is filled up
+    values, there = values[:, :end], there[:, :end]
+    step = None
+    if times is not None:
+        times = times[:end]
+        if line := time_problem(times, spec.step):
+            return line
+        step = float(np.median(np.diff(times))) if end > 1 else None
+    if there.sum() < 2 or end < 2:
+        return "a single value: a series has two time points at least"
+    low, high = np.nanmin(values), np.nanmax(values)
+    spread = [np.ptp(channel[own]) for channel, own in zip(values, there, strict=True) if own.any()]
+    if not any(spread):
+        return "constant" + (f": every value is {low:g}" if low == high else " in every channel")
+    if spec.step is not None:
+        assert times is not None  # data_series refuses a step without times
+        values, there, step = *at_steps(values, there, times, spec.step), spec.step
+        if values.shape[1] < 2:
+            return f"shorter than data.preparation.step = {spec.step:g}"
+    if spec.normalize == "zscore":
+        values = standardized(values, there)
+    filled = np.stack([fill(v, own, spec.fill) for v, own in zip(values, there, strict=True)])
+    if spec.mask_channels:
+        filled = np.concatenate([filled, there])
+    if np.abs(filled).max() > np.finfo(np.float32).max:
+        return f"values up to {max(-low, high):g}, too large for float32"
+    return PreparedSeries(filled.astype(np.float32), there.any(0), step)
+
+
+def time_problem(times: np.ndarray, step: float | None) -> str | None:
+    """What is wrong with times (T,), of which regular ones are asked for without a step."""
+    steps = np.diff(times)
+    if (steps == 0).any():
+        return f"time {times[np.flatnonzero(steps == 0)[0]]:g} occurs twice"
+    if (steps < 0).any():
+        return f"times do not ascend at {times[np.flatnonzero(steps < 0)[0] + 1]:g}"
+    if step is not None or len(steps) < 2:
+        return None
+    usual = float(np.median(steps))
+    wrong = np.flatnonzero(np.abs(steps - usual) > REGULAR * usual)
+    if not len(wrong):
+        return None
+    first = wrong[0]
+    share = steps / usual
+    cure = "set data.preparation.step to resample"
+    if (np.abs(share - np.round(share)) <= 2 * REGULAR).all():
+        return f"a gap from {times[first]:g} to {times[first + 1]:g}, steps are {usual:g}: {cure}"
+    return f"irregular times, steps from {steps.min():g} to {steps.max():g}: {cure}"
+
+
+def at_steps(
+    values: np.ndarray, there: np.ndarray, times: np.ndarray, step: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Series (C, T) at times a step apart from the first one on, linear between observations; there
+    is a value where an observation is less than a step away."""
+    count = int(np.floor((times[-1] - times[0]) / step * (1 + 1e-9))) + 1
+    grid = times[0] + step * np.arange(count)
+    found, near = np.full((len(values), count), np.nan), np.zeros((len(values), count), bool)
+    for channel, own in enumerate(there):
+        if not own.any():
+            continue
+        known = times[own]
+        found[channel] = np.interp(grid, known, values[channel, own])
+        after = np.searchsorted(known, grid)
+        left = np.abs(grid - known[np.clip(after - 1, 0, None)])
+        right = np.abs(known[np.clip(after, None, len(known) - 1)] - grid)
+        near[channel] = np.minimum(left, right) < step * (1 - 1e-9)
+    return np.where(near, found, np.nan), near
+
+
+def standardized(values: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Channels (C, T) of mean 0 and deviation 1 over the values that are there; constant ones 0."""
+    eps = float(np.finfo(np.float64).eps)
+    count = np.maximum(there.sum(1, keepdims=True), 1)
+    known = np.where(there, values, 0)
+    mean = known.sum(1, keepdims=True) / count
+    known = np.where(there, values - mean, 0)
+    variance = np.square(known).sum(1, keepdims=True) / count
+    # by rounding alone, see data.is_constant
+    constant = variance <= count * eps * variance + np.square(count * eps * mean)
+    scaled = known / np.where(constant, 1, np.sqrt(variance))
+    return np.where(there & ~constant, scaled, np.where(there, 0, np.nan))
+
+
+def fill(values: np.ndarray, there: np.ndarray, rule: str) -> np.ndarray:
+    """A channel (T,) with missing values filled in."""
+    if there.all():
+        return values
+    if rule == "zero" or not there.any():
+        return np.where(there, values, 0)
+    places = np.flatnonzero(there)
+    if rule == "linear":
+        return np.interp(np.arange(len(values)), places, values[places])
+    before = np.searchsorted(places, np.arange(len(values)), side="right") - 1
+    return values[places[np.clip(before, 0, None)]]

@@ -1,0 +1,242 @@
+"""Data sets of time series: splits, labels, resamples, broken series in one report, and whole
+commands on them."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from glovita import main
+from glovita_lib.data_series import padded
+from glovita_lib.data_splits import resampled
+from glovita_lib.datasets import build_data
+from glovita_lib.errors import UserError
+from glovita_lib.spec_data import SeriesData
+from glovita_lib.spec_series import SeriesPreparation
+
+AEON = importlib.util.find_spec("aeon")
+needs_aeon = pytest.mark.skipif(AEON is None, reason="the files are in aeon")
+
+
+def made(count, seed, *, ragged=False, channels=1):
+    """Series of two classes: slow and fast waves."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        length = int(rng.integers(12, 30)) if ragged else 24
+        t = np.arange(length) + rng.uniform(0, 6)
+        wave = np.sin(t * (0.4 if number % 2 else 1.2))
+        found.append(wave + 0.1 * rng.standard_normal((channels, length)))
+    return found
+
+
+def write_ts(path, series, labels):
+    """A .ts file."""
+    lines = [":".join(",".join(map(str, c)) for c in s) for s in series]
+    text = "\n".join(f"{line}:{label}" for line, label in zip(lines, labels, strict=True))
+    names = " ".join(dict.fromkeys(labels))
+    path.write_text(f"@timestamps false\n@classLabel true {names}\n@data\n{text}\n")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Train and test of two classes."""
+    for name, count, seed in (("train", 16, 0), ("test", 10, 1)):
+        labels = ["fast", "slow"] * (count // 2)
+        write_ts(tmp_path / f"{name}.ts", made(count, seed), labels)
+    return tmp_path
+
+
+def build(root, **fields):
+    fields = {"train_file": "train.ts", "test_file": "test.ts", **fields}
+    return build_data(SeriesData(data_root_dir=str(root), **fields), seed=0)
+
+
+def test_files_and_a_val_that_is_drawn(root):
+    data = build(root, val_fraction=0.25)
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 12,
+        "val": 4,
+        "test": 10,
+    }
+    assert data.class_names == ("fast", "slow") and data.samples.channels == 1
+    assert data.splits["val"].targets.sum() == 2
+    assert set(data.splits["train"].ids).isdisjoint(data.splits["val"].ids)
+    source = data.splits["test"].source
+    assert source.uniform == (1, 24) and source.collate is None
+    assert source.fetch(np.array([3, 1])).shape == (2, 1, 24)
+
+
+def test_splits_of_one_file(tmp_path):
+    series, labels = made(30, 0), ["a", "b"] * 15
+    rows = [
+        ",".join([f"s{i}", label, f"p{i // 3}", ["train", "val", "test"][i % 3], *map(str, one[0])])
+        for i, (one, label) in enumerate(zip(series, labels, strict=True))
+    ]
+    header = ",".join(["id", "label", "patient", "split", *(f"t{i}" for i in range(24))])
+    (tmp_path / "all.csv").write_text("\n".join([header, *rows]))
+    kfold = {"series_file": "all.csv", "train_file": None, "test_file": None}
+    columns = {"group_column": "patient", "value_columns": tuple(f"t{i}" for i in range(24))}
+    data = build(tmp_path, **kfold, split_source="kfold", **columns)
+    groups = {name: set(split.groups) for name, split in data.splits.items()}
+    assert not groups["train"] & groups["test"] and len(set.union(*groups.values())) == 10
+    data = build(tmp_path, **kfold, split_source="csv", value_columns=columns["value_columns"])
+    assert data.splits["val"].ids == [f"s{i}" for i in range(1, 30, 3)]
+    splits = {"train": ["s0", "s1", "s2"], "test": ["s5", "s4"]}
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    value = {"value_columns": columns["value_columns"]}
+    data = build(tmp_path, **kfold, split_source="splits_json", **value)
+    assert data.splits["test"].ids == ["s5", "s4"]
+
+
+def test_labels_of_a_table(tmp_path):
+    np.save(tmp_path / "x.npy", np.stack(made(6, 0))[:, 0])
+    table = "id,label,split\n" + "".join(f"{i},{i % 2 + 0.5},train\n" for i in range(5))
+    (tmp_path / "labels.csv").write_text(table)
+    fields = {"series_file": "x.npy", "train_file": None, "test_file": None}
+    with pytest.raises(UserError, match="labels_file"):
+        build(tmp_path, **fields, split_source="kfold")
+    data = build(tmp_path, **fields, split_source="csv", labels_file="labels.csv")
+    assert data.subtask == "regression" and len(data.splits["train"]) == 5
+    assert any("1 of 6 samples" in line for line in data.report)
+
+
+def test_all_broken_series_are_in_one_report(tmp_path):
+    good = "".join(f"g{i},{t},{np.sin(t + i)},a\n" for i in range(3) for t in range(5))
+    bad = "one,0,1,a\nflat,0,2,a\nflat,1,2,a\ngap,0,1,a\ngap,1,2,a\ngap,2,5,a\ngap,6,3,a\n"
+    bad += "twice,0,1,a\ntwice,0,2,a\ntext,0,1,a\ntext,1,x,a\nslow,0,1,a\nslow,2,3,a\nslow,4,1,a\n"
+    (tmp_path / "train.csv").write_text("id,time,v,label\n" + good + bad)
+    fields = {"train_file": "train.csv", "test_file": None}
+    with pytest.raises(UserError) as error:
+        build(tmp_path, **fields)
+    head, *lines = str(error.value).splitlines()
+    assert "6 samples cannot be used" in head and "data.strict = false" in head
+    said = dict(line.strip().removeprefix("train.csv: ").split(": ", 1) for line in lines)
+    assert said.keys() == {"one", "flat", "gap", "twice", "text", "slow"}
+    for name, part in {
+        "one": "a single value",
+        "flat": "constant",
+        "gap": "a gap from 2 to 6",
+        "twice": "occurs twice",
+        "text": '"x"',
+        "slow": "steps of 2",
+    }.items():
+        assert part in said[name]
+    data = build(tmp_path, **fields, strict=False)
+    assert data.splits["train"].ids == ["g0", "g1", "g2"] and "left out" in data.report[0]
+
+
+def test_series_of_other_channels_are_broken(tmp_path):
+    series = [*made(3, 0, channels=2), *made(1, 1, channels=3)]
+    write_ts(tmp_path / "train.ts", series, list("abab"))
+    with pytest.raises(UserError, match="train.ts: 3: 3 channels, most have 2"):
+        build(tmp_path, test_file=None)
+
+
+def test_lengths_and_missing_values_make_masks(tmp_path):
+    series = made(4, 0, ragged=True)
+    series[1][:, 3:5] = np.nan
+    write_ts(tmp_path / "train.ts", series, list("abab"))
+    text = (tmp_path / "train.ts").read_text().replace("nan", "?")
+    (tmp_path / "train.ts").write_text(text)
+    source = build(tmp_path, test_file=None).splits["train"].source
+    assert source.uniform is None
+    batch = source.collate(source.fetch(np.arange(4)))
+    lengths = [one.shape[1] for one in series]
+    assert batch.shape == (4, 2, max(lengths))
+    assert batch[:, 1].sum(1).tolist() == [n - 2 * (i == 1) for i, n in enumerate(lengths)]
+    for row, length in zip(batch, lengths, strict=True):
+        assert not row[:, length:].any()
+    assert padded([np.ones((2, 1), np.float32)]).shape == (1, 2, 1)
+
+
+@needs_aeon
+@pytest.mark.parametrize("number", [0, 1, 17])
+@pytest.mark.parametrize("name", ["GunPoint", "BasicMotions"])
+def test_resamples_are_those_of_aeon(name, number):
+    resampling = pytest.importorskip("aeon.benchmarking.resampling")
+    loaders = pytest.importorskip("aeon.datasets")
+    folder = {"package": "aeon", "data_root_dir": "datasets/data", "problem": name}
+    spec = SeriesData(**folder, resample=number, preparation=SeriesPreparation(normalize="none"))
+    splits = build_data(spec, seed=0).splits
+    train, test = (loaders.load_classification(name, split=part) for part in ("train", "test"))
+    if number:
+        parts = resampling.stratified_resample_data(*train, *test, random_state=number)
+    else:
+        parts = *train, *test
+    for split, values in (("train", parts[0]), ("test", parts[2])):
+        source = splits[split].source
+        np.testing.assert_array_equal(
+            source.fetch(np.arange(len(values))), values.astype(np.float32)
+        )
+
+
+@needs_aeon
+def test_indices_of_resamples_equal_those_of_aeon():
+    resampling = pytest.importorskip("aeon.benchmarking.resampling")
+    labels = np.random.default_rng(0).choice(["10", "2", "B", "a"], 60)
+    labels[:8] = ["10", "2", "B", "a"] * 2
+    train, test = labels[4:34], np.concatenate([labels[:4], labels[34:]])
+    for number in range(1, 30):
+        ours = resampled(list(train), list(test), number)
+        lower = np.char.lower(train), np.char.lower(test)
+        theirs = resampling.stratified_resample_data_indices(*lower, random_state=number)
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one, other)
+    with pytest.raises(UserError, match="a, b"):
+        resampled(["a", "c"], ["b", "c"], 1)
+
+
+# ------------------------------------------------------------------------------- whole commands
+
+PROBE = """
+[data]
+dataset = "generic_series_dataset"
+train_file = "train.ts"
+test_file = "test.ts"
+[task]
+objective = "probe"
+methods = ["minirocket", "hydra"]
+result_plot = "none"
+bootstrap = 0
+[logger]
+backend = "none"
+"""
+
+
+def command(root, text, *overrides, monkeypatch):
+    """Exit code of a command in a folder."""
+    monkeypatch.chdir(root)
+    (root / "spec.toml").write_text(text)
+    return main(["spec.toml", *(["--override", *overrides] if overrides else [])])
+
+
+def test_a_probe_by_kernels_needs_no_val(root, monkeypatch, capsys):
+    assert command(root, PROBE, monkeypatch=monkeypatch) == 0
+    folder = root / "experiments" / "generic_series_dataset" / "spec" / "0"
+    found = json.loads((folder / "metrics_probe.json").read_text())
+    for method in ("minirocket", "hydra"):
+        assert found[method]["test"]["metrics"]["acc"] == 1
+        errors = [one["squared_error"] for one in found[method]["candidates"]]
+        assert found[method]["chosen"]["lowest"] == min(errors)
+        assert (folder / f"predictions_{method}_test.csv").is_file()
+    assert command(root, PROBE, monkeypatch=monkeypatch) == 0
+    assert "was finished before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ('task.methods=["knn"]', "cannot judge series"),
+        ("data.resample=30", "< 30"),
+        ("data.problem=Nothing", "drop one of them"),
+        ("data.test_file=none", "no val or test"),
+        ("data.preparation.step=1", "has no times"),
+        ("data.train_file=absent.ts", "no such file"),
+        ("data.package=no_such_package", "pip install"),
+    ],
+)
+def test_mistakes_are_one_line(change, said, root, monkeypatch, capsys):
+    assert command(root, PROBE, change, monkeypatch=monkeypatch) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,245 @@
+"""Reading of time series: every kind of file against what was written, and their preparation."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from glovita_lib.errors import UserError
+from glovita_lib.read_series import Columns, fill, numbers, prepare, read_series
+from glovita_lib.spec_series import SeriesPreparation
+
+COLUMNS = Columns("id", "time", ("label",), None, None, ())
+SERIES = [np.array([[1.0, 2.5, np.nan], [0.0, -1.0, 3.0]]), np.array([[4.0, 5.0], [6.0, 7.0]])]
+AEON = importlib.util.find_spec("aeon")
+
+
+def same(table, series=SERIES):
+    assert len(table.series) == len(series)
+    for ours, theirs in zip(table.series, series, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_ts(tmp_path):
+    text = (
+        "# a comment\n@problemName x\n@timeStamps false\n@missing true\n@univariate false\n"
+        "@equalLength false\n@classLabel true Up down\n@data\n1,2.5,?:0,-1,3:Up\n4,5:6,7:down\n"
+    )
+    table = read_series(write(tmp_path / "a.ts", text), COLUMNS)
+    same(table)
+    assert table.labels == ["Up", "down"] and table.subtask == "multiclass" and not table.named
+
+
+def test_ts_with_times_and_numbers_to_predict(tmp_path):
+    text = (
+        "@timeStamps true\n@targetLabel true\n@data\n"
+        "(2020-01-01 00:00:00,1),(2020-01-01 00:00:02,2):(2020-01-01 00:00:01,5):0.5\n"
+        "(0,1),(1,2):(0,?),(1,4):1.5\n"
+    )
+    table = read_series(write(tmp_path / "a.ts", text), COLUMNS)
+    same(table, [[[1, np.nan, 2], [np.nan, 5, np.nan]], [[1, 2], [np.nan, 4]]])
+    assert np.diff(table.times[0]).tolist() == [1, 1] and table.times[1].tolist() == [0, 1]
+    assert table.labels == ["0.5", "1.5"] and table.subtask == "regression"
+
+
+def test_arff(tmp_path):
+    flat = "@relation x\n@attribute a numeric\n@attribute b numeric\n@attribute target {1,2}\n"
+    table = read_series(write(tmp_path / "a.arff", flat + "@data\n1,?,1\n3,4,2\n"), COLUMNS)
+    same(table, [[[1, np.nan]], [[3, 4]]])
+    assert table.labels == ["1", "2"]
+    nested = (
+        "@relation x\n@attribute all relational\n@attribute a numeric\n@attribute b numeric\n"
+        "@end all\n@attribute class {up,down}\n@data\n'1,2\\n3,4',up\n'5,6\\n7,8',down\n"
+    )
+    table = read_series(write(tmp_path / "b.arff", nested), COLUMNS)
+    same(table, [[[1, 2], [3, 4]], [[5, 6], [7, 8]]])
+    assert table.labels == ["up", "down"]
+
+
+def test_csv_wide_and_long(tmp_path):
+    wide = "id,label,t0,t1,t2\nx,a,1,,3\ny,b,4,5,6\n"
+    table = read_series(write(tmp_path / "a.csv", wide), COLUMNS)
+    same(table, [[[1, np.nan, 3]], [[4, 5, 6]]])
+    assert table.ids == ["x", "y"] and table.labels == ["a", "b"] and table.named
+    # rows of two series among each other, and not in the order of their times
+    long = "id;time;u;v;label\nx;1;2.5;-1;a\ny;0;4;6;b\nx;0;1;0;a\nx;2;NaN;3;a\ny;5;5;7;b\n"
+    table = read_series(write(tmp_path / "b.csv", long), COLUMNS)
+    same(table)
+    assert [times.tolist() for times in table.times] == [[0, 1, 2], [0, 5]]
+    assert table.labels == ["a", "b"]
+
+
+def test_what_is_wrong_with_a_series_of_a_table_is_its_line(tmp_path):
+    long = "id,time,v,label\nx,0,1,a\nx,1,one,a\ny,0,1,a\ny,1,2,b\nz,zero,1,a\nz,1,2,a\nw,0,1,a\n"
+    table = read_series(write(tmp_path / "b.csv", long), COLUMNS)
+    said = table.series[:3]
+    assert '"one"' in said[0] and "several values of label: a, b" in said[1] and '"zero"' in said[2]
+    np.testing.assert_array_equal(table.series[3], [[1]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    channels=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_arrays_with_lengths_and_with_offsets(lengths, channels, seed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("arrays")
+    rng = np.random.default_rng(seed)
+    series = [rng.standard_normal((channels, length)) for length in lengths]
+    padded = np.zeros((len(series), channels, max(lengths)))
+    for row, one in zip(padded, series, strict=True):
+        row[:, : one.shape[1]] = one
+    labels = np.arange(len(series))
+    np.savez(folder / "a.npz", series=padded, lengths=np.array(lengths), labels=labels)
+    rows, offsets = np.concatenate([one.T for one in series]), np.cumsum([0, *lengths])
+    ids = np.array([f"s{i}" for i in labels])
+    np.savez(folder / "b.npz", series=rows, offsets=offsets, ids=ids)
+    first, second = (read_series(folder / name, COLUMNS) for name in ("a.npz", "b.npz"))
+    same(first, series)
+    same(second, series)
+    assert second.ids == ids.tolist() and second.labels is None
+    assert first.labels.tolist() == labels.tolist()
+
+
+def test_npy_and_a_folder_of_one_file_each(tmp_path):
+    np.save(tmp_path / "flat.npy", np.arange(6).reshape(2, 3))
+    same(read_series(tmp_path / "flat.npy", COLUMNS), [[[0, 1, 2]], [[3, 4, 5]]])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    np.save(folder / "b.npy", SERIES[0])
+    write(folder / "a.csv", "time,u,v\n0,4,6\n1,5,7\n")
+    table = read_series(folder, COLUMNS)
+    assert table.ids == ["a", "b"]
+    same(table, SERIES[::-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.ts", "@classLabel true 1 2\n1,2:1\n", "@data"),
+        ("a.arff", "1,2,3\n", "@attribute"),
+        ("a.npy", "no array", "array"),
+        ("a.npz", "no arrays", "arrays"),
+        ("a.csv", "time,v\n0,1\n", 'no column "id"'),
+        ("a.csv", "id,label\nx,a\n", "data.value_columns"),
+        ("a.ts", "@classLabel true 1\n@data\n", "no series"),
+        ("a.txt", "", "known are .ts"),
+    ],
+)
+def test_files_that_are_wrong_as_a_whole(name, content, said, tmp_path):
+    with pytest.raises(UserError, match="a\\.") as error:
+        read_series(write(tmp_path / name, content), COLUMNS)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(AEON is None, reason="the files are in aeon")
+@pytest.mark.parametrize("name", ["GunPoint", "BasicMotions", "JapaneseVowels", "UnitTest"])
+def test_files_of_aeon_are_what_its_loader_reads(name):
+    loaders = pytest.importorskip("aeon.datasets")
+    folder = Path(AEON.origin).parent / "datasets" / "data" / name
+    for path in sorted(folder.glob(f"{name}_TRAIN.*")):
+        values, labels = getattr(loaders, f"load_from_{path.suffix[1:]}_file")(str(path))
+        table = read_series(path, COLUMNS)
+        same(table, list(values))
+        assert [label.lower() for label in table.labels] == [str(label).lower() for label in labels]
+
+
+# -------------------------------------------------------------------------------- preparation
+
+
+def prepared(values, times=None, **fields):
+    times = None if times is None else np.array(times, float)
+    return prepare(np.array(values, float), times, SeriesPreparation(**fields))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    arrays(
+        np.float64,
+        st.tuples(st.integers(1, 3), st.integers(2, 12)),
+        elements=st.floats(-1e6, 1e6) | st.just(float("nan")),
+    ),
+    st.sampled_from(["linear", "previous", "zero"]),
+)
+def test_what_is_prepared_is_finite_and_standardised(values, rule):
+    found = prepared(values, fill=rule)
+    if isinstance(found, str):
+        return
+    assert np.isfinite(found.values).all() and found.there[-1]
+    for channel, own in zip(found.values, values[:, : found.values.shape[1]], strict=True):
+        known = channel[~np.isnan(own)]
+        if len(known) and channel.any():
+            assert abs(known.mean()) < 1e-4 and abs(known.std() - 1) < 1e-4
+
+
+def test_missing_values_are_filled_by_the_rule_and_marked():
+    values = [[np.nan, 2, np.nan, np.nan, 8], [1, np.nan, 3, np.nan, 5]]
+    expected = {
+        "linear": [[2, 2, 4, 6, 8], [1, 2, 3, 4, 5]],
+        "previous": [[2, 2, 2, 2, 8], [1, 1, 3, 3, 5]],
+        "zero": [[0, 2, 0, 0, 8], [1, 0, 3, 0, 5]],
+    }
+    for rule, filled in expected.items():
+        found = prepared(values, fill=rule, normalize="none")
+        np.testing.assert_array_equal(found.values, np.array(filled, np.float32))
+        assert found.there.tolist() == [True, True, True, False, True]
+    marked = prepared(values, mask_channels=True).values
+    np.testing.assert_array_equal(marked[2:], ~np.isnan(values))
+    assert fill(np.full(3, np.nan), np.zeros(3, bool), "linear").tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "times", "said"),
+    [
+        ([[1.0]], None, "a single value"),
+        ([[3, 3, 3]], None, "constant: every value is 3"),
+        ([[3, 3], [4, 4]], None, "constant in every channel"),
+        ([[np.nan, np.nan]], None, "no value"),
+        ([[1, np.inf]], None, "an infinite value in channel 0 at time point 1"),
+        ([[1, 2, 3]], [0, 1, 1], "time 1 occurs twice"),
+        ([[1, 2, 3]], [0, 2, 1], "do not ascend"),
+        ([[1, 2, 3, 4]], [0, 1, 2, 5], "a gap from 2 to 5, steps are 1"),
+        ([[1, 2, 3, 4]], [0, 1, 2.3, 3.1], "irregular times"),
+    ],
+)
+def test_what_cannot_be_used_is_said(values, times, said):
+    assert said in prepared(values, times)
+
+
+def test_values_beyond_float32_are_refused_unless_they_are_standardised():
+    assert "too large" in prepared([[1e39, -1e39]], normalize="none")
+    np.testing.assert_array_equal(prepared([[1e39, -1e39]]).values, [[1, -1]])
+
+
+def test_irregular_times_are_resampled():
+    found = prepared([[0, 1, 4, 5]], [0, 1, 4, 5], step=1, normalize="none", fill="zero")
+    np.testing.assert_allclose(found.values, [[0, 1, 0, 0, 4, 5]])
+    assert found.there.tolist() == [True, True, False, False, True, True]
+    found = prepared([[0, 3, 4]], [0, 1.5, 2], step=0.5, normalize="none")
+    np.testing.assert_allclose(found.values, [[0, 1, 2, 3, 4]])
+    assert found.step == 0.5
+
+
+def test_numbers_are_read_as_they_are_written():
+    assert numbers(["1", "", " 2e3 ", "?", "NA"])[[0, 2]].tolist() == [1, 2000]
+    assert np.isnan(numbers(["1", "", "2", "?", "NA"])[[1, 3, 4]]).all()
+    assert '"1_0" (value 1)' in numbers(["1", "1_0"])
+
+
+def test_a_wide_table_ends_where_its_cells_are_empty(tmp_path):
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["label", "a", "b", "c"], ["x", 1, 2, ""], ["y", 1, 2, 3]])
+    table = read_series(tmp_path / "a.csv", COLUMNS)
+    lengths = [prepare(one, None, SeriesPreparation()).values.shape[1] for one in table.series]
+    assert lengths == [2, 3]
