@@ -28,10 +28,12 @@ from glovita_lib.resolved import (
     Inputs,
     VolumeInputs,
     check_data,
+    in_order_of,
     resolve_spec,
 )
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
+from glovita_lib.spec_data import FileData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Extract
 
@@ -628,6 +630,15 @@ def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data
             )
     experiment = restore(path, root, ranks)
     check_data(experiment.resolved, str(path), data, root.data)
+    resolved = experiment.resolved
+    named = root.data.class_names if isinstance(root.data, FileData) else None
+    if named is None:
+        data = in_order_of(resolved, data)
+    elif sorted(named) == sorted(resolved.class_names) and named != resolved.class_names:
+        data.report.append(
+            f"classes are counted as data.class_names has them, not as {path} does"
+            f" ({listed(resolved.class_names)})"
+        )
     training = replace(experiment.root.training, precision=root.training.precision)
     experiment.root = replace(experiment.root, training=training)
     return experiment, data

@@ -6,6 +6,7 @@ or targets.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, TypedDict
 
 import msgspec
@@ -310,6 +311,29 @@ def has_targets_of(model: Resolved, subtask: str, names: tuple[str, ...]) -> boo
     """Whether targets are those that a trained model predicts, in the same order."""
     same_names = list(map(composed, names)) == list(map(composed, model.class_names))
     return subtask == model.subtask and same_names
+
+
+def in_order_of(model: Resolved, data: Data) -> Data:
+    """A data set whose classes are those of a trained model, in their order, where its own are
+    among them (targets of several columns: the same ones); else as it is. Features of several data
+    sets, read out with one model, so count their classes alike."""
+    place = {composed(name): index for index, name in enumerate(model.class_names)}
+    names = list(map(composed, data.class_names))
+    if data.subtask != model.subtask or not place.keys() >= set(names):
+        return data
+    if data.subtask == "multiclass":
+        table = np.array([place[name] for name in names], np.int64)
+    elif len(names) == len(place):
+        table = np.array([names.index(name) for name in place])
+    else:
+        return data
+    splits = {}
+    for name, split in data.splits.items():
+        targets = split.targets
+        if targets is not None:
+            targets = table[targets] if targets.ndim == 1 else targets[:, table]
+        splits[name] = replace(split, targets=targets)
+    return replace(data, splits=splits, class_names=model.class_names)
 
 
 def check_targets(model: Resolved, trained: str, data: Data) -> None:

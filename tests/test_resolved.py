@@ -5,6 +5,7 @@ from typing import get_args
 import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from glovita_lib import run_infer
 from glovita_lib.augment import Augmenter
@@ -25,6 +26,7 @@ from glovita_lib.resolved import (
     Inputs,
     Resolved,
     check_data,
+    in_order_of,
     resolve_inputs,
     resolve_spec,
 )
@@ -59,6 +61,28 @@ def test_images_have_the_shape_and_the_policies_of_the_run():
     assert inputs.shape == (1, 8, 8) and inputs.model_arguments == {"channels": 1, "size": (8, 8)}
     assert inputs.augmentation.train_policy == "default_2d_2"
     assert isinstance(build_inputs(inputs, train=True), Augmenter)
+
+
+def test_the_classes_of_other_data_are_counted_as_a_model_does():
+    trained = replace(resolve_spec(root_of("precomputed"), data_of(FEATURES)), samples={})
+    for known, own, expected in (
+        (("c", "b", "a"), ("a", "b"), [2, 1]),
+        (("x", "b\u0308", "a"), ("a", "b\u0308"), [2, 1]),
+        (("a",), ("a", "b"), [0, 1]),  # not all of its own: as it is
+        (("a", "b"), ("a", "b"), [0, 1]),
+    ):
+        model = replace(trained, class_names=known)
+        data = data_of(FEATURES)
+        data.class_names = own
+        found = in_order_of(model, data)
+        assert found.splits["train"].targets.tolist() == expected * 3
+        assert found.class_names == (known if set(own) <= set(known) else own)
+    data.subtask, data.splits["train"].targets = "multilabel", np.eye(2, dtype=np.float32)
+    for known, first in ((("b", "a"), [0, 1]), (("c", "b", "a"), [1, 0])):
+        found = in_order_of(replace(trained, subtask="multilabel", class_names=known), data)
+        assert found.splits["train"].targets[0].tolist() == first
+    found = in_order_of(replace(trained, subtask="regression", class_names=("b", "a")), data)
+    assert found is data
 
 
 @pytest.mark.parametrize("subtask", ["multiclass", "multilabel", "regression"])
