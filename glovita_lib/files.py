@@ -166,17 +166,31 @@ def as_json(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path | str) -> Any:
-    """What a JSON file holds.
+def read_json(path: Path | str, *names: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        names: what it must have.
 
     Raises:
-        UserError: it is missing or not JSON.
+        UserError: it is missing, not JSON, something else, or lacks a name.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"not valid JSON ({error})"
         raise UserError(f"cannot read {path}: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"cannot read {path}: it holds {json.dumps(content)[:40]}, not an object of names and"
+            " values; it was not written by glovita"
+        )
+    if absent := [name for name in names if name not in content]:
+        raise UserError(
+            f"cannot read {path}: it lacks {', '.join(absent)}; it was not written by glovita, or"
+            " cut afterwards: train again, or put the file back"
+        )
+    return content
 
 
 # ---------------------------------------------------------------------- JSON lines

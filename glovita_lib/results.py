@@ -396,7 +396,7 @@ def summarize(
             table = read_predictions(
                 run.predictions_of(split), subtask=subtask, class_names=class_names
             )
-            report = read_json(run.metrics_of(split))
+            report = read_json(run.metrics_of(split), "metrics")
         except UserError as error:
             left_out[run.path.name] = str(error)
             continue
@@ -545,12 +545,13 @@ def entry_of(name: str, run: RunDir) -> Entry:
     """What a run directory says."""
     split = judged_split(run)
     assert split is not None  # else the run is unfit
-    report: dict[str, Any] = read_json(run.metrics_of(split))
+    report = read_json(run.metrics_of(split), "metrics", "ci95", "n")
     metric, value = next(iter(report["metrics"].items()))
     interval = report["ci95"].get(metric)
-    everything = read_json(run.resolved_config)["parameters"]["all"]
+    everything = read_json(run.resolved_config, "parameters")["parameters"]["all"]
     epochs = [record for record in read_jsonl(run.metrics) if record["event"] == "epoch"]
-    config, info = read_json(run.config), read_json(run.runtime_info)
+    config = read_json(run.config, "dataloading", "training")
+    info = read_json(run.runtime_info, "world_size", "threads", "device")
     batch = config["dataloading"]["batch_size"] * info["world_size"]
     batch *= config["training"]["gradient_accumulation_steps"]
     threads = f" with {info['threads']} thread{'s'[: info['threads'] != 1]}"

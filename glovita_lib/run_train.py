@@ -408,7 +408,7 @@ def conclude(run: RunDir, ranks: dist.Ranks, what: str) -> None:
     if not ranks.is_main:
         return
     reports = {
-        name: files.read_json(run.metrics_of(name))
+        name: files.read_json(run.metrics_of(name), "loss", "metrics")
         for name in ("train", "val", "test")
         if run.metrics_of(name).is_file()
     }

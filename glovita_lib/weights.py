@@ -31,6 +31,7 @@ AVERAGED = re.compile(  # in the names of the network that counts; not moments o
     r"(?<!\bno )(?<!\bnon )(?<!\bnot )(?<!\bwithout )(?<!\bexp )(?<!\bsquare )(?<!\bgrad )"
     r"\b(ema|swa|avg|averaged?|shadow|momentum|teacher|target)\b(?! buffer)"
 )
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 FIRST = 1_000  # rank of a network that the spec names: above any number of words
 NESTED = 4  # dicts in dicts, at most
 Tensors = OrderedDict[str, Tensor]
@@ -124,6 +125,10 @@ def read_networks(path: str | Path) -> list[FileNetwork]:
         UserError: no such file, not readable, holds other things than tensors.
     """
     path = Path(path)
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+        held = f"name one of its files: {listed(files, 8)}" if files else "it holds no such file"
+        raise UserError(f'weights = "{path}" is a folder, not a file of weights; {held}')
     if not path.is_file():
         raise UserError(f'weights = "{path}": no such file')
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)

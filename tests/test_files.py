@@ -150,6 +150,21 @@ def test_json_of_numbers(tmp_path: Path) -> None:
     assert "é" in text
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"text"', "[" * 100_000])
+def test_read_json_wants_an_object(content: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match="cannot read .*x.json: ") as got:
+        files.read_json(tmp_path / "x.json")
+    assert "\n" not in str(got.value) and len(str(got.value)) < 1000
+
+
+def test_read_json_names_what_lacks(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    assert files.read_json(tmp_path / "x.json", "a") == {"a": 1}
+    with pytest.raises(UserError, match=r"cannot read .*x.json: it lacks b, c;"):
+        files.read_json(tmp_path / "x.json", "a", "b", "c")
+
+
 def test_read_json_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="x.json: No such file"):
         files.read_json(tmp_path / "x.json")

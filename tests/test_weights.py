@@ -240,6 +240,15 @@ def test_unreadable_files(tmp_path: Path) -> None:
             read_networks(tmp_path / name)
 
 
+def test_a_folder_names_its_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="is a folder, not a file of weights; it holds no such"):
+        read_networks(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="is a folder.*: model.safetensors$"):
+        read_networks(tmp_path)
+
+
 # -------------------------------------------------------------------- several networks in a file
 
 
