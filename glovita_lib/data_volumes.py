@@ -7,8 +7,10 @@ first one where several files are its channels, or what its files' names have be
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, get_args
 
@@ -29,6 +31,7 @@ from glovita_lib.volume_cache import Entry, VolumeCache, VolumeSource
 CACHE = "volume_cache"  # folder of the cache files, below that of the data set
 DICOM = "dcm"  # the suffix that stands for folders of DICOM files too
 MAGIC = b"DICM"  # bytes 128 to 131 of a DICOM file
+LOOKED_AT = 3  # files of a folder
 
 # ---------------------------------------------------------------------- which volumes there are
 
@@ -49,14 +52,16 @@ def holds_dicom(folder: str, names: Sequence[str]) -> bool:
     names = sorted(names)
     likely = [name for name in names if name.lower().endswith((".dcm", ".ima"))]
     bare = [name for name in names if PurePosixPath(name).suffix[1:].isdecimal() or "." not in name]
-    return any(is_dicom(os.path.join(folder, name)) for name in [*likely[:3], *bare[:3]])
+    return any(True in islice(answers(folder, group), LOOKED_AT) for group in (likely, bare))
 
 
-def is_dicom(path: str) -> bool:
-    """Whether a file is DICOM, by its first bytes."""
-    with open(path, "rb") as file:
-        file.seek(128)
-        return file.read(4) == MAGIC
+def answers(folder: str, names: Sequence[str]) -> Iterator[bool]:
+    """Whether files are DICOM, by their first bytes, without those that cannot be read: whoever
+    reads the folder says so."""
+    for name in names:
+        with suppress(OSError), open(os.path.join(folder, name), "rb") as file:
+            file.seek(128)
+            yield file.read(4) == MAGIC
 
 
 @dataclass(slots=True)
@@ -356,5 +361,6 @@ def new_files(where: Path, data: VolumeData) -> tuple[list[str], list[tuple[str,
 
 def dicom_only(where: Path, data: VolumeData) -> bool:
     """Whether a folder holds the slices of one volume itself."""
-    names = [path.name for path in where.iterdir() if path.is_file() and path.name[0] != "."]
+    # a link to what is not there is a file that is missing
+    names = [path.name for path in where.iterdir() if not path.is_dir() and path.name[0] != "."]
     return DICOM in data.allowed_exts and holds_dicom(str(where), names)

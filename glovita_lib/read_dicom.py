@@ -87,7 +87,8 @@ def dicom_files(path: str) -> list[str]:
     """Files below a folder in sorted order, without hidden ones; a file itself.
 
     Raises:
-        UserError: a folder that cannot be listed, which may hold slices.
+        UserError: a folder that cannot be listed, which may hold slices, or a link to what is not
+            there.
     """
     if os.path.isfile(path):
         return [path]
@@ -99,6 +100,10 @@ def dicom_files(path: str) -> list[str]:
     for parent, folders, files in os.walk(path, onerror=stop, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [os.path.join(parent, name) for name in sorted(files) if name[0] != "."]
+    for file in found:
+        if not os.path.exists(file):
+            name = os.path.relpath(file, path)
+            raise UserError(f"{name} is a link to {os.readlink(file)}, which is not there")
     return found
 
 

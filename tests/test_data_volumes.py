@@ -10,7 +10,8 @@ import torch
 from msgspec.structs import replace
 from volume_files import ORIENTATIONS, affine_of, blob, write_dicom, write_nifti
 
-from glovita_lib.data import subset
+from glovita_lib.data import VolumeSamples, subset
+from glovita_lib.data_volumes import unlabelled_volumes
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
 from glovita_lib.spec_data import VolumeData
@@ -227,7 +228,9 @@ def test_all_bad_files_stand_in_one_report_and_are_left_out(root):
     write_dicom(images / "gap", voxels, positions=[0, 2, 4, 8])
     mixed = write_dicom(images / "mixed", voxels)
     write_dicom(mixed, voxels, description="b", cosines=(0, 1, 0, 1, 0, 0))
+    lost = lose_slices(write_dicom(images / "links", voxels), 1)
     said = {
+        "links": lost,
         "cut.nii.gz": "truncated",
         "nan.nii": "1 of 504 voxels are NaN or infinite",
         "constant.nii": "constant: every voxel is 1",
@@ -244,17 +247,43 @@ def test_all_bad_files_stand_in_one_report_and_are_left_out(root):
     with pytest.raises(UserError) as caught:
         build(root)
     head, *lines = str(caught.value).splitlines()
-    assert head == "9 volumes cannot be used; mend them or set data.strict = false:"
+    assert head == "10 volumes cannot be used; mend them or set data.strict = false:"
     assert len(lines) == len(said)
     for name, text in said.items():
         (line,) = [line for line in lines if line.startswith(f"  {name}: ")]
         assert text in line, line
     data = build(root, strict=False)
     assert len(data.splits["train"]) == 4
-    assert data.report[0].splitlines()[0] == "9 volumes left out:"
+    assert data.report[0].splitlines()[0] == "10 volumes left out:"
     foreground = replace(PREPARED, crop="foreground", foreground=1e9)
     with pytest.raises(UserError, match="cannot be used, which leaves none for train and val and"):
         build(root, preparation=foreground, strict=False)
+
+
+def lose_slices(folder, count):
+    """The first slices of a DICOM folder become links to what is not there; what is said of it."""
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"{number}.dcm")
+    for number in range(count):
+        (folder / f"{number}.dcm").unlink()
+        (folder / f"{number}.dcm").symlink_to(folder / "nowhere")
+    return f"0.dcm is a link to {folder / 'nowhere'}, which is not there"
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_lost_slices_of_new_volumes_have_their_line(root, count):
+    """A folder of one volume stays one: what is missing is said, not left out."""
+    voxels = np.random.default_rng(0).integers(0, 900, (6, 5, 4), np.int16)
+    inputs = VolumeSamples(channels=1, reading=VolumeReading(), preparation=PREPARED)
+    folder = write_dicom(root / "new" / "case", voxels)
+    lost = lose_slices(folder, count)
+    with pytest.raises(UserError) as caught:
+        unlabelled_volumes(str(folder), inputs, VolumeData())
+    lines = str(caught.value).splitlines()
+    if count < 4:
+        assert lines[0].startswith("1 volume of 1 cannot be read") and lines[1] == f"  case: {lost}"
+    else:  # nothing tells that they were slices
+        assert len(lines) == 5 and all("no such file" in line for line in lines[1:])
 
 
 def test_mistakes_in_labels_are_said_before_anything_is_prepared(root):
