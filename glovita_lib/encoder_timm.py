@@ -279,12 +279,14 @@ def refused(
             )
     if isinstance(error, ARGUMENT_ERRORS) and not spec.model_kwargs:
         return error
-    given = {key: value for key, value in arguments.items() if key != "num_classes"}
-    places = {"in_chans": "the channels of the data", "img_size": "data.augmentation.image_size"}
-    told = (f"{places.get(k, f'model.encoder.model_kwargs.{k}')} = {v}" for k, v in given.items())
+    told = [f"model.encoder.model_kwargs.{k} = {v}" for k, v in spec.model_kwargs.items()]
+    takes = f"{arguments['in_chans']} channels"
+    if "img_size" in arguments:
+        takes += f" and {' x '.join(map(str, arguments['img_size']))} pixels"
+    key = "model_kwargs" if told else "type"
     return UserError(
-        f"model.encoder.type: timm cannot build {spec.type} with {', '.join(told)}:"
-        f" {type(error).__name__}: {reason(error)}"
+        f"model.encoder.{key}: timm cannot build {spec.type}{' with ' * bool(told)}"
+        f"{', '.join(told)} for images of {takes}: {type(error).__name__}: {reason(error)}"
     )
 
 

@@ -12,6 +12,8 @@ What happens to files of another kind:
 - 16-bit files read as 8 bits are divided by 257 and rounded, 8-bit files read as 16 bits multiplied
   by 257, 12-bit files likewise, so that black and white stay black and white.
 - A TIFF whose zero is white is turned over.
+- Formats of which Pillow keeps 8 of more bits are read here (PNG, TIFF, PPM, SGI), or refused where
+  16 bits are asked for (JPEG 2000 in colour, AVIF).
 - 32-bit and signed integer files are read if their values fit into 16 bits; floating-point files
   are refused, as nothing says what their white is.
 """
@@ -43,6 +45,8 @@ SIGN_TAG, SIGNED = 339, 2  # TIFF tag: what kind of number a sample is, and its 
 WHITE_IS_ZERO = 0  # value of the second one
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins
 GREY_PPM = {b"P3": b"P2", b"P6": b"P5"}  # how a colour file begins, and the grey one
+SGI, SGI_BYTES, SGI_START = b"\x01\xda", 3, 512  # how a file begins; bytes a number; the pixels
+J2K_SIZE = b"\xff\x4f\xff\x51"  # how the code stream of a JPEG 2000 begins, with its size
 TAIL = 4096  # bytes at the end of a JPEG where its end marker may be
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda a: a[:, ::-1],
@@ -223,6 +227,9 @@ def read_image(path: str, *, channels: int, bit_depth: int, max_megapixels: floa
             data = file.read()
         with opened(io.BytesIO(data), max_megapixels) as image:
             turned = orientation(image)
+            scale_transparency(image, data)
+            if bit_depth == 16:
+                refuse_narrowed(image, data)
             pixels = wide_colours(data) if has_wide_colours(image, data) else stored(image)
             pixels = with_transparency(pixels, image)
     if turned != 1:
@@ -231,12 +238,22 @@ def read_image(path: str, *, channels: int, bit_depth: int, max_megapixels: floa
     return np.ascontiguousarray(pixels).transpose(2, 0, 1)
 
 
+def scale_transparency(image: Image.Image, data: bytes) -> None:
+    """The grey that a PNG of 2 or 4 bits calls transparent, of the 8 bits to which Pillow has
+    brought the pixels, but not this number."""
+    colour = image.info.get("transparency")
+    if image.format == "PNG" and data[25] == 0 and data[24] in (2, 4) and isinstance(colour, int):
+        image.info["transparency"] = colour * 255 // (2 ** data[24] - 1)
+
+
 def has_wide_colours(image: Image.Image, data: bytes) -> bool:
     """Whether an image has 16 bits and several channels, of which Pillow keeps 8 bits."""
     if image.format == "PNG":
         return data[24] == 16 and data[25] in (2, 4, 6)  # bit depth and colour type in IHDR
     if isinstance(image, PpmImageFile):
         return image.mode == "RGB" and white_of(image) > 255
+    if image.format == "SGI":
+        return data[SGI_BYTES] == 2
     bits = image.tag_v2.get(BITS_TAG, ()) if isinstance(image, TiffImageFile) else ()
     return len(bits) > 1 and max(bits) == 16
 
@@ -251,6 +268,8 @@ def wide_colours(data: bytes) -> np.ndarray:
         return wide_grey_alpha(data)
     if data[:2] in GREY_PPM:
         return wide_ppm(data)
+    if data[:2] == SGI:
+        return wide_sgi(data)
     halves = []
     for swapped in (False, True):
         with Image.open(io.BytesIO(data)) as image:
@@ -288,6 +307,42 @@ def wide_ppm(data: bytes) -> np.ndarray:
     head = b"%s %d %d %d\n" % (GREY_PPM[data[:2]], 3 * width, height, white)
     with PpmImageFile(io.BytesIO(head + data[start:])) as image:
         return np.asarray(image).reshape(height, width, 3).astype(np.uint16)
+
+
+def wide_sgi(data: bytes) -> np.ndarray:
+    """Pixels (H, W, c) uint16 of an SGI file of 16 bits, of which Pillow keeps 8: planes of rows
+    from the lowest to the uppermost.
+
+    Raises:
+        UserError: they are compressed.
+    """
+    if data[2]:
+        raise UserError("16-bit SGI file with run lengths: save it as 16-bit PNG, or without")
+    axes, width, height, planes = struct.unpack_from(">HHHH", data, 4)
+    planes = planes if axes == 3 else 1
+    pixels = np.frombuffer(data, ">u2", planes * height * width, SGI_START)
+    return pixels.reshape(planes, height, width)[:, ::-1].transpose(1, 2, 0).astype(np.uint16)
+
+
+def refuse_narrowed(image: Image.Image, data: bytes) -> None:
+    """Refuse more than 8 bits of which Pillow keeps 8.
+
+    Raises:
+        UserError: the file has such.
+    """
+    bits = 8
+    if image.format == "JPEG2000" and not image.mode.startswith("I"):
+        place = data.find(J2K_SIZE)  # bits less one of each component, above a bit for the sign
+        count = int.from_bytes(data[place + 40 : place + 42])
+        bits = max((1 + (byte & 127) for byte in data[place + 42 :][: 3 * count : 3]), default=8)
+    elif image.format == "AVIF":
+        flags = data[data.find(b"av1C") + 6]
+        bits = (12 if flags & 32 else 10) if flags & 64 else 8
+    if bits > 8:
+        raise UserError(
+            f"{image.format} of {bits} bits, of which Pillow reads 8: save it as 16-bit PNG or"
+            " TIFF, or set data.bit_depth = 8"
+        )
 
 
 def wide_grey_alpha(data: bytes) -> np.ndarray:

@@ -3,16 +3,17 @@
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from covering import covering
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from sklearn.datasets import load_sample_images
 
 from glovita_lib import read_image as reading
 from glovita_lib.errors import UserError
-from glovita_lib.read_image import FileSource
+from glovita_lib.read_image import FileSource, read_image, refuse_narrowed
 
 CHINA, FLOWER = (
     np.ascontiguousarray(photo[200:297, 300:371]) for photo in load_sample_images().images
@@ -444,3 +445,73 @@ def test_source_of_files_of_differing_sizes_lists_broken_ones_together(tmp_path)
         source.fetch(np.arange(4))
     first, second = str(caught.value).splitlines()
     assert "1.png: " in first and "2.png: its size has changed" in second
+
+
+def test_the_transparent_grey_of_two_and_four_bits(tmp_path):
+    """Pillow brings the pixels to 8 bits and leaves the number that is transparent as it was."""
+    for depth in (1, 2, 4, 8):
+        levels = 2**depth
+        grey = np.arange(8) % levels
+        bits = "".join(f"{level:0{depth}b}" for level in grey)
+        row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+        parts = [
+            (b"IHDR", struct.pack(">IIBBBBB", 8, 1, depth, 0, 0, 0, 0)),
+            (b"tRNS", struct.pack(">H", 1)),
+            (b"IDAT", zlib.compress(row)),
+            (b"IEND", b""),
+        ]
+        data = b"\x89PNG\r\n\x1a\n"
+        for name, content in parts:
+            sum_ = struct.pack(">I", zlib.crc32(name + content))
+            data += struct.pack(">I", len(content)) + name + content + sum_
+        (tmp_path / "x.png").write_bytes(data)
+        found = read_image(str(tmp_path / "x.png"), channels=4, bit_depth=8, max_megapixels=1)
+        assert found[0, 0].tolist() == (grey * 255 // (levels - 1)).tolist()
+        assert found[3, 0].tolist() == np.where(grey == 1, 0, 255).tolist()
+
+
+def sgi(pixels, *, packed=False):
+    """An SGI file of 16 bits a number, as its specification has it."""
+    height, width, planes = pixels.shape
+    axes = 3 if planes > 1 else 2
+    head = struct.pack(">HBBHHHH", 474, packed, 2, axes, width, height, planes)
+    rows = pixels[::-1].transpose(2, 0, 1).astype(">u2").tobytes()
+    return head.ljust(512, b"\0") + rows
+
+
+@pytest.mark.parametrize("planes", [1, 3, 4])
+def test_sgi_of_16_bits_keeps_them(tmp_path, planes):
+    path = tmp_path / "x.sgi"
+    pixels = np.arange(30 * planes, dtype=np.uint16).reshape(5, 6, planes) * 541 + 3
+    path.write_bytes(sgi(pixels))
+    with Image.open(path) as image:  # the upper bytes are what Pillow says
+        assert np.array_equal(np.asarray(image).reshape(pixels.shape), pixels >> 8)
+    channels = 1 if planes == 1 else planes
+    found = read_image(str(path), channels=channels, bit_depth=16, max_megapixels=1)
+    assert np.array_equal(found.transpose(1, 2, 0), pixels)
+    path.write_bytes(sgi(pixels, packed=True))
+    with pytest.raises(UserError, match="x.sgi: 16-bit SGI file with run lengths: save it"):
+        read_image(str(path), channels=channels, bit_depth=16, max_megapixels=1)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mark", "place", "byte", "bits"),
+    [
+        ("j2k", b"\xff\x4f\xff\x51", 42, 11, 12),
+        ("jp2", b"\xff\x4f\xff\x51", 45, 15, 16),
+        ("avif", b"av1C", 6, 64, 10),
+        ("avif", b"av1C", 6, 96, 12),
+    ],
+)
+def test_deep_colours_that_pillow_narrows_are_refused(tmp_path, suffix, mark, place, byte, bits):
+    """The number of bits, which no encoder here can write, is set in the header."""
+    path = str(tmp_path / f"x.{suffix}")
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(path)
+    assert read_image(path, channels=3, bit_depth=16, max_megapixels=1).dtype == np.uint16
+    data = bytearray(Path(path).read_bytes())
+    at = data.find(mark) + place
+    data[at] = data[at] | byte if suffix == "avif" else byte
+    with Image.open(path) as image, pytest.raises(UserError, match=f"of {bits} bits, of which"):
+        refuse_narrowed(image, bytes(data))
