@@ -11,7 +11,6 @@ M pieces, N pieces of a split, C channels, X Y Z voxels.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,14 @@ from glovita_lib.data import Data, Source, Split, VolumeSamples
 from glovita_lib.data_splits import VAL
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError
+from glovita_lib.spec import expand
 from glovita_lib.spec_data import OwnData, Subtask
 from glovita_lib.volume_cache import PreparedVolume
 
 MAPS = ("t1", "gm", "wm")
-FILE = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"  # below the package
-GREY, WHITE = 200, 230  # of 255; at a higher value of its map a voxel is of this tissue
+FILE = "package:nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
+GREY, WHITE = 200, 230  # of 255; at a higher value of its map a place is of this tissue
+NEITHER = 127  # of 255; where both maps together are lower, it is none of the two
 HALF = 127  # of 255; above it a voxel is more than half of a tissue
 NEAR = 6.0  # mm
 TISSUES = ("grey", "white", "other")
@@ -56,17 +57,11 @@ def read_brain() -> Brain:
     """
     import nibabel
 
-    package = find_spec("nilearn")  # not imported: that takes seconds and needs pandas
-    if package is None or package.origin is None:
+    paths = [expand(FILE.format(name)) for name in MAPS]
+    if missing := [path for path in paths if not Path(path).is_file()]:
         raise UserError(
-            "data.target: the ICBM152 volumes are in the package nilearn, which is not installed:"
-            " pip install --no-deps nilearn"
-        )
-    paths = [Path(package.origin).parent / FILE.format(name) for name in MAPS]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise UserError(
-            f"data.target: {missing[0]} is missing in this release of nilearn:"
-            ' pip install --no-deps "nilearn>=0.10"'
+            f"data.target: the volumes of ICBM152 are in the package nilearn, {missing[0]} is not"
+            " there: pip install --no-deps nilearn"
         )
     t1, gm, wm = (nibabel.Nifti1Image.from_filename(path) for path in paths)
     maps = [np.asarray(image.dataobj) for image in (t1, gm, wm)]
@@ -198,17 +193,18 @@ def names(middles: np.ndarray) -> list[str]:
 
 def tissue(spec: OwnData, seed: int, *, pieces: int = 3000, size: int = 16) -> Data:
     """Which tissue is in the middle of a piece of the T1 image: grey matter, white matter or
-    neither, each as often.
+    neither, each as often, by the means of their maps over the middle; borders where none of the
+    three is clear are left out.
 
     Args:
         pieces: of all splits together.
         size: side of a piece, voxels.
     """
     brain = read_brain()
-    grey, white = brain.gm > GREY, brain.wm > WHITE
+    gm, wm = over_middle(brain.gm, size), over_middle(brain.wm, size)
+    neither = middles_near(size) & (gm + wm < NEITHER)
     counts = {split: round(pieces * share / 3) for split, share in SHARES.items()}
-    near = middles_near(size)
-    each = [draw(mask, size, counts, seed) for mask in (grey, white, near & ~grey & ~white)]
+    each = [draw(mask, size, counts, seed) for mask in (gm > GREY, wm > WHITE, neither)]
     middles = {split: np.concatenate([part[split] for part in each]) for split in counts}
     targets = {split: np.repeat(np.arange(3), count) for split, count in counts.items()}
     return data_set("icbm_tissue", "multiclass", TISSUES, middles, targets, size)
@@ -223,10 +219,18 @@ def white_depth(spec: OwnData, seed: int, *, pieces: int = 3000, size: int = 16)
         size: side of a piece, voxels.
     """
     counts = {split: round(pieces * share) for split, share in SHARES.items()}
-    depth = depth_in(read_brain().wm > HALF)
+    depth = over_middle(depth_in(read_brain().wm > HALF), size)
     middles = draw((np.abs(depth) < NEAR) & middles_near(size), size, counts, seed)
     targets = {split: depth[tuple(places.T)][:, None] for split, places in middles.items()}
     return data_set("icbm_white_depth", "regression", ("depth_mm",), middles, targets, size)
+
+
+def over_middle(volume: np.ndarray, size: int) -> np.ndarray:
+    """Means of a volume (X, Y, Z) over what is in the middle of a piece around each voxel: that
+    voxel, or with an even side the eight up to it, so that a mirrored piece has the same middle."""
+    from scipy.ndimage import uniform_filter
+
+    return uniform_filter(volume.astype(np.float64), 2 - size % 2, mode="nearest")
 
 
 def depth_in(mask: np.ndarray) -> np.ndarray:

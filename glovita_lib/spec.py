@@ -357,10 +357,12 @@ NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def expand(text: str) -> str:
-    """A path with ~ (at its start), $VAR and ${VAR} filled in; $$ stands for a dollar sign.
+    """A path with ~ (at its start), $VAR and ${VAR} filled in; $$ stands for a dollar sign. What
+    begins with package: is a file inside an installed package, package:NAME/path; of one that is
+    not installed it stays as it is, and `errors.in_package` says so to who wants to read it.
 
     Raises:
-        UserError: no such user, or a variable that is not set.
+        UserError: no such user, a variable that is not set, or no file of a package.
     """
 
     def value(found: re.Match) -> str:
@@ -380,6 +382,12 @@ def expand(text: str) -> str:
             f" empty: export {name}=..., or write the path out"
         )
 
+    if (inside := errors.in_package(text)) is not None:
+        if not re.fullmatch(r"[^/:]+:[A-Za-z_]\w*/.+", text):
+            raise UserError(
+                f"{spec_errors.shown(text)}: write package:NAME/path, NAME as Python imports it"
+            )
+        return inside.path or text
     home = os.path.expanduser(text)
     if text.startswith("~") and home == text:
         raise UserError(f"{spec_errors.shown(text)}: there is no such home folder; write it out")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.errors import UserError, listed, meant, reason
+from glovita_lib.errors import UserError, in_package, listed, meant, reason
 
 COUNTER = "num_batches_tracked"  # of BatchNorm; files of old torch versions lack it
 POSITIONS = ("pos_embed", "pos_embedding")
@@ -124,13 +124,15 @@ def read_networks(path: str | Path) -> list[FileNetwork]:
     Raises:
         UserError: no such file, not readable, holds other things than tensors.
     """
+    inside = in_package(str(path))  # what is installed stands here as a path
     path = Path(path)
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
         held = f"name one of its files: {listed(files, 8)}" if files else "it holds no such file"
         raise UserError(f'weights = "{path}" is a folder, not a file of weights; {held}')
     if not path.is_file():
-        raise UserError(f'weights = "{path}": no such file')
+        cure = "" if inside is None else f", as its package is not installed: {inside.cure}"
+        raise UserError(f'weights = "{path}": no such file{cure}')
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     found = list(dicts_of_tensors(content, "", NESTED))
     if not found:

@@ -68,19 +68,27 @@ def middle_voxels(split) -> tuple[np.ndarray, ...]:
     return tuple(np.rint(voxels).astype(int).T)
 
 
-def test_labels_are_the_tissue_in_the_middle():
+def middles(split, volume, width) -> np.ndarray:
+    """Means of a volume over the cube of a width in the middle of pieces, the id's voxel last."""
+    corners = zip(*middle_voxels(split), strict=True)
+    parts = [tuple(slice(at - width + 1, at + 1) for at in corner) for corner in corners]
+    return np.array([volume[part].mean() for part in parts])
+
+
+@pytest.mark.parametrize(("size", "width"), [(16, 2), (9, 1)])
+def test_labels_are_the_tissue_in_the_middle(size, width):
     brain = data_icbm.read_brain()
-    for split in build("tissue", pieces=300).splits.values():
-        grey, white = (each[middle_voxels(split)] for each in (brain.gm, brain.wm))
-        expected = np.where(grey > 200, 0, np.where(white > 230, 1, 2))
-        assert (split.targets == expected).all()
+    for split in build("tissue", pieces=300, size=size).splits.values():
+        grey, white = (middles(split, each, width) for each in (brain.gm, brain.wm))
         assert np.bincount(split.targets).tolist() == [len(split) // 3] * 3
+        assert (grey[split.targets == 0] > 200).all() and (white[split.targets == 1] > 230).all()
+        assert ((grey + white)[split.targets == 2] < 127).all()
 
 
 def test_depth_is_the_distance_to_the_surface():
     """By brute force over all voxels near the place."""
     white = data_icbm.read_brain().wm > 127
-    split = build("white_depth", pieces=60).splits["test"]
+    split = build("white_depth", pieces=60, size=15).splits["test"]
     for place, (depth,) in zip(zip(*middle_voxels(split), strict=True), split.targets, strict=True):
         part = tuple(slice(max(0, at - 9), at + 10) for at in place)
         others = np.argwhere(white[part] != white[place]) + [each.start for each in part]
@@ -88,6 +96,9 @@ def test_depth_is_the_distance_to_the_surface():
         assert depth == pytest.approx(nearest if white[place] else -nearest)
     assert np.abs(split.targets).max() < 6 and split.targets.std() > 2
     assert split.targets.dtype == np.float64
+    even = build("white_depth", pieces=60).splits["test"]
+    expected = middles(even, data_icbm.depth_in(white), 2)
+    np.testing.assert_allclose(even.targets[:, 0], expected, atol=1e-9)
 
 
 def test_sizes_and_numbers_are_options():
@@ -109,13 +120,9 @@ def test_foreground_is_brain():
 
 
 def test_the_package_is_asked_for(monkeypatch):
+    monkeypatch.setattr(data_icbm, "FILE", "package:no_nilearn/{}.nii.gz")
     data_icbm.read_brain.cache_clear()
-    monkeypatch.setattr(data_icbm, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install --no-deps nilearn"):
-        build("tissue")
-    monkeypatch.undo()
-    monkeypatch.setattr(data_icbm, "FILE", "gone/{}.nii.gz")
-    with pytest.raises(UserError, match="t1.nii.gz is missing in this release of nilearn"):
+    with pytest.raises(UserError, match="no_nilearn/t1.nii.gz is not there: pip install --no-d"):
         build("tissue")
 
 

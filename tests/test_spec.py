@@ -401,6 +401,21 @@ def test_the_run_does_not_depend_on_what_a_variable_holds(write, monkeypatch):
     assert (found[0].plain, found[0].group) == (found[1].plain, found[1].group)
 
 
+def test_files_inside_packages(write, monkeypatch):
+    """Found without an import; what is not installed stays as it was written."""
+    text = "[model.encoder]\nweights = 'package:sklearn/datasets/data/iris.csv'"
+    loaded = load_spec(write(text), ["umap.input=package:not_there/$a/f.h5"], Root)
+    assert Path(loaded.root.model.encoder.weights).is_file()
+    assert loaded.root.umap.input == "package:not_there/$a/f.h5"
+    assert loaded.plain["model"]["encoder"]["weights"].startswith("package:sklearn/")
+    assert load_spec(write(dump(loaded.as_written)), [], Root).root == loaded.root
+
+
+@pytest.mark.parametrize("path", ["package:", "package:sklearn", "package:a.b/c", "package:/x"])
+def test_a_file_inside_no_package(errors, path):
+    assert "write package:NAME/path, NAME as Python imports it" in errors("", f"exp_dir={path}")[0]
+
+
 @pytest.mark.parametrize("path", ["${}", "$1", "a${HOME", "ends in $", "${1x}"])
 def test_a_dollar_sign_that_starts_no_variable_is_an_error(errors, path):
     (line,) = errors("", f"exp_dir={path}")

@@ -1,0 +1,427 @@
+"""Runs on volumes do not depend on how they are carried out: killed and continued, on two ranks, in
+mode infer, with the cache made by two programs at once, with broken files left out."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from children import GLOVITA, Child, glovita, run_ranks
+from safetensors.torch import load as tensors
+from small_runs import Result, snapshot
+from volume_files import ORIENTATIONS, affine_of, blob, write_dicom, write_nifti
+
+from glovita_lib.extraction import Extractor
+from glovita_lib.trainer import Trainer
+
+SPEC = """
+[data]
+dataset = "generic_3d_dataset"
+data_root_dir = "ROOT"
+label_source = "csv"
+split_source = "csv"
+strict = false
+[data.preparation]
+spacing = [1.0, 2.0, 1.5]
+workers = 1
+[task]
+result_plot = "none"
+bootstrap = 0
+[training]
+epochs = 2
+save_every_steps = 1
+log_every = 1
+[dataloading]
+batch_size = 2
+num_workers = 0
+[logger]
+backend = "none"
+"""
+CONVOLUTIONS = """
+[model.encoder]
+encoder_type = "residual_encoder"
+features_per_stage = [4, 8]
+n_blocks_per_stage = 1
+strides = [1, 2]
+"""
+SLICES = """
+[model.encoder]
+encoder_type = "timm"
+type = "test_vit"
+pretrained = false
+model_kwargs = { patch_size = 4, embed_dim = 16, depth = 2, num_heads = 2, proj_drop_rate = 0.1 }
+lift = "slices"
+[model.encoder.slices]
+count = 3
+size = [8, 8]
+[model.head]
+head_type = "abmil"
+hidden = 8
+attention = 4
+[peft]
+method = "lora"
+"""
+PATCHES = """
+[data.augmentation]
+patch_size = [8, 6, 8]
+train_policy = "default_nnunet_DA5"
+train_kwargs = { crop = "foreground", rotate_p = 0.8, noise_p = 0.8 }
+"""
+KINDS = {"convolutions": SPEC + PATCHES + CONVOLUTIONS, "slices": SPEC + PATCHES + SLICES}
+TIMES = ("seconds", "samples_per_s", "memory_mb")
+
+# A rank that is killed before optimizer step argv[1] + 1, where argv[1] is not negative.
+KILLED = """
+import os, sys, time
+import glovita
+from glovita_lib.trainer import Trainer
+
+stop, train_batch = int(sys.argv[1]), Trainer.train_batch
+
+def killing(self, batch):
+    if self.state.step == stop:
+        time.sleep(0 if self.ranks.is_main else 1)
+        os._exit(9)
+    train_batch(self, batch)
+
+Trainer.train_batch = killing
+sys.exit(glovita.main(sys.argv[2:]))
+"""
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def write_set(folder: Path, broken: bool = True) -> Path:
+    """Fourteen volumes of unlike sizes and spacings in two classes, in three splits, and with
+    `broken` three files that cannot be used."""
+    rows = []
+    for number in range(14):
+        shape = (9 + number % 3, 8, 10 - number % 2)
+        voxels = blob(shape, seed=number) + 5
+        if number % 2:
+            voxels = voxels * np.linspace(1, 4, shape[0], dtype=np.float32)[:, None, None]
+        spacing = (1, 2, 1.5) if number % 3 else (1.25, 2, 1.5)
+        write_nifti(folder / "images" / f"{number:02d}.nii.gz", voxels, affine_of(spacing))
+        split = "train" if number < 7 else "val" if number < 10 else "test"
+        rows.append((f"{number:02d}.nii.gz", ("dark", "bright")[number % 2], split))
+    if broken:
+        cut = (folder / "images" / "03.nii.gz").read_bytes()
+        (folder / "images" / "cut.nii.gz").write_bytes(cut[:-60])
+        write_nifti(folder / "images" / "constant.nii", np.ones((8, 8, 8)))
+        rows += [("cut.nii.gz", "dark", "train"), ("constant.nii", "dark", "test")]
+        rows.insert(3, ("gone.nii", "bright", "val"))
+    with open(folder / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *rows])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """The data set of all tests of this module; the first of them makes its cache."""
+    return write_set(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(params=KINDS)
+def spec(request, root) -> str:
+    """Random patches into convolutions, and slices of them into a ViT with LoRA and attention."""
+    return KINDS[request.param].replace("ROOT", str(root))
+
+
+def results(folder: Path) -> dict:
+    """What must be equal, by relative path: everything but times and the story of the process."""
+    content = snapshot(folder)
+    for name in list(content):
+        if name.endswith(("runtime_info.json", ".lock")):
+            del content[name]
+        elif name.endswith("metrics.jsonl"):
+            records = map(json.loads, content[name].decode().splitlines())
+            content[name] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+        elif name.endswith(".safetensors"):  # whose header has no fixed order
+            content[name] = {k: v.tolist() for k, v in tensors(content[name]).items()}
+    return content
+
+
+def equal(found: dict, expected: dict) -> None:
+    """All files are equal, checkpoints bit for bit."""
+    assert found.keys() == expected.keys() and len(expected) > 5
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+# ---------------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("memory", ["in memory", "by workers"])
+def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path, monkeypatch, spec, memory):
+    """Within an epoch; patches and their augmentation follow from seed, epoch and batch."""
+    changes = ["name=run"]
+    if memory == "by workers":
+        changes += ["dataloading.in_memory_mb=0", "dataloading.num_workers=2"]
+    calm = command(*changes, spec=spec)
+    assert "3 volumes left out:" in calm.out + calm.err
+    expected = results(tmp_path / "runs")
+    os.rename(tmp_path / "runs", tmp_path / "calm")
+    step = Trainer.optimizer_step
+
+    def killing(self):
+        if self.state.step == 5:  # of 4 an epoch
+            raise Killed
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "optimizer_step", killing)
+        with pytest.raises(Killed):
+            command(*changes, spec=spec)
+    again = command(*changes, spec=spec)
+    assert "continuing in epoch 2 after optimizer step 5" in again.out
+    equal(results(tmp_path / "runs"), expected)
+
+
+def test_what_training_predicts_is_what_infer_predicts(command, tmp_path, spec):
+    """Mode infer byte for byte, with the volumes in memory or not; batches of another size up to
+    rounding."""
+    run = command("name=run", spec=spec)
+    for memory in (0, 100):
+        command("name=run", "mode=infer", f"dataloading.in_memory_mb={memory}", spec=spec)
+        for file in ("predictions_test.csv", "metrics_test.json"):
+            assert (run.path / "infer" / file).read_bytes() == (run.path / file).read_bytes()
+    assert [row["id"] for row in run.rows()] == [f"{number}.nii.gz" for number in range(10, 14)]
+    other = (f"infer.checkpoint={run.path}/checkpoints/best.pt", f"infer.output_dir={tmp_path}")
+    command(*other, "mode=infer", "dataloading.eval_batch_size=1", spec=spec)
+    with open(tmp_path / "predictions_test.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for found, expected in zip(rows, run.rows(), strict=True):
+        assert float(found["p_dark"]) == pytest.approx(float(expected["p_dark"]), abs=1e-5)
+
+
+def test_a_killed_extraction_writes_what_a_whole_one_writes(command, tmp_path, monkeypatch, spec):
+    changes = ["mode=extract", "extract.source=encoder", "extract.output_filename='{split}.h5'"]
+    changes += ["extract.block_samples=2", "dataloading.eval_batch_size=2"]
+    if "slices" in spec:
+        changes.append("extract.output=tokens")
+    command(*changes, f"extract.output_dir={tmp_path / 'whole'}", spec=spec)
+    calls, finish = [], Extractor.finish
+
+    def stopping(self, running, **options):
+        calls.append(running)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return finish(self, running, **options)
+
+    again = f"extract.output_dir={tmp_path / 'again'}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Extractor, "finish", stopping)
+        command(*changes, again, spec=spec, code=130)
+    assert "blocks were finished" in command(*changes, again, spec=spec).out
+    for split in ("train", "val", "test"):
+        found, whole = ((tmp_path / kind / f"{split}.h5") for kind in ("again", "whole"))
+        assert found.read_bytes() == whole.read_bytes()
+
+
+def test_left_out_files_change_nothing(command, tmp_path, spec, root):
+    """A run on the same files without the broken ones learns and predicts the same."""
+    with_broken = command("name=run", spec=spec)
+    clean = write_set(tmp_path / "clean", broken=False)
+    other = command("name=other", spec=spec.replace(str(root), str(clean)))
+    for split in ("val", "test"):
+        file = f"predictions_{split}.csv"
+        assert (with_broken.path / file).read_bytes() == (other.path / file).read_bytes()
+    for key, value in with_broken.last["model"].items():
+        assert torch.equal(other.last["model"][key], value), key
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def arguments(folder: Path, spec: str, *changes: str) -> list[object]:
+    """Command line of a spec whose runs lie below a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "volumes.toml").write_text(spec)
+    return [folder / "volumes.toml", "--override", f"exp_dir={folder}/runs", "name=run", *changes]
+
+
+def run_dir(folder: Path) -> Path:
+    """The run below such a folder."""
+    return folder / "runs" / "generic_3d_dataset" / "run" / "0"
+
+
+@pytest.mark.processes
+def test_two_ranks_learn(command, tmp_path, root):
+    """Killed and continued as left alone, bit for bit; and what one process learns that accumulates
+    two batches, up to the order of sums."""
+    spec = KINDS["convolutions"].replace("ROOT", str(root))
+    changes = ["optimizer.name=SGD", "optimizer.lr=0.01", "dataloading.batch_size=1"]
+    commands = {name: arguments(tmp_path / name, spec, *changes) for name in ("two", "killed")}
+    glovita(*commands["two"], ranks=2)
+    stopped = run_ranks(KILLED, 4, *commands["killed"])
+    assert {one.code for one in stopped} == {9}
+    assert "after optimizer step 4" in glovita(*commands["killed"], ranks=2)
+    two, killed = (Result(0, "", "", run_dir(tmp_path / name)) for name in ("two", "killed"))
+    for key, value in two.last["model"].items():
+        assert torch.equal(killed.last["model"][key], value), key
+    one = command(*changes, "training.gradient_accumulation_steps=2", spec=spec)
+    found, expected = ([r["train_loss"] for r in run.records("step")] for run in (two, one))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    for key, value in one.last["model"].items():
+        torch.testing.assert_close(two.last["model"][key], value, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.processes
+def test_two_ranks_read_out(command, tmp_path, root):
+    """Predictions and features of slices are those of one process, byte for byte."""
+    spec = KINDS["slices"].replace("ROOT", str(root))
+    best = command("training.epochs=1", spec=spec).path / "checkpoints" / "best.pt"
+    infer = ["mode=infer", f"infer.checkpoint={best}", "infer.attention=true"]
+    extract = ["mode=extract", "extract.split=test", "extract.output=tokens"]
+    extract += ["extract.output_filename='{split}.h5'", f"extract.checkpoint={best}"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for changes, key in ((infer, "infer.output_dir"), (extract, "extract.output_dir")):
+        command(*changes, f"{key}={one}", spec=spec)
+        glovita(*arguments(tmp_path / "ranks", spec, *changes, f"{key}={two}"), ranks=2)
+    files = {"predictions_test.csv", "attention_test.h5", "test.h5"}
+    assert files <= {path.name for path in one.iterdir()}
+    for name in files:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+@pytest.mark.processes
+def test_two_programs_make_one_cache(tmp_path):
+    """Both start on a data set without a cache; each volume is prepared once, and both learn what a
+    third one learns afterwards."""
+    root = write_set(tmp_path / "set")
+    spec = KINDS["convolutions"].replace("ROOT", str(root))
+    started = [Child(GLOVITA, arguments(tmp_path / name, spec)) for name in ("a", "b")]
+    done = [child.wait() for child in started]
+    assert [each.code for each in done] == [0, 0], "".join(each.out for each in done)
+    made = {path: path.stat().st_mtime_ns for path in root.rglob("*.h5")}
+    assert len(made) == 14
+    glovita(*arguments(tmp_path / "c", spec))
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.h5")} == made
+    last = [run_dir(tmp_path / name) / "checkpoints" / "best.pt" for name in "abc"]
+    networks = [torch.load(path, weights_only=True)["model"] for path in last]
+    for key, value in networks[2].items():
+        assert torch.equal(networks[0][key], value) and torch.equal(networks[1][key], value), key
+
+
+# ---------------------------------------------------------------------- how files are stored
+
+PLACES = ((7.0, 9.0, 13.0), (15.0, 12.0, 8.0), (12.0, 16.0, 15.0))  # of what is in a phantom, mm
+SPACINGS = ((1.0, 1.0, 1.0), (0.75, 1.5, 1.0), (1.5, 0.75, 2.0))
+
+
+def phantom(spacing: tuple[float, float, float], heights: tuple[float, float, float]):
+    """A cube of 24 mm with three bright balls that are smooth at every spacing, and its affine."""
+    sides = [np.arange(round(24 / step)) * step + step / 2 for step in spacing]
+    grid = np.stack(np.meshgrid(*sides, indexing="ij"), -1)
+    voxels = sum(
+        height * np.exp(-(((grid - place) / 3.5) ** 2).sum(-1) / 2)
+        for height, place in zip(heights, PLACES, strict=True)
+    )
+    origin = [step / 2 for step in spacing]
+    return (100 * voxels).astype(np.float32), affine_of(spacing, origin)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_orientation_and_spacing_of_a_file_do_not_count(command, tmp_path, root, kind):
+    """One object, stored in eight orientations at three spacings.
+
+    At one spacing all orientations are the same numbers, and so their predictions are equal.
+    Between spacings the object is sampled at other places, and linear interpolation and smoothing
+    change the values a little: the probability changes by 0.0005 at most (measured), a thirtieth
+    of what another object changes.
+    """
+    spec = KINDS[kind].replace("ROOT", str(root)).replace("[1.0, 2.0, 1.5]", "[1.0, 1.0, 1.0]")
+    spec = spec.replace("patch_size = [8, 6, 8]", "patch_size = [20, 20, 20]")
+    run = command("training.epochs=4", "optimizer.lr=0.01", spec=spec)
+    objects = {"a": (1.0, 0.6, 0.3), "b": (-1.0, 0.4, 0.1)}
+    for name, heights in objects.items():
+        for number, spacing in enumerate(SPACINGS):
+            voxels, affine = phantom(spacing, heights)
+            for codes in ORIENTATIONS:
+                write_nifti(tmp_path / "new" / f"{name}{number}{codes}.nii", voxels, affine, codes)
+    command(
+        "mode=infer", f"infer.checkpoint={run.path}/checkpoints/best.pt",
+        f"infer.input={tmp_path / 'new'}", f"infer.output_dir={tmp_path}", spec=spec,
+    )  # fmt: skip
+    with open(tmp_path / "predictions_new.csv", newline="") as file:
+        rows = {row["id"]: float(row["p_dark"]) for row in csv.DictReader(file)}
+    assert len(rows) == 48
+    found = []
+    for name in objects:
+        of_spacings = [
+            {p for path, p in rows.items() if path.startswith(f"{name}{number}")}
+            for number in range(3)
+        ]
+        assert [len(values) for values in of_spacings] == [1, 1, 1]  # one of eight orientations
+        found.append([values.pop() for values in of_spacings])
+    spread = max(max(values) - min(values) for values in found)
+    assert 0 < spread < 1e-3
+    assert spread < 0.1 * abs(found[0][0] - found[1][0])
+
+
+# ---------------------------------------------------------------------- files that are broken
+
+
+def write_broken(root: Path) -> dict[str, str]:
+    """A file of each kind that cannot be used, with what is said about it."""
+    images = root / "images"
+    good = blob((8, 8, 8))
+    whole = write_nifti(images / "whole.nii", good).read_bytes()
+    (images / "short.nii").write_bytes(whole[:-100])
+    (images / "cut.nii.gz").write_bytes((images / "03.nii.gz").read_bytes()[:-60])
+    (images / "empty.nii").write_bytes(b"")
+    (images / "text.nii").write_bytes(b"no volume at all" * 40)
+    (images / "zeros.nii").write_bytes(whole[:280] + bytes(48) + whole[328:])
+    write_nifti(images / "nan.nii", np.where(good > good.mean(), good, np.nan))
+    write_nifti(images / "constant.nii", np.full((8, 8, 8), 3.0))
+    write_nifti(images / "frames.nii", np.stack([good] * 2, -1))
+    write_nifti(images / "dark.nii", good - 1000)
+    np.save(images / "two.npy", np.stack([good] * 2))
+    np.save(images / "nothing.npy", np.zeros((8, 0, 8), np.float32))
+    voxels = np.random.default_rng(0).integers(0, 900, (6, 5, 4), np.int16)
+    write_dicom(images / "gap", voxels, positions=[0, 2, 4, 8])
+    write_dicom(images / "mixed", voxels)
+    write_dicom(images / "mixed", voxels, description="b", cosines=(0, 1, 0, 1, 0, 0))
+    return {
+        "short.nii": "truncated",
+        "cut.nii.gz": "truncated",
+        "empty.nii": "an empty file",
+        "text.nii": "broken volume file",
+        "zeros.nii": "singular",
+        "nan.nii": "NaN or infinite",
+        "constant.nii": "constant: every voxel is 3",
+        "frames.nii": "4-D, 2 frames",
+        "dark.nii": "no foreground",
+        "two.npy": "2 channels, most have 1",
+        "nothing.npy": "no voxels: its shape is 1 x 8 x 0 x 8",
+        "gap": "1 slice missing",
+        "mixed": "orientations mix",
+        "gone.nii": "no such file",
+    }
+
+
+def test_broken_files_stand_in_one_report(command, tmp_path):
+    """From the command line: exit code 2, one line each, nothing half-written; what is whole is
+    prepared already, and with data.strict = false the run takes it."""
+    root = write_set(tmp_path / "set", broken=False)
+    said = write_broken(root)
+    with open(root / "labels.csv", "a", newline="") as file:
+        csv.writer(file).writerows((name, "dark", "train") for name in said)
+    spec = KINDS["convolutions"].replace("ROOT", str(root)).replace("strict = false\n", "")
+    cropped = '1.5]\ncrop = "foreground"\nforeground = 0.0'
+    spec = spec.replace("1.5]", cropped) + "[data.reading]\narray_spacing = [1, 1, 1]\n"
+    head, *lines = command(spec=spec, code=2).err.splitlines()
+    assert head == "14 volumes cannot be used; mend them or set data.strict = false:"
+    assert len(lines) == len(said) == 14
+    for name, text in said.items():
+        (line,) = [line for line in lines if line.startswith(f"  {name}: ")]
+        assert text in line, line
+    assert not list(tmp_path.glob("**/*.pt"))
+    prepared = {path: path.stat().st_mtime_ns for path in root.rglob("*.h5")}
+    run = command("data.strict=false", "training.epochs=1", spec=spec)
+    assert "14 volumes left out:" in run.out + run.err and "train 7, val 3, test 4" in run.out
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.h5")} == prepared
