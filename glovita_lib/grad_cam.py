@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from glovita_lib import figures
 from glovita_lib.attention_maps import caption, chosen_samples
-from glovita_lib.augment_patch import PatchCut
+from glovita_lib.augment_patch import PatchCut, WholeVolumes, WindowedVolumes, overlap
 from glovita_lib.data import Split, subset
 from glovita_lib.encoder import Encoder, Features, aggregate, evaluating, reads_pooled
-from glovita_lib.encoder_slicewise import SlicewiseEncoder, WindowsEncoder
+from glovita_lib.encoder_slicewise import PartwiseEncoder, SlicewiseEncoder, WindowsEncoder
 from glovita_lib.errors import UserError, composed, file_name, listed
 from glovita_lib.experiment import Experiment
 from glovita_lib.figures import displayed, window
@@ -55,9 +55,9 @@ class Activations:
     """Sides of the N places."""
 
 
-def grad_cam(model: Model, x: Tensor, output: int) -> np.ndarray:
-    """Grad-CAM (*grid) in float64 of one sample (1, C, *size) for one output of a model; where it
-    reads slices (S, h, w), each slice a map of its own.
+def grad_cam(model: Model, x: Tensor, output: int) -> tuple[np.ndarray, float]:
+    """Grad-CAM (*grid) in float64 of one sample (1, C, *size) for one output of a model, and that
+    output, a logit; where it reads parts of the sample (S, *grid), each part a map of its own.
 
     It is computed in the precision of the weights. Weights get no gradient.
 
@@ -65,8 +65,8 @@ def grad_cam(model: Model, x: Tensor, output: int) -> np.ndarray:
         UserError: the encoder gives no map, or the output does not depend on it.
     """
     with torch.enable_grad(), evaluating(model), without_gradients(model):
-        if isinstance(model.encoder, SlicewiseEncoder):
-            found = slice_activations(model.encoder, x)
+        if isinstance(model.encoder, PartwiseEncoder):
+            found = part_activations(model.encoder, x)
         else:
             method = model.aggregation if model.head.consumes == "pooled" else "avg"
             found = activations(model.encoder, x, method)
@@ -82,7 +82,7 @@ def grad_cam(model: Model, x: Tensor, output: int) -> np.ndarray:
         kept, slope = (found.patches(part.detach()).double() for part in (leaf, gradient))
         alpha = slope.mean(1, keepdim=True)  # (n, 1, D)
         maps.append((alpha * kept).sum(2).clamp(min=0))  # (n, N)
-    return torch.cat(maps).reshape(found.grid).cpu().numpy()
+    return torch.cat(maps).reshape(found.grid).cpu().numpy(), float(logits[0, output].detach())
 
 
 @contextmanager
@@ -160,19 +160,36 @@ def taking_tokens(encoder: Encoder, leaves: list[Tensor]) -> Iterator[None]:
         handle.remove()
 
 
-def slice_activations(encoder: SlicewiseEncoder, x: Tensor) -> Activations:
-    """The last maps or tokens of the slices of one volume (1, C, X, Y, Z)."""
+def part_activations(encoder: PartwiseEncoder, x: Tensor) -> Activations:
+    """The last maps or tokens of the parts of one volume (1, C, X, Y, Z)."""
     (inner,) = encoder.inner
-    volumes = x.movedim(2 + encoder.axis, 1)  # (1, N, C, H, W)
-    places = encoder.places(volumes.shape[1])  # (S,)
-    parts = []
-    for chosen in places.split(encoder.chunk or encoder.at_once):
-        images = encoder.images(volumes, torch.zeros_like(chosen), chosen)
-        parts.append(activations(inner, images, encoder.method))
-    vectors = torch.cat([aggregate(part.features, encoder.method) for part in parts])  # (S, D)
-    features = encoder.features_of(vectors[None], x.shape[2:], pooled=True)
-    leaves = [leaf for part in parts for leaf in part.leaves]
-    return Activations(leaves, parts[0].patches, features, (len(places), *parts[0].grid))
+    places, cut = parts_of(encoder, x)
+    found = []
+    for numbers in torch.arange(len(places)).split(encoder.chunk or encoder.at_once):
+        found.append(activations(inner, cut(numbers), encoder.method))
+    tokens = torch.cat([aggregate(part.features, encoder.method) for part in found])[None]
+    grid = None if isinstance(encoder, WindowsEncoder) else (len(places),)
+    mean = tokens.mean(1)  # (1, D)
+    features = Features(tokens, grid, 0, False, mean, encoder.pooling, places=(places,))
+    leaves = [leaf for part in found for leaf in part.leaves]
+    return Activations(leaves, found[0].patches, features, (len(places), *found[0].grid))
+
+
+def parts_of(encoder: PartwiseEncoder, x: Tensor) -> tuple[np.ndarray, Callable[[Tensor], Tensor]]:
+    """Where the parts of one volume (1, C, X, Y, Z) lie, (S, axes), and what makes inputs
+    (n, C, ...) of the encoder of parts of their numbers (n,)."""
+    if isinstance(encoder, WindowsEncoder):
+        starts, windows = encoder.places(x[0]), encoder.windows
+        return starts, lambda part: torch.stack(
+            [windows.cut(x[0], starts[number].tolist()) for number in part]
+        )
+    assert isinstance(encoder, SlicewiseEncoder)
+    slices = encoder
+    volumes = x.movedim(2 + slices.axis, 1)  # (1, N, C, H, W)
+    places = slices.places(volumes.shape[1])  # (S,)
+    return places.numpy()[:, None], lambda part: slices.images(
+        volumes, torch.zeros_like(part), places[part]
+    )
 
 
 def check_places(encoder: Encoder) -> None:
@@ -181,7 +198,7 @@ def check_places(encoder: Encoder) -> None:
     Raises:
         UserError: it gives vectors alone.
     """
-    (inner,) = encoder.inner if isinstance(encoder, SlicewiseEncoder) else (encoder,)
+    (inner,) = encoder.inner if isinstance(encoder, PartwiseEncoder) else (encoder,)
     if not inner.has_patches:
         raise UserError(
             f"infer.heat_maps: {inner.name} gives one vector a sample, no map that Grad-CAM could"
@@ -205,6 +222,47 @@ def on_input(cells: np.ndarray, encoder: Encoder, size: Sequence[int]) -> np.nda
         weights = [np.interp(np.arange(side), middles, one) for one in np.eye(count)]
         cells = np.moveaxis(np.tensordot(weights, cells, (0, axis)), 0, axis)
     return cells
+
+
+def heat_values(
+    model: Model, x: Tensor, output: int, windowed: WindowedVolumes | None = None
+) -> np.ndarray:
+    """Grad-CAM of one sample (C, *size) on its pixels or voxels, (*size).
+
+    Maps of windows are put together, their mean where they overlap, 0 where there is none.
+
+    Args:
+        windowed: how an evaluation by windows goes; the map of a window is that of the mean or the
+            maximum over all of them.
+    """
+    encoder, size = model.encoder, x.shape[1:]
+    if windowed is not None:
+        starts, sides = windowed.grid.starts(size), windowed.grid.size
+        found = [
+            grad_cam(model, windowed.grid.cut(x, start)[None], output) for start in starts.tolist()
+        ]
+        shares = np.full(len(found), 1 / len(found))
+        if windowed.how == "max":
+            shares = np.eye(len(found))[np.argmax([logit for _, logit in found])]
+        maps = [
+            on_input(cells * w, encoder, sides) for (cells, _), w in zip(found, shares, strict=True)
+        ]
+        return joined(maps, starts, size)
+    cells, _ = grad_cam(model, x[None], output)
+    if isinstance(encoder, WindowsEncoder):
+        (inner,), starts = encoder.inner, encoder.places(x)
+        return joined([on_input(c, inner, encoder.windows.size) for c in cells], starts, size)
+    return on_input(cells, encoder, size)
+
+
+def joined(maps: Sequence[np.ndarray], starts: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Maps (x, y, z) of windows that begin at voxels (N, 3), as one (X, Y, Z)."""
+    total, count = np.zeros(tuple(size)), np.zeros(tuple(size))
+    for values, start in zip(maps, starts.tolist(), strict=True):
+        there, inside = overlap(start, values.shape, size)
+        total[tuple(there)] += values[tuple(inside)]
+        count[tuple(there)] += 1
+    return total / np.maximum(count, 1)
 
 
 # ------------------------------------------------------------------------- maps of a split
@@ -236,12 +294,6 @@ def check_heat_maps(experiment: Experiment, spec: Infer) -> None:
         raise UserError(
             f"infer.heat_maps: the samples are {resolved.inputs.kind}, which have no places in an"
             f" image or a volume; {OFF}: heads with attention write that of every instance"
-        )
-    of_windows = isinstance(resolved.inputs, VolumeInputs) and resolved.inputs.by_windows
-    if of_windows or isinstance(experiment.model.encoder, WindowsEncoder):
-        raise UserError(
-            "infer.heat_maps: Grad-CAM weighs the map of one input, and this model reads windows of"
-            f" a volume; {OFF}, infer.volume_maps = true shows which of them count"
         )
     check_places(experiment.model.encoder)
     names = list(map(composed, resolved.class_names))
@@ -279,8 +331,10 @@ def write_heat_maps(
         for batch in loader.epoch(0):
             moved = batch.to(alone.device)
             inputs = experiment.objective.eval_inputs(moved.inputs, moved.fitted, 0)
-            for x, row in zip(inputs, batch.rows.tolist(), strict=True):
-                found = heat_map(experiment, spec, part, row, x, predictions, chosen[row])
+            windowed = inputs if isinstance(inputs, WindowedVolumes) else None
+            samples = inputs.volumes if windowed is not None else inputs
+            for x, row in zip(samples, batch.rows.tolist(), strict=True):
+                found = heat_map(experiment, spec, part, row, x, windowed, predictions, chosen[row])
                 show(resolved.inputs, found, pictures, volumes, resolved)
     rows = [("heat maps", f"{pictures}/")]
     return [*rows, ("maps as NIfTI", f"{volumes}/")] if volumes.is_dir() else rows
@@ -292,6 +346,7 @@ def heat_map(
     split: Split,
     row: int,
     x: Tensor,
+    windowed: WindowedVolumes | None,
     predictions: Predictions,
     number: int,
 ) -> HeatMap:
@@ -299,20 +354,21 @@ def heat_map(
 
     Args:
         row: of the sample in the split.
-        x: (C, *size), the sample as the encoder takes it.
+        x: (C, *size), the sample as the model takes it.
+        windowed: see `heat_values`.
         number: of the sample in the predictions.
     """
     resolved = experiment.resolved
     output = output_of(spec, resolved, predictions.scores[number])
-    cells = grad_cam(experiment.model, x[None], output)
+    values = heat_values(experiment.model, x, output, windowed)
     if resolved.subtask == "regression":
-        cells = cells * resolved.target_std[output]  # of the target in its units
+        values = values * resolved.target_std[output]  # of the target in its units
     return HeatMap(
         title=predictions.ids[number],
         caption=caption(predictions, number, resolved),
         output=resolved.class_names[output],
         inputs=x.float().cpu().numpy(),
-        values=on_input(cells, experiment.model.encoder, x.shape[1:]),
+        values=values,
         affine=affine_of(experiment, split, row),
     )
 
@@ -329,9 +385,11 @@ def output_of(spec: Infer, resolved: Resolved, scores: np.ndarray) -> int:
 def affine_of(experiment: Experiment, split: Split, row: int) -> np.ndarray | None:
     """Affine (4, 4) of what the encoder sees of a volume of a split; None where none is known."""
     fit = experiment.objective.eval_inputs.fit
-    if split.source.windows is None or not isinstance(fit, PatchCut):
+    if split.source.windows is None or not isinstance(fit, PatchCut | WholeVolumes):
         return None
     (volume,) = split.source.windows(np.array([row]))
+    if isinstance(fit, WholeVolumes):
+        return volume.affine
     box = fit.boxes(np.array([volume.shape[1:]]), None)[0]  # the centre, in which nothing is drawn
     return part_affine(volume.affine, fit.start(volume, box))
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from volume_files import ORIENTATIONS, affine_of, blob, write_nifti
 
+from glovita_lib.augment_patch import Volumes, WindowedVolumes, WindowGrid
 from glovita_lib.errors import UserError
-from glovita_lib.grad_cam import grad_cam, on_input
+from glovita_lib.grad_cam import grad_cam, heat_values, on_input
 from glovita_lib.model import build_model
 from glovita_lib.objectives import HeadOutput
 from glovita_lib.spec_encoders import (
@@ -24,6 +25,7 @@ from glovita_lib.spec_encoders import (
     TimmEncoder,
     TorchvisionEncoder,
     VideoResNetEncoder,
+    Windows,
 )
 from glovita_lib.spec_model import AbmilHead, ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
@@ -139,6 +141,11 @@ CASES = {
         PrimusEncoder(), (16, 24, 8), {}, "eva",
         lambda x: x,
     ),
+    "windows": (
+        ResidualEncoder(features_per_stage=(4, 8), strides=(1, 2), n_blocks_per_stage=1,
+                        kernel_sizes=3, lift="windows", windows=Windows(size=(8, 6, 8))),
+        (12, 10, 8), {"head": AbmilHead()}, "stages.1", of_map,
+    ),
     "video": (
         VideoResNetEncoder(type="r3d_18", pretrained=False), (32, 16, 16), {}, "layer4",
         lambda x: of_map(x.movedim(2, 4)),
@@ -163,20 +170,20 @@ def test_maps_are_those_of_the_formula(case):
     encoder, size, options, name, places = CASES[case]
     model, x = model_of(encoder, size, **options), sample(*size)
     trains = [p.requires_grad for p in model.parameters()]
-    found, output = max(
-        ((grad_cam(model, x, output), output) for output in range(3)),
-        key=lambda each: each[0].max(),
-    )
+    outputs = [grad_cam(model, x, output) for output in range(3)]
+    output = max(range(3), key=lambda number: outputs[number][0].max())
+    found, logit = outputs[output]
+    assert abs(logit - HeadOutput.of(model(x)).logits[0, output].item()) < 1e-9
     assert [p.requires_grad for p in model.parameters()] == trains
     assert all(p.grad is None for p in model.parameters())
     name, of_input = name.removesuffix(" <"), name.endswith("<")
     expected = by_hand(model, x, output, (model.encoder.net.get_submodule(name), of_input), places)
     assert found.max() > 0
     np.testing.assert_allclose(found.ravel(), expected.ravel(), rtol=1e-9, atol=1e-12 * found.max())
-    single = grad_cam(model.float(), x.float(), output)
+    single, _ = grad_cam(model.float(), x.float(), output)
     assert abs(single - found).max() < 1e-3 * found.max()
-    values = on_input(found, model.encoder, size)
-    assert values.shape == size and values.min() >= 0 and values.max() <= found.max() * (1 + 1e-12)
+    values = heat_values(model, x[0].float(), output)
+    assert values.shape == size and values.min() >= 0 and values.max() <= single.max() * (1 + 1e-12)
 
 
 # ------------------------------------------------------------------------------- methods
@@ -193,7 +200,7 @@ def test_adapters_and_frozen_encoders():
         {"method": "linear_probing"},
     ):
         model = model_of(encoder, (16, 24), peft=msgspec.convert(peft, Peft))
-        found = grad_cam(model, x, 0)
+        found, _ = grad_cam(model, x, 0)
         assert found.shape == (4, 6) and found.max() > 0
         block = model.encoder.net.get_submodule("blocks.1")
         expected = by_hand(model, x, 0, (block, True), lambda tokens: tokens[:, -24:])
@@ -227,6 +234,35 @@ def test_places_lie_in_the_middle_of_their_voxels():
     found = on_input(cells[:, :1, :1], model.encoder, (32, 10, 32))
     assert model.encoder.places(10).tolist() == [0, 4, 8]
     np.testing.assert_allclose(found[3, :, 5], [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2])
+
+
+@pytest.mark.parametrize("how", ["mean", "max"])
+def test_windows_of_an_evaluation_are_put_together(how):
+    """Each by its part in the mean or maximum of the logits; the mean where they overlap."""
+    model = model_of(
+        ResidualEncoder(features_per_stage=(4, 8), strides=(1, 2), n_blocks_per_stage=1),
+        (8, 8, 8),
+    )
+    volume, grid = sample(12, 8, 7)[0], WindowGrid((8, 8, 8), (3, 3, 3))
+    windowed = WindowedVolumes(Volumes((volume,)), grid, how, 100)
+    starts = grid.starts((12, 8, 7))
+    assert starts.tolist() == [[0, 0, -1], [3, 0, -1], [4, 0, -1]]
+    kept = {}
+    handle = model.encoder.net.get_submodule("stages.1").register_forward_hook(
+        lambda module, inputs, result: kept.update(map=result.retain_grad() or result)
+    )
+    windowed.reduced(model)[0, 2].backward()
+    handle.remove()
+    alpha = kept["map"].grad.mean((2, 3, 4), keepdim=True)
+    maps = (alpha * kept["map"]).sum(1, keepdim=True).clamp(min=0).detach()
+    fine = torch.nn.functional.interpolate(maps, (8, 8, 8), mode="trilinear")[:, 0, :, :, : 7 + 1]
+    total, count = np.zeros((12, 8, 7)), np.zeros((12, 8, 7))
+    for part, (x, _, _) in zip(fine.numpy(), starts.tolist(), strict=True):
+        total[x : x + 8] += part[:, :, 1:]  # the first slice lies before the volume
+        count[x : x + 8] += 1
+    found = heat_values(model, volume, 2, windowed)
+    np.testing.assert_allclose(found, total / count, rtol=1e-9, atol=1e-12)
+    assert (maps.amax((1, 2, 3, 4)) > 0).sum() == (3 if how == "mean" else 1)
 
 
 # ------------------------------------------------------------------------------- whole runs
@@ -323,6 +359,12 @@ def test_planted_cubes_are_found_in_the_world(command, refused, cubes, tmp_path)
     maps = [highest(folder / "heat_maps_new" / f"{codes}.nii.gz") for codes in ("LPS", "SRA")]
     assert (maps[0][0] == maps[1][0]).all() and (maps[0][1] == maps[1][1]).all()
     assert (abs(maps[0][0] - where) < 2.5 * np.array(SPACING)).all()
+    ask = ["mode=infer", f"infer.checkpoint={result.path / 'checkpoints/last.pt'}"]
+    ask += ["infer.heat_map_class=cube", f"infer.output_dir={tmp_path / 'whole'}"]
+    command(*ask, "infer.heat_maps=4", "data.augmentation.evaluation=windows", spec=cubes)
+    place, values = highest(tmp_path / "whole" / "heat_maps_test" / "39.nii.gz")
+    assert values.shape == SHAPE  # the whole volume
+    assert (abs(place - cube(39)[2]) < 2.5 * np.array(SPACING)).all()
     wrong = refused("mode=infer", "infer.heat_maps=1", "infer.heat_map_class=ball", spec=cubes)
     assert 'infer.heat_map_class = "ball": the model predicts cube, plain' in wrong
     two = refused("mode=infer", "infer.heat_maps=1", "infer.checkpoint=['a', 'b']", spec=cubes)
