@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from glovita_lib.bags import Bags
-from glovita_lib.data import BagSamples, BaseSamples, Data, Split, Standardizer, VectorSamples
+from glovita_lib.data import (
+    BagSamples,
+    BaseSamples,
+    Data,
+    Source,
+    Split,
+    Standardizer,
+    VectorSamples,
+)
 from glovita_lib.experiment import build_split_loader
 from glovita_lib.loader import (
     Batch,
@@ -53,13 +61,46 @@ def moments(
     samples: BaseSamples, root: Root, data: Data
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Mean and standard deviation (D,) of the features of the train split, where the spec
-    standardises them."""
+    standardises them; where it does not, what float32 rounds away of them is put into the report of
+    the data."""
     if not root.data.features.standardize:
+        if root.mode == "train" and (line := rounding_line(data.splits["train"].source)):
+            data.report.append(line)
         return None, None
     source = data.splits["train"].source
     assert isinstance(source, VectorSource | BagSource)  # those of precomputed features
     scale = feature_scale(source)
     return tuple(scale.mean.tolist()), tuple(scale.std.tolist())
+
+
+ROUNDED = 0.01  # of a column's deviation: steps of float32 that are worth a line
+
+
+def rounding_line(source: Source) -> str | None:
+    """A line about columns of float64 features that vary so little beside their size that the
+    float32 of a model keeps few of their digits; all features of the source are looked at."""
+    match source:
+        case VectorSource():
+            size = source.vectors.dtype.itemsize
+        case BagSource():
+            size = source.reader.item_bytes
+        case _:
+            return None
+    if size <= np.dtype(np.float32).itemsize:
+        return None
+    scale = feature_scale(source)
+    step = np.spacing(np.abs(scale.mean).astype(np.float32))
+    varies = scale.std != 1  # what a constant column has
+    lost = np.flatnonzero(varies & (step > ROUNDED * scale.std))
+    if not len(lost):
+        return None
+    column = lost[np.argmax(step[lost] / scale.std[lost])]
+    return (
+        f"float32, which a model computes with, keeps few digits of {len(lost)} of"
+        f" {len(scale.mean)} columns of the float64 features (column {column}:"
+        f" {scale.mean[column]:.10g} with deviation {scale.std[column]:.3g}, in steps of"
+        f" {step[column]:.3g}): set data.standardize = true"
+    )
 
 
 class FeatureInputs:

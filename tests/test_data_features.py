@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,9 @@ from glovita_lib import data_features  # noqa: F401
 from glovita_lib.data import VectorSamples
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
+from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_data import PrecomputedData
+from glovita_lib.spec_root import Root
 
 DIGITS = load_digits()
 X, Y = DIGITS.data.astype(np.float32), DIGITS.target
@@ -365,6 +368,36 @@ def test_a_split_that_is_listed_without_a_sample(name, tmp_path):
     (tmp_path / "splits.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"the {name} split has no sample"):
         build(tmp_path, features_file="f.h5", split_source="splits_json")
+
+
+@pytest.mark.parametrize("layout", ["vectors", "bags"])
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_digits_that_float32_rounds_away_are_said(layout, kind, tmp_path):
+    """1.7e9 with deviation 30 comes in steps of 128; beside it columns that lose nothing."""
+    draw = np.random.default_rng(0)
+    values = np.stack([1.7e9 + 30 * draw.normal(size=60), draw.normal(size=60), np.full(60, 0.1)])
+    given = {} if layout == "vectors" else {"bag_ptr": np.arange(0, 61, 5)}
+    count = 60 if layout == "vectors" else 12
+    write(tmp_path / "f.h5", features=values.T.astype(kind), labels=np.arange(count) % 2, **given)
+    fields = {"data_root_dir": str(tmp_path), "features_file": "f.h5", "split_source": "kfold"}
+    for standardize in (False, True):
+        spec = PrecomputedData(**fields, standardize=standardize)
+        data = build_data(spec, seed=0)
+        head = {"head_type": "classification" if layout == "vectors" else "abmil"}
+        root = msgspec.convert(
+            {
+                "mode": "train",
+                "data": {"dataset": "precomputed_features", **fields, "standardize": standardize},
+                "model": {"encoder": {"encoder_type": "precomputed"}, "head": head},
+            },
+            Root,
+        )
+        resolve_spec(root, data)
+        said = [line for line in data.report if "float32" in line]
+        assert len(said) == (kind is np.float64 and not standardize)
+        for line in said:
+            assert " 1 of 3 columns" in line and "(column 0: 1" in line
+            assert "in steps of 128): set data.standardize = true" in line
 
 
 def test_what_no_split_uses_is_reported(tmp_path):
