@@ -611,7 +611,7 @@ def calibration(
             handlelength=1.2,
             handletextpad=0.5,
         )
-        below.bar((np.arange(BINS) + 0.5) / BINS, n / max(n.sum(), 1), 0.92 / BINS, color=BLUE)
+        below.bar((np.arange(BINS) + 0.5) / BINS, n / max(int(n.sum()), 1), 0.92 / BINS, color=BLUE)
         below.set(xlabel=what[0], ylabel="share")
         below.grid(axis="x", visible=False)
         below.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -64,8 +64,8 @@ def write_prediction_csv(
     names = np.array(class_names, dtype=object)
     if subtask == "multiclass":
         if targets is not None:
-            columns["label"] = names[targets]
-        columns["prediction"] = names[scores.argmax(1)]
+            columns["label"] = names[targets].tolist()
+        columns["prediction"] = names[scores.argmax(1)].tolist()
     else:
         labels, predictions = value_columns(subtask, class_names)
         if targets is not None:
