@@ -233,6 +233,55 @@ def over_middle(volume: np.ndarray, size: int) -> np.ndarray:
     return uniform_filter(volume.astype(np.float64), 2 - size % 2, mode="nearest")
 
 
+def lesions(
+    spec: OwnData, seed: int, *, pieces: int = 600, size: int = 32, radius: float = 5.0
+) -> Data:
+    """Which pieces of the T1 image have a lesion: a ball in white matter, as bright as grey matter.
+    Half of them have one; all are drawn around places deep in white matter, so that how much there
+    is of each tissue tells next to nothing. Ids tell where it is, world mm (MNI).
+
+    Args:
+        pieces: of all splits together.
+        size: side of a piece, voxels.
+        radius: of a lesion, mm.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    deep = distance_transform_edt(read_brain().wm > HALF) > radius + 0.5
+    counts = {split: 2 * round(pieces * share / 2) for split, share in SHARES.items()}
+    splits = {
+        split: planted(places, size, deep, radius)
+        for split, places in draw(deep, size, counts, seed).items()
+    }
+    classes = ("none", "lesion")
+    return Data("icbm_lesions", splits, "multiclass", classes, VolumeSamples(channels=1))
+
+
+def planted(middles: np.ndarray, size: int, deep: np.ndarray, radius: float) -> Split:
+    """Pieces around middles (N, 3), of which every second has a lesion.
+
+    Args:
+        deep: (X, Y, Z), where the middle of a lesion may be.
+        radius: of a lesion, voxels.
+    """
+    brain, rng = read_brain(), np.random.default_rng(0)
+    found, ids = cut(middles, size), names(middles)
+    bright = np.median(brain.t1[brain.gm > GREY]) / 127.5 - 1
+    edge = int(np.ceil(radius))
+    inner = (slice(edge, size - edge),) * 3  # the whole lesion is in the piece
+    for row in range(1, len(middles), 2):
+        start = middles[row] - size // 2
+        allowed = np.argwhere(around(deep, start[None], size)[0][inner]) + edge
+        place = rng.choice(allowed)
+        grid = np.indices((size,) * 3) - place[:, None, None, None]
+        share = np.clip(radius + 0.5 - np.sqrt((grid**2).sum(0)), 0, 1)  # of each voxel
+        voxels = found.voxels[row, 0]
+        voxels += share.astype(np.float32) * (np.float32(bright) - voxels)
+        (world,) = names((start + place)[None])
+        ids[row] += f"_lesion_{world}"
+    return Split(ids, np.arange(len(middles)) % 2, found)
+
+
 def depth_in(mask: np.ndarray) -> np.ndarray:
     """Distance (X, Y, Z) of voxels of 1 mm to the surface of a mask, half a voxel from the middle
     of the nearest voxel on its other side, mm; below 0 outside of it."""

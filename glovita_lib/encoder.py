@@ -165,6 +165,11 @@ class Encoder(nn.Module):
         grid = self.grid(raw, size)
         return Features(tokens, grid, self.n_prefix, self.has_cls, vector, self.pooling)
 
+    @property
+    def of_parts(self) -> "Encoder | None":
+        """The encoder of the parts that it reads a sample in, where it does."""
+        return None
+
     def most_tokens(self, size: tuple[int, ...]) -> int | None:
         """Most tokens of a sample up to this size, where their number differs; else None."""
         return None

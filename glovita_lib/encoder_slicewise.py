@@ -75,6 +75,10 @@ class PartwiseEncoder(Encoder):
         )
         self.load_target, self.notes, self.parts = inner.load_target, inner.notes, key
 
+    @property
+    def of_parts(self) -> Encoder:
+        return self.inner[0]
+
     def inspect(self, input_shape: Size) -> None:
         """Facts follow from those of the encoder of parts; layers behind a pooling that its parts
         do not pass are frozen."""

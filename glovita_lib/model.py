@@ -96,9 +96,13 @@ class Model(nn.Module):
             return aggregate(features, method)
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the forward pass, but not the functions that are `eager`."""
+        """Compile the forward pass, but not the functions that are `eager`; of an encoder of parts
+        that of a chunk of them, as their number changes from batch to batch."""
         keep_eager()
-        super().compile(*args, **options)
+        if self.encoder.of_parts is None:
+            super().compile(*args, **options)
+        else:
+            self.encoder.of_parts.compile(*args, **options)
 
     def train(self, mode: bool = True) -> "Model":
         """Train mode for what trains; frozen parts stay in eval mode (dropout, BatchNorm)."""

@@ -406,8 +406,8 @@ class Infer(Spec):
     target."""
     volume_maps: bool = False
     """Whether maps_<split> gets NIfTI files that lie over the volumes in world coordinates: the
-    attention over windows, slices or patches, or with data.augmentation.evaluation = "windows" the
-    score of each class or target in the windows; the mean where they overlap."""
+    attention over windows, slices or patches as a density, or with data.augmentation.evaluation =
+    "windows" the score of each class or target, the mean over the windows there."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """One source of weights and one of samples; folds are named once; what is exported is one

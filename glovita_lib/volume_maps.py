@@ -5,6 +5,7 @@ X Y Z voxels, n parts of a volume (windows, slices, patch tokens), K branches, c
 
 import gzip
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ from glovita_lib import dist, files
 from glovita_lib.attention_maps import AttentionHead
 from glovita_lib.augment_volumes import VolumeAugmenter
 from glovita_lib.bags import as_bags, segment_softmax
-from glovita_lib.data import Split
+from glovita_lib.data import BaseSamples, Split
 from glovita_lib.encoder import Features
 from glovita_lib.encoder_slicewise import SlicewiseEncoder, WindowsEncoder
 from glovita_lib.errors import UserError, file_name
 from glovita_lib.experiment import Experiment
 from glovita_lib.extraction import token_places
 from glovita_lib.loader import needed
-from glovita_lib.resolved import VolumeInputs
+from glovita_lib.resolved import VolumeInputs, read_by
 
 # ---------------------------------------------------------------------------------- the file
 
@@ -73,6 +74,7 @@ def part_affine(affine: np.ndarray, starts: Sequence[float]) -> np.ndarray:
 
 # ------------------------------------------------------------------------------- parts of volumes
 
+TINY = 1e-300  # divides what is nowhere
 Ends = tuple[np.ndarray, np.ndarray]  # (n, 3) first voxels, and those behind the last
 Boxes = Callable[[np.ndarray, Sequence[int]], Ends]
 """Places (n, axes) of parts and voxels of the encoder's input -> where the parts lie in it."""
@@ -90,8 +92,8 @@ def slice_boxes(places: np.ndarray, have: Sequence[int], *, axis: int) -> Ends:
     before = [at[0] + 0.5 - (middles[0] - at[0] - 0.5)] if len(at) > 1 else [at[0]]
     behind = [at[-1] + 0.5 + (at[-1] + 0.5 - middles[-1])] if len(at) > 1 else [at[0] + 1]
     low, high = np.zeros((len(at), 3), np.int64), np.tile(np.array(have), (len(at), 1))
-    low[:, axis] = np.floor(np.concatenate([before, middles]))
-    high[:, axis] = np.floor(np.concatenate([middles, behind]))
+    low[:, axis] = np.floor(np.concatenate([before, middles])).clip(0, have[axis])
+    high[:, axis] = np.concatenate([np.floor(middles), np.ceil(behind)]).clip(0, have[axis])
     return low, high
 
 
@@ -101,16 +103,46 @@ def token_boxes(places: np.ndarray, have: Sequence[int]) -> Ends:
     return np.rint(places * sides).astype(int), np.rint((places + 1) * sides).astype(int)
 
 
-def spread(values: np.ndarray, ends: Ends, shape: Sequence[int]) -> np.ndarray:
+def mean_over(values: np.ndarray, ends: Ends, shape: Sequence[int]) -> np.ndarray:
     """Values (n,) of parts in their voxels, the mean where parts overlap and 0 where there are
-    none, (X, Y, Z) float32."""
+    none, (X, Y, Z)."""
     total, count = np.zeros(shape), np.zeros(shape, np.int32)
     low, high = (np.clip(end, 0, shape) for end in ends)
     for value, first, last in zip(values, low, high, strict=True):
         part = tuple(slice(*pair) for pair in zip(first, last, strict=True))
         total[part] += value
         count[part] += 1
-    return (total / np.maximum(count, 1)).astype(np.float32)
+    return total / np.maximum(count, 1)
+
+
+def density(
+    values: np.ndarray, ends: Ends, shape: Sequence[int], deviation: Sequence[float] | None
+) -> np.ndarray:
+    """Shares (n,) of parts, each spread over its voxels and added up, in multiples of what an even
+    share of all voxels would be, (X, Y, Z): the mean is the sum of the shares.
+
+    A mean over the parts that hold a voxel would be largest at the border, where the part with the
+    largest share is alone.
+
+    Args:
+        deviation: of the Gaussian around its middle over which a part is spread, voxels along each
+            axis; none: evenly. At half the distance of neighbours, equal shares make an even map.
+    """
+    total = np.zeros(shape)
+    for value, low, high in zip(values, *ends, strict=True):
+        profiles, part = [], []
+        for axis, side in enumerate(shape):
+            places = np.arange(low[axis], high[axis])
+            inside = places[(places >= 0) & (places < side)]
+            away = inside - (low[axis] + high[axis] - 1) / 2
+            flat = np.ones(len(inside))
+            profiles.append(
+                flat if deviation is None else np.exp(-0.5 * (away / deviation[axis]) ** 2)
+            )
+            part.append(slice(inside[0], inside[-1] + 1) if len(inside) else slice(0))
+        weights = np.einsum("x,y,z->xyz", *profiles)
+        total[tuple(part)] += value * weights / max(weights.sum(), TINY)
+    return total * math.prod(shape)
 
 
 # ------------------------------------------------------------------- attention, scores of windows
@@ -121,6 +153,7 @@ class Heard:
     """What a model gave for the parts of the volumes of this rank, in their order."""
 
     what: str  # attention or score
+    deviation: Sequence[float] | None  # of the Gaussians that attention is spread over, voxels
     boxes: Boxes
     whole: bool  # whether its input is the prepared volume, not a patch in its middle
     patch: Sequence[int]  # voxels of its input where it is not
@@ -138,6 +171,7 @@ class VolumeMaps:
     def __init__(self, folder: Path, ranks: dist.Ranks) -> None:
         self.folder, self.ranks = folder, ranks
         self.members: list[Heard] = []
+        self.readings: list[BaseSamples] = []  # how each member has its volumes read
         self.names: tuple[str, ...] = ()  # of K classes or targets
 
     @contextmanager
@@ -145,7 +179,8 @@ class VolumeMaps:
         """Context in which the passes of a model over its shard of the split are noted.
 
         Raises:
-            UserError: the model has nothing to map.
+            UserError: the model has nothing to map, or reads volumes in another way than the
+                members before it.
         """
         inputs, head = experiment.resolved.inputs, experiment.model.head
         prepare = experiment.objective.eval_inputs
@@ -154,18 +189,31 @@ class VolumeMaps:
                 f"infer.volume_maps: the model was trained on {inputs.kind}, not volumes"
             )
         self.names = experiment.resolved.class_names
+        self.readings.append(read_by(inputs))
+        if self.readings[-1] != self.readings[0]:
+            raise UserError(
+                "infer.volume_maps: the members read or prepare volumes in different ways, so that"
+                " their maps have no mean: name one of them"
+            )
         aug = inputs.augmentation
         if inputs.by_windows:
             boxes = partial(window_boxes, size=aug.patch_size)
-            heard = Heard("score", boxes, True, aug.patch_size, [], [])
+            heard = Heard("score", None, boxes, True, aug.patch_size, [], [])
             prepare.told = partial(note_scores, heard, experiment)
             try:
                 yield
             finally:
                 prepare.told = None
         elif isinstance(head, AttentionHead):
+            encoder = experiment.model.encoder
             heard = Heard(
-                "attention", boxes_of(experiment.model.encoder), aug.whole, aug.patch_size, [], []
+                "attention",
+                deviation_of(encoder),
+                boxes_of(encoder),
+                aug.whole,
+                aug.patch_size,
+                [],
+                [],
             )
             hook = head.register_forward_hook(partial(note_attention, heard))
             try:
@@ -185,7 +233,7 @@ class VolumeMaps:
         call it.
 
         Raises:
-            UserError: members that prepare volumes in different ways, disk full ...
+            UserError: disk full ...
         """
         if self.ranks.is_main:
             files.make_folder(self.folder)
@@ -210,11 +258,14 @@ class VolumeMaps:
             offset = np.array(
                 [(there - side) // 2 for there, side in zip(shape, have, strict=True)]
             )
-            low, high = (np.clip(e, 0, have) for e in member.boxes(member.places[number], have))
+            low, high = member.boxes(member.places[number], have)
             placed = (low + offset, high + offset)
             for branch, values in zip(
                 self.branches(member, number), member.values[number].T, strict=True
             ):
+                spread = mean_over
+                if member.what == "attention":
+                    spread = partial(density, deviation=member.deviation)
                 found.setdefault(branch, []).append(spread(values, placed, shape))
         return {branch: np.mean(parts, 0) for branch, parts in found.items()}
 
@@ -234,6 +285,13 @@ def boxes_of(encoder: nn.Module) -> Boxes:
     if isinstance(encoder, SlicewiseEncoder):
         return partial(slice_boxes, axis=encoder.axis)
     return token_boxes
+
+
+def deviation_of(encoder: nn.Module) -> Sequence[float] | None:
+    """Deviation of the Gaussians that attention to windows is spread over, half their distance."""
+    if not isinstance(encoder, WindowsEncoder):
+        return None
+    return [step / 2 for step in encoder.windows.stride]
 
 
 def note_scores(

@@ -138,3 +138,28 @@ def of_images(spec, seed):
     from glovita_lib.spec_data import DigitsData
 
     return build_data(DigitsData(), seed=seed)
+
+
+def test_every_second_piece_has_a_lesion_where_its_id_says():
+    """A ball in white matter, as bright as grey matter; around it is the brain."""
+    data, brain = build("lesions", pieces=60, size=24, radius=3.0), data_icbm.read_brain()
+    to_voxel = np.linalg.inv(brain.affine)
+    grey = np.median(brain.t1[brain.gm > data_icbm.GREY]) / 127.5 - 1
+    for name, count in (("train", 30), ("val", 8), ("test", 20)):
+        split = data.splits[name]
+        assert split.targets.tolist() == [0, 1] * (count // 2)
+        for row, piece in enumerate(split.source.windows(np.arange(count))):
+            start = np.rint((to_voxel @ piece.affine)[:3, 3]).astype(int)
+            part = tuple(slice(at, at + 24) for at in start)
+            changed = np.abs(piece[0] - (brain.t1[part] / np.float32(127.5) - 1)) > 1e-6
+            assert changed.any() == ("lesion" in split.ids[row]) == split.targets[row]
+            if not changed.any():
+                continue
+            middle = np.array(split.ids[row].partition("_lesion_")[2].split("_"), float)
+            voxels = np.argwhere(changed)
+            world = voxels @ piece.affine[:3, :3].T + piece.affine[:3, 3]
+            distance = np.linalg.norm(world - middle, axis=1)
+            assert distance.max() <= 3.5 and 60 < len(voxels) < 180  # 4/3 pi 3.5^3
+            near = tuple(voxels[distance < 2].T)
+            np.testing.assert_allclose(piece[0][near], grey, atol=1e-6)
+            assert (brain.wm[part][near] > data_icbm.HALF).all()

@@ -7,11 +7,18 @@ from nibabel.affines import apply_affine
 from nibabel.processing import resample_from_to
 from volume_files import ORIENTATIONS, PLAIN, affine_of, blob, write_nifti
 
-from glovita_lib.augment_patch import PatchCut
+from glovita_lib.augment_patch import PatchCut, WindowGrid
 from glovita_lib.read_volume import open_sample
 from glovita_lib.spec_volumes import VolumePreparation
 from glovita_lib.volume_cache import PreparedVolume
-from glovita_lib.volume_maps import part_affine, write_map
+from glovita_lib.volume_maps import (
+    density,
+    mean_over,
+    part_affine,
+    slice_boxes,
+    token_boxes,
+    write_map,
+)
 from glovita_lib.volume_preparation import prepare
 
 # ------------------------------------------------------------------------------------ the file
@@ -89,3 +96,59 @@ def test_the_maximum_of_a_map_lies_at_the_planted_lesion(tmp_path, codes, settin
     over = resample_from_to(written, original, order=0, cval=float(voxels.min())).get_fdata()
     top = np.unravel_index(over.argmax(), over.shape)
     assert original.get_fdata()[top] > 5 * voxels[:12].max()  # it is inside the lesion
+
+
+# ------------------------------------------------------------------------------------ its values
+
+
+@pytest.mark.parametrize(
+    ("places", "slabs"),
+    [
+        ([0, 1, 2, 3, 4, 5], [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]),
+        ([1, 4], [(0, 3), (3, 6)]),
+        ([0, 3], [(0, 2), (2, 5)]),
+        ([1, 3, 5], [(0, 2), (2, 4), (4, 6)]),
+        ([0, 2, 4], [(0, 1), (1, 3), (3, 6)]),
+        ([3], [(3, 4)]),
+    ],
+)
+def test_a_slice_has_half_of_what_lies_beside_it(places, slabs):
+    low, high = slice_boxes(np.array(places)[:, None], (9, 6, 7), axis=1)
+    assert [(int(a), int(b)) for a, b in zip(low[:, 1], high[:, 1], strict=True)] == slabs
+    assert (low[:, [0, 2]] == 0).all() and (high[:, [0, 2]] == [9, 7]).all()
+
+
+def test_patches_of_a_grid_divide_the_input():
+    places = np.stack(np.meshgrid(*map(np.arange, (2, 3, 1)), indexing="ij"), -1).reshape(-1, 3)
+    ends = token_boxes(places, (5, 9, 4))
+    assert (mean_over(np.ones(6), ends, (5, 9, 4)) == 1).all()
+    assert sum(np.prod(b - a) for a, b in zip(*ends, strict=True)) == 5 * 9 * 4
+
+
+def test_equal_shares_make_an_even_map_inside():
+    """And whatever the shares, the mean of the map is their sum; windows that stand out count with
+    what is inside."""
+    grid = WindowGrid((8, 8, 8), (4, 4, 4))
+    starts = grid.starts((40, 40, 40))
+    ends = (starts, starts + 8)
+    even = density(np.full(len(starts), 1 / len(starts)), ends, (40, 40, 40), [2.0] * 3)
+    inner = even[8:-8, 8:-8, 8:-8]
+    assert np.ptp(inner) < 0.15 * inner.mean() and even.mean() == pytest.approx(1)
+    starts = np.array([[-3, 0, 0], [20, 1, 5]])
+    for deviation in (None, [2.0, 1.0, 3.0]):
+        found = density(np.array([0.3, 0.7]), (starts, starts + 8), (24, 9, 13), deviation)
+        assert found.mean() == pytest.approx(1)
+        assert found[:6].sum() / found.sum() == pytest.approx(0.3)
+
+
+def test_the_maximum_of_a_density_is_in_the_middle_of_the_window_that_counts():
+    """A mean would be largest where that window is alone, in the corner."""
+    grid = WindowGrid((16, 16, 16), (8, 8, 8))
+    starts = grid.starts((32, 32, 32))
+    shares = np.full(len(starts), 0.01)
+    shares[0] = 1 - shares[1:].sum()
+    ends = (starts, starts + 16)
+    top = np.argwhere((found := density(shares, ends, (32,) * 3, [4.0] * 3)) == found.max()).mean(0)
+    assert np.abs(top - 7.5).max() <= 1
+    mean = mean_over(shares, ends, (32,) * 3)
+    assert (np.argwhere(mean == mean.max()).max(0) < 8).all()
