@@ -174,6 +174,10 @@ class Encoder(nn.Module):
         """Most tokens of a sample up to this size, where their number differs; else None."""
         return None
 
+    def token_mask(self, x: Tensor) -> Tensor | None:
+        """Which tokens of inputs count, (B, N) bool, where their number varies; None: all."""
+        return None
+
     def to_tokens(self, raw: Tensor) -> Tensor:
         """Raw tokens or map -> (B, N, D)."""
         if raw.ndim == 3:
@@ -249,7 +253,8 @@ class Encoder(nn.Module):
                 return self.forward_features(torch.zeros(input_shape)), sizes
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             _, channels, *sides = input_shape
-            kind, key = ("volumes", "patch_size") if len(sides) > 2 else ("images", "image_size")
+            kinds = {1: "series", 2: "images", 3: "volumes"}
+            kind, key = kinds[len(sides)], "patch_size" if len(sides) > 2 else "image_size"
             raise UserError(
                 f"encoder {self.name} does not take {kind} of {' x '.join(map(str, sides))} with"
                 f" {channels} channels ({reason(error)}); set data.augmentation.{key} to a size it"

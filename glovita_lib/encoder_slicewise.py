@@ -236,8 +236,7 @@ def _(
 
 def of_images(spec: ImageEncoder) -> ImageEncoder:
     """The section without its lift; its channels are those of a slice."""
-    defaults = {"lift": None, "slices": Slices(), "inflation": Inflation()}
-    return replace(spec, **defaults, input_channels=None)
+    return replace(spec, lift=None, slices=Slices(), inflation=Inflation(), input_channels=None)
 
 
 def across(size: Size, axis: str) -> Size:

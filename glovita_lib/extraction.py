@@ -111,10 +111,10 @@ class Layers:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [self.hooked(found[index], index, x.shape[2:]) for index in self.indices]
+        return [self.hooked(found[index], index, x) for index in self.indices]
 
-    def hooked(self, raw: object, index: int, size: torch.Size) -> Features:
-        """Output of a block as tokens.
+    def hooked(self, raw: object, index: int, x: Tensor) -> Features:
+        """Output of a block for inputs x as tokens.
 
         Raises:
             UserError: it is neither a map nor tokens.
@@ -132,8 +132,8 @@ class Layers:
         if self.norm:
             tokens = final_norm(encoder, tokens.shape[2])(tokens)
         n_prefix = encoder.n_prefix if raw.ndim == 3 else 0
-        grid = encoder.grid(raw, size)
-        return Features(tokens, grid, n_prefix, encoder.has_cls and bool(n_prefix), None)
+        grid, has_cls = encoder.grid(raw, x.shape[2:]), encoder.has_cls and bool(n_prefix)
+        return Features(tokens, grid, n_prefix, has_cls, None, mask=encoder.token_mask(x))
 
     def probe(self, input_shape: tuple[int, ...]) -> tuple[list[Features], tuple[int, ...]]:
         """Features of one random input, and the indices of the layers that the norm changes.
@@ -466,8 +466,9 @@ class Extractor:
                 f"extract.layers = {list(self.spec.layers)} have different grids ({sizes});"
                 " extract each of them to a file of its own"
             )
-        if self.spec.output == "map" and grids[0] is None:
-            raise UserError('extract.output = "map": the tokens of this encoder are no grid')
+        if self.spec.output == "map" and (grids[0] is None or features[0].mask is not None):
+            what = "are no grid" if grids[0] is None else "differ in number from sample to sample"
+            raise UserError(f'extract.output = "map": the tokens of this encoder {what}')
 
     def refuse_infinite(self, read: Tensor, ids: list[str], *, among: str) -> None:
         """Say which samples of a batch or a split have features (B, ...) that cannot be stored.
@@ -577,7 +578,10 @@ def token_places(features: Features, n_prefix: int) -> list[np.ndarray]:
     if features.places is not None:
         return [places.astype(np.int32) for places in features.places]
     patches = tokens.shape[1] - features.n_prefix
-    return [grid_places(features.grid, n_prefix, n_prefix + patches)] * len(tokens)
+    places = grid_places(features.grid, n_prefix, n_prefix + patches)
+    if features.mask is None:
+        return [places] * len(tokens)
+    return [places[own] for own in features.mask.cpu().numpy()]
 
 
 def grid_places(grid: tuple[int, ...] | None, n_prefix: int, tokens: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Encoders in a spec: of images, of volumes, and of images on volumes."""
+"""Encoders in a spec: of images, volumes and time series, and of images on both others."""
 
 import operator
 import re
@@ -45,7 +45,7 @@ class BaseEncoder(Spec):
         return None
 
     @property
-    def lifting(self) -> "Slices | Inflation | Windows | None":
+    def lifting(self) -> "Lifting | None":
         """How samples become what the network takes, where they are larger than that."""
         return None
 
@@ -150,10 +150,36 @@ class Windows(Spec):
             )
 
 
+class Folding(Spec):
+    """How a time series becomes an image (TiViT, arXiv 2506.08641): each channel by itself, scaled
+    by median and quartiles, cut into overlapping rows, stretched to values 0 to 1 and resized."""
+
+    built_in: ClassVar[str] = "encoder_series"
+
+    patch: Annotated[int, Meta(ge=2)] | None = None
+    """Time points of a row; none is the square root of the length."""
+    stride: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    """Distance of one row to the next, share of a row."""
+    size: Positive | None = None
+    """Side of the image, pixels; none takes the encoder's."""
+    contrast: Annotated[float, Meta(gt=0)] = 0.8
+    """Exponent of the values 0 to 1."""
+    layer: Annotated[int, Meta(ge=1)] | None = None
+    """How many blocks of a transformer are kept, from the input: inner ones are often the better
+    for series. none keeps all."""
+    aggregation: Aggregation | None = None
+    """How the tokens of an image become its vector, as model.feature_aggregation_method says it of
+    images; that key is about the channels then, whose vectors stand side by side for none."""
+
+
+Lift = Literal["slices", "inflate", "windows", "fold"]
+Lifting = Slices | Inflation | Windows | Folding
+
+
 class LiftedEncoder(BaseEncoder):
     """An encoder that may read larger samples than its network takes."""
 
-    lift: Literal["slices", "inflate", "windows"] | None = None
+    lift: Lift | None = None
     """How it reads whole volumes; none: as its network does."""
     windows: Windows = Windows()
     """Which windows, and what becomes of them."""
@@ -167,12 +193,12 @@ class LiftedEncoder(BaseEncoder):
         return False
 
     @property
-    def lifts(self) -> dict[str, tuple[str, Slices | Inflation | Windows]]:
+    def lifts(self) -> dict[str, tuple[str, Lifting]]:
         """Key and options of every lift, by the value of `lift`."""
         return {"windows": ("windows", self.windows)}
 
     @property
-    def lifting(self) -> Slices | Inflation | Windows | None:
+    def lifting(self) -> Lifting | None:
         return None if self.lift is None else self.lifts[self.lift][1]
 
     @property
@@ -199,32 +225,36 @@ class LiftedEncoder(BaseEncoder):
 class ImageEncoder(LiftedEncoder):
     """An encoder of images, which may be lifted to volumes."""
 
-    lift: Literal["slices", "inflate", "windows"] | None = None
+    lift: Lift | None = None
     """How it reads volumes: slice by slice, with kernels of three axes, or (one of volumes) window
-    by window; none reads what its network takes."""
+    by window; or time series, folded to images. none reads what its network takes."""
     slices: Slices = Slices()
     """Which slices, and what becomes of them."""
     inflation: Inflation = Inflation()
     """How kernels are lifted."""
+    folding: Folding = Folding()
+    """How a series becomes an image."""
 
     windowed: ClassVar[bool] = False
 
     @property
     def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
-        return "images" if self.lift is None else "volumes"
+        return "images" if self.lift is None else "series" if self.lift == "fold" else "volumes"
 
     @property
-    def lifts(self) -> dict[str, tuple[str, Slices | Inflation | Windows]]:
+    def lifts(self) -> dict[str, tuple[str, Lifting]]:
         return {
             "slices": ("slices", self.slices),
             "inflate": ("inflation", self.inflation),
+            "fold": ("folding", self.folding),
             **super().lifts,
         }
 
     def other_samples(self, samples: str) -> str:
         if samples == "images":
             return "; or leave model.encoder.lift out"
-        return ', or set model.encoder.lift = "slices"' if samples == "volumes" else ""
+        lift = {"volumes": "slices", "series": "fold"}.get(samples)
+        return "" if lift is None else f", or set model.encoder.lift = {shown(lift)}"
 
 
 WITHOUT_CLASS_TOKEN = (
@@ -523,6 +553,80 @@ class VideoResNetEncoder(VolumeEncoder, tag="torchvision_video", tag_field="enco
         yield from argument_problems(self.model_kwargs, elsewhere)
 
 
+class SeriesEncoder(BaseEncoder):
+    """What the encoders of time series (C, T) of any length share; none has a class token. Means
+    and norms are over the time points that count."""
+
+    built_in: ClassVar[str] = "encoder_series"
+
+    input_channels: Channels | None = None
+    """Channels of the input; none takes the data's."""
+    weights: PathText | None = None
+    """File of weights (pth, pt, safetensors) to start from."""
+    weights_key: Annotated[str | None, read_if("weights")] = None
+    """Where in the file the network stands, as "state_dict_ema" or "teacher.backbone"; "" is the
+    top. none takes the averaged one of several, or the teacher."""
+
+    @property
+    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
+        return "series"
+
+    @property
+    def stated_channels(self) -> int | None:
+        return self.input_channels
+
+    @property
+    def without_class_token(self) -> str | None:
+        return str(self.__struct_config__.tag)
+
+
+class InceptionTimeEncoder(SeriesEncoder, tag="inception_time", tag_field="encoder_type"):
+    """InceptionTime (Ismail Fawaz et al., DMKD 2020): modules of three convolutions of different
+    lengths and a maximum, with a residual connection over every third. The published classifier is
+    the mean of five runs with other seeds, see infer.checkpoint."""
+
+    depth: Positive = 6
+    """Inception modules."""
+    filters: Positive = 32
+    """Channels of each of the four branches; the width is four times as large."""
+    kernel_size: Annotated[int, Meta(ge=4)] = 40
+    """Time points of the longest convolution; the others have a half and a quarter of it."""
+    bottleneck: Positive | None = 32
+    """Channels before the convolutions; none leaves them as they are."""
+
+
+class SeriesResNetEncoder(SeriesEncoder, tag="resnet_1d", tag_field="encoder_type"):
+    """The residual network of Wang, Yan, Oates (IJCNN 2017): blocks of three convolutions."""
+
+    features: tuple[Positive, ...] = (64, 128, 128)
+    """Channels of the blocks; the last is the width."""
+    kernel_sizes: tuple[Positive, Positive, Positive] = (8, 5, 3)
+    """Time points of the three convolutions of a block."""
+
+
+class SeriesTransformerEncoder(SeriesEncoder, tag="transformer_1d", tag_field="encoder_type"):
+    """A transformer over patches of time points, with sines of their place added (Vaswani et al.,
+    2017) and the norm before attention and MLP."""
+
+    patch: Positive = 8
+    """Time points of a patch; the last one of a series is filled up with zeros."""
+    width: Positive = 128
+    """Features of a token."""
+    depth: Positive = 4
+    """Blocks."""
+    heads: Positive = 8
+    """Attention heads; they share the width."""
+    mlp_ratio: Annotated[float, Meta(gt=0)] = 4.0
+    """Hidden features of the MLP in proportion to the width."""
+    dropout: Probability = 0.1
+    """Probability of dropping a feature of what attention and MLP add."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Attention heads have equally many features, and sines come with cosines."""
+        if self.width % (2 * self.heads):
+            yield "width", f"{self.width} must be a multiple of twice the {self.heads} heads"
+
+
 class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type"):
     """No network: the samples of data set precomputed_features are features already."""
 
@@ -543,7 +647,8 @@ class CustomEncoder(ImageEncoder, tag="custom", tag_field="encoder_type", kw_onl
     """Where the function is: "package.module:function"; called as function(input_channels=...,
     **options). Its module gives vectors (B, D), maps (B, D, H, W), of volumes (B, D, X, Y, Z), or
     tokens (B, N, D), of which its attributes n_prefix and has_cls say what comes before the
-    patches."""
+    patches. Series (B, C, T) that differ in length or lack values have a last row, 1 where a time
+    point counts."""
     input_channels: Channels | None = None
     """Channels of the input; none takes the data's."""
     options: dict[str, Any] = {}
@@ -551,7 +656,7 @@ class CustomEncoder(ImageEncoder, tag="custom", tag_field="encoder_type", kw_onl
 
     @property
     def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
-        return "either" if self.lift is None else "volumes"
+        return "either" if self.lift is None else super().takes
 
     @property
     def stated_channels(self) -> int | None:
@@ -569,6 +674,9 @@ Encoder = (
     | PrimusEncoder
     | NnFoundationEncoder
     | VideoResNetEncoder
+    | InceptionTimeEncoder
+    | SeriesResNetEncoder
+    | SeriesTransformerEncoder
     | PrecomputedEncoder
     | CustomEncoder
 )

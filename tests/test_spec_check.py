@@ -38,6 +38,7 @@ FEATURES = [
 FOLDS_OF_FEATURES = [FEATURES[0], FEATURES[2], "data.features_file=t.h5"]
 PROBE = [*FEATURES, "task.objective=probe"]
 SERIES = ["data.dataset=generic_series_dataset", "task.objective=probe", 'task.methods=["hydra"]']
+SERIES_MODEL = ["data.dataset=generic_series_dataset", "data.train_file=t.ts"]
 CUSTOM_ENCODER = ["model.encoder.encoder_type=custom", "model.encoder.target=a.b:c"]
 SERIES_FILE = [*SERIES, "data.train_file=t.ts"]
 SERIES_FOLDS = [*SERIES, "data.split_source=kfold", "data.series_file=t.ts"]
@@ -126,6 +127,12 @@ BROKEN = [
     ([*CSV, "data.split_source=csv", "data.fold=1"], "data.fold", "0 only"),
     (FEATURES[:2], "model.encoder.encoder_type", 'set it to "precomputed"'),
     (SERIES, "data.train_file", "data.problem of an archive"),
+    (
+        [*SERIES_MODEL, "model.encoder.encoder_type=transformer_1d", "model.encoder.width=20"],
+        "model.encoder.width",
+        "must be a multiple of twice",
+    ),
+    ([*SERIES_MODEL, "model.encoder.encoder_type=timm"], "model.encoder.encoder_type", "fold"),
     ([*SERIES, "data.split_source=kfold"], "data.series_file", "one file or folder"),
     ([*SERIES, "data.problem=A", *SERIES_FOLDS[-2:]], "data.problem", "has a file a split"),
     ([*SERIES_FILE, "data.problem=A"], "data.train_file", "names it"),

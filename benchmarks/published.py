@@ -1,0 +1,158 @@
+"""Published figures beside ours: runs specs over seeds or resamples, and writes the README's table.
+
+    python benchmarks/published.py                # everything; finished runs are not run again
+    python benchmarks/published.py --only kernels
+    python benchmarks/published.py --table README.md
+
+A row is a spec with its overrides and the published value; ours is the mean over seeds or resamples
+with its standard error. Only what has run stands in the table. To extend it, add to ROWS.
+
+Published: MiniRocket and MultiRocket as in the results on the UCR archive (default split, or mean
+of 30 resamples), InceptionTime as in aeon's `testing/example_results_files` (resample 0).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glovita import main as glovita
+from glovita_lib.rundir import locate
+from glovita_lib.spec_check import load_checked
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
+QUIET = ["task.bootstrap=0", "task.result_plot=none"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure: what is run, and what was published."""
+
+    group: str
+    data: str
+    spec: str
+    method: str
+    published: str
+    probe: str | None = None  # the method of a probe
+    overrides: tuple[str, ...] = ()
+    repeats: tuple[str, ...] = ("",)  # one override each
+    values: list[float] = field(default_factory=list)
+
+
+def resamples(count: int) -> tuple[str, ...]:
+    """The first resamples of the archive."""
+    return tuple(f"data.resample={number}" for number in range(count))
+
+
+def rows() -> list[Row]:
+    """All rows of the table."""
+    found = []
+    kernels = "hydra_multirocket"
+    for name, single, mean in (
+        ("GunPoint", ".993 (MiniRocket)", ".998 (MultiRocket)"),
+        ("ItalyPowerDemand", ".969 (MiniRocket)", ".965 (MultiRocket)"),
+        ("ArrowHead", ".863 (MiniRocket)", ".895 (MultiRocket)"),
+    ):
+        problem = (f"data.problem={name}",)
+        for data, published, repeats in (
+            (name, single, ("",)),
+            (f"{name}, 30 resamples", mean, resamples(30)),
+        ):
+            found.append(
+                Row("kernels", data, "series_kernels", "Hydra + MultiRocket", published,
+                    kernels, problem, repeats)
+            )  # fmt: skip
+    for name in ("BasicMotions", "JapaneseVowels"):
+        problem = (f"data.problem={name}",)
+        found.append(
+            Row("kernels", name, "series_kernels", "Hydra + MultiRocket", "-", kernels, problem)
+        )
+    seeds = tuple(f"seed={number}" for number in range(3))
+    for name, published in (
+        ("GunPoint", "1.000"),
+        ("ItalyPowerDemand", ".966"),
+        ("ArrowHead", ".863"),
+    ):
+        problem = (f"data.problem={name}",)
+        found.append(
+            Row("inception", name, "series_gunpoint", "InceptionTime, one run", published,
+                None, problem, seeds)
+        )  # fmt: skip
+    found.append(
+        Row("inception", "JapaneseVowels", "series_ragged", "InceptionTime, one run", "-",
+            None, (), seeds)
+    )  # fmt: skip
+    return found
+
+
+def run(row: Row, repeat: str, folder: Path) -> float | None:
+    """Test accuracy of one run, which is made where it is not there; None where it failed."""
+    overrides = [*row.overrides, *QUIET, f"exp_dir={folder}", *([repeat] if repeat else [])]
+    spec = str(ROOT / "specs" / f"{row.spec}.toml")
+    if glovita([spec, "--override", *overrides]) != 0:
+        return None
+    path = locate(load_checked(spec, overrides)).path
+    if row.probe is not None:
+        content = json.loads((path / "metrics_probe.json").read_text())[row.probe]["test"]
+    else:
+        content = json.loads((path / "metrics_test.json").read_text())
+    return float(content["metrics"]["acc"])
+
+
+def shown(value: float) -> str:
+    """A share with three digits, as the published tables write it."""
+    return f"{value:.3f}".removeprefix("0")
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    mean, count = statistics.fmean(row.values), len(row.values)
+    error = statistics.stdev(row.values) / count**0.5 if count > 1 else None
+    ours = shown(mean) + ("" if error is None else f" +- {shown(error)} ({count})")
+    spec = f"{row.method} ([{row.spec}](specs/{row.spec}.toml))"
+    return f"| {row.data} | {spec} | {row.published} | {ours} |"
+
+
+def table(done: list[Row]) -> str:
+    """The table of the rows that have run."""
+    head = "| data | spec | published | ours: test accuracy +- standard error (runs) |"
+    return "\n".join([head, "|---|---|---|---|", *map(line, done)])
+
+
+def write_table(path: Path, text: str) -> None:
+    """Put the table between its marks in a page."""
+    page = path.read_text(encoding="utf-8")
+    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    path.write_text(f"{page[:start]}\n{text}\n{page[end:]}", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the rows and write what came out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=Path("published"), help="where the runs go"
+    )
+    parser.add_argument("--only", help="a group of rows: kernels, inception")
+    parser.add_argument("--table", type=Path, help="page whose table is replaced")
+    asked = parser.parse_args()
+    done = []
+    for row in rows():
+        if asked.only in (None, row.group):
+            for repeat in row.repeats:
+                if (value := run(row, repeat, asked.folder)) is not None:
+                    row.values.append(value)
+            if row.values:
+                done.append(row)
+                print(line(row), file=sys.stderr, flush=True)
+    print(table(done))
+    if asked.table is not None:
+        write_table(asked.table, table(done))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Encoders of time series: masks, layers, weights, images of series, and whole runs."""
+
+import csv
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from test_data_series import made, write_ts
+
+from glovita import main
+from glovita_lib.encoder import aggregate, any_encoder
+from glovita_lib.encoder_series import FoldedEncoder, MaskedNorm
+from glovita_lib.errors import UserError
+from glovita_lib.extraction import choose_layers
+from glovita_lib.spec_encoders import (
+    Folding,
+    InceptionTimeEncoder,
+    SeriesResNetEncoder,
+    SeriesTransformerEncoder,
+    TimmEncoder,
+)
+
+SMALL = [
+    InceptionTimeEncoder(filters=4, bottleneck=3, kernel_size=8),
+    InceptionTimeEncoder(filters=2, bottleneck=None, kernel_size=5, depth=2),
+    SeriesResNetEncoder(features=(4, 8)),
+    SeriesTransformerEncoder(width=16, heads=2, depth=2, patch=4),
+]
+FOLDED = TimmEncoder(type="test_vit", pretrained=False, lift="fold", folding=Folding(size=32))
+
+
+def build(spec, channels=2, length=30):
+    torch.manual_seed(0)
+    return any_encoder(spec, channels=channels, size=(length,), load_weights=False)
+
+
+def batch(lengths, channels=2, seed=0):
+    """Series of these lengths, and their padded batch with its last row."""
+    generator = torch.Generator().manual_seed(seed)
+    series = [torch.randn(channels, n, generator=generator) for n in lengths]
+    padded = torch.zeros(len(series), channels + 1, max(lengths))
+    for row, one in zip(padded, series, strict=True):
+        row[:channels, : one.shape[1]], row[channels, : one.shape[1]] = one, 1
+    return series, padded
+
+
+@pytest.mark.parametrize("spec", [*SMALL, FOLDED], ids=lambda spec: spec.__struct_config__.tag)
+def test_a_series_gives_the_same_alone_and_padded(spec):
+    encoder = build(spec).eval()
+    series, padded = batch([30, 7, 1, 18])
+    method = encoder.pooling
+    together = aggregate(encoder(padded), method)
+    assert together.shape == (4, encoder.pooled_width)
+    for one, vector in zip(series, together, strict=True):
+        if spec is FOLDED and one.shape[1] == 1:
+            continue  # an image needs two values
+        alone = aggregate(encoder(one[None]), method)[0]
+        torch.testing.assert_close(alone, vector, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.__struct_config__.tag)
+def test_tokens_and_layers_have_the_mask(spec):
+    encoder = build(spec).eval()
+    _, padded = batch([30, 7])
+    features = encoder(padded)
+    assert features.tokens.shape[:2] == features.mask.shape
+    step = 4 if "transformer" in encoder.name else 1
+    assert features.mask.sum(1).tolist() == [-(-30 // step), -(-7 // step)]
+    layers = choose_layers(encoder, (-1,), norm=False, input_shape=(1, 2, 30))
+    (last,) = layers(padded)
+    torch.testing.assert_close(last.mask, features.mask)
+    if encoder.name != "transformer_1d":  # behind whose last block comes a norm
+        torch.testing.assert_close(last.tokens, features.tokens)
+    assert encoder(padded[:, :2]).mask is None
+
+
+@pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.__struct_config__.tag)
+def test_padding_has_no_gradient_and_weights_reload(spec, tmp_path):
+    encoder = build(spec).train()
+    _, padded = batch([30, 7, 12])
+    padded[1, :2, 7:] = 1e6  # counts for nothing
+    padded.requires_grad_()
+    aggregate(encoder(padded), "avg").square().sum().backward()
+    assert not padded.grad[1, :2, 7:].any() and padded.grad[1, :2, :7].any()
+    assert all(p.grad is not None for p in encoder.parameters())
+    path = tmp_path / "net.pth"
+    torch.save(encoder.net.state_dict(), path)
+    fields = {"weights": str(path)}
+    again = any_encoder(
+        type(spec)(**{k: getattr(spec, k) for k in spec.__struct_fields__} | fields),
+        channels=2,
+        size=(30,),
+        load_weights=True,
+    )
+    with torch.no_grad():
+        expected = encoder.eval()(padded).tokens
+        torch.testing.assert_close(again.eval()(padded).tokens, expected)
+
+
+def test_the_masked_norm_is_batch_norm_over_what_counts():
+    torch.manual_seed(0)
+    ours, theirs = MaskedNorm(3).train(), torch.nn.BatchNorm1d(3).train()
+    x = torch.randn(4, 3, 6)
+    mask = torch.rand(4, 6) < 0.6
+    found = ours(x, mask)
+    expected = theirs(x.transpose(1, 2)[mask])
+    torch.testing.assert_close(found.transpose(1, 2)[mask], expected)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    assert not found.transpose(1, 2)[~mask].any()
+
+
+def test_a_series_becomes_the_image_of_tivit():
+    """Median and quartiles, rows of sqrt(T) every tenth of a row, 0 to 1, contrast, nearest."""
+    encoder = build(FOLDED, channels=1, length=40)
+    assert isinstance(encoder, FoldedEncoder)
+    x = np.random.default_rng(0).standard_normal(40)
+    low, middle, high = np.quantile(x, [0.25, 0.5, 0.75])
+    scaled = (x - middle) / (high - low + 1e-5)
+    rows = np.lib.stride_tricks.sliding_window_view(scaled, 6)  # a tenth of 6 is below 1
+    rows = ((rows - rows.min()) / (np.ptp(rows) + 1e-5)) ** 0.8
+    place = [np.arange(32) * side // 32 for side in rows.shape]
+    expected = rows[np.ix_(*place)]
+    image = encoder.rows(torch.from_numpy(x)[None].float())[0]
+    np.testing.assert_allclose(image, expected, atol=1e-5)
+
+
+def test_inner_layers_of_a_transformer():
+    whole, half = (
+        build(TimmEncoder(type="test_vit", pretrained=False, lift="fold", folding=folding))
+        for folding in (Folding(size=32), Folding(size=32, layer=2))
+    )
+    assert len(half.block_names) == 2 < len(whole.block_names)
+    assert half.method == "avg" and whole.method == "cls_token"
+    with pytest.raises(UserError, match="layer = 99"):
+        build(
+            TimmEncoder(type="test_vit", pretrained=False, lift="fold", folding=Folding(layer=99))
+        )
+    resnet = TimmEncoder(
+        type="test_resnet", pretrained=False, lift="fold", folding=Folding(layer=1)
+    )
+    with pytest.raises(UserError, match="no row that keeps its width"):
+        build(resnet)
+
+
+# ------------------------------------------------------------------------------- whole commands
+
+SPEC = """
+[data]
+dataset = "generic_series_dataset"
+train_file = "train.ts"
+test_file = "test.ts"
+[model.encoder]
+encoder_type = "inception_time"
+filters = 8
+kernel_size = 8
+depth = 3
+[task]
+result_plot = "none"
+bootstrap = 0
+[training]
+epochs = 6
+[dataloading]
+batch_size = 8
+[optimizer]
+lr = 5e-3
+[logger]
+backend = "none"
+"""
+TRANSFORMER = ["model.encoder.encoder_type=transformer_1d", "model.encoder.width=32"]
+TRANSFORMER += ["model.encoder.heads=2", "model.encoder.depth=2", "model.encoder.patch=4"]
+FOLD = ["model.encoder.encoder_type=timm", "model.encoder.type=test_vit"]
+FOLD += ["model.encoder.pretrained=false", "model.encoder.lift=fold"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Ragged series of two classes and a spec."""
+    for name, count, seed in (("train", 24, 0), ("test", 12, 1)):
+        series, labels = made(count, seed, ragged=True, channels=2), ["fast", "slow"] * (count // 2)
+        write_ts(tmp_path / f"{name}.ts", series, labels)
+    (tmp_path / "spec.toml").write_text(SPEC)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*overrides):
+    """A command that must end well."""
+    assert main(["spec.toml", "--override", "name=a", *overrides]) == 0
+
+
+@pytest.mark.runs
+def test_every_mode_on_ragged_series(folder):
+    run()
+    path = folder / "experiments" / "generic_series_dataset" / "a" / "0"
+    found = json.loads((path / "metrics_test.json").read_text())
+    assert found["metrics"]["acc"] >= 0.9
+    run("mode=infer")
+    first = (path / "predictions_test.csv").read_bytes()
+    assert (path / "infer" / "predictions_test.csv").read_bytes() == first
+    best = f"infer.checkpoint={path / 'checkpoints' / 'best.pt'}"
+    alone = [best, "dataloading.eval_batch_size=1", "infer.output_dir=new"]
+    run("mode=infer", "infer.input=test.ts", *alone)
+    with (
+        open("new/predictions_test.csv", newline="") as new,
+        open(path / "predictions_test.csv", newline="") as old,
+    ):
+        pairs = list(zip(csv.DictReader(new), csv.DictReader(old), strict=True))
+    for one, other in pairs:  # alone or in a batch
+        assert one["prediction"] == other["prediction"]
+        assert abs(float(one["p_fast"]) - float(other["p_fast"])) < 1e-4
+    run("mode=extract", "extract.output=tokens", "extract.split=test", "extract.output_dir=t")
+    (file,) = (folder / "t").glob("*.h5")
+    lengths = [one.shape[1] for one in made(12, 1, ragged=True, channels=2)]
+    with h5py.File(file) as tokens:
+        assert np.diff(tokens["bag_ptr"]).tolist() == lengths
+        np.testing.assert_array_equal(tokens["coords"][: lengths[0], 0], np.arange(lengths[0]))
+    run("mode=umap", "umap.method=pca", "umap.split=test", "umap.dpi=30")
+    assert (path / "umap" / "pca_test.csv").is_file()
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [*TRANSFORMER, "peft.method=lora", "model.head.head_type=clam"],
+        [*TRANSFORMER, "peft.method=visual_prompt_tuning", "model.head.head_type=abmil"],
+        ["peft.method=lora", "data.augmentation.train_policy=default_series_3", "task.mixup=true"],
+        ["peft.method=linear_probing", "training.cache_frozen_features=true"],
+        [*FOLD, "model.encoder.folding.size=32", "peft.method=linear_probing"],
+    ],
+)
+def test_heads_methods_and_policies(changes, folder):
+    few = ["training.epochs=1", *changes]
+    if changes[0] in (TRANSFORMER[0], FOLD[0]):
+        text = SPEC.replace("filters = 8\nkernel_size = 8\ndepth = 3\n", "")
+        (folder / "spec.toml").write_text(text)
+    run(*few)
+    run(*few, "mode=infer")
+    path = folder / "experiments" / "generic_series_dataset" / "a" / "0"
+    first = (path / "predictions_test.csv").read_bytes()
+    assert (path / "infer" / "predictions_test.csv").read_bytes() == first
