@@ -1,28 +1,54 @@
-"""Policy default_nnunet on batches of two volumes, against batchgeneratorsv2 and TorchIO.
-
-The same operations with the same probabilities and ranges, on one core, by turns in one process;
-each library is measured where it is installed. TorchIO has no brightness and no contrast, and goes
-without. On a GPU (--device cuda) only our own policy is measured. Prints the mean time of a batch,
-on a CPU without the time of other processes, and its ratio to ours; target: at least 3 on a CPU, at
-most 15 ms on a GPU.
+"""Volumes: augmentation, preparation, waiting for data, and frozen slices.
 
     python -m pip install --no-deps batchgeneratorsv2 batchgenerators torchio SimpleITK
-    python benchmarks/volumes.py [--sides 96 128] [--batches 40] [--device cpu]
+    python benchmarks/volumes.py [--what augmentation preparation waiting slices]
+                                 [--sides 96 128] [--batches 40] [--device cpu] [--runs 5]
+
+- augmentation: policy default_nnunet on batches of two volumes against batchgeneratorsv2 and
+  TorchIO: the same operations with the same probabilities and ranges, on one core, by turns in one
+  process; each library is measured where it is installed. TorchIO has no brightness and no
+  contrast, and goes without. On a GPU only our own policy is measured. Prints the mean time of a
+  batch, on a CPU without the time of other processes, and its ratio to ours; target: at least 3 on
+  a CPU, at most 15 ms on a GPU.
+- preparation: the T1 image of ICBM152 (package nilearn) to 1.5 mm with zscore and float16 in one
+  process against nibabel.processing.resample_from_to with scipy's Gaussian before, saved as .npy,
+  CPU time by turns; then 24 such files by one worker process and by two.
+- waiting: the share of a training epoch that waits for batches: patches of 48^3 voxels read from
+  the cache files of 32 volumes of 64^3, a small 3-D network; target: at most 10 % on 2 cores.
+- slices: a training epoch of specs/volume_tissue.toml against one of frozen slices of
+  specs/volume_slicewise_lora.toml from memory; CPU time; target: at least 25.
 """
 
 import argparse
+import contextlib
+import io
 import math
 import random
+import shutil
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import nibabel
 import numpy as np
 import torch
 
+import glovita as program
 from glovita_lib.augment_volumes import VolumeAugmenter, resolve_volume_augmentation
-from glovita_lib.spec_volumes import VOLUME_TRAIN, VolumeAugmentation
+from glovita_lib.spec import expand
+from glovita_lib.spec_volumes import (
+    VOLUME_TRAIN,
+    VolumeAugmentation,
+    VolumePreparation,
+    VolumeReading,
+)
+from glovita_lib.trainer import Trainer
+from glovita_lib.volume_cache import Task, VolumeCache, make_entry
 
 POLICY = "default_nnunet"
 OPS = VOLUME_TRAIN[POLICY]
@@ -132,14 +158,8 @@ def mean_times(runs: dict[str, Run], batch: torch.Tensor, count: int) -> dict[st
     return {name: seconds / count for name, seconds in total.items()}
 
 
-def main() -> None:
+def augmentation(arguments: argparse.Namespace) -> None:
     """Measure by turns, so that a busy machine slows all alike."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sides", type=int, nargs="+", default=[96, 128], help="voxels a side")
-    parser.add_argument("--batches", type=int, default=40, help="batches of each")
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -154,6 +174,188 @@ def main() -> None:
             print(
                 f"2 x {side}^3 {name:18} {1e3 * seconds:7.1f} ms, {ratio:.2f} of ours", flush=True
             )
+
+
+# ------------------------------------------------------------------------------- preparation
+
+T1 = "package:nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+SPACING = 1.5  # mm
+FILES = 24
+TO_SPACING = VolumePreparation(spacing=(SPACING,) * 3)
+
+
+def by_nibabel(path: str, target: Path) -> None:
+    """The same steps with nibabel and scipy alone."""
+    from nibabel.processing import resample_from_to
+    from nibabel.spaces import vox2out_vox
+    from scipy.ndimage import gaussian_filter
+
+    image = nibabel.as_closest_canonical(nibabel.load(path))
+    voxels = np.asarray(image.dataobj, np.float32)
+    voxels = (voxels - voxels.mean()) / voxels.std()
+    smooth = gaussian_filter(voxels, (SPACING - 1) / 2, mode="nearest")
+    grid = vox2out_vox((voxels.shape, image.affine), (SPACING,) * 3)
+    found = resample_from_to(nibabel.Nifti1Image(smooth, image.affine), grid, order=1)
+    np.save(target, np.asarray(found.dataobj, np.float16))
+
+
+def preparation(arguments: argparse.Namespace) -> None:
+    """One file by turns, then several by one and by two processes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = [folder / f"{number}.nii.gz" for number in range(FILES)]
+        for file in files:
+            shutil.copy(expand(T1), file)
+        ours = Task((str(files[0]),), VolumeReading(), TO_SPACING, str(folder / "one.h5"))
+        times: dict[str, list[float]] = {"ours": [], "nibabel": [], "1": [], "2": []}
+        for run in range(arguments.runs + 1):
+            start = time.process_time()
+            make_entry(ours)
+            middle = time.process_time()
+            by_nibabel(str(files[0]), folder / "one.npy")
+            if run:
+                times["ours"].append(middle - start)
+                times["nibabel"].append(time.process_time() - middle)
+        for run in range(arguments.runs):
+            for workers in (1, 2):
+                cache = VolumeCache(folder / f"{run}{workers}", VolumeReading(), TO_SPACING)
+                start = time.perf_counter()
+                cache.fill([(str(f),) for f in files], workers=workers, advance=lambda count: None)
+                times[str(workers)].append(time.perf_counter() - start)
+    ours_s, other_s, one, two = (statistics.median(each) for each in times.values())
+    print(f"preparation: {1e3 * ours_s:.0f} ms, {ours_s / other_s:.2f} of nibabel and scipy")
+    print(f"{FILES} volumes by two processes: {one / two:.2f} times as fast as by one")
+
+
+# ------------------------------------------------------------------------------- epochs
+
+FOLDER = """
+[data]
+dataset = "generic_3d_dataset"
+data_root_dir = "{root}"
+split_source = "subdirs"
+label_source = "folder"
+[data.augmentation]
+patch_size = [48, 48, 48]
+train_kwargs = {{ crop = "random" }}
+train_policy = "default_3d_1"
+[model.encoder]
+encoder_type = "residual_encoder"
+features_per_stage = [8, 16, 32]
+n_blocks_per_stage = 1
+strides = [2, 2, 2]
+[task]
+result_plot = "none"
+bootstrap = 0
+[training]
+epochs = {epochs}
+[dataloading]
+batch_size = 2
+in_memory_mb = 0
+[logger]
+backend = "none"
+"""
+
+
+def quietly(*arguments: str) -> None:
+    """A command of glovita's without its output."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = program.main(list(arguments))
+    if code:
+        raise SystemExit(said.getvalue())
+
+
+def waiting(arguments: argparse.Namespace) -> None:
+    """Time until a batch is there, of the time of a training epoch."""
+    shares: list[float] = []
+    train_epoch = Trainer.train_epoch
+
+    def timed(self: Trainer) -> None:
+        waited, epoch = [0.0], self.train_loader.epoch
+
+        def batches(*place: int) -> Iterator[Any]:
+            source = epoch(*place)
+            while True:
+                start = time.perf_counter()
+                batch = next(source, None)
+                waited[0] += time.perf_counter() - start
+                if batch is None:
+                    return
+                yield batch
+
+        with patch.object(type(self.train_loader), "epoch", lambda loader, *place: batches(*place)):
+            start = time.perf_counter()
+            train_epoch(self)
+            shares.append(waited[0] / (time.perf_counter() - start))
+
+    with tempfile.TemporaryDirectory() as name:
+        generator = np.random.default_rng(0)
+        for number in range(40):
+            part = "train" if number < 32 else "val" if number < 36 else "test"
+            path = Path(name, "images", part, "ab"[number % 2], f"{number}.nii")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            voxels = generator.normal(size=(64, 64, 64)).astype(np.float32)
+            nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
+        spec = Path(name, "waiting.toml")
+        spec.write_text(FOLDER.format(root=name, epochs=arguments.runs + 1))
+        with patch.object(Trainer, "train_epoch", timed):
+            quietly(str(spec), "--override", f"exp_dir={name}/runs")
+    share = statistics.median(shares[1:])  # without the epoch in which the workers start
+    print(f"waiting: {100 * share:.1f} % of a training epoch from the cache")
+
+
+def slices(arguments: argparse.Namespace) -> None:
+    """CPU time of training epochs of the two specs."""
+    times: list[float] = []
+    train_epoch = Trainer.train_epoch
+
+    def timed(self: Trainer) -> None:
+        start = time.process_time()
+        train_epoch(self)
+        times.append(time.process_time() - start)
+
+    specs = Path(__file__).parents[1] / "specs"
+    frozen = ("peft.method=linear_probing", "training.cache_frozen_features=true",
+              "data.augmentation.train_kwargs.mirror_p=0")  # fmt: skip
+    medians = []
+    with tempfile.TemporaryDirectory() as name, patch.object(Trainer, "train_epoch", timed):
+        for spec, epochs, changes in (
+            ("volume_tissue", 3, ()),
+            ("volume_slicewise_lora", 1 + 5 * arguments.runs, frozen),
+        ):
+            times.clear()
+            few = ("data.options.pieces=600", "task.bootstrap=0", "task.result_plot=none")
+            quietly(str(specs / f"{spec}.toml"), "--override", f"exp_dir={name}", *few, *changes,
+                    f"training.epochs={epochs}")  # fmt: skip
+            medians.append(statistics.median(times[1:]))
+    print(
+        f"slices: an epoch of 300 pieces takes {1e3 * medians[0]:.0f} ms of a 3-D network,"
+        f" {1e3 * medians[1]:.1f} ms of frozen slices from memory: {medians[0] / medians[1]:.0f}"
+        " times as fast"
+    )
+
+
+PARTS = {
+    "augmentation": augmentation,
+    "preparation": preparation,
+    "waiting": waiting,
+    "slices": slices,
+}
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--sides", type=int, nargs="+", default=[96, 128], help="voxels a side")
+    parser.add_argument("--batches", type=int, default=40, help="batches of each")
+    parser.add_argument("--device", default="cpu", help="of augmentation")
+    parser.add_argument("--runs", type=int, default=5, help="of all others")
+    arguments = parser.parse_args()
+    for what in arguments.what:
+        torch.set_num_threads(1)
+        PARTS[what](arguments)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ ORDERS = {"nearest": 0, "linear": 1, "cubic": 3}
 SAME_GRID = 0.01  # voxels by which the ends of two grids may differ and still be one
 ROUNDING = 1e-6  # voxels: affines are stored as float32, places must not depend on that
 FOREGROUND_POINTS = 1000
+PIECE = 2**15  # values of a sum at a time: what stays in the cache of a core
 BAND = 32  # rows of a resampling matrix that are applied at a time
 
 
@@ -269,7 +270,25 @@ def normalized(
         else:
             values = channel[part] if inside is None else channel[part][inside]
             channels.append(scaled(channel, values, name, spec))
-    return np.stack(channels)
+    return stacked(channels)
+
+
+def stacked(channels: list[np.ndarray]) -> np.ndarray:
+    """Channels (X, Y, Z) as one array (C, X, Y, Z); a single one is not copied."""
+    return channels[0][None] if len(channels) == 1 else np.stack(channels)
+
+
+def mean_and_variance(values: np.ndarray) -> tuple[float, float]:
+    """Mean and variance in float64, a piece at a time: what NumPy does in one needs a float64 copy
+    of a whole volume and takes twice as long."""
+    flat = values.reshape(-1)
+    mean = float(flat.mean(dtype=np.float64))
+    squares = 0.0
+    for start in range(0, flat.size, PIECE):
+        distance = flat[start : start + PIECE].astype(np.float64)
+        distance -= mean
+        squares += float(distance @ distance)
+    return mean, squares / flat.size
 
 
 def inner(ends: tuple[float, float]) -> slice:
@@ -299,7 +318,7 @@ def scaled(
             ' data.preparation.statistics = "foreground" over'
         )
     if name == "zscore":
-        offset, variance = float(values.mean(dtype=np.float64)), float(values.var(dtype=np.float64))
+        offset, variance = mean_and_variance(values)
         scale = 0.0 if is_constant(offset, variance, values.size) else variance**0.5
     elif name == "minmax":
         offset, scale = float(values.min()), float(values.max()) - float(values.min())
@@ -381,7 +400,7 @@ def resample(channels: np.ndarray, axes: Sequence[Axis]) -> np.ndarray:
     for number in np.argsort(shares):
         axis = axes[number]
         if axis.matrix is not None:
-            channels = np.stack([apply(axis.matrix, channel, number) for channel in channels])
+            channels = stacked([apply(axis.matrix, channel, number) for channel in channels])
         elif axis.size != channels.shape[1 + number]:
             start = round(axis.first)
             channels = channels.take(np.arange(start, start + axis.size), axis=1 + number)

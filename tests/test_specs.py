@@ -76,6 +76,26 @@ def test_digits_vit_linear_probe():
     assert trained["base"]["trainable"] == 0 < trained["head"]["trainable"]
 
 
+FEW_PIECES = ["data.options.pieces=90", "dataloading.batch_size=16"]
+
+
+def test_volume_tissue_and_volume_regression():
+    made = train_and_infer("volume_tissue", *FEW_PIECES, *SHORT)
+    assert made.json("resolved_config.json")["samples"] == {"train": 45, "val": 12, "test": 30}
+    made = train_and_infer("volume_regression", *FEW_PIECES, *SHORT)
+    assert {"mae", "r2"} <= made.json("metrics_test.json")["metrics"].keys()
+
+
+def test_volume_slicewise_lora():
+    """It trains a third of the parameters of the 3-D network at most."""
+    made = train_and_infer("volume_slicewise_lora", *FEW_PIECES, *SHORT)
+    of_slices = made.json("resolved_config.json")["parameters"]["all"]["trainable"]
+    run("volume_slicewise_lora", *FEW_PIECES, *SHORT, "mode=infer", "infer.attention=true")
+    assert (made.path / "infer" / "attention_test.h5").is_file()
+    whole = run("volume_tissue", *FEW_PIECES, *SHORT).json("resolved_config.json")["parameters"]
+    assert 0 < of_slices <= whole["all"]["trainable"] / 3
+
+
 def test_cifar10_resnet(monkeypatch, tmp_path):
     """torchvision's files, holding 32x32 tiles of two photographs. Without a key W&B is offline."""
     from sklearn.datasets import load_sample_images
