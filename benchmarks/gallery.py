@@ -17,7 +17,7 @@ import nibabel
 import numpy as np
 from PIL import Image
 
-from glovita import main
+import glovita
 from glovita_lib.data_icbm import read_brain
 
 BRAINS = {"train": 48, "val": 12, "test": 12}
@@ -98,7 +98,7 @@ def run(folder: Path) -> Path:
     spec = folder / "lesions.toml"
     spec.write_text(SPEC.format(folder=folder), encoding="utf-8")
     for overrides in ([], ["--override", "mode=infer", *MAPS]):
-        if code := main([str(spec), *overrides]):
+        if code := glovita.main([str(spec), *overrides]):
             raise SystemExit(code)
     return folder / "runs" / "generic_3d_dataset" / "lesions" / "0"
 
@@ -129,11 +129,12 @@ def make(folder: Path, target: Path) -> None:
     small(maps / f"{name}.png", target / "volumes_grad_cam.png")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Read the command line and make the pictures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("target", type=Path, help="folder of the pictures")
+    parser.add_argument("target", type=Path, nargs="?", default=Path("docs"), help="their folder")
     parser.add_argument("--keep", type=Path, help="folder of data and runs, which are kept")
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="glovita-gallery-"))
@@ -141,3 +142,7 @@ if __name__ == "__main__":
     make(folder.resolve(), arguments.target)
     if arguments.keep is None:
         shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
