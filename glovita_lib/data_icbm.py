@@ -234,7 +234,7 @@ def over_middle(volume: np.ndarray, size: int) -> np.ndarray:
 
 
 def lesions(
-    spec: OwnData, seed: int, *, pieces: int = 600, size: int = 32, radius: float = 5.0
+    spec: OwnData, seed: int, *, pieces: int = 600, size: int = 24, radius: float = 3.5
 ) -> Data:
     """Which pieces of the T1 image have a lesion: a ball in white matter, as bright as grey matter.
     Half of them have one; all are drawn around places deep in white matter, so that how much there

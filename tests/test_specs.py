@@ -96,6 +96,14 @@ def test_volume_slicewise_lora():
     assert 0 < of_slices <= whole["all"]["trainable"] / 3
 
 
+def test_volume_windows_bag():
+    """Attention over the windows lies over the pieces in the world."""
+    few = ["data.options.pieces=60", "dataloading.batch_size=16", "dataloading.num_workers=0"]
+    made = train_and_infer("volume_windows_bag", *few, *SHORT)
+    maps = sorted((made.path / "infer" / "maps_test").iterdir())
+    assert len(maps) == 20 and sum("_lesion_" in path.name for path in maps) == 10
+
+
 def test_cifar10_resnet(monkeypatch, tmp_path):
     """torchvision's files, holding 32x32 tiles of two photographs. Without a key W&B is offline."""
     from sklearn.datasets import load_sample_images
