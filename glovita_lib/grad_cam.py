@@ -33,7 +33,7 @@ from glovita_lib.experiment import Experiment
 from glovita_lib.figures import displayed, window
 from glovita_lib.model import Model
 from glovita_lib.objectives import HeadOutput, Predictions
-from glovita_lib.resolved import EncodedInputs, ImageInputs, Inputs, Resolved, VolumeInputs
+from glovita_lib.resolved import ImageInputs, Inputs, Resolved, VolumeInputs
 from glovita_lib.spec_train import Infer
 from glovita_lib.volume_maps import part_affine, write_map
 
@@ -290,7 +290,7 @@ def check_heat_maps(experiment: Experiment, spec: Infer) -> None:
         UserError: it reads features or gives no map, or has no such class.
     """
     resolved = experiment.resolved
-    if not isinstance(resolved.inputs, EncodedInputs):
+    if not isinstance(resolved.inputs, ImageInputs | VolumeInputs):
         raise UserError(
             f"infer.heat_maps: the samples are {resolved.inputs.kind}, which have no places in an"
             f" image or a volume; {OFF}: heads with attention write that of every instance"

@@ -155,6 +155,7 @@ def test_lengths_and_missing_values_make_masks(tmp_path):
 @pytest.mark.parametrize("number", [0, 1, 17])
 @pytest.mark.parametrize("name", ["GunPoint", "BasicMotions"])
 def test_resamples_are_those_of_aeon(name, number):
+    pytest.importorskip("aeon", minversion="1.4")
     resampling = pytest.importorskip("aeon.benchmarking.resampling")
     loaders = pytest.importorskip("aeon.datasets")
     folder = {"package": "aeon", "data_root_dir": "datasets/data", "problem": name}
@@ -174,6 +175,7 @@ def test_resamples_are_those_of_aeon(name, number):
 
 @needs_aeon
 def test_indices_of_resamples_equal_those_of_aeon():
+    pytest.importorskip("aeon", minversion="1.4")
     resampling = pytest.importorskip("aeon.benchmarking.resampling")
     labels = np.random.default_rng(0).choice(["10", "2", "B", "a"], 60)
     labels[:8] = ["10", "2", "B", "a"] * 2

@@ -217,6 +217,7 @@ def test_every_mode_on_ragged_series(folder):
     with h5py.File(file) as tokens:
         assert np.diff(tokens["bag_ptr"]).tolist() == lengths
         np.testing.assert_array_equal(tokens["coords"][: lengths[0], 0], np.arange(lengths[0]))
+    assert main(["spec.toml", "--override", "name=a", "mode=infer", "infer.heat_maps=2"]) == 2
     run("mode=umap", "umap.method=pca", "umap.split=test", "umap.dpi=30")
     assert (path / "umap" / "pca_test.csv").is_file()
 

@@ -146,6 +146,7 @@ def test_files_that_are_wrong_as_a_whole(name, content, said, tmp_path):
 @pytest.mark.skipif(AEON is None, reason="the files are in aeon")
 @pytest.mark.parametrize("name", ["GunPoint", "BasicMotions", "JapaneseVowels", "UnitTest"])
 def test_files_of_aeon_are_what_its_loader_reads(name):
+    pytest.importorskip("aeon", minversion="1.4")
     loaders = pytest.importorskip("aeon.datasets")
     folder = Path(AEON.origin).parent / "datasets" / "data" / name
     for path in sorted(folder.glob(f"{name}_TRAIN.*")):
