@@ -603,11 +603,14 @@ class KernelFeatures:
         """Features of all series, as many at a time as memory holds."""
         return torch.cat([transform(part) for part in block.parts(self.device, SERIES_AT_ONCE)])
 
+    def blocks(self, series: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """Features (n, D) of a few series after others."""
+        for part in SeriesBlock.of(series, self.length).parts(self.device, SERIES_AT_ONCE):
+            yield torch.cat([scale(transform(part)) for transform, scale in self.parts], dim=1)
+
     def __call__(self, series: Sequence[np.ndarray]) -> Tensor:
         """Features (N, D)."""
-        block = SeriesBlock.of(series, self.length)
-        parts = [scale(self.transformed(transform, block)) for transform, scale in self.parts]
-        return torch.cat(parts, dim=1)
+        return torch.cat(list(self.blocks(series)))
 
 
 def judge(
@@ -645,7 +648,7 @@ def judge(
     for name, own in series.items():
         if name == "train":
             continue
-        logits = ridge(kernels(own))
+        logits = torch.cat([ridge(features) for features in kernels.blocks(own)])
         if subtask == "multiclass":
             pair = torch.cat([-logits, logits], 1) if outputs == 2 else logits
             logits = pair.softmax(1)
