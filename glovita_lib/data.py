@@ -14,7 +14,7 @@ import numpy as np
 from glovita_lib import files
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec import ByStruct, Spec
-from glovita_lib.spec_data import Subtask
+from glovita_lib.spec_data import BaseData, Subtask
 from glovita_lib.spec_series import SeriesPreparation
 from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 
@@ -331,14 +331,23 @@ def splits_needed(there: Iterable[str], wanted: Sequence[str] | None) -> set[str
     return set(there) if first is None else {first}
 
 
-@ByStruct
-def read_data_set(spec: Spec, *, seed: int, **asked: Any) -> Data:
-    """The whole data set of a spec, before data_fraction.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a data set is told of the run that reads it; those without files need none of it."""
 
-    Args:
-        asked: for data sets whose labels and splits stand in files, `trained`: the outputs of the
-            model that the samples are for, and `wanted`; of features also `numbers`. See
-            `build_data`.
+    trained: Outputs | None = None
+    """The model that the samples are for, whose outputs the labels of files are read as."""
+    wanted: Sequence[str] | None = None
+    """Names of splits, of which the first that is there is needed; empty: those that are there;
+    none: all that training uses."""
+    numbers: bool = False
+    """Whether the model that learns can predict numbers alone, which says what the labels of files
+    are where these do not state their subtask."""
+
+
+@ByStruct
+def read_data_set(spec: BaseData, *, seed: int, asked: Asked) -> Data:
+    """The whole data set of a spec, before data_fraction.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from glovita_lib.data import (
+    Asked,
     BagSamples,
     Data,
     Outputs,
@@ -184,14 +185,8 @@ KINDS = ("features", "labels", "bag_ptr", "bag_lengths", "ids", "groups", "coord
 
 
 @read_data_set.register
-def _(
-    spec: PrecomputedData,
-    *,
-    seed: int,
-    trained: Outputs | None = None,
-    wanted: Sequence[str] | None = None,
-    numbers: bool = False,
-) -> Data:
+def _(spec: PrecomputedData, *, seed: int, asked: Asked) -> Data:
+    trained, wanted, numbers = asked.trained, asked.wanted, asked.numbers
     table = None if spec.labels_file is None else read_table(spec, spec.labels_file)
     files = files_of(spec)
     opened = open_all(spec, files, table, splits_needed(files, wanted))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from glovita_lib.data import (
+    Asked,
     Data,
     ImageSamples,
     Outputs,
@@ -172,14 +173,9 @@ def one_hot_classes(labels: Sequence[Any]) -> tuple[list[int], int] | None:
 
 
 @read_data_set.register
-def _(
-    spec: GenericImageData,
-    *,
-    seed: int,
-    trained: Outputs | None = None,
-    wanted: Sequence[str] | None = None,
-) -> Data:
+def _(spec: GenericImageData, *, seed: int, asked: Asked) -> Data:
     """A folder of images."""
+    trained, wanted = asked.trained, asked.wanted
     folder = on_disk(Path(spec.data_root_dir) / spec.images_dir)
     report: list[str] = []
     found = walk(folder, spec.allowed_exts, report=None if spec.strict else report)

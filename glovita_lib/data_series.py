@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glovita_lib.data import (
+    Asked,
     Data,
-    Outputs,
     SeriesSamples,
     Source,
     Split,
@@ -333,15 +333,9 @@ def sample_name(whole: Collection, place: int) -> str:
 
 
 @read_data_set.register
-def _(
-    spec: SeriesData,
-    *,
-    seed: int,
-    trained: Outputs | None = None,
-    wanted: Sequence[str] | None = None,
-    numbers: bool = False,
-) -> Data:
+def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     """Files of time series."""
+    trained, wanted, numbers = asked.trained, asked.wanted, asked.numbers
     table = None if spec.labels_file is None else read_table(spec, spec.labels_file)
     files = {split: str(path) for split, path in files_of(spec).items()}
     opened = open_all(spec, files, table, splits_needed(files, wanted))

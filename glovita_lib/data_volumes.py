@@ -17,7 +17,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 from msgspec.structs import replace
 
-from glovita_lib.data import Data, Outputs, Split, VolumeSamples, read_data_set
+from glovita_lib.data import Asked, Data, Split, VolumeSamples, read_data_set
 from glovita_lib.data_folder import read_folder
 from glovita_lib.data_tables import Problems, SampleFolder, walk, walk_folders
 from glovita_lib.dist import cores, number_of
@@ -232,14 +232,9 @@ def is_text(value: Any) -> bool:
 
 
 @read_data_set.register
-def _(
-    spec: VolumeData,
-    *,
-    seed: int,
-    trained: Outputs | None = None,
-    wanted: Sequence[str] | None = None,
-) -> Data:
+def _(spec: VolumeData, *, seed: int, asked: Asked) -> Data:
     """A folder of volumes."""
+    trained, wanted = asked.trained, asked.wanted
     spec = with_facts(spec)
     base = Path(spec.data_root_dir)
     report: list[str] = []

@@ -6,12 +6,13 @@ from http.client import HTTPException
 from importlib import resources
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from glovita_lib.data import (
     ArraySource,
+    Asked,
     Data,
     ImageSamples,
     Outputs,
@@ -45,12 +46,12 @@ if TYPE_CHECKING:
 
 
 @read_data_set.register
-def _(spec: Cifar10Data, *, seed: int) -> Data:
+def _(spec: Cifar10Data, *, seed: int, asked: Asked) -> Data:
     return read_cifar(spec, "cifar10", seed)
 
 
 @read_data_set.register
-def _(spec: Cifar100Data, *, seed: int) -> Data:
+def _(spec: Cifar100Data, *, seed: int, asked: Asked) -> Data:
     return read_cifar(spec, "cifar100", seed)
 
 
@@ -141,11 +142,7 @@ def build_data(
 
     Args:
         trains: whether a model learns from it: there must be a train split, and labels.
-        trained: the model that the samples are for, whose outputs the labels of files are read as.
-        wanted: names of splits, of which the first that is there is needed; empty: those that are
-            there; none: all that training uses.
-        numbers: whether the model that learns from it can predict numbers alone, which says what
-            the labels of feature files are where these do not state their subtask.
+        trained, wanted, numbers: see `Asked`.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
@@ -153,8 +150,7 @@ def build_data(
     missing = [f"data.{name}: {text}" for name, text in spec.missing_files()]
     if problems := [*section_problems(spec, "data."), *missing]:
         raise UserError("\n".join(problems))
-    known: dict[str, Any] = {"trained": trained, "wanted": wanted, "numbers": numbers}
-    data = read_data_set(spec, seed=seed, **{name: known[name] for name in spec.told})
+    data = read_data_set(spec, seed=seed, asked=Asked(trained, wanted, numbers))
     empty = [name for name, split in data.splits.items() if not len(split)]
     if empty or (trains and "train" not in data.splits):
         what = f"the {' and the '.join(empty)} split has no sample" if empty else "no train split"
@@ -190,7 +186,7 @@ def cut_fraction(train: Split, spec: BaseData, subtask: str, seed: int) -> Split
 
 
 @read_data_set.register
-def _(spec: DigitsData, *, seed: int) -> Data:
+def _(spec: DigitsData, *, seed: int, asked: Asked) -> Data:
     """Digits: values 0..16 become round(v 255 / 16)."""
     table = read_digits()
     images = np.rint(table[:, :64].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -251,7 +247,7 @@ def array_split(samples: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> S
 
 
 @read_data_set.register
-def _(spec: OwnData, *, seed: int) -> Data:
+def _(spec: OwnData, *, seed: int, asked: Asked) -> Data:
     """The user's own function."""
     data = call_target("data", spec.target, spec, seed, **spec.options)
     if not isinstance(data, Data):

@@ -502,7 +502,7 @@ def check_channels(spec: BaseEncoder, channels: int) -> None:
 
 
 @ByStruct
-def preprocess_of(spec: Any, *, channels: int) -> Preprocess:
+def preprocess_of(spec: BaseEncoder, *, channels: int) -> Preprocess:
     """What the encoder of a Struct expects of images with so many channels; builds nothing.
 
     Raises:
@@ -512,28 +512,28 @@ def preprocess_of(spec: Any, *, channels: int) -> Preprocess:
 
 
 @ByStruct
-def patch_size_of(spec: Any) -> tuple[int, ...] | None:
+def patch_size_of(spec: BaseEncoder) -> tuple[int, ...] | None:
     """Voxels (X, Y, Z) that the encoder of a Struct was made for, the default of the patch; None
     where nothing asks for certain ones. Builds nothing."""
     return None
 
 
 @ByStruct
-def file_facts(spec: Any) -> dict[str, Any] | None:
+def file_facts(spec: BaseEncoder) -> dict[str, Any] | None:
     """What only a file says of the architecture of the encoder of a Struct, as plain values that a
     run keeps with its checkpoints; None where the Struct says all."""
     return None
 
 
 @ByStruct
-def with_facts(spec: Any, facts: dict[str, Any]) -> Any:
+def with_facts(spec: BaseEncoder, facts: dict[str, Any]) -> Any:
     """The Struct with what `file_facts` has found, whose encoder needs no file but for weights."""
     raise TypeError(f"no facts of files for {type(spec).__name__}")
 
 
 @ByStruct
 def build_encoder(
-    spec: Any, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
+    spec: BaseEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:
     """The encoder of a Struct for inputs (C, *size), none: of its own size.
 

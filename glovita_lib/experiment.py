@@ -142,7 +142,7 @@ class Experiment:
             self.root,
             fit=(objective.train_inputs if train else objective.eval_inputs).fit,
             train=train,
-            seed=self.root.seed,
+            seed=self.root.seed if train else 0,  # evaluation draws nothing
             ranks=self.ranks,
             batch_size=spec.batch_size if train else self.resolved.eval_batch_size,
             scale=objective.target_scale,
@@ -162,7 +162,7 @@ class Experiment:
                 split,
                 self.root.dataloading,
                 fit=fit,
-                seed=self.root.seed,
+                seed=0,
                 ranks=self.ranks,
                 scale=self.objective.target_scale,
                 pool=self.pool,
@@ -173,16 +173,21 @@ class Experiment:
             self.pool.close()
             self.pool = None
 
-    def single_pass(self, split: Split, *, augmented: bool, seed: int, ranks: dist.Ranks) -> Loader:
+    def single_pass(
+        self, split: Split, *, augmented: bool, seed: int, ranks: dist.Ranks, here: bool = False
+    ) -> Loader:
         """Batches of a split of images, in its order, that are read once: nothing is kept decoded.
 
         Args:
             augmented: whether the geometry is that of the train policy.
             seed: of the draws of a train policy.
+            here: whether this process reads them, as for a few samples.
         """
         objective, spec = self.objective, self.root.dataloading
         if not isinstance(split.source, ArraySource):
             spec = replace(spec, in_memory_mb=0)
+        if here:
+            spec = replace(spec, num_workers=0)
         return build_loader(
             split,
             spec,
@@ -191,6 +196,7 @@ class Experiment:
             seed=seed,
             ranks=ranks,
             batch_size=self.resolved.eval_batch_size,
+            pool=self.pool,
         )
 
     def predict(self, split: Split) -> Predictions | None:
@@ -627,15 +633,15 @@ def cached(experiment: Experiment, data: Data) -> tuple[Experiment, Data]:
         return {"vectors": padded, "counts": counts}  # (B, most, D), (B,)
 
     splits = {}
-    for name, split in data.splits.items():
-        if name in ("train", "val") and len(split):
-            augmented = name == "train"
-            found = embed_split(experiment, f"encoding {name}", split, vectors, augmented=augmented)
-            source: Source = ArraySource(found["vectors"].numpy(), np.arange(len(split)))
-            if "counts" in found:
-                parts = zip(found["vectors"], found["counts"].tolist(), strict=True)
-                source = EncodedBags([vectors[:count].numpy() for vectors, count in parts])
-            splits[name] = with_fields(split, source=source)
+    wanted = {name: s for name, s in data.splits.items() if name in ("train", "val") and len(s)}
+    for name, split in wanted.items():
+        augmented = name == "train"
+        found = embed_split(experiment, f"encoding {name}", split, vectors, augmented=augmented)
+        source: Source = ArraySource(found["vectors"].numpy(), np.arange(len(split)))
+        if "counts" in found:
+            parts = zip(found["vectors"], found["counts"].tolist(), strict=True)
+            source = EncodedBags([vectors[:count].numpy() for vectors, count in parts])
+        splits[name] = with_fields(split, source=source)
     inputs: Inputs = BagInputs(width=model.encoder.width, mean=None, std=None)
     if model.head.consumes == "pooled":
         width = output_width(model.encoder, model.aggregation)

@@ -326,7 +326,9 @@ def write_heat_maps(
     part = subset(split, predictions.rows[chosen])
     alone = with_fields(experiment.ranks, rank=0, world=1)
     with closing(
-        experiment.single_pass(part, augmented=False, seed=experiment.root.seed, ranks=alone)
+        experiment.single_pass(
+            part, augmented=False, seed=experiment.root.seed, ranks=alone, here=True
+        )
     ) as loader:
         for batch in loader.epoch(0):
             moved = batch.to(alone.device)

@@ -6,14 +6,12 @@ and, unless the loss is that of the logits, under "fitted" pairs of a weight and
 whose loss it weighs. B batch, D width, K classes or targets.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from glovita_lib.errors import UserError, call_target, refuse
 from glovita_lib.spec import ByStruct
-from glovita_lib.spec_model import ClassificationHead, CustomHead, RegressionHead
+from glovita_lib.spec_model import BaseHead, ClassificationHead, CustomHead, RegressionHead
 
 
 class LinearHead(nn.Module):
@@ -35,7 +33,7 @@ class LinearHead(nn.Module):
 
 
 @ByStruct
-def build_head(spec: Any, *, width: int, outputs: int) -> nn.Module:
+def build_head(spec: BaseHead, *, width: int, outputs: int) -> nn.Module:
     """The head of a Struct for vectors or tokens of `width`, with `outputs` classes or targets."""
     raise TypeError(f"no head for {type(spec).__name__}")
 

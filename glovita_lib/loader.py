@@ -192,6 +192,14 @@ class Batch:
         return Batch(move(self.inputs), targets, move(self.rows), self.fitted)
 
 
+def same_values(one: Resizing | None, other: Resizing | None) -> bool:
+    """Whether two ways to fit samples are the same, by their parameters."""
+    if one is None or other is None or type(one) is not type(other):
+        return one is other
+    pairs = ((value, vars(other)[name]) for name, value in vars(one).items())
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
 @dataclass(frozen=True, slots=True)
 class BatchBuilder:
     """Makes batches of rows; runs in this process, in threads or in worker processes."""
@@ -230,9 +238,10 @@ class BatchBuilder:
 
     def makes_same(self, other: "BatchBuilder") -> bool:
         """Whether another one makes the same batches of the same objects."""
-        parts = ((b.source, b.targets, b.fit, b.scale) for b in (self, other))
+        parts = ((b.source, b.targets, b.scale) for b in (self, other))
         numbers = (self.first, self.seed) == (other.first, other.seed)
-        return numbers and all(a is b for a, b in zip(*parts, strict=True))
+        same = numbers and all(a is b for a, b in zip(*parts, strict=True))
+        return same and same_values(self.fit, other.fit)
 
     @property
     def fitted(self) -> bool:

@@ -24,6 +24,7 @@ from glovita_lib.network import (
     weight_names,
 )
 from glovita_lib.spec import ByStruct
+from glovita_lib.spec_peft import PeftMethod
 
 # ---------------------------------------------------------------------------------- dispatch
 #
@@ -34,7 +35,7 @@ from glovita_lib.spec import ByStruct
 
 
 @ByStruct
-def apply_peft(spec: Any, model: nn.Module) -> None:
+def apply_peft(spec: PeftMethod, model: nn.Module) -> None:
     """Apply the method of a Struct to a model with `encoder` and `head`, in place."""
     raise TypeError(f"no PEFT method for {type(spec).__name__}")
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace as with_fields
 from functools import singledispatch
 from pathlib import Path
@@ -55,12 +55,19 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
 
     A dry run predicts one batch with every member and writes nothing.
     """
-    with dist.session() as ranks:
-        infer(loaded, ranks, dry_run=dry_run)
+    with (
+        dist.session() as ranks,
+        closing(dist.WorkerPool(loaded.root.dataloading, ranks.device)) as pool,
+    ):
+        infer(loaded, ranks, pool, dry_run=dry_run)
 
 
-def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
-    """Predict with every member, take the mean, write predictions, metrics and attention."""
+def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry_run: bool) -> None:
+    """Predict with every member, take the mean, write predictions, metrics and attention.
+
+    Args:
+        pool: the worker processes of all members.
+    """
     root = loaded.root
     paths = dist.main_decides(ranks, lambda: member_paths(loaded))
     records = {path: record_of(path) for path in paths}
@@ -86,6 +93,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
     with claimed, AttentionWriter(target, ranks, wanted=wanted) as recorder:
         for path in paths:
             member = first if path == paths[0] else restore(path, root, ranks)
+            member.pool = pool
             with recorder.listening(member.model.head), heard(member):
                 predictions = member.predict(splits[path])
             if predictions is not None:
@@ -108,7 +116,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, *, dry_run: bool) -> None:
 
 
 def volume_maps(folder: Path, ranks: dist.Ranks) -> "VolumeMaps":
-    """What writes maps of volumes; infer on other samples loads nothing of them."""
+    """What writes maps of volumes, loaded where some are asked for."""
     from glovita_lib.volume_maps import VolumeMaps
 
     return VolumeMaps(folder, ranks)

@@ -252,22 +252,23 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         yield from ()
 
 
+Kind = TypeVar("Kind", bound=Spec)
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-class ByStruct(Generic[Parameters, Result]):
+class ByStruct(Generic[Kind, Parameters, Result]):
     """A function of a Struct with one implementation for each Struct, as `functools.singledispatch`
     makes it. The implementation is registered in the module that the Struct names (`built_in`),
     which is imported when it is asked for: no list of modules is kept anywhere.
     """
 
-    def __init__(self, function: Callable[Concatenate[Any, Parameters], Result]) -> None:
+    def __init__(self, function: Callable[Concatenate[Kind, Parameters], Result]) -> None:
         self.implementations = singledispatch(function)
         self.register = self.implementations.register
         update_wrapper(self, function)
 
-    def __call__(self, spec: Spec, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
+    def __call__(self, spec: Kind, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
         return self.dispatch(type(spec))(spec, *args, **options)
 
     def dispatch(self, kind: type[Spec]) -> Callable[..., Result]:

@@ -52,10 +52,6 @@ class BaseData(Spec):
     """Number of classes, where it is always the same."""
     image_channels: ClassVar[int | None] = None
     """Channels of the images, where they are always the same."""
-    told: ClassVar[tuple[str, ...]] = ()
-    """What its function is told of the run beside the seed, as far as it asks: the outputs that a
-    model was trained on (trained), the splits that are needed (wanted), whether the head predicts
-    numbers alone (numbers)."""
     default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")
     """Train and test policy where the spec names none; unread without augmentation."""
     one_fold: ClassVar[str] = "0 only: this data set has one split; another seed draws another val"
@@ -134,7 +130,6 @@ class ImageData(BaseData):
 class FileData(BaseData):
     """Fields of data sets whose labels and splits stand in files, or are drawn."""
 
-    told: ClassVar[tuple[str, ...]] = ("trained", "wanted")
     one_fold: ClassVar[str] = '0 only; data.split_source = "kfold" makes more'
 
     subtask: Subtask | None = None
@@ -383,8 +378,6 @@ class GenericImageData(FolderData, tag="generic_image_dataset", tag_field="datas
 
 class CollectionData(FileData):
     """Fields of data sets whose files hold many samples each."""
-
-    told: ClassVar[tuple[str, ...]] = ("trained", "wanted", "numbers")
 
     data_root_dir: PathText = "."
     """Folder that the files below are relative to."""

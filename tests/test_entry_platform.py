@@ -1,6 +1,7 @@
 """Runs on a system that is not POSIX: what only POSIX has is taken away in a fresh interpreter.
 Worker processes that are spawned, as on macOS and Windows."""
 
+import json
 import os
 import subprocess
 import sys
@@ -80,6 +81,19 @@ print("started", len(started))
 """
 
 
+def started(folder: Path, *overrides: str) -> int:
+    """Processes that a run of the spec there starts, where they are spawned."""
+    result = subprocess.run(
+        [sys.executable, "-c", SPAWN, str(folder / "tiny.toml"), "--override", *overrides],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return int(result.stdout.split("started ")[-1])
+
+
 @pytest.mark.processes
 def test_spawned_workers_start_once_a_run_and_give_the_same_results(tmp_path, command):
     """Two workers serve training, the evaluations of val after each epoch, and val and test in the
@@ -88,15 +102,7 @@ def test_spawned_workers_start_once_a_run_and_give_the_same_results(tmp_path, co
     changes = ["dataloading.in_memory_mb=0", "training.val_steps_per_epoch=2"]
     alone = command(*changes, "dataloading.num_workers=0", "name=alone")
     overrides = [f"exp_dir={tmp_path / 'runs'}", *changes, "dataloading.num_workers=2"]
-    result = subprocess.run(
-        [sys.executable, "-c", SPAWN, str(tmp_path / "tiny.toml"), "--override", *overrides],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.splitlines()[-1] == "started 2"
+    assert started(tmp_path, *overrides) == 2
     spawned = tmp_path / "runs" / "digits" / "tiny,training.val_steps_per_epoch=2" / "0"
     for split in ("val", "test"):
         found, expected = Result(0, "", "", spawned).rows(split), alone.rows(split)
@@ -106,3 +112,17 @@ def test_spawned_workers_start_once_a_run_and_give_the_same_results(tmp_path, co
             scores = [(float(ours[k]), float(theirs[k])) for k in ours if k.startswith("p_")]
             assert len(scores) == 10
             assert all(one == pytest.approx(other, rel=1e-4, abs=1e-6) for one, other in scores)
+
+
+@pytest.mark.processes
+def test_spawned_workers_serve_all_members_of_an_ensemble_and_heat_maps(tmp_path, command):
+    """They start once for both, and not again for the few samples that are drawn."""
+    command("name=one")
+    command("name=two", "optimizer.lr=0.02")
+    runs, two = tmp_path / "runs" / "digits", ["name=two", "optimizer.lr=0.02"]
+    common = [f"exp_dir={runs.parent}", "dataloading.in_memory_mb=0", "dataloading.num_workers=1"]
+    both = [str(runs / name / "0" / "checkpoints" / "last.pt") for name in ("one", "two")]
+    members = [f"infer.checkpoint={json.dumps(both)}", f"infer.output_dir={tmp_path / 'mean'}"]
+    assert started(tmp_path, *common, "mode=infer", *members) == 1
+    assert started(tmp_path, *common, "mode=infer", *two, "infer.heat_maps=2") == 1
+    assert len(list((runs / "two").rglob("heat_maps_test/*.png"))) == 2

@@ -242,7 +242,7 @@ from glovita_lib.spec_data import StripesData
 
 
 @data.read_data_set.register
-def _(spec: StripesData, *, seed):
+def _(spec: StripesData, *, seed, asked):
     rng = np.random.default_rng(0)
     labels = np.arange(120) % 2
     images = rng.integers(0, 128, (120, 1, 8, 8), dtype=np.uint8)
@@ -365,7 +365,7 @@ from glovita_lib.spec_data import BlobsData
 
 
 @data.read_data_set.register
-def _(spec: BlobsData, *, seed):
+def _(spec: BlobsData, *, seed, asked):
     labels = np.arange(120) % 2
     points = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
     points += 4 * labels[:, None] - 2
