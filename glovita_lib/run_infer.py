@@ -18,10 +18,8 @@ from glovita_lib.attention_maps import AttentionWriter, draw_bags
 from glovita_lib.data import BaseSamples, ImageSamples, Split
 from glovita_lib.data_features import unlabelled_features
 from glovita_lib.data_folder import build_unlabelled
-from glovita_lib.data_volumes import unlabelled_volumes
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.experiment import Experiment, evaluated_as, read_data, record_of, restore, some_of
-from glovita_lib.grad_cam import check_heat_maps, write_heat_maps
 from glovita_lib.loggers import say, two_columns
 from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.peft_base import ADDED, Insert, contiguous_copy
@@ -74,6 +72,8 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
     check_members({str(path): record for path, record in records.items()})
     first = restore(paths[0], root, ranks)
     if root.infer.heat_maps:
+        from glovita_lib.grad_cam import check_heat_maps, write_heat_maps  # volumes come with it
+
         check_heat_maps(first, root.infer)
     if root.infer.export is not None and ranks.is_main and not dry_run:
         export(Path(root.infer.export), first)
@@ -338,6 +338,8 @@ def _(inputs: ImageInputs, path: str, data: BaseData) -> tuple[Split, BaseSample
 @new_samples.register
 def _(inputs: VolumeInputs, path: str, data: BaseData) -> tuple[Split, BaseSamples, list[str]]:
     volumes = data if isinstance(data, VolumeData) else VolumeData()
+    from glovita_lib.data_volumes import unlabelled_volumes
+
     split, notes = unlabelled_volumes(path, inputs, volumes)
     return split, read_by(inputs), notes
 
