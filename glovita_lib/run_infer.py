@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from glovita_lib import dist, files
-from glovita_lib.attention_maps import AttentionWriter, draw_bags
+from glovita_lib.attention_maps import AttentionHead, AttentionWriter, draw_bags
 from glovita_lib.data import BaseSamples, ImageSamples, Split
 from glovita_lib.data_features import unlabelled_features
 from glovita_lib.data_folder import build_unlabelled
@@ -87,6 +87,10 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
     members: list[Predictions] = []
     by_windows = any(in_windows(evaluated_as(r.inputs, root)) for r in records.values())
     wanted = root.infer.attention and not dry_run and not by_windows
+    if by_windows and root.infer.attention and isinstance(first.model.head, AttentionHead):
+        say(
+            "no attention: each window is a sample of its own; infer.volume_maps writes their scores"
+        )
     maps = volume_maps(folder / f"maps_{name}", ranks) if root.infer.volume_maps else None
     heard = nullcontext if maps is None or dry_run else maps.listening
     claimed = nullcontext() if dry_run else alone(folder / name, ranks)
