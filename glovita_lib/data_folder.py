@@ -1,7 +1,7 @@
 """Folders of samples with labels, splits, folds and groups; data sets of images, and new images
 without labels."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -285,6 +285,7 @@ def members_of(
     entries = {}
     for name, part in parts.items():
         entries.setdefault(composed(name), []).extend(part)
+    report += left_out(spec, entries, where, images.noun)
     names = split_names(spec, entries, where, trains=wanted is None)
     needed = splits_needed(names, wanted)
     for name in missing_rows(spec, table, set(names.values()) - {names[s] for s in needed}):
@@ -325,6 +326,39 @@ def by_first_folder(images: SampleFolder) -> dict[str, list[str]]:
         if rest:
             entries.setdefault(first, []).append(identity)
     return entries
+
+
+SPLIT_KEYS = ("train_split_name", "val_split_name", "test_split_name")
+
+
+def left_out(
+    spec: FolderData, entries: dict[str, list[str]], where: str, noun: str
+) -> Iterator[str]:
+    """Lines about samples in no split, and in splits that the data set does not name.
+
+    Raises:
+        UserError: a split differs from one of the data set in case alone; or a table or split file
+            has another split than train, val and test, where the spec does not say which it means.
+    """
+    known = {composed(getattr(spec, key)) for key in SPLIT_KEYS}
+    others = {name: len(part) for name, part in entries.items() if name and name not in known}
+    again = {name.strip().casefold(): name for name in known}
+    stated = any(getattr(spec, key) != getattr(type(spec)(), key) for key in SPLIT_KEYS)
+    listing = spec.split_source in ("csv", "splits_json")
+    for name, count in others.items():
+        offered = f'{where}: "{name}" ({count} {noun}s) is no split'
+        mend = "write nothing" if spec.split_source == "csv" else "leave it out"
+        if meant := again.get(name.strip().casefold()):
+            raise UserError(f'{offered}, but "{meant}" is: name them alike')
+        if listing and not stated:
+            raise UserError(
+                f"{offered}; write {', '.join(sorted(known))}, or {mend} where samples are not to"
+                " be used, or set data.train_split_name, data.val_split_name, data.test_split_name"
+            )
+    if others:
+        yield f"{sum(others.values())} {noun}s of {listed(others)} are in no split: not used"
+    if unsplit := len(entries.get("", ())):
+        yield f"{unsplit} {noun}s of {where} are in no split: not used"
 
 
 def split_names(

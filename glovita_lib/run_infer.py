@@ -88,9 +88,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
     by_windows = any(in_windows(evaluated_as(r.inputs, root)) for r in records.values())
     wanted = root.infer.attention and not dry_run and not by_windows
     if by_windows and root.infer.attention and isinstance(first.model.head, AttentionHead):
-        say(
-            "no attention: each window is a sample of its own; infer.volume_maps writes their scores"
-        )
+        say("no attention: each window counts by itself; infer.volume_maps writes their scores")
     maps = volume_maps(folder / f"maps_{name}", ranks) if root.infer.volume_maps else None
     heard = nullcontext if maps is None or dry_run else maps.listening
     claimed = nullcontext() if dry_run else alone(folder / name, ranks)

@@ -350,6 +350,50 @@ def test_split_column(template):
         build(template, split_source="csv")
 
 
+@pytest.mark.parametrize("modes", [{}, {"trains": False, "wanted": ("test",)}])
+@pytest.mark.parametrize("name", ["Test", "TEST", "test2", "training"])
+def test_a_name_that_is_no_split_is_refused_in_tables_and_split_files(root, name, modes):
+    """Whatever the mode: half of a cohort would be gone."""
+    rows = list(csv.reader((root / "labels.csv").read_text().splitlines()))
+    rows[-1][-1] = name
+    write_csv(root / "labels.csv", rows[0], rows[1:])
+    splits = json.loads((root / "splits.json").read_text())
+    splits[name] = [splits["test"].pop()]
+    (root / "splits.json").write_text(json.dumps(splits))
+    tables = {"label_source": "csv", "split_source": "csv", "subtask": "multiclass"}
+    for fields in (tables, {"subtask": "multiclass"}):
+        with pytest.raises(UserError, match=f'"{name}" \\(1 images\\) is no split'):
+            build_data(generic(root, **fields), seed=0, **modes)
+
+
+def test_splits_that_the_spec_does_not_name_are_told(root):
+    """Where it names its own; but never one that differs in case alone. So are empty cells."""
+    rows = list(csv.reader((root / "labels.csv").read_text().splitlines()))
+    rows[-1][-1], rows[-2][-1], rows[-3][-1] = "external", "", ""
+    write_csv(root / "labels.csv", rows[0], rows[1:])
+    fields = {"label_source": "csv", "split_source": "csv", "subtask": "multiclass"}
+    data = build(root, **fields, test_split_name="external")
+    assert len(data.splits["test"]) == 1
+    assert "1 images of test are in no split: not used" in data.report
+    assert "2 images of column split are in no split: not used" in data.report
+    rows[-2][-1] = "External"
+    write_csv(root / "labels.csv", rows[0], rows[1:])
+    with pytest.raises(UserError, match='"External" .1 images. is no split, but "external" is'):
+        build(root, **fields, test_split_name="external")
+
+
+def test_folders_that_are_no_splits_are_told(tmp_path):
+    for split in ("train", "val", "test", "extra", "test_2"):
+        for row in range(4):
+            save(tmp_path / "images" / split / f"d{DIGITS.target[row]}" / f"{row}.png", row)
+    fields = {"split_source": "subdirs", "label_source": "folder"}
+    data = build(tmp_path, **fields)
+    assert "8 images of extra, test_2 are in no split: not used" in data.report
+    (tmp_path / "images" / "extra").rename(tmp_path / "images" / "Test")
+    with pytest.raises(UserError, match='"Test" .4 images. is no split, but "test" is'):
+        build(tmp_path, **fields)
+
+
 def test_kfold_from_the_seed(template):
     runs = [build(template, split_source="kfold", fold=fold) for fold in range(5)]
     tests = [set(run.splits["test"].ids) for run in runs]
