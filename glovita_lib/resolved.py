@@ -28,9 +28,10 @@ from glovita_lib.data import (
 from glovita_lib.encoder import file_facts, preprocess_of
 from glovita_lib.errors import UserError, composed, listed, refuse
 from glovita_lib.metric_names import check_logged, logged_names, uses_order, usual_metrics
-from glovita_lib.spec import ByStruct, Spec
+from glovita_lib.spec import ByStruct, Spec, flattened, with_lists
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_data import Subtask
+from glovita_lib.spec_errors import shown
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_series import ResolvedSeriesAugmentation
 from glovita_lib.spec_train import Supervised
@@ -348,6 +349,69 @@ def check_targets(model: Resolved, trained: str, data: Data) -> None:
             f" was trained for {model.subtask} of {listed(model.class_names, 8)}; set"
             " data.class_names to the latter, or use infer.input to predict without labels"
         )
+
+
+def check_unchanged(model: Resolved, trained: str, other: Resolved, where: str) -> None:
+    """What a run is continued with is what it was started with: all that was derived of the data
+    and files then (sizes, scales, weights, counts, policies) is the same, but for `ROUNDING`.
+
+    Args:
+        trained: what has the values of the start, in a message.
+        where: what has the others.
+
+    Raises:
+        UserError: it is not.
+    """
+    tables = (with_lists(msgspec.to_builtins(record)) for record in (model, other))
+    before, after = (dict(flattened(table)) for table in tables)
+    changes = []
+    for key in dict.fromkeys([*before, *after]):
+        deviation = before.get(f"{key.removesuffix('mean')}std") if key.endswith("mean") else None
+        change = changed(before.get(key), after.get(key), deviation)
+        if change is not None:
+            changes.append(key + change)
+    if changes:
+        raise UserError(
+            f"{trained} was trained with other values than {where}: {listed(changes, 8, '; ')}."
+            " Put back what the run was started on to continue it, set training.on_existing ="
+            ' "overwrite" to replace it or "new" to start beside it, or give this one another name'
+        )
+
+
+ROUNDING = 1e-6
+"""Share of a number, or of its column's deviation, by which sums differ that were taken in another
+order, as on another number of threads; a run is continued with the saved ones."""
+
+
+def changed(before: Any, after: Any, deviation: Any) -> str | None:
+    """How a derived value has changed, for a message after its key; None where it has not.
+
+    Args:
+        before, after: builtin types; a list of numbers has one per column.
+        deviation: of the columns whose means they are; None: they are no means.
+    """
+    if not are_numbers(before, after):
+        return None if before == after else f": {shown(before)} -> {shown(after)}"
+    old, new = np.atleast_1d(before), np.atleast_1d(after)
+    if old.shape != new.shape:
+        return f": {shown(before)} -> {shown(after)}"
+    least = 0.0 if deviation is None else ROUNDING * np.abs(np.atleast_1d(deviation))
+    same = np.isclose(old, new, rtol=ROUNDING, atol=least, equal_nan=True)
+    if same.all():
+        return None
+    first, count = int(np.argmin(same)), int((~same).sum())
+    place = f"[{first}]" if isinstance(before, list) else ""
+    more = f" ({count} of {len(old)} numbers differ)" if len(old) > 1 else ""
+    return f"{place}: {old[first]:.8g} -> {new[first]:.8g}{more}"
+
+
+def are_numbers(*values: Any) -> bool:
+    """Whether all values are floating-point numbers or lists of them, which may be rounded."""
+    return all(
+        isinstance(number, float)
+        for value in values
+        for number in (value if isinstance(value, list) else [value])
+    )
 
 
 def check_members(models: Mapping[str, Resolved]) -> None:

@@ -18,6 +18,7 @@ from glovita_lib.experiment import (
     build_trainer,
     cached,
     read_data,
+    record_of,
     refuse_unstable,
     resolved_of,
     samples_per_step,
@@ -30,7 +31,7 @@ from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.objectives import LabelledPredictions
 from glovita_lib.peft import save_adapter
 from glovita_lib.plots import learning_curves
-from glovita_lib.resolved import Resolved, check_data, check_targets, resolve_spec
+from glovita_lib.resolved import Resolved, check_data, check_targets, check_unchanged, resolve_spec
 from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
 from glovita_lib.rundir import Decision, RunDir, opened, runtime_info
 from glovita_lib.sampler import check_ranks
@@ -132,12 +133,16 @@ def train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
             return
         data = read_data(root, ranks)
         resolved = resolve_spec(root, data)
-        experiment = assemble(root, resolved, ranks, load_weights=decision != "resume")
+        saved = saved_state(run, loaded, ranks) if decision == "resume" else None
+        if saved is not None:
+            resolved = resolved_at_start(run, root, saved, data, resolved)
+        experiment = assemble(root, resolved, ranks, load_weights=saved is None)
         refuse_unstable(experiment)
         if ranks.is_main:
             introduce(run, experiment, data)
         with experiment.shared_workers(data):
-            learn(run, loaded, experiment, data, decision)
+            learn(run, loaded, experiment, data, decision, saved)
+            del saved  # evaluation needs memory too
             finish(run, loaded, experiment, data)
     conclude(run, ranks, "is finished")
 
@@ -168,17 +173,36 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
 # ---------------------------------------------------------------------- training
 
 
+def resolved_at_start(
+    run: RunDir, root: Root, saved: dict[str, Any], data: Data, resolved: Resolved
+) -> Resolved:
+    """What was resolved when a run was started, which it is continued, evaluated and saved with.
+
+    Args:
+        saved: the checkpoint that it is continued from.
+        resolved: what the spec and the data give now.
+
+    Raises:
+        UserError: they give something else by more than rounding.
+    """
+    record, trained = resolved_of(saved, run.last), f"{run.last}, which is continued,"
+    check_data(record, trained, data, root.data)
+    check_targets(record, trained, data)
+    check_unchanged(record, trained, resolved, "the data give now")
+    return resolved if resolved == record else record  # the same objects are pickled alike
+
+
 def learn(
-    run: RunDir, loaded: Loaded[Root], experiment: Experiment, data: Data, decision: Decision
+    run: RunDir,
+    loaded: Loaded[Root],
+    experiment: Experiment,
+    data: Data,
+    decision: Decision,
+    saved: dict[str, Any] | None,
 ) -> None:
-    """Train from the start, or from the last checkpoint on. The directory stays as it is until all
-    that training needs is there."""
+    """Train from the start, or from a checkpoint on. The directory stays as it is until all that
+    training needs is there."""
     root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
-    saved = saved_state(run, loaded, ranks) if decision == "resume" else None
-    if saved is not None:
-        record, trained = resolved_of(saved, run.last), f"{run.last}, which is continued,"
-        check_data(record, trained, data, root.data)
-        check_targets(record, trained, data)
 
     def log(record: dict[str, Any]) -> None:
         files.append_jsonl(run.metrics, record)
@@ -310,7 +334,11 @@ def prepare(
     run: RunDir, loaded: Loaded[Root], experiment: Experiment, saved: dict[str, Any] | None
 ) -> None:
     """Write the files that describe a run; of a continued run, cut metrics.jsonl back to the
-    step of its checkpoint and complete its links."""
+    step of its checkpoint and complete its links.
+
+    Raises:
+        UserError: the best model of a continued run was trained with other resolved values.
+    """
     if saved is None:
         run.write_spec(loaded)
         table = {share.part: share.counts() for share in parameter_table(experiment.model)}
@@ -319,6 +347,9 @@ def prepare(
     else:
         step = saved["state"]["step"]
         mend_links(run, saved["state"], experiment.root.training)
+        if run.best.is_file():
+            best = record_of(run.best)
+            check_unchanged(best, str(run.best), experiment.resolved, f"{run.last} holds")
         files.truncate_jsonl(run.metrics, lambda record: record["step"] <= step)
     run.note_start(runtime_info(experiment.ranks, seed=experiment.root.seed))
 
