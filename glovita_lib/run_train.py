@@ -445,10 +445,15 @@ def conclude(run: RunDir, ranks: dist.Ranks, what: str) -> None:
     }
     rows = summary_lines(reports)
     rows += [
-        ("best model", str(run.best)),
-        ("predictions", ", ".join(str(run.predictions_of(name)) for name in reports)),
+        ("best model", place(run.best)),
+        ("predictions", ", ".join(place(run.predictions_of(name)) for name in reports)),
         ("metrics", ", ".join(str(run.metrics_of(name)) for name in reports)),
     ]
     if run.plots.is_dir():
         rows.append(("plots", f"{run.plots}/"))
     say(f"{run.path} {what}\n{two_columns(rows)}")
+
+
+def place(path: Path) -> str:
+    """Where a file of a run is, or that it was taken away."""
+    return str(path) if path.is_file() else f"{path} (is not there any more)"

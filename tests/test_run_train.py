@@ -287,6 +287,19 @@ def test_resume_overwrite_new(command):
     assert not beside.parent.with_name("tiny_4").exists()
 
 
+def test_a_finished_run_says_what_was_taken_away(command):
+    first = command()
+    gone = [first.path / name for name in ("checkpoints/best.pt", "predictions_test.csv")]
+    assert "is not there" not in command().out
+    for path in gone:
+        path.unlink()
+    again = command()
+    assert "was finished before" in again.out
+    for path in gone:
+        assert f"{path} (is not there any more)" in again.out
+    assert again.out.count("is not there") == len(gone)
+
+
 def test_overwriting_leaves_nothing_of_the_old_run_and_others_files_alone(command):
     run = command("training.save_every=1", "training.epochs=3", "name=tiny")
     for stale in ("plots/old.png", "predictions_train.csv", "metrics_train.json", "notes.txt"):
