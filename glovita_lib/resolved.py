@@ -381,6 +381,8 @@ def check_unchanged(model: Resolved, trained: str, other: Resolved, where: str) 
 ROUNDING = 1e-6
 """Share of a number, or of its column's deviation, by which sums differ that were taken in another
 order, as on another number of threads; a run is continued with the saved ones."""
+MEAN_ROUNDING = 1e-12
+"""The same, of a mean in float64, whose column may vary by far less than its size."""
 
 
 def changed(before: Any, after: Any, deviation: Any) -> str | None:
@@ -395,14 +397,20 @@ def changed(before: Any, after: Any, deviation: Any) -> str | None:
     old, new = np.atleast_1d(before), np.atleast_1d(after)
     if old.shape != new.shape:
         return f": {shown(before)} -> {shown(after)}"
-    least = 0.0 if deviation is None else ROUNDING * np.abs(np.atleast_1d(deviation))
-    same = np.isclose(old, new, rtol=ROUNDING, atol=least, equal_nan=True)
+    share, least = ROUNDING, np.zeros(1)
+    if deviation is not None:  # a mean of 1e9 may be far off by a millionth of it
+        share, least = MEAN_ROUNDING, ROUNDING * np.abs(np.atleast_1d(deviation))
+    same = np.isclose(old, new, rtol=share, atol=least, equal_nan=True)
     if same.all():
         return None
     first, count = int(np.argmin(same)), int((~same).sum())
     place = f"[{first}]" if isinstance(before, list) else ""
     more = f" ({count} of {len(old)} numbers differ)" if len(old) > 1 else ""
-    return f"{place}: {old[first]:.8g} -> {new[first]:.8g}{more}"
+    pair = old[first].item(), new[first].item()
+    was, now = (f"{number:.6g}" for number in pair)
+    if was == now:
+        was, now = map(shown, pair)
+    return f"{place}: {was} -> {now}{more}"
 
 
 def are_numbers(*values: Any) -> bool:

@@ -25,7 +25,9 @@ from glovita_lib.resolved import (
     ImageInputs,
     Inputs,
     Resolved,
+    VectorInputs,
     check_data,
+    check_unchanged,
     in_order_of,
     resolve_inputs,
     resolve_spec,
@@ -189,3 +191,43 @@ def test_every_modality_has_its_functions():
         assert resolve_inputs.dispatch(samples) is not resolve_inputs.dispatch(BaseSamples)
         for function in (build_inputs, run_infer.new_samples):
             assert function.dispatch(member) is not function.dispatch(BaseSamples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mean": (1e9, 0.0)}, None),
+        ({"mean": (1e9 + 1e-7, 1e-9)}, None),
+        ({"std": (1.0 + 1e-9, 1e-3)}, None),
+        (
+            {"mean": (1e9 + 2, 0.0)},
+            "inputs.mean[0]: 1000000000.0 -> 1000000002.0 (1 of 2 numbers differ)",
+        ),
+        ({"mean": (1e9, 1e-4)}, "inputs.mean[1]: 0 -> 0.0001 (1 of 2 numbers differ)"),
+        ({"std": (1.0, 2e-3)}, "inputs.std[1]: 0.001 -> 0.002 (1 of 2 numbers differ)"),
+        ({"mean": None}, "inputs.mean: [1000000000.0, 0.0] -> none"),
+        ({"mean": (0.0,)}, "inputs.mean: [1000000000.0, 0.0] -> [0.0]"),
+        ({"mean": (np.nan, 0.0)}, "inputs.mean[0]: 1e+09 -> nan"),
+    ],
+)
+def test_rounding_alone_is_no_change(changes, said):
+    """Of a mean beside the deviation of its column, however large it is."""
+    resolved = resolve_spec(root_of("precomputed"), data_of(FEATURES, shape=(2,)))
+    scaled = VectorInputs(width=2, mean=(1e9, 0.0), std=(1.0, 1e-3))
+    first = replace(resolved, inputs=scaled)
+    second = replace(resolved, inputs=replace(scaled, **changes))
+    if said is None:
+        check_unchanged(first, "the model", second, "the data give now")
+        return
+    with pytest.raises(UserError) as refusal:
+        check_unchanged(first, "the model", second, "the data give now")
+    assert f"the data give now: {said}" in str(refusal.value)
+
+
+def test_counts_are_never_rounded():
+    resolved = resolve_spec(root_of("precomputed"), data_of(FEATURES))
+    many = replace(resolved, samples={"train": 20_000_000})
+    more = replace(resolved, samples={"train": 20_000_001, "test": 5})
+    with pytest.raises(UserError) as refusal:
+        check_unchanged(many, "the model", more, "the data give now")
+    assert "samples.train: 20000000 -> 20000001; samples.test: none -> 5" in str(refusal.value)
