@@ -1,5 +1,6 @@
 """What a data set is made of: splits, and the sources their samples come from."""
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -169,10 +170,17 @@ def is_constant(mean: Any, variance: Any, count: int) -> Any:
     return variance <= count * eps * variance + (count * eps * mean) ** 2
 
 
+def column_means(values: np.ndarray) -> np.ndarray:
+    """Mean (D,) in float64 of each column of numbers (N, D), N > 0, that of a constant column
+    exactly its value, which the quotient of a sum is not: sixty times 1e30 miss it by 1e14."""
+    return np.clip(values.mean(0, dtype=np.float64), values.min(0), values.max(0))
+
+
 @dataclass(frozen=True, slots=True)
 class Standardizer:
-    """(x - mean) / std of each column, where a constant column has std 1: features of a train
-    split, inputs of a probe or a map, and targets are all standardised by this one."""
+    """(x - mean) / std of each column: features of a train split, inputs of a probe or a map, and
+    targets are all standardised by this one. A constant column has std 1, or, where rounding makes
+    it vary by more, what that can come to; its mean is exactly its value."""
 
     mean: np.ndarray  # (D,) float64
     std: np.ndarray  # (D,)
@@ -184,12 +192,18 @@ class Standardizer:
         import torch
 
         total, count = torch.zeros(()), 0
+        low, high = torch.tensor(math.inf), torch.tensor(-math.inf)
         for block in blocks():
-            total, count = total + block.double().sum(0), count + len(block)
-        mean = total / count
+            values = block.double()
+            total, count = total + values.sum(0), count + len(values)
+            low = torch.minimum(low.to(values), values.amin(0))
+            high = torch.maximum(high.to(values), values.amax(0))
+        mean = (total / count).clamp(low, high)  # see column_means
         squares = sum((block.double() - mean).square_().sum(0) for block in blocks())
         variance = torch.as_tensor(squares / count)
-        std = torch.where(is_constant(mean, variance, count), 1.0, variance.sqrt())
+        rounding = (count * float(np.finfo(np.float64).eps) * mean.abs()).clamp(min=1)
+        rounding = torch.where(variance.isfinite(), rounding, 1.0)
+        std = torch.where(is_constant(mean, variance, count), rounding, variance.sqrt())
         return cls(mean.cpu().numpy(), std.cpu().numpy())
 
     @classmethod

@@ -8,7 +8,7 @@ N samples of a file, K classes or targets, W distinct words of M.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -291,13 +291,54 @@ def refuse_unknown(
     raise file.error(text)
 
 
+def in_places(files: Sequence[Labels]) -> Sequence[Labels]:
+    """Files whose labels are numbers of an HDF5 enum, as places among its names in the order of
+    their numbers, or among the file's class_names where these hold them all; numbers of files that
+    state no names mean what they mean in the others.
+
+    Raises:
+        UserError: a number that the enum has no name for.
+    """
+    enums = [enum_of(file) for file in files]
+    shared = {tuple(enum.items()) for enum in enums if enum}
+    found = []
+    for file, own in zip(files, enums, strict=True):
+        numbers, enum = file.whole, own
+        if not own and len(shared) == 1 and file.class_names is None:
+            enum = dict(*shared)
+        known = file.class_names or tuple(enum)
+        if numbers is None or not enum or not set(enum) <= set(known):
+            found.append(file)
+            continue
+        table = {number: known.index(name) for name, number in enum.items()}
+        named = listed((f"{number} {name}" for name, number in enum.items()), 8)
+        wrong = ~np.isin(numbers, list(table))
+        file.refuse(wrong, f"the label is no number of the HDF5 enum ({named})")
+        places = np.array([table[number] for number in numbers.tolist()], np.int64)
+        found.append(replace(file, values=places, class_names=known))
+    return found
+
+
+def enum_of(file: Labels) -> dict[str, int]:
+    """Names and numbers of the HDF5 enum that labels (N,) are stored as, by number; none where they
+    are stored otherwise."""
+    if file.whole is None or not isinstance(file.values, np.ndarray):
+        return {}
+    notes: Mapping[str, Any] = file.values.dtype.metadata or {}
+    enum: dict[str, int] = notes.get("enum", {})  # where h5py puts it
+    return dict(sorted(enum.items(), key=lambda entry: entry[1]))
+
+
 def multiclass(files: Sequence[Labels], rules: LabelRules) -> Targets:
     """One class a sample."""
+    files = in_places(files)
     classes = ClassWords(files)
     for file in files:
         if (numbers := file.whole) is not None:
             classes.words.append(Words.of_numbers(numbers))
             continue
+        if isinstance(file.values, np.ndarray) and file.values.shape[1:] == (1,):
+            raise file.error(f"labels of shape {file.values.shape}: store classes as (N,)")
         cells = file.cells()
         file.refuse(
             (isinstance(label, list | tuple | dict) for label in cells),

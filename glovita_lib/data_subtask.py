@@ -126,12 +126,13 @@ def found_subtask(files: Sequence[Labels], rules: LabelRules) -> Subtask:
         return subtask_of_column(files, found, rules)
     if found == {"hot"} and not rules.numbers:
         return "multilabel"
-    if "whole columns" in found and "columns" not in found and not rules.numbers:
-        file = files[looks.index({"whole columns"})]
-        raise file.error(
-            f"labels of shape {np.shape(file.values)} are whole numbers; store classes as (N,), or"
-            ' set data.subtask = "regression"'
-        )
+    for columns, what in (("text columns", "names"), ("whole columns", "whole numbers")):
+        if columns in found and "columns" not in found and not rules.numbers:
+            file = files[looks.index({columns})]
+            cure = "" if what == "names" else ', or set data.subtask = "regression"'
+            raise file.error(
+                f"labels of shape {np.shape(file.values)} are {what}; store classes as (N,){cure}"
+            )
     return "regression"
 
 
@@ -146,14 +147,15 @@ COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 """A number as it is written where the decimal point is a comma."""
 
 Look = Literal[
-    "whole", "codes", "decimals", "numbers", "text", "hot", "whole columns", "columns"
+    "whole", "codes", "decimals", "numbers", "text", "hot", "whole columns",
+    "text columns", "columns",
 ]  # fmt: skip
 ONE_COLUMN: tuple[Look, ...] = ("whole", "codes", "decimals", "numbers", "text")
 
 
 def looks_of(file: Labels) -> set[Look]:
     """What the labels of a file look like: see `look` for those of one column; several columns are
-    of 0 and 1, of whole numbers or of anything."""
+    of 0 and 1, of whole numbers, of text or of other numbers."""
     values = file.values
     if isinstance(values, np.ndarray):
         kind = values.dtype.kind
@@ -161,16 +163,26 @@ def looks_of(file: Labels) -> set[Look]:
             if kind in "iub":
                 return {"whole"}
             return {float_look(values)} if kind == "f" else looks_of_cells(values)
+        if kind not in "iubf":
+            return {look_of_columns(map(str, values.flat), text="text columns")}
         is_hot, is_whole = bool(np.isin(values, (0, 1)).all()), kind in "iub"
         if kind == "f":
             is_whole = float_look(values) == "decimals"
-    elif not any(isinstance(cell, tuple) for cell in values):
+        return {"hot" if is_hot else "whole columns" if is_whole else "columns"}
+    if not any(isinstance(cell, tuple) for cell in values):
         return looks_of_cells(values)
-    else:
-        cells = [MARKS.get(cell.lower(), cell) for row in values for cell in row]
-        is_hot = all(NUMBER.fullmatch(cell) and float(cell) in (0, 1) for cell in cells)
-        is_whole = {look(cell) for cell in cells} <= {"whole", "decimals"}
-    return {"hot" if is_hot else "whole columns" if is_whole else "columns"}
+    return {look_of_columns((cell for row in values for cell in row), text="columns")}
+
+
+def look_of_columns(cells: Iterable[str], *, text: Look) -> Look:
+    """What the cells of several columns look like; `text` is what those with words are called."""
+    marks = [MARKS.get(cell.strip().lower(), cell.strip()) for cell in cells]
+    looks = set(map(look, marks))
+    if all(NUMBER.fullmatch(cell) and float(cell) in (0, 1) for cell in marks):
+        return "hot"
+    if looks <= {"whole", "decimals"}:
+        return "whole columns"
+    return text if "text" in looks and "numbers" not in looks else "columns"
 
 
 def looks_of_cells(cells: Iterable[Any]) -> set[Look]:

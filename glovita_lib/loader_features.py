@@ -21,6 +21,7 @@ from glovita_lib.data import (
     Split,
     Standardizer,
     VectorSamples,
+    is_constant,
 )
 from glovita_lib.experiment import build_split_loader
 from glovita_lib.loader import (
@@ -89,8 +90,9 @@ def rounding_line(source: Source) -> str | None:
     if size <= np.dtype(np.float32).itemsize:
         return None
     scale = feature_scale(source)
+    count = int(source.lengths().sum()) if isinstance(source, BagSource) else len(source.index)
     step = np.spacing(np.abs(scale.mean).astype(np.float32))
-    varies = scale.std != 1  # what a constant column has
+    varies = (scale.std != 1) & ~is_constant(scale.mean, scale.std**2, count)
     lost = np.flatnonzero(varies & (step > ROUNDED * scale.std))
     if not len(lost):
         return None

@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from glovita_lib.data import column_means
 from glovita_lib.data_splits import apportion
 from glovita_lib.errors import UserError
 from glovita_lib.neighbors import Metric, nearest, normalized
@@ -89,7 +90,7 @@ def in_float32(features: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, li
     if metric == "cosine":
         moved = normalized(features)
     elif features.dtype == torch.float64:
-        moved = features - features.mean(0)
+        moved = features - torch.from_numpy(column_means(features.numpy()))
     rounded = moved.float()
     if features.dtype != torch.float64 or not features.numel():
         return rounded, []
@@ -172,7 +173,7 @@ def principal_components(features: torch.Tensor, count: int) -> tuple[np.ndarray
     if (given == given[0]).all():  # scikit-learn would divide by their variance
         return np.zeros((rows, count)), np.zeros(count)
     model = PCA(kept, svd_solver="covariance_eigh" if width <= rows else "full")
-    points = model.fit_transform(given - given.mean(0))  # centred, or the covariance cancels
+    points = model.fit_transform(given - column_means(given))  # centred, or the covariance cancels
     explained = model.explained_variance_ratio_
     return np.pad(points, ((0, 0), (0, missing))), np.pad(explained, (0, missing))
 

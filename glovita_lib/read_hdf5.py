@@ -403,8 +403,12 @@ def readable_type(dtype: np.dtype) -> np.dtype:
 
 
 def contiguous_offset(dataset: Any) -> int | None:
-    """Where a contiguous dataset of native numbers begins in its file; None if it is not that."""
+    """Where a contiguous dataset of native numbers begins in its file; None if it is not that, or
+    was never written: the library then says the end of the user block less 1, where there is one.
+    """
     if dataset.chunks or dataset.is_virtual or converts(dataset):
+        return None
+    if not dataset.id.get_storage_size():
         return None
     return dataset.id.get_offset()
 
@@ -430,18 +434,27 @@ def leaves_room(dataset: Any) -> bool:
 
 
 def chunked_storage(dataset: Any) -> ChunkedStorage | None:
-    """Where the chunks of a dataset are; None unless all their filters can be undone here."""
+    """Where the chunks of a dataset are; None unless all their filters can be undone here, and the
+    library says of each another place, as it does not where the second axis alone may grow."""
     whole_rows = dataset.chunks and dataset.chunks[1:] == dataset.shape[1:]
     if not whole_rows or dataset.is_virtual or converts(dataset):
         return None
     filters = tuple(filter_numbers(dataset))
     if not set(filters) <= {DEFLATE, SHUFFLE}:
         return None
-    chunks: dict[int, Chunk] = {}
+    chunks: dict[tuple[int, ...], Chunk] = {}
 
     def note(info: Any) -> None:
-        number = info.chunk_offset[0] // dataset.chunks[0]
-        chunks[number] = Chunk(info.byte_offset, info.size, info.filter_mask)
+        chunks[info.chunk_offset] = Chunk(info.byte_offset, info.size, info.filter_mask)
 
-    dataset.id.chunk_iter(note)
-    return ChunkedStorage(filters, chunks, 0 if leaves_room(dataset) else dataset.fillvalue)
+    try:
+        dataset.id.chunk_iter(note)
+        count = dataset.id.get_num_chunks()
+    except (OSError, RuntimeError):
+        return None
+    rows, side = len(dataset), dataset.chunks[0]
+    sound = all(at < rows and not (at % side or any(rest)) for at, *rest in chunks)
+    if not sound or len(chunks) != count:
+        return None
+    numbered = {place[0] // side: chunk for place, chunk in chunks.items()}
+    return ChunkedStorage(filters, numbered, 0 if leaves_room(dataset) else dataset.fillvalue)

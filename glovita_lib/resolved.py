@@ -30,7 +30,7 @@ from glovita_lib.errors import UserError, composed, listed, refuse
 from glovita_lib.metric_names import check_logged, logged_names, uses_order, usual_metrics
 from glovita_lib.spec import ByStruct, Spec, flattened, with_lists
 from glovita_lib.spec_augment import ImageAugmentation
-from glovita_lib.spec_data import Subtask
+from glovita_lib.spec_data import BaseData, Subtask
 from glovita_lib.spec_errors import shown
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_series import ResolvedSeriesAugmentation
@@ -293,6 +293,21 @@ def check_samples(
         )
 
 
+def check_kind(model: Resolved, trained: str, spec: BaseData) -> None:
+    """A data set can have samples of the kind that a trained model takes, as far as the spec tells;
+    asked before the data are read with the outputs of that model.
+
+    Raises:
+        UserError: it has others.
+    """
+    wanted = read_by(model.inputs)
+    if spec.samples not in ("either", wanted.spec_kind):
+        raise UserError(
+            f"{trained} was trained on {wanted.kind}, the samples of data set"
+            f" {spec.__struct_config__.tag} are {spec.samples}"
+        )
+
+
 def differences(one: Spec, other: Spec, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Dotted keys of the second table whose values differ in the first, with both values."""
     for name in other.__struct_fields__:
@@ -431,16 +446,16 @@ def check_members(models: Mapping[str, Resolved]) -> None:
     """
     (first, model), *others = models.items()
     for name, other in others:
+        if other.inputs.kind != model.inputs.kind:
+            raise UserError(
+                f"{name} was trained on {other.inputs.kind}, but {first} on {model.inputs.kind}:"
+                " members of an ensemble must read the same samples"
+            )
         if not has_targets_of(model, other.subtask, other.class_names):
             raise UserError(
                 f"{name} predicts {other.subtask} {listed(other.class_names, 8)}, but {first}"
                 f" {model.subtask} {listed(model.class_names, 8)}: members of an ensemble must"
                 " have the same classes, in the same order"
-            )
-        if other.inputs.kind != model.inputs.kind:
-            raise UserError(
-                f"{name} was trained on {other.inputs.kind}, but {first} on {model.inputs.kind}:"
-                " members of an ensemble must read the same samples"
             )
 
 

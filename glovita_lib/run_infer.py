@@ -33,6 +33,7 @@ from glovita_lib.resolved import (
     VectorInputs,
     VolumeInputs,
     check_data,
+    check_kind,
     check_members,
     check_samples,
     check_targets,
@@ -302,6 +303,7 @@ def wanted_split(
             say("\n".join(f"note: {note}" for note in notes))
         return Path(spec.input).stem, split
     wanted = ("test", "val") if spec.split is None else (spec.split,)
+    check_kind(record, trained, root.data)
     data = read_data(root, ranks, model=record, wanted=wanted)
     check_data(record, trained, data, root.data)
     check_targets(record, trained, data)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glovita_lib import dist, files, plots, results
-from glovita_lib.data import Data, Source, Standardizer, outputs_line
+from glovita_lib.data import Data, Source, Standardizer, column_means, outputs_line
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.loggers import better, say, two_columns
@@ -457,7 +457,7 @@ def gather_features(source: Source, count: int, scale: Standardizer | None) -> T
     features = np.empty((0, 0), np.float32)
     for start in range(0, count, size):
         part = source.fetch(np.arange(start, min(start + size, count)))
-        block = part[0].mean(0, dtype=np.float64)[None] if isinstance(part, list) else part
+        block = column_means(part[0])[None] if isinstance(part, list) else part
         if scale is not None:
             block = scale(torch.from_numpy(block)).numpy()
         if not len(features):

@@ -22,6 +22,7 @@ from glovita_lib.data import (
     Source,
     Split,
     Standardizer,
+    column_means,
     outputs_line,
     skipped,
     subset,
@@ -218,7 +219,7 @@ def vectors(source: Source, rows: np.ndarray) -> np.ndarray:
     """Features (N, D) of samples; of a bag the mean of its instances."""
     if isinstance(source, BagSource):
         bags = (source.fetch(rows[i : i + 1])[0] for i in range(len(rows)))
-        return np.stack([bag.mean(0, dtype=np.float64) for bag in bags])
+        return np.stack([column_means(bag) for bag in bags])
     return np.asarray(source.fetch(rows))
 
 

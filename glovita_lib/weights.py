@@ -29,8 +29,9 @@ WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # also in camel case
 AVERAGED = re.compile(  # in the names of the network that counts; not moments of an optimizer
     r"(?<!\bno )(?<!\bnon )(?<!\bnot )(?<!\bwithout )(?<!\bexp )(?<!\bsquare )(?<!\bgrad )"
-    r"\b(ema|swa|avg|averaged?|shadow|momentum|teacher|target)\b(?! buffer)"
+    r"\b(ema|swa|avg|averaged?|polyak|shadow|momentum|teacher|target)\b(?! buffer)"
 )
+TWINS = {"_k": "_q", "_m": ""}  # ends of names of a momentum encoder and of the one it follows
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 FIRST = 1_000  # rank of a network that the spec names: above any number of words
 NESTED = 4  # dicts in dicts, at most
@@ -110,12 +111,14 @@ class FileNetwork:
         return self.name or "the network at the top"
 
     def rank(self, beside: set[str]) -> int:
-        """How many words of its name say that it is an average, or the teacher; of MoCo's two
-        encoders beside each other it is encoder_k. What the spec names comes before all."""
+        """How many words of its name say that it is an average, or the teacher, those of a dict
+        around several networks being words of each; of MoCo's two encoders beside each other it is
+        encoder_k, of ALBEF's and BLIP's visual_encoder_m. What the spec names comes before all."""
         if self.is_named:
             return FIRST
-        words = set(AVERAGED.findall(" ".join(WORD.findall(self.name)).lower()))
-        return len(words) + (re.sub(r"_k(?=\.|$)", "_q", self.name) in beside - {self.name})
+        words = AVERAGED.findall(" ".join(WORD.findall(self.name)).lower())
+        twins = {re.sub(rf"{end}(?=\.|$)", of, self.name) for end, of in TWINS.items()}
+        return len(words) + bool((twins - {self.name}) & beside)
 
 
 def read_networks(path: str | Path) -> list[FileNetwork]:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
 
-from glovita_lib import run_probe, run_umap
+from glovita_lib import read_features, run_probe, run_umap
 from glovita_lib.data import Standardizer, is_constant
 from glovita_lib.datasets import build_data
 from glovita_lib.loader_features import FeatureInputs
 from glovita_lib.objectives import SupervisedObjective
+from glovita_lib.projection import in_float32, principal_components
+from glovita_lib.read_features import BagSource
 from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_check import load_checked
 
@@ -50,6 +52,56 @@ def test_columns_are_standardised_as_by_scikit_learn(kind):
     np.testing.assert_allclose(scale.restored(scale.standardized(table)), table, 1e-6, 1e-6)
 
 
+FILLS = [1e30, 9.96921e36, -9.96920996838687e36, 1e15 / 3, 1e300]  # two are netCDF's
+
+
+@pytest.mark.parametrize("rows", [60, 1001])
+def test_a_constant_column_of_any_size_is_zero(rows):
+    """The mean of sixty 1e30 is not 1e30 in float64; the difference must not reach a model."""
+    table = np.c_[np.tile(FILLS, (rows, 1)), np.arange(rows)]
+    assert (table[:, :3].mean(0) != table[0, :3]).any()
+    for size in (7, rows):
+        blocks = torch.from_numpy(table).split(size)
+        scale = Standardizer.of(lambda blocks=blocks: blocks)
+        assert scale.mean[:5].tolist() == FILLS
+        assert not scale(torch.from_numpy(table))[:, :5].any()
+        np.testing.assert_allclose(scale.restored(scale.standardized(table)), table, 1e-6, 1e-4)
+    single = torch.from_numpy(table[:, :3].astype(np.float32))
+    assert not Standardizer.of(lambda: single.split(7))(single).any()
+
+
+def test_a_column_that_rounding_makes_vary_is_small():
+    """The neighbours of 1e30 are 1e14 away: by scikit-learn's rule it is constant, with deviation
+    1, by which a model would be given 1e14."""
+    table = np.full((60, 2), 1e30)
+    table[::3, 1] = np.nextafter(1e30, 2e30)
+    scale = Standardizer.of_array(table)
+    assert StandardScaler().fit(table).scale_[1] == 1
+    assert scale.mean[1] >= 1e30 and np.abs(scale.standardized(table)).max() < 1
+    # values of which no deviation can be taken are not made small: they are refused as too large
+    far = np.linspace(-1, 1, 60)[:, None] * 1e300
+    assert np.isinf(Standardizer.of_array(far).standardized(far)).any()
+
+
+def test_means_of_bags_and_maps_keep_constants_apart_from_the_rest():
+    bags = [np.c_[np.full(n, 1e30), DRAW.normal(size=(n, 2))] for n in range(1, 61)]
+
+    class Bags(BagSource):
+        def fetch(self, rows):
+            return [bags[row] for row in rows]
+
+    source = Bags(None, np.arange(60))
+    found = run_probe.gather_features(source, 60, None)
+    assert (found[:, 0] == 1e30).all()
+    np.testing.assert_allclose(found, [bag.mean(0) for bag in bags], rtol=1e-12)
+    assert np.array_equal(run_umap.vectors(source, np.arange(60)), found)
+    points, _ = principal_components(found, 2)
+    alone, _ = principal_components(found[:, 1:], 2)
+    np.testing.assert_allclose(np.abs(points), np.abs(alone), atol=1e-9)
+    rounded, _ = in_float32(found, "euclidean")
+    assert not rounded[:, 0].any()
+
+
 def test_whole_numbers_of_nine_digits_keep_their_last_one():
     times = 1_700_000_000.0 + np.arange(-30, 31)[:, None]
     scale = Standardizer.of_array(times)
@@ -83,8 +135,8 @@ head_type = "{head}"
 def features(tmp_path):
     """A spec of features and of targets that have the columns above, constant in train alone."""
 
-    def written(head):
-        for name, values in (("train", TABLE), ("val", TABLE + 0.01)):
+    def written(head, table=TABLE):
+        for name, values in (("train", table), ("val", table + 0.01)):
             with h5py.File(tmp_path / f"{name}.h5", "w") as file:
                 file["features"] = values
                 file["labels"] = values if head == "regression" else np.arange(N) % 2
@@ -110,6 +162,23 @@ def test_features_of_a_run_and_targets(features):
     objective = SupervisedObjective(root.task, resolved, torch.device("cpu"))
     found = objective.target_scale.standardized(TABLE + 0.01)
     np.testing.assert_allclose(found, by_hand(TABLE + 0.01), rtol=1e-5, atol=1e-5)
+
+
+def test_fill_values_of_a_file_reach_nothing(features, monkeypatch):
+    """Neither a model, nor a map, nor a probe; features are read in several blocks."""
+    monkeypatch.setattr(read_features, "MOMENT_ROWS", 7)
+    table = TABLE.copy()
+    table[:, :2] = FILLS[:2]
+    root, data = features("classification", table)
+    resolved = resolve_spec(root, data)
+    scale = run_umap.train_scale(data)
+    chosen = run_umap.samples_of_features({"val": data.splits["val"]}, data, root.umap, 0, scale)
+    for found in (
+        FeatureInputs(resolved.inputs.mean, resolved.inputs.std)(torch.from_numpy(table), False, 0),
+        run_probe.gather_features(data.splits["train"].source, N, scale),
+        torch.from_numpy(np.asarray(chosen.features)),
+    ):
+        assert found.shape == table.shape and not found[:, :2].any()
 
 
 def test_features_of_a_map_and_of_a_probe(features):
@@ -139,3 +208,24 @@ def test_a_probe_standardises_so_itself():
     moved = torch.from_numpy(table + [0, 0, 0, 1e-3])
     assert model.scale.std[3] == 1
     assert (model.logits(moved) - model.logits(torch.from_numpy(table))).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_a_probe_is_the_same_beside_a_fill_value(standardize):
+    labels = torch.arange(N) % 2
+    table = torch.from_numpy(DRAW.normal(size=(N, 3)) + labels[:, None].numpy())
+    filled = torch.cat([table, torch.full((N, 1), 1e30, dtype=torch.float64)], 1)
+    found = []
+    for features in (table, filled):
+        ((_, model),) = run_probe.fit_linear(
+            features,
+            labels,
+            outputs=2,
+            subtask="multiclass",
+            l2=[1e-3],
+            standardize=standardize,
+            max_iterations=100,
+            device=torch.device("cpu"),
+        )
+        found.append(model.logits(features))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)

@@ -259,6 +259,71 @@ def test_a_regression_names_the_cell_that_is_no_number():
         several(["0.5", "nan"], subtask="regression")
 
 
+def test_text_in_columns_is_told_as_whole_numbers_are():
+    for words in ([["a"], ["b"]], [["a", "b"], ["b", "c"]], [["1"], ["no"]]):
+        array = np.array(words, object)
+        with pytest.raises(
+            UserError, match=r"a.h5: .*\(2, \d\) are names; store classes as \(N,\)"
+        ):
+            several(array)
+    with pytest.raises(UserError, match=r"a.h5: labels of shape \(2, 1\): store classes as \(N,\)"):
+        several(np.array([["a"], ["b"]], object), subtask="multiclass")
+    with pytest.raises(UserError, match=r"\(2, 1\) are whole numbers; store classes as"):
+        several(np.array([["1"], ["2"]], object))
+    assert several(np.array([["0", "1"], ["1", "1"]], object))[0] == "multilabel"
+    found = several(np.array([["0.5"], ["1.25"]], object))
+    assert found == ("regression", ("target",), [[[0.5], [1.25]]])
+    with pytest.raises(UserError, match=r"finite number.*wrong: s1"):
+        several(np.array([["0.5"], ["nan"]], object))
+
+
+def enum_labels(numbers, **names):
+    return np.array(numbers, dtype=h5py.enum_dtype(names, basetype="i2"))
+
+
+def test_an_hdf5_enum_states_the_class_names():
+    """In the order of its numbers, whichever these are, also of files without an enum."""
+    first = enum_labels([6, 0, 6], emu=6, dog=3, cat=0)
+    assert several(first) == ("multiclass", ("cat", "dog", "emu"), [[2, 0, 2]])
+    other = enum_labels([1, -1], cat=-1, dog=0, emu=1)
+    assert several(first, other)[1:] == (("cat", "dog", "emu"), [[2, 0, 2], [2, 0]])
+    assert several(first, np.array([3, 0]))[1:] == (("cat", "dog", "emu"), [[2, 0, 2], [1, 0]])
+    assert several(first, names=("Katze", "Hund", "Emu"))[1:] == (
+        ("Katze", "Hund", "Emu"),
+        [[2, 0, 2]],
+    )
+    assert several(first, names=("emu", "dog", "cat"))[1:] == (("emu", "dog", "cat"), [[0, 2, 0]])
+    assert several(first, subtask="regression")[1:] == (("target",), [[[6], [0], [6]]])
+    trained = Outputs("multiclass", ("dog", "emu", "cat"))
+    _, _, (targets,) = encode(
+        [Labels(first, ["x", "y", "z"])], LabelRules(None, None, None, None, trained=trained)
+    )
+    assert targets.tolist() == [1, 2, 1]
+    with pytest.raises(UserError, match=r"no number of the HDF5 enum \(0 cat, 1 dog\); wrong: s1"):
+        several(enum_labels([0, 7], cat=0, dog=1))
+    with pytest.raises(UserError, match="different class_names"):
+        several(first, enum_labels([0], cat=0, dog=3))
+
+
+def test_the_class_names_of_a_file_with_an_enum():
+    labels = enum_labels([1, 2, 1], cat=1, dog=2)
+    rules = LabelRules(None, None, None, None)
+    for names, targets in ((("dog", "cow", "cat"), [2, 0, 2]), (("a", "b", "c"), [1, 2, 1])):
+        _, found, (got,) = encode([Labels(labels, ["x", "y", "z"], class_names=names)], rules)
+        assert found == names and got.tolist() == targets
+
+
+def test_an_enum_in_a_file(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"] = np.zeros((4, 3), np.float32)
+        kind = h5py.enum_dtype({"dog": 1, "cat": 0}, basetype="u1")
+        file.create_dataset("labels", data=[1, 0, 1, 1], dtype=kind)
+    spec = PrecomputedData(data_root_dir=str(tmp_path), train_features_file="a.h5")
+    data = build_data(spec, seed=0)
+    assert data.class_names == ("cat", "dog")
+    assert data.splits["train"].targets.tolist() == [1, 0, 1, 1]
+
+
 def test_kinds_of_arrays():
     floats, hot = np.array([0.5, 1]), np.eye(2, dtype=np.float32)
     assert several(floats) == ("regression", ("target",), [[[0.5], [1]]])

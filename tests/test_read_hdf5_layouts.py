@@ -19,6 +19,7 @@ from glovita_lib import data_features, read_hdf5
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
 from glovita_lib.read_hdf5 import DatasetRows
+from glovita_lib.read_hdf5_file import read_whole
 from glovita_lib.spec_data import PrecomputedData
 
 KEEP_EDGE_UNFILTERED = 0x2  # H5D_CHUNK_DONT_FILTER_PARTIAL_CHUNKS
@@ -325,3 +326,42 @@ def test_last_rows_that_are_stored_unfiltered_are_right_and_noted(tmp_path, filt
     assert notes == [f"{tmp_path}/bags: 1 files {said}"]
     for bag in split.source.fetch(np.arange(2)):
         np.testing.assert_array_equal(bag, values)
+
+
+@pytest.mark.parametrize("libver", ["v108", "v110", "latest"])
+@pytest.mark.parametrize("chunk", [(31, 2), (31, 8)])
+@pytest.mark.parametrize("written", [np.s_[31:62], np.s_[100:], np.s_[:, :2], np.s_[:, 2:5]])
+def test_chunks_that_the_library_cannot_be_asked_about(tmp_path, libver, chunk, written):
+    """HDF5 1.14 says other places of chunks than theirs where the second axis alone may grow."""
+    values = np.arange(1600, dtype=np.float32).reshape(200, 8)
+    for options in ({"compression": "gzip"}, {"fletcher32": True}, {}):
+        with h5py.File(tmp_path / "a.h5", "w", libver=(libver, "latest")) as file:
+            layout = {"shape": (200, 8), "chunks": chunk, "maxshape": (200, None), **options}
+            file.create_dataset("features", dtype="f4", fillvalue=7, **layout)[written] = values[
+                written
+            ]
+        expected = np.full_like(values, 7)
+        expected[written] = values[written]
+        rows = DatasetRows(tmp_path / "a.h5", "features", threads=1)
+        assert np.array_equal(rows.read(0, 200), expected)
+        with h5py.File(tmp_path / "a.h5") as file:
+            assert np.array_equal(read_whole(file["features"], "features"), expected)
+
+
+@pytest.mark.parametrize("shape", [(50, 8), (0, 8)])
+@pytest.mark.parametrize("block", [0, 512, 4096])
+@pytest.mark.parametrize("libver", ["earliest", "latest"])
+def test_a_dataset_never_written_behind_a_user_block(tmp_path, shape, block, libver):
+    """As MATLAB's files have one: the library says that it begins before the end of the block."""
+    with h5py.File(tmp_path / "a.h5", "w", userblock_size=block, libver=libver) as file:
+        file.create_dataset("features", shape=shape, dtype="f4", fillvalue=3)
+    rows = DatasetRows(tmp_path / "a.h5", "features", threads=1)
+    assert np.array_equal(rows.read(0, len(rows)), np.full(shape, 3, np.float32))
+    with h5py.File(tmp_path / "a.h5", "a", libver=libver) as file:
+        file["written"] = np.arange(400, dtype=np.float32).reshape(50, 8)
+    rows = DatasetRows(tmp_path / "a.h5", "written", threads=1)
+    assert rows.direct and rows.offset is not None and rows.read(49, 50)[0, 7] == 399
+    size = os.path.getsize(tmp_path / "a.h5")
+    os.truncate(tmp_path / "a.h5", size - 100)
+    with pytest.raises(UserError, match="truncated"):
+        DatasetRows(tmp_path / "a.h5", "written", threads=1)

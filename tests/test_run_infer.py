@@ -383,6 +383,9 @@ def test_members_that_cannot_read_the_same_are_refused_first(
     assert f"{vectors} was trained on vectors, but {grey} on images" in line
     line = refused("mode=infer", f"infer.checkpoint={vectors}", spec=spec)
     assert "the checkpoint was trained on vectors, the samples of data set generic_image" in line
+    line = refused("mode=infer", f"infer.checkpoint={rgb}", "data.train_features_file=none",
+                   "data.test_features_file=f.h5", spec=features)  # fmt: skip
+    assert "the checkpoint was trained on images, the samples of data set precomputed_f" in line
     with h5py.File(tmp_path / "wide.h5", "w") as file:
         file["features"] = np.zeros((4, 7), np.float32)
     line = refused("mode=infer", f"infer.checkpoint={vectors}", f"infer.input={tmp_path}/wide.h5",

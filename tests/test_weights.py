@@ -301,8 +301,20 @@ RAW, MEAN = marked(1.0), marked(2.0)
         ({"encoder_k": named("0", MEAN), "encoder_q": named("0", RAW)}, "encoder_k.0"),
         ({"model_non_ema": RAW, "model_ema": MEAN}, "model_ema"),
         ({"nonEMA": RAW, "nano_ema": MEAN}, "nano_ema"),
+        ({"mean_teacher": {"student": RAW, "teacher": MEAN}}, "mean_teacher.teacher"),
+        (
+            named("mean_teacher.student.net", RAW) | named("mean_teacher.teacher.net", MEAN),
+            "mean_teacher.teacher.net",
+        ),
+        ({"ema_run": {"model": RAW, "model_ema": MEAN}}, "ema_run.model_ema"),
+        ({"polyak": MEAN, "model": RAW}, "polyak"),
+        (
+            {"model": named("visual_encoder", RAW) | named("visual_encoder_m", MEAN)},
+            "model.visual_encoder_m",
+        ),
+        (named("encoder_m.net", MEAN) | named("encoder.net", RAW), "encoder_m.net"),
     ],
-    ids=range(20),
+    ids=range(26),
 )
 def test_the_average_and_the_teacher_come_first(content, taken: str, tmp_path: Path) -> None:
     value, notes = loaded(content, tmp_path / "w.pt")
@@ -314,6 +326,7 @@ def test_a_tie_is_refused_with_both_names(tmp_path: Path) -> None:
     for content in (
         {"state_dict": named("module.net_a", RAW) | named("module.net_k", MEAN)},
         {"net_a": RAW, "net_k": MEAN},  # no net_q
+        {"teacher": {"net_a": RAW, "net_k_m": MEAN}},  # no net_k, and both are of the teacher
         *({"net_a": RAW, f"net_k{word}": MEAN} for word in ("_no_ema", "NonEma", "_without_ema")),
         *({"net_a": RAW, "net_k": {word: MEAN}} for word in ("exp_avg", "momentum_buffer")),
     ):
