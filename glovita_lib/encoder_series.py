@@ -95,7 +95,7 @@ class InceptionModule(nn.Module):
         filters = spec.filters
         narrow = taken
         self.bottleneck: nn.Module | None = None
-        if spec.bottleneck is not None and taken > 1:
+        if spec.bottleneck and taken > 1:
             narrow = spec.bottleneck
             self.bottleneck = nn.Conv1d(taken, narrow, 1, bias=False)
         self.sizes = [spec.kernel_size // 2**i for i in range(3)]

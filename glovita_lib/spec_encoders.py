@@ -591,8 +591,8 @@ class InceptionTimeEncoder(SeriesEncoder, tag="inception_time", tag_field="encod
     """Channels of each of the four branches; the width is four times as large."""
     kernel_size: Annotated[int, Meta(ge=4)] = 40
     """Time points of the longest convolution; the others have a half and a quarter of it."""
-    bottleneck: Positive | None = 32
-    """Channels before the convolutions; none leaves them as they are."""
+    bottleneck: Annotated[int, Meta(ge=0)] = 32
+    """Channels before the convolutions; 0 leaves them as they are."""
 
 
 class SeriesResNetEncoder(SeriesEncoder, tag="resnet_1d", tag_field="encoder_type"):

@@ -24,7 +24,7 @@ from glovita_lib.spec_encoders import (
 
 SMALL = [
     InceptionTimeEncoder(filters=4, bottleneck=3, kernel_size=8),
-    InceptionTimeEncoder(filters=2, bottleneck=None, kernel_size=5, depth=2),
+    InceptionTimeEncoder(filters=2, bottleneck=0, kernel_size=5, depth=2),
     SeriesResNetEncoder(features=(4, 8)),
     SeriesTransformerEncoder(width=16, heads=2, depth=2, patch=4),
 ]
