@@ -34,7 +34,12 @@ def aeon():
     return pytest.importorskip("aeon.transformations.collection.convolution_based")
 
 
-@pytest.mark.parametrize("shape", [(12, 1, 60), (10, 3, 40), (9, 1, 10)])
+def compiled_long(*shape):
+    """Of several channels aeon's code is compiled anew, which takes a minute."""
+    return pytest.param(shape, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("shape", [(12, 1, 60), compiled_long(10, 3, 40), (9, 1, 10)])
 def test_minirocket_gives_the_features_of_aeon(aeon, shape):
     x = made(*shape)
     theirs = aeon.MiniRocket(random_state=3).fit(x)
@@ -49,7 +54,7 @@ def test_minirocket_gives_the_features_of_aeon(aeon, shape):
         assert (np.abs(found - expected) > 1e-5).mean() < 1e-3
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 50), (6, 3, 40)])
+@pytest.mark.parametrize("shape", [(8, 1, 50), compiled_long(6, 3, 40)])
 def test_multirocket_gives_the_features_of_aeon(aeon, shape):
     x = made(*shape)
     theirs = aeon.MultiRocket(random_state=3).fit(x).transform(x)
