@@ -491,6 +491,9 @@ def test_all_rows_of_a_virtual_dataset_are_mapped(tmp_path, name):
         file["thin"], file["flat"] = values[:40, :2], values[:40, 0]
     parts, said = MAPPINGS[name]
     mapping(tmp_path / "f.h5", "v", (40, 4), parts)
+    with h5py.File(tmp_path / "f.h5") as file:
+        if not file["v"].is_virtual:
+            pytest.skip("without sources this h5py makes a plain dataset of it")
     if said is None:
         with h5py.File(tmp_path / "f.h5") as file:
             expected = file["v"][()]
