@@ -50,10 +50,15 @@ def make_folder(path: Path | str) -> Path:
         UserError: it cannot be created.
     """
     path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(path, error) from None
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            break
+        except FileExistsError as error:  # or another process has removed the folder since
+            if not left or (os.path.lexists(path) and not path.is_dir()):
+                raise write_error(path, error) from None
+        except OSError as error:
+            raise write_error(path, error) from None
     return path
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -347,8 +348,10 @@ def prepare(
     else:
         step = saved["state"]["step"]
         mend_links(run, saved["state"], experiment.root.training)
-        if run.best.is_file():
+        best = None
+        with suppress(UserError):  # a damaged one may be renewed, else its evaluation says so
             best = record_of(run.best)
+        if best is not None:
             check_unchanged(best, str(run.best), experiment.resolved, f"{run.last} holds")
         files.truncate_jsonl(run.metrics, lambda record: record["step"] <= step)
     run.note_start(runtime_info(experiment.ranks, seed=experiment.root.seed))
