@@ -9,7 +9,7 @@ whose loss it weighs. B batch, D width, K classes or targets.
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.errors import UserError, call_target, refuse
+from glovita_lib.errors import UserError, call_target, find_target, refuse
 from glovita_lib.spec import ByStruct
 from glovita_lib.spec_model import BaseHead, ClassificationHead, CustomHead, RegressionHead
 
@@ -47,6 +47,36 @@ def _(spec: ClassificationHead, *, width: int, outputs: int) -> nn.Module:
 def _(spec: RegressionHead, *, width: int, outputs: int) -> nn.Module:
     refuse("model.head", spec.count_problems(outputs, "the data set"))
     return LinearHead(width, outputs, dropout=spec.dropout, init_std=None)
+
+
+def build_fitting_head(spec: BaseHead, *, pooled: int, features: int, outputs: int) -> nn.Module:
+    """The head of a Struct for the width of what it takes, built once.
+
+    A custom head whose function does not say what its module consumes is asked with the width of
+    the vectors; where it then takes tokens of another width, it is built again from the same state
+    of torch's random numbers, so that it has drawn once.
+
+    Args:
+        pooled: width of the vectors that the aggregation gives.
+        features: width of tokens and instances.
+    """
+    widths = {"pooled": pooled, "features": features}
+    expected = consumed(spec)
+    state = torch.get_rng_state()
+    head = build_head(spec, width=widths[expected or "pooled"], outputs=outputs)
+    width = widths[str(head.consumes)]
+    if expected is None and width != pooled:
+        torch.set_rng_state(state)
+        head = build_head(spec, width=width, outputs=outputs)
+    return head
+
+
+def consumed(spec: BaseHead) -> str | None:
+    """What the head of a Struct consumes, before it is built; None: only its module tells."""
+    if isinstance(spec, CustomHead):
+        stated = getattr(find_target("model.head", spec.target), "consumes", None)
+        return stated if stated in ("pooled", "features") else None
+    return "features" if spec.takes == "bags" else "pooled"
 
 
 @build_head.register

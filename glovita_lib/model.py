@@ -20,7 +20,8 @@ from glovita_lib.encoder import (
     reads_pooled,
     resolve_method,
 )
-from glovita_lib.heads import build_head
+from glovita_lib.errors import refuse
+from glovita_lib.heads import build_fitting_head
 from glovita_lib.network import keep_eager
 from glovita_lib.peft_base import ADDED, adapters_by_class, apply_peft, encoder_of
 from glovita_lib.spec_model import ModelSpec
@@ -201,9 +202,14 @@ def build_model(
     if base is not None:
         load_tensors(encoder.load_target, base.tensors, source=f'weights = "{base.file}"')
     method = resolve_method(spec.feature_aggregation_method, encoder)
-    head = build_head(spec.head, width=output_width(encoder, method), outputs=outputs)
+    head = build_fitting_head(
+        spec.head,
+        pooled=output_width(encoder, method),
+        features=encoder.width,
+        outputs=outputs,
+    )
     if head.consumes == "features":
-        head = build_head(spec.head, width=encoder.width, outputs=outputs)
+        refuse("model", spec.aggregation_problems())
     model = Model(encoder, head, method)
     if not model.reads_pooled:
         for name in encoder.pooling_parameters:

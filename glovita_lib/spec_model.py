@@ -1,10 +1,12 @@
 """Model section of a spec: encoder, aggregation and head."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
+from glovita_lib.errors import UserError, find_target
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_if, target_problems
 from glovita_lib.spec_encoders import Aggregation, Encoder, TimmEncoder
@@ -21,6 +23,11 @@ class BaseHead(Spec):
     """A vector a sample, its instances (or patch tokens), or what the user's module says."""
     predicts: ClassVar[tuple[Literal["classes", "numbers"], ...]] = ("classes", "numbers")
     """Kinds of targets."""
+
+    def takes_features(self) -> bool:
+        """Whether it takes tokens or instances, as far as can be told before it is built; of a
+        head of the user's its function is looked at."""
+        return self.takes == "bags"
 
     @property
     def needs_classes(self) -> str | None:
@@ -217,11 +224,16 @@ class CustomHead(BaseHead, tag="custom", tag_field="head_type", kw_only=True):
     takes: ClassVar[Literal["vectors", "bags", "either"]] = "either"
 
     target: str
-    """Where the function is: "package.module:function"; called as function(width=..., outputs=...,
-    **options). Its module's attribute consumes is "pooled", vectors (B, D), unless it says
-    "features"."""
+    """Where the function, or class, is: "package.module:function"; called as function(width=...,
+    outputs=..., **options). Its attribute consumes, or that of its module, is "pooled", vectors
+    (B, D), unless it says "features"."""
     options: dict[str, Any] = {}
     """Keyword arguments of the function."""
+
+    def takes_features(self) -> bool:
+        with suppress(UserError):  # no such function, which is said where the head is built
+            return getattr(find_target("model.head", self.target), "consumes", None) == "features"
+        return False
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from target_problems(self.target)
@@ -252,9 +264,31 @@ class ModelSpec(Spec):
     than picking or averaging tokens is trained into it, else cls_token where the encoder has one,
     else avg."""
 
+    def aggregation_problems(self) -> Iterator[tuple[str, str]]:
+        """A head that takes tokens or instances leaves nothing to aggregate; of a custom head its
+        function or module says so."""
+        if self.feature_aggregation_method is not None:
+            head = shown(self.head.__struct_config__.tag)
+            yield (
+                "feature_aggregation_method",
+                f"{shown(self.feature_aggregation_method)} is unread with this head:"
+                f" model.head.head_type = {head} takes tokens or instances themselves; leave it"
+                " out",
+            )
+
     def problems(self) -> Iterator[tuple[str, str]]:
-        """No class token is pooled where the encoder's name says that there is none."""
+        """Nothing is aggregated for a head that takes tokens, and no class token is pooled where
+        the encoder's name says that there is none."""
         method = self.feature_aggregation_method
+        if method is not None and self.head.takes_features():
+            yield from self.aggregation_problems()
+            return
+        if method is not None and self.encoder.takes == "features":
+            yield (
+                "feature_aggregation_method",
+                f"{shown(method)} is unread with precomputed features, which are vectors already:"
+                " leave it out",
+            )
         if method in ("cls_token", "joint") and self.encoder.without_class_token:
             yield (
                 "feature_aggregation_method",

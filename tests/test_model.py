@@ -9,11 +9,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glovita_lib.bags import Bags, as_bags
+from glovita_lib.encoder import any_encoder
 from glovita_lib.errors import UserError
+from glovita_lib.heads import build_head
 from glovita_lib.model import Model, build_model, parameter_line, parameter_table
 from glovita_lib.network import eager
-from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
-from glovita_lib.spec_model import ClassificationHead, CustomHead, ModelSpec, RegressionHead
+from glovita_lib.spec_encoders import PrecomputedEncoder, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_model import (
+    ClamHead,
+    ClassificationHead,
+    CustomHead,
+    MeanMilHead,
+    ModelSpec,
+    RegressionHead,
+)
 from glovita_lib.spec_peft import FullFinetuning, LinearProbing
 
 
@@ -214,6 +223,59 @@ def test_a_head_on_raw_features() -> None:
     out["aux"].backward()
     flags = {n: (p.requires_grad, p.grad is not None) for n, p in model.named_parameters()}
     assert all(trains == reached for trains, reached in flags.values())
+
+
+def token_class(method: str | None = None) -> ModelSpec:
+    head = CustomHead(target="tests.test_model:TokenHead")
+    encoder = timm_spec("mobilenetv3_small_100")
+    return ModelSpec(encoder=encoder, head=head, feature_aggregation_method=method)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        CustomHead(target="tests.test_model:TokenHead"),  # a class that says what it consumes
+        CustomHead(target="tests.test_model:token_head"),  # a function whose module does
+        ClamHead(),
+        MeanMilHead(),
+    ],
+    ids=["class", "function", "clam", "mean"],
+)
+@pytest.mark.parametrize("name", ["mobilenetv3_small_100", "test_vit"])
+def test_a_head_on_raw_features_draws_once(head, name) -> None:
+    """Its weights are those of the width of the tokens, drawn right after the encoder."""
+    encoder = timm_spec(name)
+    torch.manual_seed(0)
+    built = any_encoder(encoder, channels=3, size=(160, 160), load_weights=False)
+    expected = build_head(head, width=built.width, outputs=3).state_dict()
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    spec = ModelSpec(encoder=encoder, head=head)
+    arguments = {"outputs": 3, "channels": 3, "size": (160, 160), "load_weights": False}
+    model = build_model(spec, FullFinetuning(), **arguments)
+    assert torch.rand(1) == after
+    for key, value in model.head.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("method", ["avg", "pooled", "joint"])
+def test_an_aggregation_beside_a_head_on_raw_features_is_refused(method) -> None:
+    said = f'"{method}" is unread with this head'
+    for spec in (
+        ModelSpec(head=ClamHead(), feature_aggregation_method=method),
+        ModelSpec(
+            encoder=PrecomputedEncoder(), head=MeanMilHead(), feature_aggregation_method=method
+        ),
+        token_class(method),
+    ):
+        assert [(k, said in t) for k, t in spec.problems()] == [
+            ("feature_aggregation_method", True)
+        ]
+    assert not list(token_class().problems())
+    if method != "joint":  # only its module says what the head consumes: where it is built
+        head = CustomHead(target="tests.test_model:token_head")
+        with pytest.raises(UserError, match=said):
+            make(timm_spec("mobilenetv3_small_100"), head=head, method=method)
 
 
 class PaddedMean(nn.Module):

@@ -302,6 +302,11 @@ BROKEN = [
         "model.feature_aggregation_method",
         "swin_t does not have",
     ),
+    (
+        ["model.head.head_type=clam", "model.feature_aggregation_method=avg"],
+        "model.feature_aggregation_method",
+        "unread with this head",
+    ),
     (["data.dataset=custom", "data.target=a.b.c"], "data.target", "package.module:function"),
     (
         ["model.head.head_type=custom", "model.head.target=:f"],
