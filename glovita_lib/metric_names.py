@@ -2,8 +2,8 @@
 
 A metric has one name: in task.metrics, in metrics.jsonl and training.best_checkpoint_metric with
 its split in front (val_acc), in metrics_<split>.json and summary.json without. To add a metric,
-add its entry here and its formula, registered under the same name, in metrics_classification or
-metrics. Neither torch nor numpy is imported: the spec checker needs this table.
+add its entry here and its formula, registered under the same name, in metrics_classification,
+metrics_segments or metrics. Neither torch nor numpy is imported: the spec checker needs this table.
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from glovita_lib.errors import UserError, listed, nearest_word
 
 CLASSES = ("multiclass", "multilabel")
+COUNTED = (*CLASSES, "framewise")  # what is said by hits, predictions and labels of the classes
 SPLITS = ("train", "val", "test")
 
 
@@ -34,20 +35,24 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "acc": Metric("accuracy", CLASSES, usual=True),
-    "balanced_acc": Metric("balanced accuracy", CLASSES),
-    "f1": Metric("F1", CLASSES, usual=True),
-    "f1_per_class": Metric("F1 per class", CLASSES, per_class=True),
-    "precision": Metric("precision", CLASSES),
-    "recall": Metric("recall", CLASSES),
+    "acc": Metric("accuracy", COUNTED, usual=True),
+    "balanced_acc": Metric("balanced accuracy", COUNTED),
+    "f1": Metric("F1", COUNTED, usual=True),
+    "f1_per_class": Metric("F1 per class", COUNTED, per_class=True),
+    "precision": Metric("precision", COUNTED),
+    "recall": Metric("recall", COUNTED),
     "top5acc": Metric("top-5 accuracy", ("multiclass",)),
     "auroc": Metric("AUROC", CLASSES),
     "ap": Metric("average precision", CLASSES),
-    "mcc": Metric("MCC", CLASSES),
-    "kappa": Metric("Cohen's kappa", CLASSES),
+    "mcc": Metric("MCC", COUNTED),
+    "kappa": Metric("Cohen's kappa", COUNTED),
     "quadratic_kappa": Metric("quadratic kappa", ("multiclass",), ordered=True),
     "ece": Metric("calibration error", CLASSES, lower_is_better=True),
     "brier": Metric("Brier score", CLASSES, lower_is_better=True),
+    "edit": Metric("edit score", ("framewise",), usual=True),
+    "f1_at_10": Metric("F1@10", ("framewise",), usual=True),
+    "f1_at_25": Metric("F1@25", ("framewise",), usual=True),
+    "f1_at_50": Metric("F1@50", ("framewise",), usual=True),
     "mse": Metric("MSE", ("regression",), usual=True, lower_is_better=True),
     "mae": Metric("MAE", ("regression",), usual=True, lower_is_better=True),
     "r2": Metric("R²", ("regression",), usual=True),

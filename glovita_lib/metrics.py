@@ -15,6 +15,7 @@ from glovita_lib.metrics_classification import (
     Multiclass,
     Multilabel,
     Resampled,
+    Scored,
     correlation,
     formula,
     mean_defined,
@@ -23,6 +24,7 @@ from glovita_lib.metrics_classification import (
     squared_deviations,
     weighted_mean,
 )
+from glovita_lib.metrics_segments import Videos
 
 # --------------------------------------------------------------------------------- bootstrap
 #
@@ -90,7 +92,7 @@ def intervals(
 # sets of weights.
 
 
-class Regression:
+class Regression(Scored):
     """Outputs and targets (N, K) in target units, computed with in float64."""
 
     subtask = "regression"
@@ -147,7 +149,7 @@ def spearman(predictions: Array, targets: Array, weights: Array) -> Array:
 
 LEVEL = 0.95  # of the intervals
 LARGEST_CONFUSION = 200  # classes; a larger matrix is left out of the report
-Samples = Multiclass | Multilabel | Regression
+Samples = Multiclass | Multilabel | Regression | Videos
 Measure = Callable[[Array], dict[str, Array]]
 
 
@@ -169,11 +171,15 @@ def compute(
         scores: (N, K) probabilities; regression: outputs in target units.
         class_names: K names.
     """
-    logged = logged_names(names, class_names)
-    if not all_finite(scores):
+    return values_of(names, samples_of(subtask, targets, scores, class_names))
+
+
+def values_of(names: tuple[str, ...], samples: Samples) -> dict[str, float]:
+    """Metrics of samples by name, see `compute`."""
+    logged = logged_names(names, samples.class_names)
+    if not samples.is_finite:
         return dict.fromkeys(logged, math.nan)
-    measure = measure_of(names, samples_of(subtask, targets, scores, class_names))
-    values = measure(np.ones((len(scores), 1)))
+    values = measure_of(names, samples)(np.ones((len(samples), 1)))
     return {name: float(values[name][0]) for name in logged}
 
 
@@ -187,7 +193,16 @@ def metrics_report(
     bootstrap: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Everything about the predictions of a split, ready for JSON: arguments as of `compute`.
+    """Everything about the predictions of a split, ready for JSON, see `report_of`; arguments as of
+    `compute`."""
+    samples = samples_of(subtask, targets, scores, class_names)
+    return report_of(names, samples, bootstrap=bootstrap, seed=seed)
+
+
+def report_of(
+    names: tuple[str, ...], samples: Samples, *, bootstrap: int, seed: int
+) -> dict[str, Any]:
+    """Everything about the predictions of samples, ready for JSON.
 
     Args:
         bootstrap: resamples behind the intervals; 0 leaves them out.
@@ -197,23 +212,21 @@ def metrics_report(
         n: samples. class_names: in the order of the outputs. metrics: name -> value. ci95: name ->
         [low, high] of the percentile bootstrap. per_class: class or target -> name -> value; n
         counts its samples, predicted how often it was predicted. confusion: K rows of true and
-        columns of predicted classes; null unless multiclass of at most 200 classes. Undefined
-        numbers are null.
+        columns of predicted classes; null unless samples have one of at most 200 classes. Of
+        videos both are about their frames, and the bootstrap draws videos. Undefined numbers are
+        null.
     """
-    metrics = compute(
-        names, subtask=subtask, targets=targets, scores=scores, class_names=class_names
-    )
-    result: dict[str, Any] = {"n": len(scores), "class_names": class_names}
+    class_names, metrics = samples.class_names, values_of(names, samples)
+    result: dict[str, Any] = {"n": len(samples), "class_names": class_names}
     result |= {"metrics": metrics, "ci95": {}}
     result |= {"per_class": {}, "confusion": None}
-    if all_finite(scores):
-        samples = samples_of(subtask, targets, scores, class_names)
+    if samples.is_finite:
         measure = measure_of(names, samples)
-        ends = intervals(measure, len(scores), resamples=bootstrap, seed=seed, level=LEVEL)
+        ends = intervals(measure, len(samples), resamples=bootstrap, seed=seed, level=LEVEL)
         result["ci95"] = {name: ends[name] for name in metrics if name in ends}
         result["per_class"] = per_class(samples, class_names)
-        if isinstance(samples, Multiclass) and len(class_names) <= LARGEST_CONFUSION:
-            result["confusion"] = confusion(targets, samples.predictions, len(class_names))
+        if isinstance(samples, Multiclass | Videos) and len(class_names) <= LARGEST_CONFUSION:
+            result["confusion"] = confusion(*samples.pairs, len(class_names))
     return as_json(result)
 
 
@@ -234,11 +247,6 @@ def undefined(
 def undefined_line(names: list[str]) -> str:
     """The line that says which logged names no prediction defines on val."""
     return f"the labels of val define no {listed(names)}, whatever the model predicts"
-
-
-def all_finite(scores: Array) -> bool:
-    """Whether there are scores and all of them are finite."""
-    return scores.size > 0 and bool(np.isfinite(scores.min()) and np.isfinite(scores.max()))
 
 
 def samples_of(
@@ -276,7 +284,7 @@ def measure_of(names: tuple[str, ...], samples: Samples) -> Measure:
 
 def per_class(samples: Samples, class_names: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Values of each class or target by name."""
-    ones = np.ones((len(samples.targets), 1))
+    ones = np.ones((len(samples), 1))
     columns: dict[str, Array] = {}  # name -> (K, 1)
     if isinstance(samples, Regression):
         columns = {name: samples.each(name, ones) for name in metrics_of("regression")}
@@ -287,7 +295,8 @@ def per_class(samples: Samples, class_names: tuple[str, ...]) -> dict[str, dict[
         columns["precision"] = counts.of_occurring(counts.predicted)
         columns["recall"] = counts.of_occurring(counts.actual)
         columns["f1"] = counts.f1
-        columns["auroc"], columns["ap"] = drawn.ranking
+        if not isinstance(samples, Videos):
+            columns["auroc"], columns["ap"] = drawn.ranking
     return {
         name: {key: values[k, 0].item() for key, values in columns.items()}
         for k, name in enumerate(class_names)

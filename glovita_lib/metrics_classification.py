@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -195,7 +195,27 @@ class ClassCounts:
         return np.where(self.predicted + self.actual > 0, values, np.nan)
 
 
-class Multiclass:
+class Scored:
+    """Samples with targets and scores (N, ...)."""
+
+    targets: Array
+    scores: Array
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether there are scores and all of them are finite."""
+        return all_finite(self.scores)
+
+
+def all_finite(scores: Array) -> bool:
+    """Whether there are scores and all of them are finite."""
+    return scores.size > 0 and bool(np.isfinite(scores.min()) and np.isfinite(scores.max()))
+
+
+class Multiclass(Scored):
     """Samples of exactly one class each; per-sample values that no weight changes are kept."""
 
     subtask = "multiclass"
@@ -209,6 +229,11 @@ class Multiclass:
     def predictions(self) -> Array:
         """Predicted class (N,)."""
         return self.scores.argmax(1)
+
+    @property
+    def pairs(self) -> tuple[Array, Array]:
+        """True and predicted class, both (N,)."""
+        return self.targets, self.predictions
 
     @cached_property
     def correct(self) -> Array:
@@ -259,7 +284,7 @@ class Multiclass:
         )
 
 
-class Multilabel:
+class Multilabel(Scored):
     """Samples with any number of labels each."""
 
     subtask = "multilabel"
@@ -304,7 +329,14 @@ def label_sums(table: Array, weights: Array) -> Array:
     return np.concatenate(parts)
 
 
-Classes = TypeVar("Classes", bound=Multiclass | Multilabel)
+class Counted(Protocol):
+    """Samples of which hits, predictions and labels of classes can be counted."""
+
+    def counts(self, weights: Array) -> ClassCounts:
+        """Of all classes under weights (N, R)."""
+
+
+Classes = TypeVar("Classes", bound=Counted)
 
 
 class Resampled(Generic[Classes]):
@@ -321,14 +353,15 @@ class Resampled(Generic[Classes]):
     @cached_property
     def ranking(self) -> tuple[Array, Array]:
         """AUROC and AP of each class, both (K, R)."""
+        assert isinstance(self.samples, Multiclass | Multilabel), "no others have formulas that ask"
         pairs = [auroc_and_ap(thresholds, self.weights) for thresholds in self.samples.ladders]
         return np.stack([auroc for auroc, _ in pairs]), np.stack([ap for _, ap in pairs])
 
 
-@formula("acc", "multiclass")
-def accuracy(drawn: Resampled[Multiclass]) -> Array:
+@formula("acc", "multiclass", "framewise")
+def accuracy(drawn: Resampled[Counted]) -> Array:
     """Share of the samples that are right."""
-    return drawn.counts.tp.sum(0) / drawn.counts.n
+    return ratio(drawn.counts.tp.sum(0), drawn.counts.n)
 
 
 @formula("acc", "multilabel")
@@ -337,8 +370,8 @@ def label_accuracy(drawn: Resampled[Multilabel]) -> Array:
     return weighted_mean(drawn.samples.right, drawn.weights)
 
 
-@formula("balanced_acc", "multiclass")
-def balanced_accuracy(drawn: Resampled[Multiclass]) -> Array:
+@formula("balanced_acc", "multiclass", "framewise")
+def balanced_accuracy(drawn: Resampled[Counted]) -> Array:
     """Mean recall of the classes that occur."""
     counts = drawn.counts
     return mean_defined(ratio(counts.tp, counts.actual))
@@ -354,27 +387,27 @@ def label_balanced_accuracy(drawn: Resampled[Multilabel]) -> Array:
     return mean_defined(both)
 
 
-@formula("f1", "multiclass", "multilabel")
-def f1(drawn: Resampled[Multiclass | Multilabel]) -> Array:
+@formula("f1", "multiclass", "multilabel", "framewise")
+def f1(drawn: Resampled[Counted]) -> Array:
     """Macro mean of 2 tp / (predicted + actual)."""
     return mean_defined(drawn.counts.f1)
 
 
-@formula("f1_per_class", "multiclass", "multilabel")
-def f1_per_class(drawn: Resampled[Multiclass | Multilabel]) -> Array:
+@formula("f1_per_class", "multiclass", "multilabel", "framewise")
+def f1_per_class(drawn: Resampled[Counted]) -> Array:
     """F1 (K, R) of each class; NaN for one that occurs neither in the targets nor in the
     predictions."""
     return drawn.counts.f1
 
 
-@formula("precision", "multiclass", "multilabel")
-def precision(drawn: Resampled[Multiclass | Multilabel]) -> Array:
+@formula("precision", "multiclass", "multilabel", "framewise")
+def precision(drawn: Resampled[Counted]) -> Array:
     """Macro mean of tp / predicted."""
     return mean_defined(drawn.counts.of_occurring(drawn.counts.predicted))
 
 
-@formula("recall", "multiclass", "multilabel")
-def recall(drawn: Resampled[Multiclass | Multilabel]) -> Array:
+@formula("recall", "multiclass", "multilabel", "framewise")
+def recall(drawn: Resampled[Counted]) -> Array:
     """Macro mean of tp / actual."""
     return mean_defined(drawn.counts.of_occurring(drawn.counts.actual))
 
@@ -397,8 +430,8 @@ def average_precision(drawn: Resampled[Multiclass | Multilabel]) -> Array:
     return mean_defined(drawn.ranking[1])
 
 
-@formula("mcc", "multiclass")
-def mcc(drawn: Resampled[Multiclass]) -> Array:
+@formula("mcc", "multiclass", "framewise")
+def mcc(drawn: Resampled[Counted]) -> Array:
     """R_K = (c n - p.t) / sqrt((n^2 - p.p)(n^2 - t.t)), c hits, p predicted, t actual counts.
 
     Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004.
@@ -421,8 +454,8 @@ def label_mcc(drawn: Resampled[Multilabel]) -> Array:
     return mean_defined(values)
 
 
-@formula("kappa", "multiclass")
-def kappa(drawn: Resampled[Multiclass]) -> Array:
+@formula("kappa", "multiclass", "framewise")
+def kappa(drawn: Resampled[Counted]) -> Array:
     """(p_o - p_e) / (1 - p_e), with p_o observed and p_e chance agreement (Cohen, 1960)."""
     counts, n = drawn.counts, drawn.counts.n
     by_chance = (counts.predicted * counts.actual).sum(0)

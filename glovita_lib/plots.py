@@ -25,8 +25,8 @@ from glovita_lib.figures import (
     unique_short,
 )
 from glovita_lib.metric_names import METRICS, lower_is_better, metric_name, split_name, title_of
-from glovita_lib.metrics import Regression, all_finite, compute, confusion
-from glovita_lib.metrics_classification import BINS, Thresholds, auroc_and_ap, bin_of
+from glovita_lib.metrics import Regression, compute, confusion
+from glovita_lib.metrics_classification import BINS, Thresholds, all_finite, auroc_and_ap, bin_of
 
 # --------------------------------------------------------------------------- learning curves
 
