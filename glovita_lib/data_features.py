@@ -500,7 +500,7 @@ def split_rows(
         labels = strata(targets, subtask, kept=spec.stratified)
         groups = None if whole.groups is None else np.array(whole.groups)
         fold_of = folds(labels, spec.n_folds, seed=seed, groups=groups)
-        return fold_splits(fold_of, spec.fold, spec.n_folds)
+        return fold_splits(fold_of, int(spec.fold), spec.n_folds)
     if spec.split_source == "csv":
         return column_rows(spec, whole)
     return listed_rows(spec, whole, wanted)

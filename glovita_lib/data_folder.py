@@ -270,7 +270,7 @@ def members_of(
         return {ALL: images.ids if table is None else list(table.labels)}
     if spec.split_source == "splits_json":
         path = on_disk(Path(spec.data_root_dir) / spec.split_file)
-        entries = read_splits(path, spec.fold)
+        entries = read_splits(path, spec.fold, [getattr(spec, key) for key in SPLIT_KEYS])
         where = str(path)
     elif spec.split_source in ("csv", "dataset_json"):
         assert table is not None  # these splits with other labels are refused
@@ -508,7 +508,7 @@ def table_rows(
     labels = strata(targets, subtask, kept=spec.stratified)
     grouped = None if groups is None else np.array(groups)
     fold_of = folds(labels, spec.n_folds, seed=hash_seed(seed, FOLDS), groups=grouped)
-    return fold_splits(fold_of, spec.fold, spec.n_folds)
+    return fold_splits(fold_of, int(spec.fold), spec.n_folds)
 
 
 # -------------------------------------------------------------------------------- new images

@@ -15,31 +15,132 @@ from glovita_lib.files import FILE_THREADS, read_json_table
 # ------------------------------------------------------------------------------- split files
 
 
-def read_splits(path: Path, fold: int) -> dict[str, list[str]]:
-    """Splits of a JSON file: {split: [path or id, ...]}, or a list or {"0": ...} of these, one a
-    fold.
+SPLIT_NAMES = ("train", "val", "test")
+SPLIT_WORDS = frozenset(
+    ["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "holdout"]
+)
+"""What lists of a split file are called where they are splits, whatever the spec calls them."""
+
+
+def read_splits(
+    path: Path, fold: int | str, names: Sequence[str] = SPLIT_NAMES
+) -> dict[str, list[str]]:
+    """Splits of a JSON file: {split: [path or id, ...]}; a list or {fold: ...} of such objects; or
+    {fold: [path or id, ...]}, of which fold `fold` is test, the next one val, the others train.
+
+    Folds named "0", "1", ... go by number, others by name, the next one being the next in the
+    file.
+
+    Args:
+        names: what the spec calls train, val and test.
 
     Raises:
-        UserError: another form, or no such fold.
+        UserError: another form, no such fold, or folds that share a sample or leave none to train
+            on.
     """
     content = read_json_table(path)
-    form = f"{path}: expected {{split: [path or id, ...]}}, or a list of such objects, one a fold"
-    if isinstance(content, dict) and content and all(isinstance(v, dict) for v in content.values()):
-        if sorted(content) != sorted(map(str, range(len(content)))):
-            raise UserError(f'{form}; folds in an object are named "0", "1", ...')
-        content = [content[str(number)] for number in range(len(content))]
+    form = (
+        f"{path}: expected {{split: [path or id, ...]}}, a list or {{fold: ...}} of such objects,"
+        " or {fold: [path or id, ...]}"
+    )
     if isinstance(content, list):
-        if fold >= len(content):
-            raise UserError(f"data.fold = {fold}, but {path} has folds 0 to {len(content) - 1}")
-        content = content[fold]
-    elif fold:
-        raise UserError(f"data.fold = {fold}, but {path} has one split, no folds: only 0 exists")
-    if not isinstance(content, dict):
+        content = {str(number): part for number, part in enumerate(content)}
+        if not all(isinstance(part, dict) for part in content.values()):
+            raise UserError(form)
+    if not isinstance(content, dict) or not content:
         raise UserError(form)
-    for name, paths in content.items():
-        if not isinstance(paths, list) or not all(isinstance(entry, str | int) for entry in paths):
+    if all(isinstance(part, dict) for part in content.values()):
+        content = content[find_fold(content, fold, path)]
+    elif are_splits(content, names):
+        if fold != 0:
+            raise UserError(
+                f"data.fold = {shown_fold(fold)}, but {path} has the splits"
+                f" {listed(content)} and no folds: leave data.fold out"
+            )
+    else:
+        return fold_lists(listed_names(content, form), fold, path, names)
+    return listed_names(content, form)
+
+
+def are_splits(content: dict[str, object], names: Sequence[str]) -> bool:
+    """Whether the lists of a file are splits by their names, no folds."""
+    words = SPLIT_WORDS | {name.strip().casefold() for name in names}
+    return any(name.strip().casefold() in words for name in content)
+
+
+def listed_names(content: dict[str, object], form: str) -> dict[str, list[str]]:
+    """Lists of paths or ids by name.
+
+    Raises:
+        UserError: something else.
+    """
+    found = {}
+    for name, entries in content.items():
+        if not isinstance(entries, list) or not all(isinstance(e, str | int) for e in entries):
             raise UserError(f'{form}; "{name}" is no list of paths or ids')
-    return {name: [str(entry) for entry in paths] for name, paths in content.items()}
+        found[name] = [str(entry) for entry in entries]
+    return found
+
+
+def shown_fold(fold: int | str) -> str:
+    """A fold as a spec writes it."""
+    return f'"{fold}"' if isinstance(fold, str) else str(fold)
+
+
+def in_order(folds: Iterable[str]) -> list[str]:
+    """Names of folds by number where all are numbers, else as they stand in the file."""
+    names = list(folds)
+    return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
+
+
+def find_fold(content: Iterable[str], fold: int | str, path: Path) -> str:
+    """The name of a fold of a file, where a number is meant for folds that are named by numbers.
+
+    Raises:
+        UserError: there is none; those that there are.
+    """
+    names = in_order(content)
+    wanted = composed(str(fold))
+    for name in names:
+        if composed(name) == wanted:
+            return name
+    first = int(names[0]) if names[0].isdecimal() else names[0]
+    raise UserError(
+        f"data.fold = {shown_fold(fold)}, but {path} has the folds {listed(names)}: name one of"
+        f" them, as data.fold = {shown_fold(first)}"
+    )
+
+
+def fold_lists(
+    content: dict[str, list[str]], fold: int | str, path: Path, names: Sequence[str]
+) -> dict[str, list[str]]:
+    """Splits of folds that are lists: `fold` is test, the next one val, the others train; with one
+    name for val and test `fold` is both.
+
+    Raises:
+        UserError: no such fold, one without samples, samples in two, or too few of them.
+    """
+    test = find_fold(content, fold, path)
+    order = in_order(content)
+    train_name, val_name, test_name = names
+    val = order[(order.index(test) + 1) % len(order)] if val_name != test_name else test
+    others = [name for name in order if name not in (test, val)]
+    if not others:
+        raise UserError(
+            f"{path}: its lists {listed(content)} are folds: {test} is test, {val} is val, which"
+            f" leaves none to train on; give 3 lists at least, or call them {', '.join(names)}"
+        )
+    where: dict[str, str] = {}
+    for name, entries in content.items():
+        if not entries:
+            raise UserError(f"{path}: fold {name} is empty: leave it out, or list its samples")
+        for entry in map(composed, entries):
+            if where.setdefault(entry, name) != name:
+                raise UserError(
+                    f"{path}: {entry} is in the folds {where[entry]} and {name}: keep it in one"
+                )
+    train = [entry for name in others for entry in content[name]]
+    return {train_name: train, val_name: content[val], test_name: content[test]}
 
 
 # ------------------------------------------------------------------- random splits and folds

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -363,12 +364,16 @@ def write_summary(
 def members(group: Path, config: dict) -> tuple[list[RunDir], dict[str, str]]:
     """Folds of the same spec in their order, and why others are left out."""
     folds, left_out = [], {}
-    paths = [path for path in group.iterdir() if path.name.isdecimal()]
-    for run in sorted(map(RunDir, paths), key=lambda run: int(run.path.name)):
-        if not run.config.is_file():
-            continue
+    paths = [path for path in group.iterdir() if RunDir(path).config.is_file()]
+    for run in sorted(map(RunDir, paths), key=lambda run: in_order(run.path.name)):
         try:
-            changes = changed_keys(config, read_json(run.config))
+            theirs = read_json(run.config)
+            if (
+                not run.path.name.isdecimal()
+                and theirs.get("data", {}).get("fold") != run.path.name
+            ):
+                continue  # a copy
+            changes = changed_keys(config, theirs)
         except UserError as error:
             changes = [str(error)]
         if changes:
@@ -376,6 +381,11 @@ def members(group: Path, config: dict) -> tuple[list[RunDir], dict[str, str]]:
         else:
             folds.append(run)
     return folds, left_out
+
+
+def in_order(fold: str) -> tuple[int, str]:
+    """What folds are sorted by: numbers, then names."""
+    return (int(fold), "") if fold.isdecimal() else (sys.maxsize, fold)
 
 
 def summarize(

@@ -18,6 +18,7 @@ from glovita_lib.attention_maps import AttentionHead, AttentionWriter, draw_bags
 from glovita_lib.data import BaseSamples, ImageSamples, Split
 from glovita_lib.data_features import unlabelled_features
 from glovita_lib.data_folder import build_unlabelled
+from glovita_lib.data_splits import SPLIT_NAMES, read_splits
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.experiment import Experiment, evaluated_as, read_data, record_of, restore, some_of
 from glovita_lib.loggers import say, two_columns
@@ -42,7 +43,7 @@ from glovita_lib.resolved import (
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, alone, locate
 from glovita_lib.spec import Loaded, changed_keys
-from glovita_lib.spec_data import BaseData, GenericImageData, SeriesData, VolumeData
+from glovita_lib.spec_data import BaseData, FileData, GenericImageData, SeriesData, VolumeData
 from glovita_lib.spec_root import Root
 
 if TYPE_CHECKING:
@@ -231,13 +232,24 @@ def member_of(run: RunDir, loaded: Loaded[Root]) -> Path:
     return path
 
 
-def refuse_seen_samples(loaded: Loaded[Root], folds: tuple[int, ...]) -> None:
-    """Folds of a k-fold split have trained on each other's test samples."""
-    if msgspec.to_builtins(loaded.root.data).get("split_source") == "kfold":
+def refuse_seen_samples(loaded: Loaded[Root], folds: tuple[int | str, ...]) -> None:
+    """Folds of a k-fold split have trained on each other's test samples, and so may those that a
+    split file lists."""
+    data, wanted = loaded.root.data, loaded.root.infer.split
+    source = msgspec.to_builtins(data).get("split_source")
+    seen = source == "kfold"
+    if source == "splits_json" and isinstance(data, FileData):
+        names = {split: getattr(data, f"{split}_split_name", split) for split in SPLIT_NAMES}
+        path = files.on_disk(Path(data.data_root_dir) / data.split_file)
+        first, *rest = (read_splits(path, fold, [*names.values()]) for fold in (data.fold, *folds))
+        split = names[wanted or ("test" if names["test"] in first else "val")]
+        trained_on = {entry for content in rest for entry in content.get(names["train"], ())}
+        seen = wanted != "train" and not trained_on.isdisjoint(first.get(split, ()))
+    if seen:
         raise UserError(
-            f"infer.folds = {list(folds)}: with split_source = kfold the folds have trained on each"
-            " other's samples, so an ensemble is for new ones: give infer.input; summary.json in"
-            " the group's directory has the pooled metrics over the folds"
+            f"infer.folds = {list(folds)}: with split_source = {source} the folds have trained on"
+            " each other's samples, so an ensemble is for new ones: give infer.input; summary.json"
+            " in the group's directory has the pooled metrics over the folds"
         )
 
 

@@ -207,10 +207,12 @@ def warmup_fits(root: Root) -> Iterator[str]:
 def folds_exist(root: Root) -> Iterator[str]:
     """The folds of an ensemble exist."""
     count = root.data.stated_folds()
-    unknown = [fold for fold in root.infer.folds or () if count is not None and fold >= count]
-    if count is not None and unknown:
-        known = one_of(range(count))
-        yield f"infer.folds: {shown(unknown)} do not exist: this data has the folds {known}"
+    folds = root.infer.folds or ()
+    known = None if count is None else range(count)
+    unknown = [fold for fold in folds if known is not None and fold not in known]
+    if known is not None and unknown:
+        valid = one_of(known)
+        yield f"infer.folds: {shown(unknown)} do not exist: this data has the folds {valid}"
 
 
 def maps_are_of_volumes(root: Root) -> Iterator[str]:

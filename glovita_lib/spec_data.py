@@ -12,9 +12,11 @@ from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_conditions import read_if, read_unless, target_problems
 from glovita_lib.spec_errors import (
     Count,
+    FoldName,
     Fraction,
     PathText,
     Positive,
+    names_a_folder,
     shown,
 )
 from glovita_lib.spec_series import SeriesAugmentation, SeriesPreparation
@@ -70,8 +72,9 @@ class BaseData(Spec):
     """Share of the train split that is used; val and test are never cut."""
     stratified: bool = True
     """Whether data_fraction, folds and random splits keep the class proportions."""
-    fold: Annotated[int, Meta(ge=0)] = 0
-    """Which fold of a cross-validation this run is."""
+    fold: FoldName = 0
+    """Which fold of a cross-validation this run is; of a split file whose folds have names other
+    than numbers its name."""
 
     def stated_folds(self) -> int | None:
         """Number of folds; None where a split file tells, or a function of the user's."""
@@ -115,8 +118,19 @@ class BaseData(Spec):
             if count != first[1]:
                 yield key.removeprefix("data."), f"{count} entries, but {first[0]} says {first[1]}"
         folds = self.stated_folds()
-        if folds is not None and self.fold >= folds:
-            valid = f"0 to {folds - 1}" if folds > 1 else self.one_fold
+        valid = "" if folds is None else f"0 to {folds - 1}" if folds > 1 else self.one_fold
+        if isinstance(self.fold, str):
+            if self.fold.isdecimal():
+                yield "fold", f"{shown(self.fold)} is a number: write it without quotes"
+            elif folds is not None:
+                yield "fold", f"{shown(self.fold)} does not exist: {valid}"
+            elif not names_a_folder(self.fold):
+                yield (
+                    "fold",
+                    f"{shown(self.fold)} cannot name the directory of its run: rename the fold with"
+                    " letters, digits and . , = + - _",
+                )
+        elif folds is not None and self.fold >= folds:
             yield "fold", f"{self.fold} does not exist: {valid}"
 
 
@@ -153,8 +167,9 @@ class FileData(BaseData):
     """CSV column of the group (patient, slide) that must stay in one split; none takes the groups
     of the feature file, where it has some."""
     split_file: Annotated[PathText, read_if("split_source", "splits_json")] = "splits.json"
-    """JSON file below data_root_dir: {split: [id, ...]}, or a list (or {"0": ...}) of such objects,
-    one a fold. The id of an image is its path below images_dir, as the file is named."""
+    """JSON file below data_root_dir: {split: [id, ...]}, or a list (or {fold: ...}) of such
+    objects, or {fold: [id, ...]}, where data.fold is test, the next fold val, the others train. The
+    id of an image is its path below images_dir, as the file is named."""
     split_column: Annotated[str, read_if("split_source", "csv")] = "split"
     """CSV column of the split's name."""
     n_folds: Annotated[int, Meta(ge=3), read_if("split_source", "kfold")] = 5

@@ -1,6 +1,7 @@
 """Types of a spec's fields in words, and all mistakes of its tables at once."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
@@ -443,5 +444,16 @@ def convert_tables(plain: dict, root: StructType) -> tuple[Any, list[tuple[Path,
 
 
 Dropout = Annotated[float, Meta(ge=0, lt=1)]
+FoldName = Annotated[int, Meta(ge=0)] | str
+"""A fold by number or, of a split file that names its folds otherwise, by name."""
+NOT_IN_A_NAME = r'[/\\:*?"<>|\x00-\x1f]'
+"""Characters that no folder of a run may have in its name."""
+
+
+def names_a_folder(name: str) -> bool:
+    """Whether a text can be the name of a folder of a run."""
+    return bool(name.strip(" .")) and not re.search(NOT_IN_A_NAME, name)
+
+
 NonNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]

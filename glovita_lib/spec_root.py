@@ -1,6 +1,5 @@
 """The root of a spec: all sections of one experiment."""
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -8,7 +7,7 @@ from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_data import Data, DigitsData
-from glovita_lib.spec_errors import PathText, shown
+from glovita_lib.spec_errors import PathText, names_a_folder, shown
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
 from glovita_lib.spec_train import (
@@ -23,8 +22,6 @@ from glovita_lib.spec_train import (
     Umap,
     WandbLogger,
 )
-
-NOT_IN_A_NAME = r'[/\\:*?"<>|\x00-\x1f]'
 
 
 class Root(Spec):
@@ -88,7 +85,7 @@ class Root(Spec):
     def problems(self) -> Iterator[tuple[str, str]]:
         """The name becomes a directory."""
         name = self.name
-        if name is not None and (not name.strip(" .") or re.search(NOT_IN_A_NAME, name)):
+        if name is not None and not names_a_folder(name):
             yield (
                 "name",
                 f"{shown(name)} cannot name a directory: use letters, digits and . , = + - _",

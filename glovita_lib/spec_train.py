@@ -8,7 +8,7 @@ from msgspec import Meta
 from glovita_lib.metric_names import METRICS, metrics_of, usual_metrics_text
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_if, read_unless
-from glovita_lib.spec_errors import Count, NonNegative, PathText, Positive, shown
+from glovita_lib.spec_errors import Count, FoldName, NonNegative, PathText, Positive, shown
 
 # ---------------------------------------------------------------------------------- learning
 
@@ -376,7 +376,7 @@ class Infer(Spec):
     """Checkpoint file, or adapter.safetensors of a PEFT run, which is laid over its base; several
     make an ensemble (mean of probabilities, mean of regression outputs); none is the spec's own
     run."""
-    folds: tuple[Annotated[int, Meta(ge=0)], ...] | None = None
+    folds: tuple[FoldName, ...] | None = None
     """Folds of the spec's own run that make an ensemble; none is data.fold alone."""
     use: Annotated[Literal["best", "last"], OF_OWN_RUN] = "best"
     """Which checkpoint of the spec's own run."""

@@ -215,8 +215,15 @@ def test_listed_splits_with_folds(tmp_path):
     (tmp_path / "splits.json").write_text(json.dumps(folds))
     data = build(tmp_path, features_file=name, split_source="splits_json", fold=1)
     assert data.splits["train"].ids == ["3", "4"]
-    with pytest.raises(UserError, match="has folds 0 to 1"):
+    with pytest.raises(UserError, match="has the folds 0, 1"):
         build(tmp_path, features_file=name, split_source="splits_json", fold=2)
+    (tmp_path / "splits.json").write_text(json.dumps({"a": [0, 1], "b": [2], "c": ["3", 4, 5]}))
+    data = build(tmp_path, features_file=name, split_source="splits_json", fold="b")
+    assert {split: part.ids for split, part in data.splits.items()} == {
+        "train": ["0", "1"],
+        "val": ["3", "4", "5"],
+        "test": ["2"],
+    }
 
 
 def test_data_fraction_cuts_train_only(tmp_path):

@@ -207,11 +207,76 @@ def test_split_files(tmp_path):
     for content in ([one, two], {"1": two, "0": one}):
         path.write_text(json.dumps(content))
         assert [read_splits(path, fold) for fold in (0, 1)] == [one, two]
-        with pytest.raises(UserError, match="data.fold = 2, but .* has folds 0 to 1"):
+        with pytest.raises(UserError, match="data.fold = 2, but .* has the folds 0, 1"):
             read_splits(path, 2)
     path.write_text(json.dumps(one))
     assert read_splits(path, 0) == one
-    for content in ("[[1]]", '{"train": "a"}', '{"train": [1.5]}', '{"a": {}, "b": {}}', "3"):
+    for content in ("[[1]]", '{"train": "a"}', '{"train": [1.5]}', "3", "{}"):
         path.write_text(content)
         with pytest.raises(UserError, match="expected {split: "):
             read_splits(path, 0)
+
+
+THREE = {"0": ["a"], "1": ["b"], "2": ["c", "d"]}
+SITES = {"site_c": ["c", "d"], "site_a": ["a"], "site_b": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "fold", "test", "val", "train"),
+    [
+        (THREE, 0, "a", "b", "cd"),
+        (THREE, 2, "cd", "a", "b"),
+        (dict(reversed(THREE.items())), 0, "a", "b", "cd"),  # by number, not by place
+        ({"2": ["a"], "10": ["b"], "1": ["c"]}, 2, "a", "b", "c"),
+        (SITES, "site_c", "cd", "a", "b"),
+        (SITES, "site_b", "b", "cd", "a"),
+    ],
+)
+def test_lists_under_other_names_than_splits_are_folds(tmp_path, content, fold, test, val, train):
+    """As in kfold: the fold is test, the next one val, the others train."""
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps(content))
+    found = read_splits(path, fold)
+    assert found == {"train": list(train), "val": list(val), "test": list(test)}
+    every = [entry for entries in found.values() for entry in entries]
+    assert sorted(every) == sorted(entry for entries in content.values() for entry in entries)
+    renamed = read_splits(path, fold, ("fit", "tune", "judge"))
+    assert list(renamed) == ["fit", "tune", "judge"] and renamed["judge"] == list(test)
+
+
+def test_folds_of_splits_go_by_name_too(tmp_path):
+    one, two = {"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"north": one, "south": two}))
+    assert read_splits(path, "south") == two
+    path.write_text(json.dumps([one, two]))
+    assert read_splits(path, 1) == two
+
+
+def test_val_may_be_the_fold_that_is_test(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"0": ["a"], "1": ["b"]}))
+    assert read_splits(path, 1, ("train", "test", "test")) == {"train": ["a"], "test": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "fold", "said"),
+    [
+        (THREE, 3, "data.fold = 3, but .* has the folds 0, 1, 2: name one of them"),
+        (SITES, 0, 'has the folds site_c, site_a, site_b: name one of them, as data.fold = "site_'),
+        (SITES, "site", 'data.fold = "site", but .* has the folds site_c'),
+        ({"0": ["a"], "1": ["b"]}, 0, "0 is test, 1 is val, which leaves none to train on"),
+        ({**THREE, "3": ["a"]}, 0, "a is in the folds 0 and 3"),
+        ({**THREE, "3": []}, 0, "fold 3 is empty"),
+        ({"train": ["a"], "val": ["b"]}, 1, "has the splits train, val and no folds"),
+        ({"Training": ["a"], "Tuning": ["b"]}, "Tuning", "has the splits Training, Tuning and no"),
+        ({"a": {}, "b": {}}, 0, "has the folds a, b"),
+        ({"a": {}, "b": []}, "b", '"a" is no list'),
+        ([["a"], ["b"]], 0, "expected {split: "),
+    ],
+)
+def test_folds_that_are_not_there(tmp_path, content, fold, said):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        read_splits(path, fold)

@@ -287,13 +287,24 @@ def test_splits_json_with_folds(root, as_object):
     for fold in (0, 1):
         splits = build(root, fold=fold).splits
         assert splits["val"].ids == folds[fold]["val"] and "test" not in splits
-    with pytest.raises(UserError, match=r"data.fold = 2, but .*splits.json has folds 0 to 1"):
+    with pytest.raises(UserError, match=r"data.fold = 2, but .*splits.json has the folds 0, 1"):
         build(root, fold=2)
 
 
 def test_splits_json_without_folds_refuses_a_fold(template):
-    with pytest.raises(UserError, match="data.fold = 1, but .* has one split, no folds"):
+    with pytest.raises(UserError, match="data.fold = 1, but .* has the splits .* and no folds"):
         build(template, fold=1)
+
+
+def test_splits_json_whose_lists_are_folds(root):
+    names = [f"{row}.png" for row in range(COUNT)]
+    content = {"north": names[:5], "south": names[5:12], "west": names[12:]}
+    (root / "splits.json").write_text(json.dumps(content))
+    for fold, val in (("north", "south"), ("west", "north")):
+        splits = build(root, fold=fold).splits
+        assert splits["test"].ids == content[fold] and splits["val"].ids == content[val]
+        rest = set(names) - {*content[fold], *content[val]}
+        assert set(splits["train"].ids) == rest
 
 
 def test_subdirs_with_class_folders(tmp_path):

@@ -313,6 +313,25 @@ def test_folds_make_an_ensemble_only_for_new_samples(command, refused, table_spe
     assert "cv/2/checkpoints/best.pt does not exist" in missing
 
 
+def test_folds_of_a_split_file_go_by_name(command, refused, table_spec, tmp_path):
+    spec = table_spec("multilabel", split_source='"splits_json"')
+    root = tmp_path / "multilabel"
+    names = sorted(path.name for path in (root / "images").iterdir())
+    sites = {"b": names[::3], "a": names[1::3], "c": names[2::3]}
+    (root / "splits.json").write_text(json.dumps(sites))
+    for fold in ("b", "a"):
+        run = command(f"data.fold={fold}", "training.epochs=1", "name=cv", spec=spec)
+        assert run.path.name == fold
+        ids, _ = predictions(run.path / "predictions_test.csv")
+        assert sorted(ids) == sorted(sites[fold])
+    summary = json.loads((run.path.parent / "summary.json").read_text())
+    assert summary["test"]["folds"] == ["a", "b"] and summary["test"]["repeated_ids"] == 0
+    asked = ["mode=infer", 'infer.folds=["a", "b"]', "data.fold=b", "training.epochs=1", "name=cv"]
+    line = refused(*asked, spec=spec)
+    assert "trained on each other's samples" in line and "splits_json" in line
+    assert "data.fold = 0, but" in refused("training.epochs=1", "name=cv", spec=spec)
+
+
 # ---------------------------------------------------------------------- other data
 
 

@@ -119,6 +119,11 @@ BROKEN = [
     ([*FOLDER, "data.class_names=['a','b','a']"], "data.class_names", '["a"] given more than once'),
     ([*KFOLD, "data.fold=5"], "data.fold", "5 does not exist: 0 to 4"),
     ([*FOLDER, "data.fold=1"], "data.fold", "0 only"),
+    ([*KFOLD, "data.fold=site_b"], "data.fold", '"site_b" does not exist: 0 to 4'),
+    (["data.fold=site_b"], "data.fold", "this data set has one split"),
+    ([*GENERIC, 'data.fold="1"'], "data.fold", "write it without quotes"),
+    ([*GENERIC, "data.fold=a/b"], "data.fold", "cannot name the directory"),
+    ([*KFOLD, 'infer.folds=[0, "b"]'], "infer.folds", '["b"] do not exist'),
     (["data.fold=1"], "data.fold", "this data set has one split"),
     (["data.dataset=cifar10", "data.fold=1"], "data.fold", "this data set has one split"),
     (["data.val_fraction=0.5", "data.test_fraction=0.5"], "data.val_fraction", "below 1"),
@@ -306,6 +311,11 @@ BROKEN = [
         ["model.head.head_type=clam", "model.feature_aggregation_method=avg"],
         "model.feature_aggregation_method",
         "unread with this head",
+    ),
+    (
+        [*FEATURES, "model.feature_aggregation_method=avg"],
+        "model.feature_aggregation_method",
+        "unread with precomputed features",
     ),
     (["data.dataset=custom", "data.target=a.b.c"], "data.target", "package.module:function"),
     (
@@ -580,6 +590,7 @@ SOUND = [
     [*VOLUMES, *WINDOWS, "infer.volume_maps=true", "data.augmentation.patch_size=[8, 8, 9]"],
     [*VOLUMES, "data.augmentation.evaluation=windows", "data.augmentation.window_reduce=max"],
     ["data.fold=3", *GENERIC],  # a split file may list folds
+    ["data.fold=site_b", 'infer.folds=["site_a", "site b"]', *GENERIC],
     [*KFOLD, "data.fold=4", "data.n_folds=7"],
     [*GENERIC, "data.label_source=json", "data.class_names=['a','b']", "data.num_classes=2"],
     [*MULTILABEL, "data.label_separator=;"],
