@@ -4,7 +4,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from glovita_lib import files
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec import ByStruct, Spec
-from glovita_lib.spec_data import BaseData, Subtask
+from glovita_lib.spec_data import UNLABELLED, BaseData, Subtask
 from glovita_lib.spec_series import SeriesPreparation
 from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 
@@ -138,6 +138,39 @@ class Source(Protocol):
         """The source of these rows, in this order."""
 
 
+@dataclass(frozen=True, slots=True)
+class VideoFrames:
+    """The frames of V videos, of which the samples of a split are clips of T frames that cover
+    every one of them."""
+
+    ids: list[str]
+    """Stable name of each video."""
+    video_of: np.ndarray
+    """(N,) int64, the video of each clip."""
+    numbers: np.ndarray
+    """(N, T) int64, the number of each frame of a clip in its video, as it is evaluated; -1 where a
+    frame is repeated to fill the clip up."""
+    times: list[np.ndarray]
+    """V arrays (n,) float64, seconds of each frame from the start of its video."""
+    labels: list[np.ndarray] | None
+    """V arrays (n,) int64, the class of each frame, UNLABELLED where it has none; none of videos
+    without labels."""
+
+    def clip_labels(self) -> np.ndarray | None:
+        """Labels (N, T) of the frames of each clip, UNLABELLED where they are repeated."""
+        if self.labels is None:
+            return None
+        found = np.full(self.numbers.shape, UNLABELLED, np.int64)
+        for row, (video, numbers) in enumerate(zip(self.video_of, self.numbers, strict=True)):
+            real = numbers >= 0
+            found[row, real] = self.labels[video][numbers[real]]
+        return found
+
+    def select(self, rows: np.ndarray) -> "VideoFrames":
+        """The same of some clips."""
+        return replace(self, video_of=self.video_of[rows], numbers=self.numbers[rows])
+
+
 @dataclass(slots=True)
 class Split:
     """One split of a data set in its stable order."""
@@ -145,11 +178,13 @@ class Split:
     ids: list[str]
     """Stable name of each sample: path below the images folder, or row of the original data."""
     targets: np.ndarray | None
-    """(N,) int64 for multiclass, (N, K) float32 for multilabel, (N, K) float64 for regression, None
-    unlabelled."""
+    """(N,) int64 for multiclass, (N, K) float32 for multilabel, (N, K) float64 for regression,
+    (N, T) int64 for framewise, None unlabelled."""
     source: Source
     groups: list[str] | None = None
     """What each sample belongs to (patient, slide), if known."""
+    frames: VideoFrames | None = None
+    """Of samples that are clips with a class a frame: which frames of which videos."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -417,6 +452,7 @@ def subset(split: Split, rows: np.ndarray) -> Split:
         targets=None if split.targets is None else split.targets[rows],
         source=split.source.select(rows),
         groups=None if split.groups is None else [split.groups[row] for row in rows],
+        frames=None if split.frames is None else split.frames.select(rows),
     )
 
 

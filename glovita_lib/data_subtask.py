@@ -12,7 +12,7 @@ import numpy as np
 
 from glovita_lib.data import NUMBER, Outputs
 from glovita_lib.errors import UserError, listed
-from glovita_lib.spec_data import Subtask
+from glovita_lib.spec_data import Subtask, WholeSubtask
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def found_subtask(files: Sequence[Labels], rules: LabelRules) -> Subtask:
         each = listed(f"{where} {subtask}" for subtask, where in said.items())
         raise UserError(f"feature files of different subtasks: {each}; set data.subtask")
     for name, where in said.items():
-        known: tuple[Subtask, ...] = get_args(Subtask)
+        known: tuple[WholeSubtask, ...] = get_args(WholeSubtask)
         if name not in known:
             raise UserError(
                 f'{where}: its attribute subtask is "{name}"; valid are {", ".join(known)}: correct'

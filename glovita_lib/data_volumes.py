@@ -24,7 +24,7 @@ from glovita_lib.dist import cores, number_of
 from glovita_lib.errors import UserError, listed
 from glovita_lib.files import on_disk, read_csv, read_json_table
 from glovita_lib.loggers import Rate
-from glovita_lib.spec_data import Subtask, VolumeData
+from glovita_lib.spec_data import VolumeData, WholeSubtask
 from glovita_lib.spec_volumes import VolumePreparation
 from glovita_lib.volume_cache import Entry, VolumeCache, VolumeSource
 
@@ -214,8 +214,10 @@ def with_facts(spec: VolumeData) -> VolumeData:
     facts = facts if isinstance(facts, dict) else {}
     subtask, count, names = (facts.get(k) for k in ("subtask", "num_classes", "class_names"))
     if spec.stated_subtask() is None and subtask is not None:
-        if subtask not in get_args(Subtask):
-            raise UserError(f'{path}: subtask "{subtask}": valid are {listed(get_args(Subtask))}')
+        if subtask not in get_args(WholeSubtask):
+            raise UserError(
+                f'{path}: subtask "{subtask}": valid are {listed(get_args(WholeSubtask))}'
+            )
         spec = replace(spec, subtask=subtask)
     if spec.num_classes is None and spec.class_names is None:
         if not isinstance(count, int | None) or isinstance(count, bool):

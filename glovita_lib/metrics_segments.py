@@ -29,9 +29,8 @@ from glovita_lib.metrics_classification import (
     formula,
     ratio,
 )
+from glovita_lib.spec_data import UNLABELLED
 
-UNLABELLED = -100
-"""Label of a frame that has none."""
 OVERLAPS = (0.10, 0.25, 0.50)
 """Least intersection over union of a segment that counts as found."""
 IOUS_AT_ONCE = 1_000_000  # bounds the memory of pairs of segments

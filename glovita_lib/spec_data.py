@@ -22,7 +22,12 @@ from glovita_lib.spec_errors import (
 from glovita_lib.spec_series import SeriesAugmentation, SeriesPreparation
 from glovita_lib.spec_volumes import VolumeAugmentation, VolumePreparation, VolumeReading
 
-Subtask = Literal["multiclass", "multilabel", "regression"]
+Subtask = Literal["multiclass", "multilabel", "regression", "framewise"]
+"""Kind of target; framewise is one class a frame of a video."""
+WholeSubtask = Literal["multiclass", "multilabel", "regression"]
+"""Kinds of targets of whole samples, which a spec may name."""
+UNLABELLED = -100
+"""Label of a frame that has none."""
 OF_LABEL_FILE = read_if(
     "reads_label_file",
     True,
@@ -146,7 +151,7 @@ class FileData(BaseData):
 
     one_fold: ClassVar[str] = '0 only; data.split_source = "kfold" makes more'
 
-    subtask: Subtask | None = None
+    subtask: WholeSubtask | None = None
     """Kind of target; none follows from task (images), or from the labels (features): whole numbers
     and names are multiclass, several 0/1 columns multilabel, other numbers regression (images: are
     asked for); it is asked for where all numbers are whole ones with decimals (2.0) and the head

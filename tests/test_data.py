@@ -1,5 +1,7 @@
 """What standardises columns, wherever they are standardised."""
 
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from glovita_lib import read_features, run_probe, run_umap
-from glovita_lib.data import Standardizer, is_constant
+from glovita_lib.data import ArraySource, Split, Standardizer, VideoFrames, is_constant, subset
 from glovita_lib.datasets import build_data
 from glovita_lib.loader_features import FeatureInputs
 from glovita_lib.objectives import SupervisedObjective
@@ -15,6 +17,7 @@ from glovita_lib.projection import in_float32, principal_components
 from glovita_lib.read_features import BagSource
 from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_check import load_checked
+from glovita_lib.spec_data import UNLABELLED
 
 N = 60
 DRAW = np.random.default_rng(0)
@@ -229,3 +232,26 @@ def test_a_probe_is_the_same_beside_a_fill_value(standardize):
         )
         found.append(model.logits(features))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------- frames of videos
+
+
+def test_clips_have_the_labels_of_their_frames_and_a_part_of_a_split_keeps_them():
+    """Two videos of 5 and 2 frames in clips of 3; what fills a clip up has no label."""
+    frames = VideoFrames(
+        ids=["a.mp4", "b.mp4"],
+        video_of=np.array([0, 0, 1]),
+        numbers=np.array([[0, 1, 2], [2, 3, 4], [0, 1, -1]]),
+        times=[np.arange(5) / 25, np.arange(2) / 25],
+        labels=[np.array([0, 0, 1, UNLABELLED, 2]), np.array([1, 1])],
+    )
+    labels = frames.clip_labels()
+    none = UNLABELLED
+    assert labels.tolist() == [[0, 0, 1], [1, none, 2], [1, 1, none]]
+    source = ArraySource(np.zeros((3, 3, 1, 2, 2), np.uint8), np.arange(3))
+    split = Split(["a:0", "a:2", "b:0"], labels, source, frames=frames)
+    part = subset(split, np.array([2, 0]))
+    assert part.ids == ["b:0", "a:0"] and part.frames.video_of.tolist() == [1, 0]
+    assert (part.frames.clip_labels() == part.targets).all()
+    assert replace(frames, labels=None).clip_labels() is None
