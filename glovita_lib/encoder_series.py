@@ -30,13 +30,13 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.errors import UserError
 from glovita_lib.spec_encoders import (
-    Folding,
     ImageEncoder,
     InceptionTimeEncoder,
     SeriesEncoder,
     SeriesResNetEncoder,
     SeriesTransformerEncoder,
 )
+from glovita_lib.spec_lift import Folding
 from glovita_lib.weights import LoadTarget, load_file
 
 LENGTH = 128  # time points that an encoder is built for where nothing says how many

@@ -34,7 +34,8 @@ from glovita_lib.encoder import (
     resolve_method,
 )
 from glovita_lib.errors import UserError, listed
-from glovita_lib.spec_encoders import BaseEncoder, ImageEncoder, Inflation, Slices, Windows
+from glovita_lib.spec_encoders import BaseEncoder, ImageEncoder
+from glovita_lib.spec_lift import Inflation, Slices, Windows
 from glovita_lib.weights import LoadTarget
 
 if TYPE_CHECKING:

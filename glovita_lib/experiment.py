@@ -18,7 +18,7 @@ from glovita_lib.data import ArraySource, Data, Outputs, Source, Split, subset
 from glovita_lib.data_splits import WHOLE_COHORT
 from glovita_lib.datasets import build_data
 from glovita_lib.dist import WorkerPool, resolve_precision
-from glovita_lib.encoder import Encoder, Features, Identity, output_width, with_facts
+from glovita_lib.encoder import Encoder, Features, output_width, with_facts
 from glovita_lib.errors import UserError
 from glovita_lib.heads import LinearHead
 from glovita_lib.loader import Batch, Loader, LoaderOptions, announce, build_loader
@@ -422,7 +422,7 @@ def merged_base(root: Root, ranks: dist.Ranks) -> BaseWeights | None:
         raise UserError(f"{path} has replaced the very file that it is to be laid over")
     cpu = with_fields(ranks, device=torch.device("cpu"))
     model = over_base(adapter, own, resolved, cpu).model
-    if isinstance(model.encoder, Identity):
+    if own.model.encoder.takes == "features":
         raise UserError(f'model.encoder.weights = "{path}": a run on features, without an encoder')
     if any(isinstance(module, peft_base.Insert) for module in model.modules()):
         raise UserError(

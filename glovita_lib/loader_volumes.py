@@ -14,7 +14,7 @@ from glovita_lib.objectives import build_inputs
 from glovita_lib.resolved import VolumeInputs, resolve_inputs
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_data import CustomVolumes
-from glovita_lib.spec_encoders import Windows
+from glovita_lib.spec_lift import Windows
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_volumes import VolumeAugmentation
 

@@ -9,8 +9,9 @@ from msgspec import Meta
 from glovita_lib.errors import UserError, find_target
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_if, target_problems
-from glovita_lib.spec_encoders import Aggregation, Encoder, TimmEncoder
+from glovita_lib.spec_encoders import Encoder, TimmEncoder
 from glovita_lib.spec_errors import Dropout, shown
+from glovita_lib.spec_lift import Aggregation
 
 # ------------------------------------------------------------------------------------- heads
 

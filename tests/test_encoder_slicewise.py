@@ -19,7 +19,8 @@ from glovita_lib.encoder_slicewise import SlicewiseEncoder, keeping_statistics
 from glovita_lib.errors import UserError
 from glovita_lib.model import build_model
 from glovita_lib.peft_base import merge
-from glovita_lib.spec_encoders import Slices, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_lift import Slices
 from glovita_lib.spec_model import AbmilHead, ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
 

@@ -18,15 +18,13 @@ from glovita_lib.grad_cam import grad_cam, heat_values, on_input
 from glovita_lib.model import build_model
 from glovita_lib.objectives import HeadOutput
 from glovita_lib.spec_encoders import (
-    Inflation,
     PrimusEncoder,
     ResidualEncoder,
-    Slices,
     TimmEncoder,
     TorchvisionEncoder,
     VideoResNetEncoder,
-    Windows,
 )
+from glovita_lib.spec_lift import Inflation, Slices, Windows
 from glovita_lib.spec_model import AbmilHead, ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
 
