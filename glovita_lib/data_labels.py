@@ -212,7 +212,8 @@ class ClassWords:
 
     def found_names(self, rules: LabelRules) -> tuple[str, ...]:
         """Names where nothing states them: the words that occur, in order; of arrays of whole
-        numbers all numbers from 0 to the largest, or num_classes of them.
+        numbers all numbers from 0 to the largest. Of num_classes classes that are whole numbers
+        below it the others exist too, whatever holds the labels.
 
         Raises:
             UserError: numbers that would make more classes than anybody means, or that may be
@@ -220,9 +221,13 @@ class ClassWords:
         """
         self.refuse_mixed()
         distinct = {name for words in self.words for name in words.distinct}
-        if not all(file.whole is not None for file in self.files):
+        stated = rules.num_classes or 0
+        indices = len(distinct) < stated and all(
+            WHOLE.fullmatch(name) and 0 <= int(name) < stated for name in distinct
+        )
+        if not indices and not all(file.whole is not None for file in self.files):
             return tuple(self.forms.get(name, name) for name in sorted(distinct, key=order_key))
-        largest, stated = max(map(int, distinct), default=-1), rules.num_classes or 0
+        largest = max(map(int, distinct), default=-1)
         count = max(largest + 1, stated)
         if count > max(MOST_INDICES, stated):
             raise UserError(

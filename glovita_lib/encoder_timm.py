@@ -24,8 +24,8 @@ from glovita_lib.encoder import (
     fit_channels,
     preprocess_of,
 )
-from glovita_lib.errors import UserError, listed, reason
-from glovita_lib.spec_encoders import TimmEncoder
+from glovita_lib.errors import UserError, listed, reason, refuse
+from glovita_lib.spec_encoders import TimmEncoder, argument_problems
 from glovita_lib.weights import (
     LoadTarget,
     Tensors,
@@ -34,15 +34,6 @@ from glovita_lib.weights import (
     load_directly,
     load_file,
 )
-
-OURS = {  # arguments of timm that other keys of the spec decide
-    "num_classes": "the data",
-    "pretrained": "model.encoder.pretrained",
-    "in_chans": "model.encoder.input_channels",
-    "img_size": "data.augmentation.image_size",
-    "checkpoint_path": "model.encoder.weights",
-    "features_only": "model.feature_aggregation_method",
-}
 
 
 class TimmTrunk(Encoder):
@@ -156,7 +147,7 @@ def build_timm(
 ) -> TimmTrunk:
     """The encoder of a Struct, built for its input."""
     config = published_timm(spec)
-    check_arguments(spec)
+    refuse("model.encoder", argument_problems(spec.model_kwargs, spec.set_elsewhere))
     download = spec.pretrained and spec.weights is None and read_weights
     if download:
         check_published(spec, config)
@@ -186,13 +177,6 @@ def build_timm(
     if (present := present_name(spec.type)) != spec.type:
         encoder.notes += (f'model.encoder.type = "{spec.type}" is now called {present} in timm',)
     return encoder
-
-
-def check_arguments(spec: TimmEncoder) -> None:
-    """Arguments that have a place of their own in the spec are not given twice."""
-    for key in spec.model_kwargs:
-        if key in OURS:
-            raise UserError(f"model.encoder.model_kwargs.{key}: {OURS[key]} decides this")
 
 
 def check_published(spec: TimmEncoder, config: Any) -> None:

@@ -143,6 +143,13 @@ def check_logged(name: str, available: Iterable[str]) -> None:
     if name in available or any(name.startswith(start) and name != start for start in families):
         return
     meant = spelled(split_name(name)[1])
+    for metric, entry in METRICS.items():  # GloViTa's F1_class_0 is our val_f1_per_class_0
+        start = f"{spelled(metric).removesuffix(' per class')} class "
+        if entry.per_class and meant.startswith(start):
+            is_there = any(metric_name(found) == metric for found in available)
+            add = "" if is_there else f' and add "{metric}" to task.metrics'
+            ours = f"val_{metric}_{split_name(name)[1][len(start) :]}"
+            raise UserError(f'no metric is logged as "{name}"; set it to "{ours}"{add}')
     for metric, entry in METRICS.items():
         if meant in (spelled(metric), spelled(entry.title)):
             logged = [found for found in available if metric_name(found) == metric]

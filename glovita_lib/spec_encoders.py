@@ -202,10 +202,19 @@ class LibraryEncoder(ImageEncoder, kw_only=True):
 def argument_problems(
     arguments: dict[str, Any], set_elsewhere: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """model_kwargs leave alone what has a key of its own."""
+    """model_kwargs leave alone what has a key of its own, or a mode."""
     for name in arguments:
         if name in set_elsewhere:
-            yield f"model_kwargs.{name}", f"it comes from {set_elsewhere[name]}: set it there"
+            place = set_elsewhere[name]
+            text = (
+                f"{place}: leave it out" if "=" in place else f"it comes from {place}: set it there"
+            )
+            yield f"model_kwargs.{name}", text
+
+
+FEATURE_MAPS = (
+    'mode = "extract" with extract.output = "map" and extract.layers reads maps of blocks'
+)
 
 
 class TimmEncoder(LibraryEncoder, tag="timm", tag_field="encoder_type"):
@@ -217,6 +226,9 @@ class TimmEncoder(LibraryEncoder, tag="timm", tag_field="encoder_type"):
         "in_chans": "model.encoder.input_channels",
         "num_classes": "the data",
         "checkpoint_path": "model.encoder.weights",
+        "img_size": "data.augmentation.image_size",
+        "features_only": FEATURE_MAPS,
+        "out_indices": FEATURE_MAPS,
     }
 
     type: str = "vit_base_patch16_224"

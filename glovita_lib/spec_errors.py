@@ -397,6 +397,9 @@ def hint(value: Any, kind: Type) -> str:
         return near
     if isinstance(value, float) and value.is_integer() and value_fits(int(value), kind):
         return f"; write {int(value)}"
+    if extra_of(kind).get("last_n") and type(value) is int and value > 0:
+        last = shown(list(range(-value, 0)))
+        return f"; write {last} for the last {value}, which timm means, or [{value}] for that one"
     entry = item_type(kind)
     if entry is not None and not isinstance(value, list | dict):
         return f"; write [{shown(value)}]" + meant(str(value), texts(entry))

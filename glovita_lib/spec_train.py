@@ -475,7 +475,7 @@ class Extract(Spec):
     output: Literal["embedding", "tokens", "map"] = "embedding"
     """One vector a sample (N, D); all patch tokens as a bag (M, D) with bag_ptr and coords; or
     feature maps (N, C, H, W), of volumes (N, C, X, Y, Z)."""
-    layers: tuple[int, ...] = ()
+    layers: Annotated[tuple[int, ...], Meta(extra={"last_n": True})] = ()
     """Blocks (stages of a convolutional network of timm) whose outputs are read, from 0, negative
     from the last one, side by side along the width in this order; none is the encoder's output."""
     norm: Annotated[bool, read_if("layers")] = True

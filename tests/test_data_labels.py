@@ -56,6 +56,30 @@ def test_multiclass_without_names(labels, targets, names):
     assert found.dtype == np.int64 and found.tolist() == targets and classes == names
 
 
+@pytest.mark.parametrize("classes", [3, 5])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["0", "2", "0"],
+        [0, 2, 0],
+        np.array([0, 2, 0]),
+        np.array([0.0, 2, 0]),
+        np.array([b"0", b"2"]),
+    ],
+    ids=["cells", "json", "array", "floats", "bytes"],
+)
+def test_whole_numbers_below_num_classes_are_indices_wherever_they_stand(labels, classes):
+    targets, names = encoded(labels, classes=classes)
+    assert targets.tolist() == [0, 2, 0][: len(labels)]
+    assert names == tuple(map(str, range(classes)))
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], ["1", "3"], ["-1", "0"], ["00", "1"], ["1", "b"]])
+def test_other_labels_are_all_the_classes_that_there_are(labels):
+    with pytest.raises(UserError, match="num_classes = 3, but the data have 2 classes"):
+        encoded(labels, classes=3)
+
+
 def test_multiclass_with_names():
     names = ("dog", "cat", "cow")
     assert encoded(["cat", "dog"], names=names)[0].tolist() == [1, 0]

@@ -525,8 +525,9 @@ def test_kinds_that_contradict_each_other(template):
 
 def test_num_classes_is_checked(template):
     assert build(template, num_classes=10).outputs == 10
-    with pytest.raises(UserError, match="data.num_classes = 12, but the data have 10 classes"):
-        build(template, num_classes=12)
+    assert build(template, num_classes=12).class_names == tuple(map(str, range(12)))
+    with pytest.raises(UserError, match="data.num_classes = 9, but the data have 10 classes"):
+        build(template, num_classes=9)
 
 
 def test_classes_without_training_samples_are_reported(template):

@@ -514,7 +514,7 @@ def vit(**kwargs) -> TimmEncoder:
         (timm_spec("resnet18.nonsense"), "valid: resnet18.a1_in1k"),
         (tv_spec("convnext_tniy"), "nearest: convnext_tiny"),
         (timm_spec("resnet18", model_kwargs={"depht": 3}), "model_kwargs.depht: resnet18 has no"),
-        (timm_spec("resnet18", model_kwargs={"num_classes": 3}), "the data decides"),
+        (timm_spec("resnet18", model_kwargs={"num_classes": 3}), "it comes from the data"),
         (timm_spec("vit_tiny_patch16_224", small_images=True), "no ResNet stem"),
         (timm_spec("resnet18", model_kwargs={"output_stride": 7}), "output_stride = 7"),
         (

@@ -66,12 +66,19 @@ def test_a_family_stands_for_any_class() -> None:
         ("val_Balanced_Accuracy", 'add "balanced_acc" to task.metrics'),
         ("val_acx", "did you mean val_acc?"),
         ("zzz", "there are val_loss, val_acc"),
+        ("F1_class_0", 'set it to "val_f1_per_class_0"'),
+        ("val_F1_class_cat_x", 'set it to "val_f1_per_class_cat_x"'),
     ],
 )
 def test_names_that_fit_nothing(written: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         check_logged(written, LOGGED)
     assert said in str(error.value)
+
+
+def test_a_class_asked_for_where_no_class_is_logged() -> None:
+    with pytest.raises(UserError, match='"val_f1_per_class_0" and add "f1_per_class" to task.met'):
+        check_logged("F1_class_0", ["val_loss", "val_acc"])
 
 
 def test_a_long_list_of_classes_is_cut() -> None:

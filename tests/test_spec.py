@@ -299,6 +299,8 @@ def test_none_unsets(root):
         ("training.epochs=3.5", "3.5 is not valid"),
         ("training.epoch=3", 'did you mean "epochs"?'),
         ("infer.folds=1", "write [1]"),
+        ("extract.layers=3", "write [-3, -2, -1] for the last 3, which timm means, or [3]"),
+        ("extract.layers=-1", "write [-1]"),
     ],
 )
 def test_override_mistakes(errors, override, part):

@@ -289,6 +289,16 @@ BROKEN = [
         "model.encoder.input_channels",
     ),
     (
+        ["model.encoder.model_kwargs.features_only=true"],
+        "model.encoder.model_kwargs.features_only",
+        'mode = "extract" with extract.output = "map" and extract.layers',
+    ),
+    (
+        ["model.encoder.model_kwargs.img_size=64"],
+        "model.encoder.model_kwargs.img_size",
+        "data.augmentation.image_size",
+    ),
+    (
         ["model.encoder.encoder_type=torchvision", "model.encoder.model_kwargs.weights=x"],
         "model.encoder.model_kwargs.weights",
         "model.encoder.weights",
