@@ -9,6 +9,7 @@ where a map leads from voxels to voxels nothing is interpolated.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -240,6 +241,24 @@ class WindowedVolumes:
 # -------------------------------------------------------------------------------------- geometry
 
 
+class Scratch(threading.local):
+    """Memory of a thread on the CPU that is used again and again: to ask the system for it takes
+    as long as to fill it."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        """A float32 tensor of any content, which lasts until the next call."""
+        count = math.prod(shape)
+        if self.memory.numel() < count:
+            self.memory = torch.empty(count)
+        return self.memory[:count].view(shape)
+
+
+FRAME, SLABS = Scratch(), Scratch()
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """The patch and what may be done to its axes."""
@@ -447,7 +466,7 @@ class Affine:
         """
         padded = framed(volume)
         if control is None and bool((self.matrix.abs() > 1e-12).sum(1).eq(1).all()):
-            out.copy_(self.along_axes(padded))
+            self.along_axes(padded, out)
         elif thick is not None:
             out.copy_(self.in_planes(padded, control, thick))
         elif volume.device.type == "cpu":
@@ -472,15 +491,23 @@ class Affine:
             found = [[*parts, shift] for parts, shift in zip(found, shifts, strict=True)]
         return found
 
-    def along_axes(self, padded: Tensor) -> Tensor:
+    def along_axes(self, padded: Tensor, out: Tensor) -> None:
         """One axis after the other, where each axis of the patch runs along one of the source."""
         order = self.matrix.abs().argmax(1).tolist()  # axis of the patch along each of the source
-        for axis in range(2, -1, -1):
-            of = order[axis]
-            places = self.matrix[axis, of] * torch.arange(self.size[of]) + self.offset[axis]
-            padded = interpolated(padded, places + 1, axis + 1)
-        inverse = [order.index(of) + 1 for of in range(3)]
-        return padded.permute(0, *inverse)
+        x, *others = (
+            cells(
+                self.matrix[axis, of] * torch.arange(self.size[of]) + self.offset[axis] + 1,
+                padded.shape[axis + 1],
+            )
+            for axis, of in enumerate(order)
+        )
+        out = out.permute(0, *(of + 1 for of in order))
+        step = max(1, SLAB // out[0, 0].numel()) if out.device.type == "cpu" else len(x[0])
+        for first in range(0, len(x[0]), step):
+            part = between(padded, *(each[first : first + step] for each in x), axis=1)
+            for axis, (low, weight) in enumerate(others, 2):
+                part = between(part, low, weight, axis)
+            out[:, first : first + step] = part
 
     def in_planes(self, padded: Tensor, control: Tensor | None, thick: int) -> Tensor:
         """Slice by slice: the same plane map in each, slices as channels of pictures."""
@@ -519,17 +546,26 @@ class Affine:
         # the last cell ends just before the last voxel, which then has no weight that counts
         ends = [float(np.nextafter(np.float32(side - 1), np.float32(0))) for side in sides]
         step = max(1, SLAB // (self.size[1] * self.size[2]))
+        work = SLABS(8, min(step, self.size[0]) * self.size[1] * self.size[2])
+        whole = work[6:].view(torch.int32)
         for first in range(0, self.size[0], step):
             rows = slice(first, first + step)
-            index = torch.zeros(1, dtype=torch.int32)
-            weights = []
-            for (x, plane, *shift), end, stride in zip(parts, ends, strides, strict=True):
-                place = summed([x[rows], plane, *(each[rows] for each in shift)]).clamp_(0, end)
-                cell = place.int()
-                weights.append(place.sub_(cell).flatten())
-                index = torch.add(index, cell.flatten(), alpha=stride)
+            count = len(parts[0][0][rows]) * self.size[1] * self.size[2]
+            weights, spare = work[:3, :count].unbind(), work[3:6, :count].unbind()
+            index, cell = whole[:, :count].unbind()
+            for axis, ((x, plane, *shift), weight) in enumerate(zip(parts, weights, strict=True)):
+                place = torch.add(x[rows], plane, out=weight.view(-1, *plane.shape))
+                for each in shift:
+                    place.add_(each[rows])
+                weight.clamp_(0, ends[axis])
+                cell.copy_(weight)
+                weight.frac_()
+                if axis:
+                    index.add_(cell, alpha=strides[axis])
+                else:
+                    torch.mul(cell, strides[axis], out=index)
             for channel, target in zip(padded, out, strict=True):
-                corners(channel.view(-1), index, strides, weights, target[rows].view(-1))
+                corners(channel.view(-1), index, strides, weights, target[rows].view(-1), spare)
 
 
 def summed(parts: Sequence[Tensor]) -> Tensor:
@@ -539,13 +575,23 @@ def summed(parts: Sequence[Tensor]) -> Tensor:
 
 
 def corners(
-    line: Tensor, index: Tensor, strides: Sequence[int], weights: list[Tensor], out: Tensor
+    line: Tensor,
+    index: Tensor,
+    strides: Sequence[int],
+    weights: Sequence[Tensor],
+    out: Tensor,
+    spare: Sequence[Tensor],
 ) -> Tensor:
-    """Values between those of a line at index (n,) and one stride on, along each axis in turn."""
+    """Values between those of a line at index (n,) and one stride on, along each axis in turn.
+
+    Args:
+        spare: as many (n,) to work in as there are axes.
+    """
     if not strides:
         return torch.index_select(line, 0, index, out=out)
-    low = corners(line, index, strides[1:], weights[1:], out)
-    high = corners(line[strides[0] :], index, strides[1:], weights[1:], torch.empty_like(out))
+    beyond = line[strides[0] :]
+    low = corners(line, index, strides[1:], weights[1:], out, spare[1:])
+    high = corners(beyond, index, strides[1:], weights[1:], spare[0], spare[1:])
     return torch.lerp(low, high, weights[0], out=out)
 
 
@@ -555,10 +601,11 @@ def unit(places: Tensor, side: int) -> Tensor:
 
 
 def framed(volume: Tensor) -> Tensor:
-    """A volume (C, X, Y, Z) as float32 in a frame one voxel wide of the minimum of each channel."""
-    padded = volume.new_empty(
-        len(volume), *(side + 2 for side in volume.shape[1:]), dtype=torch.float32
-    )
+    """A volume (C, X, Y, Z) as float32 in a frame one voxel wide of the minimum of each channel; on
+    a CPU in memory that the next call uses again."""
+    shape = len(volume), *(side + 2 for side in volume.shape[1:])
+    on_cpu = volume.device.type == "cpu"
+    padded = FRAME(*shape) if on_cpu else volume.new_empty(shape, dtype=torch.float32)
     padded[:, 1:-1, 1:-1, 1:-1] = volume
     low = volume.amin((1, 2, 3))[:, None, None]
     for axis in (1, 2, 3):
@@ -569,25 +616,50 @@ def framed(volume: Tensor) -> Tensor:
 
 def interpolated(x: Tensor, places: Tensor, axis: int) -> Tensor:
     """x at coordinates (N,) along one axis, linear; beyond the first and the last as there."""
-    places = places.double().clamp(0, x.shape[axis] - 1)
-    low = places.floor().clamp(max=max(x.shape[axis] - 2, 0))
-    if torch.equal(places, low):
+    return between(x, *cells(places, x.shape[axis]), axis)
+
+
+def cells(places: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Coordinates (N,) along an axis of `side` voxels as the voxel below, (N,) int64, and the
+    weight of the next one, (N,) float32; beyond the first and the last as there."""
+    places = places.double().clamp(0, side - 1)
+    low = places.floor().clamp(max=max(side - 2, 0))
+    return low.long(), (places - low).float()
+
+
+def between(x: Tensor, low: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """x along one axis between the voxels low and low + 1 (N,), with the weight (N,) of these."""
+    if not weight.any():
         return picked(x, low, axis)
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    (weight,) = to(x.device, (places - low).float().view(shape))
-    below = picked(x, low, axis)
-    return torch.lerp(below, picked(x, low + 1, axis), weight, out=below)
+    (weight,) = to(x.device, weight.view(-1, *[1] * (x.dim() - 1 - axis)))
+    if by_value(x, axis):
+        line, index = x.contiguous().view(-1), in_line(x, low)
+        shape = [*x.shape[:-1], len(low)]
+        below = line.index_select(0, index).view(shape)
+        above = line[1:].index_select(0, index).view(shape)
+    else:
+        below, above = picked(x, low, axis), picked(x, low + 1, axis)
+    return torch.lerp(below, above, weight, out=below)
 
 
 def picked(x: Tensor, places: Tensor, axis: int) -> Tensor:
     """x at whole coordinates (N,) along one axis."""
-    if x.device.type != "cpu" or axis < x.dim() - 1:
+    if not by_value(x, axis):
         return x.index_select(axis, *to(x.device, places.long()))
-    # along the last axis torch goes value by value, from one long line it gathers: 5 times as fast
-    x = x.contiguous()
-    lines = torch.arange(0, x.numel(), x.shape[axis], dtype=torch.int32)[:, None] + places.int()
-    return x.view(-1).index_select(0, lines.view(-1)).view(*x.shape[:-1], -1)
+    found = x.contiguous().view(-1).index_select(0, in_line(x, places))
+    return found.view(*x.shape[:-1], -1)
+
+
+def by_value(x: Tensor, axis: int) -> bool:
+    """Whether torch selects value by value along an axis; from one long line it gathers: three
+    times as fast."""
+    return x.device.type == "cpu" and axis == x.dim() - 1
+
+
+def in_line(x: Tensor, places: Tensor) -> Tensor:
+    """Where places (N,) of the last axis of x are in the line of all its values: (M N,) int32."""
+    rows = torch.arange(0, x.numel(), x.shape[-1], dtype=torch.int32)
+    return (rows[:, None] + places.int()).view(-1)
 
 
 def spline(control: Tensor, size: Size) -> Tensor:

@@ -181,6 +181,8 @@ def random_blur(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Gri
     sigma = uniform(len(rows), *ops.blur_sigma, generator, 3)
     low, high = ops.median_size
     sides = torch.randint(low, high + 1, (len(rows),), generator=generator)
+    if not len(rows):
+        return x
     columns = sigma[~is_median].unbind(1)
     taps = [gaussian_taps(each, side) for each, side in zip(columns, x.shape[2:], strict=True)]
     x = on_channels(x, rows[~is_median], blurred, *taps)
@@ -212,8 +214,8 @@ def gaussian_taps(sigma: Tensor, side: int) -> Tensor:
 def filtered(x: Tensor, taps: Tensor, axis: int) -> Tensor:
     """x (n, X, Y, Z) under symmetric filters (n, half + 1) along one axis, borders reflected."""
     half, side = taps.shape[1] - 1, x.shape[axis]
-    places = torch.arange(-half, side + half).abs()
-    padded = picked(x, (side - 1) - (side - 1 - places).abs(), axis)
+    ends = x.narrow(axis, 1, half), x.narrow(axis, side - 1 - half, half)
+    padded = torch.cat([ends[0].flip(axis), x, ends[1].flip(axis)], axis)
     out = padded.narrow(axis, half, side) * per(taps[:, 0])
     for i in range(1, half + 1):
         for first in (half - i, half + i):
@@ -280,9 +282,6 @@ def contrasted(x: Tensor, factor: Tensor, clipped: Tensor) -> Tensor:
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum and maximum (n,) of channels."""
-    if len(x) == 1:  # over everything it is several times as fast
-        low, high = torch.aminmax(x)
-        return low[None], high[None]
     return x.amin((1, 2, 3)), x.amax((1, 2, 3))
 
 
@@ -353,7 +352,8 @@ def mean_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (n,), and root of the sum of squared distances to it."""
     mean = x.mean((1, 2, 3))
     if len(x) == 1:  # scalar products in the cache: many times as fast as torch's variance
-        squares = [torch.dot(part - mean, part - mean) for part in x.reshape(-1).split(PIECE)]
+        distances = (part - mean for part in x.reshape(-1).split(PIECE))
+        squares = [torch.dot(part, part) for part in distances]
         return mean, torch.stack(squares).sum().sqrt()[None]
     return mean, torch.linalg.vector_norm(x - per(mean), dim=(1, 2, 3))
 
