@@ -494,7 +494,7 @@ class Affine:
     def along_axes(self, padded: Tensor, out: Tensor) -> None:
         """One axis after the other, where each axis of the patch runs along one of the source."""
         order = self.matrix.abs().argmax(1).tolist()  # axis of the patch along each of the source
-        x, *others = (
+        (low, weight), *others = (
             cells(
                 self.matrix[axis, of] * torch.arange(self.size[of]) + self.offset[axis] + 1,
                 padded.shape[axis + 1],
@@ -502,12 +502,13 @@ class Affine:
             for axis, of in enumerate(order)
         )
         out = out.permute(0, *(of + 1 for of in order))
-        step = max(1, SLAB // out[0, 0].numel()) if out.device.type == "cpu" else len(x[0])
-        for first in range(0, len(x[0]), step):
-            part = between(padded, *(each[first : first + step] for each in x), axis=1)
-            for axis, (low, weight) in enumerate(others, 2):
-                part = between(part, low, weight, axis)
-            out[:, first : first + step] = part
+        step = max(1, SLAB // out[0, 0].numel()) if out.device.type == "cpu" else len(low)
+        for first in range(0, len(low), step):
+            rows = slice(first, first + step)
+            part = between(padded, low[rows], weight[rows], 1)
+            for axis, other in enumerate(others, 2):
+                part = between(part, *other, axis)
+            out[:, rows] = part
 
     def in_planes(self, padded: Tensor, control: Tensor | None, thick: int) -> Tensor:
         """Slice by slice: the same plane map in each, slices as channels of pictures."""

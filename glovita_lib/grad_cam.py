@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glovita_lib import figures
+from glovita_lib import figures, figures_volumes
 from glovita_lib.attention_maps import caption, chosen_samples
 from glovita_lib.augment_patch import PatchCut, WholeVolumes, WindowedVolumes, overlap
 from glovita_lib.data import Split, subset
@@ -479,33 +479,45 @@ def image_map(found: HeatMap, pixels: np.ndarray, path: Path) -> None:
 
 
 def volume_map(found: HeatMap, affine: np.ndarray, path: Path) -> None:
-    """The three slices of a volume through the highest value of its map, without it and with it.
+    """The three slices of a volume through the highest value of its map: a row for each channel,
+    then the first one with the map.
 
     Args:
         path: of the PNG.
     """
-    volume, values, spacing = figures.upright(found.inputs[0], found.values, affine)
+    volume, values, spacing = figures_volumes.upright(found.inputs, found.values, affine)
     highest = [int(place) for place in np.unravel_index(values.argmax(), values.shape)]
     sides = np.array(values.shape) * spacing  # mm
-    planes = [figures.plane_sides(sides, axis) for axis in figures.PLANES]
+    planes = [figures_volumes.plane_sides(sides, axis) for axis in figures_volumes.PLANES]
     wide, high = sum(side for side, _ in planes), max(side for _, side in planes)
-    scale = min((figures.WIDTH - 0.9) / wide, (figures.HEIGHT - 1) / (2 * high))  # inches a mm
-    cut = {axis: figures.plane(volume, axis, highest[axis]) for axis in figures.PLANES}
-    limits, known = figures.limits_of(cut), found.affine is not None
+    shown = volume[: figures_volumes.CHANNELS]
+    rows = len(shown) + 1
+    scale = min((figures.WIDTH - 0.9) / wide, (figures.HEIGHT - 1) / (rows * high))  # inches a mm
     voxel = np.unravel_index(found.values.argmax(), found.values.shape)
     place = ", ".join(f"{mm:.0f}" for mm in (affine @ [*voxel, 1])[:3])  # of the world
-    with figures.drawing(path, wide * scale + 0.9, 2 * high * scale + 0.9) as figure:
+    known = found.affine is not None
+    with figures.drawing(path, wide * scale + 0.9, rows * high * scale + 0.9) as figure:
         figure.set_layout_engine("compressed", h_pad=0.03, w_pad=0.03)
-        cells = figure.subplots(2, 3, squeeze=False, width_ratios=[side for side, _ in planes])
-        for (axis, name), (above, below) in zip(figures.PLANES.items(), cells.T, strict=True):
-            for axes in (above, below):
-                figures.draw_plane(
-                    axes, volume, axis, highest[axis], spacing, limits, lettered=known
+        cells = figure.subplots(rows, 3, squeeze=False, width_ratios=[side for side, _ in planes])
+        for row, channel in zip(cells, [*shown, shown[0]], strict=True):
+            cut = {
+                axis: figures_volumes.plane(channel, axis, highest[axis])
+                for axis in figures_volumes.PLANES
+            }
+            limits = figures_volumes.limits_of(cut)
+            for axis, axes in zip(cut, row, strict=True):
+                figures_volumes.draw_plane(
+                    axes, channel, axis, highest[axis], spacing, limits, lettered=known
                 )
-            above.set_title(name)
-            figures.draw_cross(above, highest, values.shape, spacing, axis)
-            part = figures.plane(values, axis, highest[axis])
-            drawn = draw_over(below, part, values.max(), extent=below.images[0].get_extent())
+        for axis, axes in zip(figures_volumes.PLANES, cells[-1], strict=True):
+            part = figures_volumes.plane(values, axis, highest[axis])
+            drawn = draw_over(axes, part, values.max(), extent=axes.images[0].get_extent())
+        for row, name in zip(cells[:-1], figures_volumes.channel_names(len(volume)), strict=True):
+            row[0].set_ylabel(name, fontsize=7.5, color=figures.GREY)
+            for axis, axes in zip(figures_volumes.PLANES, row, strict=True):
+                figures_volumes.draw_cross(axes, highest, values.shape, spacing, axis)
+        for name, axes in zip(figures_volumes.PLANES.values(), cells[0], strict=True):
+            axes.set_title(name)
         add_scale(figure, drawn, list(cells.flat), found)
         if known:
             figure.supxlabel(f"slices through the highest value, at {place} mm", fontsize=8)

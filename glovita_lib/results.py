@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from glovita_lib import figures, files, plots
+from glovita_lib import figures, figures_volumes, files, plots
 from glovita_lib.augment import Augmenter
 from glovita_lib.data import Split
 from glovita_lib.errors import UserError, listed
@@ -229,8 +229,8 @@ def _(
     resolved: Resolved,
 ) -> None:
     worst = np.argsort(-predictions.losses, kind="stable")[:WORST_VOLUMES]
-    figures.worst_volumes(
-        *middles(inputs, split, predictions.rows[worst]),
+    figures_volumes.worst_volumes(
+        middles(inputs, split, predictions.rows[worst]),
         ids=[predictions.ids[row] for row in worst],
         targets=predictions.targets[worst],
         scores=predictions.scores[worst],
@@ -241,15 +241,15 @@ def _(
     )
 
 
-def middles(
-    inputs: VolumeInputs, split: Split, rows: np.ndarray
-) -> tuple[list[figures.Planes], list[tuple[float, ...]]]:
-    """The middle slices of prepared volumes of a split, and their spacings, mm."""
+def middles(inputs: VolumeInputs, split: Split, rows: np.ndarray) -> list[figures_volumes.Middle]:
+    """The middle slices of prepared volumes of a split."""
     if split.source.windows is None:
-        volumes = split.source.fetch(rows)
-        return list(map(figures.middle_planes, volumes)), [inputs.augmentation.spacing] * len(rows)
+        affine = np.diag([*inputs.augmentation.spacing, 1.0])
+        return [
+            figures_volumes.middle_planes(volume, affine) for volume in split.source.fetch(rows)
+        ]
     found = split.source.windows(rows)
-    return list(map(figures.middle_planes, found)), [volume.spacing for volume in found]
+    return [figures_volumes.middle_planes(volume, volume.affine) for volume in found]
 
 
 @singledispatch
@@ -287,13 +287,15 @@ def _(inputs: VolumeInputs, path: Path, split: Split, rows: np.ndarray) -> None:
     rows = rows[:VOLUME_ROWS]
     read = split.source.windows or split.source.fetch
     samples, versions = list(read(rows)), []
+    spaced = np.diag([*inputs.augmentation.spacing, 1.0])
+    affines = [getattr(sample, "affine", spaced) for sample in samples]
     for seed in range(VOLUME_COLUMNS):
         batch = augment(fit_all(samples, augment.fit, seed), True, seed)  # (B, C, x, y, z)
-        versions.append([figures.middle_planes(sample.numpy()) for sample in batch])
-    figures.augmented_volumes(
-        *middles(inputs, split, rows),
+        parts = zip(batch, affines, strict=True)
+        versions.append([figures_volumes.middle_planes(x.numpy(), affine) for x, affine in parts])
+    figures_volumes.augmented_volumes(
+        middles(inputs, split, rows),
         list(zip(*versions, strict=True)),
-        inputs.augmentation.spacing,
         path=path,
         captions=[split.ids[row] for row in rows],
     )

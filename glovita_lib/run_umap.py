@@ -32,7 +32,7 @@ from glovita_lib.data_splits import strata
 from glovita_lib.errors import UserError, listed, versions
 from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, part_to_read, source_of, wanted_splits
-from glovita_lib.figures import middle_picture
+from glovita_lib.figures_volumes import middle_picture
 from glovita_lib.files import read_csv, write_csv, write_json
 from glovita_lib.loggers import say, two_columns
 from glovita_lib.plot_projection import (
@@ -382,9 +382,10 @@ def image_of(splits: list[Split], inputs: Inputs) -> Images | None:
         if not isinstance(inputs, VolumeInputs):
             return split.source.fetch(row)[0]
         if split.source.windows is None:
-            return middle_picture(split.source.fetch(row)[0], inputs.augmentation.spacing)
+            affine = np.diag([*inputs.augmentation.spacing, 1.0])
+            return middle_picture(split.source.fetch(row)[0], affine)
         (volume,) = split.source.windows(row)
-        return middle_picture(volume, volume.spacing)
+        return middle_picture(volume, volume.affine)
 
     first = image(0)
     is_image = isinstance(first, np.ndarray) and first.ndim == 3 and first.dtype.kind == "u"

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from volume_files import ORIENTATIONS, affine_of, blob, write_nifti
 
-from glovita_lib.figures import (
+from glovita_lib.figures_volumes import (
+    CHANNELS,
     PLANES,
     augmented_volumes,
     limits_of,
@@ -53,21 +54,38 @@ def test_slices_are_seen_as_radiologists_do():
             assert line.all() and shown.sum() == len(line)
 
 
-def test_only_the_middle_slices_of_the_first_channel_are_read():
-    voxels = np.random.default_rng(0).random((2, *SHAPE)).astype(np.float16)
+def test_only_the_middle_slices_are_read():
+    """Of as many channels as are shown, each under its name."""
+    voxels = np.random.default_rng(0).random((6, *SHAPE)).astype(np.float16)
     volume = Sliced(voxels)
-    planes = middle_planes(volume)
-    assert list(planes) == list(PLANES) == [2, 1, 0] and volume.read == 80 + 48 + 60
-    for axis, part in planes.items():
-        assert (part == plane(voxels[0], axis, SHAPE[axis] // 2)).all()
-    assert shape_of(planes) == SHAPE
-    low, high = limits_of(planes)
-    assert 0 <= low < high <= 1 and limits_of({2: np.zeros((3, 3))}) == (0.0, 1.0)
-    volume.read = 0
-    thumbnail = middle_picture(volume, (1.0, 2.0, 5.0))  # square pixels of 1 mm
-    assert thumbnail.shape == (1, 20, 8) and thumbnail.dtype == np.uint8 and volume.read == 80
+    middle = middle_planes(volume, np.diag([1.0, 2.0, 5.0, 1.0]))
+    assert volume.read == CHANNELS * (80 + 48 + 60)
+    assert list(middle.channels) == [f"channel {number} of 6" for number in range(1, 5)]
+    assert list(middle.spacing) == [1, 2, 5]
+    for planes, channel in zip(middle.channels.values(), voxels, strict=False):
+        assert list(planes) == list(PLANES) == [2, 1, 0] and shape_of(planes) == SHAPE
+        for axis, part in planes.items():
+            assert (part == plane(channel, axis, SHAPE[axis] // 2)).all()
+        low, high = limits_of(planes)
+        assert 0 <= low < high <= 1
+    assert limits_of({2: np.zeros((3, 3))}) == (0.0, 1.0)
+    volume = Sliced(voxels[:2])
+    thumbnail = middle_picture(volume, np.diag([1.0, 2.0, 5.0, 1.0]))  # square pixels of 1 mm
+    assert thumbnail.shape == (1, 20, 16) and thumbnail.dtype == np.uint8 and volume.read == 160
     assert (thumbnail[0, ::2] == thumbnail[0, 1::2]).all()
     assert thumbnail.min() == 0 and thumbnail.max() == 255
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_slices_are_named_by_where_axes_lead_in_the_patient(codes, tmp_path):
+    """Of volumes that keep the axes of their files."""
+    affine = affine_of((1, 2, 3), (5, 6, 7))
+    upright_planes = middle_planes(blob(SHAPE)[None], affine)
+    image = nibabel.load(write_nifti(tmp_path / "a.nii", blob(SHAPE), affine, codes))
+    found = middle_planes(image.get_fdata()[None], image.affine)
+    np.testing.assert_allclose(found.spacing, (1, 2, 3))
+    for axis, part in upright_planes.channels[""].items():
+        assert (found.channels[""][axis] == part).all()
 
 
 def test_sides_are_in_mm():
@@ -82,8 +100,8 @@ def test_volumes_of_any_orientation_are_turned_upright(codes, tmp_path):
     path = write_nifti(tmp_path / "a.nii", voxels, affine_of((1, 2, 3), (5, 6, 7)), codes)
     image = nibabel.load(path)
     stored = image.get_fdata()
-    volume, values, spacing = upright(stored, -stored, image.affine)
-    assert (volume == voxels).all() and (values == -voxels).all()
+    volume, values, spacing = upright(stored[None], -stored, image.affine)
+    assert (volume == voxels[None]).all() and (values == -voxels).all()
     np.testing.assert_allclose(spacing, (1, 2, 3))
 
 
@@ -93,13 +111,13 @@ def grey_levels(path):
 
 def test_versions_are_in_the_window_of_the_prepared_volume(tmp_path):
     """A version that is brighter than the volume is shown so; the identity is shown the same."""
-    planes = middle_planes((blob((20, 24, 16)) / 40)[None])
-    brighter = {axis: part + 0.3 for axis, part in planes.items()}
+    voxels, spaced = (blob((20, 24, 16)) / 40)[None], np.diag([1.0, 1.0, 3.0, 1.0])
+    prepared = middle_planes(voxels, spaced)
     shown = {}
-    for name, version in (("same", planes), ("brighter", brighter)):
+    for name, more in (("same", 0), ("brighter", 0.3)):
         path = tmp_path / f"{name}.png"
-        spacing = (1.0, 1.0, 3.0)
-        augmented_volumes([planes], [spacing], [[version]], spacing, path=path, captions=["a" * 99])
+        version = middle_planes(voxels + more, spaced)
+        augmented_volumes([prepared], [[version]], path=path, captions=["a" * 99])
         shown[name] = grey_levels(path)
     assert shown["same"].shape == shown["brighter"].shape
     half = shown["same"].shape[1] // 2
@@ -109,11 +127,15 @@ def test_versions_are_in_the_window_of_the_prepared_volume(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
-def test_worst_volumes_of_differing_sizes(tmp_path, count):
-    planes = [middle_planes(blob((8 + n, 10, 6), seed=n)[None]) for n in range(count)]
+@pytest.mark.parametrize("channels", [1, 2])
+def test_worst_volumes_of_differing_sizes(tmp_path, count, channels):
+    spaced = np.diag([1.0, 1.0, 2.0, 1.0])
+    volumes = [
+        middle_planes(np.stack([blob((8 + n, 10, 6), seed=n)] * channels), spaced)
+        for n in range(count)
+    ]
     worst_volumes(
-        planes,
-        [(1.0, 1.0, 2.0)] * count,
+        volumes,
         ids=[f"{n}.nii" for n in range(count)],
         targets=np.zeros(count, int),
         scores=np.full((count, 2), 0.5, np.float32),
