@@ -442,7 +442,7 @@ def bag_map(
     coords = file["coords"][rows][:, :2]
     if coords.shape[1] == 1:  # slices, side by side
         coords = np.pad(coords, ((0, 0), (0, 1)))
-    scores = predictions.scores[bag]
+    scores = predictions.scores.values[bag]
     branches = [str(name) for name in file.attrs["branches"]]
     of_classes = len(branches) == len(scores)
     image = None
@@ -469,7 +469,7 @@ def bag_map(
 
 def caption(predictions: Predictions, bag: int, resolved: Resolved) -> str:
     """Truth and prediction of a bag in words."""
-    scores, names = predictions.scores[bag], resolved.class_names
+    scores, names = predictions.scores.values[bag], resolved.class_names
     targets = predictions.targets if isinstance(predictions, LabelledPredictions) else None
     if resolved.subtask == "multiclass":
         parts = [f"predicted {short(names[scores.argmax()], 24)} ({number(float(scores.max()))})"]

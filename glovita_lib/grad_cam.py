@@ -361,7 +361,7 @@ def heat_map(
         number: of the sample in the predictions.
     """
     resolved = experiment.resolved
-    output = output_of(spec, resolved, predictions.scores[number])
+    output = output_of(spec, resolved, predictions.scores.values[number])
     values = heat_values(experiment.model, x, output, windowed)
     if resolved.subtask == "regression":
         values = values * resolved.target_std[output]  # of the target in its units

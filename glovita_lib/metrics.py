@@ -16,6 +16,7 @@ from glovita_lib.metrics_classification import (
     Multilabel,
     Resampled,
     Scored,
+    Scores,
     correlation,
     formula,
     mean_defined,
@@ -97,9 +98,9 @@ class Regression(Scored):
 
     subtask = "regression"
 
-    def __init__(self, targets: Array, scores: Array, class_names: tuple[str, ...]) -> None:
+    def __init__(self, targets: Array, scores: Scores, class_names: tuple[str, ...]) -> None:
         self.targets = targets.astype(np.float64)
-        self.scores = scores.astype(np.float64)
+        self.scores = scores.values.astype(np.float64)
         self.class_names = class_names
 
     def each(self, name: str, weights: Array) -> Array:
@@ -158,7 +159,7 @@ def compute(
     *,
     subtask: str,
     targets: Array,
-    scores: Array,
+    scores: Scores,
     class_names: tuple[str, ...],
 ) -> dict[str, float]:
     """Metrics by name, a per-class one by <name>_<class>, in the order of `names`; NaN where
@@ -168,7 +169,7 @@ def compute(
         names: names as in task.metrics, valid for the subtask.
         subtask: multiclass, multilabel or regression.
         targets: (N,) class indices; (N, K) 0 or 1; (N, K) values.
-        scores: (N, K) probabilities; regression: outputs in target units.
+        scores: (N, K).
         class_names: K names.
     """
     return values_of(names, samples_of(subtask, targets, scores, class_names))
@@ -188,7 +189,7 @@ def metrics_report(
     *,
     subtask: str,
     targets: Array,
-    scores: Array,
+    scores: Scores,
     class_names: tuple[str, ...],
     bootstrap: int,
     seed: int,
@@ -239,7 +240,7 @@ def undefined(
     if subtask == "multiclass":
         scores /= scores.sum(1, keepdims=True)
     values = compute(
-        names, subtask=subtask, targets=targets, scores=scores, class_names=class_names
+        names, subtask=subtask, targets=targets, scores=Scores(scores), class_names=class_names
     )
     return [name for name, value in values.items() if math.isnan(value)]
 
@@ -250,14 +251,15 @@ def undefined_line(names: list[str]) -> str:
 
 
 def samples_of(
-    subtask: str, targets: Array, scores: Array, class_names: tuple[str, ...]
+    subtask: str, targets: Array, scores: Scores, class_names: tuple[str, ...]
 ) -> Samples:
     """Targets and scores as the kind of samples that the subtask measures."""
-    assert scores.shape == (len(targets), len(class_names)), (scores.shape, targets.shape)
+    shape = scores.values.shape
+    assert shape == (len(targets), len(class_names)), (shape, targets.shape)
     if subtask == "multiclass":
         assert targets.ndim == 1
         return Multiclass(targets, scores, class_names)
-    assert targets.shape == scores.shape
+    assert targets.shape == shape
     if subtask == "multilabel":
         return Multilabel(targets, scores, class_names)
     return Regression(targets, scores, class_names)

@@ -1,6 +1,6 @@
 """Classification metrics, for many sets of weights at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
@@ -53,6 +53,82 @@ def weighted_mean(values: Array, weights: Array) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """What is predicted of samples, in float64. Probabilities near 1 are equal long before the
+    logits behind them are, so what ranks samples goes by log-odds."""
+
+    values: Array  # (N, K) probabilities, or outputs of a regression in target units
+    log_odds: Array | None = None  # (N, K) log p / (1 - p); None: samples rank by the values
+
+    @property
+    def ranked(self) -> Array:
+        """What samples are ranked by (N, K)."""
+        return self.values if self.log_odds is None else self.log_odds
+
+    def of(self, rows: Array) -> "Scores":
+        """Those of some samples."""
+        return Scores(self.values[rows], None if self.log_odds is None else self.log_odds[rows])
+
+    @classmethod
+    def of_logits(cls, logits: Array, subtask: str) -> "Scores":
+        """Of what a network gives, (N, K); outputs of a regression stay as they are."""
+        logits = logits.astype(np.float64)
+        if subtask == "regression":
+            return cls(logits)
+        if subtask == "multilabel":
+            return cls(np.exp(-np.logaddexp(0.0, -logits)), logits)
+        with np.errstate(divide="ignore", invalid="ignore"):  # classes ruled out: -inf
+            logits -= logits.max(1, keepdims=True)
+            odds = np.exp(logits)  # (N, K), of the best class against itself
+            others = sums_of_others(odds)
+            log_odds = logits - np.log(others)
+            odds /= odds.sum(1, keepdims=True)
+        return cls(odds, log_odds)
+
+    @classmethod
+    def of_probabilities(cls, values: Array, subtask: str) -> "Scores":
+        """Of probabilities (N, K); outputs of a regression stay as they are. Those of many classes
+        say by the small ones how near the large one is to 1."""
+        values = values.astype(np.float64)
+        if subtask == "regression":
+            return cls(values)
+        others = sums_of_others(values) if subtask == "multiclass" else 1 - values
+        with np.errstate(divide="ignore"):
+            return cls(values, np.log(values) - np.log(others))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Those of several sets of samples as of one."""
+        odds = [part.log_odds for part in parts if part.log_odds is not None]
+        values = np.concatenate([part.values for part in parts])
+        return cls(values, np.concatenate(odds) if odds else None)
+
+    @classmethod
+    def mean(cls, members: Sequence["Scores"]) -> "Scores":
+        """Mean probabilities, or outputs, of several models, and the log-odds of those."""
+        values = np.mean([member.values for member in members], axis=0)
+        found = [member.log_odds for member in members if member.log_odds is not None]
+        if not found:
+            return cls(values)
+        # log p = -log(1 + exp(-x)), log(1 - p) = -log(1 + exp(x))
+        parts = ([-np.logaddexp(0.0, sign * x) for x in found] for sign in (-1, 1))
+        true, false = map(np.logaddexp.reduce, parts)
+        with np.errstate(invalid="ignore"):
+            return cls(values, true - false)
+
+
+def sums_of_others(values: Array) -> Array:
+    """Sum over the other classes (N, K) of values (N, K) that are not negative, without the
+    cancellation that a large one among small ones brings."""
+    rows, largest = np.arange(len(values)), values.argmax(1)
+    sums = values.sum(1, keepdims=True) - values
+    rest = values.copy()
+    rest[rows, largest] = 0.0
+    sums[rows, largest] = rest.sum(1)
+    return sums
+
+
+@dataclass(frozen=True, slots=True)
 class Thresholds:
     """The distinct scores of a class's positives in ascending order, M of them: its thresholds.
 
@@ -69,8 +145,7 @@ class Thresholds:
         positives = np.flatnonzero(positive)
         thresholds = np.unique(scores[positives])
         left = np.searchsorted(thresholds, scores, "left")
-        nearest = np.append(thresholds, np.inf)[left].astype(scores.dtype)
-        at = nearest == scores
+        at = np.append(thresholds, np.nan)[left] == scores  # NaN: above all of them
         return cls((2 * left + at).astype(np.int32), positives, len(thresholds))
 
 
@@ -220,15 +295,15 @@ class Multiclass(Scored):
 
     subtask = "multiclass"
 
-    def __init__(self, targets: Array, scores: Array, class_names: tuple[str, ...]) -> None:
+    def __init__(self, targets: Array, scores: Scores, class_names: tuple[str, ...]) -> None:
         self.targets = targets  # (N,)
-        self.scores = scores  # (N, K)
+        self.scores, self.ranked = scores.values, scores.ranked  # (N, K)
         self.class_names = class_names
 
     @cached_property
     def predictions(self) -> Array:
         """Predicted class (N,)."""
-        return self.scores.argmax(1)
+        return self.ranked.argmax(1)
 
     @property
     def pairs(self) -> tuple[Array, Array]:
@@ -248,11 +323,10 @@ class Multiclass(Scored):
     @cached_property
     def in_top5(self) -> Array:
         """Whether the true class is among the five best (N,); of equal scores the first count."""
-        own = self.target_scores[:, None]
-        tied_before = (self.scores == own) & (
-            np.arange(self.scores.shape[1]) < self.targets[:, None]
-        )
-        return ((self.scores > own) | tied_before).sum(1) < 5
+        own = self.ranked[np.arange(len(self.targets)), self.targets][:, None]
+        places = np.arange(self.ranked.shape[1])
+        tied_before = (self.ranked == own) & (places < self.targets[:, None])
+        return ((self.ranked > own) | tied_before).sum(1) < 5
 
     @cached_property
     def confidence(self) -> Array:
@@ -270,7 +344,7 @@ class Multiclass(Scored):
     @cached_property
     def ladders(self) -> list[Thresholds]:
         """Thresholds of each class."""
-        columns = np.ascontiguousarray(self.scores.T)
+        columns = np.ascontiguousarray(self.ranked.T)
         return [Thresholds.of(column, self.targets == k) for k, column in enumerate(columns)]
 
     def counts(self, weights: Array) -> ClassCounts:
@@ -289,9 +363,9 @@ class Multilabel(Scored):
 
     subtask = "multilabel"
 
-    def __init__(self, targets: Array, scores: Array, class_names: tuple[str, ...]) -> None:
+    def __init__(self, targets: Array, scores: Scores, class_names: tuple[str, ...]) -> None:
         self.targets = targets > 0.5  # (N, K) bool
-        self.scores = scores  # (N, K)
+        self.scores, self.ranked = scores.values, scores.ranked  # (N, K)
         self.class_names = class_names
 
     @cached_property
@@ -312,7 +386,7 @@ class Multilabel(Scored):
     @cached_property
     def ladders(self) -> list[Thresholds]:
         """Thresholds of each label."""
-        columns = np.ascontiguousarray(self.scores.T)
+        columns = np.ascontiguousarray(self.ranked.T)
         return [Thresholds.of(column, self.targets[:, k]) for k, column in enumerate(columns)]
 
     def counts(self, weights: Array) -> ClassCounts:

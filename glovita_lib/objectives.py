@@ -19,6 +19,7 @@ from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader, Resizing
 from glovita_lib.losses import build_criterion, plain_criterion
 from glovita_lib.metrics import compute
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.model import logits_of
 from glovita_lib.resolved import ImageInputs, Inputs, Resolved
 from glovita_lib.spec import ByStruct, Spec
@@ -160,7 +161,7 @@ class Predictions:
     """What a model predicts for the samples of a split, in the split's order."""
 
     ids: list[str]
-    scores: np.ndarray  # (N, K) probabilities in float32, or outputs in target units in float64
+    scores: Scores  # (N, K)
     rows: np.ndarray  # (N,) rows of the split
 
 
@@ -241,10 +242,10 @@ class SupervisedObjective(Objective):
         return sum(losses[1:], losses[0]), logs
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Row, scores (B, K) and loss (B,) of each sample."""
+        """Row, logits (B, K) and loss (B,) of each sample."""
         inputs = self.eval_inputs(batch.inputs, batch.fitted, 0)
         logits = logits_of(model, inputs).float()  # (B, K)
-        rows = {"rows": batch.rows, "scores": self.scores(logits)}
+        rows = {"rows": batch.rows, "logits": logits}
         if batch.targets is not None:
             rows["loss"] = self.plain(logits, batch.targets)
         return rows
@@ -265,7 +266,9 @@ class SupervisedObjective(Objective):
         if gathered is None:
             return None
         split, rows = loader.split, gathered["rows"].numpy()
-        ids, scores = [split.ids[row] for row in rows], self.in_units(gathered["scores"])
+        ids = [split.ids[row] for row in rows]
+        logits = self.in_units(gathered["logits"])
+        scores = Scores.of_logits(logits, self.subtask)
         if split.targets is None:
             return Predictions(ids, scores, rows)
         losses = gathered["loss"].numpy()
@@ -294,16 +297,16 @@ class SupervisedObjective(Objective):
         values = scores.cpu().numpy()
         return values if self.target_scale is None else self.target_scale.restored(values)
 
-    def losses_of(self, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    def losses_of(self, scores: Scores, targets: np.ndarray) -> np.ndarray:
         """Loss (N,) of given scores (N, K), for scores that no single model gave."""
         if self.target_scale is not None:
-            scores, targets = map(self.target_scale.standardized, (scores, targets))
-        score, wanted = (torch.from_numpy(part).to(self.device) for part in (scores, targets))
-        if self.subtask == "multiclass":
-            score = score.clamp_min(1e-12).log()  # softmax of it is the score again
-        elif self.subtask == "multilabel":
-            score = score.logit(1e-7)
-        return self.plain(score, wanted).cpu().numpy()
+            pair = map(self.target_scale.standardized, (scores.values, targets))
+            output, wanted = (torch.from_numpy(part).to(self.device) for part in pair)
+            return self.plain(output, wanted).cpu().numpy()
+        odds = scores.ranked
+        if self.subtask == "multiclass":  # -log p = log(1 + exp(-log-odds))
+            return np.logaddexp(0.0, -odds[np.arange(len(odds)), targets])
+        return np.logaddexp(0.0, np.where(targets > 0.5, -odds, odds)).mean(1)
 
 
 @ByStruct

@@ -26,7 +26,14 @@ from glovita_lib.figures import (
 )
 from glovita_lib.metric_names import METRICS, lower_is_better, metric_name, split_name, title_of
 from glovita_lib.metrics import Regression, compute, confusion
-from glovita_lib.metrics_classification import BINS, Thresholds, all_finite, auroc_and_ap, bin_of
+from glovita_lib.metrics_classification import (
+    BINS,
+    Scores,
+    Thresholds,
+    all_finite,
+    auroc_and_ap,
+    bin_of,
+)
 
 # --------------------------------------------------------------------------- learning curves
 
@@ -191,7 +198,7 @@ def regression_scatter(
         names: K names.
         path: of the PNG.
     """
-    samples, ones = Regression(targets, outputs, names), np.ones((len(targets), 1))
+    samples, ones = Regression(targets, Scores(outputs), names), np.ones((len(targets), 1))
     values = {name: samples.each(name, ones)[:, 0] for name in ("r2", "mae", "pearson")}
     shown = np.argsort(np.nan_to_num(values["r2"], nan=np.inf), kind="stable")[:PANELS]
     if len(names) <= PANELS:
@@ -480,7 +487,8 @@ def curves_of(name: str, positive: np.ndarray, scores: np.ndarray) -> Curves:
     average precision sums it.
     """
     order = np.argsort(-scores, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    ordered = scores[order]
+    ends = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(scores) - 1)
     found = np.cumsum(positive[order])[ends]
     alarms = ends + 1 - found
     recall, fpr = found / found[-1], alarms / alarms[-1]
@@ -637,7 +645,7 @@ def plot_results(
     *,
     subtask: str,
     targets: np.ndarray,
-    scores: np.ndarray,
+    scores: Scores,
     class_names: tuple[str, ...],
 ) -> list[Path]:
     """Figures of a labelled split; none if it is empty or holds scores that are not finite.
@@ -650,33 +658,33 @@ def plot_results(
         name: of the split.
         subtask: multiclass, multilabel or regression.
         targets: (N,) class indices; (N, K) 0 or 1; (N, K) values.
-        scores: (N, K) probabilities; regression: outputs in target units.
+        scores: (N, K).
         class_names: K names.
     """
-    if not all_finite(scores):
+    if not all_finite(scores.values):
         return []
     if subtask == "regression":
         path = folder / f"regression_{name}.png"
-        regression_scatter(targets, scores, class_names, path)
+        regression_scatter(targets, scores.values, class_names, path)
         return [path]
     paths = [folder / f"{kind}_{name}.png" for kind in ("confusion", "roc_pr", "calibration")]
     quality = compute(
         ("ece", "brier"), subtask=subtask, targets=targets, scores=scores, class_names=class_names
     )
     if subtask == "multiclass":
-        predicted, classes = scores.argmax(1), len(class_names)
+        predicted, classes = scores.ranked.argmax(1), len(class_names)
         positives = targets[:, None] == np.arange(classes)  # (N, K)
         if classes <= LARGEST_MATRIX:
             confusion_matrix(confusion(targets, predicted, classes), class_names, paths[0])
         else:
             del paths[0]
-        probability, outcome = scores.max(1), predicted == targets
+        probability, outcome = scores.values.max(1), predicted == targets
         what = ("probability of the predicted class", "share that is right")
     else:
         positives = targets > 0.5
-        label_outcomes(positives, scores >= 0.5, class_names, paths[0])
-        probability, outcome = scores.ravel(), positives.ravel()
+        label_outcomes(positives, scores.values >= 0.5, class_names, paths[0])
+        probability, outcome = scores.values.ravel(), positives.ravel()
         what = ("probability of a label, all labels pooled", "share that is set")
-    roc_pr_curves(positives, scores, class_names, paths[-2])
+    roc_pr_curves(positives, scores.ranked, class_names, paths[-2])
     calibration(probability.astype(np.float64), outcome, paths[-1], what=what, **quality)
     return paths

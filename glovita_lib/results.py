@@ -23,7 +23,7 @@ from glovita_lib.files import TEMPORARY, Lock, read_json, read_jsonl, write_csv,
 from glovita_lib.loader import fit_all, to_tensor
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.metrics import metrics_report
-from glovita_lib.metrics_classification import THRESHOLD
+from glovita_lib.metrics_classification import THRESHOLD, Scores
 from glovita_lib.objectives import LabelledPredictions, Predictions, build_inputs
 from glovita_lib.resolved import ImageInputs, Inputs, Resolved, VolumeInputs
 from glovita_lib.rundir import RunDir, locate
@@ -40,7 +40,7 @@ def write_prediction_csv(
     *,
     ids: Sequence[str],
     targets: np.ndarray | None,
-    scores: np.ndarray,
+    scores: Scores,
     subtask: str,
     class_names: Sequence[str],
 ) -> None:
@@ -48,34 +48,39 @@ def write_prediction_csv(
 
     multiclass: label, prediction (names), p_<class>; regression of one target: label, prediction;
     multilabel and several targets: label_<name> ..., prediction_<name> ..., and p_<class> for
-    multilabel, where a probability of at least 0.5 predicts 1. Numbers read back equal.
+    multilabel, where a probability of at least 0.5 predicts 1, and logit_<class>, which tell apart
+    what the probabilities round to 1. Numbers read back equal.
 
     Args:
         ids: N ids.
         targets: (N,) class indices; (N, K) labels or values; None: unlabelled.
-        scores: (N, K) probabilities, or outputs in target units.
+        scores: (N, K).
         subtask: multiclass, multilabel or regression.
         class_names: K names.
 
     Raises:
         UserError: disk full, read-only ...
     """
-    assert scores.shape == (len(ids), len(class_names)), (scores.shape, len(ids), len(class_names))
+    values = scores.values
+    assert values.shape == (len(ids), len(class_names)), (values.shape, len(ids), len(class_names))
     columns: dict[str, Sequence[Any]] = {"id": ids}
     names = np.array(class_names, dtype=object)
     if subtask == "multiclass":
         if targets is not None:
             columns["label"] = names[targets].tolist()
-        columns["prediction"] = names[scores.argmax(1)].tolist()
+        columns["prediction"] = names[scores.ranked.argmax(1)].tolist()
     else:
         labels, predictions = value_columns(subtask, class_names)
         if targets is not None:
             whole = targets.astype(np.int64) if subtask == "multilabel" else targets
             columns |= dict(zip(labels, whole.T, strict=True))
-        predicted = (scores >= THRESHOLD).astype(np.int64) if subtask == "multilabel" else scores
+        predicted = (values >= THRESHOLD).astype(np.int64) if subtask == "multilabel" else values
         columns |= dict(zip(predictions, predicted.T, strict=True))
     if subtask != "regression":
-        columns |= {f"p_{name}": column for name, column in zip(names, scores.T, strict=True)}
+        columns |= {f"p_{name}": column for name, column in zip(names, values.T, strict=True)}
+    if subtask == "multilabel":
+        logits = zip(names, scores.ranked.T, strict=True)
+        columns |= {f"logit_{name}": column for name, column in logits}
     write_csv(path, columns, zip(*columns.values(), strict=True))
 
 
@@ -92,7 +97,7 @@ class Table:
 
     ids: list[str]
     targets: np.ndarray | None  # (N,) int64 | (N, K)
-    scores: np.ndarray  # (N, K); float32, of a regression float64
+    scores: Scores  # (N, K)
 
 
 def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[str]) -> Table:
@@ -110,22 +115,26 @@ def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[st
         zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True)
     )
     labels, predictions = value_columns(subtask, class_names)
-    shown = predictions if subtask == "regression" else [f"p_{name}" for name in class_names]
+    kinds = {"multiclass": ["p"], "multilabel": ["p", "logit"]}.get(subtask, [])
+    shown = [f"{kind}_{name}" for kind in kinds for name in class_names] or predictions
     truth = ["label"] if subtask == "multiclass" else labels
     missing = [name for name in ("id", *shown) if name not in columns]
     if missing:
         raise UserError(f"{path} is of other classes: it has no column {missing[0]}")
     index = {name: i for i, name in enumerate(class_names)}
-    kind = np.float64 if subtask == "regression" else np.float32
     try:
-        scores = np.array([columns[name] for name in shown], dtype=kind).T
+        values = np.array([columns[name] for name in shown], dtype=np.float64).T
         targets: np.ndarray | None = None
         if truth[0] in columns and subtask == "multiclass":
             targets = np.array([index[name] for name in columns["label"]], dtype=np.int64)
         elif truth[0] in columns:
-            targets = np.array([columns[name] for name in truth], dtype=kind).T
+            targets = np.array([columns[name] for name in truth], dtype=np.float64).T
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} is of other classes: {error}") from None
+    if subtask == "multilabel":
+        scores = Scores(*np.split(values, 2, axis=1))
+    else:
+        scores = Scores.of_probabilities(values, subtask)
     return Table(list(columns["id"]), targets, scores)
 
 
@@ -211,7 +220,7 @@ def _(
         images,
         ids=[predictions.ids[row] for row in worst],
         targets=predictions.targets[worst],
-        scores=predictions.scores[worst],
+        scores=predictions.scores.values[worst],
         losses=predictions.losses[worst],
         subtask=resolved.subtask,
         class_names=resolved.class_names,
@@ -233,7 +242,7 @@ def _(
         middles(inputs, split, predictions.rows[worst]),
         ids=[predictions.ids[row] for row in worst],
         targets=predictions.targets[worst],
-        scores=predictions.scores[worst],
+        scores=predictions.scores.values[worst],
         losses=predictions.losses[worst],
         subtask=resolved.subtask,
         class_names=resolved.class_names,
@@ -324,7 +333,7 @@ def summary_lines(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 # N samples, K classes or targets.
 
 SPLITS = ("val", "test")
-Measure = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # targets, scores -> metrics
+Measure = Callable[[np.ndarray, Scores], dict[str, float]]  # targets, scores -> metrics
 
 
 def write_summary(
@@ -442,7 +451,7 @@ def pool(tables: list[Table], measure: Measure) -> dict[str, Any]:
         return {"pooled": None, "samples": 0, "repeated_ids": 0}
     counts = np.unique(np.array(ids, dtype=object).astype(str), return_counts=True)[1]
     targets = np.concatenate([table.targets for table in tables if len(table.ids)])
-    scores = np.concatenate([table.scores for table in tables if len(table.ids)])
+    scores = Scores.joined([table.scores for table in tables if len(table.ids)])
     return {
         "pooled": measure(targets, scores),
         "samples": len(ids),

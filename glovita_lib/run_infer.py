@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import h5py
 import msgspec
-import numpy as np
 from msgspec.structs import replace
 
 from glovita_lib import dist, files
@@ -22,6 +21,7 @@ from glovita_lib.data_splits import SPLIT_NAMES, read_splits
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.experiment import Experiment, evaluated_as, read_data, record_of, restore, some_of
 from glovita_lib.loggers import say, two_columns
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.peft_base import ADDED, Insert, contiguous_copy
 from glovita_lib.resolved import (
@@ -387,8 +387,7 @@ def mean_of(members: list[Predictions], experiment: Experiment) -> Predictions:
     first = members[0]
     if len(members) == 1:
         return first
-    scores = np.mean([member.scores.astype(np.float64) for member in members], axis=0)
-    scores = scores.astype(first.scores.dtype)
+    scores = Scores.mean([member.scores for member in members])
     if not isinstance(first, LabelledPredictions):
         return with_fields(first, scores=scores)
     losses = experiment.predictor.losses_of(scores, first.targets)

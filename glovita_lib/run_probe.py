@@ -19,6 +19,7 @@ from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.loggers import better, say, two_columns
 from glovita_lib.metric_names import logged_names, lower_is_better, uses_order, usual_metrics
 from glovita_lib.metrics import compute, metrics_report, undefined, undefined_line
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.neighbors import nearest
 from glovita_lib.read_features import BagSource, VectorSource, feature_scale
 from glovita_lib.results import summary_lines
@@ -106,13 +107,6 @@ class Linear:
             block = self.scale(features[start : start + size].to(device))
             torch.addmm(self.bias, block, self.weight.T, out=logits[start : start + size])
         return logits
-
-    def scores(self, features: Tensor, subtask: str) -> Tensor:
-        """Probabilities, or regression outputs, (N, K)."""
-        logits = self.logits(features)
-        if subtask == "multiclass":
-            return logits.softmax(1)
-        return logits.sigmoid_() if subtask == "multilabel" else logits
 
 
 @dataclass(frozen=True)
@@ -297,7 +291,7 @@ class FittedProbe:
 
     chosen: dict[str, Any]
     candidates: list[dict[str, Any]]  # what it was chosen from, with metrics of val
-    scores: dict[str, np.ndarray]  # split -> (N, K)
+    scores: dict[str, Scores]  # split -> (N, K)
 
 
 def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
@@ -492,10 +486,17 @@ class Choice:
         scale, targets = self.scale, self.train_targets
         return torch.from_numpy(targets if scale is None else scale.standardized(targets))
 
-    def in_units(self, scores: Tensor) -> np.ndarray:
-        """Scores (N, K): probabilities, or outputs in target units, float64."""
-        values = scores.cpu().numpy()
-        return values if self.scale is None else self.scale.restored(values)
+    def scores_of(self, outputs: Tensor) -> Scores:
+        """Those of logits, or outputs of a regression, (N, K)."""
+        values = outputs.cpu().numpy()
+        values = values if self.scale is None else self.scale.restored(values)
+        return Scores.of_logits(values, self.data.subtask)
+
+    def scores_of_votes(self, votes: Tensor) -> Scores:
+        """Those of probabilities, or outputs of a regression, (N, K)."""
+        if self.scale is not None:
+            return self.scores_of(votes)
+        return Scores.of_probabilities(votes.cpu().numpy(), self.data.subtask)
 
     @property
     def decisive(self) -> str:
@@ -512,19 +513,19 @@ class Choice:
                 best, chosen = value, number
         return chosen
 
-    def add(self, setting: dict[str, Any], scores: Tensor) -> bool:
+    def add(self, setting: dict[str, Any], scores: Scores) -> bool:
         """Note a candidate with its scores (N, K) of val; whether it is the best so far."""
         metrics = compute(
             self.names,
             subtask=self.data.subtask,
             targets=self.targets,
-            scores=self.in_units(scores),
+            scores=scores,
             class_names=self.data.class_names,
         )
         self.candidates.append({**setting, "val": metrics})
         return self.best == len(self.candidates) - 1
 
-    def fitted(self, scores: dict[str, Tensor]) -> FittedProbe:
+    def fitted(self, scores: dict[str, Scores]) -> FittedProbe:
         """The best candidate, with its scores of each split."""
         setting = dict(self.candidates[self.best])
         value = setting.pop("val")[self.decisive]
@@ -532,8 +533,7 @@ class Choice:
         # without a value nothing was chosen: the setting is the first one
         by = {"by": self.decisive, extreme: value}
         chosen = {**setting, **({"by": None} if math.isnan(value) else by)}
-        arrays = {name: self.in_units(found) for name, found in scores.items()}
-        return FittedProbe(chosen, self.candidates, arrays)
+        return FittedProbe(chosen, self.candidates, scores)
 
 
 def held_out(samples: dict[str, ProbeSplit]) -> dict[str, ProbeSplit]:
@@ -562,15 +562,16 @@ def fit_knn(
         say(f"knn: neighbours of {len(part.ids):,} {name} samples in {seconds:,.1f} s")
     targets = choice.learnt.to(near["val"][1].device)
 
-    def scores(name: str, k: int) -> Tensor:
+    def scores(name: str, k: int) -> Scores:
         distances, indices = near[name]
-        return knn_scores(
+        votes = knn_scores(
             distances[:, :k],
             indices[:, :k],
             targets,
             outputs=choice.data.outputs,
             temperature=task.temperature,
         )
+        return choice.scores_of_votes(votes)
 
     for k in ks:
         choice.add({"k": k}, scores("val", k))
@@ -598,7 +599,7 @@ def fit_models(
         1,
     ):
         setting = {"l2": strength, "iterations": model.iterations, "converged": model.converged}
-        if choice.add(setting, model.scores(samples["val"].features, subtask)):
+        if choice.add(setting, choice.scores_of(model.logits(samples["val"].features))):
             best = model
         seconds = time.perf_counter() - started
         started += seconds
@@ -610,7 +611,7 @@ def fit_models(
             f" {(count - done) * seconds:,.0f} s left"
         )
     parts = held_out(samples)
-    return choice.fitted({n: best.scores(p.features, subtask) for n, p in parts.items()})
+    return choice.fitted({n: choice.scores_of(best.logits(p.features)) for n, p in parts.items()})
 
 
 def fit_kernels(
@@ -621,7 +622,7 @@ def fit_kernels(
 
     started = time.perf_counter()
     series, data = {name: part.series for name, part in samples.items()}, choice.data
-    ridge, scores = judge(
+    ridge, logits = judge(
         method, series, choice.learnt, data.subtask, task.alphas, outputs=data.outputs, **how
     )
     say(
@@ -629,8 +630,8 @@ def fit_kernels(
         f" alpha {ridge.alpha:.3g}, in {time.perf_counter() - started:,.1f} s"
     )
     chosen = {"alpha": ridge.alpha, "by": "leave-one-out", "lowest": ridge.error}
-    arrays = {name: choice.in_units(found) for name, found in scores.items()}
-    return FittedProbe(chosen, ridge.candidates, arrays)
+    scores = {name: choice.scores_of(found) for name, found in logits.items()}
+    return FittedProbe(chosen, ridge.candidates, scores)
 
 
 # ---------------------------------------------------------------------- results

@@ -28,6 +28,7 @@ from glovita_lib.experiment import (
 )
 from glovita_lib.loggers import build_logger, say, two_columns
 from glovita_lib.metrics import compute, undefined, undefined_line
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.objectives import LabelledPredictions
 from glovita_lib.peft import save_adapter
@@ -90,7 +91,7 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
         after = reloaded.predict(probe)
     if before is None or after is None:  # on all ranks but the first
         return
-    if not np.array_equal(before.scores, after.scores):
+    if not np.array_equal(before.scores.ranked, after.scores.ranked):
         raise UserError(
             "the reloaded model predicts something else than the saved one: part of the model's"
             " state is not in its state dict (a custom encoder, head or PEFT method?)"
@@ -419,7 +420,7 @@ def write_fold_summary(run: RunDir, experiment: Experiment) -> None:
     """Metrics over the folds that are finished, and of all their predictions together."""
     resolved = experiment.resolved
 
-    def metrics(targets: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    def metrics(targets: np.ndarray, scores: Scores) -> dict[str, float]:
         return compute(
             resolved.metrics,
             subtask=resolved.subtask,

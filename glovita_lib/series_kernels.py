@@ -624,12 +624,10 @@ def judge(
     seed: int,
     device: torch.device,
 ) -> tuple[Ridge, dict[str, Tensor]]:
-    """A ridge on features of random kernels of the series of train, and its scores (N, K) of the
-    other splits.
+    """A ridge on features of random kernels of the series of train, and its logits (N, K) of the
+    other splits: its outputs, of two classes with their negative beside them.
 
-    Classes are -1 and 1, two of them one output; scores are the softmax, of several labels the
-    sigmoid, with the outputs of the ridge as logits, of two classes with their negative beside
-    them.
+    Classes are -1 and 1, two of them one output.
 
     Args:
         series: of each split.
@@ -644,15 +642,11 @@ def judge(
     if subtask != "regression":
         wanted = 2.0 * wanted - 1
     ridge = fit_ridge(kernels.train, wanted, alphas)
-    scores = {}
+    found = {}
     for name, own in series.items():
         if name == "train":
             continue
         logits = torch.cat([ridge(features) for features in kernels.blocks(own)])
-        if subtask == "multiclass":
-            pair = torch.cat([-logits, logits], 1) if outputs == 2 else logits
-            logits = pair.softmax(1)
-        elif subtask == "multilabel":
-            logits = logits.sigmoid()
-        scores[name] = logits.float()
-    return ridge, scores
+        two = subtask == "multiclass" and outputs == 2
+        found[name] = torch.cat([-logits, logits], 1) if two else logits
+    return ridge, found

@@ -18,6 +18,7 @@ from glovita_lib.data_labels import encode, is_missing, untrained
 from glovita_lib.data_subtask import LabelRules, Labels
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.results import read_predictions, write_prediction_csv
 from glovita_lib.spec_data import PrecomputedData
 
@@ -653,7 +654,9 @@ def test_the_predictions_file_has_the_cells_of_the_table(tmp_path, rows):
             path = tmp_path / "predictions.csv"
             scores = np.eye(len(names), dtype=np.float32)[split.targets]
             kind = {"subtask": "multiclass", "class_names": names}
-            write_prediction_csv(path, ids=split.ids, targets=split.targets, scores=scores, **kind)
+            write_prediction_csv(
+                path, ids=split.ids, targets=split.targets, scores=Scores(scores), **kind
+            )
             with open(path, newline="", encoding="utf-8") as file:
                 written = list(csv.DictReader(file))
             for row in written:

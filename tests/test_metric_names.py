@@ -19,7 +19,7 @@ from glovita_lib.metric_names import (
     usual_metrics,
 )
 from glovita_lib.metrics import samples_of  # registers the formulas of regressions
-from glovita_lib.metrics_classification import FORMULAS
+from glovita_lib.metrics_classification import FORMULAS, Scores
 
 LOGGED = ["val_loss", "val_acc", "val_f1", "val_f1_per_class_cat", "val_mae"]
 
@@ -29,8 +29,8 @@ def test_every_metric_has_its_formulas_and_every_formula_is_of_a_metric() -> Non
     assert {(name, task) for task in subtasks for name in metrics_of(task)} == set(FORMULAS)
     assert all(usual_metrics(task) for task in subtasks)
     subtasks = subtasks[:3]  # of rows, see test_metrics_segments for those of videos
-    targets, scores = np.array([0, 1]), np.eye(2)
-    found = {samples_of(task, targets if task == "multiclass" else scores, scores, ("a", "b"))
+    targets, hot = np.array([0, 1]), np.eye(2)
+    found = {samples_of(task, targets if task == "multiclass" else hot, Scores(hot), ("a", "b"))
              for task in subtasks}  # fmt: skip
     assert {samples.subtask for samples in found} == set(subtasks)
 
@@ -114,9 +114,9 @@ def test_needs_neither_torch_nor_numpy() -> None:
 @pytest.mark.processes
 def test_measuring_an_epoch_does_not_load_sklearn_or_scipy() -> None:
     code = (
-        "import sys, numpy as np; from glovita_lib.metrics import compute;"
+        "import sys, numpy as np; from glovita_lib.metrics import compute, Scores;"
         "compute(('acc', 'auroc'), subtask='multiclass', targets=np.array([0, 1]),"
-        " scores=np.eye(2), class_names=('a', 'b'));"
+        " scores=Scores(np.eye(2)), class_names=('a', 'b'));"
         "import glovita_lib.plots;"
         "raise SystemExit({'sklearn', 'scipy', 'matplotlib'} & set(sys.modules) and 'heavy' or 0)"
     )

@@ -10,6 +10,7 @@ import sklearn.metrics as sk
 
 from glovita_lib.metric_names import logged_names, metrics_of
 from glovita_lib.metrics import compute, metrics_report, undefined
+from glovita_lib.metrics_classification import Scores
 
 NAMES = tuple("abcdefg")
 
@@ -34,7 +35,11 @@ def multilabel(n: int, labels: int, seed: int = 0):
 def values(subtask: str, targets: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     names = NAMES[: scores.shape[1]]
     return compute(
-        metrics_of(subtask), subtask=subtask, targets=targets, scores=scores, class_names=names
+        metrics_of(subtask),
+        subtask=subtask,
+        targets=targets,
+        scores=Scores(scores),
+        class_names=names,
     )
 
 
@@ -106,15 +111,15 @@ def test_top5() -> None:
     targets, scores = rng.integers(0, 20, 300), rng.random((300, 20))
     names = tuple(map(str, range(20)))
     data = {"subtask": "multiclass", "targets": targets}
-    found = compute(("top5acc",), scores=scores, class_names=names, **data)
+    found = compute(("top5acc",), scores=Scores(scores), class_names=names, **data)
     assert found["top5acc"] == sk.top_k_accuracy_score(targets, scores, k=5)
-    tied = compute(("top5acc",), scores=np.full((300, 20), 0.05), class_names=names, **data)
+    tied = compute(("top5acc",), scores=Scores(np.full((300, 20), 0.05)), class_names=names, **data)
     assert tied["top5acc"] == np.mean(targets < 5)  # of equal scores the first count
     few = compute(
         ("top5acc",),
         subtask="multiclass",
         targets=np.array([2, 0]),
-        scores=np.eye(3)[[0, 1]],
+        scores=Scores(np.eye(3)[[0, 1]]),
         class_names=NAMES[:3],
     )
     assert few["top5acc"] == 1.0
@@ -193,7 +198,7 @@ def test_regression_targets_that_do_not_vary() -> None:
         metrics_of("regression"),
         subtask="regression",
         targets=targets,
-        scores=scores,
+        scores=Scores(scores),
         class_names=NAMES[:3],
         bootstrap=20,
         seed=0,
@@ -210,7 +215,9 @@ def test_few_samples(subtask: str, n: int) -> None:
     targets = np.zeros(n, int) if subtask == "multiclass" else np.zeros((n, 3), np.float32)
     scores = np.full((n, 3), 0.25, np.float32)
     names = metrics_of(subtask)
-    found = compute(names, subtask=subtask, targets=targets, scores=scores, class_names=NAMES[:3])
+    found = compute(
+        names, subtask=subtask, targets=targets, scores=Scores(scores), class_names=NAMES[:3]
+    )
     assert tuple(found) == logged_names(names, NAMES[:3])
     if n == 0:
         assert all(math.isnan(value) for value in found.values())
@@ -252,8 +259,8 @@ def test_report_is_json_and_agrees_with_compute(subtask: str) -> None:
     targets, scores = (
         multiclass(60, 4, absent=(3,)) if subtask == "multiclass" else multilabel(60, 4)
     )
-    data = {"subtask": subtask, "targets": targets, "scores": scores, "class_names": NAMES[:4]}
-    names = metrics_of(subtask)
+    data = {"subtask": subtask, "targets": targets, "class_names": NAMES[:4]}
+    data["scores"], names = Scores(scores), metrics_of(subtask)
     found = metrics_report(names, bootstrap=50, seed=3, **data)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     direct = compute(names, **data)

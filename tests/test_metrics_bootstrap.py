@@ -8,6 +8,7 @@ import pytest
 from glovita_lib import metrics
 from glovita_lib.metric_names import metrics_of
 from glovita_lib.metrics import compute, measure_of, metrics_report, samples_of
+from glovita_lib.metrics_classification import Scores
 
 CLASSES = tuple("abcd")
 
@@ -22,7 +23,12 @@ def data_of(subtask: str, n: int, seed: int = 0) -> dict:
     else:
         targets = (rng.random((n, 4)) < [0.5, 0.3, 0.2, 0.02]).astype(np.float32)
         scores = np.round(np.clip(rng.random((n, 4)) * 0.7 + targets * 0.3, 0, 1), 1)
-    return {"subtask": subtask, "targets": targets, "scores": scores, "class_names": CLASSES}
+    return {
+        "subtask": subtask,
+        "targets": targets,
+        "scores": Scores(scores),
+        "class_names": CLASSES,
+    }
 
 
 @pytest.mark.parametrize("subtask", ["multiclass", "multilabel", "regression"])
@@ -38,7 +44,7 @@ def test_equals_a_loop_over_the_same_resamples(subtask: str, monkeypatch) -> Non
     stream = np.random.default_rng(5)
     for i in range(resamples):
         rows = stream.integers(0, n, n)
-        drawn = {k: data[k][rows] for k in ("targets", "scores")}
+        drawn = {"targets": data["targets"][rows], "scores": data["scores"].of(rows)}
         slow = compute(names, **(data | drawn))
         here = {name: value[i % 7] for name, value in fast[i // 7].items()}
         assert here == pytest.approx(slow, abs=1e-9, nan_ok=True)
@@ -51,7 +57,7 @@ def test_interval_is_the_percentiles_of_the_loop() -> None:
     loop: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(200):
         rows = stream.integers(0, 80, 80)
-        drawn = {k: data[k][rows] for k in ("targets", "scores")}
+        drawn = {"targets": data["targets"][rows], "scores": data["scores"].of(rows)}
         for name, value in compute(("acc", "auroc", "f1_per_class"), **(data | drawn)).items():
             loop[name].append(value)
     for name, ends in found.items():
@@ -76,7 +82,7 @@ def test_covers_the_truth_as_often_as_it_says() -> None:
     for trial in range(200):  # a classifier that is right in 70 % of the cases
         right = rng.random(100) < 0.7
         scores = np.eye(2)[right.astype(int)]
-        data = {"subtask": "multiclass", "targets": np.ones(100, int), "scores": scores}
+        data = {"subtask": "multiclass", "targets": np.ones(100, int), "scores": Scores(scores)}
         found = metrics_report(
             ("acc",), class_names=("no", "yes"), bootstrap=200, seed=trial, **data
         )

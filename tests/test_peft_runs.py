@@ -107,8 +107,8 @@ def test_life_of_a_run(command, refused, tmp_path, method):
     best = best_of(run, tmp_path, *changes(method)).predict(data.splits["test"])
     load_adapter(read_adapter(run.path / "checkpoints" / "adapter.safetensors"), fresh.model)
     again = fresh.predict(data.splits["test"])
-    assert np.array_equal(again.scores, best.scores)
-    np.testing.assert_allclose(scores(run.path), best.scores, atol=1e-6)
+    assert np.array_equal(again.scores.values, best.scores.values)
+    np.testing.assert_allclose(scores(run.path), best.scores.values, atol=1e-6)
 
     # mode infer, to the last digit
     infer = run.path / "infer"
@@ -124,7 +124,7 @@ def test_life_of_a_run(command, refused, tmp_path, method):
         vectors = torch.from_numpy(file["features"][:])
     with torch.no_grad():
         logits = fresh.model.head(vectors)
-    np.testing.assert_allclose(logits.softmax(1).numpy(), best.scores, atol=1e-5)
+    np.testing.assert_allclose(logits.softmax(1).numpy(), best.scores.values, atol=1e-5)
 
     merged_and_stacked(command, refused, tmp_path, run, method)
 
@@ -208,7 +208,7 @@ def merged_and_stacked(command, refused, tmp_path, run, method):
             assert torch.equal(value, merged[name]), name
     start.model.head.load_state_dict(best_of(run, tmp_path).model.head.state_dict())
     first = start.predict(data.splits["test"])
-    np.testing.assert_allclose(first.scores, scores(run.path), atol=1e-5)
+    np.testing.assert_allclose(first.scores.values, scores(run.path), atol=1e-5)
 
 
 def test_an_unmerged_model_is_not_exported(command, refused, tmp_path):

@@ -24,6 +24,7 @@ from glovita_lib.figures import (
     window,
     worst_sheet,
 )
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.plots import (
     GRID,
     curves_of,
@@ -55,7 +56,7 @@ def digits():
 def results(folder: Path, name: str, subtask: str, targets, scores, classes=None) -> list[Path]:
     classes = classes or tuple(f"class {k}" for k in range(scores.shape[1]))
     return plot_results(
-        folder, name, subtask=subtask, targets=targets, scores=scores, class_names=classes
+        folder, name, subtask=subtask, targets=targets, scores=Scores(scores), class_names=classes
     )
 
 

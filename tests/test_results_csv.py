@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from glovita_lib.errors import UserError
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.results import read_predictions, write_prediction_csv
 
 NAMES = ("cat", 'a "b", c', "Ümlaut")
@@ -20,11 +21,11 @@ def columns(path: Path) -> dict[str, list[str]]:
 
 def data(subtask: str, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    scores = rng.random((n, k)).astype(np.float32)
+    scores = rng.random((n, k))
     if subtask == "multiclass":
         return rng.integers(0, k, n), scores / scores.sum(1, keepdims=True)
     if subtask == "multilabel":
-        return rng.integers(0, 2, (n, k)).astype(np.float32), scores
+        return rng.integers(0, 2, (n, k)).astype(np.float64), scores
     return 1.7e9 + rng.normal(size=(n, k)), 1.7e9 + rng.normal(size=(n, k))
 
 
@@ -35,10 +36,10 @@ def test_reads_back_equal(tmp_path: Path, subtask: str, n: int, k: int) -> None:
     ids = [f"folder/{i},.png" for i in range(n)]
     resolved = {"subtask": subtask, "class_names": NAMES[:k]}
     path = tmp_path / "predictions_test.csv"
-    write_prediction_csv(path, ids=ids, targets=targets, scores=scores, **resolved)
+    write_prediction_csv(path, ids=ids, targets=targets, scores=Scores(scores), **resolved)
     table = read_predictions(path, **resolved)
     assert table.ids == ids
-    assert np.array_equal(table.scores.reshape(n, k), scores)
+    assert np.array_equal(table.scores.values.reshape(n, k), scores)
     assert np.array_equal(table.targets.reshape(targets.shape), targets)
     assert table.targets.dtype == targets.dtype
 
@@ -47,7 +48,9 @@ def test_columns_of_multiclass(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     scores = np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]], dtype=np.float32)
     resolved = {"subtask": "multiclass", "class_names": NAMES}
-    write_prediction_csv(path, ids=["a", "b"], targets=np.array([2, 0]), scores=scores, **resolved)
+    write_prediction_csv(
+        path, ids=["a", "b"], targets=np.array([2, 0]), scores=Scores(scores), **resolved
+    )
     assert columns(path) == {
         "id": ["a", "b"],
         "label": ["Ümlaut", "cat"],
@@ -56,7 +59,7 @@ def test_columns_of_multiclass(tmp_path: Path) -> None:
         'p_a "b", c': ["0.7", "0.25"],
         "p_Ümlaut": ["0.2", "0.25"],
     }
-    write_prediction_csv(path, ids=["a", "b"], targets=None, scores=scores, **resolved)
+    write_prediction_csv(path, ids=["a", "b"], targets=None, scores=Scores(scores), **resolved)
     assert "label" not in columns(path)
     assert read_predictions(path, **resolved).targets is None
 
@@ -65,7 +68,7 @@ def test_columns_of_multilabel_and_regression(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     scores = np.array([[0.5, 0.49]], dtype=np.float32)
     targets = np.array([[0, 1]], dtype=np.float32)
-    rest = {"ids": ["a"], "targets": targets, "scores": scores, "class_names": ("x", "y")}
+    rest = {"ids": ["a"], "targets": targets, "scores": Scores(scores), "class_names": ("x", "y")}
     write_prediction_csv(path, subtask="multilabel", **rest)
     assert columns(path) == {
         "id": ["a"],
@@ -75,10 +78,17 @@ def test_columns_of_multilabel_and_regression(tmp_path: Path) -> None:
         "prediction_y": ["0"],
         "p_x": ["0.5"],
         "p_y": ["0.49"],
+        "logit_x": ["0.5"],
+        "logit_y": ["0.49"],
     }
     write_prediction_csv(path, subtask="regression", **rest)
     assert list(columns(path)) == ["id", "label_x", "label_y", "prediction_x", "prediction_y"]
-    one = {"ids": ["a"], "targets": targets[:, 1:], "scores": scores[:, 1:], "class_names": ("y",)}
+    one = {
+        "ids": ["a"],
+        "targets": targets[:, 1:],
+        "scores": Scores(scores[:, 1:]),
+        "class_names": ("y",),
+    }
     write_prediction_csv(path, subtask="regression", **one)
     assert columns(path) == {"id": ["a"], "label": ["1.0"], "prediction": ["0.49"]}
 
@@ -91,7 +101,9 @@ def test_other_files_are_one_line(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(UserError, match="cannot read"):
         read_predictions(path, **resolved)
-    write_prediction_csv(path, ids=["a"], targets=np.array([0]), scores=np.ones((1, 3)), **resolved)
+    write_prediction_csv(
+        path, ids=["a"], targets=np.array([0]), scores=Scores(np.ones((1, 3))), **resolved
+    )
     with pytest.raises(UserError, match="no column p_dog"):
         read_predictions(path, subtask="multiclass", class_names=("cat", "dog"))
     path.write_text(path.read_text().replace("a,cat", "a,dog"))

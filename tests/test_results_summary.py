@@ -13,6 +13,7 @@ from sklearn.model_selection import KFold
 
 from glovita_lib import files
 from glovita_lib.metrics import compute
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.results import write_prediction_csv, write_summary
 from glovita_lib.rundir import RunDir
 
@@ -21,7 +22,7 @@ RESOLVED = {"subtask": "multiclass", "class_names": NAMES}
 CONFIG = {"optimizer": {"lr": 0.1}, "data": {"fold": 0}}
 
 
-def measure(targets: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+def measure(targets: np.ndarray, scores: Scores) -> dict[str, float]:
     return compute(("acc",), targets=targets, scores=scores, **RESOLVED)
 
 
@@ -41,9 +42,9 @@ def fold(
     run = RunDir(group / str(number))
     files.write_json(run.config, {"optimizer": {"lr": lr}, "data": {"fold": number}})
     write_prediction_csv(
-        run.predictions_of(split), ids=ids, targets=targets, scores=scores, **RESOLVED
+        run.predictions_of(split), ids=ids, targets=targets, scores=Scores(scores), **RESOLVED
     )
-    metrics = measure(targets, scores)
+    metrics = measure(targets, Scores(scores))
     files.write_json(run.metrics_of(split), {"loss": 0.5 + number, "metrics": metrics})
 
 

@@ -237,7 +237,7 @@ def scaled_runs(tmp_path_factory):
                     class_names=("0", "1"),
                 )
                 accuracy = content[method]["test"]["metrics"]["acc"]
-                found[method, data, linear] = table.scores[:, 1], accuracy
+                found[method, data, linear] = table.scores.values[:, 1], accuracy
     return found
 
 
@@ -295,7 +295,7 @@ def test_float64_beside_a_large_offset_keeps_its_digits(tmp_path, offset, bags, 
     table = read_predictions(
         path / "predictions_linear_test.csv", subtask="multiclass", class_names=("0", "1", "2")
     )
-    np.testing.assert_allclose(table.scores, reference.predict_proba(inputs), atol=1e-3)
+    np.testing.assert_allclose(table.scores.values, reference.predict_proba(inputs), atol=1e-3)
     knn = KNeighborsClassifier(1).fit(scaler.transform(x), y)
     accuracy = knn.score(inputs, found["test"][1])
     assert content["knn"]["test"]["metrics"]["acc"] == pytest.approx(accuracy, abs=1e-9)

@@ -72,7 +72,7 @@ def test_logistic_regression_equals_scikit_learn(digits, block, monkeypatch):
         reference = LogisticRegression(C=1 / (strength * 600), tol=1e-6, max_iter=5000)
         expected = reference.fit(scaled, targets.numpy()).predict_proba(scaled)
         np.testing.assert_allclose(
-            model.scores(features.half(), "multiclass").numpy(), expected, atol=2e-3
+            model.logits(features.half()).softmax(1).numpy(), expected, atol=2e-3
         )
         assert model.converged
 
@@ -95,7 +95,7 @@ def test_multilabel_is_one_logistic_regression_a_label(digits):
         expected = reference.fit(features.numpy(), labels[:, column].numpy()).predict_proba(
             features.numpy()
         )[:, 1]
-        ours = model.scores(features, "multilabel")[:, column].numpy()
+        ours = model.logits(features).sigmoid()[:, column].numpy()
         np.testing.assert_allclose(ours, expected, atol=2e-3)
 
 
@@ -115,7 +115,7 @@ def test_regression_is_ridge():
     )
     scaled = StandardScaler().fit_transform(data.data)
     expected = Ridge(alpha=0.01 * len(scaled)).fit(scaled, data.target).predict(scaled)
-    ours = model.scores(features, "regression")[:, 0].numpy()
+    ours = model.logits(features)[:, 0].numpy()
     np.testing.assert_allclose(ours, expected, rtol=1e-3)
 
 
@@ -175,7 +175,7 @@ def test_the_scale_of_features_does_not_decide_when_a_fit_ends(digits):
         ((_, model),) = fit_linear(
             features, targets, l2=(1e-2 * scale**2,), max_iterations=10000, **options
         )
-        scores.append(model.scores(features, "multiclass"))
+        scores.append(model.logits(features).softmax(1))
     torch.testing.assert_close(*scores, atol=2e-4, rtol=0)
 
 
@@ -202,7 +202,7 @@ def vote(rows):
     return probe.knn_scores(*near, targets[:rows], outputs=1000, temperature=1.0)
 fit(6_000); vote(6_000)
 before = peak()
-fit(None).scores(features[:8], "multiclass"); vote(None)
+fit(None).logits(features[:8]); vote(None)
 print(peak() - before)
 """
     out = run(code).out

@@ -135,10 +135,10 @@ def test_averaged_weights_are_the_average_and_are_what_is_evaluated(command, mon
     built = experiment.restore(best, load_checked(str(tmp_path / "tiny.toml"), []).root, RANKS)
     split = read_data(built.root, RANKS).splits["test"]
     written = np.array([[float(row[f"p_{i}"]) for i in range(10)] for row in run.rows()])
-    assert np.array_equal(built.predict(split).scores, written.astype(np.float32))
+    assert np.array_equal(built.predict(split).scores.values, written)
     assert built.predict(split).loss == run.json("metrics_test.json")["loss"]
     built.model.load_state_dict(run.best["model"])
-    assert np.abs(built.predict(split).scores - written).max() > 1e-4
+    assert np.abs(built.predict(split).scores.values - written).max() > 1e-4
 
 
 # ---------------------------------------------------------------------- losses
