@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -463,6 +463,9 @@ def gather_features(source: Source, count: int, scale: Standardizer | None) -> T
 # ---------------------------------------------------------------------- fitting
 
 
+ScoresOf = Callable[[np.ndarray, str], Scores]
+
+
 @dataclass
 class Choice:
     """Candidates of a method, the best of them on val by the first metric."""
@@ -486,17 +489,11 @@ class Choice:
         scale, targets = self.scale, self.train_targets
         return torch.from_numpy(targets if scale is None else scale.standardized(targets))
 
-    def scores_of(self, outputs: Tensor) -> Scores:
-        """Those of logits, or outputs of a regression, (N, K)."""
+    def scores_of(self, outputs: Tensor, made_of: ScoresOf = Scores.of_logits) -> Scores:
+        """Those of logits (N, K), or of outputs of a regression."""
         values = outputs.cpu().numpy()
         values = values if self.scale is None else self.scale.restored(values)
-        return Scores.of_logits(values, self.data.subtask)
-
-    def scores_of_votes(self, votes: Tensor) -> Scores:
-        """Those of probabilities, or outputs of a regression, (N, K)."""
-        if self.scale is not None:
-            return self.scores_of(votes)
-        return Scores.of_probabilities(votes.cpu().numpy(), self.data.subtask)
+        return made_of(values, self.data.subtask)
 
     @property
     def decisive(self) -> str:
@@ -571,7 +568,7 @@ def fit_knn(
             outputs=choice.data.outputs,
             temperature=task.temperature,
         )
-        return choice.scores_of_votes(votes)
+        return choice.scores_of(votes, Scores.of_probabilities)
 
     for k in ks:
         choice.add({"k": k}, scores("val", k))

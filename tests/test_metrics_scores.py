@@ -1,0 +1,109 @@
+"""Scores of samples: probabilities near 1 that float64 does not tell apart, ensembles, files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.special
+import sklearn.metrics as sk
+
+from glovita_lib.metrics import compute
+from glovita_lib.metrics_classification import Scores
+from glovita_lib.results import read_predictions, write_prediction_csv
+
+KINDS = pytest.mark.parametrize("subtask", ["multiclass", "multilabel"])
+
+
+def confident(subtask: str, classes: int, scale: float, n: int = 400):
+    """Targets, and float32 logits of a model that is sure, and often wrong."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(n, classes)) * scale
+    if subtask == "multiclass":
+        targets = np.where(rng.random(n) < 0.6, logits.argmax(1), rng.integers(0, classes, n))
+        return targets, logits.astype(np.float32)
+    targets = (logits + scale * rng.normal(size=logits.shape) > 0).astype(np.float64)
+    return targets, logits.astype(np.float32)
+
+
+def measured(subtask: str, targets: np.ndarray, scores: Scores, names=("auroc", "ap")):
+    classes = tuple(map(str, range(scores.values.shape[1])))
+    return compute(names, subtask=subtask, targets=targets, scores=scores, class_names=classes)
+
+
+def expected(subtask: str, targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+    """By scikit-learn, from log-odds by their definition in 80-bit numbers."""
+    wide = logits.astype(np.longdouble)
+    if subtask == "multiclass":
+        others = [np.delete(wide, k, 1) for k in range(wide.shape[1])]
+        tops = [rest.max(1) for rest in others]
+        sums = [np.exp(r - t[:, None]).sum(1) for r, t in zip(others, tops, strict=True)]
+        pairs = zip(tops, sums, strict=True)
+        wide = wide - np.stack([t + np.log(s) for t, s in pairs], 1)
+        targets = np.eye(wide.shape[1])[targets]
+    ranks = np.stack([np.unique(column, return_inverse=True)[1] for column in wide.T], 1)
+    pairs = list(zip(targets.T, ranks.T, strict=True))
+    return {
+        "auroc": np.mean([sk.roc_auc_score(*pair) for pair in pairs]),
+        "ap": np.mean([sk.average_precision_score(*pair) for pair in pairs]),
+    }
+
+
+@KINDS
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("scale", [1.0, 20.0, 150.0])
+def test_ranks_by_logits_where_probabilities_are_one(subtask: str, classes: int, scale) -> None:
+    targets, logits = confident(subtask, classes, scale)
+    found = measured(subtask, targets, Scores.of_logits(logits, subtask))
+    assert found == pytest.approx(expected(subtask, targets, logits), abs=1e-12)
+    if scale == 20.0:  # probabilities in float32 say something else
+        rounded = Scores.of_logits(logits, subtask).values.astype(np.float32)
+        assert abs(measured(subtask, targets, Scores(rounded))["auroc"] - found["auroc"]) > 1e-4
+
+
+@KINDS
+def test_the_file_keeps_enough_to_compute_them_again(tmp_path: Path, subtask: str) -> None:
+    targets, logits = confident(subtask, 3, 40.0)
+    scores, path = Scores.of_logits(logits, subtask), tmp_path / "predictions.csv"
+    kind = {"subtask": subtask, "class_names": ("a", "b", "c")}
+    ids = list(map(str, range(len(targets))))
+    write_prediction_csv(path, ids=ids, targets=targets, scores=scores, **kind)
+    table = read_predictions(path, **kind)
+    assert np.array_equal(table.scores.values, scores.values)
+    again = measured(subtask, table.targets, table.scores)
+    assert again == measured(subtask, targets, scores)
+
+
+@KINDS
+def test_probabilities_are_those_of_scipy(subtask: str) -> None:
+    _, logits = confident(subtask, 4, 30.0)
+    wide = logits.astype(np.float64)
+    formula = scipy.special.expit if subtask == "multilabel" else scipy.special.softmax
+    wanted = formula(wide) if subtask == "multilabel" else formula(wide, axis=1)
+    found = Scores.of_logits(logits, subtask)
+    np.testing.assert_allclose(found.values, wanted, rtol=1e-12)
+    inner = (wanted > 1e-9) & (wanted < 1 - 1e-6)
+    np.testing.assert_allclose(found.log_odds[inner], scipy.special.logit(wanted)[inner], 1e-8)
+
+
+@KINDS
+def test_an_ensemble_of_the_same_is_the_same(subtask: str) -> None:
+    _, logits = confident(subtask, 3, 60.0)
+    one = Scores.of_logits(logits, subtask)
+    two = Scores.mean([one, one])
+    np.testing.assert_allclose(two.values, one.values, rtol=1e-14)
+    np.testing.assert_allclose(two.log_odds, one.log_odds, rtol=1e-12)
+    other = Scores.of_logits(-logits, subtask)
+    mean = Scores.mean([one, other])
+    np.testing.assert_allclose(mean.values, (one.values + other.values) / 2, rtol=1e-14)
+
+
+def test_classes_that_are_ruled_out() -> None:
+    logits = np.array([[-np.inf, 3.0, 1.0], [-np.inf, 0.0, -np.inf]])
+    found = Scores.of_logits(logits, "multiclass")
+    np.testing.assert_allclose(found.values[0], scipy.special.softmax(logits[0]), rtol=1e-14)
+    assert found.values[1].tolist() == [0.0, 1.0, 0.0]
+    assert found.log_odds[1].tolist() == [-np.inf, np.inf, -np.inf]
+    targets = np.array([2, 1])
+    assert measured("multiclass", targets, found, ("acc", "auroc", "ap")) == {
+        "acc": 0.5, "auroc": 1.0, "ap": 1.0,
+    }  # fmt: skip
