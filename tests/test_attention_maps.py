@@ -32,6 +32,7 @@ from glovita_lib.attention_maps import (
 )
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import restore
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.spec_check import load_checked
 
@@ -332,7 +333,7 @@ def predictions(targets: Any, scores: Any = None) -> Predictions:
     count = len(targets) if scores is None else len(scores)
     scores = np.zeros((count, 2), np.float32) if scores is None else scores
     ids = [f"bag {i}" for i in range(count)]
-    found = Predictions(ids, scores, np.arange(count))
+    found = Predictions(ids, Scores(scores), np.arange(count))
     return found if targets is None else labelled(found, targets)
 
 
