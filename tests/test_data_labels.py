@@ -65,9 +65,9 @@ def test_multiclass_without_names(labels, targets, names):
         [0, 2, 0],
         np.array([0, 2, 0]),
         np.array([0.0, 2, 0]),
-        np.array([b"0", b"2"]),
+        np.array(["0", "2"]),
     ],
-    ids=["cells", "json", "array", "floats", "bytes"],
+    ids=["cells", "json", "array", "floats", "text"],
 )
 def test_whole_numbers_below_num_classes_are_indices_wherever_they_stand(labels, classes):
     targets, names = encoded(labels, classes=classes)
