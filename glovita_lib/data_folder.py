@@ -226,8 +226,7 @@ def label_table(spec: FolderData, images: SampleFolder) -> LabelTable | None:
     base = Path(spec.data_root_dir)
     if spec.label_source == "folder":
         return None
-    usual = {"json": "labels.json", "csv": "labels.csv", "dataset_json": "dataset.json"}
-    path = on_disk(base / (spec.labels_file or usual[spec.label_source]))
+    path = on_disk(base / spec.label_path)
     if spec.label_source == "json":
         return json_labels(path, images)
     if spec.label_source == "dataset_json":

@@ -515,6 +515,21 @@ class Loader:
         """Rows of the split that a batch is made of."""
         return self.order.rows(epoch, batch)
 
+    def facts(self) -> dict[str, Any]:
+        """How batches are made on this rank, as builtin types."""
+        spec = self.spec
+        return {
+            "batches": len(self.order),
+            "in_memory": self.held,
+            "on_device": self.resident is not None,
+            "num_workers": self.workers if self.uses_processes else 0,
+            "threads": 0 if self.uses_processes else self.workers,
+            "pin_memory": self.pinned,
+            "persistent_workers": self.uses_processes and spec.persistent_workers,
+            "prefetch_factor": spec.prefetch_factor if self.workers else None,
+            "timeout": spec.timeout,
+        }
+
     def count_workers(self) -> int:
         """Processes that decode, or threads that fit what is in memory; for what only has to be
         copied, one thread if it is copied into page-locked memory, else none."""

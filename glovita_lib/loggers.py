@@ -16,6 +16,7 @@ from glovita_lib.files import write_text
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.rundir import RunDir
 from glovita_lib.spec import ByStruct, Spec
+from glovita_lib.spec_data import BaseData
 from glovita_lib.spec_train import NoLogger, WandbLogger
 
 if TYPE_CHECKING:
@@ -198,8 +199,38 @@ class NullLogger:
 
 
 @ByStruct
+def logged_as(spec: Spec, *, run: RunDir, data: BaseData, dataset: str) -> dict[str, Any]:
+    """Under which names and tags a run is logged, by the keys of the logger section; empty without
+    a tracker.
+
+    Args:
+        data: the data section; a run of one of several folds has the tag fold_<k>.
+        dataset: its tag.
+    """
+    return {}
+
+
+@logged_as.register
+def _(spec: WandbLogger, *, run: RunDir, data: BaseData, dataset: str) -> dict[str, Any]:
+    fold = () if data.stated_folds() == 1 else (f"fold_{run.path.name}",)
+    return {
+        "entity": spec.entity,
+        "project": spec.project or dataset,
+        "group": spec.group or run.group.name,
+        "name": spec.name or f"{run.group.name}/{run.path.name}",
+        "tags": [*spec.tags, *fold],
+    }
+
+
+@ByStruct
 def build_logger(
-    spec: Spec, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
+    spec: Spec,
+    *,
+    run: RunDir,
+    config: dict[str, Any],
+    names: dict[str, Any],
+    run_id: str | None,
+    ranks: Ranks,
 ) -> Logger:
     """The logger of a spec.
 
@@ -207,6 +238,7 @@ def build_logger(
         spec: the logger section.
         run: directory of the run.
         config: plain spec, shown by the backend.
+        names: what `logged_as` gives.
         run_id: of a continued run; none: the one that its directory keeps, else a new one.
         ranks: all but the first get a silent one.
 
@@ -218,16 +250,28 @@ def build_logger(
 
 @build_logger.register
 def _(
-    spec: NoLogger, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
+    spec: NoLogger,
+    *,
+    run: RunDir,
+    config: dict[str, Any],
+    names: dict[str, Any],
+    run_id: str | None,
+    ranks: Ranks,
 ) -> Logger:
     return NullLogger()
 
 
 @build_logger.register
 def _(
-    spec: WandbLogger, *, run: RunDir, config: dict[str, Any], run_id: str | None, ranks: Ranks
+    spec: WandbLogger,
+    *,
+    run: RunDir,
+    config: dict[str, Any],
+    names: dict[str, Any],
+    run_id: str | None,
+    ranks: Ranks,
 ) -> Logger:
-    return Wandb(spec, run, config, run_id) if ranks.is_main else NullLogger()
+    return Wandb(spec, run, config, names, run_id) if ranks.is_main else NullLogger()
 
 
 def tell(line: str) -> None:
@@ -242,7 +286,12 @@ class Wandb:
     """
 
     def __init__(
-        self, spec: WandbLogger, run: RunDir, config: dict[str, Any], run_id: str | None
+        self,
+        spec: WandbLogger,
+        run: RunDir,
+        config: dict[str, Any],
+        names: dict[str, Any],
+        run_id: str | None,
     ) -> None:
         try:
             import wandb
@@ -258,11 +307,7 @@ class Wandb:
             init = partial(
                 wandb.init,
                 id=self.run_id,
-                entity=spec.entity,
-                project=spec.project or config["data"]["dataset"],
-                group=spec.group or run.group.name,
-                name=spec.name or f"{run.group.name}/{run.path.name}",
-                tags=spec.tags,
+                **names,
                 config=config,
                 dir=str(run.path),
             )

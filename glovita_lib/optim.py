@@ -35,7 +35,8 @@ class Schedule:
     def __init__(self, spec: OptimizerSpec, *, epochs: int, steps_per_epoch: int) -> None:
         self.spec = spec
         self.total = epochs * steps_per_epoch
-        self.warmup = round(warmup_epochs(spec, epochs) * steps_per_epoch)
+        self.warmup_epochs = warmup_epochs(spec, epochs)
+        self.warmup = round(self.warmup_epochs * steps_per_epoch)
 
     def __call__(self, step: int) -> float:
         """Learning rate of the update that makes step into step + 1."""

@@ -26,7 +26,7 @@ from glovita_lib.experiment import (
     some_of,
     trained_weights,
 )
-from glovita_lib.loggers import build_logger, say, two_columns
+from glovita_lib.loggers import build_logger, logged_as, say, two_columns
 from glovita_lib.metrics import compute, undefined, undefined_line
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.model import parameter_line, parameter_table
@@ -38,6 +38,7 @@ from glovita_lib.results import plot_augmented, summary_lines, write_results, wr
 from glovita_lib.rundir import Decision, RunDir, opened, runtime_info
 from glovita_lib.sampler import check_ranks
 from glovita_lib.spec import Loaded, changed_keys
+from glovita_lib.spec_data import FolderData
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Training
 from glovita_lib.trainer import Hooks, Trainer, kept_epoch
@@ -222,11 +223,14 @@ def learn(
     if saved is not None:
         trainer.load_state_dict(saved)
     run.clean(ranks, decision)
-    dist.main_decides(ranks, lambda: prepare(run, loaded, experiment, saved))
+    names = logged_as(root.logger, run=run, data=root.data, dataset=loaded.plain["data"]["dataset"])
+    taken = {**values_taken(experiment, trainer), "logger": names, "add_log": root.add_log}
+    dist.main_decides(ranks, lambda: prepare(run, loaded, experiment, taken, saved))
     logger = build_logger(
         root.logger,
         run=run,
         config=loaded.plain,
+        names=names,
         run_id=None if saved is None else saved["logger_id"],
         ranks=ranks,
     )
@@ -332,11 +336,69 @@ def checkpoint_of(path: Path, run: RunDir, loaded: Loaded[Root]) -> dict[str, An
     return saved
 
 
+def values_taken(experiment: Experiment, trainer: Trainer) -> dict[str, Any]:
+    """What a run takes where the spec leaves it open or says "auto", read off the objects that
+    run, as builtin types by section: the aggregation, the autocast type, workers and batches of
+    each loader, steps and warm-up, what the encoder's network has, the layers that a method
+    adapts."""
+    model, order = experiment.model, trainer.order
+    encoder, schedule = model.encoder, trainer.schedule
+    loaders = {"train": trainer.train_loader, "val": trainer.val_loader}
+    names = {module: name for name, module in model.named_modules()}
+    data = experiment.root.data
+    has_file = isinstance(data, FolderData) and data.reads_label_file
+    return {
+        "device": str(experiment.ranks.device),
+        "ranks": experiment.ranks.world,
+        "data": {"labels_file": data.label_path} if has_file else {},
+        "model": {
+            "encoder": {
+                "type": encoder.name,
+                "width": encoder.width,
+                "patch_size": list(encoder.patch),
+                "prefix_tokens": list(encoder.prefix),
+                "pooling": encoder.pooling,
+                "blocks": len(encoder.block_names),
+            },
+            "feature_aggregation_method": (
+                model.aggregation if model.head.consumes == "pooled" else None
+            ),
+        },
+        "peft": {
+            kind.__name__: [names[member] for member in members]
+            for kind, members in model.adapters.items()
+        },
+        "training": {
+            "precision": trainer.precision,
+            "steps_per_epoch": trainer.steps,
+            "steps": schedule.total,
+            "samples_per_step": order.step_size,
+        },
+        "optimizer": {
+            "name": type(trainer.optimizer).__name__,
+            "warmup_steps": schedule.warmup,
+            "warmup_epochs": schedule.warmup_epochs,
+            "groups": len(trainer.optimizer.param_groups),
+        },
+        "dataloading": {
+            split: loader.facts() for split, loader in loaders.items() if loader is not None
+        },
+    }
+
+
 def prepare(
-    run: RunDir, loaded: Loaded[Root], experiment: Experiment, saved: dict[str, Any] | None
+    run: RunDir,
+    loaded: Loaded[Root],
+    experiment: Experiment,
+    taken: dict[str, Any],
+    saved: dict[str, Any] | None,
 ) -> None:
     """Write the files that describe a run; of a continued run, cut metrics.jsonl back to the
     step of its checkpoint and complete its links.
+
+    Args:
+        taken: see `values_taken`; of a continued run, which may have another machine, it stands
+            with the other facts of the process in runtime_info.json.
 
     Raises:
         UserError: the best model of a continued run was trained with other resolved values.
@@ -345,7 +407,7 @@ def prepare(
         run.write_spec(loaded)
         table = {share.part: share.counts() for share in parameter_table(experiment.model)}
         resolved = msgspec.to_builtins(experiment.resolved)
-        files.write_json(run.resolved_config, {**resolved, "parameters": table})
+        files.write_json(run.resolved_config, {**resolved, "taken": taken, "parameters": table})
     else:
         step = saved["state"]["step"]
         mend_links(run, saved["state"], experiment.root.training)
@@ -355,7 +417,8 @@ def prepare(
         if best is not None:
             check_unchanged(best, str(run.best), experiment.resolved, f"{run.last} holds")
         files.truncate_jsonl(run.metrics, lambda record: record["step"] <= step)
-    run.note_start(runtime_info(experiment.ranks, seed=experiment.root.seed))
+    info = runtime_info(experiment.ranks, seed=experiment.root.seed)
+    run.note_start(info if saved is None else {**info, "taken": taken})
 
 
 def mend_links(run: RunDir, state: dict[str, Any], training: Training) -> None:

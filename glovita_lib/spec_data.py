@@ -297,6 +297,12 @@ class FolderData(FileData):
         return self.label_source != "folder"
 
     @property
+    def label_path(self) -> str:
+        """The label file below data_root_dir."""
+        usual = {"json": "labels.json", "csv": "labels.csv", "dataset_json": "dataset.json"}
+        return self.labels_file or usual[self.label_source]
+
+    @property
     def reads_table(self) -> bool:
         return self.label_source == "csv"
 

@@ -16,8 +16,9 @@ from children import run as run_child
 from glovita_lib import loggers
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
-from glovita_lib.loggers import Logger, NullLogger, Wandb, build_logger
+from glovita_lib.loggers import Logger, NullLogger, Wandb, build_logger, logged_as
 from glovita_lib.rundir import RunDir
+from glovita_lib.spec_data import BaseData, DigitsData, GenericImageData, PrecomputedData
 from glovita_lib.spec_train import NoLogger, WandbLogger
 
 FIRST, SECOND = (Ranks(rank, 2, rank, torch.device("cpu")) for rank in (0, 1))
@@ -40,8 +41,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunDir]:
     gc.collect()
 
 
-def build(spec: Any, run: RunDir, *, ranks: Ranks = FIRST, run_id: str | None = None) -> Logger:
-    return build_logger(spec, run=run, config=CONFIG, run_id=run_id, ranks=ranks)
+def build(
+    spec: Any,
+    run: RunDir,
+    *,
+    ranks: Ranks = FIRST,
+    run_id: str | None = None,
+    data: BaseData | None = None,
+) -> Logger:
+    names = logged_as(spec, run=run, data=data or DigitsData(), dataset="digits")
+    return build_logger(spec, run=run, config=CONFIG, names=names, run_id=run_id, ranks=ranks)
 
 
 def offline_runs(run: RunDir) -> list[Path]:
@@ -57,15 +66,31 @@ def test_no_logger_and_other_ranks_leave_nothing(run: RunDir) -> None:
     assert not os.listdir(run.path)
 
 
+@pytest.mark.parametrize(
+    ("data", "tags"),
+    [
+        (DigitsData(), ["a"]),
+        (GenericImageData(split_source="subdirs"), ["a"]),
+        (GenericImageData(split_source="kfold"), ["a", "fold_site_b"]),
+        (PrecomputedData(split_source="splits_json"), ["a", "fold_site_b"]),
+    ],
+)
+def test_a_run_of_several_folds_is_tagged(data: BaseData, tags: list[str], tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "set" / "group" / "site_b")
+    names = logged_as(WandbLogger(tags=("a",)), run=run, data=data, dataset="set")
+    assert names["tags"] == tags and names["name"] == "group/site_b"
+    assert logged_as(NoLogger(), run=run, data=data, dataset="set") == {}
+
+
 def test_without_a_key_it_runs_offline_and_says_so(
     run: RunDir, capfd: pytest.CaptureFixture
 ) -> None:
-    logger = build(WandbLogger(tags=("a",)), run)
+    logger = build(WandbLogger(tags=("a",)), run, data=GenericImageData(split_source="kfold"))
     assert isinstance(logger, Wandb)
     settings = logger.run.settings
     assert settings.mode == "offline"
     shown = (logger.run.project, settings.run_group, logger.run.name, logger.run.tags)
-    assert shown == ("digits", "group", "group/0", ("a",))
+    assert shown == ("digits", "group", "group/0", ("a", "fold_0"))
     assert dict(logger.run.config)["optimizer"] == {"lr": 0.1}
     logger.log(RECORD, step=3)
     logger.finish()
@@ -206,7 +231,7 @@ from glovita_lib.rundir import RunDir
 from glovita_lib.spec_train import WandbLogger
 logger = build_logger(
     WandbLogger(offline=True), run=RunDir(Path(sys.argv[1])), config={"data": {"dataset": "d"}},
-    run_id=None, ranks=Ranks(0, 1, 0, torch.device("cpu")),
+    names={"project": "d"}, run_id=None, ranks=Ranks(0, 1, 0, torch.device("cpu")),
 )
 logger.log({"loss": 1.0}, step=1)
 os.kill(os.getpid(), signal.SIGKILL)
