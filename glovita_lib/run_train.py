@@ -346,11 +346,13 @@ def values_taken(experiment: Experiment, trainer: Trainer) -> dict[str, Any]:
     loaders = {"train": trainer.train_loader, "val": trainer.val_loader}
     names = {module: name for name, module in model.named_modules()}
     data = experiment.root.data
-    has_file = isinstance(data, FolderData) and data.reads_label_file
+    files_read = {}
+    if isinstance(data, FolderData) and data.reads_label_file:
+        files_read["labels_file"] = data.label_path
     return {
         "device": str(experiment.ranks.device),
         "ranks": experiment.ranks.world,
-        "data": {"labels_file": data.label_path} if has_file else {},
+        "data": files_read,
         "model": {
             "encoder": {
                 "type": encoder.name,
