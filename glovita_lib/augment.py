@@ -2,6 +2,9 @@
 mixing of samples."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glovita_lib.augment_crop import CropResize
-from glovita_lib.augment_images import OPERATIONS, Placement
+from glovita_lib.augment_images import OPERATIONS, ClipGenerator, Placement
 from glovita_lib.encoder import Preprocess
 from glovita_lib.errors import UserError, refuse
 from glovita_lib.spec import Spec
@@ -203,27 +206,31 @@ class Augmenter:
         self.mean, self.std = torch.tensor(resolved.mean), torch.tensor(resolved.std)  # (C,)
         self.placed_constants: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def __call__(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
+    def __call__(self, inputs: Tensor, fitted: bool, seed: int, frames: int = 1) -> Tensor:
         """Augmented and normalised batch.
 
         Args:
             inputs: (B, C, H, W) uint8, or int32 for 16-bit images.
             fitted: whether the crop and resize already happened, H = W = S.
             seed: of the random parameters; unused in evaluation.
+            frames: images that follow one another and share what is drawn, see ClipAugmenter.
 
         Returns:
             (B, C, S, S) float32 on the device of the inputs.
         """
         with torch.autocast(inputs.device.type, enabled=False):  # 8 bits of bf16 move pixels
-            return self.transformed(inputs, fitted, seed)
+            return self.transformed(inputs, fitted, seed, frames)
 
-    def transformed(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
+    def transformed(self, inputs: Tensor, fitted: bool, seed: int, frames: int = 1) -> Tensor:
         """The same in the precision of the caller."""
         batch, channels = inputs.shape[:2]
         if not batch:
             return torch.empty(0, channels, self.size, self.size, device=inputs.device)
-        generator = torch.Generator().manual_seed(seed)
-        x = self.placed(inputs, fitted, generator).float()  # (B, C, S, S), 0..peak; a fresh tensor
+        generator = ClipGenerator()
+        generator.manual_seed(seed)
+        # (B, C, S, S), 0..peak; a fresh tensor
+        x = self.placed(inputs, fitted, generator, frames).float()
+        generator.frames = frames
         scale, shift, mean = self.constants(x.device)
         if changing := OPERATIONS.active(self.ops, "values"):
             x = x.div_(self.peak)
@@ -235,18 +242,29 @@ class Augmenter:
             x = each.function(x, self.ops, generator, mean)
         return x
 
-    def placed(self, inputs: Tensor, fitted: bool, generator: torch.Generator) -> Tensor:
+    def placed(
+        self, inputs: Tensor, fitted: bool, generator: torch.Generator, frames: int = 1
+    ) -> Tensor:
         """Crop, resize and flips: (B, C, H, W) -> (B, C, S, S); the inputs themselves where nothing
-        moves."""
+        moves.
+
+        Args:
+            frames: images that follow one another and share what is drawn.
+        """
         batch, _, height, width = inputs.shape
-        place = Placement(self.fit, np.tile([height, width], (batch, 1)))
+        place = Placement(self.fit, np.tile([height, width], (batch // frames, 1)))
         if fitted:
-            place.boxes = torch.tensor([0, self.size, self.size, 0]).expand(batch, 2, -1)
+            place.boxes = torch.tensor([0, self.size, self.size, 0]).expand(batch // frames, 2, -1)
         for each in OPERATIONS.active(self.ops, "geometry"):
             each.function(place, self.ops, generator)
         if place.boxes is None:  # the same for every draw
             place.boxes = self.fit.boxes(place.sizes, None)
-        return self.fit.canvas(inputs, place.boxes, hflip=place.hflip, vflip=place.vflip)
+        boxes, *flips = (
+            part if part is None else part.repeat_interleave(frames, 0)
+            for part in (place.boxes, place.hflip, place.vflip)
+        )
+        assert boxes is not None
+        return self.fit.canvas(inputs, boxes, hflip=flips[0], vflip=flips[1])
 
     def constants(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Factor and shift (C, 1, 1) of the normalisation of values 0..peak, and the mean (C,)."""
@@ -258,6 +276,111 @@ class Augmenter:
                 mean,
             )
         return self.placed_constants[device]
+
+
+# ------------------------------------------------------------------------------------- clips
+#
+# Frames of clips are images that share what is drawn of their clip.
+#
+# B batch, V clips of a video, T frames of a clip, C channels, S side of a frame, K outputs.
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """Clips of a batch of videos, cropped and resized where they were decoded."""
+
+    pixels: Tensor  # (B, T, C, S, S) uint8; (B, V, T, C, S, S) of several clips of each video
+    frames: Tensor  # (B, T) or (B, V, T) int64, numbers of the frames in their videos
+    real: Tensor  # the same shape, bool: False where the last frame of a short video is repeated
+    times: Tensor  # the same shape, float64: seconds from the start of the video
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Clips":
+        """The clips with every tensor moved."""
+        return Clips(*map(move, (self.pixels, self.frames, self.real, self.times)))
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Clips":
+        """The same clips on a device."""
+        if torch.device(device).type == "mps":  # it has no float64
+            return replace(self, times=self.times.float()).moved(lambda part: part.to(device))
+        return self.moved(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Clips":
+        """The same clips in page-locked memory."""
+        return self.moved(lambda part: part.pin_memory())
+
+
+@dataclass(frozen=True, eq=False)
+class ManyClips:
+    """Several clips of each video that reach a network one by one: `reduced` is asked instead of
+    the network."""
+
+    clips: Tensor  # (B, V, C, T, S, S) float32
+    combine: str  # what becomes of their logits: mean, softmax or sigmoid
+    chunk: int  # clips that are asked at once
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def reduced(self, function: Callable[[Tensor], Tensor], how: str | None = None) -> Tensor:
+        """Mean over the clips of each video of what a function gives, (B, K).
+
+        Args:
+            function: clips (m, C, T, S, S) -> (m, K).
+            how: "mean"; none: what logits are to be combined by, whose mean probability is given
+                as a logit again.
+        """
+        whole = self.clips.flatten(0, 1)
+        answers = [function(part).float() for part in whole.split(self.chunk)]
+        each = torch.cat(answers).unflatten(0, self.clips.shape[:2])  # (B, V, K)
+        how = how or self.combine
+        if how == "softmax":
+            return each.log_softmax(2).logsumexp(1) - math.log(each.shape[1])
+        if how == "sigmoid":  # of p the mean probability, log p - log(1 - p)
+            return F.logsigmoid(each).logsumexp(1) - F.logsigmoid(-each).logsumexp(1)
+        return each.mean(1)
+
+
+class ClipAugmenter:
+    """Turns clips of a batch into the encoder's input under one policy of images.
+
+    What is drawn of a clip serves all its frames, but for the noise of pixels: frame t of the clips
+    of a batch is what the same seed makes of a batch of images that are frame t.
+    """
+
+    def __init__(
+        self,
+        resolved: ResolvedImageAugmentation,
+        *,
+        train: bool,
+        fit: Any,
+        combine: str,
+        chunk: int,
+    ) -> None:
+        """Args: fit cuts clips out of videos; combine and chunk as in ManyClips, and combine "bag"
+        for clips of a video as one input."""
+        self.images = Augmenter(resolved, train=train, bit_depth=8)
+        self.fit, self.combine, self.chunk = fit, combine, chunk
+
+    def __call__(self, clips: Clips, fitted: bool, seed: int) -> "Tensor | ManyClips":
+        """(B, C, T, S, S) float32 on the device of the clips; (B, C, V T, S, S) of bags; or many
+        clips of each video.
+
+        Args:
+            fitted: True: clips come fitted.
+            seed: of the random parameters; unused in evaluation.
+        """
+        pixels = clips.pixels
+        each, frames = pixels.shape[1] if pixels.ndim == 6 else 1, pixels.shape[-4]
+        flat = pixels.flatten(0, -4)  # (B V T, C, S, S)
+        images = self.images(flat, fitted, seed, frames)
+        x = images.unflatten(0, (len(pixels), each * frames)).transpose(1, 2)  # (B, C, V T, S, S)
+        if each == 1 or self.combine == "bag":
+            return x.contiguous()
+        views = x.unflatten(2, (each, -1)).transpose(1, 2)  # (B, V, C, T, S, S)
+        return ManyClips(views.contiguous(), self.combine, self.chunk)
 
 
 # -------------------------------------------------------------------------- mixup and cutmix

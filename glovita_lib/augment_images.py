@@ -1,8 +1,9 @@
 """Augmentations of a batch of images in which every sample has its own parameters."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -78,16 +79,41 @@ GREY = (0.2989, 0.587, 0.114)  # luma of R, G, B, ITU-R BT.601 as in torchvision
 MAX_SHEAR_DEGREES = 89.0  # degrees
 
 
+class ClipGenerator(torch.Generator):
+    """A generator whose draws for each image of a batch serve that many images that follow one
+    another: the frames of clips, (B, T) as (B T). Its stream is that of B images."""
+
+    frames = 1
+
+
+def shared(draw: Callable[..., Tensor], shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draws (count, ...) for the images of a batch, by `draw(shape, generator=generator)`."""
+    if not isinstance(generator, ClipGenerator) or generator.frames == 1:
+        return draw(tuple(shape), generator=generator)
+    drawn = draw((shape[0] // generator.frames, *shape[1:]), generator=generator)
+    return drawn.repeat_interleave(generator.frames, 0)
+
+
+def rand(*shape: int, generator: torch.Generator) -> Tensor:
+    """(count, ...) float32 numbers from 0 to 1, on the CPU."""
+    return shared(torch.rand, shape, generator)
+
+
+def randint(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(count, ...) whole numbers from low to below high, on the CPU."""
+    return shared(partial(torch.randint, low, high), shape, generator)
+
+
 def coin(count: int, probability: float, generator: torch.Generator) -> Tensor:
     """Which of count samples are chosen, (count,) bool on the CPU; nothing is drawn for 0."""
     if not probability:
         return torch.zeros(count, dtype=torch.bool)
-    return torch.rand(count, generator=generator) < probability
+    return rand(count, generator=generator) < probability
 
 
 def uniform(count: int, low: float, high: float, generator: torch.Generator, *more: int) -> Tensor:
     """(count, *more) float32 numbers between low and high, on the CPU."""
-    return low + (high - low) * torch.rand(count, *more, generator=generator)
+    return low + (high - low) * rand(count, *more, generator=generator)
 
 
 def to(device: torch.device, *values: Tensor) -> list[Tensor]:
@@ -214,7 +240,7 @@ def random_colour(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Te
     """Colour jitter with its four steps in a random order per sample, or for half of the chosen
     samples a brightness and contrast change where the policy has one."""
     chosen = coin(len(x), ops.jitter_p, generator)
-    simple = torch.rand(len(x), generator=generator) < (0.5 if ops.brightness_contrast else 0.0)
+    simple = rand(len(x), generator=generator) < (0.5 if ops.brightness_contrast else 0.0)
     x = jittered(x, (chosen & ~simple).nonzero()[:, 0], ops, generator)
     rows = (chosen & simple).nonzero()[:, 0]
     amount = uniform(
@@ -235,7 +261,7 @@ def jittered(x: Tensor, rows: Tensor, ops: ImageOps, generator: torch.Generator)
     ]
     factors.append(uniform(count, -ops.jitter[3], ops.jitter[3], generator))
     steps = [brightness, contrast, saturation, hue][: 2 if x.shape[1] == 1 else 4]
-    order = torch.rand(count, 4, generator=generator).argsort(1)  # (n, 4)
+    order = rand(count, 4, generator=generator).argsort(1)  # (n, 4)
     for turn in range(4):
         for step, operation in enumerate(steps):
             here = (order[:, turn] == step).nonzero()[:, 0]
@@ -319,10 +345,10 @@ def hue(x: Tensor, turn: Tensor) -> Tensor:
 def random_blur(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
     """Gaussian blur, or motion blur for half of the chosen samples where the policy has it."""
     chosen = coin(len(x), ops.blur_p, generator)
-    motion = torch.rand(len(x), generator=generator) < (0.5 if ops.motion_blur else 0.0)
+    motion = rand(len(x), generator=generator) < (0.5 if ops.motion_blur else 0.0)
     largest = 2 * min(x.shape[2:]) - 1  # a border cannot be reflected further
     odd = [side for side in range(ops.blur_kernel[0], ops.blur_kernel[1] + 1) if side % 2]
-    sides = torch.tensor(odd)[torch.randint(len(odd), (len(x),), generator=generator)]
+    sides = torch.tensor(odd)[randint(0, len(odd), (len(x),), generator)]
     sides = sides.clamp(max=largest)
     angle = uniform(len(x), 0, math.pi, generator)
     rows = (chosen & ~motion).nonzero()[:, 0]
@@ -402,11 +428,11 @@ def random_dropout(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: T
     chosen = coin(len(x), ops.dropout_p, generator)
     rows = chosen.nonzero()[:, 0]
     low, high = ops.dropout_holes
-    holes = torch.randint(low, high + 1, (len(rows), 1), generator=generator)
+    holes = randint(low, high + 1, (len(rows), 1), generator)
     side = torch.tensor(x.shape[2:])
     share = uniform(len(rows), *ops.dropout_size, generator, high, 2)  # (n, M, 2) of y, x
     extent = (share * side).round().clamp(min=1)
-    start = (torch.rand(share.shape, generator=generator) * (side - extent + 1)).floor()
+    start = (rand(*share.shape, generator=generator) * (side - extent + 1)).floor()
     extent *= (torch.arange(high) < holes)[:, :, None]  # no more than drawn
     return on_rows(x, rows, lambda part: painted(part, start, start + extent, 0.0))
 
@@ -520,11 +546,11 @@ def randaugment(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tens
     operation; the cutout among them paints with the mean colour."""
     batch, side = len(x), x.shape[2]
     for _ in range(ops.randaugment_ops):
-        choice = torch.randint(len(NAMES), (batch,), generator=generator)
+        choice = randint(0, len(NAMES), (batch,), generator)
         strength = uniform(batch, *ops.randaugment_magnitude, generator) / 10
-        sign = torch.randint(2, (batch,), generator=generator) * 2.0 - 1
-        place = torch.rand(batch, 1, 2, generator=generator)
-        applied = torch.rand(batch, generator=generator) < ops.randaugment_p
+        sign = randint(0, 2, (batch,), generator) * 2.0 - 1
+        place = rand(batch, 1, 2, generator=generator)
+        applied = rand(batch, generator=generator) < ops.randaugment_p
         choice = torch.where(applied, choice, -1)
         rows = ((choice >= 0) & (choice < len(GEOMETRIC))).nonzero()[:, 0]
         if len(rows):
@@ -582,6 +608,6 @@ def bound_paint(start: Tensor, stop: Tensor, fill: Tensor) -> Callable[[Tensor],
 def cutout(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
     """A square of the mean colour around a random pixel, cut at the border (DeVries and Taylor
     2017)."""
-    centre = torch.rand(len(x), 1, 2, generator=generator) * torch.tensor(x.shape[2:])
+    centre = rand(len(x), 1, 2, generator=generator) * torch.tensor(x.shape[2:])
     start = centre.floor() - ops.cutout_size // 2  # (B, 1, 2)
     return painted(x, start, start + ops.cutout_size, 0.0)

@@ -15,7 +15,8 @@ import numpy as np
 from glovita_lib import files
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec import ByStruct, Spec
-from glovita_lib.spec_data import UNLABELLED, BaseData, Subtask
+from glovita_lib.spec_errors import SampleKind
+from glovita_lib.spec_samples import UNLABELLED, BaseData, Subtask
 from glovita_lib.spec_series import SeriesPreparation
 from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 
@@ -149,7 +150,8 @@ class VideoFrames:
     """(N,) int64, the video of each clip."""
     numbers: np.ndarray
     """(N, T) int64, the number of each frame of a clip in its video, as it is evaluated; -1 where a
-    frame is repeated to fill the clip up."""
+    frame is repeated to fill the clip up. (N, 0) where samples are whole videos, of which clips are
+    drawn later, see objectives.as_loaded."""
     times: list[np.ndarray]
     """V arrays (n,) float64, seconds of each frame from the start of its video."""
     labels: list[np.ndarray] | None
@@ -179,7 +181,8 @@ class Split:
     """Stable name of each sample: path below the images folder, or row of the original data."""
     targets: np.ndarray | None
     """(N,) int64 for multiclass, (N, K) float32 for multilabel, (N, K) float64 for regression,
-    (N, T) int64 for framewise, None unlabelled."""
+    (N,) int64 for framewise: the class of most frames, the others are in `frames`; None
+    unlabelled."""
     source: Source
     groups: list[str] | None = None
     """What each sample belongs to (patient, slide), if known."""
@@ -278,7 +281,7 @@ class BaseSamples(Spec, tag_field="kind"):
     """What a sample of a data set is; one Struct a modality."""
 
     built_in: ClassVar[str] = "resolved"
-    spec_kind: ClassVar[Literal["images", "volumes", "series", "features"]] = "images"
+    spec_kind: ClassVar[SampleKind] = "images"
     """What the spec calls such samples: `samples` of its data set, `takes` of its encoder."""
 
     @property
@@ -300,7 +303,7 @@ class VolumeSamples(BaseSamples, tag="volumes"):
     """Prepared volumes (C, X, Y, Z)."""
 
     built_in: ClassVar[str] = "loader_volumes"
-    spec_kind: ClassVar[Literal["images", "volumes", "series", "features"]] = "volumes"
+    spec_kind: ClassVar[SampleKind] = "volumes"
 
     channels: int
     """Channels of a prepared volume: each series, frame or CT window is one."""
@@ -314,7 +317,7 @@ class SeriesSamples(BaseSamples, tag="series"):
     """Prepared time series (C, T) of any lengths."""
 
     built_in: ClassVar[str] = "loader_series"
-    spec_kind: ClassVar[Literal["images", "volumes", "series", "features"]] = "series"
+    spec_kind: ClassVar[SampleKind] = "series"
 
     channels: int
     """Channels of a prepared series."""
@@ -322,11 +325,23 @@ class SeriesSamples(BaseSamples, tag="series"):
     """How they are prepared; none of a data set of the user's own."""
 
 
+class ClipSamples(BaseSamples, tag="videos"):
+    """Clips (C, T, H, W) of videos (T', H', W', 3)."""
+
+    built_in: ClassVar[str] = "loader_video"
+    spec_kind: ClassVar[SampleKind] = "videos"
+
+    channels: int
+    """Channels of a frame."""
+    label_level: Literal["video", "frame"] = "video"
+    """What has a label: a video, or each of its frames."""
+
+
 class VectorSamples(BaseSamples, tag="vectors"):
     """Precomputed features (D,)."""
 
     built_in: ClassVar[str] = "loader_features"
-    spec_kind: ClassVar[Literal["images", "volumes", "series", "features"]] = "features"
+    spec_kind: ClassVar[SampleKind] = "features"
 
     width: int
     """D."""
@@ -336,7 +351,7 @@ class BagSamples(BaseSamples, tag="bags"):
     """Bags of precomputed features (instances, D)."""
 
     built_in: ClassVar[str] = "loader_features"
-    spec_kind: ClassVar[Literal["images", "volumes", "series", "features"]] = "features"
+    spec_kind: ClassVar[SampleKind] = "features"
 
     width: int
     """D."""

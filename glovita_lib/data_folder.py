@@ -43,7 +43,8 @@ from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, composed, listed, meant
 from glovita_lib.files import FILE_THREADS, on_disk, read_csv
 from glovita_lib.read_image import FileSource, Header, read_headers
-from glovita_lib.spec_data import FolderData, GenericImageData, Subtask
+from glovita_lib.spec_data import GenericImageData
+from glovita_lib.spec_samples import FolderData, Subtask
 
 # ------------------------------------------------------------------------------ the data set
 #
@@ -89,6 +90,7 @@ def read_folder(
     seed: int,
     trained: Outputs | None,
     wanted: Sequence[str] | None,
+    table: LabelTable | None = None,
 ) -> FolderTable:
     """Samples, labels, groups and splits of a folder, as a spec describes them. Of splits that are
     not needed only the labels are read, which tell which classes there are.
@@ -98,12 +100,13 @@ def read_folder(
         report: takes lines worth showing.
         trained: the outputs of the model that the samples are for.
         wanted: see `build_data`.
+        table: labels, groups and splits that do not stand where the spec says; none: they do.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
     """
     problems = Problems(spec.strict, images.noun)
-    table = label_table(spec, images)
+    table = label_table(spec, images) if table is None else table
     members = members_of(spec, images, table, problems, report, wanted)
     needed = splits_needed(members, wanted) | {ALL}
     members, others = parted(members, needed)

@@ -20,7 +20,8 @@ from glovita_lib.data_splits import VAL
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError
 from glovita_lib.spec import expand
-from glovita_lib.spec_data import OwnData, Subtask
+from glovita_lib.spec_data import OwnData
+from glovita_lib.spec_samples import Subtask
 from glovita_lib.volume_cache import PreparedVolume
 
 MAPS = ("t1", "gm", "wm")

@@ -18,7 +18,7 @@ import numpy as np
 from glovita_lib.data import INNER, NUMBER
 from glovita_lib.data_subtask import MARKS, WHOLE, LabelRules, Labels, found_subtask, stated_names
 from glovita_lib.errors import UserError, composed, listed, meant
-from glovita_lib.spec_data import Subtask
+from glovita_lib.spec_samples import Subtask
 
 MOST_INDICES = 100_000  # classes that numbers may be indices of, where nothing states how many
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from glovita_lib.data import NUMBER, Outputs
 from glovita_lib.errors import UserError, listed
-from glovita_lib.spec_data import Subtask, WholeSubtask
+from glovita_lib.spec_samples import Subtask, WholeSubtask
 
 
 @dataclass(frozen=True, slots=True)

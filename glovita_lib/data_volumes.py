@@ -24,7 +24,8 @@ from glovita_lib.dist import cores, number_of
 from glovita_lib.errors import UserError, listed
 from glovita_lib.files import on_disk, read_csv, read_json_table
 from glovita_lib.loggers import Rate
-from glovita_lib.spec_data import VolumeData, WholeSubtask
+from glovita_lib.spec_data import VolumeData
+from glovita_lib.spec_samples import WholeSubtask
 from glovita_lib.spec_volumes import VolumePreparation
 from glovita_lib.volume_cache import Entry, VolumeCache, VolumeSource
 

@@ -18,7 +18,6 @@ from glovita_lib.data import (
     Outputs,
     Source,
     Split,
-    VolumeSamples,
     read_data_set,
     subset,
 )
@@ -26,14 +25,8 @@ from glovita_lib.data_splits import FRACTION, VAL, draw_stratified, strata
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, call_target
 from glovita_lib.spec_conditions import section_problems
-from glovita_lib.spec_data import (
-    BaseData,
-    Cifar10Data,
-    Cifar100Data,
-    CustomVolumes,
-    DigitsData,
-    OwnData,
-)
+from glovita_lib.spec_data import Cifar10Data, Cifar100Data, DigitsData, OwnData
+from glovita_lib.spec_samples import BaseData
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -255,10 +248,10 @@ def _(spec: OwnData, *, seed: int, asked: Asked) -> Data:
             f'data.target = "{spec.target}" returned {type(data).__name__}, expected'
             " glovita_lib.data.Data"
         )
-    if isinstance(spec, CustomVolumes) and not isinstance(data.samples, VolumeSamples):
+    if spec.samples not in ("either", data.samples.spec_kind):
         raise UserError(
             f'data.target = "{spec.target}" returned {data.samples.kind}, and data.dataset ='
-            ' "custom_3d_dataset" takes volumes: set it to "custom"'
+            f' "{spec.__struct_config__.tag}" takes {spec.samples}: set it to "custom"'
         )
     for name, split in data.splits.items():
         if not isinstance(split.source, Source):

@@ -398,23 +398,29 @@ def _(spec: ResidualEncoder, *, channels: int, size: Size | None, load_weights: 
 
 
 class VideoTrunk(MapTrunk):
-    """A ResNet of clips that reads volumes; its maps are of clips, its tokens of volumes."""
+    """A ResNet of clips that reads clips or volumes; its maps are of clips, its tokens of what it
+    reads."""
+
+    def __init__(self, net: nn.Module, axis: int, **facts: Any) -> None:
+        self.axis = axis  # of the inputs, which takes the place of time
+        super().__init__(net, **facts)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Inputs (B, C, X, Y, Z) -> map (B, D, z, x, y)."""
-        x = x.movedim(4, 2)  # (B, C, Z, X, Y)
+        """Inputs (B, C, T, H, W) or (B, C, X, Y, Z) -> map (B, D, t, h, w), time first."""
+        x = x.movedim(2 + self.axis, 2)
         for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
             x = self.net.get_submodule(name)(x)
         return x
 
     def to_tokens(self, raw: Tensor) -> Tensor:
-        """Map of the network or of a block -> (B, N, D), in the order of the volume's axes."""
-        return super().to_tokens(raw.movedim(2, 4))
+        """Map of the network or of a block -> (B, N, D), in the order of the axes of the inputs."""
+        return super().to_tokens(raw.movedim(2, 2 + self.axis))
 
     def grid(self, raw: Tensor, size: torch.Size) -> Size | None:
-        """Sides of the map along the volume's axes."""
+        """Sides of the map along the axes of the inputs."""
         depth, *sides = raw.shape[2:]
-        return (*sides, depth)
+        sides.insert(self.axis, depth)
+        return tuple(sides)
 
 
 def fit_rgb(kernel: Tensor, channels: int) -> Tensor:
@@ -437,6 +443,24 @@ def load_video(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     net.load_state_dict(named)
 
 
+KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
+
+
+@preprocess_of.register
+def _(spec: VideoResNetEncoder, *, channels: int) -> Preprocess:
+    check_channels(spec, channels)
+    means, stds = KINETICS
+    sized = spec.pretrained or spec.weights is not None
+    return Preprocess(
+        image_size=112 if sized else None,
+        crop_pct=0.875,  # of a shortest side of 128
+        interpolation="bilinear",
+        mean=fit_channels(means, channels),
+        std=fit_channels(stds, channels),
+        fixed_size=False,
+    )
+
+
 @build_encoder.register
 def _(spec: VideoResNetEncoder, *, channels: int, size: Size | None, load_weights: bool) -> Encoder:
     import torchvision
@@ -454,13 +478,17 @@ def _(spec: VideoResNetEncoder, *, channels: int, size: Size | None, load_weight
         first.weight = nn.Parameter(torch.empty(first.out_channels, channels, *first.kernel_size))
         nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
     classifier = take_off_classifier(net)
+    axis = "xyz".index(spec.time_axis or "z")
+    sides = [112, 112]
+    sides.insert(axis, 16)
     encoder = VideoTrunk(
         net,
+        axis,
         name=spec.type,
         n_prefix=0,
         has_cls=False,
         channels_last=False,
-        input_shape=(1, channels, *(size or (112, 112, 16))),
+        input_shape=(1, channels, *(size or sides)),
     )
     encoder.load_target = LoadTarget(net, load_video, (classifier,), first_conv=("stem.0",))
     if load_weights:

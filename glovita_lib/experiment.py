@@ -28,6 +28,7 @@ from glovita_lib.objectives import (
     Objective,
     Predictions,
     SupervisedObjective,
+    as_loaded,
     build_objective,
     gather_split,
 )
@@ -138,7 +139,7 @@ class Experiment:
         objective, spec = self.objective, self.root.dataloading
         return build_split_loader(
             self.resolved.inputs,
-            split,
+            as_loaded(self.resolved.inputs, split, train=train),
             self.root,
             fit=(objective.train_inputs if train else objective.eval_inputs).fit,
             train=train,
@@ -159,7 +160,7 @@ class Experiment:
         fit = self.objective.eval_inputs.fit
         for split in data.splits.values():
             announce(
-                split,
+                as_loaded(self.resolved.inputs, split, train=False),
                 self.root.dataloading,
                 fit=fit,
                 seed=0,
@@ -184,6 +185,7 @@ class Experiment:
             here: whether this process reads them, as for a few samples.
         """
         objective, spec = self.objective, self.root.dataloading
+        split = as_loaded(self.resolved.inputs, split, train=augmented)
         if not isinstance(split.source, ArraySource):
             spec = replace(spec, in_memory_mb=0)
         if here:
@@ -266,6 +268,7 @@ def assemble(
     if facts is not None:
         spec = replace(spec, encoder=with_facts(spec.encoder, facts))
     dist.seed_everything(root.seed)
+    spec = replace(spec, encoder=spec.encoder.of_samples(resolved.inputs.spec_kind))
     model = build_model(
         spec,
         root.peft,

@@ -33,8 +33,8 @@ from glovita_lib.resolved import (
 )
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
-from glovita_lib.spec_data import FileData
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_samples import FileData
 from glovita_lib.spec_train import Extract
 
 # ------------------------------------------------------------------------------------ layers

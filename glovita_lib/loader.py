@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glovita_lib.data import CachedSource, Source, Split, Standardizer
+from glovita_lib.data import CachedSource, Source, Split, Standardizer, VideoFrames
 from glovita_lib.dist import BatchTask, Ranks, WorkerPool, cores, hash_seed
 from glovita_lib.errors import UserError, listed
 from glovita_lib.sampler import EvalOrder, TrainOrder
+from glovita_lib.spec_samples import UNLABELLED
 from glovita_lib.spec_train import Dataloading
 
 # -------------------------------------------------------------------------- splits in memory
@@ -153,16 +154,16 @@ FIT = 3  # number of the random stream
 
 class Resizing(Protocol):
     """Crop and resize of single samples to the encoder's input, see augment_crop.CropResize and
-    augment_patch.PatchCut and WholeVolumes."""
+    augment_patch.PatchCut and WholeVolumes, loader_video.ClipCut."""
 
     @property
     def one_size(self) -> bool: ...
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator) -> Tensor: ...
 
-    def one(self, sample: Any, box: Tensor, /) -> Tensor: ...
+    def one(self, sample: Any, box: Tensor, /) -> Any: ...
 
-    def join(self, parts: list[Tensor], /) -> Any: ...
+    def join(self, parts: list[Any], /) -> Any: ...
 
 
 @dataclass(slots=True)
@@ -172,7 +173,8 @@ class Batch:
     inputs: Any
     """(B, C, H, W) uint8, or int32 for 16-bit images; (B, C, X, Y, Z); or as collated."""
     targets: Tensor | None
-    """(B,) int64 or (B, K) float32; of a regression standardised."""
+    """(B,) int64 or (B, K) float32; of a regression standardised; of frames (B, T) int64,
+    UNLABELLED where one has no label or is repeated."""
     rows: Tensor
     """(B,) int64, rows of the split."""
     fitted: bool
@@ -210,6 +212,7 @@ class BatchBuilder:
     fit: Resizing | None  # for samples of differing sizes that their source does not collate
     seed: int
     scale: Standardizer | None = None  # of the targets of a regression
+    frames: VideoFrames | None = None  # of videos with labels of frames
 
     def __call__(self, task: BatchTask, *, pinned: bool = False) -> Batch:
         """Batch of a task.
@@ -227,7 +230,18 @@ class BatchBuilder:
             seed = hash_seed(self.seed, epoch, place, FIT)
             read = self.windows or self.source.fetch
             inputs, fitted = self.inputs(read(rows - self.first), seed)
-        return Batch(inputs, self.labels(rows), torch.from_numpy(rows), fitted)
+        targets = self.labels(rows)
+        if self.frames is not None:
+            targets = self.labels_of_frames(self.frames, rows, inputs)
+        return Batch(inputs, targets, torch.from_numpy(rows), fitted)
+
+    def labels_of_frames(self, frames: VideoFrames, rows: np.ndarray, clips: Any) -> Tensor | None:
+        """Targets (B, T) of the frames of augment.Clips."""
+        if frames.labels is None:
+            return None
+        videos = frames.video_of[rows].tolist()
+        each = [frames.labels[v][at] for v, at in zip(videos, clips.frames.numpy(), strict=True)]
+        return torch.from_numpy(np.stack(each)).where(clips.real, UNLABELLED)
 
     def labels(self, rows: np.ndarray) -> Tensor | None:
         """Targets (B,) or (B, K) of rows, as a model learns them."""
@@ -374,7 +388,7 @@ def build_loader(
         accumulation=accumulation,
     )
     first, end = needed(split, train=train, ranks=ranks)
-    builder = BatchBuilder(split.source, 0, split.targets, fit, seed, scale)
+    builder = BatchBuilder(split.source, 0, split.targets, fit, seed, scale, split.frames)
     if end > first and fits_in_memory(split, spec, end - first):
         once = None
         if not train and fit is not None and fit.one_size:
@@ -401,7 +415,8 @@ def announce(
     have started."""
     first, end = needed(split, train=False, ranks=ranks)
     if end > first and not fits_in_memory(split, spec, end - first):
-        pool.add(BatchBuilder(split.source, 0, split.targets, fit, seed, scale))
+        builder = BatchBuilder(split.source, 0, split.targets, fit, seed, scale, split.frames)
+        pool.add(builder)
 
 
 def needed(split: Split, *, train: bool, ranks: Ranks) -> tuple[int, int]:

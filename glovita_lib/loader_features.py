@@ -40,6 +40,7 @@ from glovita_lib.objectives import build_inputs
 from glovita_lib.read_features import BagSource, VectorSource, feature_scale
 from glovita_lib.resolved import BagInputs, VectorInputs, resolve_inputs
 from glovita_lib.sampler import EvalOrder, TrainOrder, WindowOrder
+from glovita_lib.spec_data import features_of
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Dataloading
 
@@ -64,7 +65,7 @@ def moments(
     """Mean and standard deviation (D,) of the features of the train split, where the spec
     standardises them; where it does not, what float32 rounds away of them is put into the report of
     the data."""
-    if not root.data.features.standardize:
+    if not features_of(root.data).standardize:
         if root.mode == "train" and (line := rounding_line(data.splits["train"].source)):
             data.report.append(line)
         return None, None
@@ -276,5 +277,5 @@ def in_windows(order: TrainOrder, source: VectorSource, rows: int) -> WindowOrde
 
 @build_split_loader.register
 def _(inputs: VectorInputs, split: Split, root: Root, **options: Unpack[LoaderOptions]) -> Loader:
-    window_mb = root.data.features.window_mb
+    window_mb = features_of(root.data).window_mb
     return build_feature_loader(split, root.dataloading, window_mb=window_mb, **options)

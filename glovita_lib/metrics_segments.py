@@ -29,7 +29,7 @@ from glovita_lib.metrics_classification import (
     formula,
     ratio,
 )
-from glovita_lib.spec_data import UNLABELLED
+from glovita_lib.spec_samples import UNLABELLED
 
 OVERLAPS = (0.10, 0.25, 0.50)
 """Least intersection over union of a segment that counts as found."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glovita_lib.augment import Augmenter, mixup_cutmix
-from glovita_lib.data import Standardizer
+from glovita_lib.data import Split, Standardizer
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.loader import Batch, Loader, Resizing
 from glovita_lib.losses import build_criterion, plain_criterion
@@ -127,7 +127,7 @@ class Preparation(Protocol):
     def fit(self) -> Resizing | None:
         """Crops and resizes samples of differing sizes where they are decoded."""
 
-    def __call__(self, inputs: Any, fitted: bool, seed: int) -> Any:
+    def __call__(self, inputs: Any, fitted: bool, seed: int, /) -> Any:
         """Inputs of a batch as the loader gives them -> what the encoder takes.
 
         Args:
@@ -144,6 +144,13 @@ def build_inputs(inputs: Inputs, *, train: bool) -> Preparation:
         train: whether under the train policy, where there is one.
     """
     raise TypeError(f"no inputs for {type(inputs).__name__}")
+
+
+@ByStruct
+def as_loaded(inputs: Inputs, split: Split, *, train: bool) -> Split:
+    """The samples that a loader reads for those of a split, such as several clips of a video; most
+    are what they are. For one split always of the same source."""
+    return split
 
 
 @build_inputs.register

@@ -7,7 +7,7 @@ or targets.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import msgspec
 import numpy as np
@@ -16,6 +16,7 @@ from glovita_lib.augment import ResolvedImageAugmentation, resolve_augmentation
 from glovita_lib.data import (
     BagSamples,
     BaseSamples,
+    ClipSamples,
     Data,
     ImageSamples,
     SeriesSamples,
@@ -30,11 +31,12 @@ from glovita_lib.errors import UserError, composed, listed, refuse
 from glovita_lib.metric_names import check_logged, logged_names, uses_order, usual_metrics
 from glovita_lib.spec import ByStruct, Spec, flattened, with_lists
 from glovita_lib.spec_augment import ImageAugmentation
-from glovita_lib.spec_data import BaseData, Subtask
 from glovita_lib.spec_errors import shown
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_samples import BaseData, Subtask
 from glovita_lib.spec_series import ResolvedSeriesAugmentation
 from glovita_lib.spec_train import Supervised
+from glovita_lib.spec_video import ResolvedClips
 from glovita_lib.spec_volumes import ResolvedVolumeAugmentation
 
 # ------------------------------------------------------------------------------------ inputs
@@ -150,6 +152,44 @@ class SeriesInputs(SeriesSamples, tag="series", kw_only=True):
         return self.augmentation.train.random()
 
 
+class ClipInputs(ClipSamples, tag="videos", kw_only=True):
+    """Clips of videos, under the policies of images of the run."""
+
+    still_policy: ClassVar[str] = "default_2d_1"
+    """A train policy that draws nothing."""
+
+    augmentation: ResolvedImageAugmentation
+    """Policies with all their parameters, sizes, mean and std."""
+    sampling: ResolvedClips
+    """Which clips are drawn."""
+    probability: Literal["softmax", "sigmoid"] | None
+    """What makes probabilities of logits; none of a regression."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, T, S, S) of a sample as the encoder receives it."""
+        side, of = self.augmentation.image_size, self.sampling
+        clips = of.clips if of.combine == "bag" else 1
+        return (self.channels, clips * of.frames, side, side)
+
+    @property
+    def model_arguments(self) -> ModelArguments:
+        """What the model is built with."""
+        return {"channels": self.channels, "size": self.shape[1:]}
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        """All that makes the encoder's input of a file, as builtin types."""
+        return msgspec.to_builtins(self)
+
+    @property
+    def drawn(self) -> list[str]:
+        """What the train policy and the sampling draw, by the names of their fields."""
+        drawn = self.augmentation.train.random()
+        of_places = self.sampling.train != "middle" or self.sampling.train_clips > 1
+        return [*drawn, "sampling.train"] if of_places else drawn
+
+
 class VectorInputs(VectorSamples, tag="vectors"):
     """Precomputed features."""
 
@@ -178,7 +218,7 @@ class BagInputs(BagSamples, tag="bags"):
         return {"channels": self.width, "size": None}
 
 
-EncodedInputs = ImageInputs | VolumeInputs | SeriesInputs
+EncodedInputs = ImageInputs | VolumeInputs | SeriesInputs | ClipInputs
 """Samples that an encoder reads; the others are features, which a head takes as they are."""
 Inputs = EncodedInputs | VectorInputs | BagInputs
 

@@ -26,6 +26,7 @@ from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.peft_base import ADDED, Insert, contiguous_copy
 from glovita_lib.resolved import (
     BagInputs,
+    ClipInputs,
     EncodedInputs,
     ImageInputs,
     Inputs,
@@ -43,8 +44,9 @@ from glovita_lib.resolved import (
 from glovita_lib.results import summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, alone, locate
 from glovita_lib.spec import Loaded, changed_keys
-from glovita_lib.spec_data import BaseData, FileData, GenericImageData, SeriesData, VolumeData
+from glovita_lib.spec_data import GenericImageData, SeriesData, VideoData, VolumeData, features_of
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_samples import BaseData, FileData
 
 if TYPE_CHECKING:
     from glovita_lib.volume_maps import VolumeMaps
@@ -361,6 +363,15 @@ def _(inputs: VolumeInputs, path: str, data: BaseData) -> tuple[Split, BaseSampl
 
 
 @new_samples.register
+def _(inputs: ClipInputs, path: str, data: BaseData) -> tuple[Split, BaseSamples, list[str]]:
+    from glovita_lib.data_video import unlabelled_videos
+
+    videos = data if isinstance(data, VideoData) else VideoData()
+    split, notes = unlabelled_videos(path, inputs, videos)
+    return split, read_by(inputs), notes
+
+
+@new_samples.register
 def _(inputs: SeriesInputs, path: str, data: BaseData) -> tuple[Split, BaseSamples, list[str]]:
     from glovita_lib.data_series import unlabelled_series  # inference of others does without it
 
@@ -373,7 +384,7 @@ def _(inputs: SeriesInputs, path: str, data: BaseData) -> tuple[Split, BaseSampl
 def _(
     inputs: VectorInputs | BagInputs, path: str, data: BaseData
 ) -> tuple[Split, BaseSamples, list[str]]:
-    return unlabelled_features(Path(path), data.features)
+    return unlabelled_features(Path(path), features_of(data))
 
 
 # ---------------------------------------------------------------------- results

@@ -25,6 +25,7 @@ from glovita_lib.read_features import BagSource, VectorSource, feature_scale
 from glovita_lib.results import summary_lines
 from glovita_lib.rundir import RunDir, opened, runtime_info
 from glovita_lib.spec import Loaded
+from glovita_lib.spec_data import features_of
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Probe
 
@@ -409,7 +410,7 @@ def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
             " data.val_features_file"
         )
     scale = None
-    if loaded.root.data.features.standardize:
+    if features_of(loaded.root.data).standardize:
         source = data.splits["train"].source
         assert isinstance(source, VectorSource | BagSource)  # those of precomputed features
         scale = feature_scale(source)

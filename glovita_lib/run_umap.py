@@ -58,8 +58,9 @@ from glovita_lib.read_features import (
 from glovita_lib.resolved import Inputs, Resolved, VolumeInputs, has_targets_of
 from glovita_lib.rundir import alone, locate
 from glovita_lib.spec import Loaded
-from glovita_lib.spec_data import BaseData, PrecomputedData
+from glovita_lib.spec_data import PrecomputedData, features_of
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_samples import BaseData
 from glovita_lib.spec_train import Umap
 
 # ----------------------------------------------------------------------------------- samples
@@ -265,7 +266,7 @@ def open_input(path: Path, data: BaseData) -> Data:
     """
     if not path.exists():
         raise UserError(f'umap.input: "{path}" does not exist')
-    collection = read_collection(path, keys(data.features), labelled=False)
+    collection = read_collection(path, keys(features_of(data)), labelled=False)
     source = collection.source(np.arange(len(collection.ids)))
     split, samples = Split(collection.ids, None, source), collection.samples
     if collection.labels is None:
@@ -449,7 +450,7 @@ def find_samples(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks) -> ChosenS
     if data.samples.spec_kind != "features":  # which a user's own data set tells only now
         return samples_of_model(loaded, spec, ranks, seed)
     splits = wanted_splits(data, spec.split, "umap.split")
-    scale = train_scale(data) if own.features.standardize else None
+    scale = train_scale(data) if features_of(own).standardize else None
     return samples_of_features(splits, data, spec, seed, scale)
 
 

@@ -14,11 +14,11 @@ from glovita_lib.metric_names import check_logged, logged_names, usual_metrics
 from glovita_lib.spec import Loaded, Spec, load_spec
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_conditions import own_problems, unread_options
-from glovita_lib.spec_data import FileData
 from glovita_lib.spec_errors import one_of, shown
 from glovita_lib.spec_lift import Windows
 from glovita_lib.spec_model import RegressionHead
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_samples import FileData
 from glovita_lib.spec_series import SeriesAugmentation
 from glovita_lib.spec_train import Supervised
 from glovita_lib.spec_volumes import VolumeAugmentation

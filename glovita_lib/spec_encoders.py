@@ -2,20 +2,22 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from msgspec import Meta
+from msgspec.structs import replace
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_if, target_problems
-from glovita_lib.spec_errors import PathText, shown
-from glovita_lib.spec_lift import Folding, Inflation, Lift, Lifting, Positive, Slices, Windows
+from glovita_lib.spec_errors import PathText, SampleKind, shown
+from glovita_lib.spec_lift import Axis, Folding, Inflation, Lift, Lifting, Positive, Slices, Windows
 
 Channels = Annotated[int, Meta(ge=1)]
 ENCODERS = {  # one that takes them
     "images": "timm",
     "volumes": "residual_encoder",
     "series": "inception_time",
+    "videos": "torchvision_video",
 }
 
 
@@ -25,13 +27,18 @@ class BaseEncoder(Spec):
     built_in: ClassVar[str] = "encoder"
 
     @property
-    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
+    def takes(self) -> SampleKind:
         """What a sample is; either is an image or a volume."""
         return "images"
 
     def reads(self, samples: str) -> bool:
         """Whether samples of a kind, "images", "volumes" or "features", are what it takes."""
         return samples == self.takes or (self.takes == "either" and samples != "features")
+
+    def of_samples(self, samples: str) -> Self:
+        """The section as it is meant for samples of a kind, which may decide what it leaves
+        open."""
+        return self
 
     @property
     def stated_channels(self) -> int | None:
@@ -137,7 +144,7 @@ class ImageEncoder(LiftedEncoder):
     windowed: ClassVar[bool] = False
 
     @property
-    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
+    def takes(self) -> SampleKind:
         return "images" if self.lift is None else "series" if self.lift == "fold" else "volumes"
 
     @property
@@ -277,7 +284,7 @@ class VolumeEncoder(LiftedEncoder):
     """Channels of the input; none takes the data's."""
 
     @property
-    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
+    def takes(self) -> SampleKind:
         return "volumes"
 
     @property
@@ -338,7 +345,7 @@ class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_
     top. none takes the averaged one of several, or the teacher."""
 
     @property
-    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
+    def takes(self) -> SampleKind:
         return "volumes" if self.spatial_dim == 3 else "images"
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -444,7 +451,8 @@ class NnFoundationEncoder(
 
 
 class VideoResNetEncoder(VolumeEncoder, tag="torchvision_video", tag_field="encoder_type"):
-    """A 3-D ResNet of torchvision on volumes, their last axis in the place of time."""
+    """A 3-D ResNet of torchvision on videos, or on volumes, an axis of which takes the place of
+    time."""
 
     type: Literal["r3d_18", "mc3_18", "r2plus1d_18"] = "r3d_18"
     """Model name; the published weights are of Kinetics-400."""
@@ -457,6 +465,15 @@ class VideoResNetEncoder(VolumeEncoder, tag="torchvision_video", tag_field="enco
     top. none takes the averaged one of several, or the teacher."""
     model_kwargs: dict[str, Any] = {}
     """Further arguments of the model; an unknown one is an error."""
+    time_axis: Axis | None = None
+    """Axis of a volume in the place of time; none is z; videos have theirs."""
+
+    def reads(self, samples: str) -> bool:
+        """Videos and volumes."""
+        return samples == "videos" or super().reads(samples)
+
+    def of_samples(self, samples: str) -> Self:
+        return replace(self, time_axis=self.time_axis or ("x" if samples == "videos" else "z"))
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
@@ -479,7 +496,7 @@ class SeriesEncoder(BaseEncoder):
     top. none takes the averaged one of several, or the teacher."""
 
     @property
-    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
+    def takes(self) -> SampleKind:
         return "series"
 
     @property
@@ -547,7 +564,7 @@ class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type
     """Width of the features; none takes the file's, a number is checked."""
 
     @property
-    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
+    def takes(self) -> SampleKind:
         return "features"
 
 
@@ -569,7 +586,7 @@ class CustomEncoder(ImageEncoder, tag="custom", tag_field="encoder_type", kw_onl
     """Keyword arguments of the function."""
 
     @property
-    def takes(self) -> Literal["images", "volumes", "series", "features", "either"]:
+    def takes(self) -> SampleKind:
         return "either" if self.lift is None else super().takes
 
     @property

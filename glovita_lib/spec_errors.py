@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,6 +16,8 @@ from glovita_lib.errors import meant
 Fraction = Annotated[float, Meta(gt=0, le=1)]
 PathText = Annotated[str, Meta(extra={"path": True})]
 """A file or folder; ~, $VAR and ${VAR} are filled in when a spec is loaded (see spec.expand)."""
+SampleKind = Literal["images", "volumes", "series", "videos", "features", "either"]
+"""What a sample is; either is told by a function of the user, or any that is no feature."""
 
 # --------------------------------------------------------------------------- bounded numbers
 

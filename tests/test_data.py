@@ -17,7 +17,7 @@ from glovita_lib.projection import in_float32, principal_components
 from glovita_lib.read_features import BagSource
 from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_check import load_checked
-from glovita_lib.spec_data import UNLABELLED
+from glovita_lib.spec_samples import UNLABELLED
 
 N = 60
 DRAW = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from glovita_lib.metric_names import metrics_of
 from glovita_lib.metrics import report_of, values_of
 from glovita_lib.metrics_segments import Videos
-from glovita_lib.spec_data import UNLABELLED
+from glovita_lib.spec_samples import UNLABELLED
 
 CLASSES = ("rest", "pour", "stir", "serve")
 NAMES = metrics_of("framewise")

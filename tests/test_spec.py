@@ -10,10 +10,11 @@ import pytest
 from glovita_lib import spec, spec_errors
 from glovita_lib.errors import UserError
 from glovita_lib.spec import changed_keys, dump, load_spec
-from glovita_lib.spec_data import BaseData, CustomData, DigitsData, GenericImageData
+from glovita_lib.spec_data import CustomData, DigitsData, GenericImageData
 from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_model import RegressionHead
 from glovita_lib.spec_root import Root
+from glovita_lib.spec_samples import BaseData
 
 SPECS = sorted((Path(__file__).parent.parent / "specs").glob("*.toml"))
 
@@ -555,5 +556,6 @@ def test_a_key_of_the_data_sets_is_declared_once():
         if name in getattr(cls, "__struct_fields__", ())
     ]
     twice = {name for name in declared if declared.count(name) > 1}
-    of_modality = {"allowed_exts", "augmentation", "channels", "path_column", "preparation"}
+    of_modality = {"allowed_exts", "augmentation", "channels", "images_dir", "path_column"}
+    of_modality |= {"preparation", "reading", "sampling"}
     assert twice == of_modality | {"data_root_dir", "split_source", "strict", "val_fraction"}

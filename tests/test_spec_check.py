@@ -42,6 +42,12 @@ SERIES_MODEL = ["data.dataset=generic_series_dataset", "data.train_file=t.ts"]
 CUSTOM_ENCODER = ["model.encoder.encoder_type=custom", "model.encoder.target=a.b:c"]
 SERIES_FILE = [*SERIES, "data.train_file=t.ts"]
 SERIES_FOLDS = [*SERIES, "data.split_source=kfold", "data.series_file=t.ts"]
+VIDEOS = [
+    "data.dataset=generic_video_dataset",
+    "data.split_source=kfold",
+    "data.label_source=csv",
+    "model.encoder.encoder_type=torchvision_video",
+]
 TRAIN_KWARGS = "data.augmentation.train_kwargs"
 INSTANCES = "model.head.instance_eval=true"
 CLAM = [*FEATURES, "model.head.head_type=clam"]
@@ -366,6 +372,12 @@ BROKEN = [
     ),
     # volumes
     ([*VOLUMES, "data.path_column=[]"], "data.path_column", "must name different ones"),
+    ([*VIDEOS, "data.path_column=['a', 'b']"], "data.path_column", "files of volumes are joined"),
+    (
+        [*VIDEOS, "data.sampling.stride=2", "data.sampling.fps=5"],
+        "data.sampling.fps",
+        "says it too: drop one of them",
+    ),
     ([*VOLUMES, "data.path_suffix=['a', 'a']"], "data.path_suffix", "must name different ones"),
     (
         [*VOLUMES, "data.path_column=['a', 'b']", "data.path_suffix=['c', 'd']"],
@@ -486,6 +498,26 @@ IGNORED = [
         }.items()
     ),
     ([*SERIES_FILE, "data.series_file=a.ts"], "data.series_file"),
+    *(
+        ([*VIDEOS, *more, f"data.sampling.{key}={value}"], f"data.sampling.{key}")
+        for more, key, value in (
+            (["data.sampling.method=uniform"], "stride", "2"),
+            (["data.sampling.method=uniform"], "fps", "5"),
+            ([], "combine", "probabilities"),
+            ([], "chunk", "2"),
+        )
+    ),
+    *(
+        ([*VIDEOS, f"data.frames.{key}={value}"], f"data.frames.{key}")
+        for key, value in {
+            "labels_file": "a.csv",
+            "frame_column": "n",
+            "start_column": "first",
+            "end_column": "last",
+            "unit": "seconds",
+            "unlabelled": "['x']",
+        }.items()
+    ),
     ([*PROBE, "task.alphas=[1]"], "task.alphas"),
     *(
         ([*VOLUMES, f"{PREPARATION}.{key}={value}"], f"{PREPARATION}.{key}")
@@ -715,6 +747,7 @@ RULE_MODULES = [
         "data",
         "volumes",
         "series",
+        "video",
         "augment",
         "model",
         "encoders",

@@ -1,0 +1,678 @@
+"""Data sets of videos: files and folders of frames with labels from folder names, JSON or CSV, of
+whole videos or of their frames; and new videos without labels.
+
+A sample is known by its id: the path of its file or folder of frames below the videos folder.
+
+N samples, F frames of a video, T frames of a clip, H W pixels.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from copy import copy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import msgspec
+import numpy as np
+
+from glovita_lib import files
+from glovita_lib.data import (
+    Asked,
+    ClipSamples,
+    Data,
+    Source,
+    Split,
+    VideoFrames,
+    read_data_set,
+)
+from glovita_lib.data_folder import read_folder
+from glovita_lib.data_labels import encode
+from glovita_lib.data_subtask import LabelRules, Labels
+from glovita_lib.data_tables import LabelTable, Problems, SampleFolder, csv_labels, walk_folders
+from glovita_lib.dist import cores, number_of
+from glovita_lib.errors import UserError, listed
+from glovita_lib.files import on_disk, read_csv
+from glovita_lib.loggers import Rate
+from glovita_lib.read_video import (
+    IMAGE_EXTS,
+    VideoFacts,
+    file_type,
+    look_at,
+    read_frames,
+    stamp,
+)
+from glovita_lib.spec_data import VideoData
+from glovita_lib.spec_samples import UNLABELLED
+from glovita_lib.spec_video import VideoReading
+
+# ------------------------------------------------------------------------------------- source
+
+
+@dataclass(eq=False)
+class LoadedVideo:
+    """A video in memory."""
+
+    pixels: np.ndarray  # (F, H, W, C) uint8
+    fps: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, F, H, W)."""
+        frames, height, width, channels = self.pixels.shape
+        return channels, frames, height, width
+
+    def read(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (T, H, W, C)."""
+        return self.pixels[frames]
+
+
+@dataclass(frozen=True)
+class VideoView:
+    """A video, of which only what is asked for is decoded, or which is in memory; and where the
+    clip begins that is wanted of it."""
+
+    video: Any  # LoadedVideo or StoredVideo
+    start: int | None = None
+    """First frame of the clip; none: it is drawn."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, F, H, W) as decoded."""
+        return tuple(self.video.shape)
+
+    @property
+    def fps(self) -> float:
+        """Frames a second."""
+        return float(self.video.fps)
+
+    def read(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (T, H, W, C) uint8."""
+        found: np.ndarray = self.video.read(frames)
+        return found
+
+    def loaded(self) -> "VideoView":
+        """The same in memory."""
+        return self if isinstance(self.video, LoadedVideo) else self.video.loaded(self.start)
+
+
+@dataclass(frozen=True)
+class StoredVideo:
+    """A video in a file or a folder of frames."""
+
+    table: "VideoTable"
+    row: int
+    size: tuple[int, int] | None  # of its frames when they are decoded
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, F, H, W)."""
+        facts = self.table.facts(self.row)
+        return 3, facts.frames, *(self.size or (facts.height, facts.width))
+
+    @property
+    def fps(self) -> float:
+        """Frames a second."""
+        return self.table.facts(self.row).fps
+
+    def read(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (T, H, W, 3)."""
+        return read_frames(self.table.path(self.row), self.table.facts(self.row), frames, self.size)
+
+    def loaded(self, start: int | None) -> VideoView:
+        """The same in memory, where it stands once however often it is a sample."""
+        with self.table.lock:
+            found = self.table.memory.get((self.row, self.size))
+        if found is None:
+            found = LoadedVideo(self.read(np.arange(self.shape[1])), self.fps)
+            with self.table.lock:
+                found = self.table.memory.setdefault((self.row, self.size), found)
+        return VideoView(found, start)
+
+
+class VideoTable:
+    """The videos of a data set: paths and facts in arrays, which worker processes share."""
+
+    def __init__(self, paths: Sequence[str], facts: Sequence[VideoFacts]) -> None:
+        self.paths = np.array([os.fsencode(path) for path in paths], np.bytes_)  # (N,)
+        self.kinds = np.array([each.kind for each in facts], np.str_)
+        self.sides = np.array([(f.frames, f.height, f.width) for f in facts]).reshape(-1, 3)
+        self.rates = np.array([each.fps for each in facts], np.float64)
+        self.random = np.array([each.random for each in facts], bool)
+        self.lock, self.memory = Lock(), self.no_memory()
+
+    @staticmethod
+    def no_memory() -> "WeakValueDictionary[tuple[int, tuple[int, int] | None], LoadedVideo]":
+        """No video in memory."""
+        return WeakValueDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("lock", "memory")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.lock, self.memory = Lock(), self.no_memory()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, row: int) -> str:
+        """File or folder of a video."""
+        return os.fsdecode(self.paths[row])
+
+    def facts(self, row: int) -> VideoFacts:
+        """What is known of a video."""
+        frames, height, width = self.sides[row].tolist()
+        return VideoFacts(
+            str(self.kinds[row]),
+            frames,
+            height,
+            width,
+            float(self.rates[row]),
+            bool(self.random[row]),
+        )
+
+
+class VideoSource(Source):
+    """Videos that are decoded when their clips are asked for."""
+
+    def __init__(
+        self,
+        table: VideoTable,
+        which: np.ndarray,
+        starts: np.ndarray | None = None,
+        resized: Any = None,
+    ) -> None:
+        """Args:
+        which: (N,) rows of the table.
+        starts: (N,) first frame of the clip that is wanted of each; none: clips are drawn.
+        resized: function of height and width, those at which frames are decoded; none keeps them.
+        """
+        self.table, self.which, self.starts, self.resized = table, which, starts, resized
+        self.views: dict[Any, VideoSource] = {}
+
+    @property
+    def uniform(self) -> None:
+        """None: clips are cut where videos are read."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Frames, height and width (N, 3) as decoded."""
+        sides = self.table.sides[self.which]
+        if self.resized is None or not len(sides):
+            return sides
+        each = {(h, w): self.resized(h, w) for h, w in np.unique(sides[:, 1:], axis=0).tolist()}
+        decoded = [each[h, w] for h, w in sides[:, 1:].tolist()]
+        return np.column_stack([sides[:, 0], decoded])
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Frames a second (N,)."""
+        return self.table.rates[self.which]
+
+    def windows(self, rows: np.ndarray) -> list[VideoView]:
+        """Videos of which only what is asked for is decoded."""
+        found = []
+        for row in rows.tolist():
+            video = int(self.which[row])
+            size = None
+            if self.resized is not None:
+                size = self.resized(*self.table.sides[video, 1:].tolist())
+            start = None if self.starts is None else int(self.starts[row])
+            found.append(VideoView(StoredVideo(self.table, video, size), start))
+        return found
+
+    def fetch(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Whole videos (C, F, H, W)."""
+        views = self.windows(rows)
+        return [view.read(np.arange(view.shape[1])).transpose(3, 0, 1, 2) for view in views]
+
+    def nbytes(self) -> int:
+        """Size in memory, where a video stands once."""
+        _, first = np.unique(self.which, return_index=True)
+        return int(self.sizes[first].prod(1).sum()) * 3
+
+    def select(self, rows: np.ndarray) -> "VideoSource":
+        starts = None if self.starts is None else self.starts[rows]
+        return VideoSource(self.table, self.which[rows], starts, self.resized)
+
+    def changed(self, key: Any, **changes: Any) -> "VideoSource":
+        """The source with other fields; for one key always the same one, so that worker processes
+        know it again."""
+        if key not in self.views:
+            part = copy(self)
+            vars(part).update(changes, views={})
+            self.views[key] = part
+        return self.views[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "views": {}}
+
+
+# ----------------------------------------------------------------------- what is known of videos
+
+INDEX = "video_index.json"
+FORMAT = 1  # of the index; another one looks at all videos anew
+
+
+class VideoFolder(SampleFolder):
+    """The videos below a folder."""
+
+    noun: ClassVar[str] = "video"
+
+
+def open_folder(folder: Path, exts: Sequence[str], report: list[str] | None) -> VideoFolder:
+    """The videos below a folder: files with these suffixes, and folders that hold images and no
+    video.
+
+    Args:
+        report: see `walk`.
+
+    Raises:
+        UserError: no such folder, or one that cannot be listed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    endings = tuple("." + ext.lower().lstrip(".") for ext in exts)
+    of_images = tuple(f".{ext}" for ext in IMAGE_EXTS)
+    found: list[str] = []
+    unlisted: list[str] = []
+    for parent, names in walk_folders(str(folder), unlisted, endings):
+        inside = os.path.relpath(parent, folder).replace(os.sep, "/")
+        start = "" if inside == "." else f"{inside}/"
+        videos = [start + name for name in names if name.lower().endswith(endings)]
+        found += videos
+        if start and not videos and any(name.lower().endswith(of_images) for name in names):
+            found.append(inside)
+    if unlisted:
+        line = f"folders that cannot be listed: {listed(unlisted, 5)}"
+        if report is None:
+            raise UserError(f"{line}; what is in them would be missing: mend or remove them")
+        report.append(f"{line}: left out")
+    return VideoFolder(folder, sorted(found))
+
+
+def known_videos(path: Path | None) -> dict[str, Any]:
+    """What an index says of each video; nothing where there is none."""
+    with suppress(UserError, OSError):
+        if path is not None and path.is_file():
+            content = files.read_json(path)
+            if content.get("format") == FORMAT:
+                return dict(content["videos"])
+    return {}
+
+
+def look_at_all(
+    paths: dict[str, str], reading: VideoReading, index: Path | None, report: list[str]
+) -> tuple[dict[str, VideoFacts], dict[str, str]]:
+    """Facts of videos, and of those that cannot be used why, both by id.
+
+    Args:
+        paths: of the videos, by id.
+        index: file of what was found before, which is brought up to date; none: there is none.
+        report: takes lines worth showing.
+    """
+    known, answers = known_videos(index), {}
+    for name, path in paths.items():
+        entry = known.get(name)
+        with suppress(OSError):
+            enough = entry and (entry["check"] or reading.check == "file")
+            if entry and enough and entry["stamp"] == stamp(path):
+                answers[name] = entry["found"]
+    fresh = {name: path for name, path in paths.items() if name not in answers}
+    found = looked_at(fresh, reading)
+    answers |= found
+    if index is not None and found:
+        check = reading.check == "frames"
+        for name, answer in found.items():
+            with suppress(OSError):
+                known[name] = {"stamp": stamp(paths[name]), "check": check, "found": answer}
+        write_index(index, known, report)
+    facts, broken = {}, {}
+    for name in paths:
+        answer = answers[name]
+        if isinstance(answer, str):
+            broken[name] = answer
+            continue
+        facts[name] = msgspec.convert(answer, VideoFacts)
+        if facts[name].frames < reading.min_frames:
+            asked = f"data.reading.min_frames = {reading.min_frames}"
+            broken[name] = f"{facts[name].frames} frames, fewer than {asked}"
+            del facts[name]
+    return facts, broken
+
+
+def write_index(path: Path, known: dict[str, Any], report: list[str]) -> None:
+    """Keep what is known, or say that it cannot be kept."""
+    if number_of("RANK", 0):
+        return
+    try:
+        files.make_folder(path.parent)
+        files.write_json(path, {"format": FORMAT, "videos": known})
+    except UserError as error:
+        report.append(f"what is known of the videos is not kept ({error}): data.reading.index_file")
+
+
+def looked_at(paths: dict[str, str], reading: VideoReading) -> dict[str, Any]:
+    """Facts of videos as builtin types, or why they cannot be used, by id; by threads, as decord
+    lets others work."""
+    rate = Rate("looking at videos", len(paths), shown=number_of("RANK", 0) == 0)
+    check = reading.check == "frames"
+    trusted: dict[str, bool] = {}
+
+    def look(name: str) -> dict[str, Any] | str:
+        try:
+            kind = "" if check or os.path.isdir(paths[name]) else str(file_type(paths[name]))
+            facts = look_at(
+                paths[name],
+                check=check,
+                trusted=trusted.get(kind),
+                frame_rate=reading.frame_rate,
+            )
+            answer: dict[str, Any] | str = asdict(facts)
+            if not check:
+                trusted.setdefault(facts.kind, facts.random)
+        except UserError as error:
+            answer = str(error).removeprefix(f"{paths[name]}: ")
+        except OSError as error:
+            answer = error.strerror or "it cannot be read"
+        rate.add(1)
+        return answer
+
+    try:
+        with ThreadPoolExecutor(cores() if check else 1) as pool:
+            return dict(zip(paths, pool.map(look, paths), strict=True))
+    finally:
+        rate.close()
+
+
+def order_line(facts: Sequence[VideoFacts]) -> list[str]:
+    """A line on the videos whose frames are read in order."""
+    kinds = Counter(each.kind for each in facts if not each.random)
+    if not kinds:
+        return []
+    counts = [f"{count} of {kind}" for kind, count in kinds.most_common()]
+    return [
+        f"videos whose frames decord gives right in order alone: {listed(counts)}; each of their"
+        " clips decodes all that comes before it"
+    ]
+
+
+# ------------------------------------------------------------------------------- labels of frames
+
+
+@dataclass(slots=True)
+class FrameTable:
+    """Labels of the frames of videos, by id."""
+
+    segments: dict[str, list[tuple[float, float, str]]]
+    """Start, end and label, in frames or seconds."""
+    lengths: dict[str, int]
+    """How many frames have a label, of videos with a file of labels of their own."""
+    seconds: bool
+
+    def most_frequent(self, name: str, left_out: Sequence[str]) -> str | None:
+        """Label of most frames of a video; None where none has one."""
+        time: Counter[str] = Counter()
+        for start, end, label in self.segments.get(name, ()):
+            if label not in left_out:
+                time[label] += end - start  # type: ignore[assignment]  # seconds are counted too
+        return max(time, key=lambda label: (time[label], label), default=None)
+
+    def problem(self, name: str, facts: VideoFacts) -> str | None:
+        """What is wrong with the labels of a video."""
+        count = self.lengths.get(name)
+        if count is not None and count != facts.frames:
+            return f"{count} labels of frames, {facts.frames} frames"
+        ends = [end for _, end, _ in self.segments.get(name, ())]
+        last = facts.frames / facts.fps if self.seconds else facts.frames
+        slack = 1.0 if self.seconds else 0.0  # durations are rounded
+        if ends and max(ends) > last + slack:
+            return f"a label up to {max(ends):g}, it ends at {last:g}"
+        return None
+
+    def targets(self, name: str, facts: VideoFacts, place: dict[str, int]) -> np.ndarray:
+        """Class of every frame (F,) int64, UNLABELLED where there is none.
+
+        Args:
+            place: number of each class.
+        """
+        found = np.full(facts.frames, UNLABELLED, np.int64)
+        middles = (np.arange(facts.frames) + 0.5) / facts.fps
+        for start, end, label in self.segments[name]:
+            inside = slice(int(start), int(end))
+            if self.seconds:
+                inside = slice(*np.searchsorted(middles, [start, end]).tolist())
+            found[inside] = place.get(label, UNLABELLED)
+        return found
+
+
+def read_frame_labels(spec: VideoData, folder: VideoFolder) -> FrameTable:
+    """Labels of frames, from a table or a folder of files.
+
+    Raises:
+        UserError: nothing there, or not such labels.
+    """
+    path = on_disk(Path(spec.data_root_dir) / spec.frames.labels_file)
+    if path.is_dir():
+        return label_files(path, folder)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or folder; see data.frames.labels_file")
+    return label_rows(path, spec, folder)
+
+
+def label_rows(path: Path, spec: VideoData, folder: VideoFolder) -> FrameTable:
+    """Labels of a CSV file with a row a frame or a segment."""
+    of, label = spec.frames, spec.label_column
+    if not isinstance(label, str):
+        raise UserError("data.label_column: labels of frames stand in one column")
+    (column,) = spec.path_columns
+    rows = read_csv(path, [column, label])
+    header = set(rows[0]) if rows else set()
+    by_segment = {of.start_column, of.end_column} <= header
+    if rows and not by_segment and of.frame_column not in header:
+        raise UserError(
+            f'{path}: neither a column "{of.frame_column}" nor "{of.start_column}" and'
+            f' "{of.end_column}"; see data.frames'
+        )
+    table = FrameTable({}, {}, by_segment and of.unit == "seconds")
+    wrong = []
+    for line, row in enumerate(rows, 2):
+        identity = folder.find(row[column])
+        if identity is None:
+            continue  # a table may be of more videos than are here
+        try:
+            start = float(row[of.start_column if by_segment else of.frame_column])
+            end = float(row[of.end_column]) if by_segment else start + 1
+        except ValueError:
+            start, end = -1.0, -1.0
+        whole = table.seconds or (start.is_integer() and end.is_integer())
+        if not (0 <= start <= end and whole):
+            wrong.append(f"line {line}")
+        table.segments.setdefault(identity, []).append((start, end, row[label]))
+    if wrong:
+        what = "times" if table.seconds else "whole numbers"
+        raise UserError(f"{path}: start and end must be {what}, 0 <= start <= end: {listed(wrong)}")
+    return table
+
+
+def label_files(path: Path, folder: VideoFolder) -> FrameTable:
+    """Labels of a folder with a file a video, of one label a frame."""
+    table = FrameTable({}, {}, seconds=False)
+    for identity in folder.ids:
+        stem = identity if (folder.folder / identity).is_dir() else os.path.splitext(identity)[0]
+        there = [path / (stem + ending) for ending in (".npy", ".csv", ".txt")]
+        found = next((file for file in there if file.is_file()), None)
+        if found is None:
+            continue
+        if found.suffix == ".npy":
+            labels = [str(value) for value in np.load(found, allow_pickle=False).ravel().tolist()]
+        else:
+            labels = files.read_text(found).splitlines()
+            labels = labels[1:] if labels and labels[0].strip() == "label" else labels
+            labels = [label.strip() for label in labels]
+        table.lengths[identity] = len(labels)
+        table.segments[identity] = [(i, i + 1, label) for i, label in enumerate(labels)]
+    return table
+
+
+def split_table(spec: VideoData, folder: VideoFolder, frames: FrameTable) -> LabelTable:
+    """Splits and groups of videos where a CSV file states them, and as the label of each that of
+    most of its frames."""
+    table = LabelTable()
+    if spec.label_source == "csv" and (spec.split_source == "csv" or spec.group_column):
+        table = csv_labels(
+            on_disk(Path(spec.data_root_dir) / (spec.labels_file or "labels.csv")),
+            folder,
+            path_columns=spec.path_columns,
+            label_column=(),
+            group_column=spec.group_column,
+            split_column=spec.split_column if spec.split_source == "csv" else None,
+        )
+    named = {name: frames.most_frequent(name, spec.frames.unlabelled) for name in frames.segments}
+    table.labels = {name: label for name, label in named.items() if label is not None}
+    return table
+
+
+def with_classes(spec: VideoData, frames: FrameTable, asked: Asked) -> VideoData:
+    """The spec with the names of all classes of frames."""
+    left_out = spec.frames.unlabelled
+    labels = {label for part in frames.segments.values() for _, _, label in part} - {*left_out}
+    if not labels:
+        raise UserError("no frame has a label; see data.frames")
+    rules = LabelRules(
+        "multiclass", spec.class_names, spec.num_classes, None, spec.label_separator, asked.trained
+    )
+    each = sorted(labels)
+    _, names, _ = encode([Labels(each, each)], rules)
+    return msgspec.structs.replace(spec, class_names=names)
+
+
+# -------------------------------------------------------------------------------- the data set
+
+
+@read_data_set.register
+def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
+    """A folder of videos."""
+    base, report = Path(spec.data_root_dir), []  # type: Path, list[str]
+    where = on_disk(base / spec.images_dir)
+    folder = open_folder(where, spec.allowed_exts, None if spec.strict else report)
+    if not folder.ids:
+        exts = ", ".join(spec.allowed_exts)
+        raise UserError(f"{where}: no video with a suffix of {exts}; see data.images_dir")
+    of_frames, ordered = spec.frames.label_level == "frame", spec.class_names is not None
+    frames = read_frame_labels(spec, folder) if of_frames else None
+    if frames is not None:
+        spec = with_classes(spec, frames, asked)
+    table_of_frames = None if frames is None else split_table(spec, folder, frames)
+    index = base / INDEX if spec.reading.index_file is None else Path(spec.reading.index_file)
+
+    def look(ids: list[str]) -> tuple[list[Any], dict[int, str]]:
+        paths = {identity: folder.path(identity) for identity in ids}
+        facts, broken = look_at_all(paths, spec.reading, index, report)
+        if frames is not None:
+            problems = {name: frames.problem(name, each) for name, each in facts.items()}
+            broken |= {name: why for name, why in problems.items() if why is not None}
+        number = {identity: place for place, identity in enumerate(ids)}
+        return [facts.get(i) for i in ids], {number[name]: why for name, why in broken.items()}
+
+    found = read_folder(
+        spec,
+        "multiclass" if of_frames else spec.stated_subtask() or "multiclass",
+        folder,
+        look,
+        report,
+        seed=seed,
+        trained=asked.trained,
+        wanted=asked.wanted,
+        table=table_of_frames,
+    )
+    report += order_line(found.found)
+    videos = VideoTable([folder.path(i) for i in found.ids], found.found)
+    splits = {
+        name: found.split(name, lambda rows: VideoSource(videos, rows)) for name in found.rows
+    }
+    if frames is not None:
+        place = {name: number for number, name in enumerate(found.class_names)}
+        pairs = zip(found.ids, found.found, strict=True)
+        labels = [frames.targets(name, facts, place) for name, facts in pairs]
+        splits = {
+            name: replace(split, frames=frames_of(split, [labels[row] for row in found.rows[name]]))
+            for name, split in splits.items()
+        }
+    return Data(
+        name="generic_video_dataset",
+        splits=splits,
+        subtask="framewise" if of_frames else found.subtask,
+        class_names=found.class_names,
+        ordered=ordered,
+        samples=ClipSamples(channels=3, label_level=spec.frames.label_level),
+        report=report,
+    )
+
+
+def frames_of(split: Split, labels: list[np.ndarray] | None) -> VideoFrames:
+    """The frames of the videos of a split, of which no clips are drawn yet.
+
+    Args:
+        labels: (F,) of each video; none: there are none.
+    """
+    source, count = split.source, len(split)
+    assert isinstance(source, VideoSource)
+    sides = zip(source.sizes[:, 0].tolist(), source.rates.tolist(), strict=True)
+    times = [np.arange(frames) / fps for frames, fps in sides]
+    return VideoFrames(split.ids, np.arange(count), np.empty((count, 0), np.int64), times, labels)
+
+
+# ---------------------------------------------------------------------------------- new videos
+
+
+def unlabelled_videos(path: str, samples: ClipSamples, data: VideoData) -> tuple[Split, list[str]]:
+    """New videos without labels: of a folder and all below it in sorted order, of a CSV file with
+    the column data.path_column (relative to the CSV file's folder) in its order, or a single file
+    or folder of frames.
+
+    Args:
+        samples: what the model takes.
+
+    Raises:
+        UserError: nothing there, no video, or, unless data.strict is false, videos that are missing
+            or broken, all together.
+    """
+    where = on_disk(Path(path))
+    if where.suffix.lower() == ".csv":
+        (column,) = data.path_columns
+        ids = [row[column] for row in read_csv(where, [column])]
+        paths = {name: str(on_disk(where.parent / name)) for name in ids}
+    elif where.is_dir():
+        folder = open_folder(where, data.allowed_exts, None)
+        paths = {identity: folder.path(identity) for identity in folder.ids}
+        if not paths and any(where.iterdir()):
+            paths = {where.name: str(where)}
+    elif where.exists():
+        paths = {where.name: str(where)}
+    else:
+        raise UserError(f"{path}: no such file or folder, expected videos, or a CSV of their paths")
+    if not paths:
+        raise UserError(f"{path}: no video with a suffix of {', '.join(data.allowed_exts)}")
+    report: list[str] = []
+    index = None if data.reading.index_file is None else Path(data.reading.index_file)
+    facts, broken = look_at_all(paths, data.reading, index, report)
+    problems = Problems(data.strict, "video")
+    for name, why in broken.items():
+        problems.add(name, why)
+    problems.settle(report)
+    if not facts:
+        raise UserError(problems.text("cannot be used, which leaves none:"))
+    ids = [name for name in paths if name in facts]
+    table = VideoTable([paths[name] for name in ids], [facts[name] for name in ids])
+    report += order_line(list(facts.values()))
+    split = Split(ids, None, VideoSource(table, np.arange(len(ids))))
+    if samples.label_level == "frame":
+        split = replace(split, frames=frames_of(split, None))
+    return split, report

@@ -1,0 +1,324 @@
+"""Videos on their way to an encoder: the clips that are drawn of them, what a run derives of them,
+and their augmentation.
+
+A run on other samples does not load this module. B batch, V clips of a video, T frames of a clip,
+F frames of a video, C channels, H W pixels, S side of a frame as the encoder receives it.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from glovita_lib.augment import ClipAugmenter, Clips, build_fit, resolve_augmentation
+from glovita_lib.augment_crop import CropResize
+from glovita_lib.data import ClipSamples, Data, Source, Split
+from glovita_lib.data_video import LoadedVideo, VideoSource, VideoView
+from glovita_lib.encoder import preprocess_of
+from glovita_lib.errors import UserError
+from glovita_lib.objectives import as_loaded, build_inputs
+from glovita_lib.resolved import ClipInputs, resolve_inputs
+from glovita_lib.spec_augment import ImageAugmentation
+from glovita_lib.spec_root import Root
+from glovita_lib.spec_video import ClipSampling, ResolvedClips
+
+# ------------------------------------------------------------------------------ frames of clips
+
+
+def step_of(sampling: ResolvedClips, fps: float) -> float:
+    """Frames of a video from a frame of its clips to the next."""
+    return float(sampling.stride) if sampling.fps is None else fps / sampling.fps
+
+
+def from_start(start: np.ndarray | int, sampling: ResolvedClips, fps: float) -> np.ndarray:
+    """Frames (..., T) of dense clips that begin at frames (...); they may lie beyond the end."""
+    offsets = np.floor(np.arange(sampling.frames) * step_of(sampling, fps) + 1e-9).astype(np.int64)
+    return np.asarray(start)[..., None] + offsets
+
+
+def clip_frames(
+    sampling: ResolvedClips, frames: int, fps: float, draws: np.ndarray | None, clips: int
+) -> np.ndarray:
+    """Frames (V, T) of the clips of a video; those from `frames` on lie beyond its end.
+
+    Args:
+        frames: of the video, F.
+        draws: (V, n) numbers from 0 to below 1: where a dense clip begins, n = 1, or which frame of
+            each part a uniform one takes, n = T; none: clips evenly over the video.
+        clips: V.
+    """
+    if sampling.method == "dense":
+        last = int(from_start(0, sampling, fps)[-1])
+        room = max(frames - 1 - last, 0)
+        if draws is not None:
+            starts = np.floor(draws[:, 0] * (room + 1)).astype(np.int64)
+        elif clips == 1:
+            starts = np.array([room // 2])
+        else:
+            starts = np.round(np.linspace(0, room, clips)).astype(np.int64)
+        return from_start(starts, sampling, fps)
+    count = sampling.frames
+    if frames <= count:
+        return np.tile(np.arange(count), (clips, 1))
+    if draws is None:
+        draws = np.tile((2 * np.arange(clips)[:, None] + 1) / (2 * clips), (1, count))
+    return np.floor((np.arange(count) + draws) * frames / count).astype(np.int64)
+
+
+def covering_starts(sampling: ResolvedClips, frames: int, fps: float) -> np.ndarray:
+    """First frames of the dense clips that show every frame of a video once; with fps those of the
+    clip's rate."""
+    step, count = step_of(sampling, fps), sampling.frames
+    if sampling.fps is not None:
+        return np.floor(np.arange(0, frames / step, count) * step).astype(np.int64)
+    phases = range(min(sampling.stride, frames))
+    return np.array([s for p in phases for s in range(p, frames, count * sampling.stride)])
+
+
+# ----------------------------------------------------------------------------- clips of a batch
+
+
+class Clip(NamedTuple):
+    """Clips of one video."""
+
+    pixels: Tensor  # (V, T, C, S, S) uint8
+    frames: np.ndarray  # (V, T)
+    real: np.ndarray  # (V, T)
+    times: np.ndarray  # (V, T) seconds
+
+
+class ClipCut:
+    """Draws clips and decodes them, cropped and resized, where videos are read.
+
+    Picklable: workers use it per sample.
+    """
+
+    one_size = False
+
+    def __init__(self, crop: CropResize, sampling: ResolvedClips, *, train: bool) -> None:
+        self.crop, self.sampling = crop, sampling
+        self.draws = train and sampling.train == "random"
+        several = not train or sampling.combine == "bag"
+        self.clips = sampling.clips if several else 1
+
+    def boxes(self, sizes: np.ndarray, generator: torch.Generator | None) -> Tensor:
+        """What is drawn of videos.
+
+        Args:
+            sizes: (B, 3) frames, height and width of each, as decoded.
+            generator: CPU generator; unused (may be None) where nothing is drawn.
+
+        Returns:
+            (B, 8 + V n) float64: window of the crop, see CropResize, and the draws of `clip_frames`
+            where training draws some.
+
+        Raises:
+            UserError: a video is smaller than a crop that does not resize it.
+        """
+        sizes = np.asarray(sizes).reshape(-1, 3)
+        windows = self.crop.boxes(sizes[:, 1:], generator).flatten(1).double()  # (B, 8)
+        if not self.draws:
+            return windows
+        each = 1 if self.sampling.method == "dense" else self.sampling.frames
+        draws = torch.rand(len(sizes), self.clips * each, generator=generator, dtype=torch.float64)
+        return torch.cat([windows, draws], 1)
+
+    def one(self, sample: Any, box: Tensor) -> Clip:
+        """The clips of a video in a worker: only their frames are decoded."""
+        view = sample if isinstance(sample, VideoView) else VideoView(sample)
+        frames, fps = view.shape[1], view.fps
+        if view.start is not None:
+            numbers = from_start(np.array([view.start]), self.sampling, fps)
+        else:
+            draws = box[8:].numpy().reshape(self.clips, -1) if self.draws else None
+            numbers = clip_frames(self.sampling, frames, fps, draws, self.clips)
+        real = numbers < frames
+        numbers = np.minimum(numbers, frames - 1)
+        shown, place = np.unique(numbers, return_inverse=True)
+        pixels = self.cropped(view.read(shown), box[:8].long().view(2, 4))  # (n, C, S, S)
+        index = torch.from_numpy(place.reshape(numbers.shape))
+        return Clip(pixels[index], numbers, real, numbers / fps)
+
+    def cropped(self, frames: np.ndarray, box: Tensor) -> Tensor:
+        """The window of frames (n, H, W, C), (n, C, S, S)."""
+        images = frames.transpose(0, 3, 1, 2)
+        size = self.crop.size
+        (y, h, tall, top), (x, w, wide, left) = box.tolist()
+        whole = (h, w) == (tall, wide)
+        first, side = (y + top, x + left), images.shape[2:]
+        if whole and all(a >= 0 and a + size <= s for a, s in zip(first, side, strict=True)):
+            images = images[:, :, first[0] : first[0] + size, first[1] : first[1] + size]
+            return torch.from_numpy(np.ascontiguousarray(images))
+        return self.crop.canvas(
+            torch.from_numpy(np.require(images, requirements=["W"])), box.expand(len(images), 2, 4)
+        )
+
+    def join(self, parts: list[Clip]) -> Clips:
+        """The clips of a batch."""
+        pixels = torch.stack([part.pixels for part in parts])
+        rest = [
+            torch.from_numpy(np.stack(arrays))
+            for arrays in zip(*(part[1:] for part in parts), strict=True)
+        ]
+        if self.clips == 1 or pixels.shape[1] == 1:
+            pixels, rest = pixels[:, 0], [part[:, 0] for part in rest]
+        return Clips(pixels, *rest)
+
+
+def decoded_size(crop: CropResize, height: int, width: int) -> tuple[int, int]:
+    """Height and width at which frames are decoded: those that a crop of pixels resizes to; of one
+    that resizes by itself no more than it needs."""
+    if crop.ops.crop == "none":
+        return crop.size, crop.size
+    scaled = crop.scaled(torch.tensor([[height, width]], dtype=torch.float64))[0]
+    tall, wide = (int(side) for side in scaled.tolist())
+    if crop.ops.crop in ("resized", "padded") and tall * wide > height * width:
+        return height, width
+    return tall, wide
+
+
+# ---------------------------------------------------------------------------- what a run derives
+
+
+@resolve_inputs.register
+def _(samples: ClipSamples, root: Root, data: Data) -> ClipInputs:
+    section = getattr(root.data, "augmentation", None)
+    assert isinstance(section, ImageAugmentation), "a data set of videos has data.augmentation"
+    sampling = getattr(root.data, "sampling", ClipSampling())
+    sizes = {
+        tuple(size) for split in data.splits.values() for size in sizes_of(split)[:, 1:].tolist()
+    }
+    same = sizes.pop() if len(sizes) == 1 else None
+    augmentation = resolve_augmentation(
+        section,
+        default_policies=root.data.default_policies,
+        encoder=preprocess_of(root.model.encoder, channels=samples.channels),
+        channels=samples.channels,
+        native_size=None if same is None else (same[0], same[1]),
+    )
+    fields = {name: getattr(sampling, name) for name in ResolvedClips.__struct_fields__}
+    if not sampling.is_bag and sampling.combine == "bag":
+        fields["combine"] = "logits"
+    kinds = {"multiclass": "softmax", "multilabel": "sigmoid"}
+    return ClipInputs(
+        **msgspec.structs.asdict(samples),
+        augmentation=augmentation,
+        sampling=ResolvedClips(**fields),
+        probability=msgspec.convert(kinds.get(data.subtask), Any),
+    )
+
+
+def sizes_of(split: Split) -> np.ndarray:
+    """Frames, height and width (N, 3) of the videos of a split.
+
+    Raises:
+        UserError: a source of the user's own that does not tell.
+    """
+    source = split.source
+    if source.uniform is not None:  # (C, F, H, W)
+        return np.tile(source.uniform[1:], (len(split), 1))
+    if source.sizes is None:
+        raise UserError(
+            "the source of the data set must tell `sizes` (N, 3): frames, height and width of its"
+            " videos"
+        )
+    return np.asarray(source.sizes).reshape(-1, 3)
+
+
+@build_inputs.register
+def _(inputs: ClipInputs, *, train: bool) -> ClipAugmenter:
+    of = inputs.sampling
+    ops = inputs.augmentation.train if train else inputs.augmentation.test
+    crop = build_fit(inputs.augmentation, ops, bit_depth=8)
+    combine = {"logits": "mean", "bag": "bag", "probabilities": inputs.probability or "mean"}
+    return ClipAugmenter(
+        inputs.augmentation,
+        train=train,
+        fit=ClipCut(crop, of, train=train),
+        combine=combine[of.combine],
+        chunk=of.chunk,
+    )
+
+
+# -------------------------------------------------------------------------------- what is loaded
+
+
+@as_loaded.register
+def _(inputs: ClipInputs, split: Split, *, train: bool) -> Split:
+    """The clips of a split: of training as many of each video as an epoch takes, with labels of
+    frames all that show every frame once, else a row a video; their frames are resized where they
+    are decoded."""
+    ops = inputs.augmentation.train if train else inputs.augmentation.test
+    crop = build_fit(inputs.augmentation, ops, bit_depth=8)
+    source, of = split.source, inputs.sampling
+    if not isinstance(source, VideoSource):
+        return split if source.windows is not None else replace(split, source=ArrayVideos(source))
+    rows, starts = np.arange(len(split)), None
+    if train:
+        rows = np.repeat(rows, of.train_clips)
+    elif inputs.label_level == "frame":
+        each = [
+            covering_starts(of, frames, fps)
+            for frames, fps in zip(source.sizes[:, 0].tolist(), source.rates.tolist(), strict=True)
+        ]
+        rows = np.repeat(rows, [len(part) for part in each])
+        starts = np.concatenate(each)
+    key = train, msgspec.json.encode(inputs)
+    source = source.changed(
+        key, which=source.which[rows], starts=starts, resized=partial(decoded_size, crop)
+    )
+    frames = split.frames
+    if frames is not None:
+        numbers = np.empty((len(rows), 0), np.int64)
+        if starts is not None:
+            lengths = source.sizes[:, :1]  # (N, 1)
+            rates = source.rates.tolist()
+            each = zip(starts, rates, strict=True)
+            numbers = np.stack([from_start(start, of, fps) for start, fps in each])
+            numbers = np.where(numbers < lengths, numbers, -1)
+        frames = replace(frames, video_of=frames.video_of[rows], numbers=numbers)
+    return Split(
+        ids=[split.ids[row] for row in rows],
+        targets=None if split.targets is None else split.targets[rows],
+        source=source,
+        groups=None if split.groups is None else [split.groups[row] for row in rows],
+        frames=frames,
+    )
+
+
+@dataclass(frozen=True)
+class ArrayVideos(Source):
+    """Videos (C, F, H, W) of a source of the user's own that gives whole arrays."""
+
+    whole: Source
+    fps: float = 25.0
+
+    @property
+    def uniform(self) -> None:
+        """None: clips are cut where videos are read."""
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        """Frames, height and width (N, 3)."""
+        return self.whole.sizes
+
+    def windows(self, rows: np.ndarray) -> list[VideoView]:
+        """Videos in memory."""
+        return [self.view(video) for video in self.whole.fetch(rows)]
+
+    def view(self, video: np.ndarray) -> VideoView:
+        """One video (C, F, H, W)."""
+        return VideoView(LoadedVideo(np.moveaxis(np.asarray(video), 0, 3), self.fps))
+
+    def fetch(self, rows: np.ndarray) -> Any:
+        return self.whole.fetch(rows)
+
+    def nbytes(self) -> int:
+        return self.whole.nbytes()
+
+    def select(self, rows: np.ndarray) -> "ArrayVideos":
+        return ArrayVideos(self.whole.select(rows), self.fps)

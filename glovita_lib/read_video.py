@@ -1,0 +1,509 @@
+"""Video files and folders of frames: what they are, whether their frames may be read at random, and
+the frames themselves.
+
+decord decodes. Read in order its frames are right, but for MPEG transport streams, of which it
+loses the first ones. Asked for a frame it goes to the key frame before it, and in many containers
+and codecs (MPEG program streams, AVI, ASF, MPEG-4 with B-frames, open groups of pictures) then
+counts from a wrong one, without a word. So frames are read at random only where a file was seen to
+give the same in both ways; all others are read in order from the first.
+
+N frames, T frames that are asked for, H W pixels. This module imports no torch.
+"""
+
+import os
+import re
+import struct
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glovita_lib.errors import UserError, listed, reason
+from glovita_lib.read_image import read_image
+
+# ------------------------------------------------------------------------------- kinds of files
+#
+# By their first bytes, as suffixes tell little; the codec by its name in the header.
+
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+TRANSPORT_PACKET = 188  # bytes of an MPEG transport stream that begin with 0x47
+HEADER = 2**16  # bytes that are looked at for the name of a codec
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp")
+ORDERED = frozenset(["mpeg", "asf", "mpeg video"])
+"""Containers whose frames are wrong at random, whatever their codec."""
+CODECS = {
+    "mp4": {
+        b"avc1": "h264", b"avc3": "h264", b"hvc1": "hevc", b"hev1": "hevc", b"mp4v": "mpeg4",
+        b"vp09": "vp9", b"vp08": "vp8", b"av01": "av1", b"jpeg": "mjpeg", b"mjpg": "mjpeg",
+        b"s263": "h263", b"apcn": "prores", b"apch": "prores", b"apcs": "prores",
+    },
+    "matroska": {
+        b"V_MPEG4/ISO/AVC": "h264", b"V_MPEGH/ISO/HEVC": "hevc", b"V_VP9": "vp9", b"V_VP8": "vp8",
+        b"V_AV1": "av1", b"V_MPEG4": "mpeg4", b"V_MPEG2": "mpeg2", b"V_MPEG1": "mpeg1",
+        b"V_THEORA": "theora", b"V_FFV1": "ffv1", b"V_MJPEG": "mjpeg",
+    },
+    "avi": {
+        b"MJPG": "mjpeg", b"FMP4": "mpeg4", b"XVID": "mpeg4", b"DIVX": "mpeg4", b"DX50": "mpeg4",
+        b"H264": "h264", b"h264": "h264", b"FFV1": "ffv1", b"WMV2": "wmv2", b"mpg1": "mpeg1",
+        b"mpg2": "mpeg2",
+    },
+}  # fmt: skip
+"""How a codec is called in the header of a container; longer names before their beginnings."""
+REFUSED = {
+    "flash": "Flash (swf) is a program, no video",
+    "ogg": "decord does not read Ogg (Theora)",
+    "transport": "of an MPEG transport stream decord loses frames and gives others for them",
+}
+CONVERTED = 'make it an mp4, e.g. ffmpeg -i "{}" out.mp4'
+
+
+@dataclass(frozen=True, slots=True)
+class FileType:
+    """What a video file is."""
+
+    container: str
+    codec: str  # "" where its header does not say
+
+    def __str__(self) -> str:
+        return f"{self.container}/{self.codec}" if self.codec else self.container
+
+    @property
+    def may_be_random(self) -> bool:
+        """Whether frames of such a file may be right at random; a look at the file decides."""
+        return self.container not in ORDERED
+
+
+def file_type(path: str) -> FileType:
+    """Container and codec of a file.
+
+    Raises:
+        UserError: an empty file, no video, one that is cut off, or of a kind that cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(HEADER)
+    if not start:
+        raise UserError("an empty file")
+    container = container_of(start)
+    if container in REFUSED:
+        raise UserError(f"{REFUSED[container]}; {CONVERTED.format(os.path.basename(path))}")
+    refuse_cut(path, container)
+    return FileType(container, codec_of(path, container, start))
+
+
+def container_of(start: bytes) -> str:
+    """Container of a file that begins so, "unknown" where its bytes do not tell."""
+    if start[:4] == EBML:
+        return "matroska"
+    if start[4:8] in MP4_BOXES:
+        return "mp4"
+    if start[:4] == b"RIFF" and start[8:12] == b"AVI ":
+        return "avi"
+    if start[:4] == b"\x00\x00\x01\xba":
+        return "mpeg"
+    if start[:4] == b"\x00\x00\x01\xb3":
+        return "mpeg video"
+    if start[:4] == b"\x30\x26\xb2\x75":
+        return "asf"
+    if start[:3] in (b"FWS", b"CWS", b"ZWS"):
+        return "flash"
+    for first in (0, 4):  # those of Blu-ray discs have 4 bytes before each packet
+        packet = TRANSPORT_PACKET + first
+        if len(start) > 2 * packet and all(start[first + i * packet] == 0x47 for i in range(3)):
+            return "transport"
+    names = {b"OggS": "ogg", b"FLV": "flv", b"GIF8": "gif"}
+    return next((name for mark, name in names.items() if start.startswith(mark)), "unknown")
+
+
+def codec_of(path: str, container: str, start: bytes) -> str:
+    """Codec of a file as its header names it."""
+    known = CODECS.get(container, {})
+    if container == "mp4" and b"stsd" not in start:
+        start = movie_box(path)
+    if container == "mp4":
+        start = start[start.find(b"stsd") :] if b"vide" not in start else start
+        places = (start.find(b"stsd", at) for at in positions(start, b"vide"))
+        found = (start[at + 16 : at + 20] for at in places if at >= 0)
+        return next((known.get(name, name.decode("latin-1").strip()) for name in found), "")
+    return next((codec for name, codec in known.items() if name in start), "")
+
+
+def positions(text: bytes, part: bytes) -> Iterator[int]:
+    """Where a part begins."""
+    at = text.find(part)
+    while at >= 0:
+        yield at
+        at = text.find(part, at + 1)
+
+
+def boxes(path: str) -> Iterator[tuple[bytes, int, int]]:
+    """Name, first byte and end of the outer boxes of an mp4 file (ISO 14496-12)."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        at = 0
+        while at + 8 <= size:
+            file.seek(at)
+            head = file.read(16)
+            length, name = struct.unpack(">I4s", head[:8])
+            if length == 1 and len(head) == 16:
+                (length,) = struct.unpack(">Q", head[8:])
+            end = size if length == 0 else at + length
+            yield name, at, end
+            if end <= at:
+                return
+            at = end
+
+
+def movie_box(path: str) -> bytes:
+    """The box of an mp4 file that describes it."""
+    for name, at, end in boxes(path):
+        if name == b"moov":
+            with open(path, "rb") as file:
+                file.seek(at)
+                return file.read(min(end - at, 2**24))
+    return b""
+
+
+def refuse_cut(path: str, container: str) -> None:
+    """Refuse a file that is shorter than its header says: decord gives fewer frames, or others for
+    those that are missing.
+
+    Raises:
+        UserError: it is.
+    """
+    size, end = os.path.getsize(path), 0
+    if container == "mp4":
+        end = max((end for _, _, end in boxes(path)), default=0)
+    elif container == "avi":
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<I", file.read(8)[4:])
+        end = length + 8 if 0 < length < 2**31 else 0
+    elif container == "matroska":
+        end = segment_end(path)
+    if end > size:
+        raise UserError(f"cut off: {size:,} bytes of {end:,}")
+
+
+def segment_end(path: str) -> int:
+    """Byte behind the only segment of a Matroska or WebM file; 0 where it is unknown."""
+    with open(path, "rb") as file:
+        start = file.read(HEADER)
+    at = start.find(SEGMENT)
+    if at < 0 or at + 5 > len(start):
+        return 0
+    first = start[at + 4]
+    length = 9 - first.bit_length()  # of the number, bytes
+    number = int.from_bytes(start[at + 4 : at + 4 + length]) & ((1 << 7 * length) - 1)
+    return 0 if number == (1 << 7 * length) - 1 else at + 4 + length + number
+
+
+# -------------------------------------------------------------------------------------- a video
+
+
+@dataclass(frozen=True, slots=True)
+class VideoFacts:
+    """What is known of a video before its frames are read."""
+
+    kind: str
+    """Container and codec, or "frames" of a folder of images."""
+    frames: int
+    height: int
+    width: int
+    fps: float
+    random: bool
+    """Whether its frames may be read at random."""
+
+
+FAULTS = 1e-9  # share of frames that decord may replace by others: none
+MOST_OPEN = 2  # files that a thread keeps open
+
+
+def open_reader(path: str, size: tuple[int, int] | None) -> Any:
+    """decord's reader of a file, one thread.
+
+    Args:
+        size: height and width of the frames; none: those of the file.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    height, width = size or (-1, -1)
+    with decoding():
+        return decord.VideoReader(
+            path, decord.cpu(0), width=width, height=height, num_threads=1, fault_tol=FAULTS
+        )
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Turn what decord says of a broken file into a user error; the block must hold calls of it
+    alone."""
+    try:
+        yield
+    except (RuntimeError, AssertionError, StopIteration, OSError, ValueError, IndexError) as error:
+        raise UserError(f"it cannot be decoded ({told(error)})") from None
+    except Exception as error:
+        if type(error).__name__ not in ("DECORDError", "DECORDLimitReachedError"):
+            raise
+        raise UserError(f"it cannot be decoded ({told(error)})") from None
+
+
+def told(error: Exception) -> str:
+    """What decord says, without its own source and stack."""
+    if "duplicate frames" in str(error):
+        return "frames are missing"
+    text = reason(error)
+    text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+: |\[[^]]*\]", "", text).partition("Stack trace")[0]
+    return text.strip()[:200] or "no video stream"
+
+
+def in_order(reader: Any, first: int = 0) -> Iterator[np.ndarray]:
+    """Frames (H, W, 3) of a reader that stands at a frame, up to its last."""
+    for _ in range(first, len(reader)):
+        with decoding():
+            frame = reader.next().asnumpy()
+        yield frame
+
+
+def read_at(reader: Any, frames: Sequence[int], *, random: bool, start: int = 0) -> np.ndarray:
+    """Frames (T, H, W, 3) uint8 of a reader.
+
+    Args:
+        frames: their numbers, ascending.
+        random: whether it may go to a frame; else it decodes all from the first.
+        start: frame at which it stands.
+
+    Raises:
+        UserError: one cannot be decoded.
+    """
+    out: np.ndarray | None = None
+    at = start
+    for row, number in enumerate(frames):
+        with decoding():
+            if random and at != number:
+                reader.seek_accurate(number)
+                at = number
+            while True:
+                frame = reader.next()
+                at += 1
+                if at > number:
+                    break
+            pixels = frame.asnumpy()
+        if out is None:
+            out = np.empty((len(frames), *pixels.shape), np.uint8)
+        out[row] = pixels
+    return np.empty((0, 0, 0, 3), np.uint8) if out is None else out
+
+
+class OpenFiles(threading.local):
+    """The files that a thread has read last, still open: the clips of a long video come one after
+    the other, and to open it takes a look at all of its packets."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.readers: dict[tuple[Any, ...], tuple[Any, int]] = {}  # reader and where it stands
+
+    def take(self, key: tuple[Any, ...]) -> tuple[Any, int] | None:
+        """The reader of a file, which is then no longer here."""
+        if self.process != os.getpid():  # those of the parent process are its own
+            self.process, self.readers = os.getpid(), {}
+        return self.readers.pop(key, None)
+
+    def keep(self, key: tuple[Any, ...], reader: Any, at: int) -> None:
+        """Keep a reader that stands at a frame, instead of the one that is here longest."""
+        self.readers[key] = reader, at
+        while len(self.readers) > MOST_OPEN:
+            del self.readers[next(iter(self.readers))]
+
+
+OPEN = OpenFiles()
+
+
+def read_frames(
+    path: str, facts: VideoFacts, frames: Sequence[int] | np.ndarray, size: tuple[int, int] | None
+) -> np.ndarray:
+    """Frames (T, H, W, 3) uint8 of a video, resized while they are decoded.
+
+    Each is decoded once, in one pass over the file where they are many.
+
+    Args:
+        frames: their numbers, in any order.
+        size: height and width; none: those of the file.
+
+    Raises:
+        UserError: one line with the path.
+    """
+    wanted, inverse = np.unique(np.asarray(frames, np.int64), return_inverse=True)
+    if not len(wanted):
+        height, width = size or (facts.height, facts.width)
+        return np.empty((0, height, width, 3), np.uint8)
+    try:
+        if facts.kind == FRAMES:
+            found = read_images(path, wanted, size)
+        else:
+            found = read_file(path, facts, wanted.tolist(), size)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return found if len(inverse) == len(wanted) and (np.diff(inverse) > 0).all() else found[inverse]
+
+
+def read_file(
+    path: str, facts: VideoFacts, wanted: list[int], size: tuple[int, int] | None
+) -> np.ndarray:
+    """The same of a file, ascending frames."""
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise UserError(error.strerror or "it cannot be read") from None
+    key = (path, state.st_size, state.st_mtime_ns, size)
+    reader, at = OPEN.take(key) or (None, 0)
+    if reader is None or (at > wanted[0] and not facts.random):
+        reader, at = open_reader(path, size), 0
+        if len(reader) != facts.frames:
+            raise UserError(
+                f"{len(reader)} frames, {facts.frames} when the run was started: the file has"
+                " changed"
+            )
+    found = read_at(reader, wanted, random=facts.random, start=at)
+    OPEN.keep(key, reader, wanted[-1] + 1)
+    return found
+
+
+def frame_times(path: str, facts: VideoFacts, frames: np.ndarray) -> np.ndarray:
+    """Seconds from the start at which frames of constant rate are shown, of the shape of their
+    numbers."""
+    return np.asarray(frames, np.float64) / facts.fps
+
+
+# ------------------------------------------------------------------------------ folders of frames
+
+FRAMES = "frames"
+
+
+def frame_files(folder: str, exts: Sequence[str]) -> list[str]:
+    """Names of the images in a folder, in the order of the numbers in them."""
+    endings = tuple("." + ext.lower().lstrip(".") for ext in exts)
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if e.name[0] != "." and e.name.lower().endswith(endings)]
+    return sorted(names, key=natural)
+
+
+def natural(name: str) -> list[Any]:
+    """Key that sorts frame2 before frame10."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+IMAGE_EXTS = ("jpg", "jpeg", "png", "bmp", "tif", "tiff")
+MEGAPIXELS = 179.0  # of a frame at most, as of images
+
+
+def read_images(folder: str, wanted: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """Frames (T, H, W, 3) of a folder of images, ascending."""
+    from PIL import Image
+
+    names = frame_files(folder, IMAGE_EXTS)
+    found = []
+    for number in wanted.tolist():
+        if number >= len(names):
+            raise UserError(f"{len(names)} frames, fewer than when the run was started")
+        path = os.path.join(folder, names[number])
+        pixels = read_image(path, channels=3, bit_depth=8, max_megapixels=MEGAPIXELS)
+        pixels = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        if size is not None and pixels.shape[:2] != size:
+            image = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+            pixels = np.asarray(image)
+        found.append(pixels)
+    if len({pixels.shape for pixels in found}) > 1:
+        raise UserError("its frames differ in size")
+    return np.stack(found)
+
+
+# -------------------------------------------------------------------------------- a look at a file
+
+LOOK = (48, 64)  # height and width of the frames that are compared
+SPARSE = 6  # frames between key frames that are asked for at random
+
+
+def look_at(path: str, *, check: bool, trusted: bool | None, frame_rate: float) -> VideoFacts:
+    """What a video is, and whether it can be read.
+
+    Args:
+        check: whether all frames are decoded, and compared with those read at random.
+        trusted: without check, what is known of such files: whether they are read at random; none:
+            this one is looked at for them.
+        frame_rate: frames a second of a folder of images.
+
+    Raises:
+        UserError: why it cannot be used.
+    """
+    if os.path.isdir(path):
+        return look_at_images(path, check=check, frame_rate=frame_rate)
+    try:
+        kind = file_type(path)
+    except OSError as error:
+        raise UserError(error.strerror or "it cannot be read") from None
+    reader = open_reader(path, None)
+    with decoding():
+        frames, fps = len(reader), float(reader.get_avg_fps())
+        height, width, _ = reader.next().shape
+    if not (np.isfinite(fps) and fps > 0):
+        fps = frame_rate
+    random = kind.may_be_random and (True if check or trusted is None else trusted)
+    if check or (random and trusted is None):
+        small = open_reader(path, LOOK)
+        sums = [zlib.crc32(frame.data) for frame in in_order(small)]
+        if len(sums) != frames:
+            raise UserError(f"{len(sums)} frames can be decoded, its header says {frames}")
+        random = random and agrees(path, sums)
+    return VideoFacts(str(kind), frames, int(height), int(width), fps, random)
+
+
+def agrees(path: str, sums: list[int]) -> bool:
+    """Whether frames at random are those in order, whose checksums are given: around key frames
+    and between them, forwards and backwards."""
+    reader = open_reader(path, LOOK)
+    with decoding():
+        keys = [key for key in map(int, reader.get_key_indices()) if key]
+    last = len(sums) - 1
+    near = [keys[i] for i in sorted({0, len(keys) // 2, len(keys) - 1})] if keys else []
+    spread = np.linspace(0, last, SPARSE).astype(int).tolist()
+    wanted = sorted({min(max(k + d, 0), last) for k in near for d in (-1, 0, 2)} | set(spread))
+    try:
+        ahead = read_at(reader, wanted, random=True)
+        back = [read_at(reader, [n], random=True, start=last + 2)[0] for n in wanted[::-1]]
+    except UserError:
+        return False
+    found = zip([*wanted, *wanted[::-1]], [*ahead, *back], strict=True)
+    return all(zlib.crc32(frame.data) == sums[number] for number, frame in found)
+
+
+def look_at_images(folder: str, *, check: bool, frame_rate: float) -> VideoFacts:
+    """The same of a folder of frames."""
+    names = frame_files(folder, IMAGE_EXTS)
+    if not names:
+        raise UserError("no frame in it")
+    wanted = range(len(names)) if check else (0, len(names) - 1)
+    shapes = set()
+    for number in wanted:
+        try:
+            shapes.add(read_images(folder, np.array([number]), None).shape[1:3])
+        except UserError as error:
+            raise UserError(str(error).removeprefix(f"{folder}{os.sep}")) from None
+    if len(shapes) > 1:
+        raise UserError(f"frames of different sizes: {listed(sorted(shapes), 3)}")
+    ((height, width),) = shapes
+    return VideoFacts(FRAMES, len(names), height, width, frame_rate, random=True)
+
+
+def stamp(path: str | Path) -> list[int]:
+    """What changes when a video does: size and time of change, of a folder its own."""
+    state = os.stat(path)
+    return [state.st_size, state.st_mtime_ns]
