@@ -277,8 +277,8 @@ def _(inputs: ClipInputs, split: Split, *, train: bool) -> Split:
         if starts is not None:
             lengths = source.sizes[:, :1]  # (N, 1)
             rates = source.rates.tolist()
-            each = zip(starts, rates, strict=True)
-            numbers = np.stack([from_start(start, of, fps) for start, fps in each])
+            pairs = zip(starts, rates, strict=True)
+            numbers = np.stack([from_start(start, of, fps) for start, fps in pairs])
             numbers = np.where(numbers < lengths, numbers, -1)
         frames = replace(frames, video_of=frames.video_of[rows], numbers=numbers)
     return Split(

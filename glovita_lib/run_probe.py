@@ -22,7 +22,6 @@ from glovita_lib.metrics import compute, metrics_report, undefined, undefined_li
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.neighbors import nearest
 from glovita_lib.read_features import BagSource, VectorSource, feature_scale
-from glovita_lib.results import summary_lines
 from glovita_lib.rundir import RunDir, opened, runtime_info
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_data import features_of
@@ -692,7 +691,7 @@ def show_results(run: RunDir, decision: str) -> None:
             for split in ("val", "test")
             if split in found
         }
-        rows += summary_lines(reports)
+        rows += results.summary_lines(reports)
     rows.append(("metrics", str(run.path / "metrics_probe.json")))
     rows.append(("predictions", str(run.path / "predictions_<method>_<split>.csv")))
     what = "was finished before; nothing to do" if decision == "finished" else "is finished"

@@ -445,7 +445,7 @@ def find_samples(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks) -> ChosenS
     if own.samples in ("images", "volumes"):
         return samples_of_model(loaded, spec, ranks, seed)
     # features are standardised over train
-    wanted = () if spec.split is None or own.features.standardize else (spec.split,)
+    wanted = () if spec.split is None or features_of(own).standardize else (spec.split,)
     data = read_data(loaded.root, ranks, wanted=wanted)
     if data.samples.spec_kind != "features":  # which a user's own data set tells only now
         return samples_of_model(loaded, spec, ranks, seed)

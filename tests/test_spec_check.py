@@ -745,6 +745,7 @@ RULE_MODULES = [
     for name in (
         "root",
         "data",
+        "samples",
         "volumes",
         "series",
         "video",
