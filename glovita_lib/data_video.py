@@ -527,7 +527,7 @@ def split_table(spec: VideoData, folder: VideoFolder, frames: FrameTable) -> Lab
     table = LabelTable()
     if spec.label_source == "csv" and (spec.split_source == "csv" or spec.group_column):
         table = csv_labels(
-            on_disk(Path(spec.data_root_dir) / (spec.labels_file or "labels.csv")),
+            on_disk(Path(spec.data_root_dir) / spec.label_path),
             folder,
             path_columns=spec.path_columns,
             label_column=(),
