@@ -491,7 +491,7 @@ def test_every_bound_of_the_dependencies_is_installed_by_ci_oldest():
     wanted = [line for line in lines if not line.startswith("#")]
     report(f"{line}: no lower bound" for line in wanted if not re.match(r"[\w-]+>=[\d.]+", line))
     names = {re.split(r"[>;]", line)[0].replace("-", "_") for line in wanted}
-    called = {"PIL": "pillow", "sklearn": "scikit_learn", "umap": "umap_learn"}
+    called = {"PIL": "pillow", "sklearn": "scikit_learn", "umap": "umap_learn", "decord": "decord2"}
     trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "glovita_lib").glob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     imported = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
