@@ -70,7 +70,24 @@ patch_size = [8, 6, 8]
 train_policy = "default_nnunet_DA5"
 train_kwargs = { crop = "foreground", rotate_p = 0.8, noise_p = 0.8 }
 """
+WINDOWS = (
+    CONVOLUTIONS
+    + """
+lift = "windows"
+[model.encoder.windows]
+size = [6, 4, 6]
+overlap = 0.5
+[model.head]
+head_type = "abmil"
+hidden = 8
+attention = 4
+"""
+)
 KINDS = {"convolutions": SPEC + PATCHES + CONVOLUTIONS, "slices": SPEC + PATCHES + SLICES}
+WINDOWED = {
+    "evaluation": SPEC + PATCHES + 'evaluation = "windows"\nwindow_chunk = 3\n' + CONVOLUTIONS,
+    "lift": SPEC + PATCHES.replace("patch_size = [8, 6, 8]\n", "") + WINDOWS,
+}
 TIMES = ("seconds", "samples_per_s", "memory_mb")
 
 # A rank that is killed before optimizer step argv[1] + 1, where argv[1] is not negative.
@@ -132,6 +149,12 @@ def spec(request, root) -> str:
     return KINDS[request.param].replace("ROOT", str(root))
 
 
+@pytest.fixture(params=WINDOWED)
+def windowed(request, root) -> str:
+    """Patches with windows in evaluation, and whole volumes as bags of windows."""
+    return WINDOWED[request.param].replace("ROOT", str(root))
+
+
 def results(folder: Path) -> dict:
     """What must be equal, by relative path: everything but times and the story of the process."""
     content = snapshot(folder)
@@ -155,30 +178,37 @@ def equal(found: dict, expected: dict) -> None:
 # ---------------------------------------------------------------------- one process
 
 
-@pytest.mark.parametrize("memory", ["in memory", "by workers"])
-def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path, monkeypatch, spec, memory):
-    """Within an epoch; patches and their augmentation follow from seed, epoch and batch."""
-    changes = ["name=run"]
-    if memory == "by workers":
-        changes += ["dataloading.in_memory_mb=0", "dataloading.num_workers=2"]
-    calm = command(*changes, spec=spec)
+def kill_in_epoch_two(command, tmp_path, monkeypatch, spec, *changes):
+    """A run that is killed after step 5 of 4 an epoch and continued equals one that is not."""
+    calm = command("name=run", *changes, spec=spec)
     assert "3 volumes left out:" in calm.out + calm.err
     expected = results(tmp_path / "runs")
     os.rename(tmp_path / "runs", tmp_path / "calm")
     step = Trainer.optimizer_step
 
     def killing(self):
-        if self.state.step == 5:  # of 4 an epoch
+        if self.state.step == 5:
             raise Killed
         step(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "optimizer_step", killing)
         with pytest.raises(Killed):
-            command(*changes, spec=spec)
-    again = command(*changes, spec=spec)
+            command("name=run", *changes, spec=spec)
+    again = command("name=run", *changes, spec=spec)
     assert "continuing in epoch 2 after optimizer step 5" in again.out
     equal(results(tmp_path / "runs"), expected)
+
+
+@pytest.mark.parametrize("memory", ["in memory", "by workers"])
+def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path, monkeypatch, spec, memory):
+    """Within an epoch; patches and their augmentation follow from seed, epoch and batch."""
+    changes = ["dataloading.in_memory_mb=0", "dataloading.num_workers=2"] * (memory == "by workers")
+    kill_in_epoch_two(command, tmp_path, monkeypatch, spec, *changes)
+
+
+def test_a_killed_run_with_windows_goes_on_bit_for_bit(command, tmp_path, monkeypatch, windowed):
+    kill_in_epoch_two(command, tmp_path, monkeypatch, windowed)
 
 
 def test_what_training_predicts_is_what_infer_predicts(command, tmp_path, spec):
@@ -198,11 +228,10 @@ def test_what_training_predicts_is_what_infer_predicts(command, tmp_path, spec):
         assert float(found["p_dark"]) == pytest.approx(float(expected["p_dark"]), abs=1e-5)
 
 
-def test_a_killed_extraction_writes_what_a_whole_one_writes(command, tmp_path, monkeypatch, spec):
-    changes = ["mode=extract", "extract.source=encoder", "extract.output_filename='{split}.h5'"]
-    changes += ["extract.block_samples=2", "dataloading.eval_batch_size=2"]
-    if "slices" in spec:
-        changes.append("extract.output=tokens")
+def kill_extraction(command, tmp_path, monkeypatch, spec, *changes):
+    """An extraction that is stopped in its fourth block and started again equals a whole one."""
+    changes += ("mode=extract", "extract.source=encoder", "extract.output_filename='{split}.h5'")
+    changes += ("extract.block_samples=2", "dataloading.eval_batch_size=2")
     command(*changes, f"extract.output_dir={tmp_path / 'whole'}", spec=spec)
     calls, finish = [], Extractor.finish
 
@@ -220,6 +249,19 @@ def test_a_killed_extraction_writes_what_a_whole_one_writes(command, tmp_path, m
     for split in ("train", "val", "test"):
         found, whole = ((tmp_path / kind / f"{split}.h5") for kind in ("again", "whole"))
         assert found.read_bytes() == whole.read_bytes()
+
+
+def test_a_killed_extraction_writes_what_a_whole_one_writes(command, tmp_path, monkeypatch, spec):
+    changes = ["extract.output=tokens"] * ("slices" in spec)
+    kill_extraction(command, tmp_path, monkeypatch, spec, *changes)
+
+
+def test_a_killed_extraction_of_windows_writes_what_a_whole_one_writes(
+    command, tmp_path, monkeypatch, windowed
+):
+    """Bags of windows with their places; the mean vector where evaluation goes by windows."""
+    changes = ["extract.output=tokens"] * ("lift" in windowed)
+    kill_extraction(command, tmp_path, monkeypatch, windowed, *changes)
 
 
 def test_left_out_files_change_nothing(command, tmp_path, spec, root):
@@ -250,24 +292,29 @@ def run_dir(folder: Path) -> Path:
 
 
 @pytest.mark.processes
-def test_two_ranks_learn(command, tmp_path, root):
+@pytest.mark.parametrize(
+    "windowed", [pytest.param("evaluation", marks=pytest.mark.slow), "lift"], indirect=True
+)
+def test_two_ranks_learn(command, tmp_path, windowed):
     """Killed and continued as left alone, bit for bit; and what one process learns that accumulates
     two batches, up to the order of sums."""
-    spec = KINDS["convolutions"].replace("ROOT", str(root))
     changes = ["optimizer.name=SGD", "optimizer.lr=0.01", "dataloading.batch_size=1"]
-    commands = {name: arguments(tmp_path / name, spec, *changes) for name in ("two", "killed")}
+    changes += ["training.epochs=1"]
+    commands = {name: arguments(tmp_path / name, windowed, *changes) for name in ("two", "killed")}
     glovita(*commands["two"], ranks=2)
-    stopped = run_ranks(KILLED, 4, *commands["killed"])
+    stopped = run_ranks(KILLED, 2, *commands["killed"])
     assert {one.code for one in stopped} == {9}
-    assert "after optimizer step 4" in glovita(*commands["killed"], ranks=2)
+    assert "after optimizer step 2" in glovita(*commands["killed"], ranks=2)
     two, killed = (Result(0, "", "", run_dir(tmp_path / name)) for name in ("two", "killed"))
     for key, value in two.last["model"].items():
         assert torch.equal(killed.last["model"][key], value), key
-    one = command(*changes, "training.gradient_accumulation_steps=2", spec=spec)
+    one = command(*changes, "training.gradient_accumulation_steps=2", spec=windowed)
     found, expected = ([r["train_loss"] for r in run.records("step")] for run in (two, one))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     for key, value in one.last["model"].items():
         torch.testing.assert_close(two.last["model"][key], value, rtol=1e-3, atol=2e-5)
+    for file in ("predictions_val.csv", "predictions_test.csv"):
+        assert (killed.path / file).read_bytes() == (two.path / file).read_bytes()
 
 
 @pytest.mark.processes
