@@ -283,8 +283,9 @@ def augmented_volumes(
                     for column, each in enumerate(versions, 2)
                 ]
                 if not row:
-                    left.set_title("prepared")
-                    shown[0].set_title("augmented, as the encoder sees it")
+                    points = min(9.5, 12 * side)  # as much as has room above a narrow volume
+                    left.set_title("prepared", fontsize=points)
+                    shown[0].set_title("augmented, as the encoder sees it", fontsize=points)
                 row += 1
 
 
