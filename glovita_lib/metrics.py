@@ -20,7 +20,7 @@ from glovita_lib.metrics_classification import (
     correlation,
     formula,
     mean_defined,
-    mid_ranks,
+    rank_correlation,
     ratio,
     squared_deviations,
     weighted_mean,
@@ -36,25 +36,41 @@ from glovita_lib.metrics_segments import Videos
 # N samples, R resamples.
 
 ELEMENTS_AT_ONCE = 4_000_000  # weights held at a time: 32 MB
+RARE = 5  # samples; of a class with fewer a resample often has none
 
 
-def draws(n: int, resamples: int, seed: int) -> Iterator[Array]:
+def strata_of(targets: Array) -> list[Array]:
+    """Rows of samples (N,) of one class each that are drawn from among themselves: those of each
+    class of fewer than five, and those of all others. A mean over classes would jump with the
+    classes that a resample happens to miss."""
+    counts = np.bincount(targets)[targets]  # (N,)
+    rare = [np.flatnonzero(targets == k) for k in np.unique(targets[counts < RARE])]
+    return [rows for rows in (*rare, np.flatnonzero(counts >= RARE)) if len(rows)]
+
+
+def draws(strata: list[Array], resamples: int, seed: int) -> Iterator[Array]:
     """Weights (N, r) of the resamples, in blocks that fit the memory; their sum r is `resamples`.
 
-    Resample i is the i-th draw of n row numbers from the stream of the seed, whatever the blocks.
+    Resample i is the i-th draw of as many rows of each stratum as it has from the stream of the
+    seed, whatever the blocks.
     """
-    stream = np.random.default_rng(seed)
+    stream, n = np.random.default_rng(seed), sum(map(len, strata))
+
+    def drawn() -> Array:
+        rows = [part[stream.integers(0, len(part), len(part))] for part in strata]
+        return np.bincount(np.concatenate(rows), minlength=n)
+
     block = max(1, ELEMENTS_AT_ONCE // max(n, 1))
     for start in range(0, resamples, block):
-        rows = range(start, min(start + block, resamples))
-        counts = [np.bincount(stream.integers(0, n, n), minlength=n) for _ in rows]
+        counts = [drawn() for _ in range(start, min(start + block, resamples))]
         yield np.ascontiguousarray(np.stack(counts, 1), np.float64)
 
 
 def intervals(
     measure: Callable[[Array], dict[str, Array]],
-    n: int,
+    strata: list[Array],
     *,
+    values: dict[str, float],
     resamples: int,
     seed: int,
     level: float,
@@ -62,25 +78,30 @@ def intervals(
     """Lower and upper end of the percentile interval of each metric.
 
     Resamples in which a metric is undefined (no sample of a class was drawn) are left out of its
-    interval; it is (NaN, NaN) where none is left, and where fewer than two samples say nothing
-    about the spread.
+    interval. It is (NaN, NaN) where none is left, where fewer than two samples say nothing about
+    the spread, and where it does not hold the value itself: resamples repeat samples, which shifts
+    some metrics (AP of one positive, calibration error) by more than they spread.
 
     Args:
         measure: weights (N, r) -> name -> values (r,).
-        n: N.
+        strata: rows that are drawn from among themselves, N in all.
+        values: of all samples, each once.
         level: share of the resamples inside, e.g. 0.95.
     """
-    blocks = [measure(weights) for weights in draws(n, resamples, seed)]
+    n = sum(map(len, strata))
+    blocks = [measure(weights) for weights in draws(strata, resamples, seed)]
     tail = 100 * (1 - level) / 2
     found: dict[str, tuple[float, float]] = {}
     for name in blocks[0] if blocks else ():
-        values = np.concatenate([block[name] for block in blocks])
-        defined = values[~np.isnan(values)]
+        drawn = np.concatenate([block[name] for block in blocks])
+        defined, value = drawn[~np.isnan(drawn)], values[name]
+        found[name] = (math.nan, math.nan)
         if n < 2 or not len(defined):
-            found[name] = (float("nan"), float("nan"))
             continue
-        low, high = np.percentile(defined, (tail, 100 - tail))
-        found[name] = (float(low), float(high))
+        low, high = map(float, np.percentile(defined, (tail, 100 - tail)))
+        rounding = 1e-9 * max(1.0, abs(value))
+        if low - rounding <= value <= high + rounding:
+            found[name] = (min(low, value), max(high, value))
     return found
 
 
@@ -126,7 +147,7 @@ def mae(predictions: Array, targets: Array, weights: Array) -> Array:
 def r2(predictions: Array, targets: Array, weights: Array) -> Array:
     """1 - sum (x - y)^2 / sum (y - mean y)^2, the coefficient of determination."""
     residual = (predictions - targets)[:, 0] ** 2 @ weights
-    return 1 - ratio(residual, squared_deviations(targets - targets.mean(0), weights))
+    return 1 - ratio(residual, squared_deviations(targets, weights))
 
 
 @formula("pearson", "regression")
@@ -138,8 +159,7 @@ def pearson(predictions: Array, targets: Array, weights: Array) -> Array:
 @formula("spearman", "regression")
 def spearman(predictions: Array, targets: Array, weights: Array) -> Array:
     """Linear correlation of the ranks; equal values share their mean rank."""
-    x, y = (mid_ranks(values[:, 0], weights) for values in (predictions, targets))
-    return correlation(x, y, weights)
+    return rank_correlation(predictions[:, 0], targets[:, 0], weights)
 
 
 # ------------------------------------------------------------------------ metrics of a split
@@ -223,7 +243,16 @@ def report_of(
     result |= {"per_class": {}, "confusion": None}
     if samples.is_finite:
         measure = measure_of(names, samples)
-        ends = intervals(measure, len(samples), resamples=bootstrap, seed=seed, level=LEVEL)
+        ends = intervals(
+            measure,
+            strata_of(samples.targets)
+            if isinstance(samples, Multiclass)
+            else [np.arange(len(samples))],
+            values=metrics,
+            resamples=bootstrap,
+            seed=seed,
+            level=LEVEL,
+        )
         result["ci95"] = {name: ends[name] for name in metrics if name in ends}
         result["per_class"] = per_class(samples, class_names)
         if isinstance(samples, Multiclass | Videos) and len(class_names) <= LARGEST_CONFUSION:

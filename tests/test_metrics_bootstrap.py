@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from glovita_lib import metrics
 from glovita_lib.metric_names import metrics_of
@@ -38,7 +39,7 @@ def test_equals_a_loop_over_the_same_resamples(subtask: str, monkeypatch) -> Non
     data = data_of(subtask, n)
     names = metrics_of(subtask)
     measure = measure_of(names, samples_of(**data))
-    blocks = list(metrics.draws(n, resamples, seed=5))
+    blocks = list(metrics.draws([np.arange(n)], resamples, seed=5))
     assert [block.shape[1] for block in blocks] == [7] * 5 + [5]
     fast = [measure(block) for block in blocks]
     stream = np.random.default_rng(5)
@@ -53,15 +54,19 @@ def test_equals_a_loop_over_the_same_resamples(subtask: str, monkeypatch) -> Non
 def test_interval_is_the_percentiles_of_the_loop() -> None:
     data = data_of("multiclass", 80)
     found = metrics_report(("acc", "auroc", "f1_per_class"), bootstrap=200, seed=9, **data)["ci95"]
-    stream = np.random.default_rng(9)
+    strata, stream = metrics.strata_of(data["targets"]), np.random.default_rng(9)
+    assert [len(rows) for rows in strata] == [3, 77]  # a class of three is always there
     loop: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(200):
-        rows = stream.integers(0, 80, 80)
+        rows = np.concatenate([part[stream.integers(0, len(part), len(part))] for part in strata])
         drawn = {"targets": data["targets"][rows], "scores": data["scores"].of(rows)}
         for name, value in compute(("acc", "auroc", "f1_per_class"), **(data | drawn)).items():
             loop[name].append(value)
+    whole = compute(("acc", "auroc", "f1_per_class"), **data)
     for name, ends in found.items():
-        assert ends == pytest.approx(np.nanpercentile(loop[name], [2.5, 97.5]), abs=1e-12)
+        low, high = np.nanpercentile(loop[name], [2.5, 97.5])
+        inside = low <= whole[name] <= high
+        assert ends == (pytest.approx([low, high], abs=1e-12) if inside else [None, None])
 
 
 def test_contains_the_value_and_shrinks_with_the_square_root_of_n() -> None:
@@ -92,12 +97,14 @@ def test_covers_the_truth_as_often_as_it_says() -> None:
 
 
 def test_blocks_do_not_change_the_draws(monkeypatch) -> None:
-    whole = np.concatenate(list(metrics.draws(30, 11, seed=2)), 1)
+    whole = np.concatenate(list(metrics.draws([np.arange(30)], 11, seed=2)), 1)
     monkeypatch.setattr(metrics, "ELEMENTS_AT_ONCE", 1)  # a block holds one resample at least
-    single = list(metrics.draws(30, 11, seed=2))
+    single = list(metrics.draws([np.arange(30)], 11, seed=2))
     assert len(single) == 11 and np.array_equal(np.concatenate(single, 1), whole)
     assert (whole.sum(0) == 30).all()
-    assert not np.array_equal(whole, np.concatenate(list(metrics.draws(30, 11, seed=3)), 1))
+    assert not np.array_equal(
+        whole, np.concatenate(list(metrics.draws([np.arange(30)], 11, seed=3)), 1)
+    )
 
 
 def test_a_single_sample_and_one_class_have_no_interval() -> None:
@@ -111,9 +118,54 @@ def test_a_single_sample_and_one_class_have_no_interval() -> None:
 def test_undefined_resamples_are_left_out() -> None:
     ends = metrics.intervals(
         lambda weights: {"x": np.where(weights[0] > 0, 2.0, math.nan)},
-        5,
+        [np.arange(5)],
+        values={"x": 2.0},
         resamples=50,
         seed=0,
         level=0.95,
     )
     assert ends == {"x": (2.0, 2.0)}
+
+
+@pytest.mark.parametrize("subtask", ["multiclass", "multilabel"])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_interval_holds_its_own_value_or_is_none(subtask: str, seed: int) -> None:
+    """Many classes of one or two samples, of which resamples miss a third."""
+    rng = np.random.default_rng(seed)
+    targets = np.sort(np.append(np.arange(40), rng.integers(0, 40, 30)))
+    scores = rng.random((70, 40)) + 1.5 * rng.random() * np.eye(40)[targets]
+    targets = np.eye(40)[targets] if subtask == "multilabel" else targets
+    data = {"subtask": subtask, "targets": targets, "class_names": tuple(map(str, range(40)))}
+    names = metrics_of(subtask)
+    scores = Scores.of_logits(scores, subtask)
+    found = metrics_report(names, scores=scores, bootstrap=200, seed=0, **data)
+    for name, (low, high) in found["ci95"].items():
+        value = found["metrics"][name]
+        assert value is None or low is None or low <= value <= high, (name, low, value, high)
+    if subtask == "multiclass":
+        low, high = found["ci95"]["f1"]  # without strata it ends below the value
+        assert low is not None and high - low < 0.3
+
+
+@pytest.mark.parametrize("far", [1e3, 1e9, 1e15])
+def test_resamples_without_a_far_outlier_keep_their_digits(far: float) -> None:
+    rng = np.random.default_rng(0)
+    targets = rng.normal(size=(60, 2))
+    scores = targets + 0.5 * rng.normal(size=(60, 2))
+    targets[7], scores[7] = far, far * 1.01
+    names = ("r2", "pearson", "spearman")
+    data = {"subtask": "regression", "class_names": ("a", "b")}
+    measure = measure_of(names, samples_of(targets=targets, scores=Scores(scores), **data))
+    (weights,) = metrics.draws([np.arange(60)], 50, seed=1)
+    found = measure(weights)
+    assert 5 < (weights[7] == 0).sum() < 45
+    for r in range(50):
+        rows = np.repeat(np.arange(60), weights[:, r].astype(int))
+        x, y = scores[rows].astype(np.longdouble), targets[rows].astype(np.longdouble)
+        dx, dy = x - x.mean(0), y - y.mean(0)
+        r2 = 1 - ((x - y) ** 2).sum(0) / (dy**2).sum(0)
+        pearson = (dx * dy).sum(0) / np.sqrt((dx**2).sum(0) * (dy**2).sum(0))
+        ranks = [scipy.stats.spearmanr(a, b)[0] for a, b in zip(x.T, y.T, strict=True)]
+        assert found["r2"][r] == pytest.approx(float(r2.mean()), abs=1e-9)
+        assert found["pearson"][r] == pytest.approx(float(pearson.mean()), abs=1e-9)
+        assert found["spearman"][r] == pytest.approx(np.mean(ranks), abs=1e-9)

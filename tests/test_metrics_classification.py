@@ -1,6 +1,7 @@
 """Sums and ranks under weights against the same on repeated samples."""
 
 import numpy as np
+import pytest
 import scipy.stats
 
 from glovita_lib.metrics_classification import bin_of, mid_ranks, ratio, squared_deviations, sum_by
@@ -22,10 +23,12 @@ def test_mid_ranks_equal_scipy() -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 8, 40).astype(float)
     weights = rng.integers(0, 3, (40, 2)).astype(float)
-    ranks = mid_ranks(values, weights)
+    ranks, spread = mid_ranks(values, weights)
     for r in range(2):
         rows = np.repeat(np.arange(40), weights[:, r].astype(int))
-        assert np.array_equal(ranks[rows, r], scipy.stats.rankdata(values[rows]))
+        expected = scipy.stats.rankdata(values[rows])
+        assert np.array_equal(ranks[rows, r], expected)
+        assert spread[r] == pytest.approx(((expected - expected.mean()) ** 2).sum())
 
 
 def test_equal_values_have_no_spread_whatever_the_rounding() -> None:
