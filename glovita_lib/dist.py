@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from glovita_lib.errors import UserError
@@ -307,6 +308,49 @@ def wrap(model: nn.Module, ranks: Ranks, find_unused_parameters: bool) -> nn.Mod
         find_unused_parameters=find_unused_parameters,
         gradient_as_bucket_view=True,
     )
+
+
+def join_batch_norms(model: nn.Module, ranks: Ranks) -> None:
+    """Let the batch norms of a model share mean and variance over the ranks, in place; the keys of
+    the state dict stay.
+
+    Raises:
+        UserError: ranks without GPUs, which torch's cannot join; a batch norm of a kind of its own.
+    """
+    norms = batch_norms(model)
+    if ranks.world == 1 or not norms:
+        return
+    if ranks.device.type != "cuda":
+        raise UserError(
+            f"training.sync_batch_norm joins batch norms of GPUs; the ranks compute on"
+            f" {ranks.device.type}: leave it out"
+        )
+    for name, norm in norms.items():
+        joined = joined_norm(norm)
+        if joined is None:
+            raise UserError(
+                f"training.sync_batch_norm: {name} ({type(norm).__name__}) is a batch norm of its"
+                " own kind, which cannot be joined: leave it out"
+            )
+        model.set_submodule(name, joined)
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The batch norms of a model, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def joined_norm(norm: nn.Module) -> nn.Module | None:
+    """A batch norm that shares its statistics over the ranks, with the tensors of a plain one or of
+    timm's with an activation; None of another kind."""
+    if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+    if type(norm).__module__.startswith("timm."):  # else timm need not be loaded
+        from timm.layers import SyncBatchNormAct, convert_sync_batchnorm
+
+        joined = convert_sync_batchnorm(norm)
+        return joined if isinstance(joined, SyncBatchNormAct) else None
+    return None
 
 
 @torch.no_grad()

@@ -418,7 +418,7 @@ class FoldedEncoder(Encoder):
         """Facts follow from those of the encoder of images."""
         (inner,) = self.image
         self.layout, self.has_tokens, self.has_patches = 3, inner.has_patches, inner.has_patches
-        self.has_few_tokens = False
+        self.has_few_tokens, self.patch = False, inner.patch
         self.pooling, self.plain = "pooled", False
         self.width = inner.width
         self.pooled_width = self.channels * output_width(inner, self.method)

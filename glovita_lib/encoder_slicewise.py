@@ -85,7 +85,7 @@ class PartwiseEncoder(Encoder):
         do not pass are frozen."""
         (inner,) = self.inner
         self.layout, self.has_tokens, self.has_patches = 3, True, True
-        self.has_few_tokens = True
+        self.has_few_tokens, self.patch = True, inner.patch
         self.pooling, self.plain = "avg", True
         self.width = self.pooled_width = output_width(inner, self.method)
         self.pooling_parameters, self.block_names = frozenset(), inner.block_names

@@ -565,6 +565,8 @@ def check_task(task: Supervised, data: Data) -> None:
 def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
     """Logged name, with its val_ prefix, of the metric that picks the best checkpoint."""
     if not len(data.splits.get("val") or ()):
+        if root.mode == "train":
+            refuse("training", root.training.without_val(data.name))
         return None
     logged = [f"val_{name}" for name in logged_names(metrics, data.class_names)]
     asked = root.training.best_checkpoint_metric or logged[0]
@@ -573,10 +575,11 @@ def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
 
 
 def class_weights(task: Supervised, data: Data, train: Split | None) -> tuple[float, ...] | None:
-    """Weights per class; balanced ones are N / (K n_k), so that their mean over the train samples
-    is 1; none without labels, from which nothing is learnt.
+    """Weights per class; balanced ones are N / (K n_k), those of scikit-learn, of the K classes
+    that occur in train, so that their mean over the train samples is 1; none without labels, from
+    which nothing is learnt.
 
-    A class without samples gets weight 1. Multilabel: n_k counts positive labels.
+    A class without train samples gets weight 1. Multilabel: n_k counts positive labels.
     """
     if task.class_weights is None:
         return None
@@ -591,7 +594,8 @@ def class_weights(task: Supervised, data: Data, train: Split | None) -> tuple[fl
     else:
         counts = np.bincount(train.targets, minlength=classes)
         total = len(train)
-    weights = np.where(counts > 0, total / (classes * np.maximum(counts, 1)), 1.0)
+    occur = counts > 0
+    weights = np.where(occur, total / (occur.sum() * np.maximum(counts, 1)), 1.0)
     return tuple(float(w) for w in weights)
 
 

@@ -240,7 +240,7 @@ def learn(
         "logger_id": logger.run_id,
     }
     if ranks.is_main:
-        for note in undefined_notes(resolved, trainer):
+        for note in [*undefined_notes(resolved, trainer), *rank_notes(experiment)]:
             say(f"  note: {note}")
     if saved is not None and ranks.is_main:
         say(continuation_line(trainer, root))
@@ -274,6 +274,19 @@ def undefined_notes(resolved: Resolved, trainer: Trainer) -> list[str]:
             " epoch counts as the best"
         )
     return lines if names else []
+
+
+def rank_notes(experiment: Experiment) -> list[str]:
+    """A line about batch norms that each of several ranks trains by its own batches."""
+    norms = dist.batch_norms(experiment.model).values()
+    trained = sum(any(p.requires_grad for p in norm.parameters()) for norm in norms)
+    if experiment.ranks.world == 1 or not trained or experiment.root.training.sync_batch_norm:
+        return []
+    size = experiment.root.dataloading.batch_size
+    return [
+        f"{trained} batch norms take mean and variance of each rank's own batch of {size};"
+        " training.sync_batch_norm = true joins them on GPUs"
+    ]
 
 
 def continuation_line(trainer: Trainer, root: Root) -> str:

@@ -256,11 +256,24 @@ class Training(Spec):
     cache_frozen_features: bool = False
     """Whether a frozen encoder reads every sample once, and later epochs train the head on what it
     gave; needs a train policy that draws nothing, such as default_2d_1."""
+    sync_batch_norm: bool = False
+    """Whether batch norm takes mean and variance over the batches of all ranks, GPUs, instead of
+    each rank's own."""
     ddp_find_unused_parameters: bool = False
     """Whether several ranks look for parameters that a step did not use."""
     on_existing: Literal["resume", "overwrite", "new"] = "resume"
     """What to do with an existing run: continue it, start over, or start a new one beside it
     (name_2, name_3 ...)."""
+
+    def without_val(self, name: str) -> Iterator[tuple[str, str]]:
+        """What a data set of that name without a val split leaves without a meaning."""
+        for key in ("early_stopping_patience", "best_checkpoint_metric"):
+            if (asked := getattr(self, key)) is not None:
+                yield (
+                    key,
+                    f"{shown(asked)}, but data set {name} has no val split to judge epochs by: add"
+                    " one, or leave it out",
+                )
 
 
 BY_WORKERS = read_unless("num_workers", 0, words="dataloading.num_workers above 0")

@@ -34,6 +34,11 @@ UNUSED = (
     " true, or freeze or remove what the model does not use"
 )
 
+OVERFLOW = (
+    'the last checkpoint is kept; set training.precision to "bf16", where the device has it, or'
+    ' "no", lower optimizer.lr, or look at the values of the inputs'
+)
+
 
 @dataclass
 class TrainState:
@@ -48,6 +53,8 @@ class TrainState:
     mark: float | None = None  # last value that early stopping counted as better
     stale: int = 0  # epochs since then
     stopped: bool = False  # early, for want of a better value
+    skipped: int = 0  # steps of fp16 without an update, as their gradient was not finite
+    updates: int = 0  # of the current epoch
     sums: dict[str, Tensor] = field(default_factory=dict)  # over this rank's samples of the epoch
 
 
@@ -96,6 +103,8 @@ class Trainer:
         self.schedule = Schedule(optimizer, epochs=training.epochs, steps_per_epoch=self.steps)
         # only in fp16 gradients underflow; elsewhere the scaler does nothing
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
+        if training.sync_batch_norm:
+            dist.join_batch_norms(model, ranks)
         self.ema = build_average(model, training.ema_decay)
         # the order matters: 1 compile, 2 shard; both leave the state-dict keys of `model` alone
         if training.compile:
@@ -140,8 +149,8 @@ class Trainer:
             bar.advance()
             if order.ends_step(self.batch):
                 self.check_gradients()
-                self.optimizer_step()
-                self.log_and_save(bar)
+                if self.optimizer_step():
+                    self.log_and_save(bar)
         bar.close()
 
     def train_batch(self, batch: Batch) -> None:
@@ -206,25 +215,45 @@ class Trainer:
         )
         self.ema = build_average(self.model, self.spec.ema_decay)  # follows what was chosen
 
-    def optimizer_step(self) -> None:
+    def optimizer_step(self) -> bool:
         """Clip the gradient, update the weights, clear the gradient, update the average, and count
-        the step and its samples."""
-        set_lr(self.optimizer, self.schedule(self.state.step))
+        the step and its samples; whether there was an update. Else its samples alone count."""
+        state = self.state
+        set_lr(self.optimizer, self.schedule(state.step))
         if self.spec.gradient_clip_val is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.gradient_clip_val)
         self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.model.after_step(self.state.step + 1, self.schedule.total)
+        if updated := self.was_updated():
+            state.step, state.updates = state.step + 1, state.updates + 1
+            self.model.after_step(state.step, self.schedule.total)
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
+        else:
+            state.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
-        self.state.step += 1
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
         seen = self.order.edge(self.order.step_of(self.batch) + 1)
         for meter in (self.meter, self.epoch_meter):
             meter.add(seen - self.state.seen)
-        self.state.samples += seen - self.state.seen
-        self.state.seen = seen
+        state.samples += seen - state.seen
+        state.seen = seen
+        return updated
+
+    def was_updated(self) -> bool:
+        """Let the scaler of fp16 follow the step that was made; whether the weights were updated,
+        for which the device is waited for.
+
+        Raises:
+            UserError: the scale is below 1: without any scale gradients are not finite.
+        """
+        if not self.scaler.is_enabled():
+            return True
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        scale = self.scaler.get_scale()
+        if scale < 1:
+            raise UserError(f"gradients in fp16 are not finite at any scale; {OVERFLOW}")
+        return scale >= before
 
     def log_and_save(self, bar: Bar) -> None:
         """Log every `log_every` optimizer steps, save every `save_every_steps`."""
@@ -239,9 +268,18 @@ class Trainer:
             self.save(is_best=False)
 
     def close_epoch(self, started: float) -> None:
-        """Evaluate, log, decide whether this epoch is the best, save."""
+        """Evaluate, log, decide whether this epoch is the best, save.
+
+        Raises:
+            UserError: the epoch made no update, see check_finite.
+        """
         self.check_finite(weights=True)
         state = self.state
+        if state.seen and not state.updates:
+            raise UserError(
+                f"epoch {state.epoch + 1} made no update: no gradient in fp16 was finite;"
+                f" {OVERFLOW}"
+            )
         record = self.record("epoch", self.epoch_meter)
         if self.val_loader is not None:
             values = self.evaluate(self.val_loader, None)
@@ -254,7 +292,7 @@ class Trainer:
             self.hooks.say(
                 epoch_line(record, epochs=self.spec.epochs, best_metric=self.best_metric)
             )
-        state.epoch, state.seen, state.sums = state.epoch + 1, 0, {}
+        state.epoch, state.seen, state.sums, state.updates = state.epoch + 1, 0, {}, 0
         self.save(is_best=is_best)
 
     # ------------------------------------------------------------------ parts
@@ -337,7 +375,8 @@ class Trainer:
             "step": state.step,
             "samples": state.samples,
             **{f"train_{name}": float(m) for name, m in zip(names, means, strict=True)},
-            "lr": self.schedule(state.step - 1),
+            "lr": self.schedule(max(state.step - 1, 0)),
+            **({"skipped_steps": state.skipped} if self.scaler.is_enabled() else {}),
             "samples_per_s": meter.read(),
             "memory_mb": dist.peak_memory_mb(self.ranks.device),
         }
