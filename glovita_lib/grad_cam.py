@@ -430,6 +430,7 @@ def _(
 # A map lies over the sample, the clearer the higher its values are; 0 is not seen.
 
 SHADES = ("#7f0000", "#d7301f", "#fc8d59", "#ffd92f")  # low to high
+SCALE = 1.25  # inches beside the slices of a volume for the colours and what they mean
 MOST = 0.75  # opacity of the highest value
 NOWHERE = "nothing in the sample speaks for it"
 
@@ -492,11 +493,11 @@ def volume_map(found: HeatMap, affine: np.ndarray, path: Path) -> None:
     wide, high = sum(side for side, _ in planes), max(side for _, side in planes)
     shown = volume[: figures_volumes.CHANNELS]
     rows = len(shown) + 1
-    scale = min((figures.WIDTH - 0.9) / wide, (figures.HEIGHT - 1) / (rows * high))  # inches a mm
+    scale = min((figures.WIDTH - SCALE) / wide, (figures.HEIGHT - 1) / (rows * high))  # inches a mm
     voxel = np.unravel_index(found.values.argmax(), found.values.shape)
     place = ", ".join(f"{mm:.0f}" for mm in (affine @ [*voxel, 1])[:3])  # of the world
     known = found.affine is not None
-    with figures.drawing(path, wide * scale + 0.9, rows * high * scale + 0.9) as figure:
+    with figures.drawing(path, wide * scale + SCALE, rows * high * scale + 0.6) as figure:
         figure.set_layout_engine("compressed", h_pad=0.03, w_pad=0.03)
         cells = figure.subplots(rows, 3, squeeze=False, width_ratios=[side for side, _ in planes])
         for row, channel in zip(cells, [*shown, shown[0]], strict=True):

@@ -19,6 +19,10 @@ ENCODERS = {  # one that takes them
     "series": "inception_time",
     "videos": "torchvision_video",
 }
+OTHER_DATA = {
+    "features": ' set data.dataset to "precomputed_features", or',
+    "volumes": ' set data.dataset to "generic_3d_dataset" or "custom_3d_dataset", or',
+}
 
 
 class BaseEncoder(Spec):
@@ -60,11 +64,10 @@ class BaseEncoder(Spec):
         if samples == "features" and self.takes != "features":
             yield "encoder_type", 'the samples are features already: set it to "precomputed"'
         elif not self.reads(samples):
-            features = ' set data.dataset to "precomputed_features", or'
             yield (
                 "encoder_type",
                 f"{shown(self.__struct_config__.tag)} takes {self.takes}, and the samples are"
-                f" {samples}:{features if self.takes == 'features' else ''} name an encoder for"
+                f" {samples}:{OTHER_DATA.get(self.takes, '')} name an encoder for"
                 f" {samples}, e.g. {shown(ENCODERS[samples])}{self.other_samples(samples)}",
             )
 

@@ -429,7 +429,8 @@ BROKEN = [
     (
         ["model.encoder.encoder_type=primus"],
         "model.encoder.encoder_type",
-        '"primus" takes volumes, and the samples are images: name an encoder for images',
+        '"primus" takes volumes, and the samples are images: set data.dataset to'
+        ' "generic_3d_dataset" or "custom_3d_dataset", or name an encoder for images',
     ),
     ([*RESIDUAL, "model.encoder.strides=[1, 2]"], "model.encoder.strides", "2 entries, but"),
     (
