@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
-from glovita_lib.files import write_text
+from glovita_lib.files import remove, write_text
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.rundir import RunDir
 from glovita_lib.spec import ByStruct, Spec
@@ -156,6 +157,20 @@ def say(text: str) -> None:
     else:
         print(text)
     sys.stdout.flush()
+
+
+def say_notes(notes: Sequence[str]) -> None:
+    """What was noted when the data were read, of the first rank: every mode says it."""
+    for note in notes:
+        say(f"  note: {note}")
+
+
+def write_notes(path: Path, notes: Sequence[str]) -> None:
+    """The same as a text file beside the results; none where there is nothing to note."""
+    if notes:
+        write_text(path, "".join(f"{note}\n" for note in notes))
+    elif path.is_file():
+        remove(path)
 
 
 def two_columns(rows: list[tuple[str, str]]) -> str:

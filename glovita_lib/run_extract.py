@@ -38,7 +38,7 @@ from glovita_lib.feature_writer import (
 )
 from glovita_lib.files import Lock
 from glovita_lib.loader import Loader
-from glovita_lib.loggers import Rate, say
+from glovita_lib.loggers import Rate, say, say_notes
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Extract
@@ -279,8 +279,7 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
         say_main(ranks, ": ".join(outputs_line(data.subtask, data.class_names, ordered=False)))
         notes = data.report if ranks.is_main else []
         at_end = loaded.root.extract.on_error == "skip" and not dry_run
-        for note in notes:
-            say(f"  note: {heading(note) if at_end else note}")
+        say_notes([heading(note) if at_end else note for note in notes])
         splits = wanted_splits(data, loaded.root.extract.split, "extract.split")
         jobs = [plan_job(loaded.root, extractor, data, *split) for split in splits.items()]
         refuse_one_name(jobs)
@@ -291,9 +290,7 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
                 job.rehearse()
             else:
                 job.run()
-        for note in notes if at_end else ():
-            if heading(note) != note:
-                say(f"  note: {note}")
+        say_notes([note for note in notes if at_end and heading(note) != note])
 
 
 def heading(note: str) -> str:

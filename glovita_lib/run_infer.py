@@ -20,7 +20,7 @@ from glovita_lib.data_folder import build_unlabelled
 from glovita_lib.data_splits import SPLIT_NAMES, read_splits
 from glovita_lib.errors import UserError, listed, refuse
 from glovita_lib.experiment import Experiment, evaluated_as, read_data, record_of, restore, some_of
-from glovita_lib.loggers import say, two_columns
+from glovita_lib.loggers import say, say_notes, two_columns, write_notes
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.peft_base import ADDED, Insert, contiguous_copy
@@ -81,7 +81,8 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
         check_heat_maps(first, root.infer)
     if root.infer.export is not None and ranks.is_main and not dry_run:
         export(Path(root.infer.export), first)
-    name, splits = wanted_splits(root, records, ranks)
+    name, splits, notes = wanted_splits(root, records, ranks)
+    say_notes(notes if ranks.is_main else ())
     if dry_run:
         count = first.resolved.eval_batch_size
         splits = {path: some_of(split, count, root.seed) for path, split in splits.items()}
@@ -108,9 +109,12 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
         if dry_run:
             return
         predictions = mean_of(members, first) if ranks.is_main else None
-        rows = [] if predictions is None else write_split(folder, name, split, predictions, first)
-        notes = {"split": name, "checkpoints": list(map(str, paths))}
-        attention = recorder.write(split, first.resolved, notes)
+        rows = []
+        if predictions is not None:
+            write_notes(folder / f"notes_{name}.txt", notes)
+            rows = write_split(folder, name, split, predictions, first)
+        made_of = {"split": name, "checkpoints": list(map(str, paths))}
+        attention = recorder.write(split, first.resolved, made_of)
         if attention is not None and predictions is not None:
             rows += draw_attention(attention, split, predictions, first, root.infer.attention_maps)
         if root.infer.heat_maps and predictions is not None:
@@ -260,9 +264,9 @@ def refuse_seen_samples(loaded: Loaded[Root], folds: tuple[int | str, ...]) -> N
 
 def wanted_splits(
     root: Root, records: dict[Path, Resolved], ranks: dist.Ranks
-) -> tuple[str, dict[Path, Split]]:
-    """What the samples to predict are called in file names, and the samples for each member: each
-    reads the images in its own way, where they differ in that.
+) -> tuple[str, dict[Path, Split], list[str]]:
+    """What the samples to predict are called in file names, the samples for each member (each reads
+    the images in its own way, where they differ in that), and what was noted about the data.
 
     Args:
         records: what each member was trained on.
@@ -274,14 +278,17 @@ def wanted_splits(
     keys = {path: msgspec.json.encode(samples) for path, samples in readings.items()}
     differ = len(set(keys.values())) > 1
     name, splits = "", {}
+    notes: dict[str, None] = {}  # once, whichever members read the data
     found: dict[bytes, Split] = {}
     for path, samples in readings.items():
         if (key := keys[path]) not in found:
             data = read_as(root.data, samples) if differ else root.data
             trained = str(path) if len(records) > 1 else "the checkpoint"
-            name, found[key] = wanted_split(replace(root, data=data), records[path], ranks, trained)
+            own = replace(root, data=data)
+            name, found[key], lines = wanted_split(own, records[path], ranks, trained)
+            notes |= dict.fromkeys(lines)
         splits[path] = found[key]
-    return name, splits
+    return name, splits, list(notes)
 
 
 def read_as(data: BaseData, samples: BaseSamples) -> BaseData:
@@ -292,8 +299,9 @@ def read_as(data: BaseData, samples: BaseSamples) -> BaseData:
 
 def wanted_split(
     root: Root, record: Resolved, ranks: dist.Ranks, trained: str
-) -> tuple[str, Split]:
-    """The samples to predict with a model, and what they are called in file names.
+) -> tuple[str, Split, list[str]]:
+    """The samples to predict with a model, what they are called in file names, and what was noted
+    about the data.
 
     Args:
         record: what it was trained on.
@@ -313,9 +321,7 @@ def wanted_split(
             )
         split, samples, notes = new_samples(record.inputs, spec.input, root.data)
         check_samples(record, trained, samples, spec.input)
-        if notes and ranks.is_main:
-            say("\n".join(f"note: {note}" for note in notes))
-        return Path(spec.input).stem, split
+        return Path(spec.input).stem, split, notes
     wanted = ("test", "val") if spec.split is None else (spec.split,)
     check_kind(record, trained, root.data)
     data = read_data(root, ranks, model=record, wanted=wanted)
@@ -330,7 +336,7 @@ def wanted_split(
         raise UserError(
             f"data set {data.name} has no split {wanted[0]}; set infer.split to {', '.join(there)}"
         )
-    return name, data.splits[name]
+    return name, data.splits[name], data.report
 
 
 @singledispatch

@@ -16,7 +16,7 @@ from glovita_lib import dist, files, plots, results
 from glovita_lib.data import Data, Source, Standardizer, column_means, outputs_line
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError, listed, refuse
-from glovita_lib.loggers import better, say, two_columns
+from glovita_lib.loggers import better, say, say_notes, two_columns, write_notes
 from glovita_lib.metric_names import logged_names, lower_is_better, uses_order, usual_metrics
 from glovita_lib.metrics import compute, metrics_report, undefined, undefined_line
 from glovita_lib.metrics_classification import Scores
@@ -308,7 +308,7 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
             return
         data, samples = read(loaded)
         assert isinstance(loaded.root.task, Probe)  # whose learnt_by names this module
-        say_undefined(loaded.root.task, data, samples)
+        say_noted(loaded.root.task, data, samples)
         shapes = {n: f"({len(p.ids)}, {p.features.shape[1] or 'T'})" for n, p in samples.items()}
         sizes = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         say(f"dry run passed: {data.subtask} of {data.outputs}, {sizes}; nothing was written")
@@ -322,9 +322,10 @@ def probe(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
         if decision != "finished":
             data, samples = read(loaded)
             introduce(run, task, data)
-            say_undefined(task, data, samples)
+            say_noted(task, data, samples)
             run.clean(ranks, decision)
             run.write_spec(loaded)
+            write_notes(run.notes, data.report)
             run.note_start(runtime_info(ranks, seed=root.seed))
             content = fit_methods(task, data, samples, run, ranks, seed=root.seed)
             files.write_json(run.path / "metrics_probe.json", content)
@@ -340,19 +341,18 @@ def introduce(run: RunDir, task: Probe, data: Data) -> None:
     say(two_columns([("data", f"{data.name}: {sizes}"), line, ("run", str(run.path))]))
 
 
-def say_undefined(task: Probe, data: Data, samples: dict[str, ProbeSplit]) -> None:
-    """Say which metrics the targets of val, if any, cannot define, whatever a probe predicts."""
+def say_noted(task: Probe, data: Data, samples: dict[str, ProbeSplit]) -> None:
+    """What was noted about the data; which metrics the targets of val, if any, cannot define."""
+    say_notes(data.report)
     if "val" not in samples:
         return
     names, targets = task.metrics or usual_metrics(data.subtask), samples["val"].targets
     lost = undefined(names, subtask=data.subtask, targets=targets, class_names=data.class_names)
-    if lost:
-        say(f"  note: {undefined_line(lost)}")
+    notes = [undefined_line(lost)] if lost else []
     if logged_names(names[:1], data.class_names)[0] in lost and not task.asks_kernels:
-        say(
-            f"  note: task.metrics chooses by {names[0]}, which is among them: nothing can be"
-            " chosen, the smallest k and the largest l2 are taken"
-        )
+        by = f"task.metrics chooses by {names[0]}, which is among them"
+        notes.append(f"{by}: nothing can be chosen, the smallest k and the largest l2 are taken")
+    say_notes(notes)
 
 
 def fit_methods(

@@ -26,7 +26,14 @@ from glovita_lib.experiment import (
     some_of,
     trained_weights,
 )
-from glovita_lib.loggers import build_logger, logged_as, say, two_columns
+from glovita_lib.loggers import (
+    build_logger,
+    logged_as,
+    say,
+    say_notes,
+    two_columns,
+    write_notes,
+)
 from glovita_lib.metrics import compute, undefined, undefined_line
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.model import parameter_line, parameter_table
@@ -61,6 +68,7 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
     root = replace(root, training=training)
     data = read_data(root, ranks)
     resolved = resolve_spec(root, data)
+    say_notes(data.report if ranks.is_main else ())
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
     count = samples_per_step(root, ranks.world)
     data.splits["train"] = some_of(data.splits["train"], count, root.seed)
@@ -169,8 +177,7 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
     )
     if experiment.root.peft.trains != "all":
         say("\n".join(f"    {share}" for share in parameter_table(experiment.model)))
-    for line in data.report:
-        say(f"  note: {line}")
+    say_notes(data.report)
 
 
 # ---------------------------------------------------------------------- training
@@ -225,7 +232,7 @@ def learn(
     run.clean(ranks, decision)
     names = logged_as(root.logger, run=run, data=root.data, dataset=loaded.plain["data"]["dataset"])
     taken = {**values_taken(experiment, trainer), "logger": names, "add_log": root.add_log}
-    dist.main_decides(ranks, lambda: prepare(run, loaded, experiment, taken, saved))
+    dist.main_decides(ranks, lambda: prepare(run, loaded, experiment, data, taken, saved))
     logger = build_logger(
         root.logger,
         run=run,
@@ -405,6 +412,7 @@ def prepare(
     run: RunDir,
     loaded: Loaded[Root],
     experiment: Experiment,
+    data: Data,
     taken: dict[str, Any],
     saved: dict[str, Any] | None,
 ) -> None:
@@ -432,6 +440,7 @@ def prepare(
         if best is not None:
             check_unchanged(best, str(run.best), experiment.resolved, f"{run.last} holds")
         files.truncate_jsonl(run.metrics, lambda record: record["step"] <= step)
+    write_notes(run.notes, data.report)
     info = runtime_info(experiment.ranks, seed=experiment.root.seed)
     run.note_start(info if saved is None else {**info, "taken": taken})
 

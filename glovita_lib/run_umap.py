@@ -34,7 +34,7 @@ from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, part_to_read, source_of, wanted_splits
 from glovita_lib.figures_volumes import middle_picture
 from glovita_lib.files import read_csv, write_csv, write_json
-from glovita_lib.loggers import say, two_columns
+from glovita_lib.loggers import say, say_notes, two_columns
 from glovita_lib.plot_projection import (
     Coloring,
     Text,
@@ -308,9 +308,10 @@ def samples_of_model(
         return {"vectors": vectors.float(), **scores}
 
     wanted = wanted_splits(data, spec.split, "umap.split")
-    splits, parts = {}, []
+    splits, parts, lines = {}, [], []
     for name, split in choose_samples(wanted, data, spec, seed).items():
-        found, kept = embed_readable(extractor, name, split, outputs)
+        found, kept, broken = embed_readable(extractor, name, split, outputs)
+        lines += [f"left out: {line}" for line in broken]
         splits[name] = subset(split, kept) if len(kept) < len(split) else split
         parts.append(found)
     features = np.concatenate([part["vectors"] for part in parts])
@@ -332,14 +333,15 @@ def samples_of_model(
         image=image_of(list(splits.values()), resolved.inputs),
         total=sum(map(len, wanted.values())),
         name=data.name,
-        notes=other_outputs(resolved, data) if trained else (),
+        notes=(*data.report, *lines, *(other_outputs(resolved, data) if trained else ())),
     )
 
 
 def embed_readable(
     extractor: Extractor, name: str, split: Split, outputs: Callable[[Any], dict[str, torch.Tensor]]
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Outputs for the samples (n, ...) of a split that could be read, and their rows (n,).
+) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
+    """Outputs for the samples (n, ...) of a split that could be read, their rows (n,), and a line
+    about each other one.
 
     Raises:
         UserError: a sample cannot be read and none may be left out, or all of them; NaN or infinite
@@ -351,15 +353,13 @@ def embed_readable(
         part = part_to_read(split, np.arange(count), folder, extractor)
         found = embed_split(experiment, name, part, outputs)
         broken = skipped(folder)
-    for line in broken.values():
-        say(f"  left out: {line}")
     kept = np.delete(np.arange(count), list(broken))
     if not len(kept):
         raise UserError(f"{name}: none of the {count} samples could be read")
     found = {key: values[torch.from_numpy(kept)] for key, values in found.items()}
     if not torch.isfinite(found["vectors"]).all():
         extractor.refuse_infinite(found["vectors"], [split.ids[row] for row in kept], among="split")
-    return {key: values.numpy() for key, values in found.items()}, kept
+    return {key: values.numpy() for key, values in found.items()}, kept, list(broken.values())
 
 
 def other_outputs(resolved: Resolved, data: Data) -> tuple[str, ...]:
@@ -428,8 +428,7 @@ def make_map(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks, *, dry_run: bo
         read_csv(Path(path), ("id", column))
     with nullcontext() if dry_run else alone(output_stem(loaded, spec), ranks):
         samples = find_samples(loaded, spec, ranks)
-        for note in samples.notes:
-            say(f"  note: {note}")
+        say_notes(samples.notes)
         draw_projection(loaded, spec, samples, ranks, dry_run=dry_run)
 
 
@@ -520,8 +519,7 @@ def draw_projection(
     colorings = colorings_of(samples, spec)
     seed = seed_of(loaded, spec)
     projection = project(samples.features, spec, seed=seed, device=ranks.device)
-    for note in projection.notes:
-        say(f"  note: {note}")
+    say_notes(projection.notes)
     if samples.subtask == "regression" and len(samples.class_names) > 1:
         say(f"  note: the picture shows {colorings[0].title}, the page the other targets too")
     if samples.targets is None and spec.color_by == "label":
@@ -645,7 +643,7 @@ def numbers_of(
         "trustworthiness_neighbors": projection.trust_neighbors,
         "trustworthiness_samples": projection.trust_samples,
         "axes": [axis for axis in projection.axes if axis],
-        "notes": projection.notes,
+        "notes": [*samples.notes, *projection.notes],
         "umap": msgspec.to_builtins(spec),
         "versions": found,
     }

@@ -41,6 +41,7 @@ OURS = (
     "checkpoints",
     "metrics*.json",
     "metrics.jsonl",
+    "notes.txt",
     "predictions_*.csv",
     "plots",
     "infer",
@@ -103,6 +104,11 @@ class RunDir:
     def metrics(self) -> Path:
         """One line per log event."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def notes(self) -> Path:
+        """What was noted when the data were read: samples left out, classes without samples ..."""
+        return self.path / "notes.txt"
 
     @property
     def plots(self) -> Path:

@@ -35,6 +35,7 @@ def test_the_directory_holds_what_is_documented_and_nothing_else(command):
     assert not any("train" in name for name in plots)
     assert folders_and_files(run.path) - plots == DESCRIPTION | {
         "metrics.jsonl",
+        "notes.txt",
         *(f"predictions_{split}.csv" for split in ("val", "test")),
         *(f"metrics_{split}.json" for split in ("val", "test")),
         "plots",
