@@ -58,6 +58,8 @@ class ResolvedImageAugmentation(Spec):
     """Every parameter of the train policy."""
     test: ImageOps
     """Every parameter of the test policy."""
+    crop_size: int | None = None
+    """Side of centre and random crops in the resized image, pixels; none is image_size."""
 
 
 def resolve_augmentation(
@@ -96,8 +98,9 @@ def resolve_augmentation(
         train_policy=names[0],
         test_policy=names[1],
         image_size=size,
-        resize_size=resize_size(aug, encoder, native_size, size),
-        crop_mode=aug.crop_mode or encoder.crop_mode,
+        resize_size=resize_size(aug, encoder, native_size, aug.crop_size or size),
+        crop_size=aug.crop_size,
+        crop_mode=aug.crop_mode or ("center" if aug.crop_size else encoder.crop_mode),
         interpolation=aug.interpolation or encoder.interpolation,
         mean=per_channel(aug.mean, encoder.mean, channels),
         std=per_channel(aug.std, encoder.std, channels),
@@ -187,6 +190,7 @@ def build_fit(resolved: ResolvedImageAugmentation, ops: ImageOps, *, bit_depth: 
         interpolation=resolved.interpolation,
         bit_depth=bit_depth,
         crop_mode=resolved.crop_mode,
+        crop_size=resolved.crop_size,
         mean=resolved.mean,
     )
 
@@ -406,7 +410,8 @@ def mixup_cutmix(
     """Mixed inputs and soft targets; where both are on, each sample draws one of them.
 
     Args:
-        inputs: (B, C, H, W) float, or series (B, C, T), of which cutmix is refused.
+        inputs: (B, C, H, W) float; or series (B, C, T) or vectors (B, D), of which cutmix is
+            refused.
         targets: (B,) int64 class numbers, or (B, K) multilabel or regression targets.
         outputs: K.
         mixup, cutmix: which of the two are on; with neither only the targets change their form.
@@ -434,10 +439,22 @@ def mixup_cutmix(
         drawn = rectangles(beta(count, cutmix_alpha, generator), height, width, generator)
         boxes = torch.where(pasted[:, None], drawn, boxes)
     moved = [t.to(inputs.device, non_blocking=True) for t in (partner, kept, boxes, pasted)]
-    if inputs.ndim == 3:  # of height 1
-        found, soft = mixed(inputs[:, :, None], soft, *moved)
-        return found[:, :, 0], soft
+    if inputs.ndim < 4:  # of height 1, vectors of width 1 too
+        found, soft = mixed(inputs[(..., *(None,) * (4 - inputs.ndim))], soft, *moved)
+        return found.view(inputs.shape), soft
     return mixed(inputs, soft, *moved)
+
+
+def mixup_draws(
+    targets: Tensor, *, outputs: int, alpha: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Partner (B,) and share l (B,) of each sample, and the soft targets (B, K) that go with them,
+    on the device of the targets; what `mixup_cutmix` draws from the seed."""
+    soft = F.one_hot(targets, outputs).float() if targets.dim() == 1 else targets.float()
+    generator = torch.Generator().manual_seed(seed)
+    partner = torch.randperm(len(targets), generator=generator).to(targets.device)
+    kept = beta(len(targets), alpha, generator).to(targets.device)
+    return partner, kept, torch.lerp(soft[partner], soft, kept[:, None])
 
 
 def mixed(

@@ -352,13 +352,16 @@ class CropResize:
         bit_depth: int,
         crop_mode: str,
         mean: Sequence[float],
+        crop_size: int | None = None,
     ) -> None:
         """Args as in `ResolvedImageAugmentation`; mean is the colour of borders."""
         self.ops = ops
         self.size = image_size
+        self.cut_size = crop_size if ops.crop in ("center", "random") else None
+        crop = self.cut_size or image_size
         # smaller than the canvas only where a model's authors put a black margin around the image
-        large = resize_size if ops.crop == "center" else max(image_size, resize_size)
-        self.side = {"none": None, "image_size": image_size, "resize_size": large}[ops.resize]
+        large = resize_size if ops.crop == "center" else max(crop, resize_size)
+        self.side = {"none": None, "image_size": crop, "resize_size": large}[ops.resize]
         self.interpolation = interpolation
         self.bit_depth, self.peak = bit_depth, float(2**bit_depth - 1)
         centred = ops.crop == "center" and self.side is not None
@@ -391,6 +394,8 @@ class CropResize:
             start, length = self.random_cut(whole, generator)
         elif self.ops.crop == "padded":
             start, length = self.padded_cut(whole, generator)
+        elif self.cut_size is not None:
+            start, length = self.square_cut(whole, self.cut_size, generator)
         elif self.ops.crop != "none":
             resized = self.scaled(whole)
             room = resized - self.size
@@ -430,6 +435,20 @@ class CropResize:
         self.refuse_small(sizes, room)
         draws = torch.rand(sizes.shape, generator=generator, dtype=torch.float64)
         return (draws * (room + 1)).floor() - margin, side.expand(-1, 2)
+
+    def square_cut(
+        self, sizes: Tensor, crop: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """First pixels and sides (B, 2) of squares that are `crop` pixels in the resized images: in
+        one step what resize, crop and resize do in two."""
+        side = (crop * sizes / self.scaled(sizes)).round()  # (B, 2)
+        room = sizes - side
+        if bool((room < 0).any()):
+            raise UserError(too_small(sizes[(room < 0).any(1).nonzero()[0, 0]], crop, "crop_size"))
+        if self.ops.crop == "center":
+            return (room / 2).round(), side
+        draws = torch.rand(sizes.shape, generator=generator, dtype=torch.float64)
+        return (draws * (room + 1)).floor(), side
 
     def random_cut(self, sizes: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """First pixels and sides (B, 2) of random area and aspect ratio: the first of 10 attempts
@@ -549,11 +568,11 @@ def untouched(rows: Tensor, columns: Tensor) -> bool:
     return bool((rows == ahead).all()) and bool((columns == ahead).all())
 
 
-def too_small(size: Tensor, crop: int) -> str:
+def too_small(size: Tensor, crop: int, key: str = "image_size") -> str:
     """Error line for an image that a crop does not fit into."""
     height, width = (int(side) for side in size)
     return (
         f"image of {height}x{width} pixels is smaller than the {crop}x{crop} crop: lower"
-        " data.augmentation.image_size, raise resize_size, or take a policy that resizes"
+        f" data.augmentation.{key}, raise resize_size, or take a policy that resizes"
         " (resize = 'image_size' or 'resize_size')"
     )

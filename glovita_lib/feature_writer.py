@@ -232,7 +232,7 @@ def recipe_of_tables(root: Root, data: Data, split: Split) -> dict[str, Any]:
         "class_names": list(data.class_names),
         "labels_sha256": sha256("\n".join(split.groups or ()).encode() + b"\n" + labels),
         "coords_sha256": sha256(coords) if coords else "none",
-        "compression": spec.compression,
+        "compression": spec.filters,
     }
 
 
@@ -384,7 +384,7 @@ def put_together(
 
     Args:
         tables: datasets beside the features, e.g. labels, ids; one row a sample or bag.
-        compression: none, lzf or gzip.
+        compression: none, lzf or gzip with its level, as gzip:4.
         keep: (N,) whether each sample, in the order of the blocks, is written.
         notes: further attributes, beside those of the features' recipe.
 
@@ -505,11 +505,12 @@ def total_rows(parts: BlockFiles, keep: np.ndarray) -> int:
 def create_dataset(file: Any, name: str, example: np.ndarray, compression: str, rows: int) -> None:
     """An empty dataset for `rows` rows like those of the example."""
     shape, options = (rows, *example.shape[1:]), {}
+    compression, _, level = compression.partition(":")
     if compression != "none":
         chunk = max(1, min(rows, CHUNK_BYTES // max(1, example[0].nbytes)))
         options = {"chunks": (chunk, *shape[1:]), "shuffle": True, "compression": compression}
-        if compression == "gzip":
-            options["compression_opts"] = 1  # more costs time and gains next to nothing on floats
+        if level:
+            options["compression_opts"] = int(level)
     file.create_dataset(name, shape, example.dtype, **options)
 
 

@@ -78,6 +78,7 @@ class Clam(nn.Module):
     """The head; takes what `as_bags` takes."""
 
     consumes = "features"
+    mixed_before = "classifier"
 
     def __init__(self, spec: ClamHead, *, width: int, outputs: int) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class Abmil(nn.Module):
     2018; see `attention_pool`."""
 
     consumes = "features"
+    mixed_before = "classifier"
 
     def __init__(self, spec: AbmilHead, *, width: int, outputs: int) -> None:
         super().__init__()
@@ -124,6 +125,7 @@ class PooledMil(nn.Module):
     """logits = W dropout(v) + b, v the mean or the largest value per feature over a bag."""
 
     consumes = "features"
+    mixed_before = "linear"
 
     def __init__(self, width: int, outputs: int, *, pool: str, dropout: float) -> None:
         super().__init__()
@@ -290,6 +292,7 @@ class Transmil(nn.Module):
     """logits = W LayerNorm(class token) + b behind attention, convolutions and attention."""
 
     consumes = "features"
+    mixed_before = "classifier"
 
     def __init__(self, spec: TransmilHead, *, width: int, outputs: int) -> None:
         super().__init__()

@@ -3,7 +3,9 @@
 A head's attribute `consumes` says what it takes: "pooled", vectors (B, D), or "features", a
 `Features`. It gives logits (B, K), or a dict: "logits", auxiliary losses () to add under "aux"
 and, unless the loss is that of the logits, under "fitted" pairs of a weight and the logits (B, K)
-whose loss it weighs. B batch, D width, K classes or targets.
+whose loss it weighs. A head on bags whose last layer takes a vector a bag, (B, ...), names that
+layer in `mixed_before`, so that mixup can mix what it takes. B batch, D width, K classes or
+targets.
 """
 
 import torch

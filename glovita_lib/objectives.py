@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.augment import Augmenter, mixup_cutmix
+from glovita_lib.augment import Augmenter, mixup_cutmix, mixup_draws
 from glovita_lib.data import Split, Standardizer
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
+from glovita_lib.errors import UserError
 from glovita_lib.loader import Batch, Loader, Resizing
 from glovita_lib.losses import build_criterion, plain_criterion
 from glovita_lib.metrics import compute
@@ -228,25 +229,58 @@ class SupervisedObjective(Objective):
         inputs = self.train_inputs(batch.inputs, batch.fitted, rng.stream(AUGMENT))
         assert batch.targets is not None  # build_data refuses to train without labels
         targets = batch.targets
-        if self.mixes:
-            assert isinstance(inputs, Tensor)  # the rules refuse to mix bags
-            inputs, targets = mixup_cutmix(
-                inputs,
-                targets,
-                outputs=self.outputs,
-                mixup=self.task.mixup,
-                mixup_alpha=self.task.mixup_alpha,
-                cutmix=self.task.cutmix,
-                cutmix_alpha=self.task.cutmix_alpha,
-                seed=rng.stream(MIX),
-            )
-        output = HeadOutput.of(model(inputs, targets))
+        if self.mixes and not isinstance(inputs, Tensor):
+            output, targets = self.mixed_bags(model, inputs, targets, rng.stream(MIX))
+        else:
+            if self.mixes:
+                inputs, targets = mixup_cutmix(
+                    inputs,
+                    targets,
+                    outputs=self.outputs,
+                    mixup=self.task.mixup,
+                    mixup_alpha=self.task.mixup_alpha,
+                    cutmix=self.task.cutmix,
+                    cutmix_alpha=self.task.cutmix_alpha,
+                    seed=rng.stream(MIX),
+                )
+            output = HeadOutput.of(model(inputs, targets))
         logs = {name: value.detach() for name, value in output.aux.items()}
         if self.subtask == "multiclass" and not self.mixes:
             logs["acc"] = (output.logits.detach().argmax(1) == targets).float().mean()
         losses = [weight * self.criterion(y, targets).mean() for weight, y in output.fitted]
         losses += output.aux.values()
         return sum(losses[1:], losses[0]), logs
+
+    def mixed_bags(
+        self, model: nn.Module, bags: Any, targets: Tensor, seed: int
+    ) -> tuple[HeadOutput, Tensor]:
+        """What the head gives where the vectors of bags are mixed before its last layer, and the
+        targets (B, K) mixed likewise; auxiliary losses are those of the bags as they are.
+
+        Raises:
+            UserError: a head of the user's that does not name that layer.
+        """
+        head: nn.Module = getattr(model, "module", model).head
+        layer = getattr(head, "mixed_before", None)
+        if layer is None:
+            raise UserError(
+                "task.mixup: this head does not say by an attribute mixed_before which layer of its"
+                " takes a vector a bag: add it, or drop mixup"
+            )
+        partner, kept, soft = mixup_draws(
+            targets, outputs=self.outputs, alpha=self.task.mixup_alpha, seed=seed
+        )
+
+        def mix(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            pooled, *rest = inputs
+            share = kept.to(pooled.dtype).view(-1, *(1,) * (pooled.ndim - 1))
+            return (torch.lerp(pooled[partner], pooled, share), *rest)
+
+        hook = head.get_submodule(layer).register_forward_pre_hook(mix)
+        try:
+            return HeadOutput.of(model(bags, targets)), soft
+        finally:
+            hook.remove()
 
     def predict(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Row, logits (B, K) and loss (B,) of each sample."""

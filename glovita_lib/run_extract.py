@@ -158,7 +158,7 @@ class Job:
 
     def finish(self) -> None:
         """Put the blocks together and say what came out."""
-        parts, compression = self.parts, self.root.extract.compression
+        parts, compression = self.parts, self.root.extract.filters
         broken = skipped(parts.folder)
         keep = ~np.isin(self.plan.rows, list(broken))
         rows = self.plan.rows[keep]

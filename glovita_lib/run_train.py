@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from msgspec.structs import replace
+from torch import Tensor
 
 from glovita_lib import checkpoint, dist, files
 from glovita_lib.data import Data
@@ -152,9 +153,9 @@ def train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
         if ranks.is_main:
             introduce(run, experiment, data)
         with experiment.shared_workers(data):
-            learn(run, loaded, experiment, data, decision, saved)
+            best = learn(run, loaded, experiment, data, decision, saved)
             del saved  # evaluation needs memory too
-            finish(run, loaded, experiment, data)
+            finish(run, loaded, experiment, data, best)
     conclude(run, ranks, "is finished")
 
 
@@ -209,16 +210,25 @@ def learn(
     data: Data,
     decision: Decision,
     saved: dict[str, Any] | None,
-) -> None:
+) -> dict[str, Tensor] | None:
     """Train from the start, or from a checkpoint on. The directory stays as it is until all that
-    training needs is there."""
+    training needs is there.
+
+    Returns:
+        The best weights, on the first rank, where no checkpoint holds them.
+    """
     root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
+    best: dict[str, Tensor] = {}
 
     def log(record: dict[str, Any]) -> None:
         files.append_jsonl(run.metrics, record)
         logger.log(record, step=record["step"])
 
     def save(state: dict[str, Any], is_best: bool, keep: int | None) -> None:
+        if not root.training.enable_checkpointing:
+            if is_best:
+                best.update({k: v.to("cpu", copy=True) for k, v in trained_weights(state).items()})
+            return
         checkpoint.save(run.last, state | identity)
         if is_best:  # after last.pt: `mend_links` completes it after a kill in between
             checkpoint.link(run.last, run.best)
@@ -229,6 +239,9 @@ def learn(
     trainer = build_trainer(*cached(experiment, data), Hooks(log, save, say), step_size)
     if saved is not None:
         trainer.load_state_dict(saved)
+    starts_over = decision == "start" and run.metrics.is_file()
+    if starts_over and not root.training.enable_checkpointing and ranks.is_main:
+        say(f"  note: {run.path} was interrupted and has no checkpoint: training starts over")
     run.clean(ranks, decision)
     names = logged_as(root.logger, run=run, data=root.data, dataset=loaded.plain["data"]["dataset"])
     taken = {**values_taken(experiment, trainer), "logger": names, "add_log": root.add_log}
@@ -260,6 +273,7 @@ def learn(
     finally:
         logger.finish()
         trainer.close()
+    return best or None
 
 
 def undefined_notes(resolved: Resolved, trainer: Trainer) -> list[str]:
@@ -472,13 +486,27 @@ def mend_links(run: RunDir, state: dict[str, Any], training: Training) -> None:
 # ---------------------------------------------------------------------- results
 
 
-def finish(run: RunDir, loaded: Loaded[Root], experiment: Experiment, data: Data) -> None:
-    """Evaluate the best model on the whole of the held-out splits and write the results."""
+def finish(
+    run: RunDir,
+    loaded: Loaded[Root],
+    experiment: Experiment,
+    data: Data,
+    best: dict[str, Tensor] | None,
+) -> None:
+    """Evaluate the best model on the whole of the held-out splits and write the results.
+
+    Args:
+        best: its weights, on the first rank, where no checkpoint holds them.
+    """
     task, ranks = experiment.root.task, experiment.ranks
+    is_kept = experiment.root.training.enable_checkpointing
     dist.barrier(ranks)  # until the first rank has written the last epoch
-    best = checkpoint.load(run.best, map_location="cpu")
-    checkpoint.load_model(experiment.model, trained_weights(best), run.best)
-    if ranks.is_main and experiment.root.peft.trains != "all":
+    if is_kept:
+        best = trained_weights(checkpoint.load(run.best, map_location="cpu"))
+    else:
+        best = dist.broadcast_object(ranks, best)
+    checkpoint.load_model(experiment.model, best, run.best)
+    if ranks.is_main and is_kept and experiment.root.peft.trains != "all":
         file = run.checkpoints / "adapter.safetensors"
         save_adapter(file, experiment.model, run=description(loaded, experiment))
     for name, split in data.splits.items():
@@ -536,7 +564,7 @@ def conclude(run: RunDir, ranks: dist.Ranks, what: str) -> None:
     }
     rows = summary_lines(reports)
     rows += [
-        ("best model", place(run.best)),
+        ("best model", place(run.best) if run.last.is_file() else "no weights were kept"),
         ("predictions", ", ".join(place(run.predictions_of(name)) for name in reports)),
         ("metrics", ", ".join(str(run.metrics_of(name)) for name in reports)),
     ]

@@ -323,6 +323,9 @@ class ImageAugmentation(Spec):
     """Side of the square the encoder receives, pixels; none takes the encoder's."""
     resize_size: Pixels | None = None
     """Length of the shortest side before the crop, pixels; none takes the encoder's."""
+    crop_size: Pixels | None = None
+    """Side of the square that a centre or random crop cuts from the resized image and that is then
+    resized to image_size, pixels; none cuts image_size itself."""
     crop_mode: CropMode | None = None
     """What is resized before a centre crop: the shortest side (center), each side for itself
     (squash), or the longest, with a border of the mean colour around it (border); none takes the
@@ -342,16 +345,20 @@ class ImageAugmentation(Spec):
         """Evaluation is deterministic, and the crop is cut from an image as large at least."""
         valid = 'crop = "none" or "center", and resize'
         yield from random_problems(self.test_kwargs, valid)
-        if self.image_size is not None:
-            yield from self.crop_problems(self.image_size)
+        if self.crop_size is not None or self.image_size is not None:
+            yield from self.crop_problems(self.image_size or 0)
+        if self.crop_size is not None and self.crop_mode not in (None, "center"):
+            yield "crop_size", f"it is cut from an image whose shape stays, not {self.crop_mode}"
 
     def crop_problems(self, image_size: int) -> Iterator[tuple[str, str]]:
-        """A crop of image_size pixels is cut from an image that is at least as large."""
-        if self.resize_size is not None and self.resize_size < image_size:
+        """The crop is cut from an image that is at least as large."""
+        key = "image_size" if self.crop_size is None else "crop_size"
+        side = self.crop_size or image_size
+        if self.resize_size is not None and self.resize_size < side:
             yield (
                 "resize_size",
-                f"{self.resize_size} pixels are too few for the crop of image_size = {image_size}:"
-                f" at least {image_size}",
+                f"{self.resize_size} pixels are too few for the crop of {key} = {side}: at least"
+                f" {side}",
             )
 
     def unread_kwargs(self, default_policies: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -360,6 +367,9 @@ class ImageAugmentation(Spec):
         test = TEST[self.test_policy or default_policies[1]]
         yield from unread_changes("train_kwargs", train, self.train_kwargs)
         yield from unread_changes("test_kwargs", test, self.test_kwargs)
+        asked = (self.train_kwargs.crop or train.crop, self.test_kwargs.crop or test.crop)
+        if self.crop_size is not None and not {"center", "random"} & set(asked):
+            yield "crop_size", f"the policies crop {' and '.join(asked)}, which reads no crop_size"
 
     def channel_problems(self, channels: int) -> Iterator[tuple[str, str]]:
         """Mean and std have a number for each channel."""

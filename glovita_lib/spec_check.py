@@ -221,6 +221,31 @@ def maps_are_of_volumes(root: Root) -> Iterator[str]:
         yield f"infer.volume_maps: the samples are {root.data.samples}, not volumes: leave it out"
 
 
+def own_run_has_weights(root: Root) -> Iterator[str]:
+    """A mode reads a model only of a run that keeps one."""
+    asks = {
+        "infer": root.infer.checkpoint is None,
+        "extract": root.extract.reads_own_run,
+        "umap": root.extract.reads_own_run and not root.maps_features,
+    }
+    if asks.get(root.mode) and not root.training.enable_checkpointing:
+        yield (
+            f"training.enable_checkpointing: false keeps no model for mode {root.mode} to read: set"
+            " it to true and train again, or name a checkpoint of another run"
+        )
+
+
+def bags_can_be_mixed(root: Root) -> Iterator[str]:
+    """Pooled vectors are mixed by heads that have one a bag."""
+    head = root.model.head
+    mixes = isinstance(root.task, Supervised) and root.task.mixup
+    if mixes and head.takes == "bags" and root.data.samples == "features":
+        if not head.mixes:
+            yield f"task.mixup: {tag(head)} has no one vector a bag that could be mixed: drop it"
+        elif root.training.compile:
+            yield "task.mixup: bags are mixed inside the head, which is not compiled then: drop it"
+
+
 def windows_fit(root: Root) -> Iterator[str]:
     """Windows are cut once, and out of something larger."""
     aug, windows = getattr(root.data, "augmentation", None), root.model.encoder.lifting
@@ -278,6 +303,8 @@ RULES = (
     warmup_fits,
     folds_exist,
     maps_are_of_volumes,
+    own_run_has_weights,
+    bags_can_be_mixed,
     windows_fit,
     merging_is_possible,
     predictions_are_known,

@@ -235,6 +235,8 @@ REPLACED = {
     ' function (dataset = "custom") stand in data.options',
     "data.augmentation.cutout_size": "it is data.augmentation.train_kwargs.cutout_size, with the"
     " policy's other parameters",
+    "data.augmentation.patch_size": "the patch of an image encoder is an argument of its own, as"
+    " model.encoder.model_kwargs.patch_size; of volumes it is the part that the encoder receives",
     "model.encoder.weight_dir": "model.encoder.weights names the file or folder itself",
     "task.metric_computation_mode": "every metric is computed once over all samples of a split",
     "training.seed": "seed stands at the top of the spec",

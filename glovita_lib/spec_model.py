@@ -24,6 +24,8 @@ class BaseHead(Spec):
     """A vector a sample, its instances (or patch tokens), or what the user's module says."""
     predicts: ClassVar[tuple[Literal["classes", "numbers"], ...]] = ("classes", "numbers")
     """Kinds of targets."""
+    mixes: ClassVar[bool] = True
+    """Whether a bag becomes vectors, before a last layer, that mixup can mix."""
 
     def takes_features(self) -> bool:
         """Whether it takes tokens or instances, as far as can be told before it is built; of a
@@ -170,6 +172,8 @@ class AbmilHead(BagHead, tag="abmil", tag_field="head_type"):
 class DsmilHead(BagHead, tag="dsmil", tag_field="head_type"):
     """Dual-stream pooling (Li, Li, Eliceiri, CVPR 2021): the highest-scoring instance of each
     class, and attention by likeness to it; both are fitted to the labels, half and half."""
+
+    mixes: ClassVar[bool] = False
 
     attention: Annotated[int, Meta(ge=1)] = 128
     """Features of an instance in the comparison with the highest-scoring one."""

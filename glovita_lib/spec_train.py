@@ -78,7 +78,9 @@ class Supervised(BaseTask, tag="supervised", tag_field="objective"):
     """Whether a regression learns targets of mean 0 and deviation 1 over the train split; results
     are in target units either way."""
     mixup: bool = False
-    """Whether pairs of samples are blended, with targets blended likewise."""
+    """Whether pairs of samples are blended, with targets blended likewise: images, series and
+    feature vectors as the encoder or the head receives them, bags by their pooled vectors, before
+    the last layer."""
     mixup_alpha: Annotated[Positive, read_if("mixup", True)] = 0.2
     """Both parameters of the Beta distribution of the mixup share."""
     cutmix: bool = False
@@ -100,12 +102,13 @@ class Supervised(BaseTask, tag="supervised", tag_field="objective"):
                     yield name, f"{shown(value)} is for classes, and this is a regression: drop it"
 
     def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
-        """Mixup mixes images and series, CutMix images, and no other samples (their kind in
-        words)."""
-        kinds = {"mixup": ("images", "series"), "cutmix": ("images",)}
+        """Mixup mixes images, series, feature vectors and the pooled vectors of bags, CutMix
+        images, and no other samples (their kind in words)."""
+        features = ("features", "vectors", "bags")
+        kinds = {"mixup": ("images", "series", *features), "cutmix": ("images",)}
         for name, mixed in kinds.items():
             if getattr(self, name) and samples not in mixed:
-                what = " and ".join(mixed)
+                what = "images" if name == "cutmix" else "images, series and features"
                 yield name, f"it mixes {what}, and the samples are {samples}: drop it"
 
     def class_count_problems(self, count: int, source: str) -> Iterator[tuple[str, str]]:
@@ -232,6 +235,9 @@ class Training(Spec):
     off."""
     compile: bool = False
     """Whether the model is compiled with torch.compile."""
+    enable_checkpointing: bool = True
+    """Whether weights are written; without them a run leaves metrics, predictions and plots of its
+    best epoch, starts over where it was interrupted, and no mode can read its model."""
     best_checkpoint_metric: str | None = None
     """Metric that picks best.pt: val_ and its name in task.metrics (val_f1), or val_loss; none is
     the first of task.metrics."""
@@ -241,9 +247,9 @@ class Training(Spec):
     """Smallest change of the metric that counts as better for early stopping."""
     log_every: Count = 50
     """Optimizer steps between two log lines; the only steps at which the device is waited for."""
-    save_every: Count | None = None
+    save_every: Annotated[Count | None, read_if("enable_checkpointing", True)] = None
     """Epochs between two kept checkpoints epoch_0000.pt; none keeps last.pt and best.pt only."""
-    save_every_steps: Count | None = None
+    save_every_steps: Annotated[Count | None, read_if("enable_checkpointing", True)] = None
     """Optimizer steps between two saves of last.pt within an epoch; none saves at the end of each
     epoch."""
     train_steps_per_epoch: Count | None = None
@@ -502,6 +508,8 @@ class Extract(Spec):
     """Bits of a stored number."""
     compression: Literal["none", "lzf", "gzip"] = "none"
     """Compression of the features; see benchmarks/features.py."""
+    compression_level: Annotated[int, Meta(ge=0, le=9), read_if("compression", "gzip")] = 1
+    """Level of gzip; more than 1 costs time and gains next to nothing on floats."""
     output_dir: PathText = "precomputed_features"
     """Folder of the files."""
     output_filename: str | None = None
@@ -527,6 +535,11 @@ class Extract(Spec):
     def reads_own_run(self) -> bool:
         """Whether the model is that of the run that this spec trained."""
         return self.checkpoint is None and self.source == "run"
+
+    @property
+    def filters(self) -> str:
+        """Compression with its level, such as gzip:4."""
+        return f"gzip:{self.compression_level}" if self.compression == "gzip" else self.compression
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """One source of weights; bags are made of vectors."""

@@ -25,6 +25,7 @@ def fit(
     interpolation: str = "bilinear",
     crop_mode: str = "center",
     bit_depth: int = 8,
+    crop_size: int | None = None,
     **changes,
 ) -> CropResize:
     return CropResize(
@@ -35,6 +36,7 @@ def fit(
         bit_depth=bit_depth,
         crop_mode=crop_mode,
         mean=(0.485, 0.456, 0.406),
+        crop_size=crop_size,
     )
 
 
@@ -370,3 +372,26 @@ def test_random_crops_and_images_as_they_are_know_no_crop_mode(crop_mode):
         boxes = [fit(48, 52, crop_mode=m, **changes).boxes(sizes(image), seeded()) for m in
                  (crop_mode, "center")]  # fmt: skip
         assert torch.equal(*boxes)
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (64, 64), (61, 97)])
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_crop_of_another_size_than_the_canvas(size, crop):
+    """Resize, crop and resize in one step: where the resize is by a whole factor the same cut of
+    the image as in two, resized by Pillow; every place of a random one lies inside."""
+    height, width = size
+    short = min(size)
+    made = fit(32, shortest=2 * short, crop_size=2 * (short - 10), crop=crop)
+    image = np.random.default_rng(0).integers(0, 256, (3, height, width), dtype=np.uint8)
+    for seed in range(5):
+        (box,) = made.boxes(np.array([size]), seeded(seed))
+        (top, tall, resized, offset), (left, wide, *_) = box.tolist()
+        assert (tall, wide, resized, offset) == (short - 10, short - 10, 32, 0)
+        assert 0 <= top <= height - tall and 0 <= left <= width - wide
+        if crop == "center":
+            assert abs(top - (height - tall) / 2) <= 0.5 and abs(left - (width - wide) / 2) <= 0.5
+        cut = Image.fromarray(image.transpose(1, 2, 0)).crop((left, top, left + wide, top + tall))
+        expected = np.asarray(cut.resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        np.testing.assert_array_equal(made.one(image, box).numpy(), expected)
+    with pytest.raises(UserError, match="lower data.augmentation.crop_size"):
+        fit(8, resize="none", crop_size=70, crop=crop).boxes(np.array([(64, 64)]), seeded())

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from glovita_lib.augment import beta, mixed, mixup_cutmix, rectangles
+from glovita_lib.augment import beta, mixed, mixup_cutmix, mixup_draws, rectangles
 
 
 def digits(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,3 +137,22 @@ def test_small_batches_and_neither():
     assert out.shape == (0, 1, 8, 8) and soft.shape == (0, 10)
     out, soft = mix(inputs, targets, mixup=False)
     assert out is inputs and np.array_equal(soft.argmax(1), targets)
+
+
+@pytest.mark.parametrize("subtask", ["multiclass", "multilabel"])
+def test_mixup_of_vectors_is_the_formula(subtask):
+    """x = l x_i + (1 - l) x_j and y likewise, in float64, with the draws of the seed."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    hot = F.one_hot(y, 3).float()
+    targets = y if subtask == "multiclass" else hot
+    options = {"outputs": 3, "mixup": True, "mixup_alpha": 0.4, "cutmix": False}
+    found, soft = mixup_cutmix(x, targets, **options, cutmix_alpha=1.0, seed=7)
+    partner, kept, again = mixup_draws(targets, outputs=3, alpha=0.4, seed=7)
+    share = kept.double()[:, None]
+    assert float(kept.min()) > 0 and float(kept.max()) < 1 and found.shape == x.shape
+    expected = share * x.double() + (1 - share) * x.double()[partner]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    expected = share * hot.double() + (1 - share) * hot.double()[partner]
+    torch.testing.assert_close(soft.double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(soft, again)

@@ -175,7 +175,7 @@ def test_removal_takes_everything(tmp_path):
 # ---------------------------------------------------------------------- the file
 
 
-@pytest.mark.parametrize("compression", ["none", "lzf", "gzip"])
+@pytest.mark.parametrize("compression", ["none", "lzf", "gzip:1", "gzip:9"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_what_is_read_back_is_what_was_written(tmp_path, monkeypatch, compression, dtype):
     monkeypatch.setattr("test_feature_writer.X", X.astype(dtype))
@@ -186,7 +186,9 @@ def test_what_is_read_back_is_what_was_written(tmp_path, monkeypatch, compressio
     assert shape == (COUNT, 64)
     with h5py.File(parts.target) as file:
         assert file["features"].dtype == dtype
-        assert file["features"].compression == (None if compression == "none" else compression)
+        name, _, level = compression.partition(":")
+        assert file["features"].compression == (None if compression == "none" else name)
+        assert file["features"].compression_opts == (int(level) if level else None)
         assert file["features"].chunks is None or file["features"].chunks[0] in (10, 20)
         np.testing.assert_array_equal(file["features"], X[:COUNT].astype(dtype))
         assert list(file["ids"].asstr()) == list(ids)

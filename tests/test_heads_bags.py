@@ -8,13 +8,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from glovita_lib import heads  # noqa: F401
-from glovita_lib.bags import Bags
+from glovita_lib.augment import mixup_draws
+from glovita_lib.bags import Bags, as_bags
+from glovita_lib.encoder import Features
 from glovita_lib.errors import UserError
 from glovita_lib.heads import build_head
-from glovita_lib.spec_model import AbmilHead, ClamHead, DsmilHead, MaxMilHead, MeanMilHead
+from glovita_lib.objectives import SupervisedObjective
+from glovita_lib.spec_model import (
+    AbmilHead,
+    ClamHead,
+    DsmilHead,
+    MaxMilHead,
+    MeanMilHead,
+    TransmilHead,
+)
+from glovita_lib.spec_train import Supervised
 
 LENGTHS = [[1], [4, 1, 30, 2], [200, 70], [1, 1, 1]]
 
@@ -197,3 +208,40 @@ def test_musk(spec: object) -> None:
     head.eval()
     predicted = head(Bags.from_list([bags[i] for i in test]))["logits"].argmax(1)
     assert (predicted == targets[test]).float().mean() >= 0.75
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        MeanMilHead(),
+        MaxMilHead(),
+        AbmilHead(),
+        ClamHead(variant="sb", instance_eval=True),
+        ClamHead(variant="mb", cosine_head=False),
+        TransmilHead(hidden=16, heads=2, landmarks=4, dropout=0.0),
+    ],
+    ids=lambda head: f"{head.__struct_config__.tag}",
+)
+def test_mixup_mixes_the_vectors_before_the_last_layer(head):
+    """Loss and logits are those of mixed vectors, computed by hand from what the layer gets."""
+    bags = as_bags(Features(torch.randn(4, 6, 8), None, 0, False, None))
+    targets = torch.tensor([0, 1, 2, 1])
+    task = Supervised(mixup=True, mixup_alpha=0.3)
+    mixing = SupervisedObjective.__new__(SupervisedObjective)
+    mixing.task, mixing.outputs = task, 3
+    model = nn.Module()
+    torch.manual_seed(0)
+    model.head = build_head(head, width=8, outputs=3)
+    model.forward = lambda inputs, wanted: model.head(inputs, wanted)
+    seen = []
+    layer = model.head.get_submodule(model.head.mixed_before)
+    hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model.head.eval()
+    output, soft = mixing.mixed_bags(model, bags, targets, 5)
+    hook.remove()
+    partner, kept, expected = mixup_draws(targets, outputs=3, alpha=0.3, seed=5)
+    assert torch.equal(soft, expected)
+    share = kept.view(-1, *(1,) * (seen[0].ndim - 1))
+    by_hand = layer(share * seen[0] + (1 - share) * seen[0][partner])
+    torch.testing.assert_close(output.logits, by_hand, rtol=1e-5, atol=1e-6)
+    assert not layer._forward_pre_hooks

@@ -142,10 +142,10 @@ def test_the_encoder_takes_the_samples(encoder, samples, words):
 
 def test_only_images_are_mixed():
     with pytest.raises(
-        UserError, match="task.mixup: it mixes images and series, and the samples are vectors"
+        UserError, match="task.cutmix: it mixes images, and the samples are vectors"
     ):
         resolve_spec(
-            root_of("precomputed", task={"objective": "supervised", "mixup": True}),
+            root_of("precomputed", task={"objective": "supervised", "cutmix": True}),
             data_of(FEATURES),
         )
 

@@ -401,7 +401,7 @@ def test_a_complete_file_is_left_alone(extract, tmp_path, monkeypatch):
     [
         ("extract.precision=32", "stored_precision 16, now 32"),
         ("extract.method=avg", "aggregation cls_token, now avg"),
-        ("extract.compression=gzip", "compression none, now gzip"),
+        ("extract.compression=gzip", "compression none, now gzip:1"),
         ("model.encoder.model_kwargs.depth=3", "another encoder_spec; another weights_sha256"),
         ("data.augmentation.interpolation=nearest", "another transform"),
         ("seed=1", "another weights_sha256"),

@@ -9,6 +9,7 @@ import torch
 from small_runs import snapshot
 
 from glovita_lib import run_train
+from glovita_lib.errors import UserError
 from glovita_lib.objectives import SupervisedObjective
 from glovita_lib.spec import flattened
 from glovita_lib.spec_check import load_checked
@@ -54,6 +55,7 @@ LEFT_OPEN = {  # keys of the spec that a default run leaves open, and where it s
     "data.augmentation.test_policy": "inputs.augmentation.test_policy",
     "data.augmentation.image_size": "inputs.augmentation.image_size",
     "data.augmentation.resize_size": "inputs.augmentation.resize_size",
+    "data.augmentation.crop_size": "inputs.augmentation.crop_size",
     "data.augmentation.crop_mode": "inputs.augmentation.crop_mode",
     "data.augmentation.interpolation": "inputs.augmentation.interpolation",
     "data.augmentation.mean": "inputs.augmentation.mean",
@@ -150,6 +152,32 @@ def test_what_is_on_disk_is_what_ran(command, monkeypatch):
     assert taken["training"]["precision"] == "bf16"
     assert taken["model"]["feature_aggregation_method"] == "joint"
     assert taken["model"]["encoder"]["prefix_tokens"] == ["cls"]
+
+
+def test_a_run_without_checkpoints_leaves_the_same_results(command, refused, monkeypatch):
+    """Metrics and predictions of the best epoch, no weights; interrupted it starts over."""
+    changes = ("task.bootstrap=20", "optimizer.lr=0.05", "training.epochs=3")
+    kept = command(*changes, "name=kept")
+    off = "training.enable_checkpointing=false"
+    run = command(*changes, "name=off", off)
+    assert not list(run.path.rglob("*.pt")) and "no weights were kept" in run.out
+    for name in ("predictions_test.csv", "predictions_val.csv"):
+        assert (run.path / name).read_bytes() == (kept.path / name).read_bytes()
+    assert run.json("metrics_test.json") == kept.json("metrics_test.json")
+    assert "nothing to do" in command(*changes, "name=off", off).out
+    assert "keeps no model for mode infer" in refused(*changes, "name=off", off, "mode=infer")
+
+    def stop(*arguments):
+        raise UserError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_train, "finish", stop)
+        command(*changes, "name=cut", off, code=2)
+    again = command(*changes, "name=cut", off)
+    assert "was interrupted and has no checkpoint: training starts over" in again.out
+    assert (again.path / "predictions_test.csv").read_bytes() == (
+        run.path / "predictions_test.csv"
+    ).read_bytes()
 
 
 def test_train_results_and_plots_only_if_asked(command, monkeypatch):

@@ -333,6 +333,46 @@ BROKEN = [
         "model.feature_aggregation_method",
         "unread with precomputed features",
     ),
+    (
+        ["mode=infer", "training.enable_checkpointing=false"],
+        "training.enable_checkpointing",
+        "keeps no model for mode infer",
+    ),
+    (
+        ["mode=extract", "training.enable_checkpointing=false"],
+        "training.enable_checkpointing",
+        "keeps no model for mode extract",
+    ),
+    (
+        [*FEATURES, "model.head.head_type=dsmil", "task.mixup=true"],
+        "task.mixup",
+        "no one vector a bag",
+    ),
+    (
+        [*FEATURES, "model.head.head_type=abmil", "task.mixup=true", "training.compile=true"],
+        "task.mixup",
+        "not compiled",
+    ),
+    ([*FEATURES, "task.cutmix=true"], "task.cutmix", "it mixes images"),
+    (
+        ["data.augmentation.crop_size=40", "data.augmentation.resize_size=30"],
+        "data.augmentation.resize_size",
+        "30 pixels are too few for the crop of crop_size = 40",
+    ),
+    (
+        ["data.augmentation.crop_size=40", "data.augmentation.crop_mode=squash"],
+        "data.augmentation.crop_size",
+        "whose shape stays",
+    ),
+    (
+        [
+            "data.augmentation.crop_size=40",
+            "data.augmentation.test_kwargs.crop=none",
+            "data.augmentation.train_kwargs.crop=resized",
+        ],
+        "data.augmentation.crop_size",
+        "the policies crop resized and none, which reads no crop_size",
+    ),  # fmt: skip
     (["data.dataset=custom", "data.target=a.b.c"], "data.target", "package.module:function"),
     (
         ["model.head.head_type=custom", "model.head.target=:f"],
@@ -470,6 +510,12 @@ BROKEN = [
 ]
 
 IGNORED = [
+    (["extract.compression_level=4"], "extract.compression_level"),
+    (["training.enable_checkpointing=false", "training.save_every=2"], "training.save_every"),
+    (
+        ["training.enable_checkpointing=false", "training.save_every_steps=2"],
+        "training.save_every_steps",
+    ),
     (["infer.attention=false", "infer.attention_maps=3"], "infer.attention_maps"),
     (["extract.norm=false"], "extract.norm"),
     (["extract.prefix_tokens=true"], "extract.prefix_tokens"),
