@@ -152,6 +152,8 @@ def train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
         refuse_unstable(experiment)
         if ranks.is_main:
             introduce(run, experiment, data)
+            if decision == "start" and run.metrics.is_file():
+                say(f"  note: {run.path} was interrupted without a checkpoint: it starts over")
         with experiment.shared_workers(data):
             best = learn(run, loaded, experiment, data, decision, saved)
             del saved  # evaluation needs memory too
@@ -239,9 +241,6 @@ def learn(
     trainer = build_trainer(*cached(experiment, data), Hooks(log, save, say), step_size)
     if saved is not None:
         trainer.load_state_dict(saved)
-    starts_over = decision == "start" and run.metrics.is_file()
-    if starts_over and not root.training.enable_checkpointing and ranks.is_main:
-        say(f"  note: {run.path} was interrupted and has no checkpoint: training starts over")
     run.clean(ranks, decision)
     names = logged_as(root.logger, run=run, data=root.data, dataset=loaded.plain["data"]["dataset"])
     taken = {**values_taken(experiment, trainer), "logger": names, "add_log": root.add_log}

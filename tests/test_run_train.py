@@ -174,7 +174,7 @@ def test_a_run_without_checkpoints_leaves_the_same_results(command, refused, mon
         patched.setattr(run_train, "finish", stop)
         command(*changes, "name=cut", off, code=2)
     again = command(*changes, "name=cut", off)
-    assert "was interrupted and has no checkpoint: training starts over" in again.out
+    assert "was interrupted without a checkpoint: it starts over" in again.out
     assert (again.path / "predictions_test.csv").read_bytes() == (
         run.path / "predictions_test.csv"
     ).read_bytes()
