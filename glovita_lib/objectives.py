@@ -260,7 +260,8 @@ class SupervisedObjective(Objective):
         Raises:
             UserError: a head of the user's that does not name that layer.
         """
-        head: nn.Module = getattr(model, "module", model).head
+        whole: nn.Module = getattr(model, "module", model)
+        head = whole.get_submodule("head")
         layer = getattr(head, "mixed_before", None)
         if layer is None:
             raise UserError(
