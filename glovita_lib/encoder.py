@@ -206,7 +206,8 @@ class Encoder(nn.Module):
 
     def inspect(self, input_shape: tuple[int, ...]) -> None:
         """Read the facts off the network."""
-        given, sizes = self.raw_shape(input_shape)
+        given, sizes, self.uses = self.raw_shape(input_shape)
+        """What a forward pass reads of the network's own parameters, in that order."""
         self.check_output(given, input_shape)
         raw = random_like(given)
         self.layout = raw.ndim if isinstance(raw, Tensor) and raw.ndim >= 3 else None
@@ -230,11 +231,19 @@ class Encoder(nn.Module):
                 " leave its pooling on or name another encoder"
             )
         self.pooling_parameters = self.only_pooling(raw, pooled)
-        self.block_names = network.block_names(self.net, self.pooling_parameters)
+        self.block_names = network.block_names(self.net, self.pooling_parameters, self.uses)
 
-    def raw_shape(self, input_shape: tuple[int, ...]) -> tuple[Any, list[tuple[int, ...]]]:
+    def adopt_layers(self, inner: "Encoder") -> None:
+        """Take over the layers of an encoder with the same network."""
+        self.pooling_parameters = frozenset()
+        self.block_names, self.uses = inner.block_names, inner.uses
+
+    def raw_shape(
+        self, input_shape: tuple[int, ...]
+    ) -> tuple[Any, list[tuple[int, ...]], network.Uses]:
         """Raw features of an input of this shape, without computing them where that is possible,
-        and the spatial sizes of the outputs of the convolutions.
+        the spatial sizes of the outputs of the convolutions, and the order in which the parameters
+        were read.
 
         Raises:
             UserError: the network does not take inputs of this shape.
@@ -242,15 +251,20 @@ class Encoder(nn.Module):
         try:
             with torch.no_grad():
                 copy = without_data(self)
-                with convolution_sizes(copy.net) as sizes:
+                with (
+                    network.convolution_sizes(copy.net) as sizes,
+                    network.noting_uses(copy.net) as uses,
+                ):
                     raw = copy.forward_features(torch.zeros(input_shape, device="meta"))
             if not isinstance(raw, Tensor) or raw.numel():  # torch 2.6 lets too small inputs pass
-                return raw, sizes
+                return raw, sizes, uses
         except (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError):
             pass  # tensors that are no buffers, operators without shapes: compute it
         try:
-            with torch.no_grad(), convolution_sizes(self.net) as sizes:
-                return self.forward_features(torch.zeros(input_shape)), sizes
+            watched = network.noting_uses(self.net)
+            with torch.no_grad(), network.convolution_sizes(self.net) as sizes, watched as uses:
+                raw = self.forward_features(torch.zeros(input_shape))
+            return raw, sizes, uses
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             _, channels, *sides = input_shape
             kinds = {1: "series", 2: "images", 3: "volumes"}
@@ -311,20 +325,22 @@ class Encoder(nn.Module):
 
     def only_pooling(self, raw: Any, pooled: Tensor) -> frozenset[str]:
         """Names, below `net`, of the parameters that only the library's own vector depends on."""
-        behind = dependencies(self.net, pooled)
+        behind = network.dependencies(self.net, pooled)
         if self.has_tokens:
-            behind -= dependencies(self.net, self.norm(self.to_tokens(raw)))
+            behind -= network.dependencies(self.net, self.norm(self.to_tokens(raw)))
         return behind
 
     def blocks(self) -> list[nn.Module]:
         """Blocks in order from the input, as `network` defines them."""
-        return [self.net.get_submodule(name) for name in self.block_names]
+        return network.blocks(self)
 
-    def layer_ids(self) -> dict[str, int]:
-        """Depth of every parameter by its name in the encoder: 0 before the first block, i + 1 in
-        block i, one more behind the last."""
-        depths = network.layer_ids(self.net, self.block_names)
-        return {f"net.{name}": number for name, number in depths.items()}
+    def depths(self) -> network.Depths:
+        """Depth of every parameter by its name in the encoder; of one beside the network, which a
+        PEFT method shares among its layers, that of a head."""
+        found = network.depths_of(self.net, self.block_names, self.uses)
+        of = {f"net.{name}": depth for name, depth in found.of.items()}
+        of |= {name: found.head for name, _ in self.named_parameters() if name not in of}
+        return network.Depths(of, found.layers, found.head)
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -338,22 +354,6 @@ def without_data(module: Network) -> Network:
     for buffer in module.buffers():
         tensors[id(buffer)] = buffer.to("meta")
     return deepcopy(module, tensors)
-
-
-@contextmanager
-def convolution_sizes(net: nn.Module) -> Iterator[list[tuple[int, ...]]]:
-    """The spatial sizes of what the convolutions of a network give inside, in their order."""
-    sizes: list[tuple[int, ...]] = []
-
-    def note(module: nn.Module, inputs: object, output: Tensor) -> None:
-        sizes.append(tuple(output.shape[2:]))
-
-    hooks = [part.register_forward_hook(note) for part in net.modules() if network.is_conv(part)]
-    try:
-        yield sizes
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -381,15 +381,6 @@ def random_like(raw: Any) -> Any:
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal up to rounding in float32."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.std()))
-
-
-def dependencies(net: nn.Module, output: Tensor) -> frozenset[str]:
-    """Names of the parameters that an output was computed with."""
-    if not output.requires_grad:
-        return frozenset()
-    names, parameters = zip(*net.named_parameters(), strict=True)
-    grads = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-    return frozenset(name for name, grad in zip(names, grads, strict=True) if grad is not None)
 
 
 # ------------------------------------------------------------------------------- aggregation

@@ -422,7 +422,7 @@ class FoldedEncoder(Encoder):
         self.pooling, self.plain = "pooled", False
         self.width = inner.width
         self.pooled_width = self.channels * output_width(inner, self.method)
-        self.pooling_parameters, self.block_names = frozenset(), inner.block_names
+        self.adopt_layers(inner)
         if not reads_pooled(self.method, inner):
             for name in inner.pooling_parameters:
                 inner.net.get_parameter(name).requires_grad_(False)

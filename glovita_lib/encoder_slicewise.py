@@ -88,7 +88,7 @@ class PartwiseEncoder(Encoder):
         self.has_few_tokens, self.patch = True, inner.patch
         self.pooling, self.plain = "avg", True
         self.width = self.pooled_width = output_width(inner, self.method)
-        self.pooling_parameters, self.block_names = frozenset(), inner.block_names
+        self.adopt_layers(inner)
         if not reads_pooled(self.method, inner):
             for name in inner.pooling_parameters:
                 inner.net.get_parameter(name).requires_grad_(False)

@@ -1,15 +1,20 @@
-"""The layers and blocks of a network, found by its structure; functions that are never compiled."""
+"""The layers and blocks of a network, found by its structure, and how deep its parameters lie;
+functions that are never compiled."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import wraps
-from typing import ParamSpec, TypeGuard, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
 
 # ------------------------------------------------------------------------------------ layers
 #
@@ -238,14 +243,111 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return children["encoder"] if {"encoder", "head"} <= children.keys() else model
 
 
+# ----------------------------------------------------------------------------- forward passes
+#
+# What a forward pass reads, in which order, and what depends on what. Registration says nothing
+# about order: a network may keep all its patch embeddings in one list and its blocks in another.
+
+Uses = dict[str, tuple[str, ...] | None]
+"""The parameters of a network in the order in which a forward pass first reads them, each with the
+names of the modules that run then, the outermost first; None, at the end, for those it does not
+read."""
+
+
+class UseOrder(TorchFunctionMode):
+    """Inside, notes what torch's functions are given of a network's parameters."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(parameter): name for name, parameter in net.named_parameters()}
+        self.running: list[str] = []
+        self.uses: Uses = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """The function's own result; one that asks for a shape or a type reads no value."""
+        result = function(*args, **(kwargs or {}))
+        if not isinstance(result, torch.Size) and any(True for _ in tensors_in(result)):
+            for tensor in tensors_in([args, kwargs]):
+                name = self.names.get(id(tensor))
+                if name is not None and name not in self.uses:
+                    self.uses[name] = tuple(self.running)
+        return result
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors in a tree of lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+@contextmanager
+def noting_uses(net: nn.Module) -> Iterator[Uses]:
+    """Inside, forward passes of a network are watched; the order is complete at the end. Where
+    nothing could be seen, as of a scripted network, it is that of registration."""
+    order, hooks = UseOrder(net), []
+
+    def leave(module: nn.Module, inputs: object, output: object) -> None:
+        order.running.pop()
+
+    for name, part in net.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            continue  # it takes no such hooks
+
+        def enter(module: nn.Module, inputs: object, name: str = name) -> None:
+            order.running.append(name)
+
+        hooks.append(part.register_forward_pre_hook(enter))
+        hooks.append(part.register_forward_hook(leave, always_call=True))
+    try:
+        with order:
+            yield order.uses
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unseen = None if order.uses else ()
+    for name, _ in net.named_parameters():
+        order.uses.setdefault(name, unseen)
+
+
+@contextmanager
+def convolution_sizes(net: nn.Module) -> Iterator[list[tuple[int, ...]]]:
+    """The spatial sizes of what the convolutions of a network give inside, in their order."""
+    sizes: list[tuple[int, ...]] = []
+
+    def note(module: nn.Module, inputs: object, output: Tensor) -> None:
+        sizes.append(tuple(output.shape[2:]))
+
+    hooks = [part.register_forward_hook(note) for part in net.modules() if is_conv(part)]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def dependencies(net: nn.Module, output: Tensor) -> frozenset[str]:
+    """Names of the parameters that an output was computed with."""
+    if not output.requires_grad:
+        return frozenset()
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    grads = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+    return frozenset(name for name, grad in zip(names, grads, strict=True) if grad is not None)
+
+
 # ------------------------------------------------------------------------------------ blocks
 #
 # The blocks of a network from input to output, found by its structure: the one meaning of the word
-# for PEFT methods, learning rates by layer, partial fine-tuning and layers that are read out.
+# for PEFT methods, for layers that are read out and, where no library says more, for depth.
 #
 # A block is the largest part that is not a stem, a stage or a container: a transformer block, a
 # residual block, an inception module; where a network has none of them (VGG), its convolutions are
-# the blocks.
+# the blocks. A part that runs inside another (a position encoding that the blocks of a stage share)
+# is none.
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 STAGE_CHILDREN = {"blocks", "layers", "stages", "transformer_encoder"}
@@ -253,17 +355,62 @@ STEMS = {"patch_embed", "embeds", "stem"}
 POOLS = {"attn_pool"}  # a transformer block in all but its output, one vector
 
 
-def blocks(net: nn.Module) -> list[nn.Module]:
-    """Blocks from the input."""
-    return [net.get_submodule(name) for name in block_names(net)]
+def blocks(root: nn.Module) -> list[nn.Module]:
+    """Blocks from the input; an encoder knows those of its network in the order of their use."""
+    known = vars(root).get("block_names")
+    net, names = (root, block_names(root)) if known is None else (root.get_submodule("net"), known)
+    return [net.get_submodule(name) for name in names]
 
 
-def block_names(net: nn.Module, skip: frozenset[str] = frozenset()) -> tuple[str, ...]:
-    """Names of the blocks in order from the input; parts made of parameters in `skip` are none."""
+def block_names(
+    net: nn.Module, skip: frozenset[str] = frozenset(), uses: Uses | None = None
+) -> tuple[str, ...]:
+    """Names of the blocks from the input, in the order of their use where that is known, else of
+    their registration; parts made of parameters in `skip` are none."""
+    names = registered_blocks(net, skip)
+    first: dict[str, int] = {}
+    called = set()
+    for place, (parameter, running) in enumerate((uses or {}).items()):
+        name = part_with(parameter, names)
+        if running is not None and name is not None:
+            first.setdefault(name, place)
+            called |= {name} if any(other in names for other in running if other != name) else set()
+    place, places = -1, {}
+    for name in names:
+        places[name] = place = first.get(name, place)  # one that is not seen is where it stands
+    return tuple(sorted((name for name in names if name not in called), key=places.__getitem__))
+
+
+def in_front(root: nn.Module) -> list[nn.Module]:
+    """Modules with parameters of their own that are read before the first block: in the order of
+    use of an encoder's network, else of registration."""
+    inside = {module for block in blocks(root) for module in block.modules()}
+    uses = vars(root).get("uses")
+    net = root if uses is None else root.get_submodule("net")
+    found: dict[nn.Module, None] = {}
+    for name in uses or [name for name, _ in net.named_parameters()]:
+        module = net.get_submodule(name.rpartition(".")[0])
+        if module in inside:
+            break
+        found[module] = None
+    return list(found)
+
+
+def part_with(name: str, parts: Collection[str]) -> str | None:
+    """The part, of some by their names, that holds a parameter."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in parts:
+            return name
+    return None
+
+
+def registered_blocks(net: nn.Module, skip: frozenset[str]) -> tuple[str, ...]:
+    """Names of the blocks in the order of registration, see `block_names`."""
     children = with_parameters(net)
     if len(children) == 1 and with_parameters(*children.values()):
         ((name, inner),) = children.items()  # an encoder or a user's class around a network
-        inside = block_names(inner, frozenset(key.removeprefix(f"{name}.") for key in skip))
+        inside = registered_blocks(inner, frozenset(key.removeprefix(f"{name}.") for key in skip))
         return tuple(f"{name}.{block}" for block in inside)
     weights = {}
     for name, part in undivided_parts(net):
@@ -277,7 +424,7 @@ def block_names(net: nn.Module, skip: frozenset[str] = frozenset()) -> tuple[str
 def undivided_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Parts of a network in order with their names, stages taken apart."""
     for name, child in module.named_children():
-        if name in STEMS | POOLS:
+        if name in STEMS | POOLS or isinstance(child, nn.ParameterList | nn.ParameterDict):
             continue
         if is_stage(child):
             yield from undivided_parts(child, f"{prefix}{name}.")
@@ -313,18 +460,158 @@ def count_weights(module: nn.Module) -> int:
     return sum(parameter.ndim >= 2 for parameter in module.parameters())
 
 
-def layer_ids(net: nn.Module, blocks: tuple[str, ...]) -> dict[str, int]:
-    """Depth of every parameter: 0 before the first block, i + 1 in block i and between it and the
-    next, one more than the last block behind it."""
-    depths, passed = {}, 0
+# ------------------------------------------------------------------------------------- depth
+#
+# How deep a parameter lies: the one meaning of it for learning rates by layer and for layers that
+# stay frozen. Depth 0 is the stem, then each layer is one deeper, and a head is deepest.
+#
+# Where the library says it, it decides: timm's networks by `group_matcher` and `no_weight_decay`.
+# Else a block is a layer; what is read in front of a block (position embeddings, a downsampling)
+# is as deep as that block, a norm behind the last one as deep as the last, and what the library
+# applies behind its pooling as deep as a head, which is how timm counts.
+
+
+@dataclass(frozen=True, slots=True)
+class Depths:
+    """How deep the parameters of a network lie."""
+
+    of: dict[str, int]
+    """Depth by the parameter's name."""
+    layers: int
+    """Depth of the last block: how many layers there are without stem and head."""
+    head: int
+    """Depth of a head behind the network."""
+
+
+def depths_of(net: nn.Module, blocks: tuple[str, ...], uses: Uses) -> Depths:
+    """Depths of all parameters of a network.
+
+    Those that it got after it was watched, as those of PEFT methods, are as deep as the shallowest
+    in the smallest part that they belong to; as a head where they belong to the whole network.
+    """
+    own = [name for name, _ in net.named_parameters() if name in uses]
+    of, head = stated_depths(net, own) or depths_in_use(net, blocks, uses, own)
+    inside = [depth for name, depth in of.items() if part_with(name, blocks) is not None]
+    layers = max(inside, default=max(of.values(), default=0))
+    shallowest: dict[str, int] = {}
+    for name, depth in of.items():
+        part = name.rpartition(".")[0]
+        while part:
+            shallowest[part] = min(depth, shallowest.get(part, depth))
+            part = part.rpartition(".")[0]
     for name, _ in net.named_parameters():
-        inside = next((i for i, block in enumerate(blocks) if name.startswith(block + ".")), None)
-        if inside is not None:
-            passed = inside + 1
-            depths[name] = passed
+        if name not in of:
+            holder = part_with(name, shallowest)
+            of[name] = head if holder is None else shallowest[holder]
+    return Depths(of, layers, head)
+
+
+def stated_depths(net: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], int] | None:
+    """Depths that a network's own `group_matcher` gives, and that of its classifier; None where it
+    has none."""
+    prefix, stating = spokesman(net, "group_matcher")
+    if stating is None:
+        return None
+    from timm.models._manipulate import group_with_matcher
+
+    classifiers = (getattr(stating, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    heads = [classifiers] if isinstance(classifiers, str) else list(classifiers)
+    own = {name.removeprefix(prefix): name for name in names}
+    # the classifier may have been taken off, and its group with it
+    asked = [*own, *(f"{head}.weight" for head in heads)]
+    found = group_with_matcher(
+        ((name, None) for name in asked), stating.group_matcher(coarse=False), reverse=True
+    )
+    return {own[name]: found[name] for name in own}, found[f"{heads[0]}.weight"]
+
+
+def spokesman(net: nn.Module, method: str) -> tuple[str, Any]:
+    """The network itself, or the only one inside, that has a method: the prefix of its parameters'
+    names and the network; None for the network where there is none."""
+    prefix = ""
+    while not callable(getattr(net, method, None)):
+        children = with_parameters(net)
+        if len(children) != 1 or any(True for _ in net.parameters(recurse=False)):
+            return "", None
+        ((name, net),) = children.items()
+        prefix += f"{name}."
+    return prefix, net
+
+
+def depths_in_use(
+    net: nn.Module, blocks: tuple[str, ...], uses: Uses, own: Collection[str]
+) -> tuple[dict[str, int], int]:
+    """Depths by the order in which a forward pass reads the parameters, and that of a head."""
+    numbers = {name: number for number, name in enumerate(blocks, 1)}
+    last, reached, of = len(blocks), 0, {}
+    # where single convolutions are the blocks, a norm between two belongs to the first
+    weights = Counter(part_with(name, blocks) for name, p in net.named_parameters() if p.ndim > 1)
+    ahead = int(any(weights[name] > 1 for name in blocks))
+    present = set(own)
+    for name, running in uses.items():
+        if name not in present:
+            continue  # taken off since
+        around = (part for part in running or () if part in numbers)
+        block = part_with(name, numbers) or next(around, None)
+        if block is not None:
+            of[name] = numbers[block]
+            reached = max(reached, of[name])
+        elif running is None:
+            of[name] = last + 1
         else:
-            depths[name] = passed + 1 if passed and passed == len(blocks) else passed
-    return depths
+            of[name] = min(reached + ahead, last) if reached else 0
+    return of, last + 1
+
+
+# what a position, a token or a factor is called
+UNDECAYED = {
+    "bias", "biases", "embed", "embedding", "embeddings", "gain", "gamma", "latent", "latents",
+    "pos", "position", "positional", "positions", "prompt", "prompts", "scale", "temperature",
+    "token", "tokens",
+}  # fmt: skip
+POSITIONS = {"pos", "position", "positional", "positions"}
+MATRICES = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention, _ConvNd)
+
+
+def undecayed(root: nn.Module, uses: Uses, prefix: str = "") -> set[str]:
+    """Names of the parameters that weight decay may spare: norms, biases, tokens, position
+    embeddings and scales.
+
+    Where the network says it (`no_weight_decay`), those of one axis and those that it names, as
+    timm has it. Else those of one axis, embedding tables, and what is no weight of a layer and is
+    a factor (one axis longer than 1) or called a token, position, bias or scale.
+
+    Args:
+        uses: parameters that the network had before a PEFT method added its own; empty for a module
+            that is no library's network.
+        prefix: of the names of the network in `root` that `uses` is about.
+    """
+    before, stating = spokesman(root.get_submodule(prefix.rstrip(".")), "no_weight_decay")
+    patterns = tuple(stating.no_weight_decay()) if stating is not None else ()
+    spared = set()
+    for owner_name, owner in root.named_modules():
+        for last, parameter in owner.named_parameters(recurse=False):
+            name = f"{owner_name}.{last}" if owner_name else last
+            inside = name.removeprefix(prefix)
+            if stating is not None and name.startswith(prefix) and inside in uses:
+                own = inside.removeprefix(before)
+                spare = parameter.ndim <= 1 or any(fnmatch(own, pattern) for pattern in patterns)
+            else:
+                spare = is_spared(owner, owner_name.rpartition(".")[2], last, parameter)
+            spared |= {name} if spare else set()
+    return spared
+
+
+def is_spared(owner: nn.Module, owner_name: str, name: str, parameter: Tensor) -> bool:
+    """Whether a parameter of which no library says anything is one of those of `undecayed`."""
+    if parameter.ndim <= 1 or isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return True
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    if isinstance(owner, MATRICES) and "weight" in words:
+        return False
+    is_factor = parameter.ndim > 2 and sum(side > 1 for side in parameter.shape) <= 1
+    of_positions = POSITIONS & set(re.split(r"[^a-z]+", owner_name.lower()))
+    return bool(is_factor or words & UNDECAYED or (of_positions and name != "weight"))
 
 
 # --------------------------------------------------------------------- what is never compiled

@@ -1,12 +1,16 @@
 """Optimizer, schedule, and weights averaged over the steps."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from glovita_lib.errors import UserError
 from glovita_lib.model import Model
+from glovita_lib.network import undecayed
 from glovita_lib.spec_train import Optimizer as OptimizerSpec
 
 # --------------------------------------------------------------------------------- optimizer
@@ -53,42 +57,121 @@ class Schedule:
         return spec.lr
 
 
-def is_undecayed(name: str, parameter: nn.Parameter) -> bool:
-    """Norm weights, biases, scales, class tokens and position embeddings."""
-    tokens = ("pos_embed", "cls_token", "reg_token", "dist_token", "class_token", "pos_embedding")
-    return parameter.ndim <= 1 or name.split(".")[-1] in tokens or "position_bias" in name
+# ---------------------------------------------------------------------------------- groups
+#
+# Learning-rate factor and weight decay of each parameter. How deep one lies, and which may be
+# spared, says `network`, and that asks the library first.
 
 
-def parameter_groups(model: Model, spec: OptimizerSpec) -> list[dict]:
-    """Trainable parameters by weight decay and learning-rate factor (`lr_scale`), in the model's
-    order.
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A parameter of a model and what the optimizer makes of it."""
 
-    The factor is layer_wise_lr_decay to the power of the distance from the head (the head has
-    factor 1) times the parameter's own `lr_scale` where a PEFT method set one (LoRA+).
+    name: str
+    parameter: nn.Parameter
+    layer: int
+    """Its depth: 0 the stem, the head deepest."""
+    lr_scale: float
+    """Factor of the learning rate."""
+    weight_decay: float
+
+    @property
+    def kind(self) -> tuple[float, float]:
+        """What parameters of one group share."""
+        return self.weight_decay, self.lr_scale
+
+
+def placed_parameters(model: Model, spec: OptimizerSpec) -> list[Placed]:
+    """All parameters in the model's order, frozen ones too.
+
+    The factor is layer_wise_lr_decay to the power of the distance from the deepest layer, the
+    head's, times the parameter's own `lr_scale` where a PEFT method set one (LoRA+).
     """
-    depths = layer_depths(model) if spec.layer_wise_lr_decay else {}
-    deepest = max(depths.values(), default=0)
-    groups: dict[tuple[float, float], dict] = {}
+    depths = model.encoder.depths()
+    layers = {f"encoder.{name}": depth for name, depth in depths.of.items()}
+    deepest = max(depths.head, *layers.values()) if layers else depths.head
+    spared = undecayed(model, model.encoder.uses, "encoder.net.") if spec.undecay_norm else set()
+    placed = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        exempt = spec.undecay_norm and is_undecayed(name, parameter)
-        decay = 0.0 if exempt else spec.weight_decay
-        scale = (spec.layer_wise_lr_decay or 1.0) ** (deepest - depths.get(name, deepest))
+        layer = layers.get(name, depths.head)
+        scale = (spec.layer_wise_lr_decay or 1.0) ** (deepest - layer)
         scale *= getattr(parameter, "lr_scale", 1.0)
-        group = groups.setdefault(
-            (decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale}
-        )
-        group["params"].append(parameter)
+        decay = 0.0 if name in spared else spec.weight_decay
+        placed.append(Placed(name, parameter, layer, scale, decay))
+    return placed
+
+
+def grouped(placed: list[Placed]) -> list[list[Placed]]:
+    """Those that train, by weight decay and factor."""
+    groups: dict[tuple[float, float], list[Placed]] = {}
+    for one in placed:
+        if one.parameter.requires_grad:
+            groups.setdefault(one.kind, []).append(one)
     return list(groups.values())
 
 
-def layer_depths(model: Model) -> dict[str, int]:
-    """Depth of every parameter: the encoder's layers from the input (0), the head one above the
-    deepest."""
-    layers = {f"encoder.{name}": depth for name, depth in model.encoder.layer_ids().items()}
-    top = max(layers.values(), default=0) + 1
-    return {name: layers.get(name, top) for name, _ in model.named_parameters()}
+def parameter_groups(model: Model, spec: OptimizerSpec) -> list[dict]:
+    """The optimizer's groups, with the factor of the learning rate as `lr_scale`."""
+    return [
+        {
+            "params": [one.parameter for one in group],
+            "weight_decay": group[0].weight_decay,
+            "lr_scale": group[0].lr_scale,
+        }
+        for group in grouped(placed_parameters(model, spec))
+    ]
+
+
+def group_lines(model: Model, spec: OptimizerSpec) -> str:
+    """The table of groups, from the stem to the head."""
+    lines = ["group  layers    lr factor  weight decay  tensors        values"]
+    groups = enumerate(grouped(placed_parameters(model, spec)))
+    for number, group in sorted(groups, key=lambda item: min(one.layer for one in item[1])):
+        first, last = (f(one.layer for one in group) for f in (min, max))
+        layers = f"{first}" if first == last else f"{first} to {last}"
+        values = sum(one.parameter.numel() for one in group)
+        lines.append(
+            f"{number:>5}  {layers:<8}  {group[0].lr_scale:>9.4g}  {group[0].weight_decay:>12g}"
+            f"  {len(group):>7}  {values:>12,}"
+        )
+    return "\n".join(f"  {line}" for line in lines)
+
+
+GROUP_COLUMNS = ("group", "layer", "lr_factor", "weight_decay", "parameter", "shape")
+
+
+def group_rows(model: Model, spec: OptimizerSpec) -> list[tuple[Any, ...]]:
+    """A row of GROUP_COLUMNS for each parameter; group, factor and decay of a frozen one are
+    empty."""
+    placed = placed_parameters(model, spec)
+    numbers = {one.name: i for i, group in enumerate(grouped(placed)) for one in group}
+    rows = []
+    for one in placed:
+        shape, trains = " x ".join(map(str, one.parameter.shape)), one.name in numbers
+        made = (one.lr_scale, one.weight_decay) if trains else ("", "")
+        rows.append((numbers.get(one.name, ""), one.layer, *made, one.name, shape))
+    return rows
+
+
+def check_groups(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Refuse the state of an optimizer whose groups are others.
+
+    Args:
+        saved: its `state_dict`.
+
+    Raises:
+        UserError: another version of timm, or of this program, counts layers otherwise.
+    """
+
+    def kinds(groups: list[dict[str, Any]]) -> list[tuple[float, float, int]]:
+        return [(g["lr_scale"], g["weight_decay"], len(g["params"])) for g in groups]
+
+    if kinds(saved["param_groups"]) != kinds(optimizer.param_groups):
+        raise UserError(
+            "the run cannot go on as it began: its parameters had other learning-rate factors or"
+            " weight decay, as another version of timm or glovita counts layers otherwise; continue"
+            ' it with that version, or set training.on_existing = "overwrite" to train again'
+        )
 
 
 def build_optimizer(model: Model, spec: OptimizerSpec) -> torch.optim.Optimizer:

@@ -33,16 +33,16 @@ def _(spec: LinearProbing, model: nn.Module) -> None:
 @apply_peft.register
 def _(spec: PartialFinetuning, model: nn.Module) -> None:
     encoder = encoder_of(model)
-    assert isinstance(encoder, Encoder), "another network has no layer_ids"
-    blocks = len(encoder.blocks())
-    if spec.num_frozen_layers > blocks:
+    assert isinstance(encoder, Encoder), "another network has no depths"
+    depths = encoder.depths()
+    if spec.num_frozen_layers > depths.layers:
         raise UserError(
             f"peft.num_frozen_layers = {spec.num_frozen_layers}: encoder {encoder.name} has"
-            f" {blocks} blocks; valid: 0 to {blocks}"
+            f" {depths.layers} layers; valid: 0 to {depths.layers}"
         )
     if spec.num_frozen_layers == 0:
         return  # nothing is frozen, the stem neither
-    for name, depth in encoder.layer_ids().items():
+    for name, depth in depths.of.items():
         if depth <= spec.num_frozen_layers:
             encoder.get_parameter(name).requires_grad_(False)
 

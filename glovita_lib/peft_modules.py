@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glovita_lib.errors import UserError
-from glovita_lib.network import attentions, blocks, encoder_of, feed_forwards, is_conv, layers
+from glovita_lib.network import (
+    attentions,
+    blocks,
+    encoder_of,
+    feed_forwards,
+    in_front,
+    is_conv,
+    layers,
+)
 from glovita_lib.peft_base import (
     Changed,
     Insert,
@@ -74,13 +82,7 @@ def record_grid(root: nn.Module, method: str) -> Grid:
     Raises:
         UserError: an encoder without one.
     """
-    inside = {m for block in blocks(root) for m in block.modules()}
-    convs = []
-    for module in root.modules():
-        if module in inside:
-            break
-        if is_conv(module):
-            convs.append(module)
+    convs = [module for module in in_front(root) if is_conv(module)]
     if not convs:
         raise UserError(
             f'peft.method = "{method}": this encoder makes its patches without a convolution, so'

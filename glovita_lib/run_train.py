@@ -39,6 +39,7 @@ from glovita_lib.metrics import compute, undefined, undefined_line
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.objectives import LabelledPredictions
+from glovita_lib.optim import GROUP_COLUMNS, group_lines, group_rows
 from glovita_lib.peft import save_adapter
 from glovita_lib.plots import learning_curves
 from glovita_lib.resolved import Resolved, check_data, check_targets, check_unchanged, resolve_spec
@@ -119,6 +120,7 @@ def dry_train(root: Root, ranks: dist.Ranks) -> None:
         rows.append(("memory", f"{record['memory_mb']:,.0f} MiB"))
     seconds = time.perf_counter() - started
     say(f"dry run passed in {seconds:.1f} s; nothing was written\n{two_columns(rows)}")
+    say(group_lines(experiment.model, root.optimizer))
 
 
 # -------------------------------------------------------------------------------------- runs
@@ -444,6 +446,8 @@ def prepare(
         table = {share.part: share.counts() for share in parameter_table(experiment.model)}
         resolved = msgspec.to_builtins(experiment.resolved)
         files.write_json(run.resolved_config, {**resolved, "taken": taken, "parameters": table})
+        rows = group_rows(experiment.model, experiment.root.optimizer)
+        files.write_csv(run.parameter_groups, GROUP_COLUMNS, rows)
     else:
         step = saved["state"]["step"]
         mend_links(run, saved["state"], experiment.root.training)

@@ -48,6 +48,7 @@ OURS = (
     "umap",
     "wandb",
     "resolved_config.json",
+    "parameter_groups.csv",
     "spec.toml",
     "config.json",
 )
@@ -94,6 +95,11 @@ class RunDir:
     def resolved_config(self) -> Path:
         """Values derived at run time."""
         return self.path / "resolved_config.json"
+
+    @property
+    def parameter_groups(self) -> Path:
+        """Layer, learning-rate factor and weight decay of every parameter."""
+        return self.path / "parameter_groups.csv"
 
     @property
     def runtime_info(self) -> Path:

@@ -348,10 +348,11 @@ class LinearProbing(PeftMethod, tag="linear_probing", tag_field="method"):
 
 
 class PartialFinetuning(PeftMethod, tag="partial_finetuning", tag_field="method"):
-    """The first blocks and everything before them stay frozen."""
+    """The first layers and everything before them stay frozen."""
 
     num_frozen_layers: Annotated[int, Meta(ge=0)] = 6
-    """Number of frozen blocks, counted from the input."""
+    """Number of frozen layers, counted from the input as for optimizer.layer_wise_lr_decay: the
+    norm behind the last block is of its layer."""
 
 
 class Bitfit(PeftMethod, tag="bitfit", tag_field="method"):

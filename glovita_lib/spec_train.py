@@ -334,9 +334,11 @@ class Optimizer(Spec):
     betas: Annotated[tuple[Momentum, Momentum], read_if("name", "Adam", "AdamW")] = (0.9, 0.999)
     """Decay of the estimates of both moments."""
     layer_wise_lr_decay: Annotated[float, Meta(gt=0, lt=1), OF_ENCODER] | None = None
-    """Factor of the learning rate per layer, from the head (1) down to the input; none is off."""
+    """Factor of the learning rate per layer, from the head (1) down to the input; none is off.
+    Layers are timm's where it counts them: the last block of a ViT has the factor once."""
     undecay_norm: Annotated[bool, read_unless("weight_decay", 0)] = False
-    """Whether norms, biases, tokens and position embeddings are kept from weight decay."""
+    """Whether norms, biases, tokens, position embeddings and scales are kept from weight decay:
+    what timm spares, where its network says it."""
     scheduler: Literal["CosineAnneal", "Step", "MultiStep", "None"] = "CosineAnneal"
     """Schedule after the warm-up."""
     warmup_epochs: NonNegative | None = None

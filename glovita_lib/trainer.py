@@ -24,7 +24,7 @@ from glovita_lib.loader import Batch, Loader
 from glovita_lib.loggers import Bar, Meter, better, epoch_line
 from glovita_lib.model import Model
 from glovita_lib.objectives import BatchRng, Objective
-from glovita_lib.optim import Schedule, build_average, build_optimizer, set_lr
+from glovita_lib.optim import Schedule, build_average, build_optimizer, check_groups, set_lr
 from glovita_lib.sampler import TrainOrder
 from glovita_lib.spec_train import Optimizer, Training
 
@@ -466,8 +466,8 @@ class Trainer:
         """Continue from a checkpoint of the same spec, perhaps of another number of ranks.
 
         Raises:
-            UserError: its schedule, its random streams or its samples are others; within an epoch
-                the order of the samples too.
+            UserError: its schedule, its random streams, its parameter groups or its samples are
+                others; within an epoch the order of the samples too.
         """
         changes = [
             f"{key}.{name} {saved[key].get(name)} -> {value}"
@@ -481,6 +481,7 @@ class Trainer:
                 " training samples and the dataloading.in_memory_mb that it was started with, or"
                 ' set training.on_existing = "overwrite" to train again'
             )
+        check_groups(self.optimizer, saved["optimizer"])
         self.model.load_state_dict(saved["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])

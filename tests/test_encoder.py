@@ -215,18 +215,24 @@ def test_every_other_torchvision_family_builds_without_data() -> None:
     ],
     ids=lambda value: getattr(value, "type", None),
 )
-def test_layer_ids_rise_from_the_stem(spec, first: str, stem: str) -> None:
+def test_layers_count_from_the_stem(spec, first: str, stem: str) -> None:
     encoder = make(spec, preprocess_of(spec, channels=3).image_size or 64)
-    depths, blocks = encoder.layer_ids(), encoder.blocks()
-    assert set(depths) == {name for name, _ in encoder.named_parameters()}
-    assert depths[stem] == 0
-    assert depths[first] == 1
+    depths, blocks = encoder.depths(), encoder.blocks()
+    assert set(depths.of) == {name for name, _ in encoder.named_parameters()}
+    assert (depths.of[stem], depths.of[first]) == (0, 1)
     last = {id(p) for p in blocks[-1].parameters()}
-    numbers = [depths[name] for name, p in encoder.named_parameters() if id(p) in last]
-    assert set(numbers) == {len(blocks)}
-    assert [depths[n] for n in depths if n.startswith(("net.norm", "net.head"))] == [
-        len(blocks) + 1 for n in depths if n.startswith(("net.norm", "net.head"))
-    ]
+    numbers = {depths.of[name] for name, p in encoder.named_parameters() if id(p) in last}
+    assert numbers == {depths.layers} == {len(blocks)} == {depths.head - 1}
+    behind = {"net.norm": len(blocks), "net.head": len(blocks) + 1}  # the norm of a pooled vector
+    for name, depth in depths.of.items():
+        assert depth == behind.get(".".join(name.split(".")[:2]), depth)
+
+
+def test_blocks_are_in_the_order_of_use_and_none_runs_in_another() -> None:
+    """CoaT registers all of its position encodings before the blocks that share them."""
+    names = make(timm_spec("coat_tiny"), 64).block_names
+    assert names[:4] == tuple(f"serial_blocks{s}.{i}" for s in (1, 2) for i in (0, 1))
+    assert len(names) == 8 + 6 and not any("pe" in name for name in names)
 
 
 @pytest.mark.parametrize(

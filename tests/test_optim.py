@@ -6,26 +6,21 @@ import pytest
 import torch
 from torch import nn
 
+from glovita_lib.model import Model, build_model
 from glovita_lib.optim import Schedule, build_optimizer, parameter_groups, set_lr
+from glovita_lib.spec_encoders import TimmEncoder
+from glovita_lib.spec_model import ModelSpec
+from glovita_lib.spec_peft import FullFinetuning
 from glovita_lib.spec_train import Optimizer
 
 
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.pos_embed = nn.Parameter(torch.randn(1, 2, 4))
-        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-        self.norm = nn.LayerNorm(4)
-
-    def layer_ids(self) -> dict[str, int]:
-        depth = {"pos_embed": 0, "norm.weight": 3, "norm.bias": 3}
-        return depth | {f"blocks.{i}.{n}": i + 1 for i in (0, 1) for n in ("weight", "bias")}
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.head = Encoder(), nn.Linear(4, 3)
+def make() -> Model:
+    """A ViT of two blocks with a linear head."""
+    kwargs = {"patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    encoder = TimmEncoder(type="test_vit", pretrained=False, model_kwargs=kwargs)
+    spec = ModelSpec(encoder=encoder)
+    arguments = {"outputs": 3, "channels": 1, "size": (8, 8), "load_weights": False}
+    return build_model(spec, FullFinetuning(), **arguments)
 
 
 def test_cosine_equals_torch() -> None:
@@ -78,8 +73,8 @@ def test_no_schedule_is_constant() -> None:
 def test_every_trainable_parameter_is_in_one_group_and_moves(
     name: str, decay: float | None
 ) -> None:
-    model = Model()
-    model.encoder.blocks[0].requires_grad_(False)
+    model = make()
+    model.encoder.blocks()[0].requires_grad_(False)
     before = {n: p.clone() for n, p in model.named_parameters()}
     spec = Optimizer(name=name, lr=0.1, weight_decay=0.5, layer_wise_lr_decay=decay)
     optimizer = build_optimizer(model, spec)
@@ -88,34 +83,36 @@ def test_every_trainable_parameter_is_in_one_group_and_moves(
         p.grad = torch.ones_like(p) if p.requires_grad else None
     optimizer.step()
     for key, parameter in model.named_parameters():
-        frozen = key.startswith("encoder.blocks.0")
+        frozen = key.startswith("encoder.net.blocks.0.")
         assert torch.equal(parameter, before[key]) == frozen, key
 
 
 def test_layer_wise_decay_gives_the_head_the_full_rate() -> None:
-    model = Model()
+    model = make()
     groups = parameter_groups(model, Optimizer(layer_wise_lr_decay=0.5))
     scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
-    assert scale[id(model.head.weight)] == 1.0
-    assert scale[id(model.encoder.norm.weight)] == 0.5
-    assert scale[id(model.encoder.blocks[1].weight)] == 0.25
-    assert scale[id(model.encoder.pos_embed)] == 0.5**4
+    net = model.encoder.net
+    assert scale[id(model.head.linear.weight)] == 1.0
+    assert scale[id(net.norm.weight)] == scale[id(net.blocks[1].mlp.fc1.weight)] == 0.5
+    assert scale[id(net.blocks[0].mlp.fc1.weight)] == 0.25
+    assert scale[id(net.pos_embed)] == scale[id(net.patch_embed.proj.weight)] == 0.125
 
 
-def test_undecay_norm_spares_norms_biases_and_positions_only() -> None:
-    model = Model()
+def test_undecay_norm_spares_norms_biases_tokens_and_positions_only() -> None:
+    model = make()
     groups = parameter_groups(model, Optimizer(undecay_norm=True, weight_decay=0.1))
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     for name, parameter in model.named_parameters():
-        exempt = name.endswith("bias") or "norm" in name or "pos_embed" in name
+        words = ("norm", "pos_embed", "cls_token")
+        exempt = name.endswith("bias") or any(word in name for word in words)
         assert decay[id(parameter)] == (0.0 if exempt else 0.1), name
 
 
 def test_lr_scale_of_a_parameter_multiplies() -> None:
-    model = Model()
-    model.head.weight.lr_scale = 16.0
+    model = make()
+    model.head.linear.weight.lr_scale = 16.0
     optimizer = build_optimizer(model, Optimizer(lr=1e-3))
     set_lr(optimizer, 1e-3)
     rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    assert math.isclose(rate[id(model.head.weight)], 16e-3)
-    assert math.isclose(rate[id(model.head.bias)], 1e-3)
+    assert math.isclose(rate[id(model.head.linear.weight)], 16e-3)
+    assert math.isclose(rate[id(model.head.linear.bias)], 1e-3)

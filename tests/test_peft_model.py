@@ -119,10 +119,10 @@ def test_learning_rates_by_layer_and_by_lora_plus():
     model = make(Lora(lora_plus_ratio=4.0, targets=("qkv",)))
     groups = parameter_groups(model, Optimizer(layer_wise_lr_decay=0.5))
     scales = sorted(g["lr_scale"] for g in groups)
-    assert scales == pytest.approx([0.125, 0.25, 0.5, 1.0])
+    assert scales == pytest.approx([0.25, 0.5, 1.0, 2.0])
     by_name = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
     adapter = model.encoder.net.blocks[0].attn.qkv.adapter
-    assert (by_name[id(adapter.A)], by_name[id(adapter.B)]) == (0.125, 0.5)
+    assert (by_name[id(adapter.A)], by_name[id(adapter.B)]) == (0.25, 1.0)
 
 
 @pytest.mark.parametrize("spec", [Lora(), Vera(), Convpass(), VisualPromptTuning()], ids=label)

@@ -15,6 +15,7 @@ from glovita_lib.spec import flattened
 from glovita_lib.spec_check import load_checked
 
 DESCRIPTION = {"spec.toml", "config.json", "resolved_config.json", "runtime_info.json"}
+DESCRIPTION |= {"parameter_groups.csv"}
 
 
 def folders_and_files(folder):

@@ -34,7 +34,6 @@ MAY_NOT_KNOW = {
 
 SMALL = {
     "losses": "the formula of every loss; the spine reads it on its own",
-    "optim": "the schedule and the parameter groups; the spine reads it on its own",
     "encoder_custom": "a user's module and features as they are, which few runs load",
     "loader_volumes": "what a run on images need not load",
     "loader_series": "the same, of time series",
