@@ -185,7 +185,7 @@ class Experiment:
             here: whether this process reads them, as for a few samples.
         """
         objective, spec = self.objective, self.root.dataloading
-        split = as_loaded(self.resolved.inputs, split, train=augmented)
+        split = as_loaded(self.resolved.inputs, split, train=augmented, once=True)
         if not isinstance(split.source, ArraySource):
             spec = replace(spec, in_memory_mb=0)
         if here:
@@ -674,16 +674,11 @@ def refuse_unstable(experiment: Experiment) -> None:
             f"{key}: the encoder trains, or the head reads its tokens; set peft.method ="
             ' "linear_probing" with head_type classification or regression, or leave it out'
         )
-    linear = isinstance(model.head, LinearHead)
-    if (
-        isinstance(inputs, VolumeInputs)
-        and inputs.by_windows
-        and not (linear and inputs.augmentation.window_reduce == "mean")
-    ):
+    parts = inputs.parts
+    if parts is not None and not (isinstance(model.head, LinearHead) and parts.are_averaged):
         raise UserError(
-            f"{key}: the logits of the windows of data.augmentation.evaluation are not those of"
-            ' their mean vector; set data.augmentation.window_reduce = "mean" and head_type'
-            " classification or regression, or leave it out"
+            f"{key}: the logits of the {parts.name} of a sample are not those of their mean vector;"
+            f" set {parts.setting} and head_type classification or regression, or leave it out"
         )
     task = experiment.root.task
     drawn = [*inputs.drawn]

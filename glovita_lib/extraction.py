@@ -26,7 +26,6 @@ from glovita_lib.resolved import (
     EncodedInputs,
     ImageInputs,
     Inputs,
-    VolumeInputs,
     check_data,
     in_order_of,
     resolve_spec,
@@ -346,18 +345,16 @@ class Extractor:
             )
 
     def check_windows(self) -> None:
-        """Tokens are those of whole inputs, no mean over windows.
+        """Tokens are those of whole inputs, no mean over windows or clips.
 
         Raises:
-            UserError: evaluation goes by windows.
+            UserError: evaluation goes by them.
         """
-        inputs = self.inputs
-        if isinstance(inputs, VolumeInputs) and inputs.by_windows:
+        if (parts := self.inputs.parts) is not None:
             raise UserError(
-                f'extract.output = "{self.spec.output}": with data.augmentation.evaluation ='
-                ' "windows" a volume has the mean vector of its windows alone; set extract.output ='
-                ' "embedding" or evaluation = "center", or train with model.encoder.lift ='
-                ' "windows", whose tokens are the windows'
+                f'extract.output = "{self.spec.output}": evaluation sees the {parts.name} of a'
+                " sample one by one, which has their mean vector alone; set extract.output ="
+                f' "embedding" or {parts.alone}'
             )
 
     def __call__(self, batch: Batch, *, ids: list[str], augment: int | None) -> Readout:

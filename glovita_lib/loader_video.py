@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glovita_lib.augment import ClipAugmenter, Clips, build_fit, resolve_augmentation
 from glovita_lib.augment_crop import CropResize
-from glovita_lib.data import ClipSamples, Data, Source, Split
+from glovita_lib.data import ClipSamples, Data, Source, Split, subset
 from glovita_lib.data_video import LoadedVideo, VideoSource, VideoView
 from glovita_lib.encoder import preprocess_of
 from glovita_lib.errors import UserError
@@ -248,26 +248,28 @@ def _(inputs: ClipInputs, *, train: bool) -> ClipAugmenter:
 
 
 @as_loaded.register
-def _(inputs: ClipInputs, split: Split, *, train: bool) -> Split:
+def _(inputs: ClipInputs, split: Split, *, train: bool, once: bool = False) -> Split:
     """The clips of a split: of training as many of each video as an epoch takes, with labels of
     frames all that show every frame once, else a row a video; their frames are resized where they
     are decoded."""
     ops = inputs.augmentation.train if train else inputs.augmentation.test
     crop = build_fit(inputs.augmentation, ops, bit_depth=8)
     source, of = split.source, inputs.sampling
-    if not isinstance(source, VideoSource):
-        return split if source.windows is not None else replace(split, source=ArrayVideos(source))
     rows, starts = np.arange(len(split)), None
     if train:
-        rows = np.repeat(rows, of.train_clips)
-    elif inputs.label_level == "frame":
+        rows = np.repeat(rows, 1 if once else of.train_clips)
+    if not isinstance(source, VideoSource):
+        whole = source if source.windows is not None else ArrayVideos(source)
+        changed = replace(split, source=whole)
+        return subset(changed, rows) if len(rows) > len(split) else changed
+    if not train and inputs.label_level == "frame":
         each = [
             covering_starts(of, frames, fps)
             for frames, fps in zip(source.sizes[:, 0].tolist(), source.rates.tolist(), strict=True)
         ]
         rows = np.repeat(rows, [len(part) for part in each])
         starts = np.concatenate(each)
-    key = train, msgspec.json.encode(inputs)
+    key = train, once, msgspec.json.encode(inputs)
     source = source.changed(
         key, which=source.which[rows], starts=starts, resized=partial(decoded_size, crop)
     )

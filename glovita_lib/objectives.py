@@ -148,9 +148,14 @@ def build_inputs(inputs: Inputs, *, train: bool) -> Preparation:
 
 
 @ByStruct
-def as_loaded(inputs: Inputs, split: Split, *, train: bool) -> Split:
+def as_loaded(inputs: Inputs, split: Split, *, train: bool, once: bool = False) -> Split:
     """The samples that a loader reads for those of a split, such as several clips of a video; most
-    are what they are. For one split always of the same source."""
+    are what they are.
+
+    Args:
+        train: whether for training, else as evaluation sees them.
+        once: whether training takes one of each.
+    """
     return split
 
 

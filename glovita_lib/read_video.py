@@ -264,11 +264,22 @@ def told(error: Exception) -> str:
     return text.strip()[:200] or "no video stream"
 
 
+def rgb(frame: Any) -> np.ndarray:
+    """A frame of decord, (H, W, 3). Where rows are filled up to a multiple of their width (those of
+    48 or 96 pixels) it takes the filling for further channels."""
+    pixels: np.ndarray = frame.asnumpy()
+    height, width, channels = pixels.shape
+    if channels == 3:
+        return pixels
+    rows = pixels.reshape(height, -1)[:, : 3 * width]
+    return np.ascontiguousarray(rows).reshape(height, width, 3)
+
+
 def in_order(reader: Any, first: int = 0) -> Iterator[np.ndarray]:
     """Frames (H, W, 3) of a reader that stands at a frame, up to its last."""
     for _ in range(first, len(reader)):
         with decoding():
-            frame = reader.next().asnumpy()
+            frame = rgb(reader.next())
         yield frame
 
 
@@ -295,7 +306,7 @@ def read_at(reader: Any, frames: Sequence[int], *, random: bool, start: int = 0)
                 at += 1
                 if at > number:
                     break
-            pixels = frame.asnumpy()
+            pixels = rgb(frame)
         if out is None:
             out = np.empty((len(frames), *pixels.shape), np.uint8)
         out[row] = pixels
@@ -374,12 +385,6 @@ def read_file(
     found = read_at(reader, wanted, random=facts.random, start=at)
     OPEN.keep(key, reader, wanted[-1] + 1)
     return found
-
-
-def frame_times(path: str, facts: VideoFacts, frames: np.ndarray) -> np.ndarray:
-    """Seconds from the start at which frames of constant rate are shown, of the shape of their
-    numbers."""
-    return np.asarray(frames, np.float64) / facts.fps
 
 
 # ------------------------------------------------------------------------------ folders of frames

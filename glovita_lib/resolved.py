@@ -7,7 +7,7 @@ or targets.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
@@ -57,8 +57,24 @@ class ModelArguments(TypedDict):
     size: tuple[int, ...] | None
 
 
+class Parts(NamedTuple):
+    """What evaluation sees of a sample one by one, and reduces what the model says of it."""
+
+    name: str
+    """What they are called in messages."""
+    are_averaged: bool
+    """Whether logits are averaged."""
+    setting: str
+    """What makes them averages."""
+    alone: str
+    """What has the model see a sample at once."""
+
+
 class ImageInputs(ImageSamples, tag="images"):
     """Images, under the policies of the run."""
+
+    parts: ClassVar[Parts | None] = None
+    """What evaluation sees of a sample one by one; none where it sees all of it."""
 
     still_policy: ClassVar[str] = "default_2d_1"
     """A train policy that draws nothing."""
@@ -107,6 +123,15 @@ class VolumeInputs(VolumeSamples, tag="volumes", kw_only=True):
         return self.augmentation.evaluation == "windows"
 
     @property
+    def parts(self) -> Parts | None:
+        """What evaluation sees of a volume one by one."""
+        setting = 'data.augmentation.window_reduce = "mean"'
+        mean = self.augmentation.window_reduce == "mean"
+        alone = 'data.augmentation.evaluation = "center", or train with model.encoder.lift ='
+        alone += ' "windows", whose tokens are the windows'
+        return Parts("windows", mean, setting, alone) if self.by_windows else None
+
+    @property
     def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
         return {"channels": self.channels, "size": self.augmentation.patch_size}
@@ -127,6 +152,9 @@ class SeriesInputs(SeriesSamples, tag="series", kw_only=True):
 
     still_policy: ClassVar[str] = "default_series_1"
     """A train policy that draws nothing."""
+
+    parts: ClassVar[Parts | None] = None
+    """What evaluation sees of a sample one by one; none where it sees all of it."""
 
     augmentation: ResolvedSeriesAugmentation
     """Policies with all their parameters and the longest length."""
@@ -164,6 +192,15 @@ class ClipInputs(ClipSamples, tag="videos", kw_only=True):
     """Which clips are drawn."""
     probability: Literal["softmax", "sigmoid"] | None
     """What makes probabilities of logits; none of a regression."""
+
+    @property
+    def parts(self) -> Parts | None:
+        """What evaluation sees of a video one by one."""
+        of = self.sampling
+        if of.clips == 1 or of.combine == "bag" or self.label_level == "frame":
+            return None
+        setting = 'data.sampling.combine = "logits"'
+        return Parts("clips", of.combine == "logits", setting, "data.sampling.clips = 1")
 
     @property
     def shape(self) -> tuple[int, ...]:

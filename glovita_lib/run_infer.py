@@ -90,10 +90,10 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
     folder = Path(root.infer.output_dir or locate(loaded).path / "infer")
     target = folder / f"attention_{name}.h5"
     members: list[Predictions] = []
-    by_windows = any(in_windows(evaluated_as(r.inputs, root)) for r in records.values())
-    wanted = root.infer.attention and not dry_run and not by_windows
-    if by_windows and root.infer.attention and isinstance(first.model.head, AttentionHead):
-        say("no attention: each window counts by itself; infer.volume_maps writes their scores")
+    by_parts = any(in_parts(evaluated_as(r.inputs, root)) for r in records.values())
+    wanted = root.infer.attention and not dry_run and not by_parts
+    if by_parts and root.infer.attention and isinstance(first.model.head, AttentionHead):
+        say("no attention: each window or clip counts by itself")
     maps = volume_maps(folder / f"maps_{name}", ranks) if root.infer.volume_maps else None
     heard = nullcontext if maps is None or dry_run else maps.listening
     claimed = nullcontext() if dry_run else alone(folder / name, ranks)
@@ -132,9 +132,10 @@ def volume_maps(folder: Path, ranks: dist.Ranks) -> "VolumeMaps":
     return VolumeMaps(folder, ranks)
 
 
-def in_windows(inputs: Inputs) -> bool:
-    """Whether a model sees volumes window by window: its head weighs no instances of samples."""
-    return isinstance(inputs, VolumeInputs) and inputs.by_windows
+def in_parts(inputs: Inputs) -> bool:
+    """Whether a model sees volumes window by window, or videos clip by clip: its head weighs no
+    instances of samples."""
+    return isinstance(inputs, EncodedInputs) and inputs.parts is not None
 
 
 def export(path: Path, experiment: Experiment) -> None:

@@ -300,11 +300,11 @@ class VolumeEncoder(LiftedEncoder):
 
 
 class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_type"):
-    """The residual encoder of nnU-Net (ResEnc, blocks of ResNet-D), of volumes or images; the
-    defaults are those of its L preset."""
+    """The residual encoder of nnU-Net (ResEnc, blocks of ResNet-D), of volumes, clips or images;
+    the defaults are those of its L preset."""
 
     spatial_dim: Literal[2, 3] = 3
-    """Axes of the input besides the channels: 3 takes volumes, 2 images."""
+    """Axes of the input besides the channels: 3 takes volumes and clips, 2 images."""
     features_per_stage: tuple[Positive, ...] = (32, 64, 128, 256, 320, 320)
     """Channels of the stages, from the input; the last is the width."""
     kernel_sizes: Odd | tuple[Odd | tuple[Odd, ...], ...] = 3
@@ -350,6 +350,10 @@ class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_
     @property
     def takes(self) -> SampleKind:
         return "volumes" if self.spatial_dim == 3 else "images"
+
+    def reads(self, samples: str) -> bool:
+        """Clips too where it has three axes."""
+        return super().reads(samples) or (samples == "videos" and self.takes == "volumes")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """There is an entry a stage and a number an axis."""

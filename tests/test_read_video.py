@@ -1,0 +1,170 @@
+"""Reading of videos: frames are the right ones in every container, or the file is refused."""
+
+import gc
+import os
+
+import numpy as np
+import pytest
+from video_files import number_of, numbered, write_frames, write_sound, write_video
+
+from glovita_lib import read_video
+from glovita_lib.errors import UserError
+from glovita_lib.read_video import FileType, file_type, look_at, read_frames
+
+pytest.importorskip("av")
+pytest.importorskip("decord")
+
+CONTAINERS = {  # name: codec, container, kind, whether decord is right at random
+    "a.mp4": ("libx264", None, "mp4/h264", True),
+    "a.mkv": ("libx264", None, "matroska/h264", True),
+    "a.mov": ("libx264", None, "mp4/h264", True),
+    "a.webm": ("libvpx-vp9", None, "matroska/vp9", True),
+    "h264.flv": ("libx264", None, "flv", None),
+    "mpeg4.mp4": ("mpeg4", None, "mp4/mpeg4", False),
+    "a.avi": ("mpeg4", None, "avi/mpeg4", False),
+    "h264.avi": ("libx264", None, "avi/h264", False),
+    "a.mpg": ("mpeg1video", None, "mpeg", False),
+    "a.vob": ("mpeg2video", "vob", "mpeg", False),
+    "mpeg2.mkv": ("mpeg2video", None, "matroska/mpeg2", False),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("videos")
+
+
+def look(path, check=True, trusted=None):
+    return look_at(str(path), check=check, trusted=trusted, frame_rate=25.0)
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_frame_is_the_one_that_was_asked_for(folder, name):
+    codec, container, kind, random = CONTAINERS[name]
+    path = str(write_video(folder / name, 40, codec=codec, container=container))
+    facts = look(path)
+    assert (facts.kind, facts.frames, facts.height, facts.width) == (kind, 40, 64, 96)
+    assert random is None or facts.random == random
+    assert facts.fps == pytest.approx(25, rel=1e-3)
+    rng = np.random.default_rng(0)
+    for size in (None, (32, 48)):
+        for wanted in ([39], rng.permutation(40)[:9], [5, 5, 0, 39, 5], np.arange(12, 20), [3, 20]):
+            frames = read_frames(path, facts, wanted, size)
+            assert frames.shape[1:] == (*(size or (64, 96)), 3) and frames.dtype == np.uint8
+            assert [number_of(frame) for frame in frames] == list(wanted)
+
+
+def test_a_file_type_is_what_the_bytes_say_whatever_the_name(folder):
+    path = write_video(folder / "hidden.avi", 8, container="mp4")
+    assert file_type(str(path)) == FileType("mp4", "h264")
+    assert not FileType("mpeg", "").may_be_random
+
+
+@pytest.mark.parametrize(
+    ("start", "container"),
+    [
+        (b"\x00\x00\x01\xba", "mpeg"),
+        (b"\x00\x00\x01\xb3", "mpeg video"),
+        (b"\x30\x26\xb2\x75\x8e\x66", "asf"),
+        (b"GIF89a", "gif"),
+        (b"FLV\x01", "flv"),
+        (b"hello", "unknown"),
+    ],
+)
+def test_containers_by_their_first_bytes(start, container):
+    assert read_video.container_of(start) == container
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("empty.mp4", b"", "an empty file"),
+        ("text.mp4", b"hello world " * 99, "it cannot be decoded"),
+        ("flash.swf", b"CWS\x0a" + bytes(99), "Flash (swf)"),
+        ("theora.ogv", b"OggS" + bytes(99), "does not read Ogg"),
+    ],
+)
+def test_what_cannot_be_read_is_said(tmp_path, name, content, text):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=text.replace("(", r"\(").replace(")", r"\)")):
+        look(tmp_path / name)
+
+
+def test_a_transport_stream_is_refused(tmp_path):
+    """decord gives frame 24 for frame 0, and repeats the last one for those that it has lost."""
+    path = write_video(tmp_path / "a.ts", 40, container="mpegts")
+    with pytest.raises(UserError, match='transport stream.*ffmpeg -i "a.ts"'):
+        look(path)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi"])
+def test_a_file_that_is_cut_off_is_refused(tmp_path, name):
+    codec = {"a.webm": "libvpx-vp9", "a.avi": "mpeg4"}.get(name, "libx264")
+    path = write_video(tmp_path / name, 40, codec=codec)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(UserError, match="cut off"):
+        look(path)
+
+
+def test_a_broken_frame_is_found_and_never_replaced(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 40)
+    content = bytearray(path.read_bytes())
+    middle = content.find(b"mdat") + len(content) // 3
+    content[middle : middle + 900] = b"\x5a" * 900
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="it cannot be decoded"):
+        look(path)
+    facts = look(path, check=False, trusted=True)
+    with pytest.raises(UserError, match=r"a\.mp4: it cannot be decoded"):
+        read_frames(str(path), facts, np.arange(40), None)
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    with pytest.raises(UserError, match="it cannot be decoded"):
+        look(write_sound(tmp_path / "a.mp4"))
+
+
+def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
+    path = write_frames(tmp_path / "v", 12)
+    facts = look(path)
+    assert (facts.kind, facts.frames, facts.fps, facts.random) == ("frames", 12, 25.0, True)
+    frames = read_frames(str(path), facts, [11, 2, 2, 10], None)
+    assert (frames == np.stack([numbered(12)[n] for n in (11, 2, 2, 10)])).all()
+    assert read_frames(str(path), facts, [3], (32, 48)).shape == (1, 32, 48, 3)
+    (path / "frame3.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"frame3\.png: not an image file"):
+        look(path)
+    assert look(path, check=False).frames == 12
+
+
+def test_a_file_that_has_changed_is_read_anew(tmp_path):
+    path = str(write_video(tmp_path / "a.mp4", 20))
+    facts = look(path)
+    assert number_of(read_frames(path, facts, [7], None)[0]) == 7
+    write_video(path, numbered(20, first=100))
+    os.utime(path, ns=(1, 1))
+    assert number_of(read_frames(path, facts, [7], None)[0]) == 107
+    write_video(path, 10)
+    with pytest.raises(UserError, match="10 frames, 20 when the run was started"):
+        read_frames(path, facts, [7], None)
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of open files")
+def test_few_files_stay_open(folder):
+    paths = [str(write_video(folder / f"open{i}.mp4", 8)) for i in range(8)]
+    facts = [look(path) for path in paths]
+    for path, each in zip(paths, facts, strict=True):
+        read_frames(path, each, [0], None)
+    gc.collect()
+    before = open_files()
+    for _ in range(3):
+        for path, each in zip(paths, facts, strict=True):
+            read_frames(path, each, [5, 1], (32, 48))
+    gc.collect()
+    assert open_files() <= before + 2
+    assert len(read_video.OPEN.readers) <= read_video.MOST_OPEN
