@@ -1,14 +1,20 @@
 """Style and drawing of figures, and sheets of images."""
 
+import logging
+import re
+import sys
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from glovita_lib.errors import listed
 from glovita_lib.files import atomic_path
 
 if TYPE_CHECKING:
@@ -32,7 +38,7 @@ STYLE: "dict[RcKeyType, Any]" = {
     "figure.facecolor": "white",
     "figure.titlesize": 11,
     "figure.titleweight": "bold",
-    "font.family": "DejaVu Sans",
+    "font.family": "DejaVu Sans",  # which comes with matplotlib; `choose_fonts` adds others
     "font.size": 8.5,
     "text.color": INK,
     "text.parse_math": False,  # a $ in a class name is a $
@@ -68,8 +74,9 @@ STYLE: "dict[RcKeyType, Any]" = {
 def drawing(path: Path | str, width: float, height: float) -> Iterator[Any]:
     """A matplotlib Figure in this style, saved at `path` as PNG after the block.
 
-    The same content gives the same bytes; the user's matplotlibrc has no say. A block that raises
-    leaves the file as it was.
+    The same content gives the same bytes where the same fonts are installed; the user's
+    matplotlibrc has no say. What no font can draw is said once. A block that raises leaves the file
+    as it was.
 
     Args:
         path: of the PNG.
@@ -80,21 +87,165 @@ def drawing(path: Path | str, width: float, height: float) -> Iterator[Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # an empty box will do
+    with matplotlib.rc_context(), warnings.catch_warnings(), quiet_fonts():
+        for message in (NO_GLYPH, NO_SCRIPT):  # said by `save_figure` in words of the figure
+            warnings.filterwarnings("ignore", message=message)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        with atomic_path(path) as temporary:
-            figure.savefig(
-                temporary,
-                format="png",
-                metadata={"Software": None},  # else the version of matplotlib
-                bbox_inches="tight",
-                pad_inches=0.12,
+        metadata = {"Software": None}  # else the version of matplotlib
+        save_figure(figure, path, "png", metadata)
+
+
+def save_figure(figure: Any, path: Path | str, kind: str, metadata: dict[str, Any]) -> None:
+    """Write a figure in the fonts that its texts need, and say once which cannot be drawn."""
+    choose_fonts(figure)
+    with atomic_path(path) as temporary, warnings.catch_warnings(record=True) as caught:
+        for message in (NO_GLYPH, NO_SCRIPT):
+            warnings.filterwarnings("always", message=message)
+        figure.savefig(
+            temporary, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.12
+        )
+    missing = set()
+    for warning in caught:
+        if glyph := re.match(NO_GLYPH, str(warning.message)):
+            missing.add(chr(int(glyph[1])))
+        elif not re.match(NO_SCRIPT, str(warning.message)):
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
             )
+    if new := missing - UNDRAWN:
+        UNDRAWN.update(new)
+        say_undrawn(figure, new)
+
+
+# ---------------------------------------------------------------------- fonts
+
+NO_GLYPH = r"Glyph (\d+) .*missing from"
+NO_SCRIPT = r"Matplotlib currently does not support .* natively"
+UNDRAWN: set[str] = set()
+"""Characters that this process has said it cannot draw."""
+FAMILIES = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Sans CJK KR", "Noto Sans SC",
+    "Noto Sans JP", "Source Han Sans SC", "Source Han Sans", "PingFang SC", "Hiragino Sans GB",
+    "Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "Meiryo", "Apple SD Gothic Neo",
+    "Malgun Gothic", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "SimHei",
+    "Noto Emoji", "Segoe UI Emoji", "Symbola", "Segoe UI Symbol", "Apple Symbols",
+    "Arial Unicode MS",
+)  # fmt: skip
+"""Preferred of the installed families, before all others in the order of their names."""
+NO_FONTS = re.compile(r"last ?resort|adobe blank|tofu", re.IGNORECASE)
+"""Families that have a box for every character."""
+
+
+@contextmanager
+def quiet_fonts() -> Iterator[None]:
+    """Without the lines that matplotlib logs where a family lacks a weight."""
+    logger = logging.getLogger("matplotlib.font_manager")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def choose_fonts(figure: Any) -> None:
+    """Give all texts of a figure the installed families that its characters need beside the usual
+    one; matplotlib takes each character from the first that has it."""
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.text import Text
+
+    for axes in figure.findobj(Axes):
+        axes.get_xticklabels(), axes.get_yticklabels()  # which are written when they are asked for
+    texts = figure.findobj(Text)
+    characters = {character for text in texts for character in text.get_text()}
+    rare = frozenset(c for c in characters if ord(c) > 0x7E and not c.isspace())
+    if not rare:
+        return
+    families = [str(STYLE["font.family"]), *families_for(rare)]
+    matplotlib.rcParams["font.family"] = families  # of ticks that are made later
+    for text in texts:
+        text.set_fontfamily(families)
+
+
+@cache
+def families_for(characters: frozenset[str]) -> tuple[str, ...]:
+    """Installed families that draw what the usual one lacks, each as far as those before it do
+    not."""
+    from matplotlib.font_manager import findfont
+
+    left = characters - drawn_by(findfont(str(STYLE["font.family"])), characters)
+    chosen = []
+    for family, path in installed_fonts() if left else ():
+        if found := drawn_by(path, left):
+            chosen.append(family)
+            left -= found
+        if not left:
+            break
+    return tuple(chosen)
+
+
+@cache
+def installed_fonts() -> list[tuple[str, str]]:
+    """Families and a regular font file of each, the preferred ones first.
+
+    matplotlib keeps a list of fonts from its first start; those installed since are added.
+    """
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    for path in sorted(set(findSystemFonts()) - {entry.fname for entry in fontManager.ttflist}):
+        try:
+            fontManager.addfont(path)
+        except (OSError, RuntimeError, ValueError, NotImplementedError):
+            continue  # damaged, or of bitmaps
+    fonts: dict[str, tuple[bool, int, str]] = {}
+    for entry in fontManager.ttflist:
+        if NO_FONTS.search(entry.name) or not Path(entry.fname).exists():
+            continue
+        weight = entry.weight if isinstance(entry.weight, int) else 400
+        candidate = (entry.style != "normal", abs(weight - 400), entry.fname)
+        fonts[entry.name] = min(fonts.get(entry.name, candidate), candidate)
+    last = len(FAMILIES)
+    rank = {family: place for place, family in enumerate(FAMILIES)}
+    order = sorted(fonts, key=lambda family: (rank.get(family, last), family))
+    return [(family, fonts[family][2]) for family in order]
+
+
+def drawn_by(path: str, characters: frozenset[str]) -> set[str]:
+    """Those of the characters that a font has a shape for; fonts of coloured pictures have none."""
+    from matplotlib.font_manager import get_font
+
+    drawn = set()
+    try:
+        font = get_font(path)
+        known = font.get_charmap()
+        for character in characters:
+            if ord(character) in known:
+                font.load_char(ord(character))
+                if len(font.get_path()[0]) or unicodedata.category(character) in ("Cf", "Mn"):
+                    drawn.add(character)
+    except (OSError, RuntimeError, ValueError):
+        return set()  # damaged
+    return drawn
+
+
+def say_undrawn(figure: Any, characters: set[str]) -> None:
+    """The line that names texts whose characters no installed font has."""
+    from matplotlib.text import Text
+
+    texts = dict.fromkeys(" ".join(text.get_text().split()) for text in figure.findobj(Text))
+    names = [short(text, 40) for text in texts if characters & set(text)]
+    print(
+        f"note: figures show empty boxes in {listed(names, most=3)}: no installed font has"
+        f" {listed(sorted(characters), most=10)}; install one, e.g. Noto Sans CJK for Chinese,"
+        " Japanese and Korean, Noto Emoji or Symbola for emoji",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def grid(figure: Any, count: int, columns: int) -> list[Any]:

@@ -27,10 +27,11 @@ from glovita_lib.figures import (
     SKY,
     displayed,
     drawing,
+    save_figure,
     short,
     window,
 )
-from glovita_lib.files import atomic_path, read_csv, write_text
+from glovita_lib.files import read_csv, write_text
 from glovita_lib.metrics_classification import THRESHOLD
 
 # ----------------------------------------------------------------------------------- colours
@@ -241,14 +242,7 @@ def draw_points(
         else:
             draw_class_points(figure, axes, points, coloring, order, size)
         frame(figure, axes, points, text)
-        with atomic_path(svg) as temporary:
-            figure.savefig(
-                temporary,
-                format="svg",
-                metadata={"Date": None, "Creator": None},
-                bbox_inches="tight",
-                pad_inches=0.12,
-            )
+        save_figure(figure, svg, "svg", {"Date": None, "Creator": None})
 
 
 def diameter(count: int) -> float:

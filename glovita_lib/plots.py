@@ -1,4 +1,4 @@
-"""Plots of results: learning curves, confusion, regression, ROC, PR and calibration."""
+"""Plots of results: confusion, regression, ROC, PR and calibration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from glovita_lib.figures import (
     AMBER,
     BLUE,
     COLOURS,
-    GREEN,
     GREY,
     INK,
     ORANGE,
     PALE,
     WIDTH,
+    choose_fonts,
     drawing,
     grid,
     nothing_to_show,
@@ -24,7 +24,6 @@ from glovita_lib.figures import (
     short,
     unique_short,
 )
-from glovita_lib.metric_names import METRICS, lower_is_better, metric_name, split_name, title_of
 from glovita_lib.metrics import Regression, compute, confusion
 from glovita_lib.metrics_classification import (
     BINS,
@@ -34,147 +33,6 @@ from glovita_lib.metrics_classification import (
     auroc_and_ap,
     bin_of,
 )
-
-# --------------------------------------------------------------------------- learning curves
-
-Record = dict[str, Any]
-FINE = 60  # epochs up to which the curve within the epochs is drawn
-
-
-def learning_curves(records: Sequence[Record], path: Path) -> None:
-    """Loss, each metric and the learning rate over the epochs.
-
-    A dot marks the best value of a val curve, a vertical line the epoch of the best checkpoint.
-
-    Args:
-        records: of metrics.jsonl; those of event "epoch" count, the last one of each epoch, and
-            those of event "step" for the loss within the first epochs.
-        path: of the PNG.
-    """
-    epochs = {r["epoch"]: r for r in records if r.get("event") == "epoch"}
-    history = [epochs[epoch] for epoch in sorted(epochs)]
-    panels = panel_names(history)
-    best = history[-1].get("best_epoch") if history else None
-    columns = 2 if len(panels) in (1, 3) else 3
-    rows = -(-(len(panels) + 1) // columns)
-    with drawing(path, WIDTH, (2.35 if columns == 3 else 2.6) * rows) as figure:
-        places = grid(figure, len(panels) + 1, columns)
-        for axes, name in zip(places, panels, strict=False):
-            if name == "loss":
-                draw_fine_loss(axes, records, history)
-            draw_panel(axes, history, name)
-        draw_lr(places[-1], history)
-        for axes in places:
-            finish_axes(axes, len(history), best)
-        if best is not None:
-            note = f"dotted line: epoch {best + 1}, the best checkpoint"
-            figure.text(0.99, -0.005, note, ha="right", va="top", fontsize=7.5, color=GREY)
-
-
-def panel_names(history: list[Record]) -> list[str]:
-    """Loss first, then metrics in the order logged; the classes of a metric share its panel."""
-    names = ["loss"]
-    for record in history:
-        for key in record:
-            split, name = split_name(key)[0], metric_name(key)
-            if split in ("train", "val") and name not in names:
-                names.append(name)
-    return names
-
-
-def history_series(history: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs, counted from 1, and values where there is one."""
-    rows = [r for r in history if finite(r.get(key))]
-    return np.array([r["epoch"] + 1.0 for r in rows]), np.array([r[key] for r in rows], float)
-
-
-def finite(value: Any) -> bool:
-    """Whether it is a number that can be drawn."""
-    return isinstance(value, int | float) and bool(np.isfinite(value))
-
-
-def draw_panel(axes: Any, history: list[Record], name: str) -> None:
-    """Train and val curve of one metric; of all classes where it is per class."""
-    axes.set_title(title_of(name))
-    if name in METRICS and METRICS[name].per_class:
-        draw_class_curves(axes, history, name)
-        return
-    drawn = False
-    for split, colour, dash in (("train", GREY, (0, (4, 1.5))), ("val", BLUE, "-")):
-        x, y = history_series(history, f"{split}_{name}")
-        if not len(x):
-            continue
-        drawn = True
-        axes.plot(x, y, color=colour, ls=dash, label=split, marker="o" if len(x) == 1 else None)
-        if split == "val":
-            at = int(np.argmin(y) if lower_is_better(name) else np.argmax(y))
-            label = f"best {number(y[at])}"
-            axes.plot(x[at], y[at], "o", color=ORANGE, ms=5, zorder=5, clip_on=False, label=label)
-    if drawn:
-        axes.legend(loc="best", handlelength=1.6, borderaxespad=0.3, labelspacing=0.25)
-    else:
-        nothing_to_show(axes, "no values")
-
-
-def draw_class_curves(axes: Any, history: list[Record], name: str) -> None:
-    """Val curve of each class, thin, and their median."""
-    keys = dict.fromkeys(k for r in history for k in r if k.startswith(f"val_{name}_"))
-    table = np.array([[r[k] if finite(r.get(k)) else np.nan for k in keys] for r in history])
-    x = np.array([r["epoch"] + 1 for r in history], float)
-    known = ~np.isnan(table).all(1) if table.size else np.zeros(len(x), bool)
-    if not known.any():
-        nothing_to_show(axes, "no values")
-        return
-    fade = float(np.clip(6 / len(keys), 0.08, 0.7))
-    axes.plot(x, table, color=BLUE, lw=0.8, alpha=fade)
-    axes.plot(x[known], np.nanmedian(table[known], 1), color=INK, label="median")
-    axes.plot([], [], color=BLUE, lw=0.8, label=f"{len(keys)} classes")
-    axes.legend(loc="best", handlelength=1.6, borderaxespad=0.3)
-
-
-def draw_fine_loss(axes: Any, records: Sequence[Record], history: list[Record]) -> None:
-    """Train loss between two log lines, pale; the records hold the mean since the epoch began."""
-    if not history or len(history) > FINE:
-        return
-    per_epoch = history[-1]["step"] / (history[-1]["epoch"] + 1)
-    x, y, before = [], [], (None, 0.0, 0.0)  # epoch, steps of it, sum over them
-    for record in sorted(
-        (r for r in records if r.get("event") == "step" and finite(r.get("train_loss"))),
-        key=lambda r: r["step"],
-    ):
-        steps = record["step"] - record["epoch"] * per_epoch
-        total = record["train_loss"] * steps
-        past_steps, past_sum = before[1:] if before[0] == record["epoch"] else (0.0, 0.0)
-        if steps > past_steps:
-            x.append(record["step"] / per_epoch)
-            y.append((total - past_sum) / (steps - past_steps))
-        before = (record["epoch"], steps, total)
-    if len(x) > 2:
-        axes.plot(x, y, color=GREY, lw=0.7, alpha=0.55)
-
-
-def draw_lr(axes: Any, history: list[Record]) -> None:
-    """Learning rate at the end of each epoch."""
-    x, y = history_series(history, "lr")
-    axes.set_title("learning rate")
-    if not len(x):
-        nothing_to_show(axes, "no values")
-        return
-    axes.plot(x, y, color=GREEN, marker="o" if len(x) == 1 else None)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-
-
-def finish_axes(axes: Any, epochs: int, best: int | None) -> None:
-    """Whole epochs at the x axis, and the epoch of the best checkpoint."""
-    from matplotlib.ticker import MaxNLocator
-
-    if best is not None:
-        axes.axvline(best + 1, color=ORANGE, lw=0.8, ls=(0, (2, 2)), zorder=1)
-    if axes.lines:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.set_xlim(min(0, epochs - 1) if epochs > 1 else 0, epochs + (1 if epochs == 1 else 0.2))
-    axes.set_xlabel("epoch")
-
 
 # -------------------------------------------------------------------------------- regression
 #
@@ -274,6 +132,8 @@ NAMED = 100  # classes with their names at the axes
 COUNTED = 40  # classes with counts in the cells
 SHARES = 8  # classes with the share of the true class in the cells
 LISTED = 12  # most frequent confusions beside a matrix without counts
+SPACING = 1.25  # between the lines of a cell
+THOUSANDS = "kMGT"
 LABELS = 50  # labels of a multilabel figure: the worst ones
 
 
@@ -298,14 +158,14 @@ def confusion_matrix(counts: np.ndarray, class_names: tuple[str, ...], path: Pat
             list_confusions(below, counts, class_names)
         else:
             axes = figure.add_subplot()
-        draw_matrix(axes, counts)
+        colours = draw_matrix(axes, counts)
         name_axes(axes, names, counts.sum(1))
-        if classes <= COUNTED:
-            write_counts(axes, counts)
         if classes > SHARES:
             colour_bars(figure, axes)
         right = np.trace(counts) / max(counts.sum(), 1)
         axes.set_title(f"Confusion matrix · {counts.sum():,} samples, {right:.1%} right")
+        if classes <= COUNTED:  # last: they are measured against the final layout
+            write_counts(figure, axes, counts, colours)
 
 
 def colour_maps() -> tuple[Any, Any, Any, Any]:
@@ -317,8 +177,8 @@ def colour_maps() -> tuple[Any, Any, Any, Any]:
     return right, Normalize(0, 1), wrong, PowerNorm(0.5, 0, 1)
 
 
-def draw_matrix(axes: Any, counts: np.ndarray) -> None:
-    """The cells; rows of classes without samples are grey."""
+def draw_matrix(axes: Any, counts: np.ndarray) -> np.ndarray:
+    """The cells, and their colours (K, K, 4); rows of classes without samples are grey."""
     from matplotlib.colors import to_rgba
 
     right, right_scale, wrong, wrong_scale = colour_maps()
@@ -335,6 +195,7 @@ def draw_matrix(axes: Any, counts: np.ndarray) -> None:
         axes.vlines(edges, -0.5, len(counts) - 0.5, color="#e4e4e4", lw=0.4)
         axes.hlines(edges, -0.5, len(counts) - 0.5, color="#e4e4e4", lw=0.4)
     axes.spines[["top", "right"]].set_visible(True)
+    return image
 
 
 def name_axes(axes: Any, names: list[str], totals: np.ndarray) -> None:
@@ -355,29 +216,101 @@ def name_axes(axes: Any, names: list[str], totals: np.ndarray) -> None:
     axes.tick_params(length=0, pad=3)
 
 
-def write_counts(axes: Any, counts: np.ndarray) -> None:
+def write_counts(figure: Any, axes: Any, counts: np.ndarray, colours: np.ndarray) -> None:
     """Counts in the cells, with the share of the true class where there is room; zeros stay
-    empty."""
+    empty. A text that is wider or higher than its cell is shortened, or left out.
+
+    The layout of the figure is final afterwards.
+
+    Args:
+        counts: (K, K) samples.
+        colours: (K, K, 4) of the cells, RGBA.
+    """
     classes = len(counts)
     totals = np.maximum(counts.sum(1), 1)
     size = 9 if classes <= SHARES else 7.5 if classes <= 12 else 6 if classes <= 25 else 4.5
+    room = cell_room(figure, axes)
+    inks = np.where(is_dark(colours), "white", INK)
     for row, column in zip(*np.nonzero(counts), strict=True):
-        count = int(counts[row, column])
-        share = count / totals[row]
-        text = f"{count:,}" if count < 10_000 or classes <= SHARES else f"{count / 1000:.0f}k"
+        texts = count_texts(int(counts[row, column]))
         if classes <= SHARES:
-            text += f"\n{share:.1%}"
-        dark = share > (0.55 if row == column else 0.35)
-        axes.text(
-            column,
-            row,
-            text,
-            ha="center",
-            va="center",
-            fontsize=size,
-            linespacing=1.25,
-            color="white" if dark else INK,
-        )
+            share = f"{counts[row, column] / totals[row]:.1%}"
+            texts = [*(f"{text}\n{share}" for text in texts), *texts]
+        text = first_that_fits(figure, texts, size, room)
+        if text:
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=size,
+                linespacing=SPACING,
+                color=inks[row, column],
+            )
+
+
+def count_texts(count: int) -> list[str]:
+    """A count as text, shorter and shorter: whole, then rounded to three digits and fewer of its
+    thousands, millions ...
+
+    >>> count_texts(1604), count_texts(12_345), count_texts(96)
+    (['1,604', '1604', '1.6k', '2k'], ['12,345', '12345', '12.3k', '12k'], ['96'])
+    """
+    rounded = []
+    for digits in (3, 2, 1):
+        value = float(f"{count:.{digits}g}")
+        power = min(int(np.log10(max(value, 1)) + 1e-9) // 3, len(THOUSANDS))
+        if power:
+            text = f"{value / 1000**power:.4g}{THOUSANDS[power - 1]}"
+            rounded += [text] if not rounded or len(text) < len(rounded[-1]) else []
+    return list(dict.fromkeys([f"{count:,}", f"{count}", *rounded]))
+
+
+def cell_room(figure: Any, axes: Any) -> tuple[float, float]:
+    """Width and height of a cell of the matrix in pixels, after the layout, which it freezes."""
+    choose_fonts(figure)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    (left, top), (right, bottom) = axes.transData.transform([(0, 0), (1, 1)])
+    return float(abs(right - left)), float(abs(bottom - top))
+
+
+def first_that_fits(
+    figure: Any, texts: Sequence[str], size: float, room: tuple[float, float]
+) -> str:
+    """The first text whose ink, as the renderer measures it, keeps a margin within width and height
+    in pixels; "" where none does."""
+    from matplotlib.font_manager import FontProperties
+
+    font, renderer = FontProperties(size=size), figure.canvas.get_renderer()
+    margin = 0.25 * size * figure.dpi / 72  # between the texts of neighbours, pixels
+    for text in texts:
+        lines = text.split("\n")
+        sizes = [renderer.get_text_width_height_descent(line, font, False) for line in lines]
+        width = max(width for width, _, _ in sizes)
+        height = sizes[0][1] * (1 + SPACING * 1.2 * (len(lines) - 1))
+        if width + margin <= room[0] and height <= room[1]:
+            return text
+    return ""
+
+
+def is_dark(colours: np.ndarray) -> np.ndarray:
+    """Whether white has more contrast than the usual ink on colours (..., 4) RGBA.
+
+    Contrast is (L1 + .05) / (L2 + .05) of relative luminances (WCAG 2.1).
+    """
+    from matplotlib.colors import to_rgb
+
+    ink = luminance(np.array(to_rgb(INK)))
+    return 1.05 / (luminance(colours) + 0.05) > (luminance(colours) + 0.05) / (ink + 0.05)
+
+
+def luminance(colours: np.ndarray) -> np.ndarray:
+    """Relative luminance (WCAG 2.1) of sRGB colours (..., 3 or more) in 0..1."""
+    rgb = colours[..., :3]
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return linear @ np.array([0.2126, 0.7152, 0.0722])
 
 
 def colour_bars(figure: Any, axes: Any) -> None:

@@ -41,7 +41,7 @@ from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.objectives import LabelledPredictions
 from glovita_lib.optim import GROUP_COLUMNS, group_lines, group_rows
 from glovita_lib.peft import save_adapter
-from glovita_lib.plots import learning_curves
+from glovita_lib.plot_curves import learning_curves
 from glovita_lib.resolved import Resolved, check_data, check_targets, check_unchanged, resolve_spec
 from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
 from glovita_lib.rundir import Decision, RunDir, opened, runtime_info

@@ -2,6 +2,7 @@
 the numbers behind them."""
 
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from glovita_lib import plots
 from glovita_lib.figures import (
+    INK,
     augmented_sheet,
     caption_lines,
     displayed,
@@ -27,10 +31,9 @@ from glovita_lib.figures import (
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.plots import (
     GRID,
+    confusion_matrix,
+    count_texts,
     curves_of,
-    history_series,
-    learning_curves,
-    panel_names,
     plot_results,
     wilson,
 )
@@ -84,6 +87,75 @@ def test_confusion_colours_and_rows(tmp_path: Path) -> None:
     blue, orange = (8, 48, 107), (127, 39, 4)  # full shades
     for colour in (blue, orange, (240, 240, 240)):
         assert (np.abs(pixels - colour).max(1) <= 1).sum() > 1000, colour
+
+
+def contrast(first, second) -> float:
+    """Of two sRGB colours, as WCAG 2.1 defines it."""
+
+    def luminance(colour) -> float:
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    low, high = sorted([luminance(first), luminance(second)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("classes", "largest", "name"),
+    [
+        (40, 3000, "c"),
+        (40, 10**9, "a long class name"),
+        (25, 20_000, "c"),
+        (12, 99_999, "a long one"),
+    ]
+    + [(9, 9999, "c"), (8, 10**8, "a long class name"), (2, 10**12, "c"), (1, 10**15, "c")],
+)
+def test_counts_stay_in_their_cells_and_stand_out(
+    tmp_path: Path, monkeypatch, classes: int, largest: int, name: str
+) -> None:
+    """As drawn: every text within its cell, in the better readable of two colours."""
+    figures, original = [], plots.drawing
+
+    @contextmanager
+    def kept(*arguments):
+        with original(*arguments) as figure:
+            figures.append(figure)
+            yield figure
+
+    monkeypatch.setattr(plots, "drawing", kept)
+    counts = np.random.default_rng(classes).integers(0, largest, (classes, classes))
+    counts[np.arange(classes), np.arange(classes)] *= 20  # dark beside pale
+    confusion_matrix(counts, tuple(f"{name} {k}" for k in range(classes)), tmp_path / "c.png")
+    axes = figures[0].axes[0]
+    colours, written = axes.images[0].get_array(), {}
+    for text in axes.texts:
+        column, row = map(int, text.get_position())
+        box = text.get_window_extent()
+        (left, top), (right, bottom) = axes.transData.transform([
+            (column - 0.5, row - 0.5), (column + 0.5, row + 0.5)
+        ])  # fmt: skip
+        assert left < box.x0 and box.x1 < right and bottom < box.y0 and box.y1 < top, text
+        cell = colours[row, column]
+        ink = contrast(to_rgb(text.get_color()), cell)
+        assert ink >= max(contrast(to_rgb(other), cell) for other in ("white", INK)) - 1e-9
+        written[row, column] = text.get_text().split("\n")[0]
+    if largest < 10**9 or classes < 40:  # else those of three digits and M have no room
+        assert written.keys() == set(zip(*np.nonzero(counts), strict=True))
+    for place, text in written.items():
+        assert text in count_texts(int(counts[place]))
+    if largest == 9999:  # five characters in a ninth of the width
+        assert all(text == f"{counts[place]:,}" for place, text in written.items())
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 1604, 9_950, 99_999, 999_950, 10**6, 10**16])
+def test_shorter_counts_are_the_count_rounded(count: int) -> None:
+    texts = count_texts(count)
+    assert texts[0] == f"{count:,}" and len(texts) == len(set(texts))
+    for text in texts:
+        factor = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(text[-1], 1)
+        value = float(text.replace(",", "").rstrip("kMGT")) * factor
+        digits = sum(map(str.isdigit, text))
+        assert abs(value - count) <= 0.5 * 10 ** (len(str(count)) - min(digits, len(str(count))))
 
 
 @pytest.mark.parametrize("classes", [1, 2, 9, 41, 101])
@@ -147,44 +219,6 @@ def test_wilson_equals_the_quadratic() -> None:
     for share, ends in zip((0, 0.3, 1), zip(low, high, strict=True), strict=True):
         for p in ends:
             assert (share - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / 10, abs=1e-12)
-
-
-def record(epoch: int, **values: float | None) -> dict:
-    base = {"event": "epoch", "epoch": epoch, "step": 10 * (epoch + 1), "lr": 0.1, "best_epoch": 0}
-    return base | {"train_loss": 1 / (epoch + 1)} | values
-
-
-def test_learning_curves(tmp_path: Path) -> None:
-    records = []
-    for epoch in range(4):
-        for step in (5, 10):
-            loss = 2 / (10 * epoch + step)
-            records.append(
-                {"event": "step", "epoch": epoch, "step": 10 * epoch + step, "train_loss": loss}
-            )
-        values = {"val_loss": 0.5, "val_acc": 0.1 * epoch, "val_auroc": None}
-        records.append(record(epoch, **values, val_f1_per_class_cat=0.3, val_f1_per_class_dog=None))
-    learning_curves(records, tmp_path / "full.png")
-    picture(tmp_path / "full.png")
-    history = [r for r in records if r["event"] == "epoch"]
-    assert panel_names(history) == ["loss", "acc", "auroc", "f1_per_class"]
-    x, y = history_series(history, "val_acc")
-    assert x.tolist() == [1, 2, 3, 4] and y.tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
-
-
-@pytest.mark.parametrize(
-    "records",
-    [
-        [],
-        [record(0)],
-        [record(0, val_loss=math.nan, val_f1=None)],
-        [record(0, val_f1_per_class_a=None), record(1, val_f1_per_class_a=None)],
-        [record(e) | {"best_epoch": None, "lr": 0.0} for e in range(3)],
-    ],
-)
-def test_learning_curves_of_little(tmp_path: Path, records: list[dict]) -> None:
-    learning_curves(records, tmp_path / "curves.png")
-    picture(tmp_path / "curves.png")
 
 
 def test_a_figure_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
