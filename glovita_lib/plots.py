@@ -257,7 +257,7 @@ def count_texts(count: int) -> list[str]:
     >>> count_texts(1604), count_texts(12_345), count_texts(96)
     (['1,604', '1604', '1.6k', '2k'], ['12,345', '12345', '12.3k', '12k'], ['96'])
     """
-    rounded = []
+    rounded: list[str] = []
     for digits in (3, 2, 1):
         value = float(f"{count:.{digits}g}")
         power = min(int(np.log10(max(value, 1)) + 1e-9) // 3, len(THOUSANDS))
