@@ -149,10 +149,22 @@ def write_json(path: Path | str, value: Any) -> None:
 def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """CSV with a header; floats with as many digits as it takes to read them back equal."""
     with atomic_write(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv.writer(PlainLineEnds(text), lineterminator="\r\n")
         writer.writerow(header)
         writer.writerows(rows)
         text.flush()
+
+
+class PlainLineEnds:
+    """Lines of csv.writer with the line end of text files. It quotes the characters of its own line
+    end: a carriage return in a value ends no line where it is read."""
+
+    def __init__(self, text: io.TextIOBase) -> None:
+        self.text = text
+
+    def write(self, line: str) -> None:
+        """Write a whole line."""
+        self.text.write(line.removesuffix("\r\n") + "\n")
 
 
 def as_json(value: Any) -> Any:

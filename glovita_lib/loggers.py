@@ -5,16 +5,17 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
 from glovita_lib.files import remove, write_text
-from glovita_lib.metric_names import lower_is_better
+from glovita_lib.metric_names import lower_is_better, metric_name, split_name
 from glovita_lib.rundir import RunDir
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_data import BaseData
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 # ----------------------------------------------------------------------------------- console
 #
 # A progress bar on a terminal, plain lines elsewhere.
+
+SHOWN_CLASSES = 10  # of a metric with a value for each; of more the median and the range
 
 
 class Bar:
@@ -117,16 +120,56 @@ def epoch_line(record: dict[str, Any], *, epochs: int, best_metric: str | None) 
     for split in ("train", "val"):
         values = {k: v for k, v in record.items() if k.startswith(f"{split}_")}
         if values:
-            parts.append(
-                f"{split} " + " ".join(entry(k, v, record, best_metric) for k, v in values.items())
-            )
+            parts.append(f"{split} " + " ".join(entries(values, record, best_metric)))
     parts.append(f"lr {record['lr']:.3g}")
     parts.append(f"{record['samples_per_s']:,.0f}/s {record['seconds']:.1f} s")
     if best_metric and record.get("best", 0) is None:
         parts.append(f"{best_metric.split('_', 1)[1]} was never defined")
     elif best_metric and record.get("best_epoch") not in (None, record["epoch"]):
-        parts.append(f"best {record['best']:.4f} in epoch {record['best_epoch'] + 1}")
+        best = decimal(record["best"])
+        parts.append(f"best {best} in epoch {record['best_epoch'] + 1}")
     return " | ".join(parts)
+
+
+def entries(
+    values: dict[str, float | None], record: dict[str, Any], best_metric: str | None
+) -> Iterator[str]:
+    """Metrics of a split; of many classes the median and the range of each metric."""
+    families = by_family(values)
+    for family, own in families.items():
+        if len(own) <= SHOWN_CLASSES:
+            yield from (entry(key, value, record, best_metric) for key, value in own.items())
+            continue
+        if best_metric in own:
+            yield entry(best_metric, own[best_metric], record, best_metric)
+        yield f"{family} {spread_of(own.values())}"
+
+
+def by_family(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values by logged name, those of the classes of one metric together, under its name."""
+    families: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        families.setdefault(metric_name(key), {})[key] = value
+    return families
+
+
+def spread_of(values: Iterable[float | None]) -> str:
+    """Median, range and number of values, those that are defined."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known:
+        return "-"
+    middle, low, high = map(decimal, (median(known), min(known), max(known)))
+    return f"{middle} ({low} to {high} of {len(known):,})"
+
+
+def decimal(value: float) -> str:
+    """Four decimals; five significant digits of tiny and of large numbers.
+
+    >>> [decimal(value) for value in (0.5, 0.0, 1.2345678e-7, 1234567.89)]
+    ['0.5000', '0.0000', '1.2346e-07', '1.2346e+06']
+    """
+    plain = value == 0 or 1e-3 <= abs(value) < 1e4 or not math.isfinite(value)
+    return f"{value:.4f}" if plain else f"{value:.5g}"
 
 
 def entry(key: str, value: float | None, record: dict[str, Any], best_metric: str | None) -> str:
@@ -135,7 +178,7 @@ def entry(key: str, value: float | None, record: dict[str, Any], best_metric: st
     if value is None or math.isnan(value):
         return f"{name} -"
     star = "*" if key == best_metric and record.get("best_epoch") == record["epoch"] else ""
-    return f"{name} {value:.4f}{star}"
+    return f"{name} {decimal(value)}{star}"
 
 
 def better(value: float, than: float | None, metric: str, min_delta: float = 0.0) -> bool:
@@ -197,6 +240,10 @@ class Logger(Protocol):
     def log(self, record: dict[str, Any], step: int) -> None:
         """Numbers at an optimizer step."""
 
+    def conclude(self, split: str, report: dict[str, Any]) -> None:
+        """Loss, metrics and intervals of the best model on a split, as metrics_<split>.json has
+        them."""
+
     def finish(self) -> None:
         """Send what is not yet sent."""
 
@@ -208,6 +255,9 @@ class NullLogger:
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Do nothing: metrics.jsonl has the record."""
+
+    def conclude(self, split: str, report: dict[str, Any]) -> None:
+        """Do nothing: metrics_<split>.json has the report."""
 
     def finish(self) -> None:
         """Do nothing."""
@@ -368,7 +418,37 @@ class Wandb:
             return
         values = {k: v for k, v in record.items() if v is not None and k not in KEPT_APART}
         try:
-            self.run.log(values, step=step)
+            self.run.log(self.with_tables(values), step=step)
+        except Exception as error:
+            self.give_up("stopped", error)
+
+    def with_tables(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Numbers as they are sent: those of many classes as a table, not as as many charts."""
+        families: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            split, _ = split_name(key)
+            name = metric_name(key)
+            families.setdefault(f"{split}_{name}" if split else name, {})[key] = value
+        sent: dict[str, Any] = {}
+        for family, own in families.items():
+            if len(own) > SHOWN_CLASSES:
+                rows = [[key.removeprefix(f"{family}_"), value] for key, value in own.items()]
+                sent[family] = self.wandb.Table(columns=["class", "value"], data=rows)
+            else:
+                sent |= own
+        return sent
+
+    def conclude(self, split: str, report: dict[str, Any]) -> None:
+        """Put loss, metrics and the ends of their intervals into the summary of the run, in place
+        of those of the last epoch."""
+        if self.run is None:
+            return
+        found = {"loss": report["loss"], **report["metrics"]}
+        for name, (low, high) in report["ci95"].items():
+            found |= {f"{name}_low": low, f"{name}_high": high}
+        found = {f"{split}_{k}": v for k, v in found.items() if v is not None}
+        try:
+            self.run.summary.update(found)
         except Exception as error:
             self.give_up("stopped", error)
 

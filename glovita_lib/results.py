@@ -21,6 +21,7 @@ from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment
 from glovita_lib.files import TEMPORARY, Lock, read_json, read_jsonl, write_csv, write_json
 from glovita_lib.loader import fit_all, to_tensor
+from glovita_lib.loggers import SHOWN_CLASSES, by_family, decimal, spread_of
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.metrics import metrics_report
 from glovita_lib.metrics_classification import THRESHOLD, Scores
@@ -314,15 +315,23 @@ def summary_lines(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """One row per split: metrics with their confidence intervals."""
     rows = []
     for split, content in reports.items():
-        parts = [f"loss {content['loss']:.4f}"] if content["loss"] is not None else []
-        for metric, value in content["metrics"].items():
-            interval = content["ci95"].get(metric)
-            shown = "undefined" if value is None else f"{value:.4f}"
-            if interval is not None and None not in interval:
-                shown += f" [{interval[0]:.4f}, {interval[1]:.4f}]"
-            parts.append(f"{metric} {shown}")
+        parts = [f"loss {decimal(content['loss'])}"] if content["loss"] is not None else []
+        for family, values in by_family(content["metrics"]).items():
+            if len(values) > SHOWN_CLASSES:
+                parts.append(f"{family} {spread_of(values.values())}")
+                continue
+            for metric, value in values.items():
+                parts.append(f"{metric} {with_interval(value, content['ci95'].get(metric))}")
         rows.append((split, "  ".join(parts)))
     return rows
+
+
+def with_interval(value: float | None, interval: list[float | None] | None) -> str:
+    """A metric and the ends of its interval, where they are defined."""
+    if value is None:
+        return "undefined"
+    ends = [decimal(end) for end in interval or () if end is not None]
+    return f"{decimal(value)} [{', '.join(ends)}]" if len(ends) == 2 else decimal(value)
 
 
 # ------------------------------------------------------------------------------------- folds
@@ -487,10 +496,10 @@ class Entry:
 
     def cells(self) -> dict[str, str]:
         """Texts of the columns."""
-        low_high = "" if self.interval is None else "{:.4f} to {:.4f}".format(*self.interval)
+        low_high = "" if self.interval is None else " to ".join(map(decimal, self.interval))
         return {
             "spec": self.name,
-            self.metric: "undefined" if self.value is None else f"{self.value:.4f}",
+            self.metric: "undefined" if self.value is None else decimal(self.value),
             "95 % interval": low_high,
             "trainable": f"{self.trainable:,}",
             "share": f"{self.share:.2%}",

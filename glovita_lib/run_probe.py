@@ -16,7 +16,7 @@ from glovita_lib import dist, files, plots, results
 from glovita_lib.data import Data, Source, Standardizer, column_means, outputs_line
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError, listed, refuse
-from glovita_lib.loggers import better, say, say_notes, two_columns, write_notes
+from glovita_lib.loggers import better, decimal, say, say_notes, two_columns, write_notes
 from glovita_lib.metric_names import logged_names, lower_is_better, uses_order, usual_metrics
 from glovita_lib.metrics import compute, metrics_report, undefined, undefined_line
 from glovita_lib.metrics_classification import Scores
@@ -601,7 +601,7 @@ def fit_models(
         seconds = time.perf_counter() - started
         started += seconds
         value = choice.candidates[-1]["val"][choice.decisive]
-        shown = "undefined" if math.isnan(value) else f"{value:.4f}"
+        shown = "undefined" if math.isnan(value) else decimal(value)
         say(
             f"linear: l2 {strength:g} ({done} of {count}): val {choice.decisive} {shown},"
             f" {model.iterations} iterations, {seconds:,.1f} s; about"

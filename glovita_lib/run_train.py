@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from glovita_lib.experiment import (
     trained_weights,
 )
 from glovita_lib.loggers import (
+    Logger,
     build_logger,
     logged_as,
     say,
@@ -156,10 +157,10 @@ def train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
             introduce(run, experiment, data)
             if decision == "start" and run.metrics.is_file():
                 say(f"  note: {run.path} was interrupted without a checkpoint: it starts over")
-        with experiment.shared_workers(data):
-            best = learn(run, loaded, experiment, data, decision, saved)
+        with experiment.shared_workers(data), ExitStack() as ended:
+            logger, best = learn(run, loaded, experiment, data, decision, saved, ended)
             del saved  # evaluation needs memory too
-            finish(run, loaded, experiment, data, best)
+            finish(run, loaded, experiment, data, logger, best)
     conclude(run, ranks, "is finished")
 
 
@@ -214,12 +215,14 @@ def learn(
     data: Data,
     decision: Decision,
     saved: dict[str, Any] | None,
-) -> dict[str, Tensor] | None:
+    ended: ExitStack,
+) -> tuple[Logger, dict[str, Tensor] | None]:
     """Train from the start, or from a checkpoint on. The directory stays as it is until all that
     training needs is there.
 
     Returns:
-        The best weights, on the first rank, where no checkpoint holds them.
+        The logger, which is finished with `ended`; the best weights, on the first rank, where no
+        checkpoint holds them.
     """
     root, resolved, ranks = experiment.root, experiment.resolved, experiment.ranks
     best: dict[str, Tensor] = {}
@@ -255,6 +258,7 @@ def learn(
         run_id=None if saved is None else saved["logger_id"],
         ranks=ranks,
     )
+    ended.callback(logger.finish)
     identity = {
         "spec": loaded.plain,
         "resolved": msgspec.to_builtins(resolved),
@@ -269,12 +273,9 @@ def learn(
         rows = trainer.train_loader.rows(0, 0)
         path = run.plots / "augmented.png"
         plot_augmented(resolved.inputs, path, data.splits["train"], rows)
-    try:
+    with closing(trainer):
         trainer.fit()
-    finally:
-        logger.finish()
-        trainer.close()
-    return best or None
+    return logger, best or None
 
 
 def undefined_notes(resolved: Resolved, trainer: Trainer) -> list[str]:
@@ -494,6 +495,7 @@ def finish(
     loaded: Loaded[Root],
     experiment: Experiment,
     data: Data,
+    logger: Logger,
     best: dict[str, Tensor] | None,
 ) -> None:
     """Evaluate the best model on the whole of the held-out splits and write the results.
@@ -518,7 +520,8 @@ def finish(
         predictions = experiment.predict(split)
         if isinstance(predictions, LabelledPredictions):  # on the first rank
             plot = task.result_plot != "none"
-            write_results(run.path, name, predictions, experiment, split=split, plot=plot)
+            report = write_results(run.path, name, predictions, experiment, split=split, plot=plot)
+            logger.conclude(name, report)
     if ranks.is_main:
         if task.result_plot != "none":
             learning_curves(files.read_jsonl(run.metrics), run.plots / "curves.png")

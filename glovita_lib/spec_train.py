@@ -375,6 +375,18 @@ class WandbLogger(Spec, tag="wandb", tag_field="backend"):
     offline: bool = False
     """Whether nothing is sent; wandb sync sends it later."""
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """W&B refuses some names of projects."""
+        found = [sign for sign in "/\\#?%:" if sign in (self.project or "")]
+        if found:
+            yield (
+                "project",
+                f"{shown(self.project)} holds {' '.join(found)}: the name of a project of W&B has"
+                " none of / \\ # ? % :",
+            )
+        if len(self.project or "") > 128:
+            yield "project", f"{len(self.project or '')} characters, of at most 128"
+
 
 class NoLogger(Spec, tag="none", tag_field="backend"):
     """Only metrics.jsonl, which is always written."""

@@ -16,7 +16,8 @@ from children import run as run_child
 from glovita_lib import loggers
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
-from glovita_lib.loggers import Logger, NullLogger, Wandb, build_logger, logged_as
+from glovita_lib.loggers import Logger, NullLogger, Wandb, build_logger, epoch_line, logged_as
+from glovita_lib.results import summary_lines
 from glovita_lib.rundir import RunDir
 from glovita_lib.spec_data import BaseData, DigitsData, GenericImageData, PrecomputedData
 from glovita_lib.spec_train import NoLogger, WandbLogger
@@ -259,3 +260,72 @@ def processes_with(mark: bytes) -> list[str]:
         except OSError:
             continue
     return found
+
+
+def test_results_stand_in_the_summary_and_many_classes_in_a_table(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = build(WandbLogger(offline=True), run)
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(logger.run, "log", lambda values, step: sent.append(values))
+    many = {f"val_f1_per_class_{k}": k / 40 for k in range(40)}
+    few = {f"train_f1_per_class_{k}": 0.5 for k in range(3)}
+    logger.log({**RECORD, "val_acc": 0.25, **many, **few}, step=3)
+    table = sent[0].pop("val_f1_per_class")
+    assert table.columns == ["class", "value"]
+    assert table.data == [[str(k), k / 40] for k in range(40)]
+    assert set(sent[0]) == {"train_loss", "lr", "val_acc", *few}
+    report = {
+        "loss": 0.5,
+        "metrics": {"acc": 0.75, "auroc": None},
+        "ci95": {"acc": [0.7, 0.8], "auroc": [None, None]},
+    }
+    logger.conclude("val", report)
+    logger.conclude("test", {**report, "loss": 0.6})
+    assert dict(logger.run.summary) == {
+        "val_acc": 0.75, "val_acc_low": 0.7, "val_acc_high": 0.8, "val_loss": 0.5,
+        "test_acc": 0.75, "test_acc_low": 0.7, "test_acc_high": 0.8, "test_loss": 0.6,
+    }  # fmt: skip
+    logger.finish()
+    logger.conclude("test", report)
+    assert b"test_acc_high" in offline_runs(run)[0].read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a/b", "50%", "a?", "x" * 129, "back\\slash"])
+def test_names_of_projects_that_wandb_refuses(name: str) -> None:
+    from wandb import Settings, UsageError
+
+    assert [key for key, _ in WandbLogger(project=name).problems()] == ["project"]
+    with pytest.raises(UsageError):
+        Settings(project=name)
+    assert not list(WandbLogger(project="a b-c_d.e").problems())
+
+
+# ------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0.0000"), (0.12345, "0.1235"), (-12.5, "-12.5000"), (1.7e-7, "1.7e-07"),
+     (1234567.8901234, "1.2346e+06"), (float("nan"), "nan"), (9999.12345, "9999.1234")],
+)  # fmt: skip
+def test_numbers_keep_their_digits(value: float, shown: str) -> None:
+    assert loggers.decimal(value) == shown
+
+
+def test_many_classes_are_a_range_on_the_console() -> None:
+    record = {"epoch": 0, "train_loss": 1.0, "val_loss": 2e-7, "lr": 0.1, "samples_per_s": 1.0}
+    record |= {"seconds": 1.0, "best": 0.5, "best_epoch": 0}
+    many = {f"val_f1_per_class_{k}": k / 1500 for k in range(1500)} | {"val_f1_per_class_z": None}
+    line = epoch_line(record | many, epochs=1, best_metric="val_f1_per_class_750")
+    assert (
+        "val loss 2e-07 f1_per_class_750 0.5000* f1_per_class 0.4997 (0.0000 to 0.9993 of 1,500)"
+        in line
+    )
+    few = {f"val_f1_per_class_{k}": 0.5 for k in range(3)}
+    line = epoch_line(record | few, epochs=1, best_metric="val_loss")
+    assert "f1_per_class_0 0.5000 f1_per_class_1 0.5000 f1_per_class_2 0.5000" in line
+    report = {"loss": 0.5, "metrics": {"mae": 3e-8, "acc": None}, "ci95": {"mae": [1e-8, 5e-8]}}
+    report["metrics"] |= {k.removeprefix("val_"): v for k, v in many.items()}
+    ((_, text),) = summary_lines({"test": report})
+    assert text == (f"loss 0.5000  mae 3e-08 [1e-08, 5e-08]  acc undefined  {spread}")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from glovita_lib.errors import UserError
 from glovita_lib.metrics_classification import Scores
@@ -109,3 +111,35 @@ def test_other_files_are_one_line(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("a,cat", "a,dog"))
     with pytest.raises(UserError, match="'dog'"):
         read_predictions(path, **resolved)
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+NUMBER = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@pytest.mark.parametrize("subtask", ["multiclass", "multilabel", "regression"])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_strings_and_numbers_read_back(tmp_path: Path, subtask: str, data) -> None:
+    """Line ends, quotes, commas and byte-order marks in ids and names; numbers of any size."""
+    names = tuple(data.draw(st.lists(TEXT, min_size=1, max_size=3, unique=True)))
+    ids = data.draw(st.lists(TEXT, min_size=1, max_size=4, unique=True))
+    shape = (len(ids), len(names))
+    count = len(ids) * len(names)
+    flat = data.draw(st.lists(NUMBER, min_size=count, max_size=count))
+    values = np.array(flat).reshape(shape)
+    targets = np.zeros(len(ids), int) if subtask == "multiclass" else np.nan_to_num(values)
+    targets = (targets > 0).astype(float) if subtask == "multilabel" else targets
+    path, kind = tmp_path / "any.csv", {"subtask": subtask, "class_names": names}
+    with np.errstate(all="ignore"):
+        scores = Scores(values, values if subtask == "multilabel" else None)
+        write_prediction_csv(path, ids=ids, targets=targets, scores=scores, **kind)
+        table = read_predictions(path, **kind)
+    assert table.ids == ids
+    np.testing.assert_array_equal(table.scores.values, values)
+    np.testing.assert_array_equal(table.targets, targets)
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.read_csv(
+        path, dtype=str, keep_default_na=False, encoding="utf-8", skip_blank_lines=False
+    )
+    assert frame["id"].tolist() == ids
