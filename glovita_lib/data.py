@@ -323,6 +323,8 @@ class SeriesSamples(BaseSamples, tag="series"):
     """Channels of a prepared series."""
     preparation: SeriesPreparation | None = None
     """How they are prepared; none of a data set of the user's own."""
+    value_columns: tuple[str, ...] = ()
+    """Columns of the channels in CSV files, in their order; none of files without names."""
 
 
 class ClipSamples(BaseSamples, tag="videos"):

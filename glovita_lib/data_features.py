@@ -176,6 +176,25 @@ def with_table(
     )
 
 
+def refuse_row_numbers(collections: Sequence[Collection], table: Table | None) -> None:
+    """The rows of a table belong to one file each, also where ids are the numbers of rows.
+
+    Raises:
+        UserError: files without ids count their samples from 0 alike.
+    """
+    seen: dict[str, Collection] = {}
+    for whole in collections if table is not None else ():
+        for identity in map(composed, whole.ids):
+            other = seen.setdefault(identity, whole)
+            if other is not whole and not (other.named and whole.named):
+                bare = whole if not whole.named else other
+                raise UserError(
+                    f"{bare.where} has no ids, so row {identity!r} of data.labels_file would be"
+                    f" that of {other.where} and that of {whole.where}: store ids in the files, or"
+                    " labels"
+                )
+
+
 # ------------------------------------------------------------------------------ the data set
 #
 # N samples, K classes or targets, D width.
@@ -195,6 +214,7 @@ def _(spec: PrecomputedData, *, seed: int, asked: Asked) -> Data:
     for whole in collections:
         whole.groups = None if whole.groups is None else in_one_form(whole.groups, forms)
     refuse_mixture(collections)
+    refuse_row_numbers(collections, table)
     if table is not None and spec.split_source == "csv":
         refuse_emptied(spec, table, collections[0], wanted)
     columns = None if table is None or isinstance(spec.label_column, str) else spec.label_column

@@ -32,17 +32,25 @@ from glovita_lib.data_features import (
     read_table,
     refuse_emptied,
     refuse_equal,
+    refuse_row_numbers,
     refuse_shared,
     shared_ids,
     split_rows,
     unused,
     with_table,
 )
-from glovita_lib.data_labels import untrained
-from glovita_lib.data_splits import VAL, draw_stratified, in_one_form, resampled, strata
+from glovita_lib.data_labels import untrained, word
+from glovita_lib.data_splits import (
+    VAL,
+    draw_stratified,
+    in_one_form,
+    refuse_shared_groups,
+    resampled,
+    strata,
+)
 from glovita_lib.data_tables import Problems
 from glovita_lib.dist import hash_seed
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import on_disk
 from glovita_lib.read_series import (
     REGULAR,
@@ -341,7 +349,8 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     opened = open_all(spec, files, table, splits_needed(files, wanted))
     if table is not None and spec.split_source == "csv":
         refuse_emptied(spec, table, next(iter(opened.values())), wanted)
-    report: list[str] = []
+    refuse_row_numbers(list(opened.values()), table)
+    report, names = matched([whole.table for whole in opened.values()])
     problems = Problems(spec.strict, "sample")
     kept = prepare_all(list(opened.values()), spec.preparation, problems)
     problems.settle(report)
@@ -352,7 +361,7 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     for whole in kept:
         whole.groups = None if whole.groups is None else in_one_form(whole.groups, forms)
     columns = None if isinstance(spec.label_column, str) else spec.label_column
-    subtask, names, encoded = encode_labels(spec, kept, columns, trained, numbers=numbers)
+    subtask, classes, encoded = encode_labels(spec, kept, columns, trained, numbers=numbers)
     targets = dict(zip(opened, encoded, strict=True))
     if spec.split_source == "files":
         rows = {name: np.arange(len(opened[file].ids)) for name, file in files.items()}
@@ -366,23 +375,61 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
         splits |= resample(spec, splits, opened, files, subtask)
     if spec.val_fraction and "train" in splits:
         splits |= with_val(splits["train"], spec, subtask, seed)
+    refuse_divided(splits)
     named = {name: splits[name] for name, file in files.items() if opened[file].named}
     report += [*unused(spec, table, kept, splits), *shared_ids(named)]
     train = splits.get("train")
     if train is not None and train.targets is not None:
-        report += untrained(train.targets, names, subtask)
+        report += untrained(train.targets, classes, subtask)
     return Data(
         name="generic_series_dataset",
         splits={name: splits[name] for name in ("train", "val", "test") if name in splits},
         subtask=subtask,
-        class_names=names,
+        class_names=classes,
         ordered=spec.class_names is not None,
         samples=SeriesSamples(
             channels=len(next(iter(kept[0].prepared.values())).values),
             preparation=spec.preparation,
+            value_columns=names,
         ),
         report=report,
     )
+
+
+def match_columns(table: SeriesTable, names: tuple[str, ...], whose: str) -> str | None:
+    """Put the columns of a table in the order of those of another one, where they have the same
+    names; a line about it where that is another order, or where the names are others.
+
+    Args:
+        names, whose: columns of the other table, and what that is called.
+    """
+    own, wanted = tuple(map(composed, table.columns)), tuple(map(composed, names))
+    shorter = min(len(own), len(wanted))
+    if not shorter or own[:shorter] == wanted[:shorter]:
+        return None
+    shown = f"{table.where}: the columns are {listed(table.columns, 6)}, those of {whose}"
+    shown += f" {listed(names, 6)}"
+    if sorted(own) != sorted(wanted):
+        return f"{shown}: taken in the order in which they stand"
+    order = [own.index(name) for name in wanted]
+    for row, one in enumerate(table.series):
+        if not isinstance(one, str):
+            table.series[row] = one[:, order] if table.is_wide else one[order]
+    table.columns = names
+    return f"{shown}: matched by name"
+
+
+def matched(tables: Sequence[SeriesTable]) -> tuple[list[str], tuple[str, ...]]:
+    """Lines about tables whose columns are put in the order of the first one, see
+    `match_columns`, and the names of the channels in that order."""
+    lines: list[str] = []
+    first: dict[bool, SeriesTable] = {}
+    for table in tables:
+        if table.columns:
+            other = first.setdefault(table.is_wide, table)
+            line = match_columns(table, other.columns, other.where)
+            lines += [] if line is None else [line]
+    return lines, first[False].columns if False in first else ()
 
 
 def open_all(
@@ -428,10 +475,25 @@ def resample(
             f"data.resample = {spec.resample} keeps the number of each class in train and test: it"
             " is for classes, and for data with both splits"
         )
-    words = [list(map(str, opened[files[name]].labels or ())) for name in ("train", "test")]
+    labels = [opened[files[name]].labels for name in ("train", "test")]
+    words = [[word(label) for label in ([] if own is None else own)] for own in labels]
     parts = resampled(words[0], words[1], spec.resample)
     whole = joined(splits["train"], splits["test"])
     return {name: subset(whole, part) for name, part in zip(("train", "test"), parts, strict=True)}
+
+
+def refuse_divided(splits: dict[str, Split]) -> None:
+    """No group may be in two splits, also where these are drawn.
+
+    Raises:
+        UserError: one is.
+    """
+    ends = np.cumsum([0, *map(len, splits.values())])
+    rows = {n: ends[i] + np.arange(len(split)) for i, (n, split) in enumerate(splits.items())}
+    groups: list[str | None] = []
+    for split in splits.values():
+        groups += split.groups or [None] * len(split)
+    refuse_shared_groups([name for split in splits.values() for name in split.ids], groups, rows)
 
 
 def joined(train: Split, test: Split) -> Split:
@@ -457,14 +519,20 @@ def with_val(train: Split, spec: SeriesData, subtask: str, seed: int) -> dict[st
         UserError: one of them would be empty.
     """
     assert train.targets is not None
-    count = round(len(train) * spec.val_fraction)
-    if not 0 < count < len(train):
+    labels, group = strata(train.targets, subtask, kept=spec.stratified), np.arange(len(train))
+    if train.groups is not None:  # which are drawn whole, each in the stratum of most of its series
+        group = np.unique(train.groups, return_inverse=True)[1]
+        members = [labels[group == number] for number in range(group.max() + 1)]
+        labels = np.array([max(own, key=own.tolist().count) for own in members])
+    count, what = round(len(labels) * spec.val_fraction), "groups" if train.groups else "series"
+    if not 0 < count < len(labels):
         raise UserError(
-            f"data.val_fraction = {spec.val_fraction:g} leaves train or val of {len(train)} series"
+            f"data.val_fraction = {spec.val_fraction:g} leaves train or val of {len(labels)} {what}"
             " empty: take another share"
         )
-    labels = strata(train.targets, subtask, kept=spec.stratified)
-    val, rest = draw_stratified(labels, count, seed=hash_seed(seed, VAL), keep="rest")
+    drawn, _ = draw_stratified(labels, count, seed=hash_seed(seed, VAL), keep="rest")
+    is_val = np.isin(group, drawn)
+    val, rest = np.flatnonzero(is_val), np.flatnonzero(~is_val)
     return {"train": subset(train, rest), "val": subset(train, val)}
 
 
@@ -489,7 +557,11 @@ def unlabelled_series(
         raise UserError(f"{path}: no such file or folder, expected time series")
     whole = collection_of(read_series(where, columns_of(spec)))
     refuse_equal(where, whole.ids, None)
-    report: list[str] = []
+    line = None
+    if not whole.table.is_wide:
+        whose = "the data that the model was trained on"
+        line = match_columns(whole.table, samples.value_columns, whose)
+    report = [] if line is None else [line]
     problems = Problems(spec.strict, "sample")
     how = samples.preparation or SeriesPreparation()
     (kept,) = prepare_all([whole], how, problems, samples.channels)

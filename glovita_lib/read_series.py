@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import read_cells, read_text
 from glovita_lib.spec_series import SeriesPreparation
 
@@ -39,13 +39,11 @@ class Columns:
     values: tuple[str, ...]  # none: all others
 
     def value_columns(self, header: Sequence[str]) -> list[int]:
-        """Places of the columns of the values."""
+        """Places of the columns of the values, in the order of the spec where it names them."""
+        if self.values:
+            return list(map(header.index, self.values))
         others = {self.id, self.time, *self.labels, self.group, self.split}
-        return [
-            place
-            for place, name in enumerate(header)
-            if (name in self.values if self.values else name not in others)
-        ]
+        return [place for place, name in enumerate(header) if name not in others]
 
 
 @dataclass(slots=True)
@@ -66,6 +64,11 @@ class SeriesTable:
     """Kind of target that the file states."""
     named: bool = False
     """Whether the ids are names, that mean the same in other files."""
+    columns: tuple[str, ...] = ()
+    """Names of the channels or, with a row a series, of the time points; none where a file has
+    none."""
+    is_wide: bool = False
+    """Whether `columns` are time points."""
 
 
 def read_series(path: Path, columns: Columns) -> SeriesTable:
@@ -100,7 +103,10 @@ def read_folder(folder: Path, columns: Columns) -> SeriesTable:
     table = SeriesTable(str(folder), [path.stem for path in paths], [], [], named=True)
     assert table.times is not None
     for path in paths:
-        values, times = read_one(path, columns)
+        values, times, names = read_one(path, columns)
+        table.columns = table.columns or names
+        if names != table.columns and sorted(names) == sorted(table.columns):
+            values = values[[names.index(name) for name in table.columns]]
         table.series.append(values)
         table.times.append(times)
     if not any(len(times) for times in table.times):
@@ -108,27 +114,27 @@ def read_folder(folder: Path, columns: Columns) -> SeriesTable:
     return table
 
 
-def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray]:
-    """A series (C, T) and its times (T,), empty where the file has none; or why it cannot be
-    used."""
+def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, ...]]:
+    """A series (C, T), or why it cannot be used; its times (T,) and the names of its channels, both
+    empty where the file has none."""
     nothing = np.empty(0)
     try:
         if path.suffix == ".npy":
             values = load_array(path)
-            return (values[None] if values.ndim == 1 else values), nothing
+            return (values[None] if values.ndim == 1 else values), nothing, ()
         header, rows = read_cells(path, columns.values)
         places = columns.value_columns(header)
         cells = [numbers([row[place] for row in rows]) for place in places]
         if wrong := [cell for cell in cells if isinstance(cell, str)]:
-            return wrong[0], nothing
+            return wrong[0], nothing, ()
         times: Any = nothing
         if columns.time in header:
             times = time_numbers([row[header.index(columns.time)] for row in rows])
         if isinstance(times, str):
-            return times, nothing
-        return np.array(cells), times
+            return times, nothing, ()
+        return np.array(cells), times, tuple(header[place] for place in places)
     except UserError as error:
-        return str(error).removeprefix(f"{path}: "), nothing
+        return str(error).removeprefix(f"{path}: "), nothing, ()
 
 
 # ------------------------------------------------------------------------------------- numbers
@@ -181,7 +187,9 @@ def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
             f"{path}: no column of values beside {listed(header)}; name them in data.value_columns"
         )
     read = read_long if columns.time in header else read_wide
-    return read(path, columns, header, rows, places)
+    table = read(path, columns, header, rows, places)
+    table.columns, table.is_wide = tuple(header[place] for place in places), read is read_wide
+    return table
 
 
 def read_wide(
@@ -229,11 +237,11 @@ def read_long(
         )
     members: dict[str, list[int]] = {}
     for number, identity in enumerate(ids):
-        members.setdefault(identity, []).append(number)
+        members.setdefault(composed(identity), []).append(number)
     cells = [numbers([row[place] for row in rows]) for place in places]
     at = header.index(columns.time)
     times = time_numbers([row[at] for row in rows])
-    table = SeriesTable(str(path), list(members), [], [])
+    table = SeriesTable(str(path), [ids[own[0]] for own in members.values()], [], [])
     assert table.times is not None
     for own in members.values():
         values, when = long_series(own, cells, times, rows, places, at)
@@ -244,7 +252,8 @@ def read_long(
     for name in names:
         place = header.index(name)
         for number, own in enumerate(members.values()):
-            if len(told := dict.fromkeys(rows[row][place].strip() for row in own)) > 1:
+            told = dict.fromkeys(composed(rows[row][place].strip()) for row in own)
+            if len(told) > 1:
                 table.series[number] = f"several values of {name}: {listed(told, 3)}"
     return with_columns(table, columns, header, first, named=True)
 
@@ -284,7 +293,17 @@ def read_tsv(path: Path, columns: Columns) -> SeriesTable:
     found = [numbers(row[1:]) for row in rows]
     series = [values if isinstance(values, str) else values[None] for values in found]
     ids = list(map(str, range(len(rows))))
-    return SeriesTable(str(path), ids, series, labels=[row[0].strip() for row in rows])
+    return SeriesTable(str(path), ids, series, labels=[archive_label(row[0]) for row in rows])
+
+
+WHOLE_DECIMALS = re.compile(r"[+-]?\d+(\.0*(e\+?\d+)?|e\+?\d+)", re.ASCII | re.IGNORECASE)
+
+
+def archive_label(cell: str) -> str:
+    """A label in a file of the UCR and UEA archives, of which one file writes 1 and another
+    1.0000000e+00 for the same class: whole numbers as they are printed."""
+    label = cell.strip()
+    return str(int(float(label))) if WHOLE_DECIMALS.fullmatch(label) else label
 
 
 # -------------------------------------------------------------------------------------- arrays
@@ -363,8 +382,8 @@ def read_npz(path: Path, columns: Columns) -> SeriesTable:
     offsets = entries.get("offsets")
     ids, series = listed_arrays(path, values, entries.get("lengths"), offsets)
     for name in ("labels", "ids", "groups"):
-        if name in entries and len(entries[name]) != len(series):
-            raise UserError(f"{path}: {len(entries[name])} {name} for {len(series)} series")
+        if name in entries:
+            entries[name] = entry_of_each(path, name, entries[name], len(series))
     table = SeriesTable(str(path), ids, series, labels=entries.get("labels"))
     if "ids" in entries:
         table.ids, table.named = list(map(str, entries["ids"].tolist())), True
@@ -373,6 +392,25 @@ def read_npz(path: Path, columns: Columns) -> SeriesTable:
     if "times" in entries:
         table.times = array_times(path, checked(path, "times", entries["times"]), series, offsets)
     return table
+
+
+def entry_of_each(path: Path, name: str, values: np.ndarray, count: int) -> np.ndarray:
+    """An array with an entry for each of `count` series; byte strings as text, which is UTF-8.
+
+    Raises:
+        UserError: it has not, or they are not.
+    """
+    if not values.ndim or len(values) != count:
+        found = f"{len(values)} {name}" if values.ndim else f"{name} of shape ()"
+        raise UserError(f"{path}: {found} for {count} series")
+    if values.dtype.kind != "S":
+        return values
+    try:
+        return np.char.decode(values, "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: {name} hold {error.object[:40]!r}, which is not UTF-8: write them as text"
+        ) from None
 
 
 def array_times(
@@ -423,7 +461,7 @@ def read_ts(path: Path, columns: Columns) -> SeriesTable:
         if table.times is not None:
             table.times.append(times)
         if isinstance(table.labels, list):
-            table.labels.append(label)
+            table.labels.append(archive_label(label))
     return table
 
 
@@ -520,7 +558,7 @@ def read_arff(path: Path, columns: Columns) -> SeriesTable:
         parts = body.strip("'\"").split("\\n") if relational else [body]
         table.series.append(stacked([numbers(part.split(",")) for part in parts]))
         if isinstance(table.labels, list):
-            table.labels.append(label.strip().strip("'\""))
+            table.labels.append(archive_label(label.strip().strip("'\"")))
     return table
 
 

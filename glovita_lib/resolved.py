@@ -5,7 +5,7 @@ B batch, C channels, S side of an image as the encoder receives it, D width of a
 or targets.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
@@ -362,12 +362,20 @@ def check_samples(
             f"{trained} was trained on {wanted.kind}, the samples of {where} are {samples.kind}"
         )
     for key, theirs, ours in differences(wanted, samples):
+        if key == "value_columns" and not displaced(theirs, ours):
+            continue  # arrays do not name their channels, and other names say nothing of the order
         first = key.partition(".")[0]
         hint = f"; set data.{key}" if spec and first in spec.__struct_fields__ else ""
         raise UserError(
             f"{trained} was trained on {wanted.kind} of {key} {theirs}, {where} has {key}"
             f" {ours}{hint}"
         )
+
+
+def displaced(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether a name of the one list stands in another place of the other."""
+    place = {composed(name): number for number, name in enumerate(other)}
+    return any(place.get(composed(name), number) != number for number, name in enumerate(one))
 
 
 def check_kind(model: Resolved, trained: str, spec: BaseData) -> None:

@@ -296,7 +296,8 @@ class SeriesData(CollectionData, tag="generic_series_dataset", tag_field="datase
     """CSV columns of the values, the channels or, with a row a series, the time points; none takes
     all that are neither id, time, label, group nor split."""
     val_fraction: Annotated[float, Meta(ge=0, lt=1), A_FILE_EACH] = 0.0
-    """Share of the train split that is drawn as val from the seed, where val has no file."""
+    """Share of the train split that is drawn as val from the seed, where val has no file; with
+    group_column that share of the groups, whole."""
     resample: Annotated[int, Meta(ge=0, lt=30), A_FILE_EACH] = 0
     """Which resample of train and test is used, by aeon's rule (stratified by class, of the sizes
     that the files have); 0 is the split of the files."""

@@ -3,6 +3,7 @@ commands on them."""
 
 import importlib.util
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from glovita_lib.data_series import padded
 from glovita_lib.data_splits import resampled
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
+from glovita_lib.read_series import archive_label
 from glovita_lib.spec_data import SeriesData
 from glovita_lib.spec_series import SeriesPreparation
 
@@ -242,3 +244,183 @@ def test_a_probe_by_kernels_needs_no_val(root, monkeypatch, capsys):
 def test_mistakes_are_one_line(change, said, root, monkeypatch, capsys):
     assert command(root, PROBE, change, monkeypatch=monkeypatch) == 2
     assert said in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- one meaning in all files
+
+
+def write_npz(path, labels, seed=0, **entries):
+    """Series of two classes with labels as given."""
+    np.savez(path, series=np.stack(made(len(labels), seed)), labels=labels, **entries)
+
+
+def test_labels_and_ids_as_byte_strings_are_text(tmp_path):
+    names = np.array(["käse", "brot"] * 8)
+    encoded = np.char.encode(names, "utf-8")
+    ids = np.array([f"ä{number}".encode() for number in range(16)])
+    write_npz(tmp_path / "train.npz", encoded, ids=ids, groups=ids)
+    write_npz(tmp_path / "test.npz", names, 1)
+    data = build(tmp_path, train_file="train.npz", test_file="test.npz")
+    assert data.class_names == ("brot", "käse")
+    assert data.splits["train"].ids[0] == data.splits["train"].groups[0] == "ä0"
+    for split in data.splits.values():
+        assert [data.class_names[target] for target in split.targets] == names.tolist()
+    write_npz(tmp_path / "train.npz", np.array([b"k\xe4se"] * 16))
+    with pytest.raises(UserError, match=r"labels hold b'k\\xe4se', which is not UTF-8"):
+        build(tmp_path, train_file="train.npz", test_file="test.npz")
+
+
+def test_labels_of_no_length_are_refused_and_arrays_resampled(tmp_path):
+    np.savez(tmp_path / "bad.npz", series=np.ones((3, 5)), labels=np.array("cat"))
+    with pytest.raises(UserError, match=r"labels of shape \(\) for 3 series"):
+        build(tmp_path, train_file="bad.npz", test_file="bad.npz")
+    write_npz(tmp_path / "train.npz", np.array(["a", "b"] * 8))
+    write_npz(tmp_path / "test.npz", np.array(["a", "b"] * 4), 1)
+    data = build(tmp_path, train_file="train.npz", test_file="test.npz", resample=1)
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 16, "test": 8}
+
+
+def write_long(path, columns=("x", "y"), labels=lambda i, t: "ab"[i % 2], ids=lambda i, t: f"s{i}"):
+    """Series with a row a time point: channel x is slow where y is fast."""
+    waves = {"x": (0.4, 1.2), "y": (1.2, 0.4)}
+    rows = [",".join(("id", "time", *columns, "label"))]
+    for i in range(12):
+        for t in range(20):
+            values = [f"{np.sin(waves[name][i % 2] * t + i):.5f}" for name in columns]
+            rows.append(",".join((ids(i, t), str(t), *values, labels(i, t))))
+    path.write_text("\n".join(rows), encoding="utf-8")
+
+
+def test_both_unicode_forms_of_a_label_or_an_id_are_one(tmp_path):
+    forms = [unicodedata.normalize(form, "ä") for form in ("NFC", "NFD")]
+    write_long(tmp_path / "a.csv", labels=lambda i, t: forms[t % 2] if i % 2 else "b")
+    write_long(tmp_path / "b.csv", ids=lambda i, t: f"{forms[t % 2]}{i}")
+    data = build(tmp_path, train_file="a.csv", test_file=None)
+    assert data.class_names == ("b", forms[0]) and len(data.splits["train"]) == 12
+    assert len(build(tmp_path, train_file="b.csv", test_file=None).splits["train"]) == 12
+
+
+def test_channels_go_by_name(tmp_path):
+    """Columns in another order are the same channels; the spec's order of them counts."""
+    write_long(tmp_path / "xy.csv")
+    write_long(tmp_path / "yx.csv", ("y", "x"))
+
+    def series(data, split):
+        return data.splits[split].source.fetch(np.arange(12))
+
+    files = {"train_file": "xy.csv", "test_file": "yx.csv"}
+    for columns in ((), ("x", "y")):
+        data = build(tmp_path, **files, value_columns=columns)
+        np.testing.assert_array_equal(series(data, "test"), series(data, "train"))
+        assert data.samples.value_columns == ("x", "y")
+        assert any("matched by name" in line for line in data.report) == (columns == ())
+    turned = build(tmp_path, **files, value_columns=("y", "x"))
+    np.testing.assert_array_equal(series(turned, "train"), series(data, "train")[:, ::-1])
+    assert turned.samples.value_columns == ("y", "x")
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "a.csv").write_text("x,y\n1,5\n2,4\n3,4\n")
+    (folder / "b.csv").write_text("y,x\n5,1\n4,2\n4,3\n")
+    (tmp_path / "labels.csv").write_text("id,label\na,p\nb,q\n")
+    data = build(tmp_path, train_file="one", test_file=None, labels_file="labels.csv")
+    first, second = data.splits["train"].source.fetch(np.arange(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_time_points_of_wide_tables_go_by_name(tmp_path):
+    values = np.random.default_rng(0).normal(size=(4, 12))
+    for name, order in (("a", np.arange(12)), ("b", np.argsort([str(i) for i in range(12)]))):
+        lines = [",".join(["id", "label", *(f"v{i}" for i in order)])]
+        lines += [",".join([f"s{i}", "pq"[i % 2], *map(str, values[i, order])]) for i in range(4)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    data = build(tmp_path, train_file="a.csv", test_file="b.csv")
+    found = [data.splits[name].source.fetch(np.arange(4)) for name in ("train", "test")]
+    np.testing.assert_array_equal(*found)
+    assert data.samples.value_columns == ()  # they are no channels
+
+
+def test_whole_numbers_of_archives_are_one_class_however_written(root):
+    write_ts(root / "train.ts", made(16, 0), ["1", "2"] * 8)
+    values = ["\t".join(map(str, one[0])) for one in made(10, 1)]
+    labels = ["1.0000000e+00", "2.0"] * 5
+    lines = [f"{label}\t{row}" for label, row in zip(labels, values, strict=True)]
+    (root / "test.tsv").write_text("\n".join(lines))
+    data = build(root, test_file="test.tsv")
+    assert data.class_names == ("1", "2") and data.splits["test"].targets.tolist() == [0, 1] * 5
+    cells = ["1.5", "01", "1_0", "1.0e-1", "x1.0", "-1.0", "1700000001.0"]
+    assert list(map(archive_label, cells)) == [*cells[:5], "-1", "1700000001"]
+
+
+def test_files_without_ids_cannot_share_a_table(root):
+    for name, count in (("train", 16), ("test", 10)):
+        np.save(root / f"{name}.npy", np.stack(made(count, 0)))
+    rows = [f"{number},{'ab'[number % 2]}" for number in range(16)]
+    (root / "labels.csv").write_text("\n".join(["id,label", *rows]))
+    files = {"train_file": "train.npy", "labels_file": "labels.csv"}
+    with pytest.raises(UserError, match=r"has no ids, so row '0' of data.labels_file"):
+        build(root, **files, test_file="test.npy")
+    whole = build(root, train_file=None, test_file=None, series_file="train.npy", fold=0,
+                  labels_file="labels.csv", split_source="kfold", n_folds=4)  # fmt: skip
+    assert whole.class_names == ("a", "b")
+
+
+def test_a_val_that_is_drawn_divides_no_group(root):
+    groups = np.array([f"p{number // 4}" for number in range(40)])
+    write_npz(root / "train.npz", np.array(["a", "b"] * 20), groups=groups)
+    files = {"train_file": "train.npz", "test_file": None, "group_column": "groups"}
+    data = build(root, **files, val_fraction=0.3)
+    drawn = {name: set(split.groups) for name, split in data.splits.items()}
+    assert len(drawn["val"]) == 3 and len(drawn["train"]) == 7
+    assert not drawn["val"] & drawn["train"]
+    assert sum(map(len, data.splits.values())) == 40
+    with pytest.raises(UserError, match="train or val of 10 groups empty"):
+        build(root, **files, val_fraction=0.01)
+    write_npz(root / "test.npz", np.array(["a", "b"] * 20), 1, groups=np.char.add("q", groups))
+    files |= {"test_file": "test.npz"}
+    assert len(build(root, **files).splits["test"]) == 40
+    with pytest.raises(UserError, match="groups are in more than one split"):
+        build(root, **files, resample=1)
+
+
+def test_a_checkpoint_knows_its_channels(command, refused, tmp_path):
+    for name, columns in (("xy", ("x", "y")), ("yx", ("y", "x")), ("ab", ("x", "y"))):
+        write_long(tmp_path / f"{name}.csv", columns)
+    text = (tmp_path / "ab.csv").read_text().replace("x,y", "a,b", 1)
+    (tmp_path / "ab.csv").write_text(text)
+    spec = f"""
+[data]
+dataset = "generic_series_dataset"
+data_root_dir = "{tmp_path}"
+train_file = "xy.csv"
+[model.encoder]
+encoder_type = "inception_time"
+depth = 3
+filters = 4
+[task]
+result_plot = "none"
+bootstrap = 0
+[training]
+epochs = 1
+[dataloading]
+batch_size = 4
+[logger]
+backend = "none"
+"""
+    run = command(spec=spec)
+    asked = [
+        "mode=infer", f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}",
+        f"infer.output_dir={tmp_path / 'out'}", "data.train_file=none",
+    ]  # fmt: skip
+    scores = []
+    assert "set data.value_columns" in refused(*asked, "data.test_file=yx.csv", spec=spec)
+    ways = [["data.test_file=xy.csv"], ["data.test_file=ab.csv"],
+            ["data.test_file=yx.csv", 'data.value_columns=["x","y"]'],
+            ["data.test_file=xy.csv", f"infer.input={tmp_path / 'yx.csv'}"]]  # fmt: skip
+    for way in ways:
+        told = command(*asked, *way, spec=spec)
+        assert ("matched by name" in told.out) == (way is ways[-1])
+        (path,) = (tmp_path / "out").glob("predictions*.csv")
+        rows = [line.split(",")[-2:] for line in path.read_text().splitlines()]
+        scores.append(rows[1:])
+        path.unlink()
+    assert all(found == scores[0] for found in scores)
