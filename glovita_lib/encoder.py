@@ -275,6 +275,56 @@ class Encoder(nn.Module):
                 " takes"
             ) from error
 
+    # ------------------------------------------------------------------ what outputs equal
+
+    raw_call = "encoder(x)"
+    """The raw features of inputs x, as a call of the library on the network `net`."""
+    pool_call = "the own vector of {raw}"
+    """The library's own vector, as a call on raw features."""
+
+    def norm_call(self, tokens: str) -> str:
+        """What `norm` does, as a call on tokens."""
+        return tokens
+
+    @property
+    def tokens_call(self) -> str:
+        """The tokens (B, N, D), as a call of the library."""
+        tokens = self.raw_call
+        if self.layout != 3:
+            tokens += ".flatten(1, -2)" if self.channels_last else ".flatten(2).transpose(1, 2)"
+        return self.norm_call(tokens)
+
+    def vector_call(self, method: str) -> str:
+        """The vector (B, D) of an aggregation method, as a call of the library."""
+        if method == "joint":
+            parts = self.vector_call("cls_token"), self.vector_call("avg")
+            return f"torch.cat([{', '.join(parts)}], 1)"
+        if method == "mean_all" and not self.has_cls:
+            method = "avg"
+        if method in ("pooled", self.pooling):
+            return self.pool_call.format(raw=self.raw_call)
+        return vector_of_tokens(method, self.tokens_call, self.n_prefix, self.has_cls)
+
+    @torch.no_grad()
+    def last_norm(self, x: Tensor) -> str:
+        """The norm that the tokens end in: the last layer of the library's own forward pass of
+        inputs x, or one that follows token by token."""
+        if self.norm_call("") != "":
+            return f"{self.norm_call('tokens')}, which the library applies behind its pooling"
+        last: list[tuple[str, Any]] = []
+        hooks = [
+            part.register_forward_hook(lambda m, i, output, n=name: last.append((n, output)))
+            for name, part in self.net.named_modules()
+            if "Norm" in type(part).__name__
+        ]
+        try:
+            raw = self.forward_features(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = [name for name, output in last if output is raw]
+        return f"net.{found[-1]}, the last of the forward pass" if found else "none at the end"
+
     def check_output(self, raw: Any, input_shape: tuple[int, ...]) -> None:
         """Raise a UserError where raw features are not what `forward_features` may give."""
 
@@ -391,6 +441,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 #
 # - cls_token: t_0
 # - avg: mean of t_1 ... t_P
+# - patch_mean: the same, without layers trained behind it
 # - sum: sum of t_1 ... t_P
 # - mean_all: mean of t_0 ... t_P, where there is no CLS token that of t_1 ... t_P
 # - joint: t_0 and avg side by side, width 2D
@@ -409,7 +460,7 @@ def aggregate(features: Features, method: str) -> Tensor:
     assert features.tokens is not None, "a vector serves no other method, see `served`"
     if method == "cls_token":
         return features.tokens[:, 0]
-    if method == "avg":
+    if method in ("avg", "patch_mean"):
         return masked_sum(features) / count(features)
     if method == "sum":
         return masked_sum(features)
@@ -437,10 +488,64 @@ def count(features: Features) -> Tensor | int:
     return features.mask[:, features.n_prefix :].sum(1, keepdim=True).clamp(min=1)
 
 
+def vector_of_tokens(method: str, tokens: str, n_prefix: int, has_cls: bool) -> str:
+    """The vector of a method, as a call on tokens."""
+    if method == "joint":
+        parts = (vector_of_tokens(m, tokens, n_prefix, has_cls) for m in ("cls_token", "avg"))
+        return f"torch.cat([{', '.join(parts)}], 1)"
+    patches = f"{tokens}[:, {n_prefix}:]" if n_prefix else tokens
+    if method == "cls_token":
+        return f"{tokens}[:, 0]"
+    if method == "sum":
+        return f"{patches}.sum(1)"
+    if method == "mean_all" and has_cls:
+        whole = tokens if n_prefix == 1 else f"torch.cat([{tokens}[:, :1], {patches}], 1)"
+        return f"{whole}.mean(1)"
+    return f"{patches}.mean(1)"
+
+
+def layers_call(
+    encoder: Encoder,
+    indices: Sequence[int],
+    norm: bool,
+    normed: Sequence[int],
+    method: str | None,
+    keep: bool,
+    gives_prefix: bool,
+) -> str:
+    """What layers give, as an expression of `maps` and, behind it, the call of timm that these are.
+
+    Args:
+        indices: the layers, side by side in this order.
+        norm: whether timm norms them.
+        normed: those that a norm changes.
+        method: how tokens become a vector; None: tokens.
+        keep: whether the prefix tokens stay in front of the patches.
+        gives_prefix: whether timm gives them.
+    """
+    wanted, n_prefix = sorted(set(indices)), encoder.n_prefix if gives_prefix else 0
+    prefix = ", return_prefix_tokens=True" * gives_prefix
+    parts = []
+    for index in indices:
+        entry = f"maps[{wanted.index(index)}]"
+        tokens = f"{entry}{'[0]' * gives_prefix}.flatten(2).transpose(1, 2)"
+        if gives_prefix:
+            tokens = f"torch.cat([{entry}[1], {tokens}], 1)"
+        tokens = encoder.norm_call(tokens) if norm and index in normed else tokens
+        if method is not None:
+            has_cls = encoder.has_cls and gives_prefix
+            parts.append(vector_of_tokens(method, tokens, n_prefix, has_cls))
+        else:
+            parts.append(tokens if keep or not n_prefix else f"{tokens}[:, {n_prefix}:]")
+    joined = parts[0] if len(parts) == 1 else f"torch.cat([{', '.join(parts)}], -1)"
+    call = f"indices={wanted}, norm={norm}{prefix}, intermediates_only=True"
+    return f"{joined}, maps = net.forward_intermediates(x, {call})"
+
+
 def served(encoder: Encoder) -> tuple[str, ...]:
     """The methods an encoder can serve."""
     cls = ["cls_token"] if encoder.has_cls else []
-    patches = ["avg", "sum", "mean_all"] if encoder.has_patches else []
+    patches = ["avg", "patch_mean", "sum", "mean_all"] if encoder.has_patches else []
     joint = ["joint"] if cls and patches else []
     pooled = ["pooled"] if encoder.pooling else []
     return (*cls, *patches, *joint, *pooled)

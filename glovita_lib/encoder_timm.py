@@ -48,6 +48,20 @@ class TimmTrunk(Encoder):
         """Raw features -> pre-logits (B, D')."""
         return self.net.forward_head(raw, pre_logits=True)  # type: ignore[operator]  # a method
 
+    raw_call = "net.forward_features(x)"
+    pool_call = "net.forward_head({raw}, pre_logits=True)"
+
+    def norm_call(self, tokens: str) -> str:
+        """`fc_norm`, where that stands behind the pooling."""
+        return tokens if self.norm_behind is None else f"net.fc_norm({tokens})"
+
+    @property
+    def norm_behind(self) -> nn.Module | None:
+        """The norm behind the pooling of a ViT that has none before it."""
+        behind = getattr(self.net, "fc_norm", None)
+        is_behind = isinstance(getattr(self.net, "norm", None), nn.Identity)
+        return behind if is_behind and not isinstance(behind, nn.Identity) else None
+
     def patch_sides(
         self, patches: int, sizes: list[tuple[int, ...]], image: tuple[int, ...]
     ) -> tuple[float, ...]:
@@ -60,10 +74,7 @@ class TimmTrunk(Encoder):
 
     def norm(self, tokens: Tensor) -> Tensor:
         """A ViT that norms behind its pooling gives unnormed tokens: that norm, token by token."""
-        if isinstance(getattr(self.net, "norm", None), nn.Identity):
-            behind = getattr(self.net, "fc_norm", None)
-            return tokens if behind is None else behind(tokens)
-        return tokens
+        return tokens if self.norm_behind is None else self.norm_behind(tokens)
 
 
 @cache

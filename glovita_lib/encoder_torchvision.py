@@ -48,6 +48,9 @@ OURS = {  # arguments of torchvision that other keys of the spec decide
 class ChainTrunk(Encoder):
     """A model that is a chain of children with pooling and classifier at the end."""
 
+    raw_call = "the map of net before its pooling"
+    pool_call = "what net gives its last layer for x"
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Inputs (B, C, H, W) -> the last map (B, D, h, w)."""
         if getattr(self.net, "transform_input", False):
@@ -76,6 +79,11 @@ class ChainTrunk(Encoder):
 
 class VitTrunk(Encoder):
     """torchvision's VisionTransformer: a CLS token before the patch tokens."""
+
+    raw_call = (
+        "net.encoder(torch.cat([net.class_token.expand(len(x), -1, -1), net._process_input(x)], 1))"
+    )
+    pool_call = "net.heads({raw}[:, 0])"
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Inputs (B, C, H, W) -> final-normed tokens (B, 1 + N, D)."""

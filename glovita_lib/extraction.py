@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, singledispatch
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,17 +15,22 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from glovita_lib import dist
-from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Source, Split
+from glovita_lib.data import Data, Split
 from glovita_lib.dist import autocast
-from glovita_lib.encoder import Encoder, Features, aggregate, evaluating, resolve_method
+from glovita_lib.encoder import (
+    Encoder,
+    Features,
+    aggregate,
+    evaluating,
+    layers_call,
+    resolve_method,
+)
 from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch
 from glovita_lib.model import InWindows, Model, logits_of
 from glovita_lib.resolved import (
     EncodedInputs,
-    ImageInputs,
-    Inputs,
     check_data,
     in_order_of,
     resolve_spec,
@@ -71,13 +76,25 @@ class Layers:
         net = self.encoder.net
         return self.by_timm(net, x) if isinstance(net, TimmNet) else self.by_hooks(x)
 
+    @property
+    def is_of_timm(self) -> bool:
+        """Whether timm gives the layers."""
+        return isinstance(self.encoder.net, TimmNet)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether timm gives the prefix tokens of a layer."""
+        net = self.encoder.net
+        if not isinstance(net, TimmNet) or not self.encoder.n_prefix:
+            return False
+        return "return_prefix_tokens" in signature(net.forward_intermediates).parameters
+
     def by_timm(self, net: TimmNet, x: Tensor) -> list[Features]:
         """Through timm, which gives maps (B, D, H, W) and, of some models, prefix tokens
         (B, P, D)."""
         wanted = sorted(set(self.indices))
         method = net.forward_intermediates
-        gives_prefix = "return_prefix_tokens" in signature(method).parameters
-        keywords = {"return_prefix_tokens": True} if gives_prefix and self.encoder.n_prefix else {}
+        keywords = {"return_prefix_tokens": True} if self.has_prefix else {}
         outputs = method(x, indices=wanted, norm=self.norm, intermediates_only=True, **keywords)
         found = dict(zip(wanted, outputs, strict=True))
         return [self.features(found[index]) for index in self.indices]
@@ -314,7 +331,7 @@ class Extractor:
                 return model.aggregation
             return "cls_token" if has_cls else "avg"
         if probed:
-            valid = ["avg", "sum", "mean_all", *["cls_token", "joint"] * has_cls]
+            valid = ["avg", "patch_mean", "sum", "mean_all", *["cls_token", "joint"] * has_cls]
             if spec.method not in valid:
                 what = "are not pooled" if spec.method == "pooled" else "have no CLS token"
                 raise UserError(
@@ -497,16 +514,15 @@ class Extractor:
     def attributes(self) -> dict[str, Any]:
         """How the features are made, as attributes of the file."""
         experiment, spec = self.experiment, self.spec
-        pooled = spec.output == "embedding"
         return {
             "output": spec.output,
             "layout": LAYOUTS["bags" if spec.bag_by else spec.output],
             **self.coords_text(),
-            "aggregation": self.method if pooled else "none",
+            "aggregation": self.method if spec.output == "embedding" else "none",
             "layers": json.dumps(list(self.layers.indices)) if self.layers else "encoder output",
+            "equals": self.equals_text(),
             "norm": self.norm_text(),
             "prefix_tokens": self.prefix_text(),
-            "pooling": self.pooling_text() if pooled else "none",
             "encoder": experiment.model.encoder.name,
             "compute_precision": experiment.precision,
             "stored_precision": spec.precision,
@@ -523,10 +539,32 @@ class Extractor:
     def norm_text(self) -> str:
         """Whether tokens are final-normed."""
         if self.layers is None:
-            return "final norm, where the encoder has one"
+            zeros = torch.zeros(1, *self.inputs.shape, device=self.experiment.ranks.device)
+            return self.model.encoder.last_norm(zeros)
         raw = [index for index in self.layers.indices if index not in self.normed]
         parts = [f"final norm on layers {list(self.normed)}"] if self.normed else []
         return ", ".join([*parts, f"raw layers {raw}"] if raw else parts)
+
+    def equals_text(self) -> str:
+        """Which calls of the library the features equal, as an expression of the network `net`
+        (timm's model without classifier, where it is timm's) and inputs x; of layers with `maps`
+        for what is called first."""
+        encoder, spec = self.model.encoder, self.spec
+        method = self.method if spec.output == "embedding" else None
+        keep = spec.output == "tokens" and spec.prefix_tokens
+        if self.layers is not None and not self.layers.is_of_timm:
+            return f"outputs of the blocks {list(self.layers.indices)}; {self.norm_text()}"
+        if self.layers is not None:
+            gives_prefix, normed = self.layers.has_prefix, self.spec.norm and self.normed
+            return layers_call(
+                encoder, self.layers.indices, spec.norm, normed or (), method, keep, gives_prefix
+            )
+        if spec.output == "embedding":
+            return encoder.vector_call(self.method)
+        tokens = encoder.tokens_call
+        if not keep and encoder.n_prefix:
+            tokens = f"{tokens}[:, {encoder.n_prefix}:]"
+        return tokens if spec.output == "tokens" else f"{tokens}.mT, places in the grid"
 
     def prefix_text(self) -> str:
         """Whether CLS, distillation and register tokens are among what is written, and which."""
@@ -535,16 +573,6 @@ class Extractor:
         if self.spec.output != "tokens" or not self.spec.prefix_tokens:
             return "out"
         return f"in: {', '.join(self.model.encoder.prefix) or 'there are none'}"
-
-    def pooling_text(self) -> str:
-        """Whether vectors are the library's own pre-logits, or pooled here."""
-        encoder, method = self.experiment.model.encoder, self.method
-        if method == "mean_all" and not encoder.has_cls:
-            method = "avg"
-        parts = ("cls_token", "avg") if method == "joint" else (method,)
-        own = () if self.layers is not None else ("pooled", encoder.pooling)
-        texts = ["pre_logits of the library" if p in own else f"{p} of the tokens" for p in parts]
-        return ", ".join(texts)
 
 
 def to_host(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
@@ -662,29 +690,3 @@ def wanted_splits(data: Data, name: str | None, key: str) -> dict[str, Split]:
     if name not in there:
         raise UserError(f'{key} = "{name}": data set {data.name} has {", ".join(there)}')
     return {name: there[name]}
-
-
-def part_to_read(split: Split, rows: np.ndarray, notes: Path, extractor: Extractor) -> Split:
-    """Some rows of a split, without labels; where broken ones are to be left out, black images in
-    their place and notes about them in a folder."""
-    whole = split.source
-    source: Source
-    if isinstance(whole, ArraySource):
-        source = whole.select(rows)
-    elif extractor.spec.on_error == "skip":
-        source = skipping_source(extractor.inputs, whole, rows, notes)
-    else:
-        source = PartSource(whole, rows)
-    return Split([split.ids[row] for row in rows], None, source)
-
-
-@singledispatch
-def skipping_source(inputs: Inputs, whole: Source, rows: np.ndarray, notes: Path) -> Source:
-    """Some samples of a source, with blank ones and notes about them for what cannot be read; of
-    other samples than images the data set has left out what cannot be."""
-    return PartSource(whole, rows)
-
-
-@skipping_source.register
-def _(inputs: ImageInputs, whole: Source, rows: np.ndarray, notes: Path) -> SkippingSource:
-    return SkippingSource(whole, rows, notes, inputs.shape, inputs.bit_depth)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import singledispatch
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import msgspec
 import numpy as np
 
 from glovita_lib import __version__, files
-from glovita_lib.data import Data, Split
+from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Source, Split
 from glovita_lib.errors import UserError, composed, listed, versions
 from glovita_lib.extraction import Extractor, Readout
 from glovita_lib.files import read_csv
+from glovita_lib.resolved import ImageInputs, Inputs
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Extract
 
@@ -569,3 +571,32 @@ def left_out(target: Path) -> list[str]:
 
     with h5py.File(target, "r") as file:
         return list(file["left_out"].asstr()[()]) if "left_out" in file else []
+
+
+# ---------------------------------------------------------------------- the samples of a block
+
+
+def part_to_read(split: Split, rows: np.ndarray, notes: Path, extractor: Extractor) -> Split:
+    """Some rows of a split, without labels; where broken ones are to be left out, black images in
+    their place and notes about them in a folder."""
+    whole = split.source
+    source: Source
+    if isinstance(whole, ArraySource):
+        source = whole.select(rows)
+    elif extractor.spec.on_error == "skip":
+        source = skipping_source(extractor.inputs, whole, rows, notes)
+    else:
+        source = PartSource(whole, rows)
+    return Split([split.ids[row] for row in rows], None, source)
+
+
+@singledispatch
+def skipping_source(inputs: Inputs, whole: Source, rows: np.ndarray, notes: Path) -> Source:
+    """Some samples of a source, with blank ones and notes about them for what cannot be read; of
+    other samples than images the data set has left out what cannot be."""
+    return PartSource(whole, rows)
+
+
+@skipping_source.register
+def _(inputs: ImageInputs, whole: Source, rows: np.ndarray, notes: Path) -> SkippingSource:
+    return SkippingSource(whole, rows, notes, inputs.shape, inputs.bit_depth)

@@ -18,7 +18,6 @@ from glovita_lib.extraction import (
     Extractor,
     PendingReadout,
     Readout,
-    part_to_read,
     source_of,
     wanted_splits,
 )
@@ -30,6 +29,7 @@ from glovita_lib.feature_writer import (
     group_order,
     left_out,
     notes_of,
+    part_to_read,
     put_together,
     recipe_of_features,
     recipe_of_tables,

@@ -31,7 +31,8 @@ from glovita_lib.data_features import encode_labels, keys, read_collection
 from glovita_lib.data_splits import strata
 from glovita_lib.errors import UserError, listed, versions
 from glovita_lib.experiment import embed_split, read_data
-from glovita_lib.extraction import Extractor, part_to_read, source_of, wanted_splits
+from glovita_lib.extraction import Extractor, source_of, wanted_splits
+from glovita_lib.feature_writer import part_to_read
 from glovita_lib.figures_volumes import middle_picture
 from glovita_lib.files import read_csv, write_csv, write_json
 from glovita_lib.loggers import say, say_notes, two_columns

@@ -11,7 +11,7 @@ from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_unless
 from glovita_lib.spec_errors import shown
 
-Aggregation = Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"]
+Aggregation = Literal["cls_token", "avg", "patch_mean", "sum", "mean_all", "joint", "pooled"]
 Positive = Annotated[int, Meta(ge=1)]
 Axis = Literal["x", "y", "z"]
 

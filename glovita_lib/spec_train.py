@@ -485,7 +485,7 @@ class Infer(Spec):
 # ------------------------------------------------------------------------------ mode extract
 
 
-ReadoutMethod = Literal["cls_token", "avg", "sum", "mean_all", "joint", "pooled"]
+ReadoutMethod = Literal["cls_token", "avg", "patch_mean", "sum", "mean_all", "joint", "pooled"]
 OF_TRAINED_RUN = read_if(
     "reads_own_run", True, words='extract.source = "run" and no extract.checkpoint'
 )
@@ -503,8 +503,11 @@ class Extract(Spec):
     use: Annotated[Literal["best", "last"], OF_TRAINED_RUN] = "best"
     """Which checkpoint of the spec's own run."""
     method: Annotated[ReadoutMethod | None, read_if("output", "embedding")] = None
-    """How tokens become one vector; pooled is the library's own vector before the classifier. none
-    is the model's own aggregation; of layers the CLS token where they have one, else avg."""
+    """How tokens become one vector; pooled is the library's own vector before the classifier (timm:
+    forward_head(forward_features(x), pre_logits=True)), and so is cls_token or avg where the
+    library pools so; patch_mean and sum are of the patch tokens of forward_features alone. The
+    attribute equals of a file says it as a call. none is the model's own aggregation; of layers
+    the CLS token where they have one, else avg."""
     output: Literal["embedding", "tokens", "map"] = "embedding"
     """One vector a sample (N, D); all patch tokens as a bag (M, D) with bag_ptr and coords; or
     feature maps (N, C, H, W), of volumes (N, C, X, Y, Z)."""

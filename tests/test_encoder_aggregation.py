@@ -38,6 +38,7 @@ def test_formulas_with_registers() -> None:
     wanted = {
         "cls_token": t[:, 0],
         "avg": t[:, 3:].mean(1),
+        "patch_mean": t[:, 3:].mean(1),
         "sum": t[:, 3:].sum(1),
         "mean_all": np.concatenate([t[:, :1], t[:, 3:]], 1).mean(1),
         "joint": np.concatenate([t[:, 0], t[:, 3:].mean(1)], 1),
@@ -57,7 +58,7 @@ def test_masked_tokens_count_for_nothing() -> None:
     mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
     padded = features(1, True, mask)
     padded.tokens[1, 4:] = torch.nan
-    for method in ("avg", "sum", "mean_all", "joint", "cls_token"):
+    for method in ("avg", "patch_mean", "sum", "mean_all", "joint", "cls_token"):
         alone = Features(padded.tokens[1:, :4], None, 1, True, None)
         torch.testing.assert_close(aggregate(padded, method)[1:], aggregate(alone, method))
 
@@ -96,7 +97,7 @@ def test_widths() -> None:
     resolved = Facts(pooling="avg")
     widths = {m: output_width(resolved, m) for m in served(resolved)}
     assert widths == {
-        "cls_token": 3, "avg": 5, "sum": 3, "mean_all": 3, "joint": 8, "pooled": 5,
+        "cls_token": 3, "avg": 5, "patch_mean": 3, "sum": 3, "mean_all": 3, "joint": 8, "pooled": 5,
     }  # fmt: skip
     assert output_width(Facts(has_cls=False, pooling="avg"), "mean_all") == 5
     assert [reads_pooled(m, resolved) for m in ("joint", "sum", "avg")] == [True, False, True]
@@ -104,5 +105,7 @@ def test_widths() -> None:
 
 @pytest.mark.parametrize("method", ["cls_token", "joint"])
 def test_no_cls_no_cls_token(method: str) -> None:
-    with pytest.raises(UserError, match="has no CLS token; valid: avg, sum, mean_all, pooled"):
+    with pytest.raises(
+        UserError, match="has no CLS token; valid: avg, patch_mean, sum, mean_all, pooled"
+    ):
         resolve_method(method, Facts(has_cls=False))

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from msgspec.structs import replace
 from skimage import data as photos
 from torch import nn
 
 from glovita_lib import dist
 from glovita_lib.data import ArraySource, Data, ImageSamples, Split
+from glovita_lib.encoder import served
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import assemble
 from glovita_lib.extraction import Extractor, grid_places, weights_hash
@@ -53,11 +55,11 @@ def crops() -> np.ndarray:
     return np.stack(images).transpose(0, 3, 1, 2)
 
 
-def extractor_of(name, model_kwargs=(), *, training=(), **extract) -> Extractor:
+def extractor_of(name, model_kwargs=(), *, training=(), size=64, **extract) -> Extractor:
     """An extractor of random but generic weights, in float32 unless told otherwise."""
     encoder = {"type": name, "pretrained": False, "model_kwargs": dict(model_kwargs)}
     plain = {
-        "data": {"dataset": "digits", "augmentation": {"image_size": 64}},
+        "data": {"dataset": "digits", "augmentation": {"image_size": size}},
         "model": {"encoder": {"encoder_type": "timm", **encoder}},
         "extract": {"precision": 32, **extract},
         "training": dict(training),
@@ -120,7 +122,8 @@ def test_the_librarys_own_pooling(row):
     net, x, _, own = reference(extractor, name, kwargs)
     assert extractor.method == default
     found = read(extractor).features
-    is_own = extractor.attributes()["pooling"] == "pre_logits of the library"
+    own_call = "net.forward_head(net.forward_features(x), pre_logits=True)"
+    is_own = extractor.attributes()["equals"] == own_call
     assert is_own == (found.shape == own.shape and np.allclose(found, own, 1e-4, 1e-4))
     assert is_own == (row is not MODELS["DINOv3"])  # timm pools by the mean, its authors by CLS
     assert own.shape[1] == net.head_hidden_size
@@ -168,19 +171,70 @@ def test_the_mean_of_dinov3_leaves_registers_out():
     assert not np.allclose(found, raw[:, 1:].mean(1), atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("name", "method", "text"),
-    [
-        ("DINOv3", None, "cls_token of the tokens"),
-        ("DINOv3", "joint", "cls_token of the tokens, pre_logits of the library"),
-        ("DINOv3", "mean_all", "mean_all of the tokens"),
-        ("Swin", "mean_all", "pre_logits of the library"),
-        ("Swin", "sum", "sum of the tokens"),
-    ],
-)
-def test_attributes_say_whose_pooling_it_is(name, method, text):
+def evaluated(call: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The value of what a file says its features equal."""
+    expression, _, maps = call.partition(", maps = ")
+    with torch.no_grad():
+        known = {"net": net, "x": x, "torch": torch}
+        return eval(expression, {**known, "maps": eval(maps, known) if maps else None})
+
+
+METHODS = ("avg", "patch_mean", "sum", "mean_all", "cls_token", "joint", "pooled")
+FAMILIES = {  # random weights; small arguments where there are some
+    "vit_tiny_patch16_224": SMALL, "deit_tiny_distilled_patch16_224": SMALL,
+    "vit_medium_patch16_reg4_gap_256": SMALL,
+    "eva02_tiny_patch14_224": {"embed_dim": 48, "depth": 3, "num_heads": 3},
+    "beitv2_base_patch16_224": SMALL, "cait_xxs24_224": {**SMALL},
+    "pit_ti_distilled_224": {}, "mobilenetv3_small_050": {}, "efficientnet_b0": {},
+    "swinv2_tiny_window8_256": {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)},
+    "convnext_atto": {}, "convnextv2_atto": {}, "regnetx_002": {}, "densenet121": {},
+    "resnet18": {}, "vgg11": {}, "maxvit_pico_rw_256": {}, "coatnet_pico_rw_224": {},
+    "pvt_v2_b0": {}, "poolformer_s12": {}, "mixer_s32_224": {}, "levit_128s": {},
+    "efficientformer_l1": {}, "fastvit_t8": {}, "edgenext_xx_small": {}, "mobilevit_xxs": {},
+    "repvgg_a0": {}, "ghostnet_050": {}, "hgnetv2_b0": {}, "xcit_nano_12_p16_224": {},
+    "crossvit_tiny_240": {}, "davit_tiny": {}, "focalnet_tiny_srf": {}, "hiera_tiny_224": {},
+}  # fmt: skip
+
+
+def compare_with_calls(name, kwargs, size=64):
+    """Each readout of a model is, to the last digit but rounding, the call that it says it is; its
+    raw tokens are timm's. Gives how many readouts there were."""
+    first = extractor_of(name, kwargs, size=size, method=None)
+    encoder = first.model.encoder
+    asked = [{"method": m} for m in served(encoder)]
+    if encoder.has_patches:
+        asked += [{"output": "tokens", "prefix_tokens": keep} for keep in (False, True)]
+    if hasattr(encoder.net, "forward_intermediates"):
+        layers = {"layers": (-1, 0)}
+        asked += [{**layers, "norm": norm, "method": m} for norm in (False, True) for m in METHODS]
+    done = 0
+    for options in asked:
+        try:
+            extractor = Extractor(first.experiment, replace(first.spec, **options))
+        except UserError:
+            assert "layers" in options  # this model cannot norm, or has no such token
+            continue
+        x = extractor.experiment.objective.eval_inputs(torch.from_numpy(crops()), False, 0)
+        readout = read(extractor).features
+        expected = evaluated(extractor.attributes()["equals"], extractor.model.encoder.net, x)
+        if options.get("output") == "tokens":
+            expected = expected.flatten(0, 1)
+        np.testing.assert_allclose(readout, expected.numpy(), rtol=1e-5, atol=1e-5)
+        done += 1
+    return done
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_equal_the_calls_that_the_file_names(name):
     model, kwargs, *_ = MODELS[name]
-    assert extractor_of(model, kwargs, method=method).attributes()["pooling"] == text
+    assert compare_with_calls(model, kwargs) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_of_a_family_equal_the_calls_that_the_file_names(name):
+    fixed = timm.get_pretrained_cfg(name).input_size[-1]
+    assert compare_with_calls(name, FAMILIES[name], size=fixed) >= 1
 
 
 # ---------------------------------------------------------------------- tokens, maps, layers
@@ -254,7 +308,6 @@ def test_vectors_of_layers():
         own = net.forward_intermediates(x, norm=False, intermediates_only=True)
     close(read(mean).features, torch.cat([own[-1].mean((2, 3)), own[1].mean((2, 3))], 1))
     assert mean.attributes()["norm"] == "raw layers [5, 1]"
-    assert mean.attributes()["pooling"] == "avg of the tokens"
     assert extractor.attributes()["norm"] == "final norm on layers [1, 5]"
 
 
@@ -277,7 +330,9 @@ def test_layers_that_cannot_be_put_together():
     with pytest.raises(UserError, match=r'method = "joint": the layers \[1\] .* have no CLS'):
         extractor_of("xcit_nano_12_p16_224", SMALL, layers=(1,), method="joint")
     assert extractor_of("xcit_nano_12_p16_224", SMALL, layers=(1,)).method == "avg"
-    with pytest.raises(UserError, match=r"are not pooled; valid: avg, sum, mean_all, cls_token, j"):
+    with pytest.raises(
+        UserError, match=r"are not pooled; valid: avg, patch_mean, sum, mean_all, c"
+    ):
         extractor_of("test_vit", layers=(1,), method="pooled")
 
 

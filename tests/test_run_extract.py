@@ -191,7 +191,7 @@ def test_attributes_say_how_the_features_were_made(extract, tmp_path):
     }
     assert {name: found[name] for name in expected} == expected
     assert list(found["class_names"]) == list("0123456789")
-    for name in ("transform", "encoder_spec", "peft_spec", "norm", "pooling", "prefix_tokens"):
+    for name in ("transform", "encoder_spec", "peft_spec", "norm", "equals", "prefix_tokens"):
         assert found[name]
     for name in ("weights_sha256", "ids_sha256"):
         assert len(found[name]) == 64
