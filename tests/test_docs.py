@@ -264,11 +264,13 @@ def test_every_spec_fragment_loads(specs):
 
 
 @pytest.mark.runs
-def test_the_example_of_own_parts_runs(specs, monkeypatch, capsys):
-    """The Python block of docs/parts.md under the name in its first line, with its spec."""
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_examples_of_own_parts_run(specs, monkeypatch, capsys, number):
+    """The Python blocks of docs/parts.md under the name in their first line, with their specs."""
     page = REPOSITORY / "docs" / "parts.md"
-    ((_, code),) = blocks(page, "python")
-    ((_, spec),) = blocks(page, "toml")
+    assert len(blocks(page, "python")) == len(blocks(page, "toml")) == 2
+    _, code = blocks(page, "python")[number]
+    _, spec = blocks(page, "toml")[number]
     folder = specs.parent
     (folder / re.match(r"# (\w+\.py)\n", code)[1]).write_text(code)
     (folder / "own.toml").write_text(spec)
