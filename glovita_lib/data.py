@@ -32,6 +32,9 @@ class Outputs(NamedTuple):
     subtask: Subtask
     class_names: tuple[str, ...]
     """Names of the classes, or of the targets of a regression, in the order of the outputs."""
+    number_names: dict[str, str] | None = None
+    """What whole numbers, or columns by their place, mean in arrays of labels that state no names,
+    where files or the spec said it."""
 
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
@@ -376,6 +379,8 @@ class Data:
     """Lines worth showing: left-out files, duplicates, classes without samples."""
     ordered: bool = False
     """Whether the classes are a scale in the order of their names, as somebody has stated."""
+    number_names: dict[str, str] | None = None
+    """See `Outputs`."""
 
     @property
     def outputs(self) -> int:

@@ -218,7 +218,8 @@ def _(spec: PrecomputedData, *, seed: int, asked: Asked) -> Data:
     if table is not None and spec.split_source == "csv":
         refuse_emptied(spec, table, collections[0], wanted)
     columns = None if table is None or isinstance(spec.label_column, str) else spec.label_column
-    subtask, names, encoded = encode_labels(spec, collections, columns, trained, numbers=numbers)
+    found = encode_labels(spec, collections, columns, trained, numbers=numbers)
+    subtask, names, encoded, number_names = found
     targets = dict(zip(opened, encoded, strict=True))
     if spec.split_source == "files":
         rows = {name: np.arange(len(opened[file].ids)) for name, file in files.items()}
@@ -242,6 +243,7 @@ def _(spec: PrecomputedData, *, seed: int, asked: Asked) -> Data:
         subtask=subtask,
         class_names=names,
         ordered=spec.class_names is not None,
+        number_names=number_names,
         samples=collections[0].samples,
         report=[
             *(note for whole in collections for note in whole.notes()),

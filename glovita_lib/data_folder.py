@@ -160,7 +160,7 @@ def folder_targets(
     is_assumed = spec.subtask is None and spec.task is None and spec.reads_label_file
     if is_assumed and rules.class_names is None and trained is None:
         refuse_values(cells, rules)
-    _, class_names, (targets,) = encode([cells], rules)
+    _, class_names, (targets,), _ = encode([cells], rules)
     return class_names, targets
 
 

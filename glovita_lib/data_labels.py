@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glovita_lib.data import INNER, NUMBER
-from glovita_lib.data_subtask import MARKS, WHOLE, LabelRules, Labels, found_subtask, stated_names
+from glovita_lib.data_subtask import (
+    LARGEST,
+    MARKS,
+    WHOLE,
+    LabelRules,
+    Labels,
+    found_subtask,
+    stated_names,
+)
 from glovita_lib.errors import UserError, composed, listed, meant
 from glovita_lib.spec_samples import Subtask
 
@@ -32,10 +40,12 @@ class Encoded(NamedTuple):
     targets: list[np.ndarray]
     """Of each file: (N,) int64 for multiclass, (N, K) float32 for multilabel, (N, K) float64 for
     regression."""
+    number_names: dict[str, str] | None = None
+    """See `Outputs`."""
 
 
-Targets = tuple[list[np.ndarray], tuple[str, ...]]
-"""Targets of each file and the names, see `Encoded`."""
+Targets = tuple[list[np.ndarray], tuple[str, ...], dict[str, str] | None]
+"""Targets of each file, the names, and what numbers mean, see `Encoded`."""
 
 
 def is_missing(label: Any, subtask: str) -> bool:
@@ -64,7 +74,7 @@ def encode(files: Sequence[Labels], rules: LabelRules) -> Encoded:
             " predict without labels"
         )
     kinds = {"multiclass": multiclass, "multilabel": multilabel, "regression": regression}
-    targets, names = kinds[subtask](files, rules)
+    targets, names, number_names = kinds[subtask](files, rules)
     if rules.num_classes not in (None, len(names)):
         what = "targets" if subtask == "regression" else "classes"
         cure = "" if rules.class_names else ", or name all of them in data.class_names"
@@ -72,7 +82,14 @@ def encode(files: Sequence[Labels], rules: LabelRules) -> Encoded:
             f"data.num_classes = {rules.num_classes}, but the data have {len(names)} {what}"
             f" ({listed(names)}): mend the number{cure}"
         )
-    return Encoded(subtask, names, targets)
+    return Encoded(subtask, names, targets, number_names)
+
+
+def learnt(rules: LabelRules) -> dict[str, str] | None:
+    """What numbers meant to the trained model, where the spec says nothing else of it now."""
+    if rules.trained is None or rules.class_names not in (None, rules.trained.class_names):
+        return None
+    return rules.trained.number_names
 
 
 def are_new(given: tuple[str, ...], stated: tuple[str, ...]) -> bool:
@@ -158,6 +175,8 @@ class ClassWords:
     """Of each file."""
     forms: dict[str, str] = field(default_factory=dict)
     """Composed name -> as it is written where it stands first."""
+    number_names: dict[str, str] | None = None
+    """Of an HDF5 enum, or as `meanings` finds."""
 
     def add(self, names: Sequence[str], samples: np.ndarray) -> None:
         """The names (M,) of samples (M,) of the next file."""
@@ -185,15 +204,15 @@ class ClassWords:
                 refuse_unknown(file, words, means, known, key)
         tables = [np.array([place[name] for name in means], np.int64) for means in meanings]
         found = zip(self.words, tables, strict=True)
-        return [table[words.codes] for words, table in found], known
+        return [table[words.codes] for words, table in found], known, self.number_names
 
     def meanings(self, rules: LabelRules) -> tuple[tuple[str, ...] | None, list[list[str | None]]]:
         """The names that the spec or the files state, and the composed name that each distinct word
         (W,) of each file means, None where it is the index of none.
 
-        Where files state names, arrays of whole numbers are indices of these. Else they are indices
-        where no name that is stated is a number; and other words, where all of these are whole
-        numbers, too.
+        Where files state names, arrays of whole numbers are indices of these, and where these files
+        state none, as they were to the trained model. Else they are indices where no name that is
+        stated is a number; and other words, where all of these are whole numbers, too.
         """
         stated = stated_names(self.files)
         names = rules.class_names or stated
@@ -204,9 +223,16 @@ class ClassWords:
         rest = (w.distinct for w, is_whole in zip(self.words, whole, strict=True) if not is_whole)
         numbers = all(WHOLE.fullmatch(name) for distinct in rest for name in distinct)
         of_names = names if names and not any(map(WHOLE.fullmatch, names)) else None
-        of_array = of_names if stated is None else listing
+        by_place = None if of_names is None else numbered(of_names)
+        if stated is not None and listing is not None:
+            of_array: dict[str, str] | None = numbered(listing)
+        else:
+            of_array = learnt(rules) or by_place
+        self.number_names = self.number_names or of_array
         return names, [
-            words_of_places(words.distinct, of_array if is_whole else of_names if numbers else None)
+            words_of_numbers(
+                words.distinct, of_array if is_whole else by_place if numbers else None
+            )
             for words, is_whole in zip(self.words, whole, strict=True)
         ]
 
@@ -264,13 +290,17 @@ class ClassWords:
                 )
 
 
-def words_of_places(words: list[str], names: Sequence[str] | None) -> list[str | None]:
-    """The composed name that each word means, where it is an index of names; None where there is no
-    such index; the word itself without names."""
+def numbered(names: Sequence[str]) -> dict[str, str]:
+    """Names by their place, as it is printed."""
+    return {str(place): name for place, name in enumerate(names)}
+
+
+def words_of_numbers(words: list[str], names: dict[str, str] | None) -> list[str | None]:
+    """The composed name that each word means, where it is a number that has one, None where it has
+    none; the word itself without names."""
     if names is None:
         return list(words)
-    places = map(int, words)
-    return [composed(names[place]) if 0 <= place < len(names) else None for place in places]
+    return [composed(names[number]) if number in names else None for number in words]
 
 
 def refuse_unknown(
@@ -289,6 +319,8 @@ def refuse_unknown(
         near = "" if WHOLE.fullmatch(label) else meant(label, list(names))
         shown.append(f'"{label}" ({owner}){near}')
     text = f"label not in class list: {listed([*shown, *codes[10:]])}; {key}: {listed(names)}"
+    if key == "classes" and all(map(WHOLE.fullmatch, labels)):
+        text += "; if the numbers are names, list them in data.class_names"
     if key == OF_CHECKPOINT and all(map(WHOLE.fullmatch, labels)):
         text += "; if the numbers are indices, name their classes in order in data.class_names"
     if key == OF_CHECKPOINT:
@@ -336,12 +368,18 @@ def enum_of(file: Labels) -> dict[str, int]:
 
 def multiclass(files: Sequence[Labels], rules: LabelRules) -> Targets:
     """One class a sample."""
+    enums = {tuple(enum.items()) for file in files if (enum := enum_of(file))}
+    shared: dict[str, int] = dict(*enums) if len(enums) == 1 else {}
     files = in_places(files)
-    classes = ClassWords(files)
+    by_number = {str(number): name for name, number in shared.items()}
+    classes = ClassWords(files, number_names=by_number or None)
     for file in files:
         if (numbers := file.whole) is not None:
             classes.words.append(Words.of_numbers(numbers))
             continue
+        if isinstance(file.values, np.ndarray) and file.values.dtype.kind == "f":
+            huge = np.abs(file.values.reshape(len(file.values), -1)).max(1) >= LARGEST
+            file.refuse(huge, "the label is infinite, or too large for the number of a class")
         if isinstance(file.values, np.ndarray) and file.values.shape[1:] == (1,):
             raise file.error(f"labels of shape {file.values.shape}: store classes as (N,)")
         cells = file.cells()
@@ -372,13 +410,13 @@ def class_sets(files: Sequence[Labels], rules: LabelRules) -> Targets:
         classes.add([name for labels in lists for name in labels], owners)
     if not (classes.forms or rules.class_names or rules.trained):
         raise UserError("no sample has a label: give data.class_names")
-    found, names = classes.targets(rules)
+    found, names, _ = classes.targets(rules)
     targets = []
     for file, words, places in zip(files, classes.words, found, strict=True):
         hot = np.zeros((len(file.ids), len(names)), np.float32)
         hot[words.samples, places] = 1
         targets.append(hot)
-    return targets, names
+    return targets, names, None
 
 
 def named(label: Any, separator: str) -> list[str]:
@@ -410,8 +448,8 @@ def multilabel(files: Sequence[Labels], rules: LabelRules) -> Targets:
     found = [matrix(file, why) for file in files]
     for file, values in zip(files, found, strict=True):
         file.refuse(np.any(~np.isin(values, (0, 1)), axis=1), why)
-    targets, names = in_columns(files, found, rules)
-    return [values.astype(np.float32) for values in targets], names
+    targets, names, number_names = in_columns(files, found, rules)
+    return [values.astype(np.float32) for values in targets], names, number_names
 
 
 def marked(file: Labels) -> Sequence[Any] | np.ndarray:
@@ -484,14 +522,19 @@ def in_columns(files: Sequence[Labels], found: list[np.ndarray], rules: LabelRul
         raise UserError("no sample has a label")
     given, stated, width = rules.class_names, stated_names(files), found[0].shape[1]
     unnamed = ("target",) if width == 1 else tuple(f"target_{number}" for number in range(width))
-    names = rules.columns or stated or given or unnamed
+    known = learnt(rules)
+    before = None if known is None or len(known) != width else tuple(known.values())
+    names = rules.columns or stated or before or given or unnamed
+    numbers = None if rules.columns or names is unnamed else numbered(names)
     for file, values in zip(files, found, strict=True):
         if values.shape[1] != len(names):
             raise file.error(
                 f"the labels have {values.shape[1]} columns, but there are {len(names)} names"
                 f" ({listed(names)})"
             )
-    if given and rules.columns:
+    if names is before and names is not None:
+        pass  # the columns of the files that the model was trained on, in their order
+    elif given and rules.columns:
         found, names = reordered(found, names, given, "data.class_names", "data.label_column")
     elif given and stated and not are_new(given, stated):
         where = "the class_names of the feature files"
@@ -499,15 +542,16 @@ def in_columns(files: Sequence[Labels], found: list[np.ndarray], rules: LabelRul
     else:
         names = given or names
     if rules.trained is None:
-        return found, names
-    if names is unnamed and width == len(rules.trained.class_names) == 1:
-        return found, rules.trained.class_names
-    return reordered(found, names, rules.trained.class_names, "the checkpoint's", "the data's")
+        return found, names, numbers
+    trained = rules.trained.class_names
+    if width == len(trained) == 1 and unnamed in (names, trained):  # one has no name
+        return found, trained, numbers
+    return *reordered(found, names, trained, "the checkpoint's", "the data's"), numbers
 
 
 def reordered(
     found: list[np.ndarray], names: Sequence[str], wanted: tuple[str, ...], whose: str, own: str
-) -> Targets:
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
     """Columns (N, K) of each file in the order in which their names are wanted.
 
     Raises:

@@ -361,7 +361,8 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     for whole in kept:
         whole.groups = None if whole.groups is None else in_one_form(whole.groups, forms)
     columns = None if isinstance(spec.label_column, str) else spec.label_column
-    subtask, classes, encoded = encode_labels(spec, kept, columns, trained, numbers=numbers)
+    found = encode_labels(spec, kept, columns, trained, numbers=numbers)
+    subtask, classes, encoded, number_names = found
     targets = dict(zip(opened, encoded, strict=True))
     if spec.split_source == "files":
         rows = {name: np.arange(len(opened[file].ids)) for name, file in files.items()}
@@ -387,6 +388,7 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
         subtask=subtask,
         class_names=classes,
         ordered=spec.class_names is not None,
+        number_names=number_names,
         samples=SeriesSamples(
             channels=len(next(iter(kept[0].prepared.values())).values),
             preparation=spec.preparation,

@@ -14,6 +14,8 @@ from glovita_lib.data import NUMBER, Outputs
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec_samples import Subtask, WholeSubtask
 
+LARGEST = 2.0**53  # up to which float64 tells whole numbers apart
+
 
 @dataclass(frozen=True, slots=True)
 class LabelRules:
@@ -58,6 +60,8 @@ class Labels:
         if not isinstance(values, np.ndarray) or values.ndim != 1:
             return None
         if values.dtype.kind == "f" and not np.all(np.floor(values) == values):  # or NaN
+            return None
+        if values.dtype.kind == "f" and np.any(np.abs(values) >= LARGEST):  # or infinite
             return None
         if values.dtype.kind in "bf":
             return values.astype(np.int64)

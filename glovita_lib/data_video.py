@@ -549,7 +549,7 @@ def with_classes(spec: VideoData, frames: FrameTable, asked: Asked) -> VideoData
         "multiclass", spec.class_names, spec.num_classes, None, spec.label_separator, asked.trained
     )
     each = sorted(labels)
-    _, names, _ = encode([Labels(each, each)], rules)
+    _, names, _, _ = encode([Labels(each, each)], rules)
     return msgspec.structs.replace(spec, class_names=names)
 
 

@@ -241,7 +241,9 @@ def read_data(
             there. Training needs all.
     """
     spec = root.data if ranks.is_main else root.data.unchecked()
-    trained = None if model is None else Outputs(model.subtask, model.class_names)
+    trained = (
+        None if model is None else Outputs(model.subtask, model.class_names, model.number_names)
+    )
     with dist.main_first(ranks):
         if root.mode == "train":
             return build_data(spec, seed=root.seed, numbers=root.predicts_numbers)

@@ -318,6 +318,8 @@ class Resolved(Spec):
     """Standard deviation per regression target over the train split; 1 otherwise."""
     eval_batch_size: int
     """Samples per batch and rank in evaluation."""
+    number_names: dict[str, str] | None = None
+    """What whole numbers, or columns by their place, mean in feature files that state no names."""
     encoder_facts: dict[str, Any] | None = None
     """What only a file says of the encoder's architecture, such as the plan of an nnssl checkpoint;
     evaluation does not need that file."""
@@ -586,6 +588,7 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
         target_mean=mean,
         target_std=std,
         eval_batch_size=root.dataloading.eval_batch_size or root.dataloading.batch_size,
+        number_names=data.number_names,
         encoder_facts=file_facts(root.model.encoder),
     )
 

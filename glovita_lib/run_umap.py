@@ -277,7 +277,7 @@ def open_input(path: Path, data: BaseData) -> Data:
     if isinstance(labels, np.ndarray) and labels.dtype.kind == "f":
         is_values = labels.size == len(labels)  # one column, also of whole ones
     found = encode_labels(PrecomputedData(), [collection], numbers=is_values)
-    subtask, class_names, (split.targets,) = found
+    subtask, class_names, (split.targets,), _ = found
     return Data(str(path), {"": split}, subtask, class_names, samples, collection.notes())
 
 

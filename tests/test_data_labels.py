@@ -26,7 +26,7 @@ from glovita_lib.spec_data import PrecomputedData
 def encoded(labels, subtask="multiclass", *, names=None, classes=None, columns=None, mark="|"):
     ids = [f"{number}.png" for number in range(len(labels))]
     rules = LabelRules(subtask, names, classes, columns, mark)
-    _, found, (targets,) = encode([Labels(labels, ids)], rules)
+    _, found, (targets,), _ = encode([Labels(labels, ids)], rules)
     return targets, found
 
 
@@ -205,7 +205,7 @@ def several(
         for letter, labels, said in zip("abc", values, stated, strict=False)
     ]
     rules = LabelRules(subtask, names, classes, columns, trained=trained, numbers=numbers)
-    found, names, targets = encode(files, rules)
+    found, names, targets, _ = encode(files, rules)
     return found, names, [part.tolist() for part in targets]
 
 
@@ -320,7 +320,7 @@ def test_an_hdf5_enum_states_the_class_names():
     assert several(first, names=("emu", "dog", "cat"))[1:] == (("emu", "dog", "cat"), [[0, 2, 0]])
     assert several(first, subtask="regression")[1:] == (("target",), [[[6], [0], [6]]])
     trained = Outputs("multiclass", ("dog", "emu", "cat"))
-    _, _, (targets,) = encode(
+    _, _, (targets,), _ = encode(
         [Labels(first, ["x", "y", "z"])], LabelRules(None, None, None, None, trained=trained)
     )
     assert targets.tolist() == [1, 2, 1]
@@ -334,7 +334,7 @@ def test_the_class_names_of_a_file_with_an_enum():
     labels = enum_labels([1, 2, 1], cat=1, dog=2)
     rules = LabelRules(None, None, None, None)
     for names, targets in ((("dog", "cow", "cat"), [2, 0, 2]), (("a", "b", "c"), [1, 2, 1])):
-        _, found, (got,) = encode([Labels(labels, ["x", "y", "z"], class_names=names)], rules)
+        _, found, (got,), _ = encode([Labels(labels, ["x", "y", "z"], class_names=names)], rules)
         assert found == names and got.tolist() == targets
 
 
@@ -602,7 +602,7 @@ def plain(cell):
 def test_a_cell_means_its_name_in_every_split_and_cohort(rows):
     parts = {split: [cell for cell, own, _ in rows if own == split] for _, split, _ in rows}
     files = [Labels(cells, [str(i) for i in range(len(cells))]) for cells in parts.values()]
-    subtask, names, targets = encode(files, LabelRules("multiclass", None, None, None))
+    subtask, names, targets, _ = encode(files, LabelRules("multiclass", None, None, None))
     for cells, found in zip(parts.values(), targets, strict=True):
         assert [plain(names[index]) for index in found] == [plain(cell) for cell in cells]
     assert set(names) <= {cell.strip() for cell, _, _ in rows}  # in a form of the user's
@@ -664,3 +664,67 @@ def test_the_predictions_file_has_the_cells_of_the_table(tmp_path, rows):
                 assert (plain(row["label"]), plain(row["prediction"])) == (cell, cell)
             table = read_predictions(path, **kind)
             np.testing.assert_array_equal(table.targets, split.targets)
+
+
+ENUM = h5py.enum_dtype({"healthy": 1, "ill": 2}, "i1")
+
+
+@pytest.mark.parametrize(
+    ("labels", "stated", "names"),
+    [
+        (np.array([0, 1, 2]), ("1", "2", "3"), None),
+        (np.array([0, 1, 2]), ("1", "2", "3"), ("3", "2", "1")),  # in another order
+        (np.array([0, 1, 2]), ("a", "b", "c"), ("1", "2", "3")),  # renamed
+        (np.array([0, 1, 2]), None, ("a", "b", "c")),
+        (np.array([1, 2, 3]), None, ("1", "2", "3")),
+        (np.array([1, 2, 1], ENUM), None, None),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True])
+def test_numbers_mean_to_a_cohort_what_they_meant_in_training(labels, stated, names, again):
+    """A file that states no names is read alone as it was beside the one that states them, with the
+    spec of training and with another."""
+
+    def files(*all_values):
+        return [
+            Labels(values, [f"s{i}" for i in range(3)], "", None, stated if place == 0 else None)
+            for place, values in enumerate(all_values)
+        ]
+
+    rules = LabelRules("multiclass", names, None, None)
+    bare = np.array(labels.tolist())
+    subtask, classes, (_, expected), numbers = encode(files(labels, bare), rules)
+    trained = Outputs(subtask, classes, numbers)
+    rules = LabelRules(None, names if again else None, None, None, trained=trained)
+    cohort = [Labels(bare[1:], ["s1", "s2"])]
+    np.testing.assert_array_equal(encode(cohort, rules).targets[0], expected[1:])
+    reversed_names = classes[::-1]
+    if names and not any(name.isdigit() for name in names):  # what the spec says now counts
+        rules = LabelRules(None, reversed_names, None, None, trained=trained)
+        assert encode(cohort, rules).targets[0].tolist() == (2 - expected[1:]).tolist()
+
+
+def test_columns_mean_to_a_cohort_what_they_meant_in_training():
+    values = np.array([[0, 1], [1, 1], [0, 0]])
+    for names in (None, ("b", "a")):
+        rules = LabelRules("multilabel", names, None, None)
+        files = [Labels(values, list("pqr"), "", None, ("a", "b")), Labels(values, list("pqr"))]
+        subtask, classes, (_, expected), numbers = encode(files, rules)
+        trained = Outputs(subtask, classes, numbers)
+        rules = LabelRules(None, names, None, None, trained=trained)
+        np.testing.assert_array_equal(encode(files[1:], rules).targets[0], expected)
+
+
+def test_one_target_has_the_name_of_the_model():
+    for known, columns in (("target", ("age",)), ("age", None)):
+        trained = Outputs("regression", (known,))
+        assert several([("3",)], trained=trained, columns=columns)[1:] == ((known,), [[[3]]])
+
+
+def test_numbers_that_can_be_no_class_are_refused():
+    for wrong in (np.inf, -np.inf, 1e19):
+        with pytest.raises(UserError, match="infinite, or too large .*; wrong: s1"):
+            several(np.array([0, wrong, 1]), subtask="multiclass")
+    with pytest.raises(UserError, match="if the numbers are names, list them in data.class_names"):
+        several(np.array([-1, 1]))
+    assert several(np.array([-1, 1]), names=("-1", "1"))[2] == [[0, 1]]
