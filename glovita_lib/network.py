@@ -508,7 +508,7 @@ def depths_of(net: nn.Module, blocks: tuple[str, ...], uses: Uses) -> Depths:
 
 def stated_depths(net: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], int] | None:
     """Depths that a network's own `group_matcher` gives, and that of its classifier; None where it
-    has none."""
+    has none, or one that matches no parameter, as of LeViT in older versions."""
     prefix, stating = spokesman(net, "group_matcher")
     if stating is None:
         return None
@@ -522,7 +522,10 @@ def stated_depths(net: nn.Module, names: Iterable[str]) -> tuple[dict[str, int],
     found = group_with_matcher(
         ((name, None) for name in asked), stating.group_matcher(coarse=False), reverse=True
     )
-    return {own[name]: found[name] for name in own}, found[f"{heads[0]}.weight"]
+    head = found[f"{heads[0]}.weight"]
+    if all(found[name] == head for name in own):
+        return None
+    return {own[name]: found[name] for name in own}, head
 
 
 def spokesman(net: nn.Module, method: str) -> tuple[str, Any]:

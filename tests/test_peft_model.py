@@ -151,6 +151,16 @@ def test_a_convolutional_stem_is_in_front_of_the_blocks(spec):
         torch.testing.assert_close(model(images()), plain(images()))
 
 
+def test_the_grid_is_made_in_front_of_the_blocks_that_are_used_first():
+    """Twins registers the patch embeddings of all its stages before its blocks."""
+    sizes = {"embed_dims": (8, 16, 32, 64), "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1)}
+    twins = TimmEncoder(type="twins_svt_small", pretrained=False, model_kwargs=sizes)
+    model, plain = make(Convpass(), twins).eval(), make(LinearProbing(), twins).eval()
+    torch.testing.assert_close(model(images()), plain(images()))  # starts as the base
+    recording = [n for n, m in model.named_modules() if type(m).__mro__[1].__name__ == "Recording"]
+    assert recording == ["encoder.net.patch_embeds.0.proj"]
+
+
 def test_merged_model_is_a_start_for_another_run():
     model, x = make(Lora()), images()
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Mode train: what a run leaves, which model it keeps, how it may be started again."""
 
+import csv
 import json
 import shutil
 
@@ -397,6 +398,34 @@ def test_a_dry_run_writes_nothing(command, tmp_path, monkeypatch):
     run = command("task.result_plot=val", flags=["--dry-run"])
     assert "dry run passed" in run.out
     assert snapshot(tmp_path) == {"temporary/": b""}
+
+
+def test_parameter_groups_are_printed_and_saved(command):
+    changes = ("optimizer.layer_wise_lr_decay=0.5", "optimizer.undecay_norm=true")
+    changes += ("peft.method=partial_finetuning", "peft.num_frozen_layers=1", "training.epochs=1")
+    dry = command(*changes, flags=["--dry-run"])
+    run = command(*changes, "name=groups")
+    with (run.path / "parameter_groups.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    model = run.best["model"]
+    assert [row["parameter"] for row in rows] == [
+        n for n in model if n in {r["parameter"] for r in rows}
+    ]
+    for row in rows:
+        assert row["shape"] == " x ".join(map(str, model[row["parameter"]].shape))
+    trained = [row for row in rows if row["group"]]
+    assert {row["layer"] for row in trained} == {"2", "3"}
+    assert {row["layer"] for row in rows if not row["group"]} == {"0", "1"}
+    saved = run.last["optimizer"]["param_groups"]
+    for number, group in enumerate(saved):
+        own = [row for row in trained if int(row["group"]) == number]
+        assert len(own) == len(group["params"])
+        assert {float(row["lr_factor"]) for row in own} == {group["lr_scale"]}
+        assert {float(row["weight_decay"]) for row in own} == {group["weight_decay"]}
+    table = dry.out[dry.out.index("group  layers") :].splitlines()[1:]
+    printed = [line.split() for line in table[: len(saved)]]
+    assert [float(line[2]) for line in printed] == [0.5, 0.5, 1, 1]
+    assert sum(int(line[4]) for line in printed) == len(trained)
 
 
 # ---------------------------------------------------------------------- starting again
