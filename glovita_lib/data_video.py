@@ -43,6 +43,7 @@ from glovita_lib.read_video import (
     IMAGE_EXTS,
     VideoFacts,
     file_type,
+    frame_files,
     look_at,
     read_frames,
     stamp,
@@ -264,6 +265,16 @@ class VideoFolder(SampleFolder):
     """The videos below a folder."""
 
     noun: ClassVar[str] = "video"
+
+    def video(self, identity: str) -> str:
+        """File of a video, or its folder of frames."""
+        return str(self.folder / identity)
+
+    def path(self, identity: str) -> str:
+        """File of a video, of a folder of frames the one in the middle."""
+        path = self.video(identity)
+        names = frame_files(path, IMAGE_EXTS) if os.path.isdir(path) else []
+        return os.path.join(path, names[len(names) // 2]) if names else path
 
 
 def open_folder(folder: Path, exts: Sequence[str], report: list[str] | None) -> VideoFolder:
@@ -573,7 +584,7 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
     index = base / INDEX if spec.reading.index_file is None else Path(spec.reading.index_file)
 
     def look(ids: list[str]) -> tuple[list[Any], dict[int, str]]:
-        paths = {identity: folder.path(identity) for identity in ids}
+        paths = {identity: folder.video(identity) for identity in ids}
         facts, broken = look_at_all(paths, spec.reading, index, report)
         if frames is not None:
             problems = {name: frames.problem(name, each) for name, each in facts.items()}
@@ -593,7 +604,7 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
         table=table_of_frames,
     )
     report += order_line(found.found)
-    videos = VideoTable([folder.path(i) for i in found.ids], found.found)
+    videos = VideoTable([folder.video(i) for i in found.ids], found.found)
     splits = {
         name: found.split(name, lambda rows: VideoSource(videos, rows)) for name in found.rows
     }
@@ -651,7 +662,7 @@ def unlabelled_videos(path: str, samples: ClipSamples, data: VideoData) -> tuple
         paths = {name: str(on_disk(where.parent / name)) for name in ids}
     elif where.is_dir():
         folder = open_folder(where, data.allowed_exts, None)
-        paths = {identity: folder.path(identity) for identity in folder.ids}
+        paths = {identity: folder.video(identity) for identity in folder.ids}
         if not paths and any(where.iterdir()):
             paths = {where.name: str(where)}
     elif where.exists():

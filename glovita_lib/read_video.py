@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -318,20 +319,29 @@ class OpenFiles(threading.local):
     the other, and to open it takes a look at all of its packets."""
 
     def __init__(self) -> None:
-        self.process = os.getpid()
         self.readers: dict[tuple[Any, ...], tuple[Any, int]] = {}  # reader and where it stands
 
     def take(self, key: tuple[Any, ...]) -> tuple[Any, int] | None:
         """The reader of a file, which is then no longer here."""
-        if self.process != os.getpid():  # those of the parent process are its own
-            self.process, self.readers = os.getpid(), {}
         return self.readers.pop(key, None)
 
     def keep(self, key: tuple[Any, ...], reader: Any, at: int) -> None:
         """Keep a reader that stands at a frame, instead of the one that is here longest."""
+        close_before_forks()
         self.readers[key] = reader, at
         while len(self.readers) > MOST_OPEN:
             del self.readers[next(iter(self.readers))]
+
+    def close(self) -> None:
+        """Close the files."""
+        self.readers.clear()
+
+
+@cache
+def close_before_forks() -> None:
+    """Have the files of a thread closed before it forks: a child that closed them would wait for
+    threads of decord that it does not have."""
+    os.register_at_fork(before=OPEN.close)
 
 
 OPEN = OpenFiles()

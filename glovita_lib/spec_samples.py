@@ -301,7 +301,7 @@ class FolderData(FileData):
     def label_problems(self) -> Iterator[tuple[str, str]]:
         """Folder names and single columns carry only what they can."""
         subtask, source, columns = self.stated_subtask(), self.label_source, self.label_column
-        if source == "folder" and subtask not in (None, "multiclass"):
+        if source == "folder" and subtask not in (None, "multiclass", "framewise"):
             yield (
                 "label_source",
                 f'"folder" gives each sample one class, not {subtask} targets: use "csv" or "json"',

@@ -1,0 +1,276 @@
+"""Data sets of videos: labels, splits, what is broken, labels of frames, new videos, the index."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from video_files import number_of, numbered, write_frames, write_sound, write_video
+
+from glovita_lib import data_video
+from glovita_lib.data import ClipSamples, subset
+from glovita_lib.data_video import unlabelled_videos
+from glovita_lib.datasets import build_data
+from glovita_lib.errors import UserError
+from glovita_lib.spec_data import VideoData
+from glovita_lib.spec_samples import UNLABELLED
+from glovita_lib.spec_video import FrameLabels, VideoReading
+
+pytest.importorskip("av")
+pytest.importorskip("decord")
+
+COUNT = 12  # videos
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Twelve videos of two classes, in files of two containers and folders of frames; the frames
+    of video i are numbered from 10 i."""
+    root = tmp_path_factory.mktemp("made")
+    for i in range(COUNT):
+        folder = root / "videos" / ("walk", "run")[i % 2]
+        frames = numbered(8 + i, first=10 * i, seed=i)
+        if i < 4:
+            write_frames(folder / f"v{i}", frames)
+        else:
+            write_video(folder / f"v{i}{('.mp4', '.mpg')[i // 2 % 2]}", frames, codec=codec(i))
+    return root
+
+
+def codec(i):
+    return ("libx264", "mpeg1video")[i // 2 % 2]
+
+
+@pytest.fixture
+def root(made, tmp_path):
+    shutil.copytree(made, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def build(root, **fields):
+    fields = {"split_source": "kfold", "label_source": "folder"} | fields
+    if fields["split_source"] == "kfold":
+        fields["n_folds"] = 3
+    return build_data(VideoData(data_root_dir=str(root), **fields), seed=0)
+
+
+def names(root):
+    found = (path.relative_to(root / "videos") for path in (root / "videos").glob("*/*"))
+    return sorted(str(path) for path in found if not path.name.startswith("."))
+
+
+def table(root, rows, *columns, name="labels.csv"):
+    with open(root / name, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([columns, *rows])
+
+
+def test_files_and_folders_of_frames_are_videos(root):
+    data = build(root)
+    assert sorted(i for split in data.splits.values() for i in split.ids) == names(root)
+    assert data.class_names == ("run", "walk") and data.samples == ClipSamples(channels=3)
+    for split in data.splits.values():
+        for row, (identity, view) in enumerate(
+            zip(split.ids, split.source.windows(np.arange(len(split))), strict=True)
+        ):
+            i = int(identity.partition("/v")[2].partition(".")[0])
+            assert view.shape == (3, 8 + i, 64, 96)
+            first, last = view.read(np.array([0, 7 + i]))
+            assert [number_of(first), number_of(last)] == [10 * i, 11 * i + 7]
+            assert data.class_names[split.targets[row]] == identity.partition("/")[0]
+            assert (view.loaded().read(np.array([3])) == view.read(np.array([3]))).all()
+    assert any("in order alone: 4 of mpeg" in line for line in data.report)
+
+
+def test_tables_and_groups(root):
+    ids = names(root)
+    rows = [(i, n % 3, f"p{n // 2}", ("train", "val", "test")[n % 3]) for n, i in enumerate(ids)]
+    table(root, rows, "video", "action", "person", "part")
+    fields = {"label_source": "csv", "label_column": "action", "path_column": "video"}
+    data = build(root, **fields, split_source="csv", split_column="part")
+    assert {name: split.ids for name, split in data.splits.items()} == {
+        name: [row[0] for row in rows if row[3] == name] for name in ("train", "val", "test")
+    }
+    assert data.class_names == ("0", "1", "2")
+    data = build(root, **fields, group_column="person")
+    groups = [set(split.groups) for split in data.splits.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 6
+    (root / "labels.json").write_text(json.dumps(dict(zip(ids, "abcabcabcabc", strict=True))))
+    (root / "splits.json").write_text(
+        json.dumps({"train": ids[:8], "val": ids[8:10], "test": ids[10:]})
+    )
+    data = build(root, label_source="json", split_source="splits_json")
+    assert data.splits["test"].ids == ids[10:]
+
+
+def test_everything_that_is_broken_stands_in_one_report(root):
+    walk = root / "videos" / "walk"
+    write_video(walk / "short.mp4", 3)
+    (walk / "empty.mp4").touch()
+    (walk / "text.mp4").write_text("no video")
+    (walk / "flash.swf").write_bytes(b"FWS" + bytes(40))
+    (walk / "theora.ogv").write_bytes(b"OggS" + bytes(40))
+    write_sound(walk / "sound.mp4")
+    write_video(walk / "stream.ts", 20, container="mpegts")
+    cut = write_video(walk / "cut.mkv", 30).read_bytes()
+    (walk / "cut.mkv").write_bytes(cut[: len(cut) // 2])
+    broken = bytearray(write_video(walk / "frame.mp4", 40).read_bytes())
+    middle = broken.find(b"mdat") + len(broken) // 3
+    broken[middle : middle + 900] = b"\x5a" * 900
+    (walk / "frame.mp4").write_bytes(broken)
+    write_frames(walk / "pictures", 4)
+    (walk / "pictures" / "frame2.png").write_bytes(b"\x89PNG")
+    lines = {
+        "empty.mp4": "an empty file",
+        "text.mp4": "it cannot be decoded",
+        "flash.swf": "Flash",
+        "theora.ogv": "decord does not read Ogg",
+        "sound.mp4": "it cannot be decoded",
+        "stream.ts": "of an MPEG transport stream",
+        "cut.mkv": "cut off",
+        "frame.mp4": "it cannot be decoded",
+        "pictures": "frame2.png",
+    }
+    with pytest.raises(UserError, match="9 videos cannot be used") as raised:
+        build(root)
+    text = str(raised.value)
+    assert all(
+        f"walk/{name}: {part}" in text for name, part in lines.items() if name != "flash.swf"
+    )
+    assert len(text.splitlines()) == 10
+    data = build(root, strict=False)
+    left = {i for split in data.splits.values() for i in split.ids}
+    assert left == {*names(root)} - {f"walk/{name}" for name in lines}
+    assert sum("9 videos left out" in line for line in data.report) == 1
+    with pytest.raises(UserError, match=r"10 videos.*(.|\n)*short\.mp4: 3 frames, fewer than"):
+        build(root, reading=VideoReading(min_frames=4))
+
+
+def test_what_is_known_is_kept_until_a_file_changes(root, monkeypatch):
+    build(root)
+    looked = []
+    real = data_video.look_at
+
+    def watched(path, **options):
+        looked.append(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(data_video, "look_at", watched)
+    build(root)
+    assert not looked
+    build(root, reading=VideoReading(check="file"))  # less is asked than is known
+    assert not looked
+    write_video(root / "videos" / "walk" / "v8.mp4", 30)
+    (root / "videos" / "walk" / "v0" / "frame8.png").write_bytes(
+        (root / "videos" / "walk" / "v0" / "frame0.png").read_bytes()
+    )
+    data = build(root)
+    assert sorted(path.rpartition("/")[2] for path in looked) == ["v0", "v8.mp4"]
+    sizes = {i: s for p in data.splits.values() for i, s in zip(p.ids, p.source.sizes, strict=True)}
+    assert sizes["walk/v8.mp4"][0] == 30 and sizes["walk/v0"][0] == 9
+    (root / "video_index.json").write_text("{ broken")
+    looked.clear()
+    build(root)
+    assert len(looked) == COUNT
+
+
+def test_headers_alone_are_looked_at_where_that_is_asked(root):
+    """One file of each type is compared; a broken frame shows when it is read."""
+    write_video(root / "videos" / "run" / "b.mkv", 20, codec="mpeg4")
+    write_video(root / "videos" / "run" / "c.mkv", 20, codec="mpeg4")
+    data = build(root, reading=VideoReading(check="file"))
+    assert any("2 of matroska/mpeg4" in line for line in data.report)
+
+
+# ---------------------------------------------------------------------- labels of frames
+
+FRAMES = FrameLabels(label_level="frame")
+
+
+def labelled(data):
+    """Labels of the frames of every video, by id; "" where there is none."""
+    words = {**dict(enumerate(data.class_names)), UNLABELLED: ""}
+    return {
+        identity: [words[number] for number in split.frames.labels[video].tolist()]
+        for split in data.splits.values()
+        for identity, video in zip(split.ids, split.frames.video_of, strict=True)
+    }
+
+
+def test_segments_frames_and_files_say_the_same(root):
+    ids = names(root)
+    lengths = {i: 8 + int(i.partition("/v")[2].partition(".")[0]) for i in ids}
+    wanted = {i: ["in"] * 3 + ["", "out"] + ["rare"] * (lengths[i] - 5) for i in ids}
+    segments = [
+        row for i in ids for row in ((i, 0, 3, "in"), (i, 4, 5, "out"), (i, 5, lengths[i], "rare"))
+    ]
+    table(root, segments, "path", "start", "end", "label", name="frames.csv")
+    data = build(root, frames=FRAMES)
+    assert data.subtask == "framewise" and data.class_names == ("in", "out", "rare")
+    assert labelled(data) == wanted
+    seconds = [(i, start / 25, end / 25, label) for i, start, end, label in segments]
+    table(root, seconds, "path", "start", "end", "label", name="seconds.csv")
+    unit = FrameLabels(label_level="frame", labels_file="seconds.csv", unit="seconds")
+    assert labelled(build(root, frames=unit)) == wanted
+    rows = [(i, n, label) for i in ids for n, label in enumerate(wanted[i]) if label]
+    table(root, rows, "path", "frame", "label", name="each.csv")
+    each = FrameLabels(label_level="frame", labels_file="each.csv")
+    assert labelled(build(root, frames=each)) == wanted
+    for i in ids:
+        path = root / "each" / i
+        path = path if i.endswith(("v0", "v1", "v2", "v3")) else path.with_suffix("")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".txt").write_text("\n".join(wanted[i]) + "\n")
+    found = build(root, frames=FrameLabels(label_level="frame", labels_file="each"))
+    assert labelled(found) == wanted
+    part = subset(found.splits["train"], np.array([1]))
+    assert part.frames.labels[part.frames.video_of[0]].shape == (lengths[part.ids[0]],)
+
+
+def test_labels_that_do_not_fit_are_refused(root):
+    (first, *_) = ids = names(root)
+    rows = [(i, 0, 400 if i == first else 5, "a") for i in ids]
+    table(root, rows, "path", "start", "end", "label", name="frames.csv")
+    with pytest.raises(UserError, match=rf"{first}: a label up to 400, it ends at"):
+        build(root, frames=FRAMES)
+    table(root, [(i, 0, 2.5, "a") for i in ids], "path", "start", "end", "label", name="frames.csv")
+    with pytest.raises(UserError, match="must be whole numbers"):
+        build(root, frames=FRAMES)
+    table(root, [(i, "a") for i in ids], "path", "label", name="frames.csv")
+    with pytest.raises(UserError, match='neither a column "frame"'):
+        build(root, frames=FRAMES)
+    (root / "frames.csv").unlink()
+    with pytest.raises(UserError, match="no such file or folder"):
+        build(root, frames=FRAMES)
+    (root / "files" / "walk").mkdir(parents=True)
+    (root / "files" / "walk" / "v8.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match="2 labels of frames, 16 frames"):
+        build(root, frames=FrameLabels(label_level="frame", labels_file="files"), strict=True)
+
+
+# ---------------------------------------------------------------------- new videos
+
+
+def test_new_videos(root, tmp_path):
+    samples, spec = ClipSamples(channels=3), VideoData()
+    split, _ = unlabelled_videos(str(root / "videos"), samples, spec)
+    assert split.ids == names(root) and split.targets is None and split.frames is None
+    one, _ = unlabelled_videos(str(root / "videos" / "walk" / "v8.mp4"), samples, spec)
+    assert one.ids == ["v8.mp4"]
+    folder, _ = unlabelled_videos(str(root / "videos" / "walk" / "v0"), samples, spec)
+    assert folder.ids == ["v0"] and folder.source.sizes.tolist() == [[8, 64, 96]]
+    table(root, [["videos/walk/v8.mp4"], ["videos/run/v1"]], "path", name="new.csv")
+    some, _ = unlabelled_videos(str(root / "new.csv"), samples, spec)
+    assert some.ids == ["videos/walk/v8.mp4", "videos/run/v1"]
+    frames = ClipSamples(channels=3, label_level="frame")
+    with_frames, _ = unlabelled_videos(str(root / "videos"), frames, spec)
+    assert with_frames.frames.labels is None and len(with_frames.frames.times) == COUNT
+    assert not (tmp_path / "video_index.json").exists()
+    (root / "videos" / "walk" / "bad.mp4").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"1 video cannot be used(.|\n)*bad\.mp4"):
+        unlabelled_videos(str(root / "videos"), samples, spec)
+    _, notes = unlabelled_videos(str(root / "videos"), samples, VideoData(strict=False))
+    assert "1 video left out" in notes[0]
+    with pytest.raises(UserError, match="no such file or folder"):
+        unlabelled_videos(str(tmp_path / "none"), samples, spec)

@@ -1,0 +1,191 @@
+"""Runs on videos do not depend on how they are carried out: killed and continued, in memory or by
+workers, on two ranks, in mode infer, with broken files left out; every mode takes them."""
+
+import csv
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from children import glovita
+from small_runs import Result
+from test_data_volumes_runs import Killed, arguments, equal, results
+from video_files import numbered, write_frames, write_video
+
+from glovita_lib.trainer import Trainer
+
+pytest.importorskip("av")
+pytest.importorskip("decord")
+
+SPEC = """
+[data]
+dataset = "generic_video_dataset"
+data_root_dir = "ROOT"
+label_source = "csv"
+split_source = "csv"
+strict = false
+[data.sampling]
+frames = 4
+stride = 2
+train_clips = 2
+clips = 3
+[data.augmentation]
+image_size = 16
+train_policy = "default_2d_5"
+[model.encoder]
+encoder_type = "residual_encoder"
+features_per_stage = [4, 8]
+n_blocks_per_stage = 1
+strides = [1, 2]
+[task]
+result_plot = "none"
+bootstrap = 0
+[training]
+epochs = 2
+save_every_steps = 1
+log_every = 1
+[dataloading]
+batch_size = 3
+num_workers = 0
+[logger]
+backend = "none"
+"""
+BAG = """
+[model.head]
+head_type = "abmil"
+hidden = 8
+attention = 4
+"""
+WINDOWS = ["lift=windows", "windows.size=[4, 16, 16]", "windows.stride=[4, 16, 16]"]
+BAGS = ["data.sampling.combine=bag", *(f"model.encoder.{change}" for change in WINDOWS)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Twelve videos in two classes and three splits, one of them shorter than a clip, some read in
+    order, one a folder of frames; and two that are broken."""
+    folder = tmp_path_factory.mktemp("set")
+    rows = []
+    for i in range(12):
+        frames = numbered(3 if i == 1 else 9 + i, seed=i)
+        name, codec = (f"{i:02d}.mp4", "libx264") if i % 3 else (f"{i:02d}.mpg", "mpeg1video")
+        if i == 4:
+            name = "04"
+            write_frames(folder / "videos" / name, frames)
+        else:
+            write_video(folder / "videos" / name, frames, codec=codec)
+        split = "train" if i < 6 else "val" if i < 9 else "test"
+        rows.append((name, ("slow", "fast")[i % 2], split))
+    (folder / "videos" / "empty.mp4").touch()
+    (folder / "videos" / "sound.mp4").write_bytes(b"ftyp" * 9)
+    rows += [("empty.mp4", "slow", "train"), ("sound.mp4", "fast", "test")]
+    with open(folder / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *rows])
+    return folder
+
+
+@pytest.fixture
+def spec(root) -> str:
+    return SPEC.replace("ROOT", str(root))
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("memory", ["in memory", "by workers"])
+def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path, monkeypatch, spec, memory):
+    """Within an epoch; clips and their augmentation follow from seed, epoch and batch."""
+    changes = ["dataloading.in_memory_mb=0", "dataloading.num_workers=2"] * (memory == "by workers")
+    calm = command("name=run", *changes, spec=spec)
+    assert "2 videos left out:" in calm.out + calm.err
+    expected = results(tmp_path / "runs")
+    os.rename(tmp_path / "runs", tmp_path / "calm")
+    step = Trainer.optimizer_step
+
+    def killing(self):
+        if self.state.step == 5:
+            raise Killed
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "optimizer_step", killing)
+        with pytest.raises(Killed):
+            command("name=run", *changes, spec=spec)
+    again = command("name=run", *changes, spec=spec)
+    assert "continuing in epoch 2 after optimizer step 5" in again.out
+    equal(results(tmp_path / "runs"), expected)
+
+
+@pytest.mark.runs
+def test_memory_and_workers_change_nothing(command, tmp_path, spec):
+    """Weights and predictions are equal whether videos are in memory, read by this process or by
+    others."""
+    found = []
+    for number, (memory, workers) in enumerate([(1000, 0), (0, 0), (0, 2), (0, 1)]):
+        changes = [f"dataloading.in_memory_mb={memory}", f"dataloading.num_workers={workers}"]
+        run = command(f"name=run{number}", *changes, spec=spec)
+        found.append((run.last["model"], run.rows()))
+    for weights, rows in found[1:]:
+        assert rows == found[0][1]
+        assert all(torch.equal(weights[name], tensor) for name, tensor in found[0][0].items())
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("how", ["logits", "probabilities", "bag"])
+def test_every_mode(command, tmp_path, root, spec, how):
+    changes = [f"data.sampling.combine={how}"] if how != "bag" else BAGS
+    spec = spec + BAG if how == "bag" else spec
+    run = command("name=run", *changes, spec=spec)
+    assert [row["id"] for row in run.rows()] == ["09.mpg", "10.mp4", "11.mp4"]
+    command("name=run", "mode=infer", *changes, spec=spec)
+    for file in ("predictions_test.csv", "metrics_test.json"):
+        assert (run.path / "infer" / file).read_bytes() == (run.path / file).read_bytes()
+    new = tmp_path / "new"
+    write_video(new / "deep" / "a.mp4", numbered(9, seed=3))
+    write_video(new / "b.mpg", numbered(30, seed=4), codec="mpeg1video")
+    command("name=run", "mode=infer", f"infer.input={new}", *changes, spec=spec)
+    with open(run.path / "infer" / "predictions_new.csv", newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ["b.mpg", "deep/a.mp4"]
+    out = f"extract.output_dir={tmp_path}"
+    command("name=run", "mode=extract", "extract.split=test", out, *changes, spec=spec)
+    (path,) = tmp_path.glob("*.h5")
+    with h5py.File(path) as file:
+        assert file["features"].shape == (3, 8) and np.isfinite(file["features"][:]).all()
+        assert [name.decode() for name in file["ids"][:]] == ["09.mpg", "10.mp4", "11.mp4"]
+    command("name=run", "mode=umap", "umap.method=pca", *changes, spec=spec)
+    assert (run.path / "umap" / "pca.csv").is_file()
+
+
+@pytest.mark.runs
+def test_vectors_of_a_frozen_encoder_are_kept(command, spec):
+    """Training on kept vectors is training on the clips themselves, where they are in the middle
+    and nothing is drawn."""
+    still = [
+        "peft.method=linear_probing",
+        "data.sampling.train=middle",
+        "data.sampling.train_clips=1",
+        "data.augmentation.train_policy=default_2d_1",
+    ]
+    kept = command("name=kept", *still, "training.cache_frozen_features=true", spec=spec)
+    plain = command("name=plain", *still, spec=spec)
+    for a, b in zip(kept.rows(), plain.rows(), strict=True):
+        assert float(a["p_slow"]) == pytest.approx(float(b["p_slow"]), abs=1e-5)
+    cache = ["name=no", "training.cache_frozen_features=true", "peft.method=linear_probing"]
+    refused = command(*cache, spec=spec, code=2)
+    assert "sampling.train" in refused.err
+    refused = command(*still, *cache[:2], "data.sampling.combine=probabilities", spec=spec, code=2)
+    assert 'set data.sampling.combine = "logits"' in refused.err
+
+
+@pytest.mark.processes
+def test_two_ranks_learn_what_one_learns(command, tmp_path, spec):
+    """Two ranks are one process that accumulates two batches, up to the order of sums; each video
+    is predicted once."""
+    changes = ["optimizer.name=SGD", "optimizer.lr=0.01", "dataloading.batch_size=2"]
+    one = command(*changes, "training.gradient_accumulation_steps=2", spec=spec)
+    glovita(*arguments(tmp_path / "two", spec, *changes), ranks=2)
+    (path,) = (tmp_path / "two").glob("**/run/0")
+    two = Result(0, "", "", path)
+    for key, value in one.last["model"].items():
+        torch.testing.assert_close(two.last["model"][key], value, rtol=1e-3, atol=2e-5)
+    assert [row["id"] for row in two.rows()] == [row["id"] for row in one.rows()]
