@@ -41,6 +41,7 @@ from glovita_lib.errors import UserError
 ORIENTATION = 0x0112  # EXIF tag
 STRIP_TAGS = ((273, 279), (324, 325))  # TIFF tags: offsets and byte counts of strips, of tiles
 BITS_TAG, PHOTOMETRIC_TAG = 258, 262  # TIFF tags: bits per sample, what the numbers mean
+PLANES_TAG = 284  # 2: the channels of a TIFF stand one behind the other
 SIGN_TAG, SIGNED = 339, 2  # TIFF tag: what kind of number a sample is, and its value of signed ones
 WHITE_IS_ZERO = 0  # value of the second one
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how a file begins
@@ -276,6 +277,11 @@ def wide_colours(data: bytes) -> np.ndarray:
             if image.mode not in ("RGB", "RGBA"):
                 raise UserError(
                     f"16-bit image of mode {image.mode}: save it as 16-bit grey, RGB or RGBA"
+                )
+            if isinstance(image, TiffImageFile) and image.tag_v2.get(PLANES_TAG) == 2:
+                raise UserError(
+                    "16-bit TIFF with a plane for each channel: save it with the channels of a"
+                    " pixel together, or as 16-bit PNG"
                 )
             if swapped:
                 image.tile = [tile._replace(args=other_order(tile.args)) for tile in image.tile]

@@ -268,7 +268,14 @@ def alone(results: Path, ranks: Ranks) -> Iterator[None]:
         UserError: another process does.
     """
     lock = Lock(results.with_name(f".{results.name}.lock"))
-    main_decides(ranks, lock.acquire)
+
+    def acquire() -> None:
+        try:
+            lock.acquire()
+        except UserError as error:  # there is no starting beside it
+            raise UserError(str(error).partition(", or start beside it")[0]) from None
+
+    main_decides(ranks, acquire)
     try:
         yield
     finally:

@@ -515,3 +515,26 @@ def test_deep_colours_that_pillow_narrows_are_refused(tmp_path, suffix, mark, pl
     data[at] = data[at] | byte if suffix == "avif" else byte
     with Image.open(path) as image, pytest.raises(UserError, match=f"of {bits} bits, of which"):
         refuse_narrowed(image, bytes(data))
+
+
+def test_16_bit_planes_of_a_tiff_are_refused(tmp_path):
+    """Pillow keeps the upper byte of compressed ones, whatever it is told of their order."""
+    pixels = np.arange(3 * 4 * 5, dtype="<u2").reshape(3, 4, 5) * 1000
+    strips = [zlib.compress(plane.tobytes()) for plane in pixels]
+    places = np.cumsum([8, *map(len, strips)])
+    end, body = int(places[3]), b"".join(strips)
+    arrays = [[16] * 3, places[:3].tolist(), list(map(len, strips))]
+    at = [end + 12 * number for number in range(3)]  # of three numbers of 4 bytes each
+    entries = [
+        (256, 4, 1, 5), (257, 4, 1, 4), (258, 4, 3, at[0]), (259, 4, 1, 8), (262, 4, 1, 2),
+        (273, 4, 3, at[1]), (277, 4, 1, 3), (278, 4, 1, 4), (279, 4, 3, at[2]), (284, 4, 1, 2),
+    ]  # fmt: skip
+    table = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *e) for e in entries)
+    numbers = b"".join(struct.pack("<3I", *values) for values in arrays)
+    head = b"II*\0" + struct.pack("<I", end + len(numbers))
+    path = tmp_path / "planes.tif"
+    path.write_bytes(head + body + numbers + table + bytes(4))
+    with pytest.raises(UserError, match="a plane for each channel: save it with the channels"):
+        read_image(str(path), channels=3, bit_depth=16, max_megapixels=179)
+    with Image.open(path) as image:  # a sound file, of which Pillow keeps 8 bits
+        np.testing.assert_array_equal(np.asarray(image), (pixels >> 8).transpose(1, 2, 0))

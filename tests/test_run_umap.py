@@ -169,7 +169,8 @@ def test_two_draw_the_same_map_one_after_the_other(tmp_path, capsys):
     path = write(tmp_path / "v.h5", features=X[:60])
     with alone(tmp_path / "umap_plots" / "v" / "pca", Ranks(0, 1, 0, torch.device("cpu"))):
         assert command(tmp_path, f"umap.input={path}") == 2
-    assert "in use by this process" in capsys.readouterr().err
+        line = capsys.readouterr().err
+    assert "in use by this process" in line and "on_existing" not in line
     assert command(tmp_path, f"umap.input={path}") == 0
 
 
