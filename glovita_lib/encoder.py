@@ -1,7 +1,7 @@
 """Encoders: the input they expect, the output they give, aggregation of tokens, building."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from glovita_lib import network
 from glovita_lib.errors import UserError, reason, refuse
 from glovita_lib.spec import ByStruct
 from glovita_lib.spec_augment import CropMode
-from glovita_lib.spec_encoders import BaseEncoder
+from glovita_lib.spec_lift import BaseEncoder
 from glovita_lib.weights import LoadTarget
 
 # ------------------------------------------------------------------------------------ inputs
@@ -87,6 +87,8 @@ class Features:
     places: tuple[np.ndarray, ...] | None = None
     """Where the tokens of each sample lie, (n, axes) whole numbers: voxels of slices and windows of
     a volume; None: in the grid, counted from 0."""
+    intermediates: dict[str, Tensor] | None = None
+    """Maps (B, C, *grid) of inner stages by their names, from the input on; None: not asked for."""
 
     @property
     def patches(self) -> Tensor:
@@ -134,6 +136,12 @@ class Encoder(nn.Module):
         """What it reads a sample in, whose layers its layers are, such as "slices"; None: whole."""
         self.coords_text = "row and column in the grid of patches, from 0; -1: a prefix token"
         """What the coordinates of its tokens mean."""
+        self.input_shape = input_shape
+        """Of the input that it was built for, (1, C, *size)."""
+        self.stage_names: tuple[str, ...] = ()
+        """Its inner stages from the input on."""
+        self.returned: tuple[str, ...] = ()
+        """Stages whose maps every pass gives, see `return_stages`."""
         with evaluating(self):
             self.inspect(input_shape)
 
@@ -153,8 +161,67 @@ class Encoder(nn.Module):
         return tokens
 
     def forward(self, x: Tensor, *, pooled: bool = True) -> Features:
-        """Features of inputs (B, C, *size); without the library's own vector if not asked for."""
-        return self.features_of(self.forward_features(x), x.shape[2:], pooled=pooled)
+        """Features of inputs (B, C, *size), with the maps of the stages that `return_stages` has
+        named; without the library's own vector if not asked for."""
+        if not self.returned:
+            return self.features_of(self.forward_features(x), x.shape[2:], pooled=pooled)
+        with self.taking_stages() as found:
+            features = self.features_of(self.forward_features(x), x.shape[2:], pooled=pooled)
+        if found:
+            features.intermediates = {name: found[name] for name in self.returned if name in found}
+        return features
+
+    def return_stages(self, names: Sequence[str]) -> None:
+        """From now on every pass gives the maps of these stages.
+
+        Raises:
+            UserError: there is no such stage.
+        """
+        for name in names:
+            self.stage(name)
+        self.returned = tuple(names)
+
+    @contextmanager
+    def taking_stages(self) -> Iterator[dict[str, Tensor]]:
+        """Inside, a pass puts the maps (B, C, *grid) of the stages that are returned there."""
+        found: dict[str, Tensor] = {}
+
+        def note(name: str) -> Callable[[nn.Module, object, Any], None]:
+            return lambda module, inputs, output: found.update({name: self.stage_map(name, output)})
+
+        hooks = [self.stage(name).register_forward_hook(note(name)) for name in self.returned]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def stage(self, name: str) -> nn.Module:
+        """The module that gives the map of a stage.
+
+        Raises:
+            UserError: there is no such stage.
+        """
+        raise UserError(f"{self.name} has no stage {name!r}, as it has none at all")
+
+    def stage_map(self, name: str, output: Any) -> Tensor:
+        """What the module of a stage gives as a map (B, C, *grid)."""
+        raise NotImplementedError
+
+    def stage_shapes(self) -> dict[str, tuple[int, ...]]:
+        """(C, *grid) of the stages that are returned, for inputs that it was built for, without
+        computing them where that is possible."""
+
+        def maps(encoder: Encoder, device: str) -> dict[str, Tensor]:
+            x = torch.zeros(self.input_shape, device=device)
+            return encoder(x, pooled=False).intermediates or {}
+
+        with torch.no_grad(), evaluating(self):
+            try:
+                found = maps(without_data(self), "meta")
+            except WITHOUT_SHAPES:
+                found = maps(self, "cpu")
+        return {name: tuple(value.shape[1:]) for name, value in found.items()}
 
     def features_of(self, raw: Any, size: torch.Size, *, pooled: bool) -> Features:
         """Features from raw ones of inputs of a spatial size."""
@@ -177,6 +244,10 @@ class Encoder(nn.Module):
     def token_mask(self, x: Tensor) -> Tensor | None:
         """Which tokens of inputs count, (B, N) bool, where their number varies; None: all."""
         return None
+
+    def of_block(self, output: Any) -> Any:
+        """What a block gives as a map or tokens, where that is hidden in it."""
+        return output
 
     def to_tokens(self, raw: Tensor) -> Tensor:
         """Raw tokens or map -> (B, N, D)."""
@@ -258,7 +329,7 @@ class Encoder(nn.Module):
                     raw = copy.forward_features(torch.zeros(input_shape, device="meta"))
             if not isinstance(raw, Tensor) or raw.numel():  # torch 2.6 lets too small inputs pass
                 return raw, sizes, uses
-        except (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError):
+        except WITHOUT_SHAPES:
             pass  # tensors that are no buffers, operators without shapes: compute it
         try:
             watched = network.noting_uses(self.net)
@@ -393,6 +464,8 @@ class Encoder(nn.Module):
         return network.Depths(of, found.layers, found.head)
 
 
+WITHOUT_SHAPES = (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError)
+"""What a pass without data raises where it needs them."""
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -611,6 +684,13 @@ def preprocess_of(spec: BaseEncoder, *, channels: int) -> Preprocess:
 def patch_size_of(spec: BaseEncoder) -> tuple[int, ...] | None:
     """Voxels (X, Y, Z) that the encoder of a Struct was made for, the default of the patch; None
     where nothing asks for certain ones. Builds nothing."""
+    return None
+
+
+@ByStruct
+def clip_size_of(spec: BaseEncoder) -> tuple[int, int, int] | None:
+    """Frames, height and width (T, H, W) of the clips that the weights of a Struct were trained on;
+    None where nothing says so. Builds nothing."""
     return None
 
 

@@ -1,8 +1,9 @@
-"""Encoders on larger volumes than their networks take: of images slice by slice or with kernels
-inflated to three axes, of volumes window by window.
+"""Encoders on larger samples than their networks take: of images slice by slice, or frame by frame,
+or with kernels inflated to three axes, of volumes window by window.
 
 B batch, C channels, X Y Z voxels, N voxels along the axis of the slices, S slices of a volume, H W
-pixels of a slice, D width.
+pixels of a slice, D width. A clip (T, H, W) is a volume here whose slices along the first axis are
+its frames.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,15 +35,14 @@ from glovita_lib.encoder import (
     resolve_method,
 )
 from glovita_lib.errors import UserError, listed
-from glovita_lib.spec_encoders import BaseEncoder, ImageEncoder
-from glovita_lib.spec_lift import Inflation, Slices, Windows
+from glovita_lib.spec_encoders import ImageEncoder
+from glovita_lib.spec_lift import AXES, Axis, BaseEncoder, Inflation, Slices, Windows
 from glovita_lib.weights import LoadTarget
 
 if TYPE_CHECKING:
     from glovita_lib.bags import Bags  # who reads volumes need not load it
 
 Size = tuple[int, ...]
-AXES = "xyz"  # names of the axes of a volume
 
 # ------------------------------------------------------------------------------------- parts
 #
@@ -160,6 +160,8 @@ def keeping_statistics(net: nn.Module) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------ slices
 
+FRAMES = "frames"  # the stage that the vectors of all slices are
+
 
 class SlicewiseEncoder(PartwiseEncoder):
     """An encoder of images that reads the slices of a volume."""
@@ -167,10 +169,13 @@ class SlicewiseEncoder(PartwiseEncoder):
     at_once = 64
 
     def __init__(self, inner: Encoder, spec: Slices, input_shape: Size) -> None:
-        self.axis = AXES.index(spec.axis)
+        self.axis = AXES[spec.axis]
         self.spec = spec
         super().__init__(inner, spec, "slices", input_shape)
         self.coords_text = "slice: voxel along the axis that slices lie across, from 0"
+        if spec.axis == "t":
+            self.coords_text = "frame of the clip, from 0"
+        self.stage_names = (FRAMES,)
 
     def forward(self, x: "Tensor | Bags", *, pooled: bool = True) -> Any:
         """Features of volumes (B, C, X, Y, Z); bags of vectors, encoded before, as they are."""
@@ -180,7 +185,23 @@ class SlicewiseEncoder(PartwiseEncoder):
         """Tokens (B, S, D), the vectors of the slices, at `places`, voxels along the axis."""
         features = super().features_of(raw, size, pooled=pooled)
         features.places = (self.places(size[self.axis]).numpy()[:, None],) * len(raw)
+        if self.returned:
+            along = raw.mT[..., None, None]  # (B, D, S, 1, 1)
+            features.intermediates = {FRAMES: along.movedim(2, 2 + self.axis)}
         return features
+
+    @contextmanager
+    def taking_stages(self) -> Iterator[dict[str, Tensor]]:
+        """Nothing to take: the stage is the output."""
+        yield {}
+
+    def stage(self, name: str) -> nn.Module:
+        """The network, whose outputs for all slices are the only stage."""
+        if name != FRAMES:
+            raise UserError(
+                f"{self.name} in slices has no stage {name!r}; its only one is {FRAMES!r}"
+            )
+        return self.net
 
     def places(self, voxels: int) -> Tensor:
         """Voxels (S,) along the axis at which the slices of a volume lie."""
@@ -240,9 +261,9 @@ def of_images(spec: ImageEncoder) -> ImageEncoder:
     return replace(spec, lift=None, slices=Slices(), inflation=Inflation(), input_channels=None)
 
 
-def across(size: Size, axis: str) -> Size:
+def across(size: Size, axis: Axis | None) -> Size:
     """Sides of a volume but that along an axis."""
-    return tuple(side for name, side in zip(AXES, size, strict=True) if name != axis)
+    return tuple(side for number, side in enumerate(size) if number != AXES[axis])
 
 
 # ----------------------------------------------------------------------------------- windows
@@ -489,7 +510,7 @@ class InflatedEncoder(Encoder):
 
     def __init__(self, inner: Encoder, spec: Inflation, input_shape: Size) -> None:
         self.image = (inner,)
-        self.axis = AXES.index(spec.axis)
+        self.axis = AXES[spec.axis]
         super().__init__(
             inner.net,
             name=inner.name,
@@ -591,7 +612,7 @@ def _(
             ' convolutional networks can be inflated; lift = "slices" can'
         )
     shape = (1, channels, *(min(side, SMALL) for side in sides))
-    depth = min(size[AXES.index(lift.axis)], SMALL)
+    depth = min(size[AXES[lift.axis]], SMALL)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), evaluating(inner):
         inflate(inner, lift.kernel, image, depth)

@@ -25,7 +25,8 @@ from glovita_lib.encoder import (
     preprocess_of,
 )
 from glovita_lib.errors import UserError, reason
-from glovita_lib.spec_encoders import TorchvisionEncoder, VideoResNetEncoder
+from glovita_lib.network import is_conv
+from glovita_lib.spec_encoders import TorchvisionEncoder, TorchvisionVideoEncoder
 from glovita_lib.weights import LoadTarget, Tensors, fit_kernel, load_file, load_tensors
 
 TAIL = ("avgpool", "flatten", "dropout", "classifier", "fc", "head")  # pooling and classifier
@@ -115,7 +116,7 @@ def builder_of(spec: TorchvisionEncoder) -> Any:
     return torchvision.models.get_model_builder(spec.type)
 
 
-def published_torchvision(spec: TorchvisionEncoder | VideoResNetEncoder) -> Any:
+def published_torchvision(spec: TorchvisionEncoder | TorchvisionVideoEncoder) -> Any:
     """The default published weights of a model (an enum member), None where there are none."""
     import torchvision
 
@@ -223,7 +224,7 @@ def side_of(spec: TorchvisionEncoder, size: tuple[int, ...]) -> int:
 
 
 def construct(
-    builder: Any, arguments: dict[str, Any], spec: TorchvisionEncoder | VideoResNetEncoder
+    builder: Any, arguments: dict[str, Any], spec: TorchvisionEncoder | TorchvisionVideoEncoder
 ) -> nn.Module:
     """Call torchvision's function, its errors told in terms of the spec."""
     try:
@@ -288,12 +289,12 @@ def take_off_classifier(net: nn.Module) -> str:
     layers = [
         (name, module)
         for name, module in getattr(net, tail).named_modules(prefix=tail)
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, nn.Linear) or is_conv(module)
     ]
     name = layers[-1][0]
     parent, _, last = name.rpartition(".")
     setattr(net.get_submodule(parent), last, nn.Identity())
-    if isinstance(layers[-1][1], nn.Conv2d):  # SqueezeNet: the activation of the logits
+    if type(net).__name__ == "SqueezeNet":  # the activation of the logits
         setattr(net.get_submodule(parent), str(int(last) + 1), nn.Identity())
     return name
 
@@ -321,7 +322,7 @@ def load_as_torchvision(net: nn.Module, tensors: Tensors) -> None:
 
 
 def load_torchvision_file(
-    target: LoadTarget, spec: TorchvisionEncoder | VideoResNetEncoder
+    target: LoadTarget, spec: TorchvisionEncoder | TorchvisionVideoEncoder
 ) -> str | None:
     """Load the file of the spec, or the published weights; a note on what was taken.
 

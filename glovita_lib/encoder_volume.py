@@ -1,5 +1,4 @@
-"""Encoders of volumes by convolutions: nnU-Net's residual encoder, also of images, and
-torchvision's 3-D ResNets.
+"""The encoder of volumes by convolutions: nnU-Net's residual encoder, also of images.
 
 Modules of the residual encoder have the names of dynamic-network-architectures, so that weights
 trained there load. B batch, C channels, X Y Z voxels, D width.
@@ -10,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from glovita_lib.encoder import (
@@ -21,15 +19,9 @@ from glovita_lib.encoder import (
     fit_channels,
     preprocess_of,
 )
-from glovita_lib.encoder_torchvision import (
-    IMAGENET,
-    OURS,
-    construct,
-    load_torchvision_file,
-    take_off_classifier,
-)
+from glovita_lib.encoder_torchvision import IMAGENET
 from glovita_lib.errors import UserError
-from glovita_lib.spec_encoders import ResidualEncoder, VideoResNetEncoder
+from glovita_lib.spec_encoders import ResidualEncoder
 from glovita_lib.weights import LoadTarget, load_file
 
 Size = tuple[int, ...]
@@ -387,111 +379,5 @@ def _(spec: ResidualEncoder, *, channels: int, size: Size | None, load_weights: 
     encoder = build_residual(spec, name="residual_encoder", channels=channels, size=size)
     if load_weights and spec.weights is not None:
         note = load_file(encoder.load_target, spec.weights, key=spec.weights_key)
-        encoder.notes += () if note is None else (note,)
-    return encoder
-
-
-# --------------------------------------------------------------------- torchvision's 3-D ResNets
-#
-# Networks of clips (B, C, T, H, W). Of a volume the last axis, that of slices in the usual
-# orientation, takes the place of time: the stems keep its resolution and halve the others.
-
-
-class VideoTrunk(MapTrunk):
-    """A ResNet of clips that reads clips or volumes; its maps are of clips, its tokens of what it
-    reads."""
-
-    def __init__(self, net: nn.Module, axis: int, **facts: Any) -> None:
-        self.axis = axis  # of the inputs, which takes the place of time
-        super().__init__(net, **facts)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Inputs (B, C, T, H, W) or (B, C, X, Y, Z) -> map (B, D, t, h, w), time first."""
-        x = x.movedim(2 + self.axis, 2)
-        for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
-            x = self.net.get_submodule(name)(x)
-        return x
-
-    def to_tokens(self, raw: Tensor) -> Tensor:
-        """Map of the network or of a block -> (B, N, D), in the order of the axes of the inputs."""
-        return super().to_tokens(raw.movedim(2, 2 + self.axis))
-
-    def grid(self, raw: Tensor, size: torch.Size) -> Size | None:
-        """Sides of the map along the axes of the inputs."""
-        depth, *sides = raw.shape[2:]
-        sides.insert(self.axis, depth)
-        return tuple(sides)
-
-
-def fit_rgb(kernel: Tensor, channels: int) -> Tensor:
-    """A first kernel (D, C, *sides) for other channels, as timm fits those of images: summed for
-    one channel, else repeated and scaled by C / channels."""
-    taken = kernel.shape[1]
-    if channels == 1:
-        return kernel.sum(1, keepdim=True)
-    repeated = kernel.repeat(1, -(-channels // taken), *(1,) * (kernel.ndim - 2))
-    return repeated[:, :channels] * (taken / channels)
-
-
-def load_video(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load tensors under torchvision's names, the first kernel fitted to the channels."""
-    key = "stem.0.weight"
-    channels = net.state_dict()[key].shape[1]
-    named = dict(tensors)
-    if key in named and named[key].shape[1] != channels:
-        named[key] = fit_rgb(named[key], channels)
-    net.load_state_dict(named)
-
-
-KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
-
-
-@preprocess_of.register
-def _(spec: VideoResNetEncoder, *, channels: int) -> Preprocess:
-    check_channels(spec, channels)
-    means, stds = KINETICS
-    sized = spec.pretrained or spec.weights is not None
-    return Preprocess(
-        image_size=112 if sized else None,
-        crop_pct=0.875,  # of a shortest side of 128
-        interpolation="bilinear",
-        mean=fit_channels(means, channels),
-        std=fit_channels(stds, channels),
-        fixed_size=False,
-    )
-
-
-@build_encoder.register
-def _(spec: VideoResNetEncoder, *, channels: int, size: Size | None, load_weights: bool) -> Encoder:
-    import torchvision
-
-    check_channels(spec, channels)
-    for key in spec.model_kwargs:
-        if key in OURS:
-            raise UserError(f"model.encoder.model_kwargs.{key}: {OURS[key]} decides this")
-    builder = torchvision.models.get_model_builder(spec.type)
-    net = construct(builder, spec.model_kwargs, spec)
-    first = net.get_submodule("stem.0")
-    assert isinstance(first, nn.Conv3d), "the stem of a 3-D ResNet begins with a convolution"
-    if first.in_channels != channels:
-        first.in_channels = channels
-        first.weight = nn.Parameter(torch.empty(first.out_channels, channels, *first.kernel_size))
-        nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
-    classifier = take_off_classifier(net)
-    axis = "xyz".index(spec.time_axis or "z")
-    sides = [112, 112]
-    sides.insert(axis, 16)
-    encoder = VideoTrunk(
-        net,
-        axis,
-        name=spec.type,
-        n_prefix=0,
-        has_cls=False,
-        channels_last=False,
-        input_shape=(1, channels, *(size or sides)),
-    )
-    encoder.load_target = LoadTarget(net, load_video, (classifier,), first_conv=("stem.0",))
-    if load_weights:
-        note = load_torchvision_file(encoder.load_target, spec)
         encoder.notes += () if note is None else (note,)
     return encoder

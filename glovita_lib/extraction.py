@@ -119,7 +119,8 @@ class Layers:
 
         def note(index: int) -> Callable[[nn.Module, object, object], None]:
             # a copy, as an activation behind the block may work in place
-            return lambda module, inputs, output: found.__setitem__(index, copied(output))
+            of_block = self.encoder.of_block
+            return lambda module, inputs, raw: found.__setitem__(index, copied(of_block(raw)))
 
         hooks = [blocks[i].register_forward_hook(note(i)) for i in set(self.indices)]
         try:

@@ -350,8 +350,8 @@ def dependencies(net: nn.Module, output: Tensor) -> frozenset[str]:
 # is none.
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-STAGE_CHILDREN = {"blocks", "layers", "stages", "transformer_encoder"}
-STEMS = {"patch_embed", "embeds", "stem"}
+STAGE_CHILDREN = {"blocks", "layers", "stages", "transformer_encoder", "res_blocks"}
+STEMS = {"patch_embed", "embeds", "stem", "pos_encoding", "cls_positional_encoding"}
 POOLS = {"attn_pool"}  # a transformer block in all but its output, one vector
 
 

@@ -1,4 +1,4 @@
-"""Encoders in a spec: of images, volumes and time series, and of images on both others."""
+"""Encoders in a spec: of images, volumes, clips and time series, and of images on the others."""
 
 import re
 from collections.abc import Iterator
@@ -7,128 +7,22 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from msgspec import Meta
 from msgspec.structs import replace
 
-from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_if, target_problems
 from glovita_lib.spec_errors import PathText, SampleKind, shown
-from glovita_lib.spec_lift import Axis, Folding, Inflation, Lift, Lifting, Positive, Slices, Windows
-
-Channels = Annotated[int, Meta(ge=1)]
-ENCODERS = {  # one that takes them
-    "images": "timm",
-    "volumes": "residual_encoder",
-    "series": "inception_time",
-    "videos": "torchvision_video",
-}
-OTHER_DATA = {
-    "features": ' set data.dataset to "precomputed_features", or',
-    "volumes": ' set data.dataset to "generic_3d_dataset" or "custom_3d_dataset", or',
-}
-
-
-class BaseEncoder(Spec):
-    """What other sections and the model ask every encoder."""
-
-    built_in: ClassVar[str] = "encoder"
-
-    @property
-    def takes(self) -> SampleKind:
-        """What a sample is; either is an image or a volume."""
-        return "images"
-
-    def reads(self, samples: str) -> bool:
-        """Whether samples of a kind, "images", "volumes" or "features", are what it takes."""
-        return samples == self.takes or (self.takes == "either" and samples != "features")
-
-    def of_samples(self, samples: str) -> Self:
-        """The section as it is meant for samples of a kind, which may decide what it leaves
-        open."""
-        return self
-
-    @property
-    def stated_channels(self) -> int | None:
-        """Channels of the input, where the section states them."""
-        return None
-
-    @property
-    def without_class_token(self) -> str | None:
-        """Name of the model, where it says that there is no class token."""
-        return None
-
-    @property
-    def lifting(self) -> "Lifting | None":
-        """How samples become what the network takes, where they are larger than that."""
-        return None
-
-    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
-        """Features pass by the encoder; images and volumes have one that takes them."""
-        if samples == "features" and self.takes != "features":
-            yield "encoder_type", 'the samples are features already: set it to "precomputed"'
-        elif not self.reads(samples):
-            yield (
-                "encoder_type",
-                f"{shown(self.__struct_config__.tag)} takes {self.takes}, and the samples are"
-                f" {samples}:{OTHER_DATA.get(self.takes, '')} name an encoder for"
-                f" {samples}, e.g. {shown(ENCODERS[samples])}{self.other_samples(samples)}",
-            )
-
-    def other_samples(self, samples: str) -> str:
-        """What else lets the encoder read samples of a kind, as the end of a message."""
-        return ""
-
-    def channel_problems(self, channels: int) -> Iterator[tuple[str, str]]:
-        """Where the section states the channels, the data have as many."""
-        stated = self.stated_channels
-        if stated is not None and stated != channels:
-            yield (
-                "input_channels",
-                f"{stated}, but the samples have {channels} channels: leave it out",
-            )
-
-
-class LiftedEncoder(BaseEncoder):
-    """An encoder that may read larger samples than its network takes."""
-
-    lift: Lift | None = None
-    """How it reads whole volumes; none: as its network does."""
-    windows: Windows = Windows()
-    """Which windows, and what becomes of them."""
-
-    windowed: ClassVar[bool] = True
-    """Whether its network may take volumes, and so windows of them."""
-
-    @property
-    def has_patch(self) -> bool:
-        """Whether it was made for a certain patch."""
-        return False
-
-    @property
-    def lifts(self) -> dict[str, tuple[str, Lifting]]:
-        """Key and options of every lift, by the value of `lift`."""
-        return {"windows": ("windows", self.windows)}
-
-    @property
-    def lifting(self) -> Lifting | None:
-        return None if self.lift is None else self.lifts[self.lift][1]
-
-    @property
-    def without_class_token(self) -> str | None:
-        return None if self.lift is None else f"lift = {shown(self.lift)}"
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Options of a lift are read with it alone; windows have a size."""
-        for lift, (key, options) in self.lifts.items():
-            if self.lift != lift and options != type(options)():
-                needed = f"model.encoder.lift = {shown(lift)}"
-                yield key, f"it would be ignored, it is read only with {needed}"
-        tag = shown(self.__struct_config__.tag)
-        if self.lift == "windows" and not self.windowed:
-            yield (
-                "lift",
-                f'"windows" cuts volumes for an encoder of volumes, and {tag} is one of images: set'
-                ' it to "slices", or encoder_type to one of volumes, e.g. "residual_encoder"',
-            )
-        elif self.lift == "windows" and self.windows.size is None and not self.has_patch:
-            yield "windows.size", f"{tag} takes windows of any size: name theirs, as [64, 64, 64]"
+from glovita_lib.spec_lift import (
+    USUAL_AXES,
+    Axis,
+    BaseEncoder,
+    Channels,
+    Folding,
+    Inflation,
+    Lift,
+    LiftedEncoder,
+    Lifting,
+    Positive,
+    Slices,
+    axis_problems,
+)
 
 
 class ImageEncoder(LiftedEncoder):
@@ -150,6 +44,27 @@ class ImageEncoder(LiftedEncoder):
     def takes(self) -> SampleKind:
         return "images" if self.lift is None else "series" if self.lift == "fold" else "volumes"
 
+    def reads(self, samples: str) -> bool:
+        """Slices and inflated kernels know no difference between a volume and a clip."""
+        return super().reads(samples) or (
+            samples == "videos" and self.lift in ("slices", "inflate")
+        )
+
+    def of_samples(self, samples: str) -> Self:
+        """Axis of slices and of inflated kernels."""
+        usual = USUAL_AXES.get(samples)
+        if self.lift == "slices":
+            return replace(self, slices=replace(self.slices, axis=self.slices.axis or usual))
+        if self.lift == "inflate":
+            axis = self.inflation.axis or usual
+            return replace(self, inflation=replace(self.inflation, axis=axis))
+        return self
+
+    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
+        yield from super().sample_problems(samples)
+        yield from axis_problems("slices.axis", self.slices.axis, samples)
+        yield from axis_problems("inflation.axis", self.inflation.axis, samples)
+
     @property
     def lifts(self) -> dict[str, tuple[str, Lifting]]:
         return {
@@ -162,7 +77,7 @@ class ImageEncoder(LiftedEncoder):
     def other_samples(self, samples: str) -> str:
         if samples == "images":
             return "; or leave model.encoder.lift out"
-        lift = {"volumes": "slices", "series": "fold"}.get(samples)
+        lift = {"volumes": "slices", "videos": "slices", "series": "fold"}.get(samples)
         return "" if lift is None else f", or set model.encoder.lift = {shown(lift)}"
 
 
@@ -457,35 +372,125 @@ class NnFoundationEncoder(
         return True
 
 
-class VideoResNetEncoder(VolumeEncoder, tag="torchvision_video", tag_field="encoder_type"):
-    """A 3-D ResNet of torchvision on videos, or on volumes, an axis of which takes the place of
-    time."""
+class ClipEncoder(VolumeEncoder):
+    """What the encoders of clips (C, T, H, W) share. They read volumes too, an axis of which takes
+    the place of time."""
 
-    type: Literal["r3d_18", "mc3_18", "r2plus1d_18"] = "r3d_18"
-    """Model name; the published weights are of Kinetics-400."""
+    built_in: ClassVar[str] = "encoder_video"
+    set_elsewhere: ClassVar[dict[str, str]] = {}
+    """Keys of model_kwargs that have, or follow from, a key of their own, and which."""
+
+    type: str = ""
+    """Model name."""
     pretrained: bool = True
-    """Whether the published weights are downloaded; weights takes a file instead."""
+    """Whether the published weights, of Kinetics-400, are downloaded; weights takes a file
+    instead."""
     weights: PathText | None = None
-    """File of weights (pth, pt, safetensors) to start from; nothing is downloaded then."""
+    """File of weights (pth, pt, pyth, safetensors) to start from; nothing is downloaded then.
+    Position embeddings are resampled to the clip."""
     weights_key: Annotated[str | None, read_if("weights")] = None
     """Where in the file the network stands, as "state_dict_ema" or "teacher.backbone"; "" is the
     top. none takes the averaged one of several, or the teacher."""
+    time_axis: Axis | None = None
+    """Axis of a volume in the place of time; none is z, and t of clips."""
+    return_intermediates: bool = False
+    """Whether maps of inner stages are handed to a head that takes raw features, beside the
+    output."""
+    intermediate_names: Annotated[tuple[str, ...], read_if("return_intermediates", True)] = ()
+    """Which of them: "stem", "layer1" ... "layer4", or modules of the network; none named: all
+    stages."""
     model_kwargs: dict[str, Any] = {}
     """Further arguments of the model; an unknown one is an error."""
-    time_axis: Axis | None = None
-    """Axis of a volume in the place of time; none is z; videos have theirs."""
+
+    @property
+    def takes(self) -> SampleKind:
+        return "videos"
+
+    @property
+    def of_clips_alone(self) -> bool:
+        """Whether its tokens are made for time and cannot stand for an axis of a volume."""
+        return self.type.startswith("mvit")
+
+    @property
+    def without_class_token(self) -> str | None:
+        return None if self.of_clips_alone and self.lift is None else self.type
 
     def reads(self, samples: str) -> bool:
-        """Videos and volumes."""
-        return samples == "videos" or super().reads(samples)
+        """Clips, and volumes where another axis can stand for time."""
+        return super().reads(samples) or (samples == "volumes" and not self.of_clips_alone)
 
     def of_samples(self, samples: str) -> Self:
-        return replace(self, time_axis=self.time_axis or ("x" if samples == "videos" else "z"))
+        """The axis of time."""
+        return replace(self, time_axis=self.time_axis or USUAL_AXES.get(samples))
+
+    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
+        yield from super().sample_problems(samples)
+        yield from axis_problems("time_axis", self.time_axis, samples)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
-        elsewhere = {"num_classes": "the data", "weights": "model.encoder.weights"}
-        yield from argument_problems(self.model_kwargs, elsewhere)
+        yield from argument_problems(self.model_kwargs, self.set_elsewhere)
+
+
+class TorchvisionVideoEncoder(ClipEncoder, tag="torchvision_video", tag_field="encoder_type"):
+    """A video model of torchvision, of clips or volumes."""
+
+    set_elsewhere: ClassVar[dict[str, str]] = {
+        "num_classes": "the data",
+        "weights": "model.encoder.weights",
+        "pretrained": "model.encoder.pretrained",
+        "progress": "model.encoder.pretrained",
+    }
+
+    type: Literal[
+        "r3d_18", "mc3_18", "r2plus1d_18", "s3d", "mvit_v1_b", "mvit_v2_s",
+        "swin3d_t", "swin3d_s", "swin3d_b",
+    ] = "r3d_18"  # fmt: skip
+    """Model name; the mvit ones read clips alone."""
+
+
+class PytorchvideoEncoder(ClipEncoder, tag="pytorchvideo", tag_field="encoder_type"):
+    """A model of pytorchvideo's hub, of clips or volumes."""
+
+    built_in: ClassVar[str] = "encoder_pytorchvideo"
+
+    set_elsewhere: ClassVar[dict[str, str]] = {
+        "model_num_class": "the data",
+        "head_num_classes": "the data",
+        "pretrained": "model.encoder.pretrained",
+        "progress": "model.encoder.pretrained",
+        "input_channel": "the data",
+        "input_channels": "the data",
+        "input_clip_length": "the clips",
+        "input_crop_size": "the clips",
+        "spatial_size": "the clips",
+        "temporal_size": "the clips",
+        "slowfast_fusion_conv_stride": "model.encoder.slowfast_alpha",
+    }
+
+    type: Literal[
+        "x3d_xs", "x3d_s", "x3d_m", "x3d_l", "slow_r50", "c2d_r50", "i3d_r50", "csn_r101",
+        "r2plus1d_r50", "slowfast_r50", "slowfast_r101", "slowfast_16x8_r101_50_50",
+        "mvit_base_16x4", "mvit_base_32x3",
+    ] = "x3d_s"  # fmt: skip
+    """Model name; the mvit ones read clips alone."""
+    pathway_mode: Literal["auto", "single", "slowfast"] = "auto"
+    """Whether a clip enters as it is, or as a slow and a fast pathway; auto: as the model asks."""
+    slowfast_alpha: Annotated[
+        Positive, read_if("has_pathways", True, words="type = a slowfast model")
+    ] = 4
+    """Frames of the fast pathway to one of the slow pathway."""
+
+    @property
+    def has_pathways(self) -> bool:
+        """Whether the model takes a slow and a fast pathway."""
+        return self.type.startswith("slowfast")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        mode = "slowfast" if self.has_pathways else "single"
+        if self.pathway_mode not in ("auto", mode):
+            yield "pathway_mode", f"{self.type} takes {shown(mode)}: leave it out"
 
 
 class SeriesEncoder(BaseEncoder):
@@ -611,7 +616,8 @@ Encoder = (
     | ResidualEncoder
     | PrimusEncoder
     | NnFoundationEncoder
-    | VideoResNetEncoder
+    | TorchvisionVideoEncoder
+    | PytorchvideoEncoder
     | InceptionTimeEncoder
     | SeriesResNetEncoder
     | SeriesTransformerEncoder

@@ -1,32 +1,47 @@
-"""How an encoder reads larger samples than its network takes: slices, frames, windows, inflated
-kernels, series folded to images."""
+"""What every encoder in a spec answers, and how one reads larger samples than its network takes:
+slices, frames, windows, inflated kernels, series folded to images."""
 
 import operator
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_unless
-from glovita_lib.spec_errors import shown
+from glovita_lib.spec_errors import SampleKind, shown
 
 Aggregation = Literal["cls_token", "avg", "patch_mean", "sum", "mean_all", "joint", "pooled"]
 Positive = Annotated[int, Meta(ge=1)]
-Axis = Literal["x", "y", "z"]
+Axis = Literal["t", "x", "y", "z"]
+AXES: dict[Axis | None, int] = {"t": 0, "x": 0, "y": 1, "z": 2, None: 2}
+"""Number of an axis of clips (T, H, W) or volumes (X, Y, Z); unset is that of a volume."""
+USUAL_AXES: dict[str, Axis] = {"videos": "t", "volumes": "z"}
+"""Axis that parts follow one another along, by the kind of samples."""
+
+
+def axis_problems(key: str, axis: Axis | None, samples: str) -> Iterator[tuple[str, str]]:
+    """Clips have one axis to be named, time; volumes have three others."""
+    if axis is None or samples not in USUAL_AXES or (axis == "t") == (samples == "videos"):
+        return
+    valid = '"t"' if samples == "videos" else '"x", "y" and "z"'
+    yield key, f"{shown(axis)} is no axis of {samples}, which have {valid}: leave it out"
 
 
 class Slices(Spec):
-    """Which slices of a volume an encoder of images sees; without stride and count all."""
+    """Which slices of a volume, or frames of a clip, an encoder of images sees; without stride and
+    count all."""
 
     built_in: ClassVar[str] = "encoder_slicewise"
 
-    axis: Axis = "z"
-    """Axis that slices lie across; the first of the others is the height of an image."""
+    axis: Axis | None = None
+    """Axis that slices lie across; the first of the others is the height of an image. none is z of
+    volumes, t of clips."""
     stride: Positive | None = None
-    """Voxels from a slice to the next, around the middle."""
+    """Voxels, or frames, from a slice to the next, around the middle."""
     count: Positive | None = None
-    """Number of slices at most, evenly over the volume; with stride those around the middle."""
+    """Number of slices at most, evenly over the volume or clip; with stride those around the
+    middle."""
     adjacent: bool = False
     """Whether a channel becomes three: of the slice before, of the slice and of the one behind."""
     size: tuple[Positive, Positive] | None = None
@@ -44,8 +59,8 @@ class Inflation(Spec):
 
     built_in: ClassVar[str] = "encoder_slicewise"
 
-    axis: Axis = "z"
-    """Axis of the volume that kernels did not have."""
+    axis: Axis | None = None
+    """Axis that kernels did not have; none is z of volumes, t of clips."""
     kernel: Literal["mean", "center"] = "mean"
     """Whether weights are spread along it (Carreira, Zisserman, CVPR 2017) or in its middle."""
 
@@ -110,3 +125,123 @@ class Folding(Spec):
 
 Lift = Literal["slices", "inflate", "windows", "fold"]
 Lifting = Slices | Inflation | Windows | Folding
+
+
+# --------------------------------------------------------------------------- encoders
+
+Channels = Annotated[int, Meta(ge=1)]
+ENCODERS = {  # one that takes them
+    "images": "timm",
+    "volumes": "residual_encoder",
+    "videos": "torchvision_video",
+    "series": "inception_time",
+}
+OTHER_DATA = {
+    "features": ' set data.dataset to "precomputed_features", or',
+    "volumes": ' set data.dataset to "generic_3d_dataset" or "custom_3d_dataset", or',
+}
+
+
+class BaseEncoder(Spec):
+    """What other sections and the model ask every encoder."""
+
+    built_in: ClassVar[str] = "encoder"
+
+    @property
+    def takes(self) -> SampleKind:
+        """What a sample is; either is an image, a volume, a clip or a series."""
+        return "images"
+
+    def reads(self, samples: str) -> bool:
+        """Whether samples of a kind, such as "images" or "features", are what it takes."""
+        return samples == self.takes or (self.takes == "either" and samples != "features")
+
+    @property
+    def stated_channels(self) -> int | None:
+        """Channels of the input, where the section states them."""
+        return None
+
+    @property
+    def without_class_token(self) -> str | None:
+        """Name of the model, where it says that there is no class token."""
+        return None
+
+    @property
+    def lifting(self) -> "Lifting | None":
+        """How samples become what the network takes, where they are larger than that."""
+        return None
+
+    def of_samples(self, samples: str) -> Self:
+        """The section with what is left open and follows from the kind of samples."""
+        return self
+
+    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
+        """Features pass by the encoder; images and volumes have one that takes them."""
+        if samples == "features" and self.takes != "features":
+            yield "encoder_type", 'the samples are features already: set it to "precomputed"'
+        elif not self.reads(samples):
+            yield (
+                "encoder_type",
+                f"{shown(self.__struct_config__.tag)} takes {self.takes}, and the samples are"
+                f" {samples}:{OTHER_DATA.get(self.takes, '')} name an encoder for"
+                f" {samples}, e.g. {shown(ENCODERS[samples])}{self.other_samples(samples)}",
+            )
+
+    def other_samples(self, samples: str) -> str:
+        """What else lets the encoder read samples of a kind, as the end of a message."""
+        return ""
+
+    def channel_problems(self, channels: int) -> Iterator[tuple[str, str]]:
+        """Where the section states the channels, the data have as many."""
+        stated = self.stated_channels
+        if stated is not None and stated != channels:
+            yield (
+                "input_channels",
+                f"{stated}, but the samples have {channels} channels: leave it out",
+            )
+
+
+class LiftedEncoder(BaseEncoder):
+    """An encoder that may read larger samples than its network takes."""
+
+    lift: Lift | None = None
+    """How it reads whole volumes; none: as its network does."""
+    windows: Windows = Windows()
+    """Which windows, and what becomes of them."""
+
+    windowed: ClassVar[bool] = True
+    """Whether its network may take volumes, and so windows of them."""
+
+    @property
+    def has_patch(self) -> bool:
+        """Whether it was made for a certain patch."""
+        return False
+
+    @property
+    def lifts(self) -> dict[str, tuple[str, Lifting]]:
+        """Key and options of every lift, by the value of `lift`."""
+        return {"windows": ("windows", self.windows)}
+
+    @property
+    def lifting(self) -> Lifting | None:
+        return None if self.lift is None else self.lifts[self.lift][1]
+
+    @property
+    def without_class_token(self) -> str | None:
+        return None if self.lift is None else f"lift = {shown(self.lift)}"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Options of a lift are read with it alone; windows have a size."""
+        for lift, (key, options) in self.lifts.items():
+            if self.lift != lift and options != type(options)():
+                needed = f"model.encoder.lift = {shown(lift)}"
+                yield key, f"it would be ignored, it is read only with {needed}"
+        tag = shown(self.__struct_config__.tag)
+        if self.lift == "windows" and not self.windowed:
+            yield (
+                "lift",
+                f'"windows" cuts volumes for an encoder of volumes, and {tag} is one of images: set'
+                ' it to "slices", or encoder_type to one of volumes, e.g. "residual_encoder"',
+            )
+        elif self.lift == "windows" and self.windows.size is None and not self.has_patch:
+            yield "windows.size", f"{tag} takes windows of any size: name theirs, as [64, 64, 64]"

@@ -23,9 +23,7 @@ from glovita_lib.encoder import aggregate, any_encoder
 from glovita_lib.encoder_slicewise import WindowsEncoder
 from glovita_lib.experiment import read_data, restore
 from glovita_lib.model import build_model, logits_of
-from glovita_lib.spec_encoders import (
-    Encoder,
-)
+from glovita_lib.spec_encoders import Encoder
 from glovita_lib.spec_model import AbmilHead, ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
 

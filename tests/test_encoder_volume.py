@@ -1,4 +1,4 @@
-"""Encoders of volumes against dynamic-network-architectures and torchvision, weights of files,
+"""Encoders of volumes against dynamic-network-architectures, weights of files,
 sizes, and through the model: a step of training, a strict reload."""
 
 import importlib.util
@@ -8,22 +8,18 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-import torchvision
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glovita_lib.encoder import Encoder, aggregate, build_encoder, patch_size_of, preprocess_of
 from glovita_lib.encoder_primus import WIDTHS, PrimusNetwork, PrimusShape, build_primus, resample
-from glovita_lib.encoder_volume import Block, ResidualNetwork, build_residual, fit_rgb
+from glovita_lib.encoder_volume import Block, ResidualNetwork, build_residual
 from glovita_lib.errors import UserError
-from glovita_lib.extraction import Layers
 from glovita_lib.model import build_model
 from glovita_lib.spec_encoders import (
     CustomEncoder,
     PrimusEncoder,
     ResidualEncoder,
-    VideoResNetEncoder,
 )
 from glovita_lib.spec_model import ModelSpec
 from glovita_lib.spec_peft import FullFinetuning
@@ -151,43 +147,6 @@ def test_initial_weights_are_those_of_nnunet() -> None:
     torch.testing.assert_close(eva.blocks[0].gamma_1, torch.full((48,), 0.1))
 
 
-# -------------------------------------------------------------------- torchvision
-
-
-@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18"])
-def test_video_resnets_read_the_last_axis_as_time(name: str) -> None:
-    encoder = make(VideoResNetEncoder(type=name, pretrained=False), (32, 48, 8), channels=3)
-    net = torchvision.models.get_model(name, weights=None)
-    net.load_state_dict(encoder.net.state_dict(), strict=False)
-    net.fc = nn.Identity()
-    x = volumes(32, 48, 8, channels=3)
-    with torch.no_grad():
-        features = encoder(x)
-        torch.testing.assert_close(features.pooled, net.eval()(x.permute(0, 1, 4, 2, 3)))
-        maps = encoder.forward_features(x).permute(0, 1, 3, 4, 2)  # (B, D, x, y, z)
-    assert features.grid == (2, 3, 8 if name == "mc3_18" else 1) and encoder.pooling == "avg"
-    torch.testing.assert_close(features.tokens.mT.unflatten(2, features.grid), maps)
-    assert Layers(encoder, (0,), norm=False)(x)[0].grid == (16, 24, 8)
-    assert len(encoder.block_names) == 8
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
-def test_rgb_kernels_are_fitted_as_timm_does(channels: int) -> None:
-    kernel = torch.randn(5, 3, 3, 3)
-    torch.testing.assert_close(fit_rgb(kernel, channels), adapt_input_conv(channels, kernel))
-
-
-def test_weights_of_clips_load_into_a_network_of_one_channel(tmp_path: Path) -> None:
-    clips = torchvision.models.get_model("r3d_18", weights=None)
-    torch.save(clips.state_dict(), tmp_path / "k.pt")
-    spec = VideoResNetEncoder(weights=str(tmp_path / "k.pt"))
-    encoder, clips.fc = make(spec, (32, 32, 8), weights=True), nn.Identity()
-    x = volumes(32, 32, 8)
-    with torch.no_grad():
-        expected = clips.eval()(x.expand(-1, 3, -1, -1, -1).permute(0, 1, 4, 2, 3))
-        torch.testing.assert_close(encoder(x).pooled, expected, rtol=1e-4, atol=1e-5)
-
-
 # -------------------------------------------------------------------- through the model
 
 FAMILIES = {
@@ -196,11 +155,10 @@ FAMILIES = {
     "pooled": (section(pool_type="max", squeeze_excitation=True, norm="batch"), (9, 8, 8)),
     "images": (section(spatial_dim=2, dropout_p=0.1, stochastic_depth_p=0.1), (8, 12)),
     "primus": (PrimusEncoder(patch_drop_rate=0.3, drop_path_rate=0.1), (16, 16, 24)),
-    "clips": (VideoResNetEncoder(pretrained=False), (32, 32, 8)),
 }
 
 
-BLOCKS = {"residual": 2, "bottleneck": 2, "pooled": 2, "images": 2, "primus": 12, "clips": 8}
+BLOCKS = {"residual": 2, "bottleneck": 2, "pooled": 2, "images": 2, "primus": 12}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -373,16 +331,6 @@ def test_position_embeddings_of_files_are_resampled(tmp_path: Path) -> None:
             (16, 16, 16),
             "input_channels: 2, but the samples have 1 channels",
         ),
-        (
-            VideoResNetEncoder(pretrained=False, model_kwargs={"zap": 1}),
-            (32, 32, 8),
-            "model_kwargs.zap: r3d_18 does not take it",
-        ),
-        (
-            VideoResNetEncoder(pretrained=False, model_kwargs={"num_classes": 1}),
-            (32, 32, 8),
-            "model_kwargs.num_classes: the data decides",
-        ),
     ],
 )
 def test_what_does_not_fit_is_told(spec, size, message: str) -> None:
@@ -397,7 +345,11 @@ def test_poolings_make_steps_of_any_size() -> None:
 
 def test_default_patches() -> None:
     assert patch_size_of(PrimusEncoder(input_shape=(16, 24, 32))) == (16, 24, 32)
-    for spec in (PrimusEncoder(), section(), VideoResNetEncoder(), CustomEncoder(target="a:b")):
+    for spec in (
+        PrimusEncoder(),
+        section(),
+        CustomEncoder(target="a:b"),
+    ):
         assert patch_size_of(spec) is None
     assert preprocess_of(section(spatial_dim=2), channels=1).image_size is None
     assert make(PrimusEncoder(), None)(volumes(16, 16, 16)).grid == (2, 2, 2)

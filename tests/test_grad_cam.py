@@ -22,7 +22,7 @@ from glovita_lib.spec_encoders import (
     ResidualEncoder,
     TimmEncoder,
     TorchvisionEncoder,
-    VideoResNetEncoder,
+    TorchvisionVideoEncoder,
 )
 from glovita_lib.spec_lift import Inflation, Slices, Windows
 from glovita_lib.spec_model import AbmilHead, ModelSpec
@@ -145,7 +145,7 @@ CASES = {
         (12, 10, 8), {"head": AbmilHead()}, "stages.1", of_map,
     ),
     "video": (
-        VideoResNetEncoder(type="r3d_18", pretrained=False), (32, 16, 16), {}, "layer4",
+        TorchvisionVideoEncoder(type="r3d_18", pretrained=False), (32, 16, 16), {}, "layer4",
         lambda x: of_map(x.movedim(2, 4)),
     ),
     "inflated": (
