@@ -111,6 +111,9 @@ class Encoder(nn.Module):
     A subclass makes raw features (`forward_features`), pools (`pool`) and norms them (`norm`).
     """
 
+    patch: tuple[float, ...] = ()
+    """Sides of a patch, pixels or in proportion; empty for vectors and parts."""
+
     def __init__(
         self,
         net: nn.Module,
@@ -285,7 +288,6 @@ class Encoder(nn.Module):
         self.has_tokens = self.layout is not None
         patches = given.shape[1] - self.n_prefix if self.layout == 3 else 0
         self.patch = self.patch_sides(patches, sizes, input_shape[2:])
-        """Sides of a patch, pixels or in proportion; empty for vectors."""
         if not self.has_tokens:
             self.n_prefix, self.has_cls, self.prefix = 0, False, ()
         self.has_patches = self.has_tokens and self.to_tokens(raw).shape[1] > self.n_prefix

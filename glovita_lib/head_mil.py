@@ -23,7 +23,14 @@ from glovita_lib.bags import (
 )
 from glovita_lib.heads import build_head
 from glovita_lib.network import eager
-from glovita_lib.spec_model import AbmilHead, DsmilHead, MaxMilHead, MeanMilHead, TransmilHead
+from glovita_lib.spec_model import (
+    AbmilHead,
+    DsmilHead,
+    MaxMilHead,
+    MeanMilHead,
+    TemporalTransformerHead,
+    TransmilHead,
+)
 
 NORM_EPS = 1e-6  # as CLAM's default
 
@@ -343,3 +350,121 @@ class Transmil(nn.Module):
 @build_head.register
 def _(spec: TransmilHead, *, width: int, outputs: int) -> nn.Module:
     return Transmil(spec, width=width, outputs=outputs)
+
+
+# -------------------------------------------------------------------- temporal transformer
+#
+# Instances in their order, frames of a clip or slices of a volume:
+#
+#     h_i = W (x_i, |x_{i+1} - x_i|, ..., |x_{i+r} - x_i|) + b + p_i
+#
+# with the sines and cosines p_i of the place i (Vaswani et al., "Attention is all you need",
+# NeurIPS 2017), behind a class token; blocks with the norm before attention and MLP; a linear layer
+# on the class token. Behind the last instance of a bag stands that one again.
+#
+# B bags, M instances of all bags, N of the longest, D width, H hidden, A heads, E = H / A.
+
+LONGEST = 10_000.0  # the slowest sine takes 2 pi times as many instances to come round
+
+
+class TemporalBlock(nn.Module):
+    """x + dropout(attention(LayerNorm(x))), then x + dropout(MLP(LayerNorm(x)))."""
+
+    def __init__(self, spec: TemporalTransformerHead) -> None:
+        super().__init__()
+        hidden, inner = spec.hidden, round(spec.hidden * spec.mlp_ratio)
+        self.num_heads = spec.heads
+        self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.qkv, self.proj = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+        self.fc1, self.fc2 = nn.Linear(hidden, inner), nn.Linear(inner, hidden)
+        self.drop = nn.Dropout(spec.dropout)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each (B, A, L, E), of tokens (B, L, H)."""
+        return (
+            self.qkv(self.norm1(x))
+            .unflatten(2, (3, self.num_heads, -1))
+            .permute(2, 0, 3, 1, 4)
+            .unbind()
+        )
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Tokens (B, L, H), of which those of the mask (B, L) count -> the same."""
+        q, k, v = self.split(x)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        x = x + self.drop(self.proj(y.transpose(1, 2).flatten(2)))
+        return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+    def scores_of_first(self, x: Tensor) -> Tensor:
+        """Attention of the first token to all of them before the softmax, (B, A, L)."""
+        q, k, _ = self.split(x)
+        return (q[:, :, :1] @ k.mT)[:, :, 0] * q.shape[-1] ** -0.5
+
+
+class TemporalTransformer(nn.Module):
+    """logits = W LayerNorm(class token) + b behind the blocks."""
+
+    consumes = "features"
+
+    def __init__(self, spec: TemporalTransformerHead, *, width: int, outputs: int) -> None:
+        super().__init__()
+        self.reach, hidden = spec.differences, spec.hidden
+        self.prepare = nn.LayerNorm(width) if spec.feature_prep else nn.Identity()
+        self.project = nn.Linear((self.reach + 1) * width, hidden)
+        self.token = nn.Parameter(torch.zeros(hidden))
+        self.blocks = nn.ModuleList(TemporalBlock(spec) for _ in range(spec.depth))
+        self.norm = nn.LayerNorm(hidden)
+        self.classifier = nn.Linear(hidden, outputs)
+        nn.init.normal_(self.token, std=0.02)
+
+    def forward(self, inputs: Any, targets: Tensor | None = None) -> Tensor:
+        """What `as_bags` takes -> logits (B, K).
+
+        Targets are given to every head on instances; this one has no auxiliary loss for them.
+        """
+        x, mask = self.tokens(as_bags(inputs))
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.classifier(self.norm(x[:, 0]))
+
+    def tokens(self, bags: Bags) -> tuple[Tensor, Tensor]:
+        """Tokens (B, 1 + N, H) before the first block, the class token first, and which are real
+        (B, 1 + N)."""
+        x = self.prepare(bags.features.to(self.project.weight.dtype))  # (M, D)
+        changes = [(x[rows] - x).abs() for rows in self.behind(bags)]
+        h = self.project(torch.cat([x, *changes], 1))  # (M, H)
+        h = h + sines(bags.longest, h.shape[1]).to(h)[bags.position]
+        padded, first = bags.pad(h, 0.0), self.token.to(h.dtype).expand(len(bags), 1, -1)
+        return torch.cat([first, padded], 1), F.pad(bags.mask, (1, 0), value=True)
+
+    def behind(self, bags: Bags) -> list[Tensor]:
+        """Rows (M,) of the first, the second ... instance behind each one, in its bag."""
+        last = bags.ptr[bags.index + 1] - 1  # (M,)
+        rows = torch.arange(len(last), device=last.device)
+        return [torch.minimum(rows + step, last) for step in range(1, self.reach + 1)]
+
+    def attention(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Attention of the class token to each instance in the last block, mean over the heads,
+        logarithm and share in its bag: 2 x (M, 1)."""
+        bags = as_bags(inputs)
+        x, mask = self.tokens(bags)
+        for block in self.blocks[:-1]:
+            x = block(x, mask)
+        scores = self.blocks[-1].scores_of_first(x)  # type: ignore[operator]  # a TemporalBlock
+        scores = scores.float().masked_fill(~mask[:, None], -torch.inf)
+        shares = scores.softmax(2).mean(1)[:, 1:]  # (B, N)
+        own = shares[bags.mask].clamp(min=LEAST)[:, None]  # (M, 1)
+        raw = own.log()
+        return raw, segment_softmax(raw, bags)
+
+
+def sines(count: int, width: int) -> Tensor:
+    """Sines and cosines (count, width) of places at frequencies from 1 to 1 / LONGEST."""
+    exponents = torch.arange(width // 2) / (width // 2)
+    angles = torch.arange(count)[:, None] * LONGEST**-exponents
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+@build_head.register
+def _(spec: TemporalTransformerHead, *, width: int, outputs: int) -> nn.Module:
+    return TemporalTransformer(spec, width=width, outputs=outputs)

@@ -209,6 +209,38 @@ class TransmilHead(BagHead, tag="transmil", tag_field="head_type"):
             )
 
 
+class TemporalTransformerHead(BagHead, tag="temporal_transformer", tag_field="head_type"):
+    """A small transformer over instances in their order, such as the frames of a clip or the slices
+    of a volume: differences between them, sines of the place in the order, a class token, blocks of
+    attention and MLP, and one linear layer."""
+
+    hidden: Annotated[int, Meta(ge=2)] = 128
+    """Features of an instance after the projection."""
+    differences: Annotated[int, Meta(ge=0, le=16)] = 2
+    """From how many of the instances behind it the absolute differences of an instance enter beside
+    it (as in temporal difference networks, Wang et al., CVPR 2021): motion is hard to learn without
+    them. 0 is the instance alone."""
+    depth: Annotated[int, Meta(ge=1)] = 2
+    """Blocks."""
+    heads: Annotated[int, Meta(ge=1)] = 4
+    """Attention heads; they share the hidden features."""
+    mlp_ratio: Annotated[float, Meta(gt=0)] = 2.0
+    """Hidden features of the MLP in proportion to those of an instance."""
+    dropout: Dropout = 0.1
+    """Probability of dropping a feature of what attention and MLP add."""
+    feature_prep: bool = True
+    """Whether instances pass a LayerNorm before the projection."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Attention heads have equally many features, and sines come with cosines."""
+        if self.hidden % self.heads or self.hidden % 2:
+            yield (
+                "heads",
+                f"model.head.hidden = {self.hidden} must be even and a multiple of the"
+                f" {self.heads} heads",
+            )
+
+
 class MeanMilHead(BagHead, tag="mean", tag_field="head_type"):
     """Mean over the instances of a bag, then one linear layer."""
 
@@ -251,6 +283,7 @@ Head = (
     | AbmilHead
     | DsmilHead
     | TransmilHead
+    | TemporalTransformerHead
     | MeanMilHead
     | MaxMilHead
     | CustomHead
