@@ -94,6 +94,7 @@ def one_by_one(path: Path, spec: Path, bags: dict[str, Any]) -> tuple[np.ndarray
         ('abmil"\nhidden = 16\nattention = 8 #', ["all classes"]),
         ('dsmil"\nattention = 8 #', list(CLASSES)),
         ('transmil"\nhidden = 16\nheads = 2\nlandmarks = 4 #', ["all classes"]),
+        ('temporal_transformer"\nhidden = 16\nheads = 2 #', ["all classes"]),
     ],
 )
 def test_file(command, bags, tmp_path, monkeypatch, head, branches):

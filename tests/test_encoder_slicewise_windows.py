@@ -35,6 +35,7 @@ RESENC = {
     "n_blocks_per_stage": 1,
 }
 PRIMUS = {"encoder_type": "primus", "patch_embed_size": [4, 4, 4]}
+HEADS = ["abmil", "clam", "dsmil", "transmil", "temporal_transformer", "mean", "max", None]
 VIDEO = {"encoder_type": "torchvision_video", "pretrained": False}
 SIZES = [(10, 12, 9), (8, 8, 8), (6, 20, 8)]
 
@@ -153,7 +154,7 @@ def test_tokens_are_what_the_encoder_gives_of_every_window(network):
     assert encoder.most_tokens((10, 12, 9)) == 8
 
 
-@pytest.mark.parametrize("head", ["abmil", "clam", "dsmil", "transmil", "mean", "max", None])
+@pytest.mark.parametrize("head", HEADS)
 def test_heads_take_ragged_windows_for_instances(head):
     """As bags one by one."""
     from glovita_lib.spec_model import Head

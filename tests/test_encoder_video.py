@@ -390,7 +390,7 @@ def test_trains_a_step_saves_and_reloads_strictly(name: str, tmp_path: Path) -> 
 
     model = fresh()
     assert len(model.encoder.blocks()) == BLOCKS[name]  # for learning rates by depth and for PEFT
-    depths = list(model.encoder.layer_ids().values())
+    depths = list(model.encoder.depths().of.values())
     assert depths[0] <= 1 and {*range(1, BLOCKS[name] + 1)} <= {*depths}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x, y = clips(size, channels=2), torch.tensor([0, 2])
