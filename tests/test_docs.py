@@ -485,7 +485,8 @@ def test_every_bound_of_the_dependencies_is_installed_by_ci_oldest():
     """A requirement without a lower bound is one that nobody has tried."""
     settings = configparser.ConfigParser()
     settings.read(REPOSITORY / "setup.cfg")
-    extras = settings["options.extras_require"]["volumes"]
+    optional = settings["options.extras_require"]
+    extras = f"{optional['volumes']}\n{optional['pytorchvideo']}"
     lines = f"{settings['options']['install_requires']}\n{extras}".split("\n")
     lines = [line for line in lines if line]
     of_tests = settings["options.extras_require"]["test"].splitlines()

@@ -179,6 +179,50 @@ BROKEN = [
         "7 heads cannot share model.head.hidden = 512",
     ),
     (
+        [*FEATURES, "model.head.head_type=temporal_transformer", "model.head.heads=7"],
+        "model.head.heads",
+        "model.head.hidden = 128 must be even and a multiple of the 7 heads",
+    ),
+    (
+        [*VIDEOS, "model.encoder.encoder_type=torchvision_video", "model.encoder.time_axis=x"],
+        "model.encoder.time_axis",
+        '"x" is no axis of videos, which have "t"',
+    ),
+    (
+        [
+            *VIDEOS,
+            "model.encoder.encoder_type=timm",
+            "model.encoder.lift=slices",
+            "model.encoder.slices.axis=z",
+        ],
+        "model.encoder.slices.axis",
+        '"z" is no axis of videos',
+    ),
+    (
+        [*VIDEOS, "model.encoder.encoder_type=timm"],
+        "model.encoder.encoder_type",
+        'e.g. "torchvision_video", or set model.encoder.lift = "slices"',
+    ),
+    (
+        [VOLUMES[0], VOLUMES[3], *VIDEOS[3:], "model.encoder.type=mvit_v2_s"],
+        "model.encoder.encoder_type",
+        '"torchvision_video" takes videos, and the samples are volumes',
+    ),
+    (
+        [*VIDEOS, "model.encoder.encoder_type=pytorchvideo", "model.encoder.pathway_mode=slowfast"],
+        "model.encoder.pathway_mode",
+        'x3d_s takes "single": leave it out',
+    ),
+    (
+        [
+            *VIDEOS,
+            "model.encoder.encoder_type=pytorchvideo",
+            "model.encoder.model_kwargs={input_channel=1}",
+        ],
+        "model.encoder.model_kwargs.input_channel",
+        "it comes from the data",
+    ),
+    (
         ["model.encoder.slices.count=3"],
         "model.encoder.slices",
         'it would be ignored, it is read only with model.encoder.lift = "slices"',
@@ -510,6 +554,11 @@ BROKEN = [
 ]
 
 IGNORED = [
+    ([*VIDEOS, "model.encoder.intermediate_names=['stem']"], "model.encoder.intermediate_names"),
+    (
+        [*VIDEOS[:3], "model.encoder.encoder_type=pytorchvideo", "model.encoder.slowfast_alpha=8"],
+        "model.encoder.slowfast_alpha",
+    ),
     (["extract.compression_level=4"], "extract.compression_level"),
     (["training.enable_checkpointing=false", "training.save_every=2"], "training.save_every"),
     (
