@@ -19,15 +19,12 @@ from torch import Tensor, nn
 from glovita_lib.encoder import (
     Encoder,
     Features,
-    aggregate,
     build_encoder,
     check_channels,
     lift_encoder,
-    output_width,
     preprocess_of,
-    reads_pooled,
-    resolve_method,
 )
+from glovita_lib.encoder_aggregation import aggregate, output_width, reads_pooled, resolve_method
 from glovita_lib.errors import UserError
 from glovita_lib.spec_encoders import (
     ImageEncoder,

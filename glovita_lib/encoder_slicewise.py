@@ -24,16 +24,13 @@ from glovita_lib.augment_patch import Volumes, WindowGrid
 from glovita_lib.encoder import (
     Encoder,
     Features,
-    aggregate,
     build_encoder,
     check_channels,
     evaluating,
     lift_encoder,
-    output_width,
     patch_size_of,
-    reads_pooled,
-    resolve_method,
 )
+from glovita_lib.encoder_aggregation import aggregate, output_width, reads_pooled, resolve_method
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec_encoders import ImageEncoder
 from glovita_lib.spec_lift import AXES, Axis, BaseEncoder, Inflation, Slices, Windows

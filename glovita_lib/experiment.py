@@ -18,7 +18,8 @@ from glovita_lib.data import ArraySource, Data, Outputs, Source, Split, subset
 from glovita_lib.data_splits import WHOLE_COHORT
 from glovita_lib.datasets import build_data
 from glovita_lib.dist import WorkerPool, resolve_precision
-from glovita_lib.encoder import Encoder, Features, output_width, with_facts
+from glovita_lib.encoder import Encoder, Features, with_facts
+from glovita_lib.encoder_aggregation import output_width
 from glovita_lib.errors import UserError
 from glovita_lib.heads import LinearHead
 from glovita_lib.loader import Batch, Loader, LoaderOptions, announce, build_loader

@@ -17,14 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from glovita_lib import dist
 from glovita_lib.data import Data, Split
 from glovita_lib.dist import autocast
-from glovita_lib.encoder import (
-    Encoder,
-    Features,
-    aggregate,
-    evaluating,
-    layers_call,
-    resolve_method,
-)
+from glovita_lib.encoder import Encoder, Features, evaluating
+from glovita_lib.encoder_aggregation import aggregate, layers_call, resolve_method
 from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch

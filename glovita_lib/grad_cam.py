@@ -26,7 +26,8 @@ from glovita_lib import figures, figures_volumes
 from glovita_lib.attention_maps import caption, chosen_samples
 from glovita_lib.augment_patch import PatchCut, WholeVolumes, WindowedVolumes, overlap
 from glovita_lib.data import Split, subset
-from glovita_lib.encoder import Encoder, Features, aggregate, evaluating, reads_pooled
+from glovita_lib.encoder import Encoder, Features, evaluating
+from glovita_lib.encoder_aggregation import aggregate, reads_pooled
 from glovita_lib.encoder_slicewise import PartwiseEncoder, SlicewiseEncoder, WindowsEncoder
 from glovita_lib.errors import UserError, composed, file_name, listed
 from glovita_lib.experiment import Experiment

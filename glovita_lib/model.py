@@ -11,15 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.encoder import (
-    Encoder,
-    Features,
-    aggregate,
-    any_encoder,
-    output_width,
-    reads_pooled,
-    resolve_method,
-)
+from glovita_lib.encoder import Encoder, Features, any_encoder
+from glovita_lib.encoder_aggregation import aggregate, output_width, reads_pooled, resolve_method
 from glovita_lib.errors import refuse
 from glovita_lib.heads import build_fitting_head
 from glovita_lib.network import keep_eager

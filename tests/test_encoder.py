@@ -12,15 +12,8 @@ from huggingface_hub import constants
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from glovita_lib.encoder import (
-    Encoder,
-    aggregate,
-    build_encoder,
-    output_width,
-    preprocess_of,
-    resolve_method,
-    served,
-)
+from glovita_lib.encoder import Encoder, build_encoder, preprocess_of
+from glovita_lib.encoder_aggregation import aggregate, output_width, resolve_method, served
 from glovita_lib.errors import UserError
 from glovita_lib.network import block_names
 from glovita_lib.spec_encoders import CustomEncoder, TimmEncoder, TorchvisionEncoder

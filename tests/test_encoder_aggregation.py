@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from glovita_lib.encoder import (
-    Features,
+from glovita_lib.encoder import Features
+from glovita_lib.encoder_aggregation import (
     aggregate,
     output_width,
     reads_pooled,

@@ -10,7 +10,8 @@ import torch
 from test_data_series import made, write_ts
 
 from glovita import main
-from glovita_lib.encoder import aggregate, any_encoder
+from glovita_lib.encoder import any_encoder
+from glovita_lib.encoder_aggregation import aggregate
 from glovita_lib.encoder_series import FoldedEncoder, MaskedNorm
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import choose_layers

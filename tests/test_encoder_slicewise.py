@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from volume_files import write_nifti
 
 from glovita_lib.bags import as_bags
-from glovita_lib.encoder import aggregate, any_encoder, build_encoder
+from glovita_lib.encoder import any_encoder, build_encoder
+from glovita_lib.encoder_aggregation import aggregate
 from glovita_lib.encoder_slicewise import SlicewiseEncoder, keeping_statistics
 from glovita_lib.errors import UserError
 from glovita_lib.model import build_model

@@ -19,7 +19,8 @@ from volume_files import ORIENTATIONS, affine_of, write_nifti
 from glovita_lib.augment_patch import PatchCut, Volumes, WindowedVolumes, WindowGrid
 from glovita_lib.bags import as_bags
 from glovita_lib.dist import Ranks
-from glovita_lib.encoder import aggregate, any_encoder
+from glovita_lib.encoder import any_encoder
+from glovita_lib.encoder_aggregation import aggregate
 from glovita_lib.encoder_slicewise import WindowsEncoder
 from glovita_lib.experiment import read_data, restore
 from glovita_lib.model import build_model, logits_of

@@ -13,7 +13,8 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glovita_lib.encoder import Encoder, aggregate, build_encoder, clip_size_of, preprocess_of
+from glovita_lib.encoder import Encoder, build_encoder, clip_size_of, preprocess_of
+from glovita_lib.encoder_aggregation import aggregate
 from glovita_lib.encoder_pytorchvideo import MEAN, hub_builder
 from glovita_lib.encoder_video import STAGES, ClippedPool, fit_rgb, resampled
 from glovita_lib.errors import UserError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glovita_lib.encoder import Encoder, aggregate, build_encoder, patch_size_of, preprocess_of
+from glovita_lib.encoder import Encoder, build_encoder, patch_size_of, preprocess_of
+from glovita_lib.encoder_aggregation import aggregate
 from glovita_lib.encoder_primus import WIDTHS, PrimusNetwork, PrimusShape, build_primus, resample
 from glovita_lib.encoder_volume import Block, ResidualNetwork, build_residual
 from glovita_lib.errors import UserError

@@ -13,7 +13,7 @@ from torch import nn
 
 from glovita_lib import dist
 from glovita_lib.data import ArraySource, Data, ImageSamples, Split
-from glovita_lib.encoder import served
+from glovita_lib.encoder_aggregation import served
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import assemble
 from glovita_lib.extraction import Extractor, grid_places, weights_hash
