@@ -48,6 +48,8 @@ STYLES = len(PALETTE) * len(MARKERS)
 UNKNOWN = "#C4C4C4"
 WHOLE_NUMBERS = 20  # different whole numbers up to which a column holds classes
 NO_LABEL = "no label"
+EXACT = 2**53  # whole numbers up to which float64 has all
+INTEGER = re.compile(r"[+-]?[0-9]{1,400}")  # more digits are no float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,19 @@ class Coloring:
     """Class (N,) int64 of each sample, -1 where it is not known; all -1 for numbers."""
     values: np.ndarray | None
     """Number (N,) float64 of each sample, NaN where it is not known; None for classes."""
+    texts: tuple[str, ...] | None = None
+    """Numbers as a table has them; None where they are those of `values`."""
+    base: int = 0
+    """What `values` are counted from: the smallest of integers that float64 cannot hold."""
 
     def words(self) -> list[str]:
         """The property of each sample as text, numbers so that they read back equal; empty where it
         is not known."""
         if self.values is None:
             return [self.names[code] if code >= 0 else "" for code in self.codes]
-        return ["" if np.isnan(value) else repr(float(value)) for value in self.values]
+        texts = self.texts or [repr(float(value)) for value in self.values]
+        known = ~np.isnan(self.values)
+        return [text if has else "" for text, has in zip(texts, known, strict=True)]
 
 
 def style(place: int) -> tuple[str, str]:
@@ -86,10 +94,13 @@ def classes(title: str, codes: np.ndarray, names: Sequence[str]) -> Coloring:
     return Coloring(title, tuple(names[code] for code in used), place[codes], None)
 
 
-def color_numbers(title: str, values: np.ndarray) -> Coloring:
-    """One number a sample."""
+def color_numbers(
+    title: str, values: np.ndarray, texts: Sequence[str] | None = None, base: int = 0
+) -> Coloring:
+    """One number a sample; `texts` and `base` as in Coloring."""
     values = np.asarray(values, np.float64)
-    return Coloring(title, (), np.full(len(values), -1), values)
+    unknown = np.full(len(values), -1)
+    return Coloring(title, (), unknown, values, None if texts is None else tuple(texts), base)
 
 
 def words(title: str, texts: Sequence[str]) -> Coloring:
@@ -172,11 +183,41 @@ def of_column(path: Path, column: str, ids: Sequence[Sequence[str]]) -> Coloring
     values = as_numbers(texts)
     if values is None:
         return words(column, texts)
-    found = np.unique(values[~np.isnan(values)])
-    if len(found) <= WHOLE_NUMBERS and (found == np.round(found)).all():
-        codes = np.where(np.isnan(values), -1, np.searchsorted(found, values))
-        return Coloring(column, tuple(f"{value:.0f}" for value in found), codes, None)
-    return color_numbers(column, values)
+    integers = as_integers(texts, values)
+    if integers is None:
+        return color_numbers(column, values, texts)
+    found = sorted({integer for integer in integers if integer is not None})
+    if len(found) <= WHOLE_NUMBERS:
+        place = {integer: code for code, integer in enumerate(found)}
+        codes = [-1 if integer is None else place[integer] for integer in integers]
+        return Coloring(column, tuple(map(str, found)), np.array(codes, np.int64), None)
+    is_long = max(-found[0], found[-1]) > EXACT and found[-1] - found[0] < 1e300
+    base = found[0] if is_long else 0
+    counted = [np.nan if integer is None else float(integer - base) for integer in integers]
+    return color_numbers(column, np.array(counted), texts, base)
+
+
+def as_integers(texts: Sequence[str], values: np.ndarray) -> list[int | None] | None:
+    """Cells as whole numbers with all their digits, None where not known; None for all where one is
+    a fraction, or has an exponent that float64 has no digits for.
+
+    Args:
+        values: the cells as float64 (N,), NaN where not known.
+    """
+    known = values[~np.isnan(values)]
+    if not (known == np.round(known)).all():
+        return None
+    integers: list[int | None] = []
+    for text, value in zip(texts, values, strict=True):
+        if np.isnan(value):
+            integers.append(None)
+        elif INTEGER.fullmatch(text):
+            integers.append(int(text))
+        elif abs(value) <= EXACT:
+            integers.append(int(value))
+        else:
+            return None
+    return integers
 
 
 def as_numbers(texts: Sequence[str]) -> np.ndarray | None:
@@ -238,7 +279,7 @@ def draw_points(
         figure.set_layout_engine("none")
         axes = figure.add_axes((0, 0, 1, 1))  # words and legend lie around it and widen the paper
         if coloring.values is not None:
-            draw_numbers(figure, axes, points, coloring.title, coloring.values, order, size)
+            draw_numbers(figure, axes, points, coloring, coloring.values, order, size)
         else:
             draw_class_points(figure, axes, points, coloring, order, size)
         frame(figure, axes, points, text)
@@ -277,21 +318,25 @@ def draw_numbers(
     figure: Any,
     axes: Any,
     points: np.ndarray,
-    title: str,
+    coloring: Coloring,
     values: np.ndarray,
     order: np.ndarray,
     size: float,
 ) -> None:
-    """Colours of a scale that every eye reads as rising; unknown numbers are grey, below."""
+    """Colours of a scale that every eye reads as rising, over the range of the values (N,); unknown
+    numbers are grey, below."""
     known = ~np.isnan(values)
     scatter_shape(axes, points[~known], UNKNOWN, "o", size, zorder=1)
     order = order[known[order]]
     if not len(order):
         return
+    ticks, texts = scale_ticks(values[known], coloring.base)
     drawn = axes.scatter(
         *points[order].T,
-        c=values[order],
+        c=parts_of(values[order], values[known]),
         cmap="viridis",
+        vmin=0,
+        vmax=1,
         s=size**2,
         linewidths=0,
         alpha=0.85,
@@ -299,13 +344,68 @@ def draw_numbers(
     )
     bar = figure.colorbar(drawn, cax=figure.add_axes((1.025, 0.4, 0.024, 0.55)))
     bar.outline.set_visible(False)
+    bar.set_ticks(parts_of(ticks, values[known]), labels=texts)
     bar.solids.set_alpha(1)
     bar.ax.tick_params(length=2)
-    bar.ax.set_title(short(title, 24), fontsize=8.5, loc="left", pad=8)
+    bar.ax.set_title(short(coloring.title, 24), fontsize=8.5, loc="left", pad=8)
     if not known.all():
         text = f"not known ({np.count_nonzero(~known):,})"
         bar.ax.text(0, -0.06, "\u25cf", transform=bar.ax.transAxes, color=UNKNOWN, va="top")
         bar.ax.text(1, -0.07, text, transform=bar.ax.transAxes, fontsize=8.5, va="top")
+
+
+def parts_of(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Where values lie between the lowest and the highest known one, 0..1; .5 of equal ones."""
+    low, high = float(known.min()), float(known.max())
+    if low == high:
+        return np.full(len(values), 0.5)
+    if not np.isfinite(high - low):
+        values, low, high = values / 4, low / 4, high / 4
+    return (values - low) / (high - low)
+
+
+def scale_ticks(known: np.ndarray, base: int) -> tuple[np.ndarray, list[str]]:
+    """Round numbers within the range of the known ones, and their texts.
+
+    Args:
+        base: added to the numbers in the texts, which are whole then.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = float(known.min()), float(known.max())
+    shrink = 1e20 if max(-low, high) > 1e290 else 1.0  # the locator needs room above
+    with np.errstate(all="ignore"):
+        locator = MaxNLocator(6, integer=bool(base))
+        found = np.asarray(locator.tick_values(low / shrink, high / shrink)) * shrink
+    ticks = np.unique(found[(found >= low) & (found <= high)])
+    if len(ticks) < 2:
+        ticks = np.unique([low, high])
+    if base:
+        return ticks, [str(base + int(tick)) for tick in ticks]
+    digits = digits_apart(ticks)
+    return ticks, [plain(float(f"{tick:.{digits}g}")) for tick in ticks]
+
+
+def plain(value: float) -> str:
+    """The shortest text of a number, without an exponent as long as its digits are few."""
+    if value == 0 or 1e-4 <= abs(value) < 1e16:
+        return np.format_float_positional(value, trim="-")
+    return repr(value)
+
+
+def digits_apart(values: np.ndarray, least: int = 1) -> int:
+    """Significant digits, at least so many, with which different numbers are written differently,
+    and none is moved by more than a thousandth of their range."""
+    found = np.unique(values)
+    if not len(found):
+        return least
+    half = found / 2  # their range can be too large for a number
+    for digits in range(least, 17):
+        rounded = np.array([float(f"{value:.{digits}g}") for value in found])
+        moved = np.abs(rounded / 2 - half).max() <= (half[-1] - half[0]) / 1000
+        if moved and len(np.unique(rounded)) == len(found):
+            return digits
+    return 17
 
 
 # ---------------------------------------------------------------------- classes
@@ -448,7 +548,7 @@ def darker(colour: str) -> str:
 PAGE = Path(__file__).with_name("projection_page.html")  # style and program, without the data
 SHEET = 2048  # pixels of the longest side of a sheet of thumbnails; every browser decodes it
 QUALITY = 80  # of JPEG
-SCALE = 24  # colours of a scale of numbers
+SCALE = 64  # colours of a scale of numbers
 
 
 def write_page(
@@ -473,8 +573,8 @@ def write_page(
     content: dict[str, Any] = {
         "title": text.title,
         "axes": list(text.axes),
-        "x": compact(points[:, 0]),
-        "y": compact(points[:, 1]),
+        "x": exact(points[:, 0]),
+        "y": exact(points[:, 1]),
         "ids": list(ids),
         "colorings": [coloring_data(coloring) for coloring in colorings],
         "styles": [style(i) for i in range(STYLES)],
@@ -499,19 +599,30 @@ def as_script(content: Any) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def compact(values: np.ndarray) -> list[float | None]:
-    """Numbers with 5 digits, which is finer than a screen; None where they are not known."""
-    return [None if np.isnan(value) else float(f"{value:.5g}") for value in values]
+def exact(values: np.ndarray) -> list[float | None]:
+    """Numbers that read back equal, in the precision they have; None where they are not known."""
+    if values.dtype == np.float64:
+        return [None if math.isnan(value) else value for value in values.tolist()]
+    return [None if np.isnan(value) else float(str(value)) for value in values]
 
 
 def coloring_data(coloring: Coloring) -> dict[str, Any]:
-    """A property of the samples as the page reads it."""
-    return {
-        "title": coloring.title,
-        "names": list(coloring.names),
-        "codes": coloring.codes.tolist() if coloring.values is None else None,
-        "values": None if coloring.values is None else compact(coloring.values),
-    }
+    """A property of the samples as the page reads it.
+
+    Numbers read back equal. The page writes them with as many digits as tell them apart, or, where
+    the numbers of JavaScript lack digits, as the table has them.
+    """
+    values = coloring.values
+    numbers: dict[str, Any]
+    if values is None:
+        numbers = {"values": None, "texts": None, "digits": None}
+    else:
+        known = values[~np.isnan(values)]
+        is_long = coloring.base or np.abs(known).max(initial=0) > EXACT
+        texts = coloring.words() if is_long else None
+        numbers = {"values": exact(values), "texts": texts, "digits": digits_apart(known, 5)}
+    codes = coloring.codes.tolist() if values is None else None
+    return {"title": coloring.title, "names": list(coloring.names), "codes": codes, **numbers}
 
 
 def scale() -> list[str]:

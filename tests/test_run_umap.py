@@ -556,14 +556,17 @@ class Element {
   }
 }
 const elements = {};
-for (const id of ["plot", "stage", "card", "by", "find", "legend", "hint", "in", "out", "home",
-  "data"]) elements[id] = new Element();
+for (const id of ["plot", "front", "ring", "stage", "card", "by", "find", "legend", "hint", "in",
+  "out", "home", "data"]) elements[id] = new Element();
 elements.data.textContent = data;
 globalThis.document = { getElementById: id => elements[id], createElement: () => new Element() };
 globalThis.window = { devicePixelRatio: 2, addEventListener() {} };
 globalThis.Image = class {};
 globalThis.Option = class { constructor(text, value) { this.text = () => text } };
 globalThis.requestAnimationFrame = call => call();
+const waits = [];
+globalThis.setTimeout = (call, wait, ...given) => { waits.push(wait); call(...given) };
+globalThis.clearTimeout = () => {};
 eval(program);
 const fire = (name, x, y, more) =>
   elements.plot.listeners[name]({ clientX: x, clientY: y, pointerId: 1, preventDefault() {},
@@ -585,7 +588,11 @@ result.again = painted(() => rows()[0].onclick());
 result.alone = painted(() => { rows()[1].onclick(); rows()[1].onclick(); rows()[1].ondblclick() });
 result.off = rows().map(r => r.names.has("off"));
 result.everything = painted(() => rows()[1].ondblclick());
-elements.find.oninput({ target: { value: "SCAN 7" } });
+result.sought = painted(() => elements.find.oninput({ target: { value: "SCAN 7" } }));
+result.hovered = painted(() => {
+  for (let x = 0; x < 800; x += 8) fire("pointermove", x, 300);
+});
+result.waits = [...waits];
 result.found = elements.hint.textContent;
 elements.find.oninput({ target: { value: "" } });
 result.zoomed = painted(() => { for (let i = 0; i < 30; i++) fire("wheel", 790, 590,
@@ -627,8 +634,10 @@ def test_the_page_shows_hides_finds_and_moves(tmp_path):
     assert shown["withoutFirst"] == 12 - sizes[0] and shown["again"] == 12
     assert shown["alone"] >= sizes[1] and shown["off"] == [True, False, True]
     assert shown["everything"] == 12 and shown["found"] == "1 found"
+    assert shown["sought"] == 1 and shown["hovered"] == 0 and shown["waits"] == [150]
     assert shown["zoomed"] < shown["home"] == 12 and shown["moved"] == 0
-    assert shown["second"]["ends"] == [f"{v:.5g}" for v in (ink.min(), ink.max())]
+    ends = [float(end) for end in shown["second"]["ends"]]
+    assert ends == pytest.approx([ink.min(), ink.max()], abs=float(ink.max() - ink.min()) / 1000)
 
 
 @pytest.mark.processes
