@@ -149,7 +149,9 @@ class Trainer:
             bar.advance()
             if order.ends_step(self.batch):
                 self.check_gradients()
-                if self.optimizer_step():
+                before = state.step
+                self.optimizer_step()
+                if state.step > before:
                     self.log_and_save(bar)
         bar.close()
 
@@ -215,16 +217,16 @@ class Trainer:
         )
         self.ema = build_average(self.model, self.spec.ema_decay)  # follows what was chosen
 
-    def optimizer_step(self) -> bool:
+    def optimizer_step(self) -> None:
         """Clip the gradient, update the weights, clear the gradient, update the average, and count
-        the step and its samples; whether there was an update. Else its samples alone count."""
+        the step and its samples; without an update its samples alone count."""
         state = self.state
         set_lr(self.optimizer, self.schedule(state.step))
         if self.spec.gradient_clip_val is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.gradient_clip_val)
         self.scaler.step(self.optimizer)
-        if updated := self.was_updated():
+        if self.was_updated():
             state.step, state.updates = state.step + 1, state.updates + 1
             self.model.after_step(state.step, self.schedule.total)
             if self.ema is not None:
@@ -237,7 +239,6 @@ class Trainer:
             meter.add(seen - self.state.seen)
         state.samples += seen - state.seen
         state.seen = seen
-        return updated
 
     def was_updated(self) -> bool:
         """Let the scaler of fp16 follow the step that was made; whether the weights were updated,

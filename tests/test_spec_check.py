@@ -17,7 +17,7 @@ from glovita_lib.spec_check import check, load_checked
 from glovita_lib.spec_errors import extra_of, structs
 from glovita_lib.spec_peft import CustomPeft, Peft
 from glovita_lib.spec_root import Root
-from glovita_lib.spec_train import Supervised
+from glovita_lib.spec_train import Supervised, Training
 
 SPECS = sorted((Path(__file__).parent.parent / "specs").glob("*.toml"))
 
@@ -58,6 +58,16 @@ PRIMUS = [*CUSTOM, "model.encoder.encoder_type=primus"]
 WINDOWS = ["model.encoder.lift=windows", "model.encoder.windows.size=[8, 8, 8]"]
 
 BROKEN = [
+    (
+        ["logger.backend=wandb", "logger.project=a/b"],
+        "logger.project",
+        "holds /: the name of a project of W&B has none of",
+    ),
+    (
+        ["logger.backend=wandb", f"logger.project={'x' * 129}"],
+        "logger.project",
+        "129 characters, of at most 128",
+    ),
     (["infer.volume_maps=true"], "infer.volume_maps", "the samples are images, not volumes"),
     (
         ["infer.heat_maps=2", "infer.checkpoint=['a.pt', 'b.pt']"],
@@ -831,6 +841,7 @@ def test_every_rule_is_broken_here(root):
     said = [line for overrides in cases for line in check(root(overrides))]
     # what only the data tell, asked of the same Struct when they are read
     said += [text for _, text in Supervised(metrics=("quadratic_kappa",)).order_problems("a, b")]
+    said += [text for _, text in Training(early_stopping_patience=3).without_val("a")]
     texts = [text for path in RULE_MODULES for text in yielded(path)]
     assert len(texts) > 60
     assert [text for text in texts if not any(text in line for line in said)] == []
