@@ -139,7 +139,8 @@ def test_explain_field_shows_bounds_default_and_unit():
 
 
 def test_help_says_which_metrics_are_computed_where_none_are_named():
-    usual = "acc, f1 (multiclass); acc, f1 (multilabel); mse, mae, r2 (regression)"
+    usual = "acc, f1 (multiclass); acc, f1 (multilabel); acc, f1, edit, f1_at_10, f1_at_25,"
+    usual += " f1_at_50 (framewise); mse, mae, r2 (regression)"
     assert f"default none, which is {usual}" in " ".join(explain("task.metrics").split())
     stated = schema()["definitions"]["Supervised"]["properties"]["metrics"]["description"]
     assert stated == f"Metrics of every evaluation. None is {usual}."
