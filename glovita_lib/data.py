@@ -161,15 +161,30 @@ class VideoFrames:
     """V arrays (n,) int64, the class of each frame, UNLABELLED where it has none; none of videos
     without labels."""
 
-    def clip_labels(self) -> np.ndarray | None:
-        """Labels (N, T) of the frames of each clip, UNLABELLED where they are repeated."""
-        if self.labels is None:
-            return None
-        found = np.full(self.numbers.shape, UNLABELLED, np.int64)
+    def all_labels(self) -> np.ndarray:
+        """Labels of all labelled frames of the videos that have clips here, one after the other."""
+        assert self.labels is not None, "who asks has labels to learn from"
+        found = [self.labels[video] for video in np.unique(self.video_of)]
+        labels = np.concatenate(found) if found else np.zeros(0, np.int64)
+        return labels[labels != UNLABELLED]
+
+    def majority(self) -> np.ndarray:
+        """Class (N,) of most labelled frames of each clip, the first of equal ones; UNLABELLED
+        where no frame of it has a label."""
+        found = np.full(len(self.video_of), UNLABELLED, np.int64)
         for row, (video, numbers) in enumerate(zip(self.video_of, self.numbers, strict=True)):
-            real = numbers >= 0
-            found[row, real] = self.labels[video][numbers[real]]
+            labels = () if self.labels is None else self.labels[video][numbers[numbers >= 0]]
+            known = [label for label in labels if label != UNLABELLED]
+            if known:
+                found[row] = np.bincount(known).argmax()
         return found
+
+    def recoded(self, table: np.ndarray) -> "VideoFrames":
+        """The same with class k as table[k]."""
+        if self.labels is None:
+            return self
+        labels = [np.where(own == UNLABELLED, own, table[own.clip(0)]) for own in self.labels]
+        return replace(self, labels=labels)
 
     def select(self, rows: np.ndarray) -> "VideoFrames":
         """The same of some clips."""

@@ -577,6 +577,9 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
         exts = ", ".join(spec.allowed_exts)
         raise UserError(f"{where}: no video with a suffix of {exts}; see data.images_dir")
     of_frames, ordered = spec.frames.label_level == "frame", spec.class_names is not None
+    if of_frames and asked.trained is not None and asked.trained.subtask == "framewise":
+        # frames are labelled as samples of one class each
+        asked = replace(asked, trained=asked.trained._replace(subtask="multiclass"))
     frames = read_frame_labels(spec, folder) if of_frames else None
     if frames is not None:
         spec = with_classes(spec, frames, asked)

@@ -26,9 +26,9 @@ from glovita_lib.loader import Batch, Loader, LoaderOptions, announce, build_loa
 from glovita_lib.loggers import Rate, say
 from glovita_lib.model import BaseWeights, Model, build_model
 from glovita_lib.objectives import (
+    LabelObjective,
     Objective,
     Predictions,
-    SupervisedObjective,
     as_loaded,
     build_objective,
     gather_split,
@@ -113,13 +113,13 @@ class Experiment:
     """Worker processes of all its loaders; None: each has its own."""
 
     @property
-    def predictor(self) -> SupervisedObjective:
+    def predictor(self) -> LabelObjective:
         """The objective, of which modes ask scores.
 
         Raises:
             UserError: it gives none.
         """
-        if isinstance(self.objective, SupervisedObjective):
+        if isinstance(self.objective, LabelObjective):
             return self.objective
         raise UserError(
             f'task.objective = "{tag(self.root.task)}" predicts no scores: only features can be'
@@ -671,7 +671,8 @@ def refuse_unstable(experiment: Experiment) -> None:
     model, inputs = experiment.model, experiment.resolved.inputs
     if not isinstance(inputs, EncodedInputs):
         raise UserError(f"{key}: the samples are features already; leave it out")
-    kept = model.head.consumes == "pooled" or model.encoder.has_few_tokens
+    takes = model.head.consumes
+    kept = takes == "pooled" or (takes == "features" and model.encoder.has_few_tokens)
     if not model.encoder_is_frozen or not kept:
         raise UserError(
             f"{key}: the encoder trains, or the head reads its tokens; set peft.method ="

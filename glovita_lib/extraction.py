@@ -23,6 +23,7 @@ from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch
 from glovita_lib.model import InWindows, Model, logits_of
+from glovita_lib.objectives import clips_as_samples
 from glovita_lib.resolved import (
     EncodedInputs,
     check_data,
@@ -638,7 +639,8 @@ def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data
     root = replace(loaded.root, data=asked.lenient() if spec.on_error == "skip" else asked)
     if spec.checkpoint is None and spec.source == "encoder":
         data = read_data(root, ranks)
-        return assemble(root, resolve_spec(root, data), ranks, load_weights=True), data
+        experiment = assemble(root, resolve_spec(root, data), ranks, load_weights=True)
+        return experiment, clips_as_samples(experiment.resolved.inputs, data)
     split = root.umap.split if root.mode == "umap" else spec.split
     data = read_data(root, ranks, wanted=() if split is None else (split,))
     if spec.checkpoint is not None:
@@ -665,7 +667,7 @@ def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data
         )
     training = replace(experiment.root.training, precision=root.training.precision)
     experiment.root = replace(experiment.root, training=training)
-    return experiment, data
+    return experiment, clips_as_samples(resolved.inputs, data)
 
 
 def wanted_splits(data: Data, name: str | None, key: str) -> dict[str, Split]:

@@ -1,12 +1,15 @@
 """Heads: from the vector of a sample, or its tokens or instances, to predictions.
 
-A head's attribute `consumes` says what it takes: "pooled", vectors (B, D), or "features", a
-`Features`. It gives logits (B, K), or a dict: "logits", auxiliary losses () to add under "aux"
-and, unless the loss is that of the logits, under "fitted" pairs of a weight and the logits (B, K)
-whose loss it weighs. A head on bags whose last layer takes a vector a bag, (B, ...), names that
-layer in `mixed_before`, so that mixup can mix what it takes. B batch, D width, K classes or
-targets.
+A head's attribute `consumes` says what it takes: "pooled", vectors (B, D), "features", a
+`Features`, or "stages", one with the maps of the stages that its attribute `stages` names, and the
+number of frames T. It gives logits (B, K), of each frame (B, T, K), or a dict: "logits", auxiliary
+losses () to add under "aux" and, unless the loss is that of the logits, under "fitted" pairs of a
+weight and the logits whose loss it weighs. A head on bags whose last layer takes a vector a bag,
+(B, ...), names that layer in `mixed_before`, so that mixup can mix what it takes. B batch, D width,
+K classes or targets.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +38,14 @@ class LinearHead(nn.Module):
 
 
 @ByStruct
-def build_head(spec: BaseHead, *, width: int, outputs: int) -> nn.Module:
-    """The head of a Struct for vectors or tokens of `width`, with `outputs` classes or targets."""
+def build_head(
+    spec: BaseHead, *, width: int, outputs: int, stages: Mapping[str, int] | None = None
+) -> nn.Module:
+    """The head of a Struct for vectors or tokens of `width`, with `outputs` classes or targets.
+
+    Args:
+        stages: widths of the stages that a head along time joins, by name.
+    """
     raise TypeError(f"no head for {type(spec).__name__}")
 
 

@@ -7,7 +7,7 @@ F frames of a video, C channels, H W pixels, S side of a frame as the encoder re
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from glovita_lib.augment import ClipAugmenter, Clips, build_fit, resolve_augmentation
 from glovita_lib.augment_crop import CropResize
-from glovita_lib.data import ClipSamples, Data, Source, Split, subset
+from glovita_lib.data import ClipSamples, Data, Source, Split, VideoFrames, subset
 from glovita_lib.data_video import LoadedVideo, VideoSource, VideoView
 from glovita_lib.encoder import preprocess_of
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, refuse
 from glovita_lib.objectives import as_loaded, build_inputs
 from glovita_lib.resolved import ClipInputs, resolve_inputs
 from glovita_lib.spec_augment import ImageAugmentation
@@ -189,6 +189,8 @@ def _(samples: ClipSamples, root: Root, data: Data) -> ClipInputs:
     section = getattr(root.data, "augmentation", None)
     assert isinstance(section, ImageAugmentation), "a data set of videos has data.augmentation"
     sampling = getattr(root.data, "sampling", ClipSampling())
+    if samples.label_level == "frame":
+        refuse("data.sampling", sampling.frame_problems())
     sizes = {
         tuple(size) for split in data.splits.values() for size in sizes_of(split)[:, 1:].tolist()
     }
@@ -251,53 +253,93 @@ def _(inputs: ClipInputs, *, train: bool) -> ClipAugmenter:
 def _(inputs: ClipInputs, split: Split, *, train: bool, once: bool = False) -> Split:
     """The clips of a split: of training as many of each video as an epoch takes, with labels of
     frames all that show every frame once, else a row a video; their frames are resized where they
-    are decoded."""
-    ops = inputs.augmentation.train if train else inputs.augmentation.test
-    crop = build_fit(inputs.augmentation, ops, bit_depth=8)
+    are decoded. Clips stay what they are."""
     source, of = split.source, inputs.sampling
+    if source.windows is None:
+        source = ArrayVideos(source, np.arange(len(split)))
     rows, starts = np.arange(len(split)), None
     if train:
         rows = np.repeat(rows, 1 if once else of.train_clips)
-    if not isinstance(source, VideoSource):
-        whole = source if source.windows is not None else ArrayVideos(source)
-        changed = replace(split, source=whole)
-        return subset(changed, rows) if len(rows) > len(split) else changed
+    if not isinstance(source, VideoSource | ArrayVideos):
+        refuse_undrawn(split)
+        return subset(split, rows) if len(rows) > len(split) else split
+    if source.starts is not None:
+        return split
     if not train and inputs.label_level == "frame":
-        each = [
-            covering_starts(of, frames, fps)
-            for frames, fps in zip(source.sizes[:, 0].tolist(), source.rates.tolist(), strict=True)
-        ]
+        sides = zip(sizes_of(split)[:, 0].tolist(), source.rates.tolist(), strict=True)
+        each = [covering_starts(of, frames, fps) for frames, fps in sides]
         rows = np.repeat(rows, [len(part) for part in each])
-        starts = np.concatenate(each)
-    key = train, once, msgspec.json.encode(inputs)
-    source = source.changed(
-        key, which=source.which[rows], starts=starts, resized=partial(decoded_size, crop)
-    )
-    frames = split.frames
-    if frames is not None:
-        numbers = np.empty((len(rows), 0), np.int64)
-        if starts is not None:
-            lengths = source.sizes[:, :1]  # (N, 1)
-            rates = source.rates.tolist()
-            pairs = zip(starts, rates, strict=True)
-            numbers = np.stack([from_start(start, of, fps) for start, fps in pairs])
-            numbers = np.where(numbers < lengths, numbers, -1)
-        frames = replace(frames, video_of=frames.video_of[rows], numbers=numbers)
+        starts = np.concatenate(each or [np.zeros(0, np.int64)])
+    if isinstance(source, VideoSource):
+        ops = inputs.augmentation.train if train else inputs.augmentation.test
+        crop = build_fit(inputs.augmentation, ops, bit_depth=8)
+        source = source.changed(
+            (train, once, msgspec.json.encode(inputs)),
+            which=source.which[rows],
+            starts=starts,
+            resized=partial(decoded_size, crop),
+        )
+    else:
+        source = replace(source, which=source.which[rows], starts=starts)
     return Split(
         ids=[split.ids[row] for row in rows],
         targets=None if split.targets is None else split.targets[rows],
         source=source,
         groups=None if split.groups is None else [split.groups[row] for row in rows],
-        frames=frames,
+        frames=frames_of_clips(split.frames, rows, starts, of, source.rates),
     )
 
 
-@dataclass(frozen=True)
+def frames_of_clips(
+    frames: VideoFrames | None,
+    rows: np.ndarray,
+    starts: np.ndarray | None,
+    sampling: ResolvedClips,
+    rates: np.ndarray,
+) -> VideoFrames | None:
+    """Which frames the clips of videos show that begin at given frames; None where frames have no
+    labels.
+
+    Args:
+        frames: of the videos.
+        rows: (N,) video of each clip.
+        starts: (N,); none: clips are drawn, of which nothing can be said.
+        rates: (N,) frames a second of the video of each clip.
+    """
+    if frames is None:
+        return None
+    videos = frames.video_of[rows]
+    numbers = np.empty((len(rows), 0 if starts is None else sampling.frames), np.int64)
+    if starts is not None:
+        lengths = np.array([len(frames.times[video]) for video in videos], np.int64)
+        for row, (start, fps) in enumerate(zip(starts.tolist(), rates.tolist(), strict=True)):
+            numbers[row] = from_start(start, sampling, fps)
+        numbers[numbers >= lengths[:, None]] = -1
+    return replace(frames, video_of=videos, numbers=numbers)
+
+
+def refuse_undrawn(split: Split) -> None:
+    """Videos of a source of the user's own that reads clips by itself cannot be seen frame by
+    frame.
+
+    Raises:
+        UserError: labels are those of frames.
+    """
+    if split.frames is not None and not split.frames.numbers.shape[1]:
+        raise UserError(
+            "labels are those of frames, which are read from files or from a source that gives"
+            " whole videos (C, F, H, W): its `windows` must be None"
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class ArrayVideos(Source):
     """Videos (C, F, H, W) of a source of the user's own that gives whole arrays."""
 
     whole: Source
-    fps: float = 25.0
+    which: np.ndarray  # (N,) videos of it
+    starts: np.ndarray | None = None  # (N,) first frame of the clip of each; None: clips are drawn
+    fps: ClassVar[float] = 25.0
 
     @property
     def uniform(self) -> None:
@@ -306,21 +348,32 @@ class ArrayVideos(Source):
     @property
     def sizes(self) -> np.ndarray | None:
         """Frames, height and width (N, 3)."""
-        return self.whole.sizes
+        if self.whole.uniform is not None:
+            return np.tile(self.whole.uniform[1:], (len(self.which), 1))
+        return None if self.whole.sizes is None else self.whole.sizes[self.which]
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Frames a second (N,)."""
+        return np.full(len(self.which), self.fps)
 
     def windows(self, rows: np.ndarray) -> list[VideoView]:
         """Videos in memory."""
-        return [self.view(video) for video in self.whole.fetch(rows)]
+        starts: list[int | None] = [None] * len(rows)
+        if self.starts is not None:
+            starts = self.starts[rows].tolist()
+        return [self.view(*pair) for pair in zip(self.fetch(rows), starts, strict=True)]
 
-    def view(self, video: np.ndarray) -> VideoView:
+    def view(self, video: np.ndarray, start: int | None) -> VideoView:
         """One video (C, F, H, W)."""
-        return VideoView(LoadedVideo(np.moveaxis(np.asarray(video), 0, 3), self.fps))
+        return VideoView(LoadedVideo(np.moveaxis(np.asarray(video), 0, 3), self.fps), start)
 
     def fetch(self, rows: np.ndarray) -> Any:
-        return self.whole.fetch(rows)
+        return self.whole.fetch(self.which[rows])
 
     def nbytes(self) -> int:
         return self.whole.nbytes()
 
     def select(self, rows: np.ndarray) -> "ArrayVideos":
-        return ArrayVideos(self.whole.select(rows), self.fps)
+        starts = None if self.starts is None else self.starts[rows]
+        return replace(self, which=self.which[rows], starts=starts)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -25,7 +25,9 @@ from glovita_lib.metrics_classification import (
     squared_deviations,
     weighted_mean,
 )
-from glovita_lib.metrics_segments import Videos
+
+if TYPE_CHECKING:
+    from glovita_lib.metrics_segments import Videos  # who has whole samples does without
 
 # --------------------------------------------------------------------------------- bootstrap
 #
@@ -170,7 +172,7 @@ def spearman(predictions: Array, targets: Array, weights: Array) -> Array:
 
 LEVEL = 0.95  # of the intervals
 LARGEST_CONFUSION = 200  # classes; a larger matrix is left out of the report
-Samples = Multiclass | Multilabel | Regression | Videos
+Samples: TypeAlias = "Multiclass | Multilabel | Regression | Videos"
 Measure = Callable[[Array], dict[str, Array]]
 
 
@@ -255,8 +257,10 @@ def report_of(
         )
         result["ci95"] = {name: ends[name] for name in metrics if name in ends}
         result["per_class"] = per_class(samples, class_names)
-        if isinstance(samples, Multiclass | Videos) and len(class_names) <= LARGEST_CONFUSION:
-            result["confusion"] = confusion(*samples.pairs, len(class_names))
+        few = len(class_names) <= LARGEST_CONFUSION
+        if few and not isinstance(samples, Multilabel | Regression):
+            targets, predictions = samples.pairs
+            result["confusion"] = confusion(targets, predictions, len(class_names))
     return as_json(result)
 
 
@@ -265,7 +269,8 @@ def undefined(
 ) -> list[str]:
     """Logged names of the metrics that no prediction defines on some targets, as the AUROC of one
     class: arguments as of `compute`, whose values for random scores tell."""
-    scores = np.random.default_rng(0).random((len(targets), len(class_names)))
+    rows = targets.shape if subtask == "framewise" else targets.shape[:1]
+    scores = np.random.default_rng(0).random((*rows, len(class_names)))
     if subtask == "multiclass":
         scores /= scores.sum(1, keepdims=True)
     values = compute(
@@ -282,7 +287,12 @@ def undefined_line(names: list[str]) -> str:
 def samples_of(
     subtask: str, targets: Array, scores: Scores, class_names: tuple[str, ...]
 ) -> Samples:
-    """Targets and scores as the kind of samples that the subtask measures."""
+    """Targets and scores as the kind of samples that the subtask measures; of frames those of
+    clips (N, T) and (N, T, K)."""
+    if subtask == "framewise":
+        from glovita_lib.metrics_segments import Videos
+
+        return Videos(list(targets), list(scores.values), class_names)
     shape = scores.values.shape
     assert shape == (len(targets), len(class_names)), (shape, targets.shape)
     if subtask == "multiclass":
@@ -326,7 +336,7 @@ def per_class(samples: Samples, class_names: tuple[str, ...]) -> dict[str, dict[
         columns["precision"] = counts.of_occurring(counts.predicted)
         columns["recall"] = counts.of_occurring(counts.actual)
         columns["f1"] = counts.f1
-        if not isinstance(samples, Videos):
+        if isinstance(samples, Multiclass | Multilabel):
             columns["auroc"], columns["ap"] = drawn.ranking
     return {
         name: {key: values[k, 0].item() for key, values in columns.items()}

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from glovita_lib.encoder import Encoder, Features, any_encoder
 from glovita_lib.encoder_aggregation import aggregate, output_width, reads_pooled, resolve_method
-from glovita_lib.errors import refuse
-from glovita_lib.heads import build_fitting_head
+from glovita_lib.errors import UserError, refuse
+from glovita_lib.heads import build_fitting_head, build_head
 from glovita_lib.network import keep_eager
 from glovita_lib.peft_base import ADDED, adapters_by_class, apply_peft, encoder_of
-from glovita_lib.spec_model import ModelSpec
+from glovita_lib.spec_model import FramewiseHead, ModelSpec
 from glovita_lib.spec_peft import Peft
 from glovita_lib.weights import load_tensors
 
@@ -55,7 +55,8 @@ class Model(nn.Module):
         self.refresh()
 
     def forward(self, x: "Tensor | Bags", targets: Tensor | None = None) -> Any:
-        """Inputs (B, C, H, W) -> logits (B, K), or what a head on raw features gives.
+        """Inputs (B, C, H, W) -> logits (B, K), clips (B, C, T, H, W) -> those of their frames
+        (B, T, K), or what a head on raw features gives.
 
         Vectors (B, D) are what the encoder and the aggregation gave before (see experiment); the
         head takes them.
@@ -65,6 +66,9 @@ class Model(nn.Module):
         """
         if isinstance(x, Tensor) and x.ndim == 2 and self.head.consumes == "pooled":
             return self.head(x)
+        if self.head.consumes == "stages":
+            assert isinstance(x, Tensor), "bags have no frames, and no labels of them"
+            return self.head(self.features(x), x.shape[2])
         return self.head_output(self.features(x), targets)
 
     def head_output(self, features: "Features | Bags", targets: Tensor | None = None) -> Any:
@@ -195,13 +199,18 @@ def build_model(
     if base is not None:
         load_tensors(encoder.load_target, base.tensors, source=f'weights = "{base.file}"')
     method = resolve_method(spec.feature_aggregation_method, encoder)
-    head = build_fitting_head(
-        spec.head,
-        pooled=output_width(encoder, method),
-        features=encoder.width,
-        outputs=outputs,
-    )
-    if head.consumes == "features":
+    head: nn.Module
+    if isinstance(spec.head, FramewiseHead):
+        stages = joined_stages(spec.head, encoder)
+        head = build_head(spec.head, width=encoder.width, outputs=outputs, stages=stages)
+    else:
+        head = build_fitting_head(
+            spec.head,
+            pooled=output_width(encoder, method),
+            features=encoder.width,
+            outputs=outputs,
+        )
+    if head.consumes != "pooled":
         refuse("model", spec.aggregation_problems())
     model = Model(encoder, head, method)
     if not model.reads_pooled:
@@ -210,6 +219,26 @@ def build_model(
     apply_peft(peft, model)
     model.refresh()
     return model
+
+
+def joined_stages(spec: FramewiseHead, encoder: Encoder) -> dict[str, int]:
+    """Names and widths of the stages that a head along time joins with the encoder's output, which
+    the encoder gives from now on; unless the head says which, all before the last, which is the
+    output.
+
+    Raises:
+        UserError: the encoder gives a vector a clip, or has no such stage.
+    """
+    if not encoder.has_patches:
+        raise UserError(
+            f'model.head.head_type = "framewise_decoder_1d": encoder {encoder.name} gives one'
+            " vector a clip, which says nothing of its frames; name another encoder"
+        )
+    names = encoder.stage_names[:-1] if spec.stages is None else spec.stages
+    if not names:
+        return {}
+    encoder.return_stages(names)
+    return {name: shape[0] for name, shape in encoder.stage_shapes().items()}
 
 
 # -------------------------------------------------------------------------------- parameters

@@ -6,6 +6,7 @@ B batch, N samples of a split, D width of a feature, K classes or targets.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from itertools import islice
 from typing import Any, Protocol
 
@@ -14,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from glovita_lib.augment import Augmenter, mixup_cutmix, mixup_draws
-from glovita_lib.data import Split, Standardizer
+from glovita_lib.data import Data, Split, Standardizer, subset
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.errors import UserError
 from glovita_lib.loader import Batch, Loader, Resizing
 from glovita_lib.losses import build_criterion, plain_criterion
-from glovita_lib.metrics import compute
+from glovita_lib.metrics import Samples, samples_of, values_of
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.model import logits_of
 from glovita_lib.resolved import ImageInputs, Inputs, Resolved
 from glovita_lib.spec import ByStruct, Spec
-from glovita_lib.spec_train import Supervised
+from glovita_lib.spec_samples import UNLABELLED
+from glovita_lib.spec_train import LabelTask, Supervised
 
 # -------------------------------------------------------------------------------- objectives
 
@@ -159,6 +161,28 @@ def as_loaded(inputs: Inputs, split: Split, *, train: bool, once: bool = False) 
     return split
 
 
+def clips_as_samples(inputs: Inputs, data: Data) -> Data:
+    """A data set of videos with labels of frames as one of their clips, for modes that read an
+    encoder out: each has the class of most of its frames and its video as its group; those without
+    a label are left out. Others as they are."""
+    if data.subtask != "framewise":
+        return data
+    splits, lost = {}, 0
+    for name, videos in data.splits.items():
+        split = as_loaded(inputs, videos, train=False)
+        frames = split.frames
+        assert frames is not None, "see resolved.check_task"
+        ids = [
+            f"{video}:{first}" for video, first in zip(split.ids, frames.numbers[:, 0], strict=True)
+        ]
+        targets = frames.majority()
+        clips = with_fields(split, ids=ids, groups=split.ids, targets=targets, frames=None)
+        splits[name] = subset(clips, np.flatnonzero(targets != UNLABELLED))
+        lost += int((targets == UNLABELLED).sum())
+    report = [f"{lost} clips without a labelled frame are left out"] if lost else []
+    return with_fields(data, splits=splits, subtask="multiclass", report=[*data.report, *report])
+
+
 @build_inputs.register
 def _(inputs: ImageInputs, *, train: bool) -> Augmenter:
     return Augmenter(inputs.augmentation, train=train, bit_depth=inputs.bit_depth)
@@ -207,21 +231,65 @@ class HeadOutput:
         return cls(logits, output.get("fitted", [(1.0, logits)]), output["aux"])
 
 
-class SupervisedObjective(Objective):
+class LabelObjective(Objective):
+    """What objectives share whose model gives scores of classes or numbers."""
+
+    def __init__(self, task: LabelTask, resolved: Resolved, device: torch.device) -> None:
+        self.resolved, self.device = resolved, device
+        self.subtask = resolved.subtask
+        self.train_inputs = build_inputs(resolved.inputs, train=True)
+        self.eval_inputs = build_inputs(resolved.inputs, train=False)
+        kind = "multiclass" if resolved.subtask == "framewise" else resolved.subtask
+        self.criterion = build_criterion(
+            task, subtask=kind, class_weights=resolved.class_weights
+        ).to(device)
+        self.plain = plain_criterion(task, subtask=kind).to(device)
+
+    @abstractmethod
+    def measured(self, predictions: Any) -> Samples:
+        """Labelled predictions as the metrics take them."""
+
+    def record(self, predictions: "LabelledPredictions") -> dict[str, float]:
+        """Mean loss and the metrics."""
+        return {"loss": predictions.loss, **self.values(self.measured(predictions))}
+
+    def values(self, samples: Samples) -> dict[str, float]:
+        """The metrics of samples."""
+        return values_of(self.resolved.metrics, samples)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Logits (..., K) -> softmax or sigmoid probabilities, or outputs as they are."""
+        if self.subtask == "regression":
+            return logits
+        return logits.sigmoid() if self.subtask == "multilabel" else logits.softmax(-1)
+
+    def in_units(self, scores: Tensor) -> np.ndarray:
+        """Scores (N, K) as they are shown: outputs of a regression in target units, float64, which
+        not every device calculates with."""
+        values = scores.cpu().numpy()
+        return values if self.target_scale is None else self.target_scale.restored(values)
+
+    def losses_of(self, scores: Scores, targets: np.ndarray) -> np.ndarray:
+        """Loss (N,) of given scores (N, K), for scores that no single model gave."""
+        if self.target_scale is not None:
+            pair = map(self.target_scale.standardized, (scores.values, targets))
+            output, wanted = (torch.from_numpy(part).to(self.device) for part in pair)
+            return self.plain(output, wanted).cpu().numpy()
+        odds = scores.ranked
+        if self.subtask == "multilabel":
+            return np.logaddexp(0.0, np.where(targets > 0.5, -odds, odds)).mean(1)
+        # -log p = log(1 + exp(-log-odds))
+        return np.logaddexp(0.0, -odds[np.arange(len(odds)), targets])
+
+
+class SupervisedObjective(LabelObjective):
     """Predict labels from samples, with augmentation, mixup and cutmix on the training device."""
 
     def __init__(self, task: Supervised, resolved: Resolved, device: torch.device) -> None:
-        self.task, self.resolved = task, resolved
-        self.subtask = resolved.subtask
+        super().__init__(task, resolved, device)
+        self.task = task
         self.outputs = len(resolved.class_names)
-        self.train_inputs = build_inputs(resolved.inputs, train=True)
-        self.eval_inputs = build_inputs(resolved.inputs, train=False)
-        self.criterion = build_criterion(
-            task, subtask=resolved.subtask, class_weights=resolved.class_weights
-        ).to(device)
-        self.plain = plain_criterion(task, subtask=resolved.subtask).to(device)
         self.mixes = task.mixup or task.cutmix
-        self.device = device
         if resolved.subtask == "regression":
             mean, std = np.array(resolved.target_mean), np.array(resolved.target_std)
             self.target_scale = Standardizer(mean, std)
@@ -321,39 +389,10 @@ class SupervisedObjective(Objective):
         losses = gathered["loss"].numpy()
         return LabelledPredictions(ids, scores, rows, split.targets[rows], losses)
 
-    def record(self, predictions: LabelledPredictions) -> dict[str, float]:
-        """Mean loss and the metrics."""
-        metrics = compute(
-            self.resolved.metrics,
-            subtask=self.subtask,
-            targets=predictions.targets,
-            scores=predictions.scores,
-            class_names=self.resolved.class_names,
-        )
-        return {"loss": predictions.loss, **metrics}
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Logits -> softmax or sigmoid probabilities, or outputs as they are, (B, K)."""
-        if self.subtask == "multiclass":
-            return logits.softmax(1)
-        return logits.sigmoid() if self.subtask == "multilabel" else logits
-
-    def in_units(self, scores: Tensor) -> np.ndarray:
-        """Scores (N, K) as they are shown: outputs of a regression in target units, float64, which
-        not every device calculates with."""
-        values = scores.cpu().numpy()
-        return values if self.target_scale is None else self.target_scale.restored(values)
-
-    def losses_of(self, scores: Scores, targets: np.ndarray) -> np.ndarray:
-        """Loss (N,) of given scores (N, K), for scores that no single model gave."""
-        if self.target_scale is not None:
-            pair = map(self.target_scale.standardized, (scores.values, targets))
-            output, wanted = (torch.from_numpy(part).to(self.device) for part in pair)
-            return self.plain(output, wanted).cpu().numpy()
-        odds = scores.ranked
-        if self.subtask == "multiclass":  # -log p = log(1 + exp(-log-odds))
-            return np.logaddexp(0.0, -odds[np.arange(len(odds)), targets])
-        return np.logaddexp(0.0, np.where(targets > 0.5, -odds, odds)).mean(1)
+    def measured(self, predictions: LabelledPredictions) -> Samples:
+        """Labelled predictions as the metrics take them."""
+        names, scores = self.resolved.class_names, predictions.scores
+        return samples_of(self.subtask, predictions.targets, scores, names)
 
 
 @ByStruct

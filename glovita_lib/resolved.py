@@ -35,7 +35,7 @@ from glovita_lib.spec_errors import shown
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_samples import BaseData, Subtask
 from glovita_lib.spec_series import ResolvedSeriesAugmentation
-from glovita_lib.spec_train import Supervised
+from glovita_lib.spec_train import Framewise, LabelTask, Supervised
 from glovita_lib.spec_video import ResolvedClips
 from glovita_lib.spec_volumes import ResolvedVolumeAugmentation
 
@@ -424,7 +424,7 @@ def in_order_of(model: Resolved, data: Data) -> Data:
     names = list(map(composed, data.class_names))
     if data.subtask != model.subtask or not place.keys() >= set(names):
         return data
-    if data.subtask == "multiclass":
+    if data.subtask in ("multiclass", "framewise"):
         table = np.array([place[name] for name in names], np.int64)
     elif len(names) == len(place):
         table = np.array([names.index(name) for name in place])
@@ -435,7 +435,8 @@ def in_order_of(model: Resolved, data: Data) -> Data:
         targets = split.targets
         if targets is not None:
             targets = table[targets] if targets.ndim == 1 else targets[:, table]
-        splits[name] = replace(split, targets=targets)
+        frames = split.frames if split.frames is None else split.frames.recoded(table)
+        splits[name] = replace(split, targets=targets, frames=frames)
     return replace(data, splits=splits, class_names=model.class_names)
 
 
@@ -560,7 +561,7 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
             resolve_inputs.
     """
     task = root.task
-    if not isinstance(task, Supervised):
+    if not isinstance(task, LabelTask):
         raise UserError(
             'task.objective = "probe" judges features and has no model: set it to "supervised", or'
             ' mode to "train"'
@@ -593,13 +594,18 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
     )
 
 
-def check_task(task: Supervised, data: Data) -> None:
+def check_task(task: LabelTask, data: Data) -> None:
     """The rules of the task, for data that alone tell what their targets and samples are.
 
     Raises:
         UserError: a metric or an option that has no meaning here, or class weights that do not fit
             the classes.
     """
+    if data.subtask == "framewise" and any(s.frames is None for s in data.splits.values()):
+        raise UserError(
+            f"data set {data.name}: targets are framewise, but its splits do not tell which frames"
+            " of which videos their clips are: give each a glovita_lib.data.VideoFrames as `frames`"
+        )
     problems = [*task.target_problems(data.subtask)]
     if not problems and not data.has_order:
         problems += task.order_problems(listed(data.class_names))
@@ -607,6 +613,8 @@ def check_task(task: Supervised, data: Data) -> None:
     if data.subtask != "regression":
         classes = listed(data.class_names)
         problems += task.class_count_problems(len(data.class_names), f"the data ({classes})")
+        if isinstance(task, Framewise):
+            problems += task.class_name_problems(data.class_names)
     refuse("task", problems)
 
 
@@ -622,12 +630,13 @@ def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
     return asked
 
 
-def class_weights(task: Supervised, data: Data, train: Split | None) -> tuple[float, ...] | None:
+def class_weights(task: LabelTask, data: Data, train: Split | None) -> tuple[float, ...] | None:
     """Weights per class; balanced ones are N / (K n_k), those of scikit-learn, of the K classes
     that occur in train, so that their mean over the train samples is 1; none without labels, from
     which nothing is learnt.
 
-    A class without train samples gets weight 1. Multilabel: n_k counts positive labels.
+    A class without train samples gets weight 1. Multilabel: n_k counts positive labels. Framewise:
+    N and n_k count labelled frames.
     """
     if task.class_weights is None:
         return None
@@ -640,15 +649,16 @@ def class_weights(task: Supervised, data: Data, train: Split | None) -> tuple[fl
         counts = train.targets.sum(0)
         total = counts.sum()
     else:
-        counts = np.bincount(train.targets, minlength=classes)
-        total = len(train)
+        labels = train.targets if train.frames is None else train.frames.all_labels()
+        counts = np.bincount(labels, minlength=classes)
+        total = len(labels)
     occur = counts > 0
     weights = np.where(occur, total / (occur.sum() * np.maximum(counts, 1)), 1.0)
     return tuple(float(w) for w in weights)
 
 
 def target_scale(
-    task: Supervised, data: Data, train: Split | None
+    task: LabelTask, data: Data, train: Split | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation (K,) that regression targets are standardised with; 0 and 1 for
     the rest, and without labels.
@@ -660,13 +670,14 @@ def target_scale(
     scale = Standardizer(np.zeros(outputs), np.ones(outputs))
     if train is None or train.targets is None or data.subtask != "regression":
         return tuple(scale.mean.tolist()), tuple(scale.std.tolist())
-    if task.standardize_targets:
+    standardized = isinstance(task, Supervised) and task.standardize_targets
+    if standardized:
         scale = Standardizer.of_array(train.targets)
     for name, split in data.splits.items():
         if split.targets is not None and not np.isfinite(scale.standardized(split.targets)).all():
             raise UserError(
                 f"the targets of {name} reach {np.abs(split.targets).max():g}, too large for the"
                 " float32 of a model: give them in another unit"
-                + ("" if task.standardize_targets else ", or set task.standardize_targets = true")
+                + ("" if standardized else ", or set task.standardize_targets = true")
             )
     return tuple(scale.mean.tolist()), tuple(scale.std.tolist())

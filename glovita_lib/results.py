@@ -23,9 +23,14 @@ from glovita_lib.files import TEMPORARY, Lock, read_json, read_jsonl, write_csv,
 from glovita_lib.loader import fit_all, to_tensor
 from glovita_lib.loggers import SHOWN_CLASSES, by_family, decimal, spread_of
 from glovita_lib.metric_names import lower_is_better
-from glovita_lib.metrics import metrics_report
+from glovita_lib.metrics import metrics_report, samples_of
 from glovita_lib.metrics_classification import THRESHOLD, Scores
-from glovita_lib.objectives import LabelledPredictions, Predictions, build_inputs
+from glovita_lib.objectives import (
+    LabelledPredictions,
+    LabelObjective,
+    Predictions,
+    build_inputs,
+)
 from glovita_lib.resolved import ImageInputs, Inputs, Resolved, VolumeInputs
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
@@ -94,11 +99,12 @@ def value_columns(subtask: str, class_names: Sequence[str]) -> tuple[list[str], 
 
 @dataclass(frozen=True)
 class Table:
-    """Predictions as read from a file."""
+    """Predictions as read from a file; of frames ids are those of videos, with an array each."""
 
     ids: list[str]
     targets: np.ndarray | None  # (N,) int64 | (N, K)
-    scores: Scores  # (N, K)
+    scores: Scores  # (N, K), of videos of all their frames
+    starts: np.ndarray | None = None  # (N + 1,) first frame of each video, and all frames
 
 
 def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[str]) -> Table:
@@ -148,7 +154,8 @@ SHEET_ROWS, SHEET_COLUMNS = 6, 7  # samples and their augmented versions
 WORST_VOLUMES, VOLUME_ROWS, VOLUME_COLUMNS = 12, 3, 6  # three slices each
 
 
-def write_predictions(path: Path, predictions: Predictions, resolved: Resolved) -> None:
+@singledispatch
+def write_predictions(predictions: Predictions, path: Path, resolved: Resolved) -> None:
     """The predictions of a split as CSV: id, label, prediction, p_<class> ..."""
     write_prediction_csv(
         path,
@@ -160,10 +167,11 @@ def write_predictions(path: Path, predictions: Predictions, resolved: Resolved) 
     )
 
 
+@singledispatch
 def write_results(
+    predictions: LabelledPredictions,
     folder: Path,
     name: str,
-    predictions: LabelledPredictions,
     experiment: Experiment,
     *,
     split: Split,
@@ -174,7 +182,7 @@ def write_results(
     Returns what metrics_<name>.json holds.
     """
     resolved, task = experiment.resolved, experiment.root.task
-    write_predictions(folder / f"predictions_{name}.csv", predictions, resolved)
+    write_predictions(predictions, folder / f"predictions_{name}.csv", resolved)
     content = metrics_report(
         resolved.metrics,
         subtask=resolved.subtask,
@@ -342,12 +350,33 @@ def with_interval(value: float | None, interval: list[float | None] | None) -> s
 # N samples, K classes or targets.
 
 SPLITS = ("val", "test")
-Measure = Callable[[np.ndarray, Scores], dict[str, float]]  # targets, scores -> metrics
+Read = Callable[[Path], Table]
+Measure = Callable[[list[Table]], dict[str, float]]  # all predictions as one set -> metrics
 
 
-def write_summary(
-    group: Path, *, config: dict, subtask: str, class_names: Sequence[str], measure: Measure
-) -> dict[str, Any]:
+@singledispatch
+def read_table(objective: LabelObjective, path: Path) -> Table:
+    """The predictions that a run of an objective wrote."""
+    resolved = objective.resolved
+    return read_predictions(path, subtask=resolved.subtask, class_names=resolved.class_names)
+
+
+@singledispatch
+def pooled_metrics(objective: LabelObjective, tables: list[Table]) -> dict[str, float]:
+    """Metrics of all labelled predictions of several tables, taken as one set."""
+    resolved = objective.resolved
+    samples = samples_of(resolved.subtask, *joined(tables), resolved.class_names)
+    return objective.values(samples)
+
+
+def joined(tables: list[Table]) -> tuple[np.ndarray, Scores]:
+    """Targets and scores of the samples of several tables."""
+    filled = [table for table in tables if table.ids]
+    targets = np.concatenate([table.targets for table in filled])
+    return targets, Scores.joined([table.scores for table in filled])
+
+
+def write_summary(group: Path, *, config: dict, read: Read, measure: Measure) -> dict[str, Any]:
     """Write and return what summary.json says of the folds that are evaluated so far.
 
     Per split: `folds`; per metric `mean`, `sd` (over folds, n - 1 in the denominator; null for one
@@ -360,9 +389,8 @@ def write_summary(
     Args:
         group: folder of the folds.
         config: plain spec of the run that has just ended; folds of another spec are left out.
-        subtask: multiclass, multilabel or regression.
-        class_names: K names.
-        measure: metrics of targets and scores.
+        read: the predictions of a file.
+        measure: metrics of the predictions of folds.
 
     Raises:
         UserError: disk full, read-only ...
@@ -372,8 +400,7 @@ def write_summary(
             path.unlink()
         folds, left_out = members(group, config)
         result: dict[str, Any] = {
-            split: summarize(folds, split, subtask, class_names, measure, left_out)
-            for split in SPLITS
+            split: summarize(folds, split, read, measure, left_out) for split in SPLITS
         }
         result = {split: content for split, content in result.items() if content}
         result["left_out"] = left_out
@@ -411,8 +438,7 @@ def in_order(fold: str) -> tuple[int, str]:
 def summarize(
     folds: list[RunDir],
     split: str,
-    subtask: str,
-    class_names: Sequence[str],
+    read: Read,
     measure: Measure,
     left_out: dict[str, str],
 ) -> dict[str, Any] | None:
@@ -423,9 +449,7 @@ def summarize(
         if not run.metrics_of(split).is_file():
             continue
         try:
-            table = read_predictions(
-                run.predictions_of(split), subtask=subtask, class_names=class_names
-            )
+            table = read(run.predictions_of(split))
             report = read_json(run.metrics_of(split), "metrics")
         except UserError as error:
             left_out[run.path.name] = str(error)
@@ -459,10 +483,8 @@ def pool(tables: list[Table], measure: Measure) -> dict[str, Any]:
     if not ids:
         return {"pooled": None, "samples": 0, "repeated_ids": 0}
     counts = np.unique(np.array(ids, dtype=object).astype(str), return_counts=True)[1]
-    targets = np.concatenate([table.targets for table in tables if len(table.ids)])
-    scores = Scores.joined([table.scores for table in tables if len(table.ids)])
     return {
-        "pooled": measure(targets, scores),
+        "pooled": measure(tables),
         "samples": len(ids),
         "repeated_ids": int((counts > 1).sum()),
     }

@@ -420,10 +420,10 @@ def write_split(
     outputs = experiment.resolved.outputs_line
     rows = [outputs, ("predictions", str(folder / f"predictions_{name}.csv"))]
     if not isinstance(predictions, LabelledPredictions):
-        write_predictions(folder / f"predictions_{name}.csv", predictions, experiment.resolved)
+        write_predictions(predictions, folder / f"predictions_{name}.csv", experiment.resolved)
         return rows
     plot = experiment.root.task.result_plot != "none"
-    report = write_results(folder, name, predictions, experiment, split=split, plot=plot)
+    report = write_results(predictions, folder, name, experiment, split=split, plot=plot)
     rows = [*summary_lines({name: report}), *rows]
     rows.append(("metrics", str(folder / f"metrics_{name}.json")))
     if plot:

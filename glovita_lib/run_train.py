@@ -3,6 +3,7 @@
 import tempfile
 import time
 from contextlib import ExitStack, closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,21 @@ from glovita_lib.loggers import (
     two_columns,
     write_notes,
 )
-from glovita_lib.metrics import compute, undefined, undefined_line
-from glovita_lib.metrics_classification import Scores
+from glovita_lib.metrics import undefined, undefined_line
 from glovita_lib.model import parameter_line, parameter_table
 from glovita_lib.objectives import LabelledPredictions
 from glovita_lib.optim import GROUP_COLUMNS, group_lines, group_rows
 from glovita_lib.peft import save_adapter
 from glovita_lib.plot_curves import learning_curves
 from glovita_lib.resolved import Resolved, check_data, check_targets, check_unchanged, resolve_spec
-from glovita_lib.results import plot_augmented, summary_lines, write_results, write_summary
+from glovita_lib.results import (
+    plot_augmented,
+    pooled_metrics,
+    read_table,
+    summary_lines,
+    write_results,
+    write_summary,
+)
 from glovita_lib.rundir import Decision, RunDir, opened, runtime_info
 from glovita_lib.sampler import check_ranks
 from glovita_lib.spec import Loaded, changed_keys
@@ -284,10 +291,11 @@ def undefined_notes(resolved: Resolved, trainer: Trainer) -> list[str]:
     split = None if trainer.val_loader is None else trainer.val_loader.split
     if split is None or split.targets is None:
         return []
+    targets = split.targets if split.frames is None else split.frames.all_labels()[:, None]
     names = undefined(
         resolved.metrics,
         subtask=resolved.subtask,
-        targets=split.targets,
+        targets=targets,
         class_names=resolved.class_names,
     )
     lines = [undefined_line(names)]
@@ -520,7 +528,7 @@ def finish(
         predictions = experiment.predict(split)
         if isinstance(predictions, LabelledPredictions):  # on the first rank
             plot = task.result_plot != "none"
-            report = write_results(run.path, name, predictions, experiment, split=split, plot=plot)
+            report = write_results(predictions, run.path, name, experiment, split=split, plot=plot)
             logger.conclude(name, report)
     if ranks.is_main:
         if task.result_plot != "none":
@@ -539,23 +547,12 @@ def description(loaded: Loaded[Root], experiment: Experiment) -> dict[str, Any]:
 
 def write_fold_summary(run: RunDir, experiment: Experiment) -> None:
     """Metrics over the folds that are finished, and of all their predictions together."""
-    resolved = experiment.resolved
-
-    def metrics(targets: np.ndarray, scores: Scores) -> dict[str, float]:
-        return compute(
-            resolved.metrics,
-            subtask=resolved.subtask,
-            targets=targets,
-            scores=scores,
-            class_names=resolved.class_names,
-        )
-
+    objective = experiment.predictor
     write_summary(
         run.group,
         config=files.read_json(run.config),
-        subtask=resolved.subtask,
-        class_names=resolved.class_names,
-        measure=metrics,
+        read=partial(read_table, objective),
+        measure=partial(pooled_metrics, objective),
     )
 
 

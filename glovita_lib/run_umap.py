@@ -300,6 +300,8 @@ def samples_of_model(
     asked = replace(loaded.root.extract, output="embedding")
     experiment, data = source_of(loaded, ranks)
     resolved = experiment.resolved
+    if resolved.subtask == "framewise":  # clips are shown
+        resolved = replace(resolved, subtask="multiclass")
     extractor = Extractor(experiment, asked)
     trained = asked.checkpoint is not None or asked.source == "run"
 

@@ -43,6 +43,7 @@ OURS = (
     "metrics.jsonl",
     "notes.txt",
     "predictions_*.csv",
+    "predictions_*.h5",
     "plots",
     "infer",
     "umap",

@@ -20,7 +20,7 @@ from glovita_lib.spec_model import RegressionHead
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_samples import FileData
 from glovita_lib.spec_series import SeriesAugmentation
-from glovita_lib.spec_train import Supervised
+from glovita_lib.spec_train import Framewise, LabelTask, Supervised
 from glovita_lib.spec_volumes import VolumeAugmentation
 
 
@@ -76,6 +76,8 @@ def head_fits_targets(root: Root) -> Iterator[str]:
     if not root.task.keeps_model:
         return
     subtask = root.data.stated_subtask()
+    if subtask is None and isinstance(root.task, Framewise):
+        subtask = "framewise"
     for name, text in root.model.head.target_problems(subtask) if subtask else ():
         yield f"model.head.{name}: {text}"
 
@@ -99,6 +101,8 @@ def instances_have_classes(root: Root) -> Iterator[str]:
 def task_fits_targets(root: Root) -> Iterator[str]:
     """Metrics and options of the task are those of its kind of targets."""
     subtask = root.data.stated_subtask() or ("regression" if root.predicts_numbers else None)
+    if subtask is None and root.model.head.predicts == ("frames",):
+        subtask = "framewise"
     if subtask is not None:
         for name, text in root.task.target_problems(subtask):
             yield f"task.{name}: {text}"
@@ -114,9 +118,10 @@ def task_fits_samples(root: Root) -> Iterator[str]:
 def best_metric_is_logged(root: Root) -> Iterator[str]:
     """The metric that picks best.pt is the loss or one of task.metrics."""
     asked = root.training.best_checkpoint_metric
-    if asked is None or not isinstance(root.task, Supervised):
+    if asked is None or not isinstance(root.task, LabelTask):
         return
     kind = root.data.stated_subtask() or ("regression" if root.predicts_numbers else "multiclass")
+    kind = "framewise" if isinstance(root.task, Framewise) else kind
     names = logged_names(root.task.metrics or usual_metrics(kind), known_class_names(root))
     try:
         check_logged(asked, ["val_loss", *(f"val_{name}" for name in names)])
@@ -132,9 +137,17 @@ def known_class_names(root: Root) -> tuple[str, ...] | None:
 def class_weights_fit(root: Root) -> Iterator[str]:
     """One weight a class, where the spec says how many classes there are."""
     stated = root.data.stated_outputs()
-    if stated and isinstance(root.task, Supervised) and not root.predicts_numbers:
+    if stated and isinstance(root.task, LabelTask) and not root.predicts_numbers:
         source, count = stated[0]
         for name, text in root.task.class_count_problems(count, source):
+            yield f"task.{name}: {text}"
+
+
+def named_classes_exist(root: Root) -> Iterator[str]:
+    """Classes that the task names are among those that the spec states."""
+    names = known_class_names(root)
+    if names is not None and isinstance(root.task, Framewise):
+        for name, text in root.task.class_name_problems(names):
             yield f"task.{name}: {text}"
 
 
@@ -296,6 +309,7 @@ RULES = (
     task_fits_samples,
     best_metric_is_logged,
     class_weights_fit,
+    named_classes_exist,
     encoder_takes_samples,
     augmentation_fits,
     method_has_an_encoder,

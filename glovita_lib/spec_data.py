@@ -266,6 +266,16 @@ class VideoData(FolderData, tag="generic_video_dataset", tag_field="dataset"):
     def stated_subtask(self) -> Subtask | None:
         return "framewise" if self.frames.label_level == "frame" else super().stated_subtask()
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Labels of frames are classes, and clips show every frame."""
+        yield from super().problems()
+        if self.frames.label_level != "frame":
+            return
+        if self.subtask not in (None, "multiclass"):
+            yield "subtask", f"{shown(self.subtask)}: labels of frames are classes, drop it"
+        for name, text in self.sampling.frame_problems():
+            yield f"sampling.{name}", text
+
 
 class SeriesData(CollectionData, tag="generic_series_dataset", tag_field="dataset"):
     """Time series in CSV (a row a series, or a row a time point), npy, npz, .ts, .arff or .tsv

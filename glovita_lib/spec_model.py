@@ -16,21 +16,27 @@ from glovita_lib.spec_lift import Aggregation
 # ------------------------------------------------------------------------------------- heads
 
 
+HeadInput = Literal["vectors", "bags", "stages", "either"]
+Prediction = Literal["classes", "numbers", "frames"]
+ANYTHING: tuple[Prediction, ...] = ("classes", "numbers", "frames")
+
+
 class BaseHead(Spec):
     """What other sections and the model ask every head."""
 
     built_in: ClassVar[str] = "heads"
-    takes: ClassVar[Literal["vectors", "bags", "either"]] = "vectors"
-    """A vector a sample, its instances (or patch tokens), or what the user's module says."""
-    predicts: ClassVar[tuple[Literal["classes", "numbers"], ...]] = ("classes", "numbers")
-    """Kinds of targets."""
+    takes: ClassVar[HeadInput] = "vectors"
+    """A vector a sample, its instances (or patch tokens), the encoder's stages along time, or what
+    the user's module says."""
+    predicts: ClassVar[tuple[Prediction, ...]] = ("classes", "numbers")
+    """Kinds of targets: of a sample, or frames, a class of each."""
     mixes: ClassVar[bool] = True
     """Whether a bag becomes vectors, before a last layer, that mixup can mix."""
 
     def takes_features(self) -> bool:
         """Whether it takes tokens or instances, as far as can be told before it is built; of a
         head of the user's its function is looked at."""
-        return self.takes == "bags"
+        return self.takes in ("bags", "stages")
 
     @property
     def needs_classes(self) -> str | None:
@@ -40,31 +46,46 @@ class BaseHead(Spec):
     def target_problems(self, subtask: str) -> Iterator[tuple[str, str]]:
         """Classes need a head that predicts classes, numbers one that predicts numbers."""
         head = shown(self.__struct_config__.tag)
-        if subtask == "regression" and "numbers" not in self.predicts:
+        if (subtask == "framewise") != ("frames" in self.predicts) and self.predicts != ANYTHING:
+            yield "head_type", f"{head} {self.whole_problem(subtask)}"
+        elif subtask == "regression" and "numbers" not in self.predicts:
             yield (
                 "head_type",
                 f'{head} cannot predict numbers, and this is a regression: set it to "regression",'
                 ' or data.subtask to "multiclass" where the numbers are classes',
             )
-        if subtask != "regression" and "classes" not in self.predicts:
+        elif subtask not in ("regression", "framewise") and "classes" not in self.predicts:
             yield (
                 "head_type",
                 f'{head} cannot predict {subtask} labels: set it to "classification", or'
                 ' data.subtask to "regression" where the data are numbers',
             )
 
+    def whole_problem(self, subtask: str) -> str:
+        """What is wrong where either the head or the targets are of frames."""
+        if subtask == "framewise":
+            return (
+                "predicts whole samples, and the labels are a class of each frame: set it to"
+                ' "framewise_decoder_1d"'
+            )
+        return (
+            f"predicts a class of each frame, and the targets are {subtask} of whole samples: set"
+            ' it to "classification" or "regression", or give a label a frame'
+            ' (data.frames.label_level = "frame")'
+        )
+
 
 class BagHead(BaseHead):
     """A head on the instances of a bag."""
 
     built_in: ClassVar[str] = "head_mil"
-    takes: ClassVar[Literal["vectors", "bags", "either"]] = "bags"
+    takes: ClassVar[HeadInput] = "bags"
 
 
 class ClassificationHead(BaseHead, tag="classification", tag_field="head_type"):
     """Dropout and one linear layer to the classes."""
 
-    predicts: ClassVar[tuple[Literal["classes", "numbers"], ...]] = ("classes",)
+    predicts: ClassVar[tuple[Prediction, ...]] = ("classes",)
 
     dropout: Dropout = 0.0
     """Probability of dropping a feature before the linear layer."""
@@ -75,7 +96,7 @@ class ClassificationHead(BaseHead, tag="classification", tag_field="head_type"):
 class RegressionHead(BaseHead, tag="regression", tag_field="head_type"):
     """Dropout and one linear layer to the targets."""
 
-    predicts: ClassVar[tuple[Literal["classes", "numbers"], ...]] = ("numbers",)
+    predicts: ClassVar[tuple[Prediction, ...]] = ("numbers",)
 
     dropout: Dropout = 0.0
     """Probability of dropping a feature before the linear layer."""
@@ -255,10 +276,40 @@ class MaxMilHead(BagHead, tag="max", tag_field="head_type"):
     """Probability of dropping a feature of the bag before the linear layer."""
 
 
+class FramewiseHead(BaseHead, tag="framewise_decoder_1d", tag_field="head_type"):
+    """A class of each frame of a clip of any length: maps of the encoder's stages, averaged over
+    space, in a U-Net along time (Ronneberger et al., MICCAI 2015). The output of the encoder is
+    upsampled from stage to stage, joined with it, and passes two convolutions over time."""
+
+    built_in: ClassVar[str] = "head_framewise"
+    takes: ClassVar[HeadInput] = "stages"
+    predicts: ClassVar[tuple[Prediction, ...]] = ("frames",)
+
+    stages: tuple[str, ...] | None = None
+    """Stages that are joined, from the input on, by their names in the encoder, as in
+    ("stem", "layer2", "layer3"); its output, as layer4, is always there. none takes the encoder's
+    usual ones, [] its output alone."""
+    width: Annotated[int, Meta(ge=1)] | None = None
+    """Channels behind the convolutions of each level; none takes those of its stage."""
+    kernel: Annotated[int, Meta(ge=1)] = 3
+    """Time points that a convolution sees; an odd number."""
+    dropout: Dropout = 0.0
+    """Probability of dropping a feature before the last layer, the same one in all frames."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Kernels have a middle, and no stage is joined twice."""
+        if self.kernel % 2 == 0:
+            yield "kernel", f"{self.kernel} has no middle: use {self.kernel + 1}"
+        for name in dict.fromkeys(self.stages or ()):
+            if (self.stages or ()).count(name) > 1:
+                yield "stages", f"{shown(name)} is named twice"
+
+
 class CustomHead(BaseHead, tag="custom", tag_field="head_type", kw_only=True):
     """A head of your own: a function of your package that returns a module."""
 
-    takes: ClassVar[Literal["vectors", "bags", "either"]] = "either"
+    takes: ClassVar[HeadInput] = "either"
+    predicts: ClassVar[tuple[Prediction, ...]] = ANYTHING
 
     target: str
     """Where the function, or class, is: "package.module:function"; called as function(width=...,
@@ -286,6 +337,7 @@ Head = (
     | TemporalTransformerHead
     | MeanMilHead
     | MaxMilHead
+    | FramewiseHead
     | CustomHead
 )
 

@@ -69,7 +69,7 @@ class Root(Spec):
         """Whether it is a regression; where the data section does not say, the head does."""
         subtask = self.data.stated_subtask()
         if subtask is None:
-            return "classes" not in self.model.head.predicts
+            return self.model.head.predicts == ("numbers",)
         return subtask == "regression"
 
     @property

@@ -1,10 +1,11 @@
 """Sections of a spec on learning and on the modes: task, training, optimizer, logger, infer ..."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
+from glovita_lib.errors import listed
 from glovita_lib.metric_names import METRICS, metrics_of, usual_metrics_text
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_if, read_unless
@@ -65,13 +66,35 @@ class BaseTask(Spec):
                 )
 
 
-class Supervised(BaseTask, tag="supervised", tag_field="objective"):
-    """Predict the labels: cross-entropy, binary cross-entropy (multilabel) or a regression loss."""
+class LabelTask(BaseTask):
+    """What tasks share whose model learns labels by gradient steps."""
 
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """Share of the target spread over all classes (multiclass, multilabel)."""
+    """Share of the target spread over all classes (multiclass, multilabel, framewise)."""
+    focal_gamma: Annotated[float, Meta(ge=0)] = 0.0
+    """Exponent of the focal loss (Lin et al., ICCV 2017), see losses; 0 is the cross-entropy."""
     class_weights: Literal["balanced"] | tuple[Positive, ...] | None = None
     """Weight per class in the training loss: inverse frequency, or one number a class."""
+    result_plot: Literal["none", "val", "all"] = "val"
+    """Plots of the final results: none, of the held-out splits val and test, or of train too."""
+    bootstrap: Annotated[int, Meta(ge=0)] = 1000
+    """Resamples behind the 95 % confidence intervals of the final metrics; 0 leaves them out."""
+
+    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
+        """Options that have no meaning for a kind of samples, in words."""
+        yield from ()
+
+    def class_count_problems(self, count: int, source: str) -> Iterator[tuple[str, str]]:
+        """One weight a class; source is what says how many classes there are."""
+        weights = self.class_weights
+        if isinstance(weights, tuple) and len(weights) != count:
+            numbers = f"{len(weights)} numbers, but {source} says {count} classes"
+            yield "class_weights", f"{numbers}: give one number a class"
+
+
+class Supervised(LabelTask, tag="supervised", tag_field="objective"):
+    """Predict the labels: cross-entropy, binary cross-entropy (multilabel) or a regression loss."""
+
     regression_loss: Annotated[Literal["mse", "mae", "huber"], OF_NUMBERS] = "mse"
     """Loss of a regression task."""
     standardize_targets: Annotated[bool, OF_NUMBERS] = True
@@ -88,16 +111,15 @@ class Supervised(BaseTask, tag="supervised", tag_field="objective"):
     each sample draws one."""
     cutmix_alpha: Annotated[Positive, read_if("cutmix", True)] = 1.0
     """Both parameters of the Beta distribution of the pasted area."""
-    result_plot: Literal["none", "val", "all"] = "val"
-    """Plots of the final results: none, of the held-out splits val and test, or of train too."""
-    bootstrap: Annotated[int, Meta(ge=0)] = 1000
-    """Resamples behind the 95 % confidence intervals of the final metrics; 0 leaves them out."""
 
     def target_problems(self, subtask: str) -> Iterator[tuple[str, str]]:
         """Metrics are those of the targets; what blends or weights classes is not for numbers."""
+        if subtask == "framewise":
+            yield "objective", f'"supervised" predicts whole samples, {OF_FRAMES} "framewise"'
+            return
         yield from super().target_problems(subtask)
         if subtask == "regression":
-            for name in ("mixup", "cutmix", "label_smoothing", "class_weights"):
+            for name in ("mixup", "cutmix", "label_smoothing", "focal_gamma", "class_weights"):
                 if value := getattr(self, name):
                     yield name, f"{shown(value)} is for classes, and this is a regression: drop it"
 
@@ -111,12 +133,32 @@ class Supervised(BaseTask, tag="supervised", tag_field="objective"):
                 what = "images" if name == "cutmix" else "images, series and features"
                 yield name, f"it mixes {what}, and the samples are {samples}: drop it"
 
-    def class_count_problems(self, count: int, source: str) -> Iterator[tuple[str, str]]:
-        """One weight a class; source is what says how many classes there are."""
-        weights = self.class_weights
-        if isinstance(weights, tuple) and len(weights) != count:
-            numbers = f"{len(weights)} numbers, but {source} says {count} classes"
-            yield "class_weights", f"{numbers}: give one number a class"
+
+OF_FRAMES = "and the labels are a class of each frame: set it to"
+
+
+class Framewise(LabelTask, tag="framewise", tag_field="objective"):
+    """Predict a class of each frame of videos: cross-entropy over the labelled frames of a clip,
+    the mean over clips. Evaluation sees every frame of every video."""
+
+    built_in: ClassVar[str] = "framewise"
+
+    background: tuple[str, ...] = ()
+    """Classes whose segments count neither in the edit score nor in F1@k; their frames do."""
+
+    def target_problems(self, subtask: str) -> Iterator[tuple[str, str]]:
+        """There is a label a frame."""
+        if subtask != "framewise":
+            text = f'"framewise" predicts a class of each frame, and the targets are {subtask} of'
+            yield "objective", f'{text} whole samples: set it to "supervised"'
+        else:
+            yield from super().target_problems(subtask)
+
+    def class_name_problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Background classes are classes of the data."""
+        for name in dict.fromkeys(self.background):
+            if name not in names:
+                yield "background", f"{shown(name)} is no class: there are {listed(names)}"
 
 
 BY_NEIGHBOURS = read_if("asks_neighbours", True, words='"knn" in task.methods')
@@ -163,15 +205,8 @@ class Probe(BaseTask, tag="probe", tag_field="objective"):
     temperature: Annotated[Positive, BY_NEIGHBOURS] = 0.07
     """Neighbours are weighted by exp(-distance / temperature), in units of the distance."""
     l2: Annotated[tuple[Positive, ...], BY_LINEAR_MODEL] = (
-        1e-6,
-        1e-5,
-        1e-4,
-        1e-3,
-        1e-2,
-        1e-1,
-        1.0,
-        10.0,
-    )
+        1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0,
+    )  # fmt: skip
     """Strengths of the L2 penalty to choose from, per sample: scikit-learn's C is 1 / (l2 N)."""
     standardize: Annotated[bool, BY_LINEAR_MODEL] = True
     """Whether the linear model sees features of mean 0 and deviation 1 over the train split, which
@@ -198,6 +233,13 @@ class Probe(BaseTask, tag="probe", tag_field="objective"):
         """Whether time series are judged by random kernels."""
         return not FEATURE_METHODS.issuperset(self.methods)
 
+    def target_problems(self, subtask: str) -> Iterator[tuple[str, str]]:
+        """Samples have a label each."""
+        if subtask == "framewise":
+            yield "objective", f'"probe" judges features of whole samples, {OF_FRAMES} "framewise"'
+        else:
+            yield from super().target_problems(subtask)
+
     def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
         """Methods of features or of series, after the samples; others have none."""
         of_series = [name for name in self.methods if name not in FEATURE_METHODS]
@@ -216,7 +258,7 @@ class Probe(BaseTask, tag="probe", tag_field="objective"):
                 yield name, "[] names none: leave it out for the usual ones, or name one"
 
 
-Task = Supervised | Probe
+Task = Supervised | Framewise | Probe
 
 
 class Training(Spec):

@@ -70,6 +70,13 @@ class ClipSampling(Spec):
         if self.fps is not None and self.stride != 1:
             yield "fps", f"{self.fps:g}, but stride = {self.stride} says it too: drop one of them"
 
+    def frame_problems(self) -> Iterator[tuple[str, str]]:
+        """What labels of frames leave unread: evaluation sees every frame once."""
+        if self.method != "dense":
+            yield "method", '"uniform" leaves frames out, and labels are those of frames: drop it'
+        if self.clips != 1:
+            yield "clips", f"{self.clips}, but with labels of frames clips cover a video: drop it"
+
 
 class FrameLabels(Spec):
     """Whether labels are those of videos or of frames, and where the latter stand."""

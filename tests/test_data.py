@@ -1,7 +1,5 @@
 """What standardises columns, wherever they are standardised."""
 
-from dataclasses import replace
-
 import h5py
 import numpy as np
 import pytest
@@ -237,21 +235,19 @@ def test_a_probe_is_the_same_beside_a_fill_value(standardize):
 # ---------------------------------------------------------------- frames of videos
 
 
-def test_clips_have_the_labels_of_their_frames_and_a_part_of_a_split_keeps_them():
-    """Two videos of 5 and 2 frames in clips of 3; what fills a clip up has no label."""
+def test_a_part_of_a_split_keeps_its_clips_and_the_labels_of_their_videos():
+    """Two videos of 5 and 2 frames in clips of 3."""
     frames = VideoFrames(
         ids=["a.mp4", "b.mp4"],
         video_of=np.array([0, 0, 1]),
-        numbers=np.array([[0, 1, 2], [2, 3, 4], [0, 1, -1]]),
+        numbers=np.array([[0, 1, 2], [3, 4, -1], [0, 1, -1]]),
         times=[np.arange(5) / 25, np.arange(2) / 25],
         labels=[np.array([0, 0, 1, UNLABELLED, 2]), np.array([1, 1])],
     )
-    labels = frames.clip_labels()
-    none = UNLABELLED
-    assert labels.tolist() == [[0, 0, 1], [1, none, 2], [1, 1, none]]
-    source = ArraySource(np.zeros((3, 3, 1, 2, 2), np.uint8), np.arange(3))
-    split = Split(["a:0", "a:2", "b:0"], labels, source, frames=frames)
-    part = subset(split, np.array([2, 0]))
-    assert part.ids == ["b:0", "a:0"] and part.frames.video_of.tolist() == [1, 0]
-    assert (part.frames.clip_labels() == part.targets).all()
-    assert replace(frames, labels=None).clip_labels() is None
+    source = ArraySource(np.zeros((3, 3, 3, 2, 2), np.uint8), np.arange(3))
+    split = Split(["a.mp4", "a.mp4", "b.mp4"], np.array([0, 0, 1]), source, frames=frames)
+    assert frames.all_labels().tolist() == [0, 0, 1, 2, 1, 1]
+    part = subset(split, np.array([2, 2]))
+    assert part.ids == ["b.mp4"] * 2 and part.frames.video_of.tolist() == [1, 1]
+    assert part.frames.numbers.tolist() == [[0, 1, -1]] * 2
+    assert part.frames.all_labels().tolist() == [1, 1]

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from glovita_lib import metrics_segments  # noqa: F401  registers the formulas of frames
 from glovita_lib.errors import UserError
 from glovita_lib.metric_names import (
     METRICS,

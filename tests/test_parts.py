@@ -76,7 +76,7 @@ def test_a_metric_is_an_entry_and_a_formula(tmp_path: Path) -> None:
         '    """Share of the samples that are wrong."""\n'
         "    return 1 - accuracy(drawn)\n"
     )
-    first = '@formula("balanced_acc", "multiclass")\n'
+    first = '@formula("balanced_acc", "multiclass", "framewise")\n'
     folder = package_with(
         tmp_path,
         [

@@ -14,7 +14,7 @@ from sklearn.model_selection import KFold
 from glovita_lib import files
 from glovita_lib.metrics import compute
 from glovita_lib.metrics_classification import Scores
-from glovita_lib.results import write_prediction_csv, write_summary
+from glovita_lib.results import joined, read_predictions, write_prediction_csv, write_summary
 from glovita_lib.rundir import RunDir
 
 NAMES = ("setosa", "versicolor", "virginica")
@@ -26,7 +26,12 @@ def measure(targets: np.ndarray, scores: Scores) -> dict[str, float]:
     return compute(("acc",), targets=targets, scores=scores, **RESOLVED)
 
 
-summarize = partial(write_summary, config=CONFIG, measure=measure, **RESOLVED)
+summarize = partial(
+    write_summary,
+    config=CONFIG,
+    read=partial(read_predictions, **RESOLVED),
+    measure=lambda tables: measure(*joined(tables)),
+)
 
 
 def fold(

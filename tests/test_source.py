@@ -37,6 +37,7 @@ SMALL = {
     "encoder_custom": "a user's module and features as they are, which few runs load",
     "loader_volumes": "what a run on images need not load",
     "loader_series": "the same, of time series",
+    "head_framewise": "the file is the spec's tag, as of every head",
 }
 """Modules under 150 lines with one importer, and why each is one."""
 
@@ -50,7 +51,7 @@ HEAVY = {
 TORCH = {"torch", "numpy", "h5py", "tqdm", "PIL"}  # packages that no spec module imports
 FORBIDDEN_NAMES = re.compile(r"(^|_)(utils?|helpers?|common|managers?|misc|tools?)(_|$)")
 
-MODULES_AT_MOST = 114
+MODULES_AT_MOST = 118
 MODULE_LINES = 700
 FUNCTION_LINES = 70
 IGNORED_HINTS = 25

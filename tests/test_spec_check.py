@@ -57,7 +57,26 @@ PRIMUS = [*CUSTOM, "model.encoder.encoder_type=primus"]
 
 WINDOWS = ["model.encoder.lift=windows", "model.encoder.windows.size=[8, 8, 8]"]
 
+FRAMES = [*VIDEOS, "data.frames.label_level=frame"]
+FRAMES_HEAD, FRAMES_TASK = "model.head.head_type=framewise_decoder_1d", "task.objective=framewise"
+OF_FRAMES = [*FRAMES, FRAMES_HEAD, FRAMES_TASK]
 BROKEN = [
+    # a class of each frame
+    ([*FRAMES, FRAMES_TASK], "model.head.head_type", 'set it to "framewise_decoder_1d"'),
+    ([*FRAMES, FRAMES_HEAD], "task.objective", '"supervised" predicts whole samples'),
+    ([*FRAMES, FRAMES_HEAD, "task.objective=probe"], "task.objective", '"probe" judges features'),
+    ([FRAMES_HEAD], "model.head.head_type", "predicts a class of each frame, and the targets are"),
+    ([FRAMES_TASK], "task.objective", '"framewise" predicts a class of each frame'),
+    ([*OF_FRAMES, "data.subtask=regression"], "data.subtask", "labels of frames are classes"),
+    ([*OF_FRAMES, "data.sampling.method=uniform"], "data.sampling.method", "leaves frames out"),
+    ([*OF_FRAMES, "data.sampling.clips=3"], "data.sampling.clips", "clips cover a video"),
+    (
+        [*OF_FRAMES, "data.class_names=['a', 'b']", "task.background=['c']"],
+        "task.background",
+        "is no class: there are a, b",
+    ),
+    ([*OF_FRAMES, "model.head.kernel=4"], "model.head.kernel", "use 5"),
+    ([*OF_FRAMES, "model.head.stages=['a', 'a']"], "model.head.stages", "is named twice"),
     (
         ["logger.backend=wandb", "logger.project=a/b"],
         "logger.project",

@@ -1,0 +1,201 @@
+"""Whole commands on videos with a class a frame: training to the files, a second start, inference,
+extraction, umap, two ranks; and specs whose parts do not fit."""
+
+import csv
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from children import glovita
+from small_videos import COLOURS, FRAMES, SPEC
+from test_resume import Killed, results
+
+from glovita import main
+from glovita_lib.errors import UserError
+from glovita_lib.spec_check import load_checked
+from glovita_lib.trainer import Trainer
+
+pytestmark = pytest.mark.runs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a spec and its finished run."""
+    folder = tmp_path_factory.mktemp("framewise")
+    (folder / "colours.toml").write_text(SPEC)
+    assert command(folder) == 0
+    return folder
+
+
+def command(folder: Path, *overrides: str) -> int:
+    """glovita.py on the spec of a folder, with all its files there."""
+    places = [f"exp_dir={folder}/runs", f"extract.output_dir={folder}/features"]
+    return main([str(folder / "colours.toml"), "--override", *places, *overrides])
+
+
+def run_of(folder: Path) -> Path:
+    return next((folder / "runs").glob("*/*/0"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def test_a_run_leaves_a_row_a_frame_metrics_and_figures(trained: Path) -> None:
+    run = run_of(trained)
+    rows = rows_of(run / "predictions_test.csv")
+    assert [row["video"] for row in rows] == [f"test/{v}" for v in range(3) for _ in range(FRAMES)]
+    assert [int(row["frame"]) for row in rows] == 3 * list(range(FRAMES))
+    assert float(rows[3]["time"]) == 3 / 25
+    assert [row["label"] == "" for row in rows[:FRAMES]] == [5 <= f < 9 for f in range(FRAMES)]
+    report = json.loads((run / "metrics_test.json").read_text())
+    assert (report["n"], report["frames"], report["labelled_frames"]) == (3, 66, 54)
+    labelled = [row for row in rows if row["label"]]
+    right = np.mean([row["label"] == row["prediction"] for row in labelled])
+    assert report["metrics"]["acc"] == pytest.approx(right)
+    assert list(report["metrics"]) == ["acc", "f1", "edit", "f1_at_10", "f1_at_25", "f1_at_50"]
+    losses = [-np.log(float(row[f"p_{row['label']}"])) for row in labelled]
+    assert report["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    with h5py.File(run / "predictions_test.h5") as file:
+        labels = file["videos/test/1/labels"][:]
+        assert labels.shape == (FRAMES,) and (labels[5:9] == -100).all()
+    names = {path.name for path in (run / "plots").iterdir()}
+    assert {"ribbons_test.png", "ribbons_val.png", "confusion_test.png", "curves.png"} <= names
+    epochs = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert all("val_edit" in record for record in epochs if record["event"] == "epoch")
+    summary = json.loads((run.parent / "summary.json").read_text())["test"]
+    assert summary["pooled"] == pytest.approx(report["metrics"]) and summary["samples"] == 3
+
+
+def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
+    (tmp_path / "colours.toml").write_text(SPEC)
+    assert command(tmp_path, "training.epochs=15", "task.class_weights=balanced") == 0
+    metrics = json.loads((run_of(tmp_path) / "metrics_test.json").read_text())["metrics"]
+    assert metrics["acc"] > 0.9 and metrics["f1_at_50"] > 0.6
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(
+    trained: Path, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "colours.toml").write_text(SPEC)
+    close = Trainer.close_epoch
+
+    def killed(self, started: float) -> None:
+        close(self, started)
+        raise Killed
+
+    monkeypatch.setattr(Trainer, "close_epoch", killed)
+    with pytest.raises(Killed):
+        command(tmp_path)
+    monkeypatch.undo()
+    assert command(tmp_path) == 0
+    one, other = (results(run_of(folder)) for folder in (trained, tmp_path))
+    assert one.keys() == other.keys()
+    assert one["predictions_test.csv"] == other["predictions_test.csv"]
+    assert one["metrics.jsonl"] == other["metrics.jsonl"]
+
+
+@pytest.mark.processes
+def test_two_ranks_see_every_frame_once(trained: Path, tmp_path: Path) -> None:
+    """Three videos of six clips each: the ranks have nine each, none a video of its own."""
+    path = tmp_path / "colours.toml"
+    path.write_text(SPEC)
+    places = [f"exp_dir={tmp_path}/runs", f"infer.checkpoint={run_of(trained)}/checkpoints/best.pt"]
+    glovita(path, "--override", "mode=infer", *places, f"infer.output_dir={tmp_path}/out", ranks=2)
+    one = rows_of(run_of(trained) / "predictions_test.csv")
+    two = rows_of(tmp_path / "out" / "predictions_test.csv")
+    assert [row["video"] for row in one] == [row["video"] for row in two]
+    for name in COLOURS:
+        pairs = [
+            (float(a[f"p_{name}"]), float(b[f"p_{name}"])) for a, b in zip(one, two, strict=True)
+        ]
+        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-4, atol=1e-6)
+
+
+def test_a_dry_run_passes_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "colours.toml").write_text(SPEC)
+    arguments = [str(tmp_path / "colours.toml"), "--dry-run", "--override"]
+    assert main([*arguments, f"exp_dir={tmp_path}/runs"]) == 0
+    assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------------- the modes behind a run
+
+
+def test_infer_gives_what_training_gave(trained: Path) -> None:
+    assert command(trained, "mode=infer") == 0
+    run = run_of(trained)
+    for name in ("predictions_test.csv", "metrics_test.json"):
+        assert (run / name).read_bytes() == (run / "infer" / name).read_bytes()
+
+
+def test_umap_and_extract_see_clips(trained: Path) -> None:
+    """Clips of 4 of the 22 frames; the second has no label but of its first frame."""
+    assert command(trained, "mode=extract", "extract.split=test") == 0
+    (path,) = (trained / "features").glob("agg*test*.h5")
+    with h5py.File(path) as file:
+        ids = list(file["ids"].asstr())
+        assert ids[:3] == ["test/0:0", "test/0:4", "test/0:8"] and len(ids) == 18
+        assert file["labels"][:].max() < 3 and file.attrs["subtask"] == "multiclass"
+        assert list(file["groups"].asstr())[::6] == ["test/0", "test/1", "test/2"]
+    assert command(trained, "mode=umap", "umap.method=pca", "umap.color_by=prediction") == 0
+    assert len(rows_of(run_of(trained) / "umap" / "pca_prediction.csv")) == 11 * 6
+
+
+# ---------------------------------------------------------------------- parts that do not fit
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "said"),
+    [
+        (["model.head.head_type=classification"], "model.head.head_type", "framewise_decoder_1d"),
+        (["task.objective=supervised"], "task.objective", 'set it to "framewise"'),
+        (["task.objective=probe"], "task.objective", 'set it to "framewise"'),
+        (["data.dataset=digits"], "model.head.head_type", 'set it to "classification"'),
+        (["data.dataset=digits"], "task.objective", 'set it to "supervised"'),
+        (["task.metrics=['auroc']"], "task.metrics", "not defined for framewise"),
+        (["task.mixup=true"], "task.mixup", "unknown"),
+        (["model.feature_aggregation_method=avg"], "model.feature_aggregation_method", "unread"),
+        (["training.best_checkpoint_metric=val_auroc"], "training.best_checkpoint_metric", "auroc"),
+        (
+            ["data.dataset=generic_video_dataset", "data.frames.label_level=frame",
+             "data.subtask=regression"],
+            "data.subtask",
+            "labels of frames are classes",
+        ),
+        (
+            ["data.dataset=generic_video_dataset", "data.frames.label_level=frame",
+             "data.sampling.method=uniform"],
+            "data.sampling.method",
+            "leaves frames out",
+        ),
+        (
+            ["data.dataset=generic_video_dataset", "data.class_names=['a', 'b']",
+             "data.frames.label_level=frame", "task.background=['c']"],
+            "task.background",
+            "is no class: there are a, b",
+        ),
+    ],
+)  # fmt: skip
+def test_a_spec_says_what_does_not_fit(
+    overrides: list[str], key: str, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "colours.toml"
+    path.write_text(SPEC)
+    with pytest.raises(UserError) as error:
+        load_checked(path, overrides)
+    assert any(key in line and said in line for line in str(error.value).splitlines())
+
+
+def test_a_background_that_is_no_class_and_a_source_of_ones_own(tmp_path: Path, capsys) -> None:
+    (tmp_path / "colours.toml").write_text(SPEC)
+    assert command(tmp_path, "task.background=['sky']") == 2
+    assert '"sky" is no class: there are red, green, blue' in capsys.readouterr().err
+    assert command(tmp_path, "data.options.labelled=false") == 2
+    assert "no labels" in capsys.readouterr().err
