@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from msgspec.structs import asdict
 from torch import Tensor, nn
 
 from glovita_lib.encoder import (
@@ -21,19 +22,43 @@ from glovita_lib.encoder import (
     Preprocess,
     build_encoder,
     check_channels,
+    file_facts,
     fit_channels,
     preprocess_of,
+    with_facts,
 )
 from glovita_lib.errors import UserError, listed, reason, refuse
 from glovita_lib.spec_encoders import TimmEncoder, argument_problems
 from glovita_lib.weights import (
     LoadTarget,
     Tensors,
+    as_run_built,
     fit_kernel,
     handed_over,
     load_directly,
     load_file,
 )
+
+
+class BuiltTimm(TimmEncoder, tag="timm", kw_only=True):  # type: ignore[misc]  # frozen
+    """The section of a trained run whose weights began as those of a file."""
+
+    published: bool
+    """Whether timm builds the model as for published weights: of all files but those of runs that
+    began without."""
+
+
+@file_facts.register
+def _(spec: TimmEncoder) -> dict[str, Any] | None:
+    if spec.weights is None:
+        return None
+    own = as_run_built(spec.weights)
+    return {"published": True if own is None else own}
+
+
+@with_facts.register
+def _(spec: TimmEncoder, facts: dict[str, Any]) -> BuiltTimm:
+    return BuiltTimm(**asdict(spec), **facts)
 
 
 class TimmTrunk(Encoder):
@@ -229,7 +254,8 @@ def create_timm(
         arguments["img_size"] = size
     loaders: list[Loader] = []
     # some models are built otherwise for published weights (fbnetc_100: another eps of BatchNorm)
-    trained = spec.pretrained or spec.weights is not None
+    facts = {"published": spec.published} if isinstance(spec, BuiltTimm) else file_facts(spec)
+    trained = spec.pretrained if facts is None else facts["published"]
     try:
         with instead_of_loading(loaders):
             net = timm.create_model(present_name(spec.type), pretrained=trained, **arguments)

@@ -5,14 +5,17 @@ map, the rest without its last layer the library's own vector. B batch, N tokens
 channels, H W pixels.
 """
 
+import hashlib
 import inspect
 import sys
 from difflib import get_close_matches
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from msgspec.structs import asdict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,13 +24,22 @@ from glovita_lib.encoder import (
     Preprocess,
     build_encoder,
     check_channels,
+    file_facts,
     fit_channels,
     preprocess_of,
+    with_facts,
 )
 from glovita_lib.errors import UserError, reason
 from glovita_lib.network import is_conv
 from glovita_lib.spec_encoders import TorchvisionEncoder, TorchvisionVideoEncoder
-from glovita_lib.weights import LoadTarget, Tensors, fit_kernel, load_file, load_tensors
+from glovita_lib.weights import (
+    LoadTarget,
+    Tensors,
+    as_run_built,
+    fit_kernel,
+    load_file,
+    load_tensors,
+)
 
 TAIL = ("avgpool", "flatten", "dropout", "classifier", "fc", "head")  # pooling and classifier
 AUXILIARY = ("aux1", "aux2", "AuxLogits")  # classifiers for training GoogLeNet and Inception
@@ -44,6 +56,44 @@ OURS = {  # arguments of torchvision that other keys of the spec decide
     "aux_logits": "nothing: auxiliary classifiers are left out",
     "transform_input": "model.encoder.pretrained",
 }
+
+
+class BuiltTorchvision(  # type: ignore[misc]  # a Struct is frozen as its parents are
+    TorchvisionEncoder, tag="torchvision", kw_only=True
+):
+    """The section of a trained run whose weights began as those of a file."""
+
+    published: bool
+    """Whether these are torchvision's published ones, before which GoogLeNet and Inception bring
+    their input to another mean."""
+
+
+@file_facts.register
+def _(spec: TorchvisionEncoder) -> dict[str, Any] | None:
+    if spec.weights is None or "aux_logits" not in accepted(builder_of(spec)):
+        return None
+    own = as_run_built(spec.weights)
+    return {"published": is_published(spec) if own is None else own}
+
+
+@with_facts.register
+def _(spec: TorchvisionEncoder, facts: dict[str, Any]) -> BuiltTorchvision:
+    return BuiltTorchvision(**asdict(spec), **facts)
+
+
+def is_published(spec: TorchvisionEncoder) -> bool:
+    """Whether the file of the spec is one of torchvision's, whose names end in the first digits of
+    their SHA-256."""
+    import torchvision
+
+    path = Path(spec.weights or "")
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    published = torchvision.models.get_model_weights(spec.type)
+    starts = [Path(entry.url).stem.rpartition("-")[2] for entry in published]
+    return digest.startswith(tuple(starts))
 
 
 class ChainTrunk(Encoder):
@@ -208,7 +258,11 @@ def create_torchvision(spec: TorchvisionEncoder, *, size: tuple[int, ...]) -> nn
     if (sized := size_argument(spec)) is not None:
         arguments[sized] = side_of(spec, size) if sized == "image_size" else size
     if "aux_logits" in known:
-        uses_published = spec.pretrained or spec.weights is not None
+        uses_published = spec.pretrained
+        if isinstance(spec, BuiltTorchvision):
+            uses_published = spec.published
+        elif (facts := file_facts(spec)) is not None:
+            uses_published = facts["published"]
         arguments |= {"aux_logits": False, "transform_input": uses_published, "init_weights": True}
     return construct(builder, arguments, spec)
 

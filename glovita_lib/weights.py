@@ -6,6 +6,7 @@ is executed. Which tensors of a file are the network is found out here; how they
 fitted to its size and channels is the rule of the library that the network comes from.
 """
 
+import json
 import re
 from argparse import Namespace
 from collections import Counter, OrderedDict
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glovita_lib import checkpoint
 from glovita_lib.errors import UserError, in_package, listed, meant, reason
 
 COUNTER = "num_batches_tracked"  # of BatchNorm; files of old torch versions lack it
@@ -196,6 +198,27 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f'weights = "{path}": not a whole safetensors file ({error})') from error
+
+
+def as_run_built(path: str | Path) -> bool | None:
+    """Whether a run has built the encoder of its checkpoint, export or adapter file as published
+    weights ask for; None of files of others."""
+    try:
+        if Path(path).suffix != ".safetensors":
+            saved = checkpoint.load(path, map_location="cpu", mapped=True)
+            encoder, resolved = saved["spec"]["model"]["encoder"], saved["resolved"]
+        else:
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            made = json.loads(metadata.get("glovita_adapter", "{}"))
+            model = made["spec"]["model"] if made else json.loads(metadata["model"])
+            encoder, resolved = model["encoder"], made.get("resolved", model)
+        facts = resolved.get("encoder_facts") or {}
+        return facts.get("published", bool(encoder.get("pretrained") or encoder.get("weights")))
+    except Exception:  # another's file, or none: whoever loads it says so
+        return None
 
 
 def plain_values() -> list[Any]:

@@ -4,17 +4,23 @@ of torchvision, bare and behind a prefix, with another class count, size and num
 `python tests/test_weights_libraries.py` prints the table of the whole sweep.
 """
 
+import hashlib
 import sys
 import tempfile
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import h5py
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from small_runs import RESNET
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -364,3 +370,61 @@ def test_the_sweep_has_every_module_of_timm_and_every_family_of_torchvision():
 if __name__ == "__main__":
     with suppress(KeyboardInterrupt):
         table()
+
+
+def test_torchvision_files_that_are_not_published_renormalise_nothing(tmp_path, monkeypatch):
+    """GoogLeNet and Inception bring the input of the published weights alone to another mean."""
+    from torchvision.models import GoogLeNet_Weights, googlenet
+
+    torch.manual_seed(0)
+    net = googlenet(weights=None, init_weights=False, aux_logits=False, num_classes=3).eval()
+    path = tmp_path / "own.pth"
+    torch.save(net.state_dict(), path)
+    spec = TorchvisionEncoder(type="googlenet", weights=str(path))
+    x = torch.rand(2, 3, 64, 64)
+    net.fc = torch.nn.Identity()
+    build = partial(build_encoder, channels=3, size=(64, 64), load_weights=True)
+    with torch.no_grad():
+        encoder = build(spec).eval()
+        torch.testing.assert_close(encoder.pool(encoder.forward_features(x)), net(x))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setattr(
+            "torchvision.models.get_model_weights",
+            lambda name: [SimpleNamespace(url=f"https://x/googlenet-{digest[:8]}.pth")],
+        )
+        monkeypatch.setattr(
+            "glovita_lib.encoder_torchvision.published_torchvision",
+            lambda spec: GoogLeNet_Weights.DEFAULT,
+        )
+        net.transform_input = True
+        encoder = build(spec).eval()
+        torch.testing.assert_close(encoder.pool(encoder.forward_features(x)), net(x))
+
+
+@pytest.mark.parametrize(("family", "name"), [("torchvision", "googlenet"), ("timm", "fbnetc_100")])
+def test_a_run_of_its_own_is_built_as_it_was(command, tmp_path, family, name):
+    """The checkpoint, and its export, of a run that began without published weights give the
+    features of that run, also in the runs that begin with them."""
+    spec = RESNET.replace('type = "test_resnet"', f'encoder_type = "{family}"\ntype = "{name}"')
+    spec = spec.replace("image_size = 16", "image_size = 32\nmean = [0.5]\nstd = [0.25]")
+    small = ["data.data_fraction=0.02", "training.epochs=1"]
+    run = command(*small, spec=spec)
+    best = run.path / "checkpoints" / "best.pt"
+    command("mode=infer", f"infer.export={tmp_path / 'e.safetensors'}", *small, spec=spec)
+    asked = ["mode=extract", "extract.split=val", "extract.precision=32", *small]
+
+    def features(*changes):
+        folder = tmp_path / "out" / str(len(list((tmp_path / "out").glob("*"))))
+        command(*asked, f"extract.output_dir={folder}", *changes, spec=spec)
+        (path,) = folder.glob("*.h5")
+        with h5py.File(path) as file:
+            return file["features"][:]
+
+    expected = features(f"extract.checkpoint={best}")
+    for file in (best, tmp_path / "e.safetensors"):
+        found = features("extract.source=encoder", f"model.encoder.weights={file}")
+        np.testing.assert_array_equal(found, expected)
+    second = ["peft.method=linear_probing", f"model.encoder.weights={best}", "name=second"]
+    later = command(*small, *second, spec=spec).path / "checkpoints" / "best.pt"
+    found = features(f"extract.checkpoint={later}")
+    np.testing.assert_array_equal(found, expected)
