@@ -42,9 +42,19 @@ class PatchCut:
 
     one_size = True
 
-    def __init__(self, crop: str, foreground_share: float, size: Size) -> None:
-        """Args: crop and foreground_share as in VolumeOps; size of the patches, voxels."""
+    def __init__(
+        self, crop: str, foreground_share: float, size: Size, margin: Size = (0, 0, 0)
+    ) -> None:
+        """Patches.
+
+        Args:
+            crop: as in VolumeOps, and foreground_share.
+            size: of the patches, voxels.
+            margin: voxels that are cut beyond a patch on either side of each axis. It is the patch
+                that lies within the volume: its margin may reach beyond, and is filled there.
+        """
         self.crop, self.foreground_share, self.size = crop, foreground_share, size
+        self.margin = margin
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The patches of a batch, (B, C, *size)."""
@@ -58,9 +68,9 @@ class PatchCut:
             generator: CPU generator of random places; unused (may be None) for the centre.
 
         Returns:
-            (B, 4) float64: first voxel along each axis, which is negative where the volume is
-            smaller than the patch and then centred in it; and which point of the foreground is to
-            be in the middle instead, 0 to 1, or -1 for none.
+            (B, 4) float64: first voxel of the patch along each axis, which is negative where the
+            volume is smaller than the patch and then centred in it; and which point of the
+            foreground is to be in the middle instead, 0 to 1, or -1 for none.
         """
         room = torch.as_tensor(np.asarray(sizes).reshape(-1, 3)).double()
         room -= torch.tensor(self.size)  # (B, 3)
@@ -75,7 +85,7 @@ class PatchCut:
         return torch.cat([start, point], 1)
 
     def one(self, sample: Any, box: Tensor) -> Tensor:
-        """One sample in a worker: only the patch is read.
+        """One sample in a worker: only the patch and its margin are read.
 
         Args:
             sample: what is sliced as (C, X, Y, Z), with `fill` (C,) and `foreground` (K, 3) voxels;
@@ -83,21 +93,24 @@ class PatchCut:
             box: (4,) of `boxes`.
 
         Returns:
-            (C, *size) in the type of the sample.
+            (C, *(size + 2 margin)) in the type of the sample, the patch in its middle.
         """
-        starts = self.start(sample, box)
-        source, target = overlap(starts, self.size, sample.shape[1:])
+        starts = [
+            at - beyond for at, beyond in zip(self.start(sample, box), self.margin, strict=True)
+        ]
+        size = tuple(side + 2 * beyond for side, beyond in zip(self.size, self.margin, strict=True))
+        source, target = overlap(starts, size, sample.shape[1:])
         part = np.asarray(sample[(slice(None), *source)])
-        if part.shape[1:] == self.size:
+        if part.shape[1:] == size:
             return torch.from_numpy(np.require(part, requirements=["C", "W"]))
         fill = sample.min((1, 2, 3)) if isinstance(sample, np.ndarray) else sample.fill
-        patch = np.empty((len(part), *self.size), part.dtype)
+        patch = np.empty((len(part), *size), part.dtype)
         patch[:] = np.asarray(fill)[:, None, None, None]
         patch[(slice(None), *target)] = part
         return torch.from_numpy(patch)
 
     def start(self, sample: Any, box: Tensor) -> list[int]:
-        """First voxel along each axis."""
+        """First voxel of the patch along each axis."""
         *starts, point = box.tolist()
         foreground = () if isinstance(sample, np.ndarray) else sample.foreground
         if point < 0 or not len(foreground):
@@ -270,14 +283,19 @@ class Grid:
 
     @property
     def equal(self) -> list[int]:
-        """The axes that may be exchanged: the most that are as long, in voxels and mm."""
+        """The axes that may be exchanged: the most that are as long, in voxels and mm.
+
+        To exchange two axes is to mirror, and so are quarter turns together with a mirrored axis:
+        only those along which a policy may mirror are among them, so that the others keep their
+        direction."""
         groups = [[b for b in range(3) if self.alike(a, b)] for a in range(3) if a != self.thick]
         return max(groups, key=len)
 
     def alike(self, a: int, b: int) -> bool:
         """Whether two axes may be exchanged."""
         same = abs(self.spacing[a] / self.spacing[b] - 1) <= SAME_SPACING
-        return self.thick not in (a, b) and self.size[a] == self.size[b] and same
+        free = self.thick not in (a, b) and {a, b}.issubset(self.mirrors)
+        return free and self.size[a] == self.size[b] and same
 
 
 @dataclass(slots=True)

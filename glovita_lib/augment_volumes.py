@@ -483,8 +483,9 @@ class VolumeAugmenter:
             self.fit = WholeVolumes()
             return
         beyond = resolved.margin if any(map(self.ops.draws, INTERPOLATED)) else 0.0
-        cut = tuple(side + 2 * math.ceil(side * beyond) for side in resolved.patch_size)
-        self.fit = PatchCut(self.ops.crop, self.ops.foreground_share, (cut[0], cut[1], cut[2]))
+        x, y, z = (math.ceil(side * beyond) for side in resolved.patch_size)
+        ops = self.ops
+        self.fit = PatchCut(ops.crop, ops.foreground_share, resolved.patch_size, (x, y, z))
 
     def __call__(
         self, inputs: Tensor | Volumes, fitted: bool, seed: int

@@ -193,10 +193,11 @@ class VolumeOps(BaseOps):
     """Largest shift of control points along each axis, share of their distance, lowest and highest;
     up to 0.4 nothing folds (Choi and Lee 2000)."""
     rot90_p: Probability = 0.0
-    """Probability of one to three quarter turns in the plane of two axes on which the patch is as
-    long."""
+    """Probability of one to three quarter turns in the plane of two of mirror_axes on which the
+    patch is as long."""
     transpose_p: Probability = 0.0
-    """Probability that axes on which the patch is as long are exchanged at random."""
+    """Probability that those of mirror_axes on which the patch is as long are exchanged at
+    random."""
     mirror_p: Probability = 0.0
     """Probability of mirroring along each of mirror_axes."""
     noise_p: Probability = 0.0
@@ -423,10 +424,10 @@ class VolumeAugmentation(Spec):
     all are of one size or the encoder cuts windows (model.encoder.lift)."""
     margin: Annotated[float, Meta(ge=0, le=1)] = 0.1
     """What is cut beyond the patch on every side in training, share of patch_size, so that a policy
-    that rotates, scales or deforms has something to show there."""
+    that rotates, scales or deforms has something to show there; beyond the volume it is filled."""
     mirror_axes: tuple[AxisName, ...] = ("x", "y", "z")
-    """Axes along which a policy may mirror; without x (left and right) the side of a finding
-    stays."""
+    """Axes along which a policy may mirror, and which it may exchange; without x (left and right)
+    the side of a finding stays."""
     anisotropy: Annotated[float, Meta(ge=1)] = 3.0
     """Across the one axis whose spacing is more than this many times the smallest, nothing is
     rotated, scaled or interpolated."""
@@ -483,7 +484,7 @@ class ResolvedVolumeAugmentation(Spec):
     margin: float
     """What is cut beyond the patch on every side in training, share of patch_size."""
     mirror_axes: tuple[str, ...]
-    """Axes along which a policy may mirror."""
+    """Axes along which a policy may mirror, and which it may exchange."""
     spacing: tuple[float, float, float]
     """Spacing of the volumes, mm, or any other unit: angles are those of the world."""
     thick_axis: int | None

@@ -287,6 +287,20 @@ def test_random_cuts_reach_every_place_evenly():
         np.testing.assert_allclose(share, 1 / (room + 1), atol=0.02)
 
 
+@pytest.mark.parametrize("mirrors", [(1, 2), (0, 2), (0,), ()])
+@pytest.mark.parametrize("thick", [None, 2])
+def test_axes_that_are_not_mirrored_keep_their_direction(mirrors, thick):
+    """Exchanged axes and quarter turns make no mirror image that mirror_axes rules out."""
+    ops = policy(PLAIN_VOLUME, rot90_p=0.7, transpose_p=0.7, mirror_p=0.5)
+    place = Placement.centred(grid((4, 4, 4), thick=thick, mirrors=mirrors), 400, (4, 4, 4))
+    turns = placed(place, ops).turns
+    for axis in {0, 1, 2} - set(mirrors):
+        assert bool((turns[:, axis, axis] == 1).all())
+    distinct = len(torch.unique(turns.flatten(1), dim=0))
+    free = len(set(mirrors) - {thick})
+    assert distinct == {0: 1, 1: 2, 2: 8}[free] * 2 ** (thick in mirrors)
+
+
 def test_foreground_is_in_the_middle_of_its_share():
     volume = stored(20, 20, 20, foreground=[[10, 12, 9], [0, 19, 10]])
     values = [float(volume.voxels[(0, *voxel)]) for voxel in volume.foreground]
@@ -303,6 +317,31 @@ def test_foreground_is_in_the_middle_of_its_share():
     assert seen == {True, False}
     empty = stored(20, 20, 20)
     assert patches.one(empty, boxes[0]).shape == (1, 4, 4, 4)
+
+
+@pytest.mark.parametrize("crop", ["random", "foreground"])
+@pytest.mark.parametrize("have", [9, 5, 3])
+def test_patches_with_a_margin_lie_where_those_without_do(crop, have):
+    """The margin may reach beyond a volume, patches go up to its border all the same."""
+    volume = stored(have, 12, 8, foreground=[[0, 0, 7], [have - 1, 11, 0]])
+    volume.fill = np.array([-7.0])
+    sizes = np.tile([have, 12, 8], (60, 1))
+    bare, wide = (PatchCut(crop, 0.5, (4, 4, 4), m) for m in ((0, 0, 0), (1, 3, 2)))
+    seen = []
+    for box in wide.boxes(sizes, seeded()):
+        cut = wide.one(volume, box)
+        assert cut.shape == (1, 6, 10, 8)
+        assert torch.equal(cut[:, 1:5, 3:7, 2:6], bare.one(volume, box))
+        seen.append(wide.start(volume, box))
+    starts = np.array(seen)
+    room = have - 4
+    lowest, highest = (0, room) if room > 0 else (room // 2, room // 2)
+    assert starts.min(0).tolist() == [lowest, 0, 0] and starts.max(0).tolist() == [highest, 8, 4]
+    padded = np.pad(volume.voxels[0], [(1, 1), (3, 3), (2, 2)], constant_values=-7)
+    for box, (x, y, z) in zip(wide.boxes(sizes, seeded()), seen, strict=True):
+        if room >= 0:
+            expected = padded[x : x + 6, y : y + 10, z : z + 8]
+            assert np.array_equal(wide.one(volume, box)[0].numpy(), expected)
 
 
 def test_arrays_are_filled_with_the_minimum_of_each_channel():

@@ -378,7 +378,8 @@ def test_the_reader_cuts_a_margin_only_for_what_shows_it():
         ("default_3d_2", True, 12), ("default_3d_2", False, 10), ("default_3d_1", True, 10),
     ):  # fmt: skip
         augmenter = VolumeAugmenter(resolved(name, patch_size=size), train=train)
-        assert augmenter.fit.size == (side,) * 3
+        assert augmenter.fit.size == size
+        assert augmenter.fit.margin == ((side - 10) // 2,) * 3
         batch = volumes(2, size=(side,) * 3)
         assert augmenter(batch, True, 0).shape == (2, 1, *size)
     augmenter = VolumeAugmenter(resolved("default_3d_2", patch_size=size), train=True)
