@@ -10,6 +10,7 @@ Localization", ICCV 2017). y is the logit of a class, or a target of a regressio
 B batch, C channels, H W pixels, X Y Z voxels, D width, N places of a map, S slices of a volume.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from glovita_lib import figures, figures_volumes
 from glovita_lib.attention_maps import caption, chosen_samples
+from glovita_lib.augment import ManyClips
 from glovita_lib.augment_patch import PatchCut, WholeVolumes, WindowedVolumes, overlap
 from glovita_lib.data import Split, subset
 from glovita_lib.encoder import Encoder, Features, evaluating
@@ -32,9 +34,10 @@ from glovita_lib.encoder_slicewise import PartwiseEncoder, SlicewiseEncoder, Win
 from glovita_lib.errors import UserError, composed, file_name, listed
 from glovita_lib.experiment import Experiment
 from glovita_lib.figures import displayed, window
+from glovita_lib.files import write_bytes
 from glovita_lib.model import Model
 from glovita_lib.objectives import HeadOutput, Predictions
-from glovita_lib.resolved import ImageInputs, Inputs, Resolved, VolumeInputs
+from glovita_lib.resolved import ClipInputs, ImageInputs, Inputs, Resolved, VolumeInputs
 from glovita_lib.spec_train import Infer
 from glovita_lib.volume_maps import part_affine, write_map
 
@@ -291,7 +294,11 @@ def check_heat_maps(experiment: Experiment, spec: Infer) -> None:
         UserError: it reads features or gives no map, or has no such class.
     """
     resolved = experiment.resolved
-    if not isinstance(resolved.inputs, ImageInputs | VolumeInputs):
+    if resolved.subtask == "framewise":
+        raise UserError(
+            f"infer.heat_maps: every frame of a video has a prediction of its own; {OFF}"
+        )
+    if not isinstance(resolved.inputs, ImageInputs | VolumeInputs | ClipInputs):
         raise UserError(
             f"infer.heat_maps: the samples are {resolved.inputs.kind}, which have no places in an"
             f" image or a volume; {OFF}: heads with attention write that of every instance"
@@ -321,7 +328,7 @@ def write_heat_maps(
     """
     resolved = experiment.resolved
     pictures, volumes = folder / "plots" / f"heat_maps_{name}", folder / f"heat_maps_{name}"
-    for old in [*pictures.glob("*.png"), *volumes.glob("*.nii.gz")]:
+    for old in [*pictures.glob("*.png"), *pictures.glob("*.gif"), *volumes.glob("*.nii.gz")]:
         old.unlink()
     chosen = chosen_samples(predictions, resolved.subtask, spec.heat_maps)
     part = subset(split, predictions.rows[chosen])
@@ -336,6 +343,8 @@ def write_heat_maps(
             inputs = experiment.objective.eval_inputs(moved.inputs, moved.fitted, 0)
             windowed = inputs if isinstance(inputs, WindowedVolumes) else None
             samples = inputs.volumes if windowed is not None else inputs
+            if isinstance(inputs, ManyClips):
+                samples = inputs.clips
             for x, row in zip(samples, batch.rows.tolist(), strict=True):
                 found = heat_map(experiment, spec, part, row, x, windowed, predictions, chosen[row])
                 show(resolved.inputs, found, pictures, volumes, resolved)
@@ -357,13 +366,19 @@ def heat_map(
 
     Args:
         row: of the sample in the split.
-        x: (C, *size), the sample as the model takes it.
+        x: (C, *size), the sample as the model takes it, or (V, C, T, H, W).
         windowed: see `heat_values`.
         number: of the sample in the predictions.
     """
     resolved = experiment.resolved
     output = output_of(spec, resolved, predictions.scores.values[number])
-    values = heat_values(experiment.model, x, output, windowed)
+    if x.ndim == 5:  # several clips of a video, whose mean is predicted: one after another
+        values = np.concatenate([heat_values(experiment.model, clip, output) for clip in x]) / len(
+            x
+        )
+        x = x.transpose(0, 1).flatten(1, 2)  # (C, V T, H, W)
+    else:
+        values = heat_values(experiment.model, x, output, windowed)
     if resolved.subtask == "regression":
         values = values * resolved.target_std[output]  # of the target in its units
     return HeatMap(
@@ -407,12 +422,27 @@ def show(inputs: Inputs, found: HeatMap, pictures: Path, volumes: Path, resolved
 def _(
     inputs: ImageInputs, found: HeatMap, pictures: Path, volumes: Path, resolved: Resolved
 ) -> None:
-    mean, std = (
-        np.array(v)[:, None, None] for v in (inputs.augmentation.mean, inputs.augmentation.std)
-    )
-    pixels = np.clip(found.inputs * std + mean, 0, 1) * (2**inputs.bit_depth - 1)
+    pixels = as_pixels(found.inputs, inputs) * (2**inputs.bit_depth - 1)
     pixels = displayed(pixels, *window(pixels, inputs.bit_depth))
     image_map(found, pixels, pictures / f"{file_name(found.title)}.png")
+
+
+def as_pixels(inputs: np.ndarray, kind: ImageInputs | ClipInputs) -> np.ndarray:
+    """Values 0..1 of inputs (C, ...) of an encoder."""
+    mean, std = (
+        np.array(v).reshape(-1, *(1,) * (inputs.ndim - 1))
+        for v in (kind.augmentation.mean, kind.augmentation.std)
+    )
+    return np.clip(inputs * std + mean, 0, 1)
+
+
+@show.register
+def _(
+    inputs: ClipInputs, found: HeatMap, pictures: Path, volumes: Path, resolved: Resolved
+) -> None:
+    frames = as_pixels(found.inputs, inputs).transpose(1, 0, 2, 3) * 255  # (T, C, H, W)
+    clip = np.stack([displayed(frame, 0, 255) for frame in frames])  # (T, H, W, 3)
+    clip_map(found, clip, pictures / f"{file_name(found.title)}.gif")
 
 
 @show.register
@@ -459,6 +489,44 @@ def add_scale(figure: Any, drawn: Any, axes: Any, found: HeatMap) -> None:
     name = f"Grad-CAM of {figures.short(found.output, 40)}"
     bar.set_label(name if highest > 0 else f"{name}: {NOWHERE}")
     figure.suptitle(f"{figures.short(found.title, 60)}   {found.caption}".rstrip())
+
+
+FRAME_MS = 200  # how long a frame is shown
+SHORT_SIDE = 192  # pixels that small frames are enlarged to
+
+
+def clip_map(found: HeatMap, clip: np.ndarray, path: Path) -> None:
+    """The frames of a clip (T, H, W, 3), and the map over them on their right, as an animation
+    that begins again at its end; its comment says what it is a map of.
+
+    Args:
+        path: of the GIF.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from PIL import Image
+
+    highest = float(found.values.max())
+    shares = np.clip(found.values / highest, 0, 1) if highest > 0 else found.values * 0.0
+    colours = (
+        LinearSegmentedColormap.from_list("map", SHADES)(shares)[..., :3] * 255
+    )  # (T, H, W, 3)
+    seen = MOST * shares[..., None]
+    both = np.concatenate([clip, (1 - seen) * clip + seen * colours], axis=2)
+    factor = max(1, -(-SHORT_SIDE // min(clip.shape[1:3])))
+    pixels = both.round().astype(np.uint8).repeat(factor, 1).repeat(factor, 2)
+    first, *others = (Image.fromarray(frame) for frame in pixels)
+    output = f"Grad-CAM of {found.output}" if highest > 0 else f"{found.output}: {NOWHERE}"
+    content = io.BytesIO()
+    first.save(
+        content,
+        "GIF",
+        save_all=True,
+        append_images=others,
+        duration=FRAME_MS,
+        loop=0,
+        comment=f"{found.title}; {found.caption}; {output}".encode(),
+    )
+    write_bytes(path, content.getbuffer())
 
 
 def image_map(found: HeatMap, pixels: np.ndarray, path: Path) -> None:

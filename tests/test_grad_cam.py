@@ -2,6 +2,7 @@
 planted cubes found in world coordinates, and what cannot be asked."""
 
 import csv
+from pathlib import Path
 
 import h5py
 import msgspec
@@ -14,7 +15,7 @@ from volume_files import ORIENTATIONS, affine_of, blob, write_nifti
 
 from glovita_lib.augment_patch import Volumes, WindowedVolumes, WindowGrid
 from glovita_lib.errors import UserError
-from glovita_lib.grad_cam import grad_cam, heat_values, on_input
+from glovita_lib.grad_cam import HeatMap, clip_map, grad_cam, heat_values, on_input
 from glovita_lib.model import build_model
 from glovita_lib.objectives import HeadOutput
 from glovita_lib.spec_encoders import (
@@ -402,3 +403,45 @@ def test_features_have_no_places(command, refused, tmp_path):
     command("training.epochs=1", spec=spec)
     line = refused("training.epochs=1", "mode=infer", "infer.heat_maps=1", spec=spec)
     assert line.startswith("infer.heat_maps: the samples are vectors, which have no places")
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mvit_v2_s", "swin3d_t"])
+def test_maps_of_clips_lie_on_their_frames(name: str) -> None:
+    """Of networks of clips, and frame by frame."""
+    specs = [
+        (TorchvisionVideoEncoder(type=name, pretrained=False, time_axis="t"), (4, 32, 48)),
+        (timm("test_resnet", lift="slices", slices=Slices(axis="t", stride=2)), (5, 32, 32)),
+    ]
+    for spec, size in specs:
+        torch.manual_seed(0)
+        arguments = {"outputs": 2, "channels": 3, "size": size, "load_weights": False}
+        model = build_model(ModelSpec(encoder=spec), FullFinetuning(), **arguments).eval()
+        values = heat_values(model, torch.randn(3, *size), 1)
+        assert values.shape == size and np.isfinite(values).all() and values.min() >= 0
+
+
+@pytest.mark.parametrize("highest", [2.0, 0.0])
+def test_the_map_of_a_clip_is_an_animation(tmp_path: Path, highest: float) -> None:
+    """A frame of the GIF for each of the clip, which is on its left; on the right colour where the
+    map is, in its frame."""
+    from PIL import Image, ImageSequence
+
+    clip = np.full((3, 96, 64, 3), 100, np.uint8)
+    clip[:, 0, 0] = [[50], [60], [70]]  # equal frames of a GIF become one
+    values = np.zeros((3, 96, 64))
+    values[1, 20:40, 10:30] = highest
+    found = HeatMap("a/b.mp4", "walk, predicted run", "run", clip, values)
+    clip_map(found, clip, tmp_path / "m.gif")
+    with Image.open(tmp_path / "m.gif") as file:
+        frames = [np.array(f.convert("RGB")) for f in ImageSequence.Iterator(file)]
+        comment = file.info["comment"].decode()
+    assert comment.startswith("a/b.mp4; walk, predicted run; ") and "run" in comment
+    assert len(frames) == 3 and frames[0].shape == (96 * 3, 2 * 64 * 3, 3)
+    moved = [np.abs(frame[6:].astype(int) - 100).max(2) > 20 for frame in frames]
+    assert not moved[0].any() and not moved[2].any()
+    if not highest:
+        assert "nothing in the sample speaks for it" in comment and not moved[1].any()
+        return
+    rows, columns = np.nonzero(moved[1])
+    assert (rows.min() + 6, rows.max() + 7) == (60, 120)
+    assert (columns.min() - 192, columns.max() + 1 - 192) == (30, 90)
