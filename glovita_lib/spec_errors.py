@@ -230,14 +230,41 @@ def dotted(path: Iterable[str]) -> str:
 
 Path = tuple[str, ...]
 
+MUON = ("muon_momentum", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
+NAMED_DATA = (
+    "imagenet", "pcam", "rxrx1", "neudet", "zooscannet", "aid", "chestxray14", "resisc45",
+    "flowers102", "fgvc_aircraft", "diabetic_retina",
+)  # fmt: skip
+NAMED_POLICIES = (
+    "dataset_specific", "autoaugment", "albumentations", "timm_randaugment", "randaugment_448",
+    "randaugment_224", "aid_large_crop", "native",
+)  # fmt: skip
 REPLACED = {
+    "data.num_classes": "this data set says itself how many classes it has",
+    "data.task": "the targets of this data set say it",
+    "data.subtask": "the targets of this data set say it",
     "data.dataset_kwargs": "every option of a data set is a key of its section; those of your own"
     ' function (dataset = "custom") stand in data.options',
+    "data.augmentation": "features are taken as they are",
     "data.augmentation.cutout_size": "it is data.augmentation.train_kwargs.cutout_size, with the"
     " policy's other parameters",
     "data.augmentation.patch_size": "the patch of an image encoder is an argument of its own, as"
     " model.encoder.model_kwargs.patch_size; of volumes it is the part that the encoder receives",
     "model.encoder.weight_dir": "model.encoder.weights names the file or folder itself",
+    **dict.fromkeys(
+        ("model.head.stem_key", *(f"model.head.layer{i}_key" for i in range(2, 5))),
+        "model.head.stages names the encoder's stages",
+    ),
+    "model.head.num_clip_frames": "the head takes clips of any length; data.clip.frames sets it",
+    "peft.dropout": "this method has none; --explain peft.dropout lists those that have it",
+    "peft.freeze_backbone": "the method trains what it adds and the head; layers of the"
+    ' encoder train with method = "partial_finetuning" or "full_finetuning"',
+    "peft.init_lora_weights": "the method changes nothing at its start",
+    "peft.init_option": "Up starts at zero, so that the method changes nothing at its start",
+    "peft.init_scale": "prompts are drawn as in the paper of the method, by the size of a patch",
+    "peft.scale_init": "peft.scale is the factor, which does not train; U starts at zero",
+    "peft.orth_reg_weight": "it is peft.orth_reg",
+    "peft.cayley_neumann": "it is peft.use_cayley_neumann",
     "task.metric_computation_mode": "every metric is computed once over all samples of a split",
     "training.seed": "seed stands at the top of the spec",
     "training.cv_folds": 'data.split_source = "kfold" and data.n_folds make folds; each'
@@ -249,15 +276,55 @@ REPLACED = {
     " of the data",
     "dataloading.use_worker_init_fn": "random numbers follow from (seed, epoch, sample), whichever"
     " process draws them",
+    **dict.fromkeys(
+        [f"optimizer.{name}" for name in MUON],
+        "it is an option of Muon, which is not here; the other optimizers keep PyTorch's",
+    ),
     "logger.experiment_name": "a run's experiment is the data set, its run the group and fold",
     "extract.checkpoint_path": "it is extract.checkpoint",
+    **dict.fromkeys(
+        [f"extract.{name}" for name in ("data", "model", "peft", "dataloading")],
+        "the section of this name at the top of the spec serves every mode",
+    ),
+    **dict.fromkeys(
+        ("infer.data", "infer.dataloading"),
+        "the section of this name at the top of the spec serves every mode",
+    ),
     "infer.exp_dir": "exp_dir stands at the top of the spec; infer.checkpoint names any other file",
     "infer.fold": "it is data.fold for one run, infer.folds for the mean of several",
     "infer.metrics": "task.metrics are those of training and of evaluation",
     "infer.pred_output": "predictions are always written, as predictions_<split>.csv",
+    "umap.h5_path": "it is umap.input",
+    "umap.output_path": "it is umap.output_dir, the folder of the figure, page and table",
 }
 """Keys of GloViTa that are not here, and what does their work. Further ones differ by name or
 place alone, which "did you mean" says."""
+REPLACED_VALUES = {
+    ("data.dataset", NAMED_DATA): "its published files are read as generic_image_dataset, or by a"
+    " function of your own (custom)",
+    ("data.augmentation.train_policy", NAMED_POLICIES): "default_2d_1 to default_2d_5 and"
+    " randaugment take any image size, and data.augmentation.train_kwargs sets each operation",
+    ("data.augmentation.train_policy", ("dino",)): "it makes two views of an image for"
+    " self-supervised training, which is not here",
+    ("data.augmentation.test_policy", ("default_448", "default_224", "dino")): '"default" takes'
+    " the size from data.augmentation.image_size, unset that of the encoder",
+    ("model.encoder.encoder_type", ("transformer",)): 'encoders come from timm ("timm"), which has'
+    " the weights of MAE, CLIP, BEiT, DINO and others under its own names",
+    ("model.encoder.encoder_type", ("dinov2", "dinov3")): 'timm has them: encoder_type = "timm",'
+    ' type = "vit_base_patch14_dinov2" or "vit_base_patch16_dinov3"',
+    ("task.metrics", ("pr",)): 'name "precision" and "recall"',
+    ("optimizer.name", ("Muon", "Madgrad")): "PyTorch's AdamW, Adam, SGD and RMSprop are here",
+    ("logger.backend", ("mlflow",)): "metrics.jsonl of a run holds all its numbers, and wandb can"
+    " be offline",
+}
+"""Values of GloViTa that are not here, by key, and what does their work."""
+
+
+def replaced_value(path: Path, value: Any) -> str:
+    """What does the work of a value of GloViTa that is not here; empty for any other."""
+    key = dotted(path).partition("[")[0]
+    texts = (text for (at, names), text in REPLACED_VALUES.items() if at == key and value in names)
+    return "; ".join(texts)
 
 
 class Walk:
@@ -327,7 +394,8 @@ class Walk:
     def mismatch(self, value: Any, kind: Type, path: Path) -> None:
         """A value of the wrong type or outside its bounds."""
         text = f"{shown(value)} is not valid: it must be {describe_type(kind)}"
-        self.add(path, text + hint(value, kind))
+        replaced = replaced_value(path, value)
+        self.add(path, text + (f"; {replaced}" if replaced else hint(value, kind)))
 
     def unknown_tag(self, table: dict, kind: Type, path: Path) -> None:
         """A union's table that names no member."""
@@ -338,7 +406,9 @@ class Walk:
             return
         offered = table[field]
         text = f"{shown(offered)} is unknown: it must be {one_of(tags)}"
-        self.add((*path, field), text + meant(str(offered), tags))
+        replaced = replaced_value((*path, field), offered)
+        hint_of = f"; {replaced}" if replaced else meant(str(offered), tags)
+        self.add((*path, field), text + hint_of)
 
     def unknown_key(self, key: str, value: Any, member: StructType, kind: Type, path: Path) -> None:
         """A key that the table does not have; says where it belongs if it exists elsewhere."""

@@ -1,65 +1,104 @@
 """What the documents of GloViTa say: their commands run, or say what took their place.
 
-The commands are written as overrides; `--model.encoder.no_pretrained` is
-`model.encoder.pretrained=false`.
+The commands stand here as there; `overrides_of` writes them as overrides.
 """
 
+import re
+import shlex
 import textwrap
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from msgspec import inspect as kinds
 from sklearn.datasets import load_digits
 
 import glovita
 from glovita_lib.errors import UserError
 from glovita_lib.spec_check import load_checked
-from glovita_lib.spec_errors import REPLACED
+from glovita_lib.spec_errors import (
+    REPLACED,
+    REPLACED_VALUES,
+    item_type,
+    options_of,
+    structs,
+    texts,
+)
+from glovita_lib.spec_root import Root
 
 REPOSITORY = Path(__file__).parent.parent
 X, Y = load_digits(return_X_y=True)
 
-CIFAR = [
-    "data.dataset=cifar10",
-    "data.data_root_dir=./data",
-    "model.encoder.encoder_type=timm",
-    "model.encoder.type=resnet50.a1_in1k",
-    "model.encoder.pretrained=false",
-    "model.head.head_type=classification",
-]
-COMMANDS = {
-    "first": [*CIFAR, "peft.method=full_finetuning", "dataloading.batch_size=128"],
-    "short run": [*CIFAR, "training.epochs=2", "dataloading.batch_size=128"],
-    "overrides": ["training.epochs=50", "optimizer.lr=3e-4", "data.augmentation.image_size=224"],
-    "metadata": [
-        "add_log.comment=scratch baseline",
-        "add_log.dataset_alias=CIFAR10_small",
-        "add_log.notes.phase=warmup",
-    ],
-    "best": [*CIFAR, "training.best_checkpoint_metric=val_f1"],
-    "folder": [
-        "data.dataset=generic_image_dataset",
-        "data.data_root_dir=/data/MyDataset",
-        "data.num_classes=2",
-        "data.split_source=subdirs",
-        "data.label_source=folder",
-        "model.encoder.encoder_type=timm",
-        "model.encoder.type=resnet50.a1_in1k",
-        "model.head.head_type=classification",
-    ],
+CIFAR = """
+  --data.dataset cifar10 --data.data_root_dir ./data --model.encoder.encoder_type timm
+  --model.encoder.type resnet50.a1_in1k --model.encoder.no_pretrained
+  --model.head.head_type classification"""
+COMMANDS = {  # the documents' own words; ... of theirs is CIFAR
+    "explicit": f"{CIFAR} --peft.method full_finetuning --dataloading.batch_size 128",
+    "subcommands": """
+      --dataloading.batch_size 128 data:cifar10-config --data.data_root_dir ./data
+      model.encoder:timm-encoder-config --model.encoder.type resnet50.a1_in1k
+      --model.encoder.no_pretrained model.head:classification-head-config
+      peft:full-finetuning-config""",
+    "overrides": "--training.epochs 50 --optimizer.lr 3e-4 --data.augmentation.image_size 224",
+    "metadata": f"""{CIFAR} --add_log.comment "scratch baseline"
+      --add_log.dataset_alias CIFAR10_small --add_log.notes.phase warmup""",
+    "short run": f"{CIFAR} --training.epochs 2 --dataloading.batch_size 128",
+    "best": f"{CIFAR} --training.best_checkpoint_metric val_f1",
+    "folder": """
+      --data.dataset generic_image_dataset --data.data_root_dir /data/MyDataset
+      --data.num_classes 2 --data.split_source subdirs --data.label_source folder
+      --model.encoder.encoder_type timm --model.encoder.type resnet50.a1_in1k
+      --model.head.head_type classification""",
+    "regression": """
+      --data.dataset generic_image_dataset --data.data_root_dir /data/MyDataset
+      --data.split_source splits_json --data.label_source csv
+      --data.task Regression --data.subtask regression --data.num_classes 1
+      --model.head.head_type regression""",
 }
 REFUSED = {
     "chestxray14": (
-        ["data.dataset=chestxray14", "data.augmentation.train_policy=default_2d_4"],
+        """--data.dataset chestxray14 --data.data_root_dir /data/ChestXray14
+          --data.augmentation.train_policy default_2d_4
+          --data.augmentation.test_policy shared_default_2d""",
         'data.dataset: "chestxray14" is unknown: it must be "digits", "cifar10"',
     ),
     "mlflow": (
-        [*CIFAR, "logger.backend=mlflow"],
-        'logger.backend: "mlflow" is unknown: it must be "wandb" or "none"',
+        f"{CIFAR} logger:mlflow-logger-config",
+        'logger.backend: "mlflow" is unknown: it must be "wandb" or "none"; metrics.jsonl of',
     ),
-    "F1": ([*CIFAR, "training.best_checkpoint_metric=F1"], "did you mean val_f1?"),
+    "tracking_uri": (
+        f"{CIFAR} logger:wandb-logger-config --logger.tracking_uri ./mlflow",
+        "logger.tracking_uri: unknown key",
+    ),
+    "F1": (f"{CIFAR} --training.best_checkpoint_metric F1", "did you mean val_f1?"),
 }
+
+
+def overrides_of(command: str) -> list[str]:
+    """Flags of GloViTa's command line as overrides: `--a.b c`, `--a.no_b`, `--a.b` alone, and
+    `a:member-of-a-config`, whose tag field is that of the union."""
+    words, found = shlex.split(command), []
+    suffix = {"data": "dataset", "peft": "method", "logger": "backend"}
+    kinds = {"model.encoder": "encoder", "model.head": "head", "logger": "logger"}
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            section, name = word.split(":")
+            kind = kinds.get(section)
+            tag = name.removesuffix("-config").removesuffix(f"-{kind}").replace("-", "_")
+            found.append(f"{section}.{suffix.get(section, f'{kind}_type')}={tag}")
+            continue
+        key = word.removeprefix("--")
+        head, _, last = key.rpartition(".")
+        if last.startswith("no_"):
+            found.append(f"{head}.{last.removeprefix('no_')}=false")
+        elif not words or words[0].startswith("--") or re.match(r"[a-z.]+:", words[0]):
+            found.append(f"{key}=true")
+        else:
+            found.append(f"{key}={words.pop(0)}")
+    return found
 
 
 def checked(folder: Path, overrides):
@@ -70,23 +109,201 @@ def checked(folder: Path, overrides):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_are_valid(tmp_path, name):
-    checked(tmp_path, COMMANDS[name])
+    checked(tmp_path, overrides_of(COMMANDS[name]))
+
+
+def test_both_styles_of_the_first_command_are_one_spec(tmp_path):
+    styles = [checked(tmp_path, overrides_of(COMMANDS[n])) for n in ("explicit", "subcommands")]
+    assert styles[0].root == styles[1].root
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_commands_that_are_refused_say_the_way(tmp_path, name):
-    overrides, text = REFUSED[name]
+    command, text = REFUSED[name]
     with pytest.raises(UserError) as caught:
-        checked(tmp_path, overrides)
+        checked(tmp_path, overrides_of(command))
     assert text in str(caught.value)
 
 
-@pytest.mark.parametrize("key", REPLACED)
-def test_a_key_that_was_replaced_says_by_what(tmp_path, key):
-    dataset = "generic_image_dataset" if key.startswith("data.") else "digits"
+DATA = "data_root_dir data_fraction fold stratified augmentation dataset_kwargs num_classes subtask"
+POLICIES = "train_policy test_policy mean std train_kwargs test_kwargs patch_size cutout_size"
+VIDEO = "type pretrained input_channels return_intermediates intermediate_names model_kwargs"
+OPTIONS = {  # section, tag: the options that the documents name there
+    ("", ""): "data model peft task training dataloading optimizer logger add_log exp_dir",
+    ("data", "cifar10"): f"{DATA} task",
+    ("data", "cifar100"): f"{DATA} task",
+    ("data", "generic_image_dataset"): f"""{DATA} task images_dir split_source label_source
+        split_file labels_file path_column label_column train_split_name val_split_name
+        test_split_name allowed_exts class_names strict""",
+    ("data", "generic_3d_dataset"): f"{DATA} task",
+    ("data", "precomputed_features"): f"""{DATA} task train_features_file val_features_file
+        test_features_file""",
+    ("data.augmentation", ""): f"{POLICIES} image_size resize_size crop_size",
+    ("model", ""): "encoder head feature_aggregation_method",
+    ("model.encoder", "timm"): "type pretrained input_channels model_kwargs",
+    ("model.encoder", "torchvision"): """type pretrained input_channels dropout
+        stochastic_depth_prob model_kwargs""",
+    ("model.encoder", "torchvision_video"): VIDEO,
+    ("model.encoder", "pytorchvideo"): f"{VIDEO} pathway_mode slowfast_alpha",
+    ("model.encoder", "residual_encoder"): """input_channels spatial_dim features_per_stage
+        kernel_sizes strides n_blocks_per_stage conv_bias norm dropout_p nonlinearity block_type
+        bottleneck_channels stem_channels pool_type stochastic_depth_p squeeze_excitation
+        squeeze_excitation_reduction_ratio""",
+    ("model.encoder", "primus"): """variant input_channels input_shape patch_embed_size
+        drop_path_rate patch_drop_rate""",
+    ("model.encoder", "nnfoundation"): """checkpoint_path pretrained input_channels drop_path_rate
+        input_shape""",
+    ("model.encoder", "precomputed"): "feature_dim",
+    ("model.head", "classification"): "dropout init_std",
+    ("model.head", "regression"): "dropout out_dim",
+    ("model.head", "clam"): """variant gate size_arg dropout k_sample subtyping feature_prep
+        l2_normalize_features layer_norm_eps cosine_head cosine_scale instance_eval
+        instance_loss_weight attn_drop topk_k topk_tau stochastic_topk topk_noise_std
+        topk_consistency_weight""",
+    ("model.head", "framewise_decoder_1d"): """num_clip_frames stem_key layer2_key layer3_key
+        layer4_key""",
+    ("task", ""): """metrics metric_computation_mode result_plot label_smoothing mixup
+        mixup_alpha""",
+    ("training", ""): """epochs precision gradient_accumulation_steps gradient_clip_val seed compile
+        enable_checkpointing best_checkpoint_metric cluster_progress_bar cv_folds
+        num_sanity_val_steps ddp_find_unused_parameters train_steps_per_epoch
+        val_steps_per_epoch""",
+    ("dataloading", ""): """batch_size eval_batch_size num_workers pin_memory persistent_workers
+        prefetch_factor timeout drop_last_train drop_last_eval shuffle_train shuffle_eval
+        use_worker_init_fn""",
+    ("optimizer", ""): """name lr weight_decay nesterov muon_momentum ns_coefficients eps ns_steps
+        adjust_lr_fn layer_wise_lr_decay undecay_norm scheduler warmup_epochs""",
+    ("logger", "wandb"): "entity project tags group name offline",
+    ("infer", ""): "exp_dir data dataloading metrics fold checkpoint pred_output",
+    ("extract", ""): """checkpoint_path data model peft dataloading method split precision
+        compression output_dir output_filename use_eval_transform_for_train""",
+    ("umap", ""): """h5_path title output_path max_samples max_per_class seed dpi n_neighbors
+        min_dist""",
+    ("peft", "partial_finetuning"): "num_frozen_layers",
+    ("peft", "lora"): "rank alpha dropout targets use_dora use_rslora init_lora_weights lora_bias",
+    ("peft", "adalora"): """rank init_rank alpha dropout targets use_rslora init_lora_weights
+        lora_bias orth_reg beta1 beta2 tinit deltaT""",
+    ("peft", "loha"): "rank alpha dropout rank_dropout targets",
+    ("peft", "lokr"): "rank alpha dropout rank_dropout decompose_factor targets",
+    ("peft", "oft"): "r dropout targets coft eps bias cayley_neumann",
+    ("peft", "boft"): "block_size n_butterfly dropout targets bias",
+    ("peft", "vera"): "rank dropout targets projection_prng_key",
+    ("peft", "fourierft"): "n_frequency scaling targets",
+    ("peft", "adapt_former"): """mode bottleneck dropout init_option adapter_scalar
+        adapter_layernorm_option freeze_backbone""",
+    ("peft", "convpass"): "bottleneck dropout freeze_backbone",
+    ("peft", "rep_adapter"): "bottleneck groups scale_init",
+    ("peft", "fact"): "r",
+    ("peft", "gps"): "gps_topk_per_row",
+    ("peft", "visual_prompt_tuning"): "num_tokens deep project_dim dropout init_scale deep_layers",
+    ("peft", "full_finetuning"): "",
+    ("peft", "linear_probing"): "",
+    ("peft", "bitfit"): "",
+    ("peft", "ln_tuning"): "",
+    ("peft", "ssf"): "",
+    ("peft", "difffit"): "",
+    ("peft", "ia3"): "",
+}
+VALUES = {  # key: the values that the documents name
+    "data.dataset": """imagenet pcam rxrx1 neudet zooscannet aid chestxray14 resisc45 flowers102
+        fgvc_aircraft diabetic_retina""",
+    "data.augmentation.train_policy": """default_2d_1 default_2d_2 default_2d_3 default_2d_4
+        default_2d_5 default_2d_randaugment default_3d_1 default_3d_2 default_3d_3 default_3d_4
+        default_nnunet default_nnunet_DA5 default_nnfoundation dataset_specific baseline
+        baseline_cutout autoaugment randaugment albumentations dino timm_randaugment
+        randaugment_448 randaugment_224 aid_large_crop native""",
+    "data.augmentation.test_policy": """shared_default_2d shared_default_3d default dino default_448
+        default_224 native default_nnfoundation""",
+    "model.encoder.encoder_type": """timm transformer torchvision torchvision_video pytorchvideo
+        dinov2 dinov3 residual_encoder primus nnfoundation precomputed""",
+    "model.feature_aggregation_method": "cls_token avg sum mean_all joint",
+    "extract.method": "cls_token avg sum mean_all joint",
+    "task.metrics": "acc balanced_acc f1 f1_per_class pr top5acc auroc ap mse mae",
+    "task.result_plot": "val all",
+    "training.precision": "no fp16 bf16",
+    "optimizer.name": "SGD Adam AdamW RMSprop Madgrad Muon",
+    "optimizer.scheduler": "CosineAnneal Step MultiStep None",
+    "logger.backend": "wandb mlflow none",
+}
+
+
+def members(key: str) -> list[kinds.StructType]:
+    """The Structs that may stand at a dotted key."""
+    found = structs(kinds.type_info(Root))
+    for part in filter(None, key.split(".")):
+        fields = [field for member in found for field in member.fields if field.name == part]
+        found = [struct for field in fields for struct in structs(field.type)]
+    return found
+
+
+def allowed(key: str) -> set[str]:
+    """The texts that may stand at a dotted key, over all members: tags and literals."""
+    section, _, name = key.rpartition(".")
+    found = set()
+    for member in members(section):
+        found |= {str(member.tag)} if member.tag_field == name else set()
+        for field in member.fields:
+            if field.name == name:
+                found |= set(literals(field.type))
+    return found
+
+
+def literals(kind: kinds.Type):
+    """Every text of a type, inside of arrays too."""
+    for option in options_of(kind):
+        item = item_type(option)
+        yield from texts(option) if item is None else literals(item)
+
+
+@pytest.mark.parametrize(("section", "tag"), OPTIONS)
+def test_an_option_of_the_documents_is_a_field_or_has_its_reason(section, tag):
+    own = [member for member in members(section) if not tag or member.tag == tag]
+    assert own, f"{section} has no member {tag}"
+    fields = {field.name for member in own for field in member.fields}
+    keys = {name: f"{section}.{name}".lstrip(".") for name in OPTIONS[section, tag].split()}
+    neither = [k for name, k in keys.items() if name not in fields and k not in REPLACED]
+    assert not neither
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_a_value_of_the_documents_is_valid_or_has_its_reason(key):
+    named, valid = set(VALUES[key].split()), allowed(key)
+    replaced = {name for at, names in REPLACED_VALUES if at == key for name in names}
+    assert valid and named <= valid | replaced and not valid & replaced - {"native"}
+
+
+def replaced_in() -> list[tuple[str, list[str]]]:
+    """Each key that is not here, with the tags of a section that lacks it."""
+    found = []
+    for key in REPLACED:
+        section, _, name = key.rpartition(".")
+        found.append((key, chosen_without(section, name)))
+    return found
+
+
+def chosen_without(section: str, name: str) -> list[str]:
+    """Overrides that choose a member of a section without a field; its own data set for images."""
+    if section == "data.augmentation":
+        return ["data.dataset=digits"]
+    (member, *_) = [m for m in members(section) if name not in {field.name for field in m.fields}]
+    return [f"{section}.{member.tag_field}={member.tag}"] if member.tag_field else []
+
+
+@pytest.mark.parametrize(("key", "chosen"), replaced_in())
+def test_a_key_that_was_replaced_says_by_what(tmp_path, key, chosen):
     with pytest.raises(UserError) as caught:
-        checked(tmp_path, [f"data.dataset={dataset}", f"{key}=1"])
+        checked(tmp_path, [*chosen, f"{key}=1"])
     assert f"{key}: unknown key (offered 1): {REPLACED[key]}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "names"), REPLACED_VALUES)
+def test_a_value_that_was_replaced_says_by_what(tmp_path, key, names):
+    text = REPLACED_VALUES[key, names]
+    for name in names:
+        given = f'["{name}"]' if key == "task.metrics" else name
+        with pytest.raises(UserError) as caught:
+            checked(tmp_path, [f"{key}={given}"])
+        assert f'"{name}" is' in str(caught.value) and str(caught.value).endswith(f"; {text}")
 
 
 VECTORS = [
@@ -173,4 +390,7 @@ def test_the_page_lists_them():
         for key, text in REPLACED.items()
         for line in textwrap.wrap(f"{key}: {text}", 110, subsequent_indent="    ")
     ]
+    for (key, names), text in REPLACED_VALUES.items():
+        values = f"{key} = {', '.join(names)}: {text}"
+        lines += textwrap.wrap(values, 110, subsequent_indent="    ")
     assert "```text\n" + "\n".join(lines) + "\n```" in page
