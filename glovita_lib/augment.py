@@ -268,7 +268,20 @@ class Augmenter:
             for part in (place.boxes, place.hflip, place.vflip)
         )
         assert boxes is not None
-        return self.fit.canvas(inputs, boxes, hflip=flips[0], vflip=flips[1])
+        if not fitted:
+            return self.fit.canvas(inputs, boxes, hflip=flips[0], vflip=flips[1])
+        for flip, axis in zip(flips, (3, 2), strict=True):  # nothing else moves
+            rows = flip.nonzero()[:, 0] if flip is not None else ()
+            if len(rows):
+                rows = rows.to(inputs.device, non_blocking=True)
+                inputs = inputs.index_copy(0, rows, inputs.index_select(0, rows).flip(axis))
+        return inputs
+
+    @property
+    def changes_values(self) -> bool:
+        """Whether the policy does more than move pixels."""
+        stages = (OPERATIONS.active(self.ops, stage) for stage in ("values", "normalised"))
+        return any(map(bool, stages))
 
     def constants(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Factor and shift (C, 1, 1) of the normalisation of values 0..peak, and the mean (C,)."""
@@ -379,12 +392,29 @@ class ClipAugmenter:
         pixels = clips.pixels
         each, frames = pixels.shape[1] if pixels.ndim == 6 else 1, pixels.shape[-4]
         flat = pixels.flatten(0, -4)  # (B V T, C, S, S)
-        images = self.images(flat, fitted, seed, frames)
-        x = images.unflatten(0, (len(pixels), each * frames)).transpose(1, 2)  # (B, C, V T, S, S)
+        if len(flat) and not self.images.changes_values:
+            placed = self.images.placed(flat, fitted, torch.Generator().manual_seed(seed), frames)
+            x = self.normalised(placed.unflatten(0, (len(pixels), each * frames)))
+        else:
+            images = self.images(flat, fitted, seed, frames)
+            x = images.unflatten(0, (len(pixels), each * frames)).transpose(1, 2)
         if each == 1 or self.combine == "bag":
             return x.contiguous()
         views = x.unflatten(2, (each, -1)).transpose(1, 2)  # (B, V, C, T, S, S)
         return ManyClips(views.contiguous(), self.combine, self.chunk)
+
+    def normalised(self, clips: Tensor) -> Tensor:
+        """Clips (B, T, C, S, S) uint8 -> (B, C, T, S, S) float32; on a CPU one after the other, so
+        that each stays in its cache."""
+        scale, shift, _ = self.images.constants(clips.device)
+        scale, shift = scale[:, None], shift[:, None]  # (C, 1, 1, 1)
+        x = clips.transpose(1, 2)
+        if clips.device.type != "cpu":
+            return x.mul(scale).sub_(shift)
+        out = torch.empty(x.shape)
+        for clip, target in zip(x, out, strict=True):
+            torch.mul(clip, scale, out=target).sub_(shift)
+        return out
 
 
 # -------------------------------------------------------------------------- mixup and cutmix
