@@ -122,10 +122,10 @@ def sparse(runs: int) -> None:
         print(f"sparse {Path(path).stem} ({keys} key frames): {text}, ratio {ratio:.2f}")
 
 
-def policy(**kwargs: object) -> tuple[ClipCut, ClipAugmenter]:
+def policy(kwargs: ImageKwargs) -> tuple[ClipCut, ClipAugmenter]:
     """The crop and the augmentation of our own policy."""
     resolved = resolve_augmentation(
-        ImageAugmentation(train_policy="default_2d_1", train_kwargs=ImageKwargs(**kwargs)),  # type: ignore[arg-type]  # of many types
+        ImageAugmentation(train_policy="default_2d_1", train_kwargs=kwargs),
         default_policies=("default_2d_1", "shared_default_2d"),
         encoder=Preprocess(SIDE, 0.875, "bilinear", MEAN, STD, fixed_size=False),
         channels=3,
@@ -161,10 +161,14 @@ def augmentation(runs: int) -> None:
         ]
     )
     cases = {
-        "reference training": (reference, policy(crop="random", hflip_p=0.5)),
+        "reference training": (reference, policy(ImageKwargs(crop="random", hflip_p=0.5))),
         "crop, flip, jitter": (
             strong,
-            policy(crop="resized", scale=(0.5, 1.0), hflip_p=0.5, jitter_p=1.0, jitter=JITTER),
+            policy(
+                ImageKwargs(
+                    crop="resized", scale=(0.5, 1.0), hflip_p=0.5, jitter_p=1.0, jitter=JITTER
+                )
+            ),
         ),
     }
     for name, (theirs, (fit, augment)) in cases.items():

@@ -271,9 +271,8 @@ class Augmenter:
         if not fitted:
             return self.fit.canvas(inputs, boxes, hflip=flips[0], vflip=flips[1])
         for flip, axis in zip(flips, (3, 2), strict=True):  # nothing else moves
-            rows = flip.nonzero()[:, 0] if flip is not None else ()
-            if len(rows):
-                rows = rows.to(inputs.device, non_blocking=True)
+            if flip is not None and bool(flip.any()):
+                rows = flip.nonzero()[:, 0].to(inputs.device, non_blocking=True)
                 inputs = inputs.index_copy(0, rows, inputs.index_select(0, rows).flip(axis))
         return inputs
 
