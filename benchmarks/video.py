@@ -13,7 +13,7 @@ CPU time of one process on one core, the best of some runs by turns.
 - augmentation: 16 clips of 16 frames of 128 x 171 to 112 x 112 by our batched policies against
   torchvision's transforms clip by clip: that of its own reference training (float, resize, flip,
   normalise, crop), and a random resized crop with flip and colour jitter; target: at least 3,
-  which neither reaches (1.9 and 1.1 on a busy machine).
+  which neither reaches (1.4 to 1.9 and 0.8 to 1.1 on a busy machine).
 - leaks: open files and memory of a process that reads clips of all videos 80 times.
 """
 
