@@ -7,6 +7,7 @@ SliceThickness; slices that make up no regular grid are refused.
 
 import fnmatch
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,19 @@ Box = tuple[slice, slice, slice]
 
 POSITION_SLACK = 0.02, 0.05  # mm and share of the gap that positions may be rounded by
 SAME = 1e-3  # direction cosines and pixel spacings are written with few digits
+SLICE_SUFFIXES = (".dcm", ".ima", ".dicom")
+OTHER_IMAGES = (
+    "RT Dose Storage", "Segmentation Storage", "Parametric Map Storage",
+    "Label Map Segmentation Storage",
+)  # fmt: skip
+"""Classes of images whose names do not say so."""
+ELEMENT_HEAD = 8  # bytes of tag and length at least
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes run to left, back and head
 WANTED = (
     "SeriesInstanceUID", "SeriesDescription", "SeriesNumber", "Rows", "Columns", "ImageType",
     "SamplesPerPixel", "BitsAllocated", "NumberOfFrames", "ImagePositionPatient", "PixelSpacing",
     "ImageOrientationPatient", "PerFrameFunctionalGroupsSequence",
-    "SharedFunctionalGroupsSequence", "GridFrameOffsetVector",
+    "SharedFunctionalGroupsSequence", "GridFrameOffsetVector", "DoseGridScaling", "SOPClassUID",
 )  # fmt: skip
 
 
@@ -111,22 +119,27 @@ def dicom_headers(path: str, series: str | None) -> list[tuple[str, Any]]:
     """Files with images and their headers, of the one series that is meant.
 
     Raises:
-        UserError: no such series or several; the line lists those that there are.
+        UserError: no such series or several, where the line lists those that there are; or a slice
+            that is cut off.
     """
-    import pydicom
-
     conditions = series_conditions(series)
-    tags: list[Any] = [*WANTED, *(keyword for keyword, _ in conditions)]
-    images = []
+    images, known, others = [], set(), []
     for file in dicom_files(path):
-        with open(file, "rb") as opened:
-            try:
-                header = pydicom.dcmread(opened, stop_before_pixels=True, specific_tags=tags)
-            except pydicom.errors.InvalidDicomError:
-                continue  # a text file, a preview ...
-            if "Rows" in header:  # others are reports, plans, directories
-                check_pixel_bytes(file, header, opened.tell())
-                images.append((file, header))
+        header = image_header(file, conditions)
+        if header is None:
+            others.append(file)
+            continue
+        known.add(name_pattern(file))
+        if "Rows" in header:
+            images.append((file, header))
+    for file in others:  # not DICOM: a text file, a preview ... or a slice that has lost its head
+        if file.lower().endswith(SLICE_SUFFIXES) or name_pattern(file) in known:
+            size = os.path.getsize(file)
+            raise UserError(
+                f"{os.path.basename(file)} is no DICOM file but is named like one: it is"
+                f" {'empty' if not size else f'damaged or cut off ({size:,} bytes)'}; restore it or"
+                " move it away"
+            )
     if not images:
         raise UserError("no DICOM image")
     chosen = [(file, header) for file, header in images if meets(header, conditions)]
@@ -136,6 +149,54 @@ def dicom_headers(path: str, series: str | None) -> list[tuple[str, Any]]:
         what = f"{len(names)} series" if names else f"no series with {series}"
         raise UserError(f"{what}, {cure}; there are {series_text(chosen or images)}")
     return chosen
+
+
+def image_header(file: str, conditions: list[tuple[str, str]]) -> Any:
+    """Header of a DICOM file, without Rows where it is no image but a report, a plan or a
+    directory; None: no DICOM file.
+
+    Raises:
+        UserError: an image that is cut off, unless the conditions choose another series.
+    """
+    import pydicom
+
+    tags: list[Any] = [*WANTED, *(keyword for keyword, _ in conditions)]
+    name = os.path.basename(file)
+    with open(file, "rb") as opened:
+        try:
+            header = pydicom.dcmread(opened, stop_before_pixels=True, specific_tags=tags)
+        except pydicom.errors.InvalidDicomError:
+            return None
+        except Exception as error:  # pydicom raises anything where bytes are missing
+            raise UserError(f"{name} is truncated or damaged in its header ({error})") from None
+        if "Rows" in header:
+            check_pixel_bytes(file, header, opened.tell())
+            return header
+    elsewhere = all(keyword in header for keyword, _ in conditions) and not meets(
+        header, conditions
+    )
+    if of_images(header) and not elsewhere:
+        raise UserError(f"{name} is truncated or damaged: an image whose header lacks Rows")
+    return header
+
+
+def of_images(header: Any) -> bool:
+    """Whether the class of a DICOM object is one of images, which have Rows; also where the header
+    ends before it names one."""
+    from pydicom.uid import UID
+
+    uid = header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID")
+    if not uid or "TransferSyntaxUID" not in header.file_meta:  # which comes after the class
+        return True
+    name = UID(uid).name
+    return "Image Storage" in name or name in OTHER_IMAGES
+
+
+def name_pattern(file: str) -> str:
+    """Folder and name of a file with a zero for each number in it, decimal or hexadecimal: the
+    same for the slices of a series."""
+    folder, name = os.path.split(file)
+    return os.path.join(folder, re.sub(r"[a-f]*\d[\da-f]*", "0", name.lower()))
 
 
 def series_conditions(series: str | None) -> list[tuple[str, str]]:
@@ -167,7 +228,7 @@ def series_text(images: list[tuple[str, Any]]) -> str:
 
 
 def check_pixel_bytes(file: str, header: Any, start: int) -> None:
-    """Refuse an uncompressed image that is cut off.
+    """Refuse an image that is cut off before its pixels or, if uncompressed, within them.
 
     Args:
         start: byte of the file where the element of the pixels begins.
@@ -176,12 +237,17 @@ def check_pixel_bytes(file: str, header: Any, start: int) -> None:
         UserError: the file is shorter than its pixels.
     """
     syntax = header.file_meta.get("TransferSyntaxUID")
-    if syntax is None or syntax.is_encapsulated or syntax.is_deflated:
+    if syntax is not None and syntax.is_deflated:
+        return
+    name, size = os.path.basename(file), os.path.getsize(file)
+    if size < start + ELEMENT_HEAD:
+        raise UserError(f"{name} is truncated: it ends before its pixels")
+    if syntax is None or syntax.is_encapsulated:
         return
     count = header.Rows * header.Columns * int(header.get("NumberOfFrames") or 1)
     needed = count * header.get("SamplesPerPixel", 1) * header.get("BitsAllocated", 16) // 8
-    if os.path.getsize(file) < start + needed:
-        raise UserError(f"{os.path.basename(file)} is truncated: its pixels take {needed:,} bytes")
+    if size < start + needed:
+        raise UserError(f"{name} is truncated: its pixels take {needed:,} bytes")
 
 
 def slices_of(file: str, header: Any) -> Iterator[Slice]:
@@ -198,6 +264,8 @@ def slices_of(file: str, header: Any) -> Iterator[Slice]:
     count, size = int(header.get("NumberOfFrames") or 1), (header.Rows, header.Columns)
     frames = header.get("PerFrameFunctionalGroupsSequence")
     offsets = header.get("GridFrameOffsetVector")
+    if offsets is not None and not header.get("DoseGridScaling"):
+        raise UserError(f"{name} is an RT Dose without DoseGridScaling: its doses are not known")
     for number in range(count):
         groups = [frames[number]] if frames else []
         groups += list(header.get("SharedFunctionalGroupsSequence") or [])
@@ -231,8 +299,26 @@ def frame_scale(groups: Sequence[Any]) -> tuple[float, float] | None:
     """Slope and intercept that the functional groups give a frame."""
     for group in groups:
         if found := group.get("PixelValueTransformationSequence"):
-            return float(found[0].RescaleSlope), float(found[0].RescaleIntercept)
+            return rescale(found[0])
     return None
+
+
+def rescale(place: Any) -> tuple[float, float]:
+    """Slope and intercept of a header or functional group, each alone too: 1 and 0 where they are
+    missing or empty. The doses of RT Dose are scaled by DoseGridScaling (PS3.3 C.8.8.3)."""
+    factors = [place.get(keyword) for keyword in ("RescaleSlope", "DoseGridScaling")]
+    slope = float(np.prod([float(factor) for factor in factors if factor not in (None, "")]))
+    return slope, float(place.get("RescaleIntercept") or 0)
+
+
+def modality_values(stored: np.ndarray, header: Any) -> np.ndarray:
+    """Values float of the stored numbers of a file, by its lookup table or slope and intercept."""
+    from pydicom.pixels import apply_modality_lut
+
+    if header.get("ModalityLUTSequence"):
+        return apply_modality_lut(stored, header)
+    slope, intercept = rescale(header)
+    return stored * slope + intercept
 
 
 def pixels(each: Slice, files: dict[str, Any]) -> np.ndarray:
@@ -242,16 +328,15 @@ def pixels(each: Slice, files: dict[str, Any]) -> np.ndarray:
         files: decoded files with many frames, which are kept for their other frames.
     """
     import pydicom
-    from pydicom.pixels import apply_modality_lut
 
     if each.frame is None:
         image = pydicom.dcmread(each.file)
-        return np.asarray(apply_modality_lut(image.pixel_array, image), np.float32)
+        return modality_values(image.pixel_array, image).astype(np.float32)
     if each.file not in files:
         image = pydicom.dcmread(each.file)
         stack = image.pixel_array
         stack = stack[None] if stack.ndim == 2 else stack
-        files[each.file] = stack if each.scale else apply_modality_lut(stack, image)
+        files[each.file] = stack if each.scale else modality_values(stack, image)
     slope, intercept = each.scale or (1.0, 0.0)
     return (files[each.file][each.frame] * slope + intercept).astype(np.float32)
 

@@ -122,6 +122,53 @@ def test_one_file_with_frames(tmp_path):
     assert (volume.read()[0] == VOXELS * (1.0 + np.arange(4)) - 1).all()
 
 
+def edit(file, **tags):
+    """Write a DICOM file anew with other tags; None deletes one."""
+    image = pydicom.dcmread(file)
+    for keyword, value in tags.items():
+        delattr(image, keyword) if value is None else setattr(image, keyword, value)
+    image.save_as(file)
+
+
+def test_slope_and_intercept_count_alone_too(tmp_path):
+    def values(**tags):
+        folder = write_dicom(tmp_path / "a", VOXELS, slope=3, intercept=-10)
+        for file in folder.iterdir():
+            edit(file, **tags)
+        return open_volume(str(folder), STORED).read()[0]
+
+    assert (values(RescaleSlope=None) == VOXELS - 10.0).all()
+    assert (values(RescaleSlope="") == VOXELS - 10.0).all()
+    assert (values(RescaleIntercept=None) == VOXELS * 3.0).all()
+    assert (values(RescaleIntercept="") == VOXELS * 3.0).all()
+    assert (values(RescaleSlope=None, RescaleIntercept=None) == VOXELS).all()
+
+
+def test_doses_are_scaled_and_their_frames_lie_where_offsets_say(tmp_path):
+    (file,) = write_dicom(tmp_path / "a", VOXELS[..., :1], slope="", intercept="").iterdir()
+    stored = np.stack([VOXELS[..., place].T for place in range(4)]).astype("<i2")
+    frames = {"NumberOfFrames": 4, "PixelData": stored.tobytes(), "Modality": "RTDOSE"}
+    edit(file, GridFrameOffsetVector=[0, 2.5, 5, 7.5], DoseGridScaling=0.5, **frames)
+    relative = open_volume(str(tmp_path / "a"), STORED)
+    assert (relative.read()[0] == VOXELS * 0.5).all()
+    assert relative.spacing[2] == 2.5 and relative.affine[2, 3] == 5
+    edit(file, GridFrameOffsetVector=[5, 7.5, 10, 12.5])  # places instead of offsets
+    absolute = open_volume(str(tmp_path / "a"), STORED)
+    np.testing.assert_allclose(absolute.affine, relative.affine)
+    edit(file, DoseGridScaling=None)
+    assert "RT Dose without DoseGridScaling" in refused(tmp_path / "a")
+
+
+def test_a_tilted_gantry_shears_the_grid(tmp_path):
+    folder = write_dicom(tmp_path / "a", VOXELS)
+    for file in folder.iterdir():
+        x, y, z = map(float, pydicom.dcmread(file).ImagePositionPatient)
+        edit(file, ImagePositionPatient=[x, y + (z - 5) / 2, z])
+    volume = open_volume(str(folder), STORED)
+    np.testing.assert_allclose(volume.affine[:3, 2], (0, -1, 2))
+    assert volume.spacing[2] == pytest.approx(5**0.5)
+
+
 # ---------------------------------------------------------------------- choosing a series
 
 
@@ -203,3 +250,50 @@ def test_other_files(tmp_path):
         write_dicom(tmp_path / "mosaic", VOXELS, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])
     )
     assert "colour image" in refused(shipped("pydicom/data/test_files/SC_rgb_small_odd.dcm"))
+
+
+@pytest.mark.parametrize("name", ["{}", "{}.dcm", "1.2.840.{}", "{}.IMA"])
+@pytest.mark.parametrize("syntax", ["plain", "compressed"])
+def test_a_slice_that_is_cut_off_anywhere_is_named(tmp_path, name, syntax):
+    folder = write_dicom(tmp_path / "a", VOXELS)
+    if syntax == "compressed":
+        for file in folder.iterdir():
+            image = pydicom.dcmread(file)
+            image.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+            image.save_as(file)
+    for file in list(folder.iterdir()):
+        file.rename(folder / name.format(file.name[-3:]))
+    (folder / "README").write_text("no image")
+    (folder / "preview.jpg").write_bytes(b"no image")
+    last = sorted(folder.iterdir())[0]  # the topmost in space
+    assert open_volume(str(folder), PLAIN).shape == (1, *VOXELS.shape)
+    whole = last.read_bytes()
+    end = whole.index(b"\xe0\x7f\x10\x00")  # the element of the pixels
+    for length in [0, 60, 131, 132, 140, *range(150, end + 1, 7), end]:
+        last.write_bytes(whole[:length])
+        assert last.name in refused(folder), length
+
+
+def test_dicom_files_that_are_no_images_are_left_out(tmp_path):
+    folder = write_dicom(tmp_path / "a", VOXELS)
+    report = folder / "t1_009"
+    report.write_bytes(sorted(folder.iterdir())[0].read_bytes())
+    gone = dict.fromkeys(["Rows", "Columns", "PixelData", "BitsAllocated", "SamplesPerPixel"])
+    edit(report, SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11", **gone)
+    assert f"{report.name} is truncated" in refused(folder)  # an image by its file's head
+    image = pydicom.dcmread(report)
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID
+    image.save_as(report)
+    assert open_volume(str(folder), PLAIN).shape == (1, *VOXELS.shape)
+
+
+def test_a_cut_slice_of_another_series_does_not_matter_where_its_head_tells(tmp_path):
+    study = tmp_path / "a"
+    write_dicom(study, VOXELS)
+    write_dicom(study, VOXELS, uid="1.9", description="scout")
+    scout = sorted(study.glob("scout*"))[0]
+    whole = scout.read_bytes()
+    scout.write_bytes(whole[: whole.index(b"\x28\x00\x10\x00")])  # before Rows
+    t1 = replace(PLAIN, series=("SeriesDescription=t1",))
+    assert open_sample([str(study)], t1).shape == (1, *VOXELS.shape)
+    assert scout.name in refused(study, replace(PLAIN, series=("SeriesDescription=scout",)))
