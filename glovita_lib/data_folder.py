@@ -516,15 +516,21 @@ def table_rows(
 # -------------------------------------------------------------------------------- new images
 
 
-def build_unlabelled(path: str, *, channels: int, bit_depth: int, files: GenericImageData) -> Split:
+def build_unlabelled(
+    path: str, *, channels: int, bit_depth: int, files: GenericImageData
+) -> tuple[Split, list[str]]:
     """New images without labels: of a folder and all below it in sorted order, of a CSV file with a
     column `path` (relative to the CSV file's folder) in its order, or a single image.
 
     Args:
-        files: says which files are images, and how large they may be.
+        files: says which files are images, how large they may be, and whether it is strict.
+
+    Returns:
+        The images, and a line about those that are left out.
 
     Raises:
-        UserError: nothing there, no image, or images that are missing or broken, all together.
+        UserError: nothing there, no image, or, unless data.strict is false, images that are missing
+            or broken, all together.
     """
     where = on_disk(Path(path))
     if where.is_dir():
@@ -540,16 +546,16 @@ def build_unlabelled(path: str, *, channels: int, bit_depth: int, files: Generic
     if not ids:
         raise UserError(f"{path}: no image with a suffix of {', '.join(files.allowed_exts)}")
     headers, broken = read_headers(paths, threads=FILE_THREADS, max_megapixels=files.max_megapixels)
-    problems = Problems(strict=True)
+    problems = Problems(files.strict)
     for number, line in broken.items():
         problems.add(paths[number], line.removeprefix(f"{paths[number]}: "))
-    if problems.lines:
-        raise UserError(problems.text(f"of {len(ids)} cannot be read:"))
+    notes = problems.of_new(len(ids))
+    kept = [number for number in range(len(ids)) if number not in broken]
     source = FileSource(
-        paths,
-        headers,
+        [paths[number] for number in kept],
+        [headers[number] for number in kept],
         channels=channels,
         bit_depth=bit_depth,
         max_megapixels=files.max_megapixels,
     )
-    return Split(ids=ids, targets=None, source=source)
+    return Split(ids=[ids[number] for number in kept], targets=None, source=source), notes

@@ -183,6 +183,19 @@ class Problems:
         if self.lines:
             report.append(self.text("left out:"))
 
+    def of_new(self, count: int) -> list[str]:
+        """A line about those of so many new samples that are left out.
+
+        Raises:
+            UserError: all of them that cannot be read, unless they may be left out; none is left.
+        """
+        if not self.lines:
+            return []
+        if self.strict or len(self.lines) == count:
+            mend = "; mend them or set data.strict = false:" if self.strict else ":"
+            raise UserError(self.text(f"of {count} cannot be read{mend}"))
+        return [self.text("left out:")]
+
     def text(self, head: str) -> str:
         """How many samples, and the first of them with their reasons, one a line."""
         lines = [f"{name}: {why}" for name, why in self.lines.items()]

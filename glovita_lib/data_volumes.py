@@ -304,8 +304,8 @@ def unlabelled_volumes(
         data: the data set whose file names and cache are meant.
 
     Raises:
-        UserError: nothing there, no volume, or volumes that are missing, broken or have another
-            number of channels, all together.
+        UserError: nothing there, no volume, or, unless data.strict is false, volumes that are
+            missing, broken or have another number of channels, all together.
     """
     if samples.reading is None or samples.preparation is None:
         raise UserError(
@@ -324,13 +324,14 @@ def unlabelled_volumes(
     for number, entry in enumerate(entries):
         if isinstance(entry, Entry) and entry.shape[0] != samples.channels:
             broken[number] = f"{entry.shape[0]} channels, the model takes {samples.channels}"
-    problems = Problems(strict=True, noun="volume")
+    problems = Problems(data.strict, noun="volume")
     for number, line in sorted(broken.items()):
         problems.add(ids[number], line)
-    if problems.lines:
-        raise UserError(problems.text(f"of {len(ids)} cannot be read:"))
-    found = [entry for entry in entries if isinstance(entry, Entry)]
-    return Split(ids=ids, targets=None, source=VolumeSource(found, how.dtype)), []
+    notes = problems.of_new(len(ids))
+    kept = [number for number in range(len(ids)) if number not in broken]
+    found = [entries[number] for number in kept]
+    source = VolumeSource([entry for entry in found if isinstance(entry, Entry)], how.dtype)
+    return Split(ids=[ids[number] for number in kept], targets=None, source=source), notes
 
 
 def new_files(where: Path, data: VolumeData) -> tuple[list[str], list[tuple[str, ...]]]:

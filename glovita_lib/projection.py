@@ -4,6 +4,7 @@ N samples, D width, k neighbours.
 """
 
 import atexit
+import math
 import os
 import shutil
 import sys
@@ -56,7 +57,11 @@ def project(features: np.ndarray, spec: Umap, *, seed: int, device: torch.device
     Raises:
         UserError: umap-learn is missing.
     """
-    given, notes = in_float32(torch.from_numpy(np.ascontiguousarray(features)), spec.metric)
+    given = torch.from_numpy(np.ascontiguousarray(features))
+    largest = float(given.abs().max()) if given.numel() else 0.0
+    tame = largest == 0 or 1e-12 < largest < 1e12
+    unit = 1.0 if tame else 2.0 ** math.frexp(largest)[1]  # or squares of distances overflow
+    given, notes = in_float32(given / unit, spec.metric)
     given = given.to(device)
     axes = ("", "")
     method = spec.method
@@ -79,6 +84,8 @@ def project(features: np.ndarray, spec: Umap, *, seed: int, device: torch.device
         points = lay_out(reduced, spec, seed)
     points = np.asarray(points, dtype=np.float64)
     trust, neighbors, samples = trust_in(given, points, spec, seed)
+    if method == "pca":
+        points = points * unit
     return Projection(points, method, axes, trust, neighbors, samples, notes)
 
 

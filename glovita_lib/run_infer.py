@@ -355,10 +355,10 @@ def new_samples(inputs: Inputs, path: str, data: BaseData) -> tuple[Split, BaseS
 def _(inputs: ImageInputs, path: str, data: BaseData) -> tuple[Split, BaseSamples, list[str]]:
     images = data if isinstance(data, GenericImageData) else GenericImageData()
     samples = ImageSamples(channels=inputs.channels, bit_depth=inputs.bit_depth)
-    split = build_unlabelled(
+    split, notes = build_unlabelled(
         path, channels=samples.channels, bit_depth=samples.bit_depth, files=images
     )
-    return split, samples, []
+    return split, samples, notes
 
 
 @new_samples.register

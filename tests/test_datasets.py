@@ -687,7 +687,7 @@ def test_a_model_learns_from_labelled_splits_only(tmp_path, monkeypatch):
 
 def unlabelled(path):
     files = GenericImageData(allowed_exts=("png", "tif"))
-    return build_unlabelled(str(path), channels=1, bit_depth=8, files=files)
+    return build_unlabelled(str(path), channels=1, bit_depth=8, files=files)[0]
 
 
 def test_new_images(root):
@@ -719,5 +719,16 @@ def test_bad_new_images(root, tmp_path):
     with pytest.raises(UserError) as caught:
         unlabelled(root / "images")
     head, first, second = str(caught.value).splitlines()
-    assert head == "2 images of 30 cannot be read:"
+    assert head == "2 images of 30 cannot be read; mend them or set data.strict = false:"
     assert "3.png: broken" in first and "4.png: an empty file" in second
+    files = GenericImageData(allowed_exts=("png", "tif"), strict=False)
+    split, (note,) = build_unlabelled(str(root / "images"), channels=1, bit_depth=8, files=files)
+    assert note.startswith("2 images left out:") and "4.png: an empty file" in note
+    assert len(split) == COUNT - 2 and not {"3.png", "4.png"} & set(split.ids)
+    for number, name in enumerate(split.ids):
+        pixels = split.source.fetch(np.array([number]))[0, 0]
+        np.testing.assert_array_equal(pixels, PIXELS[int(name.removesuffix(".png"))])
+    for name in split.ids:
+        (root / "images" / name).write_bytes(b"")
+    with pytest.raises(UserError, match="30 images of 30 cannot be read:"):
+        build_unlabelled(str(root / "images"), channels=1, bit_depth=8, files=files)

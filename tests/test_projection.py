@@ -445,3 +445,14 @@ def test_umap_where_numba_may_write_nowhere(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"True {tmp_path}") and not list(tmp_path.iterdir())
     assert "NUMBA_CACHE_DIR" in done.stderr
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25, 1e200])
+def test_features_of_any_size_have_the_same_map(size):
+    """Squares of their distances are no numbers of float32."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(60, 5))
+    kind = np.float64 if size > 1e38 else np.float32
+    small, large = (lay_out((features * scale).astype(kind), method="pca") for scale in (1.0, size))
+    assert large.trustworthiness == pytest.approx(small.trustworthiness, abs=1e-6)
+    np.testing.assert_allclose(large.points / size, small.points, rtol=1e-4, atol=1e-6)
