@@ -10,7 +10,8 @@ What a file is taken for:
   become millimetres; sform counts before qform, as in nibabel.
 - NumPy and blosc2 (.npy, .npz, .b2nd): (X, Y, Z) or, as nnU-Net stores them, (C, X, Y, Z). Geometry
   stands in entries `affine` or `spacing` of a .npz, in vlmeta of a .b2nd, or is that of the
-  `Reading`; without any the axes are taken for RAS and the spacing is unknown.
+  `Reading`; without any the grid is that of the file beside it in a sample, or, where none knows
+  its own, the axes are taken for RAS and the spacing is unknown.
 - DICOM: a folder of slices of one series, at any depth, or one file with many frames. Spacing
   comes from the positions of the slices, never from SliceThickness; values are those after rescale
   slope and intercept.
@@ -19,9 +20,10 @@ What a file is taken for:
 import gzip
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -63,6 +65,8 @@ class Stored:
     """Reads (C, i, j, k), all of it or a part."""
     files: tuple[str, ...]
     """Every file that it is read from."""
+    frames: int = 1
+    """How many there are to choose from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,14 +262,38 @@ def open_nifti(path: str, how: Reading) -> Stored:
 
     def load(box: Box | None) -> np.ndarray:
         part = (slice(None),) * 3 if box is None else box
-        voxels = proxy[(*part[: len(proxy.shape)], *chosen)]  # nibabel applies slope and intercept
+        index = (*part[: len(proxy.shape)], *chosen)
+        gz = path.lower().endswith(".gz")
+        # nibabel applies slope and intercept
+        voxels = checked_voxels(path, type(image), index) if gz else proxy[index]
         spatial = voxels.shape[: min(3, len(proxy.shape))]
         voxels = voxels.reshape((*spatial, 1, 1)[:3] + (-1,), order="F")
         parts = [voxels[name] for name in kind.names] if kind.names else [voxels]
         return np.concatenate([np.moveaxis(part, -1, 0) for part in parts])
 
     along, across, up = (*proxy.shape, 1, 1)[:3]
-    return Stored((frames * colours, along, across, up), affine, True, load, (path,))
+    shape = frames * colours, along, across, up
+    every = int(np.prod(proxy.shape[3:], dtype=np.int64))
+    return Stored(shape, affine, True, load, (path,), every)
+
+
+def checked_voxels(path: str, kind: Any, index: tuple[int | slice, ...]) -> np.ndarray:
+    """Voxels of a compressed NIfTI file, of which all is unpacked, so that its checksum counts.
+
+    Args:
+        kind: nibabel's class of its image.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with gzip.open(path) as file:
+            voxels = kind.from_stream(file).dataobj[index]
+            while file.read(2**22):  # to the checksum, which nibabel does not reach
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"truncated or damaged: {reason(error)}") from None
+    return voxels
 
 
 def chosen_frames(
@@ -314,7 +342,7 @@ def check_length(path: str, needed: int) -> None:
         with gzip.open(path) as unpacked:
             while part := unpacked.read(2**22):
                 length += len(part)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"truncated or damaged: {reason(error)}") from None
     if length < needed:
         raise UserError(f"truncated: {length:,} bytes unpacked, its header announces {needed:,}")
@@ -459,7 +487,8 @@ def open_sample(paths: Sequence[str], how: Reading) -> Sample:
     """The channels of a sample: those of each file in turn, or of each series of one DICOM folder.
 
     Raises:
-        UserError: see `open_volume`; or the files do not lie on one grid.
+        UserError: see `open_volume`; or the files do not lie on one grid, or none has the frame
+            that is asked for.
     """
     series: Sequence[str | None] = how.series or [None]
     if len(paths) == 1:
@@ -468,8 +497,10 @@ def open_sample(paths: Sequence[str], how: Reading) -> Sample:
         pairs = [(path, series[0]) for path in paths]
     else:
         pairs = list(zip(paths, series, strict=True))
-    volumes = tuple(open_volume(path, how, each) for path, each in pairs)
+    volumes = placed([open_volume(path, how, each) for path, each in pairs])
     first = volumes[0]
+    if isinstance(how.frame, int) and how.frame > 0 and all(v.stored.frames == 1 for v in volumes):
+        raise UserError(f"{first.path}: data.reading.frame = {how.frame} does not exist: one frame")
     for other in volumes[1:]:
         if other.shape[1:] != first.shape[1:]:
             raise UserError(
@@ -483,6 +514,27 @@ def open_sample(paths: Sequence[str], how: Reading) -> Sample:
                 " channels of a sample to one grid"
             )
     return Sample(volumes)
+
+
+def placed(volumes: Sequence[Volume]) -> tuple[Volume, ...]:
+    """Arrays that do not know where they lie on the stored grid of the first file beside them that
+    does, and so turned as it is."""
+    known = next((each for each in volumes if each.stored.has_spacing), None)
+    if known is None:
+        return tuple(volumes)
+    found = []
+    for each in volumes:
+        if not each.stored.has_spacing:
+            if each.stored.shape[1:] != known.stored.shape[1:]:
+                raise UserError(
+                    f"{each.path}: {shape_text(each.stored.shape[1:])} voxels without an affine,"
+                    f" but {known.path} beside it stores {shape_text(known.stored.shape[1:])}:"
+                    " resample the channels of a sample to one grid"
+                )
+            stored = replace(each.stored, affine=known.stored.affine, has_spacing=True)
+            each = replace(each, stored=stored, axes=known.axes, flips=known.flips)
+        found.append(each)
+    return tuple(found)
 
 
 def grid_distance(one: Volume, other: Volume) -> float:

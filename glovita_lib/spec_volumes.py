@@ -54,7 +54,7 @@ class VolumeReading(Spec):
     they stay as they are stored."""
     frame: Annotated[int, Meta(ge=0)] | Literal["channels"] | None = None
     """Frame that is taken of a NIfTI file with four axes, from 0; "channels" takes each frame as a
-    channel; none refuses such files."""
+    channel; none refuses such files. Samples of which no file has that frame are refused."""
     series: tuple[str, ...] = ()
     """Conditions that choose a series of a DICOM folder, "Keyword=pattern" with * and ?, several
     joined by &; each condition gives one channel, or belongs to one path column."""

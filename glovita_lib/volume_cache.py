@@ -37,7 +37,7 @@ from glovita_lib.volume_preparation import Prepared, prepare
 # it is written whole or not at all, a second start goes on where the first one ended, and nothing
 # has to be looked up in a changed data set.
 
-FORMAT = 1  # of the cache files; another one makes them anew
+FORMAT = 2  # of the cache files; another one makes them anew
 VOXELS, FOREGROUND = "voxels", "foreground"
 CHUNK = 32  # voxels; side of the blocks that a crop is read in
 WHOLE_BYTES = 2**20  # smaller volumes are one block

@@ -223,6 +223,23 @@ def test_a_cut_gzip_file_is_found_before_its_voxels_are_read(tmp_path):
         open_volume(str(path), PLAIN)
 
 
+def test_a_damaged_gzip_file_is_found_by_its_checksum(tmp_path):
+    voxels = np.random.default_rng(0).normal(scale=50, size=(16, 16, 16)).astype(np.int16)
+    path = write_nifti(tmp_path / "a.nii.gz", voxels)
+    whole = path.read_bytes()
+    for place in [-6, *range(20, len(whole) - 8, 211)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        said = refused(path)
+        assert "damaged" in said or "broken" in said or "truncated" in said, place
+    frames = write_nifti(tmp_path / "b.nii.gz", np.stack([voxels, voxels], -1))
+    damaged = bytearray(frames.read_bytes())
+    damaged[-400] ^= 1  # in the frame that is not taken
+    frames.write_bytes(damaged)
+    assert "damaged" in refused(frames, replace(PLAIN, frame=0))
+
+
 def test_padding_behind_the_voxels_is_legal(tmp_path):
     path = write_nifti(tmp_path / "a.nii", blob())
     content = path.read_bytes() + bytes(100)
@@ -278,3 +295,39 @@ def test_files_of_different_grids_are_refused(tmp_path):
         sample(first, other)
     with pytest.raises(UserError, match="lies up to 1 mm away"):
         sample(first, moved)
+
+
+@pytest.mark.parametrize("codes", ["LPS", "SRA", "RAS", "PIR"])
+@pytest.mark.parametrize("canonical", [True, False])
+def test_an_array_lies_on_the_grid_of_the_file_beside_it(tmp_path, codes, canonical):
+    path = write_nifti(tmp_path / "a.nii.gz", blob(), AFFINE, codes)
+    np.save(tmp_path / "a.npy", np.asarray(nibabel.load(path).dataobj))
+    how = replace(PLAIN, canonical=canonical)
+    alone = open_volume(str(path), how)
+    for files in [(path, tmp_path / "a.npy"), (tmp_path / "a.npy", path)]:
+        both = sample(*files, how=how)
+        assert both.has_spacing
+        np.testing.assert_allclose(both.affine, alone.affine)
+        assert (both.read() == np.concatenate([alone.read()] * 2)).all()
+        box = slice(1, 4), slice(2, 5), slice(3, 6)
+        assert (both.read(box) == both.read()[(slice(None), *box)]).all()
+
+
+def test_an_array_of_another_shape_than_the_stored_one_is_refused(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", blob(), AFFINE, "SRA")
+    np.save(tmp_path / "a.npy", blob())  # already turned
+    with pytest.raises(UserError, match="a.npy: 12 x 14 x 10 voxels without an affine"):
+        sample(path, tmp_path / "a.npy")
+
+
+def test_a_frame_that_no_file_of_a_sample_has_is_refused(tmp_path):
+    flat = write_nifti(tmp_path / "a.nii", blob())
+    single = write_nifti(tmp_path / "b.nii", blob()[..., None])
+    np.save(tmp_path / "c.npy", blob())
+    several = write_nifti(tmp_path / "d.nii", np.stack([blob(), blob(seed=1)], -1))
+    second = replace(PLAIN, frame=1)
+    for path in (flat, single, tmp_path / "c.npy"):
+        with pytest.raises(UserError, match="frame = 1 does not exist: one frame"):
+            sample(path, how=second)
+        assert sample(path, how=replace(PLAIN, frame=0)).shape[0] == 1
+    assert (sample(flat, several, how=second).read() == [blob(), blob(seed=1)]).all()
