@@ -1,6 +1,7 @@
 """What is read out of an encoder, against timm's own pooling and the documented formulas."""
 
 import json
+import re
 
 import msgspec
 import numpy as np
@@ -235,6 +236,37 @@ def test_features_equal_the_calls_that_the_file_names(name):
 def test_features_of_a_family_equal_the_calls_that_the_file_names(name):
     fixed = timm.get_pretrained_cfg(name).input_size[-1]
     assert compare_with_calls(name, FAMILIES[name], size=fixed) >= 1
+
+
+def compare_with_features_only(name, kwargs, size=64):
+    """The maps of the last layer, without a norm, are the last ones of timm's features_only with
+    the same weights: no difference at all."""
+    extractor = extractor_of(name, kwargs, output="map", layers=(-1,), norm=False, size=size)
+    net = extractor.model.encoder.net
+    arguments = {"img_size": size} if hasattr(net, "patch_embed") else {}
+    only = timm.create_model(name, features_only=True, **(arguments | dict(kwargs))).eval()
+    own = {key.replace(".", "_"): value for key, value in net.state_dict().items()}
+    inner = re.compile(r"^(model|body)_")  # where timm's extractor keeps the network
+    names = {key: inner.sub("", key.replace(".", "_")) for key in only.state_dict()}
+    only.load_state_dict({key: own[name] for key, name in names.items()})
+    x = extractor.experiment.objective.eval_inputs(torch.from_numpy(crops()), False, 0)
+    with torch.no_grad():
+        expected = only(x)[-1]
+    if getattr(net, "output_fmt", "NCHW") == "NHWC":
+        expected = expected.permute(0, 3, 1, 2)
+    np.testing.assert_array_equal(read(extractor).features, expected.numpy())
+
+
+@pytest.mark.parametrize("name", ["ViT token", "DINOv3", "Swin", "ConvNeXt", "ResNet"])
+def test_maps_equal_those_of_features_only(name):
+    compare_with_features_only(*MODELS[name][:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_maps_of_a_family_equal_those_of_features_only(name):
+    fixed = timm.get_pretrained_cfg(name).input_size[-1]
+    compare_with_features_only(name, FAMILIES[name], size=fixed)
 
 
 # ---------------------------------------------------------------------- tokens, maps, layers

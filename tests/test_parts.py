@@ -46,6 +46,13 @@ def package_with(
     return folder
 
 
+def documented(module: str) -> str:
+    """The example of docs/parts.md that goes into a module, without the line that says so."""
+    page = (REPOSITORY / "docs" / "parts.md").read_text()
+    (text,) = re.findall(rf"^```python\n# [^\n]*{module}\.py[^\n]*\n(.*?)^```$", page, re.M | re.S)
+    return text
+
+
 def glovita(folder: Path, *arguments: str) -> str:
     """What a command of the copy prints."""
     return python(folder, "glovita.py", *arguments)
@@ -100,19 +107,7 @@ def test_a_metric_is_an_entry_and_a_formula(tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_an_augmentation_is_its_fields_and_a_function(tmp_path: Path) -> None:
     """The negative of an image: with probability 1 the same run trains on other pixels."""
-    fields = (
-        "    negative_p: Probability = 0.0\n"
-        '    """Probability of a negative."""\n'
-        '    negative_share: Annotated[float, part_of("negative_p", gt=0, le=1)] = 0.75\n'
-        '    """Share of the negative in what it is mixed with."""\n'
-    )
-    function = (
-        '@operation("negative_p")\n'
-        "def random_negative(x, ops, generator, mean):\n"
-        '    """The image mixed with its negative."""\n'
-        "    rows = coin(len(x), ops.negative_p, generator).nonzero()[:, 0]\n"
-        "    return on_rows(x, rows, lambda part: part.lerp(1 - part, ops.negative_share))\n"
-    )
+    fields, function = documented("spec_augment"), documented("augment_images")
     before, first = (
         '    """Probability of an up-down flip."""\n',
         '@operation("rotate_p", "affine_p")\n',
@@ -140,6 +135,28 @@ def test_an_augmentation_is_its_fields_and_a_function(tmp_path: Path) -> None:
     assert found["on"][0] == found["off"][0] | {"negative_p": 1.0}
     assert found["on"][0]["negative_share"] == 0.75
     assert found["on"][1] != found["off"][1]
+
+
+@pytest.mark.processes
+def test_a_logger_is_a_struct_and_a_module(tmp_path: Path) -> None:
+    """The example of the page: every number of metrics.jsonl stands in its file."""
+    struct = documented("spec_train")
+    old = "Logger = WandbLogger | NoLogger\n"
+    edits = [("spec_train", old, f"{struct}\n\nLogger = CsvLogger | WandbLogger | NoLogger\n")]
+    folder = package_with(tmp_path, edits, {"logger_csv": documented("logger_csv")})
+    (folder / "tiny.toml").write_text(TINY)
+    changes = ["logger.backend=csv", "logger.file=own.csv", "training.epochs=1"]
+    glovita(folder, "tiny.toml", "--override", *changes)
+    run = next((folder / "experiments").rglob("metrics.jsonl")).parent
+    lines = [line.split(",") for line in (run / "own.csv").read_text().splitlines()]
+    (epoch,) = (
+        record
+        for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if record["event"] == "epoch"
+    )
+    found = {key: value for _, key, value in lines}
+    assert float(found["val_loss"]) == epoch["val_loss"]
+    assert {step for step, key, _ in lines if key == "val_loss"} == {str(epoch["step"])}
 
 
 # ------------------------------------------- encoder, data set, head and PEFT method
