@@ -217,3 +217,59 @@ image_size = 8
     again = Runs(tmp_path / "again", spec, *CHANGES[1:], "training.epochs=1",
                  "training.ddp_find_unused_parameters=true")  # fmt: skip
     assert "is finished" in again.run(2)
+
+
+MIXED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from glovita_lib.bags import as_bags
+from glovita_lib.encoder import Features
+from glovita_lib.heads import build_head
+from glovita_lib.objectives import SupervisedObjective
+from glovita_lib.spec_model import AbmilHead
+from glovita_lib.spec_train import Supervised
+
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = build_head(AbmilHead(), width=8, outputs=3)
+
+    def forward(self, inputs, targets):
+        return self.head(inputs, targets)
+
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+whole = Whole().eval()
+bags = [as_bags(Features(torch.randn(4, 6, 8), None, 0, False, None)) for _ in range(2)]
+targets = [torch.tensor([0, 1, 2, 1]), torch.tensor([2, 2, 0, 1])]
+objective = SupervisedObjective.__new__(SupervisedObjective)
+objective.task, objective.outputs = Supervised(mixup=True, mixup_alpha=0.5), 3
+
+
+def gradients(model, rank):
+    model.zero_grad()
+    output, soft = objective.mixed_bags(model, bags[rank], targets[rank], 5 + rank)
+    (-soft * output.logits.log_softmax(1)).sum(1).mean().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in whole.parameters()])
+
+
+found = gradients(DistributedDataParallel(whole), dist.get_rank())
+one, other = (gradients(whole, rank) for rank in range(2))
+assert not torch.allclose(one, other, atol=1e-3)
+torch.testing.assert_close(found, (one + other) / 2, rtol=1e-5, atol=1e-7)
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+def test_mixup_of_bags_on_two_ranks_has_the_mean_gradient_of_both():
+    """The hook before the last layer works below DistributedDataParallel: the gradient is the mean
+    of those that one process computes of each rank's bags."""
+    done = run_ranks(MIXED)
+    assert [(one.code, one.out.split()[-1]) for one in done] == [(0, "equal")] * 2, done
