@@ -3,6 +3,7 @@
 The commands stand here as there; `overrides_of` writes them as overrides.
 """
 
+import json
 import re
 import shlex
 import textwrap
@@ -12,9 +13,11 @@ import h5py
 import numpy as np
 import pytest
 from msgspec import inspect as kinds
+from PIL import Image
 from sklearn.datasets import load_digits
 
 import glovita
+from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
 from glovita_lib.spec_check import load_checked
 from glovita_lib.spec_errors import (
@@ -355,6 +358,68 @@ def test_commands_on_feature_files_run(tmp_path, monkeypatch, name):
     overrides = [text.format(folder=tmp_path) for text in RUNS[name]]
     assert glovita.main(["spec.toml", "--override", *overrides]) == 0
     assert list(tmp_path.rglob("predictions_val.csv"))
+
+
+SPLITS = {"train": range(9), "val": range(9, 12), "test": range(12, 15)}
+LABELS = np.arange(15) % 3  # which the files below hold as 0.0, 1.0, 2.0
+
+
+def feature_files(folder: Path, kind: str) -> list[str]:
+    """Feature files with labels of a floating type."""
+    for split, rows in SPLITS.items():
+        with h5py.File(folder / f"{split}.h5", "w") as file:
+            file["features"] = X[rows].astype(np.float32)
+            file["labels"] = LABELS[rows].astype(kind)
+    files = [f"data.{split}_features_file={folder}/{split}.h5" for split in SPLITS]
+    return ["data.dataset=precomputed_features", "model.encoder.encoder_type=precomputed", *files]
+
+
+def images(folder: Path, kind: str) -> list[str]:
+    """Images with a table of floats, CSV or JSON."""
+    (folder / "images").mkdir()
+    names = [f"{row}.png" for row in range(15)]
+    for name, row in zip(names, X, strict=False):
+        Image.fromarray((row * 15).reshape(8, 8).astype(np.uint8)).save(folder / "images" / name)
+    labels = dict(zip(names, LABELS.astype(float).tolist(), strict=True))
+    lines = ["path,label", *(f"{name},{label}" for name, label in labels.items())]
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    (folder / "labels.json").write_text(json.dumps(labels))
+    splits = {split: [names[row] for row in rows] for split, rows in SPLITS.items()}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    table = [f"data.labels_file=labels.{kind}", f"data.label_source={kind}"]
+    return ["data.dataset=generic_image_dataset", f"data.data_root_dir={folder}", *table]
+
+
+def series(folder: Path, kind: str) -> list[str]:
+    """Series of NumPy archives."""
+    for name, rows in (("train", slice(12)), ("test", slice(12, 15))):
+        labels = LABELS[rows].astype(kind)
+        np.savez(folder / f"{name}.npz", series=X[:15][rows, None], labels=labels)
+    files = ["data.train_file=train.npz", "data.test_file=test.npz", "data.val_fraction=0.25"]
+    encoder = ["model.encoder.encoder_type=resnet_1d"]
+    return ["data.dataset=generic_series_dataset", f"data.data_root_dir={folder}", *files, *encoder]
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (feature_files, "float32"),
+        (feature_files, "float64"),
+        (images, "csv"),
+        (images, "json"),
+        (series, "float64"),
+    ],
+)
+def test_whole_floats_are_classes_where_it_is_said(tmp_path, write, kind):
+    """num_classes or subtask says so; else it is asked for."""
+    given = write(tmp_path, kind)
+    for change in ("data.num_classes=3", "data.subtask=multiclass"):
+        data = build_data(checked(tmp_path, [*given, change]).root.data, seed=0)
+        assert data.subtask == "multiclass"
+        assert [float(name) for name in data.class_names] == [0, 1, 2]  # text stays as written
+        assert data.splits["test"].targets.tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="may be classes or values: set data.subtask"):
+        build_data(checked(tmp_path, given).root.data, seed=0)
 
 
 EXPLICIT = ["mode=extract", "extract.method=joint", "extract.output_dir={folder}/features"]
