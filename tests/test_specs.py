@@ -177,6 +177,17 @@ def test_multilabel_csv():
     assert made.rows()[0]["p_edema"]
 
 
+FEW_CLIPS = ["data.options.clips=80", "dataloading.batch_size=16"]
+
+
+def test_video_playback_and_video_frames_attention():
+    made = train_and_infer("video_playback", *FEW_CLIPS, *SHORT)
+    samples = made.json("resolved_config.json")["samples"]
+    assert len(made.rows()) == samples["test"] > 10
+    run("video_frames_attention", *FEW_CLIPS, *SHORT)
+    run("video_frames_attention", *FEW_CLIPS, *SHORT, "mode=infer", "infer.attention=true")
+
+
 def test_every_shipped_spec_has_a_test_that_runs_it():
     tests = "\n".join(path.read_text() for path in TESTS.glob("test_*.py"))
     for path in SPECS.glob("*.toml"):
