@@ -532,9 +532,9 @@ def build_unlabelled(
         UserError: nothing there, no image, or, unless data.strict is false, images that are missing
             or broken, all together.
     """
-    where = on_disk(Path(path))
+    where, notes = on_disk(Path(path)), list[str]()
     if where.is_dir():
-        ids = walk(where, files.allowed_exts)
+        ids = walk(where, files.allowed_exts, report=None if files.strict else notes)
         paths = [str(where / name) for name in ids]
     elif where.suffix.lower() == ".csv":
         ids = [row["path"] for row in read_csv(where, ["path"])]
@@ -549,7 +549,7 @@ def build_unlabelled(
     problems = Problems(files.strict)
     for number, line in broken.items():
         problems.add(paths[number], line.removeprefix(f"{paths[number]}: "))
-    notes = problems.of_new(len(ids))
+    notes += problems.of_new(len(ids))
     kept = [number for number in range(len(ids)) if number not in broken]
     source = FileSource(
         [paths[number] for number in kept],

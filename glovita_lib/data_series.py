@@ -376,7 +376,7 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
         splits |= resample(spec, splits, opened, files, subtask)
     if spec.val_fraction and "train" in splits:
         splits |= with_val(splits["train"], spec, subtask, seed)
-    refuse_divided(splits)
+    refuse_divided(splits, spec.resample)
     named = {name: splits[name] for name, file in files.items() if opened[file].named}
     report += [*unused(spec, table, kept, splits), *shared_ids(named)]
     train = splits.get("train")
@@ -484,8 +484,11 @@ def resample(
     return {name: subset(whole, part) for name, part in zip(("train", "test"), parts, strict=True)}
 
 
-def refuse_divided(splits: dict[str, Split]) -> None:
+def refuse_divided(splits: dict[str, Split], number: int) -> None:
     """No group may be in two splits, also where these are drawn.
+
+    Args:
+        number: of the resample.
 
     Raises:
         UserError: one is.
@@ -495,7 +498,16 @@ def refuse_divided(splits: dict[str, Split]) -> None:
     groups: list[str | None] = []
     for split in splits.values():
         groups += split.groups or [None] * len(split)
-    refuse_shared_groups([name for split in splits.values() for name in split.ids], groups, rows)
+    ids = [name for split in splits.values() for name in split.ids]
+    try:
+        refuse_shared_groups(ids, groups, rows)
+    except UserError:
+        if not number:
+            raise
+        raise UserError(
+            f"data.resample = {number} draws train and test sample by sample, which divides groups"
+            " of data.group_column between them: leave out one of the two"
+        ) from None
 
 
 def joined(train: Split, test: Split) -> Split:

@@ -313,7 +313,8 @@ def unlabelled_volumes(
             " glovita does not know how to prepare; give it as data with a split to predict"
         )
     where = on_disk(Path(path))
-    ids, files = new_files(where, data)
+    notes: list[str] = []
+    ids, files = new_files(where, data, None if data.strict else notes)
     if not ids:
         raise UserError(f"{path}: no volume with a suffix of {', '.join(data.allowed_exts)}")
     beside = where if where.is_dir() else where.parent
@@ -327,15 +328,20 @@ def unlabelled_volumes(
     problems = Problems(data.strict, noun="volume")
     for number, line in sorted(broken.items()):
         problems.add(ids[number], line)
-    notes = problems.of_new(len(ids))
+    notes += problems.of_new(len(ids))
     kept = [number for number in range(len(ids)) if number not in broken]
     found = [entries[number] for number in kept]
     source = VolumeSource([entry for entry in found if isinstance(entry, Entry)], how.dtype)
     return Split(ids=[ids[number] for number in kept], targets=None, source=source), notes
 
 
-def new_files(where: Path, data: VolumeData) -> tuple[list[str], list[tuple[str, ...]]]:
+def new_files(
+    where: Path, data: VolumeData, report: list[str] | None
+) -> tuple[list[str], list[tuple[str, ...]]]:
     """Ids and files of new samples.
+
+    Args:
+        report: see `walk`; with one, samples that lack a file are left out and listed.
 
     Raises:
         UserError: there is nothing, or samples lack a file.
@@ -349,10 +355,12 @@ def new_files(where: Path, data: VolumeData) -> tuple[list[str], list[tuple[str,
             for names in named
         ]
     if where.is_dir() and not dicom_only(where, data):
-        folder, lacking = open_folder(where, data.allowed_exts, data.path_suffix, None)
-        if lacking:
-            raise UserError(listed((f"{i}: {line}" for i, line in lacking.items()), 20, "\n"))
-        return folder.ids, [folder.files(identity) for identity in folder.ids]
+        folder, lacking = open_folder(where, data.allowed_exts, data.path_suffix, report)
+        left_out = Problems(data.strict, "volume", lacking).of_new(len(folder.ids))
+        if report is not None:
+            report += left_out
+        ids = [identity for identity in folder.ids if identity not in lacking]
+        return ids, [folder.files(identity) for identity in ids]
     if where.exists():
         return [where.name], [(str(where),)]
     raise UserError(f"{where}: no such file or folder, expected volumes, or a CSV of their paths")

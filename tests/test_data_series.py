@@ -378,7 +378,7 @@ def test_a_val_that_is_drawn_divides_no_group(root):
     write_npz(root / "test.npz", np.array(["a", "b"] * 20), 1, groups=np.char.add("q", groups))
     files |= {"test_file": "test.npz"}
     assert len(build(root, **files).splits["test"]) == 40
-    with pytest.raises(UserError, match="groups are in more than one split"):
+    with pytest.raises(UserError, match="resample = 1 draws train and test sample by sample"):
         build(root, **files, resample=1)
 
 

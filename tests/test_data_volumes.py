@@ -394,6 +394,9 @@ def test_a_run_is_trained_asked_and_read_out(root, command):
     write_nifti(folder / "2.nii", np.stack([blob(SHAPE)] * 2, -1))
     bad = command("mode=infer", f"infer.input={folder}", spec=spec, code=2)
     assert "2.nii: 4-D, 2 frames" in bad.err
+    (folder / "far").symlink_to(folder / "not-mounted")
+    run = command("mode=infer", f"infer.input={folder}", "data.strict=false", spec=spec)
+    assert "1 volume left out:" in run.out and "cannot be listed" in run.out
 
 
 def test_the_same_volume_in_any_orientation_has_the_same_prediction(root, command):

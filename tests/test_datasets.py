@@ -728,6 +728,11 @@ def test_bad_new_images(root, tmp_path):
     for number, name in enumerate(split.ids):
         pixels = split.source.fetch(np.array([number]))[0, 0]
         np.testing.assert_array_equal(pixels, PIXELS[int(name.removesuffix(".png"))])
+    (root / "images/far").symlink_to(root / "not-mounted")
+    with pytest.raises(UserError, match="cannot be listed"):
+        unlabelled(root / "images")
+    _, notes = build_unlabelled(str(root / "images"), channels=1, bit_depth=8, files=files)
+    assert len(notes) == 2 and "far" in notes[0] and notes[0].endswith("left out")
     for name in split.ids:
         (root / "images" / name).write_bytes(b"")
     with pytest.raises(UserError, match="30 images of 30 cannot be read:"):
