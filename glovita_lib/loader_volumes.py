@@ -4,9 +4,9 @@ A run on other samples does not load this module.
 """
 
 import numpy as np
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
-from glovita_lib.augment_volumes import VolumeAugmenter, resolve_volume_augmentation
+from glovita_lib.augment_volumes import AXES, VolumeAugmenter, resolve_volume_augmentation
 from glovita_lib.data import Data, Split, VolumeSamples
 from glovita_lib.encoder import patch_size_of
 from glovita_lib.errors import UserError
@@ -14,11 +14,16 @@ from glovita_lib.objectives import build_inputs
 from glovita_lib.resolved import VolumeInputs, resolve_inputs
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_data import CustomVolumes
-from glovita_lib.spec_lift import Windows
+from glovita_lib.spec_errors import shown
+from glovita_lib.spec_lift import Slices, Windows
 from glovita_lib.spec_root import Root
-from glovita_lib.spec_volumes import VolumeAugmentation
+from glovita_lib.spec_volumes import ResolvedVolumeAugmentation, VolumeAugmentation
+from glovita_lib.volume_preparation import thick_axis
 
-SPACINGS = 32  # volumes whose spacing is looked at
+TURNED = ("mirror_p", "rot90_p", "transpose_p")  # switches of what mirror_axes restrict
+ACROSS = ("rotate_p", "scale_p", "elastic_p", "low_resolution_p", "rot90_p", "transpose_p")
+"""Switches of what is not done across thick slices."""
+PATIENT = ("left to right", "back to front", "foot to head")
 
 
 @resolve_inputs.register
@@ -35,14 +40,24 @@ def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
     shape = sizes.pop() if len(sizes) == 1 else None
     of_any_size = isinstance(root.model.encoder.lifting, Windows)
     asked = None if of_any_size else patch_size_of(root.model.encoder)
+    train = data.splits["train"]
+    affines = stored_affines(train)
     augmentation = resolve_volume_augmentation(
         section,
         default_policies=policies,
         encoder_size=None if asked is None else (asked[0], asked[1], asked[2]),
         native_size=None if shape is None else (shape[1], shape[2], shape[3]),
         largest=largest_size(data) if of_any_size else None,
-        spacing=typical_spacing(data.splits["train"]),
+        spacing=None if affines is None else typical_spacing(affines),
     )
+    if affines is not None and root.mode == "train":
+        augmentation = replace(
+            augmentation,
+            thick_axis=common_thick_axis(train, affines, augmentation, section, data.report),
+            mirror_axes=stored_mirrors(train, affines, augmentation),
+        )
+        if isinstance(root.model.encoder.lifting, Slices):
+            data.report += slices_line(affines, root.model.encoder.lifting.axis or "z")
     return VolumeInputs(**asdict(samples), augmentation=augmentation)
 
 
@@ -62,14 +77,110 @@ def largest_size(data: Data) -> tuple[int, int, int] | None:
     return x, y, z
 
 
-def typical_spacing(split: Split) -> tuple[float, float, float] | None:
-    """Median spacing along each axis of the first volumes of a split, mm; None where their files do
-    not tell."""
-    if split.source.windows is None:
+def stored_affines(split: Split) -> np.ndarray | None:
+    """Affines (N, 4, 4) of the prepared volumes of a split, one file open at a time; None where
+    their files do not tell, or there are none."""
+    windows = split.source.windows
+    if windows is None or not len(split):
         return None
-    volumes = split.source.windows(np.arange(min(len(split), SPACINGS)))
-    x, y, z = np.median([volume.spacing for volume in volumes], 0)
-    return float(x), float(y), float(z)
+    return np.stack([windows(np.array([row]))[0].affine for row in range(len(split))])
+
+
+def spacings_of(affines: np.ndarray) -> np.ndarray:
+    """Spacings (N, 3) of affines (N, 4, 4), mm."""
+    return np.linalg.norm(affines[:, :3, :3], axis=1)
+
+
+def typical_spacing(affines: np.ndarray) -> tuple[float, float, float]:
+    """Median spacing along each axis, mm."""
+    x, y, z = np.median(spacings_of(affines), 0).tolist()
+    return x, y, z
+
+
+def common_thick_axis(
+    split: Split,
+    affines: np.ndarray,
+    augmentation: ResolvedVolumeAugmentation,
+    section: VolumeAugmentation,
+    report: list[str],
+) -> int | None:
+    """The axis across whose slices nothing is interpolated in any volume: the one that is thick in
+    some of them. What it means for the others is said in a line of the report.
+
+    Raises:
+        UserError: volumes are thick across different axes, and the policy would turn them.
+    """
+    if not any(map(augmentation.train.draws, ACROSS)):
+        return augmentation.thick_axis
+    axes = [thick_axis(spacing, section.anisotropy) for spacing in spacings_of(affines).tolist()]
+    found = sorted({axis for axis in axes if axis is not None})
+    if len(found) > 1:
+        counts = ", ".join(
+            f"{AXES[axis]} in {axes.count(axis)} ({split.ids[axes.index(axis)]})" for axis in found
+        )
+        raise UserError(
+            f"data.augmentation: train volumes have slices more than {section.anisotropy:g} times"
+            f" as thick as a voxel is wide across different axes, {counts}, and"
+            f" {augmentation.train_policy} rotates or interpolates: bring them to one spacing with"
+            ' data.preparation.spacing, take train_policy = "default_3d_1", or raise'
+            " data.augmentation.anisotropy"
+        )
+    if found and None in axes:
+        report.append(
+            f"{axes.count(found[0])} of {len(axes)} train volumes have thick slices across"
+            f" {AXES[found[0]]}: nothing is rotated or interpolated across {AXES[found[0]]} in any;"
+            " data.preparation.spacing would bring them to one spacing"
+        )
+    return found[0] if found else None
+
+
+def stored_axes(affine: np.ndarray) -> list[int]:
+    """The axis of a volume that runs from left to right, or back; that of back and front; that of
+    foot and head."""
+    from nibabel.orientations import io_orientation
+
+    return [int(axis) for axis in np.argsort(io_orientation(affine)[:, 0])]
+
+
+def stored_mirrors(
+    split: Split, affines: np.ndarray, augmentation: ResolvedVolumeAugmentation
+) -> tuple[str, ...]:
+    """mirror_axes, which are those of the patient, as axes of the arrays: others where volumes are
+    not in canonical orientation.
+
+    Raises:
+        UserError: volumes are stored in different orders of axes.
+    """
+    names = augmentation.mirror_axes
+    drawn = any(map(augmentation.train.draws, TURNED))
+    if len(names) in (0, len(AXES)) or not drawn:
+        return names
+    orders = [stored_axes(affine) for affine in affines]
+    found = [tuple(sorted(order[AXES.index(name)] for name in names)) for order in orders]
+    others = [number for number, axes in enumerate(found) if axes != found[0]]
+    if others:
+        (one,) = names if len(names) == 1 else set(AXES) - set(names)
+        first, other = (orders[number][AXES.index(one)] + 1 for number in (0, others[0]))
+        raise UserError(
+            f"data.augmentation.mirror_axes: {shown(names)} are axes of the patient, and {one} is"
+            f" axis {first} of {split.ids[0]}, axis {other} of {split.ids[others[0]]} as they are"
+            " stored: set data.reading.canonical = true, or mirror_axes = []"
+        )
+    return tuple(AXES[axis] for axis in found[0])
+
+
+def slices_line(affines: np.ndarray, axis: str) -> list[str]:
+    """A line where slices along a stored axis are not those that its name means in volumes in
+    canonical orientation."""
+    wanted = AXES.index(axis)
+    others = sum(stored_axes(affine)[wanted] != wanted for affine in affines)
+    if not others:
+        return []
+    return [
+        f"model.encoder.slices.axis: {axis} is axis {wanted + 1} as volumes are stored, which does"
+        f" not run {PATIENT[wanted]} in {others} of {len(affines)} train volumes;"
+        " data.reading.canonical = true turns them"
+    ]
 
 
 @build_inputs.register

@@ -426,8 +426,8 @@ class VolumeAugmentation(Spec):
     """What is cut beyond the patch on every side in training, share of patch_size, so that a policy
     that rotates, scales or deforms has something to show there; beyond the volume it is filled."""
     mirror_axes: tuple[AxisName, ...] = ("x", "y", "z")
-    """Axes along which a policy may mirror, and which it may exchange; without x (left and right)
-    the side of a finding stays."""
+    """Axes of the patient along which a policy may mirror, and which it may exchange; without x
+    (left and right) the side of a finding stays."""
     anisotropy: Annotated[float, Meta(ge=1)] = 3.0
     """Across the one axis whose spacing is more than this many times the smallest, nothing is
     rotated, scaled or interpolated."""
@@ -484,11 +484,13 @@ class ResolvedVolumeAugmentation(Spec):
     margin: float
     """What is cut beyond the patch on every side in training, share of patch_size."""
     mirror_axes: tuple[str, ...]
-    """Axes along which a policy may mirror, and which it may exchange."""
+    """Axes of the volumes as they are stored, first to third, along which a policy may mirror, and
+    which it may exchange."""
     spacing: tuple[float, float, float]
     """Spacing of the volumes, mm, or any other unit: angles are those of the world."""
     thick_axis: int | None
-    """Axis across whose thick slices nothing is rotated, scaled or interpolated."""
+    """Axis across which slices of some volumes are thick: across it nothing is rotated, scaled or
+    interpolated in any."""
     train: VolumeOps
     """Every parameter of the train policy."""
     test: VolumeOps

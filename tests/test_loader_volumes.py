@@ -2,15 +2,19 @@
 
 from itertools import product
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
-from volume_files import blob, write_nifti
+from volume_files import affine_of, blob, write_nifti
 
-from glovita_lib.data import PartSource, Split
+from glovita_lib.data import Data, PartSource, Split, VolumeSamples
 from glovita_lib.dist import Ranks
+from glovita_lib.errors import UserError
 from glovita_lib.loader import build_loader
+from glovita_lib.resolved import resolve_inputs
+from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Dataloading
 from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 from glovita_lib.volume_cache import VolumeCache, VolumeSource
@@ -42,13 +46,21 @@ class Cut:
         return torch.from_numpy(volume[(slice(None), *part)])
 
 
-def split(tmp_path, sizes):
+def split(tmp_path, sizes, spacings=None, codes=None, canonical=True):
+    """Volumes of these sizes, the files in these spacings and orders of axes."""
+    spacings, codes = spacings or [(1, 1, 1)] * len(sizes), codes or ["RAS"] * len(sizes)
     samples = [
-        (str(write_nifti(tmp_path / f"{number}.nii", blob(size, seed=number))),)
-        for number, size in enumerate(sizes)
+        (
+            str(
+                write_nifti(
+                    tmp_path / f"{number}.nii", blob(size, seed=number), affine_of(mm), code
+                )
+            ),
+        )
+        for number, (size, mm, code) in enumerate(zip(sizes, spacings, codes, strict=True))
     ]
     spec = VolumePreparation(normalize="none")
-    cache = VolumeCache(tmp_path / "cache", VolumeReading(), spec)
+    cache = VolumeCache(tmp_path / "cache", VolumeReading(canonical=canonical), spec)
     entries = cache.fill(samples, workers=1, advance=lambda count: None)
     targets = np.arange(len(samples))
     return Split([path for (path,) in samples], targets, VolumeSource(entries, spec.dtype))
@@ -117,3 +129,80 @@ def test_volumes_of_one_size_are_given_whole_where_nothing_is_cut(tmp_path):
         inputs = torch.cat([batch.inputs for batch in found]).numpy()
         assert inputs.shape == (5, 1, 12, 14, 10) and not found[0].fitted
         assert (inputs == samples.source.fetch(np.arange(5))).all()
+
+
+# --- what a run makes of the geometry of its files ----------------------------------------------
+
+
+def resolved(train, encoder=None, mode="train", **augmentation):
+    """The augmentation of a run on a train split, and the notes on its data."""
+    spec = {
+        "mode": mode,
+        "data": {
+            "dataset": "generic_3d_dataset",
+            "augmentation": {"patch_size": [8, 8, 8], **augmentation},
+        },
+        "model": {"encoder": encoder or {"encoder_type": "residual_encoder"}},
+    }
+    data = Data("mine", {"train": train}, "multiclass", ("a", "b"), VolumeSamples(channels=1))
+    found = resolve_inputs(data.samples, msgspec.convert(spec, Root), data)
+    return found.augmentation, data.report
+
+
+AXIAL, SAGITTAL, EVEN = (0.5, 0.5, 4), (4, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def test_nothing_is_turned_across_slices_that_are_thick_in_some_volumes(tmp_path):
+    samples = split(tmp_path, SAME, [EVEN, EVEN, AXIAL, EVEN, EVEN])
+    augmentation, report = resolved(samples)
+    assert augmentation.thick_axis == 2 and augmentation.spacing == EVEN
+    (line,) = report
+    assert line.startswith("1 of 5 train volumes have thick slices across z: nothing is rotated")
+    assert resolved(samples, anisotropy=8)[0].thick_axis is None
+    plain, report = resolved(samples, train_policy="default_3d_1")
+    assert plain.thick_axis is None and report == []
+
+
+def test_thick_slices_across_different_axes_are_not_rotated_as_if_they_were_not(tmp_path):
+    """The median of these spacings has no thick axis."""
+    samples = split(tmp_path, SAME[:4], [AXIAL, SAGITTAL] * 2)
+    with pytest.raises(UserError) as caught:
+        resolved(samples)
+    line = str(caught.value)
+    assert f"x in 2 ({samples.ids[1]}), z in 2 ({samples.ids[0]})" in line
+    assert "data.preparation.spacing" in line and "default_nnunet rotates" in line
+    assert resolved(samples, anisotropy=8)[0].thick_axis is None
+    assert resolved(samples, train_policy="default_3d_1")[0].thick_axis is None
+    assert resolved(samples, mode="infer")[0].thick_axis is None
+
+
+@pytest.mark.parametrize("code, stored", [("SPL", ("x", "y")), ("ASR", ("x", "y")), ("LAS", "yz")])
+def test_mirror_axes_are_those_of_the_patient(tmp_path, code, stored):
+    """SPL: the axes run up, back and left: front and back are the second, up and down the first."""
+    cube = [(12, 12, 12)] * 3
+    samples = split(tmp_path, cube, codes=[code] * 3, canonical=False)
+    augmentation, _ = resolved(samples, mirror_axes=["y", "z"])
+    assert augmentation.mirror_axes == tuple(stored)
+    assert resolved(samples, mirror_axes=[])[0].mirror_axes == ()
+    turned = split(tmp_path / "turned", cube, codes=[code] * 3)
+    assert resolved(turned, mirror_axes=["z", "y"])[0].mirror_axes == ("y", "z")
+
+
+def test_axes_of_the_patient_that_lie_differently_are_refused(tmp_path):
+    samples = split(tmp_path, SAME[:3], codes=["RAS", "LPS", "SPL"], canonical=False)
+    with pytest.raises(UserError) as caught:
+        resolved(samples, mirror_axes=["y", "z"])
+    ids = samples.ids
+    assert f"x is axis 1 of {ids[0]}, axis 3 of {ids[2]} as they are stored" in str(caught.value)
+    assert resolved(samples)[0].mirror_axes == ("x", "y", "z")
+    plain = resolved(samples, mirror_axes=["y"], train_policy="default_3d_1")
+    assert plain[0].mirror_axes == ("y",)
+
+
+def test_slices_across_another_axis_of_the_patient_are_said(tmp_path):
+    encoder = {"encoder_type": "timm", "type": "test_vit", "pretrained": False, "lift": "slices"}
+    codes = ["RAS", "LPS", "SPL"]
+    _, report = resolved(split(tmp_path, SAME[:3], codes=codes, canonical=False), encoder)
+    (line,) = report
+    assert "z is axis 3 as volumes are stored, which does not run foot to head in 1 of 3" in line
+    assert resolved(split(tmp_path / "turned", SAME[:3], codes=codes), encoder)[1] == []
