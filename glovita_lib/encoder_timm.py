@@ -259,6 +259,9 @@ def create_timm(
     try:
         with instead_of_loading(loaders):
             net = timm.create_model(present_name(spec.type), pretrained=trained, **arguments)
+            if spec.weights is not None and not loaders:  # its file is fitted by timm all the same
+                with torch.random.fork_rng(devices=[]):
+                    timm.create_model(present_name(spec.type), pretrained=True, **arguments)
     except BUILDING_ERRORS + ARGUMENT_ERRORS as error:
         raise refused(spec, config, arguments, error) from error
     return net, loaders[-1] if loaders else None

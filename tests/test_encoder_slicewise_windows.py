@@ -488,7 +488,7 @@ def test_vectors_are_the_mean_of_those_of_windows(command, refused, root, tmp_pa
             expected = model.embed(cut, "avg").mean(0).numpy()
             np.testing.assert_allclose(file["features"][row], expected, rtol=1e-4, atol=1e-5)
     said = refused(*extract, "extract.output=tokens", spec=spec)
-    assert "mean vector of its windows alone" in said
+    assert "which has their mean vector alone" in said
     command("mode=umap", "umap.method=pca", "umap.color_by=prediction", spec=spec)
     frozen = ["peft.method=linear_probing", "data.augmentation.train_kwargs.crop=center"]
     plain = command(*frozen, "name=plain", spec=spec)

@@ -453,6 +453,6 @@ def test_training_on_images_loads_only_what_it_asks_for(tmp_path: Path) -> None:
     loaded = python(REPOSITORY, "-c", LOADED, str(tmp_path / "tiny.toml")).splitlines()[-1].split()
     assert 40 < len(loaded) <= 54  # among them the Structs of every modality
     others = r"bags|attention_.*|.*_features|.*hdf5|head_.*|peft_(?!base).*|run_(?!train).*"
-    others += "|data_folder|data_labels|read_.*|encoder_(?!timm).*|neighbors|extraction"
+    others += "|data_folder|data_labels|read_.*|encoder_(?!timm|aggregation).*|neighbors|extraction"
     others += "|.*(?<!spec)_series|series_.*|.*(?<!spec)_video"
     assert [name for name in loaded if re.fullmatch(others, name)] == []

@@ -1,6 +1,7 @@
 """LoRA, DoRA, rsLoRA, PiSSA, LoRA+ against the peft library, and what they cost."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft_reference import LAYERS, compare, fill, pair
 from small_networks import build, disturb, sample
 from torch import nn
 
+from glovita_lib.network import Depths
 from glovita_lib.optim import parameter_groups
 from glovita_lib.peft_base import merge
 from glovita_lib.peft_lora import apply_lora
@@ -147,7 +149,10 @@ def test_pissa_gradients_are_those_of_the_library():
 def test_lora_plus_gives_b_its_own_learning_rate():
     net = build("vit")
     apply_lora(Lora(lora_plus_ratio=16.0, targets=("qkv",)), net)
-    groups = parameter_groups(net, Optimizer(lr=1e-3))
+    encoder = SimpleNamespace(depths=lambda: Depths({}, 0, 1), uses={})
+    named = [(f"encoder.{name}", parameter) for name, parameter in net.named_parameters()]
+    model = SimpleNamespace(encoder=encoder, named_parameters=lambda: named)
+    groups = parameter_groups(model, Optimizer(lr=1e-3))
     assert sorted((g["lr_scale"], len(g["params"])) for g in groups) == [(1.0, 2), (16.0, 2)]
 
 

@@ -85,7 +85,12 @@ OFF = (  # unset is off, or the name of the directory, or read with other settin
     "training.ema_decay", "training.early_stopping_patience", "training.save_every",
     "training.save_every_steps", "optimizer.layer_wise_lr_decay",
 )  # fmt: skip
-OF_LIFTS = ("model.encoder.windows.", "model.encoder.slices.", "model.encoder.folding.")
+OF_LIFTS = (
+    "model.encoder.inflation.",
+    "model.encoder.windows.",
+    "model.encoder.slices.",
+    "model.encoder.folding.",
+)
 
 
 def test_what_the_spec_leaves_open_is_on_disk(command, monkeypatch):
