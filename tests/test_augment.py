@@ -1,6 +1,7 @@
 """Resolution of sizes, policies and statistics, and whole policies on real images."""
 
 import pickle
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -421,3 +422,21 @@ def test_parameters_that_no_operation_reads_are_refused(kwargs, when):
         resolved("baseline", train_kwargs=kwargs)
     assert when in str(error.value)
     resolved("baseline", train_kwargs=ImageKwargs(rotate_degrees=90.0, rotate_p=0.1))
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_the_crop_mode_is_that_of_the_published_weights(mode: str) -> None:
+    """Wide images of one pixel value a column: what a mode keeps of them shows in the crop."""
+    encoder = replace(CNN, crop_mode=mode)
+    assert resolved(encoder=encoder).crop_mode == mode
+    assert resolved(encoder=encoder, crop_mode="center").crop_mode == "center"
+    images = torch.arange(64, dtype=torch.uint8).mul(4).expand(1, 3, 32, 64)
+    crops = {
+        kind: Augmenter(
+            resolved(encoder=replace(CNN, crop_mode=kind), native=(32, 64)),
+            train=False,
+            bit_depth=8,
+        )(images, False, 0)
+        for kind in (mode, "center")
+    }
+    assert torch.equal(crops[mode], crops["center"]) == (mode == "center")
