@@ -347,6 +347,7 @@ AGREED = ("equal", "refused by both", "left random by the library, refused by us
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default::UserWarning:timm")  # of torch, in timm's resampling
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", SMALLEST)
 def test_every_module_of_timm(name, case, tmp_path):
@@ -354,6 +355,7 @@ def test_every_module_of_timm(name, case, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default::UserWarning:timm")  # of torch, in timm's resampling
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_of_torchvision(name, case, tmp_path):
