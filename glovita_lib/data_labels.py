@@ -330,20 +330,23 @@ def refuse_unknown(
 
 def in_places(files: Sequence[Labels]) -> Sequence[Labels]:
     """Files whose labels are numbers of an HDF5 enum, as places among its names in the order of
-    their numbers, or among the file's class_names where these hold them all; numbers of files that
-    state no names mean what they mean in the others.
+    their numbers in the first file that has these names, or among the file's class_names where
+    these hold them all; numbers of files that state no names mean what they mean in the others.
 
     Raises:
         UserError: a number that the enum has no name for.
     """
     enums = [enum_of(file) for file in files]
     shared = {tuple(enum.items()) for enum in enums if enum}
+    order: dict[frozenset[str], tuple[str, ...]] = {}
+    for enum in enums:
+        order.setdefault(frozenset(enum), tuple(enum))
     found = []
     for file, own in zip(files, enums, strict=True):
         numbers, enum = file.whole, own
         if not own and len(shared) == 1 and file.class_names is None:
             enum = dict(*shared)
-        known = file.class_names or tuple(enum)
+        known = file.class_names or order[frozenset(enum)]
         if numbers is None or not enum or not set(enum) <= set(known):
             found.append(file)
             continue

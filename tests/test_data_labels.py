@@ -324,6 +324,8 @@ def test_an_hdf5_enum_states_the_class_names():
         [Labels(first, ["x", "y", "z"])], LabelRules(None, None, None, None, trained=trained)
     )
     assert targets.tolist() == [1, 2, 1]
+    swapped = enum_labels([0, 1, 2], emu=0, dog=1, cat=2)
+    assert several(first, swapped)[1:] == (("cat", "dog", "emu"), [[2, 0, 2], [2, 1, 0]])
     with pytest.raises(UserError, match=r"no number of the HDF5 enum \(0 cat, 1 dog\); wrong: s1"):
         several(enum_labels([0, 7], cat=0, dog=1))
     with pytest.raises(UserError, match="different class_names"):
