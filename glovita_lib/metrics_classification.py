@@ -77,22 +77,21 @@ class Scores:
             return cls(logits)
         if subtask == "multilabel":
             return cls(np.exp(-np.logaddexp(0.0, -logits)), logits)
-        with np.errstate(divide="ignore", invalid="ignore"):  # classes ruled out: -inf
-            logits -= logits.max(1, keepdims=True)
-            odds = np.exp(logits)  # (N, K), of the best class against itself
-            others = sums_of_others(odds)
-            log_odds = logits - np.log(others)
-            odds /= odds.sum(1, keepdims=True)
-        return cls(odds, log_odds)
+        return cls(*softmax_and_log_odds(logits))
 
     @classmethod
     def of_probabilities(cls, values: Array, subtask: str) -> "Scores":
-        """Of probabilities (N, K); outputs of a regression stay as they are. Those of many classes
-        say by the small ones how near the large one is to 1."""
+        """Of probabilities (N, K); outputs of a regression stay as they are. Equal ones stay equal;
+        near 1 the small ones of the other classes say more than the large one."""
         values = values.astype(np.float64)
         if subtask == "regression":
             return cls(values)
-        others = sums_of_others(values) if subtask == "multiclass" else 1 - values
+        others = 1 - values
+        if subtask == "multiclass":
+            rows, best = np.arange(len(values)), values.argmax(1)
+            rest = np.sort(values, 1)[:, :-1].sum(1)
+            near = others[rows, best] < NEAR
+            others[rows[near], best[near]] = np.minimum(rest[near], NEAR)
         with np.errstate(divide="ignore"):
             return cls(values, np.log(values) - np.log(others))
 
@@ -117,15 +116,27 @@ class Scores:
             return cls(values, true - false)
 
 
-def sums_of_others(values: Array) -> Array:
-    """Sum over the other classes (N, K) of values (N, K) that are not negative, without the
-    cancellation that a large one among small ones brings."""
-    rows, largest = np.arange(len(values)), values.argmax(1)
-    sums = values.sum(1, keepdims=True) - values
-    rest = values.copy()
-    rest[rows, largest] = 0.0
-    sums[rows, largest] = rest.sum(1)
-    return sums
+NEAR = 2.0**-10  # of a probability to 1, where it is known by those of the other classes
+
+
+def softmax_and_log_odds(logits: Array) -> tuple[Array, Array]:
+    """Probabilities and their log-odds of logits (N, K), both (N, K) float64: those of the best
+    class by the others alone, so that neither rounding nor the range of exp ends them. Equal logits
+    have equal ones, in whatever order those of the other classes stand."""
+    ordered = np.sort(logits, 1)  # sums do not depend on the order of the classes
+    with np.errstate(divide="ignore", invalid="ignore"):  # classes ruled out: -inf
+        largest = ordered[:, -1:]
+        odds = np.exp(logits - largest)
+        total = np.exp(ordered - largest).sum(1, keepdims=True)
+        log_odds = logits - largest - np.log(total - odds)
+        if logits.shape[1] > 1:
+            second = ordered[:, -2:-1]
+            rest = np.log(np.exp(ordered[:, :-1] - second).sum(1, keepdims=True))
+            rest[np.isneginf(second)] = 0.0
+            rows = np.flatnonzero(largest > second)
+            log_odds[rows, logits[rows].argmax(1)] = (largest - second - rest)[rows, 0]
+        odds /= total
+    return odds, log_odds
 
 
 @dataclass(frozen=True, slots=True)

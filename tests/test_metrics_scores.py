@@ -50,7 +50,7 @@ def expected(subtask: str, targets: np.ndarray, logits: np.ndarray) -> dict[str,
 
 @KINDS
 @pytest.mark.parametrize("classes", [2, 5])
-@pytest.mark.parametrize("scale", [1.0, 20.0, 150.0])
+@pytest.mark.parametrize("scale", [1.0, 20.0, 150.0, 5000.0])
 def test_ranks_by_logits_where_probabilities_are_one(subtask: str, classes: int, scale) -> None:
     targets, logits = confident(subtask, classes, scale)
     found = measured(subtask, targets, Scores.of_logits(logits, subtask))
@@ -71,6 +71,55 @@ def test_the_file_keeps_enough_to_compute_them_again(tmp_path: Path, subtask: st
     assert np.array_equal(table.scores.values, scores.values)
     again = measured(subtask, table.targets, table.scores)
     assert again == measured(subtask, targets, scores)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+def test_logits_that_are_equal_stay_equal(classes: int) -> None:
+    """As those of a network in bfloat16 often are: the first of the best classes is predicted, and
+    samples whose other classes stand in another order are equal."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(2000, classes)) * 16).round() / 8
+    logits[::2, 1:] = rng.permuted(logits[1::2, 1:], axis=1)
+    logits[::2, 0] = logits[1::2, 0]
+    found = Scores.of_logits(logits, "multiclass")
+    assert (found.log_odds.argmax(1) == logits.argmax(1)).all()
+    assert (found.values.argmax(1) == logits.argmax(1)).all()
+    assert (found.log_odds[::2, 0] == found.log_odds[1::2, 0]).all()
+    assert (found.values[::2, 0] == found.values[1::2, 0]).all()
+    for row, odds in zip(logits, found.log_odds, strict=True):
+        assert len(set(row)) == len(set(odds))
+
+
+@pytest.mark.parametrize("k", [3, 5, 20])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_votes_of_neighbours_that_are_equal_stay_equal(k: int, kind: type) -> None:
+    """Whatever those of the other classes are, whose sums round."""
+    rng = np.random.default_rng(0)
+    votes = (rng.multinomial(k, np.full(10, 0.1), size=700) / k).astype(kind)
+    targets = rng.integers(0, 10, 700)
+    found = measured("multiclass", targets, Scores.of_probabilities(votes, "multiclass"), RANKS)
+    pairs = list(zip(np.eye(10)[targets].T, votes.T, strict=True))
+    assert found == pytest.approx({
+        "auroc": np.mean([sk.roc_auc_score(*pair) for pair in pairs]),
+        "ap": np.mean([sk.average_precision_score(*pair) for pair in pairs]),
+        "acc": np.mean(votes.argmax(1) == targets),
+    }, abs=1e-12)  # fmt: skip
+
+
+def test_probabilities_near_one_rank_by_those_of_the_others() -> None:
+    """Also where the rule changes: larger ones never rank below smaller ones."""
+    rest = np.concatenate(
+        [10.0 ** np.linspace(-35, -1, 400), 2.0**-10 * (1 + np.arange(-9, 9) * 1e-8)]
+    )
+    values = np.stack([1 - rest, rest * 0.25, rest * 0.75], 1).astype(np.float32)
+    found = Scores.of_probabilities(values, "multiclass").log_odds[:, 0]
+    order = np.argsort(rest)
+    assert (np.diff(found[order]) <= 0).all()
+    exact = np.log1p(-rest) - np.log(rest)
+    np.testing.assert_allclose(found[rest > 1e-30], exact[rest > 1e-30], rtol=1e-4)
+
+
+RANKS = ("auroc", "ap", "acc")
 
 
 @KINDS
