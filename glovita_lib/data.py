@@ -16,7 +16,7 @@ from glovita_lib import files
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_errors import SampleKind
-from glovita_lib.spec_samples import UNLABELLED, BaseData, Subtask
+from glovita_lib.spec_samples import UNLABELLED, BaseData, OnlyPrediction, Subtask
 from glovita_lib.spec_series import SeriesPreparation
 from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 
@@ -426,9 +426,9 @@ class Asked:
     wanted: Sequence[str] | None = None
     """Names of splits, of which the first that is there is needed; empty: those that are there;
     none: all that training uses."""
-    numbers: bool = False
-    """Whether the model that learns can predict numbers alone, which says what the labels of files
-    are where these do not state their subtask."""
+    predicts: OnlyPrediction | None = None
+    """What alone the head predicts that a spec names: it says what the labels of files are that may
+    be classes or values, where nothing states their subtask."""
 
 
 @ByStruct

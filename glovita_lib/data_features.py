@@ -12,7 +12,6 @@ from glovita_lib.data import (
     Asked,
     BagSamples,
     Data,
-    Outputs,
     Source,
     Split,
     VectorSamples,
@@ -205,7 +204,7 @@ KINDS = ("features", "labels", "bag_ptr", "bag_lengths", "ids", "groups", "coord
 
 @read_data_set.register
 def _(spec: PrecomputedData, *, seed: int, asked: Asked) -> Data:
-    trained, wanted, numbers = asked.trained, asked.wanted, asked.numbers
+    wanted = asked.wanted
     table = None if spec.labels_file is None else read_table(spec, spec.labels_file)
     files = files_of(spec)
     opened = open_all(spec, files, table, splits_needed(files, wanted))
@@ -218,7 +217,7 @@ def _(spec: PrecomputedData, *, seed: int, asked: Asked) -> Data:
     if table is not None and spec.split_source == "csv":
         refuse_emptied(spec, table, collections[0], wanted)
     columns = None if table is None or isinstance(spec.label_column, str) else spec.label_column
-    found = encode_labels(spec, collections, columns, trained, numbers=numbers)
+    found = encode_labels(spec, collections, columns, asked)
     subtask, names, encoded, number_names = found
     targets = dict(zip(opened, encoded, strict=True))
     if spec.split_source == "files":
@@ -261,23 +260,25 @@ def _(spec: PrecomputedData, *, seed: int, asked: Asked) -> Data:
 def encode_labels(
     spec: CollectionData,
     collections: Sequence[Collection],
-    columns: tuple[str, ...] | None = None,
-    trained: Outputs | None = None,
-    *,
-    numbers: bool = False,
+    columns: tuple[str, ...] | None,
+    asked: Asked,
 ) -> Encoded:
     """Targets of all collections.
 
     Args:
         columns: of the table, where there are several.
-        trained: the model that the samples are for.
-        numbers: see `build_data`.
+        asked: what is known of the model that the samples are for.
 
     Raises:
         UserError: see data_labels.encode.
     """
     rules = LabelRules(
-        spec.subtask, spec.class_names, spec.num_classes, columns, trained=trained, numbers=numbers
+        spec.subtask,
+        spec.class_names,
+        spec.num_classes,
+        columns,
+        trained=asked.trained,
+        predicts=asked.predicts,
     )
     labels = [
         Labels(whole.labels, whole.ids, whole.where, whole.subtask, whole.class_names)

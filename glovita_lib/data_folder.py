@@ -12,7 +12,6 @@ from glovita_lib.data import (
     Asked,
     Data,
     ImageSamples,
-    Outputs,
     Source,
     Split,
     read_data_set,
@@ -88,8 +87,7 @@ def read_folder(
     report: list[str],
     *,
     seed: int,
-    trained: Outputs | None,
-    wanted: Sequence[str] | None,
+    asked: Asked,
     table: LabelTable | None = None,
 ) -> FolderTable:
     """Samples, labels, groups and splits of a folder, as a spec describes them. Of splits that are
@@ -98,14 +96,12 @@ def read_folder(
     Args:
         subtask: kind of target.
         report: takes lines worth showing.
-        trained: the outputs of the model that the samples are for.
-        wanted: see `build_data`.
         table: labels, groups and splits that do not stand where the spec says; none: they do.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
     """
-    problems = Problems(spec.strict, images.noun)
+    wanted, problems = asked.wanted, Problems(spec.strict, images.noun)
     table = label_table(spec, images) if table is None else table
     members = members_of(spec, images, table, problems, report, wanted)
     needed = splits_needed(members, wanted) | {ALL}
@@ -113,7 +109,7 @@ def read_folder(
     labels = usable_labels(spec, table, members, subtask, problems)
     labels |= usable_labels(spec, table, others, subtask, Problems(strict=False))
     if not problems.lines:  # mistakes in labels are said before files are read, which may take long
-        folder_targets(spec, subtask, labels, trained)
+        folder_targets(spec, subtask, labels, asked)
     read = set().union(*members.values())
     ids = [identity for identity in labels if identity in read]
     found, broken = look(ids)
@@ -125,7 +121,7 @@ def read_folder(
     labels = {i: label for i, label in labels.items() if i in facts or i not in read}
     if table is None:
         refuse_split_folders(spec, labels)
-    class_names, targets = folder_targets(spec, subtask, labels, trained)
+    class_names, targets = folder_targets(spec, subtask, labels, asked)
     targets = targets[[identity in facts for identity in labels]]
     ids = [identity for identity in labels if identity in facts]
     groups = None
@@ -143,7 +139,7 @@ def read_folder(
 
 
 def folder_targets(
-    spec: FolderData, subtask: Subtask, labels: dict[str, Any], trained: Outputs | None
+    spec: FolderData, subtask: Subtask, labels: dict[str, Any], asked: Asked
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the classes or targets, and the targets of labels by id.
 
@@ -155,10 +151,18 @@ def folder_targets(
         values, count = single
         names = names or tuple(map(str, range(count)))
     columns = None if isinstance(spec.label_column, str) else spec.label_column
-    rules = LabelRules(subtask, names, spec.num_classes, columns, spec.label_separator, trained)
+    rules = LabelRules(
+        subtask,
+        names,
+        spec.num_classes,
+        columns,
+        spec.label_separator,
+        asked.trained,
+        asked.predicts,
+    )
     cells = Labels(values, list(labels))
     is_assumed = spec.subtask is None and spec.task is None and spec.reads_label_file
-    if is_assumed and rules.class_names is None and trained is None:
+    if is_assumed and rules.class_names is None and asked.trained is None:
         refuse_values(cells, rules)
     _, class_names, (targets,), _ = encode([cells], rules)
     return class_names, targets
@@ -178,7 +182,6 @@ def one_hot_classes(labels: Sequence[Any]) -> tuple[list[int], int] | None:
 @read_data_set.register
 def _(spec: GenericImageData, *, seed: int, asked: Asked) -> Data:
     """A folder of images."""
-    trained, wanted = asked.trained, asked.wanted
     folder = on_disk(Path(spec.data_root_dir) / spec.images_dir)
     report: list[str] = []
     found = walk(folder, spec.allowed_exts, report=None if spec.strict else report)
@@ -192,9 +195,7 @@ def _(spec: GenericImageData, *, seed: int, asked: Asked) -> Data:
         return headers, {i: line.removeprefix(f"{paths[i]}: ") for i, line in broken.items()}
 
     subtask = spec.stated_subtask() or "multiclass"
-    table = read_folder(
-        spec, subtask, images, look, report, seed=seed, trained=trained, wanted=wanted
-    )
+    table = read_folder(spec, subtask, images, look, report, seed=seed, asked=asked)
     stacks = [i for i, header in zip(table.ids, table.found, strict=True) if header.pages > 1]
     if stacks:
         report.append(

@@ -343,7 +343,7 @@ def sample_name(whole: Collection, place: int) -> str:
 @read_data_set.register
 def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     """Files of time series."""
-    trained, wanted, numbers = asked.trained, asked.wanted, asked.numbers
+    wanted = asked.wanted
     table = None if spec.labels_file is None else read_table(spec, spec.labels_file)
     files = {split: str(path) for split, path in files_of(spec).items()}
     opened = open_all(spec, files, table, splits_needed(files, wanted))
@@ -361,7 +361,7 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     for whole in kept:
         whole.groups = None if whole.groups is None else in_one_form(whole.groups, forms)
     columns = None if isinstance(spec.label_column, str) else spec.label_column
-    found = encode_labels(spec, kept, columns, trained, numbers=numbers)
+    found = encode_labels(spec, kept, columns, asked)
     subtask, classes, encoded, number_names = found
     targets = dict(zip(opened, encoded, strict=True))
     if spec.split_source == "files":

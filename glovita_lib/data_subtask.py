@@ -12,7 +12,7 @@ import numpy as np
 
 from glovita_lib.data import NUMBER, Outputs
 from glovita_lib.errors import UserError, listed
-from glovita_lib.spec_samples import Subtask, WholeSubtask
+from glovita_lib.spec_samples import OnlyPrediction, Subtask, WholeSubtask
 
 LARGEST = 2.0**53  # up to which float64 tells whole numbers apart
 
@@ -27,7 +27,7 @@ class LabelRules:
     columns: tuple[str, ...] | None  # names of several label columns of a table
     separator: str = "|"  # between several labels in one cell
     trained: Outputs | None = None  # outputs of a trained model, which the targets shall be of
-    numbers: bool = False  # whether the model that learns from them can predict numbers alone
+    predicts: OnlyPrediction | None = None  # what alone the model that learns from them predicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +128,10 @@ def found_subtask(files: Sequence[Labels], rules: LabelRules) -> Subtask:
     found = set().union(*looks)
     if found <= set(ONE_COLUMN):
         return subtask_of_column(files, found, rules)
-    if found == {"hot"} and not rules.numbers:
+    if found == {"hot"} and rules.predicts != "numbers":
         return "multilabel"
     for columns, what in (("text columns", "names"), ("whole columns", "whole numbers")):
-        if columns in found and "columns" not in found and not rules.numbers:
+        if columns in found and "columns" not in found and rules.predicts != "numbers":
             file = files[looks.index({columns})]
             cure = "" if what == "names" else ', or set data.subtask = "regression"'
             raise file.error(
@@ -227,7 +227,7 @@ def subtask_of_column(files: Sequence[Labels], found: set[Look], rules: LabelRul
     """
     names = rules.class_names or stated_names(files)
     count = rules.num_classes if names is None else len(names)
-    if rules.numbers and "text" not in found:
+    if rules.predicts == "numbers" and "text" not in found:
         return "regression"
     if (count or 0) > 1:
         return "multiclass"
@@ -239,10 +239,12 @@ def subtask_of_column(files: Sequence[Labels], found: set[Look], rules: LabelRul
         return "multiclass"
     if count == 1 or ("numbers" in found and "codes" not in found):
         return "regression"
+    if rules.predicts == "classes" and "numbers" not in found:
+        return "multiclass"
     cells = dict.fromkeys(str(cell).strip() for file in files for cell in file.cells())
     raise UserError(
         f"the labels ({listed(list(cells), 4)}) may be classes or values: set data.subtask ="
-        ' "multiclass" or "regression"'
+        ' "multiclass" or "regression", or name the head (model.head.head_type)'
     )
 
 

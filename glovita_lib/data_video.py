@@ -602,8 +602,7 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
         look,
         report,
         seed=seed,
-        trained=asked.trained,
-        wanted=asked.wanted,
+        asked=asked,
         table=table_of_frames,
     )
     report += order_line(found.found)

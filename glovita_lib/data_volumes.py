@@ -237,7 +237,6 @@ def is_text(value: Any) -> bool:
 @read_data_set.register
 def _(spec: VolumeData, *, seed: int, asked: Asked) -> Data:
     """A folder of volumes."""
-    trained, wanted = asked.trained, asked.wanted
     spec = with_facts(spec)
     base = Path(spec.data_root_dir)
     report: list[str] = []
@@ -260,9 +259,7 @@ def _(spec: VolumeData, *, seed: int, asked: Asked) -> Data:
         return entries, broken_samples(entries, [folder.files(i) for i in ids], spec.channels)
 
     subtask = spec.stated_subtask() or "multiclass"
-    table = read_folder(
-        spec, subtask, folder, look, report, seed=seed, trained=trained, wanted=wanted
-    )
+    table = read_folder(spec, subtask, folder, look, report, seed=seed, asked=asked)
     if spec.preparation.spacing is None:
         report += spacing_line(table.found)
 

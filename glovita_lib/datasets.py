@@ -26,7 +26,7 @@ from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, call_target
 from glovita_lib.spec_conditions import section_problems
 from glovita_lib.spec_data import Cifar10Data, Cifar100Data, DigitsData, OwnData
-from glovita_lib.spec_samples import BaseData
+from glovita_lib.spec_samples import BaseData, OnlyPrediction
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -128,14 +128,14 @@ def build_data(
     trains: bool = True,
     trained: Outputs | None = None,
     wanted: Sequence[str] | None = None,
-    numbers: bool = False,
+    predicts: OnlyPrediction | None = None,
 ) -> Data:
     """The data set of a spec with the splits that are needed; data_fraction has cut the train
     split.
 
     Args:
         trains: whether a model learns from it: there must be a train split, and labels.
-        trained, wanted, numbers: see `Asked`.
+        trained, wanted, predicts: see `Asked`.
 
     Raises:
         UserError: what is missing, broken or contradictory, all of a kind at once.
@@ -143,7 +143,7 @@ def build_data(
     missing = [f"data.{name}: {text}" for name, text in spec.missing_files()]
     if problems := [*section_problems(spec, "data."), *missing]:
         raise UserError("\n".join(problems))
-    data = read_data_set(spec, seed=seed, asked=Asked(trained, wanted, numbers))
+    data = read_data_set(spec, seed=seed, asked=Asked(trained, wanted, predicts))
     empty = [name for name, split in data.splits.items() if not len(split)]
     if empty or (trains and "train" not in data.splits):
         what = f"the {' and the '.join(empty)} split has no sample" if empty else "no train split"

@@ -230,6 +230,7 @@ def read_data(
     root: Root,
     ranks: dist.Ranks,
     *,
+    named: bool = False,
     model: Resolved | None = None,
     wanted: Sequence[str] = (),
 ) -> Data:
@@ -237,6 +238,7 @@ def read_data(
     at all values of features. Only training needs a train split.
 
     Args:
+        named: whether the spec names its head, which then says what labels are that may be either.
         model: what a trained model has resolved, where it is asked about the labels.
         wanted: names of splits, of which the first that is there is needed; empty: all that are
             there. Training needs all.
@@ -245,16 +247,17 @@ def read_data(
     trained = (
         None if model is None else Outputs(model.subtask, model.class_names, model.number_names)
     )
+    predicts = root.model.head.only_predicts(named=named)
     with dist.main_first(ranks):
         if root.mode == "train":
-            return build_data(spec, seed=root.seed, numbers=root.predicts_numbers)
+            return build_data(spec, seed=root.seed, predicts=predicts)
         return build_data(
             spec,
             seed=root.seed,
             trains=False,
             trained=trained,
             wanted=wanted,
-            numbers=root.predicts_numbers,
+            predicts=predicts,
         )
 
 

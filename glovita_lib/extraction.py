@@ -32,7 +32,7 @@ from glovita_lib.resolved import (
 )
 from glovita_lib.rundir import locate
 from glovita_lib.spec import Loaded
-from glovita_lib.spec_root import Root
+from glovita_lib.spec_root import Root, head_is_named
 from glovita_lib.spec_samples import FileData
 from glovita_lib.spec_train import Extract
 
@@ -637,12 +637,14 @@ def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data
     if not spec.use_data_fraction:
         asked = replace(asked, data_fraction=1.0)
     root = replace(loaded.root, data=asked.lenient() if spec.on_error == "skip" else asked)
+    head_named = head_is_named(loaded)
     if spec.checkpoint is None and spec.source == "encoder":
-        data = read_data(root, ranks)
+        data = read_data(root, ranks, named=head_named)
         experiment = assemble(root, resolve_spec(root, data), ranks, load_weights=True)
         return experiment, clips_as_samples(experiment.resolved.inputs, data)
     split = root.umap.split if root.mode == "umap" else spec.split
-    data = read_data(root, ranks, wanted=() if split is None else (split,))
+    wanted = () if split is None else (split,)
+    data = read_data(root, ranks, named=head_named, wanted=wanted)
     if spec.checkpoint is not None:
         path = Path(spec.checkpoint)
     else:

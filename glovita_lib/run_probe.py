@@ -25,7 +25,7 @@ from glovita_lib.read_features import BagSource, VectorSource, feature_scale
 from glovita_lib.rundir import RunDir, opened, runtime_info
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_data import features_of
-from glovita_lib.spec_root import Root
+from glovita_lib.spec_root import Root, head_is_named
 from glovita_lib.spec_train import Probe
 
 # ------------------------------------------------------------------------------------ probes
@@ -389,7 +389,8 @@ def read(loaded: Loaded[Root]) -> tuple[Data, dict[str, ProbeSplit]]:
         UserError: samples are no features, there is no val split to choose on, or a metric is not
             defined for the targets.
     """
-    data = build_data(loaded.root.data, seed=loaded.root.seed)
+    predicts = loaded.root.model.head.only_predicts(named=head_is_named(loaded))
+    data = build_data(loaded.root.data, seed=loaded.root.seed, predicts=predicts)
     task, kind = loaded.root.task, data.samples.spec_kind
     problems = [*task.target_problems(data.subtask), *task.sample_problems(kind)]
     if not problems and not data.has_order:

@@ -56,7 +56,7 @@ from glovita_lib.rundir import Decision, RunDir, opened, runtime_info
 from glovita_lib.sampler import check_ranks
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_data import FolderData
-from glovita_lib.spec_root import Root
+from glovita_lib.spec_root import Root, head_is_named
 from glovita_lib.spec_train import Training
 from glovita_lib.trainer import Hooks, Trainer, kept_epoch
 
@@ -65,18 +65,18 @@ from glovita_lib.trainer import Hooks, Trainer, kept_epoch
 # One optimizer step, one evaluation, a checkpoint and its reload; nothing is kept.
 
 
-def dry_train(root: Root, ranks: dist.Ranks) -> None:
+def dry_train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
     """Take a batch of the real data through everything that a training does.
 
     Raises:
         UserError: what training would say, or a model that a checkpoint does not restore.
     """
-    started = time.perf_counter()
+    started, root = time.perf_counter(), loaded.root
     training = replace(
         root.training, epochs=1, train_steps_per_epoch=1, val_steps_per_epoch=1, save_every=None
     )
     root = replace(root, training=training)
-    data = read_data(root, ranks)
+    data = read_data(root, ranks, named=head_is_named(loaded))
     resolved = resolve_spec(root, data)
     say_notes(data.report if ranks.is_main else ())
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
@@ -141,7 +141,7 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
     """
     with dist.session() as ranks:
         if dry_run:
-            dry_train(loaded.root, ranks)
+            dry_train(loaded, ranks)
         else:
             train(loaded, ranks)
 
@@ -153,7 +153,7 @@ def train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
         if decision == "finished":
             conclude(run, ranks, "was finished before; nothing to do")
             return
-        data = read_data(root, ranks)
+        data = read_data(root, ranks, named=head_is_named(loaded))
         resolved = resolve_spec(root, data)
         saved = saved_state(run, loaded, ranks) if decision == "resume" else None
         if saved is not None:

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from glovita_lib import dist
 from glovita_lib.data import (
+    Asked,
     Data,
     Images,
     Source,
@@ -60,7 +61,7 @@ from glovita_lib.resolved import Inputs, Resolved, VolumeInputs, has_targets_of
 from glovita_lib.rundir import alone, locate
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_data import PrecomputedData, features_of
-from glovita_lib.spec_root import Root
+from glovita_lib.spec_root import Root, head_is_named
 from glovita_lib.spec_samples import BaseData
 from glovita_lib.spec_train import Umap
 
@@ -273,10 +274,10 @@ def open_input(path: Path, data: BaseData) -> Data:
     if collection.labels is None:
         return Data(str(path), {"": split}, "multiclass", (), samples, collection.notes())
     labels = collection.labels
-    is_values = False
-    if isinstance(labels, np.ndarray) and labels.dtype.kind == "f":
-        is_values = labels.size == len(labels)  # one column, also of whole ones
-    found = encode_labels(PrecomputedData(), [collection], numbers=is_values)
+    asked = Asked()
+    if isinstance(labels, np.ndarray) and labels.dtype.kind == "f" and labels.size == len(labels):
+        asked = Asked(predicts="numbers")  # one column, also of whole ones
+    found = encode_labels(PrecomputedData(), [collection], None, asked)
     subtask, class_names, (split.targets,), _ = found
     return Data(str(path), {"": split}, subtask, class_names, samples, collection.notes())
 
@@ -448,7 +449,8 @@ def find_samples(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks) -> ChosenS
         return samples_of_model(loaded, spec, ranks, seed)
     # features are standardised over train
     wanted = () if spec.split is None or features_of(own).standardize else (spec.split,)
-    data = read_data(loaded.root, ranks, wanted=wanted)
+    named = head_is_named(loaded)
+    data = read_data(loaded.root, ranks, named=named, wanted=wanted)
     if data.samples.spec_kind != "features":  # which a user's own data set tells only now
         return samples_of_model(loaded, spec, ranks, seed)
     splits = wanted_splits(data, spec.split, "umap.split")

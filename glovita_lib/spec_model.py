@@ -12,6 +12,7 @@ from glovita_lib.spec_conditions import read_if, target_problems
 from glovita_lib.spec_encoders import Encoder, TimmEncoder
 from glovita_lib.spec_errors import Dropout, shown
 from glovita_lib.spec_lift import Aggregation
+from glovita_lib.spec_samples import OnlyPrediction
 
 # ------------------------------------------------------------------------------------- heads
 
@@ -42,6 +43,13 @@ class BaseHead(Spec):
     def needs_classes(self) -> str | None:
         """The option that labels instances by the class of their bag, where it is on."""
         return None
+
+    def only_predicts(self, *, named: bool) -> OnlyPrediction | None:
+        """What it predicts where it cannot predict the other; of the default head only where the
+        spec names it, as nobody has said anything by a default."""
+        if self.needs_classes or (named and self.predicts == ("classes",)):
+            return "classes"
+        return "numbers" if self.predicts == ("numbers",) else None
 
     def target_problems(self, subtask: str) -> Iterator[tuple[str, str]]:
         """Classes need a head that predicts classes, numbers one that predicts numbers."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from glovita_lib.spec import Spec
+from glovita_lib.spec import Loaded, Spec
 from glovita_lib.spec_data import Data, DigitsData
 from glovita_lib.spec_errors import PathText, names_a_folder, shown
 from glovita_lib.spec_model import ModelSpec
@@ -69,7 +69,7 @@ class Root(Spec):
         """Whether it is a regression; where the data section does not say, the head does."""
         subtask = self.data.stated_subtask()
         if subtask is None:
-            return self.model.head.predicts == ("numbers",)
+            return self.model.head.only_predicts(named=False) == "numbers"
         return subtask == "regression"
 
     @property
@@ -95,3 +95,9 @@ class Root(Spec):
     def handler(self) -> str:
         """Module whose function `run` does what the mode says."""
         return self.task.learnt_by if self.mode == "train" else f"run_{self.mode}"
+
+
+def head_is_named(loaded: Loaded[Root]) -> bool:
+    """Whether a file or an override names the head, so that it is not the default, by which nobody
+    has said anything."""
+    return ("model", "head", "head_type") in loaded.origins

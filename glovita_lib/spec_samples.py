@@ -24,6 +24,8 @@ Subtask = Literal["multiclass", "multilabel", "regression", "framewise"]
 """Kind of target; framewise is one class a frame of a video."""
 WholeSubtask = Literal["multiclass", "multilabel", "regression"]
 """Kinds of targets of whole samples, which a spec may name."""
+OnlyPrediction = Literal["classes", "numbers"]
+"""What a head predicts that cannot predict the other."""
 UNLABELLED = -100
 """Label of a frame that has none."""
 OF_LABEL_FILE = read_if(
@@ -146,8 +148,8 @@ class FileData(BaseData):
     subtask: WholeSubtask | None = None
     """Kind of target; none follows from task (images), or from the labels (features): whole numbers
     and names are multiclass, several 0/1 columns multilabel, other numbers regression (images: are
-    asked for); it is asked for where all numbers are whole ones with decimals (2.0) and the head
-    predicts classes."""
+    asked for). Whole numbers with decimals (2.0) are what the head predicts that the spec names, or
+    classes where num_classes says so, else it is asked for."""
     num_classes: Count | None = None
     """Number of classes (regression: of targets); none counts them, a number is checked against the
     data."""

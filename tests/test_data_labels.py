@@ -196,7 +196,7 @@ def several(
     columns=None,
     stated=None,
     trained=None,
-    numbers=False,
+    predicts=None,
 ):
     """Subtask, names and targets of the labels of several files, a.h5, b.h5, ..."""
     stated = stated or [(None, None)] * len(values)
@@ -204,7 +204,7 @@ def several(
         Labels(labels, [f"s{i}" for i in range(len(labels))], f"{letter}.h5", *said)
         for letter, labels, said in zip("abc", values, stated, strict=False)
     ]
-    rules = LabelRules(subtask, names, classes, columns, trained=trained, numbers=numbers)
+    rules = LabelRules(subtask, names, classes, columns, trained=trained, predicts=predicts)
     found, names, targets, _ = encode(files, rules)
     return found, names, [part.tolist() for part in targets]
 
@@ -259,9 +259,9 @@ STRAYS = [
 @pytest.mark.parametrize("kind", [list, np.array])
 def test_text_in_a_column_of_numbers_is_named(cells, said, kind):
     """Of a table, and of an array of text in a feature file, whatever the head predicts."""
-    for numbers in (False, True):
+    for predicts in (None, "numbers"):
         with pytest.raises(UserError) as got:
-            several(kind(cells), numbers=numbers)
+            several(kind(cells), predicts=predicts)
         assert said in str(got.value) and "\n" not in str(got.value)
     names = several(kind(cells), subtask="multiclass")[1]
     assert len(names) == len(cells)
@@ -390,7 +390,12 @@ def test_numbers_that_may_be_classes_or_values_are_asked_about(cells):
         several(cells)
     with pytest.raises(UserError, match="may be classes or values"):
         several(cells, np.array([0, 3]))
-    rules = LabelRules(None, None, None, None, numbers=True)  # the head of a regression
+    if "2.5" not in cells and "-0.5" not in cells and not np.isnan(np.array(cells, float)).any():
+        assert several(cells, predicts="classes")[0] == "multiclass"  # a head that is named
+    else:
+        with pytest.raises(UserError, match="may be classes or values|there is no label"):
+            several(cells, predicts="classes")
+    rules = LabelRules(None, None, None, None, predicts="numbers")
     if np.all(np.array(cells, float) > -9):  # none is missing
         assert encode([Labels(cells, ["a", "b"])], rules).subtask == "regression"
         for given in ({"subtask": "regression"}, {"classes": 1}, {"names": ("dose",)}):
@@ -413,7 +418,7 @@ def test_names_that_look_like_numbers_are_no_regression():
     with pytest.raises(UserError, match='not in class list: "1.0" .*; data.class_names: 1, 2'):
         several(["1.0", "2.0"], names=("1", "2"))
     assert several(np.array([0.0, 1]), names=("a", "b"))[1:] == (("a", "b"), [[0, 1]])
-    column, rules = np.array([[1.0], [3.0]]), LabelRules(None, None, None, None, numbers=True)
+    column, rules = np.array([[1.0], [3.0]]), LabelRules(None, None, None, None, predicts="numbers")
     with pytest.raises(UserError, match=r"shape \(2, 1\) are whole numbers; store classes as"):
         several(column)
     for values in (column, np.array([20, 30]), ["20", "30"], ["01", "30"], np.eye(2)):

@@ -12,13 +12,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from msgspec import inspect as kinds
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import glovita
-from glovita_lib.datasets import build_data
+from glovita_lib import dist, run_probe
 from glovita_lib.errors import UserError
+from glovita_lib.experiment import read_data
 from glovita_lib.spec_check import load_checked
 from glovita_lib.spec_errors import (
     REPLACED,
@@ -28,9 +30,10 @@ from glovita_lib.spec_errors import (
     structs,
     texts,
 )
-from glovita_lib.spec_root import Root
+from glovita_lib.spec_root import Root, head_is_named
 
 REPOSITORY = Path(__file__).parent.parent
+RANKS = dist.Ranks(0, 1, 0, torch.device("cpu"))
 X, Y = load_digits(return_X_y=True)
 
 CIFAR = """
@@ -374,12 +377,20 @@ def feature_files(folder: Path, kind: str) -> list[str]:
     return ["data.dataset=precomputed_features", "model.encoder.encoder_type=precomputed", *files]
 
 
-def images(folder: Path, kind: str) -> list[str]:
-    """Images with a table of floats, CSV or JSON."""
-    (folder / "images").mkdir()
-    names = [f"{row}.png" for row in range(15)]
-    for name, row in zip(names, X, strict=False):
-        Image.fromarray((row * 15).reshape(8, 8).astype(np.uint8)).save(folder / "images" / name)
+def bags(folder: Path, kind: str) -> list[str]:
+    """The same as bags of three instances, for a head of vectors and one of bags alike."""
+    given = feature_files(folder, kind)
+    for split in SPLITS:
+        with h5py.File(folder / f"{split}.h5", "a") as file:
+            instances = np.repeat(file["features"][()], 3, 0)
+            file["bag_lengths"] = np.full(len(file["labels"]), 3)
+            del file["features"]
+            file["features"] = instances
+    return given
+
+
+def files_with_table(folder: Path, names: list[str], kind: str) -> list[str]:
+    """A table of floats, CSV or JSON, and the splits of files below a folder."""
     labels = dict(zip(names, LABELS.astype(float).tolist(), strict=True))
     lines = ["path,label", *(f"{name},{label}" for name, label in labels.items())]
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
@@ -387,7 +398,40 @@ def images(folder: Path, kind: str) -> list[str]:
     splits = {split: [names[row] for row in rows] for split, rows in SPLITS.items()}
     (folder / "splits.json").write_text(json.dumps(splits))
     table = [f"data.labels_file=labels.{kind}", f"data.label_source={kind}"]
-    return ["data.dataset=generic_image_dataset", f"data.data_root_dir={folder}", *table]
+    return [f"data.data_root_dir={folder}", *table]
+
+
+def images(folder: Path, kind: str) -> list[str]:
+    """Images with a table."""
+    (folder / "images").mkdir()
+    names = [f"{row}.png" for row in range(15)]
+    for name, row in zip(names, X, strict=False):
+        Image.fromarray((row * 15).reshape(8, 8).astype(np.uint8)).save(folder / "images" / name)
+    return ["data.dataset=generic_image_dataset", *files_with_table(folder, names, kind)]
+
+
+def volumes(folder: Path, kind: str) -> list[str]:
+    """Arrays of volumes with a table."""
+    (folder / "images").mkdir()
+    names = [f"{row}.npy" for row in range(15)]
+    for name, row in zip(names, X, strict=False):
+        np.save(folder / "images" / name, row.reshape(4, 4, 4).astype(np.float32))
+    encoder = ["model.encoder.encoder_type=residual_encoder"]
+    given = files_with_table(folder, names, kind)
+    return ["data.dataset=generic_3d_dataset", "data.channels=1", *given, *encoder]
+
+
+def videos(folder: Path, kind: str) -> list[str]:
+    """Folders of frames with a table."""
+    names = [f"v{row}" for row in range(15)]
+    for name, row in zip(names, X, strict=False):
+        (folder / "videos" / name).mkdir(parents=True)
+        frame = Image.fromarray((row * 15).reshape(8, 8).astype(np.uint8)).convert("RGB")
+        for number in range(2):
+            frame.save(folder / "videos" / name / f"{number}.png")
+    encoder = ["model.encoder.encoder_type=torchvision_video"]
+    given = files_with_table(folder, names, kind)
+    return ["data.dataset=generic_video_dataset", *given, *encoder]
 
 
 def series(folder: Path, kind: str) -> list[str]:
@@ -400,26 +444,78 @@ def series(folder: Path, kind: str) -> list[str]:
     return ["data.dataset=generic_series_dataset", f"data.data_root_dir={folder}", *files, *encoder]
 
 
-@pytest.mark.parametrize(
-    ("write", "kind"),
-    [
-        (feature_files, "float32"),
-        (feature_files, "float64"),
-        (images, "csv"),
-        (images, "json"),
-        (series, "float64"),
-    ],
-)
+WRITERS = [
+    (feature_files, "float32"), (feature_files, "float64"), (bags, "float32"), (images, "csv"),
+    (images, "json"), (series, "float64"), (volumes, "csv"), (volumes, "json"), (videos, "csv"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("write", "kind"), WRITERS)
 def test_whole_floats_are_classes_where_it_is_said(tmp_path, write, kind):
-    """num_classes or subtask says so; else it is asked for."""
+    """A head that is named, num_classes or subtask says so; else it is asked for."""
     given = write(tmp_path, kind)
-    for change in ("data.num_classes=3", "data.subtask=multiclass"):
-        data = build_data(checked(tmp_path, [*given, change]).root.data, seed=0)
+    saying = (
+        "model.head.head_type=classification",
+        "data.num_classes=3",
+        "data.subtask=multiclass",
+    )
+    for change in saying:
+        data = read(checked(tmp_path, [*given, change]))
         assert data.subtask == "multiclass"
         assert [float(name) for name in data.class_names] == [0, 1, 2]  # text stays as written
         assert data.splits["test"].targets.tolist() == [0, 1, 2]
-    with pytest.raises(UserError, match="may be classes or values: set data.subtask"):
-        build_data(checked(tmp_path, given).root.data, seed=0)
+    for change in ([], ["model.head.dropout=0.1"]):  # of the default, which says nothing
+        with pytest.raises(UserError, match="may be classes or values: set data.subtask"):
+            read(checked(tmp_path, [*given, *change]))
+
+
+def read(loaded):
+    """The data as training reads them."""
+    return read_data(loaded.root, RANKS, named=head_is_named(loaded))
+
+
+def test_a_probe_takes_the_word_of_a_head_too(tmp_path):
+    given = [*feature_files(tmp_path, "float32"), "task.objective=probe"]
+    for head, kind in (("classification", "multiclass"), ("regression", "regression")):
+        data, _ = run_probe.read(checked(tmp_path, [*given, f"model.head.head_type={head}"]))
+        assert data.subtask == kind
+    with pytest.raises(UserError, match="may be classes or values"):
+        run_probe.read(checked(tmp_path, given))
+
+
+def with_halves(folder: Path) -> None:
+    """Adds a half to all labels of feature files and archives."""
+    for path in folder.glob("*.h5"):
+        with h5py.File(path, "a") as file:
+            file["labels"][...] += 0.5
+    for path in folder.glob("*.npz"):
+        held = dict(np.load(path))
+        np.savez(path, **(held | {"labels": held["labels"] + 0.5}))
+
+
+CLASSES = ["model.head.head_type=classification"]
+OF_INSTANCES = ["model.head.head_type=clam", "model.head.instance_eval=true"]
+NO_NUMBERS = "cannot predict numbers, and this is a regression"
+
+
+@pytest.mark.parametrize(
+    ("write", "head", "text"),
+    [
+        (feature_files, CLASSES, NO_NUMBERS),
+        (series, CLASSES, NO_NUMBERS),
+        (bags, OF_INSTANCES, "instance_eval = true labels instances by the class of their bag"),
+    ],
+)
+def test_a_head_of_classes_refuses_values(tmp_path, monkeypatch, capsys, write, head, text):
+    """What labels look like, and nothing states, is checked against the head too."""
+    given = write(tmp_path, "float64")
+    with_halves(tmp_path)
+    (tmp_path / "spec.toml").write_text('[logger]\nbackend = "none"\n')
+    monkeypatch.chdir(tmp_path)
+    assert glovita.main(["spec.toml", "--override", *given, *head]) == 2
+    said = capsys.readouterr().err
+    assert text in said and said.count("\n") == 1
+    assert not list(tmp_path.rglob("resolved_config.json"))
 
 
 EXPLICIT = ["mode=extract", "extract.method=joint", "extract.output_dir={folder}/features"]
