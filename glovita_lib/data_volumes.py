@@ -8,9 +8,7 @@ first one where several files are its channels, or what its files' names have be
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, get_args
 
@@ -24,6 +22,12 @@ from glovita_lib.dist import cores, number_of
 from glovita_lib.errors import UserError, listed
 from glovita_lib.files import on_disk, read_csv, read_json_table
 from glovita_lib.loggers import Rate
+from glovita_lib.read_dicom import (
+    SLICE_SUFFIXES,
+    image_frames,
+    looks_dicom,
+    series_conditions,
+)
 from glovita_lib.spec_data import VolumeData
 from glovita_lib.spec_samples import WholeSubtask
 from glovita_lib.spec_volumes import VolumePreparation
@@ -31,38 +35,106 @@ from glovita_lib.volume_cache import Entry, VolumeCache, VolumeSource
 
 CACHE = "volume_cache"  # folder of the cache files, below that of the data set
 DICOM = "dcm"  # the suffix that stands for folders of DICOM files too
-MAGIC = b"DICM"  # bytes 128 to 131 of a DICOM file
-LOOKED_AT = 3  # files of a folder
+LOOKED_AT = 3  # largest and smallest files of a folder
 
 # ---------------------------------------------------------------------- which volumes there are
 
 
-def dicom_folders(folder: Path) -> list[str]:
-    """Ids of the folders below `folder` that hold DICOM files themselves, sorted."""
-    found = []
+Kinds = dict[str, tuple[int, bool]]
+"""DICOM images of a folder by their names: frames, 0 of a damaged one, and whether they are of the
+series that is meant."""
+
+
+@dataclass(slots=True)
+class DicomVolumes:
+    """DICOM images below a folder."""
+
+    folders: set[str] = field(default_factory=set)
+    """Folders that hold images themselves."""
+    series: set[str] = field(default_factory=set)
+    """Those of them that hold slices: a sample each."""
+    files: set[str] = field(default_factory=set)
+    """Files with frames, which are volumes of their own, and damaged ones."""
+    others: set[str] = field(default_factory=set)
+    """Files with frames of another series than the one that is meant."""
+
+
+def find_dicom(folder: Path, series: str | None, *, apart: bool, itself: bool) -> DicomVolumes:
+    """The DICOM images below a folder.
+
+    Args:
+        series: the one that is meant, see `Reading`; None: any.
+        apart: whether a file with frames is a volume of its own; else it is a series of its folder.
+        itself: whether slices in the folder itself are a series, "."; else each is on its own.
+    """
+    conditions = series_conditions(series)
+    found = DicomVolumes()
     for parent, names in walk_folders(str(folder), []):
         inside = os.path.relpath(parent, folder).replace(os.sep, "/")
-        if inside != "." and holds_dicom(parent, names):
-            found.append(inside)
-    return sorted(found)
+        one = inside != "." or itself
+        kinds = image_kinds(parent, names, conditions, few=one)
+        if not kinds:
+            continue
+        found.folders.add(inside)
+        if not apart and one:
+            found.series.add(inside)
+            continue
+        start = "" if inside == "." else f"{inside}/"
+        framed = {name for name, (frames, _) in kinds.items() if frames > 1}
+        meant = meant_images(kinds)
+        if one and any(kinds[name][0] == 1 for name in meant):
+            found.series.add(inside)  # with the damaged ones among its slices
+            files = meant & framed
+        else:
+            files = {name for name in meant if not one or kinds[name][0] != 1}
+        found.files |= {start + name for name in files}
+        found.others |= {start + name for name in framed - meant}
+    return found
 
 
-def holds_dicom(folder: str, names: Sequence[str]) -> bool:
-    """Whether a folder with these files holds DICOM files: .dcm or .ima, or without a suffix or
-    named by a number, where a look at a few of them shows it."""
-    names = sorted(names)
-    likely = [name for name in names if name.lower().endswith((".dcm", ".ima"))]
-    bare = [name for name in names if PurePosixPath(name).suffix[1:].isdecimal() or "." not in name]
-    return any(True in islice(answers(folder, group), LOOKED_AT) for group in (likely, bare))
+def meant_images(kinds: Kinds) -> set[str]:
+    """Images of the series that is meant, and damaged ones; all where none is of it, so that
+    whoever reads them says so."""
+    meant = {name for name, (_, meets) in kinds.items() if meets}
+    return meant if any(kinds[name][0] for name in meant) else set(kinds)
 
 
-def answers(folder: str, names: Sequence[str]) -> Iterator[bool]:
-    """Whether files are DICOM, by their first bytes, without those that cannot be read: whoever
-    reads the folder says so."""
-    for name in names:
-        with suppress(OSError), open(os.path.join(folder, name), "rb") as file:
-            file.seek(128)
-            yield file.read(4) == MAGIC
+def image_kinds(
+    folder: str, names: Sequence[str], conditions: list[tuple[str, str]], *, few: bool
+) -> Kinds:
+    """The DICOM images among the files of a folder.
+
+    Args:
+        few: whether a few are enough where all are slices, which may be hundreds: the largest and
+            the smallest show a file with frames.
+    """
+    sizes = {name: size_of(os.path.join(folder, name)) for name in names if looks_dicom(name)}
+    order = sorted(sizes, key=lambda name: (-sizes[name], name))
+    kinds: dict[str, tuple[int, bool] | None] = {}
+
+    def look(some: Sequence[str], most: int) -> None:
+        images = 0
+        for name in some:
+            if name not in kinds:
+                kinds[name] = image_frames(os.path.join(folder, name), conditions)
+            kind = kinds[name]
+            images += kind is not None and kind[0] > 0
+            if images == most:
+                return
+
+    look(order, LOOKED_AT if few else len(order))
+    look(order[::-1], LOOKED_AT)
+    if any(kind and kind[0] > 1 for kind in kinds.values()):
+        look(order, len(order))
+    return {name: kind for name in order if (kind := kinds.get(name)) is not None}
+
+
+def size_of(path: str) -> int:
+    """Size of a file, -1 of a link to what is not there."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 @dataclass(slots=True)
@@ -74,14 +146,30 @@ class VolumeFolder(SampleFolder):
     suffixes: tuple[str, ...] = ()
     """What follows an id in the names of its files; none: an id is a file."""
     studies: frozenset[str] = frozenset()
-    """Folders of DICOM folders, which a table may name: a series of theirs is a sample."""
+    """Folders with DICOM images at any depth, which a table may name: a series of theirs is a
+    sample."""
+    dicom: bool = False
+    """Whether a table may name any DICOM file with frames."""
+    notes: tuple[str, ...] = ()
+    """Lines about what else there is."""
     rows: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Ids of all files of a sample, where a table names several."""
 
     def find(self, name: str) -> str | None:
         """Id of the volume at a path below the folder; also of a study."""
         path = str(PurePosixPath(name))
-        return path if path in self.studies else SampleFolder.find(self, name)
+        found = path if path in self.studies else SampleFolder.find(self, name)
+        if found is None and self.dicom and looks_dicom(path):
+            kind = image_frames(str(self.folder / path), [])
+            found = path if kind is not None and kind[0] > 1 else None
+        return found
+
+    def hint(self, name: str) -> str:
+        """See `SampleFolder.hint`; of a slice the folder of its series."""
+        parent = str(PurePosixPath(name).parent)
+        if (parent in self.studies or parent in self.known) and (self.folder / name).is_file():
+            return f'; a slice is no volume: name the folder of its series, "{parent}"'
+        return SampleFolder.hint(self, name)
 
     def find_row(self, names: tuple[str, ...]) -> tuple[str | None, str]:
         """Id of the sample of these files, that of the first, or the first name without a file."""
@@ -113,30 +201,68 @@ class VolumeFolder(SampleFolder):
 
 
 def open_folder(
-    folder: Path, exts: Sequence[str], suffixes: tuple[str, ...], report: list[str] | None
+    folder: Path,
+    data: VolumeData,
+    series: Sequence[str],
+    report: list[str] | None,
+    *,
+    itself: bool = False,
 ) -> tuple[VolumeFolder, dict[str, str]]:
     """The volumes below a folder, and for samples that lack one of their files the line that says
     so.
 
     Args:
+        data: the data set whose file names are meant.
+        series: conditions of DICOM series, see `Reading`.
         report: see `walk`.
+        itself: whether the folder may be a DICOM series too.
 
     Raises:
         UserError: no such folder, or one that cannot be listed.
     """
-    files = walk(folder, exts, report=report)
+    files = walk(folder, data.allowed_exts, report=report)
+    suffixes = data.path_suffix
+    dicom = DicomVolumes()
+    if is_dicom := DICOM in (ext.lower().lstrip(".") for ext in data.allowed_exts):
+        one = series[0] if len(series) == 1 else None
+        apart = len(series) < 2 or data.files_a_sample > 1
+        dicom = find_dicom(folder, one, apart=apart, itself=itself)
     if suffixes:
-        known = {*files, *(dicom_folders(folder) if DICOM in exts else ())}
+        known = {*files, *dicom.folders, *dicom.files, *dicom.others}
         starts = sorted({f.removesuffix(s) for s in suffixes for f in known if f.endswith(s)})
         lacking = {i: [s for s in suffixes if i + s not in known] for i in starts}
         broken = {i: f"no file {i}{missing[0]}" for i, missing in lacking.items() if missing}
         return VolumeFolder(folder, starts, suffixes=suffixes), broken
-    series = dicom_folders(folder) if DICOM in exts else []
-    inside = set(series)
-    files = [file for file in files if str(PurePosixPath(file).parent) not in inside]
-    parents = {str(parent) for each in series for parent in PurePosixPath(each).parents}
-    studies = frozenset(parents - {"."} - inside)
-    return VolumeFolder(folder, sorted([*files, *series]), studies=studies), {}
+    parent = {file: str(PurePosixPath(file).parent) for file in files}
+    files = [
+        file
+        for file in files
+        if parent[file] not in dicom.folders or not file.lower().endswith(SLICE_SUFFIXES)
+    ]
+    beside = [file for file in files if parent[file] in dicom.series]
+    above = {str(parent) for each in dicom.folders for parent in PurePosixPath(each).parents}
+    samples = VolumeFolder(
+        folder,
+        sorted({*files, *dicom.files, *dicom.series}),
+        studies=frozenset((above | dicom.folders) - {"."} - dicom.series),
+        dicom=is_dicom,
+        notes=tuple(dicom_notes(beside, sorted(dicom.others))),
+    )
+    return samples, {}
+
+
+def dicom_notes(beside: Sequence[str], others: Sequence[str]) -> Iterator[str]:
+    """Lines about volume files in folders of DICOM slices, and about files of other series."""
+    if beside:
+        yield (
+            f"{len(beside)} volume files lie beside the slices of a DICOM series"
+            f" ({listed(beside, 3)}): each counts as a volume of its own"
+        )
+    if others:
+        yield (
+            f"{len(others)} DICOM files with frames do not meet data.reading.series"
+            f" ({listed(others, 3)}): not used, unless a table names them"
+        )
 
 
 # ---------------------------------------------------------------------- preparing them
@@ -242,10 +368,11 @@ def _(spec: VolumeData, *, seed: int, asked: Asked) -> Data:
     report: list[str] = []
     folder, lacking = open_folder(
         on_disk(base / spec.images_dir),
-        spec.allowed_exts,
-        spec.path_suffix,
+        spec,
+        spec.reading.series,
         None if spec.strict else report,
     )
+    report += folder.notes
     if not folder.ids:
         exts = ", ".join(spec.path_suffix or spec.allowed_exts)
         raise UserError(f"{folder.folder}: no volume with a suffix of {exts}; see data.images_dir")
@@ -311,7 +438,7 @@ def unlabelled_volumes(
         )
     where = on_disk(Path(path))
     notes: list[str] = []
-    ids, files = new_files(where, data, None if data.strict else notes)
+    ids, files = new_files(where, data, samples.reading.series, notes)
     if not ids:
         raise UserError(f"{path}: no volume with a suffix of {', '.join(data.allowed_exts)}")
     beside = where if where.is_dir() else where.parent
@@ -333,12 +460,13 @@ def unlabelled_volumes(
 
 
 def new_files(
-    where: Path, data: VolumeData, report: list[str] | None
+    where: Path, data: VolumeData, series: Sequence[str], notes: list[str]
 ) -> tuple[list[str], list[tuple[str, ...]]]:
     """Ids and files of new samples.
 
     Args:
-        report: see `walk`; with one, samples that lack a file are left out and listed.
+        series: conditions of DICOM series, see `Reading`.
+        notes: takes lines worth showing, also about what is left out unless data.strict.
 
     Raises:
         UserError: there is nothing, or samples lack a file.
@@ -351,20 +479,14 @@ def new_files(
             tuple(str(on_disk(where.parent / f"{name}{s}")) for name in names for s in suffixes)
             for names in named
         ]
-    if where.is_dir() and not dicom_only(where, data):
-        folder, lacking = open_folder(where, data.allowed_exts, data.path_suffix, report)
-        left_out = Problems(data.strict, "volume", lacking).of_new(len(folder.ids))
-        if report is not None:
-            report += left_out
+    if where.is_dir():
+        report = None if data.strict else notes
+        folder, lacking = open_folder(where, data, series, report, itself=True)
+        notes += folder.notes
+        notes += Problems(data.strict, "volume", lacking).of_new(len(folder.ids))
         ids = [identity for identity in folder.ids if identity not in lacking]
-        return ids, [folder.files(identity) for identity in ids]
+        files = [folder.files(identity) for identity in ids]
+        return [where.name if identity == "." else identity for identity in ids], files
     if where.exists():
         return [where.name], [(str(where),)]
     raise UserError(f"{where}: no such file or folder, expected volumes, or a CSV of their paths")
-
-
-def dicom_only(where: Path, data: VolumeData) -> bool:
-    """Whether a folder holds the slices of one volume itself."""
-    # a link to what is not there is a file that is missing
-    names = [path.name for path in where.iterdir() if not path.is_dir() and path.name[0] != "."]
-    return DICOM in data.allowed_exts and holds_dicom(str(where), names)

@@ -180,6 +180,44 @@ def image_header(file: str, conditions: list[tuple[str, str]]) -> Any:
     return header
 
 
+def looks_dicom(name: str) -> bool:
+    """Whether a file may be DICOM by its name: with a suffix for it, with a number for one, as of
+    UIDs, or with none."""
+    suffix = os.path.splitext(name)[1]
+    return name.lower().endswith(SLICE_SUFFIXES) or not suffix or suffix[1:].isdecimal()
+
+
+def is_dicom(file: str) -> bool:
+    """Whether a file is DICOM by its first bytes."""
+    with open(file, "rb") as opened:
+        return opened.read(132)[128:] == b"DICM"
+
+
+def image_frames(file: str, conditions: list[tuple[str, str]]) -> tuple[int, bool] | None:
+    """Number of frames of a DICOM image, 0 of a damaged one, and whether it meets all conditions;
+    None: no DICOM image. Little of the header is read: the functional groups, which grow with the
+    frames, come later."""
+    from pydicom.datadict import tag_for_keyword
+    from pydicom.errors import InvalidDicomError
+    from pydicom.filereader import read_partial
+    from pydicom.tag import Tag
+
+    keywords = ["Rows", "NumberOfFrames", "SOPClassUID", *(word for word, _ in conditions)]
+    tags: list[Any] = [Tag(tag_for_keyword(keyword) or 0) for keyword in keywords]
+    last = max(tags)
+    named = file.lower().endswith(SLICE_SUFFIXES)
+    try:
+        with open(file, "rb") as opened:
+            header = read_partial(opened, lambda tag, vr, length: tag > last, specific_tags=tags)
+    except (InvalidDicomError, OSError):  # whoever reads it says so
+        return (0, True) if named else None
+    except Exception:  # pydicom raises anything where bytes are missing
+        return 0, True
+    if "Rows" not in header:
+        return (0, True) if of_images(header) else None
+    return int(header.get("NumberOfFrames") or 1), meets(header, conditions)
+
+
 def of_images(header: Any) -> bool:
     """Whether the class of a DICOM object is one of images, which have Rows; also where the header
     ends before it names one."""

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 
 from glovita_lib.errors import UserError, listed, reason
-from glovita_lib.read_dicom import Box, open_series, shape_text
+from glovita_lib.read_dicom import SLICE_SUFFIXES, Box, is_dicom, open_series, shape_text
 
 SUFFIXES = (".nii", ".nii.gz", ".npy", ".npz", ".b2nd", ".dcm")
 CANONICAL = "RAS"
@@ -170,7 +170,7 @@ def open_stored(path: str, how: Reading, series: str | None) -> Stored:
         return open_numpy(path, how)
     if name.endswith(".b2nd"):
         return open_blosc2(path, how)
-    if name.endswith(".dcm"):
+    if name.endswith(SLICE_SUFFIXES) or is_dicom(path):
         return open_dicom(path, series)
     raise UserError(f"no volume file: its suffix is none of {', '.join(SUFFIXES)}")
 

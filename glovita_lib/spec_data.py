@@ -197,7 +197,8 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
     """What follows the names in tables and split files; several give one file each, as
     ["_0000.nii.gz", "_0001.nii.gz"], whose channels make up a sample."""
     allowed_exts: tuple[str, ...] = ("nii", "nii.gz", "npy", "npz", "b2nd", "dcm")
-    """File suffixes that count as volumes; with dcm folders of DICOM files are volumes."""
+    """File suffixes that count as volumes; with dcm also folders of DICOM slices, and DICOM files
+    with frames, whatever their names."""
     channels: Count | None = None
     """Channels of the files of a sample; none takes those that most have. Others are broken."""
     reading: VolumeReading = VolumeReading()
@@ -206,6 +207,12 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
     """Resampling, crop, intensities and where they are cached."""
     augmentation: VolumeAugmentation = VolumeAugmentation()
     """Policies and the patch that is cut."""
+
+    @property
+    def files_a_sample(self) -> int:
+        """How many files or DICOM folders a sample has by names."""
+        columns = len(self.path_columns) if self.label_source == "csv" else 1
+        return columns * max(1, len(self.path_suffix))
 
     def stated_subtask(self) -> Subtask | None:
         """None where dataset.json may tell."""
@@ -220,13 +227,12 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
         for name, texts in (("path_column", self.path_columns), ("path_suffix", self.path_suffix)):
             if len(set(texts)) < len(texts) or (name == "path_column" and not texts):
                 yield name, f"{shown(texts)} must name different ones, one at least"
-        files = len(self.path_columns) if self.label_source == "csv" else 1
-        if files > 1 and len(self.path_suffix) > 1:
+        files = self.files_a_sample
+        if files > len(self.path_suffix) > 1:
             yield (
                 "path_suffix",
                 f"{shown(self.path_suffix)}: with several path columns, one at most",
             )
-        files = max(files, len(self.path_suffix))
         if files > 1 and len(self.reading.series) not in (0, 1, files):
             yield (
                 "reading.series",

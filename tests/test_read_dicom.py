@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from volume_files import PLAIN, shipped, write_dicom
+from volume_files import PLAIN, shipped, write_dicom, write_frames
 
 from glovita_lib.errors import UserError
 from glovita_lib.read_volume import open_sample, open_volume
@@ -75,51 +75,11 @@ def test_shipped_series(tmp_path):
 
 def test_one_file_with_frames(tmp_path):
     """An enhanced image: geometry and scale in functional groups, frames in another order."""
-    from pydicom.dataset import Dataset
-    from pydicom.sequence import Sequence
-
-    folder = write_dicom(tmp_path / "a", VOXELS[..., :1], intercept=5)
-    (file,) = folder.iterdir()
-    image = pydicom.dcmread(file)
-
-    def part(**values):
-        return Sequence([values_of(values)])
-
-    def values_of(values):
-        data = Dataset()
-        for keyword, value in values.items():
-            setattr(data, keyword, value)
-        return data
-
-    shared = values_of(
-        {
-            "PixelMeasuresSequence": part(PixelSpacing=[0.5, 0.25]),
-            "PlaneOrientationSequence": part(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
-        }
-    )
-    order = [2, 0, 3, 1]
-    frames = [
-        values_of(
-            {
-                "PlanePositionSequence": part(ImagePositionPatient=[0, 0, 1.5 * place]),
-                "PixelValueTransformationSequence": part(
-                    RescaleSlope=1.0 + place, RescaleIntercept=-1.0
-                ),
-            }
-        )
-        for place in order
-    ]
-    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
-        delattr(image, keyword)
-    image.NumberOfFrames = 4
-    image.SharedFunctionalGroupsSequence = Sequence([shared])
-    image.PerFrameFunctionalGroupsSequence = Sequence(frames)
-    stored = np.stack([VOXELS[..., place].T for place in order])
-    image.PixelData = stored.astype("<i2").tobytes()
-    image.save_as(tmp_path / "a.dcm", enforce_file_format=True)
-    volume = open_volume(str(tmp_path / "a.dcm"), STORED)
-    assert volume.spacing == (0.25, 0.5, 1.5)
-    assert (volume.read()[0] == VOXELS * (1.0 + np.arange(4)) - 1).all()
+    for name in ("a.dcm", "a.IMA", "a", "1.2.840.17"):
+        file = write_frames(tmp_path / name, VOXELS, order=[2, 0, 3, 1], slopes=1.0 + np.arange(4))
+        volume = open_volume(str(file), STORED)
+        assert volume.spacing == (0.25, 0.5, 1.5)
+        assert (volume.read()[0] == VOXELS * (1.0 + np.arange(4)) - 1).all()
 
 
 def edit(file, **tags):

@@ -1,0 +1,247 @@
+"""DICOM in folders of samples: a folder of slices is one volume, a file with frames is one, and
+what lies beside them counts."""
+
+import csv
+import json
+import shutil
+from zlib import crc32
+
+import numpy as np
+import pytest
+from volume_files import blob, write_dicom, write_frames, write_nifti
+
+from glovita_lib.data import VolumeSamples
+from glovita_lib.data_volumes import unlabelled_volumes
+from glovita_lib.datasets import build_data
+from glovita_lib.errors import UserError
+from glovita_lib.spec_data import VolumeData
+from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
+
+pytest.importorskip("pydicom")
+
+PREPARED = VolumePreparation(size=(6, 5, 4), workers=1, crop="none")
+VOXELS = np.random.default_rng(0).integers(0, 900, (6, 5, 4), np.int16)
+FRAMED = ["a.dcm", "b.DCM", "c", "d.IMA", "e.dicom", "1.2.840.7"]
+
+
+def build(root, **fields):
+    fields = {"preparation": PREPARED, "label_source": "folder", "split_source": "subdirs"} | fields
+    return build_data(VolumeData(data_root_dir=str(root), **fields), seed=0)
+
+
+def ids_of(data):
+    return sorted(name for split in data.splits.values() for name in split.ids)
+
+
+def new_volumes(folder, data=None, **reading):
+    samples = VolumeSamples(channels=1, reading=VolumeReading(**reading), preparation=PREPARED)
+    return unlabelled_volumes(str(folder), samples, data or VolumeData())
+
+
+def framed(folder, names=FRAMED):
+    """Files with frames, all of other voxels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        seed = crc32(str(folder / name).encode())
+        voxels = np.random.default_rng(seed).integers(0, 900, VOXELS.shape, np.int16)
+        write_frames(folder / name, voxels, uid=f"1.{number}")
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Class folders of two splits with files with frames of all names, one a volume."""
+    for split in ("train", "val"):
+        for kind in ("dark", "bright"):
+            framed(tmp_path / "images" / split / kind)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------- files with frames
+
+
+def test_files_with_frames_are_volumes_in_class_folders(root):
+    data = build(root)
+    wanted = [f"{s}/{k}/{n}" for s in ("train", "val") for k in ("bright", "dark") for n in FRAMED]
+    assert ids_of(data) == sorted(wanted) and data.class_names == ("bright", "dark")
+    volumes = data.splits["train"].source.fetch(np.arange(12))
+    assert volumes.shape == (12, 1, 6, 5, 4) and not data.report
+    shutil.move(root / "images" / "train" / "dark" / "a.dcm", root / "images" / "at the top.dcm")
+    with pytest.raises(UserError, match="no split"):  # the others are found, this one is counted
+        build(root, train_split_name="learn")
+    assert len(ids_of(build(root))) == 23
+
+
+def test_tables_name_files_with_frames_and_folders_of_them(root):
+    folder = root / "images" / "alone"
+    framed(folder, ["scan"])
+    names = ["train/dark/a.dcm", "train/bright/c", "val/dark/1.2.840.7", "alone"]
+    splits = ["train", "train", "val", "val"]
+    with open(root / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [("path", "label", "split"), *zip(names, "abab", splits, strict=True)]
+        )
+    assert ids_of(build(root, label_source="csv", split_source="csv")) == sorted(names)
+    (root / "labels.json").write_text(json.dumps(dict(zip(names, "abab", strict=True))))
+    (root / "splits.json").write_text(json.dumps([{"train": names[:2], "val": names[2:]}]))
+    assert ids_of(build(root, label_source="json", split_source="splits_json")) == sorted(names)
+    entries = [{"image": n, "label": k} for n, k in zip(names, "abab", strict=True)]
+    (root / "dataset.json").write_text(json.dumps({"train": entries[:2], "val": entries[2:]}))
+    found = build(root, label_source="dataset_json", split_source="dataset_json")
+    assert ids_of(found) == sorted(names)
+
+
+def test_two_columns_and_suffixes_of_files_with_frames(tmp_path):
+    for case in range(4):
+        framed(tmp_path / "images" / f"p{case}", ["t1.dcm", "t2"])
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        rows = [(f"p{n}/t1.dcm", f"p{n}/t2", f"p{n}", n % 2, "tv"[n > 1]) for n in range(4)]
+        csv.writer(file).writerows([("a", "b", "path", "label", "split"), *rows])
+    of_table = {"label_source": "csv", "split_source": "csv"}
+    of_table |= {"train_split_name": "t", "val_split_name": "v"}
+    pairs = build(tmp_path, path_column=("a", "b"), **of_table)
+    assert pairs.samples.channels == 2 and ids_of(pairs) == [f"p{n}/t1.dcm" for n in range(4)]
+    names = build(tmp_path, path_suffix=("/t1.dcm", "/t2"), **of_table)
+    assert names.samples.channels == 2 and ids_of(names) == [f"p{n}" for n in range(4)]
+
+
+def test_a_damaged_file_with_frames_has_its_own_line(root):
+    whole = (root / "images" / "train" / "dark" / "a.dcm").read_bytes()
+    for name, size in (("a.dcm", len(whole) - 20), ("b.DCM", 200), ("e.dicom", 0)):
+        (root / "images" / "train" / "dark" / name).write_bytes(whole[:size])
+    with pytest.raises(UserError) as caught:
+        build(root)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("3 volumes cannot be used") and len(lines) == 4
+    for name in ("a.dcm: a.dcm is trunc", "b.DCM: b.DCM is trunc", "e.dicom: an empty file"):
+        assert any(line.startswith(f"  train/dark/{name}") for line in lines), lines
+    assert len(ids_of(build(root, strict=False))) == 21
+
+
+def test_new_files_with_frames(root):
+    split, notes = new_volumes(root / "images")
+    assert len(split.ids) == 24 and not notes
+    split, _ = new_volumes(root / "images" / "train" / "dark")
+    assert split.ids == sorted(FRAMED)
+    for name in FRAMED:
+        assert new_volumes(root / "images" / "train" / "dark" / name)[0].ids == [name]
+
+
+# ---------------------------------------------------------------------- what lies beside slices
+
+
+@pytest.fixture
+def cases(tmp_path):
+    """Four series of slices, of each class and split one."""
+    for number, case in enumerate(["train/dark/p", "train/bright/p", "val/dark/p", "val/bright/p"]):
+        write_dicom(tmp_path / "images" / case, VOXELS + number, uid=f"1.{number}")
+    return tmp_path
+
+
+def test_other_volume_files_beside_slices_are_kept(cases):
+    write_nifti(cases / "images" / "train" / "dark" / "p" / "t1.nii.gz", blob((9, 9, 9)))
+    data = build(cases)
+    assert "train/dark/p" in ids_of(data) and "train/dark/p/t1.nii.gz" in ids_of(data)
+    assert any("1 volume files lie beside the slices" in line for line in data.report)
+    split, notes = new_volumes(cases / "images" / "train" / "dark" / "p")
+    assert split.ids == ["p", "t1.nii.gz"] and "beside the slices" in notes[0]
+    scout = cases / "images" / "val" / "dark" / "q"
+    write_dicom(scout, VOXELS[..., :1])
+    write_nifti(scout / "t1.nii.gz", blob((9, 9, 9)))
+    with pytest.raises(UserError, match="val/dark/q: a single slice"):
+        build(cases)
+    assert "val/dark/q/t1.nii.gz" in ids_of(build(cases, strict=False))
+
+
+def test_a_scout_beside_a_file_with_frames(cases):
+    folder = cases / "images" / "train" / "dark" / "q"
+    write_dicom(folder, VOXELS[..., :1], uid="2.1", description="scout")
+    write_frames(folder / "scan", VOXELS, uid="2.2", description="scan")
+    with pytest.raises(UserError, match=r"train/dark/q: 2 series, choose one with .*; there are"):
+        build(cases)
+    assert "train/dark/q/scan" in ids_of(build(cases, strict=False))
+    chosen = {"reading": VolumeReading(series=("SeriesDescription=scan",))}
+    with pytest.raises(UserError) as caught:
+        build(cases, **chosen)
+    assert str(caught.value).count("no series with") == 4 and "/q" not in str(caught.value)
+    kept = {"reading": VolumeReading(series=("SeriesDescription=t1",))}
+    shutil.rmtree(folder)
+    framed(cases / "images" / "train" / "dark" / "p", ["dose"])
+    for file in (cases / "images" / "train" / "dark" / "p").glob("dose"):
+        write_frames(file, VOXELS, description="dose")
+    data = build(cases, **kept)
+    assert len(ids_of(data)) == 4
+    assert any("1 DICOM files with frames do not meet" in line for line in data.report)
+
+
+def test_frames_among_many_slices_are_never_lost(tmp_path):
+    """Of a folder of slices few are looked at; what they do not show is met when it is read."""
+    for split in ("train", "val"):
+        for kind in ("dark", "bright"):
+            write_dicom(tmp_path / "images" / split / kind / "p", np.tile(VOXELS, (1, 1, 5)))
+    folder = tmp_path / "images" / "train" / "dark" / "p"
+    for number, file in enumerate(sorted(folder.iterdir())):  # of any size
+        with open(file, "ab") as opened:
+            opened.write(b"\xfc\xff\xfc\xffOB\0\0" + (90 * number).to_bytes(4, "little"))
+            opened.write(bytes(90 * number))
+    file = write_frames(folder / "x.dcm", VOXELS, uid="9")
+    sizes = sorted(path.stat().st_size for path in folder.iterdir())
+    assert 3 < sizes.index(file.stat().st_size) < len(sizes) - 4
+    with pytest.raises(UserError, match="train/dark/p: 2 series, choose one"):
+        build(tmp_path)
+    names = [f"{s}/{k}/p" for s in ("train", "val") for k in ("dark", "bright")]
+    names[0] += "/x.dcm"
+    of_table = {"label_source": "json", "split_source": "splits_json"}
+
+    def write_tables():
+        (tmp_path / "labels.json").write_text(json.dumps(dict(zip(names, "abab", strict=True))))
+        splits = {"train": names[:2], "val": names[2:]}
+        (tmp_path / "splits.json").write_text(json.dumps([splits]))
+
+    write_tables()
+    assert ids_of(build(tmp_path, **of_table)) == sorted(names)
+    names[0] = sorted(folder.iterdir())[2].relative_to(tmp_path / "images").as_posix()
+    write_tables()
+    with pytest.raises(UserError, match='a slice is no volume: name the folder of its series, "tr'):
+        build(tmp_path, **of_table)
+
+
+def test_directories_and_reports_are_no_volumes(cases):
+    """DICOMDIR above the folders of series, reports beside slices and alone."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    def other(path, uid):
+        path.parent.mkdir(exist_ok=True)
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, uid
+        meta.MediaStorageSOPInstanceUID = "1.2"
+        found = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
+        found.SOPClassUID, found.SOPInstanceUID = uid, "1.2"
+        found.save_as(path, enforce_file_format=True)
+
+    disk, report = "1.2.840.10008.1.3.10", "1.2.840.10008.5.1.4.1.1.88.11"
+    images = cases / "images" / "train" / "dark"
+    other(images / "DICOMDIR", disk)
+    other(images / "p" / "report.dcm", report)
+    assert len(ids_of(build(cases))) == 4
+    other(images / "alone" / "report.dcm", report)
+    with pytest.raises(UserError, match=r"train/dark/alone/report.dcm: no DICOM image"):
+        build(cases)
+
+
+def test_slices_at_the_top_are_named(cases):
+    for number, file in enumerate(sorted((cases / "images" / "val" / "dark" / "p").iterdir())):
+        shutil.copy(file, cases / "images" / f"{number}.dcm")
+    data = build(cases)
+    assert len(ids_of(data)) == 4
+    split, notes = new_volumes(cases / "images", VolumeData(strict=False))
+    assert len(split.ids) == 4 and "images: 4 series, choose one" in notes[0]
+    for file in (cases / "images").glob("*.dcm"):
+        (cases / "flat").mkdir(exist_ok=True)
+        shutil.move(file, cases / "flat" / file.name)
+    with pytest.raises(UserError, match="4 volumes cannot be used.*\n.*0.dcm: a single slice"):
+        rows = {f"{number}.dcm": number % 2 for number in range(4)}
+        (cases / "labels.json").write_text(json.dumps(rows))
+        fields = {"label_source": "json", "split_source": "kfold", "n_folds": 2}
+        build(cases, images_dir="flat", **fields)
