@@ -10,10 +10,12 @@ CPU time of one process on one core, the best of some runs by turns.
 - sparse: 16 frames in a random order, each video opened anew, against decord's usual random access
   (reader[number]) in that order; target: at least 2 where key frames are few. decord's get_batch of
   the frames in ascending order is printed too: it is what reading in one pass amounts to.
-- augmentation: 16 clips of 16 frames of 128 x 171 to 112 x 112 by our batched policies against
-  torchvision's transforms clip by clip: that of its own reference training (float, resize, flip,
-  normalise, crop), and a random resized crop with flip and colour jitter; target: at least 3,
-  which neither reaches (1.4 to 1.9 and 0.8 to 1.1 on a busy machine).
+- augmentation: 16 clips of 16 frames of 128 x 171 in memory to 112 x 112 by our policies
+  (cut, resized, stacked as a loader does, augmented, normalised) against torchvision's transforms
+  on each clip (T, C, H, W) uint8 and a stack of the results, at the same size and interpolation:
+  that of its own reference training (float, resize, flip, normalise, crop), and an antialiased
+  random resized crop with flip and colour jitter (brightness, contrast, saturation, hue); target:
+  at least 3. Of the second, two fifths are the resampling, which is Pillow's bit by bit.
 - leaks: open files and memory of a process that reads clips of all videos 80 times.
 """
 

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glovita_lib.augment_crop import CropResize
-from glovita_lib.augment_images import OPERATIONS, ClipGenerator, Placement
+from glovita_lib.augment_images import (
+    OPERATIONS,
+    Change,
+    ClipGenerator,
+    Placement,
+    Planned,
+    Stage,
+)
 from glovita_lib.encoder import Preprocess
 from glovita_lib.errors import UserError, refuse
 from glovita_lib.spec import Spec
@@ -31,6 +38,9 @@ from glovita_lib.spec_augment import (
 # The augmentation that follows from spec, encoder and policy, and its application to a batch.
 #
 # B batch, C channels, H W source pixels, S side of the canvas.
+
+CPU = torch.device("cpu")
+BLOCK = 1 << 19  # values that a core augments at once
 
 
 class ResolvedImageAugmentation(Spec):
@@ -210,51 +220,53 @@ class Augmenter:
         self.mean, self.std = torch.tensor(resolved.mean), torch.tensor(resolved.std)  # (C,)
         self.placed_constants: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def __call__(self, inputs: Tensor, fitted: bool, seed: int, frames: int = 1) -> Tensor:
+    def __call__(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
         """Augmented and normalised batch.
 
         Args:
             inputs: (B, C, H, W) uint8, or int32 for 16-bit images.
             fitted: whether the crop and resize already happened, H = W = S.
             seed: of the random parameters; unused in evaluation.
-            frames: images that follow one another and share what is drawn, see ClipAugmenter.
 
         Returns:
             (B, C, S, S) float32 on the device of the inputs.
         """
+        out = empty(*inputs.shape[:2], self.size, self.size, device=inputs.device)
         with torch.autocast(inputs.device.type, enabled=False):  # 8 bits of bf16 move pixels
-            return self.transformed(inputs, fitted, seed, frames)
+            self.write(inputs, fitted, seed, out[None])
+        return out
 
-    def transformed(self, inputs: Tensor, fitted: bool, seed: int, frames: int = 1) -> Tensor:
-        """The same in the precision of the caller."""
-        batch, channels = inputs.shape[:2]
-        if not batch:
-            return torch.empty(0, channels, self.size, self.size, device=inputs.device)
-        generator = ClipGenerator()
-        generator.manual_seed(seed)
-        # (B, C, S, S), 0..peak; a fresh tensor
-        x = self.placed(inputs, fitted, generator, frames).float()
-        generator.frames = frames
-        scale, shift, mean = self.constants(x.device)
-        if changing := OPERATIONS.active(self.ops, "values"):
-            x = x.div_(self.peak)
-            for each in changing:
-                x = each.function(x, self.ops, generator, mean)
-            x = x.mul_(self.peak)
-        x = x.mul_(scale).sub_(shift)
-        for each in OPERATIONS.active(self.ops, "normalised"):
-            x = each.function(x, self.ops, generator, mean)
-        return x
+    def write(self, inputs: Tensor, fitted: bool, seed: int, out: Tensor, frames: int = 1) -> None:
+        """Write the augmented and normalised images of a batch, in the precision of the caller.
 
-    def placed(
-        self, inputs: Tensor, fitted: bool, generator: torch.Generator, frames: int = 1
-    ) -> Tensor:
-        """Crop, resize and flips: (B, C, H, W) -> (B, C, S, S); the inputs themselves where nothing
-        moves.
+        Everything is drawn first. A CPU then takes the images in blocks that stay in its cache.
 
         Args:
-            frames: images that follow one another and share what is drawn.
+            inputs: (G N, C, H, W), G groups of images, as in a call.
+            fitted, seed: as in a call.
+            out: (G, N, C, S, S) float32, of any strides.
+            frames: images that follow one another and share what is drawn, see ClipAugmenter.
         """
+        if not len(inputs):
+            return
+        generator = ClipGenerator()
+        generator.manual_seed(seed)
+        x, flips = self.placed(inputs, fitted, generator, frames)
+        generator.frames = frames
+        values, normalised = (self.planned(x, each, generator) for each in ("values", "normalised"))
+        edges, targets = blocks_of(x, out)
+        parts = zip(values.parts(edges), normalised.parts(edges), targets, strict=True)
+        for first, last, (before, after, target) in zip(edges, edges[1:], parts, strict=False):
+            block = x[first:last]
+            for axis, flip in flips.items():
+                block = flipped(block, flip[first:last], axis)
+            self.normalise(self.changed(block, first, before), first, after, target)
+
+    def placed(
+        self, inputs: Tensor, fitted: bool, generator: torch.Generator, frames: int
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Images (B, C, H, W) cropped and resized to (B, C, S, S), the inputs themselves where they
+        are already, and the flips (B,) bool that are left to do, by their axis."""
         batch, _, height, width = inputs.shape
         place = Placement(self.fit, np.tile([height, width], (batch // frames, 1)))
         if fitted:
@@ -269,18 +281,46 @@ class Augmenter:
         )
         assert boxes is not None
         if not fitted:
-            return self.fit.canvas(inputs, boxes, hflip=flips[0], vflip=flips[1])
-        for flip, axis in zip(flips, (3, 2), strict=True):  # nothing else moves
-            if flip is not None and bool(flip.any()):
-                rows = flip.nonzero()[:, 0].to(inputs.device, non_blocking=True)
-                inputs = inputs.index_copy(0, rows, inputs.index_select(0, rows).flip(axis))
-        return inputs
+            return self.fit.canvas(inputs, boxes, hflip=flips[0], vflip=flips[1]), {}
+        drawn = zip((3, 2), flips, strict=True)
+        return inputs, {axis: flip for axis, flip in drawn if flip is not None}
 
-    @property
-    def changes_values(self) -> bool:
-        """Whether the policy does more than move pixels."""
-        stages = (OPERATIONS.active(self.ops, stage) for stage in ("values", "normalised"))
-        return any(map(bool, stages))
+    def planned(self, x: Tensor, stage: Stage, generator: torch.Generator) -> Planned:
+        """What the operations of a stage change of images."""
+        plan, mean = Planned(x.shape, x.device), self.constants(x.device)[2]
+        for each in OPERATIONS.active(self.ops, stage):
+            plan = each.function(plan, self.ops, generator, mean)
+        return plan
+
+    def changed(self, x: Tensor, first: int, changes: list[tuple[Change, slice]]) -> Tensor:
+        """Images in 0..1 after what is to be changed of them; whole levels where no policy changes
+        values.
+
+        Args:
+            x: (n, C, S, S) in 0..peak, from this one of the batch on.
+            changes: see Planned.parts.
+        """
+        if not OPERATIONS.active(self.ops, "values"):
+            return x
+        x = x / self.peak
+        for change, part in changes:
+            x = change.of(x, first, part)
+        return x
+
+    def normalise(
+        self, x: Tensor, first: int, changes: list[tuple[Change, slice]], out: Tensor
+    ) -> None:
+        """Write images, normalised, after what is to be changed of them then, to `out`."""
+        levels = not x.is_floating_point()
+        scale, shift, _ = self.constants(x.device)
+        scale = scale if levels else scale * self.peak
+        if not changes:
+            torch.mul(x.view(out.shape), scale, out=out).sub_(shift)
+            return
+        x = x.mul(scale).sub_(shift)
+        for change, part in changes:
+            x = change.of(x, first, part)
+        out.copy_(x.view(out.shape))
 
     def constants(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Factor and shift (C, 1, 1) of the normalisation of values 0..peak, and the mean (C,)."""
@@ -292,6 +332,47 @@ class Augmenter:
                 mean,
             )
         return self.placed_constants[device]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
+    """A tensor to be filled; on a CPU in memory of numpy, which asks the system for huge pages: a
+    batch is filled for the first time in a fourth of the time then."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+
+
+def blocks_of(x: Tensor, out: Tensor) -> tuple[list[int], list[Tensor]]:
+    """Images that are augmented together: all of them, but on a CPU as many of a group as its cache
+    holds.
+
+    Args:
+        x: (G N, C, S, S).
+        out: (G, N, C, S, S).
+
+    Returns:
+        The first image of each block, with the number of all images at the end; and the parts of
+        `out` that are theirs.
+    """
+    if x.device.type != "cpu":
+        return [0, len(x)], [out]
+    length = out.shape[1]
+    blocks = math.ceil(length * x[0].numel() / (BLOCK * torch.get_num_threads()))
+    size = math.ceil(length / blocks)
+    edges = [
+        start + first for start in range(0, len(x), length) for first in range(0, length, size)
+    ]
+    return [*edges, len(x)], [part for group in out for part in group.split(size)]
+
+
+def flipped(x: Tensor, flip: Tensor, axis: int) -> Tensor:
+    """Images (n, C, S, S), those of flip (n,) bool mirrored along an axis."""
+    if not bool(flip.any()):
+        return x
+    if bool(flip.all()):
+        return x.flip(axis)
+    rows = flip.nonzero()[:, 0].to(x.device, non_blocking=True)
+    return x.index_copy(0, rows, x.index_select(0, rows).flip(axis))
 
 
 # ------------------------------------------------------------------------------------- clips
@@ -388,32 +469,16 @@ class ClipAugmenter:
             fitted: True: clips come fitted.
             seed: of the random parameters; unused in evaluation.
         """
-        pixels = clips.pixels
-        each, frames = pixels.shape[1] if pixels.ndim == 6 else 1, pixels.shape[-4]
-        flat = pixels.flatten(0, -4)  # (B V T, C, S, S)
-        if len(flat) and not self.images.changes_values:
-            placed = self.images.placed(flat, fitted, torch.Generator().manual_seed(seed), frames)
-            x = self.normalised(placed.unflatten(0, (len(pixels), each * frames)))
-        else:
-            images = self.images(flat, fitted, seed, frames)
-            x = images.unflatten(0, (len(pixels), each * frames)).transpose(1, 2)
-        if each == 1 or self.combine == "bag":
-            return x.contiguous()
-        views = x.unflatten(2, (each, -1)).transpose(1, 2)  # (B, V, C, T, S, S)
-        return ManyClips(views.contiguous(), self.combine, self.chunk)
-
-    def normalised(self, clips: Tensor) -> Tensor:
-        """Clips (B, T, C, S, S) uint8 -> (B, C, T, S, S) float32; on a CPU one after the other, so
-        that each stays in its cache."""
-        scale, shift, _ = self.images.constants(clips.device)
-        scale, shift = scale[:, None], shift[:, None]  # (C, 1, 1, 1)
-        x = clips.transpose(1, 2)
-        if clips.device.type != "cpu":
-            return x.mul(scale).sub_(shift)
-        out = torch.empty(x.shape)
-        for clip, target in zip(x, out, strict=True):
-            torch.mul(clip, scale, out=target).sub_(shift)
-        return out
+        pixels = clips.pixels if clips.pixels.ndim == 6 else clips.pixels[:, None]
+        batch, each, frames, channels = pixels.shape[:4]
+        views = () if each == 1 or self.combine == "bag" else (each,)
+        length = frames if views else each * frames
+        side = self.images.size
+        x = empty(batch, *views, channels, length, side, side, device=pixels.device)
+        with torch.autocast(pixels.device.type, enabled=False):
+            out = x.transpose(-4, -3).flatten(0, -5)  # (groups, length, C, S, S)
+            self.images.write(pixels.flatten(0, 2), fitted, seed, out, frames)
+        return ManyClips(x, self.combine, self.chunk) if views else x
 
 
 # -------------------------------------------------------------------------- mixup and cutmix

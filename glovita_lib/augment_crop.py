@@ -295,31 +295,40 @@ def resample_axes(
 # ------------------------------------------------------------------------ resampling by Pillow
 
 
-def resample_by_pillow(image: np.ndarray, box: Tensor, size: int, interpolation: str) -> np.ndarray:
-    """A window resampled by Pillow itself, on a CPU several times as fast as the products.
+def resample_by_pillow(
+    images: np.ndarray, box: Tensor, size: int, interpolation: str
+) -> np.ndarray:
+    """A window of images resampled by Pillow itself, on a CPU several times as fast as the
+    products.
 
-    image (C, H, W) uint8, box (2, 4) -> (C, S, S), the same as `resample` gives.
+    images (N, C, H, W) uint8, box (2, 4) -> (N, C, S, S), the same as `resample` gives.
     """
     (y, h, tall, top), (x, w, wide, left) = box.tolist()
-    cut = cut_window(image, y, x, h, w)
     method = KERNELS[interpolation][2]
-    axes = (0, 1) if bool(rows_first(box[None])) else (1, 0)
+    first = bool(rows_first(box[None]))
 
     def resized(pixels: np.ndarray) -> np.ndarray:
         picture = Image.fromarray(np.ascontiguousarray(pixels))
-        for axis in axes:  # one a call: which of two goes first depends on Pillow's version
+        for down in (first, not first):  # one a call: which goes first depends on Pillow's version
             width, height = picture.size
-            if axis == 0:
+            if down:
                 picture = picture.resize((width, tall), method)
-                picture = picture.crop((0, top, width, top + size))
+                shown = (0, top, width, top + size)
             else:
                 picture = picture.resize((wide, height), method)
-                picture = picture.crop((left, 0, left + size, height))
+                shown = (left, 0, left + size, height)
+            if shown != (0, 0, *picture.size):
+                picture = picture.crop(shown)
         return np.asarray(picture)
 
-    if len(cut) == 3:
-        return resized(cut.transpose(1, 2, 0)).transpose(2, 0, 1)
-    return np.stack([resized(band) for band in cut])
+    canvas = np.empty((*images.shape[:2], size, size), np.uint8)
+    for image, target in zip(images, canvas, strict=True):
+        cut = cut_window(image, y, x, h, w)
+        if len(cut) == 3:
+            target[:] = resized(cut.transpose(1, 2, 0)).transpose(2, 0, 1)
+        else:
+            target[:] = [resized(band) for band in cut]
+    return canvas
 
 
 def cut_window(image: np.ndarray, y: int, x: int, h: int, w: int) -> np.ndarray:
@@ -524,16 +533,18 @@ class CropResize:
         if images.dtype != torch.uint8 or images.device.type != "cpu":
             return self.by_products(images, boxes, (rows, columns))
         canvas = images.new_empty(*images.shape[:2], self.size, self.size)
-        for i, (image, box) in enumerate(zip(images, boxes, strict=True)):
+        moving = hflip is not None or vflip is not None
+        count = len(images) if boxes.stride(0) == 0 and not moving else 1  # of a clip all frames
+        for part in (slice(first, first + count) for first in range(0, len(images), count)):
+            box = boxes[part.start]
             if int(box[:, RESIZED].prod()) > WASTE * self.size**2:
-                positions = rows[i : i + 1], columns[i : i + 1]
-                canvas[i] = self.by_products(image[None], box[None], positions)[0]
+                positions = rows[part], columns[part]
+                canvas[part] = self.by_products(images[part], boxes[part], positions)
                 continue
-            found = resample_by_pillow(image.numpy(), box, self.size, self.interpolation)
-            steps = (-1 if flip is not None and flip[i] else 1 for flip in (vflip, hflip))
-            canvas[i].numpy()[:] = found[
-                (slice(None), *(slice(None, None, step) for step in steps))
-            ]
+            found = resample_by_pillow(images[part].numpy(), box, self.size, self.interpolation)
+            flips = (flip is not None and bool(flip[part.start]) for flip in (vflip, hflip))
+            mirrored = (slice(None, None, -1 if flip else 1) for flip in flips)
+            canvas[part].numpy()[:] = found[(slice(None), slice(None), *mirrored)]
         return canvas
 
     def by_products(

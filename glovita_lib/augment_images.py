@@ -70,10 +70,10 @@ operation = OPERATIONS.register
 
 # ------------------------------------------------------------------------- single operations
 #
-# The operations take images (B, C, H, W) float32 in 0..1 and parameters (B,) on their device, and
-# return new images. A registered function draws the parameters on the CPU and applies an operation
-# only to the samples that drew it. Colour operations leave a fourth channel (alpha) alone and do
-# without saturation and hue on grey images. B batch, C channels, H W pixels.
+# The operations take images (B, C, H, W) float32 in 0..1, which they may change, and parameters
+# (B,) on their device, and return images. A registered function draws the parameters on the CPU and
+# applies an operation only to the samples that drew it. Colour operations leave a fourth channel
+# (alpha) alone and do without saturation and hue on grey images. B batch, C channels, H W pixels.
 
 GREY = (0.2989, 0.587, 0.114)  # luma of R, G, B, ITU-R BT.601 as in torchvision
 MAX_SHEAR_DEGREES = 89.0  # degrees
@@ -121,24 +121,77 @@ def to(device: torch.device, *values: Tensor) -> list[Tensor]:
     return [value.to(device, non_blocking=True) for value in values]
 
 
-def on_rows(x: Tensor, chosen: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An operation on some samples of a batch."""
+
+    rows: Tensor  # (n,) int64 on the CPU, ascending
+    operation: Callable[..., Tensor]  # images (n, C, S, S) and parameters (n, ...) -> images
+    parameters: tuple[Tensor, ...]  # each (n, ...), on the CPU
+
+    def of(self, x: Tensor, first: int = 0, part: slice = slice(None)) -> Tensor:
+        """Images changed, which may happen in place.
+
+        Args:
+            x: (B, C, S, S), the samples of the batch from `first` on.
+            part: which of the rows are among them.
+        """
+        parameters, rows = [each[part] for each in self.parameters], self.rows[part]
+        if len(rows) == len(x):
+            return self.operation(x, *parameters)
+        there = (rows - first).to(x.device, non_blocking=True)
+        return x.index_copy_(0, there, self.operation(x.index_select(0, there), *parameters))
+
+
+@dataclass(slots=True)
+class Planned:
+    """In the place of images: what is to be changed of them is noted, to be done block by block."""
+
+    shape: torch.Size  # (B, C, S, S)
+    device: torch.device
+    changes: list[Change] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def parts(self, edges: list[int]) -> list[list[tuple[Change, slice]]]:
+        """What is to be changed of the samples from each edge to the next, in its order: the
+        changes and which of their rows these samples are."""
+        bounds = [
+            torch.searchsorted(each.rows, torch.tensor(edges)).tolist() for each in self.changes
+        ]
+        return [
+            [
+                (change, slice(bound[block], bound[block + 1]))
+                for change, bound in zip(self.changes, bounds, strict=True)
+                if bound[block] < bound[block + 1]
+            ]
+            for block in range(len(edges) - 1)
+        ]
+
+
+Images = TypeVar("Images", Tensor, Planned)
+
+
+def on_rows(
+    x: Images, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor
+) -> Images:
     """The operation on the chosen rows of x only; x itself may be changed.
 
-    chosen: row numbers, int64 on the CPU, without repeats.
+    Args:
+        x: images, or what stands for them.
+        chosen: row numbers (n,), int64 on the CPU, ascending.
+        operation: images (n, C, S, S) and the parameters -> images; it sees them in parts, if x is
+            planned.
+        parameters: of the chosen rows, (n, ...) on the CPU.
     """
     if not len(chosen):
         return x
-    if len(chosen) == len(x):  # row order is kept, as coin and grouping give sorted rows
-        return operation(x)
-    rows = chosen.to(x.device, non_blocking=True)
-    return x.index_copy_(0, rows, operation(x.index_select(0, rows)))
-
-
-def colours(x: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
-    """The operation on grey or RGB, a fourth channel untouched."""
-    if x.shape[1] != 4:
-        return operation(x)
-    return torch.cat([operation(x[:, :3]), x[:, 3:]], 1)
+    change = Change(chosen, operation, parameters)
+    if isinstance(x, Planned):
+        x.changes.append(change)
+        return x
+    return change.of(x)
 
 
 # --- geometry ---------------------------------------------------------------------------------
@@ -175,7 +228,7 @@ def random_vflip(place: Placement, ops: ImageOps, generator: torch.Generator) ->
 
 
 @operation("rotate_p", "affine_p")
-def random_warp(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
+def random_warp(x: Images, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Images:
     """Rotation, then affine warp, as one resampling with reflected borders."""
     count = len(x)
     rotated = coin(count, ops.rotate_p, generator)
@@ -188,7 +241,7 @@ def random_warp(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tens
         torch.where(warped, zoom, 1.0), shift * warped[:, None], shear * warped[:, None]
     ) @ rotation(angle * rotated)
     rows = (rotated | warped).nonzero()[:, 0]
-    return on_rows(x, rows, lambda part: warp(part, matrices[rows], padding="reflection"))
+    return on_rows(x, rows, partial(warp, padding="reflection"), matrices[rows])
 
 
 def rotation(degrees: Tensor) -> Tensor:
@@ -236,7 +289,7 @@ def warp(x: Tensor, matrices: Tensor, *, padding: str, fill: float = 0.0) -> Ten
 
 
 @operation("jitter_p")
-def random_colour(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
+def random_colour(x: Images, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Images:
     """Colour jitter with its four steps in a random order per sample, or for half of the chosen
     samples a brightness and contrast change where the policy has one."""
     chosen = coin(len(x), ops.jitter_p, generator)
@@ -246,13 +299,10 @@ def random_colour(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Te
     amount = uniform(
         len(rows), -ops.brightness_contrast, ops.brightness_contrast, generator, 2
     ).unbind(1)
-    change = to(x.device, *amount)
-    return on_rows(
-        x, rows, lambda part: colours(part, lambda rgb: brightness_contrast(rgb, *change))
-    )
+    return on_rows(x, rows, of_colours(brightness_contrast), *amount)
 
 
-def jittered(x: Tensor, rows: Tensor, ops: ImageOps, generator: torch.Generator) -> Tensor:
+def jittered(x: Images, rows: Tensor, ops: ImageOps, generator: torch.Generator) -> Images:
     """Colour jitter of some rows; the samples at the same step in their own order go together."""
     count = len(rows)
     factors = [
@@ -265,17 +315,21 @@ def jittered(x: Tensor, rows: Tensor, ops: ImageOps, generator: torch.Generator)
     for turn in range(4):
         for step, operation in enumerate(steps):
             here = (order[:, turn] == step).nonzero()[:, 0]
-            if ops.jitter[step] and len(here):
-                (factor,) = to(x.device, factors[step][here])
-                x = on_rows(x, rows[here], part_of_colours(operation, factor))
+            if ops.jitter[step]:
+                x = on_rows(x, rows[here], of_colours(operation), factors[step][here])
     return x
 
 
-def part_of_colours(
-    operation: Callable[[Tensor, Tensor], Tensor], factor: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """A colour operation with its parameters bound."""
-    return lambda part: colours(part, lambda rgb: operation(rgb, factor))
+def of_colours(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operation on grey or RGB, a fourth channel untouched; its parameters come on the CPU."""
+
+    def applied(x: Tensor, *parameters: Tensor) -> Tensor:
+        there = to(x.device, *parameters)
+        if x.shape[1] != 4:
+            return operation(x, *there)
+        return torch.cat([operation(x[:, :3], *there), x[:, 3:]], 1)
+
+    return applied
 
 
 def per_sample(values: Tensor) -> Tensor:
@@ -284,65 +338,65 @@ def per_sample(values: Tensor) -> Tensor:
 
 
 def grey(x: Tensor) -> Tensor:
-    """Luma of RGB, (B, 1, H, W); grey images as they are."""
-    if x.shape[1] == 1:
-        return x
-    red, green, blue = x.unbind(1)
-    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]
-
-
-def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """other + factor (x - other), clipped to 0..1."""
-    return torch.lerp(other.expand_as(x), x, per_sample(factor)).clamp_(0, 1)
+    """Luma of RGB (B, 3, H, W), (B, 1, H, W)."""
+    red, green, blue = x.split(1, 1)
+    return (GREY[0] * red).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
     """factor x, clipped."""
-    return (x * per_sample(factor)).clamp_(0, 1)
+    return x.mul_(per_sample(factor)).clamp_(0, 1)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Distance to the mean luma of the image times factor."""
-    return blend(x, grey(x).mean((2, 3), keepdim=True), factor)
+    """Distance to the mean luma of the image times factor, clipped."""
+    means = x.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
+    luma = means if x.shape[1] == 1 else grey(means)
+    return x.mul_(per_sample(factor)).add_(luma.mul_(1 - per_sample(factor))).clamp_(0, 1)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Distance to the luma of each pixel times factor."""
-    return blend(x, grey(x), factor)
+    """Distance to the luma of each pixel times factor, clipped; grey images stay."""
+    if x.shape[1] == 1:
+        return x
+    factor = per_sample(factor)
+    luma = grey(x).mul_(1 - factor)
+    return x.mul_(factor).add_(luma).clamp_(0, 1)
 
 
 def brightness_contrast(x: Tensor, bright: Tensor, contrasted: Tensor) -> Tensor:
     """(1 + contrasted) x + bright, clipped (albumentations' RandomBrightnessContrast)."""
-    return torch.addcmul(per_sample(bright), x, 1 + per_sample(contrasted)).clamp_(0, 1)
+    return x.mul_(per_sample(1 + contrasted)).add_(per_sample(bright)).clamp_(0, 1)
 
 
 def hue(x: Tensor, turn: Tensor) -> Tensor:
     """RGB with the HSV hue turned by a share of the circle, saturation and value kept.
 
-    Channel c of a colour with hue h (sextants), value v and chroma d is
-    v - d max(0, min(1, k, 4 - k)) with k = (n_c + h) mod 6, n = 5, 3, 1 for R, G, B
-    (the closed form of the HSV cone).
+    Channel c of a colour with hue h (sextants), value v, least channel m and chroma d = v - m is
+    v - d max(0, min(1, 2 - r)), r the distance of h + s_c from 0 on the circle of 6, s = 3, 1, -1
+    for R, G, B (the closed form of the HSV cone). Of t from -6 to 6 that distance is
+    3 - ||t| - 3|, and d h is sign(G - B) (v - 2 m + G + B - R), from -3 d to 3 d: nothing has to be
+    divided.
     """
-    red, green, blue = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    safe = torch.where(chroma > 0, chroma, 1.0)
-    angle = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    angle = angle + 6 * turn[:, None, None]  # (B, H, W) sextants
-    starts = torch.tensor([5.0, 3.0, 1.0]).to(x.device, non_blocking=True)[:, None, None]
-    k = (angle[:, None] + starts).remainder_(6)  # (B, 3, H, W)
-    share = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return torch.addcmul(value[:, None], chroma[:, None], share, value=-1)
+    red, green, blue = x.unbind(1)  # (B, H, W)
+    value = torch.maximum(red, green).clamp_(min=blue)
+    least = torch.minimum(red, green).clamp_(max=blue)
+    chroma = value - least
+    angle = torch.sub(value, least, alpha=2).add_(green).add_(blue).sub_(red)
+    angle.copysign_(green - blue)
+    starts = torch.tensor([3.0, 1.0, -1.0]).to(x.device, non_blocking=True)
+    shift = (6 * turn[:, None] + (starts + 3)).remainder_(6).sub_(3)  # (B, 3) from -3 to below 3
+    value, chroma = value[:, None], chroma[:, None]
+    out = torch.addcmul(angle[:, None], chroma, shift[:, :, None, None], out=x)  # (B, 3, H, W)
+    out.abs_().sub_(chroma, alpha=3).abs_().clamp_(chroma, 2 * chroma)
+    return torch.sub(value + chroma, out, out=out)
 
 
 # --- blur, noise, dropout ---------------------------------------------------------------------
 
 
 @operation("blur_p")
-def random_blur(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
+def random_blur(x: Images, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Images:
     """Gaussian blur, or motion blur for half of the chosen samples where the policy has it."""
     chosen = coin(len(x), ops.blur_p, generator)
     motion = rand(len(x), generator=generator) < (0.5 if ops.motion_blur else 0.0)
@@ -351,10 +405,11 @@ def random_blur(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tens
     sides = torch.tensor(odd)[randint(0, len(odd), (len(x),), generator)]
     sides = sides.clamp(max=largest)
     angle = uniform(len(x), 0, math.pi, generator)
-    rows = (chosen & ~motion).nonzero()[:, 0]
-    x = on_rows(x, rows, lambda part: separable(part, gaussian_taps(sides[rows])))
-    lines = (chosen & motion).nonzero()[:, 0]
-    return on_rows(x, lines, lambda part: filtered(part, motion_taps(sides[lines], angle[lines])))
+    if len(rows := (chosen & ~motion).nonzero()[:, 0]):
+        x = on_rows(x, rows, separable, gaussian_taps(sides[rows]))
+    if len(rows := (chosen & motion).nonzero()[:, 0]):
+        x = on_rows(x, rows, filtered, motion_taps(sides[rows], angle[rows]))
+    return x
 
 
 def gaussian_taps(sides: Tensor) -> Tensor:
@@ -405,14 +460,14 @@ def filtered(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 @operation("noise_p")
-def random_noise(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
+def random_noise(x: Images, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Images:
     """Gaussian noise, independent per pixel and channel."""
     chosen = coin(len(x), ops.noise_p, generator)
     rows = chosen.nonzero()[:, 0]
-    (std,) = to(x.device, uniform(len(rows), *ops.noise_std, generator))
+    std = uniform(len(rows), *ops.noise_std, generator)
     seed = int(torch.randint(2**62, (1,), generator=generator))
     field = torch.Generator(x.device).manual_seed(seed)
-    return on_rows(x, rows, lambda part: colours(part, lambda rgb: noisy(rgb, std, field)))
+    return on_rows(x, rows, of_colours(partial(noisy, generator=field)), std)
 
 
 def noisy(x: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
@@ -423,7 +478,7 @@ def noisy(x: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @operation("dropout_p")
-def random_dropout(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
+def random_dropout(x: Images, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Images:
     """Black rectangles at random places, wholly inside the image."""
     chosen = coin(len(x), ops.dropout_p, generator)
     rows = chosen.nonzero()[:, 0]
@@ -434,10 +489,10 @@ def random_dropout(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: T
     extent = (share * side).round().clamp(min=1)
     start = (rand(*share.shape, generator=generator) * (side - extent + 1)).floor()
     extent *= (torch.arange(high) < holes)[:, :, None]  # no more than drawn
-    return on_rows(x, rows, lambda part: painted(part, start, start + extent, 0.0))
+    return on_rows(x, rows, painted, start, start + extent)
 
 
-def painted(x: Tensor, start: Tensor, stop: Tensor, fill: float | Tensor) -> Tensor:
+def painted(x: Tensor, start: Tensor, stop: Tensor, fill: float | Tensor = 0.0) -> Tensor:
     """Rectangles painted over, in place.
 
     start, stop: (B, M, 2) rows and columns on the CPU, stop excluded. fill: a number or (C,).
@@ -541,7 +596,7 @@ NAMES = (*GEOMETRIC, *COLOUR, "cutout")
 
 
 @operation("randaugment_ops")
-def randaugment(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
+def randaugment(x: Images, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Images:
     """RandAugment: operations drawn per sample, with replacement, and their strengths per
     operation; the cutout among them paints with the mean colour."""
     batch, side = len(x), x.shape[2]
@@ -553,18 +608,19 @@ def randaugment(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tens
         applied = rand(batch, generator=generator) < ops.randaugment_p
         choice = torch.where(applied, choice, -1)
         rows = ((choice >= 0) & (choice < len(GEOMETRIC))).nonzero()[:, 0]
-        if len(rows):
-            matrices = moves(choice[rows], (sign * strength)[rows])
-            x = on_rows(x, rows, bound_warp(matrices))
+        x = on_rows(
+            x,
+            rows,
+            partial(warp, padding="zeros", fill=FILL),
+            moves(choice[rows], (sign * strength)[rows]),
+        )
         for index, operation in enumerate(COLOUR.values(), start=len(GEOMETRIC)):
             rows = (choice == index).nonzero()[:, 0]
-            if len(rows):
-                x = on_rows(x, rows, bound(operation, *to(x.device, strength[rows], sign[rows])))
+            x = on_rows(x, rows, of_colours(operation), strength[rows], sign[rows])
         rows = (choice == len(NAMES) - 1).nonzero()[:, 0]
-        if len(rows):
-            edge = (strength[rows] * min(MAX_CUTOUT[0], MAX_CUTOUT[1] * side)).round()
-            start = (place[rows] * side).floor() - (edge / 2).floor()[:, None, None]
-            x = on_rows(x, rows, bound_paint(start, start + edge[:, None, None], mean))
+        edge = (strength[rows] * min(MAX_CUTOUT[0], MAX_CUTOUT[1] * side)).round()
+        start = (place[rows] * side).floor() - (edge / 2).floor()[:, None, None]
+        x = on_rows(x, rows, partial(painted, fill=mean), start, start + edge[:, None, None])
     return x
 
 
@@ -584,30 +640,13 @@ def moves(choice: Tensor, amount: Tensor) -> Tensor:
     return matrices
 
 
-def bound_warp(matrices: Tensor) -> Callable[[Tensor], Tensor]:
-    """The warp of some rows, grey outside."""
-    return lambda part: warp(part, matrices, padding="zeros", fill=FILL)
-
-
-def bound(
-    operation: Callable[..., Tensor], strength: Tensor, sign: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """A colour operation with its parameters."""
-    return lambda part: colours(part, lambda rgb: operation(rgb, strength, sign))
-
-
-def bound_paint(start: Tensor, stop: Tensor, fill: Tensor) -> Callable[[Tensor], Tensor]:
-    """The cutout of some rows."""
-    return lambda part: painted(part, start, stop, fill)
-
-
 # ------------------------------------------------------------------------------------ cutout
 
 
 @operation("cutout_size", stage="normalised")
-def cutout(x: Tensor, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Tensor:
+def cutout(x: Images, ops: ImageOps, generator: torch.Generator, mean: Tensor) -> Images:
     """A square of the mean colour around a random pixel, cut at the border (DeVries and Taylor
     2017)."""
     centre = rand(len(x), 1, 2, generator=generator) * torch.tensor(x.shape[2:])
     start = centre.floor() - ops.cutout_size // 2  # (B, 1, 2)
-    return painted(x, start, start + ops.cutout_size, 0.0)
+    return on_rows(x, torch.arange(len(x)), painted, start, start + ops.cutout_size)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glovita_lib.augment import ClipAugmenter, Clips, build_fit, resolve_augmentation
+from glovita_lib.augment import ClipAugmenter, Clips, build_fit, empty, resolve_augmentation
 from glovita_lib.augment_crop import CropResize
 from glovita_lib.data import ClipSamples, Data, Source, Split, VideoFrames, subset
 from glovita_lib.data_video import LoadedVideo, VideoSource, VideoView
@@ -138,8 +138,13 @@ class ClipCut:
             numbers = clip_frames(self.sampling, frames, fps, draws, self.clips)
         real = numbers < frames
         numbers = np.minimum(numbers, frames - 1)
+        window = box[:8].long().view(2, 4)
+        if len(numbers) == 1 and bool((np.diff(numbers[0]) > 0).all()):
+            return Clip(
+                self.cropped(view.read(numbers[0]), window)[None], numbers, real, numbers / fps
+            )
         shown, place = np.unique(numbers, return_inverse=True)
-        pixels = self.cropped(view.read(shown), box[:8].long().view(2, 4))  # (n, C, S, S)
+        pixels = self.cropped(view.read(shown), window)  # (n, C, S, S)
         index = torch.from_numpy(place.reshape(numbers.shape))
         return Clip(pixels[index], numbers, real, numbers / fps)
 
@@ -159,7 +164,8 @@ class ClipCut:
 
     def join(self, parts: list[Clip]) -> Clips:
         """The clips of a batch."""
-        pixels = torch.stack([part.pixels for part in parts])
+        pixels = empty(len(parts), *parts[0].pixels.shape, dtype=torch.uint8)
+        torch.stack([part.pixels for part in parts], out=pixels)
         rest = [
             torch.from_numpy(np.stack(arrays))
             for arrays in zip(*(part[1:] for part in parts), strict=True)

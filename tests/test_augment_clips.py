@@ -1,10 +1,12 @@
 """Clips under the policies of images: what is drawn of a clip serves all its frames."""
 
+import numpy as np
 import pytest
 import torch
 from video_files import SIDE, resolved
 
-from glovita_lib.augment import Augmenter, ClipAugmenter, Clips, ManyClips
+from glovita_lib import augment
+from glovita_lib.augment import Augmenter, ClipAugmenter, Clips, ManyClips, build_fit
 from glovita_lib.spec_augment import TRAIN
 
 
@@ -36,6 +38,33 @@ def test_each_frame_is_what_the_same_draws_make_of_it_as_an_image(policy):
             torch.testing.assert_close(found[:, :, frame], expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("policy", ["default_2d_5", "default_2d_randaugment"])
+def test_a_cpu_that_takes_them_in_blocks_gives_the_same(policy, monkeypatch):
+    """One frame at a time, parts of a clip, or all at once; the pixels are left as they are."""
+    batch = clips(5, 7)
+    before = batch.pixels.clone()
+    found = {}
+    for block in (1, 3 * 3 * SIDE**2, 1 << 30):
+        monkeypatch.setattr(augment, "BLOCK", block)
+        found[block] = augmenter(policy, noise_p=0.0)(batch, True, 3)
+        assert torch.equal(batch.pixels, before)
+    whole = found.pop(1 << 30)
+    for each in found.values():
+        torch.testing.assert_close(each, whole, rtol=0, atol=2e-6)
+
+
+def test_the_window_of_a_clip_is_that_of_each_of_its_frames():
+    """Resized at once, the frames are what each is by itself; video memory is not written to."""
+    options = {"crop": "resized", "scale": (0.3, 0.6)}
+    crop = build_fit(resolved(**options), resolved(**options).train, bit_depth=8)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 3, 40, 52), dtype=np.uint8)
+    boxes = crop.boxes(np.array([[40, 52]]), torch.Generator().manual_seed(0))
+    frames = torch.from_numpy(pixels)
+    found = crop.canvas(frames, boxes.expand(9, 2, 4))
+    each = [crop.canvas(frame[None], boxes)[0] for frame in frames]
+    assert torch.equal(found, torch.stack(each)) and len(found.unique()) > 50
+
+
 def test_noise_is_drawn_for_every_frame():
     still = clips(2, 1).pixels.expand(2, 3, -1, -1, -1).contiguous()
     batch = Clips(still, *[torch.zeros(2, 3)] * 3)
@@ -46,11 +75,11 @@ def test_noise_is_drawn_for_every_frame():
 def test_clips_of_a_batch_draw_for_themselves_and_seeds_differ():
     one = clips(1, 2).pixels.expand(8, 2, -1, -1, -1).contiguous()
     batch = Clips(one, *[torch.zeros(8, 2)] * 3)
-    augment = augmenter("default_2d_5")
-    found = augment(batch, True, 0)
+    apply = augmenter("default_2d_5")
+    found = apply(batch, True, 0)
     assert len({tuple(clip.flatten().tolist()) for clip in found}) > 6
-    assert torch.equal(found, augment(batch, True, 0))
-    assert not torch.equal(found, augment(batch, True, 1))
+    assert torch.equal(found, apply(batch, True, 0))
+    assert not torch.equal(found, apply(batch, True, 1))
 
 
 def test_several_clips_of_a_video_are_reduced():

@@ -50,20 +50,21 @@ COLOUR = {
 def test_colour_operations_equal_torchvision(name, channels):
     operation, reference, factors = COLOUR[name]
     images = photos(4, channels=channels)
-    out = operation(images, torch.tensor(factors))
+    out = operation(images.clone(), torch.tensor(factors))
     for image, factor, row in zip(images, factors, out, strict=True):
         torch.testing.assert_close(row, reference(image, factor), atol=2e-4, rtol=0)
 
 
 def test_hue_of_grey_black_and_white_stays():
     levels = torch.tensor([0.0, 0.25, 1.0])[None, None, None].expand(2, 3, 1, 3)
-    torch.testing.assert_close(augment_images.hue(levels, torch.tensor([0.2, -0.4])), levels)
+    turned = augment_images.hue(levels.clone(), torch.tensor([0.2, -0.4]))
+    torch.testing.assert_close(turned, levels)
 
 
 def test_brightness_contrast_formula():
     images = photos(2)
     out = augment_images.brightness_contrast(
-        images, torch.tensor([0.1, -0.2]), torch.tensor([0.2, -0.1])
+        images.clone(), torch.tensor([0.1, -0.2]), torch.tensor([0.2, -0.1])
     )
     for image, bright, contrast, row in zip(images, (0.1, -0.2), (0.2, -0.1), out, strict=True):
         expected = (image.double() * (1 + contrast) + bright).clamp(0, 1)

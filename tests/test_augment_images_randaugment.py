@@ -217,7 +217,7 @@ def test_batches_of_any_channels(channels):
 def test_alpha_goes_through_geometry_only(monkeypatch):
     monkeypatch.setattr(augment_images, "GEOMETRIC", ())
     monkeypatch.setattr(augment_images, "NAMES", (*augment_images.COLOUR, "none"))
-    monkeypatch.setattr(augment_images, "painted", lambda x, *_: x)
+    monkeypatch.setattr(augment_images, "painted", lambda x, *_, fill: x)
     x = torch.rand(64, 4, 8, 8, generator=seeded())
     out = apply(x, probability=1.0)
     assert torch.equal(out[:, 3], x[:, 3]) and not torch.equal(out[:, :3], x[:, :3])
