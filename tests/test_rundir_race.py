@@ -16,11 +16,11 @@ import glovita
 from glovita_lib import run_probe, run_train
 
 def slowed(read):
-    def wait(*arguments):
+    def wait(*arguments, **asked):
         print("reading", flush=True)
         while not Path(sys.argv[1]).exists():
             time.sleep(0.01)
-        return read(*arguments)
+        return read(*arguments, **asked)
     return wait
 
 run_train.read_data, run_probe.read = slowed(run_train.read_data), slowed(run_probe.read)

@@ -234,8 +234,8 @@ def test_few_samples_and_a_last_batch_of_one(command, monkeypatch, count):
     """Batch norm cannot train on one sample; the loader fills such a batch up."""
     read = experiment.read_data
 
-    def cut(root, ranks):
-        data = read(root, ranks)
+    def cut(root, ranks, **asked):
+        data = read(root, ranks, **asked)
         data.splits["train"] = experiment.some_of(data.splits["train"], count, 0)
         return data
 
@@ -256,8 +256,8 @@ def test_batch_norm_on_one_value_is_refused_before_anything_is_written(
     if not changes:
         read = experiment.read_data
 
-        def cut(root, ranks):
-            data = read(root, ranks)
+        def cut(root, ranks, **asked):
+            data = read(root, ranks, **asked)
             data.splits["train"] = experiment.some_of(data.splits["train"], 1, 0)
             return data
 
@@ -286,7 +286,9 @@ def of_one_class(data):
 def test_a_best_metric_that_is_never_defined(command, monkeypatch):
     """It is said before training; training goes on, and the last epoch is the best."""
     read = experiment.read_data
-    monkeypatch.setattr(run_train, "read_data", lambda *given: of_one_class(read(*given)))
+    monkeypatch.setattr(
+        run_train, "read_data", lambda *given, **asked: of_one_class(read(*given, **asked))
+    )
     changes = ["training.early_stopping_patience=1", "training.best_checkpoint_metric=val_auroc"]
     changes += ['task.metrics=["acc","auroc","f1"]', "training.epochs=3"]
     run = command(*changes)
