@@ -32,18 +32,20 @@ class Metric:
     """Whether the order of the classes is its scale."""
     per_class: bool = False
     """Whether each class or target has its own value, logged as <name>_<class>."""
+    over_classes: bool = False
+    """Whether it is a mean over the classes, or of one of them, however few samples it has."""
 
 
 METRICS: dict[str, Metric] = {
     "acc": Metric("accuracy", COUNTED, usual=True),
-    "balanced_acc": Metric("balanced accuracy", COUNTED),
-    "f1": Metric("F1", COUNTED, usual=True),
-    "f1_per_class": Metric("F1 per class", COUNTED, per_class=True),
-    "precision": Metric("precision", COUNTED),
-    "recall": Metric("recall", COUNTED),
+    "balanced_acc": Metric("balanced accuracy", COUNTED, over_classes=True),
+    "f1": Metric("F1", COUNTED, usual=True, over_classes=True),
+    "f1_per_class": Metric("F1 per class", COUNTED, per_class=True, over_classes=True),
+    "precision": Metric("precision", COUNTED, over_classes=True),
+    "recall": Metric("recall", COUNTED, over_classes=True),
     "top5acc": Metric("top-5 accuracy", ("multiclass",)),
-    "auroc": Metric("AUROC", CLASSES),
-    "ap": Metric("average precision", CLASSES),
+    "auroc": Metric("AUROC", CLASSES, over_classes=True),
+    "ap": Metric("average precision", CLASSES, over_classes=True),
     "mcc": Metric("MCC", COUNTED),
     "kappa": Metric("Cohen's kappa", COUNTED),
     "quadratic_kappa": Metric("quadratic kappa", ("multiclass",), ordered=True),

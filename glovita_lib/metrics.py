@@ -38,43 +38,55 @@ if TYPE_CHECKING:
 # N samples, R resamples.
 
 ELEMENTS_AT_ONCE = 4_000_000  # weights held at a time: 32 MB
-RARE = 5  # samples; of a class with fewer a resample often has none
+RARE = 3  # samples at most of a class that many resamples would miss
 
 
-def strata_of(targets: Array) -> list[Array]:
-    """Rows of samples (N,) of one class each that are drawn from among themselves: those of each
-    class of fewer than five, and those of all others. A mean over classes would jump with the
-    classes that a resample happens to miss."""
-    counts = np.bincount(targets)[targets]  # (N,)
-    rare = [np.flatnonzero(targets == k) for k in np.unique(targets[counts < RARE])]
-    return [rows for rows in (*rare, np.flatnonzero(counts >= RARE)) if len(rows)]
+def rare_rows(targets: Array) -> list[Array]:
+    """Rows (C, m) of the samples of C classes that have m samples each, for each m that is rare."""
+    counts = np.bincount(targets)
+    order = np.argsort(targets, kind="stable")
+    starts = np.cumsum(counts) - counts
+    found = [(m, starts[counts == m]) for m in range(1, RARE + 1)]
+    return [order[first[:, None] + np.arange(m)] for m, first in found if len(first)]
 
 
-def draws(strata: list[Array], resamples: int, seed: int) -> Iterator[Array]:
+def draws(n: int, resamples: int, seed: int, rare: list[Array] | None = None) -> Iterator[Array]:
     """Weights (N, r) of the resamples, in blocks that fit the memory; their sum r is `resamples`.
 
-    Resample i is the i-th draw of as many rows of each stratum as it has from the stream of the
-    seed, whatever the blocks.
+    Resample i is the i-th draw of N rows of N from the stream of the seed, whatever the blocks.
+
+    Args:
+        n: N.
+        rare: rows (C, m) of classes, as `rare_rows` gives them, that are drawn from among
+            themselves: m - 1 rows of m, which then count m / (m - 1) times each, so that their
+            spread is not too small (Rao and Wu, JASA 83, 1988); of one row that row.
     """
-    stream, n = np.random.default_rng(seed), sum(map(len, strata))
+    stream, rare = np.random.default_rng(seed), rare or []
+    is_rare = np.zeros(n, bool)
+    for rows in rare:
+        is_rare[rows] = True
+    rest = np.flatnonzero(~is_rare)
 
     def drawn() -> Array:
-        rows = [part[stream.integers(0, len(part), len(part))] for part in strata]
-        return np.bincount(np.concatenate(rows), minlength=n)
+        picked = rest[stream.integers(0, max(1, len(rest)), len(rest))]
+        counts = np.bincount(picked, minlength=n).astype(np.float64)
+        for rows in rare:
+            classes, m = rows.shape
+            places = stream.integers(0, m, (classes, max(1, m - 1)))
+            np.add.at(counts, np.take_along_axis(rows, places, 1), m / max(1, m - 1))
+        return counts
 
     block = max(1, ELEMENTS_AT_ONCE // max(n, 1))
     for start in range(0, resamples, block):
         counts = [drawn() for _ in range(start, min(start + block, resamples))]
-        yield np.ascontiguousarray(np.stack(counts, 1), np.float64)
+        yield np.ascontiguousarray(np.stack(counts, 1))
 
 
 def intervals(
     measure: Callable[[Array], dict[str, Array]],
-    strata: list[Array],
+    blocks: Iterator[Array],
     *,
     values: dict[str, float],
-    resamples: int,
-    seed: int,
     level: float,
 ) -> dict[str, tuple[float, float]]:
     """Lower and upper end of the percentile interval of each metric.
@@ -86,25 +98,52 @@ def intervals(
 
     Args:
         measure: weights (N, r) -> name -> values (r,).
-        strata: rows that are drawn from among themselves, N in all.
+        blocks: weights (N, r) of the resamples.
         values: of all samples, each once.
         level: share of the resamples inside, e.g. 0.95.
     """
-    n = sum(map(len, strata))
-    blocks = [measure(weights) for weights in draws(strata, resamples, seed)]
+    found = [(len(weights), measure(weights)) for weights in blocks]
     tail = 100 * (1 - level) / 2
-    found: dict[str, tuple[float, float]] = {}
-    for name in blocks[0] if blocks else ():
-        drawn = np.concatenate([block[name] for block in blocks])
+    ends: dict[str, tuple[float, float]] = {}
+    for name in found[0][1] if found else ():
+        drawn = np.concatenate([block[name] for _, block in found])
         defined, value = drawn[~np.isnan(drawn)], values[name]
-        found[name] = (math.nan, math.nan)
-        if n < 2 or not len(defined):
+        ends[name] = (math.nan, math.nan)
+        if found[0][0] < 2 or not len(defined):
             continue
         low, high = map(float, np.percentile(defined, (tail, 100 - tail)))
         rounding = 1e-9 * max(1.0, abs(value))
         if low - rounding <= value <= high + rounding:
-            found[name] = (min(low, value), max(high, value))
-    return found
+            ends[name] = (min(low, value), max(high, value))
+    return ends
+
+
+def intervals_of(
+    names: tuple[str, ...], samples: "Samples", values: dict[str, float], resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Intervals of the metrics of samples by logged name.
+
+    A mean over classes would jump with the rare classes that a resample happens to miss, so for
+    these metrics they are drawn from among themselves; what the only sample of a class says has no
+    interval.
+    """
+    n, level = len(samples), LEVEL
+    rare = rare_rows(samples.targets) if isinstance(samples, Multiclass) else []
+    apart = tuple(name for name in names if rare and METRICS[name].over_classes)
+    rest = tuple(name for name in names if name not in apart)
+    ends: dict[str, tuple[float, float]] = {}
+    for some, rows in ((rest, []), (apart, rare)):
+        if some:
+            blocks = draws(n, resamples, seed, rows)
+            ends |= intervals(measure_of(some, samples), blocks, values=values, level=level)
+    alone = np.bincount(samples.targets) == 1 if apart else np.zeros(0, bool)
+    if alone.any():
+        for name in apart:
+            logged = logged_names([name], samples.class_names)
+            own = METRICS[name].per_class
+            lost = [logged[k] for k in np.flatnonzero(alone)] if own else logged
+            ends |= dict.fromkeys(lost, (math.nan, math.nan))
+    return ends
 
 
 # -------------------------------------------------------------------------------- regression
@@ -244,17 +283,7 @@ def report_of(
     result |= {"metrics": metrics, "ci95": {}}
     result |= {"per_class": {}, "confusion": None}
     if samples.is_finite:
-        measure = measure_of(names, samples)
-        ends = intervals(
-            measure,
-            strata_of(samples.targets)
-            if isinstance(samples, Multiclass)
-            else [np.arange(len(samples))],
-            values=metrics,
-            resamples=bootstrap,
-            seed=seed,
-            level=LEVEL,
-        )
+        ends = intervals_of(names, samples, metrics, bootstrap, seed)
         result["ci95"] = {name: ends[name] for name in metrics if name in ends}
         result["per_class"] = per_class(samples, class_names)
         few = len(class_names) <= LARGEST_CONFUSION
