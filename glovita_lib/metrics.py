@@ -12,10 +12,10 @@ from glovita_lib.metric_names import METRICS, logged_names, metrics_of
 from glovita_lib.metrics_classification import (
     FORMULAS,
     Array,
+    EvaluatedSamples,
     Multiclass,
     Multilabel,
     Resampled,
-    Scored,
     Scores,
     correlation,
     formula,
@@ -155,7 +155,7 @@ def intervals_of(
 # sets of weights.
 
 
-class Regression(Scored):
+class Regression(EvaluatedSamples):
     """Outputs and targets (N, K) in target units, computed with in float64."""
 
     subtask = "regression"

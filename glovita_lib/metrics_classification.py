@@ -52,32 +52,56 @@ def weighted_mean(values: Array, weights: Array) -> Array:
     return (values.T.astype(np.float64) @ weights) / weights.sum(0)
 
 
+ROWS_AT_ONCE = 4096  # bounds the memory of float64 copies of scores
+NEAR = 2.0**-10  # of a probability to 1, where it is known by those of the other classes
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """What is predicted of samples, in float64. Probabilities near 1 are equal long before the
-    logits behind them are, so what ranks samples goes by log-odds."""
+    logits behind them are, so what ranks samples goes by log-odds; equal logits, or probabilities
+    where these alone are known, have equal ones."""
 
     values: Array  # (N, K) probabilities, or outputs of a regression in target units
     log_odds: Array | None = None  # (N, K) log p / (1 - p); None: samples rank by the values
+    given: Array | None = None  # (N, K) float32 logits that a network gave
 
     @property
     def ranked(self) -> Array:
         """What samples are ranked by (N, K)."""
         return self.values if self.log_odds is None else self.log_odds
 
+    def logits(self, subtask: str) -> Array:
+        """Logits (N, K) in float32: their softmax, of multilabel their sigmoid, are the values.
+        Those of a network are as it gave them; else of multiclass log p = -log(1 + exp(-x)) with
+        log-odds x."""
+        if self.given is not None:
+            return self.given
+        odds = self.ranked
+        return (odds if subtask == "multilabel" else -np.logaddexp(0.0, -odds)).astype(np.float32)
+
     def of(self, rows: Array) -> "Scores":
         """Those of some samples."""
-        return Scores(self.values[rows], None if self.log_odds is None else self.log_odds[rows])
+        parts = (self.log_odds, self.given)
+        return Scores(self.values[rows], *(None if part is None else part[rows] for part in parts))
 
     @classmethod
     def of_logits(cls, logits: Array, subtask: str) -> "Scores":
         """Of what a network gives, (N, K); outputs of a regression stay as they are."""
-        logits = logits.astype(np.float64)
         if subtask == "regression":
-            return cls(logits)
+            return cls(logits.astype(np.float64))
+        given = logits if logits.dtype == np.float32 else None
         if subtask == "multilabel":
-            return cls(np.exp(-np.logaddexp(0.0, -logits)), logits)
-        return cls(*softmax_and_log_odds(logits))
+            odds = logits.astype(np.float64)
+            return cls(np.exp(-np.logaddexp(0.0, -odds)), odds, given)
+        values = np.empty(logits.shape)
+        log_odds = np.empty(logits.shape)
+        for start in range(0, len(logits), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            values[part], log_odds[part] = softmax_and_log_odds(
+                np.ascontiguousarray(logits[part], np.float64)
+            )
+        return cls(values, log_odds, given)
 
     @classmethod
     def of_probabilities(cls, values: Array, subtask: str) -> "Scores":
@@ -86,18 +110,20 @@ class Scores:
         values = values.astype(np.float64)
         if subtask == "regression":
             return cls(values)
-        others = 1 - values
-        if subtask == "multiclass":
-            rows, best = np.arange(len(values)), values.argmax(1)
-            rest = np.sort(values, 1)[:, :-1].sum(1)
-            near = others[rows, best] < NEAR
-            others[rows[near], best[near]] = np.minimum(rest[near], NEAR)
+        others = np.maximum(1 - values, 0.0)
+        if subtask == "multiclass" and values.size:
+            best = values.argmax(1)
+            rows = np.flatnonzero(values.max(1) > 1 - NEAR)
+            rest = np.sort(values[rows], 1)[:, :-1].sum(1)  # in whatever order the classes stand
+            others[rows, best[rows]] = np.minimum(rest, NEAR)
         with np.errstate(divide="ignore"):
             return cls(values, np.log(values) - np.log(others))
 
     @classmethod
     def joined(cls, parts: Sequence["Scores"]) -> "Scores":
         """Those of several sets of samples as of one."""
+        if len(parts) == 1:
+            return parts[0]
         odds = [part.log_odds for part in parts if part.log_odds is not None]
         values = np.concatenate([part.values for part in parts])
         return cls(values, np.concatenate(odds) if odds else None)
@@ -114,9 +140,6 @@ class Scores:
         true, false = map(np.logaddexp.reduce, parts)
         with np.errstate(invalid="ignore"):
             return cls(values, true - false)
-
-
-NEAR = 2.0**-10  # of a probability to 1, where it is known by those of the other classes
 
 
 def softmax_and_log_odds(logits: Array) -> tuple[Array, Array]:
@@ -281,7 +304,6 @@ def deviations(values: Array, counts: Array) -> Array:
 BINS = 15  # of ECE, as in Guo et al.
 THRESHOLD = 0.5  # of a label
 CLASSES_AT_ONCE = 64  # bounds the memory of multilabel counts
-ROWS_AT_ONCE = 4096  # bounds the memory of float64 copies of scores
 
 Formula = Callable[..., Array]
 FORMULAS: dict[tuple[str, str], Formula] = {}
@@ -324,7 +346,7 @@ class ClassCounts:
         return np.where(self.predicted + self.actual > 0, values, np.nan)
 
 
-class Scored:
+class EvaluatedSamples:
     """Samples with targets and scores (N, ...)."""
 
     targets: Array
@@ -344,7 +366,7 @@ def all_finite(scores: Array) -> bool:
     return scores.size > 0 and bool(np.isfinite(scores.min()) and np.isfinite(scores.max()))
 
 
-class Multiclass(Scored):
+class Multiclass(EvaluatedSamples):
     """Samples of exactly one class each; per-sample values that no weight changes are kept."""
 
     subtask = "multiclass"
@@ -357,7 +379,7 @@ class Multiclass(Scored):
     @cached_property
     def predictions(self) -> Array:
         """Predicted class (N,)."""
-        return self.ranked.argmax(1)
+        return self.scores.argmax(1)
 
     @property
     def pairs(self) -> tuple[Array, Array]:
@@ -412,7 +434,7 @@ class Multiclass(Scored):
         )
 
 
-class Multilabel(Scored):
+class Multilabel(EvaluatedSamples):
     """Samples with any number of labels each."""
 
     subtask = "multilabel"

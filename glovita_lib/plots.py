@@ -605,7 +605,7 @@ def plot_results(
         ("ece", "brier"), subtask=subtask, targets=targets, scores=scores, class_names=class_names
     )
     if subtask == "multiclass":
-        predicted, classes = scores.ranked.argmax(1), len(class_names)
+        predicted, classes = scores.values.argmax(1), len(class_names)
         positives = targets[:, None] == np.arange(classes)  # (N, K)
         if classes <= LARGEST_MATRIX:
             confusion_matrix(confusion(targets, predicted, classes), class_names, paths[0])

@@ -74,7 +74,7 @@ def write_prediction_csv(
     if subtask == "multiclass":
         if targets is not None:
             columns["label"] = names[targets].tolist()
-        columns["prediction"] = names[scores.ranked.argmax(1)].tolist()
+        columns["prediction"] = names[values.argmax(1)].tolist()
     else:
         labels, predictions = value_columns(subtask, class_names)
         if targets is not None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 import sklearn.metrics as sk
+import torch
 
 from glovita_lib.metrics import compute
 from glovita_lib.metrics_classification import Scores
@@ -156,3 +157,33 @@ def test_classes_that_are_ruled_out() -> None:
     assert measured("multiclass", targets, found, ("acc", "auroc", "ap")) == {
         "acc": 0.5, "auroc": 1.0, "ap": 1.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+def test_of_equal_logits_the_first_class_is_predicted(classes: int) -> None:
+    """Logits in bfloat16 have 8 bits: many are equal."""
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(rng.normal(size=(6000, classes)) * 2).bfloat16().float().numpy()
+    assert ((logits == logits.max(1, keepdims=True)).sum(1) > 1).sum() > 3
+    targets = np.where(rng.random(6000) < 0.5, logits.argmax(1), rng.integers(0, classes, 6000))
+    scores = Scores.of_logits(logits, "multiclass")
+    found = measured("multiclass", targets, scores, ("acc", "top5acc"))
+    assert found["acc"] == (logits.argmax(1) == targets).mean()
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    assert found["top5acc"] == (best == targets[:, None]).any(1).mean()
+    assert np.array_equal(scores.ranked.argmax(1), logits.argmax(1))
+
+
+@KINDS
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_equal_votes_of_neighbours_rank_equal(subtask: str, kind: type, k: int) -> None:
+    """Shares of k neighbours are often equal, whichever classes have the rest."""
+    rng = np.random.default_rng(0)
+    votes = (rng.multinomial(k, np.full(6, 1 / 6), size=500) / k).astype(kind)
+    targets = np.where(rng.random(500) < 0.4, votes.argmax(1), rng.integers(0, 6, 500))
+    labels = np.eye(6)[targets]
+    scores = Scores.of_probabilities(votes, subtask)
+    found = measured(subtask, targets if subtask == "multiclass" else labels, scores)
+    assert found["auroc"] == pytest.approx(sk.roc_auc_score(labels, votes), abs=1e-12)
+    assert found["ap"] == pytest.approx(sk.average_precision_score(labels, votes), abs=1e-12)
