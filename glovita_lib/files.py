@@ -147,8 +147,15 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_csv(path: Path | str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """CSV with a header; floats with as many digits as it takes to read them back equal."""
-    with atomic_write(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+    """CSV with a header, whole or not at all, see `write_csv_to`."""
+    with atomic_write(path) as file:
+        write_csv_to(file, header, rows)
+
+
+def write_csv_to(file: IO[bytes], header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """CSV with a header to an open file, which is closed; floats with as many digits as it takes
+    to read them back equal."""
+    with io.TextIOWrapper(file, "utf-8", newline="") as text:
         writer = csv.writer(PlainLineEnds(text), lineterminator="\r\n")
         writer.writerow(header)
         writer.writerows(rows)

@@ -6,10 +6,9 @@ A run on whole samples does not load this module.
 B clips, T frames of a clip, K classes, V videos, n frames of a video, M frames of all videos.
 """
 
-import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import Experiment
 from glovita_lib.figures import PALE, WIDTH, drawing, short
-from glovita_lib.files import atomic_path, write_csv, write_json
+from glovita_lib.files import write_json
 from glovita_lib.loader import Batch, Loader
 from glovita_lib.metrics import report_of
 from glovita_lib.metrics_classification import Scores
@@ -42,8 +41,24 @@ from glovita_lib.objectives import (
 )
 from glovita_lib.plot_projection import PALETTE
 from glovita_lib.plots import LARGEST_MATRIX, confusion_matrix
+from glovita_lib.prediction_files import (
+    Table,
+    beside,
+    is_wide,
+    read_columns,
+    read_texts,
+    wide_columns,
+    write_table,
+    write_texts,
+)
 from glovita_lib.resolved import Resolved
-from glovita_lib.results import Table, pooled_metrics, read_table, write_predictions, write_results
+from glovita_lib.results import (
+    pooled_metrics,
+    read_table,
+    table_of,
+    write_predictions,
+    write_results,
+)
 from glovita_lib.spec_samples import UNLABELLED
 from glovita_lib.spec_train import Framewise
 
@@ -257,13 +272,14 @@ def write_frames(
     class_names: Sequence[str],
 ) -> None:
     """Predictions of frames as CSV: video, frame, time in seconds, label (empty where there is
-    none; no column of unlabelled videos), prediction, p_<class> ...; and beside it as HDF5, see
-    `write_frames_hdf5`. Numbers read back equal.
+    none; no column of unlabelled videos), prediction, p_<class> ..., of more than 100 classes its
+    probability and the best five; and beside it as HDF5, see `fill_frames`. Numbers read back
+    equal.
 
     Raises:
         UserError: disk full, read-only ...
     """
-    table, scores = predictions.frames, predictions.scores.values
+    table, scores = predictions.frames, predictions.scores
     names = np.array([*class_names, ""], object)  # -1 is ""
     columns: dict[str, Any] = {
         "video": np.repeat(np.array(predictions.ids, object), np.diff(table.starts)).tolist(),
@@ -272,23 +288,24 @@ def write_frames(
     }
     if targets is not None:
         columns["label"] = names[np.where(targets == UNLABELLED, -1, targets)].tolist()
-    columns["prediction"] = names[scores.argmax(1)].tolist()
-    columns |= {f"p_{name}": column for name, column in zip(class_names, scores.T, strict=True)}
-    write_csv(path, columns, zip(*columns.values(), strict=True))
-    write_frames_hdf5(path.with_suffix(".h5"), predictions, targets, class_names)
+    if is_wide("framewise", class_names):
+        columns |= wide_columns(None, scores, "multiclass", class_names)
+    else:
+        values = scores.values
+        columns["prediction"] = names[values.argmax(1)].tolist()
+        columns |= {f"p_{name}": column for name, column in zip(class_names, values.T, strict=True)}
+    write_table(path, columns, partial(fill_frames, predictions, targets, class_names))
 
 
-def write_frames_hdf5(
-    path: Path,
+def fill_frames(
     predictions: FramePredictions | LabelledFrames,
     targets: np.ndarray | None,
     class_names: Sequence[str],
+    file: Any,
 ) -> None:
-    """Predictions of frames as HDF5: `ids` (V,) and a group videos/<id> each with `frames` (n,),
-    `times` (n,), `probabilities` (n, K), `predictions` (n,) and `labels` (n,), indices of classes,
-    -100 where a frame has none; the file's attribute class_names lists them as JSON."""
-    import h5py
-
+    """Predictions of frames in an HDF5 file: `class_names` (K,), `ids` (V,) and a group
+    videos/<id> each with `frames` (n,), `times` (n,), `probabilities` (n, K), `predictions` (n,)
+    and `labels` (n,), indices of classes, -100 where a frame has none."""
     table = predictions.frames
     parts = {
         "frames": table.numbers,
@@ -298,45 +315,61 @@ def write_frames_hdf5(
         **({} if targets is None else {"labels": targets}),
     }
     split = {name: table.by_video(values) for name, values in parts.items()}
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs["class_names"] = json.dumps(list(class_names))
-        file["ids"] = np.array(predictions.ids, object).astype(h5py.string_dtype())
-        for place, name in enumerate(predictions.ids):
-            group = file.create_group(f"videos/{name}")
-            for key, values in split.items():
-                group[key] = values[place]
+    write_texts(file, "class_names", class_names)
+    write_texts(file, "ids", predictions.ids)
+    for place, name in enumerate(predictions.ids):
+        group = file.create_group(f"videos/{name}")
+        for key, values in split.items():
+            group[key] = values[place]
 
 
 def read_frames(path: Path, class_names: Sequence[str]) -> Table:
-    """What `write_frames` wrote as CSV.
+    """What `write_frames` wrote.
 
     Raises:
-        UserError: missing, or of other classes.
+        UserError: missing, damaged, of other classes, or files of two writings.
     """
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    place = {name: index for index, name in enumerate(header)}
+    if is_wide("framewise", class_names):
+        return read_frame_arrays(path, class_names)
+    columns = read_columns(path)
     shown = [f"p_{name}" for name in class_names]
-    missing = [name for name in ("video", *shown) if name not in place]
+    missing = [name for name in ("video", *shown) if name not in columns]
     if missing:
         raise UserError(f"{path} is of other classes: it has no column {missing[0]}")
     classes = {name: index for index, name in enumerate(class_names)} | {"": UNLABELLED}
+    videos = columns["video"]
     try:
-        cells = [[row[place[name]] for name in shown] for row in rows]
-        scores = np.array(cells, np.float64).reshape(len(rows), len(shown))
+        values = np.array([columns[name] for name in shown], np.float64).T
         targets = None
-        if "label" in place:
-            targets = np.array([classes[row[place["label"]]] for row in rows], np.int64)
-    except (KeyError, ValueError, IndexError) as error:
+        if "label" in columns:
+            targets = np.array([classes[name] for name in columns["label"]], np.int64)
+    except (KeyError, ValueError) as error:
         raise UserError(f"{path} is of other classes: {error}") from None
-    videos = [row[place["video"]] for row in rows]
     first = [i for i, name in enumerate(videos) if not i or name != videos[i - 1]]
     starts = np.array([*first, len(videos)])
-    found = Scores.of_probabilities(scores, "multiclass")
+    found = Scores.of_probabilities(values, "multiclass")
     return Table([videos[i] for i in first], targets, found, starts)
+
+
+def read_frame_arrays(path: Path, class_names: Sequence[str]) -> Table:
+    """What the HDF5 file beside a table of frames holds, see `read_frames`."""
+    with beside(path) as file:
+        if read_texts(file, "class_names") != list(class_names):
+            raise UserError(f"{file.filename} is of other classes")
+        ids = read_texts(file, "ids")
+        groups = [file[f"videos/{name}"] for name in ids]
+        values = [group["probabilities"][:] for group in groups]
+        labels = [group["labels"][:] for group in groups if "labels" in group]
+    starts = np.concatenate([[0], np.cumsum([len(part) for part in values], dtype=np.int64)])
+    joined = np.concatenate([*values, np.zeros((0, len(class_names)))])
+    targets = np.concatenate([*labels, np.zeros(0, np.int64)]) if labels or not ids else None
+    return Table(ids, targets, Scores.of_probabilities(joined, "multiclass"), starts)
+
+
+@table_of.register
+def _(predictions: LabelledFrames, resolved: Resolved) -> Table:
+    scores = Scores.of_probabilities(predictions.scores.values, "multiclass")
+    return Table(predictions.ids, predictions.targets, scores, predictions.frames.starts)
 
 
 @read_table.register

@@ -107,7 +107,7 @@ class Scores:
     def of_probabilities(cls, values: Array, subtask: str) -> "Scores":
         """Of probabilities (N, K); outputs of a regression stay as they are. Equal ones stay equal;
         near 1 the small ones of the other classes say more than the large one."""
-        values = values.astype(np.float64)
+        values = np.ascontiguousarray(values, np.float64)  # the order of sums goes by the layout
         if subtask == "regression":
             return cls(values)
         others = np.maximum(1 - values, 0.0)

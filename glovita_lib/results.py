@@ -1,10 +1,9 @@
 """Results of runs: predictions, metrics and plots of a split, summaries of folds, comparisons."""
 
-import csv
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
 from pathlib import Path
@@ -19,131 +18,23 @@ from glovita_lib.augment import Augmenter
 from glovita_lib.data import Split
 from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment
-from glovita_lib.files import TEMPORARY, Lock, read_json, read_jsonl, write_csv, write_json
+from glovita_lib.files import TEMPORARY, Lock, read_json, read_jsonl, write_json
 from glovita_lib.loader import fit_all, to_tensor
 from glovita_lib.loggers import SHOWN_CLASSES, by_family, decimal, spread_of
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.metrics import metrics_report, samples_of
-from glovita_lib.metrics_classification import THRESHOLD, Scores
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.objectives import (
     LabelledPredictions,
     LabelObjective,
     Predictions,
     build_inputs,
 )
+from glovita_lib.prediction_files import Table, as_read, read_predictions, write_prediction_files
 from glovita_lib.resolved import ImageInputs, Inputs, Resolved, VolumeInputs
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_root import Root
-
-# ------------------------------------------------------------------------------- predictions
-#
-# Predictions of a split as CSV, one row a sample. N samples, K classes or targets.
-
-
-def write_prediction_csv(
-    path: Path | str,
-    *,
-    ids: Sequence[str],
-    targets: np.ndarray | None,
-    scores: Scores,
-    subtask: str,
-    class_names: Sequence[str],
-) -> None:
-    """CSV of predictions: id, the truth unless unlabelled, the prediction, the probabilities.
-
-    multiclass: label, prediction (names), p_<class>; regression of one target: label, prediction;
-    multilabel and several targets: label_<name> ..., prediction_<name> ..., and p_<class> for
-    multilabel, where a probability of at least 0.5 predicts 1, and logit_<class>, which tell apart
-    what the probabilities round to 1. Numbers read back equal.
-
-    Args:
-        ids: N ids.
-        targets: (N,) class indices; (N, K) labels or values; None: unlabelled.
-        scores: (N, K).
-        subtask: multiclass, multilabel or regression.
-        class_names: K names.
-
-    Raises:
-        UserError: disk full, read-only ...
-    """
-    values = scores.values
-    assert values.shape == (len(ids), len(class_names)), (values.shape, len(ids), len(class_names))
-    columns: dict[str, Sequence[Any]] = {"id": ids}
-    names = np.array(class_names, dtype=object)
-    if subtask == "multiclass":
-        if targets is not None:
-            columns["label"] = names[targets].tolist()
-        columns["prediction"] = names[values.argmax(1)].tolist()
-    else:
-        labels, predictions = value_columns(subtask, class_names)
-        if targets is not None:
-            whole = targets.astype(np.int64) if subtask == "multilabel" else targets
-            columns |= dict(zip(labels, whole.T, strict=True))
-        predicted = (values >= THRESHOLD).astype(np.int64) if subtask == "multilabel" else values
-        columns |= dict(zip(predictions, predicted.T, strict=True))
-    if subtask != "regression":
-        columns |= {f"p_{name}": column for name, column in zip(names, values.T, strict=True)}
-    if subtask == "multilabel":
-        logits = zip(names, scores.ranked.T, strict=True)
-        columns |= {f"logit_{name}": column for name, column in logits}
-    write_csv(path, columns, zip(*columns.values(), strict=True))
-
-
-def value_columns(subtask: str, class_names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Columns of the truth and of the prediction, one a class or target."""
-    if subtask == "regression" and len(class_names) == 1:
-        return ["label"], ["prediction"]
-    return [f"label_{name}" for name in class_names], [f"prediction_{name}" for name in class_names]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Predictions as read from a file; of frames ids are those of videos, with an array each."""
-
-    ids: list[str]
-    targets: np.ndarray | None  # (N,) int64 | (N, K)
-    scores: Scores  # (N, K), of videos of all their frames
-    starts: np.ndarray | None = None  # (N + 1,) first frame of each video, and all frames
-
-
-def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[str]) -> Table:
-    """What `write_predictions` wrote.
-
-    Raises:
-        UserError: missing, or of other classes.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    columns = dict(
-        zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True)
-    )
-    labels, predictions = value_columns(subtask, class_names)
-    kinds = {"multiclass": ["p"], "multilabel": ["p", "logit"]}.get(subtask, [])
-    shown = [f"{kind}_{name}" for kind in kinds for name in class_names] or predictions
-    truth = ["label"] if subtask == "multiclass" else labels
-    missing = [name for name in ("id", *shown) if name not in columns]
-    if missing:
-        raise UserError(f"{path} is of other classes: it has no column {missing[0]}")
-    index = {name: i for i, name in enumerate(class_names)}
-    try:
-        values = np.array([columns[name] for name in shown], dtype=np.float64).T
-        targets: np.ndarray | None = None
-        if truth[0] in columns and subtask == "multiclass":
-            targets = np.array([index[name] for name in columns["label"]], dtype=np.int64)
-        elif truth[0] in columns:
-            targets = np.array([columns[name] for name in truth], dtype=np.float64).T
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is of other classes: {error}") from None
-    if subtask == "multilabel":
-        scores = Scores(*np.split(values, 2, axis=1))
-    else:
-        scores = Scores.of_probabilities(values, subtask)
-    return Table(list(columns["id"]), targets, scores)
-
 
 # ------------------------------------------------------------------------ results of a split
 #
@@ -156,8 +47,8 @@ WORST_VOLUMES, VOLUME_ROWS, VOLUME_COLUMNS = 12, 3, 6  # three slices each
 
 @singledispatch
 def write_predictions(predictions: Predictions, path: Path, resolved: Resolved) -> None:
-    """The predictions of a split as CSV: id, label, prediction, p_<class> ..."""
-    write_prediction_csv(
+    """The predictions of a split as CSV and, of many classes, HDF5."""
+    write_prediction_files(
         path,
         ids=predictions.ids,
         targets=predictions.targets if isinstance(predictions, LabelledPredictions) else None,
@@ -165,6 +56,13 @@ def write_predictions(predictions: Predictions, path: Path, resolved: Resolved) 
         subtask=resolved.subtask,
         class_names=resolved.class_names,
     )
+
+
+@singledispatch
+def table_of(predictions: Predictions, resolved: Resolved) -> Table:
+    """Predictions as they are read from the files that hold them."""
+    targets = predictions.targets if isinstance(predictions, LabelledPredictions) else None
+    return as_read(predictions.ids, targets, predictions.scores, resolved.subtask)
 
 
 @singledispatch
@@ -206,6 +104,24 @@ def write_results(
         path = folder / "plots" / f"worst_{name}.png"
         plot_worst(resolved.inputs, path, predictions, split, resolved)
     return content
+
+
+PLOTS = ("confusion", "roc_pr", "calibration", "regression", "worst", "ribbons")
+
+
+def clear_results(folder: Path, name: str) -> None:
+    """Remove metrics and plots of earlier predictions of the same name, which new ones, perhaps
+    without labels or plots, would stand beside.
+
+    Raises:
+        UserError: something cannot be removed.
+    """
+    plots = (folder / "plots" / f"{kind}_{name}.png" for kind in PLOTS)
+    for path in (folder / f"metrics_{name}.json", *plots):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise files.write_error(path, error) from None
 
 
 @singledispatch

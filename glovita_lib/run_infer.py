@@ -24,6 +24,7 @@ from glovita_lib.loggers import say, say_notes, two_columns, write_notes
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.peft_base import ADDED, Insert, contiguous_copy
+from glovita_lib.prediction_files import prediction_paths
 from glovita_lib.resolved import (
     BagInputs,
     ClipInputs,
@@ -41,7 +42,7 @@ from glovita_lib.resolved import (
     check_targets,
     read_by,
 )
-from glovita_lib.results import summary_lines, write_predictions, write_results
+from glovita_lib.results import clear_results, summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, alone, locate
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_data import GenericImageData, SeriesData, VideoData, VolumeData, features_of
@@ -418,16 +419,19 @@ def write_split(
 ) -> list[tuple[str, str]]:
     """Write predictions, and of labelled samples metrics and plots too; lines on what came out and
     where it is."""
-    outputs = experiment.resolved.outputs_line
-    rows = [outputs, ("predictions", str(folder / f"predictions_{name}.csv"))]
-    if not isinstance(predictions, LabelledPredictions):
-        write_predictions(predictions, folder / f"predictions_{name}.csv", experiment.resolved)
-        return rows
+    table, report = folder / f"predictions_{name}.csv", None
+    clear_results(folder, name)
     plot = experiment.root.task.result_plot != "none"
-    report = write_results(predictions, folder, name, experiment, split=split, plot=plot)
-    rows = [*summary_lines({name: report}), *rows]
-    rows.append(("metrics", str(folder / f"metrics_{name}.json")))
-    if plot:
+    if isinstance(predictions, LabelledPredictions):
+        report = write_results(predictions, folder, name, experiment, split=split, plot=plot)
+    else:
+        write_predictions(predictions, table, experiment.resolved)
+    rows = [] if report is None else summary_lines({name: report})
+    tables = ", ".join(map(str, prediction_paths(table)))
+    rows += [experiment.resolved.outputs_line, ("predictions", tables)]
+    if report is not None:
+        rows.append(("metrics", str(folder / f"metrics_{name}.json")))
+    if report is not None and plot:
         rows.append(("plots", f"{folder / 'plots'}/"))
     return rows
 

@@ -21,6 +21,7 @@ from glovita_lib.metric_names import logged_names, lower_is_better, uses_order, 
 from glovita_lib.metrics import compute, metrics_report, undefined, undefined_line
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.neighbors import nearest
+from glovita_lib.prediction_files import write_prediction_files
 from glovita_lib.read_features import BagSource, VectorSource, feature_scale
 from glovita_lib.rundir import RunDir, opened, runtime_info
 from glovita_lib.spec import Loaded
@@ -650,7 +651,7 @@ def write_probe(
     for split, scores in fitted.scores.items():
         targets = samples[split].targets
         name = f"{method}_{split}"
-        results.write_prediction_csv(
+        write_prediction_files(
             run.predictions_of(name),
             ids=samples[split].ids,
             targets=targets,

@@ -43,12 +43,15 @@ from glovita_lib.objectives import LabelledPredictions
 from glovita_lib.optim import GROUP_COLUMNS, group_lines, group_rows
 from glovita_lib.peft import save_adapter
 from glovita_lib.plot_curves import learning_curves
+from glovita_lib.prediction_files import Table, prediction_paths
 from glovita_lib.resolved import Resolved, check_data, check_targets, check_unchanged, resolve_spec
 from glovita_lib.results import (
+    SPLITS,
     plot_augmented,
     pooled_metrics,
     read_table,
     summary_lines,
+    table_of,
     write_results,
     write_summary,
 )
@@ -522,6 +525,7 @@ def finish(
     if ranks.is_main and is_kept and experiment.root.peft.trains != "all":
         file = run.checkpoints / "adapter.safetensors"
         save_adapter(file, experiment.model, run=description(loaded, experiment))
+    written: dict[Path, LabelledPredictions] = {}
     for name, split in data.splits.items():
         if not len(split) or (name == "train" and task.result_plot != "all"):
             continue
@@ -530,10 +534,12 @@ def finish(
             plot = task.result_plot != "none"
             report = write_results(predictions, run.path, name, experiment, split=split, plot=plot)
             logger.conclude(name, report)
+            if name in SPLITS:
+                written[run.predictions_of(name)] = predictions
     if ranks.is_main:
         if task.result_plot != "none":
             learning_curves(files.read_jsonl(run.metrics), run.plots / "curves.png")
-        write_fold_summary(run, experiment)
+        write_fold_summary(run, experiment, written)
         run.mark_finished()
     dist.barrier(ranks)
 
@@ -545,13 +551,25 @@ def description(loaded: Loaded[Root], experiment: Experiment) -> dict[str, Any]:
     return {"spec": spec, "resolved": msgspec.to_builtins(experiment.resolved)}
 
 
-def write_fold_summary(run: RunDir, experiment: Experiment) -> None:
-    """Metrics over the folds that are finished, and of all their predictions together."""
+def write_fold_summary(
+    run: RunDir, experiment: Experiment, written: dict[Path, LabelledPredictions]
+) -> None:
+    """Metrics over the folds that are finished, and of all their predictions together.
+
+    Args:
+        written: predictions of this run by their table, which need not be read; emptied.
+    """
     objective = experiment.predictor
+
+    def read(path: Path) -> Table:
+        if path in written:
+            return table_of(written.pop(path), experiment.resolved)
+        return read_table(objective, path)
+
     write_summary(
         run.group,
         config=files.read_json(run.config),
-        read=partial(read_table, objective),
+        read=read,
         measure=partial(pooled_metrics, objective),
     )
 
@@ -566,9 +584,10 @@ def conclude(run: RunDir, ranks: dist.Ranks, what: str) -> None:
         if run.metrics_of(name).is_file()
     }
     rows = summary_lines(reports)
+    tables = [path for name in reports for path in prediction_paths(run.predictions_of(name))]
     rows += [
         ("best model", place(run.best) if run.last.is_file() else "no weights were kept"),
-        ("predictions", ", ".join(place(run.predictions_of(name)) for name in reports)),
+        ("predictions", ", ".join(map(place, tables))),
         ("metrics", ", ".join(str(run.metrics_of(name)) for name in reports)),
     ]
     if run.plots.is_dir():

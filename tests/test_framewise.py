@@ -1,6 +1,5 @@
 """A class a frame: the loss and its mask, evaluation over whole videos, files, figures."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,7 +24,8 @@ from glovita_lib.framewise import (
 from glovita_lib.loader import Batch
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.objectives import BatchRng
-from glovita_lib.results import pooled_metrics, read_table, write_predictions
+from glovita_lib.prediction_files import MOST_COLUMNS
+from glovita_lib.results import pooled_metrics, read_table, table_of, write_predictions
 from glovita_lib.run_infer import mean_of
 from glovita_lib.spec_samples import UNLABELLED
 from glovita_lib.spec_train import Framewise
@@ -238,7 +238,7 @@ def test_files_hold_a_row_a_frame_and_arrays_a_video(predictions, build, tmp_pat
     assert np.array_equal(table.scores.values, predictions.scores.values)
     assert np.array_equal(table.starts, predictions.frames.starts)
     with h5py.File(tmp_path / "predictions_test.h5") as file:
-        assert json.loads(file.attrs["class_names"]) == list(NAMES)
+        assert file["class_names"].asstr()[:].tolist() == list(NAMES)
         ids = [name.decode() for name in file["ids"]]
         groups = [file["videos"][name] for name in ids]
         assert [group["labels"][:].tolist() for group in groups] == [
@@ -252,6 +252,36 @@ def test_files_hold_a_row_a_frame_and_arrays_a_video(predictions, build, tmp_pat
     assert pooled == pytest.approx(
         {k: v for k, v in objective.record(predictions).items() if k != "loss"}
     )
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_frames_of_many_classes(predictions, tmp_path, labelled) -> None:
+    names = tuple(f"step {k}, ü" for k in range(MOST_COLUMNS + 1))
+    rng = np.random.default_rng(0)
+    rows, logits = len(predictions.targets), rng.normal(size=(9, len(names))).astype(np.float32)
+    assert rows == 9
+    scores = Scores.of_logits(logits * 300, "multiclass")
+    given = replace(predictions, scores=scores)
+    if not labelled:
+        given = FramePredictions(given.ids, scores, given.rows, given.frames)
+    path, resolved = tmp_path / "predictions_test.csv", SimpleNamespace(class_names=names)
+    write_predictions(given, path, resolved)
+    header = path.read_text().splitlines()[0].split(",")
+    known = ["label"] if labelled else []
+    assert header[: 5 + labelled] == ["video", "frame", "time", *known, "prediction", "probability"]
+    assert header[-2:] == ["top5", "p_top5"]
+    table = read_frames(path, names)
+    assert table.ids == given.ids and np.array_equal(table.starts, given.frames.starts)
+    assert np.array_equal(table.scores.values, scores.values)
+    if not labelled:
+        assert table.targets is None
+        return
+    assert np.array_equal(table.targets, given.targets)
+    held = table_of(given, resolved)
+    assert held.ids == table.ids and np.array_equal(held.scores.values, table.scores.values)
+    path.write_text(path.read_text().replace("step 1", "step 2"))
+    with pytest.raises(UserError, match="is not the table that"):
+        read_frames(path, names)
 
 
 def test_files_of_unlabelled_videos_and_of_other_classes(predictions, tmp_path) -> None:

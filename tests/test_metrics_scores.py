@@ -10,7 +10,7 @@ import torch
 
 from glovita_lib.metrics import compute
 from glovita_lib.metrics_classification import Scores
-from glovita_lib.results import read_predictions, write_prediction_csv
+from glovita_lib.prediction_files import read_predictions, write_prediction_files
 
 KINDS = pytest.mark.parametrize("subtask", ["multiclass", "multilabel"])
 
@@ -67,7 +67,7 @@ def test_the_file_keeps_enough_to_compute_them_again(tmp_path: Path, subtask: st
     scores, path = Scores.of_logits(logits, subtask), tmp_path / "predictions.csv"
     kind = {"subtask": subtask, "class_names": ("a", "b", "c")}
     ids = list(map(str, range(len(targets))))
-    write_prediction_csv(path, ids=ids, targets=targets, scores=scores, **kind)
+    write_prediction_files(path, ids=ids, targets=targets, scores=scores, **kind)
     table = read_predictions(path, **kind)
     assert np.array_equal(table.scores.values, scores.values)
     again = measured(subtask, table.targets, table.scores)

@@ -14,7 +14,8 @@ from sklearn.model_selection import KFold
 from glovita_lib import files
 from glovita_lib.metrics import compute
 from glovita_lib.metrics_classification import Scores
-from glovita_lib.results import joined, read_predictions, write_prediction_csv, write_summary
+from glovita_lib.prediction_files import read_predictions, write_prediction_files
+from glovita_lib.results import joined, write_summary
 from glovita_lib.rundir import RunDir
 
 NAMES = ("setosa", "versicolor", "virginica")
@@ -46,7 +47,7 @@ def fold(
 ) -> None:
     run = RunDir(group / str(number))
     files.write_json(run.config, {"optimizer": {"lr": lr}, "data": {"fold": number}})
-    write_prediction_csv(
+    write_prediction_files(
         run.predictions_of(split), ids=ids, targets=targets, scores=Scores(scores), **RESOLVED
     )
     metrics = measure(targets, Scores(scores))
