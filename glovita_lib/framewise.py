@@ -24,6 +24,7 @@ from glovita_lib.experiment import Experiment
 from glovita_lib.figures import PALE, WIDTH, drawing, short
 from glovita_lib.files import write_json
 from glovita_lib.loader import Batch, Loader
+from glovita_lib.loggers import Share
 from glovita_lib.metrics import report_of
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.metrics_segments import Videos
@@ -409,7 +410,13 @@ def _(
     resolved, root = experiment.resolved, experiment.root
     write_predictions(predictions, folder / f"predictions_{name}.csv", resolved)
     samples = objective.measured(predictions)
-    report = report_of(resolved.metrics, samples, bootstrap=root.task.bootstrap, seed=root.seed)
+    report = report_of(
+        resolved.metrics,
+        samples,
+        bootstrap=root.task.bootstrap,
+        seed=root.seed,
+        tell=Share(f"intervals of {name}"),
+    )
     frames = {"frames": len(predictions.targets), "labelled_frames": int(samples.frames.sum())}
     content = {"split": name, "loss": predictions.loss, **frames, **report}
     write_json(folder / f"metrics_{name}.json", content)

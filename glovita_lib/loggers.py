@@ -90,6 +90,24 @@ class Rate:
             self.bar.close()
 
 
+class Share:
+    """Progress of a computation by the share that is done: a line now and then if it is long."""
+
+    EVERY = 10.0  # seconds between two lines
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.started = self.told = time.perf_counter()
+
+    def __call__(self, share: float) -> None:
+        """A share from 0 to 1 is done."""
+        now = time.perf_counter()
+        if share < 1 and now - self.told > self.EVERY:
+            self.told = now
+            left = (now - self.started) * (1 - share) / max(share, 1e-9)
+            say(f"{self.title}: {share:.0%} done, about {left:,.0f} s left")
+
+
 class Meter:
     """Samples per second since the last reading."""
 

@@ -17,11 +17,13 @@ from glovita_lib.metrics_classification import (
     Multilabel,
     Resampled,
     Scores,
+    Tell,
     correlation,
     formula,
     mean_defined,
     rank_correlation,
     ratio,
+    silent,
     squared_deviations,
     weighted_mean,
 )
@@ -119,7 +121,12 @@ def intervals(
 
 
 def intervals_of(
-    names: tuple[str, ...], samples: "Samples", values: dict[str, float], resamples: int, seed: int
+    names: tuple[str, ...],
+    samples: "Samples",
+    values: dict[str, float],
+    resamples: int,
+    seed: int,
+    tell: Tell = silent,
 ) -> dict[str, tuple[float, float]]:
     """Intervals of the metrics of samples by logged name.
 
@@ -132,10 +139,24 @@ def intervals_of(
     apart = tuple(name for name in names if rare and METRICS[name].over_classes)
     rest = tuple(name for name in names if name not in apart)
     ends: dict[str, tuple[float, float]] = {}
-    for some, rows in ((rest, []), (apart, rare)):
-        if some:
-            blocks = draws(n, resamples, seed, rows)
-            ends |= intervals(measure_of(some, samples), blocks, values=values, level=level)
+    parts: list[tuple[tuple[str, ...], list[Array]]] = [(rest, []), (apart, rare)]
+    parts = [(some, rows) for some, rows in parts if some]
+    for part, (some, rows) in enumerate(parts):
+        blocks, measure = draws(n, resamples, seed, rows), measure_of(some, samples)
+        done = 0
+
+        def measured(
+            weights: Array, measure: Measure = measure, part: int = part
+        ) -> dict[str, Array]:
+            nonlocal done
+            count, before = weights.shape[1], part + done / resamples
+            found = measure(
+                weights, lambda share: tell((before + share * count / resamples) / len(parts))
+            )
+            done += count
+            return found
+
+        ends |= intervals(measured, blocks, values=values, level=level)
     alone = np.bincount(samples.targets) == 1 if apart else np.zeros(0, bool)
     if alone.any():
         for name in apart:
@@ -165,11 +186,13 @@ class Regression(EvaluatedSamples):
         self.scores = scores.values.astype(np.float64)
         self.class_names = class_names
 
-    def each(self, name: str, weights: Array) -> Array:
+    def each(self, name: str, weights: Array, tell: Tell = silent) -> Array:
         """A metric of each target: (K, R)."""
-        function = FORMULAS[name, self.subtask]
-        pairs = zip(self.scores.T, self.targets.T, strict=True)
-        return np.stack([function(x[:, None], y[:, None], weights) for x, y in pairs])
+        function, found = FORMULAS[name, self.subtask], []
+        for x, y in zip(self.scores.T, self.targets.T, strict=True):
+            found.append(function(x[:, None], y[:, None], weights))
+            tell(len(found) / len(self.class_names))
+        return np.stack(found)
 
 
 @formula("mse", "regression")
@@ -212,7 +235,7 @@ def spearman(predictions: Array, targets: Array, weights: Array) -> Array:
 LEVEL = 0.95  # of the intervals
 LARGEST_CONFUSION = 200  # classes; a larger matrix is left out of the report
 Samples: TypeAlias = "Multiclass | Multilabel | Regression | Videos"
-Measure = Callable[[Array], dict[str, Array]]
+Measure = Callable[..., dict[str, Array]]  # of weights (N, R), and a Tell
 
 
 def compute(
@@ -254,21 +277,23 @@ def metrics_report(
     class_names: tuple[str, ...],
     bootstrap: int,
     seed: int,
+    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Everything about the predictions of a split, ready for JSON, see `report_of`; arguments as of
     `compute`."""
     samples = samples_of(subtask, targets, scores, class_names)
-    return report_of(names, samples, bootstrap=bootstrap, seed=seed)
+    return report_of(names, samples, bootstrap=bootstrap, seed=seed, tell=tell)
 
 
 def report_of(
-    names: tuple[str, ...], samples: Samples, *, bootstrap: int, seed: int
+    names: tuple[str, ...], samples: Samples, *, bootstrap: int, seed: int, tell: Tell = silent
 ) -> dict[str, Any]:
     """Everything about the predictions of samples, ready for JSON.
 
     Args:
         bootstrap: resamples behind the intervals; 0 leaves them out.
         seed: of the resamples.
+        tell: is told which share of the resamples is done.
 
     Returns:
         n: samples. class_names: in the order of the outputs. metrics: name -> value. ci95: name ->
@@ -283,7 +308,7 @@ def report_of(
     result |= {"metrics": metrics, "ci95": {}}
     result |= {"per_class": {}, "confusion": None}
     if samples.is_finite:
-        ends = intervals_of(names, samples, metrics, bootstrap, seed)
+        ends = intervals_of(names, samples, metrics, bootstrap, seed, tell)
         result["ci95"] = {name: ends[name] for name in metrics if name in ends}
         result["per_class"] = per_class(samples, class_names)
         few = len(class_names) <= LARGEST_CONFUSION
@@ -336,15 +361,22 @@ def samples_of(
 def measure_of(names: tuple[str, ...], samples: Samples) -> Measure:
     """Function from weights (N, R) to the values (R,) of each metric by logged name."""
 
-    def measure(weights: Array) -> dict[str, Array]:
+    def measure(weights: Array, tell: Tell = silent) -> dict[str, Array]:
         drawn = None if isinstance(samples, Regression) else Resampled(samples, weights)
         values: dict[str, Array] = {}
-        for name in names:
+        for place, name in enumerate(names):
+
+            def inner(share: float, place: int = place) -> None:
+                tell((place + share) / len(names))
+
             if isinstance(samples, Regression):
-                each = samples.each(name, weights)  # (K, R)
+                each = samples.each(name, weights, inner)  # (K, R)
                 found = each if METRICS[name].per_class else mean_defined(each)
             else:
+                assert drawn is not None
+                drawn.tell = inner
                 found = FORMULAS[name, samples.subtask](drawn)
+            inner(1.0)
             rows = found if METRICS[name].per_class else [found]
             values |= zip(logged_names([name], samples.class_names), rows, strict=True)
         return values

@@ -14,6 +14,12 @@ import numpy as np
 # sums of them are exact. N samples, G groups, K classes, R sets of weights.
 
 Array = np.ndarray
+Tell = Callable[[float], None]
+"""Is told which share of a long computation is done."""
+
+
+def silent(share: float) -> None:
+    """Nobody is told."""
 
 
 def sum_by(groups: Array, count: int, weights: Array, values: Array | None = None) -> Array:
@@ -494,6 +500,7 @@ class Resampled(Generic[Classes]):
 
     def __init__(self, samples: Classes, weights: Array) -> None:
         self.samples, self.weights = samples, weights
+        self.tell: Tell = silent
 
     @cached_property
     def counts(self) -> ClassCounts:
@@ -504,7 +511,10 @@ class Resampled(Generic[Classes]):
     def ranking(self) -> tuple[Array, Array]:
         """AUROC and AP of each class, both (K, R)."""
         assert isinstance(self.samples, Multiclass | Multilabel), "no others have formulas that ask"
-        pairs = [auroc_and_ap(thresholds, self.weights) for thresholds in self.samples.ladders]
+        pairs, ladders = [], self.samples.ladders
+        for thresholds in ladders:
+            pairs.append(auroc_and_ap(thresholds, self.weights))
+            self.tell(len(pairs) / len(ladders))
         return np.stack([auroc for auroc, _ in pairs]), np.stack([ap for _, ap in pairs])
 
 

@@ -20,7 +20,7 @@ from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment
 from glovita_lib.files import TEMPORARY, Lock, read_json, read_jsonl, write_json
 from glovita_lib.loader import fit_all, to_tensor
-from glovita_lib.loggers import SHOWN_CLASSES, by_family, decimal, spread_of
+from glovita_lib.loggers import SHOWN_CLASSES, Share, by_family, decimal, spread_of
 from glovita_lib.metric_names import lower_is_better
 from glovita_lib.metrics import metrics_report, samples_of
 from glovita_lib.metrics_classification import Scores
@@ -89,6 +89,7 @@ def write_results(
         class_names=resolved.class_names,
         bootstrap=task.bootstrap,
         seed=experiment.root.seed,
+        tell=Share(f"intervals of {name}"),
     )
     content = {"split": name, "loss": predictions.loss, **content}
     files.write_json(folder / f"metrics_{name}.json", content)

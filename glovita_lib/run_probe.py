@@ -16,7 +16,7 @@ from glovita_lib import dist, files, plots, results
 from glovita_lib.data import Data, Source, Standardizer, column_means, outputs_line
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError, listed, refuse
-from glovita_lib.loggers import better, decimal, say, say_notes, two_columns, write_notes
+from glovita_lib.loggers import Share, better, decimal, say, say_notes, two_columns, write_notes
 from glovita_lib.metric_names import logged_names, lower_is_better, uses_order, usual_metrics
 from glovita_lib.metrics import compute, metrics_report, undefined, undefined_line
 from glovita_lib.metrics_classification import Scores
@@ -667,6 +667,7 @@ def write_probe(
             class_names=data.class_names,
             bootstrap=task.bootstrap,
             seed=seed,
+            tell=Share(f"intervals of {method} on {split}"),
         )
         if task.result_plot != "none":
             plots.plot_results(

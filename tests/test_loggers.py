@@ -16,7 +16,15 @@ from children import run as run_child
 from glovita_lib import loggers
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
-from glovita_lib.loggers import Logger, NullLogger, Wandb, build_logger, epoch_line, logged_as
+from glovita_lib.loggers import (
+    Logger,
+    NullLogger,
+    Share,
+    Wandb,
+    build_logger,
+    epoch_line,
+    logged_as,
+)
 from glovita_lib.results import summary_lines
 from glovita_lib.rundir import RunDir
 from glovita_lib.spec_data import BaseData, DigitsData, GenericImageData, PrecomputedData
@@ -327,3 +335,13 @@ def test_many_classes_are_a_range_on_the_console() -> None:
     report["metrics"] |= {k.removeprefix("val_"): v for k, v in many.items()}
     ((_, text),) = summary_lines({"test": report})
     assert text == (f"loss 0.5000  mae 3e-08 [1e-08, 5e-08]  acc undefined  {spread}")
+
+
+def test_a_long_computation_says_how_far_it_is(capsys, monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("glovita_lib.loggers.time.perf_counter", lambda: clock[0])
+    share = Share("intervals of test")
+    for seconds, done in ((5, 0.1), (11, 0.25), (15, 0.3), (40, 1.0)):
+        clock[0] = seconds
+        share(done)
+    assert capsys.readouterr().out == "intervals of test: 25% done, about 33 s left\n"

@@ -201,3 +201,17 @@ def test_resamples_without_a_far_outlier_keep_their_digits(far: float) -> None:
         assert found["r2"][r] == pytest.approx(float(r2.mean()), abs=1e-9)
         assert found["pearson"][r] == pytest.approx(float(pearson.mean()), abs=1e-9)
         assert found["spearman"][r] == pytest.approx(np.mean(ranks), abs=1e-9)
+
+
+@pytest.mark.parametrize("subtask", ["multiclass", "regression"])
+def test_says_how_far_it_is(subtask: str, monkeypatch) -> None:
+    """After each target or class of each metric, of several blocks of resamples."""
+    monkeypatch.setattr(metrics, "ELEMENTS_AT_ONCE", 80 * 7)
+    data, told = data_of(subtask, 80), []
+    if subtask == "multiclass":
+        data["targets"] = np.append([3, 3], np.arange(78) % 3)  # one class is drawn apart
+    names = ("acc", "auroc", "ap") if subtask == "multiclass" else ("mse", "spearman")
+    found = metrics_report(names, bootstrap=20, seed=0, tell=told.append, **data)
+    assert told == sorted(told) and told[-1] == pytest.approx(1.0)
+    assert len(told) >= 3 * len(names) and 0 < told[0] < 0.2
+    assert found == metrics_report(names, bootstrap=20, seed=0, **data)
