@@ -530,9 +530,8 @@ class Choice:
         value = setting.pop("val")[self.decisive]
         extreme = "lowest" if lower_is_better(self.decisive) else "highest"
         # without a value nothing was chosen: the setting is the first one
-        by = {"by": self.decisive, extreme: value}
-        chosen = {**setting, **({"by": None} if math.isnan(value) else by)}
-        return FittedProbe(chosen, self.candidates, scores)
+        by = {"by": None} if math.isnan(value) else {"by": self.decisive, extreme: value}
+        return FittedProbe({**setting, **by}, self.candidates, scores)
 
 
 def held_out(samples: dict[str, ProbeSplit]) -> dict[str, ProbeSplit]:
