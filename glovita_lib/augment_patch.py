@@ -20,13 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glovita_lib.augment_images import Operations, coin, to, uniform
-from glovita_lib.spec_volumes import VolumeOps
+from glovita_lib.augment_images import to
 
 Size = tuple[int, int, int]
 
-VOLUME_OPERATIONS = Operations()
-operation = VOLUME_OPERATIONS.register
 SAME_SPACING = 0.05  # relative difference of spacings up to which axes may be exchanged
 SLAB = 2**17  # voxels of the patch interpolated at a time on a CPU: what stays in its cache
 
@@ -316,108 +313,6 @@ class Placement:
         room = np.tile(np.array(have) - np.array(grid.size), (count, 1))
         eye = torch.eye(3, dtype=torch.float64).repeat(count, 1, 1)
         return cls(grid, room, torch.from_numpy(room // 2), eye, eye.clone())
-
-
-@operation("crop", stage="geometry")
-def random_place(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
-    """A random part of volumes that no reader has cut; their foreground is unknown."""
-    cut = PatchCut(ops.crop, ops.foreground_share, place.grid.size)
-    sizes = place.room + np.array(place.grid.size)
-    place.start = cut.boxes(sizes, generator)[:, :3].long()
-
-
-@operation("rotate_p", stage="geometry")
-def random_rotation(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
-    """A rotation about each axis, in mm; about the thick one alone where there is one."""
-    count = len(place.turns)
-    chosen = coin(count, ops.rotate_p, generator)
-    angles = uniform(count, -ops.rotate_radians, ops.rotate_radians, generator, 3).double()
-    if place.grid.thick is not None:
-        angles *= torch.arange(3) == place.grid.thick
-    spacing = torch.tensor(place.grid.spacing, dtype=torch.float64)
-    turned = rotation(angles * chosen[:, None]) * spacing / spacing[:, None]  # mm -> voxels
-    place.matrices = place.matrices @ turned
-
-
-@operation("scale_p", stage="geometry")
-def random_scale(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
-    """A factor for all axes or each; none across thick slices."""
-    count = len(place.turns)
-    chosen = coin(count, ops.scale_p, generator)
-    each = uniform(count, *ops.scale, generator, 3).double()
-    same = coin(count, ops.scale_same_p, generator)
-    factors = torch.where(same[:, None], each[:, :1], each)
-    factors = torch.where(chosen[:, None], factors, 1.0)
-    if place.grid.thick is not None:
-        factors[:, place.grid.thick] = 1.0
-    place.matrices = place.matrices @ torch.diag_embed(factors)
-
-
-@operation("elastic_p", stage="geometry")
-def random_elastic(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
-    """Random shifts of control points; the same in all slices where they are thick."""
-    count, points = len(place.turns), ops.elastic_points
-    chosen = coin(count, ops.elastic_p, generator)
-    share = uniform(count, *ops.elastic_strength, generator) * chosen  # of the distance of points
-    shifts = uniform(count, -1, 1, generator, 3, *(points + 3,) * 3)
-    if (thick := place.grid.thick) is not None:
-        shifts[:, thick] = 0
-        shifts = shifts.narrow(thick + 2, 0, 1).expand_as(shifts)
-    distance = torch.tensor([max(side - 1, 1) / points for side in place.grid.size])
-    place.control = shifts * (share[:, None] * distance)[:, :, None, None, None]
-
-
-@operation("rot90_p", stage="geometry")
-def random_rot90(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
-    """Quarter turns in the plane of two axes of one length."""
-    axes = place.grid.equal
-    count = len(place.turns)
-    chosen = coin(count, ops.rot90_p, generator)
-    planes = torch.rand(count, len(axes), generator=generator).argsort(1)[:, :2].sort(1).values
-    quarters = torch.randint(1, 4, (count,), generator=generator)
-    if len(axes) < 2:
-        return
-    for row in chosen.nonzero()[:, 0].tolist():
-        first, second = (axes[int(i)] for i in planes[row])
-        turn = torch.eye(3, dtype=torch.float64)
-        turn[first, first] = turn[second, second] = 0
-        turn[first, second], turn[second, first] = 1, -1  # torch.rot90 in this plane
-        place.turns[row] @= torch.linalg.matrix_power(turn, int(quarters[row]))
-
-
-@operation("transpose_p", stage="geometry")
-def random_transpose(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
-    """Axes of one length in a random order, which may be their own."""
-    axes = place.grid.equal
-    count = len(place.turns)
-    chosen = coin(count, ops.transpose_p, generator)
-    orders = torch.rand(count, len(axes), generator=generator).argsort(1)
-    for row in chosen.nonzero()[:, 0].tolist():
-        order = list(range(3))
-        for axis, drawn in zip(axes, orders[row].tolist(), strict=True):
-            order[axis] = axes[drawn]
-        place.turns[row] @= torch.eye(3, dtype=torch.float64)[order]
-
-
-@operation("mirror_p", stage="geometry")
-def random_mirror(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
-    """Each of the permitted axes backwards."""
-    flipped = torch.rand(len(place.turns), 3, generator=generator) < ops.mirror_p
-    flipped &= torch.tensor([axis in place.grid.mirrors for axis in range(3)])
-    place.turns = place.turns @ torch.diag_embed(1 - 2 * flipped.double())
-
-
-def rotation(angles: Tensor) -> Tensor:
-    """Rotations Rz Ry Rx about the axes: (B, 3) radians -> (B, 3, 3) float64."""
-    matrices = torch.eye(3, dtype=torch.float64).repeat(len(angles), 1, 1)
-    for axis in range(3):
-        a, b = (axis + 1) % 3, (axis + 2) % 3
-        turn = torch.eye(3, dtype=torch.float64).repeat(len(angles), 1, 1)
-        turn[:, a, a] = turn[:, b, b] = angles[:, axis].cos()
-        turn[:, b, a] = angles[:, axis].sin()
-        turn[:, a, b] = -turn[:, b, a]
-        matrices = turn @ matrices
-    return matrices
 
 
 def moved(volumes: Tensor, place: Placement) -> Tensor:

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glovita_lib.augment_images import coin, to, uniform
+from glovita_lib.augment_images import Operations, coin, to, uniform
 from glovita_lib.augment_patch import (
-    VOLUME_OPERATIONS,
     Grid,
     PatchCut,
     Placement,
@@ -27,7 +26,6 @@ from glovita_lib.augment_patch import (
     WindowGrid,
     interpolated,
     moved,
-    operation,
     picked,
 )
 from glovita_lib.dist import hash_seed
@@ -41,6 +39,8 @@ from glovita_lib.spec_volumes import (
 )
 from glovita_lib.volume_preparation import thick_axis
 
+VOLUME_OPERATIONS = Operations()
+operation = VOLUME_OPERATIONS.register
 AXES = ("x", "y", "z")
 INTERPOLATED = ("rotate_p", "scale_p", "elastic_p")  # switches of what shows more than the patch
 WINDOWS = 2**25  # values of median windows at a time
@@ -101,6 +101,127 @@ def resolve_volume_augmentation(
         train=msgspec.structs.replace(VOLUME_TRAIN[names[0]], **aug.train_kwargs.given()),
         test=msgspec.structs.replace(VOLUME_TEST[names[1]], **aug.test_kwargs.given()),
     )
+
+
+# --------------------------------------------------------------------------------------- geometry
+#
+# A registered function draws parameters on the CPU and changes where the voxels of each patch come
+# from.
+
+
+@operation("crop", stage="geometry")
+def random_place(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
+    """A random part of volumes that no reader has cut; their foreground is unknown."""
+    cut = PatchCut(ops.crop, ops.foreground_share, place.grid.size)
+    sizes = place.room + np.array(place.grid.size)
+    place.start = cut.boxes(sizes, generator)[:, :3].long()
+
+
+@operation("rotate_p", stage="geometry")
+def random_rotation(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
+    """A rotation about each axis, in mm; about the thick one alone where there is one."""
+    count = len(place.turns)
+    chosen = coin(count, ops.rotate_p, generator)
+    angles = uniform(count, -ops.rotate_radians, ops.rotate_radians, generator, 3).double()
+    if place.grid.thick is not None:
+        angles *= torch.arange(3) == place.grid.thick
+    spacing = torch.tensor(place.grid.spacing, dtype=torch.float64)
+    turned = rotation(angles * chosen[:, None]) * spacing / spacing[:, None]  # mm -> voxels
+    place.matrices = place.matrices @ turned
+
+
+@operation("scale_p", stage="geometry")
+def random_scale(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
+    """A factor for all axes or each; none across thick slices."""
+    count = len(place.turns)
+    chosen = coin(count, ops.scale_p, generator)
+    each = uniform(count, *ops.scale, generator, 3).double()
+    same = coin(count, ops.scale_same_p, generator)
+    factors = torch.where(same[:, None], each[:, :1], each)
+    factors = torch.where(chosen[:, None], factors, 1.0)
+    if place.grid.thick is not None:
+        factors[:, place.grid.thick] = 1.0
+    place.matrices = place.matrices @ torch.diag_embed(factors)
+
+
+@operation("elastic_p", stage="geometry")
+def random_elastic(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
+    """Random shifts of control points; the same in all slices where they are thick."""
+    count, points = len(place.turns), ops.elastic_points
+    chosen = coin(count, ops.elastic_p, generator)
+    share = uniform(count, *ops.elastic_strength, generator) * chosen  # of the distance of points
+    shifts = uniform(count, -1, 1, generator, 3, *(points + 3,) * 3)
+    if (thick := place.grid.thick) is not None:
+        shifts[:, thick] = 0
+        shifts = shifts.narrow(thick + 2, 0, 1).expand_as(shifts)
+    distance = torch.tensor([max(side - 1, 1) / points for side in place.grid.size])
+    place.control = shifts * (share[:, None] * distance)[:, :, None, None, None]
+
+
+@operation("rot90_p", stage="geometry")
+def random_rot90(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
+    """Quarter turns in the plane of two axes of one length."""
+    axes = place.grid.equal
+    count = len(place.turns)
+    chosen = coin(count, ops.rot90_p, generator)
+    planes = torch.rand(count, len(axes), generator=generator).argsort(1)[:, :2].sort(1).values
+    quarters = torch.randint(1, 4, (count,), generator=generator)
+    if len(axes) < 2:
+        return
+    for row in chosen.nonzero()[:, 0].tolist():
+        first, second = (axes[int(i)] for i in planes[row])
+        turn = torch.eye(3, dtype=torch.float64)
+        turn[first, first] = turn[second, second] = 0
+        turn[first, second], turn[second, first] = 1, -1  # torch.rot90 in this plane
+        place.turns[row] @= torch.linalg.matrix_power(turn, int(quarters[row]))
+
+
+@operation("transpose_p", stage="geometry")
+def random_transpose(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
+    """Axes of one length in a random order, which may be their own."""
+    axes = place.grid.equal
+    count = len(place.turns)
+    chosen = coin(count, ops.transpose_p, generator)
+    orders = torch.rand(count, len(axes), generator=generator).argsort(1)
+    for row in chosen.nonzero()[:, 0].tolist():
+        order = list(range(3))
+        for axis, drawn in zip(axes, orders[row].tolist(), strict=True):
+            order[axis] = axes[drawn]
+        place.turns[row] @= torch.eye(3, dtype=torch.float64)[order]
+
+
+@operation("mirror_p", stage="geometry")
+def random_mirror(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
+    """Each of the permitted axes backwards."""
+    flipped = torch.rand(len(place.turns), 3, generator=generator) < ops.mirror_p
+    flipped &= torch.tensor([axis in place.grid.mirrors for axis in range(3)])
+    place.turns = place.turns @ torch.diag_embed(1 - 2 * flipped.double())
+
+
+def keep_sides(place: Placement, ops: VolumeOps) -> None:
+    """Make no mirror image that is not asked for: none where nothing may be mirrored, as two axes
+    exchanged are one, and none in which a rotation reverses an axis that may not be, which with a
+    mirrored one makes a mirror image along it. Of these samples a permitted axis is reversed, which
+    makes them rotations."""
+    fixed = [axis for axis in range(3) if axis not in place.grid.mirrors]
+    is_image = torch.linalg.det(place.turns) < 0
+    reverses = (place.matrices.diagonal(dim1=1, dim2=2)[:, fixed] <= 0).any(1)
+    rows = is_image & (reverses | (ops.mirror_p == 0))
+    if rows.any():
+        place.turns[rows, :, (*place.grid.equal, *place.grid.mirrors)[0]] *= -1
+
+
+def rotation(angles: Tensor) -> Tensor:
+    """Rotations Rz Ry Rx about the axes: (B, 3) radians -> (B, 3, 3) float64."""
+    matrices = torch.eye(3, dtype=torch.float64).repeat(len(angles), 1, 1)
+    for axis in range(3):
+        a, b = (axis + 1) % 3, (axis + 2) % 3
+        turn = torch.eye(3, dtype=torch.float64).repeat(len(angles), 1, 1)
+        turn[:, a, a] = turn[:, b, b] = angles[:, axis].cos()
+        turn[:, b, a] = angles[:, axis].sin()
+        turn[:, a, b] = -turn[:, b, a]
+        matrices = turn @ matrices
+    return matrices
 
 
 # ------------------------------------------------------------------------------------ intensities
@@ -532,6 +653,7 @@ class VolumeAugmenter:
         place = Placement.centred(grid, batch, have)
         for each in geometry:
             each.function(place, self.ops, generator)
+        keep_sides(place, self.ops)
         if not geometry and not changing and tuple(have) == grid.size:
             return inputs.float()
         x = moved(inputs, place)

@@ -57,7 +57,7 @@ def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
             mirror_axes=stored_mirrors(train, affines, augmentation),
         )
         if isinstance(root.model.encoder.lifting, Slices):
-            data.report += slices_line(affines, root.model.encoder.lifting.axis or "z")
+            data.report += slices_line(affines, root.model.encoder.lifting, "train volumes")
     return VolumeInputs(**asdict(samples), augmentation=augmentation)
 
 
@@ -169,16 +169,17 @@ def stored_mirrors(
     return tuple(AXES[axis] for axis in found[0])
 
 
-def slices_line(affines: np.ndarray, axis: str) -> list[str]:
+def slices_line(affines: np.ndarray, slices: Slices, noun: str) -> list[str]:
     """A line where slices along a stored axis are not those that its name means in volumes in
     canonical orientation."""
+    axis = slices.axis or "z"
     wanted = AXES.index(axis)
     others = sum(stored_axes(affine)[wanted] != wanted for affine in affines)
     if not others:
         return []
     return [
         f"model.encoder.slices.axis: {axis} is axis {wanted + 1} as volumes are stored, which does"
-        f" not run {PATIENT[wanted]} in {others} of {len(affines)} train volumes;"
+        f" not run {PATIENT[wanted]} in {others} of {len(affines)} {noun};"
         " data.reading.canonical = true turns them"
     ]
 

@@ -28,6 +28,7 @@ OTHER_IMAGES = (
     "Label Map Segmentation Storage",
 )  # fmt: skip
 """Classes of images whose names do not say so."""
+DECODERS = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"  # of JPEG, JPEG-LS and JPEG 2000
 ELEMENT_HEAD = 8  # bytes of tag and length at least
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes run to left, back and head
 WANTED = (
@@ -343,9 +344,15 @@ def frame_scale(groups: Sequence[Any]) -> tuple[float, float] | None:
 
 def rescale(place: Any) -> tuple[float, float]:
     """Slope and intercept of a header or functional group, each alone too: 1 and 0 where they are
-    missing or empty. The doses of RT Dose are scaled by DoseGridScaling (PS3.3 C.8.8.3)."""
+    missing or empty. The doses of RT Dose are scaled by DoseGridScaling (PS3.3 C.8.8.3).
+
+    Raises:
+        UserError: the slope is 0.
+    """
     factors = [place.get(keyword) for keyword in ("RescaleSlope", "DoseGridScaling")]
     slope = float(np.prod([float(factor) for factor in factors if factor not in (None, "")]))
+    if not slope:
+        raise UserError("its RescaleSlope is 0, which makes all values equal: write the right one")
     return slope, float(place.get("RescaleIntercept") or 0)
 
 
@@ -369,14 +376,31 @@ def pixels(each: Slice, files: dict[str, Any]) -> np.ndarray:
 
     if each.frame is None:
         image = pydicom.dcmread(each.file)
-        return modality_values(image.pixel_array, image).astype(np.float32)
+        return modality_values(decoded(image), image).astype(np.float32)
     if each.file not in files:
         image = pydicom.dcmread(each.file)
-        stack = image.pixel_array
+        stack = decoded(image)
         stack = stack[None] if stack.ndim == 2 else stack
         files[each.file] = stack if each.scale else modality_values(stack, image)
     slope, intercept = each.scale or (1.0, 0.0)
     return (files[each.file][each.frame] * slope + intercept).astype(np.float32)
+
+
+def decoded(image: Any) -> np.ndarray:
+    """Stored numbers of a file, decompressed.
+
+    Raises:
+        UserError: no decoder is installed for its compression.
+    """
+    from pydicom.pixels import get_decoder
+
+    syntax = image.file_meta.get("TransferSyntaxUID")
+    if syntax is not None and syntax.is_encapsulated and not get_decoder(syntax).is_available:
+        raise UserError(
+            f"{os.path.basename(image.filename)} is compressed ({syntax.name}), which needs a"
+            f" decoder: pip install {DECODERS}"
+        )
+    return image.pixel_array
 
 
 def stack(slices: list[Slice]) -> Series:

@@ -10,8 +10,8 @@ What a file is taken for:
   become millimetres; sform counts before qform, as in nibabel.
 - NumPy and blosc2 (.npy, .npz, .b2nd): (X, Y, Z) or, as nnU-Net stores them, (C, X, Y, Z). Geometry
   stands in entries `affine` or `spacing` of a .npz, in vlmeta of a .b2nd, or is that of the
-  `Reading`; without any the grid is that of the file beside it in a sample, or, where none knows
-  its own, the axes are taken for RAS and the spacing is unknown.
+  `Reading`; without an affine the grid is that of the file beside it in a sample, or, where none
+  knows its own, the axes are taken for RAS.
 - DICOM: a folder of slices of one series, at any depth, or one file with many frames. Spacing
   comes from the positions of the slices, never from SliceThickness; values are those after rescale
   slope and intercept.
@@ -60,7 +60,9 @@ class Stored:
     affine: np.ndarray
     """(4, 4) float64, indices I, J, K to mm."""
     has_spacing: bool
-    """Whether the affine comes from somewhere, and is not made up."""
+    """Whether the lengths of the affine come from somewhere, and are not made up."""
+    has_place: bool
+    """Whether its directions and its origin do too."""
     load: Callable[[Box | None], np.ndarray]
     """Reads (C, i, j, k), all of it or a part."""
     files: tuple[str, ...]
@@ -274,7 +276,7 @@ def open_nifti(path: str, how: Reading) -> Stored:
     along, across, up = (*proxy.shape, 1, 1)[:3]
     shape = frames * colours, along, across, up
     every = int(np.prod(proxy.shape[3:], dtype=np.int64))
-    return Stored(shape, affine, True, load, (path,), every)
+    return Stored(shape, affine, True, True, load, (path,), every)
 
 
 def checked_voxels(path: str, kind: Any, index: tuple[int | slice, ...]) -> np.ndarray:
@@ -411,8 +413,8 @@ def array_volume(path: str, array: Any, beside: dict[str, Any], how: Reading) ->
 
     shape = array.shape if len(array.shape) == 4 else (1, *array.shape)
     if affine is None:
-        return Stored(shape, np.eye(4), False, load, (path,))
-    return Stored(shape, affine, True, load, (path,))
+        return Stored(shape, np.eye(4), False, False, load, (path,))
+    return Stored(shape, affine, True, "affine" in beside, load, (path,))
 
 
 def array_affine(beside: dict[str, Any], how: Reading) -> np.ndarray | None:
@@ -443,12 +445,13 @@ def open_dicom(path: str, series: str | None) -> Stored:
     def load(box: Box | None) -> np.ndarray:
         return found.read(box)[None]
 
-    return Stored((1, *found.shape), found.affine, True, load, found.files)
+    return Stored((1, *found.shape), found.affine, True, True, load, found.files)
 
 
 # ---------------------------------------------------------------------- samples of several files
 
 GRID_SLACK = 0.1  # voxels by which the corners of channels may lie apart
+SAME_SPACING = 0.01  # relative difference up to which spacings are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,23 +521,38 @@ def open_sample(paths: Sequence[str], how: Reading) -> Sample:
 
 def placed(volumes: Sequence[Volume]) -> tuple[Volume, ...]:
     """Arrays that do not know where they lie on the stored grid of the first file beside them that
-    does, and so turned as it is."""
-    known = next((each for each in volumes if each.stored.has_spacing), None)
+    does, and so turned as it is; where none does, of the first one that knows its spacing.
+
+    Raises:
+        UserError: they have another shape or spacing than that grid.
+    """
+    known = next((each for each in volumes if each.stored.has_place), None)
+    known = known or next((each for each in volumes if each.stored.has_spacing), None)
     if known is None:
         return tuple(volumes)
-    found = []
-    for each in volumes:
-        if not each.stored.has_spacing:
-            if each.stored.shape[1:] != known.stored.shape[1:]:
-                raise UserError(
-                    f"{each.path}: {shape_text(each.stored.shape[1:])} voxels without an affine,"
-                    f" but {known.path} beside it stores {shape_text(known.stored.shape[1:])}:"
-                    " resample the channels of a sample to one grid"
-                )
-            stored = replace(each.stored, affine=known.stored.affine, has_spacing=True)
-            each = replace(each, stored=stored, axes=known.axes, flips=known.flips)
-        found.append(each)
-    return tuple(found)
+    return tuple(
+        each if each is known or each.stored.has_place else on_grid(each, known) for each in volumes
+    )
+
+
+def on_grid(volume: Volume, known: Volume) -> Volume:
+    """An array on the stored grid of a file beside it."""
+    own, grid = volume.stored, known.stored
+    if own.shape[1:] != grid.shape[1:]:
+        raise UserError(
+            f"{volume.path}: {shape_text(own.shape[1:])} voxels without an affine, but {known.path}"
+            f" beside it stores {shape_text(grid.shape[1:])}: resample the channels of a sample to"
+            " one grid"
+        )
+    spacings = spacing_of(own.affine), spacing_of(grid.affine)
+    if own.has_spacing and not np.allclose(spacings[0], spacings[1], rtol=SAME_SPACING):
+        mine, other = (" x ".join(f"{side:g}" for side in each) for each in spacings)
+        raise UserError(
+            f"{volume.path}: its spacing is {mine} mm, but that of {known.path} beside it, as it is"
+            f" stored, is {other}: resample the channels of a sample to one grid"
+        )
+    stored = replace(own, affine=grid.affine, has_spacing=True, has_place=grid.has_place)
+    return replace(volume, stored=stored, axes=known.axes, flips=known.flips)
 
 
 def grid_distance(one: Volume, other: Volume) -> float:

@@ -46,6 +46,7 @@ from glovita_lib.results import clear_results, summary_lines, write_predictions,
 from glovita_lib.rundir import RunDir, alone, locate
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_data import GenericImageData, SeriesData, VideoData, VolumeData, features_of
+from glovita_lib.spec_lift import Slices
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_samples import BaseData, FileData
 
@@ -83,6 +84,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
     if root.infer.export is not None and ranks.is_main and not dry_run:
         export(Path(root.infer.export), first)
     name, splits, notes = wanted_splits(root, records, ranks)
+    notes += slices_note(first, splits[paths[0]])
     say_notes(notes if ranks.is_main else ())
     if dry_run:
         count = first.resolved.eval_batch_size
@@ -124,6 +126,18 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
             rows.append(("volume maps", f"{maps.write(split)}/"))
     if ranks.is_main:
         say(two_columns(rows))
+
+
+def slices_note(experiment: Experiment, split: Split) -> list[str]:
+    """A line where volumes that are kept as stored are not cut into the slices that the axis of the
+    encoder names."""
+    inputs, slices = experiment.resolved.inputs, experiment.root.model.encoder.lifting
+    if not (isinstance(inputs, VolumeInputs) and isinstance(slices, Slices)):
+        return []
+    from glovita_lib.loader_volumes import slices_line, stored_affines
+
+    affines = stored_affines(split)
+    return [] if affines is None else slices_line(affines, slices, "volumes asked about")
 
 
 def volume_maps(folder: Path, ranks: dist.Ranks) -> "VolumeMaps":

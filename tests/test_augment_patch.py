@@ -9,7 +9,8 @@ from scipy import ndimage
 from scipy.interpolate import BSpline
 
 from glovita_lib import augment_patch
-from glovita_lib.augment_patch import VOLUME_OPERATIONS, Affine, Grid, PatchCut, Placement
+from glovita_lib.augment_patch import Affine, Grid, PatchCut, Placement
+from glovita_lib.augment_volumes import VOLUME_OPERATIONS, keep_sides, rotation
 from glovita_lib.spec_augment import policy
 from glovita_lib.spec_volumes import PLAIN_VOLUME
 
@@ -35,11 +36,12 @@ def placed(place: Placement, ops, seed: int = 0) -> Placement:
     generator = seeded(seed)
     for each in VOLUME_OPERATIONS.active(ops, "geometry"):
         each.function(place, ops, generator)
+    keep_sides(place, ops)
     return place
 
 
 def turns(*angles: float) -> torch.Tensor:
-    return augment_patch.rotation(torch.tensor([angles]))[0]
+    return rotation(torch.tensor([angles]))[0]
 
 
 MATRICES = {
@@ -299,6 +301,32 @@ def test_axes_that_are_not_mirrored_keep_their_direction(mirrors, thick):
     distinct = len(torch.unique(turns.flatten(1), dim=0))
     free = len(set(mirrors) - {thick})
     assert distinct == {0: 1, 1: 2, 2: 8}[free] * 2 ** (thick in mirrors)
+
+
+@pytest.mark.parametrize("mirrors", [(1, 2), (0, 2), (1,), (2,), ()])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 1.0, 2.0)])
+def test_rotations_of_any_angle_make_no_mirror_image_of_other_axes(mirrors, spacing):
+    """A half turn and a mirrored axis are a mirror image of the other axis in the plane."""
+    ops = policy(
+        PLAIN_VOLUME, rotate_p=0.9, rotate_radians=3.14, rot90_p=0.5, transpose_p=0.5, mirror_p=0.5,
+        scale_p=0.5,
+    )  # fmt: skip
+    place = Placement.centred(grid((4, 4, 4), spacing, mirrors=mirrors), 2000, (4, 4, 4))
+    maps = placed(place, ops).matrices @ place.turns
+    images = torch.linalg.det(maps) < 0
+    for axis in {0, 1, 2} - set(mirrors):
+        assert not (images & (maps[:, axis, axis] < 0)).any()
+        assert bool((maps[:, axis, axis] < 0).any())  # rotations reverse it all the same
+    assert bool(images.any()) == bool(mirrors)
+
+
+def test_nothing_is_mirrored_where_nothing_may_be():
+    """Two axes exchanged are a mirror image too, with one of them backwards a quarter turn."""
+    ops = policy(PLAIN_VOLUME, rot90_p=0.7, transpose_p=0.7, mirror_p=0.0)
+    place = Placement.centred(grid((4, 4, 4)), 2000, (4, 4, 4))
+    turns = placed(place, ops).turns
+    assert bool((torch.linalg.det(turns) > 0).all())
+    assert len(torch.unique(turns.flatten(1), dim=0)) == 24
 
 
 def test_foreground_is_in_the_middle_of_its_share():

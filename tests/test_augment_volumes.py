@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from scipy import ndimage, stats
 
 from glovita_lib import augment_volumes
-from glovita_lib.augment_patch import VOLUME_OPERATIONS, Grid, Placement
+from glovita_lib.augment_patch import Grid, Placement
 from glovita_lib.augment_volumes import (
+    VOLUME_OPERATIONS,
     ResolvedVolumeAugmentation,
     VolumeAugmenter,
     resolve_volume_augmentation,

@@ -178,6 +178,17 @@ def equal(found: dict, expected: dict) -> None:
 # ---------------------------------------------------------------------- one process
 
 
+def test_new_volumes_stored_in_another_order_are_told(command, tmp_path, root):
+    """Slices along an axis of the files are others in them."""
+    spec = (SPEC + PATCHES + SLICES).replace("ROOT", str(root))
+    changes = ("name=run", "data.reading.canonical=false", "training.epochs=1")
+    assert "slices.axis" not in command(*changes, spec=spec).out
+    for number, code in enumerate(("RAS", "SPL")):
+        write_nifti(tmp_path / "new" / f"{number}.nii", blob((12, 14, 16)), affine_of(), code)
+    run = command("mode=infer", f"infer.input={tmp_path / 'new'}", *changes, spec=spec)
+    assert "which does not run foot to head in 1 of 2 volumes asked about" in run.out + run.err
+
+
 def kill_in_epoch_two(command, tmp_path, monkeypatch, spec, *changes):
     """A run that is killed after step 5 of 4 an epoch and continued equals one that is not."""
     calm = command("name=run", *changes, spec=spec)

@@ -104,6 +104,31 @@ def test_slope_and_intercept_count_alone_too(tmp_path):
     assert (values(RescaleSlope=None, RescaleIntercept=None) == VOXELS).all()
 
 
+def test_a_slope_of_zero_is_refused(tmp_path):
+    folder = write_dicom(tmp_path / "a", VOXELS)
+    edit(min(folder.iterdir()), RescaleSlope=0)
+    assert "RescaleSlope is 0" in refused(folder)
+    file = write_frames(tmp_path / "b.dcm", VOXELS, slopes=np.array([1, 0, 1, 1]))
+    assert "RescaleSlope is 0" in refused(file)
+
+
+def test_what_decodes_a_compressed_file_is_named(tmp_path):
+    from pydicom.pixels import get_decoder
+
+    syntax = pydicom.uid.JPEGLosslessSV1
+    if get_decoder(syntax).is_available:
+        pytest.skip("a decoder is installed")
+    folder = write_dicom(tmp_path / "a", VOXELS)
+    for file in folder.iterdir():
+        image = pydicom.dcmread(file)
+        image.file_meta.TransferSyntaxUID = syntax
+        image.PixelData = pydicom.encaps.encapsulate([bytes(60)])
+        image["PixelData"].is_undefined_length = True
+        image.save_as(file)
+    said = refused(folder)
+    assert "is compressed (JPEG Lossless" in said and "pip install pylibjpeg" in said
+
+
 def test_doses_are_scaled_and_their_frames_lie_where_offsets_say(tmp_path):
     (file,) = write_dicom(tmp_path / "a", VOXELS[..., :1], slope="", intercept="").iterdir()
     stored = np.stack([VOXELS[..., place].T for place in range(4)]).astype("<i2")

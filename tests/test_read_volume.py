@@ -313,6 +313,25 @@ def test_an_array_lies_on_the_grid_of_the_file_beside_it(tmp_path, codes, canoni
         assert (both.read(box) == both.read()[(slice(None), *box)]).all()
 
 
+def test_an_array_that_knows_its_spacing_alone_lies_there_too(tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz", blob(), AFFINE, "LPS")
+    stored = np.asarray(nibabel.load(path).dataobj)
+    alone = open_volume(str(path), PLAIN)
+    np.savez(tmp_path / "a.npz", x=stored, spacing=alone.spacing)
+    for files in [(path, tmp_path / "a.npz"), (tmp_path / "a.npz", path)]:
+        both = sample(*files)
+        np.testing.assert_allclose(both.affine, alone.affine)
+        assert (both.read() == np.concatenate([alone.read()] * 2)).all()
+    np.savez(tmp_path / "a.npz", x=stored, spacing=(0.7, 1.1, 3))
+    with pytest.raises(UserError, match="a.npz: its spacing is 0.7 x 1.1 x 3 mm, but that of"):
+        sample(path, tmp_path / "a.npz")
+    np.save(tmp_path / "b.npy", stored)
+    assert sample(tmp_path / "b.npy", tmp_path / "a.npz").volumes[0].spacing == (0.7, 1.1, 3)
+    np.savez(tmp_path / "c.npz", x=stored, spacing=(0.7, 1.1, 2))
+    with pytest.raises(UserError, match="c.npz: its spacing is"):
+        sample(tmp_path / "a.npz", tmp_path / "c.npz")
+
+
 def test_an_array_of_another_shape_than_the_stored_one_is_refused(tmp_path):
     path = write_nifti(tmp_path / "a.nii", blob(), AFFINE, "SRA")
     np.save(tmp_path / "a.npy", blob())  # already turned
