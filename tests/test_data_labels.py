@@ -19,7 +19,7 @@ from glovita_lib.data_subtask import LabelRules, Labels
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
 from glovita_lib.metrics_classification import Scores
-from glovita_lib.results import read_predictions, write_prediction_csv
+from glovita_lib.prediction_files import read_predictions, write_prediction_files
 from glovita_lib.spec_data import PrecomputedData
 
 
@@ -661,7 +661,7 @@ def test_the_predictions_file_has_the_cells_of_the_table(tmp_path, rows):
             path = tmp_path / "predictions.csv"
             scores = np.eye(len(names), dtype=np.float32)[split.targets]
             kind = {"subtask": "multiclass", "class_names": names}
-            write_prediction_csv(
+            write_prediction_files(
                 path, ids=split.ids, targets=split.targets, scores=Scores(scores), **kind
             )
             with open(path, newline="", encoding="utf-8") as file:
