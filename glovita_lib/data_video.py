@@ -32,11 +32,11 @@ from glovita_lib.data import (
     read_data_set,
 )
 from glovita_lib.data_folder import read_folder
-from glovita_lib.data_labels import encode
+from glovita_lib.data_labels import encode, is_missing, word
 from glovita_lib.data_subtask import LabelRules, Labels
 from glovita_lib.data_tables import LabelTable, Problems, SampleFolder, csv_labels, walk_folders
 from glovita_lib.dist import cores, number_of
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import on_disk, read_csv
 from glovita_lib.loggers import Rate
 from glovita_lib.read_video import (
@@ -425,17 +425,16 @@ class FrameTable:
     """Labels of the frames of videos, by id."""
 
     segments: dict[str, list[tuple[float, float, str]]]
-    """Start, end and label, in frames or seconds."""
+    """Start, end and label, in frames or seconds; the name of a class once it is known."""
     lengths: dict[str, int]
     """How many frames have a label, of videos with a file of labels of their own."""
     seconds: bool
 
-    def most_frequent(self, name: str, left_out: Sequence[str]) -> str | None:
+    def most_frequent(self, name: str) -> str | None:
         """Label of most frames of a video; None where none has one."""
         time: Counter[str] = Counter()
-        for start, end, label in self.segments.get(name, ()):
-            if label not in left_out:
-                time[label] += end - start  # type: ignore[assignment]  # seconds are counted too
+        for start, end, label in self.segments[name]:
+            time[label] += end - start  # type: ignore[assignment]  # seconds are counted too
         return max(time, key=lambda label: (time[label], label), default=None)
 
     def problem(self, name: str, facts: VideoFacts) -> str | None:
@@ -454,7 +453,7 @@ class FrameTable:
         """Class of every frame (F,) int64, UNLABELLED where there is none.
 
         Args:
-            place: number of each class.
+            place: number of each class by name.
         """
         found = np.full(facts.frames, UNLABELLED, np.int64)
         middles = (np.arange(facts.frames) + 0.5) / facts.fps
@@ -462,7 +461,7 @@ class FrameTable:
             inside = slice(int(start), int(end))
             if self.seconds:
                 inside = slice(*np.searchsorted(middles, [start, end]).tolist())
-            found[inside] = place.get(label, UNLABELLED)
+            found[inside] = place[label]
         return found
 
 
@@ -520,12 +519,13 @@ def label_files(path: Path, folder: VideoFolder) -> FrameTable:
     table = FrameTable({}, {}, seconds=False)
     for identity in folder.ids:
         stem = identity if (folder.folder / identity).is_dir() else os.path.splitext(identity)[0]
-        there = [path / (stem + ending) for ending in (".npy", ".csv", ".txt")]
+        there = [on_disk(path / (stem + ending)) for ending in (".npy", ".csv", ".txt")]
         found = next((file for file in there if file.is_file()), None)
         if found is None:
             continue
         if found.suffix == ".npy":
-            labels = [str(value) for value in np.load(found, allow_pickle=False).ravel().tolist()]
+            values = np.load(found, allow_pickle=False).ravel().tolist()
+            labels = ["" if is_missing(value, "multiclass") else word(value) for value in values]
         else:
             labels = files.read_text(found).splitlines()
             labels = labels[1:] if labels and labels[0].strip() == "label" else labels
@@ -548,23 +548,28 @@ def split_table(spec: VideoData, folder: VideoFolder, frames: FrameTable) -> Lab
             group_column=spec.group_column,
             split_column=spec.split_column if spec.split_source == "csv" else None,
         )
-    named = {name: frames.most_frequent(name, spec.frames.unlabelled) for name in frames.segments}
-    table.labels = {name: label for name, label in named.items() if label is not None}
+    most = {name: frames.most_frequent(name) for name in frames.segments}
+    table.labels = {name: label for name, label in most.items() if label is not None}
     return table
 
 
-def with_classes(spec: VideoData, frames: FrameTable, asked: Asked) -> VideoData:
-    """The spec with the names of all classes of frames."""
-    left_out = spec.frames.unlabelled
-    labels = {label for part in frames.segments.values() for _, _, label in part} - {*left_out}
-    if not labels:
+def named(spec: VideoData, frames: FrameTable, asked: Asked) -> tuple[VideoData, FrameTable]:
+    """The spec with the names of all classes of frames, and the labels with these names, without
+    those that count for nothing. What a label means is decided once over all videos."""
+    left_out = {"", *map(composed, spec.frames.unlabelled)}
+    labels = {label for part in frames.segments.values() for _, _, label in part}
+    if not (each := sorted(label for label in labels if composed(label) not in left_out)):
         raise UserError("no frame has a label; see data.frames")
     rules = LabelRules(
         "multiclass", spec.class_names, spec.num_classes, None, spec.label_separator, asked.trained
     )
-    each = sorted(labels)
-    _, names, _, _ = encode([Labels(each, each)], rules)
-    return msgspec.structs.replace(spec, class_names=names)
+    _, names, (targets,), _ = encode([Labels(each, each)], rules)
+    means = {label: names[target] for label, target in zip(each, targets.tolist(), strict=True)}
+    segments = {
+        identity: [(start, end, means[label]) for start, end, label in part if label in means]
+        for identity, part in frames.segments.items()
+    }
+    return msgspec.structs.replace(spec, class_names=names), replace(frames, segments=segments)
 
 
 # -------------------------------------------------------------------------------- the data set
@@ -585,7 +590,7 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
         asked = replace(asked, trained=asked.trained._replace(subtask="multiclass"))
     frames = read_frame_labels(spec, folder) if of_frames else None
     if frames is not None:
-        spec = with_classes(spec, frames, asked)
+        spec, frames = named(spec, frames, asked)
     table_of_frames = None if frames is None else split_table(spec, folder, frames)
     index = base / INDEX if spec.reading.index_file is None else Path(spec.reading.index_file)
 

@@ -324,13 +324,16 @@ def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     return [{name: cell.strip() for name, cell in zip(header, row, strict=True)} for row in rows]
 
 
-def read_cells(path: Path, columns: Iterable[str]) -> tuple[list[str], list[list[str]]]:
+def read_cells(
+    path: Path, columns: Iterable[str], may_be: Iterable[str | None] = ()
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a CSV file with a header, separated by comma, semicolon or tab; empty
     lines are left out.
 
     Args:
         columns: those that must be there, in either Unicode form; the header has them as given
             here, and others as they stand there.
+        may_be: those that may be there, likewise.
 
     Raises:
         UserError: missing, empty, without one of the columns, or with a row of another length.
@@ -345,7 +348,7 @@ def read_cells(path: Path, columns: Iterable[str]) -> tuple[list[str], list[list
     except csv.Error as error:
         raise UserError(f"{path}: not valid CSV ({error})") from None
     columns = list(columns)
-    spelled = {composed(column): column for column in columns}
+    spelled = {composed(column): column for column in (*columns, *may_be) if column is not None}
     header = [spelled.get(composed(name.strip()), name.strip()) for name in header]
     for column in columns:
         if column not in header:

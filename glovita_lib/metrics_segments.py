@@ -22,6 +22,7 @@ from functools import cached_property
 
 import numpy as np
 
+from glovita_lib.errors import composed
 from glovita_lib.metrics_classification import (
     Array,
     ClassCounts,
@@ -118,7 +119,8 @@ class Videos:
         self.predictions = [score[kept].argmax(1) for kept, _, score in known]
         self.is_finite = len(known) > 0 and all(np.isfinite(s[kept]).all() for kept, _, s in known)
         self.class_names = class_names
-        self.background = [class_names.index(name) for name in background]
+        left_out = set(map(composed, background))
+        self.background = [k for k, name in enumerate(class_names) if composed(name) in left_out]
 
     def __len__(self) -> int:
         return len(self.targets)

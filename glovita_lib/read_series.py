@@ -38,12 +38,16 @@ class Columns:
     split: str | None
     values: tuple[str, ...]  # none: all others
 
+    @property
+    def others(self) -> tuple[str | None, ...]:
+        """All that hold no values."""
+        return (self.id, self.time, *self.labels, self.group, self.split)
+
     def value_columns(self, header: Sequence[str]) -> list[int]:
         """Places of the columns of the values, in the order of the spec where it names them."""
         if self.values:
             return list(map(header.index, self.values))
-        others = {self.id, self.time, *self.labels, self.group, self.split}
-        return [place for place, name in enumerate(header) if name not in others]
+        return [place for place, name in enumerate(header) if name not in self.others]
 
 
 @dataclass(slots=True)
@@ -122,7 +126,7 @@ def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, 
         if path.suffix == ".npy":
             values = load_array(path)
             return (values[None] if values.ndim == 1 else values), nothing, ()
-        header, rows = read_cells(path, columns.values)
+        header, rows = read_cells(path, columns.values, columns.others)
         places = columns.value_columns(header)
         cells = [numbers([row[place] for row in rows]) for place in places]
         if wrong := [cell for cell in cells if isinstance(cell, str)]:
@@ -178,7 +182,7 @@ def time_numbers(cells: Sequence[str]) -> np.ndarray | str:
 def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
     """A CSV file: with the column of times a row a time point (long), else a row a series (wide,
     one channel)."""
-    header, rows = read_cells(path, columns.values)
+    header, rows = read_cells(path, columns.values, columns.others)
     if len(set(header)) < len(header):
         raise UserError(f"{path}: two columns have the same name")
     places = columns.value_columns(header)

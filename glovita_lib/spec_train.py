@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from glovita_lib.errors import listed
+from glovita_lib.errors import composed, listed
 from glovita_lib.metric_names import METRICS, metrics_of, usual_metrics_text
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_if, read_unless
@@ -156,8 +156,9 @@ class Framewise(LabelTask, tag="framewise", tag_field="objective"):
 
     def class_name_problems(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Background classes are classes of the data."""
+        known = set(map(composed, names))
         for name in dict.fromkeys(self.background):
-            if name not in names:
+            if composed(name) not in known:
                 yield "background", f"{shown(name)} is no class: there are {listed(names)}"
 
 

@@ -298,6 +298,13 @@ def test_both_unicode_forms_of_a_label_or_an_id_are_one(tmp_path):
     data = build(tmp_path, train_file="a.csv", test_file=None)
     assert data.class_names == ("b", forms[0]) and len(data.splits["train"]) == 12
     assert len(build(tmp_path, train_file="b.csv", test_file=None).splits["train"]) == 12
+    for form in forms:  # of a column
+        path = tmp_path / "c.csv"
+        write_long(path)
+        path.write_text(path.read_text().replace("label", form), encoding="utf-8")
+        for named in forms:
+            data = build(tmp_path, train_file="c.csv", test_file=None, label_column=named)
+            assert data.class_names == ("a", "b") and data.samples.value_columns == ("x", "y")
 
 
 def test_channels_go_by_name(tmp_path):

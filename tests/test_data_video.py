@@ -2,14 +2,16 @@
 
 import csv
 import json
+import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
 from video_files import number_of, numbered, write_frames, write_sound, write_video
 
 from glovita_lib import data_video
-from glovita_lib.data import ClipSamples, subset
+from glovita_lib.data import ClipSamples, Outputs, subset
 from glovita_lib.data_video import unlabelled_videos
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
@@ -48,11 +50,12 @@ def root(made, tmp_path):
     return tmp_path / "set"
 
 
-def build(root, **fields):
+def build(root, trained=None, **fields):
     fields = {"split_source": "kfold", "label_source": "folder"} | fields
     if fields["split_source"] == "kfold":
         fields["n_folds"] = 3
-    return build_data(VideoData(data_root_dir=str(root), **fields), seed=0)
+    asked = {} if trained is None else {"trained": trained}
+    return build_data(VideoData(data_root_dir=str(root), **fields), seed=0, **asked)
 
 
 def names(root):
@@ -226,6 +229,60 @@ def test_segments_frames_and_files_say_the_same(root):
     assert labelled(found) == wanted
     part = subset(found.splits["train"], np.array([1]))
     assert part.frames.labels[part.frames.video_of[0]].shape == (lengths[part.ids[0]],)
+
+
+def test_what_a_label_of_a_frame_means_is_decided_as_that_of_a_sample(root):
+    """Numbers are places in class_names that have no numbers, also as arrays with decimals; names
+    are equal in either Unicode form, in files whose names are in either."""
+    ids, kinds = names(root), (np.int64, np.float32, str)
+    (root / "each" / "run").mkdir(parents=True), (root / "each" / "walk").mkdir()
+    wanted = {}
+    for place, identity in enumerate(ids):
+        count = 8 + int(identity.partition("/v")[2].partition(".")[0])
+        numbers = np.arange(count) % 4
+        wanted[identity] = ["", *"abc"]
+        wanted[identity] = [wanted[identity][number] for number in numbers]
+        path = root / "each" / os.path.splitext(identity)[0]
+        values = np.where(numbers == 0, -1, numbers - 1)
+        if (kind := kinds[place % 3]) is str:
+            path.with_suffix(".txt").write_text("\n".join(map(str, values)))
+        elif kind is np.float32:
+            np.save(path, np.where(values == -1, np.nan, values))
+        else:
+            np.save(path, values.astype(kind))
+    each = FrameLabels(label_level="frame", labels_file="each")
+    data = build(root, frames=each, class_names=("a", "b", "c"))
+    assert labelled(data) == wanted and data.class_names == ("a", "b", "c")
+    assert labelled(build(root, frames=each)) == {
+        name: [str("abc".index(word)) if word else "" for word in words]
+        for name, words in wanted.items()
+    }
+    with pytest.raises(UserError, match='label not in class list: "2"'):
+        build(root, frames=each, class_names=("a", "b"))
+
+
+def test_classes_of_frames_in_either_unicode_form(root):
+    nfc, nfd = (unicodedata.normalize(form, "Rühr") for form in ("NFC", "NFD"))
+    folder = root / "videos" / "walk"
+    (folder / "v8.mp4").rename(folder / unicodedata.normalize("NFC", "ü8.mp4"))
+    ids = names(root)
+    (root / "each" / "run").mkdir(parents=True), (root / "each" / "walk").mkdir()
+    for place, identity in enumerate(ids):
+        digits = "".join(c for c in identity.partition(".")[0] if c.isdigit())
+        words = [(nfc, nfd)[place % 2], "x"] * 20
+        path = root / "each" / unicodedata.normalize("NFD", os.path.splitext(identity)[0])
+        path.with_suffix(".txt").write_text("\n".join(words[: 8 + int(digits)]))
+    each = FrameLabels(label_level="frame", labels_file="each")
+    data = build(root, frames=each, strict=True)
+    assert set(map(len, labelled(data).values())) == set(range(8, 20))
+    assert data.class_names in ((nfc, "x"), (nfd, "x"))
+    for words in labelled(data).values():
+        assert words == [*data.class_names] * (len(words) // 2) + [data.class_names[0]] * (
+            len(words) % 2
+        )
+    trained = Outputs("framewise", (nfd, "x"))
+    cohort = build(root, frames=each, trained=trained)
+    assert cohort.class_names == (nfd, "x") and "" not in sum(labelled(cohort).values(), [])
 
 
 def test_labels_that_do_not_fit_are_refused(root):

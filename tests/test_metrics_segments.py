@@ -2,6 +2,7 @@
 
 import json
 import math
+import unicodedata
 from collections.abc import Iterator
 from functools import cache
 
@@ -15,6 +16,7 @@ from glovita_lib.metric_names import metrics_of
 from glovita_lib.metrics import report_of, values_of
 from glovita_lib.metrics_segments import Videos
 from glovita_lib.spec_samples import UNLABELLED
+from glovita_lib.spec_train import Framewise
 
 CLASSES = ("rest", "pour", "stir", "serve")
 NAMES = metrics_of("framewise")
@@ -130,6 +132,17 @@ def drawn(seed: int) -> Iterator[tuple[list, list]]:
         targets.append(truth.tolist())
         guesses.append(guess.tolist())
     yield targets, guesses
+
+
+def test_background_in_either_unicode_form() -> None:
+    nfc, nfd = (unicodedata.normalize(form, "Rühr") for form in ("NFC", "NFD"))
+    truth, scores = [np.array([0, 1, 1])], [np.eye(2)[[0, 1, 1]]]
+    found = [Videos(truth, scores, (nfd, "x"), (name,)).background for name in (nfc, nfd, "x", "y")]
+    assert found == [[0], [0], [1], []]
+    task = Framewise(background=(nfc, "y"))
+    assert [why for _, why in task.class_name_problems((nfd, "x"))] == [
+        f'"y" is no class: there are {nfd}, x'
+    ]
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
