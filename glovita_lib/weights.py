@@ -118,9 +118,8 @@ class FileNetwork:
         encoder_k, of ALBEF's and BLIP's visual_encoder_m. What the spec names comes before all."""
         if self.is_named:
             return FIRST
-        words = AVERAGED.findall(" ".join(WORD.findall(self.name)).lower())
         twins = {re.sub(rf"{end}(?=\.|$)", of, self.name) for end, of in TWINS.items()}
-        return len(words) + bool((twins - {self.name}) & beside)
+        return averages_in(self.name) + bool((twins - {self.name}) & beside)
 
 
 def read_networks(path: str | Path) -> list[FileNetwork]:
@@ -147,12 +146,13 @@ def read_networks(path: str | Path) -> list[FileNetwork]:
 
 def dicts_of_tensors(content: Any, name: str, depth: int) -> Iterator[FileNetwork]:
     """Dicts that hold tensors under names, the states of optimizers left out."""
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict):
         return
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    named = {key: value for key, value in content.items() if isinstance(key, str)}
+    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
     if tensors:
         yield FileNetwork(name, unwrapped(tensors, getattr(content, "_metadata", None)))
-    for key, value in content.items():
+    for key, value in named.items():
         if depth and not key.startswith("optim"):
             yield from dicts_of_tensors(value, f"{name}.{key}".lstrip("."), depth - 1)
 
@@ -165,9 +165,26 @@ def unwrapped(tensors: Mapping[str, Tensor], versions: dict[str, Any] | None) ->
         versions: of the modules, as torch keeps them beside a state dict.
     """
     return with_versions(
-        {bare(key): tensor for key, tensor in tensors.items()},
+        with_dots({bare(key): tensor for key, tensor in tensors.items()}),
         None if versions is None else {bare(f"{key}.")[:-1]: v for key, v in versions.items()},
     )
+
+
+def with_dots(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in which an average that stands beside its network under names without dots, as
+    those of latent diffusion's LitEma do (model_ema.modelconvweight), has that network's names."""
+    dotted = {name.replace(".", dot): name for name in tensors if "." in name for dot in ("", "_")}
+
+    def spelled(name: str) -> str:
+        where, _, last = name.rpartition(".")
+        return f"{where}.{dotted[last]}" if last in dotted and averages_in(where) else name
+
+    return {spelled(name): tensor for name, tensor in tensors.items()}
+
+
+def averages_in(name: str) -> int:
+    """How many words of a name say that it is an average, or the teacher."""
+    return len(AVERAGED.findall(" ".join(WORD.findall(name)).lower()))
 
 
 def bare(key: str) -> str:

@@ -260,6 +260,11 @@ def marked(number: float) -> dict[str, Tensor]:
     }
 
 
+def undotted(prefix, dot, state):
+    """A state dict whose names below a prefix have something else for dots."""
+    return {f"{prefix}.{name.replace('.', dot)}": tensor for name, tensor in state.items()}
+
+
 def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
@@ -280,6 +285,12 @@ RAW, MEAN = marked(1.0), marked(2.0)
     [
         ({"state_dict": RAW, "state_dict_ema": MEAN, "epoch": 3}, "state_dict_ema"),
         ({"state_dict_ema": MEAN, "state_dict": RAW}, "state_dict_ema"),
+        (
+            {"state_dict": named("model", RAW) | undotted("model_ema", "", named("model", MEAN))},
+            "state_dict.model_ema.model",
+        ),
+        (named("net", RAW) | undotted("ema", "_", named("net", MEAN)), "ema.net"),
+        ({"model_ema": MEAN, "model": RAW, 3: 4, "history": {1: 2.0}}, "model_ema"),
         ({"model": RAW, "model_ema": named("module", MEAN)}, "model_ema"),
         (
             {"student": named("backbone", RAW), "teacher": named("backbone", MEAN)},
@@ -314,7 +325,7 @@ RAW, MEAN = marked(1.0), marked(2.0)
         ),
         (named("encoder_m.net", MEAN) | named("encoder.net", RAW), "encoder_m.net"),
     ],
-    ids=range(26),
+    ids=range(29),
 )
 def test_the_average_and_the_teacher_come_first(content, taken: str, tmp_path: Path) -> None:
     value, notes = loaded(content, tmp_path / "w.pt")
