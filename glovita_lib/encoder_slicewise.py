@@ -34,7 +34,7 @@ from glovita_lib.encoder_aggregation import aggregate, output_width, reads_poole
 from glovita_lib.errors import UserError, listed
 from glovita_lib.spec_encoders import ImageEncoder
 from glovita_lib.spec_lift import AXES, Axis, BaseEncoder, Inflation, Slices, Windows
-from glovita_lib.weights import LoadTarget
+from glovita_lib.weights import LoadTarget, load_file, read_networks
 
 if TYPE_CHECKING:
     from glovita_lib.bags import Bags  # who reads volumes need not load it
@@ -601,7 +601,9 @@ def _(
     check_channels(spec, channels)
     size = size or (SMALL,) * 3
     sides = across(size, lift.axis)
-    inner = build_encoder(of_images(spec), channels=channels, size=sides, load_weights=load_weights)
+    later = load_weights and spec.weights is not None and are_inflated(spec.weights)
+    reads = load_weights and not later
+    inner = build_encoder(of_images(spec), channels=channels, size=sides, load_weights=reads)
     if network.attentions(inner.net):
         names = listed([name for name, _, _ in network.attentions(inner.net)], 1)
         raise UserError(
@@ -613,4 +615,14 @@ def _(
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), evaluating(inner):
         inflate(inner, lift.kernel, image, depth)
-    return InflatedEncoder(inner, lift, (1, channels, *size))
+    encoder = InflatedEncoder(inner, lift, (1, channels, *size))
+    if later:
+        note = load_file(encoder.load_target, spec.weights, key=spec.weights_key)
+        encoder.notes += () if note is None else (note,)
+    return encoder
+
+
+def are_inflated(path: str) -> bool:
+    """Whether a file of weights has kernels of three axes, as that of a run with this lift."""
+    tensors = (t for network in read_networks(path) for t in network.tensors.values())
+    return any(tensor.ndim == 5 for tensor in tensors)

@@ -459,19 +459,20 @@ def record_of(path: Path) -> Resolved:
 
 
 def transform_notes(own: Root, root: Root) -> list[str]:
-    """What a spec says of data.augmentation, other than when a model was trained."""
-    section = getattr(root.data, "augmentation", None)
-    if section is None:
-        return []
-    ours, default = msgspec.to_builtins(section), msgspec.to_builtins(type(section)())
-    theirs = msgspec.to_builtins(own.data).get("augmentation")
-    return [
-        f"data.augmentation.{key} = {shown(value)}"
-        for key, value in ours.items()
-        if value != default.get(key)
-        and value != (theirs or {}).get(key)
-        and key not in EVALUATION_KEYS
-    ]
+    """What a spec says of augmentation and sampling, other than when a model was trained."""
+    theirs, found = msgspec.to_builtins(own.data), []
+    for name in ("augmentation", "sampling"):
+        section = getattr(root.data, name, None)
+        said = {} if section is None else msgspec.to_builtins(section)
+        trained = theirs.get(name) or {}
+        found += [
+            f"data.{name}.{key} = {shown(value)}"
+            for key, value in said.items()
+            if value != msgspec.to_builtins(type(section)()).get(key)
+            and value != trained.get(key)
+            and key not in EVALUATION_KEYS
+        ]
+    return found
 
 
 def cohort_notes(own: Root, root: Root) -> list[str]:

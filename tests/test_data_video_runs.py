@@ -140,6 +140,9 @@ def test_every_mode(command, tmp_path, root, spec, how):
     command("name=run", "mode=infer", *changes, spec=spec)
     for file in ("predictions_test.csv", "metrics_test.json"):
         assert (run.path / "infer" / file).read_bytes() == (run.path / file).read_bytes()
+    best = f"infer.checkpoint={run.path}/checkpoints/best.pt"
+    told = command("mode=infer", best, *changes, "data.sampling.frames=3", spec=spec).out
+    assert "note: data.sampling.frames = 3 has no effect: " in told
     new = tmp_path / "new"
     write_video(new / "deep" / "a.mp4", numbered(9, seed=3))
     write_video(new / "b.mpg", numbered(30, seed=4), codec="mpeg1video")

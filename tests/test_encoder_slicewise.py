@@ -328,6 +328,23 @@ def test_inflated_encoders_train_and_are_read_strictly(method, tmp_path):
         assert torch.equal(again.eval()(x), model.eval()(x))
 
 
+@pytest.mark.parametrize("kernel", ["mean", "center"])
+def test_own_weights_of_inflated_encoders_are_weights_of_the_same(kernel, tmp_path):
+    """Of a whole model as of its encoder; files of the network of images are inflated as before."""
+    fields = {"lift": "inflate", "inflation": {"kernel": kernel}}
+    spec, size = section(RESNET, **fields), (16, 16, 8)
+    model, path = model_of(spec, size=size).eval(), tmp_path / "m.pt"
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) / 20)
+    x = volumes(size)
+    for state in (model.state_dict(), model.encoder.state_dict(), model.encoder.net.state_dict()):
+        torch.save({"model": state}, path)
+        again = make(section(RESNET, weights=str(path), **fields), size)
+        with torch.no_grad():
+            assert torch.equal(again(x).tokens, model.encoder(x).tokens)
+
+
 @pytest.mark.parametrize(
     ("network", "kind", "said"),
     [
