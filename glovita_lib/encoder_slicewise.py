@@ -32,7 +32,7 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.encoder_aggregation import aggregate, output_width, reads_pooled, resolve_method
 from glovita_lib.errors import UserError, listed
-from glovita_lib.spec_encoders import ImageEncoder
+from glovita_lib.spec_encoders import ImageEncoder, LibraryEncoder
 from glovita_lib.spec_lift import AXES, Axis, BaseEncoder, Inflation, Slices, Windows
 from glovita_lib.weights import LoadTarget, load_file, read_networks
 
@@ -601,8 +601,10 @@ def _(
     check_channels(spec, channels)
     size = size or (SMALL,) * 3
     sides = across(size, lift.axis)
-    later = load_weights and spec.weights is not None and are_inflated(spec.weights)
-    reads = load_weights and not later
+    file, key = None, None
+    if load_weights and isinstance(spec, LibraryEncoder) and are_inflated(spec.weights):
+        file, key = spec.weights, spec.weights_key
+    reads = load_weights and file is None
     inner = build_encoder(of_images(spec), channels=channels, size=sides, load_weights=reads)
     if network.attentions(inner.net):
         names = listed([name for name, _, _ in network.attentions(inner.net)], 1)
@@ -616,13 +618,15 @@ def _(
     with torch.no_grad(), evaluating(inner):
         inflate(inner, lift.kernel, image, depth)
     encoder = InflatedEncoder(inner, lift, (1, channels, *size))
-    if later:
-        note = load_file(encoder.load_target, spec.weights, key=spec.weights_key)
+    if file is not None:
+        note = load_file(encoder.load_target, file, key=key)
         encoder.notes += () if note is None else (note,)
     return encoder
 
 
-def are_inflated(path: str) -> bool:
+def are_inflated(path: str | None) -> bool:
     """Whether a file of weights has kernels of three axes, as that of a run with this lift."""
+    if path is None:
+        return False
     tensors = (t for network in read_networks(path) for t in network.tensors.values())
     return any(tensor.ndim == 5 for tensor in tensors)

@@ -462,13 +462,14 @@ def transform_notes(own: Root, root: Root) -> list[str]:
     """What a spec says of augmentation and sampling, other than when a model was trained."""
     theirs, found = msgspec.to_builtins(own.data), []
     for name in ("augmentation", "sampling"):
-        section = getattr(root.data, name, None)
-        said = {} if section is None else msgspec.to_builtins(section)
+        if (section := getattr(root.data, name, None)) is None:
+            continue
+        said, default = msgspec.to_builtins(section), msgspec.to_builtins(type(section)())
         trained = theirs.get(name) or {}
         found += [
             f"data.{name}.{key} = {shown(value)}"
             for key, value in said.items()
-            if value != msgspec.to_builtins(type(section)()).get(key)
+            if value != default.get(key)
             and value != trained.get(key)
             and key not in EVALUATION_KEYS
         ]
