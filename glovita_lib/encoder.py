@@ -1,6 +1,7 @@
 """Encoders: the input they expect, the output they give, aggregation of tokens, building."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -380,23 +381,38 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def last_norm(self, x: Tensor) -> str:
-        """The norm that the tokens end in: the last layer of the library's own forward pass of
-        inputs x, or one that follows token by token."""
+        """The norm that the tokens end in: one whose output the library's own forward pass gives,
+        or one that follows token by token; x are random inputs, by which it is told."""
         if self.norm_call("") != "":
             return f"{self.norm_call('tokens')}, which the library applies behind its pooling"
-        last: list[tuple[str, Any]] = []
+        last: deque[tuple[str, Any]] = deque(maxlen=LAST_NORMS)
+
+        def note(name: str) -> Callable[[nn.Module, object, Any], None]:
+            # a copy, as an addition or activation behind the norm may work in place
+            return lambda module, inputs, output: last.append((name, deepcopy(output)))
+
         hooks = [
-            part.register_forward_hook(lambda m, i, output, n=name: last.append((n, output)))
+            part.register_forward_hook(note(name))
             for name, part in self.net.named_modules()
-            if "Norm" in type(part).__name__
+            if "norm" in type(part).__name__.lower()
         ]
         try:
             raw = self.forward_features(x)
         finally:
             for hook in hooks:
                 hook.remove()
-        found = [name for name, output in last if output is raw]
+        found = [name for name, output in last if self.is_output(output, raw)]
         return f"net.{found[-1]}, the last of the forward pass" if found else "none at the end"
+
+    def is_output(self, output: Any, raw: Any) -> bool:
+        """Whether raw features are the output of a layer, be it as a map or as tokens, the
+        channels behind the places or before them."""
+        if not isinstance(raw, Tensor) or not isinstance(output, Tensor):
+            return False
+        if raw.ndim < 3 or output.ndim < 3:
+            return torch.equal(output, raw)
+        layouts = output.flatten(1, -2), output.flatten(2).transpose(1, 2)  # (B, N, D)
+        return any(torch.equal(layout, self.to_tokens(raw)) for layout in layouts)
 
     def check_output(self, raw: Any, input_shape: tuple[int, ...]) -> None:
         """Raise a UserError where raw features are not what `forward_features` may give."""
@@ -466,6 +482,8 @@ class Encoder(nn.Module):
         return network.Depths(of, found.layers, found.head)
 
 
+LAST_NORMS = 4
+"""Norms of a forward pass, from the last one on, whose outputs are kept and compared with it."""
 WITHOUT_SHAPES = (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError)
 """What a pass without data raises where it needs them."""
 Network = TypeVar("Network", bound=nn.Module)

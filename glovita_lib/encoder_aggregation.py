@@ -68,8 +68,8 @@ def layers_call(
     method: str | None,
     keep: bool,
     gives_prefix: bool,
-) -> str:
-    """What layers give, as an expression of `maps` and, behind it, the call of timm that these are.
+) -> tuple[str, str]:
+    """What layers give, as an expression of `maps`, and the call of timm that these are.
 
     Args:
         indices: the layers, side by side in this order.
@@ -95,7 +95,7 @@ def layers_call(
             parts.append(tokens if keep or not n_prefix else f"{tokens}[:, {n_prefix}:]")
     joined = parts[0] if len(parts) == 1 else f"torch.cat([{', '.join(parts)}], -1)"
     call = f"indices={wanted}, norm={norm}{prefix}, intermediates_only=True"
-    return f"{joined}, maps = net.forward_intermediates(x, {call})"
+    return joined, f"maps = net.forward_intermediates(x, {call})"
 
 
 def served(encoder: Encoder) -> tuple[str, ...]:

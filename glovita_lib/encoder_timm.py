@@ -4,6 +4,7 @@ B batch, N tokens, D width, C channels, H W pixels.
 """
 
 import math
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -368,10 +369,17 @@ def cache_only_without_network() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = was
 
 
+A_STAGE = re.compile(r"cls_token_?\d+$")
+"""Name of the CLS token of a stage."""
+
+
 def prefix_tokens(net: nn.Module) -> tuple[str, ...]:
     """What each token before the patches is, in order: "cls", "distillation" (DeiT) or
     "register"."""
     token = getattr(net, "cls_token", None)
+    if token is None:  # CoaT has one a stage, and gives the tokens of the last one
+        stages = dict(net.named_parameters(recurse=False))
+        token = next((stages[n] for n in sorted(stages, reverse=True) if A_STAGE.match(n)), None)
     has_cls = bool(getattr(net, "has_class_token", token is not None))
     many = token.shape[1] if has_cls and isinstance(token, Tensor) and token.ndim == 3 else has_cls
     distilled = getattr(net, "dist_token", None) is not None or (  # PiT: two CLS tokens

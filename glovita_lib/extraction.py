@@ -535,8 +535,8 @@ class Extractor:
     def norm_text(self) -> str:
         """Whether tokens are final-normed."""
         if self.layers is None:
-            zeros = torch.zeros(1, *self.inputs.shape, device=self.experiment.ranks.device)
-            return self.model.encoder.last_norm(zeros)
+            x = torch.randn(1, *self.inputs.shape, generator=torch.Generator().manual_seed(0))
+            return self.model.encoder.last_norm(x.to(self.experiment.ranks.device))
         raw = [index for index in self.layers.indices if index not in self.normed]
         parts = [f"final norm on layers {list(self.normed)}"] if self.normed else []
         return ", ".join([*parts, f"raw layers {raw}"] if raw else parts)
@@ -552,15 +552,27 @@ class Extractor:
             return f"outputs of the blocks {list(self.layers.indices)}; {self.norm_text()}"
         if self.layers is not None:
             gives_prefix, normed = self.layers.has_prefix, self.spec.norm and self.normed
-            return layers_call(
+            joined, maps = layers_call(
                 encoder, self.layers.indices, spec.norm, normed or (), method, keep, gives_prefix
             )
+            return f"{joined}{self.as_map}, {maps}"
         if spec.output == "embedding":
             return encoder.vector_call(self.method)
         tokens = encoder.tokens_call
         if not keep and encoder.n_prefix:
             tokens = f"{tokens}[:, {encoder.n_prefix}:]"
-        return tokens if spec.output == "tokens" else f"{tokens}.mT, places in the grid"
+        return tokens + self.as_map
+
+    @property
+    def as_map(self) -> str:
+        """What makes maps (B, C, H, W) of tokens, as the end of an expression, where maps are what
+        is read."""
+        if self.spec.output != "map":
+            return ""
+        zeros = torch.zeros(1, *self.inputs.shape, device=self.experiment.ranks.device)
+        with torch.no_grad():
+            grid = self.features(zeros)[0].grid
+        return f".mT.unflatten(2, {grid})"
 
     def prefix_text(self) -> str:
         """Whether CLS, distillation and register tokens are among what is written, and which."""

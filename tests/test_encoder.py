@@ -1,5 +1,8 @@
 """Features of timm's and torchvision's models against the libraries' own pooled forward pass."""
 
+import importlib
+import inspect
+import re
 import socket
 import time
 from pathlib import Path
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from glovita_lib.encoder import Encoder, build_encoder, preprocess_of
 from glovita_lib.encoder_aggregation import aggregate, output_width, resolve_method, served
+from glovita_lib.encoder_timm import prefix_tokens
 from glovita_lib.errors import UserError
 from glovita_lib.network import block_names
 from glovita_lib.spec_encoders import CustomEncoder, TimmEncoder, TorchvisionEncoder
@@ -92,6 +96,7 @@ PREFIXES = [  # of each module of timm with several prefix tokens, one model of 
     ("vit_betwixt_patch16_reg1_gap_256", SHALLOW, 64, REGISTERS[:1]),
     ("vit_small_patch16_dinov3", SHALLOW, 64, CLS + REGISTERS),
     ("naflexvit_base_patch16_gap", SHALLOW, 64, REGISTERS),
+    ("coat_lite_tiny", {}, 224, CLS),
     ("levit_128s", {}, 224, ()),
     ("efficientformer_l1", {}, 224, ()),
 ]
@@ -113,6 +118,92 @@ def test_prefix_tokens_are_what_they_are_called(row) -> None:
         joint = torch.cat([tokens[:, 0], mean], 1)
         torch.testing.assert_close(aggregate(features, "joint"), joint)
     assert encoder.has_patches == (not name.startswith("pit"))
+
+
+TOKENS = {"cls_token": "cls", "dist_token": "distillation", "reg_token": "register"}
+
+
+def small_model(name: str) -> nn.Module | None:
+    """A model of timm with one narrow block, or as it is; None where it has fewer than two prefix
+    tokens, by the parameters that hold them."""
+    small = {"depth": 1, "embed_dim": 64, "num_heads": 2}
+    for arguments in (small, {**small, "num_kv_heads": 2}, {"depth": 1}, {}):
+        try:
+            with torch.device("meta"):
+                net = timm.create_model(name, num_classes=0, **arguments)
+        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError):
+            continue
+        held = [p for key, p in net.named_parameters() if key.rpartition(".")[2] in TOKENS]
+        if sum(p.shape[1] for p in held if p.ndim == 3) < 2:
+            return None
+        assert sum(p.numel() for p in net.parameters()) < 1e8, f"{name} takes too much memory"
+        return timm.create_model(name, num_classes=0, **arguments).eval()
+    return None
+
+
+def kinds_of_tokens(net: nn.Module, x: Tensor) -> list[str]:
+    """What each token before the patches comes from: by which parameter has a gradient in it where
+    tokens enter the first block."""
+    entering: list[Tensor] = []
+
+    class Entered(Exception):
+        pass
+
+    def stop(module, inputs):
+        entering.append(inputs[0])
+        raise Entered
+
+    hook = net.blocks[0].register_forward_pre_hook(stop)
+    with pytest.raises(Entered):
+        net.forward_features(x)
+    hook.remove()
+    held = {k: p for k, p in net.named_parameters() if k.rpartition(".")[2] in TOKENS}
+    kinds = []
+    for token in entering[0][0]:
+        grads = torch.autograd.grad(
+            token.square().sum(), list(held.values()), retain_graph=True, allow_unused=True
+        )
+        own = [key for key, g in zip(held, grads, strict=True) if g is not None and g.any()]
+        if not own:
+            break
+        kinds += [TOKENS[key.rpartition(".")[2]] for key in own]
+    return kinds
+
+
+def kinds_by_head(net: nn.Module, x: Tensor) -> list[str]:
+    """The same of PiT, whose two tokens are one parameter: by the classifier that takes them."""
+    net.reset_classifier(5)
+    with torch.no_grad():
+        raw = net.forward_features(x)
+        taken = {}
+        for name, head in (("cls", net.head), ("distillation", net.head_dist)):
+            head.register_forward_pre_hook(lambda m, i, n=name: taken.update({n: i[0]}))
+        net.forward_head(raw)
+    of = [[n for n, value in taken.items() if torch.equal(value, token)] for token in raw.unbind(1)]
+    net.reset_classifier(0)
+    return [name for (name,) in of]
+
+
+@pytest.mark.slow
+def test_every_prefix_token_of_timm_is_what_it_is_called() -> None:
+    """All models of timm with more than one, found by their parameters: the modules that name such
+    tokens, and of these the models that have several."""
+    words = re.compile(r"cls_token|dist_token|reg_token")
+    modules = {
+        module: importlib.import_module(f"timm.models.{module}") for module in timm.list_modules()
+    }
+    named = [m for m, code in modules.items() if words.search(inspect.getsource(code))]
+    found = 0
+    for name in (name for module in named for name in timm.list_models(module=module)):
+        net = small_model(name)
+        if net is None:
+            continue
+        size = timm.get_pretrained_cfg(name).input_size[-1]
+        x = torch.randn(1, 3, size, size)
+        kinds = kinds_by_head(net, x) if hasattr(net, "transformers") else kinds_of_tokens(net, x)
+        assert prefix_tokens(net) == tuple(kinds), name
+        found += 1
+    assert found >= 60
 
 
 def test_registers_and_cls_are_no_patches() -> None:

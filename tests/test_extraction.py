@@ -1,7 +1,9 @@
 """What is read out of an encoder, against timm's own pooling and the documented formulas."""
 
+import inspect
 import json
 import re
+from copy import deepcopy
 
 import msgspec
 import numpy as np
@@ -14,12 +16,14 @@ from torch import nn
 
 from glovita_lib import dist
 from glovita_lib.data import ArraySource, Data, ImageSamples, Split
+from glovita_lib.encoder import build_encoder
 from glovita_lib.encoder_aggregation import served
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import assemble
 from glovita_lib.extraction import Extractor, grid_places, weights_hash
 from glovita_lib.loader import Batch
 from glovita_lib.resolved import resolve_spec
+from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_root import Root
 
 IMAGES = ImageSamples(channels=3, bit_depth=8)
@@ -194,6 +198,7 @@ FAMILIES = {  # random weights; small arguments where there are some
     "efficientformer_l1": {}, "fastvit_t8": {}, "edgenext_xx_small": {}, "mobilevit_xxs": {},
     "repvgg_a0": {}, "ghostnet_050": {}, "hgnetv2_b0": {}, "xcit_nano_12_p16_224": {},
     "crossvit_tiny_240": {}, "davit_tiny": {}, "focalnet_tiny_srf": {}, "hiera_tiny_224": {},
+    "coat_lite_tiny": {},
 }  # fmt: skip
 
 
@@ -205,18 +210,25 @@ def compare_with_calls(name, kwargs, size=64):
     asked = [{"method": m} for m in served(encoder)]
     if encoder.has_patches:
         asked += [{"output": "tokens", "prefix_tokens": keep} for keep in (False, True)]
+        asked += [{"output": "map"}]
     if hasattr(encoder.net, "forward_intermediates"):
         layers = {"layers": (-1, 0)}
         asked += [{**layers, "norm": norm, "method": m} for norm in (False, True) for m in METHODS]
+        asked += [{"layers": (-1,), "norm": n, "output": "map"} for n in (False, True)]
     done = 0
     for options in asked:
         try:
             extractor = Extractor(first.experiment, replace(first.spec, **options))
         except UserError:
-            assert "layers" in options  # this model cannot norm, or has no such token
+            # this model cannot norm, has no such token, or its tokens are no grid
+            assert "layers" in options or options.get("output") == "map"
             continue
         x = extractor.experiment.objective.eval_inputs(torch.from_numpy(crops()), False, 0)
-        readout = read(extractor).features
+        try:
+            readout = read(extractor).features
+        except UserError as error:
+            assert "are no grid" in str(error)
+            continue
         expected = evaluated(extractor.attributes()["equals"], extractor.model.encoder.net, x)
         if options.get("output") == "tokens":
             expected = expected.flatten(0, 1)
@@ -243,7 +255,8 @@ def compare_with_features_only(name, kwargs, size=64):
     the same weights: no difference at all."""
     extractor = extractor_of(name, kwargs, output="map", layers=(-1,), norm=False, size=size)
     net = extractor.model.encoder.net
-    arguments = {"img_size": size} if hasattr(net, "patch_embed") else {}
+    takes_size = "img_size" in inspect.signature(type(net)).parameters
+    arguments = {"img_size": size} if takes_size else {}
     only = timm.create_model(name, features_only=True, **(arguments | dict(kwargs))).eval()
     own = {key.replace(".", "_"): value for key, value in net.state_dict().items()}
     inner = re.compile(r"^(model|body)_")  # where timm's extractor keeps the network
@@ -267,6 +280,45 @@ def test_maps_equal_those_of_features_only(name):
 def test_maps_of_a_family_equal_those_of_features_only(name):
     fixed = timm.get_pretrained_cfg(name).input_size[-1]
     compare_with_features_only(name, FAMILIES[name], size=fixed)
+
+
+ENDS = {  # the layer that the tokens end in; none: an addition or activation is behind it
+    ("timm", "test_vit"): "net.norm", ("timm", "swin_tiny_patch4_window7_224"): "net.norm",
+    ("timm", "efficientnet_b0"): "net.bn2", ("timm", "densenet121"): "net.features.norm5",
+    ("timm", "resnet18"): None, ("timm", "dla34"): None, ("timm", "convnext_atto"): None,
+    ("torchvision", "resnet18"): None, ("torchvision", "swin_t"): "net.norm",
+    ("torchvision", "vit_b_16"): "net.encoder.ln", ("torchvision", "convnext_tiny"): None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", ENDS, ids=lambda row: " ".join(row))
+def test_the_norm_that_a_file_names_gives_its_features(named):
+    """To the last bit, as a map or as tokens; and none is named where it gives something else."""
+    library, name = named
+    struct = TimmEncoder if library == "timm" else TorchvisionEncoder
+    size = 224 if name == "vit_b_16" else 96
+    if name.startswith("swin"):
+        size = 224
+    spec = struct(type=name, pretrained=False)
+    encoder = build_encoder(spec, channels=3, size=(size, size), load_weights=True).eval()
+    jitter(encoder)
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    said, outputs = encoder.last_norm(x), {}
+    for part, module in encoder.named_modules():
+        module.register_forward_hook(lambda m, i, o, n=part: outputs.update({n: deepcopy(o)}))
+    with torch.no_grad():
+        tokens = encoder(x).tokens
+    if ENDS[named] is None:
+        assert said == "none at the end"
+        norms = [n for n, m in encoder.named_modules() if "Norm" in type(m).__name__]
+        last = outputs[norms[-1]]
+        assert last.shape != tokens.shape or not torch.equal(last, tokens)
+        return
+    assert said == f"{ENDS[named]}, the last of the forward pass"
+    found = outputs[ENDS[named]]
+    if found.ndim == 4:
+        found = found.flatten(1, 2) if "swin" in name else found.flatten(2).transpose(1, 2)
+    assert torch.equal(found, tokens)
 
 
 # ---------------------------------------------------------------------- tokens, maps, layers
