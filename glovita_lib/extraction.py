@@ -22,7 +22,7 @@ from glovita_lib.encoder_aggregation import aggregate, layers_call, resolve_meth
 from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch
-from glovita_lib.model import InWindows, Model, logits_of
+from glovita_lib.model import InWindows, logits_of
 from glovita_lib.objectives import clips_as_samples
 from glovita_lib.resolved import (
     EncodedInputs,
@@ -35,6 +35,7 @@ from glovita_lib.spec import Loaded
 from glovita_lib.spec_root import Root, head_is_named
 from glovita_lib.spec_samples import FileData
 from glovita_lib.spec_train import Extract
+from glovita_lib.weights import weights_hash
 
 # ------------------------------------------------------------------------------------ layers
 #
@@ -303,7 +304,7 @@ class Extractor:
     @cached_property
     def weights_sha256(self) -> str:
         """Hash of the encoder's weights."""
-        return weights_hash(self.model)
+        return weights_hash(self.model.encoder)
 
     @cached_property
     def sample_bytes(self) -> int:
@@ -623,17 +624,6 @@ def grid_places(grid: tuple[int, ...] | None, n_prefix: int, tokens: int) -> np.
     grid = grid or (1, tokens - n_prefix)
     places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, len(grid))
     return np.concatenate([np.full((n_prefix, len(grid)), -1), places]).astype(np.int32)
-
-
-def weights_hash(model: Model) -> str:
-    """SHA-256 over names, shapes and values of a model's encoder."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.encoder.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------- what is read out

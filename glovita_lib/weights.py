@@ -623,3 +623,14 @@ def may_fit(name: str, our: Tensor, their: Tensor, target: LoadTarget) -> bool:
         return our.ndim == their.ndim and our.shape[-1] == their.shape[-1]
     same_size = our.shape[:1] + our.shape[2:] == their.shape[:1] + their.shape[2:]
     return same_size and name in {f"{conv}.weight" for conv in target.first_conv}
+
+
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of a network."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
