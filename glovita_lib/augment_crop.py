@@ -10,6 +10,7 @@ of the canvas.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -377,7 +378,7 @@ class CropResize:
         self.crop_mode = crop_mode if centred else "center"
         self.border = torch.tensor([round(self.peak * value) for value in mean])  # (C,)
 
-    def join(self, parts: list[Tensor]) -> Tensor:
+    def join(self, parts: list[Tensor], samples: Sequence[Any]) -> Tensor:
         """The images of a batch, (B, C, S, S)."""
         return torch.stack(parts)
 

@@ -11,7 +11,7 @@ where a map leads from voxels to voxels nothing is interpolated.
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -40,7 +40,12 @@ class PatchCut:
     one_size = True
 
     def __init__(
-        self, crop: str, foreground_share: float, size: Size, margin: Size = (0, 0, 0)
+        self,
+        crop: str,
+        foreground_share: float,
+        size: Size,
+        margin: Size = (0, 0, 0),
+        spaced: bool = False,
     ) -> None:
         """Patches.
 
@@ -49,13 +54,15 @@ class PatchCut:
             size: of the patches, voxels.
             margin: voxels that are cut beyond a patch on either side of each axis. It is the patch
                 that lies within the volume: its margin may reach beyond, and is filled there.
+            spaced: whether patches come with the spacing of their volumes.
         """
         self.crop, self.foreground_share, self.size = crop, foreground_share, size
-        self.margin = margin
+        self.margin, self.spaced = margin, spaced
 
-    def join(self, parts: list[Tensor]) -> Tensor:
+    def join(self, parts: list[Tensor], samples: Sequence[Any]) -> "Tensor | Patches":
         """The patches of a batch, (B, C, *size)."""
-        return torch.stack(parts)
+        spacing = spacings(samples) if self.spaced else None
+        return torch.stack(parts) if spacing is None else Patches(torch.stack(parts), spacing)
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator | None) -> Tensor:
         """Places of the patches of a batch.
@@ -136,11 +143,38 @@ def overlap(
 # --------------------------------------------------------------------- whole volumes and windows
 
 
+def spacings(samples: Sequence[Any]) -> Tensor | None:
+    """Spacings (B, 3) of volumes, float64, mm; None of arrays, which have none."""
+    if any(isinstance(sample, np.ndarray) for sample in samples):
+        return None
+    return torch.tensor([sample.spacing for sample in samples], dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """A batch of patches with the spacings of their volumes, which stay on the CPU."""
+
+    voxels: Tensor  # (B, C, X, Y, Z)
+    spacing: Tensor  # (B, 3) float64, mm
+
+    def __len__(self) -> int:
+        return len(self.voxels)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Patches":
+        """The same patches on a device."""
+        return Patches(self.voxels.to(device, non_blocking=non_blocking), self.spacing)
+
+    def pin_memory(self) -> "Patches":
+        """The same patches in page-locked memory."""
+        return Patches(self.voxels.pin_memory(), self.spacing)
+
+
 @dataclass(frozen=True, eq=False)
 class Volumes:
     """A batch of volumes, each of its own size."""
 
     each: tuple[Tensor, ...]  # (C, X, Y, Z)
+    spacing: Tensor | None = None  # (B, 3) float64, mm, on the CPU, where it is asked for and known
 
     def __len__(self) -> int:
         return len(self.each)
@@ -150,11 +184,12 @@ class Volumes:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Volumes":
         """The same volumes on a device."""
-        return Volumes(tuple(volume.to(device, non_blocking=non_blocking) for volume in self))
+        each = tuple(volume.to(device, non_blocking=non_blocking) for volume in self)
+        return Volumes(each, self.spacing)
 
     def pin_memory(self) -> "Volumes":
         """The same volumes in page-locked memory."""
-        return Volumes(tuple(volume.pin_memory() for volume in self))
+        return Volumes(tuple(volume.pin_memory() for volume in self), self.spacing)
 
 
 class WholeVolumes:
@@ -162,9 +197,13 @@ class WholeVolumes:
 
     one_size = False
 
-    def join(self, parts: list[Tensor]) -> Volumes:
+    def __init__(self, spaced: bool = False) -> None:
+        """Volumes, with their spacings or without, see PatchCut."""
+        self.spaced = spaced
+
+    def join(self, parts: list[Tensor], samples: Sequence[Any]) -> Volumes:
         """The volumes of a batch."""
-        return Volumes(tuple(parts))
+        return Volumes(tuple(parts), spacings(samples) if self.spaced else None)
 
     def boxes(self, sizes: np.ndarray, generator: torch.Generator | None) -> Tensor:
         """First voxel of each volume, (B, 3)."""
@@ -305,14 +344,25 @@ class Placement:
     start: Tensor  # (B, 3) int64, of the patch that nothing moves
     matrices: Tensor  # (B, 3, 3) float64, interpolated
     turns: Tensor  # (B, 3, 3) float64, signed permutations
+    spacing: Tensor  # (B, 3) float64, of each volume, mm
     control: Tensor | None = None  # (B, 3, K, K, K) shifts u of control points, voxels
 
     @classmethod
-    def centred(cls, grid: Grid, count: int, have: Sequence[int]) -> "Placement":
-        """Patches in the middle of `count` volumes of a size."""
+    def centred(
+        cls, grid: Grid, count: int, have: Sequence[int], spacing: Tensor | None = None
+    ) -> "Placement":
+        """Patches in the middle of `count` volumes of a size; their spacing is that of the grid
+        unless it is given, (B, 3)."""
         room = np.tile(np.array(have) - np.array(grid.size), (count, 1))
         eye = torch.eye(3, dtype=torch.float64).repeat(count, 1, 1)
-        return cls(grid, room, torch.from_numpy(room // 2), eye, eye.clone())
+        if spacing is None:
+            spacing = torch.tensor(grid.spacing, dtype=torch.float64).repeat(count, 1)
+        return cls(grid, room, torch.from_numpy(room // 2), eye, eye.clone(), spacing)
+
+    def equal(self, row: int) -> list[int]:
+        """The axes of a volume that may be exchanged, see Grid."""
+        x, y, z = self.spacing[row].tolist()
+        return replace(self.grid, spacing=(x, y, z)).equal
 
 
 def moved(volumes: Tensor, place: Placement) -> Tensor:

@@ -6,7 +6,7 @@ The geometry is that of augment_patch; formulas of the intensities are those of 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -18,6 +18,7 @@ from glovita_lib.augment_images import Operations, coin, to, uniform
 from glovita_lib.augment_patch import (
     Grid,
     PatchCut,
+    Patches,
     Placement,
     Size,
     Volumes,
@@ -42,6 +43,7 @@ from glovita_lib.volume_preparation import thick_axis
 VOLUME_OPERATIONS = Operations()
 operation = VOLUME_OPERATIONS.register
 AXES = ("x", "y", "z")
+IN_MM = ("rotate_p", "rot90_p", "transpose_p")  # switches of what depends on the spacing
 INTERPOLATED = ("rotate_p", "scale_p", "elastic_p")  # switches of what shows more than the patch
 WINDOWS = 2**25  # values of median windows at a time
 PIECE = 2**17  # values that are summed at a time on a CPU: what stays in its cache
@@ -119,14 +121,15 @@ def random_place(place: Placement, ops: VolumeOps, generator: torch.Generator) -
 
 @operation("rotate_p", stage="geometry")
 def random_rotation(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
-    """A rotation about each axis, in mm; about the thick one alone where there is one."""
+    """A rotation about each axis, in mm of each volume; about the thick axis alone where there is
+    one."""
     count = len(place.turns)
     chosen = coin(count, ops.rotate_p, generator)
     angles = uniform(count, -ops.rotate_radians, ops.rotate_radians, generator, 3).double()
     if place.grid.thick is not None:
         angles *= torch.arange(3) == place.grid.thick
-    spacing = torch.tensor(place.grid.spacing, dtype=torch.float64)
-    turned = rotation(angles * chosen[:, None]) * spacing / spacing[:, None]  # mm -> voxels
+    across, down = place.spacing[:, None, :], place.spacing[:, :, None]
+    turned = rotation(angles * chosen[:, None]) * across / down  # mm -> voxels
     place.matrices = place.matrices @ turned
 
 
@@ -161,15 +164,15 @@ def random_elastic(place: Placement, ops: VolumeOps, generator: torch.Generator)
 @operation("rot90_p", stage="geometry")
 def random_rot90(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
     """Quarter turns in the plane of two axes of one length."""
-    axes = place.grid.equal
     count = len(place.turns)
     chosen = coin(count, ops.rot90_p, generator)
-    planes = torch.rand(count, len(axes), generator=generator).argsort(1)[:, :2].sort(1).values
+    planes = torch.rand(count, 3, generator=generator)
     quarters = torch.randint(1, 4, (count,), generator=generator)
-    if len(axes) < 2:
-        return
     for row in chosen.nonzero()[:, 0].tolist():
-        first, second = (axes[int(i)] for i in planes[row])
+        axes = place.equal(row)
+        if len(axes) < 2:
+            continue
+        first, second = (axes[i] for i in sorted(planes[row, : len(axes)].argsort()[:2].tolist()))
         turn = torch.eye(3, dtype=torch.float64)
         turn[first, first] = turn[second, second] = 0
         turn[first, second], turn[second, first] = 1, -1  # torch.rot90 in this plane
@@ -179,13 +182,12 @@ def random_rot90(place: Placement, ops: VolumeOps, generator: torch.Generator) -
 @operation("transpose_p", stage="geometry")
 def random_transpose(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
     """Axes of one length in a random order, which may be their own."""
-    axes = place.grid.equal
     count = len(place.turns)
     chosen = coin(count, ops.transpose_p, generator)
-    orders = torch.rand(count, len(axes), generator=generator).argsort(1)
+    orders = torch.rand(count, 3, generator=generator)
     for row in chosen.nonzero()[:, 0].tolist():
-        order = list(range(3))
-        for axis, drawn in zip(axes, orders[row].tolist(), strict=True):
+        axes, order = place.equal(row), list(range(3))
+        for axis, drawn in zip(axes, orders[row, : len(axes)].argsort().tolist(), strict=True):
             order[axis] = axes[drawn]
         place.turns[row] @= torch.eye(3, dtype=torch.float64)[order]
 
@@ -207,8 +209,8 @@ def keep_sides(place: Placement, ops: VolumeOps) -> None:
     is_image = torch.linalg.det(place.turns) < 0
     reverses = (place.matrices.diagonal(dim1=1, dim2=2)[:, fixed] <= 0).any(1)
     rows = is_image & (reverses | (ops.mirror_p == 0))
-    if rows.any():
-        place.turns[rows, :, (*place.grid.equal, *place.grid.mirrors)[0]] *= -1
+    for row in rows.nonzero()[:, 0].tolist():
+        place.turns[row, :, (*place.equal(row), *place.grid.mirrors)[0]] *= -1
 
 
 def rotation(angles: Tensor) -> Tensor:
@@ -600,21 +602,24 @@ class VolumeAugmenter:
         if resolved.evaluation == "windows" and not train:
             self.windows = WindowGrid.overlapping(resolved.patch_size, resolved.window_overlap)
         self.how, self.chunk = resolved.window_reduce, resolved.window_chunk
+        spaced = any(map(self.ops.draws, IN_MM))
         if resolved.whole or self.windows is not None:
-            self.fit = WholeVolumes()
+            self.fit = WholeVolumes(spaced)
             return
         beyond = resolved.margin if any(map(self.ops.draws, INTERPOLATED)) else 0.0
         x, y, z = (math.ceil(side * beyond) for side in resolved.patch_size)
         ops = self.ops
-        self.fit = PatchCut(ops.crop, ops.foreground_share, resolved.patch_size, (x, y, z))
+        margin = x, y, z
+        self.fit = PatchCut(ops.crop, ops.foreground_share, resolved.patch_size, margin, spaced)
 
     def __call__(
-        self, inputs: Tensor | Volumes, fitted: bool, seed: int
+        self, inputs: Tensor | Patches | Volumes, fitted: bool, seed: int
     ) -> Tensor | Volumes | WindowedVolumes:
         """Augmented batch.
 
         Args:
-            inputs: (B, C, X, Y, Z) of any number type, or volumes each of its own size.
+            inputs: (B, C, X, Y, Z) of any number type, with spacings or without, or volumes each
+                of its own size.
             fitted: whether `fit` has cut them; else they are whole volumes.
             seed: of the random parameters; unused in evaluation.
 
@@ -624,11 +629,15 @@ class VolumeAugmenter:
         """
         whole = isinstance(self.fit, WholeVolumes)
         with torch.autocast(device_of(inputs).type, enabled=False):
+            if isinstance(inputs, Patches):
+                return self.transformed(inputs.voxels, self.grid, fitted, seed, inputs.spacing)
             if not whole and isinstance(inputs, Tensor):
                 return self.transformed(inputs, self.grid, fitted, seed)
             each = [
-                self.transformed(volume[None], self.of_size(volume), True, hash_seed(seed, number))
-                for number, volume in enumerate(inputs)
+                self.transformed(
+                    volume[None], self.of_size(volume), True, hash_seed(seed, number), spacing
+                )
+                for number, (volume, spacing) in enumerate(with_spacings(inputs))
             ]
         volumes = Volumes(tuple(volume[0] for volume in each))
         if self.windows is None:
@@ -640,8 +649,11 @@ class VolumeAugmenter:
         x, y, z = volume.shape[1:]
         return replace(self.grid, size=(x, y, z))
 
-    def transformed(self, inputs: Tensor, grid: Grid, fitted: bool, seed: int) -> Tensor:
-        """The same of volumes of one size, to patches of a grid, in the precision of the caller."""
+    def transformed(
+        self, inputs: Tensor, grid: Grid, fitted: bool, seed: int, spacing: Tensor | None = None
+    ) -> Tensor:
+        """The same of volumes of one size, to patches of a grid, in the precision of the caller;
+        their spacing (B, 3), where it is known, is that of the grid else."""
         batch, channels, *have = inputs.shape
         if not batch:
             return torch.empty(0, channels, *grid.size, device=inputs.device)
@@ -650,7 +662,7 @@ class VolumeAugmenter:
         if fitted:
             geometry = [each for each in geometry if each.switches != ("crop",)]
         changing = VOLUME_OPERATIONS.active(self.ops, "values")
-        place = Placement.centred(grid, batch, have)
+        place = Placement.centred(grid, batch, have, spacing)
         for each in geometry:
             each.function(place, self.ops, generator)
         keep_sides(place, self.ops)
@@ -662,6 +674,15 @@ class VolumeAugmenter:
         return x
 
 
-def device_of(inputs: Tensor | Volumes) -> torch.device:
+def with_spacings(volumes: Tensor | Volumes) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Each volume of a batch with its spacing (1, 3), where it is known."""
+    known = volumes.spacing if isinstance(volumes, Volumes) else None
+    for number, volume in enumerate(volumes):
+        yield volume, None if known is None else known[number : number + 1]
+
+
+def device_of(inputs: Tensor | Patches | Volumes) -> torch.device:
     """Where a batch is."""
+    if isinstance(inputs, Patches):
+        return inputs.voxels.device
     return inputs.device if isinstance(inputs, Tensor) else inputs.each[0].device

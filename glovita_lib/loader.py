@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -163,7 +163,7 @@ class Resizing(Protocol):
 
     def one(self, sample: Any, box: Tensor, /) -> Any: ...
 
-    def join(self, parts: list[Any], /) -> Any: ...
+    def join(self, parts: list[Any], samples: Sequence[Any], /) -> Any: ...
 
 
 @dataclass(slots=True)
@@ -291,7 +291,8 @@ def fit_all(samples: np.ndarray | list[Any], fit: Resizing, seed: int) -> Any:
     sizes = np.array([sample.shape[1:] for sample in samples])  # (B, 2 or 3)
     boxes = fit.boxes(sizes, torch.Generator().manual_seed(seed))
     with one_core():
-        return fit.join([fit.one(*pair) for pair in zip(samples, boxes, strict=True)])
+        parts = [fit.one(*pair) for pair in zip(samples, boxes, strict=True)]
+        return fit.join(parts, list(samples))
 
 
 def fit_once(samples: np.ndarray | list[Any], fit: Resizing, seed: int) -> np.ndarray:

@@ -5,6 +5,7 @@ A run on other samples does not load this module. B batch, V clips of a video, T
 F frames of a video, C channels, H W pixels, S side of a frame as the encoder receives it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -162,7 +163,7 @@ class ClipCut:
             torch.from_numpy(np.require(images, requirements=["W"])), box.expand(len(images), 2, 4)
         )
 
-    def join(self, parts: list[Clip]) -> Clips:
+    def join(self, parts: list[Clip], samples: Sequence[Any]) -> Clips:
         """The clips of a batch."""
         pixels = empty(len(parts), *parts[0].pixels.shape, dtype=torch.uint8)
         torch.stack([part.pixels for part in parts], out=pixels)

@@ -487,7 +487,8 @@ class ResolvedVolumeAugmentation(Spec):
     """Axes of the volumes as they are stored, first to third, along which a policy may mirror, and
     which it may exchange."""
     spacing: tuple[float, float, float]
-    """Spacing of the volumes, mm, or any other unit: angles are those of the world."""
+    """Median spacing of the train volumes, mm: what rotations go by where the spacing of a sample
+    is not known."""
     thick_axis: int | None
     """Axis across which slices of some volumes are thick: across it nothing is rotated, scaled or
     interpolated in any."""

@@ -44,7 +44,7 @@ class CornerFit:
         corner = (torch.rand(len(sizes), 2, generator=generator) * (free + 1)).floor()
         return torch.cat([corner, torch.full((len(sizes), 2), 4.0)], 1)
 
-    def join(self, parts):
+    def join(self, parts, samples):
         return torch.stack(parts)
 
     def one(self, image, box):

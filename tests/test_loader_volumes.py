@@ -9,6 +9,7 @@ import torch
 from msgspec.structs import replace
 from volume_files import affine_of, blob, write_nifti
 
+from glovita_lib.augment_volumes import VolumeAugmenter
 from glovita_lib.data import Data, PartSource, Split, VolumeSamples
 from glovita_lib.dist import Ranks
 from glovita_lib.errors import UserError
@@ -36,7 +37,7 @@ class Cut:
             return torch.full((len(sizes), 3), 0.5)
         return torch.rand(len(sizes), 3, generator=generator)
 
-    def join(self, parts):
+    def join(self, parts, samples):
         return torch.stack(parts)
 
     def one(self, volume, box):
@@ -161,6 +162,28 @@ def test_nothing_is_turned_across_slices_that_are_thick_in_some_volumes(tmp_path
     assert resolved(samples, anisotropy=8)[0].thick_axis is None
     plain, report = resolved(samples, train_policy="default_3d_1")
     assert plain.thick_axis is None and report == []
+
+
+@pytest.mark.parametrize("policy", ["default_3d_2", "default_nnunet_DA5"])
+def test_rotations_and_exchanged_axes_go_by_the_spacing_of_each_volume(tmp_path, policy):
+    spacings = [(1, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 1)]
+    samples = split(tmp_path, [(14, 13, 12)] * 4, spacings)
+    always = {"rotate_p": 1.0, "mirror_p": 0.0}
+    augmentation, _ = resolved(samples, train_policy=policy, train_kwargs=always)
+    augment = VolumeAugmenter(augmentation, train=True)
+    for memory in (0, 100):
+        found = batches(samples, train=True, fit=augment.fit, in_memory_mb=memory)
+        for batch in found:
+            both = augment(batch.inputs, True, 3)
+            for number, row in enumerate(batch.rows.tolist()):
+                own = replace(augmentation, spacing=spacings[row])
+                alone = VolumeAugmenter(own, train=True)(batch.inputs.voxels, True, 3)
+                assert torch.equal(both[number], alone[number])
+                plain = augment(batch.inputs.voxels, True, 3)
+                assert torch.equal(plain[number], alone[number]) == (row == 0)
+    plain, _ = resolved(samples, train_policy="default_3d_1")
+    fit = VolumeAugmenter(plain, train=True).fit
+    assert isinstance(batches(samples, train=True, fit=fit)[0].inputs, torch.Tensor)
 
 
 def test_thick_slices_across_different_axes_are_not_rotated_as_if_they_were_not(tmp_path):
