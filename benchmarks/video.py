@@ -33,11 +33,10 @@ import torch
 from torchvision.transforms import v2
 
 from glovita_lib.augment import ClipAugmenter, build_fit, resolve_augmentation
-from glovita_lib.data_video import LoadedVideo, VideoView
 from glovita_lib.encoder import Preprocess
 from glovita_lib.loader import fit_all
 from glovita_lib.loader_video import ClipCut
-from glovita_lib.read_video import OPEN, look_at, read_frames
+from glovita_lib.read_video import OPEN, LoadedVideo, VideoView, look_at, read_frames
 from glovita_lib.spec_augment import ImageAugmentation, ImageKwargs
 from glovita_lib.spec_video import ResolvedClips
 

@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from glovita_lib.data import ArraySource, ClipSamples, Data, Source, Split, VideoFrames
-from glovita_lib.data_video import LoadedVideo, VideoView
 from glovita_lib.errors import UserError
-from glovita_lib.read_video import look_at, read_frames
+from glovita_lib.read_video import LoadedVideo, VideoView, look_at, read_frames
 from glovita_lib.spec import expand
 from glovita_lib.spec_data import OwnData
 

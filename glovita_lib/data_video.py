@@ -41,7 +41,10 @@ from glovita_lib.files import on_disk, read_csv
 from glovita_lib.loggers import Rate
 from glovita_lib.read_video import (
     IMAGE_EXTS,
+    Clock,
+    LoadedVideo,
     VideoFacts,
+    VideoView,
     file_type,
     frame_files,
     look_at,
@@ -53,56 +56,6 @@ from glovita_lib.spec_samples import UNLABELLED
 from glovita_lib.spec_video import VideoReading
 
 # ------------------------------------------------------------------------------------- source
-
-
-@dataclass(eq=False)
-class LoadedVideo:
-    """A video in memory."""
-
-    pixels: np.ndarray  # (F, H, W, C) uint8
-    fps: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, F, H, W)."""
-        frames, height, width, channels = self.pixels.shape
-        return channels, frames, height, width
-
-    def read(self, frames: np.ndarray) -> np.ndarray:
-        """Frames (T, H, W, C), not to be written to; a view where their numbers ascend evenly."""
-        steps = np.diff(frames)
-        if len(steps) and steps[0] > 0 and bool((steps == steps[0]).all()):
-            return self.pixels[frames[0] : frames[-1] + 1 : steps[0]]
-        return self.pixels[frames]
-
-
-@dataclass(frozen=True)
-class VideoView:
-    """A video, of which only what is asked for is decoded, or which is in memory; and where the
-    clip begins that is wanted of it."""
-
-    video: Any  # LoadedVideo or StoredVideo
-    start: int | None = None
-    """First frame of the clip; none: it is drawn."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, F, H, W) as decoded."""
-        return tuple(self.video.shape)
-
-    @property
-    def fps(self) -> float:
-        """Frames a second."""
-        return float(self.video.fps)
-
-    def read(self, frames: np.ndarray) -> np.ndarray:
-        """Frames (T, H, W, C) uint8."""
-        found: np.ndarray = self.video.read(frames)
-        return found
-
-    def loaded(self) -> "VideoView":
-        """The same in memory."""
-        return self if isinstance(self.video, LoadedVideo) else self.video.loaded(self.start)
 
 
 @dataclass(frozen=True)
@@ -120,9 +73,9 @@ class StoredVideo:
         return 3, facts.frames, *(self.size or (facts.height, facts.width))
 
     @property
-    def fps(self) -> float:
-        """Frames a second."""
-        return self.table.facts(self.row).fps
+    def clock(self) -> Clock:
+        """When its frames are shown."""
+        return self.table.clock(self.row)
 
     def read(self, frames: np.ndarray) -> np.ndarray:
         """Frames (T, H, W, 3)."""
@@ -133,7 +86,8 @@ class StoredVideo:
         with self.table.lock:
             found = self.table.memory.get((self.row, self.size))
         if found is None:
-            found = LoadedVideo(self.read(np.arange(self.shape[1])), self.fps)
+            whole, clock = self.read(np.arange(self.shape[1])), self.clock
+            found = LoadedVideo(whole, clock.fps, clock.times)
             with self.table.lock:
                 found = self.table.memory.setdefault((self.row, self.size), found)
         return VideoView(found, start)
@@ -148,6 +102,8 @@ class VideoTable:
         self.sides = np.array([(f.frames, f.height, f.width) for f in facts]).reshape(-1, 3)
         self.rates = np.array([each.fps for each in facts], np.float64)
         self.random = np.array([each.random for each in facts], bool)
+        uneven = {row: each.clock.times for row, each in enumerate(facts) if each.times is not None}
+        self.times = uneven  # (F,) seconds, of variable frame rates
         self.lock, self.memory = Lock(), self.no_memory()
 
     @staticmethod
@@ -180,6 +136,10 @@ class VideoTable:
             float(self.rates[row]),
             bool(self.random[row]),
         )
+
+    def clock(self, row: int) -> Clock:
+        """When the frames of a video are shown."""
+        return Clock(float(self.rates[row]), self.times.get(row))
 
 
 class VideoSource(Source):
@@ -215,9 +175,9 @@ class VideoSource(Source):
         return np.column_stack([sides[:, 0], decoded])
 
     @property
-    def rates(self) -> np.ndarray:
-        """Frames a second (N,)."""
-        return self.table.rates[self.which]
+    def clocks(self) -> list[Clock]:
+        """When the frames of each are shown."""
+        return [self.table.clock(video) for video in self.which.tolist()]
 
     def windows(self, rows: np.ndarray) -> list[VideoView]:
         """Videos of which only what is asked for is decoded."""
@@ -261,7 +221,7 @@ class VideoSource(Source):
 # ----------------------------------------------------------------------- what is known of videos
 
 INDEX = "video_index.json"
-FORMAT = 1  # of the index; another one looks at all videos anew
+FORMAT = 2  # of the index; another one looks at all videos anew
 
 
 class VideoFolder(SampleFolder):
@@ -443,7 +403,7 @@ class FrameTable:
         if count is not None and count != facts.frames:
             return f"{count} labels of frames, {facts.frames} frames"
         ends = [end for _, end, _ in self.segments.get(name, ())]
-        last = facts.frames / facts.fps if self.seconds else facts.frames
+        last = float(facts.clock.seconds(np.array(facts.frames)) if self.seconds else facts.frames)
         slack = 1.0 if self.seconds else 0.0  # durations are rounded
         if ends and max(ends) > last + slack:
             return f"a label up to {max(ends):g}, it ends at {last:g}"
@@ -456,7 +416,8 @@ class FrameTable:
             place: number of each class by name.
         """
         found = np.full(facts.frames, UNLABELLED, np.int64)
-        middles = (np.arange(facts.frames) + 0.5) / facts.fps
+        edges = facts.clock.seconds(np.arange(facts.frames + 1))
+        middles = (edges[:-1] + edges[1:]) / 2
         for start, end, label in self.segments[name]:
             inside = slice(int(start), int(end))
             if self.seconds:
@@ -645,8 +606,8 @@ def frames_of(split: Split, labels: list[np.ndarray] | None) -> VideoFrames:
     """
     source, count = split.source, len(split)
     assert isinstance(source, VideoSource)
-    sides = zip(source.sizes[:, 0].tolist(), source.rates.tolist(), strict=True)
-    times = [np.arange(frames) / fps for frames, fps in sides]
+    each = zip(source.sizes[:, 0].tolist(), source.clocks, strict=True)
+    times = [clock.seconds(np.arange(frames)) for frames, clock in each]
     return VideoFrames(split.ids, np.arange(count), np.empty((count, 0), np.int64), times, labels)
 
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from glovita_lib.augment import ClipAugmenter, Clips, build_fit, empty, resolve_augmentation
 from glovita_lib.augment_crop import CropResize
 from glovita_lib.data import ClipSamples, Data, Source, Split, VideoFrames, subset
-from glovita_lib.data_video import LoadedVideo, VideoSource, VideoView
+from glovita_lib.data_video import VideoSource
 from glovita_lib.encoder import preprocess_of
 from glovita_lib.errors import UserError, refuse
 from glovita_lib.objectives import as_loaded, build_inputs
+from glovita_lib.read_video import Clock, LoadedVideo, VideoView
 from glovita_lib.resolved import ClipInputs, resolve_inputs
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_root import Root
@@ -30,19 +31,18 @@ from glovita_lib.spec_video import ClipSampling, ResolvedClips
 # ------------------------------------------------------------------------------ frames of clips
 
 
-def step_of(sampling: ResolvedClips, fps: float) -> float:
-    """Frames of a video from a frame of its clips to the next."""
-    return float(sampling.stride) if sampling.fps is None else fps / sampling.fps
-
-
-def from_start(start: np.ndarray | int, sampling: ResolvedClips, fps: float) -> np.ndarray:
+def from_start(start: np.ndarray | int, sampling: ResolvedClips, clock: Clock) -> np.ndarray:
     """Frames (..., T) of dense clips that begin at frames (...); they may lie beyond the end."""
-    offsets = np.floor(np.arange(sampling.frames) * step_of(sampling, fps) + 1e-9).astype(np.int64)
-    return np.asarray(start)[..., None] + offsets
+    first, steps = np.asarray(start)[..., None], np.arange(sampling.frames)
+    if sampling.fps is None:
+        return first + steps * sampling.stride
+    if clock.times is None:
+        return first + clock.frames(steps / sampling.fps)
+    return clock.frames(clock.seconds(first) + steps / sampling.fps)
 
 
 def clip_frames(
-    sampling: ResolvedClips, frames: int, fps: float, draws: np.ndarray | None, clips: int
+    sampling: ResolvedClips, frames: int, clock: Clock, draws: np.ndarray | None, clips: int
 ) -> np.ndarray:
     """Frames (V, T) of the clips of a video; those from `frames` on lie beyond its end.
 
@@ -53,15 +53,14 @@ def clip_frames(
         clips: V.
     """
     if sampling.method == "dense":
-        last = int(from_start(0, sampling, fps)[-1])
-        room = max(frames - 1 - last, 0)
+        room = room_of(sampling, frames, clock)
         if draws is not None:
             starts = np.floor(draws[:, 0] * (room + 1)).astype(np.int64)
         elif clips == 1:
             starts = np.array([room // 2])
         else:
             starts = np.round(np.linspace(0, room, clips)).astype(np.int64)
-        return from_start(starts, sampling, fps)
+        return from_start(starts, sampling, clock)
     count = sampling.frames
     if frames <= count:
         return np.tile(np.arange(count), (clips, 1))
@@ -70,12 +69,21 @@ def clip_frames(
     return np.floor((np.arange(count) + draws) * frames / count).astype(np.int64)
 
 
-def covering_starts(sampling: ResolvedClips, frames: int, fps: float) -> np.ndarray:
+def room_of(sampling: ResolvedClips, frames: int, clock: Clock) -> int:
+    """The last frame at which a dense clip may begin that ends within a video, or 0."""
+    if clock.times is None or sampling.fps is None:
+        return max(frames - 1 - int(from_start(0, sampling, clock)[-1]), 0)
+    length = (sampling.frames - 1) / sampling.fps  # seconds
+    return max(int(clock.frames(np.array(clock.times[-1] - length))), 0)
+
+
+def covering_starts(sampling: ResolvedClips, frames: int, clock: Clock) -> np.ndarray:
     """First frames of the dense clips that show every frame of a video once; with fps those of the
     clip's rate."""
-    step, count = step_of(sampling, fps), sampling.frames
+    count = sampling.frames
     if sampling.fps is not None:
-        return np.floor(np.arange(0, frames / step, count) * step).astype(np.int64)
+        shown = frames * sampling.fps / clock.fps  # frames of the clip's rate
+        return clock.frames(np.arange(0, shown, count) / sampling.fps)
     phases = range(min(sampling.stride, frames))
     return np.array([s for p in phases for s in range(p, frames, count * sampling.stride)])
 
@@ -131,23 +139,22 @@ class ClipCut:
     def one(self, sample: Any, box: Tensor) -> Clip:
         """The clips of a video in a worker: only their frames are decoded."""
         view = sample if isinstance(sample, VideoView) else VideoView(sample)
-        frames, fps = view.shape[1], view.fps
+        frames, clock = view.shape[1], view.clock
         if view.start is not None:
-            numbers = from_start(np.array([view.start]), self.sampling, fps)
+            numbers = from_start(np.array([view.start]), self.sampling, clock)
         else:
             draws = box[8:].numpy().reshape(self.clips, -1) if self.draws else None
-            numbers = clip_frames(self.sampling, frames, fps, draws, self.clips)
+            numbers = clip_frames(self.sampling, frames, clock, draws, self.clips)
         real = numbers < frames
         numbers = np.minimum(numbers, frames - 1)
+        times = clock.seconds(numbers)
         window = box[:8].long().view(2, 4)
         if len(numbers) == 1 and bool((np.diff(numbers[0]) > 0).all()):
-            return Clip(
-                self.cropped(view.read(numbers[0]), window)[None], numbers, real, numbers / fps
-            )
+            return Clip(self.cropped(view.read(numbers[0]), window)[None], numbers, real, times)
         shown, place = np.unique(numbers, return_inverse=True)
         pixels = self.cropped(view.read(shown), window)  # (n, C, S, S)
         index = torch.from_numpy(place.reshape(numbers.shape))
-        return Clip(pixels[index], numbers, real, numbers / fps)
+        return Clip(pixels[index], numbers, real, times)
 
     def cropped(self, frames: np.ndarray, box: Tensor) -> Tensor:
         """The window of frames (n, H, W, C), (n, C, S, S)."""
@@ -273,8 +280,8 @@ def _(inputs: ClipInputs, split: Split, *, train: bool, once: bool = False) -> S
     if source.starts is not None:
         return split
     if not train and inputs.label_level == "frame":
-        sides = zip(sizes_of(split)[:, 0].tolist(), source.rates.tolist(), strict=True)
-        each = [covering_starts(of, frames, fps) for frames, fps in sides]
+        sides = zip(sizes_of(split)[:, 0].tolist(), source.clocks, strict=True)
+        each = [covering_starts(of, frames, clock) for frames, clock in sides]
         rows = np.repeat(rows, [len(part) for part in each])
         starts = np.concatenate(each or [np.zeros(0, np.int64)])
     if isinstance(source, VideoSource):
@@ -293,7 +300,7 @@ def _(inputs: ClipInputs, split: Split, *, train: bool, once: bool = False) -> S
         targets=None if split.targets is None else split.targets[rows],
         source=source,
         groups=None if split.groups is None else [split.groups[row] for row in rows],
-        frames=frames_of_clips(split.frames, rows, starts, of, source.rates),
+        frames=frames_of_clips(split.frames, rows, starts, of, source),
     )
 
 
@@ -302,7 +309,7 @@ def frames_of_clips(
     rows: np.ndarray,
     starts: np.ndarray | None,
     sampling: ResolvedClips,
-    rates: np.ndarray,
+    source: "VideoSource | ArrayVideos",
 ) -> VideoFrames | None:
     """Which frames the clips of videos show that begin at given frames; None where frames have no
     labels.
@@ -311,7 +318,7 @@ def frames_of_clips(
         frames: of the videos.
         rows: (N,) video of each clip.
         starts: (N,); none: clips are drawn, of which nothing can be said.
-        rates: (N,) frames a second of the video of each clip.
+        source: of the clips.
     """
     if frames is None:
         return None
@@ -319,8 +326,8 @@ def frames_of_clips(
     numbers = np.empty((len(rows), 0 if starts is None else sampling.frames), np.int64)
     if starts is not None:
         lengths = np.array([len(frames.times[video]) for video in videos], np.int64)
-        for row, (start, fps) in enumerate(zip(starts.tolist(), rates.tolist(), strict=True)):
-            numbers[row] = from_start(start, sampling, fps)
+        for row, (start, clock) in enumerate(zip(starts.tolist(), source.clocks, strict=True)):
+            numbers[row] = from_start(start, sampling, clock)
         numbers[numbers >= lengths[:, None]] = -1
     return replace(frames, video_of=videos, numbers=numbers)
 
@@ -346,7 +353,7 @@ class ArrayVideos(Source):
     whole: Source
     which: np.ndarray  # (N,) videos of it
     starts: np.ndarray | None = None  # (N,) first frame of the clip of each; None: clips are drawn
-    fps: ClassVar[float] = 25.0
+    clock: ClassVar[Clock] = Clock(25.0)
 
     @property
     def uniform(self) -> None:
@@ -360,9 +367,9 @@ class ArrayVideos(Source):
         return None if self.whole.sizes is None else self.whole.sizes[self.which]
 
     @property
-    def rates(self) -> np.ndarray:
-        """Frames a second (N,)."""
-        return np.full(len(self.which), self.fps)
+    def clocks(self) -> list[Clock]:
+        """When the frames of each are shown."""
+        return [self.clock] * len(self.which)
 
     def windows(self, rows: np.ndarray) -> list[VideoView]:
         """Videos in memory."""
@@ -373,7 +380,7 @@ class ArrayVideos(Source):
 
     def view(self, video: np.ndarray, start: int | None) -> VideoView:
         """One video (C, F, H, W)."""
-        return VideoView(LoadedVideo(np.moveaxis(np.asarray(video), 0, 3), self.fps), start)
+        return VideoView(LoadedVideo(np.moveaxis(np.asarray(video), 0, 3), self.clock.fps), start)
 
     def fetch(self, rows: np.ndarray) -> Any:
         return self.whole.fetch(self.which[rows])

@@ -217,6 +217,93 @@ class VideoFacts:
     fps: float
     random: bool
     """Whether its frames may be read at random."""
+    times: tuple[float, ...] | None = None
+    """Seconds of each frame from the first, of a variable frame rate; none: frame / fps."""
+
+    @property
+    def clock(self) -> "Clock":
+        """When its frames are shown."""
+        return Clock(self.fps, None if self.times is None else np.array(self.times))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Clock:
+    """When the frames of a video are shown, in seconds from the first."""
+
+    fps: float  # frames a second, of a variable rate their mean
+    times: np.ndarray | None = None  # (F,) of a variable rate
+
+    def seconds(self, frames: np.ndarray) -> np.ndarray:
+        """When frames are shown; those behind the last follow at the mean rate."""
+        if self.times is None:
+            return np.asarray(frames) / self.fps
+        last = len(self.times) - 1
+        return self.times[np.clip(frames, 0, last)] + np.maximum(frames - last, 0) / self.fps
+
+    def frames(self, seconds: np.ndarray) -> np.ndarray:
+        """Numbers of the frames that are shown then, int64; behind the last at the mean rate."""
+        if self.times is None:
+            return np.floor(np.asarray(seconds) * self.fps + 1e-9).astype(np.int64)
+        shown = np.searchsorted(self.times, np.asarray(seconds) + 1e-5, side="right") - 1
+        behind = np.floor(np.maximum(seconds - self.times[-1], 0) * self.fps + 1e-9)
+        return shown + behind.astype(np.int64)
+
+
+@dataclass(eq=False)
+class LoadedVideo:
+    """A video in memory."""
+
+    pixels: np.ndarray  # (F, H, W, C) uint8
+    fps: float
+    times: np.ndarray | None = None  # (F,) seconds from the first, of a variable frame rate
+
+    @property
+    def clock(self) -> Clock:
+        """When its frames are shown."""
+        return Clock(self.fps, self.times)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, F, H, W)."""
+        frames, height, width, channels = self.pixels.shape
+        return channels, frames, height, width
+
+    def read(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (T, H, W, C), not to be written to; a view where their numbers ascend evenly."""
+        steps = np.diff(frames)
+        if len(steps) and steps[0] > 0 and bool((steps == steps[0]).all()):
+            return self.pixels[frames[0] : frames[-1] + 1 : steps[0]]
+        return self.pixels[frames]
+
+
+@dataclass(frozen=True)
+class VideoView:
+    """A video, of which only what is asked for is decoded, or which is in memory; and where the
+    clip begins that is wanted of it."""
+
+    video: Any  # LoadedVideo or StoredVideo
+    start: int | None = None
+    """First frame of the clip; none: it is drawn."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, F, H, W) as decoded."""
+        return tuple(self.video.shape)
+
+    @property
+    def clock(self) -> Clock:
+        """When its frames are shown."""
+        clock: Clock = self.video.clock
+        return clock
+
+    def read(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (T, H, W, C) uint8."""
+        found: np.ndarray = self.video.read(frames)
+        return found
+
+    def loaded(self) -> "VideoView":
+        """The same in memory."""
+        return self if isinstance(self.video, LoadedVideo) else self.video.loaded(self.start)
 
 
 FAULTS = 1e-9  # share of frames that decord may replace by others: none
@@ -444,6 +531,7 @@ def read_images(folder: str, wanted: np.ndarray, size: tuple[int, int] | None) -
 # -------------------------------------------------------------------------------- a look at a file
 
 LOOK = (48, 64)  # height and width of the frames that are compared
+ROUNDED = 2e-3  # seconds that timestamps of an even rate may be off: containers count milliseconds
 SPARSE = 6  # frames between key frames that are asked for at random
 
 
@@ -471,6 +559,7 @@ def look_at(path: str, *, check: bool, trusted: bool | None, frame_rate: float) 
         height, width, _ = reader.next().shape
     if not (np.isfinite(fps) and fps > 0):
         fps = frame_rate
+    fps, times = timed(reader, frames, fps)
     random = kind.may_be_random and (True if check or trusted is None else trusted)
     if check or (random and trusted is None):
         small = open_reader(path, LOOK)
@@ -478,7 +567,31 @@ def look_at(path: str, *, check: bool, trusted: bool | None, frame_rate: float) 
         if len(sums) != frames:
             raise UserError(f"{len(sums)} frames can be decoded, its header says {frames}")
         random = random and agrees(path, sums)
-    return VideoFacts(str(kind), frames, int(height), int(width), fps, random)
+    return VideoFacts(str(kind), frames, int(height), int(width), fps, random, times)
+
+
+def timed(reader: Any, frames: int, fps: float) -> tuple[float, tuple[float, ...] | None]:
+    """The frame rate of a video by the timestamps of its frames, and these in seconds from the
+    first one where they do not follow from a rate.
+
+    The rate in a header may be none or a wrong one, so it counts where all timestamps are as it
+    says, else their mean rate. Where there are no timestamps, or they do not ascend, there is
+    nothing but the header.
+
+    Args:
+        frames: how many there are.
+        fps: frames a second as the header says.
+    """
+    with decoding():
+        stamps = np.asarray(reader.get_frame_timestamp(range(frames)), np.float64).reshape(-1, 2)
+    times = stamps[:, 0] - stamps[:1, 0]
+    if len(times) < 2 or not np.isfinite(times).all() or bool((np.diff(times) <= 0).any()):
+        return fps, None
+    mean = (frames - 1) / float(times[-1])
+    for rate in (fps, mean):
+        if np.abs(times - np.arange(frames) / rate).max() <= ROUNDED:
+            return rate, None
+    return mean, tuple(times.round(6).tolist())
 
 
 def agrees(path: str, sums: list[int]) -> bool:

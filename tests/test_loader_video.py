@@ -6,8 +6,8 @@ import torch
 from video_files import SIDE, resolved
 
 from glovita_lib.augment import build_fit
-from glovita_lib.data_video import LoadedVideo, VideoView
 from glovita_lib.loader_video import ClipCut, clip_frames, covering_starts, decoded_size, from_start
+from glovita_lib.read_video import Clock, LoadedVideo, VideoView
 from glovita_lib.spec_video import ResolvedClips
 
 DEFAULTS = {
@@ -28,7 +28,7 @@ def sampling(**changes):
 
 
 def frames(count, rate=25.0, draws=None, clips=1, **changes):
-    return clip_frames(sampling(**changes), count, rate, draws, clips).tolist()
+    return clip_frames(sampling(**changes), count, Clock(rate), draws, clips).tolist()
 
 
 def test_dense_clips():
@@ -61,13 +61,13 @@ def test_uniform_clips():
 @pytest.mark.parametrize("count", [1, 3, 4, 9, 24, 25])
 def test_clips_that_cover_show_every_frame_once(stride, count):
     of = sampling(stride=stride)
-    shown = from_start(covering_starts(of, count, 25.0), of, 25.0)
+    shown = from_start(covering_starts(of, count, Clock(25.0)), of, Clock(25.0))
     assert sorted(shown[shown < count].tolist()) == list(range(count))
 
 
 def test_clips_that_cover_at_a_rate_show_its_frames_once():
     of = sampling(fps=10.0)
-    shown = from_start(covering_starts(of, 30, 25.0), of, 25.0)
+    shown = from_start(covering_starts(of, 30, Clock(25.0)), of, Clock(25.0))
     assert shown[shown < 30].tolist() == [int(2.5 * k) for k in range(12)]
 
 
