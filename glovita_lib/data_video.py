@@ -583,10 +583,9 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
         place = {name: number for number, name in enumerate(found.class_names)}
         pairs = zip(found.ids, found.found, strict=True)
         labels = [frames.targets(name, facts, place) for name, facts in pairs]
-        splits = {
-            name: replace(split, frames=frames_of(split, [labels[row] for row in found.rows[name]]))
-            for name, split in splits.items()
-        }
+        for name, split in splits.items():
+            own = [labels[row] for row in found.rows[name]]
+            splits[name] = replace(split, frames=frames_of(split.ids, split.source, own))
     return Data(
         name="generic_video_dataset",
         splits=splits,
@@ -598,17 +597,17 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
     )
 
 
-def frames_of(split: Split, labels: list[np.ndarray] | None) -> VideoFrames:
-    """The frames of the videos of a split, of which no clips are drawn yet.
+def frames_of(ids: list[str], source: Any, labels: list[np.ndarray] | None) -> VideoFrames:
+    """The frames of videos, of which no clips are drawn yet.
 
     Args:
+        ids: of the videos.
+        source: of them, which tells `sizes` and `clocks`.
         labels: (F,) of each video; none: there are none.
     """
-    source, count = split.source, len(split)
-    assert isinstance(source, VideoSource)
-    each = zip(source.sizes[:, 0].tolist(), source.clocks, strict=True)
-    times = [clock.seconds(np.arange(frames)) for frames, clock in each]
-    return VideoFrames(split.ids, np.arange(count), np.empty((count, 0), np.int64), times, labels)
+    pairs = zip(source.sizes[:, 0].tolist(), source.clocks, strict=True)
+    times = [clock.seconds(np.arange(count)) for count, clock in pairs]
+    return VideoFrames(ids, np.arange(len(ids)), np.empty((len(ids), 0), np.int64), times, labels)
 
 
 # ---------------------------------------------------------------------------------- new videos
@@ -656,5 +655,5 @@ def unlabelled_videos(path: str, samples: ClipSamples, data: VideoData) -> tuple
     report += order_line(list(facts.values()))
     split = Split(ids, None, VideoSource(table, np.arange(len(ids))))
     if samples.label_level == "frame":
-        split = replace(split, frames=frames_of(split, None))
+        split = replace(split, frames=frames_of(split.ids, split.source, None))
     return split, report

@@ -1,4 +1,4 @@
-"""From tokens to one vector per sample.
+"""From tokens to one vector per sample, and the outputs of layers.
 
 t_0 is the CLS token, t_1 ... t_P the patch tokens; registers are neither. B batch, D width.
 
@@ -15,12 +15,15 @@ the layers it trained behind the pooling (norm, hidden layer, dropout): a ConvNe
 norm(mean), a MobileNetV3's act(W mean + b).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from glovita_lib.encoder import Encoder, Features, vector_of_tokens
+from glovita_lib.encoder import Encoder, Features, evaluating, vector_of_tokens
 from glovita_lib.errors import UserError
 
 
@@ -139,3 +142,191 @@ def output_width(encoder: Encoder, method: str) -> int:
     if method == "joint":
         return output_width(encoder, "cls_token") + output_width(encoder, "avg")
     return encoder.pooled_width if reads_pooled(method, encoder) else encoder.width
+
+
+# ------------------------------------------------------------------------------------ layers
+#
+# Outputs of an encoder's layers, with timm's meaning of a layer where the encoder is timm's.
+#
+# A layer is one entry of timm's `forward_intermediates`: a block of a transformer, a stage of a
+# convolutional network; of other models it is a block, as `Encoder.blocks` lists them. Without
+# `norm` a layer's output is the raw residual stream, with it the network's final norm follows
+# wherever its width fits: on every block of a ViT, on the last stage of a Swin, nowhere in a
+# ResNet. Unlike in timm a norm behind the pooling (`fc_norm`) counts as the final norm, as it does
+# for the tokens of the encoder's output. B batch, N tokens, P prefix tokens, D width, H W grid.
+
+NORMS = ("encoder.ln", "norm")  # final norms of torchvision's ViT and Swin, by their names
+
+
+@runtime_checkable
+class TimmNet(Protocol):
+    """A network that gives its layers by timm's own method."""
+
+    def forward_intermediates(self, x: Tensor, **options: Any) -> Any:
+        """Outputs of layers, as maps (B, D, H, W)."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers of which encoder are read."""
+
+    encoder: Encoder
+    indices: tuple[int, ...]  # from 0
+    norm: bool  # whether the final norm is applied to each
+
+    def __call__(self, x: Tensor) -> list[Features]:
+        """Features of every layer for inputs (B, C, H, W), in the order of `indices`."""
+        net = self.encoder.net
+        return self.by_timm(net, x) if isinstance(net, TimmNet) else self.by_hooks(x)
+
+    @property
+    def is_of_timm(self) -> bool:
+        """Whether timm gives the layers."""
+        return isinstance(self.encoder.net, TimmNet)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether timm gives the prefix tokens of a layer."""
+        net = self.encoder.net
+        if not isinstance(net, TimmNet) or not self.encoder.n_prefix:
+            return False
+        return "return_prefix_tokens" in signature(net.forward_intermediates).parameters
+
+    def by_timm(self, net: TimmNet, x: Tensor) -> list[Features]:
+        """Through timm, which gives maps (B, D, H, W) and, of some models, prefix tokens
+        (B, P, D)."""
+        wanted = sorted(set(self.indices))
+        method = net.forward_intermediates
+        keywords = {"return_prefix_tokens": True} if self.has_prefix else {}
+        outputs = method(x, indices=wanted, norm=self.norm, intermediates_only=True, **keywords)
+        found = dict(zip(wanted, outputs, strict=True))
+        return [self.features(found[index]) for index in self.indices]
+
+    def features(self, output: Tensor | tuple[Tensor, Tensor]) -> Features:
+        """A map, with its prefix tokens where there are some, as tokens."""
+        patches, prefix = output if isinstance(output, tuple) else (output, None)
+        grid = tuple(patches.shape[2:])
+        tokens = patches.flatten(2).transpose(1, 2)  # (B, N, D)
+        if prefix is not None:
+            tokens = torch.cat([prefix, tokens], dim=1)
+        encoder = self.encoder
+        if self.norm and tokens.shape[2] == encoder.width:
+            tokens = encoder.norm(tokens)  # fc_norm, which timm leaves out; else nothing
+        n_prefix = 0 if prefix is None else prefix.shape[1]
+        return Features(tokens, grid, n_prefix, encoder.has_cls and n_prefix > 0, None)
+
+    def by_hooks(self, x: Tensor) -> list[Features]:
+        """Through hooks on the blocks of a network that has no such method."""
+        blocks = self.encoder.blocks()
+        found: dict[int, object] = {}
+
+        def note(index: int) -> Callable[[nn.Module, object, object], None]:
+            # a copy, as an activation behind the block may work in place
+            of_block = self.encoder.of_block
+            return lambda module, inputs, raw: found.__setitem__(index, copied(of_block(raw)))
+
+        hooks = [blocks[i].register_forward_hook(note(i)) for i in set(self.indices)]
+        try:
+            self.encoder.forward_features(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [self.hooked(found[index], index, x) for index in self.indices]
+
+    def hooked(self, raw: object, index: int, x: Tensor) -> Features:
+        """Output of a block for inputs x as tokens.
+
+        Raises:
+            UserError: it is neither a map nor tokens.
+        """
+        encoder = self.encoder
+        if not isinstance(raw, Tensor) or raw.ndim < 3:
+            shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+            raise UserError(
+                f"extract.layers: layer {index} of {encoder.name} gives {shape}, neither a map"
+                " (B, D, *grid) nor tokens (B, N, D)"
+            )
+        if raw.ndim == 4 and type(encoder.net).__name__ == "SwinTransformer":
+            raw = raw.permute(0, 3, 1, 2)  # the only ones whose blocks are channels-last
+        tokens = encoder.to_tokens(raw)
+        if self.norm:
+            tokens = final_norm(encoder, tokens.shape[2])(tokens)
+        n_prefix = encoder.n_prefix if raw.ndim == 3 else 0
+        grid, has_cls = encoder.grid(raw, x.shape[2:]), encoder.has_cls and bool(n_prefix)
+        return Features(tokens, grid, n_prefix, has_cls, None, mask=encoder.token_mask(x))
+
+    def probe(self, input_shape: tuple[int, ...]) -> tuple[list[Features], tuple[int, ...]]:
+        """Features of one random input, and the indices of the layers that the norm changes.
+
+        Raises:
+            UserError: the model cannot norm its layers.
+        """
+        device = next(self.encoder.net.parameters()).device
+        x = torch.randn(input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+        with torch.no_grad(), evaluating(self.encoder):
+            try:
+                features = self(x)
+            except AssertionError as error:  # timm's, of Hiera and HieraDet
+                if not self.norm or "norm" not in str(error):
+                    raise
+                raise UserError(
+                    f"extract.norm = true: timm cannot norm the layers of {self.encoder.name};"
+                    " set extract.norm = false"
+                ) from None
+            raw = Layers(self.encoder, self.indices, norm=False)(x)
+        pairs = zip(self.indices, features, raw, strict=True)
+        changed = {index for index, a, b in pairs if not torch.equal(all_tokens(a), all_tokens(b))}
+        return features, tuple(sorted(changed))
+
+
+def all_tokens(features: Features) -> Tensor:
+    """Tokens (B, N, D) of a layer, or of an encoder that `check_tokens` has let pass."""
+    assert features.tokens is not None
+    return features.tokens
+
+
+def copied(output: object) -> object:
+    """A copy of a tensor; anything else as it is."""
+    return output.clone() if isinstance(output, Tensor) else output
+
+
+def final_norm(encoder: Encoder, width: int) -> nn.Module:
+    """The LayerNorm behind the last block of a network without timm's method, for tokens of this
+    width; else nothing."""
+    modules = dict(encoder.net.named_modules())
+    found = [modules[name] for name in NORMS if isinstance(modules.get(name), nn.LayerNorm)]
+    fits = found and found[0].normalized_shape == (width,)
+    return found[0] if fits else nn.Identity()
+
+
+def choose_layers(
+    encoder: Encoder, layers: tuple[int, ...], *, norm: bool, input_shape: tuple[int, ...]
+) -> Layers:
+    """The layers of an encoder by index, negative ones from the last, in this order.
+
+    Raises:
+        UserError: it has no such layer, or none of whole samples.
+    """
+    if encoder.parts is not None:
+        raise UserError(
+            f"extract.layers: the layers of {encoder.name} are those of {encoder.parts}, not of"
+            " volumes; leave it out"
+        )
+    count = number_of_layers(encoder, input_shape)
+    wrong = [layer for layer in layers if not -count <= layer < count]
+    if wrong:
+        valid = f"{count} layers, valid are {-count} to {count - 1}" if count else "no layers"
+        raise UserError(
+            f"extract.layers: encoder {encoder.name} has {valid}; got {', '.join(map(str, wrong))}"
+        )
+    return Layers(encoder, tuple(layer % count for layer in layers), norm)
+
+
+def number_of_layers(encoder: Encoder, input_shape: tuple[int, ...]) -> int:
+    """How many layers can be read."""
+    net = encoder.net
+    if not isinstance(net, TimmNet):
+        return len(encoder.blocks())
+    zeros = torch.zeros(input_shape, device=next(net.parameters()).device)
+    with torch.no_grad(), evaluating(encoder):
+        return len(net.forward_intermediates(zeros, intermediates_only=True))

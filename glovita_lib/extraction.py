@@ -1,30 +1,36 @@
 """Outputs of an encoder that are read for each sample: vectors, tokens, maps, layers."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from msgspec.structs import replace
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from glovita_lib import dist
 from glovita_lib.data import Data, Split
 from glovita_lib.dist import autocast
-from glovita_lib.encoder import Encoder, Features, evaluating
-from glovita_lib.encoder_aggregation import aggregate, layers_call, resolve_method
+from glovita_lib.encoder import Features
+from glovita_lib.encoder_aggregation import (
+    Layers,
+    aggregate,
+    all_tokens,
+    choose_layers,
+    layers_call,
+    resolve_method,
+)
 from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import Experiment, assemble, read_data, restore
 from glovita_lib.loader import Batch
 from glovita_lib.model import InWindows, logits_of
-from glovita_lib.objectives import clips_as_samples
+from glovita_lib.objectives import clips_as_samples, frames_as_samples
 from glovita_lib.resolved import (
+    ClipInputs,
     EncodedInputs,
     check_data,
     in_order_of,
@@ -37,194 +43,6 @@ from glovita_lib.spec_samples import FileData
 from glovita_lib.spec_train import Extract
 from glovita_lib.weights import weights_hash
 
-# ------------------------------------------------------------------------------------ layers
-#
-# Outputs of an encoder's layers, with timm's meaning of a layer where the encoder is timm's.
-#
-# A layer is one entry of timm's `forward_intermediates`: a block of a transformer, a stage of a
-# convolutional network; of other models it is a block, as `Encoder.blocks` lists them. Without
-# `norm` a layer's output is the raw residual stream, with it the network's final norm follows
-# wherever its width fits: on every block of a ViT, on the last stage of a Swin, nowhere in a
-# ResNet. Unlike in timm a norm behind the pooling (`fc_norm`) counts as the final norm, as it does
-# for the tokens of the encoder's output. B batch, N tokens, P prefix tokens, D width, H W grid.
-
-NORMS = ("encoder.ln", "norm")  # final norms of torchvision's ViT and Swin, by their names
-
-
-@runtime_checkable
-class TimmNet(Protocol):
-    """A network that gives its layers by timm's own method."""
-
-    def forward_intermediates(self, x: Tensor, **options: Any) -> Any:
-        """Outputs of layers, as maps (B, D, H, W)."""
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Which layers of which encoder are read."""
-
-    encoder: Encoder
-    indices: tuple[int, ...]  # from 0
-    norm: bool  # whether the final norm is applied to each
-
-    def __call__(self, x: Tensor) -> list[Features]:
-        """Features of every layer for inputs (B, C, H, W), in the order of `indices`."""
-        net = self.encoder.net
-        return self.by_timm(net, x) if isinstance(net, TimmNet) else self.by_hooks(x)
-
-    @property
-    def is_of_timm(self) -> bool:
-        """Whether timm gives the layers."""
-        return isinstance(self.encoder.net, TimmNet)
-
-    @property
-    def has_prefix(self) -> bool:
-        """Whether timm gives the prefix tokens of a layer."""
-        net = self.encoder.net
-        if not isinstance(net, TimmNet) or not self.encoder.n_prefix:
-            return False
-        return "return_prefix_tokens" in signature(net.forward_intermediates).parameters
-
-    def by_timm(self, net: TimmNet, x: Tensor) -> list[Features]:
-        """Through timm, which gives maps (B, D, H, W) and, of some models, prefix tokens
-        (B, P, D)."""
-        wanted = sorted(set(self.indices))
-        method = net.forward_intermediates
-        keywords = {"return_prefix_tokens": True} if self.has_prefix else {}
-        outputs = method(x, indices=wanted, norm=self.norm, intermediates_only=True, **keywords)
-        found = dict(zip(wanted, outputs, strict=True))
-        return [self.features(found[index]) for index in self.indices]
-
-    def features(self, output: Tensor | tuple[Tensor, Tensor]) -> Features:
-        """A map, with its prefix tokens where there are some, as tokens."""
-        patches, prefix = output if isinstance(output, tuple) else (output, None)
-        grid = tuple(patches.shape[2:])
-        tokens = patches.flatten(2).transpose(1, 2)  # (B, N, D)
-        if prefix is not None:
-            tokens = torch.cat([prefix, tokens], dim=1)
-        encoder = self.encoder
-        if self.norm and tokens.shape[2] == encoder.width:
-            tokens = encoder.norm(tokens)  # fc_norm, which timm leaves out; else nothing
-        n_prefix = 0 if prefix is None else prefix.shape[1]
-        return Features(tokens, grid, n_prefix, encoder.has_cls and n_prefix > 0, None)
-
-    def by_hooks(self, x: Tensor) -> list[Features]:
-        """Through hooks on the blocks of a network that has no such method."""
-        blocks = self.encoder.blocks()
-        found: dict[int, object] = {}
-
-        def note(index: int) -> Callable[[nn.Module, object, object], None]:
-            # a copy, as an activation behind the block may work in place
-            of_block = self.encoder.of_block
-            return lambda module, inputs, raw: found.__setitem__(index, copied(of_block(raw)))
-
-        hooks = [blocks[i].register_forward_hook(note(i)) for i in set(self.indices)]
-        try:
-            self.encoder.forward_features(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [self.hooked(found[index], index, x) for index in self.indices]
-
-    def hooked(self, raw: object, index: int, x: Tensor) -> Features:
-        """Output of a block for inputs x as tokens.
-
-        Raises:
-            UserError: it is neither a map nor tokens.
-        """
-        encoder = self.encoder
-        if not isinstance(raw, Tensor) or raw.ndim < 3:
-            shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            raise UserError(
-                f"extract.layers: layer {index} of {encoder.name} gives {shape}, neither a map"
-                " (B, D, *grid) nor tokens (B, N, D)"
-            )
-        if raw.ndim == 4 and type(encoder.net).__name__ == "SwinTransformer":
-            raw = raw.permute(0, 3, 1, 2)  # the only ones whose blocks are channels-last
-        tokens = encoder.to_tokens(raw)
-        if self.norm:
-            tokens = final_norm(encoder, tokens.shape[2])(tokens)
-        n_prefix = encoder.n_prefix if raw.ndim == 3 else 0
-        grid, has_cls = encoder.grid(raw, x.shape[2:]), encoder.has_cls and bool(n_prefix)
-        return Features(tokens, grid, n_prefix, has_cls, None, mask=encoder.token_mask(x))
-
-    def probe(self, input_shape: tuple[int, ...]) -> tuple[list[Features], tuple[int, ...]]:
-        """Features of one random input, and the indices of the layers that the norm changes.
-
-        Raises:
-            UserError: the model cannot norm its layers.
-        """
-        device = next(self.encoder.net.parameters()).device
-        x = torch.randn(input_shape, generator=torch.Generator().manual_seed(0)).to(device)
-        with torch.no_grad(), evaluating(self.encoder):
-            try:
-                features = self(x)
-            except AssertionError as error:  # timm's, of Hiera and HieraDet
-                if not self.norm or "norm" not in str(error):
-                    raise
-                raise UserError(
-                    f"extract.norm = true: timm cannot norm the layers of {self.encoder.name};"
-                    " set extract.norm = false"
-                ) from None
-            raw = Layers(self.encoder, self.indices, norm=False)(x)
-        pairs = zip(self.indices, features, raw, strict=True)
-        changed = {index for index, a, b in pairs if not torch.equal(all_tokens(a), all_tokens(b))}
-        return features, tuple(sorted(changed))
-
-
-def all_tokens(features: Features) -> Tensor:
-    """Tokens (B, N, D) of a layer, or of an encoder that `check_tokens` has let pass."""
-    assert features.tokens is not None
-    return features.tokens
-
-
-def copied(output: object) -> object:
-    """A copy of a tensor; anything else as it is."""
-    return output.clone() if isinstance(output, Tensor) else output
-
-
-def final_norm(encoder: Encoder, width: int) -> nn.Module:
-    """The LayerNorm behind the last block of a network without timm's method, for tokens of this
-    width; else nothing."""
-    modules = dict(encoder.net.named_modules())
-    found = [modules[name] for name in NORMS if isinstance(modules.get(name), nn.LayerNorm)]
-    fits = found and found[0].normalized_shape == (width,)
-    return found[0] if fits else nn.Identity()
-
-
-def choose_layers(
-    encoder: Encoder, layers: tuple[int, ...], *, norm: bool, input_shape: tuple[int, ...]
-) -> Layers:
-    """The layers of an encoder by index, negative ones from the last, in this order.
-
-    Raises:
-        UserError: it has no such layer, or none of whole samples.
-    """
-    if encoder.parts is not None:
-        raise UserError(
-            f"extract.layers: the layers of {encoder.name} are those of {encoder.parts}, not of"
-            " volumes; leave it out"
-        )
-    count = number_of_layers(encoder, input_shape)
-    wrong = [layer for layer in layers if not -count <= layer < count]
-    if wrong:
-        valid = f"{count} layers, valid are {-count} to {count - 1}" if count else "no layers"
-        raise UserError(
-            f"extract.layers: encoder {encoder.name} has {valid}; got {', '.join(map(str, wrong))}"
-        )
-    return Layers(encoder, tuple(layer % count for layer in layers), norm)
-
-
-def number_of_layers(encoder: Encoder, input_shape: tuple[int, ...]) -> int:
-    """How many layers can be read."""
-    net = encoder.net
-    if not isinstance(net, TimmNet):
-        return len(encoder.blocks())
-    zeros = torch.zeros(input_shape, device=next(net.parameters()).device)
-    with torch.no_grad(), evaluating(encoder):
-        return len(net.forward_intermediates(zeros, intermediates_only=True))
-
-
 # ---------------------------------------------------------------------------------- readouts
 #
 # B batch, N tokens, D width, C channels, H W grid, M instances, K classes or targets.
@@ -233,6 +51,7 @@ LAYOUTS = {
     "embedding": "(N, D)",
     "tokens": "(M, D), tokens of sample i at bag_ptr[i] to bag_ptr[i + 1]",
     "map": "(N, C, H, W)",
+    "frames": "(M, D), frames of video i at bag_ptr[i] to bag_ptr[i + 1]",
     "bags": "(M, D), samples of group i at bag_ptr[i] to bag_ptr[i + 1]",
 }
 
@@ -242,7 +61,8 @@ class Instances:
     """How the rows of a batch make samples, where a sample has several."""
 
     lengths: np.ndarray  # (B,) instances per sample
-    coords: np.ndarray  # (M, 2 or 3) place of every instance in the grid; -1: prefix token
+    coords: np.ndarray | None
+    """(M, 2 or 3) place of every instance in the grid; -1: prefix token. None of frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +119,9 @@ class Extractor:
         self.dtype = torch.float16 if spec.precision == 16 else torch.float32
         if spec.output != "embedding":
             self.check_tokens(probed)
+        if spec.output == "frames":
+            self.check_clips()
+        elif spec.output != "embedding":
             self.check_windows()
 
     @cached_property
@@ -371,6 +194,19 @@ class Extractor:
                 f' "embedding" or {parts.alone}'
             )
 
+    def check_clips(self) -> None:
+        """Clips pass the encoder one by one, and its output is one over time.
+
+        Raises:
+            UserError: they are one long input.
+        """
+        assert isinstance(self.inputs, ClipInputs), "see spec_check.frames_are_of_videos"
+        if self.inputs.sampling.combine == "bag":
+            raise UserError(
+                'extract.output = "frames": with data.sampling.combine = "bag" the encoder takes'
+                ' all clips of a video as one input; set it to "logits"'
+            )
+
     def __call__(self, batch: Batch, *, ids: list[str], augment: int | None) -> Readout:
         """Read a batch out and wait for it.
 
@@ -394,8 +230,9 @@ class Extractor:
         moved = batch.to(device)
         prepare = objective.eval_inputs if augment is None else objective.train_inputs
         inputs = prepare(moved.inputs, moved.fitted, augment or 0)
+        real = batch.inputs.real.numpy() if self.spec.output == "frames" else None  # (B, T)
         with autocast(self.experiment.precision, device):
-            values, instances = self.read(inputs, self.features(inputs))
+            values, instances = self.read(inputs, self.features(inputs), real)
         read = values.float()
         stored = read.to(self.dtype)
         host, copied = to_host((stored, torch.isfinite(stored).all()))
@@ -436,14 +273,25 @@ class Extractor:
             return []
         return [self.model.encoder(inputs, pooled=False)]
 
-    def read(self, inputs: Any, features: list[Features]) -> tuple[Tensor, Instances | None]:
-        """Values, and for tokens the instances."""
+    def read(
+        self, inputs: Any, features: list[Features], real: np.ndarray | None = None
+    ) -> tuple[Tensor, Instances | None]:
+        """Values, and for tokens and frames the instances.
+
+        Args:
+            real: (B, T) which frames of clips are no repeated ones; none: all.
+        """
         if isinstance(inputs, InWindows):
             return inputs.reduced(lambda x: self.read(x, self.features(x))[0], "mean"), None
         if self.spec.output == "embedding":
             if not features:
                 return self.model.embed(inputs, self.method), None
             return torch.cat([aggregate(part, self.method) for part in features], dim=1), None
+        if self.spec.output == "frames":
+            whole = self.over_time(features[0])  # (B, T, D)
+            real = np.ones(whole.shape[:2], bool) if real is None else real
+            kept = torch.from_numpy(np.flatnonzero(real)).to(whole.device, non_blocking=True)
+            return whole.flatten(0, 1)[kept], Instances(real.sum(1), None)
         self.check_grids(features)
         if self.spec.output == "map":
             return torch.cat([f.patches.mT.unflatten(2, f.grid) for f in features], dim=1), None
@@ -454,6 +302,18 @@ class Extractor:
         mask = features[0].mask  # of parts of volumes, which have no prefix tokens
         rows = tokens.flatten(0, 1) if mask is None else tokens[mask]
         return rows, Instances(lengths, np.concatenate(places))
+
+    def over_time(self, features: Features) -> Tensor:
+        """A vector (B, T, D) of each frame of clips: the stages that the encoder returns, then its
+        output, side by side, averaged over space and linear between their time points, as the head
+        `framewise_decoder_1d` joins them."""
+        from glovita_lib.head_framewise import over_time, stretched  # of videos alone
+
+        assert isinstance(self.inputs, ClipInputs), "see check_clips"
+        stages = (features.intermediates or {}).values()
+        maps = [*(part.flatten(3).mean(3) for part in stages), over_time(features)]  # (B, D, t)
+        count = self.inputs.sampling.frames
+        return torch.cat([stretched(each, count) for each in maps], 1).transpose(1, 2)
 
     def scores(self, inputs: Any, vectors: Tensor) -> Tensor:
         """Scores (B, K) of the objective; the encoder runs again only where its head takes
@@ -560,6 +420,9 @@ class Extractor:
         if spec.output == "embedding":
             return encoder.vector_call(self.method)
         tokens = encoder.tokens_call
+        if spec.output == "frames":
+            joined = "".join(f"{name}, " for name in encoder.returned)
+            return f"{joined}{tokens}, each averaged over space and linear over time"
         if not keep and encoder.n_prefix:
             tokens = f"{tokens}[:, {encoder.n_prefix}:]"
         return tokens + self.as_map
@@ -629,13 +492,19 @@ def grid_places(grid: tuple[int, ...] | None, n_prefix: int, tokens: int) -> np.
 # ---------------------------------------------------------------------- what is read out
 
 
-def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data]:
+def source_of(
+    loaded: Loaded[Root], ranks: dist.Ranks, *, frames: bool = False
+) -> tuple[Experiment, Data]:
     """The model to read out, with its transforms, and the data.
+
+    Args:
+        frames: whether samples are clips that show every frame of videos.
 
     Raises:
         UserError: the spec's run does not exist.
     """
     spec, asked = loaded.root.extract, loaded.root.data
+    as_samples = frames_as_samples if frames else clips_as_samples
     if not spec.use_data_fraction:
         asked = replace(asked, data_fraction=1.0)
     root = replace(loaded.root, data=asked.lenient() if spec.on_error == "skip" else asked)
@@ -643,7 +512,7 @@ def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data
     if spec.checkpoint is None and spec.source == "encoder":
         data = read_data(root, ranks, named=head_named)
         experiment = assemble(root, resolve_spec(root, data), ranks, load_weights=True)
-        return experiment, clips_as_samples(experiment.resolved.inputs, data)
+        return experiment, as_samples(experiment.resolved.inputs, data)
     split = root.umap.split if root.mode == "umap" else spec.split
     wanted = () if split is None else (split,)
     data = read_data(root, ranks, named=head_named, wanted=wanted)
@@ -671,7 +540,7 @@ def source_of(loaded: Loaded[Root], ranks: dist.Ranks) -> tuple[Experiment, Data
         )
     training = replace(experiment.root.training, precision=root.training.precision)
     experiment.root = replace(experiment.root, training=training)
-    return experiment, clips_as_samples(resolved.inputs, data)
+    return experiment, as_samples(resolved.inputs, data)
 
 
 def wanted_splits(data: Data, name: str | None, key: str) -> dict[str, Split]:

@@ -130,6 +130,73 @@ def read_coords(path: str, ids: np.ndarray) -> np.ndarray:
     return np.array([table[composed(name)] for name in ids])
 
 
+@dataclass(frozen=True)
+class FrameRows:
+    """Which rows of a file the frames of clips are: those of a video together, in their order, each
+    frame once."""
+
+    shown: np.ndarray  # (V,) the videos, by their numbers in data.VideoFrames
+    order: np.ndarray  # (m,) row of the file of each frame of each clip, clip after clip
+    numbers: np.ndarray  # (M,) of the frame of each row in its video
+    ptr: np.ndarray  # (V + 1,) first row of each video, and M
+
+    @classmethod
+    def of(cls, split: Split) -> "FrameRows":
+        """Those of a split of clips that show every frame of its videos, one video after the
+        other."""
+        frames = split.frames
+        assert frames is not None, "see objectives.frames_as_samples"
+        videos, first = np.unique(frames.video_of, return_index=True)
+        order, numbers, ptr = [], [], [0]
+        for clips in np.split(frames.numbers, first[1:]):  # (n, T)
+            own, place = np.unique(clips[clips >= 0], return_inverse=True)
+            order.append(ptr[-1] + place)
+            numbers.append(own)
+            ptr.append(ptr[-1] + len(own))
+        return cls(videos, np.concatenate(order), np.concatenate(numbers), np.array(ptr, np.int64))
+
+    def tables(self, split: Split) -> dict[str, np.ndarray]:
+        """ids, labels, groups and bag_ptr of the videos; number, time in seconds and, where frames
+        have some, label of each row."""
+        frames = split.frames
+        assert frames is not None, "see objectives.frames_as_samples"
+        tables = sample_tables(split, np.unique(frames.video_of, return_index=True)[1]) | {
+            "ids": np.array([frames.ids[video] for video in self.shown], object),
+            "bag_ptr": self.ptr,
+            "frames": self.numbers,
+            "times": self.of_rows(frames.times),
+        }
+        if frames.labels is not None:
+            tables["frame_labels"] = self.of_rows(frames.labels)
+        return tables
+
+    def of_rows(self, values: list[np.ndarray]) -> np.ndarray:
+        """What frames of videos have, arrays (n,), of each row (M,)."""
+        parts = zip(self.shown, self.ptr, self.ptr[1:], strict=False)
+        return np.concatenate([values[video][self.numbers[a:b]] for video, a, b in parts])
+
+    def videos(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Features (n, D) of one video after another, of those of frames of clips (m, D) in blocks;
+        a frame of several clips has their mean."""
+        video, done = 0, 0
+        sums, counts = np.empty(0), np.empty(0)
+        for block in blocks:
+            rows = self.order[done : done + len(block)]
+            done += len(block)
+            of = np.searchsorted(self.ptr, rows, side="right") - 1
+            for number in np.unique(of).tolist():
+                if number > video:
+                    yield (sums / counts[:, None]).astype(block.dtype)
+                if number > video or not len(sums):
+                    video, count = number, int(self.ptr[number + 1] - self.ptr[number])
+                    sums, counts = np.zeros((count, block.shape[1]), np.float32), np.zeros(count)
+                mine = of == number
+                np.add.at(sums, rows[mine] - self.ptr[number], block[mine])
+                np.add.at(counts, rows[mine] - self.ptr[number], 1)
+            kind = block.dtype
+        yield (sums / counts[:, None]).astype(kind)
+
+
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
     """Which samples are read in which order, and how they make blocks."""
@@ -331,7 +398,8 @@ class BlockFiles:
         arrays = {"rows": [rows], "features": [r.features for r in readouts]}
         if instances := [r.instances for r in readouts if r.instances is not None]:
             arrays["lengths"] = [part.lengths for part in instances]
-            arrays["coords"] = [part.coords for part in instances]
+            if coords := [part.coords for part in instances if part.coords is not None]:
+                arrays["coords"] = coords
         with files.atomic_path(self.path(block)) as temporary, ZipFile(temporary, "w") as archive:
             for name, pieces in arrays.items():
                 write_array(archive, name, pieces)
@@ -379,6 +447,7 @@ def put_together(
     compression: str,
     keep: np.ndarray,
     notes: dict[str, Any],
+    frames: FrameRows | None = None,
 ) -> tuple[int, ...]:
     """Put the blocks together: the feature file appears whole, the blocks stay.
 
@@ -389,21 +458,21 @@ def put_together(
         compression: none, lzf or gzip with its level, as gzip:4.
         keep: (N,) whether each sample, in the order of the blocks, is written.
         notes: further attributes, beside those of the features' recipe.
+        frames: where the frames of clips come to stand; none: samples stay in the order of the
+            blocks.
 
     Raises:
         UserError: disk full ...
     """
+    blocks = kept_samples(parts, keep)
     total = total_rows(parts, keep)
+    if frames is not None:
+        total = len(frames.numbers)
+        blocks = ({"features": each} for each in frames.videos(b["features"] for b in blocks))
     with files.atomic_path(parts.target) as temporary, hdf5_file(temporary) as file:
-        place, done, lengths = 0, 0, []
-        for block in parts.read():
-            kept = keep[done : done + len(block["rows"])]
-            done += len(kept)
-            if not kept.any():
-                continue
-            instances = np.repeat(kept, block["lengths"]) if "lengths" in block else kept
-            # A mask copies, which most blocks need not.
-            features = block["features"] if kept.all() else block["features"][instances]
+        place, lengths = 0, []
+        for block in blocks:
+            features = block["features"]
             if "features" not in file:
                 if compression == "none":
                     refuse_full_disk(parts.folder, total * features[0].nbytes)
@@ -412,8 +481,8 @@ def put_together(
                     create_dataset(file, "coords", block["coords"], "none", total)
             file["features"][place : place + len(features)] = features
             if "lengths" in block:
-                file["coords"][place : place + len(features)] = block["coords"][instances]
-                lengths.append(block["lengths"][kept])
+                file["coords"][place : place + len(features)] = block["coords"]
+                lengths.append(block["lengths"])
             place += len(features)
         if lengths:
             file["bag_ptr"] = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
@@ -423,6 +492,21 @@ def put_together(
             file.attrs[name] = value
         shape = file["features"].shape
     return shape
+
+
+def kept_samples(parts: BlockFiles, keep: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """The blocks in order, without samples that are not kept."""
+    done = 0
+    for block in parts.read():
+        kept = keep[done : done + len(block["rows"])]
+        done += len(kept)
+        if not kept.any():
+            continue
+        if not kept.all():  # a mask copies, which most blocks need not
+            instances = np.repeat(kept, block["lengths"]) if "lengths" in block else kept
+            of_samples = ("rows", "lengths")
+            block = {k: v[kept if k in of_samples else instances] for k, v in block.items()}
+        yield block
 
 
 class GuardedFile:

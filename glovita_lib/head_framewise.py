@@ -16,16 +16,21 @@ from glovita_lib.heads import build_head
 from glovita_lib.spec_model import FramewiseHead
 
 
-class Staged(Protocol):
-    """What the head reads of an encoder's output, see encoder.Features."""
+class Timed(Protocol):
+    """The output of an encoder over time, see encoder.Features."""
 
     grid: tuple[int, ...] | None
     mask: Tensor | None
-    intermediates: dict[str, Tensor]
 
     @property
     def patches(self) -> Tensor:
         """Tokens of the output (B, N, D), over a grid whose first axis is time."""
+
+
+class Staged(Timed, Protocol):
+    """The same with the stages that the head joins."""
+
+    intermediates: dict[str, Tensor]
 
 
 class TimeBlock(nn.Module):
@@ -90,7 +95,7 @@ class FramewiseDecoder(nn.Module):
         return stretched(self.classifier(self.drop(y)), frames).transpose(1, 2)
 
 
-def over_time(features: Staged) -> Tensor:
+def over_time(features: Timed) -> Tensor:
     """The output of an encoder averaged over space, (B, D, t); masked tokens are 0."""
     tokens, grid = features.patches, features.grid
     if features.mask is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from glovita_lib.augment import ClipAugmenter, Clips, build_fit, empty, resolve_augmentation
 from glovita_lib.augment_crop import CropResize
 from glovita_lib.data import ClipSamples, Data, Source, Split, VideoFrames, subset
-from glovita_lib.data_video import VideoSource
+from glovita_lib.data_video import VideoSource, frames_of
 from glovita_lib.encoder import preprocess_of
 from glovita_lib.errors import UserError, refuse
 from glovita_lib.objectives import as_loaded, build_inputs
@@ -264,10 +264,12 @@ def _(inputs: ClipInputs, *, train: bool) -> ClipAugmenter:
 
 
 @as_loaded.register
-def _(inputs: ClipInputs, split: Split, *, train: bool, once: bool = False) -> Split:
-    """The clips of a split: of training as many of each video as an epoch takes, with labels of
-    frames all that show every frame once, else a row a video; their frames are resized where they
-    are decoded. Clips stay what they are."""
+def _(
+    inputs: ClipInputs, split: Split, *, train: bool, once: bool = False, frames: bool = False
+) -> Split:
+    """The clips of a split: of training as many of each video as an epoch takes, of frames all that
+    show every frame once, else a row a video; their frames are resized where they are decoded.
+    Clips stay what they are."""
     source, of = split.source, inputs.sampling
     if source.windows is None:
         source = ArrayVideos(source, np.arange(len(split)))
@@ -275,13 +277,16 @@ def _(inputs: ClipInputs, split: Split, *, train: bool, once: bool = False) -> S
     if train:
         rows = np.repeat(rows, 1 if once else of.train_clips)
     if not isinstance(source, VideoSource | ArrayVideos):
-        refuse_undrawn(split)
+        refuse_undrawn(split, frames)
         return subset(split, rows) if len(rows) > len(split) else split
     if source.starts is not None:
         return split
-    if not train and inputs.label_level == "frame":
+    shown = split.frames
+    if shown is None and frames:
+        shown = frames_of(split.ids, source, None)
+    if not train and (frames or inputs.label_level == "frame"):
         sides = zip(sizes_of(split)[:, 0].tolist(), source.clocks, strict=True)
-        each = [covering_starts(of, frames, clock) for frames, clock in sides]
+        each = [covering_starts(of, count, clock) for count, clock in sides]
         rows = np.repeat(rows, [len(part) for part in each])
         starts = np.concatenate(each or [np.zeros(0, np.int64)])
     if isinstance(source, VideoSource):
@@ -300,7 +305,7 @@ def _(inputs: ClipInputs, split: Split, *, train: bool, once: bool = False) -> S
         targets=None if split.targets is None else split.targets[rows],
         source=source,
         groups=None if split.groups is None else [split.groups[row] for row in rows],
-        frames=frames_of_clips(split.frames, rows, starts, of, source),
+        frames=frames_of_clips(shown, rows, starts, of, source),
     )
 
 
@@ -332,17 +337,19 @@ def frames_of_clips(
     return replace(frames, video_of=videos, numbers=numbers)
 
 
-def refuse_undrawn(split: Split) -> None:
+def refuse_undrawn(split: Split, frames: bool) -> None:
     """Videos of a source of the user's own that reads clips by itself cannot be seen frame by
     frame.
 
     Raises:
-        UserError: labels are those of frames.
+        UserError: labels are those of frames, or all frames are to be read.
     """
-    if split.frames is not None and not split.frames.numbers.shape[1]:
+    labelled = split.frames is not None and not split.frames.numbers.shape[1]
+    if labelled or frames:
+        what = "labels are those of frames" if labelled else 'extract.output = "frames"'
         raise UserError(
-            "labels are those of frames, which are read from files or from a source that gives"
-            " whole videos (C, F, H, W): its `windows` must be None"
+            f"{what}: these are read from files or from a source that gives whole videos"
+            " (C, F, H, W): its `windows` must be None"
         )
 
 

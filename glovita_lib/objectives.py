@@ -150,13 +150,16 @@ def build_inputs(inputs: Inputs, *, train: bool) -> Preparation:
 
 
 @ByStruct
-def as_loaded(inputs: Inputs, split: Split, *, train: bool, once: bool = False) -> Split:
+def as_loaded(
+    inputs: Inputs, split: Split, *, train: bool, once: bool = False, frames: bool = False
+) -> Split:
     """The samples that a loader reads for those of a split, such as several clips of a video; most
     are what they are.
 
     Args:
         train: whether for training, else as evaluation sees them.
         once: whether training takes one of each.
+        frames: whether clips of videos show all their frames, as they do where these have labels.
     """
     return split
 
@@ -181,6 +184,23 @@ def clips_as_samples(inputs: Inputs, data: Data) -> Data:
         lost += int((targets == UNLABELLED).sum())
     report = [f"{lost} clips without a labelled frame are left out"] if lost else []
     return with_fields(data, splits=splits, subtask="multiclass", report=[*data.report, *report])
+
+
+def frames_as_samples(inputs: Inputs, data: Data) -> Data:
+    """A data set of videos as one of clips that show every frame once, with or without labels.
+
+    Raises:
+        UserError: a source of the user's own whose frames cannot be asked for.
+    """
+    splits = {}
+    for name, videos in data.splits.items():
+        split = as_loaded(inputs, videos, train=False, frames=True)
+        assert split.frames is not None, "see spec_check.frames_are_of_videos"
+        firsts = split.frames.numbers[:, 0].tolist()
+        ids = [f"{video}:{first}" for video, first in zip(split.ids, firsts, strict=True)]
+        splits[name] = with_fields(split, ids=ids)
+    subtask = "multiclass" if data.subtask == "framewise" else data.subtask
+    return with_fields(data, splits=splits, subtask=subtask)
 
 
 @build_inputs.register

@@ -234,19 +234,19 @@ class Clock:
     times: np.ndarray | None = None  # (F,) of a variable rate
 
     def seconds(self, frames: np.ndarray) -> np.ndarray:
-        """When frames are shown; those behind the last follow at the mean rate."""
+        """When frames are shown; those behind the last follow as it follows the one before."""
         if self.times is None:
             return np.asarray(frames) / self.fps
-        last = len(self.times) - 1
-        return self.times[np.clip(frames, 0, last)] + np.maximum(frames - last, 0) / self.fps
+        last, step = len(self.times) - 1, self.times[-1] - self.times[-2]
+        return self.times[np.clip(frames, 0, last)] + np.maximum(frames - last, 0) * step
 
     def frames(self, seconds: np.ndarray) -> np.ndarray:
-        """Numbers of the frames that are shown then, int64; behind the last at the mean rate."""
+        """Numbers of the frames that are shown then, int64."""
         if self.times is None:
             return np.floor(np.asarray(seconds) * self.fps + 1e-9).astype(np.int64)
         shown = np.searchsorted(self.times, np.asarray(seconds) + 1e-5, side="right") - 1
-        behind = np.floor(np.maximum(seconds - self.times[-1], 0) * self.fps + 1e-9)
-        return shown + behind.astype(np.int64)
+        behind = np.maximum(seconds - self.times[-1], 0) / (self.times[-1] - self.times[-2])
+        return shown + np.floor(behind + 1e-5).astype(np.int64)
 
 
 @dataclass(eq=False)

@@ -24,6 +24,7 @@ from glovita_lib.extraction import (
 from glovita_lib.feature_writer import (
     BlockFiles,
     BlockPlan,
+    FrameRows,
     bag_tables,
     feature_file_name,
     group_order,
@@ -172,18 +173,25 @@ class Job:
         if self.report:
             tables["notes"] = np.array(self.report, object)
         notes = {**self.recipe, **notes_of(self.root, self.extractor), "left_out": len(broken)}
-        shape = put_together(parts, tables=tables, compression=compression, keep=keep, notes=notes)
+        frames = FrameRows.of(self.split) if self.root.extract.output == "frames" else None
+        shape = put_together(
+            parts, tables=tables, compression=compression, keep=keep, notes=notes, frames=frames
+        )
         parts.remove()
         size = f"{parts.target.stat().st_size / 2**20:,.1f} MiB"
         count = f"{len(rows):,} of {len(keep):,}" if broken else f"{len(rows):,}"
-        bags = f" in {len(tables['ids']):,} bags" if self.root.extract.bag_by else ""
-        say(f"{self.name}: {count} samples{bags}, features {shape}, {size}: {parts.target}")
+        what = f"samples in {len(tables['ids']):,} bags" if self.root.extract.bag_by else "samples"
+        if frames is not None:
+            what = f"clips, all frames of {len(tables['ids']):,} videos"
+        say(f"{self.name}: {count} {what}, features {shape}, {size}: {parts.target}")
         for line in broken.values():
             say(f"  left out: {line}")
 
     def tables(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """What is written beside the features of some rows."""
         spec = self.root.extract
+        if spec.output == "frames":
+            return FrameRows.of(self.split).tables(self.split)
         if spec.bag_by is None:
             return sample_tables(self.split, rows)
         return bag_tables(self.split, rows, spec.coords_file)
@@ -274,13 +282,14 @@ BLOCK_BYTES = 256 * 2**20  # of features: a block is kept in memory until it is 
 def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
     """Extract the wanted splits; a dry run reads one batch of each and writes nothing."""
     with dist.session() as ranks:
-        experiment, data = source_of(loaded, ranks)
-        extractor = Extractor(experiment, loaded.root.extract)
+        spec = loaded.root.extract
+        experiment, data = source_of(loaded, ranks, frames=spec.output == "frames")
+        extractor = Extractor(experiment, spec)
         say_main(ranks, ": ".join(outputs_line(data.subtask, data.class_names, ordered=False)))
         notes = data.report if ranks.is_main else []
-        at_end = loaded.root.extract.on_error == "skip" and not dry_run
+        at_end = spec.on_error == "skip" and not dry_run
         say_notes([heading(note) if at_end else note for note in notes])
-        splits = wanted_splits(data, loaded.root.extract.split, "extract.split")
+        splits = wanted_splits(data, spec.split, "extract.split")
         jobs = [plan_job(loaded.root, extractor, data, *split) for split in splits.items()]
         refuse_one_name(jobs)
         for job in jobs:

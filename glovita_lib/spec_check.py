@@ -234,6 +234,22 @@ def maps_are_of_volumes(root: Root) -> Iterator[str]:
         yield f"infer.volume_maps: the samples are {root.data.samples}, not volumes: leave it out"
 
 
+def frames_are_of_videos(root: Root) -> Iterator[str]:
+    """Videos have frames, which all are read, of the encoder's output and named stages."""
+    spec = root.extract
+    if spec.output != "frames":
+        return
+    if root.data.samples not in ("videos", "either"):
+        yield f'extract.output: "frames" are those of videos, and samples are {root.data.samples}'
+    if spec.layers:
+        yield (
+            "extract.layers: what is read of frames beside the output is what"
+            " model.encoder.intermediate_names names: name it there"
+        )
+    if not spec.use_eval_transform_for_train:
+        yield "extract.use_eval_transform_for_train: false draws clips, all frames are read"
+
+
 def own_run_has_weights(root: Root) -> Iterator[str]:
     """A mode reads a model only of a run that keeps one."""
     asks = {
@@ -317,6 +333,7 @@ RULES = (
     warmup_fits,
     folds_exist,
     maps_are_of_volumes,
+    frames_are_of_videos,
     own_run_has_weights,
     bags_can_be_mixed,
     windows_fit,

@@ -551,9 +551,10 @@ class Extract(Spec):
     library pools so; patch_mean and sum are of the patch tokens of forward_features alone. The
     attribute equals of a file says it as a call. none is the model's own aggregation; of layers
     the CLS token where they have one, else avg."""
-    output: Literal["embedding", "tokens", "map"] = "embedding"
-    """One vector a sample (N, D); all patch tokens as a bag (M, D) with bag_ptr and coords; or
-    feature maps (N, C, H, W), of volumes (N, C, X, Y, Z)."""
+    output: Literal["embedding", "tokens", "map", "frames"] = "embedding"
+    """One vector a sample (N, D); all patch tokens as a bag (M, D) with bag_ptr and coords; feature
+    maps (N, C, H, W), of volumes (N, C, X, Y, Z); or of videos a vector a frame (M, D) with
+    bag_ptr, frames and times."""
     layers: Annotated[tuple[int, ...], Meta(extra={"last_n": True})] = ()
     """Blocks (stages of a convolutional network of timm) whose outputs are read, from 0, negative
     from the last one, side by side along the width in this order; none is the encoder's output."""

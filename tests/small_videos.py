@@ -80,3 +80,17 @@ def network(input_channels: int) -> nn.Module:
         nn.ReLU(),
         nn.Conv3d(8, 8, 1),
     )
+
+
+def image_network(input_channels: int) -> nn.Module:
+    """Images (B, C, H, W) -> vectors (B, 8)."""
+    return nn.Sequential(
+        nn.Conv2d(input_channels, 8, 4, stride=4), nn.ReLU(), nn.Flatten(2), Mean()
+    )
+
+
+class Mean(nn.Module):
+    """Mean over the last axis."""
+
+    def forward(self, x):
+        return x.mean(-1)

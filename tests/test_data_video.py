@@ -285,6 +285,26 @@ def test_classes_of_frames_in_either_unicode_form(root):
     assert cohort.class_names == (nfd, "x") and "" not in sum(labelled(cohort).values(), [])
 
 
+def test_seconds_are_those_of_the_container_where_the_frame_rate_varies(tmp_path):
+    """Frames of a label are those most of which is shown within its times; predictions, clips and
+    the index know the times, in a second start too."""
+    times = np.array([0, 100, 200, 1200, 1240, 1280, 1320, 1360])  # ms
+    for i in range(6):
+        write_video(tmp_path / "videos" / f"v{i}.mp4", 8, times=times)
+    ids = [f"v{i}.mp4" for i in range(6)]
+    rows = [row for i in ids for row in ((i, 0, 1.2, "early"), (i, 1.2, 1.4, "late"))]
+    table(tmp_path, rows, "path", "start", "end", "label", name="seconds.csv")
+    unit = FrameLabels(label_level="frame", labels_file="seconds.csv", unit="seconds")
+    for _ in range(2):
+        data = build(tmp_path, frames=unit)
+        split = data.splits["train"]
+        assert set(map(tuple, labelled(data).values())) == {("early",) * 3 + ("late",) * 5}
+        assert all(own == pytest.approx(times / 1000) for own in split.frames.times)
+        (view,) = split.source.windows(np.array([0]))
+        assert view.clock.seconds(np.arange(8)) == pytest.approx(times / 1000)
+        assert view.loaded().clock.seconds(np.array([3])) == pytest.approx([1.2])
+
+
 def test_labels_that_do_not_fit_are_refused(root):
     (first, *_) = ids = names(root)
     rows = [(i, 0, 400 if i == first else 5, "a") for i in ids]

@@ -8,13 +8,19 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from children import glovita
-from small_videos import COLOURS, FRAMES, SPEC
+from small_videos import COLOURS, FRAMES, SPEC, coloured
 from test_resume import Killed, results
 
 from glovita import main
-from glovita_lib import data_playback
+from glovita_lib import data_playback, dist
+from glovita_lib.data import ArraySource, Split
 from glovita_lib.errors import UserError
+from glovita_lib.experiment import restore
+from glovita_lib.loader import fit_all
+from glovita_lib.objectives import as_loaded, build_inputs
 from glovita_lib.spec_check import load_checked
 from glovita_lib.trainer import Trainer
 
@@ -147,6 +153,110 @@ def test_umap_and_extract_see_clips(trained: Path) -> None:
         assert list(file["groups"].asstr())[::6] == ["test/0", "test/1", "test/2"]
     assert command(trained, "mode=umap", "umap.method=pca", "umap.color_by=prediction") == 0
     assert len(rows_of(run_of(trained) / "umap" / "pca_prediction.csv")) == 11 * 6
+
+
+# -------------------------------------------------------------------------- features of frames
+
+
+def features_of(folder: Path, *overrides: str, split: str = "test") -> dict[str, np.ndarray]:
+    """What mode extract writes of frames, in a folder of its own."""
+    out = folder / "-".join(overrides).replace("/", "_")
+    best = run_of(folder) / "checkpoints" / "best.pt"
+    weights = [] if "extract.source=encoder" in overrides else [f"extract.checkpoint={best}"]
+    asked = ["mode=extract", "extract.output=frames", "extract.precision=32", *weights, *overrides]
+    assert command(folder, *asked, f"extract.split={split}", f"extract.output_dir={out}") == 0
+    (path,) = out.glob("frames_*.h5")
+    with h5py.File(path) as file:
+        return {name: values[()] for name, values in file.items()} | dict(file.attrs)
+
+
+def test_features_of_frames_have_their_numbers_times_and_labels(trained: Path) -> None:
+    """A row a frame, of a video together; numbers, times and labels are those of predictions."""
+    found = features_of(trained)
+    rows = rows_of(run_of(trained) / "predictions_test.csv")
+    assert found["bag_ptr"].tolist() == [0, 22, 44, 66]
+    assert [name.decode() for name in found["ids"]] == ["test/0", "test/1", "test/2"]
+    assert found["frames"].tolist() == [int(row["frame"]) for row in rows]
+    assert found["times"].tolist() == [float(row["time"]) for row in rows]
+    names = [*COLOURS, ""]
+    assert [names[label if label >= 0 else -1] for label in found["frame_labels"]] == [
+        row["label"] for row in rows
+    ]
+    assert found["features"].shape == (66, 8) and found["output"] == "frames"
+
+
+def test_features_of_frames_are_what_the_head_along_time_joins(trained: Path) -> None:
+    """The output averaged over space and stretched from two time points to four, as F.interpolate
+    does it of each clip."""
+    found = features_of(trained, "extract.block_samples=3", "dataloading.eval_batch_size=3")
+    loaded = load_checked(trained / "colours.toml", [f"exp_dir={trained}/runs"])
+    experiment = restore(
+        run_of(trained) / "checkpoints" / "best.pt",
+        loaded.root,
+        dist.Ranks(0, 1, 0, torch.device("cpu")),
+    )
+    encoder = experiment.model.eval().encoder
+    pixels = coloured(3, 2)[0]  # (N, C, F, H, W)
+    inputs = experiment.resolved.inputs
+    for video in range(3):
+        split = Split(["v"], None, ArraySource(pixels[video : video + 1], np.arange(1)))
+        clips = as_loaded(inputs, split, train=False, frames=True)
+        fit, augment = build_inputs(inputs, train=False).fit, build_inputs(inputs, train=False)
+        batch = fit_all(clips.source.windows(np.arange(len(clips))), fit, 0)
+        with torch.no_grad():
+            maps = encoder(augment(batch, True, 0), pooled=False)
+        over = maps.patches.unflatten(1, maps.grid).mean((2, 3)).transpose(1, 2)  # (6, D, 2)
+        whole = F.interpolate(over, 4, mode="linear").transpose(1, 2).flatten(0, 1)[:FRAMES]
+        own = found["features"][video * FRAMES : (video + 1) * FRAMES]
+        np.testing.assert_allclose(own, whole.numpy(), rtol=1e-4, atol=1e-5)
+
+
+IMAGES = ["model.encoder.target=small_videos:image_network", "model.encoder.lift=slices"]
+
+
+@pytest.mark.parametrize("sampling", [["data.sampling.stride=3"], ["data.sampling.fps=50.0"], []])
+def test_frames_of_an_image_encoder_are_the_same_however_clips_are_cut(
+    trained: Path, sampling: list[str]
+) -> None:
+    """Clips that take every third frame, or each twice, give the rows of those that take all."""
+    source = ["extract.source=encoder", "seed=3", *IMAGES]
+    plain = features_of(trained, *source)
+    found = features_of(trained, *source, *sampling, "extract.block_samples=2")
+    assert found["frames"].tolist() == plain["frames"].tolist()
+    np.testing.assert_allclose(found["features"], plain["features"], rtol=1e-5, atol=1e-6)
+    assert len(np.unique(found["features"], axis=0)) == 66
+
+
+@pytest.mark.processes
+def test_two_ranks_write_the_same_features_of_frames(trained: Path, tmp_path: Path) -> None:
+    """Blocks of two of the eighteen clips, shared by two ranks."""
+    found = features_of(trained)
+    best = run_of(trained) / "checkpoints" / "best.pt"
+    places = [f"extract.checkpoint={best}", f"extract.output_dir={tmp_path}", "extract.split=test"]
+    small = ["extract.block_samples=2", "dataloading.eval_batch_size=2", "extract.precision=32"]
+    spec = ["mode=extract", "extract.output=frames", *places, *small]
+    glovita(trained / "colours.toml", "--override", *spec, ranks=2)
+    (path,) = tmp_path.glob("frames_*.h5")
+    with h5py.File(path) as file:
+        np.testing.assert_allclose(file["features"][:], found["features"], rtol=1e-4, atol=1e-5)
+        assert file["frames"][:].tolist() == found["frames"].tolist()
+
+
+def test_a_head_along_time_learns_from_features_of_frames(trained: Path, tmp_path: Path) -> None:
+    """The file is one of bags, each a video."""
+    for split in ("train", "val", "test"):
+        asked = ["mode=extract", "extract.output=frames", f"extract.split={split}"]
+        names = [f"extract.output_dir={tmp_path}", "extract.output_filename={split}.h5"]
+        assert command(trained, *asked, *names) == 0
+    spec = tmp_path / "bags.toml"
+    spec.write_text(
+        '[data]\ndataset = "precomputed_features"\n'
+        + "".join(f'{s}_features_file = "{tmp_path}/{s}.h5"\n' for s in ("train", "val", "test"))
+        + '[model.encoder]\nencoder_type = "precomputed"\n'
+        '[model.head]\nhead_type = "temporal_transformer"\n[training]\nepochs = 1\n'
+        '[logger]\nbackend = "none"\n'
+    )
+    assert main([str(spec), "--override", f"exp_dir={tmp_path}/runs"]) == 0
 
 
 # ---------------------------------------------------------------------- parts that do not fit

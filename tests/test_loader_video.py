@@ -71,6 +71,26 @@ def test_clips_that_cover_at_a_rate_show_its_frames_once():
     assert shown[shown < 30].tolist() == [int(2.5 * k) for k in range(12)]
 
 
+@pytest.mark.parametrize("rate", [2.0, 10.0, 30.0])
+def test_a_rate_of_a_video_of_variable_rate_goes_by_its_times(rate):
+    """The frame that is shown at each time of the clip; clips that cover do so to the end."""
+    times = np.random.default_rng(0).choice([0.02, 0.05, 0.3], 60).cumsum()
+    clock = Clock(59 / (times[-1] - times[0]), times - times[0])
+    of = sampling(fps=rate)
+    for start in (0, 11, 40):
+        shown = from_start(start, of, clock)
+        wanted = clock.times[start] + np.arange(4) / rate
+        inside = wanted <= clock.times[-1]
+        found = [int(np.flatnonzero(clock.times <= time + 1e-5)[-1]) for time in wanted]
+        assert shown[inside].tolist() == np.array(found)[inside].tolist()
+        assert (shown[~inside] >= 59).all()
+    starts = covering_starts(of, 60, clock)
+    assert starts[0] == 0 and from_start(starts, of, clock).max() >= 59 - 1 / rate / 0.02
+    first, *_, last = clip_frames(of, 60, clock, None, 3)
+    assert first[0] == 0 and last[-1] <= 59
+    assert clock.times[last[-1]] > clock.times[-1] - 1 / rate - 2 * 0.3  # the longest frame
+
+
 def cut(train=True, test_kwargs=None, policy="default_2d_1", kwargs=None, **changes):
     aug = resolved(policy, **(kwargs or {}))
     crop = build_fit(aug, aug.train if train else aug.test, bit_depth=8)

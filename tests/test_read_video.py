@@ -9,7 +9,7 @@ from video_files import number_of, numbered, write_frames, write_sound, write_vi
 
 from glovita_lib import read_video
 from glovita_lib.errors import UserError
-from glovita_lib.read_video import FileType, file_type, look_at, read_frames
+from glovita_lib.read_video import Clock, FileType, file_type, look_at, read_frames, timed
 
 pytest.importorskip("av")
 pytest.importorskip("decord")
@@ -52,6 +52,63 @@ def test_every_frame_is_the_one_that_was_asked_for(folder, name):
             frames = read_frames(path, facts, wanted, size)
             assert frames.shape[1:] == (*(size or (64, 96)), 3) and frames.dtype == np.uint8
             assert [number_of(frame) for frame in frames] == list(wanted)
+
+
+UNEVEN = np.array(
+    [0, 20, 60, 140, 340, 360, 400, 600, 640, 660, 1000, 1040, 1100, 1140, 1500]
+)  # ms
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.webm", "h264.flv"])
+def test_times_of_a_variable_frame_rate_are_those_of_the_container(folder, name):
+    """As they were written, and as PyAV reads them; the rate is their mean, whatever the header
+    says. Timestamps that begin later count from the first."""
+    import av
+
+    for first in (0, 700):
+        path = folder / f"uneven{first}_{name}"
+        write_video(path, len(UNEVEN), codec=CONTAINERS[name][0], times=UNEVEN + first)
+        facts = look(path)
+        assert facts.times == pytest.approx(UNEVEN / 1000, abs=1e-3)
+        assert facts.fps == pytest.approx(14 / 1.5)
+        with av.open(str(path)) as file:
+            stamps = [float(frame.pts * frame.time_base) for frame in file.decode(video=0)]
+        assert facts.times == pytest.approx(np.array(stamps) - stamps[0], abs=1e-6)
+        shown = read_frames(str(path), facts, [14, 3], None)
+        assert [number_of(frame) for frame in shown] == [14, 3]
+
+
+def test_an_even_rate_needs_no_times_and_is_measured_where_the_header_is_wrong(folder):
+    """Milliseconds round 30 frames a second; of a stream that PyAV says has 25."""
+    times = np.arange(40) * 1000 / 30
+    for name in ("even.mkv", "even.mp4", "even.flv"):
+        facts = look(write_video(folder / name, 40, times=times.round()))
+        assert facts.times is None and facts.fps == pytest.approx(30, rel=1e-3)
+
+
+class Stamped:
+    """A reader that gives some timestamps."""
+
+    def __init__(self, starts):
+        self.starts = np.array(starts, np.float64)
+
+    def get_frame_timestamp(self, frames):
+        return np.stack([self.starts, self.starts], 1)
+
+
+@pytest.mark.parametrize("starts", [[0.0, 0.0, 0.04], [0.0, 0.08, 0.04], [0, np.nan, 1], [3.0]])
+def test_timestamps_that_do_not_ascend_count_for_nothing(starts):
+    assert timed(Stamped(starts), len(starts), 25.0) == (25.0, None)
+
+
+def test_a_clock_goes_by_times_or_by_a_rate():
+    even, uneven = Clock(10.0), Clock(10.0, UNEVEN / 1000)
+    assert even.seconds(np.array([0, 5, 20])).tolist() == [0, 0.5, 2.0]
+    assert even.frames(np.array([0, 0.55, 2.0])).tolist() == [0, 5, 20]
+    numbers = np.array([0, 4, 14, 16])  # the last is the second behind the end
+    assert uneven.seconds(numbers) == pytest.approx([0, 0.34, 1.5, 2.22])
+    assert uneven.frames(uneven.seconds(numbers)).tolist() == numbers.tolist()
+    assert uneven.frames(np.array([0.339, 0.35, 1.45])).tolist() == [3, 4, 13]
 
 
 def test_a_file_type_is_what_the_bytes_say_whatever_the_name(folder):

@@ -89,6 +89,21 @@ BROKEN = [
     ),
     (["infer.volume_maps=true"], "infer.volume_maps", "the samples are images, not volumes"),
     (
+        ["extract.output=frames"],
+        "extract.output",
+        '"frames" are those of videos, and samples are images',
+    ),
+    (
+        [*VIDEOS, "extract.output=frames", "extract.layers=[-1]"],
+        "extract.layers",
+        "what is read of frames beside the output is what model.encoder.intermediate_names",
+    ),
+    (
+        [*VIDEOS, "extract.output=frames", "extract.use_eval_transform_for_train=false"],
+        "extract.use_eval_transform_for_train",
+        "false draws clips, all frames are read",
+    ),
+    (
         ["infer.heat_maps=2", "infer.checkpoint=['a.pt', 'b.pt']"],
         "infer.heat_maps",
         "infer names 2: name one",

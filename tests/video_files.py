@@ -1,5 +1,6 @@
 """Videos for tests: files of any container and codec whose frames carry their number."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,11 @@ def number_of(frame):
     return sum(int(row[place].mean() > 127) << bit for bit, place in enumerate(places))
 
 
-def write_video(path, frames=24, *, codec="libx264", container=None, gop=12, pixels="yuv420p"):
-    """A video file; frames are a number of them or arrays (H, W, 3)."""
+def write_video(
+    path, frames=24, *, codec="libx264", container=None, gop=12, pixels="yuv420p", times=None
+):
+    """A video file; frames are a number of them or arrays (H, W, 3), shown at times (milliseconds)
+    or 25 a second."""
     import av
 
     frames = numbered(frames) if isinstance(frames, int) else frames
@@ -46,8 +50,13 @@ def write_video(path, frames=24, *, codec="libx264", container=None, gop=12, pix
         stream.pix_fmt = pixels
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, 2
         stream.codec_context.bit_rate = 2_000_000
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        if times is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, "rgb24")
+            if times is not None:
+                picture.pts, picture.time_base = int(times[number]), Fraction(1, 1000)
+            file.mux(stream.encode(picture))
         file.mux(stream.encode(None))
     return path
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from glovita_lib.encoder import build_encoder
+from glovita_lib.encoder_aggregation import choose_layers, number_of_layers
 from glovita_lib.errors import UserError
-from glovita_lib.extraction import choose_layers, number_of_layers
 from glovita_lib.spec_encoders import CustomEncoder, TimmEncoder, TorchvisionEncoder
 
 ASKED = (-1, 0, 2, -1, 1, -2)  # not sorted, from both ends, one twice
@@ -248,6 +248,6 @@ class Vectors(torch.nn.Module):
 
 
 def test_blocks_that_give_neither_tokens_nor_maps():
-    encoder = make(CustomEncoder(target="test_extraction_layers:Vectors"), 32)
+    encoder = make(CustomEncoder(target="test_encoder_aggregation_layers:Vectors"), 32)
     with pytest.raises(UserError, match=r"layer 3 of .* gives \(2, 3\), neither a map"):
         read(encoder, (-1,), norm=False, size=32)
