@@ -36,7 +36,6 @@ SMALL = {
     "losses": "the formula of every loss; the spine reads it on its own",
     "encoder_custom": "a user's module and features as they are, which few runs load",
     "loader_series": "what a run on images need not load",
-    "head_framewise": "the file is the spec's tag, as of every head",
 }
 """Modules under 150 lines with one importer, and why each is one."""
 
