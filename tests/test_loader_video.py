@@ -106,7 +106,7 @@ def test_a_short_video_repeats_its_last_frame_and_says_so():
     fit = cut(train=False, frames=16)
     sample = video(3)
     clip = fit.one(sample, fit.boxes(np.array([sample.shape[1:]]), None)[0])
-    batch = fit.join([clip, clip])
+    batch = fit.join([clip, clip], [])
     assert batch.pixels.shape == (2, 16, 3, SIDE, SIDE)
     assert batch.real[0].tolist() == [True] * 3 + [False] * 13
     assert batch.frames[0].tolist() == [0, 1, 2] + [2] * 13
