@@ -443,6 +443,30 @@ def displayed(image: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.round(np.clip(scaled, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
 
 
+SHOWN_FRAMES = 4  # of a clip, two above two
+
+
+def some_frames(frames: np.ndarray) -> np.ndarray:
+    """A few of the frames (T, ...) of a clip, from its first to its last."""
+    count = min(SHOWN_FRAMES, len(frames))
+    return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+
+
+def frames_as_one(frames: np.ndarray, white: float | np.ndarray) -> np.ndarray:
+    """Up to four frames (n, C, H, W) in reading order as one picture (C, H', W'), a line of white
+    (a number, or one for each channel) between them."""
+    count, channels, height, width = frames.shape
+    gap = max(1, width // 32)
+    columns, rows = min(count, 2), -(-count // 2)
+    sides = (rows * (height + gap) - gap, columns * (width + gap) - gap)
+    whole = np.empty((channels, *sides), frames.dtype)
+    whole[:] = np.broadcast_to(white, channels)[:, None, None]
+    for number, frame in enumerate(frames):
+        top, left = (height + gap) * (number // 2), (width + gap) * (number % 2)
+        whole[:, top : top + height, left : left + width] = frame
+    return whole
+
+
 # ---------------------------------------------------------------------- words
 
 

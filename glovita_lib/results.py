@@ -28,10 +28,11 @@ from glovita_lib.objectives import (
     LabelledPredictions,
     LabelObjective,
     Predictions,
+    as_loaded,
     build_inputs,
 )
 from glovita_lib.prediction_files import Table, as_read, read_predictions, write_prediction_files
-from glovita_lib.resolved import ImageInputs, Inputs, Resolved, VolumeInputs
+from glovita_lib.resolved import ClipInputs, ImageInputs, Inputs, Resolved, VolumeInputs
 from glovita_lib.rundir import RunDir, locate
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_root import Root
@@ -176,6 +177,44 @@ def _(
     )
 
 
+@plot_worst.register
+def _(
+    inputs: ClipInputs,
+    path: Path,
+    predictions: LabelledPredictions,
+    split: Split,
+    resolved: Resolved,
+) -> None:
+    worst = np.argsort(-predictions.losses, kind="stable")[:WORST]
+    figures.worst_sheet(
+        stored_frames(inputs, as_loaded(inputs, split, train=False), predictions.rows[worst]),
+        ids=[predictions.ids[row] for row in worst],
+        targets=predictions.targets[worst],
+        scores=predictions.scores.values[worst],
+        losses=predictions.losses[worst],
+        subtask=resolved.subtask,
+        class_names=resolved.class_names,
+        bit_depth=8,
+        path=path,
+    )
+
+
+def stored_frames(inputs: ClipInputs, split: Split, rows: np.ndarray) -> list[np.ndarray]:
+    """Some frames of videos as they are decoded, each video as one picture (C, H, W): of the clips
+    that evaluation takes."""
+    from glovita_lib.loader_video import clip_frames  # of videos alone
+
+    assert split.source.windows is not None, "see objectives.as_loaded"
+    found, of = [], inputs.sampling
+    for view in split.source.windows(rows):
+        count = view.shape[1]
+        numbers = clip_frames(of, count, view.clock, None, of.clips).flatten()
+        shown = figures.some_frames(np.minimum(numbers, count - 1))
+        frames = [view.read(np.array([number]))[0].transpose(2, 0, 1) for number in shown]
+        found.append(figures.frames_as_one(np.stack(frames), 255))
+    return found
+
+
 def middles(inputs: VolumeInputs, split: Split, rows: np.ndarray) -> list[figures_volumes.Middle]:
     """The middle slices of prepared volumes of a split."""
     if split.source.windows is None:
@@ -231,6 +270,29 @@ def _(inputs: VolumeInputs, path: Path, split: Split, rows: np.ndarray) -> None:
     figures_volumes.augmented_volumes(
         middles(inputs, split, rows),
         list(zip(*versions, strict=True)),
+        path=path,
+        captions=[split.ids[row] for row in rows],
+    )
+
+
+@plot_augmented.register
+def _(inputs: ClipInputs, path: Path, split: Split, rows: np.ndarray) -> None:
+    augment = build_inputs(inputs, train=True)
+    split = as_loaded(inputs, split, train=True)  # several clips of a video follow one another
+    rows = np.array(list({split.ids[row]: row for row in rows.tolist()}.values())[:SHEET_ROWS])
+    assert augment.fit is not None and split.source.windows is not None, "clips are drawn of videos"
+    of = inputs.augmentation
+    white = (1 - np.array(of.mean)) / np.array(of.std)  # (C,)
+    columns = []
+    for seed in range(SHEET_COLUMNS):
+        clips = augment(fit_all(split.source.windows(rows), augment.fit, seed), True, seed)
+        each = [figures.some_frames(clip.numpy().swapaxes(0, 1)) for clip in clips]  # (n, C, S, S)
+        columns.append([figures.frames_as_one(frames, white) for frames in each])
+    figures.augmented_sheet(
+        stored_frames(inputs, split, rows),
+        torch.from_numpy(np.array(columns, np.float32)),
+        mean=of.mean,
+        std=of.std,
         path=path,
         captions=[split.ids[row] for row in rows],
     )

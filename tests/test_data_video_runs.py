@@ -12,8 +12,9 @@ import torch
 from children import glovita
 from small_runs import Result
 from test_data_volumes_runs import Killed, arguments, equal, results
-from video_files import numbered, write_frames, write_video
+from video_files import number_of, numbered, write_frames, write_video
 
+from glovita_lib import figures
 from glovita_lib.trainer import Trainer
 
 pytest.importorskip("av")
@@ -157,6 +158,46 @@ def test_every_mode(command, tmp_path, root, spec, how):
         assert [name.decode() for name in file["ids"][:]] == ["09.mpg", "10.mp4", "11.mp4"]
     command("name=run", "mode=umap", "umap.method=pca", *changes, spec=spec)
     assert (run.path / "umap" / "pca.csv").is_file()
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("how", ["logits", "bag"])
+def test_sheets_show_frames_of_augmented_and_of_the_worst_clips(command, spec, how, monkeypatch):
+    """Four frames of each, by their numbers, of the very videos; every video once."""
+    seen = {}
+
+    def note(name, draw):
+        def drawn(images, *rest, **options):
+            seen[name] = (images, rest, options)
+            draw(images, *rest, **options)
+
+        monkeypatch.setattr(figures, name, drawn)
+
+    for name in ("augmented_sheet", "worst_sheet"):
+        note(name, getattr(figures, name))
+    spec = spec.replace('result_plot = "none"', "") + (BAG if how == "bag" else "")
+    run = command("training.epochs=1", *(BAGS if how == "bag" else []), spec=spec)
+    for name in ("augmented", "worst_test", "worst_val"):
+        assert (run.path / "plots" / f"{name}.png").is_file()
+    stored, (augmented,), options = seen["augmented_sheet"]
+    videos = len(set(options["captions"]))
+    assert augmented.shape == (7, videos, 3, 33, 33) and videos == len(stored) >= 2
+    assert all(image.shape[0] == 3 for image in stored)
+    worst, _, options = seen["worst_sheet"]
+    assert len(worst) == 3
+    for image, name in zip(worst, options["ids"], strict=True):
+        shown = [number_of(part.transpose(1, 2, 0)) for part in quarters(image)]
+        last = 9 + int(name.partition(".")[0])
+        assert shown == sorted(set(shown)) and shown[0] < 3 and last - 4 < shown[-1] < last
+
+
+def quarters(image):
+    """The four frames (C, H, W) of a picture, with a line between them."""
+    (height, width), gap = image.shape[1:], 1
+    tall, wide = (height - gap) // 2, (width - gap) // 2
+    for top in (0, tall + gap):
+        for left in (0, wide + gap):
+            yield image[:, top : top + tall, left : left + wide]
 
 
 @pytest.mark.runs

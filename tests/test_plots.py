@@ -22,8 +22,10 @@ from glovita_lib.figures import (
     caption_lines,
     displayed,
     drawing,
+    frames_as_one,
     number,
     short,
+    some_frames,
     unique_short,
     window,
     worst_sheet,
@@ -255,6 +257,21 @@ def test_augmented_sheet(tmp_path: Path, channels: int, dtype: type) -> None:
     path = tmp_path / "augmented.png"
     augmented_sheet(images, augmented, mean=mean, std=std, path=path, captions=["a", "b" * 90, "c"])
     picture(path)
+
+
+@pytest.mark.parametrize(
+    ("count", "sides"), [(1, (4, 6)), (2, (4, 13)), (3, (9, 13)), (9, (9, 13))]
+)
+def test_frames_of_a_clip_as_one_picture(count: int, sides: tuple[int, int]) -> None:
+    """From the first to the last in reading order, white between and where one is missing."""
+    clip = np.arange(count)[:, None, None, None] * np.ones((count, 3, 4, 6))
+    frames = some_frames(clip)
+    whole = frames_as_one(frames, np.array([-1.0, -2.0, -3.0]))
+    assert whole.shape == (3, *sides)
+    assert whole[0, 0, 0] == 0 and (whole[:, -1, -1 if count != 3 else 0] == count - 1).all()
+    if count > 2:
+        assert whole[:, 4, 6].tolist() == [-1, -2, -3]
+        assert (whole[2, -1, -1] == -3) == (count == 3)
 
 
 def test_augmented_sheet_shows_the_pixels_back(tmp_path: Path) -> None:
