@@ -1,7 +1,8 @@
 """Geometry of an image: a source window, resampled to the square canvas that the encoder receives.
 
 A window is cut out of the source, the cut is resized, and the canvas is a part of what comes out;
-every sample is resampled once. Resampling is Pillow's bit by bit on every device: weights in fixed
+every sample is resampled once, or twice where a crop of another size than the encoder's input is
+resized to that. Resampling is Pillow's bit by bit on every device: weights in fixed
 point, along the rows first, whole levels after each axis. Windows live on the CPU; pixels on any
 device. B batch, C channels, H W source pixels, S side of the canvas, T source pixels that make one
 of the canvas.
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from msgspec.structs import replace
 from PIL import Image
 from torch import Tensor
 
@@ -366,9 +368,20 @@ class CropResize:
     ) -> None:
         """Args as in `ResolvedImageAugmentation`; mean is the colour of borders."""
         self.ops = ops
-        self.size = image_size
-        self.cut_size = crop_size if ops.crop in ("center", "random") else None
-        crop = self.cut_size or image_size
+        self.behind: CropResize | None = None
+        """What resizes the crop, where it has another size."""
+        if crop_size not in (None, image_size) and ops.crop in ("center", "random"):
+            self.behind = CropResize(
+                replace(ops, crop="none"),
+                image_size=image_size,
+                resize_size=image_size,
+                interpolation=interpolation,
+                bit_depth=bit_depth,
+                crop_mode="center",
+                mean=mean,
+            )
+        crop = image_size if self.behind is None or crop_size is None else crop_size
+        self.size, self.crop_key = crop, "image_size" if self.behind is None else "crop_size"
         # smaller than the canvas only where a model's authors put a black margin around the image
         large = resize_size if ops.crop == "center" else max(crop, resize_size)
         self.side = {"none": None, "image_size": crop, "resize_size": large}[ops.resize]
@@ -404,8 +417,6 @@ class CropResize:
             start, length = self.random_cut(whole, generator)
         elif self.ops.crop == "padded":
             start, length = self.padded_cut(whole, generator)
-        elif self.cut_size is not None:
-            start, length = self.square_cut(whole, self.cut_size, generator)
         elif self.ops.crop != "none":
             resized = self.scaled(whole)
             room = resized - self.size
@@ -421,7 +432,8 @@ class CropResize:
     def refuse_small(self, sizes: Tensor, room: Tensor) -> None:
         """Refuse the first image that has no room for the crop."""
         if bool((room < 0).any()):
-            raise UserError(too_small(sizes[(room < 0).any(1).nonzero()[0, 0]], self.size))
+            small = sizes[(room < 0).any(1).nonzero()[0, 0]]
+            raise UserError(too_small(small, self.size, self.crop_key))
 
     def scaled(self, sizes: Tensor) -> Tensor:
         """Size (B, 2) after the resize: of the shortest side, whole pixels as in torchvision; of
@@ -445,20 +457,6 @@ class CropResize:
         self.refuse_small(sizes, room)
         draws = torch.rand(sizes.shape, generator=generator, dtype=torch.float64)
         return (draws * (room + 1)).floor() - margin, side.expand(-1, 2)
-
-    def square_cut(
-        self, sizes: Tensor, crop: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """First pixels and sides (B, 2) of squares that are `crop` pixels in the resized images: in
-        one step what resize, crop and resize do in two."""
-        side = (crop * sizes / self.scaled(sizes)).round()  # (B, 2)
-        room = sizes - side
-        if bool((room < 0).any()):
-            raise UserError(too_small(sizes[(room < 0).any(1).nonzero()[0, 0]], crop, "crop_size"))
-        if self.ops.crop == "center":
-            return (room / 2).round(), side
-        draws = torch.rand(sizes.shape, generator=generator, dtype=torch.float64)
-        return (draws * (room + 1)).floor(), side
 
     def random_cut(self, sizes: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """First pixels and sides (B, 2) of random area and aspect ratio: the first of 10 attempts
@@ -508,6 +506,9 @@ class CropResize:
             (B, C, S, S), the type of the images, which are returned where nothing changes.
         """
         canvas = self.resampled(images, boxes, hflip, vflip)
+        if self.behind is not None:
+            whole = self.behind.boxes(np.array([[self.size, self.size]]), None)
+            return self.behind.canvas(canvas, whole.expand(len(canvas), -1, -1))
         if self.crop_mode != "border":
             return canvas
         positions = self.positions(len(boxes), vflip), self.positions(len(boxes), hflip)
@@ -580,7 +581,7 @@ def untouched(rows: Tensor, columns: Tensor) -> bool:
     return bool((rows == ahead).all()) and bool((columns == ahead).all())
 
 
-def too_small(size: Tensor, crop: int, key: str = "image_size") -> str:
+def too_small(size: Tensor, crop: int, key: str) -> str:
     """Error line for an image that a crop does not fit into."""
     height, width = (int(side) for side in size)
     return (

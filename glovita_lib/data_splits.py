@@ -87,6 +87,11 @@ def shown_fold(fold: int | str) -> str:
     return f'"{fold}"' if isinstance(fold, str) else str(fold)
 
 
+def is_number(name: str) -> bool:
+    """Whether a fold's name is a number as it is printed, which 01 is not."""
+    return name.isdecimal() and str(int(name)) == name
+
+
 def in_order(folds: Iterable[str]) -> list[str]:
     """Names of folds by number where all are numbers, else as they stand in the file."""
     names = list(folds)
@@ -104,7 +109,7 @@ def find_fold(content: Iterable[str], fold: int | str, path: Path) -> str:
     for name in names:
         if composed(name) == wanted:
             return name
-    first = int(names[0]) if names[0].isdecimal() else names[0]
+    first = int(names[0]) if is_number(names[0]) else names[0]
     raise UserError(
         f"data.fold = {shown_fold(fold)}, but {path} has the folds {listed(names)}: name one of"
         f" them, as data.fold = {shown_fold(first)}"

@@ -187,6 +187,9 @@ def kind_at(path: Path, root: StructType, table: dict) -> tuple[Type | None, boo
 
 WORD = '"a"'
 EXAMPLES = {"[": '["a", "b"]', "{": '{ a = "b" }'}  # of TOML, by what it begins with
+CLOSING = {"[": "]", "{": "}"}
+ARRAYS = (kinds.VarTupleType, kinds.TupleType, kinds.ListType)
+TABLES = (kinds.DictType, kinds.StructType)
 
 
 def settle(
@@ -207,7 +210,7 @@ def settle(
     options = spec_errors.options_of(kind) if kind is not None else []
     takes_text = any(isinstance(option, kinds.StrType) for option in options)
     only_text = takes_text and all(isinstance(o, kinds.StrType | kinds.NoneType) for o in options)
-    if value == text and text[0] in "[{\"'" and not (only_text and text[0] in "[{"):
+    if value == text and text[0] in "[{\"'" and not is_text(text, options, free):
         key = spec_errors.dotted(path)
         problems.append(
             f"{OVERRIDE} {key}={text}: not valid TOML; quote the strings in it, and the whole for"
@@ -222,6 +225,22 @@ def settle(
     if isinstance(value, list | dict):
         return text if only_text else value
     return text if takes_text and not takes_value else value
+
+
+def is_text(text: str, options: Sequence[Type], free: bool) -> bool:
+    """Whether what begins like an array or a table of TOML, and is none, is text: a key of these
+    types takes text, and either nothing that begins so, or the text goes on behind it, as in
+    "[x]/y"."""
+    if text[0] not in CLOSING:
+        return False
+    nested = isinstance_of(options, ARRAYS if text[0] == "[" else TABLES) or free
+    takes_text = isinstance_of(options, (kinds.StrType,)) or free
+    return takes_text and not (nested and text.endswith(CLOSING[text[0]]))
+
+
+def isinstance_of(options: Sequence[Type], types: tuple[type, ...]) -> bool:
+    """Whether one of the types that a key takes is of these kinds."""
+    return any(isinstance(option, types) for option in options)
 
 
 def leaves(table: dict, path: Path = ()) -> list[Path]:

@@ -464,6 +464,14 @@ def inside(value: float, kind: kinds.IntType | kinds.FloatType) -> bool:
     )
 
 
+def may_be_entry(value: Any, entry: Type) -> bool:
+    """Whether a value may have been meant as the one entry of an array: no word among numbers."""
+    if isinstance(value, str):
+        options = options_of(entry)
+        return bool(texts(entry)) or any(isinstance(option, kinds.StrType) for option in options)
+    return not isinstance(value, list | dict)
+
+
 def hint(value: Any, kind: Type) -> str:
     """How to mend a value of the wrong type, where that can be told."""
     options = options_of(kind)
@@ -475,7 +483,7 @@ def hint(value: Any, kind: Type) -> str:
         last = shown(list(range(-value, 0)))
         return f"; write {last} for the last {value}, which timm means, or [{value}] for that one"
     entry = item_type(kind)
-    if entry is not None and not isinstance(value, list | dict):
+    if entry is not None and may_be_entry(value, entry):
         return f"; write [{shown(value)}]" + meant(str(value), texts(entry))
     number = parsed(value) if isinstance(value, str) else None
     if number is not None and any(value_fits(number, option) for option in options):

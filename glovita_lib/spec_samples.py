@@ -119,7 +119,7 @@ class BaseData(Spec):
         folds = self.stated_folds()
         valid = "" if folds is None else f"0 to {folds - 1}" if folds > 1 else self.one_fold
         if isinstance(self.fold, str):
-            if self.fold.isdecimal():
+            if self.fold.isdecimal() and str(int(self.fold)) == self.fold:
                 yield "fold", f"{shown(self.fold)} is a number: write it without quotes"
             elif folds is not None:
                 yield "fold", f"{shown(self.fold)} does not exist: {valid}"

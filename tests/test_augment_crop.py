@@ -9,7 +9,7 @@ from covering import covering
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform
-from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 from glovita_lib.augment_crop import CropResize, gather_pixels
@@ -374,24 +374,44 @@ def test_random_crops_and_images_as_they_are_know_no_crop_mode(crop_mode):
         assert torch.equal(*boxes)
 
 
-@pytest.mark.parametrize("size", [(90, 60), (60, 90), (64, 64), (61, 97)])
-@pytest.mark.parametrize("crop", ["center", "random"])
-def test_a_crop_of_another_size_than_the_canvas(size, crop):
-    """Resize, crop and resize in one step: where the resize is by a whole factor the same cut of
-    the image as in two, resized by Pillow; every place of a random one lies inside."""
-    height, width = size
-    short = min(size)
-    made = fit(32, shortest=2 * short, crop_size=2 * (short - 10), crop=crop)
-    image = np.random.default_rng(0).integers(0, 256, (3, height, width), dtype=np.uint8)
+@pytest.mark.parametrize("shape", [(90, 60), (64, 64), (61, 97)])
+@pytest.mark.parametrize(("shortest", "crop", "size"), [(48, 40, 16), (80, 56, 70), (33, 33, 20)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_crop_of_another_size_than_the_canvas(shape, shortest, crop, size, interpolation):
+    """Resize, crop and resize, as torchvision's transforms of Pillow's images do."""
+    image = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
+    mode = InterpolationMode(interpolation)
+    made = fit(size, shortest=shortest, crop_size=crop, interpolation=interpolation)
+    (box,) = made.boxes(sizes(image), None)
+    picture = TF.resize(Image.fromarray(image.transpose(1, 2, 0)), shortest, mode)
+    expected = TF.resize(TF.center_crop(picture, crop), [size, size], mode)
+    np.testing.assert_array_equal(made.one(image, box), np.asarray(expected).transpose(2, 0, 1))
+    batch = torch.from_numpy(image)[None].expand(2, -1, -1, -1)
+    flip, boxes = torch.tensor([False, True]), box.expand(2, -1, -1)
+    ahead, mirrored = made.canvas(batch, boxes, hflip=flip)
+    np.testing.assert_array_equal(ahead, np.asarray(expected).transpose(2, 0, 1))
+    expected = TF.resize(TF.horizontal_flip(TF.center_crop(picture, crop)), [size, size], mode)
+    np.testing.assert_array_equal(mirrored, np.asarray(expected).transpose(2, 0, 1))
+    drawn = fit(size, shortest=shortest, crop_size=crop, interpolation=interpolation, crop="random")
     for seed in range(5):
-        (box,) = made.boxes(np.array([size]), seeded(seed))
-        (top, tall, resized, offset), (left, wide, *_) = box.tolist()
-        assert (tall, wide, resized, offset) == (short - 10, short - 10, 32, 0)
-        assert 0 <= top <= height - tall and 0 <= left <= width - wide
-        if crop == "center":
-            assert abs(top - (height - tall) / 2) <= 0.5 and abs(left - (width - wide) / 2) <= 0.5
-        cut = Image.fromarray(image.transpose(1, 2, 0)).crop((left, top, left + wide, top + tall))
-        expected = np.asarray(cut.resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-        np.testing.assert_array_equal(made.one(image, box).numpy(), expected)
+        (box,) = drawn.boxes(sizes(image), seeded(seed))
+        top, left = box[:, 3].tolist()
+        cut = picture.crop((left, top, left + crop, top + crop))  # inside, else Pillow has black
+        assert 0 <= top <= picture.height - crop and 0 <= left <= picture.width - crop
+        expected = np.asarray(TF.resize(cut, [size, size], mode)).transpose(2, 0, 1)
+        np.testing.assert_array_equal(drawn.one(image, box), expected)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_crop_of_the_size_of_the_canvas_is_the_usual_one(crop):
+    image = np.random.default_rng(0).integers(0, 256, (3, 61, 97), dtype=np.uint8)
+    usual, same = (fit(20, shortest=33, crop=crop, crop_size=size) for size in (None, 20))
+    boxes = [made.boxes(sizes(image), seeded())[0] for made in (usual, same)]
+    assert torch.equal(*boxes) and torch.equal(
+        usual.one(image, boxes[0]), same.one(image, boxes[1])
+    )
+
+
+def test_a_crop_that_an_image_is_too_small_for_is_refused():
     with pytest.raises(UserError, match="lower data.augmentation.crop_size"):
-        fit(8, resize="none", crop_size=70, crop=crop).boxes(np.array([(64, 64)]), seeded())
+        fit(8, resize="none", crop_size=70, crop="random").boxes(np.array([(64, 64)]), seeded())

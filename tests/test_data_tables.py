@@ -230,6 +230,7 @@ SITES = {"site_c": ["c", "d"], "site_a": ["a"], "site_b": ["b"]}
         ({"2": ["a"], "10": ["b"], "1": ["c"]}, 2, "a", "b", "c"),
         (SITES, "site_c", "cd", "a", "b"),
         (SITES, "site_b", "b", "cd", "a"),
+        ({"01": ["a"], "02": ["b"], "03": ["c"]}, "02", "b", "c", "a"),
     ],
 )
 def test_lists_under_other_names_than_splits_are_folds(tmp_path, content, fold, test, val, train):
@@ -264,6 +265,7 @@ def test_val_may_be_the_fold_that_is_test(tmp_path):
     [
         (THREE, 3, "data.fold = 3, but .* has the folds 0, 1, 2: name one of them"),
         (SITES, 0, 'has the folds site_c, site_a, site_b: name one of them, as data.fold = "site_'),
+        ({"01": ["a"], "02": ["b"]}, 1, 'has the folds 01, 02: .*, as data.fold = "01"'),
         (SITES, "site", 'data.fold = "site", but .* has the folds site_c'),
         ({"0": ["a"], "1": ["b"]}, 0, "0 is test, 1 is val, which leaves none to train on"),
         ({**THREE, "3": ["a"]}, 0, "a is in the folds 0 and 3"),

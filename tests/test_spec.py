@@ -9,7 +9,7 @@ import pytest
 
 from glovita_lib import spec, spec_errors
 from glovita_lib.errors import UserError
-from glovita_lib.spec import changed_keys, dump, load_spec
+from glovita_lib.spec import Merge, changed_keys, dump, load_spec, override
 from glovita_lib.spec_data import CustomData, DigitsData, GenericImageData
 from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_model import RegressionHead
@@ -281,7 +281,7 @@ def test_none_unsets(root):
 
 
 @pytest.mark.parametrize(
-    ("override", "part"),
+    ("given", "part"),
     [
         ("name=", "no value is given; name=none unsets"),
         ("=3", "write it as section.key=value"),
@@ -302,10 +302,11 @@ def test_none_unsets(root):
         ("infer.folds=1", "write [1]"),
         ("extract.layers=3", "write [-3, -2, -1] for the last 3, which timm means, or [3]"),
         ("extract.layers=-1", "write [-1]"),
+        ("extract.layers=last", "must be an array, each entry a whole number"),
     ],
 )
-def test_override_mistakes(errors, override, part):
-    lines = errors("", override)
+def test_override_mistakes(errors, given, part):
+    lines = errors("", given)
     assert len(lines) == 1, lines
     assert lines[0].startswith("--override ")
     assert part in lines[0]
@@ -318,6 +319,35 @@ def test_a_field_of_text_takes_brackets_as_they_are(root, text):
     """The type of the field decides how a value is read."""
     loaded = root("", f"name={text}", f"extract.output_filename={text}", f"exp_dir={text}")
     assert (loaded.name, loaded.extract.output_filename, loaded.exp_dir) == (text, text, text)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("infer.checkpoint", "{run}/best.pt"),
+        ("infer.checkpoint", "[x]/y.pt"),
+        ("data.label_column", "{age}"),
+        ("data.label_column", "[age] in years"),
+        ("data.fold", "{a}"),
+        ("add_log.comment", "[wip] baseline"),
+        ("add_log.comment", "{a} or b"),
+    ],
+)
+def test_what_no_array_or_table_can_be_is_text(key, text):
+    """Of fields that take text and something else, and of free tables."""
+    merge = Merge(spec_errors.struct_type(Root))
+    given = [f"{key}={text}"] + ["data.dataset=generic_image_dataset"] * key.startswith("data.")
+    tables, _, problems = override({}, given, merge)
+    section, _, name = key.partition(".")
+    assert tables[section][name] == text and not problems
+
+
+@pytest.mark.parametrize(
+    "given", ["infer.checkpoint=[a, b]", "data.label_column=[age]", "add_log.tags=[a, b]"]
+)
+def test_an_array_without_quotes_is_told(errors, given):
+    (line,) = errors('[data]\ndataset = "generic_image_dataset"\n', given)
+    assert "not valid TOML; quote the strings in it" in line and '=["a", "b"]' in line
 
 
 def test_override_below_a_value(errors):
