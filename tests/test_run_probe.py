@@ -16,8 +16,8 @@ from sklearn.preprocessing import StandardScaler
 import glovita
 from glovita_lib import run_probe
 from glovita_lib.dist import Ranks
+from glovita_lib.prediction_files import read_predictions
 from glovita_lib.read_features import BagSource, feature_scale
-from glovita_lib.results import read_predictions
 
 DIGITS = load_digits()
 FEW = "k = [1]\nl2 = [1.0]\nresult_plot = 'none'"
