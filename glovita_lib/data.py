@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 import numpy as np
 
 from glovita_lib import files
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, composed, listed, refuse_controls
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_errors import SampleKind
 from glovita_lib.spec_samples import UNLABELLED, BaseData, OnlyPrediction, Subtask
@@ -207,6 +207,10 @@ class Split:
     frames: VideoFrames | None = None
     """Of samples that are clips with a class a frame: which frames of which videos."""
 
+    def __post_init__(self) -> None:
+        refuse_controls("ids of samples", self.ids)
+        refuse_controls("groups of samples", self.groups or ())
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -396,6 +400,11 @@ class Data:
     """Whether the classes are a scale in the order of their names, as somebody has stated."""
     number_names: dict[str, str] | None = None
     """See `Outputs`."""
+
+    def __post_init__(self) -> None:
+        what = "targets" if self.subtask == "regression" else "classes"
+        refuse_controls(f"data set {self.name}: names of {what}", self.class_names)
+        self.class_names = tuple(map(composed, self.class_names))
 
     @property
     def outputs(self) -> int:

@@ -30,7 +30,7 @@ from glovita_lib.data_splits import (
 )
 from glovita_lib.data_subtask import LabelRules, Labels
 from glovita_lib.dist import cores
-from glovita_lib.errors import UserError, composed, listed
+from glovita_lib.errors import UserError, composed, key_of, listed
 from glovita_lib.files import on_disk, read_csv
 from glovita_lib.read_bags import FolderBags, bag_files, check_bags, open_folder
 from glovita_lib.read_features import (
@@ -120,9 +120,9 @@ def read_table(spec: CollectionData, labels_file: str) -> Table:
     wanted += [spec.group_column] if spec.group_column else []
     wanted += [spec.split_column] if spec.split_source == "csv" else []
     rows = read_csv(path, wanted)
-    table = {composed(row[spec.id_column]): row for row in rows}
+    table = {key_of(row[spec.id_column]): row for row in rows}
     if len(table) < len(rows):
-        counts = Counter(composed(row[spec.id_column]) for row in rows)
+        counts = Counter(key_of(row[spec.id_column]) for row in rows)
         twice = counts.most_common(1)[0][0]
         raise UserError(f"{path}: id {twice!r} occurs twice; give each sample one row")
     return table
@@ -143,7 +143,7 @@ def with_table(
     """
     if table is None:
         return collection
-    kept = [place for place, name in enumerate(collection.ids) if composed(name) in table]
+    kept = [place for place, name in enumerate(collection.ids) if key_of(name) in table]
     if not kept:
         raise UserError(
             f"{spec.labels_file}: no row for any sample of {collection.where}; its ids are"
@@ -151,7 +151,7 @@ def with_table(
             f" {listed((row[spec.id_column] for row in table.values()), 3)}"
         )
     ids = [collection.ids[place] for place in kept]
-    rows = [table[composed(name)] for name in ids]
+    rows = [table[key_of(name)] for name in ids]
     columns = label_columns(spec)
     for column in (*columns, *([spec.group_column] if spec.group_column else [])):
         blank = [row[spec.id_column] for row in rows if not row[column]]

@@ -83,6 +83,39 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def key_of(name: str) -> str:
+    """What the name of a sample is compared by: its composed form without spaces around it, which
+    cells of tables have none of."""
+    return composed(name).strip()
+
+
+CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+"""Line ends, other control characters, and bytes of file names that are no UTF-8."""
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are written as their numbers."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def refuse_controls(what: str, names: Iterable[str]) -> None:
+    """The gate of all names that are read: each is one line of text, which tables, logs, arrays and
+    pages hold as it is.
+
+    Raises:
+        UserError: some are not; all of them are counted.
+    """
+    names = list(names)
+    if others := {type(name).__name__ for name in names if not isinstance(name, str)}:
+        raise UserError(f"{what} must be strings, not {listed(sorted(others))}")
+    if not CONTROL.search("".join(names)):
+        return
+    bad = [f'"{visible(name)}"' for name in names if CONTROL.search(name)]
+    raise UserError(
+        f"{what} with line ends or other control characters: {listed(bad, 5)}; rename them"
+    )
+
+
 def nearest_word(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The word that was probably meant; None if none is near."""
     from difflib import get_close_matches  # only ever needed for a message

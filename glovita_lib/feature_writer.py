@@ -18,7 +18,7 @@ import numpy as np
 
 from glovita_lib import __version__, files
 from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Source, Split
-from glovita_lib.errors import UserError, composed, listed, versions
+from glovita_lib.errors import UserError, key_of, listed, versions
 from glovita_lib.extraction import Extractor, Readout
 from glovita_lib.files import read_csv
 from glovita_lib.resolved import ImageInputs, Inputs
@@ -112,7 +112,7 @@ def read_coords(path: str, ids: np.ndarray) -> np.ndarray:
     """
     table: dict[str, list[float]] = {}
     for row in read_csv(Path(path), ("id", *AXES[:2])):
-        name, cells = composed(row["id"]), [row[axis] for axis in AXES if axis in row]
+        name, cells = key_of(row["id"]), [row[axis] for axis in AXES if axis in row]
         if name in table:
             raise UserError(f"{path}: id {name!r} occurs twice; give it one row")
         try:
@@ -123,11 +123,11 @@ def read_coords(path: str, ids: np.ndarray) -> np.ndarray:
             raise UserError(
                 f"{path}: coordinates of {name!r} are {', '.join(map(repr, cells))}; write numbers"
             )
-    absent = [name for name in ids if composed(name) not in table]
+    absent = [name for name in ids if key_of(name) not in table]
     if absent:
         example = f"; the file has e.g. {next(iter(table))}" if table else ""
         raise UserError(f"{path}: no row for {len(absent)} samples ({listed(absent)}){example}")
-    return np.array([table[composed(name)] for name in ids])
+    return np.array([table[key_of(name)] for name in ids])
 
 
 @dataclass(frozen=True)

@@ -309,13 +309,32 @@ def read_text(path: Path) -> str:
         UserError: missing, a folder or not UTF-8.
     """
     try:
-        return path.read_text("utf-8-sig")
+        text = path.read_text("utf-8-sig")
+        if "\0" in text:
+            line = text[: text.index("\0")].count("\n") + 1
+            raise UserError(f"{path}, line {line}: a NUL character; save it as UTF-8 text")
+        return text
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+
+
+def separator_of(text: str, columns: list[str]) -> str:
+    """Comma, semicolon or tab, whichever makes a header with most of the columns that must be
+    there, then with most columns; marks inside quotes count for nothing."""
+
+    def header_by(mark: str) -> tuple[int, int, bool]:
+        try:
+            header = next(csv.reader(io.StringIO(text, newline=""), delimiter=mark))
+        except csv.Error:
+            return 0, 0, False
+        there = {composed(name.strip()) for name in header}
+        return sum(composed(name) in there for name in columns), len(header), mark == ","
+
+    return max(",;\t", key=header_by)
 
 
 def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
@@ -342,12 +361,12 @@ def read_cells(
     first, *_ = text.splitlines() or [""]
     if not first:
         raise UserError(f"{path}: no header; the first line must hold the column names")
-    separator = max(",;\t", key=lambda mark: (first.count(mark), mark == ","))
+    columns = list(columns)
+    separator = separator_of(text, columns)
     try:
         header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     except csv.Error as error:
         raise UserError(f"{path}: not valid CSV ({error})") from None
-    columns = list(columns)
     spelled = {composed(column): column for column in (*columns, *may_be) if column is not None}
     header = [spelled.get(composed(name.strip()), name.strip()) for name in header]
     for column in columns:

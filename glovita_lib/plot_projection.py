@@ -16,7 +16,7 @@ import numpy as np
 
 from glovita_lib.data import NUMBER, Images
 from glovita_lib.dist import cores
-from glovita_lib.errors import UserError, composed
+from glovita_lib.errors import UserError, key_of
 from glovita_lib.figures import (
     AMBER,
     BLUE,
@@ -170,10 +170,10 @@ def of_column(path: Path, column: str, ids: Sequence[Sequence[str]]) -> Coloring
         UserError: no such file or column, an id twice, or a file that has none of the samples.
     """
     rows = read_csv(path, ("id", column))
-    table = {composed(row["id"]): row[column] for row in rows}
+    table = {key_of(row["id"]): row[column] for row in rows}
     if len(table) < len(rows):
         raise UserError(f"{path}: some ids occur twice; give each sample one row")
-    known = [[table[name] for name in map(composed, names) if name in table] for names in ids]
+    known = [[table[name] for name in map(key_of, names) if name in table] for names in ids]
     texts = [cells[0] if cells else "" for cells in known]
     if not any(known) and len(ids):
         raise UserError(

@@ -370,6 +370,8 @@ class Walk:
             self.array(value, kind, path)
         elif not any(value_fits(value, option) for option in options_of(kind)):
             self.mismatch(value, kind, path)
+        elif isinstance(value, str) and not is_free(kind) and is_controlled(value):
+            self.add(path, f'"{errors.visible(value)}" holds a control character: leave it out')
         return value
 
     def array(self, value: list, kind: Type, path: Path) -> None:
@@ -435,6 +437,12 @@ class Walk:
         """Dotted keys of the whole spec that end in this name."""
         every = dict.fromkeys(all_keys(self.root))
         return [dotted for dotted in every if dotted.rpartition(".")[2] == key]
+
+
+def is_controlled(text: str) -> bool:
+    """Whether a text holds line ends or other control characters; one tab or line feed alone is a
+    separator."""
+    return text not in ("\t", "\n") and errors.CONTROL.search(text) is not None
 
 
 def value_fits(value: Any, kind: Type) -> bool:

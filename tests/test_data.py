@@ -7,8 +7,18 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from glovita_lib import read_features, run_probe, run_umap
-from glovita_lib.data import ArraySource, Split, Standardizer, VideoFrames, is_constant, subset
+from glovita_lib.data import (
+    ArraySource,
+    Data,
+    ImageSamples,
+    Split,
+    Standardizer,
+    VideoFrames,
+    is_constant,
+    subset,
+)
 from glovita_lib.datasets import build_data
+from glovita_lib.errors import UserError
 from glovita_lib.loader_features import FeatureInputs
 from glovita_lib.objectives import SupervisedObjective
 from glovita_lib.projection import in_float32, principal_components
@@ -251,3 +261,36 @@ def test_a_part_of_a_split_keeps_its_clips_and_the_labels_of_their_videos():
     assert part.ids == ["b.mp4"] * 2 and part.frames.video_of.tolist() == [1, 1]
     assert part.frames.numbers.tolist() == [[0, 1, -1]] * 2
     assert part.frames.all_labels().tolist() == [1, 1]
+
+
+# ---------------------------------------------------------------------- the gate of names
+
+
+BAD = ["a\0b", "a\rb", "line\nend", "\tx", "del\x7f", "no \udcff utf-8"]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_names_with_control_characters_reach_no_run(name: str) -> None:
+    """Line ends, NUL, bytes of file names that are no UTF-8: of ids, groups and classes."""
+    source = ArraySource(np.zeros((2, 1, 2, 2), np.uint8), np.arange(2))
+    targets = np.zeros(2, np.int64)
+    with pytest.raises(UserError, match=r"^ids of samples with line ends or other .*\\u00|udcff"):
+        Split([name, "b"], targets, source)
+    with pytest.raises(UserError, match="^groups of samples with line ends"):
+        Split(["a", "b"], targets, source, ["b", name])
+    split = Split(["a", "b"], targets, source)
+    with pytest.raises(UserError, match='^data set d: names of classes with line ends.*"'):
+        Data(
+            "d", {"train": split}, "multiclass", ("x", name), ImageSamples(channels=1, bit_depth=8)
+        )
+    with pytest.raises(UserError, match="^ids of samples must be strings, not int$"):
+        Split([1, 2], targets, source)
+
+
+def test_names_of_classes_are_in_the_composed_form() -> None:
+    source = ArraySource(np.zeros((1, 1, 2, 2), np.uint8), np.arange(1))
+    split = Split(["u\u0308"], np.zeros(1, np.int64), source)
+    names = ("u\u0308", "\u732b \U0001f415", 'a, "b"')
+    data = Data("d", {"train": split}, "multiclass", names, ImageSamples(channels=1, bit_depth=8))
+    assert data.class_names == ("\xfc", *names[1:])
+    assert split.ids == ["u\u0308"], "as the file is called on its disk"

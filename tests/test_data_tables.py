@@ -150,9 +150,19 @@ def test_csv_separators_quotes_and_byte_order_marks(tmp_path, mark):
     ]
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("other", [",", ";", "\t"])
+def test_separators_inside_of_quotes_count_for_nothing(tmp_path, mark, other):
+    """Names of taxonomies hold semicolons: k__B;p__F;c__C."""
+    path, name = tmp_path / "a.csv", other.join(["k__B", "p__F", "c__C", "o__L", "f__D"])
+    path.write_text(f'id{mark}label{mark}"p_{name}"\na{mark}"{name}"{mark}1\n')
+    assert read_csv(path, ["id", "label"]) == [{"id": "a", "label": name, f"p_{name}": "1"}]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("path,label\na,b\0\n", "line 2: a NUL character"),
         ("", "no header"),
         ("path,lable\n", 'no column "label"; did you mean "lable"\\?; columns are path, lable'),
         ("path,label,label\n", 'several columns are named "label"'),

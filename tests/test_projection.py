@@ -456,3 +456,10 @@ def test_features_of_any_size_have_the_same_map(size):
     small, large = (lay_out((features * scale).astype(kind), method="pca") for scale in (1.0, size))
     assert large.trustworthiness == pytest.approx(small.trustworthiness, abs=1e-6)
     np.testing.assert_allclose(large.points / size, small.points, rtol=1e-4, atol=1e-6)
+
+
+def test_ids_with_spaces_around_them_have_their_values(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("id,stage\n a,0.5\nb ,1.5\n c ,2.5\n")
+    found = of_column(path, "stage", [[" a"], ["b "], ["c"]])
+    assert found.values.tolist() == [0.5, 1.5, 2.5]

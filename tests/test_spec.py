@@ -589,3 +589,13 @@ def test_a_key_of_the_data_sets_is_declared_once():
     of_modality = {"allowed_exts", "augmentation", "channels", "images_dir", "path_column"}
     of_modality |= {"preparation", "reading", "sampling"}
     assert twice == of_modality | {"data_root_dir", "split_source", "strict", "val_fraction"}
+
+
+def test_texts_hold_no_control_characters_but_a_separator(errors, root):
+    text = '[data]\ndataset = "generic_image_dataset"\nlabel_separator = "\\t"\n'
+    assert root(text).data.label_separator == "\t"
+    lines = errors(text, 'data.data_root_dir="a\\u0000b"', 'data.class_names=["x", "y\\n"]')
+    assert lines == [
+        '--override data.data_root_dir: "a\\u0000b" holds a control character: leave it out',
+        '--override data.class_names[1]: "y\\u000a" holds a control character: leave it out',
+    ]
