@@ -271,7 +271,8 @@ def codeviations(x: Array, y: Array, weights: Array) -> tuple[Array, Array, Arra
     By sums of products, less those of the means, which is fast; resamples in which little is left
     of such a difference (those without a far outlier) are computed from the deviations themselves.
     """
-    x, y = (values[:, 0] - np.median(values) for values in (x, y))
+    pair = x[:, 0], y[:, 0]
+    x, y = (values - np.median(values) for values in pair)
     n = weights.sum(0)
     sum_x, sum_y, squares_x, squares_y = (v @ weights for v in (x, y, x**2, y**2))
     xx, yy = squares_x - sum_x**2 / n, squares_y - sum_y**2 / n
@@ -279,7 +280,7 @@ def codeviations(x: Array, y: Array, weights: Array) -> tuple[Array, Array, Arra
     for r in np.flatnonzero((xx < 1e-6 * squares_x) | (yy < 1e-6 * squares_y)):
         rows = np.flatnonzero(weights[:, r])
         counts = weights[rows, r]
-        dx, dy = (deviations(v[rows], counts) for v in (x, y))
+        dx, dy = (deviations(values[rows], counts) for values in pair)
         xx[r], xy[r], yy[r] = counts @ dx**2, counts @ (dx * dy), counts @ dy**2
     return xx, xy, yy
 

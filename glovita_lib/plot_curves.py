@@ -32,7 +32,8 @@ def learning_curves(records: Sequence[Record], path: Path) -> None:
 
     A dot marks the best value of a val curve, a vertical line the epoch of the best checkpoint. A
     curve is interrupted where its value is undefined. The axis of a loss or an error whose values
-    are all positive and span more than a factor of 1,000 is logarithmic.
+    are all positive and span more than a factor of 1,000 is logarithmic, and so is that of a score
+    below -1 where it falls under -1,000 (R2).
 
     Args:
         records: of metrics.jsonl; those of event "epoch" count, the last one of each epoch, and
@@ -51,8 +52,7 @@ def learning_curves(records: Sequence[Record], path: Path) -> None:
             if name == "loss":
                 draw_fine_loss(axes, records, history)
             draw_panel(axes, history, name)
-            if lower_is_better(name):  # scores up to 1 read best on a linear one
-                choose_scale(axes)
+            choose_scale(axes, lower_is_better(name))
         draw_lr(places[-1], history)
         for axes in places:
             finish_axes(axes, len(history), best)
@@ -99,8 +99,9 @@ def draw_line(axes: Any, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
         line.set(marker="o", markersize=3.5, markevery=lone.tolist())
 
 
-def choose_scale(axes: Any) -> None:
-    """A logarithmic axis where it takes one to see all values.
+def choose_scale(axes: Any, is_error: bool) -> None:
+    """A logarithmic axis where it takes one to see all values; of scores, which read best on a
+    linear one up to 1, below -1 alone.
 
     The epochs decide; differences of means, within the epochs, have rounding errors and may be
     negative. Of those the axis shows no less than a tenth of the lowest epoch.
@@ -113,7 +114,12 @@ def choose_scale(axes: Any) -> None:
         is_fine = line.get_gid() == FINE_ID
         values[is_fine] = np.append(values[is_fine], y[np.isfinite(y)])
     epochs, fine = values[False], values[True]
-    if not len(epochs) or epochs.min() <= 0:
+    if not is_error and epochs.min(initial=0) < -WIDE:
+        axes.set_ylim(max(epochs.min() * 1.6, -TICKED), max(epochs.max(), 0) + 0.2)
+        axes.set_yscale("symlog", linthresh=1, linscale=2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        return
+    if not is_error or not len(epochs) or epochs.min() <= 0:
         return
     low, high = epochs.min(), max(epochs.max(), fine.max(initial=0))
     if high / WIDE <= low:
@@ -176,20 +182,22 @@ def draw_fine_loss(axes: Any, records: Sequence[Record], history: list[Record]) 
     """
     if not history or len(history) > FINE:
         return
-    per_epoch = history[-1]["step"] / (history[-1]["epoch"] + 1)
-    x, y, before = [], [], (None, 0.0, 0.0)  # epoch, steps of it, sum over them
+    ends = {record["epoch"]: record["samples"] for record in history}
+    per_epoch = history[-1]["samples"] / (history[-1]["epoch"] + 1)
+    x, y, before = [], [], (None, 0.0, 0.0)  # epoch, samples of it, sum over them
     for record in sorted(
         (r for r in records if r.get("event") == "step" and "train_loss" in r),
-        key=lambda r: r["step"],
+        key=lambda r: r["samples"],
     ):
-        steps = record["step"] - record["epoch"] * per_epoch
-        mean = record["train_loss"]
-        total = mean * steps if finite(mean) else np.nan
-        past_steps, past_sum = before[1:] if before[0] == record["epoch"] else (0.0, 0.0)
-        if steps > past_steps:
-            x.append(record["step"] / per_epoch)
-            y.append((total - past_sum) / (steps - past_steps))
-        before = (record["epoch"], steps, total)
+        epoch, mean = record["epoch"], record["train_loss"]
+        start = ends.get(epoch - 1, epoch * per_epoch)
+        count = record["samples"] - start  # steps that make no update have samples too
+        total = mean * count if finite(mean) else np.nan
+        past_count, past_sum = before[1:] if before[0] == epoch else (0.0, 0.0)
+        if count > past_count:
+            x.append(epoch + count / (ends.get(epoch, start + per_epoch) - start))
+            y.append((total - past_sum) / (count - past_count))
+        before = (epoch, count, total)
     if np.count_nonzero(~np.isnan(y)) > 2:
         draw_line(axes, np.array(x), np.array(y), color=GREY, lw=0.7, alpha=0.55, gid=FINE_ID)
 

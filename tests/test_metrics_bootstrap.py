@@ -158,6 +158,21 @@ def test_undefined_resamples_are_left_out() -> None:
     assert ends == {"x": (2.0, 2.0)}
 
 
+@pytest.mark.parametrize(("value", "ends"), [
+    (2.5, (2.5, 3.0)), (3.0, (2.5, 3.0)),
+    (2.5 - 1e-10, (2.5 - 1e-10, 3.0)), (3.0 + 1e-10, (2.5, 3.0 + 1e-10)),  # by rounding alone
+    (2.4, None), (3.1, None), (-1e9, None),
+])  # fmt: skip
+def test_an_interval_beside_its_value_is_none(value: float, ends: tuple | None) -> None:
+    found = metrics.intervals(
+        lambda weights: {"x": np.linspace(2.5, 3.0, weights.shape[1])},
+        metrics.draws(5, 50, seed=0),
+        values={"x": value},
+        level=1.0,
+    )["x"]
+    assert found == ends if ends is not None else all(map(math.isnan, found))
+
+
 @pytest.mark.parametrize("subtask", ["multiclass", "multilabel"])
 @pytest.mark.parametrize("seed", range(4))
 def test_an_interval_holds_its_own_value_or_is_none(subtask: str, seed: int) -> None:
@@ -201,6 +216,30 @@ def test_resamples_without_a_far_outlier_keep_their_digits(far: float) -> None:
         assert found["r2"][r] == pytest.approx(float(r2.mean()), abs=1e-9)
         assert found["pearson"][r] == pytest.approx(float(pearson.mean()), abs=1e-9)
         assert found["spearman"][r] == pytest.approx(np.mean(ranks), abs=1e-9)
+
+
+@pytest.mark.parametrize("far", [1e4, 1e8, 1e12])
+def test_resamples_of_one_of_two_far_clusters_keep_their_digits(far: float) -> None:
+    """The median of all lies between them, far from the samples of either."""
+    rng = np.random.default_rng(0)
+    targets = np.append(rng.normal(size=3), far + rng.normal(size=3))
+    scores = targets + 0.5 * rng.normal(size=6)
+    weights = next(metrics.draws(6, 300, seed=1))
+    alone = np.flatnonzero((weights[:3].sum(0) == 0) | (weights[3:].sum(0) == 0))
+    assert len(alone) > 3
+    data = {"subtask": "regression", "targets": targets[:, None], "class_names": ("a",)}
+    samples = samples_of(scores=Scores(scores[:, None]), **data)
+    found = measure_of(("r2", "pearson"), samples)(weights)
+    for r in alone:
+        rows = np.repeat(np.arange(6), weights[:, r].astype(int))
+        x, y = scores[rows].astype(np.longdouble), targets[rows].astype(np.longdouble)
+        dx, dy = x - x.mean(), y - y.mean()
+        xx, yy = (dx**2).sum(), (dy**2).sum()
+        if len(set(rows)) == 1:
+            assert np.isnan(found["r2"][r]) and np.isnan(found["pearson"][r])
+            continue
+        wanted = float(1 - ((x - y) ** 2).sum() / yy), float((dx * dy).sum() / np.sqrt(xx * yy))
+        assert (found["r2"][r], found["pearson"][r]) == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize("subtask", ["multiclass", "regression"])

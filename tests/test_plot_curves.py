@@ -14,6 +14,7 @@ from glovita_lib.plot_curves import history_series, learning_curves, panel_names
 
 def record(epoch: int, **values: float | None) -> dict:
     base = {"event": "epoch", "epoch": epoch, "step": 10 * (epoch + 1), "lr": 0.1, "best_epoch": 0}
+    base["samples"] = 8 * base["step"]
     return base | {"train_loss": 1 / (epoch + 1)} | values
 
 
@@ -22,9 +23,8 @@ def test_learning_curves(tmp_path: Path) -> None:
     for epoch in range(4):
         for step in (5, 10):
             loss = 2 / (10 * epoch + step)
-            records.append(
-                {"event": "step", "epoch": epoch, "step": 10 * epoch + step, "train_loss": loss}
-            )
+            at = {"epoch": epoch, "step": 10 * epoch + step, "samples": 80 * epoch + 8 * step}
+            records.append({"event": "step", **at, "train_loss": loss})
         values = {"val_loss": 0.5, "val_acc": 0.1 * epoch, "val_auroc": None}
         records.append(record(epoch, **values, val_f1_per_class_cat=0.3, val_f1_per_class_dog=None))
     learning_curves(records, tmp_path / "full.png")
@@ -122,7 +122,7 @@ def test_a_large_loss_within_the_first_epoch(panels) -> None:
     """Differences of means carry rounding errors of the largest: negative ones leave the axis."""
     steps = [(0, 5, 1e6), (0, 10, 4.9e5), (1, 15, 0.4), (1, 20, 0.3), (2, 25, 1e-7), (2, 30, 0.2)]
     records = [
-        {"event": "step", "epoch": epoch, "step": step, "train_loss": loss}
+        {"event": "step", "epoch": epoch, "step": step, "samples": 8 * step, "train_loss": loss}
         for epoch, step, loss in steps
     ]
     losses = [0.5, 0.3, 0.2]
@@ -163,9 +163,40 @@ def test_undefined_classes_interrupt_their_line_and_the_median(panels) -> None:
 def test_undefined_losses_interrupt_the_line_within_epochs(panels) -> None:
     losses = [1.0, 0.9, None, 0.7, 0.6, 0.5]
     records = [
-        {"event": "step", "epoch": i // 2, "step": 5 * i + 5, "train_loss": loss}
+        {"event": "step", "epoch": i // 2, "samples": 40 * (i + 1), "train_loss": loss}
         for i, loss in enumerate(losses)
     ]
     axes = panels(records + [record(epoch) for epoch in range(3)])["loss"]
     fine = next(line for line in axes.lines if line.get_gid() == plot_curves.FINE_ID)
     assert np.isnan(fine.get_ydata()).tolist() == [False, False, True, True, False, False]
+
+
+def test_the_loss_within_epochs_is_that_of_the_batches_also_where_steps_are_skipped(panels) -> None:
+    """Mixed precision leaves out updates, of which the samples count but not the steps."""
+    losses, records, step = np.exp(-np.arange(20) / 4), [], 0
+    for epoch in range(2):
+        for batch in range(10):
+            seen = 10 * epoch + batch + 1
+            step += not (epoch == 0 and batch < 5)
+            at = {"epoch": epoch, "step": step, "samples": 8 * seen}
+            mean = losses[10 * epoch : seen].mean()
+            records.append({"event": "step", **at, "train_loss": mean})
+        records.append(record(epoch, train_loss=mean) | {"step": step, "samples": 8 * seen})
+    axes = panels(records)["loss"]
+    line = next(line for line in axes.lines if line.get_gid() == plot_curves.FINE_ID)
+    np.testing.assert_allclose(line.get_ydata(), losses, rtol=1e-9)
+    np.testing.assert_allclose(line.get_xdata(), (1 + np.arange(20)) / 10)
+
+
+def test_a_score_far_below_its_usual_values_leaves_the_others_to_be_seen(panels) -> None:
+    records = [record(e, val_r2=value) for e, value in enumerate([-1e6, -3.0, 0.5, 0.9])]
+    axes = panels(records)["R²"]
+    assert axes.get_yscale() == "symlog"
+    places = axes.transAxes.inverted().transform(
+        axes.transData.transform([(0, v) for v in (-1e6, -3, 0.5, 0.9)])
+    )[:, 1]
+    assert places[0] < 0.1 and np.diff(places).min() > 0.02 and places[-1] <= 1
+    assert (
+        panels([record(e, val_r2=v) for e, v in enumerate([-50.0, 0.5])])["R²"].get_yscale()
+        == "linear"
+    )
