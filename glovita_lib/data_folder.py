@@ -78,6 +78,12 @@ class FolderTable:
         groups = None if self.groups is None else [self.groups[row] for row in rows]
         return Split([self.ids[row] for row in rows], self.targets[rows], source(rows), groups)
 
+    def untrained(self) -> list[str]:
+        """A line about the classes without a training sample."""
+        if "train" not in self.rows:
+            return []
+        return untrained(self.targets[self.rows["train"]], self.class_names, self.subtask)
+
 
 def read_folder(
     spec: FolderData,
@@ -133,8 +139,6 @@ def read_folder(
         refuse_shared_groups(ids, groups, rows)
     paths = [images.path(i) for i in ids]
     report += duplicate_notes(paths, ids, targets, rows, noun=images.noun)
-    if "train" in rows:
-        report += untrained(targets[rows["train"]], class_names, subtask)
     return FolderTable(ids, targets, [facts[i] for i in ids], groups, subtask, class_names, rows)
 
 
@@ -196,6 +200,7 @@ def _(spec: GenericImageData, *, seed: int, asked: Asked) -> Data:
 
     subtask = spec.stated_subtask() or "multiclass"
     table = read_folder(spec, subtask, images, look, report, seed=seed, asked=asked)
+    report += table.untrained()
     stacks = [i for i, header in zip(table.ids, table.found, strict=True) if header.pages > 1]
     if stacks:
         report.append(

@@ -32,11 +32,11 @@ from glovita_lib.data import (
     read_data_set,
 )
 from glovita_lib.data_folder import read_folder
-from glovita_lib.data_labels import encode, is_missing, word
-from glovita_lib.data_subtask import LabelRules, Labels
+from glovita_lib.data_frames import FrameTable, read_frame_labels, with_class_names
+from glovita_lib.data_labels import untrained
 from glovita_lib.data_tables import LabelTable, Problems, SampleFolder, csv_labels, walk_folders
 from glovita_lib.dist import cores, number_of
-from glovita_lib.errors import UserError, composed, listed
+from glovita_lib.errors import UserError, listed
 from glovita_lib.files import on_disk, read_csv
 from glovita_lib.loggers import Rate
 from glovita_lib.read_video import (
@@ -380,122 +380,6 @@ def order_line(facts: Sequence[VideoFacts]) -> list[str]:
 # ------------------------------------------------------------------------------- labels of frames
 
 
-@dataclass(slots=True)
-class FrameTable:
-    """Labels of the frames of videos, by id."""
-
-    segments: dict[str, list[tuple[float, float, str]]]
-    """Start, end and label, in frames or seconds; the name of a class once it is known."""
-    lengths: dict[str, int]
-    """How many frames have a label, of videos with a file of labels of their own."""
-    seconds: bool
-
-    def most_frequent(self, name: str) -> str | None:
-        """Label of most frames of a video; None where none has one."""
-        time: Counter[str] = Counter()
-        for start, end, label in self.segments[name]:
-            time[label] += end - start  # type: ignore[assignment]  # seconds are counted too
-        return max(time, key=lambda label: (time[label], label), default=None)
-
-    def problem(self, name: str, facts: VideoFacts) -> str | None:
-        """What is wrong with the labels of a video."""
-        count = self.lengths.get(name)
-        if count is not None and count != facts.frames:
-            return f"{count} labels of frames, {facts.frames} frames"
-        ends = [end for _, end, _ in self.segments.get(name, ())]
-        last = float(facts.clock.seconds(np.array(facts.frames)) if self.seconds else facts.frames)
-        slack = 1.0 if self.seconds else 0.0  # durations are rounded
-        if ends and max(ends) > last + slack:
-            return f"a label up to {max(ends):g}, it ends at {last:g}"
-        return None
-
-    def targets(self, name: str, facts: VideoFacts, place: dict[str, int]) -> np.ndarray:
-        """Class of every frame (F,) int64, UNLABELLED where there is none.
-
-        Args:
-            place: number of each class by name.
-        """
-        found = np.full(facts.frames, UNLABELLED, np.int64)
-        edges = facts.clock.seconds(np.arange(facts.frames + 1))
-        middles = (edges[:-1] + edges[1:]) / 2
-        for start, end, label in self.segments[name]:
-            inside = slice(int(start), int(end))
-            if self.seconds:
-                inside = slice(*np.searchsorted(middles, [start, end]).tolist())
-            found[inside] = place[label]
-        return found
-
-
-def read_frame_labels(spec: VideoData, folder: VideoFolder) -> FrameTable:
-    """Labels of frames, from a table or a folder of files.
-
-    Raises:
-        UserError: nothing there, or not such labels.
-    """
-    path = on_disk(Path(spec.data_root_dir) / spec.frames.labels_file)
-    if path.is_dir():
-        return label_files(path, folder)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder; see data.frames.labels_file")
-    return label_rows(path, spec, folder)
-
-
-def label_rows(path: Path, spec: VideoData, folder: VideoFolder) -> FrameTable:
-    """Labels of a CSV file with a row a frame or a segment."""
-    of, label = spec.frames, spec.label_column
-    if not isinstance(label, str):
-        raise UserError("data.label_column: labels of frames stand in one column")
-    (column,) = spec.path_columns
-    rows = read_csv(path, [column, label])
-    header = set(rows[0]) if rows else set()
-    by_segment = {of.start_column, of.end_column} <= header
-    if rows and not by_segment and of.frame_column not in header:
-        raise UserError(
-            f'{path}: neither a column "{of.frame_column}" nor "{of.start_column}" and'
-            f' "{of.end_column}"; see data.frames'
-        )
-    table = FrameTable({}, {}, by_segment and of.unit == "seconds")
-    wrong = []
-    for line, row in enumerate(rows, 2):
-        identity = folder.find(row[column])
-        if identity is None:
-            continue  # a table may be of more videos than are here
-        try:
-            start = float(row[of.start_column if by_segment else of.frame_column])
-            end = float(row[of.end_column]) if by_segment else start + 1
-        except ValueError:
-            start, end = -1.0, -1.0
-        whole = table.seconds or (start.is_integer() and end.is_integer())
-        if not (0 <= start <= end and whole):
-            wrong.append(f"line {line}")
-        table.segments.setdefault(identity, []).append((start, end, row[label]))
-    if wrong:
-        what = "times" if table.seconds else "whole numbers"
-        raise UserError(f"{path}: start and end must be {what}, 0 <= start <= end: {listed(wrong)}")
-    return table
-
-
-def label_files(path: Path, folder: VideoFolder) -> FrameTable:
-    """Labels of a folder with a file a video, of one label a frame."""
-    table = FrameTable({}, {}, seconds=False)
-    for identity in folder.ids:
-        stem = identity if (folder.folder / identity).is_dir() else os.path.splitext(identity)[0]
-        there = [on_disk(path / (stem + ending)) for ending in (".npy", ".csv", ".txt")]
-        found = next((file for file in there if file.is_file()), None)
-        if found is None:
-            continue
-        if found.suffix == ".npy":
-            values = np.load(found, allow_pickle=False).ravel().tolist()
-            labels = ["" if is_missing(value, "multiclass") else word(value) for value in values]
-        else:
-            labels = files.read_text(found).splitlines()
-            labels = labels[1:] if labels and labels[0].strip() == "label" else labels
-            labels = [label.strip() for label in labels]
-        table.lengths[identity] = len(labels)
-        table.segments[identity] = [(i, i + 1, label) for i, label in enumerate(labels)]
-    return table
-
-
 def split_table(spec: VideoData, folder: VideoFolder, frames: FrameTable) -> LabelTable:
     """Splits and groups of videos where a CSV file states them, and as the label of each that of
     most of its frames."""
@@ -511,26 +395,8 @@ def split_table(spec: VideoData, folder: VideoFolder, frames: FrameTable) -> Lab
         )
     most = {name: frames.most_frequent(name) for name in frames.segments}
     table.labels = {name: label for name, label in most.items() if label is not None}
+    table.labels |= dict.fromkeys(frames.broken, (spec.class_names or ("",))[0])  # to be refused
     return table
-
-
-def named(spec: VideoData, frames: FrameTable, asked: Asked) -> tuple[VideoData, FrameTable]:
-    """The spec with the names of all classes of frames, and the labels with these names, without
-    those that count for nothing. What a label means is decided once over all videos."""
-    left_out = {"", *map(composed, spec.frames.unlabelled)}
-    labels = {label for part in frames.segments.values() for _, _, label in part}
-    if not (each := sorted(label for label in labels if composed(label) not in left_out)):
-        raise UserError("no frame has a label; see data.frames")
-    rules = LabelRules(
-        "multiclass", spec.class_names, spec.num_classes, None, spec.label_separator, asked.trained
-    )
-    _, names, (targets,), _ = encode([Labels(each, each)], rules)
-    means = {label: names[target] for label, target in zip(each, targets.tolist(), strict=True)}
-    segments = {
-        identity: [(start, end, means[label]) for start, end, label in part if label in means]
-        for identity, part in frames.segments.items()
-    }
-    return msgspec.structs.replace(spec, class_names=names), replace(frames, segments=segments)
 
 
 # -------------------------------------------------------------------------------- the data set
@@ -551,7 +417,7 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
         asked = replace(asked, trained=asked.trained._replace(subtask="multiclass"))
     frames = read_frame_labels(spec, folder) if of_frames else None
     if frames is not None:
-        spec, frames = named(spec, frames, asked)
+        spec, frames = with_class_names(spec, frames, asked)
     table_of_frames = None if frames is None else split_table(spec, folder, frames)
     index = base / INDEX if spec.reading.index_file is None else Path(spec.reading.index_file)
 
@@ -575,6 +441,8 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
         table=table_of_frames,
     )
     report += order_line(found.found)
+    if frames is None:
+        report += found.untrained()
     videos = VideoTable([folder.video(i) for i in found.ids], found.found)
     splits = {
         name: found.split(name, lambda rows: VideoSource(videos, rows)) for name in found.rows
@@ -586,6 +454,10 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
         for name, split in splits.items():
             own = [labels[row] for row in found.rows[name]]
             splits[name] = replace(split, frames=frames_of(split.ids, split.source, own))
+        if "train" in splits:
+            labels = [labels[row] for row in found.rows["train"]]
+            known = np.concatenate(labels)
+            report += untrained(known[known != UNLABELLED], found.class_names, "multiclass")
     return Data(
         name="generic_video_dataset",
         splits=splits,

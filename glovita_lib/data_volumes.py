@@ -387,6 +387,7 @@ def _(spec: VolumeData, *, seed: int, asked: Asked) -> Data:
 
     subtask = spec.stated_subtask() or "multiclass"
     table = read_folder(spec, subtask, folder, look, report, seed=seed, asked=asked)
+    report += table.untrained()
     if spec.preparation.spacing is None:
         report += spacing_line(table.found)
 

@@ -85,8 +85,8 @@ class FrameLabels(Spec):
     """What has a label: a video, or each of its frames."""
     labels_file: Annotated[PathText, OF_FRAMES] = "frames.csv"
     """Labels of frames below data_root_dir: a CSV file with a row a frame or a segment; or a folder
-    with a file (npy, csv, txt) a video, named as the video but for its suffix, of one label a
-    frame."""
+    with a file a video, named as the video but for its suffix: an array (npy), a label a line, or a
+    table (csv, txt) with data.label_column and, where not all frames have a label, frame_column."""
     frame_column: Annotated[str, OF_FRAMES] = "frame"
     """CSV column of the frame's number, from 0, of a table with a row a frame."""
     start_column: Annotated[str, OF_FRAMES] = "start"

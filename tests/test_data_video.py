@@ -1,8 +1,10 @@
 """Data sets of videos: labels, splits, what is broken, labels of frames, new videos, the index."""
 
 import csv
+import io
 import json
 import os
+import re
 import shutil
 import unicodedata
 
@@ -324,6 +326,106 @@ def test_labels_that_do_not_fit_are_refused(root):
     (root / "files" / "walk" / "v8.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match="2 labels of frames, 16 frames"):
         build(root, frames=FrameLabels(label_level="frame", labels_file="files"), strict=True)
+    table(root, [(i[:-4], 0, 3, "a") for i in ids], "path", "start", "end", "label", name="f.csv")
+    with pytest.raises(
+        UserError, match=r"no row names a video; its column .path. has ru, run/v11, run/v5"
+    ):
+        build(root, frames=FrameLabels(label_level="frame", labels_file="f.csv"))
+
+
+def test_a_frame_with_two_labels_is_refused(root):
+    (first, second, *_) = ids = names(root)
+    rows = [(i, 0, 5, "a") for i in ids] + [(i, 5, 8, "b") for i in ids]
+    twice = [(first, 4, 6, "b"), (second, 4, 5, "a"), (second, 6, 7, "-1")]
+    for unit, factor in (("frames", 1), ("seconds", 1 / 25)):
+        each = [(i, a * factor, b * factor, label) for i, a, b, label in rows + twice]
+        table(root, each, "path", "start", "end", "label", name="frames.csv")
+        fields = FrameLabels(label_level="frame", unit=unit)
+        with pytest.raises(UserError) as told:
+            build(root, frames=fields)
+        assert str(told.value).splitlines()[1:] == [f"  {first}: frame 4 has the labels a, b"]
+        left = build(root, frames=fields, strict=False)
+        assert first not in labelled(left) and second in labelled(left)
+
+
+FILES = {  # of labels of the frames of a video: what it is called and holds, by the labels
+    "lines": lambda words: ("txt", "\n".join(words) + "\n"),
+    "an empty line at the end": lambda words: ("txt", "\n".join(words) + "\n\n"),
+    "with a byte-order mark": lambda words: ("txt", "\ufeff" + "\r\n".join(words) + "\r\n"),
+    "quoted": lambda words: ("csv", "label\n" + "\n".join(f'"{word}"' for word in words)),
+    "one column": lambda words: ("csv", "\n".join(f'"{word}"' for word in words)),
+    "numbered": lambda words: ("csv", "frame;label\n" + "\n".join(
+        f'{i};"{word}"' for i, word in reversed(list(enumerate(words))))),
+    "tabs": lambda words: ("txt", "frame\tlabel\n" + "\n".join(
+        f"{i}\t{word}" for i, word in enumerate(words) if word)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_files_of_labels(root, form):
+    wanted = {}
+    for identity in names(root):
+        count = 8 + int(identity.partition("/v")[2].partition(".")[0])
+        wanted[identity] = ["a, left", "b", "b", *["c"] * (count - 4), ""]
+        suffix, text = FILES[form](wanted[identity])
+        path = root / "each" / f"{os.path.splitext(identity)[0]}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    each = FrameLabels(label_level="frame", labels_file="each")
+    assert labelled(build(root, frames=each, strict=True)) == wanted
+
+
+def test_files_of_labels_that_are_broken_are_listed(root):
+    (root / "each" / "run").mkdir(parents=True), (root / "each" / "walk").mkdir()
+    broken = [
+        ("npy", b"no array", "not an array"),
+        ("npy", saved(np.array(["a"] * 9, object)), "not an array"),
+        ("npy", saved(np.eye(9)), r"labels of shape \(9, 9\)"),
+        ("csv", b"0,a\n1,b\n", 'no column "label"; columns are 0, a'),
+        ("csv", b"frame,label\n0,a\n-1,b\n", '"-1" is no number of a frame'),
+        ("csv", b"phase\n" + b"a\n" * 40, "41 labels of frames, 19 frames$"),
+        (
+            "csv",
+            b"phase\n" + b"a\n" * 8,
+            "9 labels of frames, 8 frames; name the column of a header",
+        ),
+    ]
+    ids = sorted(names(root), key=lambda name: -frames_in(name))
+    for identity, (suffix, content, _) in zip([*ids[5::-1], ids[-1]], broken, strict=True):
+        path = root / "each" / f"{os.path.splitext(identity)[0]}.{suffix}"
+        path.write_bytes(content)
+    for identity in (rest := ids[6:-1]):
+        path = root / "each" / f"{os.path.splitext(identity)[0]}.txt"
+        path.write_text("a\n" * frames_in(identity))
+    each = FrameLabels(label_level="frame", labels_file="each")
+    with pytest.raises(UserError) as told:
+        build(root, frames=each)
+    lines = str(told.value).splitlines()
+    assert len(lines) == 8
+    for _, _, words in broken:
+        assert any(re.search(words, line) for line in lines), words
+    assert set(labelled(build(root, frames=each, strict=False))) == set(rest)
+
+
+def frames_in(identity):
+    return 8 + int(identity.partition("/v")[2].partition(".")[0])
+
+
+def saved(values):
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=True)
+    return file.getvalue()
+
+
+def test_classes_without_a_training_frame_are_told(root):
+    """Whatever most frames of a video are."""
+    rows = [row for i in names(root) for row in ((i, 0, 3, "few"), (i, 3, 8, "many"))]
+    table(root, rows, "path", "start", "end", "label", name="frames.csv")
+    assert not any("without a training" in line for line in build(root, frames=FRAMES).report)
+    train = build(root, frames=FRAMES).splits["train"].ids
+    rows = [row for row in rows if row[3] == "many" or row[0] not in train]
+    table(root, rows, "path", "start", "end", "label", name="frames.csv")
+    assert "classes without a training sample: few" in build(root, frames=FRAMES).report
 
 
 # ---------------------------------------------------------------------- new videos
