@@ -43,24 +43,28 @@ class Grid:
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
         self.size: tuple[int, ...] = ()
+        self.prefix = 0  # tokens before those of the whole grid, as the last call saw them
 
     def split(self, tokens: int) -> tuple[int, tuple[int, ...]]:
-        """Number of prefix tokens and the grid of the others, which may be halved (Swin's stages).
+        """Number of prefix tokens and the grid of the others, which may be halved (Swin's stages),
+        but for its first axis (time, in MViT's stages).
 
         Raises:
             UserError: no such grid, for example where patches were dropped.
         """
-        size = self.size
-        if tokens >= math.prod(size):
-            return tokens - math.prod(size), size
-        while math.prod(size) > tokens:
-            size = tuple(-(-side // 2) for side in size)
-        if math.prod(size) != tokens:
-            raise UserError(
-                f"peft.method: it needs all {' x '.join(map(str, self.size))} patches, and there"
-                f" are {tokens} tokens: leave no patches out in model.encoder"
-            )
-        return 0, size
+        if tokens >= math.prod(self.size):
+            self.prefix = tokens - math.prod(self.size)
+            return self.prefix, self.size
+        for kept in (0, 1):
+            size = self.size
+            while math.prod(size) + self.prefix > tokens and max(size[kept:]) > 1:
+                size = (*size[:kept], *(-(-side // 2) for side in size[kept:]))
+            if math.prod(size) + self.prefix == tokens:
+                return self.prefix, size
+        raise UserError(
+            f"peft.method: it needs all {' x '.join(map(str, self.size))} patches, and there"
+            f" are {tokens} tokens: leave no patches out in model.encoder"
+        )
 
 
 class Recording(Changed):

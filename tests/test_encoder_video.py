@@ -3,7 +3,9 @@ stages, blocks, volumes; and through the model: a step of training, a strict rel
 
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -14,16 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glovita_lib.encoder import Encoder, build_encoder, clip_size_of, preprocess_of
-from glovita_lib.encoder_aggregation import aggregate
+from glovita_lib.encoder_aggregation import Layers, aggregate
 from glovita_lib.encoder_pytorchvideo import MEAN, hub_builder
 from glovita_lib.encoder_video import STAGES, ClippedPool, fit_rgb, resampled
 from glovita_lib.errors import UserError
-from glovita_lib.extraction import Layers
 from glovita_lib.model import build_model
 from glovita_lib.spec_encoders import PytorchvideoEncoder, TimmEncoder, TorchvisionVideoEncoder
 from glovita_lib.spec_lift import Slices
-from glovita_lib.spec_model import ModelSpec
-from glovita_lib.spec_peft import FullFinetuning
+from glovita_lib.spec_model import FramewiseHead, ModelSpec
+from glovita_lib.spec_peft import FullFinetuning, Peft
 
 CLASSIFIERS = {"s3d": "classifier.1", "mvit_v1_b": "head.1", "mvit_v2_s": "head.1"}
 TORCHVISION = {  # clips that are not those of the published weights
@@ -408,6 +409,102 @@ def test_trains_a_step_saves_and_reloads_strictly(name: str, tmp_path: Path) -> 
         layers = Layers(model.encoder, (0, -1 % BLOCKS[name]), norm=True)(x)
     assert vector.shape[0] == 2 and vector.isfinite().all()
     assert all(layer.tokens.isfinite().all() and layer.grid for layer in layers)
+
+
+ADAPTED = ("x3d_xs", "mvit_v2_s", "swin3d_t", "slowfast_r50")
+METHODS = [each for each in get_args(Peft) if each.__struct_config__.tag != "custom"]
+QUICK = {("mvit_v2_s", "convpass"), *(("x3d_xs", tag) for tag in ("lora", "ssf", "gps", "bitfit"))}
+REFUSED = {  # by encoders without Linear layers, and where layers have odd numbers of inputs
+    "slowfast_r50": {"adapt_former", "convpass", "fact", "oft", "boft"},
+    "x3d_xs": {"adapt_former", "convpass", "fact", "oft", "boft", "rep_adapter"},
+}
+SETTINGS = {"rep_adapter": {"groups": 1}, "partial_finetuning": {"num_frozen_layers": 4}}
+
+
+def adapted() -> Iterator[Any]:
+    """Encoders with methods; a few of the pairs unless slow tests are asked for."""
+    for name in ADAPTED:
+        for method in METHODS:
+            tag = method.__struct_config__.tag
+            quick = (name, tag) in QUICK or tag in REFUSED.get(name, ())
+            marks = () if quick else pytest.mark.slow
+            yield pytest.param(name, method, marks=marks, id=f"{name}-{tag}")
+
+
+@pytest.mark.parametrize(("name", "method"), [*adapted()])
+def test_methods_adapt_encoders_of_clips(name: str, method: type, tmp_path: Path) -> None:
+    """A step changes what the method trains and nothing else, and the model reloads strictly; a
+    method of transformers says what it misses."""
+    spec, size = ModelSpec(encoder=section(name)), FAMILIES[name]
+    tag = method.__struct_config__.tag
+
+    def fresh():
+        torch.manual_seed(0)
+        arguments = {"outputs": 3, "channels": 3, "size": size, "load_weights": False}
+        return build_model(spec, method(**settings), **arguments)
+
+    settings = SETTINGS.get(tag, {}) if name in REFUSED else {}
+    if tag == "visual_prompt_tuning" or tag in REFUSED.get(name, ()):
+        with pytest.raises(UserError, match="peft|rep_adapter"):
+            fresh()
+        return
+    model = fresh()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x, y = clips(size), torch.tensor([0, 2])
+    trained = {key for key, value in model.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    F.cross_entropy(model.train()(x), y).backward()
+    assert not [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    optimizer.step()
+    moved = {k for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+    assert moved and moved <= trained and any(key.startswith("head.") for key in moved)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    again = fresh()
+    again.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True), strict=True)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("x3d_xs", None),
+        ("slowfast_r50", None),
+        ("mvit_v2_s", None),
+        pytest.param("swin3d_t", ("layer1", "layer3"), marks=pytest.mark.slow),
+        pytest.param("s3d", ("layer2",), marks=pytest.mark.slow),
+        ("resnet18", None),
+        ("test_vit", ()),
+    ],
+)
+def test_a_head_along_time_reads_every_family(name: str, stages: tuple[str, ...] | None) -> None:
+    """Logits of each frame of clips, gradients in every stage that it joins, and the same after a
+    strict reload; frames of an image encoder are its one stage."""
+    size = FAMILIES.get(name, (5, 32, 32))
+    if name in FAMILIES:
+        encoder = section(name)
+    else:
+        encoder = TimmEncoder(type=name, pretrained=False, lift="slices", slices=Slices(axis="x"))
+    spec = ModelSpec(encoder=encoder, head=FramewiseHead(stages=stages))
+
+    def fresh():
+        torch.manual_seed(0)
+        arguments = {"outputs": 4, "channels": 3, "size": size, "load_weights": False}
+        return build_model(spec, FullFinetuning(), **arguments)
+
+    model, x = fresh().train(), clips(size)
+    logits = model(x)
+    assert logits.shape == (2, size[0], 4) and bool(logits.isfinite().all())
+    F.cross_entropy(logits.flatten(0, 1), torch.arange(2 * size[0]) % 4).backward()
+    assert not [k for k, p in model.head.named_parameters() if not p.grad.abs().sum() > 0]
+    first = next(p for p in model.encoder.parameters() if p.requires_grad)
+    assert first.grad is not None and bool(first.grad.abs().sum() > 0)
+    wanted = model.encoder.stage_names[:-1] if stages is None else stages
+    assert model.head.stages == wanted and bool(wanted) == (name in FAMILIES)
+    again = fresh()
+    again.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), model.eval()(x))
 
 
 def test_importing_the_hub_warns_of_nothing() -> None:
