@@ -130,7 +130,8 @@ def score_columns(
         columns |= {f"p_{name}": column for name, column in zip(names, values.T, strict=True)}
     if subtask == "multilabel" or (subtask == "multiclass" and is_rounded(scores)):
         logits = scores.ranked if subtask == "multilabel" else scores.logits(subtask)
-        columns |= {f"logit_{name}": column for name, column in zip(names, logits.T, strict=True)}
+        pairs = zip(names, logits.astype(np.float64).T, strict=True)
+        columns |= {f"logit_{name}": column for name, column in pairs}
     return columns
 
 
