@@ -7,8 +7,9 @@ N samples, F frames of a video, T frames of a clip, H W pixels.
 """
 
 import os
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import copy
@@ -281,6 +282,9 @@ def known_videos(path: Path | None) -> dict[str, Any]:
     return {}
 
 
+KEPT_EVERY = 30.0  # seconds of looking at videos that an interruption may lose
+
+
 def look_at_all(
     paths: dict[str, str], reading: VideoReading, index: Path | None, report: list[str]
 ) -> tuple[dict[str, VideoFacts], dict[str, str]]:
@@ -299,14 +303,18 @@ def look_at_all(
             if entry and enough and entry["stamp"] == stamp(path):
                 answers[name] = entry["found"]
     fresh = {name: path for name, path in paths.items() if name not in answers}
-    found = looked_at(fresh, reading)
-    answers |= found
-    if index is not None and found:
-        check = reading.check == "frames"
-        for name, answer in found.items():
+    check, written = reading.check == "frames", time.perf_counter()
+    try:
+        for name, answer in looked_at(fresh, reading):
+            answers[name] = answer
             with suppress(OSError):
                 known[name] = {"stamp": stamp(paths[name]), "check": check, "found": answer}
-        write_index(index, known, report)
+            if index is not None and time.perf_counter() - written > KEPT_EVERY:
+                write_index(index, known, [])
+                written = time.perf_counter()
+    finally:  # also what was found before an interruption
+        if index is not None and fresh:
+            write_index(index, known, report)
     facts, broken = {}, {}
     for name in paths:
         answer = answers[name]
@@ -332,9 +340,9 @@ def write_index(path: Path, known: dict[str, Any], report: list[str]) -> None:
         report.append(f"what is known of the videos is not kept ({error}): data.reading.index_file")
 
 
-def looked_at(paths: dict[str, str], reading: VideoReading) -> dict[str, Any]:
-    """Facts of videos as builtin types, or why they cannot be used, by id; by threads, as decord
-    lets others work."""
+def looked_at(paths: dict[str, str], reading: VideoReading) -> Iterator[tuple[str, Any]]:
+    """Ids of videos and their facts as builtin types, or why they cannot be used; by threads, as
+    decord lets others work."""
     rate = Rate("looking at videos", len(paths), shown=number_of("RANK", 0) == 0)
     check = reading.check == "frames"
     trusted: dict[str, bool] = {}
@@ -360,7 +368,7 @@ def looked_at(paths: dict[str, str], reading: VideoReading) -> dict[str, Any]:
 
     try:
         with ThreadPoolExecutor(cores() if check else 1) as pool:
-            return dict(zip(paths, pool.map(look, paths), strict=True))
+            yield from zip(paths, pool.map(look, paths), strict=True)
     finally:
         rate.close()
 

@@ -12,6 +12,7 @@ N frames, T frames that are asked for, H W pixels. This module imports no torch.
 
 import os
 import re
+import stat
 import struct
 import threading
 import zlib
@@ -632,6 +633,12 @@ def look_at_images(folder: str, *, check: bool, frame_rate: float) -> VideoFacts
 
 
 def stamp(path: str | Path) -> list[int]:
-    """What changes when a video does: size and time of change, of a folder its own."""
+    """What changes when a video does: size and time of change; of a folder of frames those of the
+    frames, with a checksum of their names and all of these."""
     state = os.stat(path)
-    return [state.st_size, state.st_mtime_ns]
+    if not stat.S_ISDIR(state.st_mode):
+        return [state.st_size, state.st_mtime_ns]
+    with os.scandir(path) as entries:
+        found = sorted((e.name, (of := e.stat()).st_size, of.st_mtime_ns) for e in entries)
+    sizes, times = sum(size for _, size, _ in found), max((t for *_, t in found), default=0)
+    return [sizes, times, zlib.crc32(repr(found).encode("utf-8", "surrogateescape"))]

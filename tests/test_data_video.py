@@ -174,10 +174,48 @@ def test_what_is_known_is_kept_until_a_file_changes(root, monkeypatch):
     assert sorted(path.rpartition("/")[2] for path in looked) == ["v0", "v8.mp4"]
     sizes = {i: s for p in data.splits.values() for i, s in zip(p.ids, p.source.sizes, strict=True)}
     assert sizes["walk/v8.mp4"][0] == 30 and sizes["walk/v0"][0] == 9
+    frame = root / "videos" / "walk" / "v0" / "frame3.png"
+    for content in (b"no frame", frame.read_bytes()):  # in place: the folder does not change
+        looked.clear()
+        frame.write_bytes(content)
+        if content == b"no frame":
+            with pytest.raises(UserError, match="v0: frame3.png"):
+                build(root)
+        else:
+            build(root)
+        assert [path.rpartition("/")[2] for path in looked] == ["v0"]
     (root / "video_index.json").write_text("{ broken")
     looked.clear()
     build(root)
     assert len(looked) == COUNT
+
+
+@pytest.mark.parametrize("every", [0.0, 1e9])
+def test_what_was_found_before_an_interruption_is_kept(root, monkeypatch, every):
+    """Now and then, and where the interruption is noticed."""
+    looked, real, written = [], data_video.look_at, data_video.write_index
+
+    def interrupted(path, **options):
+        looked.append(path)
+        if len(looked) > 5:
+            raise KeyboardInterrupt
+        return real(path, **options)
+
+    def killed(path, known, report):
+        if len(looked) <= 5:  # what a kill leaves
+            written(path, known, report)
+
+    monkeypatch.setattr(data_video, "cores", lambda: 1)
+    monkeypatch.setattr(data_video, "KEPT_EVERY", every)
+    monkeypatch.setattr(data_video, "look_at", interrupted)
+    if every == 0:
+        monkeypatch.setattr(data_video, "write_index", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(root)
+    monkeypatch.setattr(data_video, "look_at", lambda *a, **o: looked.append(a) or real(*a, **o))
+    looked.clear()
+    build(root)
+    assert len(looked) < COUNT if every == 0 else len(looked) == COUNT - 5
 
 
 def test_headers_alone_are_looked_at_where_that_is_asked(root):
