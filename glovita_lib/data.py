@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 import numpy as np
 
 from glovita_lib import files
-from glovita_lib.errors import UserError, composed, listed, refuse_controls
+from glovita_lib.errors import UserError, listed, refuse_controls
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_errors import SampleKind
 from glovita_lib.spec_samples import UNLABELLED, BaseData, OnlyPrediction, Subtask
@@ -404,7 +404,6 @@ class Data:
     def __post_init__(self) -> None:
         what = "targets" if self.subtask == "regression" else "classes"
         refuse_controls(f"data set {self.name}: names of {what}", self.class_names)
-        self.class_names = tuple(map(composed, self.class_names))
 
     @property
     def outputs(self) -> int:
