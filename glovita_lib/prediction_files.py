@@ -129,9 +129,9 @@ def score_columns(
     if subtask != "regression":
         columns |= {f"p_{name}": column for name, column in zip(names, values.T, strict=True)}
     if subtask == "multilabel" or (subtask == "multiclass" and is_rounded(scores)):
-        logits = scores.ranked if subtask == "multilabel" else scores.logits(subtask)
-        pairs = zip(names, logits.astype(np.float64).T, strict=True)
-        columns |= {f"logit_{name}": column for name, column in pairs}
+        doubles = scores.logits(subtask).astype(np.float64)
+        logits = scores.ranked if subtask == "multilabel" else doubles
+        columns |= {f"logit_{name}": column for name, column in zip(names, logits.T, strict=True)}
     return columns
 
 
