@@ -347,6 +347,8 @@ class SeriesSamples(BaseSamples, tag="series"):
     """How they are prepared; none of a data set of the user's own."""
     value_columns: tuple[str, ...] = ()
     """Columns of the channels in CSV files, in their order; none of files without names."""
+    step: float | None = None
+    """Time from a value to the next; none of series without times."""
 
 
 class ClipSamples(BaseSamples, tag="videos"):

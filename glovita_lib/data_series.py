@@ -276,13 +276,14 @@ def prepare_all(
     collections: Sequence[SeriesCollection],
     spec: SeriesPreparation,
     problems: Problems,
-    channels: int | None = None,
-) -> list[SeriesCollection]:
+    model: SeriesSamples | None = None,
+) -> tuple[list[SeriesCollection], float | None]:
     """The collections with their series prepared and without those that cannot be used, which are
-    noted.
+    noted; and the time from a value to the next, none where no series has times.
 
     Args:
-        channels: that the prepared series must have; none: those that most have.
+        model: what a model takes: channels and step that the series must have; none: those that
+            most have.
     """
     for whole in collections:
         for place, row in enumerate(whole.rows):
@@ -303,32 +304,35 @@ def prepare_all(
                 whole.prepared[row] = found
     everyone = [one for whole in collections for one in whole.prepared.values()]
     counts = Counter(len(one.values) for one in everyone)
-    wanted = min(counts, key=lambda c: (-counts[c], c), default=0) if channels is None else channels
+    wanted = min(counts, key=lambda c: (-counts[c], c), default=0)
     steps = [one.step for one in everyone if one.step is not None]
-    usual = float(np.median(steps)) if steps else 0.0
+    usual = float(np.median(steps)) if steps else None
+    if model is not None:
+        wanted = model.channels
+        usual = usual if model.step is None else model.step
     kept = []
     for whole in collections:
         for place, row in enumerate(whole.rows):
-            line = odd(whole.prepared.get(row), wanted, usual, of_model=channels is not None)
+            line = odd(whole.prepared.get(row), wanted, usual, of_model=model is not None)
             if line is not None:
                 problems.add(sample_name(whole, place), line)
                 whole.prepared.pop(row)
         kept.append(whole.without({row for row in whole.rows if row not in whole.prepared}))
-    return kept
+    return kept, usual
 
 
-def odd(one: PreparedSeries | None, channels: int, step: float, *, of_model: bool) -> str | None:
+def odd(
+    one: PreparedSeries | None, channels: int, step: float | None, *, of_model: bool
+) -> str | None:
     """What tells a series from the others: channels or step of its times."""
     if one is None:
         return None
+    others = "the model takes" if of_model else "most have"
     if len(one.values) != channels:
-        others = "the model takes" if of_model else "most have"
         return f"{len(one.values)} channels, {others} {channels}"
-    if one.step is not None and abs(one.step - step) > REGULAR * step:
-        return (
-            f"steps of {one.step:g} between its times, most have {step:g}: set"
-            " data.preparation.step to resample"
-        )
+    if one.step is not None and step is not None and abs(one.step - step) > REGULAR * step:
+        cure = "train with data.preparation.step" if of_model else "set data.preparation.step"
+        return f"steps of {one.step:g} between its times, {others} {step:g}: {cure} to resample"
     return None
 
 
@@ -352,7 +356,7 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     refuse_row_numbers(list(opened.values()), table)
     report, names = matched([whole.table for whole in opened.values()])
     problems = Problems(spec.strict, "sample")
-    kept = prepare_all(list(opened.values()), spec.preparation, problems)
+    kept, step = prepare_all(list(opened.values()), spec.preparation, problems)
     problems.settle(report)
     if empty := [whole.where for whole in kept if not whole.ids]:
         raise UserError(problems.text(f"cannot be used, which leaves none for {listed(empty)}:"))
@@ -393,6 +397,7 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
             channels=len(next(iter(kept[0].prepared.values())).values),
             preparation=spec.preparation,
             value_columns=names,
+            step=step,
         ),
         report=report,
     )
@@ -578,7 +583,7 @@ def unlabelled_series(
     report = [] if line is None else [line]
     problems = Problems(spec.strict, "sample")
     how = samples.preparation or SeriesPreparation()
-    (kept,) = prepare_all([whole], how, problems, samples.channels)
+    (kept,), _ = prepare_all([whole], how, problems, samples)
     problems.settle(report)
     if not kept.ids:
         raise UserError(problems.text("cannot be used, which leaves none:"))

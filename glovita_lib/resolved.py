@@ -338,6 +338,9 @@ class Resolved(Spec):
 # about data compares them here.
 
 
+STEPS = 1e-3  # share by which the times between values of series may differ
+
+
 def read_by(inputs: Inputs) -> BaseSamples:
     """What a sample has to be for a trained model."""
     kind = type(inputs).__base__
@@ -366,6 +369,8 @@ def check_samples(
     for key, theirs, ours in differences(wanted, samples):
         if key == "value_columns" and not displaced(theirs, ours):
             continue  # arrays do not name their channels, and other names say nothing of the order
+        if key == "step" and (None in (theirs, ours) or abs(theirs - ours) <= STEPS * theirs):
+            continue  # series without times are taken for such of the same step
         first = key.partition(".")[0]
         hint = f"; set data.{key}" if spec and first in spec.__struct_fields__ else ""
         raise UserError(

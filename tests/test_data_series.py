@@ -389,16 +389,10 @@ def test_a_val_that_is_drawn_divides_no_group(root):
         build(root, **files, resample=1)
 
 
-def test_a_checkpoint_knows_its_channels(command, refused, tmp_path):
-    for name, columns in (("xy", ("x", "y")), ("yx", ("y", "x")), ("ab", ("x", "y"))):
-        write_long(tmp_path / f"{name}.csv", columns)
-    text = (tmp_path / "ab.csv").read_text().replace("x,y", "a,b", 1)
-    (tmp_path / "ab.csv").write_text(text)
-    spec = f"""
+SMALL_SERIES = """
 [data]
 dataset = "generic_series_dataset"
-data_root_dir = "{tmp_path}"
-train_file = "xy.csv"
+data_root_dir = "ROOT"
 [model.encoder]
 encoder_type = "inception_time"
 depth = 3
@@ -413,7 +407,41 @@ batch_size = 4
 [logger]
 backend = "none"
 """
+
+
+def test_a_checkpoint_knows_the_step_of_its_times(command, refused, tmp_path):
+    """Series of another rate are refused one by one, or left out; without times they are taken. Of
+    a model that resamples they are resampled."""
+    write_long(tmp_path / "one.csv", ("x", "y"))
+    rows = [line.split(",") for line in (tmp_path / "one.csv").read_text().splitlines()]
+    place = rows[0].index("time")
+    for name, step in (("four", 4.0), ("near", 1.0005)):
+        moved = [[*r[:place], str(float(r[place]) * step), *r[place + 1 :]] for r in rows[1:]]
+        lines = [",".join(row) for row in [rows[0], *moved]]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    spec = SMALL_SERIES.replace("ROOT", str(tmp_path))
+    spec = spec.replace("[model.encoder]", 'train_file = "one.csv"\n[model.encoder]')
     run = command(spec=spec)
+    best = f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}"
+    asked = ["mode=infer", best, f"infer.output_dir={tmp_path / 'out'}"]
+    told = refused(*asked, f"infer.input={tmp_path / 'four.csv'}", spec=spec, lines=13)
+    assert "steps of 4 between its times, the model takes 1: train with data.prep" in told
+    told = refused(*asked, "data.train_file=none", "data.test_file=four.csv", spec=spec)
+    assert "was trained on series of step 1.0, data set" in told and "has step 4.0" in told
+    for name in ("one", "near"):
+        command(*asked, f"infer.input={tmp_path / name}.csv", spec=spec)
+    resampled = command("data.preparation.step=2", "name=two", spec=spec)
+    best = f"infer.checkpoint={resampled.path / 'checkpoints' / 'best.pt'}"
+    command("mode=infer", best, asked[2], f"infer.input={tmp_path / 'four.csv'}", spec=spec)
+
+
+def test_a_checkpoint_knows_its_channels(command, refused, tmp_path):
+    for name, columns in (("xy", ("x", "y")), ("yx", ("y", "x")), ("ab", ("x", "y"))):
+        write_long(tmp_path / f"{name}.csv", columns)
+    text = (tmp_path / "ab.csv").read_text().replace("x,y", "a,b", 1)
+    (tmp_path / "ab.csv").write_text(text)
+    spec = SMALL_SERIES.replace("ROOT", str(tmp_path))
+    run = command("data.train_file=xy.csv", spec=spec)
     asked = [
         "mode=infer", f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}",
         f"infer.output_dir={tmp_path / 'out'}", "data.train_file=none",
