@@ -50,7 +50,7 @@ def data(asked: argparse.Namespace) -> Any:
 def knn_ours(train: Any, classes: Any, queries: Any) -> Any:
     """Probabilities (N, K) of the neighbours' vote."""
     from glovita_lib.neighbors import nearest
-    from glovita_lib.run_probe import knn_scores
+    from glovita_lib.probe_models import knn_scores
 
     near = nearest(queries, train, K, "euclidean", exclude_self=False)
     return knn_scores(*near, classes, outputs=int(classes.max()) + 1, temperature=1e9).numpy()
@@ -69,7 +69,7 @@ def linear_ours(train: Any, classes: Any, queries: Any) -> Any:
     """Probabilities (N, K) of a logistic regression."""
     import torch
 
-    from glovita_lib.run_probe import fit_linear
+    from glovita_lib.probe_models import fit_linear
 
     ((_, model),) = fit_linear(
         train,
@@ -89,7 +89,7 @@ def tolerance(train: Any, classes: Any) -> float:
     """Largest entry of the gradient where ours stops; found before the time is taken."""
     import torch
 
-    from glovita_lib.run_probe import TOLERANCE, Train, moments, value_and_gradient
+    from glovita_lib.probe_models import TOLERANCE, Train, moments, value_and_gradient
 
     outputs = int(classes.max()) + 1
     given = Train(train, classes, outputs, "multiclass", *moments(train, torch.device("cpu")))

@@ -221,7 +221,6 @@ class VideoSource(Source):
 
 # ----------------------------------------------------------------------- what is known of videos
 
-INDEX = "video_index.json"
 FORMAT = 2  # of the index; another one looks at all videos anew
 
 
@@ -427,7 +426,7 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
     if frames is not None:
         spec, frames = with_class_names(spec, frames, asked)
     table_of_frames = None if frames is None else split_table(spec, folder, frames)
-    index = base / INDEX if spec.reading.index_file is None else Path(spec.reading.index_file)
+    index = Path(spec.index_path)
 
     def look(ids: list[str]) -> tuple[list[Any], dict[int, str]]:
         paths = {identity: folder.video(identity) for identity in ids}

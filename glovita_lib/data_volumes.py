@@ -33,7 +33,6 @@ from glovita_lib.spec_samples import WholeSubtask
 from glovita_lib.spec_volumes import VolumePreparation
 from glovita_lib.volume_cache import Entry, VolumeCache, VolumeSource
 
-CACHE = "volume_cache"  # folder of the cache files, below that of the data set
 DICOM = "dcm"  # the suffix that stands for folders of DICOM files too
 LOOKED_AT = 3  # largest and smallest files of a folder
 
@@ -268,16 +267,11 @@ def dicom_notes(beside: Sequence[str], others: Sequence[str]) -> Iterator[str]:
 # ---------------------------------------------------------------------- preparing them
 
 
-def cache_folder(preparation: VolumePreparation, beside: Path) -> Path:
-    """Folder of the cache files: the one of the spec, or one in the folder of the data set."""
-    return beside / CACHE if preparation.cache_dir is None else Path(preparation.cache_dir)
-
-
 def prepare_samples(cache: VolumeCache, samples: Sequence[tuple[str, ...]]) -> list[Entry | str]:
     """The cache file of each sample, or the line that says why there is none, with a progress bar
     on the first rank."""
     rate = Rate("preparing volumes", len(samples), shown=number_of("RANK", 0) == 0)
-    workers = cache.preparation.workers or cores()
+    workers = cache.preparation.processes(cores())
     try:
         return cache.fill(samples, workers=workers, advance=rate.add)
     finally:
@@ -376,7 +370,9 @@ def _(spec: VolumeData, *, seed: int, asked: Asked) -> Data:
     if not folder.ids:
         exts = ", ".join(spec.path_suffix or spec.allowed_exts)
         raise UserError(f"{folder.folder}: no volume with a suffix of {exts}; see data.images_dir")
-    cache = VolumeCache(cache_folder(spec.preparation, base), spec.reading, spec.preparation)
+    cache = VolumeCache(
+        Path(spec.preparation.cache_folder(str(base))), spec.reading, spec.preparation
+    )
 
     def look(ids: list[str]) -> tuple[list[Entry | str], dict[int, str]]:
         whole = [identity for identity in ids if identity not in lacking]
@@ -445,7 +441,8 @@ def unlabelled_volumes(
     beside = where if where.is_dir() else where.parent
     own = data.preparation
     how = replace(samples.preparation, cache_dir=own.cache_dir, workers=own.workers)
-    entries = prepare_samples(VolumeCache(cache_folder(own, beside), samples.reading, how), files)
+    where = Path(own.cache_folder(str(beside)))
+    entries = prepare_samples(VolumeCache(where, samples.reading, how), files)
     broken = broken_samples(entries, files, None)
     for number, entry in enumerate(entries):
         if isinstance(entry, Entry) and entry.shape[0] != samples.channels:

@@ -469,6 +469,26 @@ class Encoder(nn.Module):
             behind -= network.dependencies(self.net, self.norm(self.to_tokens(raw)))
         return behind
 
+    def taken(self, size: tuple[int, ...]) -> dict[str, Any]:
+        """What it takes of inputs (C, *size) where its section leaves that open, by the names of
+        the section's fields where they have some, as builtin types."""
+        drops = [part.p for part in self.net.modules() if isinstance(part, DROPOUTS)]
+        paths = [
+            float(getattr(part, "drop_prob", None) or getattr(part, "p", None) or 0)
+            for part in self.net.modules()
+            if type(part).__name__ in ("DropPath", "StochasticDepth")
+        ]
+        kernels = [part for part in self.net.modules() if network.is_conv(part)]
+        return {
+            "input_channels": self.input_shape[1],
+            "input_shape": list(self.input_shape[2:]),
+            "dropout": max(drops, default=None),
+            "drop_path": max(paths, default=None),
+            "stem_channels": kernels[0].weight.shape[0] if kernels else None,
+            "intermediates": list(self.returned),
+            "notes": list(self.notes),
+        }
+
     def blocks(self) -> list[nn.Module]:
         """Blocks in order from the input, as `network` defines them."""
         return network.blocks(self)
@@ -482,6 +502,7 @@ class Encoder(nn.Module):
         return network.Depths(of, found.layers, found.head)
 
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 LAST_NORMS = 4
 """Norms of a forward pass, from the last one on, whose outputs are kept and compared with it."""
 WITHOUT_SHAPES = (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError)

@@ -8,7 +8,7 @@ B batch, C channels, T H W frames, rows and columns, t h w of a map, D width.
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class SlowFastTrunk(ClipTrunk):
     The slow pathway sees T / alpha frames, evenly from the first to the last as pytorchvideo's
     published weights were trained: frame floor(i (T - 1) / (T / alpha - 1)) as slow frame i.
     """
+
+    pathways: ClassVar[str] = "slowfast"
 
     def __init__(self, net: nn.Module, *, alpha: int, **facts: Any) -> None:
         self.alpha = alpha

@@ -424,6 +424,22 @@ class FoldedEncoder(Encoder):
             for name in inner.pooling_parameters:
                 inner.net.get_parameter(name).requires_grad_(False)
 
+    def taken(self, size: tuple[int, ...]) -> dict[str, Any]:
+        """Beside the rest how a series of this length, of those of different ones the longest, is
+        folded."""
+        (inner,) = self.image
+        folding = {
+            "patch": self.row_length(size[0]),
+            "size": self.side,
+            "layer": len(inner.block_names),
+            "aggregation": self.method,
+        }
+        return {**inner.taken(inner.input_shape[2:]), "folding": folding}
+
+    def row_length(self, length: int) -> int:
+        """Time points of a row of a series."""
+        return self.spec.patch or max(2, math.isqrt(length))
+
     def forward_features(self, x: Tensor) -> Features:
         """Series (B, C or C + 1, T) -> features of the images of their channels (B C, ...)."""
         (inner,) = self.image
@@ -445,7 +461,7 @@ class FoldedEncoder(Encoder):
         quartiles = x.new_tensor([0.25, 0.5, 0.75])
         low, middle, high = torch.quantile(x, quartiles, dim=1)[:, :, None]
         x = (x - middle) / (high - low + TINY)
-        patch = self.spec.patch or max(2, math.isqrt(x.shape[1]))
+        patch = self.row_length(x.shape[1])
         x = F.pad(x[:, None], (max(0, patch - x.shape[1]), 0), mode="replicate")[:, 0]
         step = max(1, int(patch * self.spec.stride))
         folded = x.unfold(1, patch, step)  # (n, rows, patch)

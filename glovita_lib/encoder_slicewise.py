@@ -111,6 +111,17 @@ class PartwiseEncoder(Encoder):
                 vectors.append(self.vectors(inputs))
         return torch.cat(vectors)
 
+    def taken(self, size: Size) -> dict[str, Any]:
+        """What is taken of the parts, under their key, beside what the encoder of parts takes."""
+        (inner,) = self.inner
+        chunks = {"training": self.chunk or "all", "evaluation": self.chunk or self.at_once}
+        parts = {"aggregation": self.method, "chunk": chunks, **self.parts_of(size)}
+        return {**inner.taken(inner.input_shape[2:]), str(self.parts): parts}
+
+    def parts_of(self, size: Size) -> dict[str, Any]:
+        """Which parts a sample of this size is read in."""
+        raise NotImplementedError
+
     def vectors(self, inputs: Tensor) -> Tensor:
         """One vector of each part, (n, D)."""
         (inner,) = self.inner
@@ -199,6 +210,12 @@ class SlicewiseEncoder(PartwiseEncoder):
                 f"{self.name} in slices has no stage {name!r}; its only one is {FRAMES!r}"
             )
         return self.net
+
+    def parts_of(self, size: Size) -> dict[str, Any]:
+        """Axis and, of this size, places of the slices and their sides."""
+        sides = self.spec.size or [s for number, s in enumerate(size) if number != self.axis]
+        places = self.places(size[self.axis]).tolist()
+        return {"axis": self.spec.axis, "places": places, "size": list(sides)}
 
     def places(self, voxels: int) -> Tensor:
         """Voxels (S,) along the axis at which the slices of a volume lie."""
@@ -325,6 +342,15 @@ class WindowsEncoder(PartwiseEncoder):
         highest = [self.windows.cut(volume, at).amax() for at in starts.tolist()]
         filled = (torch.stack(highest) > self.skip_below).cpu().numpy()
         return starts[filled] if filled.any() else starts
+
+    def parts_of(self, size: Size) -> dict[str, Any]:
+        """Sides and steps of the windows, and how many a volume of this size has."""
+        windows = self.windows
+        return {
+            "size": list(windows.size),
+            "stride": list(windows.stride),
+            "count": windows.count(size),
+        }
 
     def most_tokens(self, size: Size) -> int | None:
         """Windows of a volume of this size."""
@@ -506,7 +532,7 @@ class InflatedEncoder(Encoder):
     """The encoder whose network was inflated, in a tuple as above."""
 
     def __init__(self, inner: Encoder, spec: Inflation, input_shape: Size) -> None:
-        self.image = (inner,)
+        self.image, self.spec = (inner,), spec
         self.axis = AXES[spec.axis]
         super().__init__(
             inner.net,
@@ -526,6 +552,10 @@ class InflatedEncoder(Encoder):
         """Volumes (B, C, X, Y, Z) -> map (B, D, h, w, n), the lifted axis last."""
         (inner,) = self.image
         return inner.forward_features(x.movedim(2 + self.axis, 4))
+
+    def taken(self, size: Size) -> dict[str, Any]:
+        """Beside the rest the axis that kernels did not have."""
+        return {**super().taken(size), "inflation": {"axis": self.spec.axis}}
 
     def pool(self, raw: Tensor) -> Tensor:
         """What the library makes of the mean of a map, else the mean, (B, D')."""

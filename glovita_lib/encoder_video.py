@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ def part(net: nn.Module, name: str) -> Any:
 class ClipTrunk(Encoder):
     """A network of clips whose modules, one after another, make a map, and whose head pools it."""
 
+    pathways: ClassVar[str] = "single"
+    """Whether clips enter as they are, or as a slow and a fast pathway."""
+
     def __init__(
         self,
         net: nn.Module,
@@ -76,6 +79,10 @@ class ClipTrunk(Encoder):
     def forward_features(self, x: Tensor) -> Tensor:
         """Inputs (B, C, *size) -> map (B, D, t, h, w) or (B, t, h, w, D)."""
         return self.run(x.movedim(2 + self.axis, 2))
+
+    def taken(self, size: tuple[int, ...]) -> dict[str, Any]:
+        """Beside the rest the axis of time, by its number, and how clips enter."""
+        return {**super().taken(size), "time_axis": self.axis, "pathway_mode": self.pathways}
 
     def run(self, x: Any) -> Any:
         """A clip through the modules of the map."""

@@ -111,6 +111,8 @@ class Experiment:
     """File that the weights come from; None: from the encoder's own, or the seed."""
     pool: WorkerPool | None = None
     """Worker processes of all its loaders; None: each has its own."""
+    batches: dict[str, Any] | None = None
+    """How those of the last prediction were made, see Loader.facts."""
 
     @property
     def predictor(self) -> LabelObjective:
@@ -210,6 +212,7 @@ class Experiment:
         if self.root.training.compile:
             self.model.compile(disable=True)
         loader = self.loader(split, train=False)
+        self.batches = loader.facts()
         try:
             return self.objective.evaluate(
                 self.model, loader, ranks=self.ranks, precision=self.precision
@@ -247,17 +250,14 @@ def read_data(
     trained = (
         None if model is None else Outputs(model.subtask, model.class_names, model.number_names)
     )
-    predicts = root.model.head.only_predicts(named=named)
     with dist.main_first(ranks):
-        if root.mode == "train":
-            return build_data(spec, seed=root.seed, predicts=predicts)
         return build_data(
             spec,
             seed=root.seed,
-            trains=False,
+            trains=root.mode == "train",
             trained=trained,
-            wanted=wanted,
-            predicts=predicts,
+            wanted=None if root.mode == "train" else wanted,
+            predicts=root.model.head.only_predicts(named=named),
         )
 
 

@@ -6,7 +6,7 @@ a clip, K classes.
 
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class FramewiseDecoder(nn.Module):
         self.stages = tuple(widths)
         skips = list(widths.values())[::-1]
         given = [spec.width or own for own in skips] or [spec.width or width]
+        self.widths = tuple(given)
         below = [width, *given]
         taken = [one + other for one, other in zip(below, skips, strict=False)] or [width]
         self.blocks = nn.ModuleList(
@@ -82,6 +83,10 @@ class FramewiseDecoder(nn.Module):
         )
         self.drop = nn.Dropout1d(spec.dropout)
         self.classifier = nn.Conv1d(given[-1], outputs, 1)
+
+    def taken(self) -> dict[str, Any]:
+        """Stages and widths, whether the section names them or not."""
+        return {"stages": list(self.stages), "width": list(self.widths)}
 
     def forward(self, features: Staged, frames: int) -> Tensor:
         """Features of clips of T = `frames` frames -> logits (B, T, K)."""

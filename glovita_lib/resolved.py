@@ -26,11 +26,13 @@ from glovita_lib.data import (
     VolumeSamples,
     outputs_line,
 )
+from glovita_lib.dist import cores
 from glovita_lib.encoder import file_facts, preprocess_of
 from glovita_lib.errors import UserError, composed, listed, refuse
 from glovita_lib.metric_names import check_logged, logged_names, uses_order, usual_metrics
 from glovita_lib.spec import ByStruct, Spec, flattened, with_lists
 from glovita_lib.spec_augment import ImageAugmentation
+from glovita_lib.spec_data import VolumeData
 from glovita_lib.spec_errors import shown
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_samples import BaseData, Subtask
@@ -597,6 +599,16 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
         number_names=data.number_names,
         encoder_facts=file_facts(root.model.encoder),
     )
+
+
+def data_taken(spec: BaseData, data: Data) -> dict[str, Any]:
+    """What reading a data set takes where its section leaves it open, beside what `Resolved` has:
+    files by default, the processes that prepare volumes, whether samples come in groups."""
+    taken = spec.paths_taken()
+    if isinstance(spec, VolumeData):
+        taken["preparation"]["workers"] = spec.preparation.processes(cores())
+    grouped = any(split.groups is not None for split in data.splits.values())
+    return {**taken, "has_groups": grouped}
 
 
 def check_task(task: LabelTask, data: Data) -> None:

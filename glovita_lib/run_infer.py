@@ -2,11 +2,12 @@
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace as with_fields
 from functools import singledispatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import msgspec
@@ -115,6 +116,8 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
         rows = []
         if predictions is not None:
             write_notes(folder / f"notes_{name}.txt", notes)
+            taken = values_taken(first, paths, name)
+            files.write_json(folder / f"resolved_config_{name}.json", taken)
             rows = write_split(folder, name, split, predictions, first)
         made_of = {"split": name, "checkpoints": list(map(str, paths))}
         attention = recorder.write(split, first.resolved, made_of)
@@ -126,6 +129,24 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
             rows.append(("volume maps", f"{maps.write(split)}/"))
     if ranks.is_main:
         say(two_columns(rows))
+
+
+def values_taken(experiment: Experiment, paths: Sequence[Path], name: str) -> dict[str, Any]:
+    """What the predictions were made with, where the spec leaves it open: what the first member was
+    trained with and is asked anew, which checkpoints, which samples, and how batches are made."""
+    root, resolved = experiment.root, experiment.resolved
+    return {
+        **msgspec.to_builtins(resolved),
+        "taken": {
+            "device": str(experiment.ranks.device),
+            "ranks": experiment.ranks.world,
+            "infer": {"checkpoint": [str(path) for path in paths], "split": name},
+            "training": {"precision": experiment.precision},
+            "dataloading": {name: experiment.batches},
+            "model": {"feature_aggregation_method": experiment.model.aggregation},
+            "add_log": root.add_log,
+        },
+    }
 
 
 def slices_note(experiment: Experiment, split: Split) -> list[str]:

@@ -44,7 +44,15 @@ from glovita_lib.optim import GROUP_COLUMNS, group_lines, group_rows
 from glovita_lib.peft import save_adapter
 from glovita_lib.plot_curves import learning_curves
 from glovita_lib.prediction_files import Table, prediction_paths
-from glovita_lib.resolved import Resolved, check_data, check_targets, check_unchanged, resolve_spec
+from glovita_lib.resolved import (
+    EncodedInputs,
+    Resolved,
+    check_data,
+    check_targets,
+    check_unchanged,
+    data_taken,
+    resolve_spec,
+)
 from glovita_lib.results import (
     SPLITS,
     plot_augmented,
@@ -58,7 +66,6 @@ from glovita_lib.results import (
 from glovita_lib.rundir import Decision, RunDir, opened, runtime_info
 from glovita_lib.sampler import check_ranks
 from glovita_lib.spec import Loaded, changed_keys
-from glovita_lib.spec_data import FolderData
 from glovita_lib.spec_root import Root, head_is_named
 from glovita_lib.spec_train import Training
 from glovita_lib.trainer import Hooks, Trainer, kept_epoch
@@ -258,7 +265,7 @@ def learn(
         trainer.load_state_dict(saved)
     run.clean(ranks, decision)
     names = logged_as(root.logger, run=run, data=root.data, dataset=loaded.plain["data"]["dataset"])
-    taken = {**values_taken(experiment, trainer), "logger": names, "add_log": root.add_log}
+    taken = {**values_taken(experiment, trainer, data), "logger": names, "add_log": root.add_log}
     dist.main_decides(ranks, lambda: prepare(run, loaded, experiment, data, taken, saved))
     logger = build_logger(
         root.logger,
@@ -383,40 +390,17 @@ def checkpoint_of(path: Path, run: RunDir, loaded: Loaded[Root]) -> dict[str, An
     return saved
 
 
-def values_taken(experiment: Experiment, trainer: Trainer) -> dict[str, Any]:
+def values_taken(experiment: Experiment, trainer: Trainer, data: Data) -> dict[str, Any]:
     """What a run takes where the spec leaves it open or says "auto", read off the objects that
-    run, as builtin types by section: the aggregation, the autocast type, workers and batches of
-    each loader, steps and warm-up, what the encoder's network has, the layers that a method
-    adapts."""
-    model, order = experiment.model, trainer.order
-    encoder, schedule = model.encoder, trainer.schedule
+    run, as builtin types by section: files that are used by default, where groups come from, the
+    model, the autocast type, workers and batches of each loader, steps and warm-up."""
+    order, schedule = trainer.order, trainer.schedule
     loaders = {"train": trainer.train_loader, "val": trainer.val_loader}
-    names = {module: name for name, module in model.named_modules()}
-    data = experiment.root.data
-    files_read = {}
-    if isinstance(data, FolderData) and data.reads_label_file:
-        files_read["labels_file"] = data.label_path
     return {
         "device": str(experiment.ranks.device),
         "ranks": experiment.ranks.world,
-        "data": files_read,
-        "model": {
-            "encoder": {
-                "type": encoder.name,
-                "width": encoder.width,
-                "patch_size": list(encoder.patch),
-                "prefix_tokens": list(encoder.prefix),
-                "pooling": encoder.pooling,
-                "blocks": len(encoder.block_names),
-            },
-            "feature_aggregation_method": (
-                model.aggregation if model.head.consumes == "pooled" else None
-            ),
-        },
-        "peft": {
-            kind.__name__: [names[member] for member in members]
-            for kind, members in model.adapters.items()
-        },
+        "data": data_taken(experiment.root.data, data),
+        **model_taken(experiment),
         "training": {
             "precision": trainer.precision,
             "steps_per_epoch": trainer.steps,
@@ -431,6 +415,36 @@ def values_taken(experiment: Experiment, trainer: Trainer) -> dict[str, Any]:
         },
         "dataloading": {
             split: loader.facts() for split, loader in loaders.items() if loader is not None
+        },
+    }
+
+
+def model_taken(experiment: Experiment) -> dict[str, Any]:
+    """What the encoder's network and the head have, what an encoder takes of its samples, how
+    tokens become vectors, and the layers that a method adapts."""
+    model, inputs = experiment.model, experiment.resolved.inputs
+    encoder, head = model.encoder, model.head
+    names = {module: name for name, module in model.named_modules()}
+    of_network: dict[str, Any] = {}
+    if isinstance(inputs, EncodedInputs):
+        is_patchwise = encoder.layout == 3 and encoder.has_patches
+        of_network = {
+            "patch_size": list(encoder.patch) if is_patchwise else None,
+            "prefix_tokens": list(encoder.prefix),
+            "pooling": encoder.pooling,
+            "blocks": len(encoder.block_names),
+            **encoder.taken(inputs.shape[1:]),
+        }
+    pooled = head.consumes == "pooled"
+    return {
+        "model": {
+            "encoder": {"type": encoder.name, "width": encoder.width, **of_network},
+            "head": getattr(head, "taken", dict)(),
+            "feature_aggregation_method": model.aggregation if pooled else None,
+        },
+        "peft": {
+            kind.__name__: [names[member] for member in members]
+            for kind, members in model.adapters.items()
         },
     }
 

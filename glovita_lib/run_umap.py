@@ -41,6 +41,7 @@ from glovita_lib.plot_projection import (
     Coloring,
     Text,
     classes,
+    diameter,
     draw_points,
     of_column,
     of_mistakes,
@@ -537,7 +538,8 @@ def draw_projection(
     stem = output_stem(loaded, spec)
     text = words_of(spec, samples, projection)
     files = write_map(stem, spec, samples, projection, colorings, text)
-    write_json(files["numbers"], numbers_of(spec, samples, projection, seed, loaded))
+    numbers = numbers_of(spec, samples, projection, seed, loaded)
+    write_json(files["numbers"], {**numbers, "title": text.title})
     rows = [("samples", shown), ("trustworthiness", trust)]
     if samples.targets is not None:
         rows.append(outputs_line(samples.subtask, samples.class_names, ordered=False))
@@ -643,6 +645,8 @@ def numbers_of(
         "samples": len(samples.ids),
         "of": samples.total,
         "width": samples.features.shape[1],
+        "splits": [name for name in dict.fromkeys(samples.splits) if name],
+        "point_size": spec.point_size or diameter(len(samples.ids)),
         "standardized": samples.standardized,
         "trustworthiness": projection.trustworthiness,
         "trustworthiness_neighbors": projection.trust_neighbors,

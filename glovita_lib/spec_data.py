@@ -1,5 +1,6 @@
 """Data section of a spec: which samples exist, their labels and splits."""
 
+import os
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -208,6 +209,10 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
     augmentation: VolumeAugmentation = VolumeAugmentation()
     """Policies and the patch that is cut."""
 
+    def paths_taken(self) -> dict[str, Any]:
+        cache = self.preparation.cache_folder(self.data_root_dir)
+        return {**super().paths_taken(), "preparation": {"cache_dir": cache}}
+
     @property
     def files_a_sample(self) -> int:
         """How many files or DICOM folders a sample has by names."""
@@ -248,6 +253,9 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
             )
 
 
+INDEX = "video_index.json"
+
+
 class VideoData(FolderData, tag="generic_video_dataset", tag_field="dataset"):
     """Any folder of videos, files or folders of frames, with labels from folder names, a JSON or a
     CSV file, of whole videos or of their frames."""
@@ -268,6 +276,14 @@ class VideoData(FolderData, tag="generic_video_dataset", tag_field="dataset"):
     """Labels of frames."""
     augmentation: ImageAugmentation = ImageAugmentation()
     """Augmentation and preprocessing of frames; all of a clip get the same."""
+
+    @property
+    def index_path(self) -> str:
+        """File of what is known of every video."""
+        return self.reading.index_file or os.path.join(self.data_root_dir, INDEX)
+
+    def paths_taken(self) -> dict[str, Any]:
+        return {**super().paths_taken(), "reading": {"index_file": self.index_path}}
 
     def stated_subtask(self) -> Subtask | None:
         return "framewise" if self.frames.label_level == "frame" else super().stated_subtask()

@@ -16,6 +16,7 @@ Positive = Annotated[int, Meta(ge=1)]
 Axis = Literal["t", "x", "y", "z"]
 AXES: dict[Axis | None, int] = {"t": 0, "x": 0, "y": 1, "z": 2, None: 2}
 """Number of an axis of clips (T, H, W) or volumes (X, Y, Z); unset is that of a volume."""
+AXIS_NAMES = {"videos": ("t",), "volumes": ("x", "y", "z")}
 USUAL_AXES: dict[str, Axis] = {"videos": "t", "volumes": "z"}
 """Axis that parts follow one another along, by the kind of samples."""
 

@@ -1,7 +1,7 @@
 """What data sets have in common: labels, splits and folds of their samples, in a spec."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from msgspec import Meta
 from msgspec.structs import replace
@@ -100,6 +100,10 @@ class BaseData(Spec):
     def missing_files(self) -> Iterator[tuple[str, str]]:
         """Fields that must name a file before samples can be read, and why."""
         yield from ()
+
+    def paths_taken(self) -> dict[str, Any]:
+        """Files and folders that are used where no field names them, by the names of the fields."""
+        return {}
 
     def unchecked(self) -> Self:
         """The same without a look at every value, for a rank after the one that has looked."""
@@ -250,6 +254,9 @@ class FolderData(FileData):
         """The label file below data_root_dir."""
         usual = {"json": "labels.json", "csv": "labels.csv", "dataset_json": "dataset.json"}
         return self.labels_file or usual[self.label_source]
+
+    def paths_taken(self) -> dict[str, Any]:
+        return {"labels_file": self.label_path} if self.reads_label_file else {}
 
     @property
     def reads_table(self) -> bool:

@@ -1,6 +1,7 @@
 """Volumes in a spec: how their files are read, what is done to each of them once, and how they are
 augmented."""
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -32,6 +33,7 @@ OF_WINDOWS = read_if("evaluation", "windows")
 Percentage = Annotated[float, Meta(ge=0, le=100)]
 Spacing = tuple[Positive, Positive, Positive]
 Voxels = tuple[Count, Count, Count]
+CACHE = "volume_cache"  # folder of the cache files, below that of the data set
 VolumeTrainPolicy = Literal[
     "default_3d_1",
     "default_3d_2",
@@ -122,6 +124,14 @@ class VolumePreparation(Spec):
     """Folder of the cache files; none: volume_cache below data_root_dir."""
     workers: Count | None = None
     """Processes that prepare volumes; none: one a core."""
+
+    def cache_folder(self, beside: str) -> str:
+        """Folder of the cache files of volumes of a folder."""
+        return os.path.join(beside, CACHE) if self.cache_dir is None else self.cache_dir
+
+    def processes(self, cores: int) -> int:
+        """Processes that prepare volumes on so many cores."""
+        return self.workers or cores
 
     @property
     def normalizations(self) -> tuple[Normalization, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
 
-from glovita_lib import read_features, run_probe, run_umap
+from glovita_lib import probe_models, read_features, run_probe, run_umap
 from glovita_lib.data import (
     ArraySource,
     Data,
@@ -206,7 +206,7 @@ def test_a_probe_standardises_so_itself():
     generator = np.random.default_rng(0)
     labels = torch.arange(N) % 2
     table = np.c_[generator.normal(size=(N, 3)) + labels[:, None].numpy(), np.full(N, 1e6 / 3)]
-    ((_, model),) = run_probe.fit_linear(
+    ((_, model),) = probe_models.fit_linear(
         torch.from_numpy(table),
         labels,
         outputs=2,
@@ -228,7 +228,7 @@ def test_a_probe_is_the_same_beside_a_fill_value(standardize):
     filled = torch.cat([table, torch.full((N, 1), 1e30, dtype=torch.float64)], 1)
     found = []
     for features in (table, filled):
-        ((_, model),) = run_probe.fit_linear(
+        ((_, model),) = probe_models.fit_linear(
             features,
             labels,
             outputs=2,

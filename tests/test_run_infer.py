@@ -64,7 +64,8 @@ def test_test_is_the_default_and_training_files_stay(command):
     command("mode=infer")
     after = snapshot(run.path)
     assert set(after) - set(before) == {
-        "infer/", "infer/predictions_test.csv", "infer/metrics_test.json", "infer/notes_test.txt"
+        "infer/", "infer/predictions_test.csv", "infer/metrics_test.json", "infer/notes_test.txt",
+        "infer/resolved_config_test.json",
     }  # fmt: skip
     assert all(after[name] == content for name, content in before.items())
 

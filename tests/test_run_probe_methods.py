@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from glovita_lib import run_probe
+from glovita_lib import probe_models
 from glovita_lib.neighbors import nearest
-from glovita_lib.run_probe import fit_linear, knn_scores
+from glovita_lib.probe_models import fit_linear, knn_scores
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def test_knn_of_more_neighbours_than_samples_is_their_mean(digits):
 
 @pytest.mark.parametrize("block", [16384, 100])
 def test_logistic_regression_equals_scikit_learn(digits, block, monkeypatch):
-    monkeypatch.setattr(run_probe, "BLOCK", block)
+    monkeypatch.setattr(probe_models, "BLOCK", block)
     features, targets = digits[0][:600], digits[1][:600]
     fits = dict(
         fit_linear(
@@ -184,7 +184,7 @@ def test_no_dense_targets_and_no_copies():
     """Peak memory beside the features is that of a block, whatever the number of samples."""
     code = """
 import torch
-from glovita_lib import run_probe as probe
+from glovita_lib import probe_models as probe
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 torch.manual_seed(0)

@@ -158,6 +158,7 @@ def test_a_file_becomes_pictures_table_page_and_numbers(tmp_path, capsys):
     assert "<i>Map" not in page and "&lt;i&gt;Map" in page
     np.testing.assert_allclose(data["x"], [float(row["x"]) for row in table], rtol=1e-4)
     numbers = json.loads((folder / "pca.json").read_text())
+    assert numbers["splits"] == [] and numbers["title"] and 1 < numbers["point_size"] < 8
     assert numbers["samples"] == 60 and 0.5 < numbers["trustworthiness"] <= 1
     assert numbers["umap"]["method"] == "pca" and numbers["versions"]["umap-learn"]
     assert "class 3" in (folder / "pca.svg").read_text()
