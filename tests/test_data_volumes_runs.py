@@ -12,10 +12,13 @@ import torch
 from children import GLOVITA, Child, glovita, run_ranks
 from safetensors.torch import load as tensors
 from small_runs import Result, snapshot
-from volume_files import ORIENTATIONS, affine_of, blob, write_dicom, write_nifti
+from volume_files import ORIENTATIONS, PLAIN, affine_of, blob, write_dicom, write_nifti
 
 from glovita_lib.extraction import Extractor
+from glovita_lib.read_volume import open_sample
+from glovita_lib.spec_volumes import VolumePreparation
 from glovita_lib.trainer import Trainer
+from glovita_lib.volume_preparation import prepare
 
 SPEC = """
 [data]
@@ -368,57 +371,115 @@ def test_two_programs_make_one_cache(tmp_path):
 # ---------------------------------------------------------------------- how files are stored
 
 PLACES = ((7.0, 9.0, 13.0), (15.0, 12.0, 8.0), (12.0, 16.0, 15.0))  # of what is in a phantom, mm
+HEIGHTS = (1.0, 0.6, 0.3)
 SPACINGS = ((1.0, 1.0, 1.0), (0.75, 1.5, 1.0), (1.5, 0.75, 2.0))
+AWAY = (1e-5, 0.06, 0.2)  # of a largest value of 11.6
 
 
 def phantom(spacing: tuple[float, float, float], heights: tuple[float, float, float]):
-    """A cube of 24 mm with three bright balls that are smooth at every spacing, and its affine."""
+    """A cube of 24 mm with three bright balls, steeper on one side of each axis, that are smooth at
+    every spacing; and its affine."""
     sides = [np.arange(round(24 / step)) * step + step / 2 for step in spacing]
     grid = np.stack(np.meshgrid(*sides, indexing="ij"), -1)
-    voxels = sum(
-        height * np.exp(-(((grid - place) / 3.5) ** 2).sum(-1) / 2)
-        for height, place in zip(heights, PLACES, strict=True)
-    )
+    voxels = np.zeros(grid.shape[:3])
+    for height, place in zip(heights, PLACES, strict=True):
+        u = (grid - place) / (2.5, 3.0, 3.5)
+        voxels += height * (np.exp(-(u**2) / 2) * (1 + 0.8 * np.tanh(u))).prod(-1)
     origin = [step / 2 for step in spacing]
     return (100 * voxels).astype(np.float32), affine_of(spacing, origin)
 
 
+def changed_phantoms() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What files would be taken for, if an axis were read backwards, two were exchanged, or a
+    spacing belonged to another axis or were lost."""
+    voxels, affine = phantom((1.0, 1.0, 1.0), HEIGHTS)
+    changed = {f"flip{axis}": np.flip(voxels, axis) for axis in range(3)}
+    changed |= {f"swap{a}{b}": voxels.swapaxes(a, b) for a, b in ((0, 1), (0, 2), (1, 2))}
+    found = {name: (array, affine) for name, array in changed.items()}
+    stretched, _ = phantom((1.5, 0.75, 2.0), HEIGHTS)
+    for name, spacing in (("order", (2.0, 1.5, 0.75)), ("lost", (1.0, 1.0, 1.0))):
+        found[name] = stretched, affine_of(spacing)
+    return found
+
+
+def write_phantoms(folder: Path) -> None:
+    """One object stored in eight orientations at three spacings, and what it would be taken for."""
+    for number, spacing in enumerate(SPACINGS):
+        for codes in ORIENTATIONS:
+            write_nifti(folder / f"same{number}{codes}.nii", *phantom(spacing, HEIGHTS), codes)
+    for name, (voxels, affine) in changed_phantoms().items():
+        write_nifti(folder / f"{name}.nii", voxels, affine)
+
+
+def same_and_changed(found: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Largest distance within the object that is stored in many ways, whose orientations are equal,
+    and the smallest one between it and others."""
+    of_spacings = []
+    for number in range(len(SPACINGS)):
+        values = [found[f"same{number}{codes}"] for codes in ORIENTATIONS]
+        assert all((value == values[0]).all() for value in values)
+        of_spacings.append(values[0])
+    pairs = [np.linalg.norm(a - b) for a in of_spacings for b in of_spacings if a is not b]
+    others = [value for name, value in found.items() if not name.startswith("same")]
+    return max(pairs), min(np.linalg.norm(a - b) for a in of_spacings for b in others)
+
+
+def test_orientation_and_spacing_are_undone_by_preparation(tmp_path):
+    """At one spacing all orientations are the same numbers; between spacings the object is sampled
+    at other places, and smoothing and interpolation flatten it by one per cent."""
+    write_phantoms(tmp_path)
+    sides = {"spacing": (1, 1, 1), "size": (24, 24, 24)}
+    how = VolumePreparation(**sides, interpolation="cubic", dtype="float32")
+    found = {}
+    for path in tmp_path.iterdir():
+        sample = open_sample([str(path)], PLAIN)
+        prepared = prepare(sample.read(), sample.affine, how, has_spacing=True)
+        found[path.stem] = prepared.voxels
+        if path.name.startswith("same"):
+            np.testing.assert_allclose(prepared.affine, affine_of(origin=(0.5, 0.5, 0.5)))
+    exact, _ = phantom((1.0, 1.0, 1.0), HEIGHTS)
+    for number in range(len(SPACINGS)):
+        prepared = found[f"same{number}RAS"][0]
+        away = np.abs(prepared - (exact - exact.mean()) / exact.std())
+        assert away.max() < AWAY[number]
+    same, changed = same_and_changed(found)
+    assert same < 0.05 * changed
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_orientation_and_spacing_of_a_file_do_not_count(command, tmp_path, root, kind):
-    """One object, stored in eight orientations at three spacings.
-
-    At one spacing all orientations are the same numbers, and so their predictions are equal.
-    Between spacings the object is sampled at other places, and linear interpolation and smoothing
-    change the values a little: the probability changes by 0.0025 at most (measured), less than
-    half of what another object changes for a network that has hardly learnt.
-    """
+    """The predictions of one object, eight numbers, however it is stored, lie close together in
+    relation to those of the objects that it would be taken for; all of a network that is random,
+    and so looks at everything."""
+    names = [f"t{number}" for number in range(8)]
+    draws = np.random.default_rng(0)
+    with open(root / "numbers.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "split", *names])
+        for number in range(10):
+            split = "train" if number < 7 else "val"
+            table.writerow([f"{number:02d}.nii.gz", split, *draws.normal(size=8).round(3)])
     spec = KINDS[kind].replace("ROOT", str(root)).replace("[1.0, 2.0, 1.5]", "[1.0, 1.0, 1.0]")
-    spec = spec.replace("patch_size = [8, 6, 8]", "patch_size = [20, 20, 20]")
-    run = command("training.epochs=4", "optimizer.lr=0.01", spec=spec)
-    objects = {"a": (1.0, 0.6, 0.3), "b": (-1.0, 0.4, 0.1)}
-    for name, heights in objects.items():
-        for number, spacing in enumerate(SPACINGS):
-            voxels, affine = phantom(spacing, heights)
-            for codes in ORIENTATIONS:
-                write_nifti(tmp_path / "new" / f"{name}{number}{codes}.nii", voxels, affine, codes)
+    spec = spec.replace("patch_size = [8, 6, 8]", "patch_size = [24, 24, 24]")
+    wide = ("model.head.head_type=regression", "model.encoder.features_per_stage=[16,32]")
+    run = command(
+        *(() if kind == "slices" else wide), "data.preparation.interpolation=cubic",
+        "training.epochs=1", "optimizer.lr=1e-9", "data.labels_file=numbers.csv",
+        "data.subtask=regression", f"data.label_column={json.dumps(names)}", spec=spec,
+    )  # fmt: skip
+    write_phantoms(tmp_path / "new")
     command(
         "mode=infer", f"infer.checkpoint={run.path}/checkpoints/best.pt",
         f"infer.input={tmp_path / 'new'}", f"infer.output_dir={tmp_path}", spec=spec,
     )  # fmt: skip
     with open(tmp_path / "predictions_new.csv", newline="") as file:
-        rows = {row["id"]: float(row["p_dark"]) for row in csv.DictReader(file)}
-    assert len(rows) == 48
-    found = []
-    for name in objects:
-        of_spacings = [
-            {p for path, p in rows.items() if path.startswith(f"{name}{number}")}
-            for number in range(3)
-        ]
-        assert [len(values) for values in of_spacings] == [1, 1, 1]  # one of eight orientations
-        found.append([values.pop() for values in of_spacings])
-    spread = max(max(values) - min(values) for values in found)
-    assert 0 < spread < 5e-3
-    assert spread < 0.5 * abs(found[0][0] - found[1][0])
+        found = {
+            row["id"].removesuffix(".nii"): np.array([float(row[f"prediction_{n}"]) for n in names])
+            for row in csv.DictReader(file)
+        }
+    assert len(found) == 3 * 8 + 8
+    same, changed = same_and_changed(found)
+    assert 0 < same < 0.5 * changed
 
 
 # ---------------------------------------------------------------------- files that are broken
