@@ -412,13 +412,14 @@ def registered_blocks(net: nn.Module, skip: frozenset[str]) -> tuple[str, ...]:
         ((name, inner),) = children.items()  # an encoder or a user's class around a network
         inside = registered_blocks(inner, frozenset(key.removeprefix(f"{name}.") for key in skip))
         return tuple(f"{name}.{block}" for block in inside)
-    weights = {}
+    weights, kinds = {}, {}
     for name, part in undivided_parts(net):
         own = {f"{name}.{parameter}" for parameter, _ in part.named_parameters()}
         if own and not own <= skip:
-            weights[name] = count_weights(part)
-    several = tuple(name for name, count in weights.items() if count > 1)
-    return several if len(several) > 1 else tuple(name for name, count in weights.items() if count)
+            weights[name], kinds[name] = count_weights(part), type(part)
+    several = {kinds[name] for name, count in weights.items() if count > 1}
+    found = tuple(n for n, count in weights.items() if count > 1 or (count and kinds[n] in several))
+    return found if len(found) > 1 else tuple(name for name, count in weights.items() if count)
 
 
 def undivided_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -19,6 +19,7 @@ from torch import nn
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import assemble, build_trainer, read_data
 from glovita_lib.model import build_model
+from glovita_lib.network import block_names
 from glovita_lib.optim import build_optimizer, check_groups, group_lines, placed_parameters
 from glovita_lib.peft_base import apply_peft
 from glovita_lib.resolved import resolve_spec
@@ -481,3 +482,15 @@ def test_a_state_of_other_groups_is_refused():
     saved["param_groups"][0]["lr_scale"] *= DECAY
     with pytest.raises(UserError, match="counts layers otherwise"):
         check_groups(build_optimizer(model, RECIPE), saved)
+
+
+def test_a_block_of_one_kernel_is_a_block_where_others_of_its_kind_have_more() -> None:
+    """Fused blocks without expansion in torchvision's EfficientNetV2, as timm counts them."""
+    import torchvision
+
+    with torch.device("meta"):
+        model = torchvision.models.efficientnet_v2_s(weights=None)
+        theirs = timm.create_model("tf_efficientnetv2_s", pretrained=False)
+    names = block_names(model)
+    assert names[:3] == ("features.1.0", "features.1.1", "features.2.0")
+    assert len(names) == sum(map(len, theirs.blocks)) == 40
