@@ -111,7 +111,9 @@ def frame_means(
 ) -> tuple[np.ndarray, FrameTable, Tensor]:
     """Logits of frames from those of clips: the mean where several clips hold a frame, in float64.
 
-    Frames that no clip holds, as in an evaluation of some batches, are left out.
+    Frames that no clip of the split holds, as clips of a lower rate leave them out, have those of
+    the frame before them that one holds. Frames of clips that are not there, as in an evaluation of
+    some batches, are left out.
 
     Args:
         frames: of the split.
@@ -132,6 +134,8 @@ def frame_means(
     sums = torch.zeros(total, logits.shape[-1], dtype=torch.float64)
     sums.index_add_(0, index, logits[torch.from_numpy(real)].double())
     counts = torch.bincount(index, minlength=total)
+    held = torch.from_numpy(starts[:-1].repeat(lengths) + held_frames(frames, videos))
+    sums, counts = sums[held], counts[held]
     seen = counts > 0
     means = (sums[seen] / counts[seen, None]).float()
     kept = seen.numpy()
@@ -139,6 +143,20 @@ def frame_means(
     times = np.concatenate([frames.times[video] for video in videos] or [np.zeros(0)])
     ends = np.concatenate([[0], kept.cumsum()])[starts]
     return videos, FrameTable(ends, numbers[kept], times[kept]), means
+
+
+def held_frames(frames: VideoFrames, videos: np.ndarray) -> np.ndarray:
+    """Of each frame of some videos (V,), one video after the other, the number (M,) of the last
+    frame up to it that a clip of the split holds."""
+    order = np.argsort(frames.video_of, kind="stable")
+    edges = np.searchsorted(frames.video_of[order], [videos, videos + 1])
+    found = [np.zeros(0, np.int64)]
+    for video, first, last in zip(videos.tolist(), *edges.tolist(), strict=True):
+        shown = np.unique(frames.numbers[order[first:last]])
+        shown = shown[shown >= 0]
+        every = np.arange(len(frames.times[video]))
+        found.append(shown[np.maximum(np.searchsorted(shown, every, side="right") - 1, 0)])
+    return np.concatenate(found)
 
 
 # ----------------------------------------------------------------------------------- objective

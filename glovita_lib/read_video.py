@@ -93,6 +93,8 @@ def file_type(path: str) -> FileType:
     container = container_of(start)
     if container in REFUSED:
         raise UserError(f"{REFUSED[container]}; {CONVERTED.format(os.path.basename(path))}")
+    if container == "unknown" and start.isascii() and b"\x00" not in start:
+        raise UserError("text, no video")  # of which decord writes lines of its own
     refuse_cut(path, container)
     return FileType(container, codec_of(path, container, start))
 
@@ -348,6 +350,8 @@ def told(error: Exception) -> str:
     """What decord says, without its own source and stack."""
     if "duplicate frames" in str(error):
         return "frames are missing"
+    if "cannot find video stream" in str(error):
+        return "it has no picture"
     text = reason(error)
     text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+: |\[[^]]*\]", "", text).partition("Stack trace")[0]
     return text.strip()[:200] or "no video stream"

@@ -128,7 +128,7 @@ def test_everything_that_is_broken_stands_in_one_report(root):
     (walk / "pictures" / "frame2.png").write_bytes(b"\x89PNG")
     lines = {
         "empty.mp4": "an empty file",
-        "text.mp4": "it cannot be decoded",
+        "text.mp4": "text, no video",
         "flash.swf": "Flash",
         "theora.ogv": "decord does not read Ogg",
         "sound.mp4": "it cannot be decoded",

@@ -150,6 +150,20 @@ def test_a_head_that_gives_one_score_a_clip_is_told_what_it_must_give(build) -> 
 # ---------------------------------------------------------------------------- whole videos
 
 
+def test_frames_that_clips_of_a_lower_rate_leave_out_have_those_before_them():
+    """Every third frame is shown: 0, 3, 6 of the first video, and 0 of the second; a part of the
+    split, where frames 3 to 5 are not evaluated, leaves them out."""
+    numbers = np.array([[0, 6], [3, -1], [0, -1]])
+    frames = replace(FRAMES, video_of=np.array([0, 0, 1]), numbers=numbers)
+    logits = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(0))
+    videos, table, means = frame_means(frames, np.arange(3), logits)
+    assert table.numbers.tolist() == [*range(7), 0, 1]
+    shown = [(0, 0), (0, 0), (0, 0), (1, 0), (1, 0), (1, 0), (0, 1), (2, 0), (2, 0)]
+    assert torch.equal(means, torch.stack([logits[place] for place in shown]))
+    videos, table, means = frame_means(frames, np.array([0]), logits[[0]])
+    assert table.numbers.tolist() == [0, 1, 2, 6] and videos.tolist() == [0]
+
+
 def test_logits_of_a_frame_are_the_mean_over_its_clips() -> None:
     logits = torch.arange(36, dtype=torch.float32).reshape(4, 3, 3)
     videos, table, means = frame_means(FRAMES, np.arange(4), logits)
