@@ -201,9 +201,16 @@ class SeriesAugmenter:
 
     fit = None  # series of any length are padded, none is cut
 
-    def __init__(self, resolved: ResolvedSeriesAugmentation, channels: int, *, train: bool) -> None:
+    def __init__(
+        self, resolved: ResolvedSeriesAugmentation, channels: int, *, train: bool, masks: int = 0
+    ) -> None:
+        """
+        Args:
+            channels: C.
+            masks: how many of them, the last ones, are 1 where a value is there and 0 where not.
+        """
         self.ops = resolved.train if train else resolved.test
-        self.channels = channels
+        self.channels, self.measured = channels, channels - masks
 
     def __call__(self, inputs: Tensor, fitted: bool, seed: int) -> Tensor:
         """Augmented batch.
@@ -233,7 +240,7 @@ class SeriesAugmenter:
                 inputs = self.moved(inputs, place)
             else:
                 inputs = inputs.clone()
-            values = inputs[:, : self.channels]
+            values = inputs[:, : self.measured]
             for each in changing:
                 values = each.function(values, self.ops, generator, last)
             inside = torch.arange(inputs.shape[2], device=inputs.device) <= last  # (B, T)
@@ -249,7 +256,7 @@ class SeriesAugmenter:
         return (steps * (inputs[:, -1] > 0)).amax(1, keepdim=True).float()
 
     def moved(self, inputs: Tensor, place: Places) -> Tensor:
-        """Inputs at other time points, linear between two; what counts as at the nearer one."""
+        """Inputs at other time points, linear between two; what is there as at the nearer one."""
         left = place.where.floor().clamp(min=0).minimum(place.last).long()  # (B, T)
         right = (left + 1).minimum(place.last.long())
         t = (place.where - left).clamp(0, 1)
@@ -257,6 +264,6 @@ class SeriesAugmenter:
             inputs.gather(2, at[:, None].expand(-1, inputs.shape[1], -1)) for at in (left, right)
         )
         found = torch.lerp(first, second, t[:, None])
-        if inputs.shape[1] > self.channels:
-            found[:, -1] = torch.where(t < 0.5, first[:, -1], second[:, -1])
+        masks = slice(self.measured, None)
+        found[:, masks] = torch.where(t[:, None] < 0.5, first[:, masks], second[:, masks])
         return found

@@ -299,7 +299,8 @@ def look_at_all(
         entry = known.get(name)
         with suppress(OSError):
             enough = entry and (entry["check"] or reading.check == "file")
-            if entry and enough and entry["stamp"] == stamp(path):
+            usable = entry and not isinstance(entry["found"], str)  # why it was not may be mended
+            if entry and enough and usable and entry["stamp"] == stamp(path):
                 answers[name] = entry["found"]
     fresh = {name: path for name, path in paths.items() if name not in answers}
     check, written = reading.check == "frames", time.perf_counter()

@@ -46,4 +46,6 @@ def longest_of(data: Data, name: str) -> int:
 
 @build_inputs.register
 def _(inputs: SeriesInputs, *, train: bool) -> SeriesAugmenter:
-    return SeriesAugmenter(inputs.augmentation, inputs.channels, train=train)
+    masked = inputs.preparation is not None and inputs.preparation.mask_channels
+    masks = inputs.channels // 2 if masked else 0
+    return SeriesAugmenter(inputs.augmentation, inputs.channels, train=train, masks=masks)

@@ -43,10 +43,16 @@ class Columns:
         """All that hold no values."""
         return (self.id, self.time, *self.labels, self.group, self.split)
 
-    def value_columns(self, header: Sequence[str]) -> list[int]:
-        """Places of the columns of the values, in the order of the spec where it names them."""
+    def value_columns(self, path: Path, header: Sequence[str]) -> list[int]:
+        """Places of the columns of the values, in the order of the spec where it names them; one
+        without a name is refused: an index."""
         if self.values:
             return list(map(header.index, self.values))
+        if "" in header:
+            cure = "drop it (index=False), or name the others in data.value_columns"
+            raise UserError(
+                f"{path}: column {header.index('') + 1} has no name, as an index: {cure}"
+            )
         return [place for place, name in enumerate(header) if name not in self.others]
 
 
@@ -127,7 +133,7 @@ def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, 
             values = load_array(path)
             return (values[None] if values.ndim == 1 else values), nothing, ()
         header, rows = read_cells(path, columns.values, columns.others)
-        places = columns.value_columns(header)
+        places = columns.value_columns(path, header)
         cells = [numbers([row[place] for row in rows]) for place in places]
         if wrong := [cell for cell in cells if isinstance(cell, str)]:
             return wrong[0], nothing, ()
@@ -185,11 +191,9 @@ def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
     header, rows = read_cells(path, columns.values, columns.others)
     if len(set(header)) < len(header):
         raise UserError(f"{path}: two columns have the same name")
-    places = columns.value_columns(header)
+    places = columns.value_columns(path, header)
     if not places:
-        raise UserError(
-            f"{path}: no column of values beside {listed(header)}; name them in data.value_columns"
-        )
+        raise UserError(f"{path}: no column of values beside {listed(header)}: data.value_columns")
     read = read_long if columns.time in header else read_wide
     table = read(path, columns, header, rows, places)
     table.columns, table.is_wide = tuple(header[place] for place in places), read is read_wide

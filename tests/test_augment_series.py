@@ -14,10 +14,10 @@ ALL = {"time_warp_p": 1, "permute_p": 1, "slice_p": 1, "magnitude_warp_p": 1, "s
 ALL |= {"jitter_p": 1, "jitter_std": (0.1, 0.2)}
 
 
-def augmenter(channels=2, **kwargs):
+def augmenter(channels=2, masks=0, **kwargs):
     aug = SeriesAugmentation(train_kwargs=SeriesKwargs(**kwargs))
     resolved = resolve(aug, default_policies=POLICIES, length=40)
-    return SeriesAugmenter(resolved, channels, train=True)
+    return SeriesAugmenter(resolved, channels, train=True, masks=masks)
 
 
 def ragged(lengths, channels=2):
@@ -54,6 +54,30 @@ def test_samples_are_independent_of_their_padding_and_repeatable(kwargs):
     other = augmenter(**kwargs)(x.clone(), False, 6)
     assert not torch.equal(found, other)
     assert not torch.equal(found[0], found[3, :, :]) or "scale_p" in kwargs
+
+
+@pytest.mark.parametrize("lengths", [[40, 7, 23], [40, 40, 40]])
+@pytest.mark.parametrize("kwargs", [{name: value} for name, value in ALL.items() if "_p" in name])
+def test_masks_move_along_and_stay_masks(kwargs, lengths):
+    """Of missing values beside their channels: the values are those of a batch without masks."""
+    kwargs = kwargs | ({"jitter_std": (0.1, 0.2)} if "jitter_p" in kwargs else {})
+    x = ragged(lengths)
+    x = x if len(set(lengths)) > 1 else x[:, :2]
+    masks = (torch.rand(3, 2, 40, generator=torch.Generator().manual_seed(0)) > 0.3).float()
+    masks *= (torch.arange(40) < torch.tensor(lengths)[:, None])[:, None]
+    found = augmenter(4, 2, **kwargs)(torch.cat([x[:, :2], masks, x[:, 2:]], 1), False, 5)
+    plain = augmenter(**kwargs)(x, False, 5)
+    assert torch.equal(found[:, [0, 1, *range(4, found.shape[1])]], plain)
+    assert set(found[:, 2:4].unique().tolist()) == {0.0, 1.0}
+    if kwargs.keys() & {"time_warp_p", "permute_p", "slice_p"}:
+        place = augmenter(1, **kwargs)(torch.arange(40.0).repeat(3, 1, 1), False, 5)[:, 0]
+        if len(set(lengths)) == 1:
+            near = place.round().long()[:, None].expand(-1, 2, -1)
+            tie = (place % 1 - 0.5).abs() < 1e-3
+            same = (found[:, 2:4] == masks.gather(2, near)).all(1)
+            assert (same | tie).all() and not torch.equal(found[:, 2:4], masks)
+    else:
+        assert torch.equal(found[:, 2:4], masks)
 
 
 def test_series_of_one_length_have_no_last_row():

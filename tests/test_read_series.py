@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +245,21 @@ def test_a_wide_table_ends_where_its_cells_are_empty(tmp_path):
     table = read_series(tmp_path / "a.csv", COLUMNS)
     lengths = [prepare(one, None, SeriesPreparation()).values.shape[1] for one in table.series]
     assert lengths == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "text", [",0,1,label\n0,3,4,a\n1,5,7,b\n", "id,time,x,\ns,0,1,7\ns,1,2,8\n"]
+)
+def test_a_column_without_a_name_is_no_value(tmp_path, text):
+    """Pandas writes its index so: it would tell the classes by the order of the rows."""
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"a.csv: column . has no name.*index=False"):
+        read_series(path, COLUMNS)
+    named = ("0", "1") if "label" in text else ("x",)
+    values = read_series(path, replace(COLUMNS, values=named)).series[0]
+    assert values.tolist() == ([[3, 4]] if "label" in text else [[1, 2]])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b.csv").write_text(",x\n0,1\n1,2\n")
+    (line,) = read_series(tmp_path / "folder", COLUMNS).series
+    assert "column 1 has no name" in line
