@@ -291,7 +291,8 @@ def as_read(ids: list[str], targets: np.ndarray | None, scores: Scores, subtask:
     if targets is not None and subtask != "multiclass":
         targets = targets.astype(np.float64)
     if is_wide(subtask, range(scores.values.shape[1])):
-        scores = Scores.of_logits(scores.logits(subtask), subtask)
+        if scores.given is None:  # else they are of the logits that were written
+            scores = Scores.of_logits(scores.logits(subtask), subtask)
     elif subtask == "multiclass" and is_rounded(scores):
         scores = with_logits(scores.values, scores.logits(subtask))
     elif subtask == "multiclass":
