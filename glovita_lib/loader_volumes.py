@@ -23,6 +23,7 @@ from glovita_lib.volume_preparation import thick_axis
 TURNED = ("mirror_p", "rot90_p", "transpose_p")  # switches of what mirror_axes restrict
 ACROSS = ("rotate_p", "scale_p", "elastic_p", "low_resolution_p", "rot90_p", "transpose_p")
 """Switches of what is not done across thick slices."""
+OTHER_SPACING = 0.1  # relative difference of spacings that is worth a line
 PATIENT = ("left to right", "back to front", "foot to head")
 
 
@@ -181,6 +182,24 @@ def slices_line(affines: np.ndarray, slices: Slices, noun: str) -> list[str]:
         f"model.encoder.slices.axis: {axis} is axis {wanted + 1} as volumes are stored, which does"
         f" not run {PATIENT[wanted]} in {others} of {len(affines)} {noun};"
         " data.reading.canonical = true turns them"
+    ]
+
+
+def spacing_line(affines: np.ndarray, inputs: VolumeInputs) -> list[str]:
+    """A line where volumes of another spacing than those of training are not resampled to one."""
+    trained = np.array(inputs.augmentation.spacing)
+    spacings = spacings_of(affines)
+    others = (np.abs(spacings / trained - 1) > OTHER_SPACING).any(1)
+    if not others.any() or (inputs.preparation is not None and inputs.preparation.spacing):
+        return []
+    low, high, usual = (
+        " x ".join(f"{side:.3g}" for side in sides)
+        for sides in (spacings[others].min(0), spacings[others].max(0), trained)
+    )
+    return [
+        f"{others.sum()} of {len(affines)} volumes asked about have a spacing of {low} to {high} mm"
+        f" and are not resampled, and the model was trained on a median of {usual} mm"
+        " (data.preparation.spacing of training would bring all to one)"
     ]
 
 

@@ -85,7 +85,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
     if root.infer.export is not None and ranks.is_main and not dry_run:
         export(Path(root.infer.export), first)
     name, splits, notes = wanted_splits(root, records, ranks)
-    notes += slices_note(first, splits[paths[0]])
+    notes += geometry_notes(first, splits[paths[0]])
     say_notes(notes if ranks.is_main else ())
     if dry_run:
         count = first.resolved.eval_batch_size
@@ -149,16 +149,21 @@ def values_taken(experiment: Experiment, paths: Sequence[Path], name: str) -> di
     }
 
 
-def slices_note(experiment: Experiment, split: Split) -> list[str]:
-    """A line where volumes that are kept as stored are not cut into the slices that the axis of the
-    encoder names."""
+def geometry_notes(experiment: Experiment, split: Split) -> list[str]:
+    """Lines where volumes that are kept as stored are not cut into the slices that the axis of the
+    encoder names, or lie in another spacing than those of training."""
     inputs, slices = experiment.resolved.inputs, experiment.root.model.encoder.lifting
-    if not (isinstance(inputs, VolumeInputs) and isinstance(slices, Slices)):
+    if not isinstance(inputs, VolumeInputs):
         return []
-    from glovita_lib.loader_volumes import slices_line, stored_affines
+    from glovita_lib.loader_volumes import slices_line, spacing_line, stored_affines
 
     affines = stored_affines(split)
-    return [] if affines is None else slices_line(affines, slices, "volumes asked about")
+    if affines is None:
+        return []
+    lines = spacing_line(affines, inputs)
+    if isinstance(slices, Slices):
+        lines += slices_line(affines, slices, "volumes asked about")
+    return lines
 
 
 def volume_maps(folder: Path, ranks: dist.Ranks) -> "VolumeMaps":

@@ -78,23 +78,14 @@ TINY = 1e-300  # divides what is nowhere
 Ends = tuple[np.ndarray, np.ndarray]  # (n, 3) first voxels, and those behind the last
 Boxes = Callable[[np.ndarray, Sequence[int]], Ends]
 """Places (n, axes) of parts and voxels of the encoder's input -> where the parts lie in it."""
+Spread = Callable[[np.ndarray, np.ndarray, Sequence[int], Sequence[int]], np.ndarray]
+"""Values (n,) of parts, their places (n, axes), voxels of the encoder's input and of the volume in
+whose middle it lies -> map (X, Y, Z)."""
 
 
 def window_boxes(places: np.ndarray, have: Sequence[int], *, size: Sequence[int]) -> Ends:
     """Windows that begin at places (n, 3)."""
     return places, places + np.array(size)
-
-
-def slice_boxes(places: np.ndarray, have: Sequence[int], *, axis: int) -> Ends:
-    """Slices at places (n, 1) of an axis, each with half of what lies between it and the next."""
-    at = places[:, 0]
-    middles = (at[1:] + at[:-1] + 1) / 2
-    before = [at[0] + 0.5 - (middles[0] - at[0] - 0.5)] if len(at) > 1 else [at[0]]
-    behind = [at[-1] + 0.5 + (at[-1] + 0.5 - middles[-1])] if len(at) > 1 else [at[0] + 1]
-    low, high = np.zeros((len(at), 3), np.int64), np.tile(np.array(have), (len(at), 1))
-    low[:, axis] = np.floor(np.concatenate([before, middles])).clip(0, have[axis])
-    high[:, axis] = np.concatenate([np.floor(middles), np.ceil(behind)]).clip(0, have[axis])
-    return low, high
 
 
 def token_boxes(places: np.ndarray, have: Sequence[int]) -> Ends:
@@ -145,6 +136,44 @@ def density(
     return total * math.prod(shape)
 
 
+def slice_density(
+    values: np.ndarray, places: np.ndarray, have: Sequence[int], shape: Sequence[int], *, axis: int
+) -> np.ndarray:
+    """Shares (n,) of slices at places (n, 1) of an axis, linear between them and beyond the first
+    and the last as there, scaled as those of `density`: equal shares make an even map."""
+    offset = offset_of(have, shape)
+    inside = [
+        slice(max(0, start), min(there, start + side))
+        for start, side, there in zip(offset, have, shape, strict=True)
+    ]
+    at = np.arange(inside[axis].start, inside[axis].stop) - offset[axis]
+    line = [1, 1, 1]
+    line[axis] = -1
+    total = np.zeros(shape)
+    total[tuple(inside)] = np.interp(at, places[:, 0], values).reshape(line)
+    return total * (values.sum() / max(total.mean(), TINY))
+
+
+def spread_boxes(
+    values: np.ndarray,
+    places: np.ndarray,
+    have: Sequence[int],
+    shape: Sequence[int],
+    *,
+    boxes: Boxes,
+    how: Callable[[np.ndarray, Ends, Sequence[int]], np.ndarray],
+) -> np.ndarray:
+    """Values (n,) of parts that are boxes, by `mean_over` or `density`."""
+    low, high = boxes(places, have)
+    offset = np.array(offset_of(have, shape))
+    return how(values, (low + offset, high + offset), shape)
+
+
+def offset_of(have: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """First voxel of an input in the middle of a volume, negative where it is larger."""
+    return [(there - side) // 2 for there, side in zip(shape, have, strict=True)]
+
+
 # ------------------------------------------------------------------- attention, scores of windows
 
 
@@ -153,8 +182,7 @@ class Heard:
     """What a model gave for the parts of the volumes of this rank, in their order."""
 
     what: str  # attention or score
-    deviation: Sequence[float] | None  # of the Gaussians that attention is spread over, voxels
-    boxes: Boxes
+    spread: Spread
     whole: bool  # whether its input is the prepared volume, not a patch in its middle
     patch: Sequence[int]  # voxels of its input where it is not
     places: list[np.ndarray]  # (n, axes) of each volume
@@ -198,7 +226,8 @@ class VolumeMaps:
         aug = inputs.augmentation
         if inputs.by_windows:
             boxes = partial(window_boxes, size=aug.patch_size)
-            heard = Heard("score", None, boxes, True, aug.patch_size, [], [])
+            spread: Spread = partial(spread_boxes, boxes=boxes, how=mean_over)
+            heard = Heard("score", spread, True, aug.patch_size, [], [])
             prepare.told = partial(note_scores, heard, experiment)
             try:
                 yield
@@ -206,15 +235,8 @@ class VolumeMaps:
                 prepare.told = None
         elif isinstance(head, AttentionHead):
             encoder = experiment.model.encoder
-            heard = Heard(
-                "attention",
-                deviation_of(encoder),
-                boxes_of(encoder),
-                aug.whole,
-                aug.patch_size,
-                [],
-                [],
-            )
+            spread = spread_of(encoder)
+            heard = Heard("attention", spread, aug.whole, aug.patch_size, [], [])
             hook = head.register_forward_hook(partial(note_attention, heard))
             try:
                 yield
@@ -255,18 +277,10 @@ class VolumeMaps:
         found: dict[str, list[np.ndarray]] = {}
         for member in self.members:
             have = shape if member.whole else member.patch
-            offset = np.array(
-                [(there - side) // 2 for there, side in zip(shape, have, strict=True)]
-            )
-            low, high = member.boxes(member.places[number], have)
-            placed = (low + offset, high + offset)
-            for branch, values in zip(
-                self.branches(member, number), member.values[number].T, strict=True
-            ):
-                spread = mean_over
-                if member.what == "attention":
-                    spread = partial(density, deviation=member.deviation)
-                found.setdefault(branch, []).append(spread(values, placed, shape))
+            columns = member.values[number].T
+            for branch, values in zip(self.branches(member, number), columns, strict=True):
+                spread = member.spread(values, member.places[number], have, shape)
+                found.setdefault(branch, []).append(spread)
         return {branch: np.mean(parts, 0) for branch, parts in found.items()}
 
     def branches(self, member: Heard, number: int) -> list[str]:
@@ -278,20 +292,16 @@ class VolumeMaps:
         return [f"{member.what}_{name}" for name in names]
 
 
-def boxes_of(encoder: nn.Module) -> Boxes:
-    """Where the instances that an encoder gives lie in its input."""
-    if isinstance(encoder, WindowsEncoder):
-        return partial(window_boxes, size=encoder.windows.size)
+def spread_of(encoder: nn.Module) -> Spread:
+    """How attention to the instances that an encoder gives is spread over a volume: to windows by
+    Gaussians of half their distance."""
     if isinstance(encoder, SlicewiseEncoder):
-        return partial(slice_boxes, axis=encoder.axis)
-    return token_boxes
-
-
-def deviation_of(encoder: nn.Module) -> Sequence[float] | None:
-    """Deviation of the Gaussians that attention to windows is spread over, half their distance."""
-    if not isinstance(encoder, WindowsEncoder):
-        return None
-    return [step / 2 for step in encoder.windows.stride]
+        return partial(slice_density, axis=encoder.axis)
+    if isinstance(encoder, WindowsEncoder):
+        boxes: Boxes = partial(window_boxes, size=encoder.windows.size)
+        deviation = [step / 2 for step in encoder.windows.stride]
+        return partial(spread_boxes, boxes=boxes, how=partial(density, deviation=deviation))
+    return partial(spread_boxes, boxes=token_boxes, how=partial(density, deviation=None))
 
 
 def note_scores(

@@ -382,7 +382,8 @@ def test_a_run_is_trained_asked_and_read_out(root, command):
     folder = root / "new"
     for number in range(2):
         write_nifti(folder / f"{number}.nii", blob((10, 9, 8), seed=number), affine_of((1, 2, 1.5)))
-    command("mode=infer", f"infer.input={folder}", spec=spec)
+    asked = command("mode=infer", f"infer.input={folder}", spec=spec)
+    assert "have a spacing of" not in asked.out + asked.err
     (file,) = run.rglob("predictions_new.csv")
     assert [row["id"] for row in rows_of(file)] == ["0.nii", "1.nii"]
     command("mode=extract", f"extract.output_dir={root / 'features'}", spec=spec)
@@ -398,6 +399,9 @@ def test_a_run_is_trained_asked_and_read_out(root, command):
     lenient = "data.strict=false"
     run = command("mode=infer", f"infer.input={folder}", trained, lenient, spec=spec)
     assert "1 volume left out:" in run.out and "cannot be listed" in run.out
+    coarse = write_nifti(root / "other" / "a.nii", blob((10, 9, 8)), affine_of((6, 2, 1.5)))
+    run = command("mode=infer", f"infer.input={coarse}", trained, spec=spec)
+    assert "1 of 1 volumes asked about have a spacing of 6 x 2 x 1.5 to 6 x 2 x 1.5 mm" in run.out
 
 
 def test_the_same_volume_in_any_orientation_has_the_same_prediction(root, command):

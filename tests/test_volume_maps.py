@@ -15,7 +15,7 @@ from glovita_lib.volume_maps import (
     density,
     mean_over,
     part_affine,
-    slice_boxes,
+    slice_density,
     token_boxes,
     write_map,
 )
@@ -102,20 +102,38 @@ def test_the_maximum_of_a_map_lies_at_the_planted_lesion(tmp_path, codes, settin
 
 
 @pytest.mark.parametrize(
-    ("places", "slabs"),
-    [
-        ([0, 1, 2, 3, 4, 5], [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]),
-        ([1, 4], [(0, 3), (3, 6)]),
-        ([0, 3], [(0, 2), (2, 5)]),
-        ([1, 3, 5], [(0, 2), (2, 4), (4, 6)]),
-        ([0, 2, 4], [(0, 1), (1, 3), (3, 6)]),
-        ([3], [(3, 4)]),
-    ],
+    "places", [range(16), range(0, 16, 2), range(0, 16, 3), [1, 4, 7, 10, 13], [7], [2, 6, 10, 15]]
 )
-def test_a_slice_has_half_of_what_lies_beside_it(places, slabs):
-    low, high = slice_boxes(np.array(places)[:, None], (9, 6, 7), axis=1)
-    assert [(int(a), int(b)) for a, b in zip(low[:, 1], high[:, 1], strict=True)] == slabs
-    assert (low[:, [0, 2]] == 0).all() and (high[:, [0, 2]] == [9, 7]).all()
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_equal_attention_to_slices_makes_an_even_map(places, axis):
+    """And the maximum is at the slice that counts most, between slices the map is linear."""
+    at = np.array(places)[:, None]
+    have = [9, 6, 7]
+    have[axis] = 16
+    even = slice_density(np.full(len(at), 1 / len(at)), at, have, have, axis=axis)
+    np.testing.assert_allclose(even, 1)
+    shares = np.random.default_rng(0).dirichlet(np.ones(len(at)))
+    found = slice_density(shares, at, have, have, axis=axis)
+    assert found.mean() == pytest.approx(1)
+    line = np.moveaxis(found, axis, 0)
+    assert (line == line[:, :1, :1]).all()
+    line = line[:, 0, 0]
+    np.testing.assert_allclose(line[at[:, 0]] / line[at[0, 0]], shares / shares[0])
+    if len(at) > 1:
+        middle = (at[0, 0] + at[1, 0]) / 2
+        halves = np.interp(middle, np.arange(16), line)
+        assert halves == pytest.approx((line[at[0, 0]] + line[at[1, 0]]) / 2)
+
+
+def test_slices_of_a_patch_lie_in_the_middle_of_the_volume():
+    """Of a larger volume the rest has none; of a smaller one what stands out is lost."""
+    at = np.array([[1], [5]])
+    found = slice_density(np.array([0.25, 0.75]), at, (4, 8, 4), (6, 12, 4), axis=1)
+    assert found.mean() == pytest.approx(1) and (found[1:5, 2:10] > 0).all()
+    found[1:5, 2:10] = 0
+    assert not found.any()
+    small = slice_density(np.array([0.25, 0.75]), at, (4, 8, 4), (2, 4, 4), axis=1)
+    np.testing.assert_allclose(small[0, :, 0] / small[0, 0, 0], np.array([3, 4, 5, 6]) / 3)
 
 
 def test_patches_of_a_grid_divide_the_input():
