@@ -78,11 +78,20 @@ def encode(files: Sequence[Labels], rules: LabelRules) -> Encoded:
     if rules.num_classes not in (None, len(names)):
         what = "targets" if subtask == "regression" else "classes"
         cure = "" if rules.class_names else ", or name all of them in data.class_names"
+        if subtask == "multiclass" and are_indices_from_one(files, rules):
+            cure += "; whole numbers of a file count from 0, and these begin at 1"
         raise UserError(
             f"data.num_classes = {rules.num_classes}, but the data have {len(names)} {what}"
             f" ({listed(names)}): mend the number{cure}"
         )
     return Encoded(subtask, names, targets, number_names)
+
+
+def are_indices_from_one(files: Sequence[Labels], rules: LabelRules) -> bool:
+    """Whether labels are arrays of whole numbers, the classes of which are counted, without 0."""
+    wholes = [file.whole for file in files]
+    named = rules.class_names or any(file.class_names for file in files)
+    return not named and all(whole is not None and whole.min(initial=1) > 0 for whole in wholes)
 
 
 def learnt(rules: LabelRules) -> dict[str, str] | None:

@@ -62,6 +62,20 @@ def read_splits(
     return listed_names(content, form)
 
 
+def has_folds(path: Path, names: Sequence[str]) -> bool:
+    """Whether a split file holds folds, so that data.fold chooses among them.
+
+    Args:
+        names: what the spec calls train, val and test.
+    """
+    content = read_json_table(path)
+    if isinstance(content, list):
+        return len(content) > 1
+    if all(isinstance(part, dict) for part in content.values()):
+        return len(content) > 1
+    return not are_splits(content, names)
+
+
 def are_splits(content: dict[str, object], names: Sequence[str]) -> bool:
     """Whether the lists of a file are splits by their names, no folds."""
     words = SPLIT_WORDS | {name.strip().casefold() for name in names}

@@ -404,6 +404,8 @@ class TemporalBlock(nn.Module):
 class TemporalTransformer(nn.Module):
     """logits = W LayerNorm(class token) + b behind the blocks."""
 
+    mixed_before = "classifier"
+
     consumes = "features"
 
     def __init__(self, spec: TemporalTransformerHead, *, width: int, outputs: int) -> None:

@@ -18,7 +18,6 @@ from glovita_lib.files import remove, write_text
 from glovita_lib.metric_names import lower_is_better, metric_name, split_name
 from glovita_lib.rundir import RunDir
 from glovita_lib.spec import ByStruct, Spec
-from glovita_lib.spec_data import BaseData
 from glovita_lib.spec_train import NoLogger, WandbLogger
 
 if TYPE_CHECKING:
@@ -282,20 +281,20 @@ class NullLogger:
 
 
 @ByStruct
-def logged_as(spec: Spec, *, run: RunDir, data: BaseData, dataset: str) -> dict[str, Any]:
+def logged_as(spec: Spec, *, run: RunDir, of_folds: bool, dataset: str) -> dict[str, Any]:
     """Under which names and tags a run is logged, by the keys of the logger section; empty without
     a tracker.
 
     Args:
-        data: the data section; a run of one of several folds has the tag fold_<k>.
-        dataset: its tag.
+        of_folds: whether it is the run of one of several folds, which has the tag fold_<k>.
+        dataset: tag of the data set.
     """
     return {}
 
 
 @logged_as.register
-def _(spec: WandbLogger, *, run: RunDir, data: BaseData, dataset: str) -> dict[str, Any]:
-    fold = () if data.stated_folds() == 1 else (f"fold_{run.path.name}",)
+def _(spec: WandbLogger, *, run: RunDir, of_folds: bool, dataset: str) -> dict[str, Any]:
+    fold = (f"fold_{run.path.name}",) * of_folds
     return {
         "entity": spec.entity,
         "project": spec.project or dataset,

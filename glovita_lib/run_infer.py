@@ -91,7 +91,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
         count = first.resolved.eval_batch_size
         splits = {path: some_of(split, count, root.seed) for path, split in splits.items()}
     split = splits[paths[0]]
-    folder = Path(root.infer.output_dir or locate(loaded).path / "infer")
+    folder = Path(root.infer.output_dir or own_folder(loaded))
     target = folder / f"attention_{name}.h5"
     members: list[Predictions] = []
     by_parts = any(in_parts(evaluated_as(r.inputs, root)) for r in records.values())
@@ -129,6 +129,14 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
             rows.append(("volume maps", f"{maps.write(split)}/"))
     if ranks.is_main:
         say(two_columns(rows))
+
+
+def own_folder(loaded: Loaded[Root]) -> Path:
+    """Folder of the results below the spec's own run; of an ensemble of folds without that of
+    data.fold, below the first of them."""
+    run, folds = locate(loaded), loaded.root.infer.folds
+    path = run.path if not folds or loaded.root.data.fold in folds else run.group / str(folds[0])
+    return path / "infer"
 
 
 def values_taken(experiment: Experiment, paths: Sequence[Path], name: str) -> dict[str, Any]:

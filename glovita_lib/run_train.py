@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glovita_lib import checkpoint, dist, files
 from glovita_lib.data import Data
+from glovita_lib.data_splits import SPLIT_NAMES, has_folds
 from glovita_lib.errors import UserError, listed
 from glovita_lib.experiment import (
     Experiment,
@@ -67,6 +68,7 @@ from glovita_lib.rundir import Decision, RunDir, opened, runtime_info
 from glovita_lib.sampler import check_ranks
 from glovita_lib.spec import Loaded, changed_keys
 from glovita_lib.spec_root import Root, head_is_named
+from glovita_lib.spec_samples import BaseData, FileData
 from glovita_lib.spec_train import Training
 from glovita_lib.trainer import Hooks, Trainer, kept_epoch
 
@@ -264,7 +266,12 @@ def learn(
     if saved is not None:
         trainer.load_state_dict(saved)
     run.clean(ranks, decision)
-    names = logged_as(root.logger, run=run, data=root.data, dataset=loaded.plain["data"]["dataset"])
+    names = logged_as(
+        root.logger,
+        run=run,
+        of_folds=is_of_folds(root.data),
+        dataset=loaded.plain["data"]["dataset"],
+    )
     taken = {**values_taken(experiment, trainer, data), "logger": names, "add_log": root.add_log}
     dist.main_decides(ranks, lambda: prepare(run, loaded, experiment, data, taken, saved))
     logger = build_logger(
@@ -293,6 +300,18 @@ def learn(
     with closing(trainer):
         trainer.fit()
     return logger, best or None
+
+
+def is_of_folds(data: BaseData) -> bool:
+    """Whether a run of a data set is that of one of several folds; of a function of the user's
+    where it is not that of fold 0."""
+    folds = data.stated_folds()
+    if folds is not None:
+        return folds > 1
+    if not isinstance(data, FileData):
+        return data.fold != 0
+    names = [getattr(data, f"{split}_split_name", split) for split in SPLIT_NAMES]
+    return has_folds(files.on_disk(Path(data.data_root_dir) / data.split_file), names)
 
 
 def undefined_notes(resolved: Resolved, trainer: Trainer) -> list[str]:

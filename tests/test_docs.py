@@ -19,12 +19,17 @@ from pathlib import Path
 from typing import get_type_hints
 
 import msgspec
+import numpy as np
 import pytest
+import torch
 import yaml
 from msgspec import inspect as kinds
 
 import glovita
+from glovita_lib import dist
 from glovita_lib.errors import UserError
+from glovita_lib.experiment import assemble, read_data
+from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_check import load_checked
 from glovita_lib.spec_help import explain, owners
 from glovita_lib.spec_root import Root
@@ -278,6 +283,27 @@ def test_the_examples_of_own_parts_run(specs, monkeypatch, capsys, number):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
     assert glovita.main(["own.toml", "--dry-run"]) == 0, capsys.readouterr().err
+    if number == 0:  # its own augmentation reaches the policy, and moves images
+        assert ours_are_flipped(folder / "own.toml")
+
+
+def ours_are_flipped(spec):
+    """Whether training of the first example flips images, by what the model gets of a batch."""
+    loaded = load_checked(spec, [])
+    ranks = dist.Ranks(0, 1, 0, torch.device("cpu"))
+    data = read_data(loaded.root, ranks)
+    resolved = resolve_spec(loaded.root, data)
+    assert (resolved.inputs.augmentation.train.hflip_p, resolved.inputs.drawn) == (
+        0.5,
+        ["hflip_p", "vflip_p"],
+    )
+    objective = assemble(loaded.root, resolved, ranks, load_weights=True).objective
+    images = torch.from_numpy(data.splits["train"].source.fetch(np.arange(16)))
+    still, drawn = objective.eval_inputs(images, False, 0), objective.train_inputs(images, False, 1)
+    ways = [torch.flip(still, axes) for axes in ((), (2,), (3,), (2, 3))]
+    which = [[torch.allclose(drawn[i], way[i], atol=1e-5) for way in ways] for i in range(16)]
+    assert all(map(any, which))
+    return not all(row[0] for row in which)
 
 
 # ---------------------------------------------------------------- keys and names

@@ -23,6 +23,7 @@ from glovita_lib.spec_model import (
     DsmilHead,
     MaxMilHead,
     MeanMilHead,
+    TemporalTransformerHead,
     TransmilHead,
 )
 from glovita_lib.spec_train import Supervised
@@ -219,6 +220,7 @@ def test_musk(spec: object) -> None:
         ClamHead(variant="sb", instance_eval=True),
         ClamHead(variant="mb", cosine_head=False),
         TransmilHead(hidden=16, heads=2, landmarks=4, dropout=0.0),
+        TemporalTransformerHead(hidden=16, heads=2, dropout=0.0),
     ],
     ids=lambda head: f"{head.__struct_config__.tag}",
 )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from children import run as run_child
+from msgspec.structs import replace
 
 from glovita_lib import loggers
 from glovita_lib.dist import Ranks
@@ -26,6 +27,7 @@ from glovita_lib.loggers import (
     logged_as,
 )
 from glovita_lib.results import summary_lines
+from glovita_lib.run_train import is_of_folds
 from glovita_lib.rundir import RunDir
 from glovita_lib.spec_data import BaseData, DigitsData, GenericImageData, PrecomputedData
 from glovita_lib.spec_train import NoLogger, WandbLogger
@@ -56,9 +58,9 @@ def build(
     *,
     ranks: Ranks = FIRST,
     run_id: str | None = None,
-    data: BaseData | None = None,
+    of_folds: bool = False,
 ) -> Logger:
-    names = logged_as(spec, run=run, data=data or DigitsData(), dataset="digits")
+    names = logged_as(spec, run=run, of_folds=of_folds, dataset="digits")
     return build_logger(spec, run=run, config=CONFIG, names=names, run_id=run_id, ranks=ranks)
 
 
@@ -82,19 +84,23 @@ def test_no_logger_and_other_ranks_leave_nothing(run: RunDir) -> None:
         (GenericImageData(split_source="subdirs"), ["a"]),
         (GenericImageData(split_source="kfold"), ["a", "fold_site_b"]),
         (PrecomputedData(split_source="splits_json"), ["a", "fold_site_b"]),
+        (PrecomputedData(split_source="splits_json", split_file="splits.txt"), ["a"]),
     ],
 )
 def test_a_run_of_several_folds_is_tagged(data: BaseData, tags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "splits.json").write_text('{"site_a": ["1"], "site_b": ["2"], "c": ["3"]}')
+    (tmp_path / "splits.txt").write_text('{"train": ["1"], "val": ["2"], "test": ["3"]}')
     run = RunDir(tmp_path / "set" / "group" / "site_b")
-    names = logged_as(WandbLogger(tags=("a",)), run=run, data=data, dataset="set")
+    of_folds = is_of_folds(replace(data, data_root_dir=str(tmp_path)))
+    names = logged_as(WandbLogger(tags=("a",)), run=run, of_folds=of_folds, dataset="set")
     assert names["tags"] == tags and names["name"] == "group/site_b"
-    assert logged_as(NoLogger(), run=run, data=data, dataset="set") == {}
+    assert logged_as(NoLogger(), run=run, of_folds=of_folds, dataset="set") == {}
 
 
 def test_without_a_key_it_runs_offline_and_says_so(
     run: RunDir, capfd: pytest.CaptureFixture
 ) -> None:
-    logger = build(WandbLogger(tags=("a",)), run, data=GenericImageData(split_source="kfold"))
+    logger = build(WandbLogger(tags=("a",)), run, of_folds=True)
     assert isinstance(logger, Wandb)
     settings = logger.run.settings
     assert settings.mode == "offline"

@@ -115,7 +115,16 @@ def checked(folder: Path, overrides):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_are_valid(tmp_path, name):
-    checked(tmp_path, overrides_of(COMMANDS[name]))
+    """Every flag has become the value of its key."""
+    overrides = overrides_of(COMMANDS[name])
+    plain = checked(tmp_path, overrides).plain
+    for override in overrides:
+        key, _, text = override.partition("=")
+        value = plain
+        for part in key.split("."):
+            value = value[part]
+        said = value if isinstance(value, str) else json.dumps(value)
+        assert said == text or float(said) == float(text), override
 
 
 def test_both_styles_of_the_first_command_are_one_spec(tmp_path):

@@ -1176,6 +1176,10 @@ def test_coordinates_separated_as_spreadsheets_do(bags, tiles, tmp_path):
     (tiles / "coords.csv").write_text(text, encoding="utf-8-sig")
     bags(*small, f"extract.output_dir={tmp_path / 'again'}")
     same(tmp_path / "out" / "my_tiles_val.h5", tmp_path / "again" / "my_tiles_val.h5")
+    coords = content(tmp_path / "again" / "my_tiles_val.h5")["coords"]
+    rows = [line.split(";") for line in text.splitlines()[1:]]
+    known = {tuple(float(value) for value in row[1:3]) for row in rows}
+    assert {tuple(map(float, place[:2])) for place in coords} <= known and len(set(known)) > 1
 
 
 def test_corrected_coordinates_keep_the_blocks(bags, tiles, tmp_path, monkeypatch):
