@@ -266,12 +266,8 @@ def learn(
     if saved is not None:
         trainer.load_state_dict(saved)
     run.clean(ranks, decision)
-    names = logged_as(
-        root.logger,
-        run=run,
-        of_folds=is_of_folds(root.data),
-        dataset=loaded.plain["data"]["dataset"],
-    )
+    dataset, of_folds = loaded.plain["data"]["dataset"], is_of_folds(root.data)
+    names = logged_as(root.logger, run=run, of_folds=of_folds, dataset=dataset)
     taken = {**values_taken(experiment, trainer, data), "logger": names, "add_log": root.add_log}
     dist.main_decides(ranks, lambda: prepare(run, loaded, experiment, data, taken, saved))
     logger = build_logger(

@@ -231,6 +231,11 @@ VALUES = {  # key: the values that the documents name
         default_224 native default_nnfoundation""",
     "model.encoder.encoder_type": """timm transformer torchvision torchvision_video pytorchvideo
         dinov2 dinov3 residual_encoder primus nnfoundation precomputed""",
+    "data.split_source": "splits_json subdirs",
+    "data.label_source": "folder json csv",
+    "data.task": "Classification Regression",
+    "data.subtask": "multiclass multilabel regression",
+    "extract.split": "train val test",
     "model.feature_aggregation_method": "cls_token avg sum mean_all joint",
     "extract.method": "cls_token avg sum mean_all joint",
     "task.metrics": "acc balanced_acc f1 f1_per_class pr top5acc auroc ap mse mae",
