@@ -1,6 +1,7 @@
 """Run an experiment: python glovita.py specs/digits_resnet.toml [--override a.b=value ...]."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -42,9 +43,7 @@ def information(asked: argparse.Namespace) -> str | None:
         return import_module("glovita_lib.errors").version_text()
     if asked.schema:
         return import_module("glovita_lib.spec_help").schema_text()
-    if asked.explain:
-        return import_module("glovita_lib.spec_help").explain(asked.explain)
-    return None
+    return import_module("glovita_lib.spec_help").explain(asked.explain) if asked.explain else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if asked.compare:
             print(import_module("glovita_lib.results").compare_runs([loaded, *others]))
             return 0
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages of Linux
         import_module(f"glovita_lib.{loaded.root.handler}").run(loaded, dry_run=asked.dry_run)
     except UserError as error:
         print(error, file=sys.stderr)

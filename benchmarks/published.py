@@ -5,7 +5,8 @@
     python benchmarks/published.py --table README.md
 
 A figure is a spec with its overrides and the published value, in brackets; ours is the mean over
-seeds or resamples with its standard error. Only what has run stands in the table.
+seeds or resamples with its standard error. Only what has run stands in the table; those of videos
+stand in docs/benchmarks.md.
 
 Published: MiniRocket and MultiRocket as in the results on the UCR archive (default split, or mean
 of 30 resamples), InceptionTime as in aeon's `testing/example_results_files` (resample 0).
@@ -23,8 +24,12 @@ from glovita_lib.rundir import locate
 from glovita_lib.spec_check import load_checked
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
 QUIET = ["task.bootstrap=0", "task.result_plot=none"]
+FLOOR = (  # the network of video_playback with kernels of one frame, as its header says
+    "model.encoder.kernel_sizes=[[1,3,3],[1,3,3],[1,3,3]]",
+    "model.encoder.strides=[[1,2,2],[1,2,2],[1,2,2]]",
+    "training.epochs=8",
+)
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,18 @@ def resamples(count: int) -> tuple[str, ...]:
     return tuple(f"data.resample={number}" for number in range(count))
 
 
-COLUMNS = {
-    "kernels": "Hydra + MultiRocket (MiniRocket)",
-    "resamples": "the same, mean of 30 resamples (MultiRocket)",
-    "inception": "InceptionTime, one run (of the ensemble)",
+TABLES = {  # by their marks in a page
+    "published": {
+        "kernels": "Hydra + MultiRocket (MiniRocket)",
+        "resamples": "the same, mean of 30 resamples (MultiRocket)",
+        "inception": "InceptionTime, one run (of the ensemble)",
+    },
+    "published videos": {
+        "clips": "3-D network",
+        "frames": "the same frame by frame, their mean",
+    },
 }
+COLUMNS = {group: title for columns in TABLES.values() for group, title in columns.items()}
 
 
 def rows() -> list[Row]:
@@ -72,6 +84,8 @@ def rows() -> list[Row]:
         if ensemble is not None:
             found.append(Row("inception", name, "series_gunpoint", ensemble, None, problem, seeds))
     found.append(Row("inception", "JapaneseVowels", "series_ragged", None, None, (), seeds))
+    found.append(Row("clips", "playback speed", "video_playback", None, None, (), seeds))
+    found.append(Row("frames", "playback speed", "video_playback", None, None, FLOOR, seeds))
     return found
 
 
@@ -102,20 +116,27 @@ def cell(row: Row) -> str:
     return f"{shown(mean)}{error}" + ("" if row.published is None else f" ({row.published})")
 
 
-def table(done: list[Row]) -> str:
-    """The table of the figures that have run: a line a data set."""
-    cells = {(row.data, row.group): cell(row) for row in done}
-    lines = [f"| data | {' | '.join(COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
-    for data in dict.fromkeys(row.data for row in done):
-        lines.append(f"| {data} | {' | '.join(cells.get((data, c), '') for c in COLUMNS)} |")
+def table(done: list[Row], columns: dict[str, str]) -> str:
+    """A table of the figures that have run: a line a data set."""
+    cells = {(row.data, row.group): cell(row) for row in done if row.group in columns}
+    columns = {
+        group: title for group, title in columns.items() if any(g == group for _, g in cells)
+    }
+    lines = [f"| data | {' | '.join(columns.values())} |", f"|---|{'---|' * len(columns)}"]
+    for data in dict.fromkeys(data for data, _ in cells):
+        lines.append(f"| {data} | {' | '.join(cells.get((data, c), '') for c in columns)} |")
     return "\n".join(lines)
 
 
-def write_table(path: Path, text: str) -> None:
-    """Put the table between its marks in a page."""
+def write_tables(path: Path, done: list[Row]) -> None:
+    """Put the tables of the figures that have run between their marks in a page."""
     page = path.read_text(encoding="utf-8")
-    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-    path.write_text(f"{page[:start]}\n{text}\n{page[end:]}", encoding="utf-8")
+    for name, columns in TABLES.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin in page and any(row.group in columns for row in done):
+            start = page.index(begin) + len(begin)
+            page = f"{page[:start]}\n{table(done, columns)}\n{page[page.index(end) :]}"
+    path.write_text(page, encoding="utf-8")
 
 
 def main() -> None:
@@ -126,7 +147,7 @@ def main() -> None:
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path("published"), help="where the runs go"
     )
-    parser.add_argument("--only", help="a column: kernels, resamples, inception")
+    parser.add_argument("--only", choices=[*COLUMNS], help="a column")
     parser.add_argument("--finished", action="store_true", help="start nothing, read what has run")
     parser.add_argument("--table", type=Path, help="page whose table is replaced")
     asked = parser.parse_args()
@@ -139,9 +160,11 @@ def main() -> None:
             if row.values:
                 done.append(row)
                 print(row.data, COLUMNS[row.group], cell(row), file=sys.stderr, flush=True)
-    print(table(done))
+    for columns in TABLES.values():
+        if any(row.group in columns for row in done):
+            print(table(done, columns))
     if asked.table is not None:
-        write_table(asked.table, table(done))
+        write_tables(asked.table, done)
 
 
 if __name__ == "__main__":

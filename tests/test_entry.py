@@ -135,6 +135,16 @@ def test_mode_and_dry_run(good, mode):
     assert [(name, dry) for name, _, dry in calls] == [("run_infer", True)]
 
 
+@pytest.mark.parametrize("own", [None, "0"])
+def test_a_mode_has_huge_pages_unless_the_user_says_so(good, mode, monkeypatch, own):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if own is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", own)
+    mode()
+    assert glovita.main([str(good)]) == 0
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == (own or "1")
+
+
 def test_a_task_of_its_own_has_its_own_module(good, mode):
     calls = mode(name="run_probe")
     probe = [

@@ -225,3 +225,27 @@ def test_few_files_stay_open(folder):
     gc.collect()
     assert open_files() <= before + 2
     assert len(read_video.OPEN.readers) <= read_video.MOST_OPEN
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux tells both")
+def test_many_files_leave_none_open_and_no_memory_behind(folder):
+    """Two hundred short clips of forty files, with the readers that a thread keeps."""
+    path = write_video(folder / "short.mp4", 9)
+    content = path.read_bytes()
+    paths = [folder / "many" / f"{i}.mp4" for i in range(40)]
+    paths[0].parent.mkdir()
+    for each in paths:
+        each.write_bytes(content)
+    facts = look(path)
+
+    def used():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    sizes, files = [], []
+    for _ in range(5):
+        for each in paths:
+            read_frames(str(each), facts, np.arange(4), (32, 48))
+        sizes.append(used()), files.append(len(os.listdir("/proc/self/fd")))
+    assert max(files) - min(files) <= 1
+    assert sizes[-1] - sizes[1] < 8 * 2**20
