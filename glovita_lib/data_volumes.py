@@ -24,7 +24,8 @@ from glovita_lib.files import on_disk, read_csv, read_json_table
 from glovita_lib.loggers import Rate
 from glovita_lib.read_dicom import (
     SLICE_SUFFIXES,
-    image_frames,
+    ImageKind,
+    image_kind,
     looks_dicom,
     series_conditions,
 )
@@ -39,9 +40,8 @@ LOOKED_AT = 3  # largest and smallest files of a folder
 # ---------------------------------------------------------------------- which volumes there are
 
 
-Kinds = dict[str, tuple[int, bool]]
-"""DICOM images of a folder by their names: frames, 0 of a damaged one, and whether they are of the
-series that is meant."""
+Kinds = dict[str, ImageKind]
+"""DICOM images of a folder by their names."""
 
 
 @dataclass(slots=True)
@@ -55,75 +55,114 @@ class DicomVolumes:
     files: set[str] = field(default_factory=set)
     """Files with frames, which are volumes of their own, and damaged ones."""
     others: set[str] = field(default_factory=set)
-    """Files with frames of another series than the one that is meant."""
+    """Files with frames and folders of slices of other series of a study than the one that is
+    meant."""
 
 
-def find_dicom(folder: Path, series: str | None, *, apart: bool, itself: bool) -> DicomVolumes:
+def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool) -> DicomVolumes:
     """The DICOM images below a folder.
 
     Args:
-        series: the one that is meant, see `Reading`; None: any.
-        apart: whether a file with frames is a volume of its own; else it is a series of its folder.
+        series: conditions of the one that is meant, see `Reading`; none: any.
+        apart: whether a file with frames is a volume of its own, as is a folder of slices; else a
+            study, whose series meet the conditions, is one.
         itself: whether slices in the folder itself are a series, "."; else each is on its own.
     """
-    conditions = series_conditions(series)
+    conditions = [series_conditions(each) for each in series]
     found = DicomVolumes()
+    images: dict[str, Kinds] = {}
     for parent, names in walk_folders(str(folder), []):
         inside = os.path.relpath(parent, folder).replace(os.sep, "/")
-        one = inside != "." or itself
-        kinds = image_kinds(parent, names, conditions, few=one)
-        if not kinds:
-            continue
-        found.folders.add(inside)
-        if not apart and one:
-            found.series.add(inside)
-            continue
+        few = inside != "." or itself
+        if kinds := image_kinds(parent, names, conditions, few=few):
+            images[inside] = kinds
+    found.folders.update(images)
+    if not apart:
+        found.series = study_folders(images, len(conditions), itself=itself)
+        images = {inside: kinds for inside, kinds in images.items() if inside == "." and not itself}
+    studies = {
+        kind.study or inside
+        for inside, kinds in images.items()
+        for kind in kinds.values()
+        if kind.met
+    }
+    for inside, kinds in images.items():
         start = "" if inside == "." else f"{inside}/"
-        framed = {name for name, (frames, _) in kinds.items() if frames > 1}
-        meant = meant_images(kinds)
-        if one and any(kinds[name][0] == 1 for name in meant):
+        framed = {name for name, kind in kinds.items() if kind.frames > 1}
+        meant = {  # and what no other series of its study is, so that whoever reads it says so
+            name
+            for name, kind in kinds.items()
+            if kind.met or not kind.frames or (kind.study or inside) not in studies
+        }
+        if inside == "." and not itself:
+            files = {name for name in meant if kinds[name].frames != 1} | (set(kinds) - framed)
+        elif any(kinds[name].frames == 1 for name in meant):
             found.series.add(inside)  # with the damaged ones among its slices
             files = meant & framed
         else:
-            files = {name for name in meant if not one or kinds[name][0] != 1}
+            files = {name for name in meant if kinds[name].frames != 1}
+            slices = any(kind.frames == 1 for kind in kinds.values())
+            found.others |= {inside} if slices and not files else set()
         found.files |= {start + name for name in files}
         found.others |= {start + name for name in framed - meant}
     return found
 
 
-def meant_images(kinds: Kinds) -> set[str]:
-    """Images of the series that is meant, and damaged ones; all where none is of it, so that
-    whoever reads them says so."""
-    meant = {name for name, (_, meets) in kinds.items() if meets}
-    return meant if any(kinds[name][0] for name in meant) else set(kinds)
+def study_folders(images: dict[str, Kinds], conditions: int, *, itself: bool) -> set[str]:
+    """The lowest folder that holds series of a study for all conditions, of each study that has
+    them, and all other folders with images."""
+    folders: dict[str, set[str]] = {}
+    met: dict[str, set[int]] = {}
+    for inside, kinds in images.items():
+        for kind in kinds.values():
+            if kind.met:
+                folders.setdefault(kind.study or inside, set()).add(inside)
+                met.setdefault(kind.study or inside, set()).update(kind.met)
+    found, within = set(), set()
+    for study, each in folders.items():
+        top = os.path.commonpath(sorted(each)) or "."
+        if len(met[study]) == conditions and (top != "." or itself):
+            found.add(top)
+            within.add(study)
+    for inside, kinds in images.items():
+        of_studies = {kind.study or inside for kind in kinds.values() if kind.frames}
+        if not (of_studies and of_studies <= within) and (inside != "." or itself):
+            found.add(inside)
+    return found
 
 
 def image_kinds(
-    folder: str, names: Sequence[str], conditions: list[tuple[str, str]], *, few: bool
+    folder: str,
+    names: Sequence[str],
+    conditions: Sequence[list[tuple[str, str]]],
+    *,
+    few: bool,
 ) -> Kinds:
     """The DICOM images among the files of a folder.
 
     Args:
         few: whether a few are enough where all are slices, which may be hundreds: the largest and
-            the smallest show a file with frames.
+            the smallest show a file with frames. Where they meet no condition all are looked at.
     """
     sizes = {name: size_of(os.path.join(folder, name)) for name in names if looks_dicom(name)}
     order = sorted(sizes, key=lambda name: (-sizes[name], name))
-    kinds: dict[str, tuple[int, bool] | None] = {}
+    kinds: dict[str, ImageKind | None] = {}
 
     def look(some: Sequence[str], most: int) -> None:
         images = 0
         for name in some:
             if name not in kinds:
-                kinds[name] = image_frames(os.path.join(folder, name), conditions)
+                kinds[name] = image_kind(os.path.join(folder, name), conditions)
             kind = kinds[name]
-            images += kind is not None and kind[0] > 0
+            images += kind is not None and kind.frames > 0
             if images == most:
                 return
 
     look(order, LOOKED_AT if few else len(order))
     look(order[::-1], LOOKED_AT)
-    if any(kind and kind[0] > 1 for kind in kinds.values()):
+    known = [kind for kind in kinds.values() if kind is not None]
+    unmet = conditions and not any(kind.met for kind in known)
+    if unmet or any(kind.frames > 1 for kind in known):
         look(order, len(order))
     return {name: kind for name in order if (kind := kinds.get(name)) is not None}
 
@@ -159,8 +198,8 @@ class VolumeFolder(SampleFolder):
         path = str(PurePosixPath(name))
         found = path if path in self.studies else SampleFolder.find(self, name)
         if found is None and self.dicom and looks_dicom(path):
-            kind = image_frames(str(self.folder / path), [])
-            found = path if kind is not None and kind[0] > 1 else None
+            kind = image_kind(str(self.folder / path), [])
+            found = path if kind is not None and kind.frames > 1 else None
         return found
 
     def hint(self, name: str) -> str:
@@ -223,9 +262,9 @@ def open_folder(
     suffixes = data.path_suffix
     dicom = DicomVolumes()
     if is_dicom := DICOM in (ext.lower().lstrip(".") for ext in data.allowed_exts):
-        one = series[0] if len(series) == 1 else None
         apart = len(series) < 2 or data.files_a_sample > 1
-        dicom = find_dicom(folder, one, apart=apart, itself=itself)
+        meant = series if len(series) == 1 or not apart else ()  # else each file has its own
+        dicom = find_dicom(folder, meant, apart=apart, itself=itself)
     if suffixes:
         known = {*files, *dicom.folders, *dicom.files, *dicom.others}
         starts = sorted({f.removesuffix(s) for s in suffixes for f in known if f.endswith(s)})
@@ -259,7 +298,7 @@ def dicom_notes(beside: Sequence[str], others: Sequence[str]) -> Iterator[str]:
         )
     if others:
         yield (
-            f"{len(others)} DICOM files with frames do not meet data.reading.series"
+            f"{len(others)} other DICOM series do not meet data.reading.series"
             f" ({listed(others, 3)}): not used, unless a table names them"
         )
 

@@ -194,29 +194,41 @@ def is_dicom(file: str) -> bool:
         return opened.read(132)[128:] == b"DICM"
 
 
-def image_frames(file: str, conditions: list[tuple[str, str]]) -> tuple[int, bool] | None:
-    """Number of frames of a DICOM image, 0 of a damaged one, and whether it meets all conditions;
-    None: no DICOM image. Little of the header is read: the functional groups, which grow with the
-    frames, come later."""
+@dataclass(frozen=True, slots=True)
+class ImageKind:
+    """What the beginning of the header of a DICOM image says."""
+
+    frames: int  # 0 of a damaged one
+    met: frozenset[int]  # numbers of the conditions that it meets
+    study: str  # StudyInstanceUID, empty where it has none
+
+
+def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageKind | None:
+    """What a DICOM image is; None: no DICOM image. Little of the header is read: the functional
+    groups, which grow with the frames, come later."""
     from pydicom.datadict import tag_for_keyword
     from pydicom.errors import InvalidDicomError
     from pydicom.filereader import read_partial
     from pydicom.tag import Tag
 
-    keywords = ["Rows", "NumberOfFrames", "SOPClassUID", *(word for word, _ in conditions)]
+    keywords = ["Rows", "NumberOfFrames", "SOPClassUID", "StudyInstanceUID"]
+    keywords += [keyword for each in conditions for keyword, _ in each]
     tags: list[Any] = [Tag(tag_for_keyword(keyword) or 0) for keyword in keywords]
     last = max(tags)
+    damaged = ImageKind(0, frozenset(), "")
     named = file.lower().endswith(SLICE_SUFFIXES)
     try:
         with open(file, "rb") as opened:
             header = read_partial(opened, lambda tag, vr, length: tag > last, specific_tags=tags)
     except (InvalidDicomError, OSError):  # whoever reads it says so
-        return (0, True) if named else None
+        return damaged if named else None
     except Exception:  # pydicom raises anything where bytes are missing
-        return 0, True
+        return damaged
     if "Rows" not in header:
-        return (0, True) if of_images(header) else None
-    return int(header.get("NumberOfFrames") or 1), meets(header, conditions)
+        return damaged if of_images(header) else None
+    met = frozenset(number for number, each in enumerate(conditions) if meets(header, each))
+    study = str(header.get("StudyInstanceUID") or "")
+    return ImageKind(int(header.get("NumberOfFrames") or 1), met, study)
 
 
 def of_images(header: Any) -> bool:

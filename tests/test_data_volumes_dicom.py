@@ -171,7 +171,50 @@ def test_a_scout_beside_a_file_with_frames(cases):
         write_frames(file, VOXELS, description="dose")
     data = build(cases, **kept)
     assert len(ids_of(data)) == 4
-    assert any("1 DICOM files with frames do not meet" in line for line in data.report)
+    assert any("1 other DICOM series do not meet" in line for line in data.report)
+
+
+@pytest.fixture
+def nested(tmp_path):
+    """Studies of two series in folders of their own, four patients of two classes and splits."""
+    for number, case in enumerate(["train/dark/p", "train/bright/q", "val/dark/r", "val/bright/s"]):
+        for kind in ("t1", "t2"):
+            write_dicom(
+                tmp_path / "images" / case / "study" / kind, VOXELS + number,
+                uid=f"1.{number}.{kind[1]}", description=kind, StudyInstanceUID=f"5.{number}",
+            )  # fmt: skip
+    return tmp_path
+
+
+def test_a_series_of_nested_studies_is_chosen(nested):
+    one = {"series": ("SeriesDescription=t1",)}
+    data = build(nested, reading=VolumeReading(**one))
+    assert len(ids_of(data)) == 4 and all(name.endswith("study/t1") for name in ids_of(data))
+    assert any("4 other DICOM series do not meet" in line for line in data.report)
+    assert len(new_volumes(nested / "images", **one)[0].ids) == 4
+    patient = nested / "images" / "train" / "dark" / "p"
+    assert new_volumes(patient, **one)[0].ids == ["study/t1"]
+    shutil.rmtree(patient / "study" / "t1")  # a study that lacks the series is told
+    with pytest.raises(UserError, match="1 volume cannot.*\n.*p/study/t2: no series with Series"):
+        build(nested, reading=VolumeReading(**one))
+
+
+def test_series_of_nested_studies_are_channels(nested):
+    both = {"series": ("SeriesDescription=t2", "SeriesDescription=t1")}
+    data = build(nested, reading=VolumeReading(**both))
+    assert data.samples.channels == 2
+    assert len(ids_of(data)) == 4 and all(name.endswith("/study") for name in ids_of(data))
+    patient = nested / "images" / "train" / "dark" / "p"
+    samples = VolumeSamples(channels=2, reading=VolumeReading(**both), preparation=PREPARED)
+
+    def asked(folder):
+        return unlabelled_volumes(str(folder), samples, VolumeData())[0].ids
+
+    assert len(asked(nested / "images")) == 4
+    assert asked(patient) == ["study"] and asked(patient / "study") == ["study"]
+    shutil.rmtree(patient / "study" / "t1")
+    with pytest.raises(UserError, match="p/study/t2: no series with SeriesDescription=t1"):
+        build(nested, reading=VolumeReading(**both))
 
 
 def test_frames_among_many_slices_are_never_lost(tmp_path):
