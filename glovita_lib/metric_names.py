@@ -6,7 +6,7 @@ add its entry here and its formula, registered under the same name, in metrics_c
 metrics_segments or metrics. Neither torch nor numpy is imported: the spec checker needs this table.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from glovita_lib.errors import UserError, listed, nearest_word
@@ -134,8 +134,18 @@ def lower_is_better(logged: str) -> bool:
     return name == "loss" or (name in METRICS and METRICS[name].lower_is_better)
 
 
-def check_logged(name: str, available: Iterable[str]) -> None:
+def check_logged(
+    name: str,
+    available: Iterable[str],
+    *,
+    subtask: str = "multiclass",
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Refuse a name that is not logged; an available name that ends in * stands for any class.
+
+    Args:
+        subtask: kind of target, whose metrics may be added.
+        class_names: where they are known.
 
     Raises:
         UserError: what is logged, and what may be meant.
@@ -147,10 +157,14 @@ def check_logged(name: str, available: Iterable[str]) -> None:
     meant = spelled(split_name(name)[1])
     for metric, entry in METRICS.items():  # GloViTa's F1_class_0 is our val_f1_per_class_0
         start = f"{spelled(metric).removesuffix(' per class')} class "
-        if entry.per_class and meant.startswith(start):
+        if entry.per_class and meant.startswith(start) and metric in metrics_of(subtask):
             is_there = any(metric_name(found) == metric for found in available)
             add = "" if is_there else f' and add "{metric}" to task.metrics'
-            ours = f"val_{metric}_{split_name(name)[1][len(start) :]}"
+            own = class_meant(split_name(name)[1][len(start) :], class_names)
+            if own is None:
+                names = listed(class_names or (), 8)
+                raise UserError(f'no metric is logged as "{name}": the classes are {names}')
+            ours = f"val_{metric}_{own}"
             raise UserError(f'no metric is logged as "{name}"; set it to "{ours}"{add}')
     for metric, entry in METRICS.items():
         if meant in (spelled(metric), spelled(entry.title)):
@@ -162,6 +176,15 @@ def check_logged(name: str, available: Iterable[str]) -> None:
     near = nearest_word(split_name(name)[1], by_rest, 0.5)
     hint = f"; did you mean {by_rest[near]}?" if near else ""
     raise UserError(f'no metric is logged as "{name}"; there are {listed(available, 20)}{hint}')
+
+
+def class_meant(text: str, class_names: Sequence[str] | None) -> str | None:
+    """The class that the end of a name means, by its name or its place; None where there is none;
+    the text itself where classes are not known."""
+    if class_names is None or text in class_names:
+        return text
+    is_place = text.isdecimal() and int(text) < len(class_names)
+    return class_names[int(text)] if is_place else None
 
 
 def spelled(text: str) -> str:

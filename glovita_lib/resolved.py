@@ -607,8 +607,7 @@ def data_taken(spec: BaseData, data: Data) -> dict[str, Any]:
     taken = spec.paths_taken()
     if isinstance(spec, VolumeData):
         taken["preparation"]["workers"] = spec.preparation.processes(cores())
-    grouped = any(split.groups is not None for split in data.splits.values())
-    return {**taken, "has_groups": grouped}
+    return {**taken, "has_groups": any(s.groups is not None for s in data.splits.values())}
 
 
 def check_task(task: LabelTask, data: Data) -> None:
@@ -641,9 +640,10 @@ def best_metric(root: Root, data: Data, metrics: tuple[str, ...]) -> str | None:
         if root.mode == "train":
             refuse("training", root.training.without_val(data.name))
         return None
-    logged = [f"val_{name}" for name in logged_names(metrics, data.class_names)]
+    names = data.class_names
+    logged = [f"val_{name}" for name in logged_names(metrics, names)]
     asked = root.training.best_checkpoint_metric or logged[0]
-    check_logged(asked, ["val_loss", *logged])
+    check_logged(asked, ["val_loss", *logged], subtask=data.subtask, class_names=names)
     return asked
 
 

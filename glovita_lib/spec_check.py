@@ -124,14 +124,15 @@ def best_metric_is_logged(root: Root) -> Iterator[str]:
     kind = "framewise" if isinstance(root.task, Framewise) else kind
     names = logged_names(root.task.metrics or usual_metrics(kind), known_class_names(root))
     try:
-        check_logged(asked, ["val_loss", *(f"val_{name}" for name in names)])
+        logged = ["val_loss", *(f"val_{name}" for name in names)]
+        check_logged(asked, logged, subtask=kind, class_names=known_class_names(root))
     except UserError as error:
         yield f"training.best_checkpoint_metric: {error}"
 
 
 def known_class_names(root: Root) -> tuple[str, ...] | None:
-    """Class names that the spec states."""
-    return root.data.class_names if isinstance(root.data, FileData) else None
+    """Class names that the spec states, or that the data set always has."""
+    return root.data.class_names if isinstance(root.data, FileData) else root.data.labels
 
 
 def class_weights_fit(root: Root) -> Iterator[str]:

@@ -36,6 +36,7 @@ class DigitsData(ImageData, tag="digits", tag_field="dataset"):
 
     default_policies: ClassVar[tuple[str, str]] = ("default_2d_1", "shared_default_2d")
     classes: ClassVar[int | None] = 10
+    labels: ClassVar[tuple[str, ...] | None] = tuple("0123456789")
     image_channels: ClassVar[int | None] = 1
 
     val_fraction: Fraction = 0.15
@@ -69,6 +70,9 @@ class Cifar10Data(CifarData, tag="cifar10", tag_field="dataset"):
     torchvision."""
 
     classes: ClassVar[int | None] = 10
+    labels: ClassVar[tuple[str, ...] | None] = (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    )  # fmt: skip
 
 
 class Cifar100Data(CifarData, tag="cifar100", tag_field="dataset"):

@@ -57,6 +57,8 @@ class BaseData(Spec):
     """Number of folds; none where the fields or the files tell."""
     classes: ClassVar[int | None] = None
     """Number of classes, where it is always the same."""
+    labels: ClassVar[tuple[str, ...] | None] = None
+    """Names of the classes, where these are always the same."""
     image_channels: ClassVar[int | None] = None
     """Channels of the images, where they are always the same."""
     default_policies: ClassVar[tuple[str, str]] = ("default_2d_2", "shared_default_2d")

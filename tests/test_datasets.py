@@ -112,7 +112,8 @@ def test_the_table_of_digits_is_that_of_scikit_learn_bit_for_bit():
     table = read_digits()
     assert table.dtype == DIGITS.data.dtype and table[:, :64].tobytes() == DIGITS.data.tobytes()
     assert (table[:, 64] == DIGITS.target).all()
-    assert build_data(DigitsData(), seed=0).class_names == tuple(map(str, DIGITS.target_names))
+    names = build_data(DigitsData(), seed=0).class_names
+    assert names == tuple(map(str, DIGITS.target_names)) == DigitsData.labels
 
 
 def test_digits_splits_are_stratified_and_only_test_ignores_the_seed():

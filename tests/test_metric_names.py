@@ -82,6 +82,18 @@ def test_a_class_asked_for_where_no_class_is_logged() -> None:
         check_logged("F1_class_0", ["val_loss", "val_acc"])
 
 
+def test_a_class_is_one_that_there_is() -> None:
+    """By its name or its place among those that are known; numbers have no classes."""
+    names = ("cat", "dog")
+    for written in ("F1_class_1", "F1_class_dog"):
+        with pytest.raises(UserError, match='set it to "val_f1_per_class_dog" and add'):
+            check_logged(written, ["val_loss", "val_acc"], class_names=names)
+    with pytest.raises(UserError, match="the classes are cat, dog"):
+        check_logged("F1_class_2", ["val_loss", "val_acc"], class_names=names)
+    with pytest.raises(UserError, match="there are val_loss, val_mse"):
+        check_logged("F1_class_0", ["val_loss", "val_mse"], subtask="regression")
+
+
 def test_a_long_list_of_classes_is_cut() -> None:
     with pytest.raises(UserError, match="and 980 more") as error:
         check_logged("nonsense", [f"val_f1_per_class_{k}" for k in range(1000)])

@@ -443,6 +443,16 @@ BROKEN = [
     ),
     ([*FEATURES, "task.cutmix=true"], "task.cutmix", "it mixes images"),
     (
+        ["task.metrics=['f1_per_class']", "training.best_checkpoint_metric=val_f1_per_class_99"],
+        "training.best_checkpoint_metric",
+        "val_f1_per_class_9",
+    ),
+    (
+        ["data.dataset=cifar10", "training.best_checkpoint_metric=F1_class_0"],
+        "training.best_checkpoint_metric",
+        'set it to "val_f1_per_class_airplane" and add',
+    ),
+    (
         ["data.augmentation.crop_size=40", "data.augmentation.resize_size=30"],
         "data.augmentation.resize_size",
         "30 pixels are too few for the crop of crop_size = 40",
