@@ -110,6 +110,12 @@ class Scores:
         return cls(values, log_odds, given)
 
     @classmethod
+    def of_log_odds(cls, log_odds: Array) -> "Scores":
+        """Of log p / (1 - p), (N, K)."""
+        odds = log_odds.astype(np.float64)
+        return cls(np.exp(-np.logaddexp(0.0, -odds)), odds)
+
+    @classmethod
     def of_probabilities(cls, values: Array, subtask: str) -> "Scores":
         """Of probabilities (N, K); outputs of a regression stay as they are. Equal ones stay equal;
         near 1 the small ones of the other classes say more than the large one."""

@@ -76,8 +76,9 @@ def write_prediction_files(
     label lists the first 100 that are set, prediction those of the best five that are predicted,
     and probability theirs, all as JSON; label_count and prediction_count are how many there are.
     HDF5: `ids` (N,), `labels` (N,) class indices, of multilabel
-    (N, K) 0 or 1, `logits` (N, K) float32, of which softmax, or sigmoid of multilabel, gives the
-    probabilities, and `class_names` (K,).
+    (N, K) 0 or 1, `class_names` (K,), and `logits` (N, K) float32, of which softmax, or sigmoid of
+    multilabel, gives the probabilities. Where no logits are behind these (votes of neighbours, means
+    of ensembles), multiclass has `log_odds` (N, K) float32 instead, whose sigmoid they are.
 
     Args:
         ids: N ids.
@@ -104,7 +105,10 @@ def write_prediction_files(
         write_texts(file, "ids", ids)
         if targets is not None:
             file["labels"] = targets.astype(np.uint8 if subtask == "multilabel" else np.int64)
-        file["logits"] = scores.logits(subtask)
+        if has_logits(scores, subtask):
+            file["logits"] = scores.logits(subtask)
+        else:
+            file["log_odds"] = scores.ranked.astype(np.float32)
 
     write_table(Path(path), columns, fill)
 
@@ -140,6 +144,11 @@ def value_columns(subtask: str, class_names: Sequence[str]) -> tuple[list[str], 
     if subtask == "regression" and len(class_names) == 1:
         return ["label"], ["prediction"]
     return [f"label_{name}" for name in class_names], [f"prediction_{name}" for name in class_names]
+
+
+def has_logits(scores: Scores, subtask: str) -> bool:
+    """Whether there are logits behind probabilities; made of equal ones they would not be equal."""
+    return subtask == "multilabel" or scores.given is not None
 
 
 def is_rounded(scores: Scores) -> bool:
@@ -291,7 +300,9 @@ def as_read(ids: list[str], targets: np.ndarray | None, scores: Scores, subtask:
     if targets is not None and subtask != "multiclass":
         targets = targets.astype(np.float64)
     if is_wide(subtask, range(scores.values.shape[1])):
-        if scores.given is None:  # else they are of the logits that were written
+        if not has_logits(scores, subtask):
+            scores = Scores.of_log_odds(scores.ranked.astype(np.float32))
+        elif scores.given is None:  # else they are of the logits that were written
             scores = Scores.of_logits(scores.logits(subtask), subtask)
     elif subtask == "multiclass" and is_rounded(scores):
         scores = with_logits(scores.values, scores.logits(subtask))
@@ -329,17 +340,20 @@ def read_wide(path: Path, subtask: str, class_names: Sequence[str]) -> Table:
         if missing or len(stored) != len(class_names):
             what = f"no class {missing[0]}" if missing else f"{len(stored)} classes"
             raise UserError(f"{file.filename} is of other classes: it has {what}")
-        logits = file["logits"][:]
+        kind = "logits" if "logits" in file else "log_odds"
+        values = file[kind][:]
         targets = file["labels"][:] if "labels" in file else None
         ids = read_texts(file, "ids")
     order = np.array([place[name] for name in class_names])
     if not np.array_equal(order, np.arange(len(order))):
-        logits = logits[:, order]
+        values = values[:, order]
         if targets is not None:
             targets = targets[:, order] if targets.ndim == 2 else np.argsort(order)[targets]
     if targets is not None and subtask == "multilabel":
         targets = targets.astype(np.float64)
-    return Table(ids, targets, Scores.of_logits(logits, subtask))
+    of_logits = kind == "logits"
+    scores = Scores.of_logits(values, subtask) if of_logits else Scores.of_log_odds(values)
+    return Table(ids, targets, scores)
 
 
 @contextmanager

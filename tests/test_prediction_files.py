@@ -228,6 +228,29 @@ def test_scores_of_ensembles_and_neighbours_of_many_classes(tmp_path: Path, subt
             assert again == pytest.approx(wanted, abs=1e-6)
 
 
+def test_equal_votes_of_many_classes_are_equal_in_the_file(tmp_path: Path) -> None:
+    """Metrics of the file are those of the votes, also by the one line that reads it."""
+    rng, classes = np.random.default_rng(0), len(MANY)
+    targets = rng.integers(0, classes, 300)
+    drawn = np.where(
+        rng.random((300, 20)) < 0.15, targets[:, None], rng.integers(0, classes, (300, 20))
+    )
+    votes = np.stack([np.bincount(row, minlength=classes) for row in drawn]) / 20
+    path, kind = tmp_path / "p.csv", {"subtask": "multiclass", "class_names": MANY}
+    scores, ids = Scores.of_probabilities(votes, "multiclass"), list(map(str, range(300)))
+    write_prediction_files(path, ids=ids, targets=targets, scores=scores, **kind)
+    with h5py.File(tmp_path / "p.h5") as file:
+        assert "logits" not in file
+        plain = 1 / (1 + np.exp(-file["log_odds"][:]))
+    np.testing.assert_allclose(plain, votes, rtol=1e-5)
+    wanted = compute(("ap", "auroc", "acc"), targets=targets, scores=scores, **kind)
+    again = read_predictions(path, **kind).scores
+    for found in (again, Scores(plain)):
+        assert compute(("ap", "auroc", "acc"), targets=targets, scores=found, **kind) == (
+            pytest.approx(wanted, abs=1e-12)
+        )
+
+
 def test_columns_of_many_classes(tmp_path: Path) -> None:
     targets, scores = many("multiclass", 40)
     path, kind = tmp_path / "p.csv", {"subtask": "multiclass", "class_names": MANY}
