@@ -69,16 +69,16 @@ def write_prediction_files(
     multiclass: label, prediction (names), p_<class>; regression of one target: label, prediction;
     multilabel and several targets: label_<name> ..., prediction_<name> ..., and p_<class> for
     multilabel, where a probability of at least 0.5 predicts 1, and logit_<class>, which tell apart
-    what the probabilities round to 1; of multiclass these are there where probabilities round to
-    0. Numbers read back equal.
+    what the probabilities round to 1; of multiclass these are there where probabilities round to 0,
+    and log_odds_<class> where those of an ensemble say too little. Numbers read back equal.
 
     More than 100 classes: label, prediction, probability, top1, p_top1 ... p_top5. Of multilabel
     label lists the first 100 that are set, prediction those of the best five that are predicted,
     and probability theirs, all as JSON; label_count and prediction_count are how many there are.
     HDF5: `ids` (N,), `labels` (N,) class indices, of multilabel
     (N, K) 0 or 1, `class_names` (K,), and `logits` (N, K) float32, of which softmax, or sigmoid of
-    multilabel, gives the probabilities. Where no logits are behind these (votes of neighbours, means
-    of ensembles), multiclass has `log_odds` (N, K) float32 instead, whose sigmoid they are.
+    multilabel, gives the probabilities. Where no logits are behind these (votes of neighbours,
+    means of ensembles), multiclass has `log_odds` (N, K) float32 instead, whose sigmoid they are.
 
     Args:
         ids: N ids.
@@ -132,11 +132,22 @@ def score_columns(
         columns |= dict(zip(predictions, predicted.T, strict=True))
     if subtask != "regression":
         columns |= {f"p_{name}": column for name, column in zip(names, values.T, strict=True)}
-    if subtask == "multilabel" or (subtask == "multiclass" and is_rounded(scores)):
-        doubles = scores.logits(subtask).astype(np.float64)
-        logits = scores.ranked if subtask == "multilabel" else doubles
-        columns |= {f"logit_{name}": column for name, column in zip(names, logits.T, strict=True)}
+    if subtask != "regression" and (kind := kept_beside(scores, subtask)) is not None:
+        of_network = subtask == "multiclass" and kind == "logit"
+        kept = scores.logits(subtask).astype(np.float64) if of_network else scores.ranked
+        columns |= {f"{kind}_{name}": column for name, column in zip(names, kept.T, strict=True)}
     return columns
+
+
+def kept_beside(scores: Scores, subtask: str) -> str | None:
+    """What a table has beside probabilities that do not say what samples are ranked by: logits, or
+    log-odds where there are none; none where they do."""
+    if subtask == "multilabel":
+        return "logit"
+    if scores.given is not None:
+        return "logit" if is_rounded(scores) else None
+    told = Scores.of_probabilities(scores.values, subtask).ranked
+    return None if np.allclose(told, scores.ranked, 1e-9, 0, equal_nan=True) else "log_odds"
 
 
 def value_columns(subtask: str, class_names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -268,8 +279,7 @@ def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[st
     columns = read_columns(path)
     labels, predictions = value_columns(subtask, class_names)
     kinds = [] if subtask == "regression" else ["p"]
-    if subtask == "multilabel" or f"logit_{class_names[0]}" in columns:
-        kinds.append("logit")
+    kinds += [kind for kind in ("logit", "log_odds") if f"{kind}_{class_names[0]}" in columns]
     shown = [f"{kind}_{name}" for kind in kinds for name in class_names] or predictions
     truth = ["label"] if subtask == "multiclass" else labels
     missing = [name for name in ("id", *shown) if name not in columns]
@@ -285,7 +295,7 @@ def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[st
             targets = np.array([columns[name] for name in truth], dtype=np.float64).T
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} is of other classes: {error}") from None
-    if subtask == "multilabel":
+    if subtask == "multilabel" or kinds[1:] == ["log_odds"]:
         scores = Scores(*np.split(values, 2, axis=1))
     elif len(kinds) == 2:
         probabilities, logits = np.split(values, 2, axis=1)
@@ -304,8 +314,9 @@ def as_read(ids: list[str], targets: np.ndarray | None, scores: Scores, subtask:
             scores = Scores.of_log_odds(scores.ranked.astype(np.float32))
         elif scores.given is None:  # else they are of the logits that were written
             scores = Scores.of_logits(scores.logits(subtask), subtask)
-    elif subtask == "multiclass" and is_rounded(scores):
-        scores = with_logits(scores.values, scores.logits(subtask))
+    elif subtask == "multiclass" and (kind := kept_beside(scores, subtask)) is not None:
+        if kind == "logit":
+            scores = with_logits(scores.values, scores.logits(subtask))
     elif subtask == "multiclass":
         scores = Scores.of_probabilities(scores.values, subtask)
     return Table(ids, targets, scores)

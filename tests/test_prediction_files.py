@@ -228,6 +228,30 @@ def test_scores_of_ensembles_and_neighbours_of_many_classes(tmp_path: Path, subt
             assert again == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize("classes", [2, 3, len(MANY)])
+def test_ensembles_of_confident_members_rank_alike_in_the_file(tmp_path: Path, classes) -> None:
+    """Two that disagree give one half to all digits, and what ranks samples is far below these."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, classes, 200)
+    logits = rng.normal(size=(2, 200, classes)) + 2 * np.eye(classes)[targets]
+    members = [Scores.of_logits((40 * each).astype(np.float32), "multiclass") for each in logits]
+    scores, path = Scores.mean(members), tmp_path / "p.csv"
+    kind = {"subtask": "multiclass", "class_names": MANY[:classes]}
+    ids = list(map(str, range(200)))
+    write_prediction_files(path, ids=ids, targets=targets, scores=scores, **kind)
+    found = read_predictions(path, **kind).scores
+    names = ("acc", "auroc", "ap")
+    wanted = compute(names, targets=targets, scores=scores, **kind)
+    close = 1e-12 if classes < len(MANY) else 1e-4  # float32
+    assert compute(names, targets=targets, scores=found, **kind) == pytest.approx(wanted, abs=close)
+    told = as_read(ids, targets, scores, "multiclass").scores
+    assert np.array_equal(told.ranked, found.ranked)
+    if classes < len(MANY):
+        plain = Scores.of_probabilities(scores.values, "multiclass")
+        lost = compute(names, targets=targets, scores=plain, **kind)
+        assert abs(lost["ap"] - wanted["ap"]) > 1e-4
+
+
 def test_equal_votes_of_many_classes_are_equal_in_the_file(tmp_path: Path) -> None:
     """Metrics of the file are those of the votes, also by the one line that reads it."""
     rng, classes = np.random.default_rng(0), len(MANY)
