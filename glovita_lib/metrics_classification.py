@@ -100,13 +100,11 @@ class Scores:
         if subtask == "multilabel":
             odds = logits.astype(np.float64)
             return cls(np.exp(-np.logaddexp(0.0, -odds)), odds, given)
-        values = np.empty(logits.shape)
-        log_odds = np.empty(logits.shape)
+        values, log_odds = np.empty(logits.shape), np.empty(logits.shape)
         for start in range(0, len(logits), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            values[part], log_odds[part] = softmax_and_log_odds(
-                np.ascontiguousarray(logits[part], np.float64)
-            )
+            doubles = np.ascontiguousarray(logits[part], np.float64)
+            values[part], log_odds[part] = softmax_and_log_odds(doubles)
         return cls(values, log_odds, given)
 
     @classmethod

@@ -144,7 +144,7 @@ def kept_beside(scores: Scores, subtask: str) -> str | None:
     log-odds where there are none; none where they do."""
     if subtask == "multilabel":
         return "logit"
-    if scores.given is not None:
+    if scores.given is not None or scores.log_odds is None:
         return "logit" if is_rounded(scores) else None
     told = Scores.of_probabilities(scores.values, subtask).ranked
     return None if np.allclose(told, scores.ranked, 1e-9, 0, equal_nan=True) else "log_odds"
