@@ -61,7 +61,7 @@ class Labels:
             return None
         if values.dtype.kind == "f" and not np.all(np.floor(values) == values):  # or NaN
             return None
-        if values.dtype.kind == "f" and np.any(np.abs(values) >= LARGEST):  # or infinite
+        if values.dtype.kind == "f" and np.any(abs(values.astype(float)) >= LARGEST):
             return None
         if values.dtype.kind in "bf":
             return values.astype(np.int64)
@@ -244,7 +244,7 @@ def subtask_of_column(files: Sequence[Labels], found: set[Look], rules: LabelRul
     cells = dict.fromkeys(str(cell).strip() for file in files for cell in file.cells())
     raise UserError(
         f"the labels ({listed(list(cells), 4)}) may be classes or values: set data.subtask ="
-        ' "multiclass" or "regression", or name the head (model.head.head_type)'
+        ' "multiclass" or "regression", or model.head.head_type to "classification" or "regression"'
     )
 
 

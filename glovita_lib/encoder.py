@@ -380,9 +380,14 @@ class Encoder(nn.Module):
         return vector_of_tokens(method, self.tokens_call, self.n_prefix, self.has_cls)
 
     @torch.no_grad()
-    def last_norm(self, x: Tensor) -> str:
+    def last_norm(self, x: Tensor, *, pooled: bool = False) -> str:
         """The norm that the tokens end in: one whose output the library's own forward pass gives,
-        or one that follows token by token; x are random inputs, by which it is told."""
+        or one that follows token by token; x are random inputs, by which it is told.
+
+        Args:
+            pooled: whether the library's own vector is asked about instead, of which those of the
+                tokens is the last where it is one of them or their mean.
+        """
         if self.norm_call("") != "":
             return f"{self.norm_call('tokens')}, which the library applies behind its pooling"
         last: deque[tuple[str, Any]] = deque(maxlen=LAST_NORMS)
@@ -398,21 +403,30 @@ class Encoder(nn.Module):
         ]
         try:
             raw = self.forward_features(x)
+            ends = raw if isinstance(raw, list | tuple) else [raw]
+            found = [name for end in ends for name, out in last if self.is_output(out, end)]
+            if pooled:
+                vector = self.pool(raw)
+                behind = [name for name, out in last if self.is_output(out, vector)]
+                if behind:
+                    return f"net.{behind[0]}, in the library's pooling"
+                found = found if is_of_tokens(vector, ends, self) else []
         finally:
             for hook in hooks:
                 hook.remove()
-        found = [name for name, output in last if self.is_output(output, raw)]
-        return f"net.{found[-1]}, the last of the forward pass" if found else "none at the end"
+        names = ", ".join(f"net.{name}" for name in found[-len(ends) :])
+        return f"{names}, the last of the forward pass" if found else "none at the end"
 
     def is_output(self, output: Any, raw: Any) -> bool:
-        """Whether raw features are the output of a layer, be it as a map or as tokens, the
-        channels behind the places or before them."""
+        """Whether raw features, or a vector, are the output of a layer, be it as a map or as
+        tokens, the channels behind the places or before them."""
         if not isinstance(raw, Tensor) or not isinstance(output, Tensor):
             return False
         if raw.ndim < 3 or output.ndim < 3:
-            return torch.equal(output, raw)
+            return torch.equal(output.flatten(1), raw.flatten(1))
         layouts = output.flatten(1, -2), output.flatten(2).transpose(1, 2)  # (B, N, D)
-        return any(torch.equal(layout, self.to_tokens(raw)) for layout in layouts)
+        tokens = self.to_tokens(raw)
+        return any(torch.equal(layout, tokens) for layout in layouts)
 
     def check_output(self, raw: Any, input_shape: tuple[int, ...]) -> None:
         """Raise a UserError where raw features are not what `forward_features` may give."""
@@ -503,6 +517,23 @@ class Encoder(nn.Module):
 
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def is_of_tokens(vector: Tensor, ends: Sequence[Any], encoder: Encoder) -> bool:
+    """Whether a vector (B, D) is the first of the tokens of each end of a network, or the mean of
+    its tokens, or of those that are patches."""
+    if not all(isinstance(end, Tensor) and end.ndim > 2 for end in ends):
+        return False
+    tokens = [encoder.to_tokens(end) for end in ends]
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda own: own[:, 0],
+        lambda own: own.mean(1),
+        lambda own: own[:, encoder.n_prefix :].mean(1),
+    ]
+    made = [torch.cat([way(own) for own in tokens], 1) for way in ways]
+    return any(v.shape == vector.shape and torch.allclose(v, vector, 1e-4, 1e-5) for v in made)
+
+
 LAST_NORMS = 4
 """Norms of a forward pass, from the last one on, whose outputs are kept and compared with it."""
 WITHOUT_SHAPES = (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError)

@@ -22,6 +22,7 @@ from glovita_lib.encoder_aggregation import (
     all_tokens,
     choose_layers,
     layers_call,
+    reads_pooled,
     resolve_method,
 )
 from glovita_lib.errors import UserError, listed
@@ -394,10 +395,12 @@ class Extractor:
         return {}
 
     def norm_text(self) -> str:
-        """Whether tokens are final-normed."""
+        """The norm that the features end in, of layers which of them do."""
         if self.layers is None:
+            encoder, device = self.model.encoder, self.experiment.ranks.device
+            pooled = self.spec.output == "embedding" and reads_pooled(self.method, encoder)
             x = torch.randn(1, *self.inputs.shape, generator=torch.Generator().manual_seed(0))
-            return self.model.encoder.last_norm(x.to(self.experiment.ranks.device))
+            return encoder.last_norm(x.to(device), pooled=pooled)
         raw = [index for index in self.layers.indices if index not in self.normed]
         parts = [f"final norm on layers {list(self.normed)}"] if self.normed else []
         return ", ".join([*parts, f"raw layers {raw}"] if raw else parts)

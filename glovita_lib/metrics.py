@@ -52,6 +52,16 @@ def rare_rows(targets: Array) -> list[Array]:
     return [order[first[:, None] + np.arange(m)] for m, first in found if len(first)]
 
 
+def single_samples(samples: "Samples") -> Array:
+    """Whether a class, or either side of a label, has one sample (K,)."""
+    if isinstance(samples, Multiclass):
+        return np.bincount(samples.targets) == 1
+    if isinstance(samples, Multilabel):
+        counts = samples.targets.sum(0)
+        return (counts == 1) | (len(samples) - counts == 1)
+    return np.zeros(0, bool)
+
+
 def draws(n: int, resamples: int, seed: int, rare: list[Array] | None = None) -> Iterator[Array]:
     """Weights (N, r) of the resamples, in blocks that fit the memory; their sum r is `resamples`.
 
@@ -157,9 +167,9 @@ def intervals_of(
             return found
 
         ends |= intervals(measured, blocks, values=values, level=level)
-    alone = np.bincount(samples.targets) == 1 if apart else np.zeros(0, bool)
+    alone = single_samples(samples)
     if alone.any():
-        for name in apart:
+        for name in (name for name in names if METRICS[name].over_classes):
             logged = logged_names([name], samples.class_names)
             own = METRICS[name].per_class
             lost = [logged[k] for k in np.flatnonzero(alone)] if own else logged

@@ -322,6 +322,40 @@ def test_the_norm_that_a_file_names_gives_its_features(named):
     assert torch.equal(found, tokens)
 
 
+VECTORS = {  # timm's model: size, the norms that its own vector ends in
+    "test_vit": (96, "net.norm, the last of the forward pass"),
+    "vit_base_patch16_clip_224": (64, "net.norm, the last of the forward pass"),
+    "swin_tiny_patch4_window7_224": (224, "net.norm, the last of the forward pass"),
+    "convnext_atto": (64, "net.head.norm, in the library's pooling"),
+    "caformer_s18": (64, "net.head.norm, in the library's pooling"),
+    "efficientnet_b0": (64, "net.bn2, the last of the forward pass"),
+    "resnet18": (64, "none at the end"),
+    "mobilenetv3_small_050": (64, "none at the end"),
+    "crossvit_tiny_240": (240, "net.norm.0, net.norm.1, the last of the forward pass"),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_the_norm_of_a_vector_is_that_which_gives_it(name):
+    """Not that of the tokens, where the library pools and goes on."""
+    size, wanted = VECTORS[name]
+    kwargs = {"depth": 1} if name.startswith("vit") else {}
+    extractor = extractor_of(name, kwargs, size=size, method="pooled")
+    jitter(extractor.model.encoder)
+    net, outputs = extractor.model.encoder.net.eval(), {}
+    said = extractor.attributes()["norm"]
+    assert said == wanted
+    for part, module in net.named_modules():
+        module.register_forward_hook(lambda m, i, o, n=part: outputs.update({n: deepcopy(o)}))
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        vector = net.forward_head(net.forward_features(x), pre_logits=True)
+    if "pooling" in said:
+        assert torch.equal(outputs["head.norm"].flatten(1), vector)
+    elif said == "none at the end":
+        assert not any(torch.equal(o.flatten(1), vector) for n, o in outputs.items() if "bn" in n)
+
+
 # ---------------------------------------------------------------------- tokens, maps, layers
 
 

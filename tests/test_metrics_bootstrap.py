@@ -104,6 +104,17 @@ def test_the_only_sample_of_a_class_says_nothing_of_the_spread() -> None:
     assert all(low < high for low, high in found.values() if low is not None)
 
 
+@pytest.mark.parametrize("value", [0, 1])
+def test_the_only_sample_of_a_label_says_nothing_of_the_spread(value: int) -> None:
+    data = data_of("multilabel", 60)
+    data["targets"] = np.tile(data["targets"][:2] * 0 + [[0], [1]], (30, 1)).astype(float)
+    data["targets"][:, 3] = np.where(np.arange(60) == 7, value, 1 - value)
+    names = ("acc", "brier", "f1", "f1_per_class", "auroc", "recall")
+    found = metrics_report(names, bootstrap=50, seed=0, **data)["ci95"]
+    none = [name for name, ends in found.items() if ends == [None, None]]
+    assert none == ["f1", f"f1_per_class_{CLASSES[3]}", "auroc", "recall"]
+
+
 def test_contains_the_value_and_shrinks_with_the_square_root_of_n() -> None:
     widths = []
     for n in (250, 4000):
