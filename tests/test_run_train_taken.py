@@ -5,13 +5,19 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec import inspect as kinds
 from test_reference_documents import bags, feature_files, series, videos, volumes
 
 from glovita_lib import run_probe, run_train, spec_errors
+from glovita_lib.data import ArraySource, Data, ImageSamples, Split
+from glovita_lib.encoder import build_encoder
+from glovita_lib.resolved import data_taken
 from glovita_lib.spec import flattened
 from glovita_lib.spec_check import load_checked
+from glovita_lib.spec_data import ImageData
+from glovita_lib.spec_encoders import TimmEncoder
 from glovita_lib.spec_root import Root
 
 A = "inputs.augmentation"
@@ -248,7 +254,20 @@ def check_model(taken, experiment, trainer):
     assert taken["model"]["feature_aggregation_method"] == pooled
     assert taken["training"]["precision"] == trainer.precision
     assert taken["training"]["steps"] == trainer.schedule.total
-    assert taken["optimizer"]["warmup_steps"] == trainer.schedule.warmup
+    assert taken["optimizer"] == {
+        "name": type(trainer.optimizer).__name__,
+        "warmup_steps": trainer.schedule.warmup,
+        "warmup_epochs": trainer.schedule.warmup_epochs,
+        "groups": len(trainer.optimizer.param_groups),
+    }
+    assert taken["data"]["has_groups"] is False
+    if "input_shape" in taken["model"]["encoder"]:
+        found = taken["model"]["encoder"]
+        channels, *sides = experiment.resolved.inputs.shape
+        lifted = found.keys() & {"slices", "folding"}  # to images of 32 pixels
+        assert found["input_shape"] == ([32, 32] if lifted else sides)
+        assert found["input_channels"] == (3 if "folding" in found else channels)
+        assert found["blocks"] == len(encoder.blocks())
     assert taken["dataloading"]["train"] == trainer.train_loader.facts()
     assert taken["dataloading"]["val"] == trainer.val_loader.facts()
     for kind, names in taken["peft"].items():
@@ -265,6 +284,14 @@ def check_probe(record, read, config):
         if not config["task"]["k"] or "knn" not in config["task"]["methods"]
         else sorted({min(n, len(samples["train"].ids)) for n in config["task"]["k"]})
     )
+
+
+def of_images(taken, encoder):
+    own = taken["model"]["encoder"]
+    assert own | {
+        "width": 16, "blocks": 2, "input_shape": [8, 8], "input_channels": 1, "stem_channels": 16,
+        "patch_size": [4, 4], "prefix_tokens": ["cls"], "dropout": 0, "drop_path": None,
+    } == own  # fmt: skip
 
 
 def of_slices(taken, encoder):
@@ -313,9 +340,27 @@ def of_clips(taken, encoder):
 
 
 CHECKS = {
+    "images": of_images, "lora": of_images,
     "slices": of_slices, "windows": of_windows, "fold": of_folding, "videos": of_videos,
     "volumes": of_volumes, "inflate": of_inflation, "clips": of_clips,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [None, ["a", "b"]])
+def test_whether_samples_come_in_groups(groups):
+    source = ArraySource(np.zeros((2, 1, 2, 2), np.uint8), np.arange(2))
+    split = Split(["a", "b"], np.zeros(2, np.int64), source, groups)
+    samples = ImageSamples(channels=1, bit_depth=8)
+    data = Data("d", {"train": split}, "multiclass", ("x",), samples)
+    assert data_taken(ImageData(), data)["has_groups"] == (groups is not None)
+
+
+def test_dropout_that_a_network_has_is_on_disk():
+    kwargs = {"drop_rate": 0.25, "drop_path_rate": 0.125, "depth": 3}
+    spec = TimmEncoder(type="test_vit", pretrained=False, model_kwargs=kwargs)
+    encoder = build_encoder(spec, channels=3, size=(32, 32), load_weights=False)
+    found = encoder.taken((32, 32))
+    assert (found["dropout"], found["drop_path"]) == (0.25, 0.125)
 
 
 def test_every_field_that_may_be_left_open_is_in_one_of_both_lists():
