@@ -555,10 +555,12 @@ def finish(
         file = run.checkpoints / "adapter.safetensors"
         save_adapter(file, experiment.model, run=description(loaded, experiment))
     written: dict[Path, LabelledPredictions] = {}
+    batches: dict[str, Any] = {}
     for name, split in data.splits.items():
         if not len(split) or (name == "train" and task.result_plot != "all"):
             continue
         predictions = experiment.predict(split)
+        batches[name] = experiment.batches
         if isinstance(predictions, LabelledPredictions):  # on the first rank
             plot = task.result_plot != "none"
             report = write_results(predictions, run.path, name, experiment, split=split, plot=plot)
@@ -566,6 +568,9 @@ def finish(
             if name in SPLITS:
                 written[run.predictions_of(name)] = predictions
     if ranks.is_main:
+        record = files.read_json(run.resolved_config)
+        record["taken"]["dataloading"] = batches | record["taken"]["dataloading"]
+        files.write_json(run.resolved_config, record)
         if task.result_plot != "none":
             learning_curves(files.read_jsonl(run.metrics), run.plots / "curves.png")
         write_fold_summary(run, experiment, written)

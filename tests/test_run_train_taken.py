@@ -240,6 +240,9 @@ def test_every_key_that_is_left_open_has_its_value_on_disk(ran):
     else:
         check_model(taken, objects["experiment"], objects["trainer"])
     if name == "images":
+        test = taken["dataloading"]["test"]  # a batch of the samples that are evaluated
+        assert test == taken["dataloading"]["val"] | {"batches": test["batches"]}
+        assert test["batches"] == math.ceil(359 / record["eval_batch_size"])
         assert taken["add_log"] == {"notes": {"phase": "warmup"}}
     check = CHECKS.get(name)
     if check is not None:
