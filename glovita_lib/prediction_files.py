@@ -6,6 +6,7 @@ N samples, K classes or targets, M frames of all videos.
 import csv
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -205,7 +206,7 @@ def as_list(values: np.ndarray) -> str:
 def best_classes(scores: Scores, subtask: str) -> np.ndarray:
     """The five best classes (N, 5), the best first, of equal ones the first; multiclass begins with
     the prediction, that of the largest probability."""
-    best, largest = np.empty((len(scores.values), TOP), np.int64), np.finfo(np.float64).max
+    best, largest = np.empty((len(scores.values), TOP), np.int64), sys.float_info.max
     for start in range(0, len(best), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         left = np.nan_to_num(scores.ranked[part], nan=np.inf, posinf=largest, neginf=-largest)

@@ -189,7 +189,8 @@ def test_what_is_not_wanted_is_not_written(command, bags):
     result = command(*bags.overrides, "mode=infer", "infer.attention=false", spec=spec)
     command(*bags.overrides, "mode=infer", spec=spec, flags=["--dry-run"])
     folder = result.path / "infer"
-    assert {path.name for path in folder.iterdir()} == {"predictions_test.csv", "metrics_test.json"}
+    files = {"predictions_test.csv", "metrics_test.json", "resolved_config_test.json"}
+    assert {path.name for path in folder.iterdir()} == files
     command(*bags.overrides, "mode=infer", "infer.attention_maps=0", spec=spec)
     assert (folder / "attention_test.h5").is_file() and not (folder / "plots").exists()
 
