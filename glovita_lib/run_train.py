@@ -555,12 +555,12 @@ def finish(
         file = run.checkpoints / "adapter.safetensors"
         save_adapter(file, experiment.model, run=description(loaded, experiment))
     written: dict[Path, LabelledPredictions] = {}
-    batches: dict[str, Any] = {}
     for name, split in data.splits.items():
         if not len(split) or (name == "train" and task.result_plot != "all"):
             continue
         predictions = experiment.predict(split)
-        batches[name] = experiment.batches
+        if ranks.is_main:
+            keep_batches(run, name, experiment.batches)
         if isinstance(predictions, LabelledPredictions):  # on the first rank
             plot = task.result_plot != "none"
             report = write_results(predictions, run.path, name, experiment, split=split, plot=plot)
@@ -568,14 +568,19 @@ def finish(
             if name in SPLITS:
                 written[run.predictions_of(name)] = predictions
     if ranks.is_main:
-        record = files.read_json(run.resolved_config)
-        record["taken"]["dataloading"] = batches | record["taken"]["dataloading"]
-        files.write_json(run.resolved_config, record)
         if task.result_plot != "none":
             learning_curves(files.read_jsonl(run.metrics), run.plots / "curves.png")
         write_fold_summary(run, experiment, written)
         run.mark_finished()
     dist.barrier(ranks)
+
+
+def keep_batches(run: RunDir, name: str, facts: dict[str, Any]) -> None:
+    """Put how the batches of an evaluated split were made beside those of training."""
+    record = files.read_json(run.resolved_config)
+    if name not in (loaders := record["taken"]["dataloading"]):
+        loaders[name] = facts
+        files.write_json(run.resolved_config, record)
 
 
 def description(loaded: Loaded[Root], experiment: Experiment) -> dict[str, Any]:
