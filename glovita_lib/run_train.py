@@ -575,7 +575,7 @@ def finish(
     dist.barrier(ranks)
 
 
-def keep_batches(run: RunDir, name: str, facts: dict[str, Any]) -> None:
+def keep_batches(run: RunDir, name: str, facts: dict[str, Any] | None) -> None:
     """Put how the batches of an evaluated split were made beside those of training."""
     record = files.read_json(run.resolved_config)
     if name not in (loaders := record["taken"]["dataloading"]):
