@@ -322,24 +322,20 @@ def fill_frames(
     class_names: Sequence[str],
     file: Any,
 ) -> None:
-    """Predictions of frames in an HDF5 file: `class_names` (K,), `ids` (V,) and a group
-    videos/<id> each with `frames` (n,), `times` (n,), `probabilities` (n, K), `predictions` (n,)
-    and `labels` (n,), indices of classes, -100 where a frame has none."""
+    """Predictions of frames in an HDF5 file, in the layout of bags: `class_names` (K,), `ids` (V,)
+    and `bag_ptr` (V + 1,); the frames of video i are the rows bag_ptr[i] to bag_ptr[i + 1] of
+    `frames` (M,), `times` (M,), `probabilities` (M, K), `predictions` (M,) and `labels` (M,),
+    indices of classes, -100 where a frame has none."""
     table = predictions.frames
-    parts = {
-        "frames": table.numbers,
-        "times": table.times,
-        "probabilities": predictions.scores.values,
-        "predictions": predictions.scores.values.argmax(1),
-        **({} if targets is None else {"labels": targets}),
-    }
-    split = {name: table.by_video(values) for name, values in parts.items()}
     write_texts(file, "class_names", class_names)
     write_texts(file, "ids", predictions.ids)
-    for place, name in enumerate(predictions.ids):
-        group = file.create_group(f"videos/{name}")
-        for key, values in split.items():
-            group[key] = values[place]
+    file["bag_ptr"] = table.starts
+    file["frames"] = table.numbers
+    file["times"] = table.times
+    file["probabilities"] = predictions.scores.values
+    file["predictions"] = predictions.scores.values.argmax(1)
+    if targets is not None:
+        file["labels"] = targets
 
 
 def read_frames(path: Path, class_names: Sequence[str]) -> Table:
@@ -375,14 +371,10 @@ def read_frame_arrays(path: Path, class_names: Sequence[str]) -> Table:
     with beside(path) as file:
         if read_texts(file, "class_names") != list(class_names):
             raise UserError(f"{file.filename} is of other classes")
-        ids = read_texts(file, "ids")
-        groups = [file[f"videos/{name}"] for name in ids]
-        values = [group["probabilities"][:] for group in groups]
-        labels = [group["labels"][:] for group in groups if "labels" in group]
-    starts = np.concatenate([[0], np.cumsum([len(part) for part in values], dtype=np.int64)])
-    joined = np.concatenate([*values, np.zeros((0, len(class_names)))])
-    targets = np.concatenate([*labels, np.zeros(0, np.int64)]) if labels or not ids else None
-    return Table(ids, targets, Scores.of_probabilities(joined, "multiclass"), starts)
+        ids, starts = read_texts(file, "ids"), file["bag_ptr"][:]
+        values = file["probabilities"][:]
+        targets = file["labels"][:] if "labels" in file else None
+    return Table(ids, targets, Scores.of_probabilities(values, "multiclass"), starts)
 
 
 @table_of.register

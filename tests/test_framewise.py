@@ -254,13 +254,11 @@ def test_files_hold_a_row_a_frame_and_arrays_a_video(predictions, build, tmp_pat
     with h5py.File(tmp_path / "predictions_test.h5") as file:
         assert file["class_names"].asstr()[:].tolist() == list(NAMES)
         ids = [name.decode() for name in file["ids"]]
-        groups = [file["videos"][name] for name in ids]
-        assert [group["labels"][:].tolist() for group in groups] == [
-            part.tolist() for part in FRAMES.labels
-        ]
-        probabilities = np.concatenate([group["probabilities"] for group in groups])
-        assert np.array_equal(probabilities, predictions.scores.values)
-        assert groups[1]["times"][:].tolist() == [0, 1 / 30]
+        assert ids == ["or1/a.mp4", "b"] and file["bag_ptr"][:].tolist() == [0, 7, 9]
+        assert file["labels"][:].tolist() == np.concatenate(FRAMES.labels).tolist()
+        assert np.array_equal(file["probabilities"], predictions.scores.values)
+        assert np.array_equal(file["predictions"], predictions.scores.values.argmax(1))
+        assert file["times"][7:].tolist() == [0, 1 / 30]
     objective = build()
     pooled = pooled_metrics(objective, [read_table(objective, path)] * 2)
     assert pooled == pytest.approx(
@@ -298,6 +296,26 @@ def test_frames_of_many_classes(predictions, tmp_path, labelled) -> None:
         read_frames(path, names)
 
 
+ODD = ["a", "a/labels", "a/b/../c", "..", ".", "/", "", "x" * 300, 'ü, ≈ "q"\n;', "a/ids", " a "]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_any_id_reads_back(predictions, tmp_path, many) -> None:
+    """Two videos of which one is called as an array of the other, or as no file can be."""
+    names = tuple(f"c{k}" for k in range(MOST_COLUMNS + 1)) if many else NAMES
+    logits = np.random.default_rng(0).normal(size=(9, len(names))).astype(np.float32)
+    scores, path = Scores.of_logits(logits, "multiclass"), tmp_path / "predictions_test.csv"
+    targets = np.arange(9) % 3
+    for pair in [(a, b) for a in ODD for b in ODD if a != b]:
+        given = replace(predictions, ids=list(pair), scores=scores, targets=targets)
+        write_predictions(given, path, SimpleNamespace(class_names=names))
+        table = read_frames(path, names)
+        assert table.ids == list(pair) and table.starts.tolist() == [0, 7, 9]
+        assert table.targets.tolist() == targets.tolist()
+        with h5py.File(path.with_suffix(".h5")) as file:
+            assert file["ids"].asstr()[:].tolist() == list(pair)
+
+
 def test_files_of_unlabelled_videos_and_of_other_classes(predictions, tmp_path) -> None:
     bare = FramePredictions(
         predictions.ids, predictions.scores, predictions.rows, predictions.frames
@@ -307,7 +325,7 @@ def test_files_of_unlabelled_videos_and_of_other_classes(predictions, tmp_path) 
     assert "label" not in path.read_text().splitlines()[0]
     assert read_frames(path, NAMES).targets is None
     with h5py.File(path.with_suffix(".h5")) as file:
-        assert "labels" not in file["videos/b"]
+        assert "labels" not in file
     with pytest.raises(UserError, match="other classes: it has no column p_dry"):
         read_frames(path, ("cut", "dry"))
     empty = tmp_path / "empty.csv"
