@@ -9,9 +9,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from children import glovita
+from children import glovita, run_ranks
 from small_runs import Result
-from test_data_volumes_runs import Killed, arguments, equal, results
+from test_data_volumes_runs import KILLED, Killed, arguments, equal, results
 from video_files import number_of, numbered, write_frames, write_video
 
 from glovita_lib import figures
@@ -223,13 +223,42 @@ def test_vectors_of_a_frozen_encoder_are_kept(command, spec):
 
 @pytest.mark.processes
 def test_two_ranks_learn_what_one_learns(command, tmp_path, spec):
-    """Two ranks are one process that accumulates two batches, up to the order of sums; each video
-    is predicted once."""
+    """Two ranks that are killed within an epoch and continued equal two that are left alone, bit
+    for bit; and one process that accumulates two batches, up to the order of sums. Each video is
+    predicted once."""
     changes = ["optimizer.name=SGD", "optimizer.lr=0.01", "dataloading.batch_size=2"]
-    one = command(*changes, "training.gradient_accumulation_steps=2", spec=spec)
-    glovita(*arguments(tmp_path / "two", spec, *changes), ranks=2)
-    (path,) = (tmp_path / "two").glob("**/run/0")
+    ranks = arguments(tmp_path / "ranks", spec, *changes)
+    glovita(*ranks, ranks=2)
+    expected = results(tmp_path / "ranks" / "runs")
+    os.rename(tmp_path / "ranks" / "runs", tmp_path / "calm")
+    assert {one.code for one in run_ranks(KILLED, 4, *ranks)} == {9}
+    assert "after optimizer step 4" in glovita(*ranks, ranks=2)
+    equal(results(tmp_path / "ranks" / "runs"), expected)
+    (path,) = (tmp_path / "calm").glob("**/run/0")
     two = Result(0, "", "", path)
+    one = command(*changes, "training.gradient_accumulation_steps=2", spec=spec)
+    losses = ([r["train_loss"] for r in run.records("step")] for run in (two, one))
+    np.testing.assert_allclose(*losses, rtol=1e-4)
     for key, value in one.last["model"].items():
         torch.testing.assert_close(two.last["model"][key], value, rtol=1e-3, atol=2e-5)
     assert [row["id"] for row in two.rows()] == [row["id"] for row in one.rows()]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("how", ["logits", "bag"])
+def test_two_ranks_read_out(command, tmp_path, spec, how):
+    """Predictions and features of videos are those of one process, byte for byte, where its batches
+    are the same."""
+    changes = ["training.epochs=1", "dataloading.eval_batch_size=1"]
+    changes += BAGS if how == "bag" else []
+    spec = spec + BAG if how == "bag" else spec
+    best = command(*changes, spec=spec).path / "checkpoints" / "best.pt"
+    infer = ["mode=infer", f"infer.checkpoint={best}"]
+    extract = ["mode=extract", "extract.split=test", "extract.output_filename='{split}.h5'"]
+    extract += [f"extract.checkpoint={best}"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for mode, key in ((infer, "infer.output_dir"), (extract, "extract.output_dir")):
+        command(*changes, *mode, f"{key}={one}", spec=spec)
+        glovita(*arguments(tmp_path / "ranks", spec, *changes, *mode, f"{key}={two}"), ranks=2)
+    for name in ("predictions_test.csv", "test.h5"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name

@@ -3,6 +3,7 @@ extraction, umap, two ranks; and specs whose parts do not fit."""
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import h5py
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from children import glovita
+from children import glovita, run_ranks
 from small_videos import COLOURS, FRAMES, SPEC, coloured
+from test_data_volumes_runs import KILLED, equal
+from test_data_volumes_runs import results as files_of
 from test_resume import Killed, results
 
 from glovita import main
@@ -111,19 +114,18 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
 
 @pytest.mark.processes
 def test_two_ranks_see_every_frame_once(trained: Path, tmp_path: Path) -> None:
-    """Three videos of six clips each: the ranks have nine each, none a video of its own."""
+    """Three videos of six clips each: the ranks have nine each, none a video of its own. In equal
+    batches the files are those of one process, byte for byte."""
     path = tmp_path / "colours.toml"
     path.write_text(SPEC)
     places = [f"exp_dir={tmp_path}/runs", f"infer.checkpoint={run_of(trained)}/checkpoints/best.pt"]
-    glovita(path, "--override", "mode=infer", *places, f"infer.output_dir={tmp_path}/out", ranks=2)
-    one = rows_of(run_of(trained) / "predictions_test.csv")
-    two = rows_of(tmp_path / "out" / "predictions_test.csv")
-    assert [row["video"] for row in one] == [row["video"] for row in two]
-    for name in COLOURS:
-        pairs = [
-            (float(a[f"p_{name}"]), float(b[f"p_{name}"])) for a, b in zip(one, two, strict=True)
-        ]
-        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-4, atol=1e-6)
+    asked = [path, "--override", "mode=infer", "dataloading.eval_batch_size=3", *places]
+    for ranks in (1, 2):
+        glovita(*asked, f"infer.output_dir={tmp_path}/{ranks}", ranks=ranks)
+    for name in ("predictions_test.csv", "predictions_test.h5", "metrics_test.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+    rows = rows_of(tmp_path / "2" / "predictions_test.csv")
+    assert [row["video"] for row in rows] == [f"test/{v}" for v in range(3) for _ in range(FRAMES)]
 
 
 def test_a_dry_run_passes_and_writes_nothing(tmp_path: Path) -> None:
@@ -230,17 +232,29 @@ def test_frames_of_an_image_encoder_are_the_same_however_clips_are_cut(
 
 @pytest.mark.processes
 def test_two_ranks_write_the_same_features_of_frames(trained: Path, tmp_path: Path) -> None:
-    """Blocks of two of the eighteen clips, shared by two ranks."""
-    found = features_of(trained)
+    """Blocks of two of the eighteen clips, shared by two ranks: byte for byte those of one."""
+    small = ["extract.block_samples=2", "dataloading.eval_batch_size=2"]
     best = run_of(trained) / "checkpoints" / "best.pt"
-    places = [f"extract.checkpoint={best}", f"extract.output_dir={tmp_path}", "extract.split=test"]
-    small = ["extract.block_samples=2", "dataloading.eval_batch_size=2", "extract.precision=32"]
-    spec = ["mode=extract", "extract.output=frames", *places, *small]
-    glovita(trained / "colours.toml", "--override", *spec, ranks=2)
-    (path,) = tmp_path.glob("frames_*.h5")
-    with h5py.File(path) as file:
-        np.testing.assert_allclose(file["features"][:], found["features"], rtol=1e-4, atol=1e-5)
-        assert file["frames"][:].tolist() == found["frames"].tolist()
+    spec = ["mode=extract", "extract.output=frames", "extract.split=test", "extract.precision=32"]
+    spec += [f"extract.checkpoint={best}", "extract.output_filename=f.h5", *small]
+    for ranks in (1, 2):
+        out = f"extract.output_dir={tmp_path}/{ranks}"
+        glovita(trained / "colours.toml", "--override", *spec, out, ranks=ranks)
+    assert (tmp_path / "1" / "f.h5").read_bytes() == (tmp_path / "2" / "f.h5").read_bytes()
+
+
+@pytest.mark.processes
+def test_two_ranks_that_are_killed_go_on_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "colours.toml"
+    path.write_text(SPEC)
+    steps = ["training.save_every_steps=1", "training.log_every=1"]
+    ranks = [path, "--override", f"exp_dir={tmp_path}/runs", *steps]
+    glovita(*ranks, ranks=2)
+    expected = files_of(tmp_path / "runs")
+    os.rename(tmp_path / "runs", tmp_path / "calm")
+    assert {one.code for one in run_ranks(KILLED, 4, *ranks)} == {9}
+    assert "after optimizer step 4" in glovita(*ranks, ranks=2)
+    equal(files_of(tmp_path / "runs"), expected)
 
 
 def test_a_head_along_time_learns_from_features_of_frames(trained: Path, tmp_path: Path) -> None:
