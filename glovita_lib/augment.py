@@ -70,6 +70,8 @@ class ResolvedImageAugmentation(Spec):
     """Every parameter of the test policy."""
     crop_size: int | None = None
     """Side of centre and random crops in the resized image, pixels; none is image_size."""
+    patch_size: int | tuple[int, ...] | None = None
+    """Side of the encoder's patches, or height and width, pixels; none is the encoder's own."""
 
 
 def resolve_augmentation(
@@ -110,6 +112,7 @@ def resolve_augmentation(
         image_size=size,
         resize_size=resize_size(aug, encoder, native_size, aug.crop_size or size),
         crop_size=aug.crop_size,
+        patch_size=aug.patch_size,
         crop_mode=aug.crop_mode or ("center" if aug.crop_size else encoder.crop_mode),
         interpolation=aug.interpolation or encoder.interpolation,
         mean=per_channel(aug.mean, encoder.mean, channels),

@@ -155,17 +155,8 @@ def check_logged(
     if name in available or any(name.startswith(start) and name != start for start in families):
         return
     meant = spelled(split_name(name)[1])
-    for metric, entry in METRICS.items():  # GloViTa's F1_class_0 is our val_f1_per_class_0
-        start = f"{spelled(metric).removesuffix(' per class')} class "
-        if entry.per_class and meant.startswith(start) and metric in metrics_of(subtask):
-            is_there = any(metric_name(found) == metric for found in available)
-            add = "" if is_there else f' and add "{metric}" to task.metrics'
-            own = class_meant(split_name(name)[1][len(start) :], class_names)
-            if own is None:
-                names = listed(class_names or (), 8)
-                raise UserError(f'no metric is logged as "{name}": the classes are {names}')
-            ours = f"val_{metric}_{own}"
-            raise UserError(f'no metric is logged as "{name}"; set it to "{ours}"{add}')
+    for metric in metrics_of(subtask):
+        refuse_class(name, metric, available, class_names)
     for metric, entry in METRICS.items():
         if meant in (spelled(metric), spelled(entry.title)):
             logged = [found for found in available if metric_name(found) == metric]
@@ -178,10 +169,42 @@ def check_logged(
     raise UserError(f'no metric is logged as "{name}"; there are {listed(available, 20)}{hint}')
 
 
-def class_meant(text: str, class_names: Sequence[str] | None) -> str | None:
-    """The class that the end of a name means, by its name or its place; None where there is none;
-    the text itself where classes are not known."""
-    if class_names is None or text in class_names:
+def refuse_class(
+    name: str, metric: str, available: Sequence[str], class_names: Sequence[str] | None
+) -> None:
+    """Refuse a name that means the value of a class: GloViTa's F1_class_0 is val_f1_per_class_ and
+    the name of the first class.
+
+    Raises:
+        UserError: what is meant.
+    """
+    text = split_name(name)[1]
+    own = f"{spelled(metric)} "
+    starts = (own, own.replace(" per class", " class")) if METRICS[metric].per_class else ()
+    start = next((start for start in starts if spelled(text).startswith(start)), None)
+    if start is None or len(text) == len(start) or f"val_{text}" in available:
+        return
+    is_there = any(metric_name(found) == metric for found in available)
+    add = "" if is_there else f' and add "{metric}" to task.metrics'
+    meant = class_meant(text[len(start) :], class_names, is_name=start == own)
+    if meant is None:
+        names = listed(class_names or (), 8)
+        raise UserError(f'no metric is logged as "{name}": the classes are {names}')
+    ours = f"val_{metric}_{meant}"
+    if ours == name:
+        raise UserError(f'"{name}" is not computed: add "{metric}" to task.metrics')
+    raise UserError(f'no metric is logged as "{name}"; set it to "{ours}"{add}')
+
+
+def class_meant(text: str, class_names: Sequence[str] | None, *, is_name: bool) -> str | None:
+    """The class that the end of a name means, by its name or its place; None where there is none.
+
+    Args:
+        is_name: whether a number is a name, where names are not known; else it is a place.
+    """
+    if class_names is None:
+        return text if is_name or not text.isdecimal() else "<class name>"
+    if text in class_names:
         return text
     is_place = text.isdecimal() and int(text) < len(class_names)
     return class_names[int(text)] if is_place else None

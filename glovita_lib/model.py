@@ -17,6 +17,7 @@ from glovita_lib.errors import UserError, refuse
 from glovita_lib.heads import build_fitting_head, build_head
 from glovita_lib.network import keep_eager
 from glovita_lib.peft_base import ADDED, adapters_by_class, apply_peft, encoder_of
+from glovita_lib.spec_lift import Patch
 from glovita_lib.spec_model import FramewiseHead, ModelSpec
 from glovita_lib.spec_peft import Peft
 from glovita_lib.weights import load_tensors
@@ -176,6 +177,7 @@ def build_model(
     channels: int,
     size: tuple[int, ...] | None,
     load_weights: bool,
+    patch_size: Patch | None = None,
     base: BaseWeights | None = None,
 ) -> Model:
     """The model of a spec, with its PEFT method applied.
@@ -188,13 +190,19 @@ def build_model(
         size: spatial size of the input in pixels or voxels, (H, W) or (X, Y, Z); none: the
             encoder's own.
         load_weights: False where a checkpoint is loaded over it.
+        patch_size: of an image encoder; none: its own.
         base: what takes the place of the encoder's file.
 
     Raises:
         UserError: see build_encoder, resolve_method, build_head and apply_peft.
     """
+    section = spec.encoder
+    if patch_size is not None:
+        side = None if size is None else size[-1]
+        refuse("data.augmentation", section.patch_problems(patch_size, side))
+        section = section.with_patch_size(patch_size)
     encoder = any_encoder(
-        spec.encoder, channels=channels, size=size, load_weights=load_weights and base is None
+        section, channels=channels, size=size, load_weights=load_weights and base is None
     )
     if base is not None:
         load_tensors(encoder.load_target, base.tensors, source=f'weights = "{base.file}"')

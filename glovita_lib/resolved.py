@@ -7,7 +7,7 @@ or targets.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -34,6 +34,7 @@ from glovita_lib.spec import ByStruct, Spec, flattened, with_lists
 from glovita_lib.spec_augment import ImageAugmentation
 from glovita_lib.spec_data import VolumeData
 from glovita_lib.spec_errors import shown
+from glovita_lib.spec_lift import Patch
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_samples import BaseData, Subtask
 from glovita_lib.spec_series import ResolvedSeriesAugmentation
@@ -57,6 +58,7 @@ class ModelArguments(TypedDict):
 
     channels: int
     size: tuple[int, ...] | None
+    patch_size: NotRequired[Patch | None]
 
 
 class Parts(NamedTuple):
@@ -92,7 +94,8 @@ class ImageInputs(ImageSamples, tag="images"):
     @property
     def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
-        return {"channels": self.channels, "size": self.shape[1:]}
+        patch = self.augmentation.patch_size
+        return {"channels": self.channels, "size": self.shape[1:], "patch_size": patch}
 
     @property
     def transform(self) -> dict[str, Any]:
@@ -214,7 +217,8 @@ class ClipInputs(ClipSamples, tag="videos", kw_only=True):
     @property
     def model_arguments(self) -> ModelArguments:
         """What the model is built with."""
-        return {"channels": self.channels, "size": self.shape[1:]}
+        patch = self.augmentation.patch_size
+        return {"channels": self.channels, "size": self.shape[1:], "patch_size": patch}
 
     @property
     def transform(self) -> dict[str, Any]:
@@ -224,9 +228,8 @@ class ClipInputs(ClipSamples, tag="videos", kw_only=True):
     @property
     def drawn(self) -> list[str]:
         """What the train policy and the sampling draw, by the names of their fields."""
-        drawn = self.augmentation.train.random()
         of_places = self.sampling.train != "middle" or self.sampling.train_clips > 1
-        return [*drawn, "sampling.train"] if of_places else drawn
+        return self.augmentation.train.random() + ["sampling.train"] * of_places
 
 
 class VectorInputs(VectorSamples, tag="vectors"):
@@ -388,8 +391,7 @@ def displaced(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def check_kind(model: Resolved, trained: str, spec: BaseData) -> None:
-    """A data set can have samples of the kind that a trained model takes, as far as the spec tells;
-    asked before the data are read with the outputs of that model.
+    """A data set can have samples of the kind that a trained model takes, as far as the spec tells.
 
     Raises:
         UserError: it has others.
@@ -580,7 +582,6 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
         refuse("model.head", root.model.head.target_problems(data.subtask))
     check_task(task, data)
     refuse("model.encoder", root.model.encoder.sample_problems(data.samples.spec_kind))
-    inputs = resolve_inputs(data.samples, root, data)
     metrics = task.metrics or usual_metrics(data.subtask)
     mean, std = target_scale(task, data, train)
     return Resolved(
@@ -589,7 +590,7 @@ def resolve_spec(root: Root, data: Data) -> Resolved:
         class_names=data.class_names,
         ordered=data.has_order,
         samples={name: len(split) for name, split in data.splits.items()},
-        inputs=inputs,
+        inputs=resolve_inputs(data.samples, root, data),
         metrics=metrics,
         best_metric=best_metric(root, data, metrics),
         class_weights=class_weights(task, data, train),
@@ -627,10 +628,10 @@ def check_task(task: LabelTask, data: Data) -> None:
         problems += task.order_problems(listed(data.class_names))
     problems += task.sample_problems(data.samples.kind)
     if data.subtask != "regression":
-        classes = listed(data.class_names)
-        problems += task.class_count_problems(len(data.class_names), f"the data ({classes})")
+        names = data.class_names
+        problems += task.class_count_problems(len(names), f"the data ({listed(names)})")
         if isinstance(task, Framewise):
-            problems += task.class_name_problems(data.class_names)
+            problems += task.class_name_problems(names)
     refuse("task", problems)
 
 
@@ -663,8 +664,7 @@ def class_weights(task: LabelTask, data: Data, train: Split | None) -> tuple[flo
     if train is None or train.targets is None:
         return None
     if data.subtask == "multilabel":
-        counts = train.targets.sum(0)
-        total = counts.sum()
+        total = (counts := train.targets.sum(0)).sum()
     else:
         labels = train.targets if train.frames is None else train.frames.all_labels()
         counts = np.bincount(labels, minlength=classes)

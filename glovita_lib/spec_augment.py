@@ -326,6 +326,9 @@ class ImageAugmentation(Spec):
     crop_size: Pixels | None = None
     """Side of the square that a centre or random crop cuts from the resized image and that is then
     resized to image_size, pixels; none cuts image_size itself."""
+    patch_size: Pixels | tuple[Pixels, ...] | None = None
+    """Side of the patches that the encoder's patch embedding is built for, pixels, or their height
+    and width; published weights are resampled to it. none takes the encoder's."""
     crop_mode: CropMode | None = None
     """What is resized before a centre crop: the shortest side (center), each side for itself
     (squash), or the longest, with a border of the mean colour around it (border); none takes the
@@ -349,6 +352,12 @@ class ImageAugmentation(Spec):
             yield from self.crop_problems(self.image_size or 0)
         if self.crop_size is not None and self.crop_mode not in (None, "center"):
             yield "crop_size", f"it is cut from an image whose shape stays, not {self.crop_mode}"
+        if isinstance(self.patch_size, tuple) and len(self.patch_size) != 2:
+            yield (
+                "patch_size",
+                f"{shown(self.patch_size)} are {len(self.patch_size)} numbers: give one, the side,"
+                " or two, height and width",
+            )
 
     def crop_problems(self, image_size: int) -> Iterator[tuple[str, str]]:
         """The crop is cut from an image that is at least as large."""

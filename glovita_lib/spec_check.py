@@ -177,6 +177,10 @@ def augmentation_fits(root: Root) -> Iterator[str]:
     channels = root.data.stated_channels() or root.model.encoder.stated_channels
     if channels and isinstance(augmentation, ImageAugmentation):
         problems += augmentation.channel_problems(channels)
+    if isinstance(augmentation, ImageAugmentation) and augmentation.patch_size is not None:
+        problems += root.model.encoder.patch_problems(
+            augmentation.patch_size, augmentation.image_size
+        )
     problems += augmentation.unread_kwargs(root.data.default_policies)
     for name, text in problems:
         yield f"data.augmentation.{name}: {text}"

@@ -19,6 +19,7 @@ from glovita_lib.spec_lift import (
     Lift,
     LiftedEncoder,
     Lifting,
+    Patch,
     Positive,
     Slices,
     axis_problems,
@@ -86,6 +87,20 @@ WITHOUT_CLASS_TOKEN = (
     r"|regnet|swin|alexnet|squeezenet|googlenet|inception|mnasnet|shufflenet"
 )
 """Opening of the names of encoders of timm and torchvision that have no class token."""
+
+
+WITHOUT_PATCHES = (
+    r"bat_|botnet|caformer|coat_small|coatne|convformer|convmixer|convnext|cpubone|crossvit|cs3"
+    r"|csatv2|csp|darknet|davit|densenet|dla|dm_nfnet|dpn|eca|edgenext|efficient|ese_|fastvit|fbnet"
+    r"|focalnet|gc|gernet|ghostnet|gmixer|gmlp|halo|hardcorenas|hgnet|hiera_|hrnet|iformer"
+    r"|inception|lambda|lamhalo|lcnet|legacy|levit|lowformer|mambaout|max|mixer|mixnet|mnasnet"
+    r"|mobile|mvit|nasnet|nextvit|nf_|nfnet|pnasnet|poolformer|pvt|rdnet|regnet|rep|res|rexnet"
+    r"|sebotnet|sedarknet|sehalonet|selecsls|semnasnet|senet|sequencer|seres|shvit|skres|spnasnet"
+    r"|starnet|swiftformer|test_(?!vit)|tf_|tiny_vit|tinynet|tresnet|vgg"
+    r"|vit_\w+_(r\d*|resnet\d+d|mci)_|vitamin|vovnet|wide_resnet|xception"
+)
+"""Opening of the names of encoders of timm of which it builds no patch embedding of an asked size:
+without one, behind convolutions, of several sizes (CrossViT), or of one that it states itself."""
 
 
 class LibraryEncoder(ImageEncoder, kw_only=True):
@@ -164,6 +179,41 @@ class TimmEncoder(LibraryEncoder, tag="timm", tag_field="encoder_type"):
     small_images: bool = False
     """Whether a ResNet's stem of stride 4 becomes one of 3x3 convolutions of stride 1, for images
     of about 32 pixels."""
+
+    def patch_problems(self, patch: Patch, side: int | None) -> Iterator[tuple[str, str]]:
+        """The model has patches, of one size, which divide the image where nothing pads it."""
+        if re.match(WITHOUT_PATCHES, self.type):
+            yield (
+                "patch_size",
+                f"timm builds no patch embedding of an asked size in {self.type}: leave it out, or"
+                " name a model that has one, e.g. vit_base_patch16_224",
+            )
+            return
+        sides = both_sides(patch)
+        stated = self.model_kwargs.get("patch_size")
+        if stated is not None and both_sides(stated) != sides:
+            yield (
+                "patch_size",
+                f"{shown(patch)}, but model.encoder.model_kwargs.patch_size = {shown(stated)}:"
+                " leave one of them out",
+            )
+        pads = self.model_kwargs.get("dynamic_img_pad", False)
+        if side is not None and not pads and any(side % one for one in sides):
+            yield (
+                "patch_size",
+                f"an image of {side} pixels is no whole number of patches of {shown(patch)}: change"
+                " data.augmentation.image_size or patch_size",
+            )
+
+    def with_patch_size(self, patch: Patch) -> Self:
+        """As timm's own argument, of which its published weights are a matter."""
+        size = patch if isinstance(patch, int) or patch[0] != patch[1] else patch[0]
+        return replace(self, model_kwargs={**self.model_kwargs, "patch_size": size})
+
+
+def both_sides(patch: Any) -> tuple[Any, ...]:
+    """Height and width of a patch that may be said by one number."""
+    return tuple(patch) if isinstance(patch, list | tuple) else (patch, patch)
 
 
 class TorchvisionEncoder(LibraryEncoder, tag="torchvision", tag_field="encoder_type"):

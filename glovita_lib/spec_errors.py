@@ -248,8 +248,6 @@ REPLACED = {
     "data.augmentation": "features are taken as they are",
     "data.augmentation.cutout_size": "it is data.augmentation.train_kwargs.cutout_size, with the"
     " policy's other parameters",
-    "data.augmentation.patch_size": "the patch of an image encoder is an argument of its own, as"
-    " model.encoder.model_kwargs.patch_size; of volumes it is the part that the encoder receives",
     "model.encoder.weight_dir": "model.encoder.weights names the file or folder itself",
     **dict.fromkeys(
         ("model.head.stem_key", *(f"model.head.layer{i}_key" for i in range(2, 5))),

@@ -131,6 +131,8 @@ Lifting = Slices | Inflation | Windows | Folding
 # --------------------------------------------------------------------------- encoders
 
 Channels = Annotated[int, Meta(ge=1)]
+Patch = int | tuple[int, ...]
+"""Side of a patch of an image, or its height and width, pixels."""
 ENCODERS = {  # one that takes them
     "images": "timm",
     "volumes": "residual_encoder",
@@ -175,6 +177,18 @@ class BaseEncoder(Spec):
     def of_samples(self, samples: str) -> Self:
         """The section with what is left open and follows from the kind of samples."""
         return self
+
+    def patch_problems(self, patch: Patch, side: int | None) -> Iterator[tuple[str, str]]:
+        """What is wrong with a size of the patches of images of a side, None: not known yet."""
+        yield (
+            "patch_size",
+            f"encoder {shown(self.__struct_config__.tag)} has no patch embedding of an asked size:"
+            " leave it out, or name a transformer of timm, e.g. vit_base_patch16_224",
+        )
+
+    def with_patch_size(self, patch: Patch) -> Self:
+        """The section, whose network is built for patches of a size."""
+        raise TypeError(f"{type(self).__name__} has patches of one size")  # see patch_problems
 
     def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
         """Features pass by the encoder; images and volumes have one that takes them."""

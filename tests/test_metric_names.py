@@ -67,7 +67,7 @@ def test_a_family_stands_for_any_class() -> None:
         ("val_Balanced_Accuracy", 'add "balanced_acc" to task.metrics'),
         ("val_acx", "did you mean val_acc?"),
         ("zzz", "there are val_loss, val_acc"),
-        ("F1_class_0", 'set it to "val_f1_per_class_0"'),
+        ("F1_class_0", 'set it to "val_f1_per_class_<class name>"'),
         ("val_F1_class_cat_x", 'set it to "val_f1_per_class_cat_x"'),
     ],
 )
@@ -78,14 +78,16 @@ def test_names_that_fit_nothing(written: str, said: str) -> None:
 
 
 def test_a_class_asked_for_where_no_class_is_logged() -> None:
-    with pytest.raises(UserError, match='"val_f1_per_class_0" and add "f1_per_class" to task.met'):
+    with pytest.raises(UserError, match='_<class name>" and add "f1_per_class" to task.metrics'):
         check_logged("F1_class_0", ["val_loss", "val_acc"])
+    with pytest.raises(UserError, match='"val_f1_per_class_0" is not computed: add "f1_per_class"'):
+        check_logged("val_f1_per_class_0", ["val_loss", "val_acc"])
 
 
 def test_a_class_is_one_that_there_is() -> None:
     """By its name or its place among those that are known; numbers have no classes."""
     names = ("cat", "dog")
-    for written in ("F1_class_1", "F1_class_dog"):
+    for written in ("F1_class_1", "F1_class_dog", "val_f1_per_class_1", "f1_per_class_dog"):
         with pytest.raises(UserError, match='set it to "val_f1_per_class_dog" and add'):
             check_logged(written, ["val_loss", "val_acc"], class_names=names)
     with pytest.raises(UserError, match="the classes are cat, dog"):

@@ -1,10 +1,14 @@
 """The whole model: every family trains a step, saves and reloads strictly; frozen parts stay."""
 
+import inspect
+import re
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +18,12 @@ from glovita_lib.errors import UserError
 from glovita_lib.heads import build_head
 from glovita_lib.model import Model, build_model, parameter_line, parameter_table
 from glovita_lib.network import eager
-from glovita_lib.spec_encoders import PrecomputedEncoder, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import (
+    WITHOUT_PATCHES,
+    PrecomputedEncoder,
+    TimmEncoder,
+    TorchvisionEncoder,
+)
 from glovita_lib.spec_model import (
     ClamHead,
     ClassificationHead,
@@ -307,3 +316,138 @@ def test_a_head_written_on_padded_bags_takes_tokens_and_bags() -> None:
     of_bags = torch.stack([bag.mean(0) for bag in bags]) @ weight.T + bias
     torch.testing.assert_close(model(x), of_tokens)
     torch.testing.assert_close(model.head(Bags.from_list(bags)), of_bags)
+
+
+# ------------------------------------------------------------- data.augmentation.patch_size
+
+NARROW = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+STAGES = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2}
+PATCHES = {  # name: arguments, side of the image, patch, the convolution or layer that cuts it
+    "test_vit": (NARROW, 32, 8, "patch_embed.proj"),
+    "deit_tiny_distilled_patch16_224": (NARROW, 32, (4, 4), "patch_embed.proj"),
+    "deit3_small_patch16_224": (NARROW, 32, (8, 4), "patch_embed.proj"),
+    "eva02_tiny_patch14_224": (NARROW, 32, 8, "patch_embed.proj"),
+    "beit_base_patch16_224": (NARROW, 32, 8, "patch_embed.proj"),
+    "swin_tiny_patch4_window7_224": (STAGES, 64, 2, "patch_embed.proj"),
+    "swinv2_tiny_window8_256": (STAGES, 64, 2, "patch_embed.proj"),
+    "cait_xxs24_224": (NARROW, 32, 8, "patch_embed.proj"),
+    "samvit_base_patch16_224": (NARROW, 32, 8, "patch_embed.proj"),
+    "vit_relpos_small_patch16_224": (NARROW, 32, 8, "patch_embed.proj"),
+}
+
+
+def patched(spec: TimmEncoder, size: int, patch, *, load_weights: bool = False) -> Model:
+    torch.manual_seed(0)
+    return build_model(
+        ModelSpec(encoder=spec),
+        FullFinetuning(),
+        outputs=3,
+        channels=3,
+        size=(size, size),
+        patch_size=patch,
+        load_weights=load_weights,
+    )
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_the_patch_embedding_is_built_for_an_asked_patch(name) -> None:
+    """The network is timm's with its own argument, weight by weight and in what it gives."""
+    arguments, size, patch, layer = PATCHES[name]
+    spec = timm_spec(name, **arguments)
+    model = patched(spec, size, patch).eval()
+    sides = (patch, patch) if isinstance(patch, int) else patch
+    arguments = {**arguments, "patch_size": sides if sides[0] != sides[1] else sides[0]}
+    sized = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    torch.manual_seed(0)
+    reference = timm.create_model(name, num_classes=0, **arguments, **sized).eval()
+    reference.load_state_dict(model.encoder.net.state_dict())
+    assert reference.get_submodule(layer).kernel_size == sides
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.embed(x, model.aggregation), reference(x), rtol=0, atol=1e-6
+        )
+    own = build_model_without_patch(spec, size)
+    if own is not None:
+        assert own.get_submodule(layer).kernel_size != reference.get_submodule(layer).kernel_size
+
+
+def build_model_without_patch(spec: TimmEncoder, size: int) -> nn.Module | None:
+    """The network with its own patch, where the image is whole ones of it."""
+    try:
+        return patched(spec, size, None).encoder.net
+    except UserError:
+        return None
+
+
+RESAMPLED = {
+    "vit_small_patch16_224": (32, NARROW),
+    "eva02_tiny_patch14_224": (28, NARROW),
+    "swin_tiny_patch4_window7_224": (64, STAGES),
+}
+
+
+@pytest.mark.parametrize("name", RESAMPLED)
+def test_weights_of_another_patch_are_resampled_as_timm_does(tmp_path, name) -> None:
+    torch.manual_seed(3)
+    (size, arguments), file = RESAMPLED[name], tmp_path / "w.pth"
+    whole = timm.create_model(name, img_size=size, **arguments)
+    torch.save(whole.state_dict(), file)
+    spec = TimmEncoder(type=name, pretrained=False, model_kwargs=arguments, weights=str(file))
+    side = whole.patch_embed.patch_size[0] // 2
+    net = patched(spec, size, side, load_weights=True).encoder.net
+    kernel = resample_patch_embed(whole.patch_embed.proj.weight.detach(), [side, side])
+    torch.testing.assert_close(net.patch_embed.proj.weight.detach(), kernel)
+    if getattr(whole, "pos_embed", None) is None:
+        return
+    grid = [size // side] * 2
+    places = resample_abs_pos_embed(whole.pos_embed.detach(), grid, num_prefix_tokens=1)
+    torch.testing.assert_close(net.pos_embed.detach(), places)
+
+
+def test_weights_that_timm_does_not_resample_are_refused(tmp_path) -> None:
+    name, file = "cait_xxs24_224", tmp_path / "w.pth"
+    torch.save(timm.create_model(name, img_size=32, **NARROW).state_dict(), file)
+    spec = TimmEncoder(type=name, pretrained=False, model_kwargs=NARROW, weights=str(file))
+    with pytest.raises(UserError, match="patch_embed.proj.weight"):
+        patched(spec, 32, 8, load_weights=True)
+
+
+class Built(Exception):
+    """The class that timm's builder of a model asks for, and what it hands it."""
+
+
+def test_models_of_timm_without_a_patch_of_an_asked_size_are_known_by_name(monkeypatch) -> None:
+    """Over all models: the builder accepts one and the class has a patch embedding, or the name
+    says so before anything is built."""
+
+    def put_down(kind, variant, pretrained, **arguments):
+        raise Built(kind, arguments)
+
+    for module in {timm.models._registry._model_to_module[n] for n in timm.list_models()}:
+        monkeypatch.setattr(f"timm.models.{module}.build_model_with_cfg", put_down, raising=False)
+    wrong = []
+    for name in timm.list_models():
+        takes = builds_patches(name)
+        said = not re.match(WITHOUT_PATCHES, name)
+        if takes != said:
+            wrong.append((name, takes))
+    assert not wrong and len(timm.list_models()) > 1000
+
+
+def builds_patches(name: str) -> bool:
+    """Whether timm builds a patch embedding of an asked size, of the image itself."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, patch_size=8)
+    except Built as built:
+        kind, arguments = built.args
+    except TypeError:  # the builder states a size itself
+        return False
+    takes = any("patch_size" in inspect.signature(c.__init__).parameters for c in kind.__mro__)
+    behind = "HybridEmbed" in repr(arguments.get("embed_layer"))  # convolutions
+    is_flexible = kind.__name__ == "NaFlexVit"  # whose builder has taken the argument
+    return (takes or is_flexible) and not behind and kind.__name__ not in OTHERS
+
+
+OTHERS = {"ConvNeXt": "a stem", "RDNet": "a stem", "CrossVit": "patches of two sizes"}

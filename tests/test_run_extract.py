@@ -21,7 +21,7 @@ from children import PRELOADED, SERVER
 from children import glovita as glovita_ranks
 from PIL import Image
 from skimage import data as photos
-from small_runs import FOLDERS, load, snapshot, write_png
+from small_runs import FOLDERS, TINY, load, snapshot, write_png
 
 import glovita
 from glovita_lib import feature_writer, files, run_extract
@@ -317,6 +317,29 @@ def test_checkpoint_and_explicit_mode_agree(command, extract, tmp_path):
     assert {other["weights_sha256"] for other in others} == {found["weights_sha256"]}
     assert found["weights"] == others[0]["weights"] == f"checkpoint {best}"
     assert others[1]["weights"] == f"file {tmp_path / 'encoder.pth'}"
+
+
+def test_a_patch_size_stays_with_the_run(command, tmp_path):
+    """Train, infer and extract build the network for the patch of the augmentation; another spec
+    that reads the checkpoint gets it too."""
+    plain = TINY.replace("patch_size = 4, ", "").replace("epochs = 2", "epochs = 1")
+    asked = "data.augmentation.patch_size=[4, 2]"
+    run = command(asked, spec=plain)
+    record = run.json("resolved_config.json")
+    assert record["inputs"]["augmentation"]["patch_size"] == [4, 2]
+    assert record["taken"]["model"]["encoder"]["patch_size"] == [4, 2]
+    assert run.best["model"]["encoder.net.patch_embed.proj.weight"].shape == (16, 1, 4, 2)
+    command(asked, "mode=infer", spec=plain)
+    best = f"extract.checkpoint={run.path / 'checkpoints' / 'best.pt'}"
+    tokens = ["mode=extract", "extract.output=tokens", "extract.split=val"]
+    files = []
+    for name, more in (("own", [asked]), ("other", [best])):
+        folder = tmp_path / name
+        command(*tokens, *more, f"extract.output_dir={folder}", spec=plain)
+        (path,) = folder.glob("*.h5")
+        files.append(content(path))
+        assert np.unique(np.diff(files[-1]["bag_ptr"])).tolist() == [8]
+    np.testing.assert_array_equal(files[0]["features"], files[1]["features"])
 
 
 def test_the_precision_of_a_checkpoint_is_that_of_the_present_spec(command, extract, tmp_path):

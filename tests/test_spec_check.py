@@ -453,6 +453,23 @@ BROKEN = [
         'set it to "val_f1_per_class_airplane" and add',
     ),
     (
+        ["data.dataset=cifar100", "training.best_checkpoint_metric=F1_class_8"],
+        "training.best_checkpoint_metric",
+        'set it to "val_f1_per_class_bicycle" and add',
+    ),
+    *(
+        (["data.augmentation.patch_size=8", *more], "data.augmentation.patch_size", said)
+        for more, said in (
+            (["model.encoder.type=resnet18"], "no patch embedding of an asked size in resnet18"),
+            (["model.encoder.type=convnext_tiny"], "an asked size in convnext_tiny: leave it out"),
+            (["model.encoder.type=mixer_b16_224"], "an asked size in mixer_b16_224: leave it out"),
+            (["model.encoder.encoder_type=torchvision"], '"torchvision" has no patch embedding'),
+            (["model.encoder.model_kwargs={patch_size=4}"], "model_kwargs.patch_size = 4: leave"),
+            (["data.augmentation.image_size=20"], "20 pixels is no whole number of patches of 8"),
+            (["data.augmentation.patch_size=[8, 4, 2]"], "[8, 4, 2] are 3 numbers: give one"),
+        )
+    ),
+    (
         ["data.augmentation.crop_size=40", "data.augmentation.resize_size=30"],
         "data.augmentation.resize_size",
         "30 pixels are too few for the crop of crop_size = 40",
@@ -797,6 +814,8 @@ SOUND = [
     ["training.best_checkpoint_metric=val_loss"],
     ["training.best_checkpoint_metric=val_f1"],
     ["task.metrics=['f1_per_class']", "training.best_checkpoint_metric=val_f1_per_class_3"],
+    ["data.augmentation.patch_size=8", "model.encoder.model_kwargs={patch_size=[8, 8]}"],
+    ["data.augmentation.patch_size=[8, 4]", "data.augmentation.image_size=40"],
     [*CUSTOM, "task.metrics=['mse']", "training.best_checkpoint_metric=val_mse"],
     ["model.feature_aggregation_method=joint"],  # of the default ViT
     ["model.encoder.weights=x.pth", "model.encoder.weights_order=true"],
