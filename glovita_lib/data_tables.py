@@ -5,7 +5,7 @@ A sample is known by its id, its path below the images folder with forward slash
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path, PurePosixPath
@@ -115,6 +115,10 @@ class SampleFolder:
         identity = str(PurePosixPath(name))
         found = self.known.get(composed(identity), [])
         return identity if identity in found else found[0] if len(found) == 1 else None
+
+    def unused(self, named: Container[str]) -> list[str]:
+        """Samples that are not among those that a table names."""
+        return [identity for identity in self.ids if identity not in named]
 
     def find_row(self, names: tuple[str, ...]) -> tuple[str | None, str]:
         """Id of the sample of these files, see `find`, and the name to say where there is none."""

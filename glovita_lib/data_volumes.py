@@ -7,9 +7,10 @@ first one where several files are its channels, or what its files' names have be
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from statistics import median_low
 from typing import Any, ClassVar, get_args
 
 import numpy as np
@@ -78,21 +79,18 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
             images[inside] = kinds
     found.folders.update(images)
     if not apart:
-        found.series = study_folders(images, len(conditions), itself=itself)
+        found.series, found.others = study_folders(images, len(conditions), itself=itself)
         images = {inside: kinds for inside, kinds in images.items() if inside == "." and not itself}
-    studies = {
-        kind.study or inside
-        for inside, kinds in images.items()
-        for kind in kinds.values()
-        if kind.met
-    }
+    met = [(inside, kind) for inside, kinds in images.items() for kind in kinds.values()]
+    used = [(inside, kind.study) for inside, kind in met if kind.met]
+    studies = Studies(images, used, itself=itself)
     for inside, kinds in images.items():
         start = "" if inside == "." else f"{inside}/"
         framed = {name for name, kind in kinds.items() if kind.frames > 1}
         meant = {  # and what no other series of its study is, so that whoever reads it says so
             name
             for name, kind in kinds.items()
-            if kind.met or not kind.frames or (kind.study or inside) not in studies
+            if kind.met or not kind.frames or not studies.hold(inside, kind)
         }
         if inside == "." and not itself:
             files = {name for name in meant if kinds[name].frames != 1} | (set(kinds) - framed)
@@ -108,27 +106,108 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
     return found
 
 
-def study_folders(images: dict[str, Kinds], conditions: int, *, itself: bool) -> set[str]:
-    """The lowest folder that holds series of a study for all conditions, of each study that has
-    them, and all other folders with images."""
-    folders: dict[str, set[str]] = {}
-    met: dict[str, set[int]] = {}
+class Studies:
+    """Studies of which something is used, to tell their other series from those of a study that
+    lacks what is meant.
+
+    StudyInstanceUID tells a study, unless each series has its own. Without it a folder belongs to
+    what is used in it, beside it, or alone in the folders above, as far up as most of what is used
+    is alone.
+    """
+
+    def __init__(
+        self, images: dict[str, Kinds], used: Sequence[tuple[str, str]], *, itself: bool
+    ) -> None:
+        """
+        Args:
+            images: all there are, by folder.
+            used: folders of what is used, each with the StudyInstanceUID that tells its study, or
+                nothing.
+            itself: whether all may be one study.
+        """
+        self.folders = {inside for inside, _ in used}
+        series = {  # folders of slices and files with frames
+            (inside, name if kind.frames > 1 else "", kind.study)
+            for inside, kinds in images.items()
+            for name, kind in kinds.items()
+        }
+        count = Counter(uid for _, _, uid in series if uid)
+        joined = max(count.values(), default=0) > 1
+        self.uids = {uid for _, uid in used if uid and joined}
+        self.parents = {each for inside in self.folders for each in lineage(inside)[1:2]}
+        number = Counter(each for inside in self.folders for each in lineage(inside))
+        number["."] += not itself
+        own = [[f for f in lineage(each) if number[f] == 1] for each in self.folders] or [[]]
+        height = median_low(map(len, own)) if itself or len(own) > 1 else 1
+        self.alone = {each for above in own for each in above[:height]}
+
+    def hold(self, inside: str, kind: ImageKind) -> bool:
+        """Whether an unused image in this folder is of a study of which something is used."""
+        if kind.met or (kind.study and self.uids):  # met: one of its series once more
+            return kind.study in self.uids
+        above = lineage(inside)
+        beside = not self.folders.isdisjoint(above[:1]) or not self.parents.isdisjoint(above[1:2])
+        return beside or not self.alone.isdisjoint(above)
+
+
+def lineage(inside: str) -> list[str]:
+    """A folder and those above it, up to "."."""
+    return [inside, *map(str, PurePosixPath(inside).parents)]
+
+
+def study_folders(
+    images: dict[str, Kinds], conditions: int, *, itself: bool
+) -> tuple[set[str], set[str]]:
+    """The lowest folders that hold a series for each condition, with all other folders with images
+    that are not known to be of the same studies; and those that are.
+
+    Where no StudyInstanceUID tells a study its series lie no deeper than those of most others, as
+    else the folder of two patients would be one where each lacks a series.
+    """
+    below: dict[str, dict[tuple[str, str], set[int]]] = {}
+    depth: Counter[str] = Counter()
     for inside, kinds in images.items():
         for kind in kinds.values():
-            if kind.met:
-                folders.setdefault(kind.study or inside, set()).add(inside)
-                met.setdefault(kind.study or inside, set()).update(kind.met)
-    found, within = set(), set()
-    for study, each in folders.items():
-        top = os.path.commonpath(sorted(each)) or "."
-        if len(met[study]) == conditions and (top != "." or itself):
-            found.add(top)
-            within.add(study)
+            for up, each in enumerate(lineage(inside) if kind.met else ()):
+                below.setdefault(each, {}).setdefault(kind.of, set()).update(kind.met)
+                depth[each] = max(depth[each], up)
+    if not itself:
+        below.pop(".", None)
+    whole = {inside: complete_study(series, conditions) for inside, series in below.items()}
+    complete = {inside for inside, uid in whole.items() if uid is not None}
+    found = complete - {each for inside in complete for each in lineage(inside)[1:]}
+    usual = median_low([depth[inside] for inside in found] or [0])
+    found = {inside for inside in found if whole[inside] or depth[inside] <= usual}
+    count = Counter(whole[inside] for inside in found)  # of which one stands for one study
+    used = [(each, uid if (uid := whole[each]) and count[uid] == 1 else "") for each in found]
+    studies = Studies(images, used, itself=itself)
+    others: set[str] = set()
     for inside, kinds in images.items():
-        of_studies = {kind.study or inside for kind in kinds.values() if kind.frames}
-        if not (of_studies and of_studies <= within) and (inside != "." or itself):
-            found.add(inside)
-    return found
+        if found.isdisjoint(lineage(inside)) and (inside != "." or itself):
+            known = [kind for kind in kinds.values() if kind.frames]
+            held = known and all(studies.hold(inside, kind) for kind in known)
+            others |= {inside} if held else set()
+    single = {each for each in images if found.isdisjoint(lineage(each))} - others
+    return found | (single if itself else single - {"."}), others
+
+
+def complete_study(series: dict[tuple[str, str], set[int]], conditions: int) -> str | None:
+    """StudyInstanceUID, which may be empty, of a study among some series that has one for each of
+    so many conditions; None: there is none.
+
+    Args:
+        series: conditions that are met, by StudyInstanceUID and PatientID; series that differ in
+            one of them are of two studies.
+    """
+    for own in series:
+        study = {
+            other: met
+            for other, met in series.items()
+            if all(a == b or not a or not b for a, b in zip(own, other, strict=True))
+        }
+        if len(set().union(*study.values())) == conditions:
+            return max(uid for uid, _ in study)
+    return None
 
 
 def image_kinds(
@@ -201,6 +280,10 @@ class VolumeFolder(SampleFolder):
             kind = image_kind(str(self.folder / path), [])
             found = path if kind is not None and kind.frames > 1 else None
         return found
+
+    def unused(self, named: Container[str]) -> list[str]:
+        """See `SampleFolder.unused`; what lies in a study that a table names is used with it."""
+        return [each for each in self.ids if not any(up in named for up in lineage(each))]
 
     def hint(self, name: str) -> str:
         """See `SampleFolder.hint`; of a slice the folder of its series."""

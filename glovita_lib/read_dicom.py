@@ -200,7 +200,12 @@ class ImageKind:
 
     frames: int  # 0 of a damaged one
     met: frozenset[int]  # numbers of the conditions that it meets
-    study: str  # StudyInstanceUID, empty where it has none
+    of: tuple[str, str]  # StudyInstanceUID and PatientID, empty where it has none
+
+    @property
+    def study(self) -> str:
+        """StudyInstanceUID, empty where it has none."""
+        return self.of[0]
 
 
 def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageKind | None:
@@ -211,11 +216,11 @@ def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageK
     from pydicom.filereader import read_partial
     from pydicom.tag import Tag
 
-    keywords = ["Rows", "NumberOfFrames", "SOPClassUID", "StudyInstanceUID"]
+    keywords = ["Rows", "NumberOfFrames", "SOPClassUID", "StudyInstanceUID", "PatientID"]
     keywords += [keyword for each in conditions for keyword, _ in each]
     tags: list[Any] = [Tag(tag_for_keyword(keyword) or 0) for keyword in keywords]
     last = max(tags)
-    damaged = ImageKind(0, frozenset(), "")
+    damaged = ImageKind(0, frozenset(), ("", ""))
     named = file.lower().endswith(SLICE_SUFFIXES)
     try:
         with open(file, "rb") as opened:
@@ -227,8 +232,8 @@ def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageK
     if "Rows" not in header:
         return damaged if of_images(header) else None
     met = frozenset(number for number, each in enumerate(conditions) if meets(header, each))
-    study = str(header.get("StudyInstanceUID") or "")
-    return ImageKind(int(header.get("NumberOfFrames") or 1), met, study)
+    study, patient = (str(header.get(tag) or "") for tag in ("StudyInstanceUID", "PatientID"))
+    return ImageKind(int(header.get("NumberOfFrames") or 1), met, (study, patient))
 
 
 def of_images(header: Any) -> bool:

@@ -11,13 +11,13 @@ import pytest
 from volume_files import blob, write_dicom, write_frames, write_nifti
 
 from glovita_lib.data import VolumeSamples
-from glovita_lib.data_volumes import unlabelled_volumes
+from glovita_lib.data_volumes import open_folder, unlabelled_volumes
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
 from glovita_lib.spec_data import VolumeData
 from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 
-pytest.importorskip("pydicom")
+pydicom = pytest.importorskip("pydicom")
 
 PREPARED = VolumePreparation(size=(6, 5, 4), workers=1, crop="none")
 VOXELS = np.random.default_rng(0).integers(0, 900, (6, 5, 4), np.int16)
@@ -163,7 +163,12 @@ def test_a_scout_beside_a_file_with_frames(cases):
     chosen = {"reading": VolumeReading(series=("SeriesDescription=scan",))}
     with pytest.raises(UserError) as caught:
         build(cases, **chosen)
-    assert str(caught.value).count("no series with") == 4 and "/q" not in str(caught.value)
+    told = [line.partition(":")[0].strip() for line in str(caught.value).splitlines()[1:]]
+    assert told == [
+        "train/bright/p",
+        "val/bright/p",
+        "val/dark/p",
+    ]  # p beside q may be of its study
     kept = {"reading": VolumeReading(series=("SeriesDescription=t1",))}
     shutil.rmtree(folder)
     framed(cases / "images" / "train" / "dark" / "p", ["dose"])
@@ -172,6 +177,84 @@ def test_a_scout_beside_a_file_with_frames(cases):
     data = build(cases, **kept)
     assert len(ids_of(data)) == 4
     assert any("1 other DICOM series do not meet" in line for line in data.report)
+
+
+UIDS = {
+    "none": lambda case, kind: "",
+    "of the study": lambda case, kind: f"5.{case}",
+    "of the series": lambda case, kind: f"5.{case}.{kind}",
+    "the same in all": lambda case, kind: "5",
+    "of some": lambda case, kind: f"5.{case}" if kind == 2 else "",
+}  # StudyInstanceUID as anonymisation leaves it
+LAYOUTS = ["study/{}", "study/{}/dicom", "{}/a", "study/{}.dcm", "study/{}/x"]  # two have frames
+SERIES = ("SeriesDescription=t2", "SeriesDescription=t1")
+
+
+def write_study(case, inside, uid, number, kinds=("scout", "t1", "t2")):
+    """Series of one patient, without PatientID."""
+    for order, kind in enumerate(kinds):
+        path = case / inside.format(kind)
+        study = uid(number, order)
+        tags = {"StudyInstanceUID": study} if study else {}
+        if path.suffix or path.name == "x":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_frames(path, VOXELS + number, uid=f"1.{number}.{order}", description=kind)
+            image = pydicom.dcmread(path)
+            if study:
+                image.StudyInstanceUID = study
+            image.save_as(path)
+        else:
+            uids = {"uid": f"1.{number}.{order}", "description": kind}
+            write_dicom(path, VOXELS + number, **uids, **tags)
+
+
+@pytest.mark.parametrize("uid", list(UIDS))
+@pytest.mark.parametrize("inside", LAYOUTS)
+def test_series_of_studies_whatever_their_uids(tmp_path, inside, uid):
+    cases = ["dark/p", "dark/q", "bright/r", "bright/s"]
+    for number, case in enumerate(cases):
+        write_study(tmp_path / case, inside, UIDS[uid], number)
+
+    def ids(folder, series, itself):
+        found, _ = open_folder(folder, VolumeData(), series, None, itself=itself)
+        return found.ids, found.notes
+
+    one = inside.format("t1")
+    found, notes = ids(tmp_path, SERIES[1:], False)
+    assert found == sorted(f"{case}/{one}" for case in cases)
+    assert "8 other DICOM series do not meet" in notes[0]
+    assert ids(tmp_path, SERIES[1:], True)[0] == found
+    assert ids(tmp_path / "dark/p", SERIES[1:], True)[0] == [one]
+    if uid == "of the series":  # of studies of their own, as far as anybody can see
+        return
+    within = "/study" if "study" in inside else ""
+    found, _ = ids(tmp_path, SERIES, False)
+    assert found == sorted(f"{case}{within}" for case in cases)
+    assert ids(tmp_path, SERIES, True)[0] == found
+    assert ids(tmp_path / "dark/p", SERIES, True)[0] == [within[1:] or "."]
+
+
+@pytest.mark.parametrize("uid", ["none", "of the study", "the same in all"])
+def test_a_study_that_lacks_a_series_is_told(tmp_path, uid):
+    """Whatever else there is: it is never left out with a note alone, nor joined to another."""
+    for number, case in enumerate(["dark/p", "dark/q", "bright/r", "bright/s"]):
+        kinds = {"dark/q": ("scout", "t1"), "bright/s": ("scout", "t2")}.get(case, ("t1", "t2"))
+        write_study(tmp_path / case, "study/{}", UIDS[uid], number, kinds)
+    found, _ = open_folder(tmp_path, VolumeData(), SERIES, None)
+    assert {"dark/p/study", "dark/q/study/t1", "bright/r/study", "bright/s/study/t2"} <= {
+        *found.ids
+    }
+    found, _ = open_folder(tmp_path, VolumeData(), SERIES[1:], None)
+    missing = {"bright/s/study/scout", "bright/s/study/t2"}
+    assert {each for each in found.ids if not each.endswith("t1")} == (
+        set() if uid == "the same in all" else missing
+    )
+    shutil.rmtree(tmp_path / "bright" / "r")
+    (tmp_path / "bright" / "q").mkdir()
+    write_study(tmp_path / "bright" / "q", "study/{}", UIDS[uid], 7, ("t1",))
+    found, _ = open_folder(tmp_path, VolumeData(), SERIES, None)
+    parts = {"bright/q/study/t1", "bright/s/study/t2"}
+    assert {"dark/p/study"} | (set() if uid == "the same in all" else parts) <= {*found.ids}
 
 
 @pytest.fixture
@@ -204,6 +287,12 @@ def test_series_of_nested_studies_are_channels(nested):
     data = build(nested, reading=VolumeReading(**both))
     assert data.samples.channels == 2
     assert len(ids_of(data)) == 4 and all(name.endswith("/study") for name in ids_of(data))
+    names = ["train/dark/p", "train/bright/q", "val/dark/r", "val/bright/s"]  # patients
+    (nested / "labels.json").write_text(json.dumps({n: n.split("/")[1] for n in names}))
+    (nested / "splits.json").write_text(json.dumps([{"train": names[:2], "val": names[2:]}]))
+    tables = {"label_source": "json", "split_source": "splits_json"}
+    data = build(nested, reading=VolumeReading(**both), **tables)
+    assert ids_of(data) == sorted(names) and not data.report
     patient = nested / "images" / "train" / "dark" / "p"
     samples = VolumeSamples(channels=2, reading=VolumeReading(**both), preparation=PREPARED)
 
