@@ -442,7 +442,7 @@ def bag_map(
     coords = file["coords"][rows][:, :2]
     if coords.shape[1] == 1:  # slices, side by side
         coords = np.pad(coords, ((0, 0), (0, 1)))
-    scores = predictions.scores.values[bag]
+    scores = predictions.scores.ranked[bag]
     branches = [str(name) for name in file.attrs["branches"]]
     of_classes = len(branches) == len(scores)
     image = None
@@ -470,12 +470,13 @@ def bag_map(
 def caption(predictions: Predictions, bag: int, resolved: Resolved) -> str:
     """Truth and prediction of a bag in words."""
     scores, names = predictions.scores.values[bag], resolved.class_names
+    (predicted,) = predictions.scores.of(np.array([bag])).predicted(resolved.subtask)
     targets = predictions.targets if isinstance(predictions, LabelledPredictions) else None
     if resolved.subtask == "multiclass":
-        parts = [f"predicted {short(names[scores.argmax()], 24)} ({number(float(scores.max()))})"]
+        parts = [f"predicted {short(names[predicted], 24)} ({number(float(scores[predicted]))})"]
         truth = [] if targets is None else [f"label {short(names[targets[bag]], 24)}"]
     elif resolved.subtask == "multilabel":
-        parts = [f"predicted {label_text(names, scores >= 0.5)}"]
+        parts = [f"predicted {label_text(names, predicted)}"]
         truth = [] if targets is None else [f"labels {label_text(names, targets[bag] > 0.5)}"]
     else:
         parts = [f"predicted {target_text(scores)}"]

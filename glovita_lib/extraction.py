@@ -316,14 +316,14 @@ class Extractor:
         count = self.inputs.sampling.frames
         return torch.cat([stretched(each, count) for each in maps], 1).transpose(1, 2)
 
-    def scores(self, inputs: Any, vectors: Tensor) -> Tensor:
-        """Scores (B, K) of the objective; the encoder runs again only where its head takes
+    def logits(self, inputs: Any, vectors: Tensor) -> Tensor:
+        """Logits (B, K) of the model in float32; the encoder runs again only where its head takes
         something else than the vectors (B, D) that are read out."""
-        model, objective = self.model, self.experiment.predictor
+        model = self.model
         is_shared = self.layers is None and self.method == model.aggregation
         is_shared = is_shared and model.head.consumes == "pooled"
         takes = vectors if is_shared and not isinstance(inputs, InWindows) else inputs
-        return objective.scores(logits_of(model, takes).float())
+        return logits_of(model, takes).float()
 
     def check_grids(self, features: list[Features]) -> None:
         """Layers of different grids cannot be put side by side.

@@ -16,6 +16,7 @@ import torch
 
 from glovita_lib.errors import listed
 from glovita_lib.files import atomic_path
+from glovita_lib.metrics_classification import Scores
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -368,7 +369,7 @@ def worst_sheet(
     *,
     ids: Sequence[str],
     targets: np.ndarray,
-    scores: np.ndarray,
+    scores: Scores,
     losses: np.ndarray,
     subtask: str,
     class_names: tuple[str, ...],
@@ -408,7 +409,7 @@ def title_of_worst(figure: Any, count: int) -> None:
 def worst_captions(
     ids: Sequence[str],
     targets: np.ndarray,
-    scores: np.ndarray,
+    scores: Scores,
     losses: np.ndarray,
     subtask: str,
     class_names: tuple[str, ...],
@@ -472,25 +473,26 @@ def frames_as_one(frames: np.ndarray, white: float | np.ndarray) -> np.ndarray:
 
 def caption_lines(
     targets: np.ndarray,
-    scores: np.ndarray,
+    scores: Scores,
     subtask: str,
     class_names: tuple[str, ...],
     room: int,
 ) -> list[list[Line]]:
     """Two lines a sample: the truth and what the model says."""
-    rows = range(len(targets))
+    rows = list(zip(targets, scores.predicted(subtask), scores.values, strict=True))
     if subtask == "multiclass":
-        return [class_lines(int(targets[i]), scores[i], class_names, room) for i in rows]
+        return [class_lines(int(true), said, p, class_names, room) for true, said, p in rows]
     if subtask == "multilabel":
-        return [label_lines(targets[i] > 0.5, scores[i], class_names, room) for i in rows]
+        return [label_lines(true > 0.5, said, p, class_names, room) for true, said, p in rows]
     spread = targets.std(0) if len(targets) else np.ones(len(class_names))
     spread = np.where(spread > 0, spread, 1.0)
-    return [value_lines(targets[i], scores[i], spread, class_names, room) for i in rows]
+    return [value_lines(true, output, spread, class_names, room) for true, output, _ in rows]
 
 
-def class_lines(target: int, scores: np.ndarray, names: tuple[str, ...], room: int) -> list[Line]:
+def class_lines(
+    target: int, predicted: int, scores: np.ndarray, names: tuple[str, ...], room: int
+) -> list[Line]:
     """Probability of the true and of the predicted class."""
-    predicted = int(scores.argmax())
     sign, colour = ("✓", BLUE) if predicted == target else ("✗", ORANGE)
     return [
         Line(f"true {short(names[target], room - 12)} · {scores[target]:.0%}", INK),
@@ -499,10 +501,9 @@ def class_lines(target: int, scores: np.ndarray, names: tuple[str, ...], room: i
 
 
 def label_lines(
-    truth: np.ndarray, scores: np.ndarray, names: tuple[str, ...], room: int
+    truth: np.ndarray, said: np.ndarray, scores: np.ndarray, names: tuple[str, ...], room: int
 ) -> list[Line]:
     """Labels that were missed and false ones, the surest mistake first."""
-    said = scores >= 0.5
     missed = [k for k in np.argsort(scores, kind="stable") if truth[k] and not said[k]]
     false = [k for k in np.argsort(-scores, kind="stable") if said[k] and not truth[k]]
     if not missed and not false:

@@ -29,6 +29,7 @@ from glovita_lib.figures import (
     worst_captions,
     write_below,
 )
+from glovita_lib.metrics_classification import Scores
 
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}  # by the axis that is cut
 LETTERS = {2: "RLAP", 1: "RLSI", 0: "APSI"}  # left, right, above, below
@@ -294,7 +295,7 @@ def worst_volumes(
     *,
     ids: Sequence[str],
     targets: np.ndarray,
-    scores: np.ndarray,
+    scores: Scores,
     losses: np.ndarray,
     subtask: str,
     class_names: tuple[str, ...],

@@ -45,9 +45,13 @@ from glovita_lib.plots import LARGEST_MATRIX, confusion_matrix
 from glovita_lib.prediction_files import (
     Table,
     beside,
+    class_columns,
+    is_told,
     is_wide,
+    kept_scores,
     read_columns,
     read_texts,
+    scores_in,
     wide_columns,
     write_table,
     write_texts,
@@ -82,6 +86,11 @@ class FrameTable:
 def parts_of(values: np.ndarray, starts: Sequence[int] | np.ndarray) -> list[np.ndarray]:
     """Values (M, ...) in parts that begin at starts (V + 1,), of which the last is M."""
     return [values[start:end] for start, end in pairwise(starts)]
+
+
+def scores_of_parts(scores: Scores, starts: Sequence[int] | np.ndarray) -> list[Scores]:
+    """As `parts_of`."""
+    return [scores.of(np.arange(start, end)) for start, end in pairwise(starts)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +199,10 @@ class FramewiseObjective(LabelObjective):
         losses += output.aux.values()
         return sum(losses[1:], losses[0]), logs
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """Logits (B, T, K) -> probabilities of clips (B, K), the mean over their frames."""
-        return super().scores(logits).mean(1)
+    def scores_of(self, logits: Tensor) -> Scores:
+        """Scores of clips (N, K) of logits (N, T, K): the mean over their frames."""
+        frames = logits.cpu().numpy().swapaxes(0, 1)
+        return Scores.mean([Scores.of_logits(each, "multiclass") for each in frames])
 
     def frame_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Training loss (B, T) of logits (B, T, K), anything where a frame has no label."""
@@ -253,8 +263,9 @@ class FramewiseObjective(LabelObjective):
 
     def measured(self, predictions: LabelledFrames) -> Videos:
         """Labelled predictions as the metrics take them."""
-        by_video = predictions.frames.by_video
-        targets, scores = by_video(predictions.targets), by_video(predictions.scores.values)
+        starts = predictions.frames.starts
+        targets = parts_of(predictions.targets, starts)
+        scores = scores_of_parts(predictions.scores, starts)
         return Videos(targets, scores, self.resolved.class_names, self.background)
 
 
@@ -310,9 +321,8 @@ def write_frames(
     if is_wide("framewise", class_names):
         columns |= wide_columns(None, scores, "multiclass", class_names)
     else:
-        values = scores.values
-        columns["prediction"] = names[values.argmax(1)].tolist()
-        columns |= {f"p_{name}": column for name, column in zip(class_names, values.T, strict=True)}
+        columns["prediction"] = names[scores.predicted("multiclass")].tolist()
+        columns |= class_columns(scores, "multiclass", class_names)
     write_table(path, columns, partial(fill_frames, predictions, targets, class_names))
 
 
@@ -324,16 +334,19 @@ def fill_frames(
 ) -> None:
     """Predictions of frames in an HDF5 file, in the layout of bags: `class_names` (K,), `ids` (V,)
     and `bag_ptr` (V + 1,); the frames of video i are the rows bag_ptr[i] to bag_ptr[i + 1] of
-    `frames` (M,), `times` (M,), `probabilities` (M, K), `predictions` (M,) and `labels` (M,),
-    indices of classes, -100 where a frame has none."""
-    table = predictions.frames
+    `frames` (M,), `times` (M,), `probabilities` (M, K), `log_odds` (M, K) where those do not say
+    what ranks and is predicted, `predictions` (M,) and `labels` (M,), indices of classes, -100
+    where a frame has none."""
+    table, scores = predictions.frames, predictions.scores
     write_texts(file, "class_names", class_names)
     write_texts(file, "ids", predictions.ids)
     file["bag_ptr"] = table.starts
     file["frames"] = table.numbers
     file["times"] = table.times
-    file["probabilities"] = predictions.scores.values
-    file["predictions"] = predictions.scores.values.argmax(1)
+    file["probabilities"] = scores.values
+    if not is_told(scores, "multiclass"):
+        file["log_odds"] = scores.ranked
+    file["predictions"] = scores.predicted("multiclass")
     if targets is not None:
         file["labels"] = targets
 
@@ -347,14 +360,12 @@ def read_frames(path: Path, class_names: Sequence[str]) -> Table:
     if is_wide("framewise", class_names):
         return read_frame_arrays(path, class_names)
     columns = read_columns(path)
-    shown = [f"p_{name}" for name in class_names]
-    missing = [name for name in ("video", *shown) if name not in columns]
-    if missing:
-        raise UserError(f"{path} is of other classes: it has no column {missing[0]}")
+    if "video" not in columns:
+        raise UserError(f"{path} is of other classes: it has no column video")
+    found = scores_in(columns, path, "multiclass", class_names)
     classes = {name: index for index, name in enumerate(class_names)} | {"": UNLABELLED}
     videos = columns["video"]
     try:
-        values = np.array([columns[name] for name in shown], np.float64).T
         targets = None
         if "label" in columns:
             targets = np.array([classes[name] for name in columns["label"]], np.int64)
@@ -362,7 +373,6 @@ def read_frames(path: Path, class_names: Sequence[str]) -> Table:
         raise UserError(f"{path} is of other classes: {error}") from None
     first = [i for i, name in enumerate(videos) if not i or name != videos[i - 1]]
     starts = np.array([*first, len(videos)])
-    found = Scores.of_probabilities(values, "multiclass")
     return Table([videos[i] for i in first], targets, found, starts)
 
 
@@ -373,13 +383,15 @@ def read_frame_arrays(path: Path, class_names: Sequence[str]) -> Table:
             raise UserError(f"{file.filename} is of other classes")
         ids, starts = read_texts(file, "ids"), file["bag_ptr"][:]
         values = file["probabilities"][:]
+        odds = [file["log_odds"][:]] if "log_odds" in file else []
         targets = file["labels"][:] if "labels" in file else None
-    return Table(ids, targets, Scores.of_probabilities(values, "multiclass"), starts)
+    scores = Scores(values, *odds) if odds else Scores.of_probabilities(values, "multiclass")
+    return Table(ids, targets, scores, starts)
 
 
 @table_of.register
 def _(predictions: LabelledFrames, resolved: Resolved) -> Table:
-    scores = Scores.of_probabilities(predictions.scores.values, "multiclass")
+    scores = kept_scores(predictions.scores, "multiclass")
     return Table(predictions.ids, predictions.targets, scores, predictions.frames.starts)
 
 
@@ -394,7 +406,7 @@ def _(objective: FramewiseObjective, tables: list[Table]) -> dict[str, float]:
     for table in tables:
         assert table.targets is not None and table.starts is not None, "labelled frames were read"
         targets += parts_of(table.targets, table.starts)
-        scores += parts_of(table.scores.values, table.starts)
+        scores += scores_of_parts(table.scores, table.starts)
     names = objective.resolved.class_names
     return objective.values(Videos(targets, scores, names, objective.background))
 
@@ -448,7 +460,7 @@ def segment_ribbons(predictions: LabelledFrames, class_names: tuple[str, ...], p
         zip(
             predictions.ids,
             table.by_video(predictions.targets),
-            table.by_video(predictions.scores.values.argmax(1)),
+            table.by_video(predictions.scores.predicted("multiclass")),
             table.by_video(table.times),
             strict=True,
         )

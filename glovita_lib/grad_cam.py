@@ -371,7 +371,7 @@ def heat_map(
         number: of the sample in the predictions.
     """
     resolved = experiment.resolved
-    output = output_of(spec, resolved, predictions.scores.values[number])
+    output = output_of(spec, resolved, predictions.scores.ranked[number])
     if x.ndim == 5:  # several clips of a video, whose mean is predicted: one after another
         values = np.concatenate([heat_values(experiment.model, clip, output) for clip in x]) / len(
             x
@@ -391,13 +391,13 @@ def heat_map(
     )
 
 
-def output_of(spec: Infer, resolved: Resolved, scores: np.ndarray) -> int:
+def output_of(spec: Infer, resolved: Resolved, ranked: np.ndarray) -> int:
     """The output (of K) that is asked about: the one named, else the predicted class, of labels
     the likeliest, of a regression the first target."""
     if spec.heat_map_class is not None:
         names = list(map(composed, resolved.class_names))
         return names.index(composed(spec.heat_map_class))
-    return 0 if resolved.subtask == "regression" else int(scores.argmax())
+    return 0 if resolved.subtask == "regression" else int(ranked.argmax())
 
 
 def affine_of(experiment: Experiment, split: Split, row: int) -> np.ndarray | None:

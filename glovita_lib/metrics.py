@@ -18,13 +18,10 @@ from glovita_lib.metrics_classification import (
     Resampled,
     Scores,
     Tell,
-    correlation,
     formula,
     mean_defined,
-    rank_correlation,
     ratio,
     silent,
-    squared_deviations,
     weighted_mean,
 )
 
@@ -205,6 +202,84 @@ class Regression(EvaluatedSamples):
         return np.stack(found)
 
 
+def mid_ranks(values: Array, weights: Array) -> tuple[Array, Array]:
+    """Rank (N, R) of each value (N,) in each resample, and the sum of the squared deviations of
+    those that are drawn (R,); equal values share their mean rank.
+
+    t equal values have the ranks of t that differ less (t^3 - t) / 12 of their deviations
+    (Kendall, Rank correlation methods, 1948), so n values keep (n^3 - sum t^3) / 12.
+    """
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    groups = np.empty(len(values), np.int64)
+    groups[order] = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(values))))
+    sizes = weights[order]  # (N, R)
+    if len(starts) < len(values):
+        sizes = np.add.reduceat(sizes, starts, axis=0)  # (G, R)
+    n, cubes = weights.sum(0), np.einsum("gr,gr,gr->r", sizes, sizes, sizes)
+    ranks = np.cumsum(sizes, 0)
+    sizes /= 2
+    ranks -= sizes
+    return ranks[groups] + 0.5, (n**3 - cubes) / 12
+
+
+def rank_correlation(x: Array, y: Array, weights: Array) -> Array:
+    """Spearman correlation (R,) of predictions x and targets y, both (N,): that of their ranks,
+    whole and half numbers, of which sums are exact."""
+    (x, xx), (y, yy) = mid_ranks(x, weights), mid_ranks(y, weights)
+    n = weights.sum(0)
+    xy = np.einsum("nr,nr,nr->r", x, y, weights) - n * ((n + 1) / 2) ** 2
+    return quotient_of_deviations(xx, xy, yy)
+
+
+def correlation(x: Array, y: Array, weights: Array) -> Array:
+    """Pearson correlation (R,) of predictions x and targets y, both (N, 1).
+
+    0 where the predictions do not vary, NaN where the targets do not.
+    """
+    return quotient_of_deviations(*codeviations(x, y, weights))
+
+
+def quotient_of_deviations(xx: Array, xy: Array, yy: Array) -> Array:
+    """Correlation (R,) of predictions x and targets y from their sums of products."""
+    r = np.divide(xy, np.sqrt(xx) * np.sqrt(yy), out=np.zeros_like(xy), where=(xx > 0) & (yy > 0))
+    return np.where(yy > 0, np.clip(r, -1.0, 1.0), np.nan)
+
+
+def squared_deviations(values: Array, weights: Array) -> Array:
+    """Sum of squared deviations from the mean (R,) of values (N, 1); exactly 0 where all
+    drawn values are equal, which rounding would hide."""
+    return codeviations(values, values, weights)[0]
+
+
+def codeviations(x: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Sums of the products xx, xy, yy of deviations from the mean of each resample, (R,) each, of x
+    and y, both (N, 1).
+
+    By sums of products, less those of the means, which is fast; resamples in which little is left
+    of such a difference (those without a far outlier) are computed from the deviations themselves.
+    """
+    pair = x[:, 0], y[:, 0]
+    x, y = (values - np.median(values) for values in pair)
+    n = weights.sum(0)
+    sum_x, sum_y, squares_x, squares_y = (v @ weights for v in (x, y, x**2, y**2))
+    xx, yy = squares_x - sum_x**2 / n, squares_y - sum_y**2 / n
+    xy = (x * y) @ weights - sum_x * sum_y / n
+    for r in np.flatnonzero((xx < 1e-6 * squares_x) | (yy < 1e-6 * squares_y)):
+        rows = np.flatnonzero(weights[:, r])
+        counts = weights[rows, r]
+        dx, dy = (deviations(values[rows], counts) for values in pair)
+        xx[r], xy[r], yy[r] = counts @ dx**2, counts @ (dx * dy), counts @ dy**2
+    return xx, xy, yy
+
+
+def deviations(values: Array, counts: Array) -> Array:
+    """Deviations from the mean of values (N,) that occur so often; exactly 0 of equal ones."""
+    values = values - values[0]
+    return values - (counts @ values) / counts.sum()
+
+
 @formula("mse", "regression")
 def mse(predictions: Array, targets: Array, weights: Array) -> Array:
     """Mean of (x - y)^2."""
@@ -356,7 +431,7 @@ def samples_of(
     if subtask == "framewise":
         from glovita_lib.metrics_segments import Videos
 
-        return Videos(list(targets), list(scores.values), class_names)
+        return Videos(list(targets), list(map(Scores, scores.values)), class_names)
     shape = scores.values.shape
     assert shape == (len(targets), len(class_names)), (shape, targets.shape)
     if subtask == "multiclass":

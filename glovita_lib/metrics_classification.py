@@ -59,6 +59,7 @@ def weighted_mean(values: Array, weights: Array) -> Array:
 
 
 ROWS_AT_ONCE = 4096  # bounds the memory of float64 copies of scores
+THRESHOLD = 0.5  # probability from which on a label is predicted
 NEAR = 2.0**-10  # of a probability to 1, where it is known by those of the other classes
 
 
@@ -77,14 +78,15 @@ class Scores:
         """What samples are ranked by (N, K)."""
         return self.values if self.log_odds is None else self.log_odds
 
-    def logits(self, subtask: str) -> Array:
-        """Logits (N, K) in float32: their softmax, of multilabel their sigmoid, are the values.
-        Those of a network are as it gave them; else of multiclass log p = -log(1 + exp(-x)) with
-        log-odds x."""
-        if self.given is not None:
-            return self.given
-        odds = self.ranked
-        return (odds if subtask == "multilabel" else -np.logaddexp(0.0, -odds)).astype(np.float32)
+    def predicted(self, subtask: str) -> Array:
+        """What is predicted, everywhere by this rule: the class (N,) of the largest log-odds, the
+        first of equal ones; of multilabel (N, K) bool, labels of log-odds of at least 0. Where
+        probabilities alone are known it is the largest, and 0.5. Of a regression the values."""
+        if subtask == "regression":
+            return self.values
+        if subtask == "multilabel":
+            return self.ranked >= (THRESHOLD if self.log_odds is None else 0.0)
+        return self.ranked.argmax(1)
 
     def of(self, rows: Array) -> "Scores":
         """Those of some samples."""
@@ -106,12 +108,6 @@ class Scores:
             doubles = np.ascontiguousarray(logits[part], np.float64)
             values[part], log_odds[part] = softmax_and_log_odds(doubles)
         return cls(values, log_odds, given)
-
-    @classmethod
-    def of_log_odds(cls, log_odds: Array) -> "Scores":
-        """Of log p / (1 - p), (N, K)."""
-        odds = log_odds.astype(np.float64)
-        return cls(np.exp(-np.logaddexp(0.0, -odds)), odds)
 
     @classmethod
     def of_probabilities(cls, values: Array, subtask: str) -> "Scores":
@@ -145,11 +141,30 @@ class Scores:
         found = [member.log_odds for member in members if member.log_odds is not None]
         if not found:
             return cls(values)
-        # log p = -log(1 + exp(-x)), log(1 - p) = -log(1 + exp(x))
-        parts = ([-np.logaddexp(0.0, sign * x) for x in found] for sign in (-1, 1))
-        true, false = map(np.logaddexp.reduce, parts)
-        with np.errstate(invalid="ignore"):
-            return cls(values, true - false)
+        log_odds = log_odds_of_mean(found)
+        with np.errstate(divide="ignore", invalid="ignore"):  # means that are equal rank equal
+            told = np.log(values) - np.log(np.maximum(1 - values, 0.0))
+            near = np.abs(told - log_odds) <= 4e-13 * np.abs(log_odds)
+        return cls(values, np.where(near, told, log_odds))
+
+
+def log_odds_of_mean(members: Sequence[Array]) -> Array:
+    """Log-odds (N, K) of the mean probability of M members of log-odds (N, K) each.
+
+    log sum p - log sum (1 - p), with log p = -log(1 + exp(-x)) and log(1 - p) = -log(1 + exp(x)).
+    Near 0 it is 2 artanh(d / M) with d = sum p - sum (1 - p) = sum s (1 - 2 q), s the sign of x and
+    q the smaller of p and 1 - p: where sure members disagree the signs cancel and the q are left.
+    """
+    parts = ([-np.logaddexp(0.0, sign * x) for x in members] for sign in (-1, 1))
+    true, false = map(np.logaddexp.reduce, parts)
+    signs = [np.sign(x) for x in members]
+    smaller = [np.exp(-np.logaddexp(0.0, np.abs(x))) for x in members]
+    left = sum(s * q for s, q in zip(signs, smaller, strict=True))
+    excess = sum(signs) - 2 * left
+    excess[np.abs(excess) <= 8 * np.finfo(np.float64).eps * sum(smaller)] = 0.0  # what rounding is
+    with np.errstate(divide="ignore", invalid="ignore"):
+        near = np.abs(excess) < len(members) / 2
+        return np.where(near, 2 * np.arctanh(excess / len(members)), true - false)
 
 
 def softmax_and_log_odds(logits: Array) -> tuple[Array, Array]:
@@ -167,7 +182,10 @@ def softmax_and_log_odds(logits: Array) -> tuple[Array, Array]:
             rest = np.log(np.exp(ordered[:, :-1] - second).sum(1, keepdims=True))
             rest[np.isneginf(second)] = 0.0
             rows = np.flatnonzero(largest > second)
-            log_odds[rows, logits[rows].argmax(1)] = (largest - second - rest)[rows, 0]
+            best = logits[rows].argmax(1)
+            log_odds[rows, best] = -np.inf
+            of_best = (largest - second - rest)[rows, 0]
+            log_odds[rows, best] = np.maximum(of_best, log_odds[rows].max(1))  # whatever rounding
         odds /= total
     return odds, log_odds
 
@@ -217,84 +235,6 @@ def auroc_and_ap(thresholds: Thresholds, weights: Array) -> tuple[Array, Array]:
     return auroc, np.where(n_negative > 0, ap, np.nan)
 
 
-def mid_ranks(values: Array, weights: Array) -> tuple[Array, Array]:
-    """Rank (N, R) of each value (N,) in each resample, and the sum of the squared deviations of
-    those that are drawn (R,); equal values share their mean rank.
-
-    t equal values have the ranks of t that differ less (t^3 - t) / 12 of their deviations
-    (Kendall, Rank correlation methods, 1948), so n values keep (n^3 - sum t^3) / 12.
-    """
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-    groups = np.empty(len(values), np.int64)
-    groups[order] = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(values))))
-    sizes = weights[order]  # (N, R)
-    if len(starts) < len(values):
-        sizes = np.add.reduceat(sizes, starts, axis=0)  # (G, R)
-    n, cubes = weights.sum(0), np.einsum("gr,gr,gr->r", sizes, sizes, sizes)
-    ranks = np.cumsum(sizes, 0)
-    sizes /= 2
-    ranks -= sizes
-    return ranks[groups] + 0.5, (n**3 - cubes) / 12
-
-
-def rank_correlation(x: Array, y: Array, weights: Array) -> Array:
-    """Spearman correlation (R,) of predictions x and targets y, both (N,): that of their ranks,
-    whole and half numbers, of which sums are exact."""
-    (x, xx), (y, yy) = mid_ranks(x, weights), mid_ranks(y, weights)
-    n = weights.sum(0)
-    xy = np.einsum("nr,nr,nr->r", x, y, weights) - n * ((n + 1) / 2) ** 2
-    return quotient_of_deviations(xx, xy, yy)
-
-
-def correlation(x: Array, y: Array, weights: Array) -> Array:
-    """Pearson correlation (R,) of predictions x and targets y, both (N, 1).
-
-    0 where the predictions do not vary, NaN where the targets do not.
-    """
-    return quotient_of_deviations(*codeviations(x, y, weights))
-
-
-def quotient_of_deviations(xx: Array, xy: Array, yy: Array) -> Array:
-    """Correlation (R,) of predictions x and targets y from their sums of products."""
-    r = np.divide(xy, np.sqrt(xx) * np.sqrt(yy), out=np.zeros_like(xy), where=(xx > 0) & (yy > 0))
-    return np.where(yy > 0, np.clip(r, -1.0, 1.0), np.nan)
-
-
-def squared_deviations(values: Array, weights: Array) -> Array:
-    """Sum of squared deviations from the mean (R,) of values (N, 1); exactly 0 where all
-    drawn values are equal, which rounding would hide."""
-    return codeviations(values, values, weights)[0]
-
-
-def codeviations(x: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Sums of the products xx, xy, yy of deviations from the mean of each resample, (R,) each, of x
-    and y, both (N, 1).
-
-    By sums of products, less those of the means, which is fast; resamples in which little is left
-    of such a difference (those without a far outlier) are computed from the deviations themselves.
-    """
-    pair = x[:, 0], y[:, 0]
-    x, y = (values - np.median(values) for values in pair)
-    n = weights.sum(0)
-    sum_x, sum_y, squares_x, squares_y = (v @ weights for v in (x, y, x**2, y**2))
-    xx, yy = squares_x - sum_x**2 / n, squares_y - sum_y**2 / n
-    xy = (x * y) @ weights - sum_x * sum_y / n
-    for r in np.flatnonzero((xx < 1e-6 * squares_x) | (yy < 1e-6 * squares_y)):
-        rows = np.flatnonzero(weights[:, r])
-        counts = weights[rows, r]
-        dx, dy = (deviations(values[rows], counts) for values in pair)
-        xx[r], xy[r], yy[r] = counts @ dx**2, counts @ (dx * dy), counts @ dy**2
-    return xx, xy, yy
-
-
-def deviations(values: Array, counts: Array) -> Array:
-    """Deviations from the mean of values (N,) that occur so often; exactly 0 of equal ones."""
-    values = values - values[0]
-    return values - (counts @ values) / counts.sum()
-
-
 # ------------------------------------------------------------------------------- the metrics
 #
 # tp, predicted and actual are the counts of a class: hits, predictions, samples. A metric that is a
@@ -309,11 +249,9 @@ def deviations(values: Array, counts: Array) -> Array:
 # - mcc, kappa, quadratic_kappa: NaN where the targets are all of one class (multilabel: such a
 #   label is left out); 0 where they vary and the predictions do not.
 #
-# The prediction is the class of the largest probability, the first of equal ones; multilabel: a
-# probability of at least 0.5. N samples, K classes, R sets of weights.
+# What is predicted: `Scores.predicted`. N samples, K classes, R sets of weights.
 
 BINS = 15  # of ECE, as in Guo et al.
-THRESHOLD = 0.5  # of a label
 CLASSES_AT_ONCE = 64  # bounds the memory of multilabel counts
 
 Formula = Callable[..., Array]
@@ -385,12 +323,8 @@ class Multiclass(EvaluatedSamples):
     def __init__(self, targets: Array, scores: Scores, class_names: tuple[str, ...]) -> None:
         self.targets = targets  # (N,)
         self.scores, self.ranked = scores.values, scores.ranked  # (N, K)
+        self.predictions = scores.predicted(self.subtask)  # (N,)
         self.class_names = class_names
-
-    @cached_property
-    def predictions(self) -> Array:
-        """Predicted class (N,)."""
-        return self.scores.argmax(1)
 
     @property
     def pairs(self) -> tuple[Array, Array]:
@@ -453,12 +387,8 @@ class Multilabel(EvaluatedSamples):
     def __init__(self, targets: Array, scores: Scores, class_names: tuple[str, ...]) -> None:
         self.targets = targets > 0.5  # (N, K) bool
         self.scores, self.ranked = scores.values, scores.ranked  # (N, K)
+        self.predictions = scores.predicted(self.subtask)  # (N, K) bool
         self.class_names = class_names
-
-    @cached_property
-    def predictions(self) -> Array:
-        """Predicted labels (N, K) bool."""
-        return self.scores >= THRESHOLD
 
     @cached_property
     def right(self) -> Array:

@@ -27,6 +27,7 @@ from glovita_lib.metrics_classification import (
     Array,
     ClassCounts,
     Resampled,
+    Scores,
     formula,
     ratio,
 )
@@ -103,21 +104,22 @@ class Videos:
     def __init__(
         self,
         targets: Sequence[Array],
-        scores: Sequence[Array],
+        scores: Sequence[Scores],
         class_names: tuple[str, ...],
         background: Sequence[str] = (),
     ) -> None:
         """
         Args:
             targets: V arrays (n,) of class indices, `UNLABELLED` where a frame has none.
-            scores: V arrays (n, K).
+            scores: V of (n, K).
             background: names of the classes whose segments do not count.
         """
         pairs = zip(targets, scores, strict=True)
-        known = [(truth != UNLABELLED, truth, score) for truth, score in pairs]
-        self.targets = [truth[kept] for kept, truth, _ in known]
-        self.predictions = [score[kept].argmax(1) for kept, _, score in known]
-        self.is_finite = len(known) > 0 and all(np.isfinite(s[kept]).all() for kept, _, s in known)
+        known = [(truth, score, np.flatnonzero(truth != UNLABELLED)) for truth, score in pairs]
+        self.targets = [truth[kept] for truth, _, kept in known]
+        scored = [score.of(kept) for _, score, kept in known]
+        self.predictions = [score.predicted("multiclass") for score in scored]
+        self.is_finite = bool(known) and all(np.isfinite(s.values).all() for s in scored)
         self.class_names = class_names
         left_out = set(map(composed, background))
         self.background = [k for k, name in enumerate(class_names) if composed(name) in left_out]

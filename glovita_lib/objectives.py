@@ -277,17 +277,15 @@ class LabelObjective(Objective):
         """The metrics of samples."""
         return values_of(self.resolved.metrics, samples)
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """Logits (..., K) -> softmax or sigmoid probabilities, or outputs as they are."""
-        if self.subtask == "regression":
-            return logits
-        return logits.sigmoid() if self.subtask == "multilabel" else logits.softmax(-1)
-
     def in_units(self, scores: Tensor) -> np.ndarray:
         """Scores (N, K) as they are shown: outputs of a regression in target units, float64, which
         not every device calculates with."""
         values = scores.cpu().numpy()
         return values if self.target_scale is None else self.target_scale.restored(values)
+
+    def scores_of(self, logits: Tensor) -> Scores:
+        """Scores (N, K) of logits (N, K), or of outputs of a regression."""
+        return Scores.of_logits(self.in_units(logits), self.subtask)
 
     def losses_of(self, scores: Scores, targets: np.ndarray) -> np.ndarray:
         """Loss (N,) of given scores (N, K), for scores that no single model gave."""
@@ -402,8 +400,7 @@ class SupervisedObjective(LabelObjective):
             return None
         split, rows = loader.split, gathered["rows"].numpy()
         ids = [split.ids[row] for row in rows]
-        logits = self.in_units(gathered["logits"])
-        scores = Scores.of_logits(logits, self.subtask)
+        scores = self.scores_of(gathered["logits"])
         if split.targets is None:
             return Predictions(ids, scores, rows)
         losses = gathered["loss"].numpy()

@@ -32,7 +32,7 @@ from glovita_lib.figures import (
     window,
 )
 from glovita_lib.files import read_csv, write_text
-from glovita_lib.metrics_classification import THRESHOLD
+from glovita_lib.metrics_classification import Scores
 
 # ----------------------------------------------------------------------------------- colours
 #
@@ -136,13 +136,9 @@ def of_targets(
     ]
 
 
-def of_scores(title: str, scores: np.ndarray, subtask: str, names: Sequence[str]) -> list[Coloring]:
+def of_scores(title: str, scores: Scores, subtask: str, names: Sequence[str]) -> list[Coloring]:
     """What a model predicts from its scores (N, K): as of_targets."""
-    if subtask == "multiclass":
-        return of_targets(title, scores.argmax(1), subtask, names)
-    if subtask == "multilabel":
-        return of_targets(title, scores >= THRESHOLD, subtask, names)
-    return of_targets(title, scores, subtask, names)
+    return of_targets(title, scores.predicted(subtask), subtask, names)
 
 
 def of_mistakes(truth: Coloring, prediction: Coloring) -> Coloring:

@@ -605,17 +605,18 @@ def plot_results(
         ("ece", "brier"), subtask=subtask, targets=targets, scores=scores, class_names=class_names
     )
     if subtask == "multiclass":
-        predicted, classes = scores.values.argmax(1), len(class_names)
+        predicted, classes = scores.predicted(subtask), len(class_names)
         positives = targets[:, None] == np.arange(classes)  # (N, K)
         if classes <= LARGEST_MATRIX:
             confusion_matrix(confusion(targets, predicted, classes), class_names, paths[0])
         else:
             del paths[0]
-        probability, outcome = scores.values.max(1), predicted == targets
+        probability = scores.values[np.arange(len(predicted)), predicted]
+        outcome = predicted == targets
         what = ("probability of the predicted class", "share that is right")
     else:
         positives = targets > 0.5
-        label_outcomes(positives, scores.values >= 0.5, class_names, paths[0])
+        label_outcomes(positives, scores.predicted(subtask), class_names, paths[0])
         probability, outcome = scores.values.ravel(), positives.ravel()
         what = ("probability of a label, all labels pooled", "share that is set")
     roc_pr_curves(positives, scores.ranked, class_names, paths[-2])

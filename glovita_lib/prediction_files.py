@@ -77,9 +77,10 @@ def write_prediction_files(
     label lists the first 100 that are set, prediction those of the best five that are predicted,
     and probability theirs, all as JSON; label_count and prediction_count are how many there are.
     HDF5: `ids` (N,), `labels` (N,) class indices, of multilabel
-    (N, K) 0 or 1, `class_names` (K,), and `logits` (N, K) float32, of which softmax, or sigmoid of
-    multilabel, gives the probabilities. Where no logits are behind these (votes of neighbours,
-    means of ensembles), multiclass has `log_odds` (N, K) float32 instead, whose sigmoid they are.
+    (N, K) 0 or 1, `class_names` (K,), and `logits` (N, K) float32 of a network, of which softmax,
+    or sigmoid of multilabel, gives the probabilities. Where there are none (votes of neighbours,
+    means of ensembles) `probabilities` (N, K) float64, and `log_odds` (N, K) float64 where those of
+    an ensemble say too little.
 
     Args:
         ids: N ids.
@@ -106,10 +107,12 @@ def write_prediction_files(
         write_texts(file, "ids", ids)
         if targets is not None:
             file["labels"] = targets.astype(np.uint8 if subtask == "multilabel" else np.int64)
-        if has_logits(scores, subtask):
-            file["logits"] = scores.logits(subtask)
-        else:
-            file["log_odds"] = scores.ranked.astype(np.float32)
+        if scores.given is not None:
+            file["logits"] = scores.given
+            return
+        file["probabilities"] = scores.values
+        if not is_told(scores, subtask):
+            file["log_odds"] = scores.ranked
 
     write_table(Path(path), columns, fill)
 
@@ -118,37 +121,55 @@ def score_columns(
     targets: np.ndarray | None, scores: Scores, subtask: str, class_names: Sequence[str]
 ) -> dict[str, Iterable[Any]]:
     """Truth, prediction and all scores by column."""
-    values, names = scores.values, np.array(class_names, dtype=object)
+    predicted, names = scores.predicted(subtask), np.array(class_names, dtype=object)
     columns: dict[str, Iterable[Any]] = {}
     if subtask == "multiclass":
         if targets is not None:
             columns["label"] = names[targets].tolist()
-        columns["prediction"] = names[values.argmax(1)].tolist()
+        columns["prediction"] = names[predicted].tolist()
     else:
         labels, predictions = value_columns(subtask, class_names)
         if targets is not None:
             whole = targets.astype(np.int64) if subtask == "multilabel" else targets
             columns |= dict(zip(labels, whole.T, strict=True))
-        predicted = (values >= THRESHOLD).astype(np.int64) if subtask == "multilabel" else values
-        columns |= dict(zip(predictions, predicted.T, strict=True))
-    if subtask != "regression":
-        columns |= {f"p_{name}": column for name, column in zip(names, values.T, strict=True)}
-    if subtask != "regression" and (kind := kept_beside(scores, subtask)) is not None:
-        of_network = subtask == "multiclass" and kind == "logit"
-        kept = scores.logits(subtask).astype(np.float64) if of_network else scores.ranked
-        columns |= {f"{kind}_{name}": column for name, column in zip(names, kept.T, strict=True)}
-    return columns
+        shown = predicted.astype(np.int64) if subtask == "multilabel" else predicted
+        columns |= dict(zip(predictions, shown.T, strict=True))
+    return columns if subtask == "regression" else columns | class_columns(scores, subtask, names)
 
 
-def kept_beside(scores: Scores, subtask: str) -> str | None:
-    """What a table has beside probabilities that do not say what samples are ranked by: logits, or
-    log-odds where there are none; none where they do."""
+def class_columns(
+    scores: Scores, subtask: str, class_names: Iterable[str]
+) -> dict[str, Iterable[Any]]:
+    """Probabilities by column, and beside these what they do not say: logits, or log-odds where
+    there are none."""
+    names = tuple(class_names)
+    columns = {f"p_{name}": column for name, column in zip(names, scores.values.T, strict=True)}
     if subtask == "multilabel":
-        return "logit"
-    if scores.given is not None or scores.log_odds is None:
-        return "logit" if is_rounded(scores) else None
-    told = Scores.of_probabilities(scores.values, subtask).ranked
-    return None if np.allclose(told, scores.ranked, 1e-9, 0, equal_nan=True) else "log_odds"
+        kind, kept = "logit", scores.ranked
+    elif is_told(scores, subtask):
+        return columns
+    elif scores.given is not None:
+        kind, kept = "logit", scores.given.astype(np.float64)
+    else:
+        kind, kept = "log_odds", scores.ranked
+    return columns | {f"{kind}_{name}": each for name, each in zip(names, kept.T, strict=True)}
+
+
+def is_told(scores: Scores, subtask: str) -> bool:
+    """Whether probabilities say what ranks samples and what is predicted."""
+    if scores.log_odds is None:
+        return True
+    told = Scores.of_probabilities(scores.values, subtask)
+    if scores.given is not None and (np.isfinite(scores.ranked) & (scores.values < TINY)).any():
+        return False  # they have few digits, or none
+    if scores.given is None and not np.allclose(told.ranked, scores.ranked, 1e-9, 0, True):
+        return False
+    return np.array_equal(told.predicted(subtask), scores.predicted(subtask))
+
+
+def kept_scores(scores: Scores, subtask: str) -> Scores:
+    """Scores as a file has them that holds probabilities, and what these do not say."""
+    return Scores.of_probabilities(scores.values, subtask) if is_told(scores, subtask) else scores
 
 
 def value_columns(subtask: str, class_names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -158,16 +179,6 @@ def value_columns(subtask: str, class_names: Sequence[str]) -> tuple[list[str], 
     return [f"label_{name}" for name in class_names], [f"prediction_{name}" for name in class_names]
 
 
-def has_logits(scores: Scores, subtask: str) -> bool:
-    """Whether there are logits behind probabilities; made of equal ones they would not be equal."""
-    return subtask == "multilabel" or scores.given is not None
-
-
-def is_rounded(scores: Scores) -> bool:
-    """Whether probabilities are too small to say what their log-odds are."""
-    return bool((np.isfinite(scores.ranked) & (scores.values < TINY)).any())
-
-
 def wide_columns(
     targets: np.ndarray | None, scores: Scores, subtask: str, class_names: Sequence[str]
 ) -> dict[str, Iterable[Any]]:
@@ -175,23 +186,23 @@ def wide_columns(
     `write_prediction_files`."""
     names, values = np.array(class_names, dtype=object), scores.values
     columns: dict[str, Iterable[Any]] = {}
-    best = best_classes(scores, subtask)
+    best, said = best_classes(scores), scores.predicted(subtask)
     rows = np.arange(len(best))
     if subtask == "multilabel":
         if targets is not None:
             there = [np.flatnonzero(row > THRESHOLD) for row in targets]
             columns["label"] = [as_list(names[own[:MOST_NAMED]]) for own in there]
             columns["label_count"] = list(map(len, there))
-        predicted = [own[row[own] >= THRESHOLD] for own, row in zip(best, values, strict=True)]
+        predicted = [own[row[own]] for own, row in zip(best, said, strict=True)]
         columns["prediction"] = [as_list(names[own]) for own in predicted]
-        columns["prediction_count"] = (values >= THRESHOLD).sum(1)
+        columns["prediction_count"] = said.sum(1)
         pairs = zip(predicted, values, strict=True)
         columns["probability"] = [as_list(row[own]) for own, row in pairs]
     else:
         if targets is not None:
             columns["label"] = names[targets].tolist()
-        columns["prediction"] = names[values.argmax(1)].tolist()
-        columns["probability"] = values.max(1)
+        columns["prediction"] = names[said].tolist()
+        columns["probability"] = values[rows, said]
     for place in range(TOP):
         columns[f"top{place + 1}"] = names[best[:, place]].tolist()
         columns[f"p_top{place + 1}"] = values[rows, best[:, place]]
@@ -203,19 +214,17 @@ def as_list(values: np.ndarray) -> str:
     return json.dumps(as_json(values), ensure_ascii=False)
 
 
-def best_classes(scores: Scores, subtask: str) -> np.ndarray:
-    """The five best classes (N, 5), the best first, of equal ones the first; multiclass begins with
-    the prediction, that of the largest probability."""
+def best_classes(scores: Scores) -> np.ndarray:
+    """The five best classes (N, 5), the best first, of equal ones the first."""
     best, largest = np.empty((len(scores.values), TOP), np.int64), sys.float_info.max
     for start in range(0, len(best), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         left = np.nan_to_num(scores.ranked[part], nan=np.inf, posinf=largest, neginf=-largest)
         rows = np.arange(len(left))
-        found = (scores.values[part] if subtask == "multiclass" else left).argmax(1)
         for place in range(TOP):
+            found = left.argmax(1)
             best[part, place] = found
             left[rows, found] = -np.inf
-            found = left.argmax(1)
     return best
 
 
@@ -279,16 +288,15 @@ def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[st
         return read_wide(Path(path), subtask, class_names)
     columns = read_columns(path)
     labels, predictions = value_columns(subtask, class_names)
-    kinds = [] if subtask == "regression" else ["p"]
-    kinds += [kind for kind in ("logit", "log_odds") if f"{kind}_{class_names[0]}" in columns]
-    shown = [f"{kind}_{name}" for kind in kinds for name in class_names] or predictions
     truth = ["label"] if subtask == "multiclass" else labels
-    missing = [name for name in ("id", *shown) if name not in columns]
-    if missing:
-        raise UserError(f"{path} is of other classes: it has no column {missing[0]}")
+    if "id" not in columns:
+        raise UserError(f"{path} is of other classes: it has no column id")
+    if subtask == "regression":
+        scores = Scores(numbers_in(columns, path, predictions))
+    else:
+        scores = scores_in(columns, path, subtask, class_names)
     index = {name: i for i, name in enumerate(class_names)}
     try:
-        values = np.array([columns[name] for name in shown], dtype=np.float64).T
         targets: np.ndarray | None = None
         if truth[0] in columns and subtask == "multiclass":
             targets = np.array([index[name] for name in columns["label"]], dtype=np.int64)
@@ -296,30 +304,51 @@ def read_predictions(path: Path | str, *, subtask: str, class_names: Sequence[st
             targets = np.array([columns[name] for name in truth], dtype=np.float64).T
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} is of other classes: {error}") from None
-    if subtask == "multilabel" or kinds[1:] == ["log_odds"]:
-        scores = Scores(*np.split(values, 2, axis=1))
-    elif len(kinds) == 2:
-        probabilities, logits = np.split(values, 2, axis=1)
-        scores = with_logits(probabilities, logits.astype(np.float32))
-    else:
-        scores = Scores.of_probabilities(values, subtask)
     return Table(list(columns["id"]), targets, scores)
+
+
+def scores_in(
+    columns: dict[str, Sequence[str]], path: Path | str, subtask: str, class_names: Sequence[str]
+) -> Scores:
+    """What `class_columns` wrote.
+
+    Raises:
+        UserError: of other classes.
+    """
+    values = numbers_in(columns, path, [f"p_{name}" for name in class_names])
+    kinds = [kind for kind in ("logit", "log_odds") if f"{kind}_{class_names[0]}" in columns]
+    if not kinds:
+        return Scores.of_probabilities(values, subtask)
+    kept = numbers_in(columns, path, [f"{kinds[0]}_{name}" for name in class_names])
+    if kinds == ["logit"] and subtask == "multiclass":
+        return with_logits(values, kept.astype(np.float32))
+    return Scores(values, kept)
+
+
+def numbers_in(
+    columns: dict[str, Sequence[str]], path: Path | str, names: Sequence[str]
+) -> np.ndarray:
+    """Numbers (N, K) of columns.
+
+    Raises:
+        UserError: a column is missing, or holds others.
+    """
+    missing = [name for name in names if name not in columns]
+    if missing:
+        raise UserError(f"{path} is of other classes: it has no column {missing[0]}")
+    try:
+        return np.array([columns[name] for name in names], dtype=np.float64).T
+    except ValueError as error:
+        raise UserError(f"{path} is of other classes: {error}") from None
 
 
 def as_read(ids: list[str], targets: np.ndarray | None, scores: Scores, subtask: str) -> Table:
     """Predictions that were written, as `read_predictions` gives them."""
     if targets is not None and subtask != "multiclass":
         targets = targets.astype(np.float64)
-    if is_wide(subtask, range(scores.values.shape[1])):
-        if not has_logits(scores, subtask):
-            scores = Scores.of_log_odds(scores.ranked.astype(np.float32))
-        elif scores.given is None:  # else they are of the logits that were written
-            scores = Scores.of_logits(scores.logits(subtask), subtask)
-    elif subtask == "multiclass" and (kind := kept_beside(scores, subtask)) is not None:
-        if kind == "logit":
-            scores = with_logits(scores.values, scores.logits(subtask))
-    elif subtask == "multiclass":
-        scores = Scores.of_probabilities(scores.values, subtask)
+    wide = is_wide(subtask, range(scores.values.shape[1]))
+    if scores.given is None if wide else subtask == "multiclass":
+        scores = kept_scores(scores, subtask)
     return Table(ids, targets, scores)
 
 
@@ -352,19 +381,22 @@ def read_wide(path: Path, subtask: str, class_names: Sequence[str]) -> Table:
         if missing or len(stored) != len(class_names):
             what = f"no class {missing[0]}" if missing else f"{len(stored)} classes"
             raise UserError(f"{file.filename} is of other classes: it has {what}")
-        kind = "logits" if "logits" in file else "log_odds"
-        values = file[kind][:]
+        kinds = [kind for kind in ("logits", "probabilities", "log_odds") if kind in file]
+        parts = [file[kind][:] for kind in kinds]
         targets = file["labels"][:] if "labels" in file else None
         ids = read_texts(file, "ids")
     order = np.array([place[name] for name in class_names])
     if not np.array_equal(order, np.arange(len(order))):
-        values = values[:, order]
+        parts = [part[:, order] for part in parts]
         if targets is not None:
             targets = targets[:, order] if targets.ndim == 2 else np.argsort(order)[targets]
     if targets is not None and subtask == "multilabel":
         targets = targets.astype(np.float64)
-    of_logits = kind == "logits"
-    scores = Scores.of_logits(values, subtask) if of_logits else Scores.of_log_odds(values)
+    if kinds == ["logits"]:
+        scores = Scores.of_logits(parts[0], subtask)
+    else:
+        values, *odds = parts
+        scores = Scores(values, *odds) if odds else Scores.of_probabilities(values, subtask)
     return Table(ids, targets, scores)
 
 

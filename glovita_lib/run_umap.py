@@ -37,6 +37,7 @@ from glovita_lib.feature_writer import part_to_read
 from glovita_lib.figures_volumes import middle_picture
 from glovita_lib.files import read_csv, write_csv, write_json
 from glovita_lib.loggers import say, say_notes, two_columns
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.plot_projection import (
     Coloring,
     Text,
@@ -77,7 +78,7 @@ from glovita_lib.spec_train import Umap
 class Said:
     """What a model says about samples, in terms of the data it was trained on."""
 
-    scores: np.ndarray  # (N, K): probabilities, or outputs in target units
+    scores: Scores  # (N, K)
     subtask: str
     class_names: tuple[str, ...]  # K names
 
@@ -309,8 +310,8 @@ def samples_of_model(
 
     def outputs(inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         vectors = extractor.read(inputs, extractor.features(inputs))[0]
-        scores = {"scores": extractor.scores(inputs, vectors)} if trained else {}
-        return {"vectors": vectors.float(), **scores}
+        logits = {"logits": extractor.logits(inputs, vectors)} if trained else {}
+        return {"vectors": vectors.float(), **logits}
 
     wanted = wanted_splits(data, spec.split, "umap.split")
     splits, parts, lines = {}, [], []
@@ -323,9 +324,8 @@ def samples_of_model(
     ids = [name for split in splits.values() for name in split.ids]
     said = None
     if trained:
-        scores = torch.from_numpy(np.concatenate([part["scores"] for part in parts]))
-        predicted = experiment.predictor.in_units(scores)
-        said = Said(predicted, resolved.subtask, resolved.class_names)
+        logits = torch.from_numpy(np.concatenate([part["logits"] for part in parts]))
+        said = Said(experiment.predictor.scores_of(logits), resolved.subtask, resolved.class_names)
     return ChosenSamples(
         features=features,
         ids=ids,

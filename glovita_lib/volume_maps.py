@@ -309,7 +309,7 @@ def note_scores(
 ) -> None:
     """Scores of the windows of each volume of a batch, from their logits (n, K)."""
     objective = experiment.predictor
-    heard.values.extend(objective.in_units(objective.scores(each.float())) for each in logits)
+    heard.values.extend(objective.scores_of(each.float()).values for each in logits)
     heard.places.extend(places)
 
 

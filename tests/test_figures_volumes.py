@@ -23,6 +23,7 @@ from glovita_lib.figures_volumes import (
     upright,
     worst_volumes,
 )
+from glovita_lib.metrics_classification import Scores
 
 SHAPE = (8, 10, 6)
 
@@ -138,7 +139,7 @@ def test_worst_volumes_of_differing_sizes(tmp_path, count, channels):
         volumes,
         ids=[f"{n}.nii" for n in range(count)],
         targets=np.zeros(count, int),
-        scores=np.full((count, 2), 0.5, np.float32),
+        scores=Scores(np.full((count, 2), 0.5, np.float32)),
         losses=np.full(count, 0.7, np.float32),
         subtask="multiclass",
         class_names=("a", "b"),

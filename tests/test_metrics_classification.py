@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from glovita_lib.metrics_classification import bin_of, mid_ranks, ratio, squared_deviations, sum_by
+from glovita_lib.metrics import mid_ranks, squared_deviations
+from glovita_lib.metrics_classification import bin_of, ratio, sum_by
 
 
 def test_one_and_many_resamples_agree_with_repeated_samples() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from glovita_lib.metric_names import metrics_of
 from glovita_lib.metrics import report_of, values_of
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.metrics_segments import Videos
 from glovita_lib.spec_samples import UNLABELLED
 from glovita_lib.spec_train import Framewise
@@ -107,9 +108,9 @@ def of_frames(targets: list, guesses: list) -> dict[str, float]:
 # ------------------------------------------------------------------------------------ videos
 
 
-def scores_of(guess: np.ndarray) -> np.ndarray:
+def scores_of(guess: np.ndarray) -> Scores:
     """Scores whose largest one is of the guessed class."""
-    return np.eye(len(CLASSES), dtype=np.float32)[guess] + 0.1
+    return Scores(np.eye(len(CLASSES), dtype=np.float32)[guess] + 0.1)
 
 
 def measured(targets: list, guesses: list, background: tuple[str, ...] = ()) -> dict[str, float]:
@@ -136,7 +137,7 @@ def drawn(seed: int) -> Iterator[tuple[list, list]]:
 
 def test_background_in_either_unicode_form() -> None:
     nfc, nfd = (unicodedata.normalize(form, "Rühr") for form in ("NFC", "NFD"))
-    truth, scores = [np.array([0, 1, 1])], [np.eye(2)[[0, 1, 1]]]
+    truth, scores = [np.array([0, 1, 1])], [Scores(np.eye(2)[[0, 1, 1]])]
     found = [Videos(truth, scores, (nfd, "x"), (name,)).background for name in (nfc, nfd, "x", "y")]
     assert found == [[0], [0], [1], []]
     task = Framewise(background=(nfc, "y"))
@@ -229,10 +230,12 @@ def test_labels_every_few_frames_make_the_segments_of_the_labelled_frames() -> N
 
 def test_scores_that_are_not_finite_measure_nothing() -> None:
     scores = np.full((4, 4), np.nan)
-    samples = Videos([np.array([0, 1, 1, UNLABELLED])], [scores], CLASSES)
+    samples = Videos([np.array([0, 1, 1, UNLABELLED])], [Scores(scores)], CLASSES)
     assert all(math.isnan(value) for value in values_of(NAMES, samples).values())
     scores[:3] = 0.25  # an unlabelled frame says nothing
-    assert values_of(("acc",), Videos(samples.targets, [scores[:3]], CLASSES))["acc"] == 1 / 3
+    assert (
+        values_of(("acc",), Videos(samples.targets, [Scores(scores[:3])], CLASSES))["acc"] == 1 / 3
+    )
 
 
 def test_the_report_draws_whole_videos() -> None:

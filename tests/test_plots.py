@@ -310,7 +310,7 @@ def test_worst_sheet(tmp_path: Path, subtask: str, count: int) -> None:
         images,
         ids=[f"folder/{i}.png" for i in range(count)],
         targets=targets,
-        scores=np.full((count, 10), 0.1, np.float32),
+        scores=Scores(np.full((count, 10), 0.1, np.float32)),
         losses=np.full(count, 2.3, np.float32),
         subtask=subtask,
         class_names=tuple(map(str, range(10))),
@@ -321,7 +321,7 @@ def test_worst_sheet(tmp_path: Path, subtask: str, count: int) -> None:
 
 
 def words(targets, scores, subtask: str, names=("cat", "dog", "owl")) -> list[str]:
-    (lines,) = caption_lines(np.array([targets]), np.array([scores]), subtask, names, 40)
+    (lines,) = caption_lines(np.array([targets]), Scores(np.array([scores])), subtask, names, 40)
     return [line.text for line in lines]
 
 

@@ -210,22 +210,85 @@ def test_what_was_written_need_not_be_read(
 
 
 @CLASSES
-def test_scores_of_ensembles_and_neighbours_of_many_classes(tmp_path: Path, subtask: str) -> None:
-    targets, one = many(subtask, 60, largest=9.0)
-    mean = Scores.mean([one, many(subtask, 60, seed=1, largest=9.0)[1]])
-    ids = list(map(str, range(60)))
-    votes = np.random.default_rng(0).multinomial(5, np.full(len(MANY), 1 / len(MANY)), 60) / 5
-    for scores in (mean, Scores.of_probabilities(votes.astype(np.float32), subtask)):
+@pytest.mark.parametrize("largest", [9.0, 120.0, 1000.0])
+def test_scores_of_ensembles_and_neighbours_of_many_classes(
+    tmp_path: Path, subtask: str, largest: float
+) -> None:
+    n, rng = 200, np.random.default_rng(0)
+    targets, one = many(subtask, n, largest=largest)
+    mean = Scores.mean([one, many(subtask, n, seed=1, largest=largest)[1]])
+    ids = list(map(str, range(n)))
+    votes = rng.multinomial(20, np.full(len(MANY), 1 / len(MANY)), n) / 20
+    of_votes = [Scores.of_probabilities(votes.astype(kind), subtask) for kind in ("f4", "f8")]
+    for scores in (mean, *of_votes, Scores.mean(of_votes[1:] * 2)):
         path, kind = tmp_path / "p.csv", {"subtask": subtask, "class_names": MANY}
         write_prediction_files(path, ids=ids, targets=targets, scores=scores, **kind)
         found = read_predictions(path, **kind).scores
-        np.testing.assert_allclose(found.values, scores.values, rtol=1e-4, atol=1e-7)
-        for name in ("auroc", "ap"):
-            wanted, again = (
-                compute((name,), subtask=subtask, targets=targets, scores=s, class_names=MANY)[name]
-                for s in (scores, found)
-            )
-            assert again == pytest.approx(wanted, abs=1e-6)
+        assert np.array_equal(found.values, scores.values)
+        assert np.array_equal(found.predicted(subtask), scores.predicted(subtask))
+        names = ("acc", "f1", "auroc", "ap", "ece", "brier")
+        wanted, again = (
+            compute(names, subtask=subtask, targets=targets, scores=s, class_names=MANY)
+            for s in (scores, found)
+        )
+        assert again == wanted
+
+
+@CLASSES
+@pytest.mark.parametrize("classes", [2, 3, MOST_COLUMNS + 1])
+@pytest.mark.parametrize("scale", [20.0, 40.0, 300.0])
+def test_what_an_ensemble_predicts_is_exact_everywhere(
+    tmp_path: Path, subtask: str, classes: int, scale: float
+) -> None:
+    """Members that are sure and disagree: their mean is one half to all digits of float64."""
+    mpmath = pytest.importorskip("mpmath")
+    n, rng = 400 if classes < 4 else 20, np.random.default_rng(1)
+    truth = rng.integers(0, classes, n)
+    logits = rng.normal(size=(2, n, classes)) + 2.0 * np.eye(classes)[truth]
+    members = (logits * scale).astype(np.float32)
+    scores = Scores.mean([Scores.of_logits(each, subtask) for each in members])
+    with mpmath.workdps(400):
+        means = []
+        for row in members.swapaxes(0, 1):  # (2, K)
+            e = [[mpmath.exp(mpmath.mpf(float(x))) for x in each] for each in row]
+            if subtask == "multilabel":
+                p = [[x / (1 + x) for x in each] for each in e]
+            else:
+                p = [[x / mpmath.fsum(each) for x in each] for each in e]
+            means.append([sum(both) / 2 for both in zip(*p, strict=True)])
+        if subtask == "multilabel":
+            exact = np.array([[p >= 0.5 for p in row] for row in means])
+        else:
+            exact = np.array([max(range(classes), key=row.__getitem__) for row in means])
+    assert np.array_equal(scores.predicted(subtask), exact)
+    targets = truth if subtask == "multiclass" else np.eye(classes)[truth]
+    kind = {"subtask": subtask, "class_names": MANY[:classes]}
+    right = compute(("acc",), targets=targets, scores=scores, **kind)["acc"]
+    assert right == pytest.approx((exact == targets).mean(), abs=1e-12)
+    path, ids = tmp_path / "p.csv", list(map(str, range(n)))
+    write_prediction_files(path, ids=ids, targets=targets, scores=scores, **kind)
+    found = read_predictions(path, **kind).scores
+    for again in (found, as_read(ids, targets, scores, subtask).scores):
+        assert compute(("acc",), targets=targets, scores=again, **kind)["acc"] == right
+    if subtask == "multiclass":
+        assert columns(path)["prediction"] == [MANY[k] for k in exact]
+    elif classes <= MOST_COLUMNS:
+        said = [columns(path)[f"prediction_{name}"] for name in MANY[:classes]]
+        assert np.array_equal(np.array(said, int).T, exact)
+    if subtask == "multiclass" and classes == 2:  # what the probabilities say is less
+        assert (scores.values.argmax(1) != exact).any()
+
+
+def test_equal_means_of_an_ensemble_predict_the_first_class() -> None:
+    """Two members that say the opposite: one half each, whatever rounding leaves of it."""
+    rng = np.random.default_rng(0)
+    for scale in (0.1, 1.0, 10.0, 100.0):
+        logits = (rng.normal(size=(500, 2)) * scale).astype(np.float32)
+        members = [Scores.of_logits(each, "multiclass") for each in (logits, logits[:, ::-1])]
+        mean = Scores.mean(members)
+        assert (mean.predicted("multiclass") == 0).all()
+        labels = [Scores.of_logits(each, "multilabel") for each in (logits, -logits)]
+        assert Scores.mean(labels).predicted("multilabel").all()
 
 
 @pytest.mark.parametrize("classes", [2, 3, len(MANY)])
@@ -242,8 +305,7 @@ def test_ensembles_of_confident_members_rank_alike_in_the_file(tmp_path: Path, c
     found = read_predictions(path, **kind).scores
     names = ("acc", "auroc", "ap")
     wanted = compute(names, targets=targets, scores=scores, **kind)
-    close = 1e-12 if classes < len(MANY) else 1e-4  # float32
-    assert compute(names, targets=targets, scores=found, **kind) == pytest.approx(wanted, abs=close)
+    assert compute(names, targets=targets, scores=found, **kind) == wanted
     told = as_read(ids, targets, scores, "multiclass").scores
     assert np.array_equal(told.ranked, found.ranked)
     if classes < len(MANY):
@@ -264,9 +326,9 @@ def test_equal_votes_of_many_classes_are_equal_in_the_file(tmp_path: Path) -> No
     scores, ids = Scores.of_probabilities(votes, "multiclass"), list(map(str, range(300)))
     write_prediction_files(path, ids=ids, targets=targets, scores=scores, **kind)
     with h5py.File(tmp_path / "p.h5") as file:
-        assert "logits" not in file
-        plain = 1 / (1 + np.exp(-file["log_odds"][:]))
-    np.testing.assert_allclose(plain, votes, rtol=1e-5)
+        assert "logits" not in file and "log_odds" not in file
+        plain = file["probabilities"][:]
+    assert np.array_equal(plain, votes)
     wanted = compute(("ap", "auroc", "acc"), targets=targets, scores=scores, **kind)
     again = read_predictions(path, **kind).scores
     for found in (again, Scores(plain)):

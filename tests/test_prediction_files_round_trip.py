@@ -122,7 +122,7 @@ def expected(given: SimpleNamespace, subtask: str) -> dict[str, list]:
             columns[f"prediction_{name}"] = shown[:, k].astype(float).tolist()
         if subtask != "regression":
             columns[f"p_{name}"] = values[:, k].tolist()
-            columns[f"logit_{name}"] = given.scores.logits(subtask)[:, k].astype(float).tolist()
+            columns[f"logit_{name}"] = given.scores.given[:, k].astype(float).tolist()
     return columns
 
 

@@ -19,6 +19,7 @@ from sklearn.manifold import TSNE, trustworthiness
 from sklearn.neighbors import NearestNeighbors
 
 from glovita_lib.errors import UserError
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.plot_projection import (
     MARKERS,
     PALETTE,
@@ -279,7 +280,7 @@ def test_sets_of_labels_and_mistakes():
     (truth,) = of_targets("label", labels, "multilabel", ["cat", "dog"])
     assert truth.words() == ["cat", "cat + dog", "no label", "cat"] and truth.names[0] == "cat"
     scores = np.array([[0.9, 0.1], [0.9, 0.4], [0.1, 0.2], [0.5, 0.0]], np.float32)
-    (said,) = of_scores("prediction", scores, "multilabel", ["cat", "dog"])
+    (said,) = of_scores("prediction", Scores(scores), "multilabel", ["cat", "dog"])
     assert of_mistakes(truth, said).words() == ["right", "wrong", "right", "right"]
 
 

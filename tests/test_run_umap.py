@@ -365,7 +365,7 @@ def test_features_and_predictions_are_of_one_pass(tmp_path, monkeypatch, method,
     saved = rows(next((tmp_path / "exp").rglob("predictions_val.csv")))
     assert [row["id"] for row in saved] == found.ids
     scores = [[float(row[f"p_{name}"]) for name in ("nil", "one", "two")] for row in saved]
-    np.testing.assert_allclose(found.said.scores, scores, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found.said.scores.values, scores, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.processes
