@@ -59,6 +59,7 @@ CODECS = {
 REFUSED = {
     "flash": "Flash (swf) is a program, no video",
     "ogg": "decord does not read Ogg (Theora)",
+    "image": "decord does not read images, also not those that move",
     "transport": "of an MPEG transport stream decord loses frames and gives others for them",
 }
 CONVERTED = 'make it an mp4, e.g. ffmpeg -i "{}" out.mp4'
@@ -119,19 +120,26 @@ def container_of(start: bytes) -> str:
         packet = TRANSPORT_PACKET + first
         if len(start) > 2 * packet and all(start[first + i * packet] == 0x47 for i in range(3)):
             return "transport"
-    names = {b"OggS": "ogg", b"FLV": "flv", b"GIF8": "gif"}
+    names = {
+        b"OggS": "ogg",
+        b"FLV": "flv",
+        b"GIF8": "gif",
+        b"\x89PNG": "image",
+        b"\xff\xd8\xff": "image",
+    }
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "image"
     return next((name for mark, name in names.items() if start.startswith(mark)), "unknown")
 
 
 def codec_of(path: str, container: str, start: bytes) -> str:
     """Codec of a file as its header names it."""
     known = CODECS.get(container, {})
-    if container == "mp4" and b"stsd" not in start:
-        start = movie_box(path)
     if container == "mp4":
-        start = start[start.find(b"stsd") :] if b"vide" not in start else start
-        places = (start.find(b"stsd", at) for at in positions(start, b"vide"))
-        found = (start[at + 16 : at + 20] for at in places if at >= 0)
+        box = movie_box(path)
+        handlers = (at for at in positions(box, b"hdlr") if box[at + 12 : at + 16] == b"vide")
+        places = (box.find(b"stsd", at) for at in handlers)
+        found = (box[at + 16 : at + 20] for at in places if at >= 0)
         return next((known.get(name, name.decode("latin-1").strip()) for name in found), "")
     return next((codec for name, codec in known.items() if name in start), "")
 
@@ -173,15 +181,18 @@ def movie_box(path: str) -> bytes:
 
 
 def refuse_cut(path: str, container: str) -> None:
-    """Refuse a file that is shorter than its header says: decord gives fewer frames, or others for
-    those that are missing.
+    """Refuse a file that is shorter than its header says, or an mp4 without one: decord gives fewer
+    frames, or others for those that are missing, or writes lines of its own.
 
     Raises:
         UserError: it is.
     """
     size, end = os.path.getsize(path), 0
     if container == "mp4":
-        end = max((end for _, _, end in boxes(path)), default=0)
+        found = [(name, end) for name, _, end in boxes(path)]
+        end = max((end for _, end in found), default=0)
+        if end <= size and b"moov" not in (name for name, _ in found):
+            raise UserError("its header is missing: cut off, or never closed by what recorded it")
     elif container == "avi":
         with open(path, "rb") as file:
             (length,) = struct.unpack("<I", file.read(8)[4:])
@@ -346,12 +357,21 @@ def decoding() -> Iterator[None]:
         raise UserError(f"it cannot be decoded ({told(error)})") from None
 
 
+SAID = {
+    "duplicate frames": "frames are missing, or cut away by an edit list; ffmpeg makes it anew",
+    "cannot find video stream": "it has no picture",
+    "measure duration": "it does not say how many frames it has; ffmpeg makes an mp4 of it",
+    "avfilter_graph": "it has no picture that can be decoded",
+    "Error reading": "no video, or its header is missing",
+}
+"""What stands in errors of decord, and what it means."""
+
+
 def told(error: Exception) -> str:
     """What decord says, without its own source and stack."""
-    if "duplicate frames" in str(error):
-        return "frames are missing"
-    if "cannot find video stream" in str(error):
-        return "it has no picture"
+    for part, words in SAID.items():
+        if part in str(error):
+            return words
     text = reason(error)
     text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+: |\[[^]]*\]", "", text).partition("Stack trace")[0]
     return text.strip()[:200] or "no video stream"
@@ -536,6 +556,7 @@ def read_images(folder: str, wanted: np.ndarray, size: tuple[int, int] | None) -
 # -------------------------------------------------------------------------------- a look at a file
 
 LOOK = (48, 64)  # height and width of the frames that are compared
+NO_TIME = -1e9  # seconds; FFmpeg's mark of a frame without a timestamp is -2^63 ticks
 ROUNDED = 2e-3  # seconds that timestamps of an even rate may be off: containers count milliseconds
 SPARSE = 6  # frames between key frames that are asked for at random
 
@@ -590,7 +611,8 @@ def timed(reader: Any, frames: int, fps: float) -> tuple[float, tuple[float, ...
     with decoding():
         stamps = np.asarray(reader.get_frame_timestamp(range(frames)), np.float64).reshape(-1, 2)
     times = stamps[:, 0] - stamps[:1, 0]
-    if len(times) < 2 or not np.isfinite(times).all() or bool((np.diff(times) <= 0).any()):
+    known = np.isfinite(stamps).all() and bool((stamps > NO_TIME).all())
+    if len(times) < 2 or not known or bool((np.diff(times) <= 0).any()):
         return fps, None
     mean = (frames - 1) / float(times[-1])
     for rate in (fps, mean):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -96,7 +97,10 @@ class Stamped:
         return np.stack([self.starts, self.starts], 1)
 
 
-@pytest.mark.parametrize("starts", [[0.0, 0.0, 0.04], [0.0, 0.08, 0.04], [0, np.nan, 1], [3.0]])
+@pytest.mark.parametrize(
+    "starts",
+    [[0.0, 0.0, 0.04], [0.0, 0.08, 0.04], [0, np.nan, 1], [3.0], [-(2.0**63) / 90000, 0, 0.04]],
+)
 def test_timestamps_that_do_not_ascend_count_for_nothing(starts):
     assert timed(Stamped(starts), len(starts), 25.0) == (25.0, None)
 
@@ -125,6 +129,9 @@ def test_a_file_type_is_what_the_bytes_say_whatever_the_name(folder):
         (b"\x30\x26\xb2\x75\x8e\x66", "asf"),
         (b"GIF89a", "gif"),
         (b"FLV\x01", "flv"),
+        (b"\x89PNG\r\n", "image"),
+        (b"\xff\xd8\xff\xe0", "image"),
+        (b"RIFF\x00\x01\x00\x00WEBPVP8 ", "image"),
         (b"hello", "unknown"),
     ],
 )
@@ -139,6 +146,8 @@ def test_containers_by_their_first_bytes(start, container):
         ("text.mp4", b"hello world " * 99, "text, no video"),
         ("flash.swf", b"CWS\x0a" + bytes(99), "Flash (swf)"),
         ("theora.ogv", b"OggS" + bytes(99), "does not read Ogg"),
+        ("moves.webp", b"RIFF\x00\x01\x00\x00WEBP" + bytes(99), "does not read images"),
+        ("zeros.mp4", bytes(9999), "no video, or its header is missing"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path, name, content, text):
@@ -193,6 +202,86 @@ def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
     with pytest.raises(UserError, match=r"frame3\.png: not an image file"):
         look(path)
     assert look(path, check=False).frames == 12
+
+
+def test_a_file_without_its_pictures_or_its_length_is_said_to_be_so(tmp_path):
+    """The header of one, the frames of another without a container."""
+    path = write_video(tmp_path / "a.mp4", 12)
+    content = path.read_bytes()
+    head = content.find(b"moov") - 4
+    path.write_bytes(content[:head])
+    with pytest.raises(UserError, match="its header is missing: cut off, or never closed"):
+        look(path)
+    path.write_bytes(content[: int.from_bytes(content[:4])] + content[head:])
+    with pytest.raises(UserError, match="it cannot be decoded"):
+        look(path)
+    stream = write_video(tmp_path / "raw.mp4", 12, container="h264")
+    with pytest.raises(UserError, match="it does not say how many frames it has; ffmpeg makes"):
+        look(stream)
+
+
+def edited(path, name, offset, values):
+    """Overwrite numbers of a box of an mp4 file, some bytes behind its name."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into(f">{len(values)}i", content, content.find(name) + 4 + offset, *values)
+    path.write_bytes(content)
+
+
+def test_a_file_that_was_trimmed_by_an_edit_list_is_refused(tmp_path):
+    """The list begins with frame 10 of 30: its last ten frames would be one that is repeated."""
+    path = write_video(tmp_path / "a.mp4", 30, gop=30)
+    first = struct.unpack_from(">i", path.read_bytes(), path.read_bytes().find(b"elst") + 16)[0]
+    scale = path.read_bytes().find(b"mdhd") + 16
+    (second,) = struct.unpack_from(">i", path.read_bytes(), scale)
+    edited(path, b"elst", 12, [first + second * 10 // 25])
+    with pytest.raises(UserError, match="cut away by an edit list"):
+        look(path)
+
+
+def test_a_video_that_was_held_upright_is_turned(tmp_path):
+    """By the matrix in its header, also where it is resized; as an array turned clockwise."""
+    path = write_video(tmp_path / "a.mp4", 12)
+    still = read_frames(str(path), look(path), [7], None)[0]
+    quarter = [0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30]
+    edited(path, b"tkhd", 40, quarter)
+    facts = look(path)
+    assert (facts.height, facts.width, facts.frames) == (96, 64, 12)
+    frame = read_frames(str(path), facts, [7], None)[0]
+    assert np.abs(np.rot90(frame).astype(int) - still).mean() < 1
+    small = read_frames(str(path), facts, [7], (48, 32))[0]
+    assert small.shape == (48, 32, 3) and number_of(np.rot90(small)) == 7
+
+
+def test_the_codec_is_that_of_the_picture_where_sound_comes_first(tmp_path):
+    """Also where the word for a picture stands in what an encoder writes into its frames."""
+    import av
+
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as file:
+        sound, picture = file.add_stream("aac", rate=16000), file.add_stream("libx264", rate=25)
+        sound.layout, picture.pix_fmt = "mono", "yuv420p"
+        picture.height, picture.width = 64, 96
+        for frame in numbered(12):
+            file.mux(picture.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        file.mux(picture.encode(None))
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        samples.sample_rate, samples.pts = 16000, 0
+        file.mux(sound.encode(samples)), file.mux(sound.encode(None))
+    content = path.read_bytes()
+    assert content.find(b"vide") < content.find(b"stsd")
+    assert content.find(b"soun") < content.rfind(b"vide")
+    assert file_type(str(path)) == FileType("mp4", "h264")
+    assert look(path).frames == 12
+
+
+@pytest.mark.parametrize("name", ["again.mp4", "again.mpg"])
+def test_a_reader_that_is_kept_knows_where_it_stands(folder, name):
+    codec = CONTAINERS["a" + name[5:]][0]
+    path = str(write_video(folder / name, 30, codec=codec))
+    facts = look(path)
+    for wanted in ([5], [5], [6, 7], [7], [9], [8, 10], [11], [0]):
+        shown = read_frames(path, facts, wanted, None)
+        assert [number_of(frame) for frame in shown] == wanted
 
 
 def test_a_file_that_has_changed_is_read_anew(tmp_path):
