@@ -528,7 +528,7 @@ def natural(name: str) -> list[Any]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-IMAGE_EXTS = ("jpg", "jpeg", "png", "bmp", "tif", "tiff")
+IMAGE_EXTS = ("jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp")
 MEGAPIXELS = 179.0  # of a frame at most, as of images
 
 

@@ -204,6 +204,23 @@ def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
     assert look(path, check=False).frames == 12
 
 
+@pytest.mark.parametrize("form", ["png", "bmp", "tiff", "webp"])
+def test_frames_of_a_folder_may_have_gaps_but_not_sizes(tmp_path, form):
+    from PIL import Image
+
+    frames = numbered(3)
+    for number, frame in zip((2, 10, 101), frames, strict=True):
+        options = {"lossless": True} if form == "webp" else {}
+        Image.fromarray(frame).save(tmp_path / f"a {number}.{form}", **options)
+    (tmp_path / "._a 1.png").write_bytes(b"of another system")
+    facts = look(tmp_path)
+    assert facts.frames == 3
+    assert (read_frames(str(tmp_path), facts, [2, 0, 1], None) == np.stack(frames)[[2, 0, 1]]).all()
+    Image.fromarray(frames[0][:-1]).save(tmp_path / f"a 3.{form}")
+    with pytest.raises(UserError, match=r"frames of different sizes: \(63, 96\), \(64, 96\)"):
+        look(tmp_path)
+
+
 def test_a_file_without_its_pictures_or_its_length_is_said_to_be_so(tmp_path):
     """The header of one, the frames of another without a container."""
     path = write_video(tmp_path / "a.mp4", 12)
