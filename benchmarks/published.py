@@ -30,6 +30,7 @@ FLOOR = (  # the network of video_playback with kernels of one frame, as its hea
     "model.encoder.strides=[[1,2,2],[1,2,2],[1,2,2]]",
     "training.epochs=8",
 )
+MEAN = ("model.head.head_type=mean",)  # of the vectors that the attention of the same spec reads
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ TABLES = {  # by their marks in a page
     "published videos": {
         "clips": "3-D network",
         "frames": "the same frame by frame, their mean",
+        "attention": "attention over frames, frozen image encoder",
+        "mean": "the mean over these",
     },
 }
 COLUMNS = {group: title for columns in TABLES.values() for group, title in columns.items()}
@@ -86,6 +89,9 @@ def rows() -> list[Row]:
     found.append(Row("inception", "JapaneseVowels", "series_ragged", None, None, (), seeds))
     found.append(Row("clips", "playback speed", "video_playback", None, None, (), seeds))
     found.append(Row("frames", "playback speed", "video_playback", None, None, FLOOR, seeds))
+    frames = "video_frames_attention"
+    found.append(Row("attention", "playback speed", frames, None, None, (), seeds))
+    found.append(Row("mean", "playback speed", frames, None, None, MEAN, seeds))
     return found
 
 

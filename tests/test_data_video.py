@@ -256,6 +256,11 @@ def test_segments_frames_and_files_say_the_same(root):
     table(root, seconds, "path", "start", "end", "label", name="seconds.csv")
     unit = FrameLabels(label_level="frame", labels_file="seconds.csv", unit="seconds")
     assert labelled(build(root, frames=unit)) == wanted
+    for late in (-0.4, 0.4):  # of a frame: most of it still lies within
+        moved = [(i, a + late / 25, b + late / 25, label) for i, a, b, label in seconds]
+        moved = [(i, max(a, 0.0), b, label) for i, a, b, label in moved]
+        table(root, moved, "path", "start", "end", "label", name="seconds.csv")
+        assert labelled(build(root, frames=unit)) == wanted
     rows = [(i, n, label) for i in ids for n, label in enumerate(wanted[i]) if label]
     table(root, rows, "path", "frame", "label", name="each.csv")
     each = FrameLabels(label_level="frame", labels_file="each.csv")

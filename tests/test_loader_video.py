@@ -6,8 +6,18 @@ import torch
 from video_files import SIDE, resolved
 
 from glovita_lib.augment import build_fit
-from glovita_lib.loader_video import ClipCut, clip_frames, covering_starts, decoded_size, from_start
+from glovita_lib.data import ArraySource, VideoFrames
+from glovita_lib.loader import BatchBuilder
+from glovita_lib.loader_video import (
+    ArrayVideos,
+    ClipCut,
+    clip_frames,
+    covering_starts,
+    decoded_size,
+    from_start,
+)
 from glovita_lib.read_video import Clock, LoadedVideo, VideoView
+from glovita_lib.spec_samples import UNLABELLED
 from glovita_lib.spec_video import ResolvedClips
 
 DEFAULTS = {
@@ -128,6 +138,41 @@ def test_one_window_serves_all_frames_of_a_clip():
         assert (clip.pixels[0].numpy() == whole).all()
         assert (np.diff(numbers) == 1).all()
     assert len(places) == 8
+
+
+@pytest.mark.parametrize("crop", ["resized", "padded", "random"])
+def test_a_window_that_is_resized_is_that_of_an_image(crop):
+    """Each frame of a clip is what the same box makes of it as an image, upright or across."""
+    fit = cut(kwargs={"crop": crop})
+    for height, width in ((30, 70), (70, 30)):
+        sample = video(9, height, width)
+        box = fit.boxes(np.array([sample.shape[1:]]), torch.Generator().manual_seed(0))[0]
+        clip = fit.one(sample, box)
+        frames = torch.from_numpy(sample.read(clip.frames[0])).permute(0, 3, 1, 2).contiguous()
+        each = [fit.crop.canvas(frame[None], box[:8].long().view(1, 2, 4)) for frame in frames]
+        assert torch.equal(clip.pixels[0], torch.cat(each))
+
+
+def test_a_bag_has_as_many_clips_in_training_each_drawn_for_itself():
+    for combine, count in (("bag", 3), ("logits", 1), ("probabilities", 1)):
+        fit = cut(combine=combine, clips=3)
+        sample = video(40)
+        box = fit.boxes(np.array([sample.shape[1:]]), torch.Generator().manual_seed(0))[0]
+        starts = fit.one(sample, box).frames[:, 0].tolist()
+        assert len(starts) == len(set(starts)) == count and starts != [0, 18, 36]
+
+
+def test_a_repeated_frame_has_no_label():
+    """It counts once in the loss, as it does where frames are evaluated."""
+    labels = np.array([2, 0, 1])
+    frames = VideoFrames(["v"], np.zeros(1, int), np.empty((1, 0), int), [np.arange(3)], [labels])
+    fit, pixels = cut(frames=5), np.zeros((3, 30, 40, 3), np.uint8)
+    source = ArraySource(pixels.transpose(3, 0, 1, 2)[None], np.arange(1))
+    videos = ArrayVideos(source, np.arange(1))
+    build = BatchBuilder(videos, 0, None, fit, 0, frames=frames)
+    batch = build((0, 0, np.arange(1)))
+    assert batch.inputs.frames.tolist() == [[0, 1, 2, 2, 2]]
+    assert batch.targets.tolist() == [[2, 0, 1, UNLABELLED, UNLABELLED]]
 
 
 @pytest.mark.parametrize("crop", ["none", "center", "random", "resized", "padded"])
