@@ -142,6 +142,12 @@ def fold_lists(
     test = find_fold(content, fold, path)
     order = in_order(content)
     train_name, val_name, test_name = names
+    if len(order) == 1:
+        called = listed(dict.fromkeys(names))
+        raise UserError(
+            f"{path}: its one list, {test}, is one fold, which leaves none to train on; give 3"
+            f" lists at least, or lists called {called}"
+        )
     val = order[(order.index(test) + 1) % len(order)] if val_name != test_name else test
     others = [name for name in order if name not in (test, val)]
     if not others:

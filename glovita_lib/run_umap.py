@@ -64,7 +64,6 @@ from glovita_lib.rundir import alone, locate
 from glovita_lib.spec import Loaded
 from glovita_lib.spec_data import PrecomputedData, features_of
 from glovita_lib.spec_root import Root, head_is_named
-from glovita_lib.spec_samples import BaseData
 from glovita_lib.spec_train import Umap
 
 # ----------------------------------------------------------------------------------- samples
@@ -257,20 +256,22 @@ def refuse_nan(samples: ChosenSamples) -> None:
 # ---------------------------------------------------------------------- files
 
 
-def open_input(path: Path, data: BaseData) -> Data:
+def open_input(path: Path, root: Root, *, named: bool) -> Data:
     """A feature file in any layout, or a folder of one-bag files, as a data set of one split.
 
     Labels are not needed.
 
     Args:
-        data: section data of the spec; the names of the datasets are its, where it has some.
+        root: the names of the datasets are those of its section data, where it has some.
+        named: whether the spec names its head, which then says what whole numbers with decimals
+            are.
 
     Raises:
         UserError: no such file, damaged, empty, or with labels that are none.
     """
     if not path.exists():
         raise UserError(f'umap.input: "{path}" does not exist')
-    collection = read_collection(path, keys(features_of(data)), labelled=False)
+    collection = read_collection(path, keys(features_of(root.data)), labelled=False)
     source = collection.source(np.arange(len(collection.ids)))
     split, samples = Split(collection.ids, None, source), collection.samples
     if collection.labels is None:
@@ -278,10 +279,24 @@ def open_input(path: Path, data: BaseData) -> Data:
     labels = collection.labels
     asked = Asked()
     if isinstance(labels, np.ndarray) and labels.dtype.kind == "f" and labels.size == len(labels):
-        asked = Asked(predicts="numbers")  # one column, also of whole ones
+        is_whole = bool(np.isfinite(labels).all() and np.all(np.floor(labels) == labels))
+        are_classes = is_whole and names_classes(root, named, collection.class_names)
+        asked = Asked(predicts="classes" if are_classes else "numbers")
     found = encode_labels(PrecomputedData(), [collection], None, asked)
     subtask, class_names, (split.targets,), _ = found
     return Data(str(path), {"": split}, subtask, class_names, samples, collection.notes())
+
+
+def names_classes(root: Root, named: bool, stored: tuple[str, ...] | None) -> bool:
+    """Whether whole numbers with decimals are classes: those that a file names, or what a spec
+    states of its features, or its head, where it names one that predicts nothing else."""
+    data = root.data
+    subtask = data.stated_subtask() if data.samples == "features" else None
+    if subtask is not None:
+        return subtask != "regression"
+    counts = [count for _, count in data.stated_outputs()] if data.samples == "features" else []
+    head = root.model.head.only_predicts(named=named)
+    return bool(stored) or any(count > 1 for count in counts) or head == "classes"
 
 
 # -------------------------------------------------------------------------------- embeddings
@@ -444,7 +459,7 @@ def find_samples(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks) -> ChosenS
     """The chosen samples with their features."""
     seed, own = seed_of(loaded, spec), loaded.root.data
     if spec.input is not None:
-        data = open_input(Path(spec.input), own)
+        data = open_input(Path(spec.input), loaded.root, named=head_is_named(loaded))
         return samples_of_features(data.splits, data, spec, seed)
     if own.samples in ("images", "volumes"):
         return samples_of_model(loaded, spec, ranks, seed)

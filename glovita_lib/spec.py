@@ -212,9 +212,11 @@ def settle(
     only_text = takes_text and all(isinstance(o, kinds.StrType | kinds.NoneType) for o in options)
     if value == text and text[0] in "[{\"'" and not is_text(text, options, free):
         key = spec_errors.dotted(path)
+        fits = (takes_text or free) and not re.search(r"['\"\\]", text)
+        as_text = f"""; as one text: '{key}="{text}"'""" if fits else ""
         problems.append(
             f"{OVERRIDE} {key}={text}: not valid TOML; quote the strings in it, and the whole for"
-            f" the shell: '{key}={EXAMPLES.get(text[0], WORD)}'"
+            f" the shell: '{key}={quoted(text)}'{as_text}"
         )
         return UNSET
     if kind is None or isinstance(value, str):
@@ -225,6 +227,22 @@ def settle(
     if isinstance(value, list | dict):
         return text if only_text else value
     return text if takes_text and not takes_value else value
+
+
+def quoted(text: str) -> str:
+    """What may have been meant by what is no TOML: an array with its words quoted, else an example
+    of what begins so."""
+    words = text[1:-1].split(",") if text[0] == "[" and text[-1] == "]" else []
+    if not words or re.search(r"""[][{}'"\\]""", text[1:-1]):
+        return EXAMPLES.get(text[0], WORD)
+    entries = []
+    for word in filter(None, map(str.strip, words)):
+        try:
+            tomllib.loads(f"value = {word}")
+        except tomllib.TOMLDecodeError:
+            word = f'"{word}"'
+        entries.append(word)
+    return f"[{', '.join(entries)}]"
 
 
 def is_text(text: str, options: Sequence[Type], free: bool) -> bool:

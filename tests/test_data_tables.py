@@ -277,6 +277,7 @@ def test_val_may_be_the_fold_that_is_test(tmp_path):
         (SITES, 0, 'has the folds site_c, site_a, site_b: name one of them, as data.fold = "site_'),
         ({"01": ["a"], "02": ["b"]}, 1, 'has the folds 01, 02: .*, as data.fold = "01"'),
         (SITES, "site", 'data.fold = "site", but .* has the folds site_c'),
+        ({"0": ["a"]}, 0, "its one list, 0, is one fold, which leaves none to train on"),
         ({"0": ["a"], "1": ["b"]}, 0, "0 is test, 1 is val, which leaves none to train on"),
         ({**THREE, "3": ["a"]}, 0, "a is in the folds 0 and 3"),
         ({**THREE, "3": []}, 0, "fold 3 is empty"),

@@ -25,7 +25,8 @@ from glovita_lib.read_image import FileSource
 from glovita_lib.run_umap import open_input, samples_of_features, samples_of_model
 from glovita_lib.rundir import alone
 from glovita_lib.spec_check import load_checked
-from glovita_lib.spec_data import DigitsData, PrecomputedData
+from glovita_lib.spec_data import PrecomputedData
+from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Umap
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def write(path, attributes=None, **datasets):
 
 
 def samples(path, **fields):
-    data = open_input(path, DigitsData())
+    data = open_input(path, Root(), named=False)
     return samples_of_features(data.splits, data, Umap(**fields), 0)
 
 
@@ -132,8 +133,35 @@ def test_names_labels_and_keys_of_the_file(tmp_path):
     ids = [f"img/{i}.png" for i in range(30)]
     path = write(tmp_path / "v.h5", attributes, x=X[:30], labels=Y[:30] % 2, ids=ids)
     data = PrecomputedData(features_file="unused", features_key="x")
-    found = open_input(path, data)
+    found = open_input(path, Root(data=data), named=False)
     assert found.class_names == ("even", "odd") and found.splits[""].ids == ids
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ([], None),
+        (["model.head.head_type=classification"], "class"),
+        ([*OWN_FEATURES, "data.num_classes=10"], "class"),
+        ([*OWN_FEATURES, "data.subtask=multiclass"], "class"),
+        ([*OWN_FEATURES, "data.subtask=regression", "model.head.head_type=regression"], None),
+        (["class_names"], "name"),
+    ],
+)
+def test_whole_numbers_with_decimals_are_classes_where_something_says_so(tmp_path, said, found):
+    """A head that is named, the data section of features, or names in the file; else a scale."""
+    names = [f"digit {n}" for n in range(10)]
+    attributes = {"class_names": names} if said == ["class_names"] else {}
+    path = write(tmp_path / "v.h5", attributes, features=X[:40], labels=Y[:40].astype("f4"))
+    changes = [text.replace("FILE", str(path)) for text in said if text != "class_names"]
+    assert command(tmp_path, f"umap.input={path}", *changes) == 0
+    (table,) = tmp_path.rglob("*.csv")
+    labels = [row["label"] for row in rows(table)]
+    if found is None:
+        assert labels[:3] == ["0.0", "1.0", "2.0"]
+    else:
+        wanted = {"class": "{}", "name": "digit {}"}[found]
+        assert labels == [wanted.format(n) for n in Y[:40]]
 
 
 # ---------------------------------------------------------------------- whole runs

@@ -289,7 +289,10 @@ def test_none_unsets(root):
         ("specs/other.toml", "write it as section.key=value"),
         ("training.epochs=none", "cannot be unset: it must be a whole number >= 1"),
         ("optimizer.scheduler=none", 'did you mean "None"?'),
-        ("task.metrics=[acc, f1]", """the shell: 'task.metrics=["a", "b"]'"""),
+        ("task.metrics=[acc, f1]", """the shell: 'task.metrics=["acc", "f1"]'"""),
+        ("add_log.comment=[wip]", """'add_log.comment=["wip"]'; as one text: """),
+        ("add_log.comment=[wip]", """as one text: 'add_log.comment="[wip]"'"""),
+        ("logger.tags=[a, b]", """for the shell: 'logger.tags=["a", "b"]'"""),
         (
             "model.encoder.model_kwargs={a",
             """the shell: 'model.encoder.model_kwargs={ a = "b" }'""",
@@ -347,7 +350,10 @@ def test_what_no_array_or_table_can_be_is_text(key, text):
 )
 def test_an_array_without_quotes_is_told(errors, given):
     (line,) = errors('[data]\ndataset = "generic_image_dataset"\n', given)
-    assert "not valid TOML; quote the strings in it" in line and '=["a", "b"]' in line
+    key, _, words = given.partition("=")
+    array = words.replace("[", '["').replace("]", '"]').replace(", ", '", "')
+    assert f"not valid TOML; quote the strings in it, and the whole for the shell: '{key}=" in line
+    assert f"{key}={array}'" in line
 
 
 def test_override_below_a_value(errors):
