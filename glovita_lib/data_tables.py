@@ -196,8 +196,7 @@ class Problems:
         if not self.lines:
             return []
         if self.strict or len(self.lines) == count:
-            how = "leave them out by data.strict = false and the model's infer.checkpoint"
-            mend = f"; mend them or {how}:" if self.strict else ":"
+            mend = "; mend them or set data.strict = false:" if self.strict else ":"
             raise UserError(self.text(f"of {count} cannot be read{mend}"))
         return [self.text("left out:")]
 

@@ -557,14 +557,16 @@ def unlabelled_volumes(
         )
     where = on_disk(Path(path))
     notes: list[str] = []
-    ids, files = new_files(where, data, samples.reading.series, notes)
+    ids, files, lacking = new_files(where, data, samples.reading.series, notes)
     if not ids:
         raise UserError(f"{path}: no volume with a suffix of {', '.join(data.allowed_exts)}")
     beside = where if where.is_dir() else where.parent
     own = data.preparation
     how = replace(samples.preparation, cache_dir=own.cache_dir, workers=own.workers)
     where = Path(own.cache_folder(str(beside)))
-    entries = prepare_samples(VolumeCache(where, samples.reading, how), files)
+    whole = [each for identity, each in zip(ids, files, strict=True) if identity not in lacking]
+    prepared = iter(prepare_samples(VolumeCache(where, samples.reading, how), whole))
+    entries = [lacking.get(identity) or next(prepared) for identity in ids]
     broken = broken_samples(entries, files, None)
     for number, entry in enumerate(entries):
         if isinstance(entry, Entry) and entry.shape[0] != samples.channels:
@@ -581,32 +583,31 @@ def unlabelled_volumes(
 
 def new_files(
     where: Path, data: VolumeData, series: Sequence[str], notes: list[str]
-) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Ids and files of new samples.
+) -> tuple[list[str], list[tuple[str, ...]], dict[str, str]]:
+    """Ids and files of new samples, and for those that lack a file the line that says so.
 
     Args:
         series: conditions of DICOM series, see `Reading`.
         notes: takes lines worth showing, also about what is left out unless data.strict.
 
     Raises:
-        UserError: there is nothing, or samples lack a file.
+        UserError: there is nothing, or a folder that cannot be listed.
     """
     if where.suffix.lower() == ".csv":
         rows = read_csv(where, data.path_columns)
         named = [tuple(row[column] for column in data.path_columns) for row in rows]
         suffixes = data.path_suffix or ("",)
-        return [names[0] for names in named], [
+        files = [
             tuple(str(on_disk(where.parent / f"{name}{s}")) for name in names for s in suffixes)
             for names in named
         ]
+        return [names[0] for names in named], files, {}
     if where.is_dir():
         report = None if data.strict else notes
         folder, lacking = open_folder(where, data, series, report, itself=True)
         notes += folder.notes
-        notes += Problems(data.strict, "volume", lacking).of_new(len(folder.ids))
-        ids = [identity for identity in folder.ids if identity not in lacking]
-        files = [folder.files(identity) for identity in ids]
-        return [where.name if identity == "." else identity for identity in ids], files
+        files = [folder.files(identity) for identity in folder.ids]
+        return [where.name if i == "." else i for i in folder.ids], files, lacking
     if where.exists():
-        return [where.name], [(str(where),)]
+        return [where.name], [(str(where),)], {}
     raise UserError(f"{where}: no such file or folder, expected volumes, or a CSV of their paths")

@@ -74,6 +74,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
         pool: the worker processes of all members.
     """
     root = loaded.root
+    loaded = with_fields(loaded, group=dist.main_decides(ranks, lambda: trained_group(loaded)))
     paths = dist.main_decides(ranks, lambda: member_paths(loaded))
     records = {path: record_of(path) for path in paths}
     check_members({str(path): record for path, record in records.items()})
@@ -129,6 +130,30 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
             rows.append(("volume maps", f"{maps.write(split)}/"))
     if ranks.is_main:
         say(two_columns(rows))
+
+
+OF_INFERENCE = (
+    "dataloading.eval_batch_size",
+    "task.metrics",
+    "task.bootstrap",
+    "task.result_plot",
+)
+"""Keys that inference reads of the present spec, and that no model depends on."""
+
+
+def free_keys(root: Root) -> list[str]:
+    """Keys that may be others than in training, as they say how the samples are predicted or, of
+    new ones, how their files are read."""
+    new = [] if root.infer.input is None else [f"data.{name}" for name in root.data.of_new_samples]
+    return [*OF_INFERENCE, *new]
+
+
+def trained_group(loaded: Loaded[Root]) -> str:
+    """The group of the spec's run, which was trained with the same overrides, or without those that
+    are of this inference alone."""
+    other = with_fields(loaded, group=loaded.group_but(free_keys(loaded.root)))
+    kept = loaded.root.infer.checkpoint is not None or locate(loaded).config.is_file()
+    return loaded.group if kept or not locate(other).config.is_file() else other.group
 
 
 def own_folder(loaded: Loaded[Root]) -> Path:
@@ -280,7 +305,7 @@ def member_of(run: RunDir, loaded: Loaded[Root]) -> Path:
             f"{path} does not exist: train the spec first (mode = train), give the overrides it was"
             ' trained with, or name a file with infer.checkpoint = "<path>"'
         )
-    changes = changed_keys(files.read_json(run.config), loaded.plain)
+    changes = changed_keys(files.read_json(run.config), loaded.plain, free_keys(loaded.root))
     if changes:
         raise UserError(
             f"{run.path} was trained with another spec: {listed(changes, 8, '; ')}; undo the"

@@ -355,12 +355,19 @@ class Loaded(Generic[RootSpec]):
     """The file, as it was given."""
     overrides: tuple[str, ...]
     """The overrides, as they were given."""
+    overridden: tuple[tuple[str, ...], ...]
+    """Their keys."""
     group: str
     """Name of the run's group directory."""
     plain: dict
     """`as_written` as builtin types."""
     origins: Origins
     """Which file, or OVERRIDE, each key comes from; the others are defaults."""
+
+    def group_but(self, free: Sequence[str]) -> str:
+        """Name of the group directory without the overrides of some dotted keys."""
+        keys = [key for key in self.overridden if not is_among(spec_errors.dotted(key), free)]
+        return group_name(self.path, self.plain, keys)
 
 
 def load_spec(
@@ -387,7 +394,8 @@ def load_spec(
         raise UserError("\n".join(dict.fromkeys(problems)))
     plain = to_plain(as_written)
     group = group_name(path, plain, keys)
-    return Loaded(root, as_written, path, tuple(overrides), group, plain, merge.origins)
+    given = tuple(overrides), tuple(keys)
+    return Loaded(root, as_written, path, *given, group, plain, merge.origins)
 
 
 VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{([^}]*)\}|)")  # a lone dollar sign too
@@ -597,16 +605,25 @@ def without_none(value: Any) -> Any:
 
 def changes_experiment(key: str) -> bool:
     """Whether another value of a dotted key makes another experiment."""
-    return not any(key == same or key.startswith(f"{same}.") for same in NOT_THE_EXPERIMENT)
+    return not is_among(key, NOT_THE_EXPERIMENT)
 
 
-def changed_keys(old: dict, new: dict) -> list[str]:
-    """Differences of two plain specs that make another experiment, as "key: old -> new"."""
+def is_among(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of some, or stands in a section that is."""
+    return any(key == same or key.startswith(f"{same}.") for same in keys)
+
+
+def changed_keys(old: dict, new: dict, free: Sequence[str] = ()) -> list[str]:
+    """Differences of two plain specs that make another experiment, as "key: old -> new".
+
+    Args:
+        free: keys that may differ too.
+    """
     before, after = dict(flattened(with_lists(old))), dict(flattened(with_lists(new)))
     return [
         f"{key}: {spec_errors.shown(before.get(key))} -> {spec_errors.shown(after.get(key))}"
         for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key) and changes_experiment(key)
+        if before.get(key) != after.get(key) and changes_experiment(key) and not is_among(key, free)
     ]
 
 

@@ -100,6 +100,7 @@ class GenericImageData(FolderData, tag="generic_image_dataset", tag_field="datas
     """Any folder of images with labels from folder names, a JSON or a CSV file."""
 
     built_in: ClassVar[str] = "data_folder"
+    of_new_samples: ClassVar[tuple[str, ...]] = (*FolderData.of_new_samples, "max_megapixels")
 
     augmentation: ImageAugmentation = ImageAugmentation()
     """Augmentation and preprocessing."""
@@ -139,6 +140,10 @@ class PrecomputedData(CollectionData, tag="precomputed_features", tag_field="dat
 
     built_in: ClassVar[str] = "data_features"
     samples: ClassVar[SampleKind] = "features"
+    of_new_samples: ClassVar[tuple[str, ...]] = (
+        "features_key", "bag_ptr_key", "bag_lengths_key", "ids_key", "groups_key", "coords_key",
+        "follow_links", "check_values", "window_mb",
+    )  # fmt: skip
 
     train_features_file: Annotated[PathText | None, A_FILE_EACH] = None
     """Feature file of the train split."""
@@ -208,6 +213,9 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
     built_in: ClassVar[str] = "data_volumes"
     samples: ClassVar[SampleKind] = "volumes"
     default_policies: ClassVar[tuple[str, str]] = ("default_nnunet", "shared_default_3d")
+    of_new_samples: ClassVar[tuple[str, ...]] = (
+        *FolderData.of_new_samples, "path_suffix", "preparation.cache_dir", "preparation.workers",
+    )  # fmt: skip
 
     path_column: Annotated[str | tuple[str, ...], OF_TABLE] = "path"
     """CSV column of the volume's path below images_dir, a file or a DICOM folder; several columns
@@ -281,6 +289,7 @@ class VideoData(FolderData, tag="generic_video_dataset", tag_field="dataset"):
     built_in: ClassVar[str] = "data_video"
     samples: ClassVar[SampleKind] = "videos"
     image_channels: ClassVar[int | None] = 3
+    of_new_samples: ClassVar[tuple[str, ...]] = (*FolderData.of_new_samples, "reading")
 
     images_dir: PathText = "videos"
     """Folder of the videos below data_root_dir."""
@@ -325,6 +334,9 @@ class SeriesData(CollectionData, tag="generic_series_dataset", tag_field="datase
     samples: ClassVar[SampleKind] = "series"
     default_policies: ClassVar[tuple[str, str]] = ("default_series_1", "shared_default_series")
     split_fields: ClassVar[tuple[str, ...]] = (*FileData.split_fields, "resample", "problem")
+    of_new_samples: ClassVar[tuple[str, ...]] = (
+        "strict", "id_column", "time_column", "value_columns",
+    )  # fmt: skip
 
     package: str | None = None
     """Installed package whose folder data_root_dir is relative to; it is located, not imported."""

@@ -73,6 +73,10 @@ class BaseData(Spec):
     """Fields that say which sample is in which split, as far as a data set has them; one with
     others of its own names them too."""
 
+    of_new_samples: ClassVar[tuple[str, ...]] = ()
+    """Fields, with those of its sections, that say how files of new samples are found and read; a
+    model does not depend on them."""
+
     data_root_dir: PathText = "data"
     """Folder of the data set; relative paths start where the command runs."""
     data_fraction: Fraction = 1.0
@@ -215,6 +219,8 @@ class FileData(BaseData):
 
 class FolderData(FileData):
     """Fields of data sets that are files below a folder, one sample each."""
+
+    of_new_samples: ClassVar[tuple[str, ...]] = ("strict", "allowed_exts", "path_column")
 
     split_source: Literal["splits_json", "subdirs", "csv", "dataset_json", "kfold"] = "splits_json"
     """Splits from split_file, from sub-folders of images_dir named like the splits, from

@@ -396,9 +396,13 @@ def test_a_run_is_trained_asked_and_read_out(root, command):
     bad = command("mode=infer", f"infer.input={folder}", spec=spec, code=2)
     assert "2.nii: 4-D, 2 frames" in bad.err
     (folder / "far").symlink_to(folder / "not-mounted")
-    lenient = "data.strict=false"
-    run = command("mode=infer", f"infer.input={folder}", trained, lenient, spec=spec)
-    assert "1 volume left out:" in run.out and "cannot be listed" in run.out
+    lenient = "data.strict=false"  # of the files asked about, with which nothing was trained
+    assert lenient.replace("=", " = ") in bad.err and "infer.checkpoint" not in bad.err
+    for named in ((), ("dataloading.eval_batch_size=1", "data.preparation.workers=1"), (trained,)):
+        run = command("mode=infer", f"infer.input={folder}", *named, lenient, spec=spec)
+        assert "1 volume left out:" in run.out and "cannot be listed" in run.out
+    bad = command("mode=infer", lenient, "name=run", spec=spec, code=2)  # its own samples
+    assert "train the spec first" in bad.err or "another spec" in bad.err
     coarse = write_nifti(root / "other" / "a.nii", blob((10, 9, 8)), affine_of((6, 2, 1.5)))
     run = command("mode=infer", f"infer.input={coarse}", trained, spec=spec)
     assert "1 of 1 volumes asked about have a spacing of 6 x 2 x 1.5 to 6 x 2 x 1.5 mm" in run.out

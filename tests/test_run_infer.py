@@ -99,6 +99,22 @@ def test_before_training_and_with_another_spec(command, refused):
     assert "optimizer.lr: 0.001 -> 0.5" in line and "infer.checkpoint" in line
 
 
+def test_what_no_model_depends_on_is_no_other_spec(command, refused):
+    """Keys of inference alone: the run is found without them, unless it was trained with them."""
+    run = command()
+    other = ("dataloading.eval_batch_size=3", "task.bootstrap=7", "task.metrics=['acc']")
+    asked = command("mode=infer", *other)
+    assert str(run.path / "infer" / "predictions_test.csv") in asked.out
+    report = json.loads((run.path / "infer" / "metrics_test.json").read_text())
+    trained = json.loads((run.path / "metrics_test.json").read_text())
+    assert set(report["metrics"]) == {"acc"} != set(trained["metrics"])
+    assert report["metrics"]["acc"] == trained["metrics"]["acc"]
+    own = command(*other)
+    assert own.path != run.path
+    assert str(own.path / "infer" / "predictions_test.csv") in command("mode=infer", *other).out
+    assert "does not exist" in refused("mode=infer", "dataloading.batch_size=3")
+
+
 def test_a_checkpoint_that_may_know_the_samples_is_noted(command):
     run = command("seed=1", "name=one")
     known = ["mode=infer", f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}"]

@@ -187,6 +187,9 @@ def test_the_crop_is_the_box_around_the_foreground_and_moves_no_voxel():
     assert cut.affine[:3, 3].tolist() == [5, 3, 7]
     wide = prepared(voxels, replace(NOTHING, crop="foreground", crop_margin=4.2))
     assert (wide.voxels[0] == voxels[1:13, 0:14, 3:12]).all()
+    spec, affine = replace(NOTHING, crop="foreground", crop_margin=4.2), affine_of((2, 4.2, 1))
+    in_mm = prepared(voxels, spec, affine).voxels[0]
+    assert (in_mm == voxels[3:11, 2:11, 3:12]).all()
     spec = replace(RESAMPLED, spacing=(1.7, 0.6, 1.3))
     whole, part = prepared(voxels, spec), prepared(voxels, replace(spec, crop="foreground"))
     shift = np.rint(np.linalg.solve(whole.affine[:3, :3], (part.affine - whole.affine)[:3, 3]))
