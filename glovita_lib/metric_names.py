@@ -32,24 +32,27 @@ class Metric:
     """Whether the order of the classes is its scale."""
     per_class: bool = False
     """Whether each class or target has its own value, logged as <name>_<class>."""
-    over_classes: bool = False
-    """Whether it is a mean over the classes, or of one of them, however few samples it has."""
+    over_classes: tuple[str, ...] = ()
+    """Kinds of targets for which it is a mean over the classes, or of one of them, however few
+    samples it has."""
+    shifts: bool = False
+    """Whether samples that are there several times shift it."""
 
 
 METRICS: dict[str, Metric] = {
     "acc": Metric("accuracy", COUNTED, usual=True),
-    "balanced_acc": Metric("balanced accuracy", COUNTED, over_classes=True),
-    "f1": Metric("F1", COUNTED, usual=True, over_classes=True),
-    "f1_per_class": Metric("F1 per class", COUNTED, per_class=True, over_classes=True),
-    "precision": Metric("precision", COUNTED, over_classes=True),
-    "recall": Metric("recall", COUNTED, over_classes=True),
+    "balanced_acc": Metric("balanced accuracy", COUNTED, over_classes=COUNTED),
+    "f1": Metric("F1", COUNTED, usual=True, over_classes=COUNTED, shifts=True),
+    "f1_per_class": Metric("F1 per class", COUNTED, per_class=True, over_classes=COUNTED),
+    "precision": Metric("precision", COUNTED, over_classes=COUNTED, shifts=True),
+    "recall": Metric("recall", COUNTED, over_classes=COUNTED),
     "top5acc": Metric("top-5 accuracy", ("multiclass",)),
-    "auroc": Metric("AUROC", CLASSES, over_classes=True),
-    "ap": Metric("average precision", CLASSES, over_classes=True),
-    "mcc": Metric("MCC", COUNTED),
-    "kappa": Metric("Cohen's kappa", COUNTED),
+    "auroc": Metric("AUROC", CLASSES, over_classes=CLASSES),
+    "ap": Metric("average precision", CLASSES, over_classes=CLASSES, shifts=True),
+    "mcc": Metric("MCC", COUNTED, over_classes=("multilabel",)),
+    "kappa": Metric("Cohen's kappa", COUNTED, over_classes=("multilabel",)),
     "quadratic_kappa": Metric("quadratic kappa", ("multiclass",), ordered=True),
-    "ece": Metric("calibration error", CLASSES, lower_is_better=True),
+    "ece": Metric("calibration error", CLASSES, lower_is_better=True, shifts=True),
     "brier": Metric("Brier score", CLASSES, lower_is_better=True),
     "edit": Metric("edit score", ("framewise",), usual=True),
     "f1_at_10": Metric("F1@10", ("framewise",), usual=True),

@@ -8,7 +8,7 @@ import numpy as np
 
 from glovita_lib.errors import listed
 from glovita_lib.files import as_json
-from glovita_lib.metric_names import METRICS, logged_names, metrics_of
+from glovita_lib.metric_names import METRICS, logged_names, metric_name, metrics_of
 from glovita_lib.metrics_classification import (
     FORMULAS,
     Array,
@@ -37,57 +37,81 @@ if TYPE_CHECKING:
 # N samples, R resamples.
 
 ELEMENTS_AT_ONCE = 4_000_000  # weights held at a time: 32 MB
-RARE = 3  # samples at most of a class that many resamples would miss
+LEAST = 5  # samples of a class or label, see `without_interval`
+BEHIND = 40  # samples that a mean over classes rests on, likewise
 
 
-def rare_rows(targets: Array) -> list[Array]:
-    """Rows (C, m) of the samples of C classes that have m samples each, for each m that is rare."""
-    counts = np.bincount(targets)
-    order = np.argsort(targets, kind="stable")
-    starts = np.cumsum(counts) - counts
-    found = [(m, starts[counts == m]) for m in range(1, RARE + 1)]
-    return [order[first[:, None] + np.arange(m)] for m, first in found if len(first)]
-
-
-def single_samples(samples: "Samples") -> Array:
-    """Whether a class, or either side of a label, has one sample (K,)."""
+def counts_of(samples: "Samples") -> Array:
+    """Samples of each class, of labels those of the rarer kind, of frames videos with the class:
+    (K,); 0 where nothing is to be counted: absent classes, labels of one kind, regressions."""
     if isinstance(samples, Multiclass):
-        return np.bincount(samples.targets) == 1
+        return np.bincount(samples.targets, minlength=len(samples.class_names))
     if isinstance(samples, Multilabel):
         counts = samples.targets.sum(0)
-        return (counts == 1) | (len(samples) - counts == 1)
-    return np.zeros(0, bool)
+        return np.minimum(counts, len(samples) - counts)
+    if isinstance(samples, Regression):
+        return np.zeros(0, np.int64)
+    return (samples.per_video[2] > 0).sum(0)
 
 
-def draws(n: int, resamples: int, seed: int, rare: list[Array] | None = None) -> Iterator[Array]:
+def samples_behind(counts: Array) -> float:
+    """Samples whose mean would be as skewed as a mean over classes with m_k samples each.
+
+    (sum 1 / m_k)^3 / (sum 1 / m_k^2)^2: N of K classes with N / K each, about m of one class with m
+    beside a common one. Samples of a class have the variance v and the third central moment u in
+    all classes alike, so the mean over K of their means has v sum(1 / m_k) / K^2 and
+    u sum(1 / m_k^2) / K^3; the skewness of a mean of n is u / v^1.5 / sqrt(n).
+    """
+    inverse = 1 / counts[counts > 0].astype(np.float64)
+    return float(inverse.sum() ** 3 / (inverse**2).sum() ** 2)
+
+
+def without_interval(names: tuple[str, ...], samples: "Samples") -> dict[str, str]:
+    """Logged names of the metrics over classes that have too few samples for a bootstrap interval
+    -> the reason.
+
+    Where a class has fewer than 5, or the mean over classes rests on fewer than 40, intervals at
+    95 % cover less than 90 % (docs/training.md has what was measured). Metrics over all samples
+    have one.
+    """
+    counts, class_names = counts_of(samples), samples.class_names
+    over = [name for name in names if samples.subtask in METRICS[name].over_classes]
+    if not over or not (counts > 0).any():
+        return {}
+    noun = {"multilabel": "samples of either kind", "framewise": "videos"}
+    what = noun.get(samples.subtask, "samples")
+    few = {
+        int(k): f'"{class_names[k]}" has {counts[k]} of the {LEAST} {what} that it takes'
+        for k in np.flatnonzero((counts > 0) & (counts < LEAST))
+    }
+    reason = next(iter(few.values()), "")
+    if len(few) > 1:
+        reason += f", and {len(few) - 1} more have too few"
+    behind = samples_behind(counts)
+    if not few and behind < BEHIND:
+        reason = f"a mean over these classes rests on {behind:.0f} of the {BEHIND} {what} it takes"
+    lost: dict[str, str] = {}
+    for name in over:
+        logged = logged_names([name], class_names)
+        if METRICS[name].per_class:
+            lost |= {logged[k]: why for k, why in few.items()}
+        elif reason:
+            lost |= dict.fromkeys(logged, reason)
+    return lost
+
+
+def draws(n: int, resamples: int, seed: int) -> Iterator[Array]:
     """Weights (N, r) of the resamples, in blocks that fit the memory; their sum r is `resamples`.
 
     Resample i is the i-th draw of N rows of N from the stream of the seed, whatever the blocks.
-
-    Args:
-        n: N.
-        rare: rows (C, m) of classes, as `rare_rows` gives them, that are drawn from among
-            themselves: m - 1 rows of m, which then count m / (m - 1) times each, so that their
-            spread is not too small (Rao and Wu, JASA 83, 1988); of one row that row.
     """
-    stream, rare = np.random.default_rng(seed), rare or []
-    is_rare = np.zeros(n, bool)
-    for rows in rare:
-        is_rare[rows] = True
-    rest = np.flatnonzero(~is_rare)
-
-    def drawn() -> Array:
-        picked = rest[stream.integers(0, max(1, len(rest)), len(rest))]
-        counts = np.bincount(picked, minlength=n).astype(np.float64)
-        for rows in rare:
-            classes, m = rows.shape
-            places = stream.integers(0, m, (classes, max(1, m - 1)))
-            np.add.at(counts, np.take_along_axis(rows, places, 1), m / max(1, m - 1))
-        return counts
-
+    stream = np.random.default_rng(seed)
     block = max(1, ELEMENTS_AT_ONCE // max(n, 1))
     for start in range(0, resamples, block):
-        counts = [drawn() for _ in range(start, min(start + block, resamples))]
+        counts = [
+            np.bincount(stream.integers(0, n, n), minlength=n).astype(np.float64)
+            for _ in range(start, min(start + block, resamples))
+        ]
         yield np.ascontiguousarray(np.stack(counts, 1))
 
 
@@ -100,10 +124,13 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """Lower and upper end of the percentile interval of each metric.
 
-    Resamples in which a metric is undefined (no sample of a class was drawn) are left out of its
-    interval. It is (NaN, NaN) where none is left, where fewer than two samples say nothing about
-    the spread, and where it does not hold the value itself: resamples repeat samples, which shifts
-    some metrics (AP of one positive, calibration error) by more than they spread.
+    Resamples repeat samples, which shifts some metrics (`Metric.shifts`) by more than they spread:
+    a positive of average precision is ranked among its copies, and bins of a calibration error hold
+    fewer samples. The mean shift is taken off (the bootstrap's estimate of bias; Efron and
+    Tibshirani, chapter 10), within 0 and 1, where these metrics lie. Resamples in which a metric is
+    undefined (no sample of a class was drawn) are left out of its interval. It is (NaN, NaN) where
+    none is left, where fewer than two samples say nothing about the spread, and where it does not
+    hold the value itself.
 
     Args:
         measure: weights (N, r) -> name -> values (r,).
@@ -121,6 +148,9 @@ def intervals(
         if found[0][0] < 2 or not len(defined):
             continue
         low, high = map(float, np.percentile(defined, (tail, 100 - tail)))
+        if (metric := METRICS.get(metric_name(name))) is not None and metric.shifts:
+            shift = float(defined.mean()) - value
+            low, high = max(0.0, low - shift), min(1.0, high - shift)
         rounding = 1e-9 * max(1.0, abs(value))
         if low - rounding <= value <= high + rounding:
             ends[name] = (min(low, value), max(high, value))
@@ -137,41 +167,22 @@ def intervals_of(
 ) -> dict[str, tuple[float, float]]:
     """Intervals of the metrics of samples by logged name.
 
-    A mean over classes would jump with the rare classes that a resample happens to miss, so for
-    these metrics they are drawn from among themselves; what the only sample of a class says has no
-    interval.
+    Where classes have too few samples there are none, see `without_interval`.
     """
-    n, level = len(samples), LEVEL
-    rare = rare_rows(samples.targets) if isinstance(samples, Multiclass) else []
-    apart = tuple(name for name in names if rare and METRICS[name].over_classes)
-    rest = tuple(name for name in names if name not in apart)
-    ends: dict[str, tuple[float, float]] = {}
-    parts: list[tuple[tuple[str, ...], list[Array]]] = [(rest, []), (apart, rare)]
-    parts = [(some, rows) for some, rows in parts if some]
-    for part, (some, rows) in enumerate(parts):
-        blocks, measure = draws(n, resamples, seed, rows), measure_of(some, samples)
-        done = 0
+    measure, done = measure_of(names, samples), 0
 
-        def measured(
-            weights: Array, measure: Measure = measure, part: int = part
-        ) -> dict[str, Array]:
-            nonlocal done
-            count, before = weights.shape[1], part + done / resamples
-            found = measure(
-                weights, lambda share: tell((before + share * count / resamples) / len(parts))
-            )
-            done += count
-            return found
+    def measured(weights: Array) -> dict[str, Array]:
+        nonlocal done
+        count, before = weights.shape[1], done / resamples
+        found = measure(weights, lambda share: tell(before + share * count / resamples))
+        done += count
+        return found
 
-        ends |= intervals(measured, blocks, values=values, level=level)
-    alone = single_samples(samples)
-    if alone.any():
-        for name in (name for name in names if METRICS[name].over_classes):
-            logged = logged_names([name], samples.class_names)
-            own = METRICS[name].per_class
-            lost = [logged[k] for k in np.flatnonzero(alone)] if own else logged
-            ends |= dict.fromkeys(lost, (math.nan, math.nan))
-    return ends
+    blocks = draws(len(samples), resamples, seed)
+    ends = intervals(measured, blocks, values=values, level=LEVEL)
+    if not ends:
+        return ends
+    return ends | dict.fromkeys(without_interval(names, samples), (math.nan, math.nan))
 
 
 # -------------------------------------------------------------------------------- regression
@@ -382,19 +393,21 @@ def report_of(
 
     Returns:
         n: samples. class_names: in the order of the outputs. metrics: name -> value. ci95: name ->
-        [low, high] of the percentile bootstrap. per_class: class or target -> name -> value; n
-        counts its samples, predicted how often it was predicted. confusion: K rows of true and
-        columns of predicted classes; null unless samples have one of at most 200 classes. Of
+        [low, high] of the percentile bootstrap. no_ci95: name -> why there is none, of few samples.
+        per_class: class or target -> name -> value; n counts its samples, predicted how often it
+        was predicted. confusion: K rows of true and columns of predicted classes; null unless
+        samples have one of at most 200 classes. Of
         videos both are about their frames, and the bootstrap draws videos. Undefined numbers are
         null.
     """
     class_names, metrics = samples.class_names, values_of(names, samples)
     result: dict[str, Any] = {"n": len(samples), "class_names": class_names}
     result |= {"metrics": metrics, "ci95": {}}
-    result |= {"per_class": {}, "confusion": None}
+    result |= {"no_ci95": {}, "per_class": {}, "confusion": None}
     if samples.is_finite:
         ends = intervals_of(names, samples, metrics, bootstrap, seed, tell)
         result["ci95"] = {name: ends[name] for name in metrics if name in ends}
+        result["no_ci95"] = without_interval(names, samples) if ends else {}
         result["per_class"] = per_class(samples, class_names)
         few = len(class_names) <= LARGEST_CONFUSION
         if few and not isinstance(samples, Multilabel | Regression):

@@ -310,6 +310,10 @@ def summary_lines(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
             for metric, value in values.items():
                 parts.append(f"{metric} {with_interval(value, content['ci95'].get(metric))}")
         rows.append((split, "  ".join(parts)))
+        reasons: dict[str, list[str]] = {}
+        for metric, why in content["no_ci95"].items():
+            reasons.setdefault(why, []).append(metric)
+        rows += [("", f"no interval of {listed(own, 6)}: {why}") for why, own in reasons.items()]
     return rows
 
 

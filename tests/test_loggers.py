@@ -337,7 +337,12 @@ def test_many_classes_are_a_range_on_the_console() -> None:
     few = {f"val_f1_per_class_{k}": 0.5 for k in range(3)}
     line = epoch_line(record | few, epochs=1, best_metric="val_loss")
     assert "f1_per_class_0 0.5000 f1_per_class_1 0.5000 f1_per_class_2 0.5000" in line
-    report = {"loss": 0.5, "metrics": {"mae": 3e-8, "acc": None}, "ci95": {"mae": [1e-8, 5e-8]}}
+    report = {
+        "loss": 0.5,
+        "metrics": {"mae": 3e-8, "acc": None},
+        "ci95": {"mae": [1e-8, 5e-8]},
+        "no_ci95": {},
+    }
     report["metrics"] |= {k.removeprefix("val_"): v for k, v in many.items()}
     ((_, text),) = summary_lines({"test": report})
     assert text == (f"loss 0.5000  mae 3e-08 [1e-08, 5e-08]  acc undefined  {spread}")

@@ -10,6 +10,7 @@ from glovita_lib import metrics
 from glovita_lib.metric_names import metrics_of
 from glovita_lib.metrics import compute, measure_of, metrics_report, samples_of
 from glovita_lib.metrics_classification import Scores
+from glovita_lib.results import summary_lines
 
 CLASSES = tuple("abcd")
 
@@ -51,75 +52,133 @@ def test_equals_a_loop_over_the_same_resamples(subtask: str, monkeypatch) -> Non
         assert here == pytest.approx(slow, abs=1e-9, nan_ok=True)
 
 
-@pytest.mark.parametrize("rare", [3, 9])
-def test_interval_is_the_percentiles_of_the_loop(rare: int) -> None:
-    """Rows of a class of three are two of these for means over classes, which count 3/2 times."""
+def test_interval_is_the_percentiles_of_the_loop() -> None:
+    """Of F1, precision, AP and calibration errors moved by the mean that resampling shifts them."""
     data = data_of("multiclass", 80)
-    targets = data["targets"] = np.append(np.zeros(rare, int), 1 + np.arange(80 - rare) % 3)
-    names = ("acc", "ece", "auroc", "f1_per_class", "balanced_acc")
+    data["targets"] = np.arange(80) % 4
+    names = ("acc", "ece", "auroc", "ap", "f1", "f1_per_class", "balanced_acc", "mcc", "brier")
     found = metrics_report(names, bootstrap=200, seed=9, **data)["ci95"]
-    plain, inner = (np.random.default_rng(9) for _ in range(2))
-    loop: dict[str, list[float]] = {name: [] for name in found}
+    stream, loop = np.random.default_rng(9), {name: [] for name in found}
     for _ in range(200):
-        rows = plain.integers(0, 80, 80)
-        apart = rows
-        if rare == 3:
-            rest = np.flatnonzero(targets > 0)[inner.integers(0, 77, 77)]
-            apart = np.concatenate([np.repeat(rest, 2), np.repeat(inner.integers(0, 3, 2), 3)])
-        for some, drawn in ((names[:2], rows), (names[2:], apart)):
-            drawn_data = {"targets": targets[drawn], "scores": data["scores"].of(drawn)}
-            for name, value in compute(some, **(data | drawn_data)).items():
-                loop[name].append(value)
+        rows = stream.integers(0, 80, 80)
+        drawn = {"targets": data["targets"][rows], "scores": data["scores"].of(rows)}
+        for name, value in compute(names, **(data | drawn)).items():
+            loop[name].append(value)
     whole = compute(names, **data)
     for name, ends in found.items():
         low, high = np.nanpercentile(loop[name], [2.5, 97.5])
-        inside = low <= whole[name] <= high
-        assert ends == (pytest.approx([low, high], abs=1e-12) if inside else [None, None])
+        if name in ("ece", "ap", "f1"):
+            shift = np.nanmean(loop[name]) - whole[name]
+            low, high = max(low - shift, 0), min(high - shift, 1)
+        assert ends == pytest.approx([low, high], abs=1e-12)
 
 
-@pytest.mark.parametrize("per_class", [2, 3, 6])
-def test_few_samples_of_a_class_cover_the_truth_too(per_class: int) -> None:
-    """Of accuracy as of a mean over classes."""
-    rng, hits = np.random.default_rng(0), {"acc": 0, "balanced_acc": 0}
-    targets = np.repeat(np.arange(20), per_class)
-    for trial in range(100):  # a classifier that is right in 60 % of the cases
-        right = rng.random(len(targets)) < 0.6
-        scores = Scores(np.eye(20)[np.where(right, targets, (targets + 1) % 20)])
-        names, classes = tuple(hits), tuple(map(str, range(20)))
-        data = {"subtask": "multiclass", "targets": targets, "class_names": classes}
-        found = metrics_report(names, scores=scores, bootstrap=100, seed=trial, **data)["ci95"]
-        for name in names:
-            hits[name] += found[name][0] <= 0.6 <= found[name][1]
-    assert all(0.86 <= count / 100 <= 0.99 for count in hits.values()), hits
+def layout(subtask: str, counts: list[int], rng: np.random.Generator, n: int = 100) -> dict:
+    """Samples with classes, or labels among n, that are there so often; scores of an even skill."""
+    classes = len(counts)
+    if subtask == "multiclass":
+        targets = np.repeat(np.arange(classes), counts)
+        true = targets[:, None] == np.arange(classes)
+    else:
+        true = np.zeros((n, classes), bool)
+        for k, count in enumerate(counts):
+            true[rng.choice(n, count, replace=False), k] = True
+        targets = true.astype(float)
+    logits = (rng.normal(size=true.shape) + 2.0 * true - (subtask == "multilabel")) * 1.5
+    names = tuple(map(str, range(classes)))
+    scores = Scores.of_logits(logits.astype(np.float32), subtask)
+    return {"subtask": subtask, "targets": targets, "scores": scores, "class_names": names}
 
 
-def test_the_only_sample_of_a_class_says_nothing_of_the_spread() -> None:
-    """Neither of its class nor of a mean over classes; of the others and of all samples it does."""
-    data = data_of("multiclass", 61)
-    data["targets"] = np.append(np.arange(60) % 3, 3)
-    names = ("acc", "kappa", "f1", "f1_per_class", "auroc")
-    found = metrics_report(names, bootstrap=50, seed=0, **data)["ci95"]
-    none = [name for name, ends in found.items() if ends == [None, None]]
-    assert none == ["f1", f"f1_per_class_{CLASSES[3]}", "auroc"]
-    assert all(low < high for low, high in found.values() if low is not None)
+NAMES = ("balanced_acc", "f1", "precision", "recall", "auroc", "ap", "mcc", "ece")
 
 
-@pytest.mark.parametrize("value", [0, 1])
-def test_the_only_sample_of_a_label_says_nothing_of_the_spread(value: int) -> None:
-    data = data_of("multilabel", 60)
-    data["targets"] = np.tile(data["targets"][:2] * 0 + [[0], [1]], (30, 1)).astype(float)
-    data["targets"][:, 3] = np.where(np.arange(60) == 7, value, 1 - value)
-    names = ("acc", "brier", "f1", "f1_per_class", "auroc", "recall")
-    found = metrics_report(names, bootstrap=50, seed=0, **data)["ci95"]
-    none = [name for name, ends in found.items() if ends == [None, None]]
-    assert none == ["f1", f"f1_per_class_{CLASSES[3]}", "auroc", "recall"]
+@pytest.mark.parametrize(
+    ("subtask", "counts"),
+    [
+        ("multiclass", [5] * 12),
+        ("multiclass", [5] * 10 + [40] * 2),
+        ("multiclass", [30, 120]),
+        ("multilabel", [5] * 12),
+        ("multilabel", [95] * 12),
+        ("multilabel", [45]),
+    ],
+)
+def test_intervals_of_few_samples_cover_the_truth(subtask: str, counts: list[int]) -> None:
+    """The truth: the mean over many data sets of the same counts."""
+    rng, trials = np.random.default_rng(0), 60
+    ends: dict[str, list] = {name: [] for name in NAMES}
+    for trial in range(trials):
+        report = metrics_report(NAMES, bootstrap=60, seed=trial, **layout(subtask, counts, rng))
+        assert report["no_ci95"] == {}
+        for name in NAMES:
+            ends[name].append(report["ci95"][name])
+    drawn = [compute(NAMES, **layout(subtask, counts, rng)) for _ in range(300)]
+    for name, pairs in ends.items():
+        truth = np.mean([values[name] for values in drawn])
+        known = [low <= truth <= high for low, high in pairs if low is not None]
+        assert len(known) >= trials - 3, name
+        assert np.mean(known) >= 0.95 - 4 * math.sqrt(0.95 * 0.05 / trials), name
+
+
+@pytest.mark.parametrize(
+    ("subtask", "counts", "why"),
+    [
+        ("multiclass", [2] * 20, '"0" has 2 of the 5 samples that it takes, and 19 more'),
+        ("multiclass", [4] + [30] * 20, '"0" has 4 of the 5 samples'),
+        ("multiclass", [1] * 30, '"0" has 1 of the 5 samples'),
+        ("multiclass", [10, 100], "rests on 13 of the 40 samples"),
+        ("multilabel", [1, 50, 50], '"0" has 1 of the 5 samples of either kind'),
+        ("multilabel", [50, 98, 50], '"1" has 2 of the 5 samples of either kind'),
+        ("multilabel", [8, 8], "rests on 16 of the 40 samples of either kind"),
+    ],
+)
+def test_too_few_samples_of_a_class_have_no_interval(
+    subtask: str, counts: list[int], why: str
+) -> None:
+    """Means over classes have none and say why; metrics over all samples have one."""
+    names = ("acc", "brier", *NAMES, "kappa", "f1_per_class")
+    rng = np.random.default_rng(0)
+    report = metrics_report(names, bootstrap=50, seed=0, **layout(subtask, counts, rng))
+    over = {"balanced_acc", "f1", "precision", "recall", "auroc", "ap"}
+    over |= {"mcc", "kappa"} if subtask == "multilabel" else set()
+    reasons, ends = report["no_ci95"], report["ci95"]
+    fewer = counts if subtask == "multiclass" else [min(m, 100 - m) for m in counts]
+    rare = [k for k, m in enumerate(fewer) if m < 5]
+    assert set(reasons) == over | {f"f1_per_class_{k}" for k in rare}
+    assert all(why in reasons[name] for name in over)
+    assert all(ends[name] == [None, None] for name in reasons)
+    for name in {"acc", "brier"} | {f"f1_per_class_{k}" for k in range(len(counts))} - set(reasons):
+        assert ends[name][0] < ends[name][1]
+    lines = summary_lines({"test": {"loss": None, **report}})
+    assert sum("no interval of" in text and why in text for _, text in lines) >= 1
+    without = metrics_report(names, bootstrap=0, seed=0, **layout(subtask, counts, rng))
+    assert without["no_ci95"] == {}
+
+
+def test_classes_that_are_not_there_take_no_interval_away() -> None:
+    data = layout("multiclass", [30, 0, 30], np.random.default_rng(0))
+    report = metrics_report(("f1", "auroc", "recall"), bootstrap=50, seed=0, **data)
+    assert report["no_ci95"] == {} and None not in report["ci95"]["recall"]
+    labels = layout("multilabel", [50, 0, 50, 100], np.random.default_rng(0))
+    report = metrics_report(("f1", "auroc", "recall"), bootstrap=50, seed=0, **labels)
+    assert report["no_ci95"] == {} and None not in report["ci95"]["auroc"]
+
+
+def test_a_mean_over_classes_is_as_skewed_as_one_of_so_many_samples() -> None:
+    rng = np.random.default_rng(0)
+    for counts in ([5] * 8, [6, 60], [3, 10, 30]):
+        means = [rng.exponential(size=(200_000, m)).mean(1) for m in counts]
+        skew = float(scipy.stats.skew(np.mean(means, 0)))
+        behind = metrics.samples_behind(np.array([0, *counts]))
+        assert skew == pytest.approx(2 / math.sqrt(behind), rel=0.1)  # 2 is that of one sample
 
 
 def test_contains_the_value_and_shrinks_with_the_square_root_of_n() -> None:
     widths = []
     for n in (250, 4000):
         found = metrics_report(
-            ("acc", "f1", "auroc", "mcc"), bootstrap=400, seed=1, **data_of("multiclass", n)
+            ("acc", "brier", "kappa", "mcc"), bootstrap=400, seed=1, **data_of("multiclass", n)
         )
         for name, (low, high) in found["ci95"].items():
             assert low < found["metrics"][name] < high
