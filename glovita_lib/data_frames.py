@@ -182,7 +182,7 @@ def labels_of_file(path: Path, spec: VideoData) -> tuple[list[int] | None, list[
     column = label_column(spec)
     if path.suffix == ".npy":
         return None, labels_of_array(path)
-    lines = files.read_text(path).splitlines()
+    lines = files.lines_of(path)
     header = [cell.strip(' "') for cell in re.split("[,;\t]", lines[0])] if lines else []
     if composed(column) not in map(composed, header):
         if path.suffix != ".csv":

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISDIR
 from typing import Any, ClassVar
 
-from glovita_lib.errors import UserError, composed, listed, nearest_word
+from glovita_lib.errors import UserError, composed, listed, nearest_word, refuse_controls
 from glovita_lib.files import read_csv, read_json_table
 
 
@@ -101,6 +101,7 @@ class SampleFolder:
     """Composed id -> ids, two where the disk has a name in both Unicode forms."""
 
     def __post_init__(self) -> None:
+        refuse_controls(f"names of {self.noun} files", self.ids)
         self.known = {}
         for identity in self.ids:
             self.known.setdefault(composed(identity), []).append(identity)

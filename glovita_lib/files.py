@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,6 +115,29 @@ def remove_leftovers(folder: Path) -> None:
     for path in list(folder.rglob(f"{TEMPORARY}*")):
         with suppress(OSError):
             remove(path)
+
+
+def remove_killed(results: Path) -> None:
+    """Remove the temporary files of results of a name, <kind>_<name>.<suffix> in a folder that
+    others write to as well, which processes left that are gone."""
+    for path in results.parent.glob(f"{TEMPORARY}*[-_]{escape(results.name)}.*"):
+        process = path.name.removeprefix(TEMPORARY).partition("-")[0]
+        if process.isdecimal() and not is_running(int(process)):
+            with suppress(OSError):
+                remove(path)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number; unknown on Windows, where asking would end it."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # of another user
+        pass
+    return True
 
 
 def remove(path: Path) -> None:
@@ -322,6 +346,13 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
+def lines_of(path: Path) -> list[str]:
+    """Lines of a UTF-8 file, which line feeds and carriage returns alone end: names may hold the
+    other characters at which `str.splitlines` cuts. Errors as `read_text`."""
+    text = read_text(path)
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def separator_of(text: str, columns: list[str]) -> str:
     """Comma, semicolon or tab, whichever makes a header with most of the columns that must be
     there, then with most columns; marks inside quotes count for nothing."""
@@ -358,7 +389,7 @@ def read_cells(
         UserError: missing, empty, without one of the columns, or with a row of another length.
     """
     text = read_text(path)
-    first, *_ = text.splitlines() or [""]
+    first = text.partition("\n")[0]
     if not first:
         raise UserError(f"{path}: no header; the first line must hold the column names")
     columns = list(columns)

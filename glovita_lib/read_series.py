@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glovita_lib.errors import UserError, composed, listed
-from glovita_lib.files import read_cells, read_text
+from glovita_lib.files import lines_of, read_cells
 from glovita_lib.spec_series import SeriesPreparation
 
 SUFFIXES = (".ts", ".arff", ".tsv", ".csv", ".npy", ".npz")
@@ -297,7 +297,7 @@ def long_series(
 
 def read_tsv(path: Path, columns: Columns) -> SeriesTable:
     """The UCR archive's tables: no header, a row a series, first its label."""
-    rows = [row for row in csv.reader(read_text(path).splitlines(), delimiter="\t") if row]
+    rows = [row for row in csv.reader(lines_of(path), delimiter="\t") if row]
     found = [numbers(row[1:]) for row in rows]
     series = [values if isinstance(values, str) else values[None] for values in found]
     ids = list(map(str, range(len(rows))))
@@ -441,7 +441,7 @@ def array_times(
 def read_ts(path: Path, columns: Columns) -> SeriesTable:
     """A .ts file of aeon, sktime and tsml: a line a series, channels between colons, then the
     label; "?" is a missing value."""
-    lines = read_text(path).splitlines()
+    lines = lines_of(path)
     header: dict[str, list[str]] = {}
     start = None
     for number, line in enumerate(map(str.strip, lines)):
@@ -533,7 +533,7 @@ LABEL_NAMES = ("target", "class", "label")
 def read_arff(path: Path, columns: Columns) -> SeriesTable:
     """An ARFF file of Weka: a row a series with its label at the end; of several channels one
     relational attribute, whose lines are the channels."""
-    lines = read_text(path).splitlines()
+    lines = lines_of(path)
     attributes: list[tuple[str, str]] = []
     depth, start = 0, None
     for number, line in enumerate(map(str.strip, lines)):

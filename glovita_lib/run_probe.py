@@ -21,7 +21,7 @@ from glovita_lib.metric_names import logged_names, lower_is_better, uses_order, 
 from glovita_lib.metrics import compute, metrics_report, undefined, undefined_line
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.neighbors import nearest
-from glovita_lib.prediction_files import write_prediction_files
+from glovita_lib.prediction_files import all_scores, write_prediction_files
 from glovita_lib.probe_models import fit_linear, knn_scores, resident
 from glovita_lib.read_features import BagSource, VectorSource, feature_scale
 from glovita_lib.resolved import data_taken
@@ -497,6 +497,9 @@ def show_results(run: RunDir, decision: str) -> None:
         }
         rows += results.summary_lines(reports)
     rows.append(("metrics", str(run.path / "metrics_probe.json")))
-    rows.append(("predictions", str(run.path / "predictions_<method>_<split>.csv")))
+    table = run.path / "predictions_<method>_<split>.csv"
+    rows.append(("predictions", str(table)))
+    if any(run.path.glob(all_scores(table).name.replace("<method>_<split>", "*"))):
+        rows.append(("scores", str(all_scores(table))))
     what = "was finished before; nothing to do" if decision == "finished" else "is finished"
     say(f"{run.path} {what}\n{two_columns(rows)}")

@@ -35,7 +35,7 @@ from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, source_of, wanted_splits
 from glovita_lib.feature_writer import part_to_read
 from glovita_lib.figures_volumes import middle_picture
-from glovita_lib.files import read_csv, write_csv, write_json
+from glovita_lib.files import read_csv, remove_killed, write_csv, write_json
 from glovita_lib.loggers import say, say_notes, two_columns
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.plot_projection import (
@@ -551,6 +551,7 @@ def draw_projection(
         say(f"{NAMES[projection.method]} of {shown}, {trust}; nothing was written")
         return
     stem = output_stem(loaded, spec)
+    remove_killed(stem)
     text = words_of(spec, samples, projection)
     files = write_map(stem, spec, samples, projection, colorings, text)
     numbers = numbers_of(spec, samples, projection, seed, loaded)

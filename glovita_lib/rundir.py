@@ -25,6 +25,7 @@ from glovita_lib.files import (
     Lock,
     read_json,
     remove,
+    remove_killed,
     remove_leftovers,
     write_error,
     write_json,
@@ -275,6 +276,8 @@ def alone(results: Path, ranks: Ranks) -> Iterator[None]:
             lock.acquire()
         except UserError as error:  # there is no starting beside it
             raise UserError(str(error).partition(", or start beside it")[0]) from None
+
+        remove_killed(results)
 
     main_decides(ranks, acquire)
     try:

@@ -39,6 +39,12 @@ def test_walk_finds_images_in_stable_order(images, tmp_path):
         walk(tmp_path / "nowhere", EXTS)
 
 
+def test_a_line_end_in_the_name_of_a_file_is_said_to_be_one(tmp_path):
+    """Before its label is looked for, which tables of other systems end a line at."""
+    with pytest.raises(UserError, match=r'names of image files with line ends.*"n40\\u000d.png"'):
+        SampleFolder(tmp_path, ["n1.png", "n40\r.png"])
+
+
 def test_a_linked_folder_is_there_under_each_of_its_names(images, tmp_path):
     """A class that train and test share, a split that is a link to another one."""
     folder = tmp_path / "images"

@@ -210,3 +210,32 @@ def test_json_lines(tmp_path: Path) -> None:
     path.write_bytes(b"no\n")
     with pytest.raises(UserError, match="line 1 is not JSON"):
         files.read_jsonl(path)
+
+
+def test_a_separator_inside_quotes_counts_for_nothing(tmp_path: Path) -> None:
+    """Of other columns too, which are not asked for."""
+    path = tmp_path / "t.csv"
+    path.write_text('"a;b;c","id"\n1,2\n')
+    assert files.read_csv(path, ["id"]) == [{"a;b;c": "1", "id": "2"}]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_at_line_ends_alone(tmp_path: Path, end: str) -> None:
+    """Not at the others of `str.splitlines`, which names may hold."""
+    path, names = tmp_path / "t.txt", ["a\x85b", "c\u2028d", "", "e\x1cf\u2029", " g"]
+    path.write_bytes((end.join(names) + end).encode())
+    assert files.lines_of(path) == names
+    path.write_bytes(end.join(names).encode())
+    assert files.lines_of(path) == names
+
+
+def test_what_a_killed_process_left_goes_and_that_of_a_running_one_stays(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    left = [f".tmp-{child.pid}-{name}" for name in ("predictions_test.csv", "map_test.png")]
+    others = [f".tmp-{child.pid}-predictions_val.csv", f".tmp-{os.getpid()}-predictions_test.csv"]
+    others += ["predictions_test.csv", f".tmp-{child.pid}-predictions_my-testing.csv"]
+    for name in (*left, *others):
+        (tmp_path / name).write_text("half")
+    files.remove_killed(tmp_path / "test")
+    assert sorted(os.listdir(tmp_path)) == sorted(others)

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -61,6 +63,10 @@ def test_images_of_differing_sizes_and_the_train_split(command, folder_spec, mon
 def test_test_is_the_default_and_training_files_stay(command):
     run = command()
     before = snapshot(run.path)
+    (run.path / "infer").mkdir()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (run.path / "infer" / f".tmp-{gone.pid}-predictions_test.csv").write_text("of a killed one")
     command("mode=infer")
     after = snapshot(run.path)
     assert set(after) - set(before) == {

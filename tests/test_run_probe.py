@@ -18,6 +18,7 @@ from glovita_lib import run_probe
 from glovita_lib.dist import Ranks
 from glovita_lib.prediction_files import read_predictions
 from glovita_lib.read_features import BagSource, feature_scale
+from glovita_lib.rundir import RunDir
 
 DIGITS = load_digits()
 FEW = "k = [1]\nl2 = [1.0]\nresult_plot = 'none'"
@@ -361,3 +362,13 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == (
         "a probe runs in one process: start it without torchrun"
     )
+
+
+def test_the_scores_beside_a_table_are_named(tmp_path, capsys):
+    (tmp_path / "metrics_probe.json").write_text("{}")
+    table = tmp_path / "predictions_<method>_<split>"
+    run_probe.show_results(RunDir(tmp_path), "fresh")
+    assert f"{table}.csv" in (said := capsys.readouterr().out) and f"{table}.h5" not in said
+    (tmp_path / "predictions_knn_test.h5").write_bytes(b"")
+    run_probe.show_results(RunDir(tmp_path), "fresh")
+    assert f"{table}.h5" in capsys.readouterr().out
