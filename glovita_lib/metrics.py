@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -206,42 +208,99 @@ class Regression(EvaluatedSamples):
 
     def each(self, name: str, weights: Array, tell: Tell = silent) -> Array:
         """A metric of each target: (K, R)."""
-        function, found = FORMULAS[name, self.subtask], []
+        function, drawn, found = FORMULAS[name, self.subtask], Drawn(weights), []
         for x, y in zip(self.scores.T, self.targets.T, strict=True):
-            found.append(function(x[:, None], y[:, None], weights))
+            found.append(function(x[:, None], y[:, None], drawn))
             tell(len(found) / len(self.class_names))
         return np.stack(found)
 
 
-def mid_ranks(values: Array, weights: Array) -> tuple[Array, Array]:
-    """Rank (N, R) of each value (N,) in each resample, and the sum of the squared deviations of
-    those that are drawn (R,); equal values share their mean rank.
-
-    t equal values have the ranks of t that differ less (t^3 - t) / 12 of their deviations
-    (Kendall, Rank correlation methods, 1948), so n values keep (n^3 - sum t^3) / 12.
-    """
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-    groups = np.empty(len(values), np.int64)
-    groups[order] = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(values))))
-    sizes = weights[order]  # (N, R)
-    if len(starts) < len(values):
-        sizes = np.add.reduceat(sizes, starts, axis=0)  # (G, R)
-    n, cubes = weights.sum(0), np.einsum("gr,gr,gr->r", sizes, sizes, sizes)
-    ranks = np.cumsum(sizes, 0)
-    sizes /= 2
-    ranks -= sizes
-    return ranks[groups] + 0.5, (n**3 - cubes) / 12
+RESAMPLES_AT_ONCE = 16  # of ranks: what is computed of them stays in the cache
 
 
-def rank_correlation(x: Array, y: Array, weights: Array) -> Array:
+class Drawn:
+    """Weights (N, R) of the resamples of all targets, with what ranks need of them once."""
+
+    def __init__(self, weights: Array) -> None:
+        self.weights = weights
+        self.n = weights.sum(0)  # (R,)
+
+    @cached_property
+    def whole(self) -> Array:
+        """The weights as whole numbers (R, N), in which a sum of twice all ranks has room."""
+        largest = 2 * self.weights.max(initial=0.0) * self.n.max(initial=0.0)
+        kind = np.int32 if largest < 2**31 else np.int64
+        return np.ascontiguousarray(self.weights.astype(kind).T)
+
+    @cached_property
+    def cubes(self) -> Array:
+        """Sum of the cubes of the weights (R,)."""
+        return cubes_of(self.whole)
+
+
+def cubes_of(sizes: Array) -> Array:
+    """Sum of the cubes of whole numbers (R, G), (R,)."""
+    return np.einsum("rg,rg,rg->r", sizes, sizes, sizes, dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Ascending:
+    """N values in ascending order, of which G differ."""
+
+    order: Array  # (N,) rows of the values
+    group: Array | None  # (N,) which value stands at each place, 0 to G - 1; None: all differ
+    starts: Array  # (G,) first place of each value
+
+    @classmethod
+    def of(cls, values: Array) -> "Ascending":
+        """Of values (N,)."""
+        order = np.argsort(values, kind="stable")
+        ordered = values[order]
+        is_first = np.append(True, ordered[1:] != ordered[:-1])
+        group = None if is_first.all() else np.cumsum(is_first) - 1
+        return cls(order, group, np.flatnonzero(is_first))
+
+    def doubled_ranks(self, drawn: Array) -> tuple[Array, Array | None]:
+        """Twice the rank less 1 (R, N) of the value at each place in resamples whose weights there
+        are `drawn` (R, N), and the sum of the cubes of how often each value is there (R,); None
+        where all differ, of which it is that of the weights.
+
+        Equal values share their mean rank: with c up to theirs and s of them, c - s + (s + 1) / 2.
+        """
+        sizes = drawn if self.group is None else np.add.reduceat(drawn, self.starts, axis=1)
+        ranks = np.cumsum(sizes, 1, dtype=sizes.dtype)
+        ranks += ranks
+        ranks -= sizes
+        if self.group is None:
+            return ranks, None
+        return np.take(ranks, self.group, 1), cubes_of(sizes)
+
+
+def rank_correlation(x: Array, y: Array, drawn: Drawn) -> Array:
     """Spearman correlation (R,) of predictions x and targets y, both (N,): that of their ranks,
-    whole and half numbers, of which sums are exact."""
-    (x, xx), (y, yy) = mid_ranks(x, weights), mid_ranks(y, weights)
-    n = weights.sum(0)
-    xy = np.einsum("nr,nr,nr->r", x, y, weights) - n * ((n + 1) / 2) ** 2
-    return quotient_of_deviations(xx, xy, yy)
+    whole and half numbers, of which sums are exact.
+
+    t equal values have the ranks of t that differ less (t^3 - t) / 12 of their squared deviations
+    (Kendall, Rank correlation methods, 1948), so n values keep (n^3 - sum t^3) / 12; a value is
+    there as often as it is drawn.
+    """
+    one, other = Ascending.of(x), Ascending.of(y)
+    place = np.empty(len(x), np.int64)
+    place[other.order] = np.arange(len(x))
+    place = place[one.order]  # in the order of y, of what stands at each place in that of x
+    xx, xy, yy = (np.empty(len(drawn.n)) for _ in range(3))
+    for start in range(0, len(drawn.n), RESAMPLES_AT_ONCE):
+        part = slice(start, start + RESAMPLES_AT_ONCE)
+        product = np.take(drawn.whole[part], one.order, 1)
+        of_x, cubes_x = one.doubled_ranks(product)
+        of_y, cubes_y = other.doubled_ranks(np.take(drawn.whole[part], other.order, 1))
+        product *= of_x
+        of_y = np.take(of_y, place, 1)
+        xy[part] = np.einsum("rn,rn->r", product, of_y, dtype=np.float64)
+        xx[part] = drawn.cubes[part] if cubes_x is None else cubes_x
+        yy[part] = drawn.cubes[part] if cubes_y is None else cubes_y
+    cubed = drawn.n**3
+    return quotient_of_deviations((cubed - xx) / 12, (xy - cubed) / 4, (cubed - yy) / 12)
 
 
 def correlation(x: Array, y: Array, weights: Array) -> Array:
@@ -292,34 +351,34 @@ def deviations(values: Array, counts: Array) -> Array:
 
 
 @formula("mse", "regression")
-def mse(predictions: Array, targets: Array, weights: Array) -> Array:
+def mse(predictions: Array, targets: Array, drawn: Drawn) -> Array:
     """Mean of (x - y)^2."""
-    return weighted_mean((predictions - targets)[:, 0] ** 2, weights)
+    return weighted_mean((predictions - targets)[:, 0] ** 2, drawn.weights)
 
 
 @formula("mae", "regression")
-def mae(predictions: Array, targets: Array, weights: Array) -> Array:
+def mae(predictions: Array, targets: Array, drawn: Drawn) -> Array:
     """Mean of |x - y|."""
-    return weighted_mean(np.abs(predictions - targets)[:, 0], weights)
+    return weighted_mean(np.abs(predictions - targets)[:, 0], drawn.weights)
 
 
 @formula("r2", "regression")
-def r2(predictions: Array, targets: Array, weights: Array) -> Array:
+def r2(predictions: Array, targets: Array, drawn: Drawn) -> Array:
     """1 - sum (x - y)^2 / sum (y - mean y)^2, the coefficient of determination."""
-    residual = (predictions - targets)[:, 0] ** 2 @ weights
-    return 1 - ratio(residual, squared_deviations(targets, weights))
+    residual = (predictions - targets)[:, 0] ** 2 @ drawn.weights
+    return 1 - ratio(residual, squared_deviations(targets, drawn.weights))
 
 
 @formula("pearson", "regression")
-def pearson(predictions: Array, targets: Array, weights: Array) -> Array:
+def pearson(predictions: Array, targets: Array, drawn: Drawn) -> Array:
     """Linear correlation."""
-    return correlation(predictions, targets, weights)
+    return correlation(predictions, targets, drawn.weights)
 
 
 @formula("spearman", "regression")
-def spearman(predictions: Array, targets: Array, weights: Array) -> Array:
+def spearman(predictions: Array, targets: Array, drawn: Drawn) -> Array:
     """Linear correlation of the ranks; equal values share their mean rank."""
-    return rank_correlation(predictions[:, 0], targets[:, 0], weights)
+    return rank_correlation(predictions[:, 0], targets[:, 0], drawn)
 
 
 # ------------------------------------------------------------------------ metrics of a split

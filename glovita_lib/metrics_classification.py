@@ -259,7 +259,7 @@ FORMULAS: dict[tuple[str, str], Formula] = {}
 """Metric and subtask, as in the table metric_names.METRICS -> its formula.
 
 Of classes: `Resampled` -> (R,), or (K, R) where the metric is per class. Of a regression:
-predictions (N, 1), targets (N, 1) and weights (N, R) of a target -> (R,).
+predictions (N, 1), targets (N, 1) and `metrics.Drawn` of a target -> (R,).
 """
 
 

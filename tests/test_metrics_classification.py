@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from glovita_lib.metrics import mid_ranks, squared_deviations
+from glovita_lib.metrics import Drawn, rank_correlation, squared_deviations
 from glovita_lib.metrics_classification import bin_of, ratio, sum_by
 
 
@@ -20,16 +20,39 @@ def test_one_and_many_resamples_agree_with_repeated_samples() -> None:
         assert np.allclose(sum_by(groups, 6, weights[:, [r]], values)[:, 0], expected)
 
 
-def test_mid_ranks_equal_scipy() -> None:
+@pytest.mark.parametrize("values", [2, 8, 1000])
+@pytest.mark.parametrize("n", [3, 40])
+def test_rank_correlation_equals_scipy(values: int, n: int) -> None:
+    """Of repeated samples, with ties in one, both or none."""
     rng = np.random.default_rng(0)
-    values = rng.integers(0, 8, 40).astype(float)
-    weights = rng.integers(0, 3, (40, 2)).astype(float)
-    ranks, spread = mid_ranks(values, weights)
-    for r in range(2):
-        rows = np.repeat(np.arange(40), weights[:, r].astype(int))
-        expected = scipy.stats.rankdata(values[rows])
-        assert np.array_equal(ranks[rows, r], expected)
-        assert spread[r] == pytest.approx(((expected - expected.mean()) ** 2).sum())
+    x, y = rng.integers(0, values, n) / 7, rng.integers(0, 8, n) * 1.0
+    weights = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(50)], 1)
+    drawn = Drawn(weights.astype(float))
+    for one, other in ((x, y), (y, x), (x, x + 1), (rng.normal(size=n), rng.normal(size=n))):
+        found = rank_correlation(one, other, drawn)
+        for r in range(50):
+            rows = np.repeat(np.arange(n), weights[:, r])
+            if np.ptp(other[rows]) == 0:
+                assert np.isnan(found[r])
+            elif np.ptp(one[rows]) == 0:
+                assert found[r] == 0
+            else:
+                expected = scipy.stats.spearmanr(one[rows], other[rows]).statistic
+                assert found[r] == pytest.approx(expected, abs=1e-12)
+
+
+def test_ranks_of_many_samples_have_room() -> None:
+    """Twice the sum of ranks of 70,000 samples, one of which is drawn 60,000 times."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 70_000))
+    weights = np.zeros((70_000, 1))
+    weights[:10_000] = 1
+    weights[5] = 60_000
+    drawn = Drawn(weights)
+    assert drawn.whole.dtype == np.int64
+    rows = np.repeat(np.arange(70_000), weights[:, 0].astype(int))
+    expected = scipy.stats.spearmanr(x[rows], y[rows]).statistic
+    assert rank_correlation(x, y, drawn)[0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_equal_values_have_no_spread_whatever_the_rounding() -> None:
