@@ -1,5 +1,6 @@
 """A class a frame: the loss and its mask, evaluation over whole videos, files, figures."""
 
+import csv
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -314,6 +315,33 @@ def test_any_id_reads_back(predictions, tmp_path, many) -> None:
         assert table.targets.tolist() == targets.tolist()
         with h5py.File(path.with_suffix(".h5")) as file:
             assert file["ids"].asstr()[:].tolist() == list(pair)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_frames_of_an_ensemble_that_disagrees_are_those_of_larger_log_odds(
+    predictions, tmp_path, build, many
+) -> None:
+    """Two sure members: each gives one half to all digits, and the surer one is right."""
+    names = tuple(f"c{k}" for k in range(MOST_COLUMNS + 1)) if many else NAMES
+    logits = np.full((2, 9, len(names)), -200.0, np.float32)
+    logits[0, :, 0], logits[1, :, 2] = 40.0, 60.0  # of others 0, in the first member
+    logits[0, :, 1], logits[1, :, 1] = 0.0, 0.0
+    scores = Scores.mean([Scores.of_logits(each, "multiclass") for each in logits])
+    assert (scores.values.argmax(1) == 0).all()
+    given = replace(predictions, scores=scores, targets=np.full(9, 2))
+    path, resolved = tmp_path / "predictions_test.csv", SimpleNamespace(class_names=names)
+    write_predictions(given, path, resolved)
+    with open(path, newline="", encoding="utf-8") as file:
+        assert [row["prediction"] for row in csv.DictReader(file)] == [names[2]] * 9
+    with h5py.File(path.with_suffix(".h5")) as file:
+        assert (file["predictions"][:] == 2).all() and (file["log_odds"][:].argmax(1) == 2).all()
+    for table in (read_frames(path, names), table_of(given, resolved)):
+        assert (table.scores.predicted("multiclass") == 2).all()
+        assert np.array_equal(table.scores.ranked, scores.ranked)
+    if not many:
+        objective = build()
+        assert objective.values(objective.measured(given))["acc"] == 1.0
+        assert pooled_metrics(objective, [read_table(objective, path)])["acc"] == 1.0
 
 
 def test_files_of_unlabelled_videos_and_of_other_classes(predictions, tmp_path) -> None:

@@ -256,6 +256,22 @@ def test_the_report_draws_whole_videos() -> None:
     assert json.loads(json.dumps(report)) == report
 
 
+def test_classes_of_few_videos_have_no_interval() -> None:
+    """A mean over classes goes by the videos with the class, however many frames they have."""
+    rng = np.random.default_rng(0)
+    targets = [rng.integers(0, 2, 300) for _ in range(24)]
+    for truth in targets[:4]:
+        truth[:100] = 2
+    scores = [scores_of(np.where(rng.random(300) < 0.7, t, (t + 1) % 3)) for t in targets]
+    names = ("acc", "f1", "recall", "mcc", "edit")
+    report = report_of(names, Videos(targets, scores, CLASSES), bootstrap=50, seed=0)
+    assert set(report["no_ci95"]) == {"f1", "recall"}
+    assert f'"{CLASSES[2]}" has 4 of the 5 videos' in report["no_ci95"]["f1"]
+    enough = [np.where(np.arange(300) < 100, 2, t) for t in targets]
+    report = report_of(names, Videos(enough, scores, CLASSES), bootstrap=50, seed=0)
+    assert report["no_ci95"] == {} and None not in report["ci95"]["f1"]
+
+
 def test_thousands_of_segments_take_no_time_and_no_memory() -> None:
     """A flickering prediction of a long video: the table of pairs is never whole."""
     rng = np.random.default_rng(0)
