@@ -437,41 +437,47 @@ class Affine:
         else:
             out.copy_(self.by_grid(padded, control))
 
-    def line(self, axis: int, of: int) -> Tensor:
-        """What the voxels along axis `of` of the patch add to coordinate `axis` in the frame of
-        `framed`, (N,) float32."""
-        places = torch.arange(self.size[of], dtype=torch.float64) * self.matrix[axis, of]
-        return (places + (self.offset[axis] + 1) * (of == 2)).float()
+    def lines(self) -> list[Tensor]:
+        """What the voxels along each axis of the patch add to the three coordinates in the frame of
+        `framed`: three of (3, N) float32."""
+        columns = zip(self.size, self.matrix.unbind(1), strict=True)
+        found = [column[:, None] * torch.arange(side) for side, column in columns]
+        found[2] += self.offset[:, None] + 1
+        return [each.float() for each in found]
 
-    def coordinates(self, control: Tensor | None, device: torch.device) -> list[list[Tensor]]:
-        """Parts whose sums are the coordinates of the patch in the frame of `framed`: for each of
-        them (X, 1, 1) and (Y, Z), and (X, Y, Z) of an elastic deformation."""
-        lines = [[self.line(axis, of).to(device) for of in range(3)] for axis in range(3)]
-        found = [[x[:, None, None], y[:, None] + z] for x, y, z in lines]
+    def coordinates(self, control: Tensor | None, device: torch.device) -> list[Tensor]:
+        """Parts whose sum is the coordinates (3, X, Y, Z) of the patch in the frame of `framed`:
+        (3, X, 1, 1) and (3, 1, Y, Z), and (3, X, Y, Z) of an elastic deformation."""
+        x, y, z = to(device, *self.lines())
+        found = [x[:, :, None, None], (y[:, :, None] + z[:, None])[:, None]]
         if control is not None:
-            matrix = self.matrix.float().to(device)
-            shifts = torch.tensordot(matrix, spline(control.to(device), self.size), 1)
-            found = [[*parts, shift] for parts, shift in zip(found, shifts, strict=True)]
+            (matrix,) = to(device, self.matrix.float())
+            found.append(torch.tensordot(matrix, spline(control.to(device), self.size), 1))
         return found
 
     def along_axes(self, padded: Tensor, out: Tensor) -> None:
-        """One axis after the other, where each axis of the patch runs along one of the source."""
+        """One axis after the other, where each axis of the patch runs along one of the source; what
+        lies outside of it is only filled."""
         order = self.matrix.abs().argmax(1).tolist()  # axis of the patch along each of the source
-        (low, weight), *others = (
-            cells(
-                self.matrix[axis, of] * torch.arange(self.size[of]) + self.offset[axis] + 1,
-                padded.shape[axis + 1],
-            )
-            for axis, of in enumerate(order)
-        )
         out = out.permute(0, *(of + 1 for of in order))
-        step = max(1, SLAB // out[0, 0].numel()) if out.device.type == "cpu" else len(low)
+        each, inside = [], [slice(None)]
+        for axis, of in enumerate(order):
+            last = padded.shape[axis + 1] - 1
+            places = self.matrix[axis, of] * torch.arange(self.size[of]) + self.offset[axis] + 1
+            there = ((places > 0) & (places < last)).nonzero()[:, 0].tolist() or [0]
+            inside.append(slice(there[0], there[-1] + 1))
+            each.append(cells(places[inside[-1]], last + 1))
+        target = out[tuple(inside)]
+        if target.numel() < out.numel():
+            out.copy_(padded[:, :1, :1, :1].expand_as(out))
+        (low, weight), *others = each
+        step = max(1, SLAB // target[0, 0].numel()) if out.device.type == "cpu" else len(low)
         for first in range(0, len(low), step):
             rows = slice(first, first + step)
             part = between(padded, low[rows], weight[rows], 1)
             for axis, other in enumerate(others, 2):
                 part = between(part, *other, axis)
-            out[:, rows] = part
+            target[:, rows] = part
 
     def in_planes(self, padded: Tensor, control: Tensor | None, thick: int) -> Tensor:
         """Slice by slice: the same plane map in each, slices as channels of pictures."""
@@ -483,18 +489,17 @@ class Affine:
         rows = rows.flip(0) if backwards else rows
         slices = padded.index_select(thick + 1, rows.to(padded.device)).movedim(thick + 1, 1)
         pictures = slices.flatten(0, 1)[None]  # (1, C N, A, B)
-        places = self.coordinates(control, padded.device)
-        plane = [summed(places[axis]).select(thick, 0) for axis in (a, b)]
+        plane = summed(self.coordinates(control, padded.device)).select(thick + 1, 0)
         grid = torch.stack(
-            [unit(plane[1], pictures.shape[3]), unit(plane[0], pictures.shape[2])], -1
+            [unit(plane[b], pictures.shape[3]), unit(plane[a], pictures.shape[2])], -1
         )
         found = F.grid_sample(pictures, grid[None], padding_mode="border", align_corners=True)
         return found[0].unflatten(0, slices.shape[:2]).movedim(1, thick + 1)
 
     def by_grid(self, padded: Tensor, control: Tensor | None) -> Tensor:
         """By torch's interpolation in three dimensions."""
-        places = map(summed, self.coordinates(control, padded.device))
-        units = [unit(each, padded.shape[axis + 1]) for axis, each in enumerate(places)]
+        places = summed(self.coordinates(control, padded.device))
+        units = [unit(*each) for each in zip(places, padded.shape[1:], strict=True)]
         grid = torch.stack(units[::-1], -1)[None]
         return F.grid_sample(padded[None], grid, padding_mode="border", align_corners=True)[0]
 
@@ -506,30 +511,30 @@ class Affine:
         """
         sides = padded.shape[1:]
         strides = (sides[1] * sides[2], sides[2], 1)
-        parts = self.coordinates(control, padded.device)
+        x, plane, *shifts = self.coordinates(control, padded.device)
         # the last cell ends just before the last voxel, which then has no weight that counts
-        ends = [float(np.nextafter(np.float32(side - 1), np.float32(0))) for side in sides]
-        step = max(1, SLAB // (self.size[1] * self.size[2]))
-        work = SLABS(8, min(step, self.size[0]) * self.size[1] * self.size[2])
-        whole = work[6:].view(torch.int32)
+        ends = torch.tensor(
+            [float(np.nextafter(np.float32(side - 1), np.float32(0))) for side in sides]
+        )
+        ends = ends[:, None, None, None]
+        area = self.size[1] * self.size[2]
+        step = min(max(1, SLAB // area), self.size[0])
+        work = SLABS(9, step * area)
         for first in range(0, self.size[0], step):
             rows = slice(first, first + step)
-            count = len(parts[0][0][rows]) * self.size[1] * self.size[2]
-            weights, spare = work[:3, :count].unbind(), work[3:6, :count].unbind()
-            index, cell = whole[:, :count].unbind()
-            for axis, ((x, plane, *shift), weight) in enumerate(zip(parts, weights, strict=True)):
-                place = torch.add(x[rows], plane, out=weight.view(-1, *plane.shape))
-                for each in shift:
-                    place.add_(each[rows])
-                weight.clamp_(0, ends[axis])
-                cell.copy_(weight)
-                weight.frac_()
-                if axis:
-                    index.add_(cell, alpha=strides[axis])
-                else:
-                    torch.mul(cell, strides[axis], out=index)
+            weights, cells, spare = work[:, : x[0, rows].numel() * area].split(3)
+            place = weights.view(3, -1, *self.size[1:])
+            torch.add(x[:, rows], plane, out=place)
+            for shift in shifts:
+                place.add_(shift[:, rows])
+            torch.minimum(place.clamp_(min=0), ends, out=place)
+            cells = cells.view(torch.int32)
+            cells.copy_(weights)
+            weights.frac_()
+            index = cells[2].add_(cells[1], alpha=strides[1]).add_(cells[0], alpha=strides[0])
             for channel, target in zip(padded, out, strict=True):
-                corners(channel.view(-1), index, strides, weights, target[rows].view(-1), spare)
+                line, values = channel.view(-1), target[rows].view(-1)
+                corners(line, index, strides, weights.unbind(), values, spare.unbind())
 
 
 def summed(parts: Sequence[Tensor]) -> Tensor:

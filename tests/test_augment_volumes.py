@@ -106,6 +106,15 @@ def test_gamma_formula(offset):
         equal(row, expected, 2e-3 if offset else 2e-5)
 
 
+def test_powers_of_zero_and_of_what_is_next_to_it():
+    """2^(exponent log2 x) without the logarithm of 0, which is 0 for small exponents too."""
+    x = torch.tensor([0.0, 1e-45, 2e-38, 1e-30, 1e-7, 0.3, 1.0, math.nan])
+    for exponent in (0.01, 0.7, 1.5, 4.0):
+        values = torch.where(x < 1.1754944e-38, 0.0, x).double().numpy()
+        out = augment_volumes.powered(x.clone().view(1, 2, 2, 2), torch.tensor([exponent]))
+        np.testing.assert_allclose(out.flatten(), values**exponent, rtol=2e-5, atol=1e-37)
+
+
 def test_gamma_of_the_inverted_values():
     x = volumes(2)
     ops = policy(PLAIN_VOLUME, gamma_inverted_p=1.0, gamma_inverted=(1.5, 1.5))
