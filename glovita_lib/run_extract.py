@@ -182,7 +182,7 @@ class Job:
         count = f"{len(rows):,} of {len(keep):,}" if broken else f"{len(rows):,}"
         what = f"samples in {len(tables['ids']):,} bags" if self.root.extract.bag_by else "samples"
         if frames is not None:
-            what = f"clips, all frames of {len(tables['ids']):,} videos"
+            what = f"clips, the frames of {len(tables['ids']):,} videos"
         say(f"{self.name}: {count} {what}, features {shape}, {size}: {parts.target}")
         for line in broken.values():
             say(f"  left out: {line}")
