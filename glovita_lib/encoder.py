@@ -501,6 +501,7 @@ class Encoder(nn.Module):
             "stem_channels": kernels[0].weight.shape[0] if kernels else None,
             "intermediates": list(self.returned),
             "notes": list(self.notes),
+            **self.load_target.taken,
         }
 
     def blocks(self) -> list[nn.Module]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -253,8 +254,9 @@ def build_primus(
     )
     first = "down_projection.proj"
     grids = [grid_of(patch, shape.patch) for patch in trained]
-    loading = partial(load_primus, registers=shape.registers, grid=grid, grids=grids)
-    encoder.load_target = LoadTarget(encoder.net, loading=loading, first_conv=(first,))
+    taken: dict[str, Any] = {}
+    loading = partial(load_primus, shape=shape, grid=grid, grids=grids, taken=taken)
+    encoder.load_target = LoadTarget(encoder.net, loading, first_conv=(first,), taken=taken)
     return encoder
 
 
@@ -264,14 +266,20 @@ def grid_of(size: Size, patch: Size) -> Size:
 
 
 def load_primus(
-    net: nn.Module, tensors: Mapping[str, Tensor], *, registers: int, grid: Size, grids: list[Size]
+    net: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    shape: PrimusShape,
+    grid: Size,
+    grids: list[Size],
+    taken: dict[str, Any],
 ) -> None:
     """Load tensors under the names of dynamic-network-architectures into a Primus.
 
     Args:
-        registers: tokens before those of patches.
-        grid: of the network.
+        shape, grid: of the network.
         grids: that the position embedding may be of, before this grid and a cube.
+        taken: gets weights_shape, the voxels that the position embedding is of.
 
     Raises:
         ValueError: it is of none of them.
@@ -281,23 +289,25 @@ def load_primus(
         named.pop(extra, None)
     key = "eva.pos_embed"
     if key in named and key in net.state_dict():
-        named[key] = fit_positions(
-            named[key], registers, grid, grids, has_cls="eva.cls_token" in tensors
+        named[key], old = fit_positions(
+            named[key], shape.registers, grid, grids, has_cls="eva.cls_token" in tensors
         )
+        taken["weights_shape"] = [n * side for n, side in zip(old, shape.patch, strict=True)]
     net.load_state_dict(named)
 
 
 def fit_positions(
     positions: Tensor, registers: int, grid: Size, grids: list[Size], *, has_cls: bool
-) -> Tensor:
-    """A position embedding of a file for a network's grid, without that of a CLS token."""
+) -> tuple[Tensor, Size]:
+    """A position embedding of a file for a network's grid, without that of a CLS token, and the
+    grid that it was of."""
     if has_cls:
         positions = positions[:, 1:]
     patches = positions.shape[1] - registers
     side = round(patches ** (1 / 3))
     for old in (*grids, grid, (side,) * 3):
         if math.prod(old) == patches:
-            return resample(positions, old, grid)
+            return resample(positions, old, grid), old
     raise ValueError(
         f"its position embedding is of {patches} patches, which are no cube: name the voxels it was"
         " trained with in model.encoder.weights_shape"

@@ -543,7 +543,8 @@ class InflatedEncoder(Encoder):
             input_shape=input_shape,
         )
         how = partial(load_inflated, how=spec.kernel)
-        self.load_target, self.notes = LoadTarget(inner.net, how), inner.notes
+        self.load_target = LoadTarget(inner.net, how, taken=inner.load_target.taken)
+        self.notes = inner.notes
         if inner.pooling != "avg":
             for name in inner.pooling_parameters:
                 inner.net.get_parameter(name).requires_grad_(False)

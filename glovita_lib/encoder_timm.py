@@ -206,6 +206,8 @@ def build_timm(
     )
     encoder.prefix = prefix[: encoder.n_prefix]
     encoder.load_target = timm_target(spec, config, net, loader)
+    if download:
+        encoder.load_target.taken["published"] = f"{config.architecture}.{config.tag}"
     if spec.weights is not None and read_weights:
         note = load_file(
             encoder.load_target, spec.weights, key=spec.weights_key, by_order=spec.weights_order

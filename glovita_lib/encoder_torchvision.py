@@ -402,6 +402,7 @@ def load_torchvision_file(
             " safetensors), or pretrained = false"
         ) from error
     load_tensors(target, tensors, source=f"{weights}")
+    target.taken["published"] = f"{weights}"
     return None
 
 

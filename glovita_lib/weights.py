@@ -61,6 +61,9 @@ class LoadTarget:
     names above; asked only where a file has tensors too many."""
     first_conv: tuple[str, ...] = ()
     """Names of the convolutions that see the input."""
+    taken: dict[str, Any] = field(default_factory=dict)
+    """What loading has found where the spec leaves it open: `weights_key`, where in a file the
+    network stands, or `published`, the library's name of the weights."""
 
 
 @dataclass
@@ -331,6 +334,7 @@ def load_tensors(target: LoadTarget, tensors: Mapping[str, Tensor], *, source: s
     """Load named tensors into a network, as `load_weights`; `source` opens the error."""
     network = FileNetwork("", with_versions(tensors, versions_of(tensors)))
     load_one_of(target, [network], source=source)
+    target.taken.clear()  # there is no file
 
 
 def load_one_of(target: LoadTarget, networks: list[FileNetwork], *, source: str) -> str | None:
@@ -350,6 +354,7 @@ def load_one_of(target: LoadTarget, networks: list[FileNetwork], *, source: str)
             refuse(target, found, f"{source}: {network.name}, which comes before {chosen.place},")
     if chosen is not tried[-1][0]:
         load_candidate(target, chosen.tensors)
+    target.taken["weights_key"] = chosen.name
     others = [network.place for network, other in fitting if not equal(state, other)]
     if chosen.is_named or not others:
         return None

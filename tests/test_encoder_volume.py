@@ -298,7 +298,9 @@ def test_position_embeddings_of_files_are_resampled(tmp_path: Path) -> None:
     file = str(tmp_path / "p.pt")
     cube = make(PrimusEncoder(), (32, 32, 32)).net.state_dict()
     torch.save(cube, file)
-    fitted = make(PrimusEncoder(weights=file), (16, 16, 24), weights=True).net.state_dict()
+    read = make(PrimusEncoder(weights=file), (16, 16, 24), weights=True)
+    assert read.taken((16, 16, 24))["weights_shape"] == [32, 32, 32]
+    fitted = read.net.state_dict()
     expected = resample(cube["eva.pos_embed"], (4, 4, 4), (2, 2, 3))
     torch.testing.assert_close(fitted["eva.pos_embed"], expected)
     box = make(PrimusEncoder(), (16, 16, 24)).net.state_dict()

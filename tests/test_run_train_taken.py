@@ -5,18 +5,23 @@ import math
 import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+import torch
 from msgspec import inspect as kinds
 from test_reference_documents import bags, feature_files, series, videos, volumes
+from torch import nn
 
 from glovita_lib import run_probe, run_train, spec_errors
+from glovita_lib.augment import Augmenter
 from glovita_lib.data import ArraySource, Data, ImageSamples, Split
+from glovita_lib.dist import cores
 from glovita_lib.encoder import build_encoder
 from glovita_lib.resolved import data_taken
 from glovita_lib.spec import flattened
 from glovita_lib.spec_check import load_checked
-from glovita_lib.spec_data import ImageData
+from glovita_lib.spec_data import ImageData, VolumeData
 from glovita_lib.spec_encoders import TimmEncoder
 from glovita_lib.spec_root import Root
 
@@ -138,6 +143,8 @@ def place_of(key: str, config: dict) -> str | None:
     """Where resolved_config.json has the value of a key; None where nothing is taken."""
     if key == "data.labels_file" and config["data"]["dataset"] in LABELLED:
         return "taken.data.labels_file"
+    if key.startswith("model.encoder.weights_") and config["model"]["encoder"]["weights"]:
+        return f"taken.{key}"
     if any(re.fullmatch(pattern, key) for pattern in OFF):
         return None
     assert key in LEFT_OPEN, f"{key} is left open, and nothing says where its value is"
@@ -214,6 +221,12 @@ def ran(request, tmp_path, monkeypatch):
     monkeypatch.setattr(
         run_train, "assemble", lambda *a, **k: objects.setdefault("experiment", assemble(*a, **k))
     )
+    logger = run_train.build_logger
+    monkeypatch.setattr(
+        run_train,
+        "build_logger",
+        lambda *a, **k: objects.update(names=k["names"]) or logger(*a, **k),
+    )
     gather = run_probe.read
     monkeypatch.setattr(run_probe, "read", lambda *a: objects.setdefault("read", gather(*a)))
     (tmp_path / "spec.toml").write_text("")
@@ -239,11 +252,13 @@ def test_every_key_that_is_left_open_has_its_value_on_disk(ran):
         check_probe(record, objects["read"], config)
     else:
         check_model(taken, objects["experiment"], objects["trainer"])
-    if name == "images":
-        test = taken["dataloading"]["test"]  # a batch of the samples that are evaluated
-        assert test == taken["dataloading"]["val"] | {"batches": test["batches"]}
-        assert test["batches"] == math.ceil(359 / record["eval_batch_size"])
-        assert taken["add_log"] == {"notes": {"phase": "warmup"}}
+        check_resolved(record, objects["experiment"])
+        check_network(taken["model"]["encoder"], objects["experiment"].model.encoder)
+        check_evaluation(record, objects["experiment"])
+    check_files(taken["data"], config)
+    logs = name in ("images", "lora")
+    assert taken["add_log"] == ({"notes": {"phase": "warmup"}} if logs else {})
+    assert taken.get("logger", {}) == (objects["names"] if logs else {})
     check = CHECKS.get(name)
     if check is not None:
         check(taken, objects["experiment"].model.encoder)
@@ -255,8 +270,15 @@ def check_model(taken, experiment, trainer):
     assert taken["model"]["encoder"]["width"] == encoder.width
     pooled = model.aggregation if model.head.consumes == "pooled" else None
     assert taken["model"]["feature_aggregation_method"] == pooled
-    assert taken["training"]["precision"] == trainer.precision
-    assert taken["training"]["steps"] == trainer.schedule.total
+    head = getattr(model.head, "taken", dict)()
+    assert taken["model"]["head"] == json.loads(json.dumps(head))
+    assert (taken["device"], taken["ranks"]) == (str(next(model.parameters()).device), 1)
+    assert taken["training"] == {
+        "precision": trainer.precision,
+        "steps": trainer.schedule.total,
+        "steps_per_epoch": trainer.steps,
+        "samples_per_step": trainer.order.step_size,
+    }
     assert taken["optimizer"] == {
         "name": type(trainer.optimizer).__name__,
         "warmup_steps": trainer.schedule.warmup,
@@ -277,8 +299,83 @@ def check_model(taken, experiment, trainer):
         assert {type(model.get_submodule(name)).__name__ for name in names} == {kind}
 
 
+def check_resolved(record, experiment):
+    """What is not taken but resolved is what the model was built with, and the parameters are
+    those that it has."""
+    resolved = json.loads(json.dumps(msgspec.to_builtins(experiment.resolved)))
+    assert resolved == {key: record[key] for key in record.keys() - {"taken", "parameters"}}
+    model, inputs = experiment.model, experiment.objective.train_inputs
+    counts = {"all": list(model.parameters()), "head": list(model.head.parameters())}
+    is_lora = bool(record["taken"]["peft"])  # of whose encoder nothing else trains
+    ours = [p for p in model.encoder.parameters() if p.requires_grad and is_lora]
+    counts |= {"added": ours, "base": set(model.encoder.parameters()) - set(ours)}
+    for part, parameters in counts.items():
+        total = sum(p.numel() for p in parameters)
+        trains = sum(p.numel() for p in parameters if p.requires_grad)
+        share = {"trainable": trains, "total": total, "share": trains / max(1, total)}
+        assert record["parameters"][part] == share
+    if isinstance(inputs, Augmenter):
+        found = record["inputs"]["augmentation"]
+        assert found["image_size"] == inputs.size and found["mean"] == inputs.mean.tolist()
+        for name in ("train", "test"):
+            ops = getattr(experiment.objective, f"{name.replace('test', 'eval')}_inputs").ops
+            assert found[name] == json.loads(json.dumps(msgspec.to_builtins(ops)))
+
+
+DROPPED = nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
+
+
+def check_network(own, encoder):
+    """What stands of the encoder is what its network has, inside of a lift of what it lifts."""
+    assert own["type"] == encoder.name
+    if "input_shape" not in own:
+        return
+    assert own["pooling"] == encoder.pooling and own["notes"] == list(encoder.notes)
+    assert own["intermediates"] == list(encoder.returned)
+    assert own["prefix_tokens"] == list(encoder.prefix)
+    is_patchwise = encoder.layout == 3 and encoder.has_patches
+    assert own["patch_size"] == (list(encoder.patch) if is_patchwise else None)
+    parts = list(encoder.modules())
+    parts += [part for inner in getattr(encoder, "inner", ()) for part in inner.modules()]
+    parts += [part for inner in getattr(encoder, "image", ()) for part in inner.modules()]
+    assert own["dropout"] == max((p.p for p in parts if isinstance(p, DROPPED)), default=None)
+    paths = [p for p in parts if type(p).__name__ in ("DropPath", "StochasticDepth")]
+    rates = [float(getattr(p, "drop_prob", getattr(p, "p", 0)) or 0) for p in paths]
+    assert own["drop_path"] == max(rates, default=None)
+    kernels = [p for p in parts if isinstance(p, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    assert own["stem_channels"] == (kernels[0].out_channels if kernels else None)
+
+
+def check_evaluation(record, experiment):
+    """The test split, predicted last, takes so many batches."""
+    found = record["taken"]["dataloading"]["test"]
+    assert found == experiment.batches
+    assert found["batches"] == math.ceil(record["samples"]["test"] / record["eval_batch_size"])
+
+
+def check_files(taken, config):
+    """Files that are read or written by default are there; so many processes prepare volumes."""
+    if config["data"]["dataset"] in LABELLED:
+        assert Path(taken["labels_file"]).is_file()
+    if config["data"]["dataset"] == "generic_3d_dataset":
+        assert any(Path(taken["preparation"]["cache_dir"]).iterdir())
+        assert taken["preparation"]["workers"] == VolumeData().preparation.processes(cores())
+    if config["data"]["dataset"] == "generic_video_dataset":
+        assert Path(taken["reading"]["index_file"]).is_file()
+
+
 def check_probe(record, read, config):
     data, samples = read
+    assert record["dataset"] == data.name and record["ordered"] == data.has_order
+    assert record["inputs"] == json.loads(json.dumps(msgspec.to_builtins(data.samples)))
+    assert record["taken"]["data"]["has_groups"] is False
+    assert (record["taken"]["device"], record["taken"]["ranks"]) == ("cpu", 1)
+    task, found = config["task"], record["taken"]["task"]
+    methods = task["methods"]
+    assert found["methods"] == methods and record["number_names"] == data.number_names
+    assert record["metrics"] == ["acc", "f1"]
+    assert found["l2"] == (sorted(task["l2"], reverse=True) if "linear" in methods else None)
+    assert found["alphas"] == (task["alphas"] if "minirocket" in methods else None)
     assert record["subtask"] == data.subtask and record["class_names"] == list(data.class_names)
     assert record["samples"] == {name: len(part.ids) for name, part in samples.items()}
     k = record["taken"]["task"]["k"]
@@ -300,6 +397,9 @@ def of_images(taken, encoder):
 def of_slices(taken, encoder):
     own = taken["model"]["encoder"]["slices"]
     size = encoder.input_shape[2:]
+    (inner,) = encoder.inner
+    assert own["size"] == list(inner.input_shape[2:]) == [32, 32]
+    assert own["axis"] == ("t" if encoder.axis == 0 else "xyz"[encoder.axis])
     assert own["places"] == encoder.places(size[encoder.axis]).tolist()
     assert own["aggregation"] == encoder.method == encoder.of_parts.pooling
     assert own["chunk"] == {"training": "all", "evaluation": type(encoder).at_once}
@@ -309,7 +409,10 @@ def of_windows(taken, encoder):
     own = taken["model"]["encoder"]["windows"]
     assert own["size"] == list(encoder.windows.size) == [4, 4, 4]
     assert own["stride"] == list(encoder.windows.stride) == [3, 3, 3]  # a quarter in common
+    assert own["aggregation"] == encoder.method == encoder.of_parts.pooling
     assert own["chunk"] == {"training": "all", "evaluation": type(encoder).at_once}
+    sides = encoder.input_shape[2:]  # one window, and one more for every step or a part of it
+    assert own["count"] == math.prod(1 + math.ceil(max(0, side - 4) / 3) for side in sides)
 
 
 def of_folding(taken, encoder):
@@ -347,6 +450,26 @@ CHECKS = {
     "slices": of_slices, "windows": of_windows, "fold": of_folding, "videos": of_videos,
     "volumes": of_volumes, "inflate": of_inflation, "clips": of_clips,
 }  # fmt: skip
+
+
+def test_where_weights_stood_in_their_file_is_on_disk(command, tmp_path):
+    """Of several networks the averaged one, which the spec does not name; a file of one alone has
+    it at its top."""
+    first = command("training.epochs=1", "name=first")
+    prefix = "encoder.net."
+    state = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in first.best["model"].items()
+        if name.startswith(prefix)
+    }
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"state_dict": other, "state_dict_ema": state}, tmp_path / "two.pt")
+    torch.save(state, tmp_path / "one.pt")
+    for file, key in (("two", "state_dict_ema"), ("one", "")):
+        weights = f"model.encoder.weights={tmp_path / file}.pt"
+        run = command("training.epochs=1", f"name={file}", weights)
+        assert run.json("resolved_config.json")["taken"]["model"]["encoder"]["weights_key"] == key
+    assert "weights_key" not in first.json("resolved_config.json")["taken"]["model"]["encoder"]
 
 
 @pytest.mark.parametrize("groups", [None, ["a", "b"]])

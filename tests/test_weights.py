@@ -662,6 +662,7 @@ def test_published_weights_are_loaded_as_timm_does(
     )
     ours = encoder.net.state_dict()
     assert all(torch.equal(ours[key], value) for key, value in theirs.state_dict().items())
+    assert encoder.taken((size, size))["published"] == f"{name}.{config.tag}"
 
 
 def test_published_weights_that_timm_leaves_random_are_refused(
