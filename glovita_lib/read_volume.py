@@ -362,7 +362,13 @@ def open_numpy(path: str, how: Reading) -> Stored:
         UserError: no numbers, another rank, or several entries.
     """
     if path.lower().endswith(".npy"):
-        return array_volume(path, np.load(path, mmap_mode="r"), {}, how)
+        try:
+            return array_volume(path, np.load(path, mmap_mode="r"), {}, how)
+        except ValueError as error:
+            if "mmap length" not in str(error):
+                raise
+            size = os.path.getsize(path)
+            raise UserError(f"truncated: {size:,} bytes, its header announces more") from None
     with np.load(path) as entries:
         beside = {name: entries[name] for name in GEOMETRY if name in entries.files}
         key = array_entry(entries.files, how.array_key)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
-from volume_files import ORIENTATIONS, affine_of, blob, write_dicom, write_nifti
+from volume_files import ORIENTATIONS, affine_of, blob, write_dicom, write_frames, write_nifti
 
 from glovita_lib.data import VolumeSamples, subset
 from glovita_lib.data_volumes import unlabelled_volumes
@@ -220,12 +220,26 @@ def test_all_bad_files_stand_in_one_report_and_are_left_out(root):
     write_nifti(images / "constant.nii", np.ones(SHAPE))
     write_nifti(images / "frames.nii", np.stack([blob(SHAPE)] * 2, -1))
     np.save(images / "two.npy", np.stack([blob(SHAPE)] * 2))
-    zeros = write_nifti(images / "zeros.nii", blob(SHAPE))
-    with open(zeros, "r+b") as file:
-        file.seek(280)
-        file.write(bytes(48))
+    for name, matrix in {"zeros": [0] * 12, "flat": [1, 1, 0, 0] * 2 + [0, 0, 1, 0]}.items():
+        path = write_nifti(images / f"{name}.nii", blob(SHAPE))
+        content = bytearray(path.read_bytes())
+        content[280:328] = np.array(matrix, "<f4").tobytes()
+        path.write_bytes(content)
+    infinite = write_nifti(images / "scaled.nii", np.full(SHAPE, 9, np.int16) + (blob(SHAPE) > 9))
+    content = bytearray(infinite.read_bytes())
+    content[112:116] = np.array(1e38, "<f4").tobytes()  # scl_slope
+    infinite.write_bytes(content)
+    for name, shape in {"rank.npy": (12, 9), "none.npy": (12, 9, 0), "cut.npy": SHAPE}.items():
+        np.save(images / name, np.ones(shape, np.float32))
+    (images / "cut.npy").write_bytes((images / "cut.npy").read_bytes()[:-50])
+    colours = np.zeros(SHAPE, [(name, np.uint8) for name in "RGB"])
+    colours["R"][3] = colours["G"][4] = colours["B"][5] = 9
+    write_nifti(images / "colours.nii", colours)
+    write_nifti(images / "five.nii", np.ones((*SHAPE, 2, 2)))
     voxels = np.random.default_rng(0).integers(0, 900, (6, 5, 4), np.int16)
     write_dicom(images / "gap", voxels, positions=[0, 2, 4, 8])
+    write_dicom(images / "twice", voxels, positions=[0, 2, 2, 4])
+    write_frames(images / "frames.dcm", np.concatenate([voxels] * 2, -1), order=[3, 0, 1, 5, 4])
     mixed = write_dicom(images / "mixed", voxels)
     write_dicom(mixed, voxels, description="b", cosines=(0, 1, 0, 1, 0, 0))
     lost = lose_slices(write_dicom(images / "links", voxels), 1)
@@ -237,6 +251,15 @@ def test_all_bad_files_stand_in_one_report_and_are_left_out(root):
         "frames.nii": "4-D, 2 frames",
         "two.npy": "2 channels, most have 1",
         "zeros.nii": "singular",
+        "flat.nii": "singular",
+        "scaled.nii": "are NaN or infinite",
+        "rank.npy": "2-D, 12 x 9",
+        "none.npy": "no voxels",
+        "cut.npy": "truncated",
+        "colours.nii": "3 channels, most have 1",
+        "five.nii": "5-D, 4 frames",
+        "twice": "4 slices at 3 places",
+        "frames.dcm": "1 slice missing",
         "gap": "1 slice missing",
         "mixed": "orientations mix",
         "missing.nii": "no such file",
@@ -247,14 +270,20 @@ def test_all_bad_files_stand_in_one_report_and_are_left_out(root):
     with pytest.raises(UserError) as caught:
         build(root)
     head, *lines = str(caught.value).splitlines()
-    assert head == "10 volumes cannot be used; mend them or set data.strict = false:"
+    assert head == "19 volumes cannot be used; mend them or set data.strict = false:"
     assert len(lines) == len(said)
     for name, text in said.items():
         (line,) = [line for line in lines if line.startswith(f"  {name}: ")]
         assert text in line, line
     data = build(root, strict=False)
     assert len(data.splits["train"]) == 4
-    assert data.report[0].splitlines()[0] == "10 volumes left out:"
+    assert data.report[0].splitlines()[0] == "19 volumes left out:"
+    new = VolumeSamples(channels=1, reading=VolumeReading(), preparation=PREPARED)
+    with pytest.raises(UserError) as caught:  # the same files in mode infer
+        unlabelled_volumes(str(images), new, VolumeData())
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("18 volumes of ")  # all but the one that a table alone can name
+    assert {line.strip().partition(": ")[0] for line in lines[1:]} == {*said} - {"missing.nii"}
     foreground = replace(PREPARED, crop="foreground", foreground=1e9)
     with pytest.raises(UserError, match="cannot be used, which leaves none for train and val and"):
         build(root, preparation=foreground, strict=False)

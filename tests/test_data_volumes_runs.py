@@ -6,11 +6,15 @@ import json
 import os
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from children import GLOVITA, Child, glovita, run_ranks
 from safetensors.torch import load as tensors
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 from small_runs import Result, snapshot
 from volume_files import ORIENTATIONS, PLAIN, affine_of, blob, write_dicom, write_nifti
 
@@ -91,6 +95,22 @@ WINDOWED = {
     "evaluation": SPEC + PATCHES + 'evaluation = "windows"\nwindow_chunk = 3\n' + CONVOLUTIONS,
     "lift": SPEC + PATCHES.replace("patch_size = [8, 6, 8]\n", "") + WINDOWS,
 }
+PROBE = """
+[data]
+dataset = "precomputed_features"
+{files}
+[model.encoder]
+encoder_type = "precomputed"
+[task]
+objective = "probe"
+distance = "euclidean"
+k = [1]
+l2 = [0.1]
+result_plot = "none"
+bootstrap = 0
+[logger]
+backend = "none"
+"""
 TIMES = ("seconds", "samples_per_s", "memory_mb")
 
 # A rank that is killed before optimizer step argv[1] + 1, where argv[1] is not negative.
@@ -544,3 +564,34 @@ def test_broken_files_stand_in_one_report(command, tmp_path):
     run = command("data.strict=false", "training.epochs=1", spec=spec)
     assert "14 volumes left out:" in run.out + run.err and "train 7, val 3, test 4" in run.out
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.h5")} == prepared
+
+
+def test_probes_of_frozen_encoders_of_volumes(command, tmp_path, spec):
+    """Vectors of whole volumes from an encoder as it is, judged as scikit-learn judges them; of the
+    files that cannot be used none is lost in between."""
+    files = ("extract.output_filename='{split}.h5'", "extract.precision=32")
+    extract = ("mode=extract", "extract.source=encoder", f"extract.output_dir={tmp_path}", *files)
+    assert "left out" in command(*extract, spec=spec).out
+    refused = command("task.objective=probe", spec=spec, code=2).err
+    assert 'write them with mode = "extract"' in refused
+    names = "\n".join(f'{s}_features_file = "{tmp_path / s}.h5"' for s in ("train", "val", "test"))
+    probe = command(spec=PROBE.format(files=names))
+    vectors, labels = {}, {}
+    for split in ("train", "val", "test"):
+        with h5py.File(tmp_path / f"{split}.h5") as file:
+            vectors[split], labels[split] = file["features"][:], file["labels"][:]
+    assert len(labels["train"]) == 7 and len(labels["test"]) == 4
+    nearest = KNeighborsClassifier(1).fit(vectors["train"], labels["train"])
+    scale = StandardScaler().fit(vectors["train"])
+    linear = LogisticRegression(C=1 / (0.1 * 7), max_iter=1000)
+    linear.fit(scale.transform(vectors["train"]), labels["train"])
+    expected = {
+        "knn": nearest.predict(vectors["test"]),
+        "linear": linear.predict(scale.transform(vectors["test"])),
+    }
+    for method, classes in expected.items():
+        with open(probe.path / f"predictions_{method}_test.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["id"] for row in rows] == [f"{number}.nii.gz" for number in range(10, 14)]
+        found = [["bright", "dark"].index(row["prediction"]) for row in rows]
+        assert found == classes.tolist(), method

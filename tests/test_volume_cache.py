@@ -87,13 +87,17 @@ def test_a_second_start_makes_nothing_and_a_changed_file_or_setting_makes_it_ane
     os.utime(samples[2][0], (1, 1))
     fill(cache, samples)
     assert len(made) == 6
+    write_nifti(Path(samples[2][0]), blob((13, 14, 15)))
+    os.utime(samples[2][0], (1, 1))  # of another size at the same time
+    fill(cache, samples)
+    assert len(made) == 7
     for changed in (replace(SPEC, crop_margin=1.0), replace(SPEC, dtype="float16")):
         other = fill(VolumeCache(tmp_path / "cache", READING, changed), samples)
         assert not {e.path for e in other} & {e.path for e in second}
     fill(VolumeCache(tmp_path / "cache", replace(READING, canonical=False), SPEC), samples)
-    assert len(made) == 6 + 3 * 4
+    assert len(made) == 7 + 3 * 4
     fill(VolumeCache(tmp_path / "cache", READING, replace(SPEC, workers=7, cache_dir="x")), samples)
-    assert len(made) == 18
+    assert len(made) == 19
 
 
 def test_a_damaged_cache_file_is_made_anew(tmp_path, cache):
