@@ -8,6 +8,9 @@ metrics_segments or metrics. Neither torch nor numpy is imported: the spec check
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from msgspec import Meta
 
 from glovita_lib.errors import UserError, listed, nearest_word
 
@@ -67,6 +70,25 @@ METRICS: dict[str, Metric] = {
 """Name in a spec, in a log and in a file -> the metric."""
 
 
+CALLED = {
+    "accuracy": "acc",
+    "top1": "acc",
+    "top1acc": "acc",
+    "balanced_accuracy": "balanced_acc",
+    "bacc": "balanced_acc",
+    "auc": "auroc",
+    "roc_auc": "auroc",
+    "auprc": "ap",
+    "average_precision": "ap",
+    "macro_f1": "f1",
+    "f1_macro": "f1",
+    "sensitivity": "recall",
+    "qwk": "quadratic_kappa",
+    "r2_score": "r2",
+}
+"""What metrics are called elsewhere."""
+
+
 def metrics_of(subtask: str) -> tuple[str, ...]:
     """Names of the metrics that are defined for a subtask."""
     return tuple(name for name, metric in METRICS.items() if subtask in metric.subtasks)
@@ -86,6 +108,14 @@ def usual_metrics_text() -> str:
     """The usual metrics of every subtask, for help texts: acc, f1 (multiclass); mse ..."""
     subtasks = dict.fromkeys(name for metric in METRICS.values() for name in metric.subtasks)
     return "; ".join(f"{', '.join(usual_metrics(name))} ({name})" for name in subtasks)
+
+
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Annotated[Literal[tuple(METRICS)], Meta(extra={"called": CALLED})]
+MetricNames = Annotated[tuple[MetricName, ...], Meta(extra={"none_is": usual_metrics_text()})]
+"""Type of task.metrics."""
 
 
 def logged_names(metrics: Iterable[str], class_names: Iterable[str] | None) -> tuple[str, ...]:
@@ -160,8 +190,9 @@ def check_logged(
     meant = spelled(split_name(name)[1])
     for metric in metrics_of(subtask):
         refuse_class(name, metric, available, class_names)
+    called = CALLED.get(meant.replace(" ", "_"))
     for metric, entry in METRICS.items():
-        if meant in (spelled(metric), spelled(entry.title)):
+        if metric == called or meant in (spelled(metric), spelled(entry.title)):
             logged = [found for found in available if metric_name(found) == metric]
             if logged:
                 raise UserError(f'no metric is logged as "{name}"; did you mean {listed(logged)}?')

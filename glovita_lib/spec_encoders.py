@@ -146,9 +146,8 @@ def argument_problems(
     for name in arguments:
         if name in set_elsewhere:
             place = set_elsewhere[name]
-            text = (
-                f"{place}: leave it out" if "=" in place else f"it comes from {place}: set it there"
-            )
+            cure = "set it there" if place.startswith(("data.", "model.")) else "leave it out"
+            text = f"{place}: leave it out" if "=" in place else f"it comes from {place}: {cure}"
             yield f"model_kwargs.{name}", text
 
 

@@ -22,6 +22,15 @@ SampleKind = Literal["images", "volumes", "series", "videos", "features", "eithe
 # --------------------------------------------------------------------------- bounded numbers
 
 Count = Annotated[int, Meta(ge=1)]
+CALLED_PRECISIONS = {
+    **dict.fromkeys(("fp32", "float32", "32"), "no"),
+    **dict.fromkeys(("float16", "half", "16"), "fp16"),
+    "bfloat16": "bf16",
+}
+"""What precisions are called elsewhere."""
+Precision = Annotated[
+    Literal["auto", "no", "bf16", "fp16"], Meta(extra={"called": CALLED_PRECISIONS})
+]
 
 # --------------------------------------------------------------------------- types of fields
 #
@@ -310,6 +319,8 @@ REPLACED_VALUES = {
     " the weights of MAE, CLIP, BEiT, DINO and others under its own names",
     ("model.encoder.encoder_type", ("dinov2", "dinov3")): 'timm has them: encoder_type = "timm",'
     ' type = "vit_base_patch14_dinov2" or "vit_base_patch16_dinov3"',
+    ("extract.compression", tuple(f"gzip:{level}" for level in range(10))): "the level is"
+    ' extract.compression_level, beside compression = "gzip"',
     ("task.metrics", ("pr",)): 'name "precision" and "recall"',
     ("optimizer.name", ("Muon", "Madgrad")): "PyTorch's AdamW, Adam, SGD and RMSprop are here",
     ("logger.backend", ("mlflow",)): "metrics.jsonl of a run holds all its numbers, and wandb can"
@@ -408,6 +419,11 @@ class Walk:
         text = f"{shown(offered)} is unknown: it must be {one_of(tags)}"
         replaced = replaced_value((*path, field), offered)
         hint_of = f"; {replaced}" if replaced else meant(str(offered), tags)
+        fields = {field.name for member in structs(kind) for field in member.fields}
+        if not replaced and "type" in fields:  # the name of a model may be meant
+            near = errors.nearest_word(str(offered), tags, 0.85)
+            model = f"; the name of a model stands in {dotted((*path, 'type'))}"
+            hint_of = f'; did you mean "{near}"?' if near else model
         self.add((*path, field), text + hint_of)
 
     def unknown_key(self, key: str, value: Any, member: StructType, kind: Type, path: Path) -> None:
@@ -481,10 +497,14 @@ def may_be_entry(value: Any, entry: Type) -> bool:
 def hint(value: Any, kind: Type) -> str:
     """How to mend a value of the wrong type, where that can be told."""
     options = options_of(kind)
+    if (ours := extra_of(kind).get("called", {}).get(str(value).lower())) is not None:
+        return f"; write {shown(ours)}"
     if isinstance(value, str) and (near := meant(value, texts(kind))):
         return near
     if isinstance(value, float) and value.is_integer() and value_fits(int(value), kind):
         return f"; write {int(value)}"
+    if extra_of(kind).get("last_n") and value == "last":
+        return "; write [-1]"
     if extra_of(kind).get("last_n") and type(value) is int and value > 0:
         last = shown(list(range(-value, 0)))
         return f"; write {last} for the last {value}, which timm means, or [{value}] for that one"

@@ -1,26 +1,27 @@
 """Sections of a spec on learning and on the modes: task, training, optimizer, logger, infer ..."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
 from glovita_lib.errors import composed, listed
-from glovita_lib.metric_names import METRICS, metrics_of, usual_metrics_text
+from glovita_lib.metric_names import METRICS, MetricNames, metrics_of
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_if, read_unless
-from glovita_lib.spec_errors import Count, FoldName, NonNegative, PathText, Positive, shown
+from glovita_lib.spec_errors import (
+    Count,
+    FoldName,
+    NonNegative,
+    PathText,
+    Positive,
+    Precision,
+    shown,
+)
 
 # ---------------------------------------------------------------------------------- learning
 
 Momentum = Annotated[float, Meta(ge=0, lt=1)]
-if TYPE_CHECKING:
-    MetricName = str
-else:
-    MetricName = Literal[tuple(METRICS)]
-MetricNames = Annotated[tuple[MetricName, ...], Meta(extra={"none_is": usual_metrics_text()})]
-
-
 OF_NUMBERS = read_if("root.predicts_numbers", True, words="a regression")
 
 
@@ -267,7 +268,7 @@ class Training(Spec):
 
     epochs: Count = 20
     """Passes over the train split."""
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Autocast type; auto is bf16 where the device computes it natively, else float32 (no)."""
     gradient_accumulation_steps: Count = 1
     """Batches of each rank whose gradients make one optimizer step."""

@@ -9,6 +9,7 @@ import pytest
 from glovita_lib import metrics_segments  # noqa: F401  registers the formulas of frames
 from glovita_lib.errors import UserError
 from glovita_lib.metric_names import (
+    CALLED,
     METRICS,
     check_logged,
     logged_names,
@@ -43,6 +44,10 @@ def test_names_are_one_word_that_no_other_can_be_taken_for() -> None:
         assert metric_name(f"val_{name}_x" if metric.per_class else f"val_{name}") == name
 
 
+def test_other_names_of_metrics_are_no_names_of_ours() -> None:
+    assert set(CALLED.values()) <= set(METRICS) and not set(CALLED) & set(METRICS)
+
+
 @pytest.mark.parametrize("name", LOGGED)
 def test_what_is_logged_may_be_asked_for(name: str) -> None:
     check_logged(name, LOGGED)
@@ -65,6 +70,9 @@ def test_a_family_stands_for_any_class() -> None:
         ("MAE", "did you mean val_mae?"),
         ("auroc", 'add "auroc" to task.metrics'),
         ("val_Balanced_Accuracy", 'add "balanced_acc" to task.metrics'),
+        ("AUC", 'add "auroc" to task.metrics'),
+        ("val_top1", "did you mean val_acc?"),
+        ("F1_macro", "did you mean val_f1?"),
         ("val_acx", "did you mean val_acc?"),
         ("zzz", "there are val_loss, val_acc"),
         ("F1_class_0", 'set it to "val_f1_per_class_<class name>"'),
