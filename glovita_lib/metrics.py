@@ -80,10 +80,11 @@ def without_interval(names: tuple[str, ...], samples: "Samples") -> dict[str, st
     over = [name for name in names if samples.subtask in METRICS[name].over_classes]
     if not over or not (counts > 0).any():
         return {}
+    kind = "label" if samples.subtask == "multilabel" else "class"
     noun = {"multilabel": "samples of either kind", "framewise": "videos"}
     what = noun.get(samples.subtask, "samples")
     few = {
-        int(k): f'"{class_names[k]}" has {counts[k]} of the {LEAST} {what} that it takes'
+        int(k): f'{kind} "{class_names[k]}" has {counts[k]} of the {LEAST} {what} that it takes'
         for k in np.flatnonzero((counts > 0) & (counts < LEAST))
     }
     reason = next(iter(few.values()), "")

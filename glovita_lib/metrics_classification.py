@@ -1,6 +1,6 @@
 """Classification metrics, for many sets of weights at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
@@ -88,7 +88,7 @@ class Scores:
             return self.ranked >= (THRESHOLD if self.log_odds is None else 0.0)
         return self.ranked.argmax(1)
 
-    def of(self, rows: Array) -> "Scores":
+    def of(self, rows: Array | slice) -> "Scores":
         """Those of some samples."""
         parts = (self.log_odds, self.given)
         return Scores(self.values[rows], *(None if part is None else part[rows] for part in parts))
@@ -103,8 +103,7 @@ class Scores:
             odds = logits.astype(np.float64)
             return cls(np.exp(-np.logaddexp(0.0, -odds)), odds, given)
         values, log_odds = np.empty(logits.shape), np.empty(logits.shape)
-        for start in range(0, len(logits), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
+        for part in blocks_of(len(logits)):
             doubles = np.ascontiguousarray(logits[part], np.float64)
             values[part], log_odds[part] = softmax_and_log_odds(doubles)
         return cls(values, log_odds, given)
@@ -141,11 +140,19 @@ class Scores:
         found = [member.log_odds for member in members if member.log_odds is not None]
         if not found:
             return cls(values)
-        log_odds = log_odds_of_mean(found)
-        with np.errstate(divide="ignore", invalid="ignore"):  # means that are equal rank equal
-            told = np.log(values) - np.log(np.maximum(1 - values, 0.0))
-            near = np.abs(told - log_odds) <= 4e-13 * np.abs(log_odds)
-        return cls(values, np.where(near, told, log_odds))
+        log_odds = np.empty(values.shape)
+        for part in blocks_of(len(values)):
+            exact = log_odds_of_mean([x[part] for x in found])
+            with np.errstate(divide="ignore", invalid="ignore"):  # means that are equal rank equal
+                told = np.log(values[part]) - np.log(np.maximum(1 - values[part], 0.0))
+                near = np.abs(told - exact) <= 4e-13 * np.abs(exact)
+            log_odds[part] = np.where(near, told, exact)
+        return cls(values, log_odds)
+
+
+def blocks_of(count: int) -> Iterator[slice]:
+    """Rows of so many, in blocks."""
+    return (slice(start, start + ROWS_AT_ONCE) for start in range(0, count, ROWS_AT_ONCE))
 
 
 def log_odds_of_mean(members: Sequence[Array]) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 
 from glovita_lib.errors import UserError
 from glovita_lib.files import as_json, atomic_path, sync, write_csv_to
-from glovita_lib.metrics_classification import ROWS_AT_ONCE, THRESHOLD, Scores
+from glovita_lib.metrics_classification import THRESHOLD, Scores, blocks_of
 
 MOST_COLUMNS = 100  # classes of which the table holds every score; of more an HDF5 file does
 MOST_NAMED = 100  # labels of a sample in the table where it does not hold all
@@ -159,6 +159,11 @@ def is_told(scores: Scores, subtask: str) -> bool:
     """Whether probabilities say what ranks samples and what is predicted."""
     if scores.log_odds is None:
         return True
+    return all(is_part_told(scores.of(part), subtask) for part in blocks_of(len(scores.values)))
+
+
+def is_part_told(scores: Scores, subtask: str) -> bool:
+    """As `is_told`, of some samples."""
     told = Scores.of_probabilities(scores.values, subtask)
     if scores.given is not None and (np.isfinite(scores.ranked) & (scores.values < TINY)).any():
         return False  # they have few digits, or none
@@ -217,8 +222,7 @@ def as_list(values: np.ndarray) -> str:
 def best_classes(scores: Scores) -> np.ndarray:
     """The five best classes (N, 5), the best first, of equal ones the first."""
     best, largest = np.empty((len(scores.values), TOP), np.int64), sys.float_info.max
-    for start in range(0, len(best), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
+    for part in blocks_of(len(best)):
         left = np.nan_to_num(scores.ranked[part], nan=np.inf, posinf=largest, neginf=-largest)
         rows = np.arange(len(left))
         for place in range(TOP):
