@@ -84,7 +84,7 @@ def rows() -> list[Row]:
         if mean is not None:
             repeats = resamples(30)
             found.append(Row("resamples", name, "series_kernels", mean, kernels, problem, repeats))
-        if ensemble is not None:
+        if name != "JapaneseVowels":  # has a spec of its own
             found.append(Row("inception", name, "series_gunpoint", ensemble, None, problem, seeds))
     found.append(Row("inception", "JapaneseVowels", "series_ragged", None, None, (), seeds))
     found.append(Row("clips", "playback speed", "video_playback", None, None, (), seeds))
