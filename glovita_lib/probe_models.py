@@ -5,7 +5,7 @@ Features and targets are read in blocks, which are moved to the device that comp
 N samples, D width, K classes or targets, M train samples, B samples of a block.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +20,7 @@ BLOCK = 16384  # samples whose logits exist at a time, at most
 ON_CPU, ON_GPU = 2**18, 2**24  # features, or logits, of a block: 2 MiB in a cache, or busy cores
 KEPT = 2**26  # features that stay as they are computed with: 512 MiB in float64
 SHARE = 0.5  # of the free memory of a device that features may take
+FEATURES_AT_ONCE = 1024  # of a ridge that are float64 at a time
 TOLERANCE = 1e-6  # largest entry of the gradient at a minimum, in units of that at weights of 0
 
 
@@ -247,3 +248,92 @@ def ridge(
     weight = np.linalg.lstsq(matrix, moment.cpu().numpy(), rcond=None)[0]
     weight = torch.from_numpy(weight).to(gram.device)
     return weight, level - center @ weight
+
+
+# ---------------------------------------------------------------------------------------- ridge
+
+
+@dataclass(frozen=True, slots=True)
+class Ridge:
+    """outputs = W x + b, fitted to targets by |W x + b - t|^2 summed over samples + alpha |W|^2,
+    the bias free, with the strength that has the smallest squared error of leave-one-out."""
+
+    weight: Tensor  # (D, K) float64
+    bias: Tensor  # (K,)
+    alpha: float
+    candidates: list[dict[str, float]]
+    """Strengths with the mean squared error of leave-one-out."""
+    error: float
+    """The smallest one."""
+
+    def __call__(self, features: Sequence[Tensor]) -> Tensor:
+        """[(N, D_i), ...] beside each other -> (N, K) float64."""
+        found = self.bias.repeat(len(features[0]), 1)
+        start = 0
+        for part in few(features):
+            found += part.T @ self.weight[start : start + len(part)]
+            start += len(part)
+        return found
+
+
+def few(features: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Features [(N, D_i), ...] as (d, N) float64 after others, so few that they stay in the
+    cache."""
+    for part in features:
+        for rows in part.T.split(FEATURES_AT_ONCE):
+            yield rows.double()
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x; NumPy computes half of it where that is enough."""
+    if x.device.type != "cpu":
+        return x.T @ x
+    values = x.contiguous().numpy()
+    return torch.from_numpy(values.T @ values)
+
+
+def fit_ridge(features: Sequence[Tensor], targets: Tensor, alphas: Sequence[float]) -> Ridge:
+    """A ridge with the best of some strengths, as scikit-learn's RidgeCV and RidgeClassifierCV
+    choose it: e_i = (y - H y)_i / (1 - H_ii) with the hat matrix H, the first of equal ones.
+
+    Args:
+        features: [(N, D_i), ...] beside each other, of any float type.
+        targets: (N, K); classes are -1 and 1.
+    """
+    y = targets.double().to(features[0].device)
+    level = y.mean(0)
+    y = y - level
+    count, width = len(y), sum(part.shape[1] for part in features)
+    center = torch.cat([part.mean(1) for part in few(features)])  # (D,)
+    wide = count <= width
+    if wide:
+        product = sum(gram(part - part.mean(1, keepdim=True)) for part in few(features))
+    else:
+        x = torch.cat(list(few(features))).T - center  # (N, D)
+        product = gram(x)
+    values, basis = torch.linalg.eigh(product)
+    values = values.clamp(min=0)
+    # directions of the samples: eigenvectors of x x^T, without those that x does not reach
+    limit = values.max() * max(count, width) * torch.finfo(torch.float64).eps
+    values, basis = values[values > limit], basis[:, values > limit]
+    left = basis if wide else x @ basis / values.sqrt()  # (N, R), orthonormal
+    inside = left.T @ y  # (R, K)
+    errors = []
+    for alpha in alphas:
+        share = values / (values + alpha)
+        left_out = 1 - 1 / count - left.square() @ share  # 1 - H_ii
+        residual = y - left @ (share[:, None] * inside)
+        tiny = torch.finfo(torch.float64).eps
+        errors.append(float((residual / left_out.clamp(min=tiny)[:, None]).square().mean()))
+    best = int(np.argmin(errors))
+    alpha = alphas[best]
+    scaled = inside / (values + alpha)[:, None]
+    # W = x^T (x x^T + alpha)^-1 y, or (x^T x + alpha)^-1 x^T y
+    if wide:
+        dual = basis @ scaled  # (N, K), its columns sum to 0: means of x count for nothing
+        weight = torch.cat([part @ dual for part in few(features)])
+    else:
+        weight = basis @ (values.sqrt()[:, None] * scaled)
+    tried = zip(alphas, errors, strict=True)
+    candidates = [{"alpha": one, "squared_error": error} for one, error in tried]
+    return Ridge(weight, level - center @ weight, alpha, candidates, errors[best])

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from glovita_lib.data import is_constant
+from glovita_lib.probe_models import FEATURES_AT_ONCE, Ridge, few, fit_ridge
 
 TAPS = 9  # of a kernel
 HALF = TAPS // 2
@@ -31,9 +32,9 @@ TRIPLES = torch.tensor(list(combinations(range(TAPS), 3)))  # (84, 3): taps of w
 KERNELS = len(TRIPLES)
 MOST_CHANNELS = 9  # that a kernel of MiniRocket reads
 MINI_FEATURES, MULTI_FEATURES, MOST_DILATIONS = 10_000, 6_250, 32
-SERIES_AT_ONCE, AT_ONCE = 128, 8  # that go through MultiRocket, through Hydra
-ROWS_AT_ONCE = 16  # of features that are float64 at a time
-VALUES_AT_ONCE = 2**20  # comparisons of values and biases that exist at a time
+SERIES_AT_ONCE = 192  # that go through a transform
+POINTS_AT_ONCE = 1_200  # time points of series that go through Hydra
+VALUES_AT_ONCE = 50_000  # biases of kernels and series that are compared at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,13 @@ class SeriesBlock:
         outside = torch.arange(diff.shape[2]) >= lengths[:, None]
         return SeriesBlock(diff.masked_fill(outside[:, None].to(diff.device), 0), lengths)
 
-    def parts(self, device: torch.device, count: int) -> Iterator["SeriesBlock"]:
-        """So many of the series after others, on a device."""
-        for start in range(0, len(self.values), count):
-            part = slice(start, start + count)
-            yield SeriesBlock(self.values[part].to(device), self.lengths[part])
+    def parts(self, device: torch.device, most: int) -> Iterator[tuple[Tensor, "SeriesBlock"]]:
+        """Series of similar lengths, the longest first, on a device, and which ones they are."""
+        order = self.lengths.argsort(descending=True, stable=True)
+        for rows in order.tensor_split(-(-len(order) // most)):
+            lengths = self.lengths[rows]
+            values = self.values[rows, :, : max(2, int(lengths[0]))]  # 2 have a difference
+            yield rows, SeriesBlock(values.to(device), lengths)
 
 
 class Transform(Protocol):
@@ -132,6 +135,8 @@ class Kernels:
 
 def draw_channels(channels: int, combos: int, drawn: np.random.RandomState) -> Tensor:
     """Which channels each of `combos` kernels reads, (combos, C) 0 or 1."""
+    if channels == 1:
+        return torch.ones(combos, 1)
     most = np.log2(min(channels, MOST_CHANNELS) + 1)
     counts = (2 ** drawn.uniform(0, most, combos)).astype(np.int32)
     chosen = torch.zeros(combos, channels)
@@ -159,58 +164,72 @@ def convolved(
     """Outputs (T, K, N) of kernels with weight 2 at three taps and -1 at the others, zeros beyond
     the ends.
 
+    The order of the sums is that of aeon's compiled code, whose rounding decides ties.
+
     Args:
         x: (T, K, N), what each kernel reads, or (T, 1, N), what all do.
-        triples: (K, 3).
+        triples: (K, 3), neighbours that share their first taps are added once.
         early: time points by which the taps before the middle come too late (see MultiRocket).
         fitting: whether biases are drawn from them.
     """
-    taps = x.new_zeros(x.shape[0], TAPS, *x.shape[1:])  # (T, 9, K or 1, N)
-    for tap in range(TAPS):
-        by = (tap - HALF) * dilation
-        if by < 0:
-            by += early
-        if by < 0:
-            taps[-by:, tap] = x[:by]
-        elif by > 0:
-            taps[:-by, tap] = x[by:]
-        else:
-            taps[:, tap] = x
-    total = -taps[:, HALF]
+    steps, reach = len(x), HALF * dilation
+    padded = x.new_zeros(steps + 2 * reach, *x.shape[1:])
+    padded[reach : reach + steps] = x
+    begins = [tap * dilation + (early if tap < HALF else 0) for tap in range(TAPS)]
+    total = -x
     for tap in range(TAPS):
         if tap != HALF:
-            total -= taps[:, tap]
-    taps *= 3
-    # the order of the sums is that of aeon's compiled code, whose rounding decides ties
+            total -= padded[begins[tap] : begins[tap] + steps]
+    padded *= 3
     if x.shape[1] > 1:
-        which = torch.arange(len(triples))
-        a, b, c = (taps[:, triples[:, i], which] for i in range(3))
-        return total + (a + b + c) if fitting else total + a + b + c
-    out = torch.empty(x.shape[0], len(triples), x.shape[2], device=x.device)
+        return gathered(padded, total, triples, begins, fitting=fitting)
+    taps = [padded[begin : begin + steps, 0] for begin in begins]  # (T, N) each
+    out = x.new_empty(steps, len(triples), x.shape[2])
+    pairs: dict[tuple[int, int], Tensor] = {}
+    firsts = [total[:, 0] + tap for tap in taps]
     for kernel, (a, b, c) in enumerate(triples.tolist()):
-        row = out[:, kernel]
-        torch.add(total[:, 0], taps[:, a, 0], out=row)
-        row += taps[:, b, 0]
-        row += taps[:, c, 0]
+        if (a, b) not in pairs:
+            pairs[a, b] = firsts[a] + taps[b]
+        torch.add(pairs[a, b], taps[c], out=out[:, kernel])
     return out
+
+
+def gathered(
+    padded: Tensor, total: Tensor, triples: Tensor, begins: list[int], *, fitting: bool
+) -> Tensor:
+    """The same, where each kernel reads a series of its own.
+
+    Args:
+        padded: (T + 2 reach, K, N), three times what they read.
+        total: (T, K, N), what all taps add up to with weight -1.
+        begins: place in `padded` that each tap reads first.
+    """
+    steps, kernels = total.shape[:2]
+    first = torch.tensor(begins)[triples] * kernels + torch.arange(kernels)[:, None]  # (K, 3)
+    place = torch.arange(steps)[:, None] * kernels  # (T, 1)
+    rows = padded.flatten(0, 1)
+    a, b, c = (
+        rows[(place + first[:, i]).flatten().to(rows.device)].view_as(total) for i in range(3)
+    )
+    return total + (a + b + c) if fitting else total.add_(a).add_(b).add_(c)
 
 
 # ------------------------------------------------------------------------ features of kernels
 #
 # Time comes first and series last, so that every operation works on long rows.
 
-Pool = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
+Pool = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 """Outputs (T, K, N) of kernels, biases (F, K), lengths (N,) in falling order -> features, each
 (F, K, N); outputs behind the end of a series are -inf."""
 
 
 def kernel_features(
-    kernels: Kernels, block: SeriesBlock, pool: Pool, outputs: int, early: int = 0
-) -> Tensor:
-    """Features (N, outputs D) of kernels, the first one of every bias first.
+    kernels: Kernels, block: SeriesBlock, pool: Pool, found: Tensor, early: int = 0
+) -> None:
+    """Features of kernels.
 
     Args:
-        outputs: features of a bias.
+        found: (features of a bias, D, N), where they go.
         early: see `convolved`.
     """
     device = block.values.device
@@ -218,17 +237,16 @@ def kernel_features(
     lengths = block.lengths[order]
     x = block.values[order.to(device), :, : int(lengths[0])]
     x = x.permute(2, 1, 0).contiguous()  # (T, C, N)
-    found = torch.empty(outputs, len(kernels.biases), len(lengths), device=device)
     start = 0
     for number, (dilation, count) in enumerate(zip(kernels.dilations, kernels.counts, strict=True)):
         end = start + KERNELS * count
         biases = kernels.biases[start:end].view(KERNELS, count).T.to(device)  # (F, 84)
-        rows = found[:, start:end].view(outputs, KERNELS, count, -1)
+        rows = found[:, start:end].unflatten(1, (KERNELS, count))
         for parity in range(2):  # every second kernel stays inside the series
-            own = torch.arange((number + parity) % 2, KERNELS, 2)
+            own = slice((number + parity) % 2, KERNELS, 2)
             given = x
             if kernels.channels is not None:
-                channels = kernels.channels[KERNELS * number + own].to(device)
+                channels = kernels.channels[KERNELS * number :][own].to(device)
                 given = torch.einsum("tcn,kc->tkn", x, channels)
             out = convolved(given, TRIPLES[own], dilation, early)  # (T, 42, N)
             margin = parity * HALF * dilation
@@ -237,14 +255,13 @@ def kernel_features(
                 own_lengths = lengths[part] - 2 * cut
                 if not len(own_lengths):
                     continue
-                piece = out[cut : len(out) - cut, :, part]
-                values = pool(ended(piece, own_lengths), biases[:, own].contiguous(), own_lengths)
+                piece = ended(out[cut : len(out) - cut, :, part], own_lengths)
+                values = pool(piece, biases[:, own].contiguous(), own_lengths)
                 for row, value in zip(rows, values, strict=True):
                     row[own, :, part] = value.transpose(0, 1)
         start = end
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order))
-    return found.flatten(0, 1).T[back.to(device)]
+    if not torch.equal(order, torch.arange(len(order))):
+        found.copy_(found[..., order.argsort().to(device)])
 
 
 def ended(out: Tensor, lengths: Tensor) -> Tensor:
@@ -256,41 +273,28 @@ def ended(out: Tensor, lengths: Tensor) -> Tensor:
     return out.masked_fill(outside[:, None].to(out.device), -torch.inf)
 
 
-def steps_at_once(biases: Tensor, out: Tensor) -> int:
-    """Time points whose comparisons exist at a time, a power of two and at most 128: their number
-    fits into a byte."""
-    most = max(1, VALUES_AT_ONCE // (biases.numel() * out.shape[2]))
-    return min(128, 2 ** (most.bit_length() - 1))
-
-
-def positive_share(out: Tensor, biases: Tensor, lengths: Tensor) -> list[Tensor]:
+def positive_share(out: Tensor, biases: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
     """The share of time points above the bias (PPV)."""
-    if out.device.type != "cpu":
-        return [(out[:, None] > biases[:, :, None]).sum(0) / lengths.to(out.device)]
-    values, limits = out.numpy(), biases.numpy()[:, :, None]
-    count = np.zeros((*biases.shape, out.shape[2]), np.float32)
-    step = steps_at_once(biases, out)
-    above = np.empty((step, *count.shape), bool)
-    for first in range(0, len(values), step):
-        rows = values[first : first + step, None]
-        here = np.greater(rows, limits, out=above[: len(rows)]).view(np.uint8)
-        count += np.add.reduce(here, axis=0, dtype=np.uint8)
-    return [torch.from_numpy(count) / lengths]
+    if out.device.type == "cpu":
+        (count,) = on_cpu(out, biases, lengths, count_above)
+    else:
+        count = (out[:, None] > biases[:, :, None]).sum(0)
+    return (count / lengths.to(out.device),)
 
 
-def four_features(out: Tensor, biases: Tensor, lengths: Tensor) -> list[Tensor]:
+def four_features(out: Tensor, biases: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
     """MultiRocket's features of the time points above the bias: their share, the longest stretch
     without one below, the mean of value and bias, and the mean place."""
     count, places, total, stretch = (
         on_device(out, biases, lengths)
         if out.device.type != "cpu"
-        else on_cpu(out, biases, lengths)
+        else on_cpu(out, biases, lengths, describe_above)
     )
     limits, here = biases[:, :, None], lengths.to(out.device)
     mean = total / count + 2 * limits
     stretch = torch.where(here > 1, stretch + 1, 0)
     some = count > 0
-    return [count / here, stretch, mean.where(some, 0), (places / count).where(some, -1)]
+    return count / here, stretch, mean.where(some, 0), (places / count).where(some, -1)
 
 
 def on_device(out: Tensor, biases: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
@@ -310,51 +314,71 @@ def on_device(out: Tensor, biases: Tensor, lengths: Tensor) -> tuple[Tensor, ...
     return count, places, total, longest
 
 
-def on_cpu(out: Tensor, biases: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """The same by NumPy, whose comparisons give bytes at the speed of the memory."""
-    values, limits = out.numpy(), biases.numpy()[:, :, None]
-    shape = (*biases.shape, out.shape[2])
-    count, places, total = (np.zeros(shape, np.float32) for _ in range(3))
+Count = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, ...]]
+"""Values (T, M), limits (G, M), last time points (M,) -> what is counted, each (G, M) float32."""
+
+
+def on_cpu(out: Tensor, biases: Tensor, lengths: Tensor, count: Count) -> tuple[Tensor, ...]:
+    """The same by NumPy, whose comparisons give bytes at the speed of the cache; for so many biases
+    at a time as fit into it."""
+    steps, kernels, series = out.shape
+    values = out.contiguous().numpy().reshape(steps, -1)
+    last = np.broadcast_to(lengths.numpy() - 1, (kernels, series)).ravel()
+    parts = []
+    for own in biases.split(max(1, VALUES_AT_ONCE // len(last))):
+        parts.append(count(values, own.numpy().repeat(series, axis=1), last))
+    return tuple(
+        torch.from_numpy(np.concatenate(part)).view(-1, kernels, series)
+        for part in zip(*parts, strict=True)
+    )
+
+
+def count_above(values: np.ndarray, limits: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, ...]:
+    """How many values are above each limit."""
+    found = np.zeros(limits.shape, np.float32)
+    above = np.empty(limits.shape, np.uint8)
+    is_above = above.view(bool)  # the same memory
+    for rows in np.split(values, range(255, len(values), 255)):  # their number fits into a byte
+        number = np.zeros(limits.shape, np.uint8)
+        for row in rows:
+            np.greater(row, limits, out=is_above)
+            np.add(number, above, out=number)
+        found += number
+    return (found,)
+
+
+def describe_above(
+    values: np.ndarray, limits: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """What `on_device` finds."""
+    count, places, total, larger = (np.zeros(limits.shape, np.float32) for _ in range(4))
+    above, kept = (np.zeros(limits.shape, np.uint8) for _ in range(2))
+    is_above, is_kept = above.view(bool), kept.view(bool)  # the same memory
     kind = np.uint8 if len(values) < 255 else np.uint16 if len(values) < 65_000 else np.uint32
-    run, longest = np.zeros(shape, kind), np.zeros(shape, kind)
-    active = (np.arange(len(values))[:, None] < lengths.numpy()).sum(1)  # series at each time
-    step = steps_at_once(biases, out)
-    bounds, larger = biases[:, :, None], torch.empty(step, *shape)
-    above, kept = (np.zeros((step, *shape), bool) for _ in range(2))  # fresh memory is slow
-    for first in range(0, len(values), step):
-        rows = values[first : first + step, None]
-        here = len(rows)
-        np.greater(rows, limits, out=above[:here])
-        above[here:] = False
-        number, place = count_and_place(above.view(np.uint8))
-        count += number
-        places += first * number + place
-        torch.sub(out[first : first + step, None], bounds, out=larger[:here]).clamp_(min=0)
-        total += larger[:here].sum(0).numpy()
-        np.greater_equal(rows, limits, out=kept[:here])
-        for t, own in enumerate(kept[:here].view(np.uint8), first):
-            some = active[t]
-            if some == shape[2]:
-                np.maximum(longest, run, out=longest)
-            else:
-                np.maximum(longest[..., :some], run[..., :some], out=longest[..., :some])
+    run, longest = (np.zeros(limits.shape, kind) for _ in range(2))
+    positive = torch.from_numpy(larger)  # the same memory
+    ends = set(last[last < len(values) - 1].tolist())
+    start = 0
+    for rows in np.split(values, range(22, len(values), 22)):  # 1 + ... + 22 fits into a byte
+        number, later = (np.zeros(limits.shape, np.uint8) for _ in range(2))
+        for t, row in enumerate(rows, start):
+            np.greater(row, limits, out=is_above)
+            np.add(number, above, out=number)
+            np.add(later, number, out=later)  # each once for every time point up to the 22nd
+            np.subtract(row, limits, out=larger)
+            positive.relu_()
+            np.add(total, larger, out=total)
+            np.maximum(longest, run, out=longest)
             if t:
+                np.greater_equal(row, limits, out=is_kept)
                 np.add(run, 1, out=run)
-                np.multiply(run, own, out=run)
-    return tuple(torch.from_numpy(x.astype(np.float32)) for x in (count, places, total, longest))
-
-
-def count_and_place(above: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number and sum of the places of the ones among bytes (t, ...), t a power of two up to 128:
-    neighbours are added again and again, and of the sums the ones in odd places are counted."""
-    place = np.zeros(above.shape[1:], np.float32)
-    weight = 1
-    while len(above) > 1:
-        odd = above[1::2]
-        place += weight * np.add.reduce(odd, axis=0, dtype=np.uint8).astype(np.float32)
-        above = above[::2] + odd
-        weight *= 2
-    return above[0].astype(np.float32), place
+                np.multiply(run, kept, out=run)
+            if t in ends:
+                run[:, last == t] = 0
+        start += len(rows)
+        count += number
+        places += start * number.astype(np.float32) - later
+    return count, places, total, longest.astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------- transforms
@@ -369,7 +393,9 @@ class MiniRocket:
 
     def __call__(self, block: SeriesBlock) -> Tensor:
         """Features (N, 9,996)."""
-        return kernel_features(self.kernels, block, positive_share, 1)
+        found = block.values.new_empty(1, len(self.kernels.biases), len(block.values))
+        kernel_features(self.kernels, block, positive_share, found)
+        return found[0].T
 
 
 class MultiRocket:
@@ -389,14 +415,13 @@ class MultiRocket:
 
     def __call__(self, block: SeriesBlock) -> Tensor:
         """Features (N, 49,728)."""
-        changes = block.differences()
-        return torch.cat(
-            [
-                kernel_features(self.kernels, block, four_features, 4),
-                kernel_features(self.changes, changes, four_features, 4, early=1),
-            ],
-            dim=1,
-        )
+        widths = [len(kernels.biases) for kernels in (self.kernels, self.changes)]
+        found = block.values.new_empty(4 * sum(widths), len(block.values))  # (D, N)
+        own, changes = found.split([4 * width for width in widths])
+        kernel_features(self.kernels, block, four_features, own.unflatten(0, (4, -1)))
+        changed, own = block.differences(), changes.unflatten(0, (4, -1))
+        kernel_features(self.changes, changed, four_features, own, early=1)
+        return found.T
 
 
 class Hydra:
@@ -425,8 +450,12 @@ class Hydra:
 
     def __call__(self, block: SeriesBlock) -> Tensor:
         """Features (N, 1,024 dilations)."""
-        few = [self.features(part) for part in block.parts(block.values.device, AT_ONCE)]
-        return torch.cat(few)
+        width = 2 * self.groups * self.of_group * len(self.dilations)
+        found = block.values.new_empty(width, len(block.values))
+        most = max(1, POINTS_AT_ONCE // block.values.shape[2])
+        for rows, part in block.parts(block.values.device, most):
+            found[:, rows.to(found.device)] = self.features(part).T
+        return found.T
 
     def features(self, block: SeriesBlock) -> Tensor:
         """The same of few series."""
@@ -481,65 +510,6 @@ def matches(out: Tensor, lengths: Tensor) -> list[Tensor]:
     return found
 
 
-# ---------------------------------------------------------------------------------------- ridge
-
-
-@dataclass(frozen=True, slots=True)
-class Ridge:
-    """outputs = W x + b, fitted to targets by |W x + b - t|^2 summed over samples + alpha |W|^2,
-    the bias free, with the strength that has the smallest squared error of leave-one-out."""
-
-    weight: Tensor  # (D, K) float64
-    bias: Tensor  # (K,)
-    alpha: float
-    candidates: list[dict[str, float]]
-    """Strengths with the mean squared error of leave-one-out."""
-    error: float
-    """The smallest one."""
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """(N, D) -> (N, K) float64; few rows at a time, as memory that is used again is faster."""
-        parts = [part.double() @ self.weight for part in features.split(ROWS_AT_ONCE)]
-        return torch.cat(parts) + self.bias
-
-
-def fit_ridge(features: Tensor, targets: Tensor, alphas: Sequence[float]) -> Ridge:
-    """A ridge with the best of some strengths, as scikit-learn's RidgeCV and RidgeClassifierCV
-    choose it: e_i = (y - H y)_i / (1 - H_ii) with the hat matrix H, the first of equal ones.
-
-    Args:
-        features: (N, D) of any float type.
-        targets: (N, K); classes are -1 and 1.
-    """
-    x, y = features.double(), targets.double().to(features.device)
-    center, level = x.mean(0), y.mean(0)
-    x, y = x - center, y - level
-    count = len(x)
-    wide = count <= x.shape[1]
-    values, basis = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
-    values = values.clamp(min=0)
-    # directions of the samples: eigenvectors of x x^T, without those that x does not reach
-    limit = values.max() * max(x.shape) * torch.finfo(torch.float64).eps
-    values, basis = values[values > limit], basis[:, values > limit]
-    left = basis if wide else x @ basis / values.sqrt()  # (N, R), orthonormal
-    inside = left.T @ y  # (R, K)
-    errors = []
-    for alpha in alphas:
-        share = values / (values + alpha)
-        left_out = 1 - 1 / count - left.square() @ share  # 1 - H_ii
-        residual = y - left @ (share[:, None] * inside)
-        tiny = torch.finfo(torch.float64).eps
-        errors.append(float((residual / left_out.clamp(min=tiny)[:, None]).square().mean()))
-    best = int(np.argmin(errors))
-    alpha = alphas[best]
-    scaled = inside / (values + alpha)[:, None]
-    # W = x^T (x x^T + alpha)^-1 y, or (x^T x + alpha)^-1 x^T y
-    weight = x.T @ (basis @ scaled) if wide else basis @ (values.sqrt()[:, None] * scaled)
-    tried = zip(alphas, errors, strict=True)
-    candidates = [{"alpha": one, "squared_error": error} for one, error in tried]
-    return Ridge(weight, level - center @ weight, alpha, candidates, errors[best])
-
-
 # --------------------------------------------------------------------------------------- scaling
 
 
@@ -547,14 +517,15 @@ class Deviations:
     """Features over their standard deviation in the train split; constant ones as they are."""
 
     def __init__(self, features: Tensor) -> None:
-        mean = features.double().mean(0)
-        variance = (features.double() - mean).square().mean(0)
+        mean = torch.cat([part.mean(1) for part in few([features])])
+        rows = zip(few([features]), mean.split(FEATURES_AT_ONCE), strict=True)
+        variance = torch.cat([part.sub_(own[:, None]).square_().mean(1) for part, own in rows])
         constant = is_constant(mean, variance, len(features))
         self.mean, self.std = mean.float(), torch.where(constant, 1.0, variance.sqrt()).float()
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(N, D) -> (N, D)."""
-        return (features - self.mean) / self.std
+        """(N, D) -> (N, D) in their place."""
+        return features.sub_(self.mean).div_(self.std)
 
 
 class SparseScale:
@@ -591,28 +562,22 @@ class KernelFeatures:
         block = SeriesBlock.of(series, TAPS + 1)
         self.length = block.values.shape[2]
         self.parts: list[tuple[Transform, Callable[[Tensor], Tensor]]] = []
-        found = []
+        rows, blocks = zip(*block.parts(device, SERIES_AT_ONCE), strict=True)
+        self.rows = torch.cat(rows)
+        """Series of the train split in the order of their features."""
+        self.train: list[Tensor] = []
+        """Their features [(N, D_i), ...], of one transform after another."""
         for transform, scale in PARTS[method]:
             fitted = transform(block, seed=seed)
-            raw = self.transformed(fitted, block)
+            raw = torch.cat([fitted(part).T for part in blocks], dim=1).T
             scaled = scale(raw)
             self.parts.append((fitted, scaled))
-            found.append(scaled(raw))
-        self.train = torch.cat(found, dim=1)
-        """Features (N, D) of the train split."""
+            self.train.append(scaled(raw))
 
-    def transformed(self, transform: Transform, block: SeriesBlock) -> Tensor:
-        """Features of all series, as many at a time as memory holds."""
-        return torch.cat([transform(part) for part in block.parts(self.device, SERIES_AT_ONCE)])
-
-    def blocks(self, series: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """Features (n, D) of a few series after others."""
-        for part in SeriesBlock.of(series, self.length).parts(self.device, SERIES_AT_ONCE):
-            yield torch.cat([scale(transform(part)) for transform, scale in self.parts], dim=1)
-
-    def __call__(self, series: Sequence[np.ndarray]) -> Tensor:
-        """Features (N, D)."""
-        return torch.cat(list(self.blocks(series)))
+    def blocks(self, series: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Some of the series after others: which ones, and their features [(n, D_i), ...]."""
+        for rows, part in SeriesBlock.of(series, self.length).parts(self.device, SERIES_AT_ONCE):
+            yield rows, [scale(transform(part)) for transform, scale in self.parts]
 
 
 def judge(
@@ -643,12 +608,14 @@ def judge(
         wanted = hot[:, 1:] if outputs == 2 else hot
     if subtask != "regression":
         wanted = 2.0 * wanted - 1
-    ridge = fit_ridge(kernels.train, wanted, alphas)
+    ridge = fit_ridge(kernels.train, wanted[kernels.rows], alphas)
     found = {}
     for name, own in series.items():
         if name == "train":
             continue
-        logits = torch.cat([ridge(features) for features in kernels.blocks(own)])
+        logits = torch.empty(len(own), wanted.shape[1], dtype=torch.float64, device=device)
+        for rows, features in kernels.blocks(own):
+            logits[rows.to(device)] = ridge(features)
         two = subtask == "multiclass" and outputs == 2
         found[name] = torch.cat([-logits, logits], 1) if two else logits
     return ridge, found

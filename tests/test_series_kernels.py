@@ -6,13 +6,15 @@ import torch
 from sklearn.linear_model import RidgeClassifierCV, RidgeCV
 
 from glovita_lib import series_kernels
+from glovita_lib.probe_models import fit_ridge
 from glovita_lib.series_kernels import (
     Hydra,
     MiniRocket,
     MultiRocket,
     SeriesBlock,
     SparseScale,
-    fit_ridge,
+    count_above,
+    describe_above,
     judge,
 )
 from glovita_lib.spec_train import Probe
@@ -102,12 +104,15 @@ def test_both_ways_of_counting_agree(monkeypatch):
     biases = torch.randn(3, 5).round(decimals=1)
     lengths = torch.tensor([300, 300, 299, 40, 2, 1, 1])
     out = series_kernels.ended(out, lengths)
-    ours = series_kernels.on_cpu(out, biases, lengths)
+    ours = series_kernels.on_cpu(out, biases, lengths, describe_above)
     for one, other in zip(ours, series_kernels.on_device(out, biases, lengths), strict=True):
         torch.testing.assert_close(one, other)
     monkeypatch.setattr(series_kernels, "VALUES_AT_ONCE", 1)
-    for one, other in zip(ours, series_kernels.on_cpu(out, biases, lengths), strict=True):
+    again = series_kernels.on_cpu(out, biases, lengths, describe_above)
+    for one, other in zip(ours, again, strict=True):
         torch.testing.assert_close(one, other)
+    (count,) = series_kernels.on_cpu(out, biases, lengths, count_above)
+    torch.testing.assert_close(count, ours[0])
 
 
 @pytest.mark.parametrize("shape", [(30, 200, 3), (200, 20, 1), (40, 39, 2), (40, 40, 4), (3, 9, 1)])
@@ -117,9 +122,10 @@ def test_the_ridge_is_scikit_learns(shape):
     x = rng.standard_normal((count, width))
     y = x[:, :outputs] + rng.standard_normal((count, outputs))
     theirs = RidgeCV(alphas=ALPHAS).fit(x, y)
-    ours = fit_ridge(torch.from_numpy(x), torch.from_numpy(y), ALPHAS)
+    parts = [torch.from_numpy(part) for part in (x[:, :2], x[:, 2:])]
+    ours = fit_ridge(parts, torch.from_numpy(y), ALPHAS)
     assert ours.alpha == theirs.alpha_
-    found = ours(torch.from_numpy(x)).numpy()
+    found = ours(parts).numpy()
     np.testing.assert_allclose(found, theirs.predict(x).reshape(count, outputs), atol=1e-8)
 
 
@@ -131,12 +137,16 @@ def test_classes_are_predicted_as_by_ridge_classifier(classes):
     targets[:classes] = range(classes)
     for one, target in zip(series["train"], targets, strict=True):
         one += target * np.sin(np.arange(30) * (1 + target))
+    series["test"][:3] = [one[:, :20] for one in series["test"][:3]]
+    series["train"][0] = series["train"][0][:, :25]
     options = {"outputs": classes, "seed": 0, "device": CPU}
     learnt = torch.from_numpy(targets)
     ridge, logits = judge("hydra", series, learnt, "multiclass", ALPHAS, **options)
     kernels = series_kernels.KernelFeatures("hydra", series["train"], seed=0, device=CPU)
-    theirs = RidgeClassifierCV(alphas=ALPHAS).fit(kernels.train.numpy(), targets)
+    (train,) = kernels.train
+    theirs = RidgeClassifierCV(alphas=ALPHAS).fit(train.numpy(), targets[kernels.rows])
     assert ridge.alpha == theirs.alpha_
-    wanted = theirs.decision_function(kernels(series["test"]).numpy())
+    ((rows, (test,)),) = kernels.blocks(series["test"])
+    wanted = theirs.decision_function(test.numpy())[rows.argsort()]
     wanted = np.stack([-wanted, wanted], 1) if classes == 2 else wanted
     np.testing.assert_allclose(logits["test"].numpy(), wanted, rtol=1e-3, atol=1e-5)
