@@ -58,7 +58,7 @@ TABLES = {  # by their marks in a page
         "kernels": "Hydra + MultiRocket (MiniRocket)",
         "resamples": "the same, mean of 30 resamples (MultiRocket)",
         "inception": "InceptionTime, one run",
-        "ensemble": "InceptionTime, ensemble of five (the same)",
+        "ensemble": "InceptionTime, ensemble of five (published)",
     },
     "published videos": {
         "clips": "3-D network",
@@ -91,9 +91,8 @@ def rows() -> list[Row]:
         repeats = seeds if ensemble is None else five
         found.append(Row("inception", name, spec, None, None, overrides, repeats))
         if ensemble is not None:
-            found.append(
-                Row("ensemble", name, spec, ensemble, None, overrides, five, together=True)
-            )
+            of = ("ensemble", name, spec, ensemble, None, overrides)
+            found.append(Row(*of, five, together=True))
     found.append(Row("clips", "playback speed", "video_playback", None, None, (), seeds))
     found.append(Row("frames", "playback speed", "video_playback", None, None, FLOOR, seeds))
     frames = "video_frames_attention"

@@ -16,7 +16,7 @@ D features.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import Protocol
 
 import numpy as np
@@ -30,11 +30,12 @@ TAPS = 9  # of a kernel
 HALF = TAPS // 2
 TRIPLES = torch.tensor(list(combinations(range(TAPS), 3)))  # (84, 3): taps of weight 2, others -1
 KERNELS = len(TRIPLES)
+EVEN_ODD = torch.arange(KERNELS).view(-1, 2).T.flatten()  # kernels of even numbers before others
 MOST_CHANNELS = 9  # that a kernel of MiniRocket reads
 MINI_FEATURES, MULTI_FEATURES, MOST_DILATIONS = 10_000, 6_250, 32
 SERIES_AT_ONCE = 192  # that go through a transform
 POINTS_AT_ONCE = 1_200  # time points of series that go through Hydra
-VALUES_AT_ONCE = 50_000  # biases of kernels and series that are compared at a time
+VALUES_AT_ONCE = 100_000  # biases of kernels and series that are compared at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,8 @@ def convolved(
 
     Args:
         x: (T, K, N), what each kernel reads, or (T, 1, N), what all do.
-        triples: (K, 3), neighbours that share their first taps are added once.
+        triples: (K, 3); the last taps of neighbours whose other two are the same are equally far
+            from each other.
         early: time points by which the taps before the middle come too late (see MultiRocket).
         fitting: whether biases are drawn from them.
     """
@@ -183,14 +185,19 @@ def convolved(
     padded *= 3
     if x.shape[1] > 1:
         return gathered(padded, total, triples, begins, fitting=fitting)
-    taps = [padded[begin : begin + steps, 0] for begin in begins]  # (T, N) each
+    taps = torch.stack([padded[begin : begin + steps, 0] for begin in begins], 1)  # (T, 9, N)
     out = x.new_empty(steps, len(triples), x.shape[2])
+    firsts = total + taps  # (T, 9, N)
     pairs: dict[tuple[int, int], Tensor] = {}
-    firsts = [total[:, 0] + tap for tap in taps]
-    for kernel, (a, b, c) in enumerate(triples.tolist()):
+    kernel = 0
+    for (a, b), group in groupby(triples.tolist(), lambda triple: (triple[0], triple[1])):
         if (a, b) not in pairs:
-            pairs[a, b] = firsts[a] + taps[b]
-        torch.add(pairs[a, b], taps[c], out=out[:, kernel])
+            pairs[a, b] = firsts[:, a : a + 1] + taps[:, b : b + 1]
+        last = [c for _, _, c in group]
+        step = last[1] - last[0] if len(last) > 1 else 1
+        own = taps[:, last[0] : last[-1] + 1 : step]
+        torch.add(pairs[a, b], own, out=out[:, kernel : kernel + len(last)])
+        kernel += len(last)
     return out
 
 
@@ -242,14 +249,15 @@ def kernel_features(
         end = start + KERNELS * count
         biases = kernels.biases[start:end].view(KERNELS, count).T.to(device)  # (F, 84)
         rows = found[:, start:end].unflatten(1, (KERNELS, count))
-        for parity in range(2):  # every second kernel stays inside the series
-            own = slice((number + parity) % 2, KERNELS, 2)
-            given = x
-            if kernels.channels is not None:
-                channels = kernels.channels[KERNELS * number :][own].to(device)
-                given = torch.einsum("tcn,kc->tkn", x, channels)
-            out = convolved(given, TRIPLES[own], dilation, early)  # (T, 42, N)
-            margin = parity * HALF * dilation
+        given = x
+        if kernels.channels is not None:
+            channels = kernels.channels[KERNELS * number :][EVEN_ODD].to(device)
+            given = torch.einsum("tcn,kc->tkn", x, channels)
+        outs = convolved(given, TRIPLES[EVEN_ODD], dilation, early)  # (T, 84, N)
+        for parity, out in enumerate(outs.split(KERNELS // 2, 1)):
+            own = slice(parity, KERNELS, 2)
+            # every second kernel stays inside the series
+            margin = HALF * dilation * ((number + parity) % 2)
             inside = int((lengths > 2 * margin).sum())
             for part, cut in ((slice(0, inside), margin), (slice(inside, None), 0)):
                 own_lengths = lengths[part] - 2 * cut
@@ -322,7 +330,7 @@ def on_cpu(out: Tensor, biases: Tensor, lengths: Tensor, count: Count) -> tuple[
     """The same by NumPy, whose comparisons give bytes at the speed of the cache; for so many biases
     at a time as fit into it."""
     steps, kernels, series = out.shape
-    values = out.contiguous().numpy().reshape(steps, -1)
+    values = out.flatten(1).numpy()
     last = np.broadcast_to(lengths.numpy() - 1, (kernels, series)).ravel()
     parts = []
     for own in biases.split(max(1, VALUES_AT_ONCE // len(last))):
@@ -336,13 +344,16 @@ def on_cpu(out: Tensor, biases: Tensor, lengths: Tensor, count: Count) -> tuple[
 def count_above(values: np.ndarray, limits: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, ...]:
     """How many values are above each limit."""
     found = np.zeros(limits.shape, np.float32)
-    above = np.empty(limits.shape, np.uint8)
-    is_above = above.view(bool)  # the same memory
-    for rows in np.split(values, range(255, len(values), 255)):  # their number fits into a byte
-        number = np.zeros(limits.shape, np.uint8)
-        for row in rows:
-            np.greater(row, limits, out=is_above)
-            np.add(number, above, out=number)
+    most = max(1, VALUES_AT_ONCE // limits.size)  # time points at once
+    above = np.empty((most, *limits.shape), np.uint8)
+    for start in range(0, len(values), 255):  # whose number fits into a byte
+        rows, number = values[start : start + 255, None], np.zeros(limits.shape, np.uint8)
+        for first in range(0, len(rows), most):
+            some = rows[first : first + most]  # (t, 1, M)
+            here = above[: len(some)]
+            np.greater(some, limits, out=here.view(bool))
+            for each in here:
+                np.add(number, each, out=number)
         found += number
     return (found,)
 
@@ -351,33 +362,36 @@ def describe_above(
     values: np.ndarray, limits: np.ndarray, last: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     """What `on_device` finds."""
-    count, places, total, larger = (np.zeros(limits.shape, np.float32) for _ in range(4))
-    above, kept = (np.zeros(limits.shape, np.uint8) for _ in range(2))
-    is_above, is_kept = above.view(bool), kept.view(bool)  # the same memory
+    count, places, total = (np.zeros(limits.shape, np.float32) for _ in range(3))
+    most = min(22, max(1, VALUES_AT_ONCE // limits.size))  # time points at once
+    above, kept = (np.empty((most, *limits.shape), np.uint8) for _ in range(2))
+    larger = np.empty(above.shape, np.float32)
     kind = np.uint8 if len(values) < 255 else np.uint16 if len(values) < 65_000 else np.uint32
     run, longest = (np.zeros(limits.shape, kind) for _ in range(2))
-    positive = torch.from_numpy(larger)  # the same memory
-    ends = set(last[last < len(values) - 1].tolist())
-    start = 0
-    for rows in np.split(values, range(22, len(values), 22)):  # 1 + ... + 22 fits into a byte
+    ends = {0, *last[last < len(values) - 1].tolist()}
+    t = 0
+    for start in range(0, len(values), 22):  # 1 + ... + 22 fits into a byte
+        rows = values[start : start + 22, None]
         number, later = (np.zeros(limits.shape, np.uint8) for _ in range(2))
-        for t, row in enumerate(rows, start):
-            np.greater(row, limits, out=is_above)
-            np.add(number, above, out=number)
-            np.add(later, number, out=later)  # each once for every time point up to the 22nd
-            np.subtract(row, limits, out=larger)
-            positive.relu_()
-            np.add(total, larger, out=total)
-            np.maximum(longest, run, out=longest)
-            if t:
-                np.greater_equal(row, limits, out=is_kept)
+        for first in range(0, len(rows), most):
+            some = rows[first : first + most]  # (t, 1, M)
+            here = len(some)
+            np.greater(some, limits, out=above[:here].view(bool))
+            np.greater_equal(some, limits, out=kept[:here].view(bool))
+            np.subtract(some, limits, out=larger[:here])
+            torch.from_numpy(larger[:here]).relu_()  # in the same memory
+            for is_above, is_kept, by in zip(above[:here], kept, larger, strict=False):
+                np.add(number, is_above, out=number)
+                np.add(later, number, out=later)  # each once for every time point up to the 22nd
+                np.add(total, by, out=total)
+                np.maximum(longest, run, out=longest)
                 np.add(run, 1, out=run)
-                np.multiply(run, kept, out=run)
-            if t in ends:
-                run[:, last == t] = 0
-        start += len(rows)
+                np.multiply(run, is_kept, out=run)
+                if t in ends:  # neither the first nor the last time point counts
+                    run[:, (last == t) | (t == 0)] = 0
+                t += 1
         count += number
-        places += start * number.astype(np.float32) - later
+        places += t * number.astype(np.float32) - later
     return count, places, total, longest.astype(np.float32)
 
 
