@@ -265,6 +265,10 @@ def grid_of(size: Size, patch: Size) -> Size:
     return tuple(side // step for side, step in zip(size, patch, strict=True))
 
 
+BESIDE = ("mask_token", "eva.cls_token", "up_projection.")
+"""What files hold beside the encoder: read in pretraining or segmentation alone."""
+
+
 def load_primus(
     net: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -278,15 +282,14 @@ def load_primus(
 
     Args:
         shape, grid: of the network.
-        grids: that the position embedding may be of, before this grid and a cube.
+        grids: that the position embedding may be of; else it is of this grid or a cube.
         taken: gets weights_shape, the voxels that the position embedding is of.
 
     Raises:
-        ValueError: it is of none of them.
+        ValueError: it is of none of them, or of this grid and of a cube.
     """
-    named = spread_channels(dict(tensors), net, "down_projection.proj")
-    for extra in ("mask_token", "eva.cls_token"):  # read in pretraining alone
-        named.pop(extra, None)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(BESIDE)}
+    named = spread_channels(own, net, "down_projection.proj")
     key = "eva.pos_embed"
     if key in named and key in net.state_dict():
         named[key], old = fit_positions(
@@ -304,13 +307,15 @@ def fit_positions(
     if has_cls:
         positions = positions[:, 1:]
     patches = positions.shape[1] - registers
-    side = round(patches ** (1 / 3))
-    for old in (*grids, grid, (side,) * 3):
-        if math.prod(old) == patches:
-            return resample(positions, old, grid), old
+    cube = (round(patches ** (1 / 3)),) * 3
+    told = [old for old in grids if math.prod(old) == patches]
+    found = told[:1] or [old for old in {grid, cube} if math.prod(old) == patches]
+    if len(found) == 1:
+        return resample(positions, found[0], grid), found[0]
+    what = f"may be of a cube of {cube[0]} as well as of the input's {' x '.join(map(str, grid))}"
     raise ValueError(
-        f"its position embedding is of {patches} patches, which are no cube: name the voxels it was"
-        " trained with in model.encoder.weights_shape"
+        f"its position embedding is of {patches} patches, which {what if found else 'are no cube'}:"
+        " name the voxels it was trained with in model.encoder.weights_shape"
     )
 
 

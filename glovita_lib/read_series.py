@@ -1,5 +1,5 @@
 """Time series files: CSV (wide and long), npy, npz, .ts, .arff, .tsv, and folders with a file a
-series; and what is done to a series before a model or a kernel sees it.
+series.
 
 N series, C channels, T time points of a series, M time points of all series.
 """
@@ -8,7 +8,7 @@ import csv
 import re
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,17 @@ import numpy as np
 
 from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import lines_of, read_cells
-from glovita_lib.spec_series import SeriesPreparation
 
 SUFFIXES = (".ts", ".arff", ".tsv", ".csv", ".npy", ".npz")
 ENTRIES = ("series", "lengths", "offsets", "times", "labels", "ids", "groups")
 """Arrays of a .npz file."""
 MISSING = frozenset(["", "?", "nan", "na", "n/a", "null", "none"])
-REGULAR = 1e-3  # share of a step by which it may differ where times are regular
+WHOLE = re.compile(r"[+-]?\d+")
+DATE = re.compile(
+    r"(\d{4}-\d\d(?:-\d\d(?:[T ]\d\d(?::\d\d(?::\d\d(?:\.\d+)?)?)?)?)?)"
+    r"\s*(Z|[+-]\d\d(?::?\d\d)?)?"
+)
+"""A date and its time of day (ISO 8601), and the zone."""
 
 # -------------------------------------------------------------------------------------- files
 
@@ -65,7 +69,7 @@ class SeriesTable:
     series: list[Any]
     """Arrays (C, T), NaN where a value is missing; a line of text where it cannot be used."""
     times: list[np.ndarray] | None = None
-    """(T,) of each series, where the file has them."""
+    """(T,) of each series, where the file has them: numbers or datetime64."""
     labels: list[Any] | np.ndarray | None = None
     """See data_labels.Labels."""
     groups: list[str] | None = None
@@ -170,16 +174,42 @@ def numbers(cells: Sequence[str]) -> np.ndarray | str:
 
 
 def time_numbers(cells: Sequence[str]) -> np.ndarray | str:
-    """Times (T,) as numbers: numbers as they are, dates as seconds since 1970; else what is wrong
-    with them."""
-    values = numbers(cells)
-    if isinstance(values, str):
-        try:
-            dates = np.array([cell.strip().replace(" ", "T") for cell in cells], "datetime64[us]")
-        except ValueError:
-            return f"time {values.removesuffix(' is no number')} is neither a number nor a date"
-        values = np.where(np.isnat(dates), np.nan, dates.astype(np.int64) / 1e6)
-    return values if np.isfinite(values).all() else "a time is missing"
+    """Times (T,): whole numbers as int64, others as float64, dates as datetime64 (of those with a
+    zone the time at UTC), so that no digit is lost; else what is wrong with them."""
+    stripped = [cell.strip() for cell in cells]
+    if any(cell.lower() in (*MISSING, "nat") for cell in stripped):
+        return "a time is missing"
+    values = numbers(stripped)
+    if isinstance(values, np.ndarray):
+        if not np.isfinite(values).all():
+            return "a time is missing"
+        whole = all(map(WHOLE.fullmatch, stripped)) and np.abs(values).max(initial=0) < 2**62
+        return np.array(list(map(int, stripped)), np.int64) if whole else values
+    found = [DATE.fullmatch(cell) for cell in stripped]
+    dates = [date for date in found if date]
+    if None in found:
+        place = found.index(None)
+        told = f'time "{stripped[place]}" (value {place}) is'
+        if not dates:
+            return f"{told} neither a number nor a date such as 2024-01-31 12:00:00"
+        return f'{told} no date, as "{dates[0][0]}" is'
+    years = [int(date[1][:4]) for date in dates]
+    unit = "ns" if min(years) > 1678 and max(years) < 2262 else "us"  # what 64 bits of ns hold
+    written = [date[1].replace(" ", "T") for date in dates]
+    ahead = [zone_minutes(date[2] or "Z") for date in dates]
+    try:
+        return np.array(written, f"datetime64[{unit}]") - np.array(ahead, "timedelta64[m]")
+    except ValueError as error:
+        return f"a time is no date: {error}"
+
+
+def zone_minutes(zone: str) -> int:
+    """By how much the clock of a zone, "Z" or "+01:00", is ahead of UTC."""
+    if zone == "Z":
+        return 0
+    digits = zone[1:].replace(":", "").ljust(4, "0")
+    minutes = 60 * int(digits[:2]) + int(digits[2:])
+    return -minutes if zone[0] == "-" else minutes
 
 
 # ----------------------------------------------------------------------------------------- CSV
@@ -331,7 +361,7 @@ def load_array(path: Path) -> np.ndarray:
 
 
 def checked(path: Path, name: str, values: np.ndarray) -> np.ndarray:
-    """Numbers that are no integers, as they are, integers as float64."""
+    """Numbers as float32 where they are, else as float64."""
     if values.dtype.kind not in "iufb":
         raise UserError(f"{path}: {name} holds {values.dtype}, no numbers")
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
@@ -398,7 +428,10 @@ def read_npz(path: Path, columns: Columns) -> SeriesTable:
     if "groups" in entries:
         table.groups = list(map(str, entries["groups"].tolist()))
     if "times" in entries:
-        table.times = array_times(path, checked(path, "times", entries["times"]), series, offsets)
+        times = entries["times"]
+        if times.dtype.kind not in "ifM":
+            times = checked(path, "times", times)
+        table.times = array_times(path, times, series, offsets)
     return table
 
 
@@ -578,123 +611,3 @@ READERS: dict[str, Callable[[Path, Columns], SeriesTable]] = {
     ".npy": read_npy,
     ".npz": read_npz,
 }
-
-
-# ---------------------------------------------------------------------------------- preparation
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedSeries:
-    """A series as models see it."""
-
-    values: np.ndarray  # (C, T) float32
-    there: np.ndarray  # (T,) bool, where a channel has a value at least
-    step: float | None = field(default=None)  # distance of its times, where it has some
-
-
-def prepare(
-    values: np.ndarray, times: np.ndarray | None, spec: SeriesPreparation
-) -> PreparedSeries | str:
-    """A series (C, T) prepared, or the line that says why it cannot be used."""
-    values = np.asarray(values, np.float64)
-    if np.isinf(values).any():
-        channel, place = np.argwhere(np.isinf(values))[0]
-        return f"an infinite value in channel {channel} at time point {place}"
-    there = ~np.isnan(values)
-    if not there.any():
-        return "no value"
-    end = int(np.flatnonzero(there.any(0))[-1]) + 1  # beyond it a table is filled up
-    values, there = values[:, :end], there[:, :end]
-    step = None
-    if times is not None:
-        times = times[:end]
-        if line := time_problem(times, spec.step):
-            return line
-        step = float(np.median(np.diff(times))) if end > 1 else None
-    if there.sum() < 2 or end < 2:
-        return "a single value: a series has two time points at least"
-    low, high = np.nanmin(values), np.nanmax(values)
-    spread = [np.ptp(channel[own]) for channel, own in zip(values, there, strict=True) if own.any()]
-    if not any(spread):
-        return "constant" + (f": every value is {low:g}" if low == high else " in every channel")
-    if spec.step is not None:
-        assert times is not None  # data_series refuses a step without times
-        values, there, step = *at_steps(values, there, times, spec.step), spec.step
-        if values.shape[1] < 2:
-            return f"shorter than data.preparation.step = {spec.step:g}"
-    if spec.normalize == "zscore":
-        values = standardized(values, there)
-    filled = np.stack([fill(v, own, spec.fill) for v, own in zip(values, there, strict=True)])
-    if spec.mask_channels:
-        filled = np.concatenate([filled, there])
-    if np.abs(filled).max() > np.finfo(np.float32).max:
-        return f"values up to {max(-low, high):g}, too large for float32"
-    return PreparedSeries(filled.astype(np.float32), there.any(0), step)
-
-
-def time_problem(times: np.ndarray, step: float | None) -> str | None:
-    """What is wrong with times (T,), of which regular ones are asked for without a step."""
-    steps = np.diff(times)
-    if (steps == 0).any():
-        return f"time {times[np.flatnonzero(steps == 0)[0]]:g} occurs twice"
-    if (steps < 0).any():
-        return f"times do not ascend at {times[np.flatnonzero(steps < 0)[0] + 1]:g}"
-    if step is not None or len(steps) < 2:
-        return None
-    usual = float(np.median(steps))
-    wrong = np.flatnonzero(np.abs(steps - usual) > REGULAR * usual)
-    if not len(wrong):
-        return None
-    first = wrong[0]
-    share = steps / usual
-    cure = "set data.preparation.step to resample"
-    if (np.abs(share - np.round(share)) <= 2 * REGULAR).all():
-        return f"a gap from {times[first]:g} to {times[first + 1]:g}, steps are {usual:g}: {cure}"
-    return f"irregular times, steps from {steps.min():g} to {steps.max():g}: {cure}"
-
-
-def at_steps(
-    values: np.ndarray, there: np.ndarray, times: np.ndarray, step: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Series (C, T) at times a step apart from the first one on, linear between observations; there
-    is a value where an observation is less than a step away."""
-    count = int(np.floor((times[-1] - times[0]) / step * (1 + 1e-9))) + 1
-    grid = times[0] + step * np.arange(count)
-    found, near = np.full((len(values), count), np.nan), np.zeros((len(values), count), bool)
-    for channel, own in enumerate(there):
-        if not own.any():
-            continue
-        known = times[own]
-        found[channel] = np.interp(grid, known, values[channel, own])
-        after = np.searchsorted(known, grid)
-        left = np.abs(grid - known[np.clip(after - 1, 0, None)])
-        right = np.abs(known[np.clip(after, None, len(known) - 1)] - grid)
-        near[channel] = np.minimum(left, right) < step * (1 - 1e-9)
-    return np.where(near, found, np.nan), near
-
-
-def standardized(values: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Channels (C, T) of mean 0 and deviation 1 over the values that are there; constant ones 0."""
-    eps = float(np.finfo(np.float64).eps)
-    count = np.maximum(there.sum(1, keepdims=True), 1)
-    known = np.where(there, values, 0)
-    mean = known.sum(1, keepdims=True) / count
-    known = np.where(there, values - mean, 0)
-    variance = np.square(known).sum(1, keepdims=True) / count
-    # by rounding alone, see data.is_constant
-    constant = variance <= count * eps * variance + np.square(count * eps * mean)
-    scaled = known / np.where(constant, 1, np.sqrt(variance))
-    return np.where(there & ~constant, scaled, np.where(there, 0, np.nan))
-
-
-def fill(values: np.ndarray, there: np.ndarray, rule: str) -> np.ndarray:
-    """A channel (T,) with missing values filled in."""
-    if there.all():
-        return values
-    if rule == "zero" or not there.any():
-        return np.where(there, values, 0)
-    places = np.flatnonzero(there)
-    if rule == "linear":
-        return np.interp(np.arange(len(values)), places, values[places])
-    before = np.searchsorted(places, np.arange(len(values)), side="right") - 1
-    return values[places[np.clip(before, 0, None)]]

@@ -374,7 +374,7 @@ class PrimusEncoder(VolumeEncoder, tag="primus", tag_field="encoder_type"):
     top. none takes the averaged one of several, or the teacher."""
     weights_shape: Annotated[Voxels | None, read_if("weights")] = None
     """Voxels that the position embedding in the file was made for; none takes those of the input
-    where their patches are as many, else a cube."""
+    or a cube, whichever has as many patches; where both have, it is asked for."""
 
     @property
     def has_patch(self) -> bool:

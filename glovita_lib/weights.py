@@ -86,10 +86,10 @@ class Mismatch:
         """A line per tensor; long lists are cut."""
         lines = []
         for title, names in (
+            ("the library says", [self.refusal] if self.refusal else []),
             ("missing in the file", self.missing),
             ("not in the network", self.unexpected),
             ("another shape", self.shapes),
-            ("the library says", [self.refusal] if self.refusal else []),
         ):
             if names:
                 lines.append(f"  {title:20}  " + listed(names, 8, f"\n  {title:20}  "))

@@ -313,6 +313,38 @@ def test_position_embeddings_of_files_are_resampled(tmp_path: Path) -> None:
     torch.testing.assert_close(fitted["eva.pos_embed"], expected)
 
 
+def test_a_position_embedding_of_two_grids_is_asked_about(tmp_path: Path) -> None:
+    file = str(tmp_path / "p.pt")
+    small = {"patch_embed_size": (4, 4, 4)}
+    cube = make(PrimusEncoder(**small), (16, 16, 16)).net.state_dict()
+    torch.save(cube, file)
+    with pytest.raises(UserError, match="64 patches, which may be of a cube of 4 as well as of"):
+        make(PrimusEncoder(**small, weights=file), (8, 16, 32), weights=True)
+    for shape, grid in (((16, 16, 16), (4, 4, 4)), ((8, 16, 32), (2, 4, 8))):
+        spec = PrimusEncoder(**small, weights=file, weights_shape=shape)
+        fitted = make(spec, (8, 16, 32), weights=True).net.state_dict()
+        expected = resample(cube["eva.pos_embed"], grid, (2, 4, 8))
+        torch.testing.assert_close(fitted["eva.pos_embed"], expected)
+    make(PrimusEncoder(**small, weights=file), (16, 16, 16), weights=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+def test_a_primus_of_segmentation_gives_its_encoder(tmp_path: Path, prefix: str) -> None:
+    """nnU-Net's checkpoint: the decoder and the token of masks beside the encoder's names."""
+    net = make(PrimusEncoder(), (16, 16, 16)).net
+    for parameter in net.parameters():
+        parameter.data += 0.1
+    beside = {"up_projection.decode.0.0.weight": torch.ones(3), "mask_token": torch.ones(1, 1, 396)}
+    named = {prefix + name: tensor for name, tensor in {**net.state_dict(), **beside}.items()}
+    torch.save({"network_weights": named, "current_epoch": 1}, tmp_path / "p.pth")
+    spec = PrimusEncoder(weights=str(tmp_path / "p.pth"))
+    loaded = make(spec, (16, 16, 16), weights=True).net.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in net.state_dict().items())
+    torch.save({"network_weights": {**named, prefix + "stem.weight": torch.ones(1)}}, spec.weights)
+    with pytest.raises(UserError, match="stem.weight"):
+        make(spec, (16, 16, 16), weights=True)
+
+
 # -------------------------------------------------------------------- sizes and mistakes
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from glovita_lib.errors import UserError
-from glovita_lib.read_series import Columns, fill, numbers, prepare, read_series
+from glovita_lib.read_series import Columns, numbers, read_series, time_numbers
+from glovita_lib.series_preparation import fill, prepare, since_first
 from glovita_lib.spec_series import SeriesPreparation
 
 COLUMNS = Columns("id", "time", ("label",), None, None, ())
@@ -49,7 +50,8 @@ def test_ts_with_times_and_numbers_to_predict(tmp_path):
     )
     table = read_series(write(tmp_path / "a.ts", text), COLUMNS)
     same(table, [[[1, np.nan, 2], [np.nan, 5, np.nan]], [[1, 2], [np.nan, 4]]])
-    assert np.diff(table.times[0]).tolist() == [1, 1] and table.times[1].tolist() == [0, 1]
+    assert since_first(table.times[0]).tolist() == [0, 1, 2]  # seconds
+    assert table.times[1].tolist() == [0, 1]
     assert table.labels == ["0.5", "1.5"] and table.subtask == "regression"
 
 
@@ -231,6 +233,85 @@ def test_irregular_times_are_resampled():
     found = prepared([[0, 3, 4]], [0, 1.5, 2], step=0.5, normalize="none")
     np.testing.assert_allclose(found.values, [[0, 1, 2, 3, 4]])
     assert found.step == 0.5
+
+
+def test_dates_lose_no_digit():
+    """What pandas reads, of every rate and zone; steps are those of whole numbers of units."""
+    pandas = pytest.importorskip("pandas")
+    first = np.datetime64("2024-03-01T00:00:00", "ns")
+    for step, zone in ((1, ""), (200_000, "Z"), (10**9, "+01:00"), (86400 * 10**9, "-0330")):
+        dates = first + step * np.arange(5) * np.timedelta64(1, "ns")
+        for written in (dates.astype(str), np.char.replace(dates.astype(str), "T", " ")):
+            cells = [cell + zone for cell in written]
+            found = time_numbers(cells)
+            read = pandas.to_datetime(cells, utc=True).tz_localize(None)
+            np.testing.assert_array_equal(found, read)
+            assert prepare(np.array([[1.0, 2, 4, 3, 1]]), found, SeriesPreparation()).step == (
+                pytest.approx(step / 1e9, rel=1e-12)
+            )
+    winter = time_numbers(["2024-10-27 02:30:00+02:00", "2024-10-27 02:30+01"])
+    assert since_first(winter).tolist() == [0, 3600]
+    assert since_first(time_numbers(["1200-01-01", "1200-01-03"])).tolist() == [0, 172800]
+    assert (
+        since_first(time_numbers(["1700000000000000001", "1700000000000000004"])).tolist()[1] == 3
+    )
+    numbered = np.array([f"{1.7e9 + k * 2e-4:.4f}" for k in range(50)])
+    values = np.arange(50.0)[None]
+    assert prepare(values, time_numbers(numbered), SeriesPreparation()).step is not None
+    shifted = np.where(np.arange(50) == 20, 1.7e9 + 20.1 * 2e-4, numbered.astype(float))
+    assert "irregular" in prepare(values, shifted, SeriesPreparation())
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (["0", "1", "2024-01-01"], 'time "0" (value 0) is no date, as "2024-01-01" is'),
+        (["2024-01-01", "7"], 'time "7" (value 1) is no date, as "2024-01-01" is'),
+        (["2024-01-01", "2024-02-30"], "a time is no date: Day out of range"),
+        (["01.02.2024"], "neither a number nor a date such as"),
+        (["2024-01-01", ""], "a time is missing"),
+        (["2024-01-01", "NaT"], "a time is missing"),
+        (["1", "nan"], "a time is missing"),
+        (["1", "inf"], "a time is missing"),
+    ],
+)
+def test_times_that_are_none_are_said(cells, said):
+    assert said in time_numbers(cells)
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        (["2024-01-01", "2024-01-02", "2024-01-03", "2024-01-06"], "gap from 2024-01-03 00:00:00"),
+        (["2024-01-01T00:00:00.000200", "2024-01-01T00:00:00.0002"], "00:00:00.0002 occurs twice"),
+        (["1700000000010", "1700000000010"], "time 1700000000010 occurs twice"),
+        (["1.0000001", "1.00000010"], "time 1.0000001 occurs twice"),
+    ],
+)
+def test_times_are_named_with_their_digits(times, said):
+    values = np.arange(float(len(times)))[None]
+    assert said in prepare(values, time_numbers(times), SeriesPreparation())
+
+
+def test_one_damaged_time_is_of_its_series_alone(tmp_path):
+    rows = [f"{name},{time},{time * time}" for name in "xyz" for time in range(4)]
+    rows[5] = "y,2024-01-01,1"
+    table = read_series(write(tmp_path / "a.csv", "\n".join(["id,time,v", *rows])), COLUMNS)
+    assert "is no date" in table.series[1]
+    assert [table.times[place].tolist() for place in (0, 2)] == [[0, 1, 2, 3]] * 2
+
+
+def test_times_of_arrays_are_kept_as_they_are(tmp_path):
+    values = np.random.default_rng(0).normal(size=(2, 4))
+    dates = np.datetime64("2024-01-01", "ms") + np.arange(8).reshape(2, 4)
+    for times, step in ((dates, 1e-3), (dates.astype(int) * 10**6, 1e6), (dates.astype(float), 1)):
+        np.savez(tmp_path / "a.npz", series=values, times=times)
+        table = read_series(tmp_path / "a.npz", COLUMNS)
+        found = prepare(table.series[1], table.times[1], SeriesPreparation())
+        assert found.step == pytest.approx(step, rel=1e-12)
+    missing = dates.copy()
+    missing[0, 1] = "NaT"
+    assert prepare(values[:1], missing[0], SeriesPreparation()) == "a time is missing"
 
 
 def test_numbers_are_read_as_they_are_written():

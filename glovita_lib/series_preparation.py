@@ -1,0 +1,150 @@
+"""What is done to a time series before a model or a kernel sees it: its times are looked at, it is
+resampled to steps, standardised, and its missing values filled in.
+
+C channels, T time points.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from glovita_lib.spec_series import SeriesPreparation
+
+REGULAR = 1e-3  # share of a step by which it may differ where times are regular
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSeries:
+    """A series as models see it."""
+
+    values: np.ndarray  # (C, T) float32
+    there: np.ndarray  # (T,) bool, where a channel has a value at least
+    step: float | None = field(default=None)  # distance of its times, where it has some
+
+
+def prepare(
+    values: np.ndarray, times: np.ndarray | None, spec: SeriesPreparation
+) -> PreparedSeries | str:
+    """A series (C, T) prepared, or the line that says why it cannot be used."""
+    values = np.asarray(values, np.float64)
+    if np.isinf(values).any():
+        channel, place = np.argwhere(np.isinf(values))[0]
+        return f"an infinite value in channel {channel} at time point {place}"
+    there = ~np.isnan(values)
+    if not there.any():
+        return "no value"
+    end = int(np.flatnonzero(there.any(0))[-1]) + 1  # beyond it a table is filled up
+    values, there = values[:, :end], there[:, :end]
+    step = None
+    if times is not None:
+        times = times[:end]
+        if not np.isfinite(times).all():
+            return "a time is missing"
+        when = since_first(times)
+        if line := time_problem(times, when, spec.step):
+            return line
+        step = float(np.median(np.diff(when))) if end > 1 else None
+    if there.sum() < 2 or end < 2:
+        return "a single value: a series has two time points at least"
+    low, high = np.nanmin(values), np.nanmax(values)
+    spread = [np.ptp(channel[own]) for channel, own in zip(values, there, strict=True) if own.any()]
+    if not any(spread):
+        return "constant" + (f": every value is {low:g}" if low == high else " in every channel")
+    if spec.step is not None:
+        assert times is not None  # data_series refuses a step without them
+        values, there, step = *at_steps(values, there, when, spec.step), spec.step
+        if values.shape[1] < 2:
+            return f"shorter than data.preparation.step = {spec.step:g}"
+    if spec.normalize == "zscore":
+        values = standardized(values, there)
+    filled = np.stack([fill(v, own, spec.fill) for v, own in zip(values, there, strict=True)])
+    if spec.mask_channels:
+        filled = np.concatenate([filled, there])
+    if np.abs(filled).max() > np.finfo(np.float32).max:
+        return f"values up to {max(-low, high):g}, too large for float32"
+    return PreparedSeries(filled.astype(np.float32), there.any(0), step)
+
+
+def since_first(times: np.ndarray) -> np.ndarray:
+    """Times (T,) since the first one, float64; of dates in seconds."""
+    apart = times - times[0]
+    return apart / np.timedelta64(1, "s") if times.dtype.kind == "M" else apart.astype(np.float64)
+
+
+def time_problem(times: np.ndarray, when: np.ndarray, step: float | None) -> str | None:
+    """What is wrong with times (T,), of which regular ones are asked for without a step."""
+    steps = np.diff(when)
+    if (steps == 0).any():
+        return f"time {time_text(times[np.flatnonzero(steps == 0)[0]])} occurs twice"
+    if (steps < 0).any():
+        return f"times do not ascend at {time_text(times[np.flatnonzero(steps < 0)[0] + 1])}"
+    if step is not None or len(steps) < 2:
+        return None
+    usual = float(np.median(steps))
+    rounding = 2 * np.spacing(np.abs(times).max()) if times.dtype.kind == "f" else 0
+    wrong = np.flatnonzero(np.abs(steps - usual) > REGULAR * usual + rounding)
+    if not len(wrong):
+        return None
+    first = wrong[0]
+    share = steps / usual
+    cure = "set data.preparation.step to resample"
+    if (np.abs(share - np.round(share)) <= 2 * REGULAR + rounding / usual).all():
+        ends = f"from {time_text(times[first])} to {time_text(times[first + 1])}"
+        return f"a gap {ends}, steps are {usual:g}: {cure}"
+    return f"irregular times, steps from {steps.min():g} to {steps.max():g}: {cure}"
+
+
+def time_text(time: Any) -> str:
+    """A time with all its digits, a date without those that are zero."""
+    if isinstance(time, np.datetime64):
+        text = str(time).replace("T", " ")
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    return repr(time.item()).removesuffix(".0")
+
+
+def at_steps(
+    values: np.ndarray, there: np.ndarray, times: np.ndarray, step: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Series (C, T) at times a step apart from the first one on, linear between observations; there
+    is a value where an observation is less than a step away."""
+    count = int(np.floor((times[-1] - times[0]) / step * (1 + 1e-9))) + 1
+    grid = times[0] + step * np.arange(count)
+    found, near = np.full((len(values), count), np.nan), np.zeros((len(values), count), bool)
+    for channel, own in enumerate(there):
+        if not own.any():
+            continue
+        known = times[own]
+        found[channel] = np.interp(grid, known, values[channel, own])
+        after = np.searchsorted(known, grid)
+        left = np.abs(grid - known[np.clip(after - 1, 0, None)])
+        right = np.abs(known[np.clip(after, None, len(known) - 1)] - grid)
+        near[channel] = np.minimum(left, right) < step * (1 - 1e-9)
+    return np.where(near, found, np.nan), near
+
+
+def standardized(values: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Channels (C, T) of mean 0 and deviation 1 over the values that are there; constant ones 0."""
+    eps = float(np.finfo(np.float64).eps)
+    count = np.maximum(there.sum(1, keepdims=True), 1)
+    known = np.where(there, values, 0)
+    mean = known.sum(1, keepdims=True) / count
+    known = np.where(there, values - mean, 0)
+    variance = np.square(known).sum(1, keepdims=True) / count
+    # by rounding alone, see data.is_constant
+    constant = variance <= count * eps * variance + np.square(count * eps * mean)
+    scaled = known / np.where(constant, 1, np.sqrt(variance))
+    return np.where(there & ~constant, scaled, np.where(there, 0, np.nan))
+
+
+def fill(values: np.ndarray, there: np.ndarray, rule: str) -> np.ndarray:
+    """A channel (T,) with missing values filled in."""
+    if there.all():
+        return values
+    if rule == "zero" or not there.any():
+        return np.where(there, values, 0)
+    places = np.flatnonzero(there)
+    if rule == "linear":
+        return np.interp(np.arange(len(values)), places, values[places])
+    before = np.searchsorted(places, np.arange(len(values)), side="right") - 1
+    return values[places[np.clip(before, 0, None)]]
