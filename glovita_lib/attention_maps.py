@@ -17,7 +17,7 @@ from glovita_lib.encoder import Features
 from glovita_lib.errors import UserError, file_name, listed
 from glovita_lib.extraction import token_places
 from glovita_lib.figures import GREY, bare, displayed, drawing, number, short, window
-from glovita_lib.objectives import LabelledPredictions, Predictions
+from glovita_lib.objectives import LabelledPredictions, Predictions, frames_shown
 from glovita_lib.resolved import ImageInputs, Resolved
 
 # ---------------------------------------------------------------------------------- the file
@@ -33,6 +33,7 @@ from glovita_lib.resolved import ImageInputs, Resolved
 # - ids (B,), bag_ptr (B + 1,): instances bag_ptr[b]..bag_ptr[b + 1] are bag b, in the order of the
 #   feature file
 # - coords (M, 2 or more) float64, where there are some; NaN in bags without them
+# - frames (M,) int64, times (M,) float64: of the frames of a clip, their numbers and their seconds
 # - instance_ids (M,), where the feature file has them: which tile an instance is
 # - attributes: class_names, branches (what the K columns are), coords (their axes), checkpoints ...
 #
@@ -81,6 +82,11 @@ class Sizes:
     lengths: np.ndarray  # (B,) int64
     branches: int
     places: list[np.ndarray] | None  # (n, axes) of the patch tokens of each sample
+
+    @property
+    def are_slices(self) -> bool:
+        """Whether instances lie along one axis."""
+        return bool(self.places) and self.places[0].shape[1] == 1
 
 
 class AttentionWriter:
@@ -165,6 +171,9 @@ class AttentionWriter:
                 return None
             sizes = one_size(members)
             tables = {"ids": np.array(split.ids, object), "bag_ptr": pointers(sizes.lengths)}
+            for name, rows in frames_shown(resolved.inputs, split).items():
+                if sizes.are_slices and (sizes.lengths == rows.shape[1]).all():
+                    tables[name] = rows.ravel()
             with files.atomic_path(self.target) as temporary:
                 self.assemble(
                     temporary, split, sizes, tables, model_attributes(resolved, sizes) | notes

@@ -185,13 +185,13 @@ WHOLE_COHORT = 'data.split_source = "splits_json" with all ids as test in data.s
 def strata(targets: np.ndarray, subtask: str, *, kept: bool = True, bins: int = 10) -> np.ndarray:
     """Stratum (N,) int64 of each sample; all in one stratum where proportions are not `kept`.
 
-    multiclass: the class. multilabel: the rarest of the sample's labels, which is the one a split
-    most easily loses. regression: the quantile bin of the target, of the mean standardised target
-    if there are several; at least 5 samples a bin.
+    multiclass, framewise: the class, that of most frames. multilabel: the rarest of the sample's
+    labels, which is the one a split most easily loses. regression: the quantile bin of the target,
+    of the mean standardised target if there are several; at least 5 samples a bin.
     """
     if not kept or not len(targets):
         return np.zeros(len(targets), np.int64)
-    if subtask == "multiclass":
+    if subtask in ("multiclass", "framewise"):
         return targets.astype(np.int64)
     if subtask == "multilabel":
         order = np.argsort(targets.sum(0), kind="stable")  # rarest label first

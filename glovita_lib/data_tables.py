@@ -276,10 +276,11 @@ def csv_labels(
     return table
 
 
-def datalist_labels(path: Path, images: SampleFolder) -> LabelTable:
+def datalist_labels(path: Path, images: SampleFolder, *, labelled: bool = True) -> LabelTable:
     """Labels and splits of a JSON object {split: [{"image": path, "label": label}, ...]}, as the
-    Medical Segmentation Decathlon and MONAI write it; image may be a list of paths. Other keys, and
-    entries that are a path alone, are not used.
+    Medical Segmentation Decathlon and MONAI write it; image may be a list of paths. Other keys
+    are not used, nor entries without a label, which may be a path alone, where samples are
+    `labelled`.
 
     Raises:
         UserError: no such object, or two labels for one sample.
@@ -289,12 +290,15 @@ def datalist_labels(path: Path, images: SampleFolder) -> LabelTable:
     table = LabelTable()
     for split, entries in lists.items():
         for entry in entries if isinstance(entries, list) else ():
-            if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
+            if isinstance(entry, str) and not labelled:
+                entry = {"image": entry}
+            needed = {"image", "label"} if labelled else {"image"}
+            if not isinstance(entry, dict) or not needed <= entry.keys():
                 continue
             paths = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
             identity, name = images.find_row(tuple(map(str, paths)))
             table.split_names.add(split)
-            enter(table, path, identity, name, entry["label"], split)
+            enter(table, path, identity, name, entry["label"] if labelled else "", split)
             if identity is not None:
                 agree(path, name, "split", table.splits.setdefault(identity, split), split)
     if not table.split_names:

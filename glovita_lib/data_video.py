@@ -35,7 +35,14 @@ from glovita_lib.data import (
 from glovita_lib.data_folder import read_folder
 from glovita_lib.data_frames import FrameTable, read_frame_labels, with_class_names
 from glovita_lib.data_labels import untrained
-from glovita_lib.data_tables import LabelTable, Problems, SampleFolder, csv_labels, walk_folders
+from glovita_lib.data_tables import (
+    LabelTable,
+    Problems,
+    SampleFolder,
+    csv_labels,
+    datalist_labels,
+    walk_folders,
+)
 from glovita_lib.dist import cores, number_of
 from glovita_lib.errors import UserError, listed
 from glovita_lib.files import on_disk, read_csv
@@ -54,7 +61,7 @@ from glovita_lib.read_video import (
 )
 from glovita_lib.spec_data import VideoData
 from glovita_lib.spec_samples import UNLABELLED
-from glovita_lib.spec_video import VideoReading
+from glovita_lib.spec_video import ClipSampling, VideoReading
 
 # ------------------------------------------------------------------------------------- source
 
@@ -385,16 +392,41 @@ def order_line(facts: Sequence[VideoFacts]) -> list[str]:
     ]
 
 
+def short_line(
+    ids: Sequence[str], facts: Sequence[VideoFacts], sampling: ClipSampling
+) -> list[str]:
+    """A line on the videos that are shorter than a clip."""
+    short = []
+    for name, each in zip(ids, facts, strict=True):
+        last = sampling.frames - 1
+        if sampling.fps is not None:
+            seconds = each.clock.seconds(np.zeros(1)) + last / sampling.fps
+            last = int(each.clock.frames(seconds)[0])
+        elif sampling.method == "dense":
+            last *= sampling.stride
+        if last >= each.frames:
+            short.append(f"{name} ({each.frames})")
+    if not short:
+        return []
+    return [
+        f"{len(short)} of {len(ids)} videos have fewer frames than a clip reaches over; their last"
+        f" frame is repeated: {listed(short)}"
+    ]
+
+
 # ------------------------------------------------------------------------------- labels of frames
 
 
 def split_table(spec: VideoData, folder: VideoFolder, frames: FrameTable) -> LabelTable:
-    """Splits and groups of videos where a CSV file states them, and as the label of each that of
-    most of its frames."""
+    """Splits and groups of videos where a file of labels states them, and as the label of each that
+    of most of its frames."""
     table = LabelTable()
-    if spec.label_source == "csv" and (spec.split_source == "csv" or spec.group_column):
+    path = Path(spec.data_root_dir) / spec.label_path if spec.reads_label_file else Path()
+    if spec.split_source == "dataset_json":
+        table = datalist_labels(on_disk(path), folder, labelled=False)
+    elif spec.label_source == "csv" and (spec.split_source == "csv" or spec.group_column):
         table = csv_labels(
-            on_disk(Path(spec.data_root_dir) / spec.label_path),
+            on_disk(path),
             folder,
             path_columns=spec.path_columns,
             label_column=(),
@@ -448,7 +480,7 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
         asked=asked,
         table=table_of_frames,
     )
-    report += order_line(found.found)
+    report += order_line(found.found) + short_line(found.ids, found.found, spec.sampling)
     if frames is None:
         report += found.untrained()
     videos = VideoTable([folder.video(i) for i in found.ids], found.found)
@@ -531,8 +563,9 @@ def unlabelled_videos(path: str, samples: ClipSamples, data: VideoData) -> tuple
     if not facts:
         raise UserError(problems.text("cannot be used, which leaves none:"))
     ids = [name for name in paths if name in facts]
-    table = VideoTable([paths[name] for name in ids], [facts[name] for name in ids])
-    report += order_line(list(facts.values()))
+    found = [facts[name] for name in ids]
+    table = VideoTable([paths[name] for name in ids], found)
+    report += order_line(found) + short_line(ids, found, data.sampling)
     split = Split(ids, None, VideoSource(table, np.arange(len(ids))))
     if samples.label_level == "frame":
         split = replace(split, frames=frames_of(split.ids, split.source, None))

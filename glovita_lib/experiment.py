@@ -690,11 +690,11 @@ def refuse_unstable(experiment: Experiment) -> None:
             f" set {parts.setting} and head_type classification or regression, or leave it out"
         )
     task = experiment.root.task
-    drawn = [*inputs.drawn]
-    drawn += [name for name in ("mixup", "cutmix") if getattr(task, name)]
+    mixed = [name for name in ("mixup", "cutmix") if getattr(task, name)]
+    drawn = inputs.drawn | {f"task.{name}": f"task.{name} = false" for name in mixed}
     if drawn:
+        cure = ", ".join(dict.fromkeys(drawn.values()))
         raise UserError(
-            f"{key}: training draws {', '.join(drawn)}, so no two epochs are alike; set"
-            f' data.augmentation.train_policy = "{inputs.still_policy}" without mixup and cutmix,'
+            f"{key}: training draws {', '.join(drawn)}, so no two epochs are alike; set {cure},"
             " or leave it out"
         )

@@ -21,7 +21,7 @@ from glovita_lib.data import ClipSamples, Data, Source, Split, VideoFrames, subs
 from glovita_lib.data_video import VideoSource, frames_of
 from glovita_lib.encoder import preprocess_of
 from glovita_lib.errors import UserError, refuse
-from glovita_lib.objectives import as_loaded, build_inputs
+from glovita_lib.objectives import as_loaded, build_inputs, frames_shown
 from glovita_lib.read_video import Clock, LoadedVideo, VideoView
 from glovita_lib.resolved import ClipInputs, resolve_inputs
 from glovita_lib.spec_augment import ImageAugmentation
@@ -261,6 +261,20 @@ def _(inputs: ClipInputs, *, train: bool) -> ClipAugmenter:
 
 
 # -------------------------------------------------------------------------------- what is loaded
+
+
+@frames_shown.register
+def _(inputs: ClipInputs, split: Split) -> dict[str, np.ndarray]:
+    """Of a video that is shorter than a clip the last frame stands several times."""
+    if inputs.sampling.clips > 1 or inputs.label_level == "frame":
+        return {}
+    sizes, clocks = split.source.sizes[:, 0].tolist(), split.source.clocks
+    frames, times = [], []
+    for count, clock in zip(sizes, clocks, strict=True):
+        numbers = clip_frames(inputs.sampling, count, clock, None, 1)[0]
+        frames.append(np.minimum(numbers, count - 1))
+        times.append(clock.seconds(frames[-1]))
+    return {"frames": np.array(frames), "times": np.array(times)}
 
 
 @as_loaded.register

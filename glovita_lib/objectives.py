@@ -164,6 +164,14 @@ def as_loaded(
     return split
 
 
+@ByStruct
+def frames_shown(inputs: Inputs, split: Split) -> dict[str, np.ndarray]:
+    """Which frames of its video evaluation sees of each sample, by name: `frames` (N, T) int64,
+    their numbers, and `times` (N, T), seconds; empty where samples are no videos, or several clips
+    each."""
+    return {}
+
+
 def clips_as_samples(inputs: Inputs, data: Data) -> Data:
     """A data set of videos with labels of frames as one of their clips, for modes that read an
     encoder out: each has the class of most of its frames and its video as its group; those without

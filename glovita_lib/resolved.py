@@ -74,14 +74,17 @@ class Parts(NamedTuple):
     """What has the model see a sample at once."""
 
 
+def drawn_by(augmentation: Any, still: str) -> dict[str, str]:
+    """What a train policy draws, see ImageInputs.drawn; `still` is one that draws nothing."""
+    setting = f'data.augmentation.train_policy = "{still}"'
+    return dict.fromkeys(augmentation.train.random(), setting)
+
+
 class ImageInputs(ImageSamples, tag="images"):
     """Images, under the policies of the run."""
 
     parts: ClassVar[Parts | None] = None
     """What evaluation sees of a sample one by one; none where it sees all of it."""
-
-    still_policy: ClassVar[str] = "default_2d_1"
-    """A train policy that draws nothing."""
 
     augmentation: ResolvedImageAugmentation
     """Policies with all their parameters, sizes, mean and std."""
@@ -103,16 +106,13 @@ class ImageInputs(ImageSamples, tag="images"):
         return msgspec.to_builtins(self.augmentation)
 
     @property
-    def drawn(self) -> list[str]:
-        """What the train policy draws, by the names of its fields."""
-        return self.augmentation.train.random()
+    def drawn(self) -> dict[str, str]:
+        """What training draws, by the names of fields, and the setting that draws nothing."""
+        return drawn_by(self.augmentation, "default_2d_1")
 
 
 class VolumeInputs(VolumeSamples, tag="volumes", kw_only=True):
     """Volumes, prepared, under the policies of the run."""
-
-    still_policy: ClassVar[str] = "default_3d_1"
-    """A train policy that draws nothing."""
 
     augmentation: ResolvedVolumeAugmentation
     """Policies with all their parameters and the patch."""
@@ -147,16 +147,12 @@ class VolumeInputs(VolumeSamples, tag="volumes", kw_only=True):
         return msgspec.to_builtins(self)
 
     @property
-    def drawn(self) -> list[str]:
-        """What the train policy draws, by the names of its fields."""
-        return self.augmentation.train.random()
+    def drawn(self) -> dict[str, str]:
+        return drawn_by(self.augmentation, "default_3d_1")
 
 
 class SeriesInputs(SeriesSamples, tag="series", kw_only=True):
     """Time series, prepared, under the policies of the run."""
-
-    still_policy: ClassVar[str] = "default_series_1"
-    """A train policy that draws nothing."""
 
     parts: ClassVar[Parts | None] = None
     """What evaluation sees of a sample one by one; none where it sees all of it."""
@@ -180,16 +176,12 @@ class SeriesInputs(SeriesSamples, tag="series", kw_only=True):
         return msgspec.to_builtins(self)
 
     @property
-    def drawn(self) -> list[str]:
-        """What the train policy draws, by the names of its fields."""
-        return self.augmentation.train.random()
+    def drawn(self) -> dict[str, str]:
+        return drawn_by(self.augmentation, "default_series_1")
 
 
 class ClipInputs(ClipSamples, tag="videos", kw_only=True):
     """Clips of videos, under the policies of images of the run."""
-
-    still_policy: ClassVar[str] = "default_2d_1"
-    """A train policy that draws nothing."""
 
     augmentation: ResolvedImageAugmentation
     """Policies with all their parameters, sizes, mean and std."""
@@ -226,10 +218,14 @@ class ClipInputs(ClipSamples, tag="videos", kw_only=True):
         return msgspec.to_builtins(self)
 
     @property
-    def drawn(self) -> list[str]:
-        """What the train policy and the sampling draw, by the names of their fields."""
-        of_places = self.sampling.train != "middle" or self.sampling.train_clips > 1
-        return self.augmentation.train.random() + ["sampling.train"] * of_places
+    def drawn(self) -> dict[str, str]:
+        still = {"train": "middle", "train_clips": 1}
+        of_places = {
+            f"sampling.{name}": f"data.sampling.{name} = {shown(value)}"
+            for name, value in still.items()
+            if getattr(self.sampling, name) != value
+        }
+        return drawn_by(self.augmentation, "default_2d_1") | of_places
 
 
 class VectorInputs(VectorSamples, tag="vectors"):

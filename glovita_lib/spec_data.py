@@ -312,6 +312,14 @@ class VideoData(FolderData, tag="generic_video_dataset", tag_field="dataset"):
     def paths_taken(self) -> dict[str, Any]:
         return {**super().paths_taken(), "reading": {"index_file": self.index_path}}
 
+    @property
+    def reads_table(self) -> bool:
+        return super().reads_table or self.frames.label_level == "frame"
+
+    @property
+    def reads_groups(self) -> bool:
+        return super().reads_table
+
     def stated_subtask(self) -> Subtask | None:
         return "framewise" if self.frames.label_level == "frame" else super().stated_subtask()
 

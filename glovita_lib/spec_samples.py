@@ -36,7 +36,13 @@ OF_LABEL_FILE = read_if(
 OF_TABLE = read_if(
     "reads_table",
     True,
-    words='data.label_source = "csv" (images, volumes) or data.labels_file (features)',
+    words='data.label_source = "csv" (images, volumes, videos), data.frames.label_level = "frame"'
+    " or data.labels_file (features)",
+)
+OF_GROUPS = read_if(
+    "reads_groups",
+    True,
+    words='data.label_source = "csv" (images, volumes, videos) or data.labels_file (features)',
 )
 OF_NAMED_SPLITS = read_unless("split_source", "kfold")
 OF_SEVERAL_LABELS = read_if(
@@ -172,7 +178,7 @@ class FileData(BaseData):
     one are not used; none takes the labels in the feature file."""
     label_column: Annotated[str | tuple[str, ...], OF_TABLE] = "label"
     """CSV column of the label; several for multilabel (0/1 each) and multi-target regression."""
-    group_column: Annotated[str | None, OF_TABLE] = None
+    group_column: Annotated[str | None, OF_GROUPS] = None
     """CSV column of the group (patient, slide) that must stay in one split; none takes the groups
     of the feature file, where it has some."""
     split_file: Annotated[PathText, read_if("split_source", "splits_json")] = "splits.json"
@@ -193,6 +199,11 @@ class FileData(BaseData):
     def reads_table(self) -> bool:
         """Whether labels come from a CSV file."""
         return self.labels_file is not None
+
+    @property
+    def reads_groups(self) -> bool:
+        """Whether groups may come from the CSV file of the labels of samples."""
+        return self.reads_table
 
     def folds_of(self, split_source: str) -> int | None:
         """Number of folds; None where a split file tells."""

@@ -19,7 +19,7 @@ from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
 from glovita_lib.spec_data import VideoData
 from glovita_lib.spec_samples import UNLABELLED
-from glovita_lib.spec_video import FrameLabels, VideoReading
+from glovita_lib.spec_video import ClipSampling, FrameLabels, VideoReading
 
 pytest.importorskip("av")
 pytest.importorskip("decord")
@@ -274,6 +274,58 @@ def test_segments_frames_and_files_say_the_same(root):
     assert labelled(found) == wanted
     part = subset(found.splits["train"], np.array([1]))
     assert part.frames.labels[part.frames.video_of[0]].shape == (lengths[part.ids[0]],)
+
+
+def test_videos_with_labels_of_frames_are_split_as_samples_are(root):
+    """By every source of splits, under any names of columns, and of a share of train."""
+    ids = names(root)
+    rows = [(i, n, f"{n % 2}") for i in ids for n in range(8)]
+    table(root, rows, "video", "frame", "state", name="frames.csv")
+    columns = {"path_column": "video", "label_column": "state", "frames": FRAMES}
+    parts = {"train": ids[:8], "val": ids[8:10], "test": ids[10:]}
+    listed = {name: [{"image": i} for i in part] for name, part in parts.items()}
+    listed["test"] = parts["test"]  # a list of paths, as Decathlon's
+    (root / "dataset.json").write_text(json.dumps(listed | {"modality": {"0": "RGB"}}))
+    (root / "splits.json").write_text(json.dumps(parts))
+    placed = [(i, name) for name, part in parts.items() for i in part]
+    table(root, placed, "video", "split")
+    for labels, source in (
+        ("dataset_json", "dataset_json"),
+        ("csv", "csv"),
+        ("json", "splits_json"),
+        ("folder", "splits_json"),
+        ("dataset_json", "splits_json"),
+    ):
+        data = build(root, label_source=labels, split_source=source, **columns)
+        assert {name: split.ids for name, split in data.splits.items()} == parts
+        assert data.splits["val"].frames.labels[0][:4].tolist() == [0, 1, 0, 1]
+    for stratified in (True, False):
+        some = build(root, **columns, data_fraction=0.5, stratified=stratified)
+        assert len(some.splits["train"]) == len(some.splits["train"].frames.video_of) == 2
+    with pytest.raises(UserError, match=r"data.group_column.*only with data.label_source = .csv."):
+        build(root, **columns, label_source="json", group_column="video")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "short"),
+    [
+        ({"frames": 9}, "walk/v0 (8)"),
+        ({"frames": 9, "method": "uniform"}, "walk/v0 (8)"),
+        ({"frames": 5, "stride": 2}, "walk/v0 (8)"),
+        ({"frames": 5, "fps": 12.5}, "walk/v0 (8)"),
+        ({"frames": 8}, None),
+        ({"frames": 4, "stride": 2}, None),
+    ],
+)
+def test_videos_that_are_shorter_than_a_clip_are_told(root, sampling, short):
+    sampling = ClipSampling(**sampling)
+    _, new = unlabelled_videos(
+        str(root / "videos"), ClipSamples(channels=3), VideoData(sampling=sampling)
+    )
+    for report in (build(root, sampling=sampling).report, new):
+        told = [line for line in report if "fewer frames than a clip reaches over" in line]
+        assert len(told) == (short is not None)
+        assert not told or (told[0].startswith("1 of 12 videos") and told[0].endswith(short))
 
 
 def test_what_a_label_of_a_frame_means_is_decided_as_that_of_a_sample(root):

@@ -216,9 +216,32 @@ def test_vectors_of_a_frozen_encoder_are_kept(command, spec):
         assert float(a["p_slow"]) == pytest.approx(float(b["p_slow"]), abs=1e-5)
     cache = ["name=no", "training.cache_frozen_features=true", "peft.method=linear_probing"]
     refused = command(*cache, spec=spec, code=2)
-    assert "sampling.train" in refused.err
+    assert 'train_policy = "default_2d_1", data.sampling.train = "middle", data' in refused.err
+    again = command(*cache, *still[:2], still[3], spec=spec, code=2).err
+    assert "set data.sampling.train_clips = 1, or leave it out" in again
     refused = command(*still, *cache[:2], "data.sampling.combine=probabilities", spec=spec, code=2)
     assert 'set data.sampling.combine = "logits"' in refused.err
+
+
+@pytest.mark.runs
+def test_attention_of_frames_says_which_they_are(command, spec):
+    """Of the middle of a video, and of one that is shorter than a clip."""
+    changes = ["model.encoder.lift=slices", "data.sampling.clips=1", "name=frames"]
+    encoder = ["encoder_type=timm", "type=test_resnet", "pretrained=false"]
+    dropped = ("features_per_stage", "n_blocks_per_stage", "strides", "encoder_type")
+    lines = [line for line in (spec + BAG).splitlines() if not line.startswith(dropped)]
+    changes += [f"model.encoder.{change}" for change in encoder]
+    spec = "\n".join(lines)
+    run = command(*changes, spec=spec)
+    command("mode=infer", "infer.attention=true", "infer.split=train", *changes, spec=spec)
+    with h5py.File(next(run.path.glob("infer/attention_train.h5"))) as file:
+        ids, ptr = file["ids"].asstr()[:].tolist(), file["bag_ptr"][:]
+        for video, count in (("00.mpg", 9), ("01.mp4", 3)):
+            own = slice(*ptr[ids.index(video) :][:2])
+            first = max(count - 1 - 6, 0) // 2
+            expected = np.minimum(first + 2 * np.arange(4), count - 1)
+            assert file["frames"][own].tolist() == expected.tolist()
+            np.testing.assert_allclose(file["times"][own], expected / 25)
 
 
 @pytest.mark.processes
