@@ -86,7 +86,7 @@ class Sizes:
     @property
     def are_slices(self) -> bool:
         """Whether instances lie along one axis."""
-        return bool(self.places) and self.places[0].shape[1] == 1
+        return self.places is not None and all(part.shape[1] == 1 for part in self.places)
 
 
 class AttentionWriter:

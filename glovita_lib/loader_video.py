@@ -268,9 +268,9 @@ def _(inputs: ClipInputs, split: Split) -> dict[str, np.ndarray]:
     """Of a video that is shorter than a clip the last frame stands several times."""
     if inputs.sampling.clips > 1 or inputs.label_level == "frame":
         return {}
-    sizes, clocks = split.source.sizes[:, 0].tolist(), split.source.clocks
+    source: Any = split.source  # of videos, which has clocks
     frames, times = [], []
-    for count, clock in zip(sizes, clocks, strict=True):
+    for count, clock in zip(source.sizes[:, 0].tolist(), source.clocks, strict=True):
         numbers = clip_frames(inputs.sampling, count, clock, None, 1)[0]
         frames.append(np.minimum(numbers, count - 1))
         times.append(clock.seconds(frames[-1]))
