@@ -293,7 +293,7 @@ def ours_are_flipped(spec):
     ranks = dist.Ranks(0, 1, 0, torch.device("cpu"))
     data = read_data(loaded.root, ranks)
     resolved = resolve_spec(loaded.root, data)
-    assert (resolved.inputs.augmentation.train.hflip_p, resolved.inputs.drawn) == (
+    assert (resolved.inputs.augmentation.train.hflip_p, [*resolved.inputs.drawn]) == (
         0.5,
         ["hflip_p", "vflip_p"],
     )
