@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 # N samples, R resamples.
 
 ELEMENTS_AT_ONCE = 4_000_000  # weights held at a time: 32 MB
-LEAST = 5  # samples of a class or label, see `without_interval`
-BEHIND = 40  # samples that a mean over classes rests on, likewise
+WHOLE = 15  # samples of a split, see `without_interval`
+LEAST = 5  # samples of each class or label of a mean over them, likewise
+BEHIND = 40  # samples that such a mean, or the value of one class, rests on
 
 
 def counts_of(samples: "Samples") -> Array:
@@ -69,15 +70,18 @@ def samples_behind(counts: Array) -> float:
 
 
 def without_interval(names: tuple[str, ...], samples: "Samples") -> dict[str, str]:
-    """Logged names of the metrics over classes that have too few samples for a bootstrap interval
-    -> the reason.
+    """Logged names of the metrics that have too few samples for a bootstrap interval -> the reason.
 
-    Where a class has fewer than 5, or the mean over classes rests on fewer than 40, intervals at
-    95 % cover less than 90 % (docs/training.md has what was measured). Metrics over all samples
-    have one.
+    Of fewer than 15 samples, and where a class has fewer than 5, or the mean over classes or the
+    value of a class rests on fewer than 40, intervals at 95 % cover less than 90 %
+    (docs/training.md has what was measured).
     """
     counts, class_names = counts_of(samples), samples.class_names
     over = [name for name in names if samples.subtask in METRICS[name].over_classes]
+    if len(samples) < WHOLE:
+        unit = "videos" if samples.subtask == "framewise" else "samples"
+        lack = f"the split has {len(samples)} of the {WHOLE} {unit} that it takes"
+        return dict.fromkeys(logged_names(names, class_names), lack)
     if not over or not (counts > 0).any():
         return {}
     kind = "label" if samples.subtask == "multilabel" else "class"
@@ -97,7 +101,8 @@ def without_interval(names: tuple[str, ...], samples: "Samples") -> dict[str, st
     for name in over:
         logged = logged_names([name], class_names)
         if METRICS[name].per_class:
-            lost |= {logged[k]: why for k, why in few.items()}
+            rare = np.flatnonzero((counts > 0) & (counts < BEHIND)).tolist()
+            lost |= {logged[k]: f"it has {counts[k]} of the {BEHIND} {what} it takes" for k in rare}
         elif reason:
             lost |= dict.fromkeys(logged, reason)
     return lost

@@ -610,12 +610,17 @@ def is_spared(owner: nn.Module, owner_name: str, name: str, parameter: Tensor) -
     """Whether a parameter of which no library says anything is one of those of `undecayed`."""
     if parameter.ndim <= 1 or isinstance(owner, nn.Embedding | nn.EmbeddingBag):
         return True
-    words = set(re.split(r"[^a-z]+", name.lower()))
+    words = words_of(name)
     if isinstance(owner, MATRICES) and "weight" in words:
         return False
     is_factor = parameter.ndim > 2 and sum(side > 1 for side in parameter.shape) <= 1
-    of_positions = POSITIONS & set(re.split(r"[^a-z]+", owner_name.lower()))
+    of_positions = POSITIONS & words_of(owner_name)
     return bool(is_factor or words & UNDECAYED or (of_positions and name != "weight"))
+
+
+def words_of(name: str) -> set[str]:
+    """The words of a name: pos and embed of pos_embed, posEmbed and pos.embed2."""
+    return set(re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
 
 
 # --------------------------------------------------------------------- what is never compiled

@@ -54,13 +54,13 @@ def test_equals_a_loop_over_the_same_resamples(subtask: str, monkeypatch) -> Non
 
 def test_interval_is_the_percentiles_of_the_loop() -> None:
     """Of F1, precision, AP and calibration errors moved by the mean that resampling shifts them."""
-    data = data_of("multiclass", 80)
-    data["targets"] = np.arange(80) % 4
+    data = data_of("multiclass", 160)
+    data["targets"] = np.arange(160) % 4
     names = ("acc", "ece", "auroc", "ap", "f1", "f1_per_class", "balanced_acc", "mcc", "brier")
     found = metrics_report(names, bootstrap=200, seed=9, **data)["ci95"]
     stream, loop = np.random.default_rng(9), {name: [] for name in found}
     for _ in range(200):
-        rows = stream.integers(0, 80, 80)
+        rows = stream.integers(0, 160, 160)
         drawn = {"targets": data["targets"][rows], "scores": data["scores"].of(rows)}
         for name, value in compute(names, **(data | drawn)).items():
             loop[name].append(value)
@@ -144,7 +144,7 @@ def test_too_few_samples_of_a_class_have_no_interval(
     over |= {"mcc", "kappa"} if subtask == "multilabel" else set()
     reasons, ends = report["no_ci95"], report["ci95"]
     fewer = counts if subtask == "multiclass" else [min(m, 100 - m) for m in counts]
-    rare = [k for k, m in enumerate(fewer) if m < 5]
+    rare = [k for k, m in enumerate(fewer) if m < 40]
     assert set(reasons) == over | {f"f1_per_class_{k}" for k in rare}
     assert all(why in reasons[name] for name in over)
     assert all(ends[name] == [None, None] for name in reasons)
@@ -154,6 +154,18 @@ def test_too_few_samples_of_a_class_have_no_interval(
     assert sum("no interval of" in text and why in text for _, text in lines) >= 1
     without = metrics_report(names, bootstrap=0, seed=0, **layout(subtask, counts, rng))
     assert without["no_ci95"] == {}
+
+
+@pytest.mark.parametrize(("n", "given"), [(1, False), (14, False), (15, True)])
+@pytest.mark.parametrize("subtask", ["multiclass", "multilabel", "regression"])
+def test_a_split_of_few_samples_has_no_interval(subtask: str, n: int, given: bool) -> None:
+    data = data_of(subtask, n)
+    names = {"regression": ("mse", "pearson")}.get(subtask, ("acc", "brier"))
+    report = metrics_report(names, bootstrap=50, seed=0, **data)
+    for name in names:
+        assert (report["ci95"][name] != [None, None]) is given
+        why = report["no_ci95"].get(name, "")
+        assert why == ("" if given else f"the split has {n} of the 15 samples that it takes")
 
 
 def test_classes_that_are_not_there_take_no_interval_away() -> None:

@@ -239,18 +239,19 @@ def test_scores_that_are_not_finite_measure_nothing() -> None:
 
 
 def test_the_report_draws_whole_videos() -> None:
-    """Two videos, one right and one wrong: a resample has 0, 1 or 2 of the right one, never a part
-    of one."""
-    targets = [np.zeros(50, np.int64), np.ones(50, np.int64)]
-    scores = [scores_of(np.zeros(50, np.int64)), scores_of(np.zeros(50, np.int64))]
+    """Of twenty videos one half is right: a resample has some of them, never a part of one."""
+    targets = 10 * [np.zeros(50, np.int64), np.ones(50, np.int64)]
+    scores = 20 * [scores_of(np.zeros(50, np.int64))]
     samples = Videos(targets, scores, CLASSES)
     report = report_of(("acc", "edit", "f1_at_50"), samples, bootstrap=400, seed=1)
-    assert report["n"] == 2 and report["metrics"] == {"acc": 0.5, "edit": 0.5, "f1_at_50": 0.5}
-    assert report["ci95"]["acc"] == [0.0, 1.0]
+    assert report["n"] == 20 and report["metrics"] == {"acc": 0.5, "edit": 0.5, "f1_at_50": 0.5}
+    stream = np.random.default_rng(1)
+    right = [(stream.integers(0, 20, 20) % 2 == 0).mean() for _ in range(400)]
+    assert report["ci95"]["acc"] == pytest.approx(np.percentile(right, [2.5, 97.5]))
     assert report["per_class"]["rest"] == {
-        "n": 50, "predicted": 100, "precision": 0.5, "recall": 1.0, "f1": 2 / 3,
+        "n": 500, "predicted": 1000, "precision": 0.5, "recall": 1.0, "f1": 2 / 3,
     }  # fmt: skip
-    assert report["confusion"][1] == [50, 0, 0, 0]
+    assert report["confusion"][1] == [500, 0, 0, 0]
     alone = report_of(("acc",), Videos(targets[:1], scores[:1], CLASSES), bootstrap=9, seed=1)
     assert alone["ci95"]["acc"] == [None, None]  # one video says nothing about the spread
     assert json.loads(json.dumps(report)) == report

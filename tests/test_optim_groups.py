@@ -19,7 +19,7 @@ from torch import nn
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import assemble, build_trainer, read_data
 from glovita_lib.model import build_model
-from glovita_lib.network import block_names
+from glovita_lib.network import block_names, is_spared
 from glovita_lib.optim import build_optimizer, check_groups, group_lines, placed_parameters
 from glovita_lib.peft_base import apply_peft
 from glovita_lib.resolved import resolve_spec
@@ -295,6 +295,16 @@ def test_layers_are_in_the_order_of_use_not_of_registration():
         "embeds.0", "pos", "table", *(f"stage1.{i}.{n}" for i in (0, 1) for n in ("inner", "outer"))
     }  # fmt: skip
     assert "pos.1" not in frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "spared"),
+    [("pos_embed", True), ("posEmbed", True), ("positionEmbedding2", True), ("clsToken", True),
+     ("position_bias", True), ("mix", False), ("composeEmbedder", False)],
+)  # fmt: skip
+def test_words_of_a_parameter_are_told_apart_in_either_spelling(name, spared):
+    parameter = nn.Parameter(torch.zeros(1, 16, 16))
+    assert is_spared(nn.Module(), "body", name, parameter) is spared
 
 
 class Around(nn.Module):
