@@ -26,14 +26,14 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.encoder_aggregation import aggregate, output_width, reads_pooled, resolve_method
 from glovita_lib.errors import UserError
-from glovita_lib.spec_encoders import (
-    ImageEncoder,
+from glovita_lib.spec_encoders import ImageEncoder
+from glovita_lib.spec_lift import Folding
+from glovita_lib.spec_series import (
     InceptionTimeEncoder,
     SeriesEncoder,
     SeriesResNetEncoder,
     SeriesTransformerEncoder,
 )
-from glovita_lib.spec_lift import Folding
 from glovita_lib.weights import LoadTarget, load_file
 
 LENGTH = 128  # time points that an encoder is built for where nothing says how many

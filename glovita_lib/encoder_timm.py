@@ -5,14 +5,11 @@ B batch, N tokens, D width, C channels, H W pixels.
 
 import math
 import re
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache, partial
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from msgspec.structs import asdict
@@ -324,18 +321,13 @@ def download_timm(spec: TimmEncoder, net: nn.Module, loader: Loader | None) -> N
         UserError: they cannot be fetched, which names the way without a network; or timm leaves
             some of the network's weights random.
     """
-    from huggingface_hub.errors import HfHubHTTPError
+    from glovita_lib.encoder_hub import cache_only_without_network, hub_errors
 
     assert loader is not None, "published weights are loaded by timm's builder"
-    refusals: tuple[type[Exception], ...] = (OSError, HfHubHTTPError)
-    with suppress(ImportError):  # before huggingface_hub 1.0: requests, whose errors are OSErrors
-        from httpx import HTTPError
-
-        refusals += (HTTPError,)
     try:
         with cache_only_without_network():
             state = handed_over(LoadTarget(net, lambda net, _: loader(net)), Tensors())
-    except refusals as error:
+    except hub_errors() as error:
         raise UserError(
             f'model.encoder.pretrained = true: the weights of "{spec.type}" cannot be downloaded'
             f' ({type(error).__name__}); offline: model.encoder.weights = "<file>" (pth, pt,'
@@ -351,24 +343,6 @@ def download_timm(spec: TimmEncoder, net: nn.Module, loader: Loader | None) -> N
             " model_kwargs, and timm leaves them random: change the channels or model_kwargs, or"
             " set pretrained = false"
         )
-
-
-@contextmanager
-def cache_only_without_network() -> Iterator[None]:
-    """Where the hub has no address, look into its cache alone: its own retries take 45 s and say
-    so line by line. Behind a proxy addresses are the proxy's business."""
-    from huggingface_hub import constants
-
-    was = constants.HF_HUB_OFFLINE
-    try:
-        if not getproxies():
-            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = was
 
 
 A_STAGE = re.compile(r"cls_token_?\d+$")

@@ -110,6 +110,10 @@ def attention_roles(parent: nn.Module) -> Roles:
         return projections | output_role(children, projections, named["v"].out_features)
     if len(children) >= 2 and counts_heads(parent):
         return positional_roles([module for _, module in children])
+    if len(children) == 1 and counts_heads(parent):  # what follows lies in another module
+        alone = children[0][1]
+        if alone.out_features == 3 * alone.in_features:
+            return {alone: ("qkv", thirds(alone.out_features, alone.in_features))}
     if len(children) == 2:
         first, second = (module for _, module in children)
         if first.out_features == 3 * first.in_features == 3 * second.in_features:
@@ -211,17 +215,19 @@ def attentions(root: nn.Module) -> list[tuple[str, nn.Module, int]]:
 def scattered_roles(block: nn.Module, known: Roles) -> Roles:
     """Roles of a block's Linear layers whose siblings lie in other modules.
 
-    A square one after the values is the output projection; two that leave a width and come back
-    are the MLP.
+    Square ones are the output projections, as many as there are attentions; two that leave a width
+    and come back are the MLP.
     """
     inside = [m for m in block.modules() if isinstance(m, nn.Linear)]
     free = [m for m in inside if m not in known]
     roles: Roles = {}
-    if known_roles := {known[m][0] for m in inside if m in known}:
-        attention = "v" in known_roles or "qkv" in known_roles
+    known_roles = [known[m][0] for m in inside if m in known]
+    attentions = known_roles.count("v") + known_roles.count("qkv")
+    if attentions and "proj" not in known_roles:
         square = [m for m in free if m.in_features == m.out_features]
-        if attention and "proj" not in known_roles and square:
-            roles[square[0]] = ("proj", {})
+        roles = {m: ("proj", {}) for m in square[:attentions]}
+        if attentions > 1:  # of the others one may join what two attentions give
+            free = [m for m in free if m not in square]
     free = [m for m in free if m not in roles]
     if len(free) == 2 and free[0].in_features == free[1].out_features:
         first, second = free
@@ -350,8 +356,11 @@ def dependencies(net: nn.Module, output: Tensor) -> frozenset[str]:
 # is none.
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-STAGE_CHILDREN = {"blocks", "layers", "stages", "transformer_encoder", "res_blocks"}
-STEMS = {"patch_embed", "embeds", "stem", "pos_encoding", "cls_positional_encoding"}
+STAGE_CHILDREN = {"blocks", "layer", "layers", "stages", "transformer_encoder", "res_blocks"}
+STEMS = {
+    "patch_embed", "embeds", "embedder", "embeddings", "stem", "pos_encoding",
+    "cls_positional_encoding",
+}  # fmt: skip
 POOLS = {"attn_pool"}  # a transformer block in all but its output, one vector
 
 

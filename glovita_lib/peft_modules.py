@@ -100,14 +100,17 @@ def record_grid(root: nn.Module, method: str) -> Grid:
 
 def sequence_width(root: nn.Module) -> int | None:
     """Width D of the one sequence of tokens (B, N, D) that the blocks pass on; None where there is
-    none: attention in every block, no windows, no convolution."""
+    none: one attention in every block, no windows, no convolution, no positions by the place in the
+    sequence, which tokens in front would move."""
     roles = {layer.module: layer.role for layer in layers(root)}
     widths = set()
     for unit in blocks(root):
         inside = list(unit.modules())
         windowed = any("window" in k and v for m in inside for k, v in vars(m).items())
-        found = {roles[m] for m in inside if m in roles}
-        if windowed or any(is_conv(m) for m in inside) or not {"q", "qkv"} & found:
+        found = [roles[m] for m in inside if m in roles]
+        placed = any(hasattr(m, "get_position_ids") for m in inside)
+        single = found.count("q") + found.count("qkv") == 1
+        if windowed or placed or any(is_conv(m) for m in inside) or not single:
             return None
         widths |= {base_weight(m).shape[0] for m in inside if roles.get(m) == "proj"}
     return widths.pop() if len(widths) == 1 else None
@@ -186,7 +189,8 @@ def mlps(root: nn.Module, method: str) -> list[tuple[str, nn.Module, int]]:
     if not found:
         raise UserError(
             f'peft.method = "{method}" works on the MLPs of transformers and of ConvNeXt as timm'
-            " builds it; this encoder has none; lora, ssf or rep_adapter fit every encoder"
+            " builds it; this encoder has none as a module of its own; lora, ssf or rep_adapter fit"
+            " every encoder"
         )
     return found
 
@@ -358,8 +362,8 @@ def apply_prompts(spec: VisualPromptTuning, model: nn.Module) -> None:
     if width is None:
         raise UserError(
             'peft.method = "visual_prompt_tuning" needs blocks on one sequence of tokens (ViT,'
-            " DINO, EVA); this encoder has windows, stages or convolutions; lora or ssf"
-            " fit every encoder"
+            " DINO, EVA); this encoder has windows, stages, convolutions or tokens whose place"
+            " counts; lora or ssf fit every encoder"
         )
     depth = spec.deep_layers or len(units)
     if depth > len(units):

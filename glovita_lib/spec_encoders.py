@@ -1,4 +1,4 @@
-"""Encoders in a spec: of images, volumes, clips and time series, and of images on the others."""
+"""Encoders in a spec: of images, volumes and clips, and of images on the others."""
 
 import re
 from collections.abc import Iterator
@@ -23,6 +23,11 @@ from glovita_lib.spec_lift import (
     Positive,
     Slices,
     axis_problems,
+)
+from glovita_lib.spec_series import (
+    InceptionTimeEncoder,
+    SeriesResNetEncoder,
+    SeriesTransformerEncoder,
 )
 
 
@@ -232,6 +237,69 @@ class TorchvisionEncoder(LibraryEncoder, tag="torchvision", tag_field="encoder_t
     """Dropout inside the model, where the model has it."""
     stochastic_depth_prob: Annotated[float, Meta(ge=0, lt=1)] | None = None
     """Probability of skipping the last block, where the model has it."""
+
+
+class TransformerEncoder(LibraryEncoder, tag="transformer", tag_field="encoder_type"):
+    """A model of images or clips of Hugging Face's transformers: its last hidden states."""
+
+    built_in: ClassVar[str] = "encoder_transformers"
+    set_elsewhere: ClassVar[dict[str, str]] = {
+        "num_labels": "the data",
+        "num_channels": "model.encoder.input_channels",
+        "in_chans": "model.encoder.input_channels",
+        "image_size": "data.augmentation.image_size",
+        "crop_size": "data.augmentation.image_size",
+        "num_frames": "data.sampling.frames",
+        "frames_per_clip": "data.sampling.frames",
+    }
+
+    type: str = "facebook/dinov2-base"
+    """A repository of the Hugging Face hub, with @revision where that is not the main one; a folder
+    with config.json and model.safetensors or pytorch_model.bin; or, without published weights, a
+    kind of model, e.g. "vit", "dinov2", "videomae", "timesformer", "vivit", "vjepa2"."""
+    model_kwargs: dict[str, Any] = {}
+    """Values of the model's configuration in the place of those of config.json; an unknown one is
+    an error."""
+
+    @property
+    def takes(self) -> SampleKind:
+        """Which of both config.json says, which is read where the network is built."""
+        return "either" if self.lift is None else super().takes
+
+    def reads(self, samples: str) -> bool:
+        """Images and clips, and with a lift what that makes images of."""
+        if self.lift is None:
+            return samples in ("images", "videos")
+        return super().reads(samples)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if self.lift == "inflate":
+            yield (
+                "lift",
+                '"inflate" gives kernels an axis, which a forward pass of transformers does not'
+                ' take: set it to "slices", or encoder_type to "timm"',
+            )
+
+    def patch_problems(self, patch: Patch, side: int | None) -> Iterator[tuple[str, str]]:
+        """A network without weights has patches of any size that divides the image."""
+        if self.pretrained or self.weights is not None:
+            yield (
+                "patch_size",
+                "weights are those of patches of their own size: leave it out, or set"
+                " model.encoder.pretrained = false",
+            )
+        elif side is not None and any(side % one for one in both_sides(patch)):
+            yield (
+                "patch_size",
+                f"an image of {side} pixels is no whole number of patches of {shown(patch)}: change"
+                " data.augmentation.image_size or patch_size",
+            )
+
+    def with_patch_size(self, patch: Patch) -> Self:
+        """As the configuration's own value."""
+        size = patch if isinstance(patch, int) or patch[0] != patch[1] else patch[0]
+        return replace(self, model_kwargs={**self.model_kwargs, "patch_size": size})
 
 
 Odd = Annotated[int, Meta(ge=1, le=31)]
@@ -542,80 +610,6 @@ class PytorchvideoEncoder(ClipEncoder, tag="pytorchvideo", tag_field="encoder_ty
             yield "pathway_mode", f"{self.type} takes {shown(mode)}: leave it out"
 
 
-class SeriesEncoder(BaseEncoder):
-    """What the encoders of time series (C, T) of any length share; none has a class token. Means
-    and norms are over the time points that count."""
-
-    built_in: ClassVar[str] = "encoder_series"
-
-    input_channels: Channels | None = None
-    """Channels of the input; none takes the data's."""
-    weights: PathText | None = None
-    """File of weights (pth, pt, safetensors) to start from."""
-    weights_key: Annotated[str | None, read_if("weights")] = None
-    """Where in the file the network stands, as "state_dict_ema" or "teacher.backbone"; "" is the
-    top. none takes the averaged one of several, or the teacher."""
-
-    @property
-    def takes(self) -> SampleKind:
-        return "series"
-
-    @property
-    def stated_channels(self) -> int | None:
-        return self.input_channels
-
-    @property
-    def without_class_token(self) -> str | None:
-        return str(self.__struct_config__.tag)
-
-
-class InceptionTimeEncoder(SeriesEncoder, tag="inception_time", tag_field="encoder_type"):
-    """InceptionTime (Ismail Fawaz et al., DMKD 2020): modules of three convolutions of different
-    lengths and a maximum, with a residual connection over every third. The published classifier is
-    the mean of five runs with other seeds, see infer.checkpoint."""
-
-    depth: Positive = 6
-    """Inception modules."""
-    filters: Positive = 32
-    """Channels of each of the four branches; the width is four times as large."""
-    kernel_size: Annotated[int, Meta(ge=4)] = 40
-    """Time points of the longest convolution; the others have a half and a quarter of it."""
-    bottleneck: Annotated[int, Meta(ge=0)] = 32
-    """Channels before the convolutions; 0 leaves them as they are."""
-
-
-class SeriesResNetEncoder(SeriesEncoder, tag="resnet_1d", tag_field="encoder_type"):
-    """The residual network of Wang, Yan, Oates (IJCNN 2017): blocks of three convolutions."""
-
-    features: tuple[Positive, ...] = (64, 128, 128)
-    """Channels of the blocks; the last is the width."""
-    kernel_sizes: tuple[Positive, Positive, Positive] = (8, 5, 3)
-    """Time points of the three convolutions of a block."""
-
-
-class SeriesTransformerEncoder(SeriesEncoder, tag="transformer_1d", tag_field="encoder_type"):
-    """A transformer over patches of time points, with sines of their place added (Vaswani et al.,
-    2017) and the norm before attention and MLP."""
-
-    patch: Positive = 8
-    """Time points of a patch; the last one of a series is filled up with zeros."""
-    width: Positive = 128
-    """Features of a token."""
-    depth: Positive = 4
-    """Blocks."""
-    heads: Positive = 8
-    """Attention heads; they share the width."""
-    mlp_ratio: Annotated[float, Meta(gt=0)] = 4.0
-    """Hidden features of the MLP in proportion to the width."""
-    dropout: Probability = 0.1
-    """Probability of dropping a feature of what attention and MLP add."""
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Attention heads have equally many features, and sines come with cosines."""
-        if self.width % (2 * self.heads):
-            yield "width", f"{self.width} must be a multiple of twice the {self.heads} heads"
-
-
 class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type"):
     """No network: the samples of data set precomputed_features are features already."""
 
@@ -662,6 +656,7 @@ class CustomEncoder(ImageEncoder, tag="custom", tag_field="encoder_type", kw_onl
 Encoder = (
     TimmEncoder
     | TorchvisionEncoder
+    | TransformerEncoder
     | ResidualEncoder
     | PrimusEncoder
     | NnFoundationEncoder

@@ -315,8 +315,6 @@ REPLACED_VALUES = {
     " self-supervised training, which is not here",
     ("data.augmentation.test_policy", ("default_448", "default_224", "dino")): '"default" takes'
     " the size from data.augmentation.image_size, unset that of the encoder",
-    ("model.encoder.encoder_type", ("transformer",)): 'encoders come from timm ("timm"), which has'
-    " the weights of MAE, CLIP, BEiT, DINO and others under its own names",
     ("model.encoder.encoder_type", ("dinov2", "dinov3")): 'timm has them: encoder_type = "timm",'
     ' type = "vit_base_patch14_dinov2" or "vit_base_patch16_dinov3"',
     ("extract.compression", tuple(f"gzip:{level}" for level in range(10))): "the level is"

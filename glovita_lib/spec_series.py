@@ -1,8 +1,10 @@
-"""Time series in a spec: what is done to each of them when they are read, and how they are
-augmented."""
+"""Time series in a spec: what is done to each of them when they are read, how they are augmented,
+and their encoders."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_augment import (
@@ -13,7 +15,16 @@ from glovita_lib.spec_augment import (
     policy,
     unread_changes,
 )
-from glovita_lib.spec_errors import Count, Fraction, NonNegative, Positive
+from glovita_lib.spec_conditions import read_if
+from glovita_lib.spec_errors import (
+    Count,
+    Fraction,
+    NonNegative,
+    PathText,
+    Positive,
+    SampleKind,
+)
+from glovita_lib.spec_lift import BaseEncoder, Channels
 
 SeriesTrainPolicy = Literal["default_series_1", "default_series_2", "default_series_3"]
 SeriesTestPolicy = Literal["shared_default_series"]
@@ -121,3 +132,80 @@ class ResolvedSeriesAugmentation(Spec):
     """Every parameter of the train policy."""
     test: SeriesOps
     """Every parameter of the test policy."""
+
+
+# -------------------------------------------------------------------------------- encoders
+
+
+class SeriesEncoder(BaseEncoder):
+    """What the encoders of time series (C, T) of any length share; none has a class token. Means
+    and norms are over the time points that count."""
+
+    built_in: ClassVar[str] = "encoder_series"
+
+    input_channels: Channels | None = None
+    """Channels of the input; none takes the data's."""
+    weights: PathText | None = None
+    """File of weights (pth, pt, safetensors) to start from."""
+    weights_key: Annotated[str | None, read_if("weights")] = None
+    """Where in the file the network stands, as "state_dict_ema" or "teacher.backbone"; "" is the
+    top. none takes the averaged one of several, or the teacher."""
+
+    @property
+    def takes(self) -> SampleKind:
+        return "series"
+
+    @property
+    def stated_channels(self) -> int | None:
+        return self.input_channels
+
+    @property
+    def without_class_token(self) -> str | None:
+        return str(self.__struct_config__.tag)
+
+
+class InceptionTimeEncoder(SeriesEncoder, tag="inception_time", tag_field="encoder_type"):
+    """InceptionTime (Ismail Fawaz et al., DMKD 2020): modules of three convolutions of different
+    lengths and a maximum, with a residual connection over every third. The published classifier is
+    the mean of five runs with other seeds, see infer.checkpoint."""
+
+    depth: Count = 6
+    """Inception modules."""
+    filters: Count = 32
+    """Channels of each of the four branches; the width is four times as large."""
+    kernel_size: Annotated[int, Meta(ge=4)] = 40
+    """Time points of the longest convolution; the others have a half and a quarter of it."""
+    bottleneck: Annotated[int, Meta(ge=0)] = 32
+    """Channels before the convolutions; 0 leaves them as they are."""
+
+
+class SeriesResNetEncoder(SeriesEncoder, tag="resnet_1d", tag_field="encoder_type"):
+    """The residual network of Wang, Yan, Oates (IJCNN 2017): blocks of three convolutions."""
+
+    features: tuple[Count, ...] = (64, 128, 128)
+    """Channels of the blocks; the last is the width."""
+    kernel_sizes: tuple[Count, Count, Count] = (8, 5, 3)
+    """Time points of the three convolutions of a block."""
+
+
+class SeriesTransformerEncoder(SeriesEncoder, tag="transformer_1d", tag_field="encoder_type"):
+    """A transformer over patches of time points, with sines of their place added (Vaswani et al.,
+    2017) and the norm before attention and MLP."""
+
+    patch: Count = 8
+    """Time points of a patch; the last one of a series is filled up with zeros."""
+    width: Count = 128
+    """Features of a token."""
+    depth: Count = 4
+    """Blocks."""
+    heads: Count = 8
+    """Attention heads; they share the width."""
+    mlp_ratio: Annotated[float, Meta(gt=0)] = 4.0
+    """Hidden features of the MLP in proportion to the width."""
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.1
+    """Probability of dropping a feature of what attention and MLP add."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Attention heads have equally many features, and sines come with cosines."""
+        if self.width % (2 * self.heads):
+            yield "width", f"{self.width} must be a multiple of twice the {self.heads} heads"

@@ -513,7 +513,7 @@ def test_every_bound_of_the_dependencies_is_installed_by_ci_oldest():
     settings = configparser.ConfigParser()
     settings.read(REPOSITORY / "setup.cfg")
     optional = settings["options.extras_require"]
-    extras = f"{optional['volumes']}\n{optional['pytorchvideo']}"
+    extras = "\n".join(optional[name] for name in ("volumes", "pytorchvideo", "transformers"))
     lines = f"{settings['options']['install_requires']}\n{extras}".split("\n")
     lines = [line for line in lines if line]
     of_tests = settings["options.extras_require"]["test"].splitlines()

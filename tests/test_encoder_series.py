@@ -15,13 +15,13 @@ from glovita_lib.encoder_aggregation import aggregate
 from glovita_lib.encoder_series import FoldedEncoder, MaskedNorm
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import choose_layers
-from glovita_lib.spec_encoders import (
+from glovita_lib.spec_encoders import TimmEncoder
+from glovita_lib.spec_lift import Folding
+from glovita_lib.spec_series import (
     InceptionTimeEncoder,
     SeriesResNetEncoder,
     SeriesTransformerEncoder,
-    TimmEncoder,
 )
-from glovita_lib.spec_lift import Folding
 
 SMALL = [
     InceptionTimeEncoder(filters=4, bottleneck=3, kernel_size=8),

@@ -156,6 +156,7 @@ OPTIONS = {  # section, tag: the options that the documents name there
     ("data.augmentation", ""): f"{POLICIES} image_size resize_size crop_size",
     ("model", ""): "encoder head feature_aggregation_method",
     ("model.encoder", "timm"): "type pretrained input_channels model_kwargs",
+    ("model.encoder", "transformer"): "type pretrained input_channels model_kwargs",
     ("model.encoder", "torchvision"): """type pretrained input_channels dropout
         stochastic_depth_prob model_kwargs""",
     ("model.encoder", "torchvision_video"): VIDEO,

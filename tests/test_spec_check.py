@@ -267,6 +267,26 @@ BROKEN = [
         "it comes from the data",
     ),
     (
+        ["model.encoder.encoder_type=transformer", "model.encoder.lift=inflate"],
+        "model.encoder.lift",
+        '"inflate" gives kernels an axis, which a forward pass of transformers does not take',
+    ),
+    (
+        ["model.encoder.encoder_type=transformer", "data.augmentation.patch_size=8"],
+        "data.augmentation.patch_size",
+        "weights are those of patches of their own size",
+    ),
+    (
+        [
+            "model.encoder.encoder_type=transformer",
+            "model.encoder.pretrained=false",
+            "data.augmentation.image_size=32",
+            "data.augmentation.patch_size=5",
+        ],
+        "data.augmentation.patch_size",
+        "an image of 32 pixels is no whole number of patches of 5",
+    ),
+    (
         ["model.encoder.slices.count=3"],
         "model.encoder.slices",
         'it would be ignored, it is read only with model.encoder.lift = "slices"',
