@@ -267,7 +267,7 @@ def members_of(
         UserError: a split that does not exist, or an image in two splits.
     """
     if spec.split_source in ("kfold", "csv", "dataset_json") and table is not None:
-        unused = len(images.unused(table.labels))
+        unused = len(images.unused())
         if unused:
             report.append(
                 f"{unused} {images.noun}s of {images.folder} are not in the label file: not used"

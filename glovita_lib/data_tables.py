@@ -5,7 +5,7 @@ A sample is known by its id, its path below the images folder with forward slash
 
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path, PurePosixPath
@@ -99,6 +99,8 @@ class SampleFolder:
     ids: list[str]
     known: dict[str, list[str]] = field(init=False)
     """Composed id -> ids, two where the disk has a name in both Unicode forms."""
+    named: set[str] = field(init=False, default_factory=set)
+    """Ids of all files that the rows of a table name."""
 
     def __post_init__(self) -> None:
         refuse_controls(f"names of {self.noun} files", self.ids)
@@ -117,13 +119,15 @@ class SampleFolder:
         found = self.known.get(composed(identity), [])
         return identity if identity in found else found[0] if len(found) == 1 else None
 
-    def unused(self, named: Container[str]) -> list[str]:
-        """Samples that are not among those that a table names."""
-        return [identity for identity in self.ids if identity not in named]
+    def unused(self) -> list[str]:
+        """Ids that no row of a table names."""
+        return [identity for identity in self.ids if identity not in self.named]
 
     def find_row(self, names: tuple[str, ...]) -> tuple[str | None, str]:
         """Id of the sample of these files, see `find`, and the name to say where there is none."""
-        return self.find(names[0]), names[0]
+        found = self.find(names[0])
+        self.named |= set() if found is None else {found}
+        return found, names[0]
 
     def hint(self, name: str) -> str:
         """What may be wrong with a path that is no sample: the one that was probably meant, or why
@@ -241,7 +245,8 @@ def json_labels(path: Path, images: SampleFolder) -> LabelTable:
         )
     table = LabelTable()
     for name, label in content.items():
-        enter(table, path, images.find(name), name, label, "")
+        identity, _ = images.find_row((name,))
+        enter(table, path, identity, name, label, "")
     return table
 
 

@@ -7,7 +7,7 @@ first one where several files are its channels, or what its files' names have be
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from statistics import median_low
@@ -281,9 +281,9 @@ class VolumeFolder(SampleFolder):
             found = path if kind is not None and kind.frames > 1 else None
         return found
 
-    def unused(self, named: Container[str]) -> list[str]:
+    def unused(self) -> list[str]:
         """See `SampleFolder.unused`; what lies in a study that a table names is used with it."""
-        return [each for each in self.ids if not any(up in named for up in lineage(each))]
+        return [each for each in self.ids if self.named.isdisjoint(lineage(each))]
 
     def hint(self, name: str) -> str:
         """See `SampleFolder.hint`; of a slice the folder of its series."""
@@ -295,9 +295,10 @@ class VolumeFolder(SampleFolder):
     def find_row(self, names: tuple[str, ...]) -> tuple[str | None, str]:
         """Id of the sample of these files, that of the first, or the first name without a file."""
         found = [self.find(name) for name in names]
+        ids = tuple(identity for identity in found if identity is not None)
+        self.named.update(ids)
         if None in found:
             return None, names[found.index(None)]
-        ids = tuple(identity for identity in found if identity is not None)
         if len(ids) > 1 and self.rows.setdefault(ids[0], ids) != ids:
             raise UserError(
                 f"{ids[0]} stands beside {listed(self.rows[ids[0]][1:])} and beside"

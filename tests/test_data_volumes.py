@@ -44,6 +44,10 @@ def table(root, rows, name="labels.csv"):
         writer.writerows(rows)
 
 
+def unlisted(data):
+    return [line for line in data.report if "not in the label file" in line]
+
+
 def rows_of(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -151,6 +155,7 @@ def test_lists_of_dataset_json(tmp_path):
     }
     data = build(tmp_path, **fields)
     assert data.samples.channels == 2 and set(data.splits) == {"train", "val"}
+    assert not unlisted(data)
     assert data.splits["val"].ids == ["images/4_t1.nii", "images/5_t1.nii"]
     with pytest.raises(UserError, match='"training".; splits there: training, validation'):
         build(tmp_path, **{**fields, "train_split_name": "train"})
@@ -186,9 +191,15 @@ def test_series_of_a_study_are_channels(tmp_path):
     series = ("SeriesDescription=t2", "SeriesDescription=t1")
     data = build(tmp_path, reading=VolumeReading(series=series))
     assert data.samples.channels == 2 and data.splits["train"].ids == ["p0", "p1"]
+    one = build(tmp_path, reading=VolumeReading(series=series[:1]))  # of each study that has a row
+    assert one.samples.channels == 1 and not unlisted(data) and not unlisted(one)
     table(tmp_path, [{**row, "a": f"p{n}/t1", "b": f"p{n}/t2"} for n, row in enumerate(rows)])
     pairs = build(tmp_path, path_column=("a", "b"))
     assert pairs.samples.channels == 2 and pairs.splits["train"].ids == ["p0/t1", "p1/t1"]
+    assert not unlisted(pairs)
+    write(tmp_path, ["p0/mask.nii"])
+    (line,) = unlisted(build(tmp_path, path_column=("a", "b")))
+    assert line.startswith("1 volumes of")
     with pytest.raises(UserError, match="2 series, choose one"):
         build(tmp_path)
 
@@ -205,6 +216,27 @@ def test_suffixes_of_channels_as_nnunet_names_them(tmp_path):
     with pytest.raises(UserError, match=r"case1: no file case1_0001.nii.gz"):
         build(tmp_path, path_suffix=suffixes)
     assert len(build(tmp_path, path_suffix=suffixes, strict=False).splits["train"]) == 1
+
+
+def test_files_of_all_columns_are_in_the_label_file(tmp_path):
+    """Where a row lacks one of its files, the others are in it nevertheless."""
+    write(tmp_path, [f"{n}_{kind}.nii" for n in range(6) for kind in ("t1", "t2")])
+    rows = [
+        {"t1": f"{n}_t1.nii", "t2": f"{n}_t2.nii", "label": n % 2, "split": SPLITS[n]}
+        for n in range(6)
+    ]
+    table(tmp_path, rows)
+    fields = {"path_column": ("t1", "t2"), "strict": False}
+    assert not unlisted(build(tmp_path, **fields))
+    assert not unlisted(build(tmp_path, split_source="kfold", n_folds=3, **fields))
+    (tmp_path / "images" / "0_t2.nii").unlink()
+    assert not unlisted(build(tmp_path, **fields))
+    write(tmp_path, ["more.nii", "sub/more.nii"])
+    (line,) = unlisted(build(tmp_path, **fields))
+    assert line.startswith("2 volumes of")
+    table(tmp_path, rows[1:])
+    (line,) = unlisted(build(tmp_path, **fields))
+    assert line.startswith("3 volumes of")
 
 
 # ---------------------------------------------------------------------- bad files
