@@ -14,7 +14,9 @@
   process against nibabel.processing.resample_from_to with scipy's Gaussian before, saved as .npy,
   CPU time by turns; then 24 such files by one worker process and by two.
 - waiting: the share of a training epoch that waits for batches: patches of 48^3 voxels read from
-  the cache files of 32 volumes of 64^3, a small 3-D network; target: at most 10 % on 2 cores.
+  the cache files of 32 volumes, a small 3-D network: of 64^3 under default_3d_1, which reads the
+  patch alone, and of 112^3 under default_nnunet, which reads seven times as much to have something
+  to turn; target: at most 10 % on 2 cores.
 - slices: a training epoch of specs/volume_tissue.toml against one of frozen slices of
   specs/volume_slicewise_lora.toml from memory; CPU time; target: at least 25.
 """
@@ -39,7 +41,8 @@ import numpy as np
 import torch
 
 import glovita as program
-from glovita_lib.augment_volumes import VolumeAugmenter, resolve_volume_augmentation
+from glovita_lib.augment_volumes import VolumeAugmenter
+from glovita_lib.loader_volumes import resolve_volume_augmentation
 from glovita_lib.spec import expand
 from glovita_lib.spec_volumes import (
     VOLUME_TRAIN,
@@ -90,13 +93,19 @@ def batchgenerators(side: int) -> Run:
         random_crop=False,
         p_rotation=OPS.rotate_p,
         rotation=(-OPS.rotate_radians, OPS.rotate_radians),
+        p_rot_per_axis=OPS.rotate_axis_p,
         p_scaling=OPS.scale_p,
         scaling=OPS.scale,
-        p_synchronize_scaling_across_axes=1,
+        p_synchronize_scaling_across_axes=OPS.scale_same_p,
     )
     parts = [
         (OPS.noise_p, GaussianNoiseTransform(OPS.noise_std, 1, True)),
-        (OPS.blur_p, GaussianBlurTransform(OPS.blur_sigma, p_per_channel=OPS.blur_channel_p)),
+        (
+            OPS.blur_p,
+            GaussianBlurTransform(
+                OPS.blur_sigma, False, bool(OPS.blur_same_p), p_per_channel=OPS.blur_channel_p
+            ),
+        ),
         (OPS.brightness_p, MultiplicativeBrightnessTransform(BGContrast(OPS.brightness), False)),
         (OPS.contrast_p, ContrastTransform(BGContrast(OPS.contrast), True, False)),
         (
@@ -238,7 +247,7 @@ label_source = "folder"
 [data.augmentation]
 patch_size = [48, 48, 48]
 train_kwargs = {{ crop = "random" }}
-train_policy = "default_3d_1"
+train_policy = "{policy}"
 [model.encoder]
 encoder_type = "residual_encoder"
 features_per_stage = [8, 16, 32]
@@ -267,6 +276,12 @@ def quietly(*arguments: str) -> None:
 
 
 def waiting(arguments: argparse.Namespace) -> None:
+    """Two policies."""
+    for policy, side in (("default_3d_1", 64), (POLICY, 112)):
+        wait(policy, side, arguments.runs)
+
+
+def wait(policy: str, side: int, runs: int) -> None:
     """Time until a batch is there, of the time of a training epoch."""
     shares: list[float] = []
     train_epoch = Trainer.train_epoch
@@ -295,14 +310,14 @@ def waiting(arguments: argparse.Namespace) -> None:
             part = "train" if number < 32 else "val" if number < 36 else "test"
             path = Path(name, "images", part, "ab"[number % 2], f"{number}.nii")
             path.parent.mkdir(parents=True, exist_ok=True)
-            voxels = generator.normal(size=(64, 64, 64)).astype(np.float32)
+            voxels = generator.normal(size=(side, side, side)).astype(np.float32)
             nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
         spec = Path(name, "waiting.toml")
-        spec.write_text(FOLDER.format(root=name, epochs=arguments.runs + 1))
+        spec.write_text(FOLDER.format(root=name, policy=policy, epochs=runs + 1))
         with patch.object(Trainer, "train_epoch", timed):
             quietly(str(spec), "--override", f"exp_dir={name}/runs")
     share = statistics.median(shares[1:])  # without the epoch in which the workers start
-    print(f"waiting: {100 * share:.1f} % of a training epoch from the cache")
+    print(f"waiting: {100 * share:.1f} % of a training epoch from the cache under {policy}")
 
 
 def slices(arguments: argparse.Namespace) -> None:

@@ -127,6 +127,46 @@ class PatchCut:
         ]
 
 
+def reach(
+    size: Size,
+    spacing: tuple[float, float, float],
+    thick: int | None,
+    *,
+    angle: float,
+    factor: float,
+    shift: float,
+    available: Size | None,
+) -> Size:
+    """Voxels that a patch shows beyond itself on either side of each axis, at most.
+
+    As in nnU-Net's get_patch_size it is turned about one axis at a time, of which the corners reach
+    furthest, and then scaled: (L cos t + M sin t) factor of sides L and M in mm, with the angle t
+    of the most. Half the patch is the most that is taken, which is eight times its voxels.
+
+    Args:
+        thick: axis across which nothing is done.
+        angle: largest about each axis, radians.
+        factor: largest of what is shown, 1 or more.
+        shift: largest of an elastic deformation, share of the side.
+        available: the most voxels of a volume along each axis, beyond which there is nothing but,
+            where the volume goes on along another axis, one voxel of its fill.
+    """
+    moved = [a for a in range(3) if a != thick]
+    length = [side * step for side, step in zip(size, spacing, strict=True)]  # mm
+    length = [each * (1 + 2 * shift * (a in moved)) for a, each in enumerate(length)]
+    found = [0, 0, 0]
+    for a in moved:
+        turns = ((length[b], min(angle, math.atan2(length[b], length[a]))) for b in moved if b != a)
+        extent = factor * max(length[a] * math.cos(t) + other * math.sin(t) for other, t in turns)
+        wanted = math.ceil((extent / spacing[a] - size[a]) / 2 - 1e-6)
+        found[a] = min(wanted, math.ceil(size[a] / 2))
+    if available is not None:
+        room = [have - side for have, side in zip(available, size, strict=True)]
+        one = int(max(room) > 0)
+        found = [min(n, max(0, left) + one) for n, left in zip(found, room, strict=True)]
+    return found[0], found[1], found[2]
+
+
 def overlap(
     starts: Sequence[int], size: Sequence[int], have: Sequence[int]
 ) -> tuple[list[slice], list[slice]]:

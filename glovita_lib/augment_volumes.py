@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from glovita_lib.augment_patch import (
     PatchCut,
     Patches,
     Placement,
-    Size,
     Volumes,
     WholeVolumes,
     WindowedVolumes,
@@ -31,15 +29,10 @@ from glovita_lib.augment_patch import (
     picked,
 )
 from glovita_lib.dist import hash_seed
-from glovita_lib.errors import UserError, refuse
 from glovita_lib.spec_volumes import (
-    VOLUME_TEST,
-    VOLUME_TRAIN,
     ResolvedVolumeAugmentation,
-    VolumeAugmentation,
     VolumeOps,
 )
-from glovita_lib.volume_preparation import thick_axis
 
 VOLUME_OPERATIONS = Operations()
 operation = VOLUME_OPERATIONS.register
@@ -50,61 +43,6 @@ WINDOWS = 2**25  # values of median windows at a time
 PIECE = 2**17  # values that are summed at a time on a CPU: what stays in its cache
 TINY = 1e-7  # smallest range and deviation that a gamma curve divides by
 SMALLEST = 2.0**-126  # of normal float32 numbers
-
-
-# ------------------------------------------------------------------------------ the resolved facts
-
-
-def resolve_volume_augmentation(
-    aug: VolumeAugmentation,
-    *,
-    default_policies: tuple[str, str],
-    encoder_size: Size | None,
-    native_size: Size | None,
-    largest: Size | None = None,
-    spacing: tuple[float, float, float] | None,
-) -> ResolvedVolumeAugmentation:
-    """The augmentation of a run: spec before encoder before data.
-
-    Args:
-        aug: the section of the spec.
-        default_policies: train and test policy of the data set.
-        encoder_size: patch that the encoder asks for.
-        native_size: voxels of the prepared volumes where all have the same, else none.
-        largest: the most voxels along each axis, where the encoder takes volumes of any size; else
-            none.
-        spacing: of the prepared volumes, a typical one where they differ; none: unknown, the same
-            along all axes.
-
-    Raises:
-        UserError: no patch size known, parameters that nothing reads.
-    """
-    refuse("data.augmentation", list(aug.unread_kwargs(default_policies)))
-    size = aug.patch_size or largest or encoder_size or native_size
-    if size is None:
-        raise UserError(
-            "data.augmentation.patch_size: none given, the encoder asks for none and the volumes"
-            " differ in size: set it, e.g. patch_size = [96, 96, 96], or bring them to one size"
-            " with data.preparation.size"
-        )
-    spacing = spacing or (1.0, 1.0, 1.0)
-    names = aug.train_policy or default_policies[0], aug.test_policy or default_policies[1]
-    return ResolvedVolumeAugmentation(
-        train_policy=names[0],
-        test_policy=names[1],
-        patch_size=size,
-        whole=aug.patch_size is None and largest is not None,
-        evaluation=aug.evaluation or "center",
-        window_overlap=aug.window_overlap,
-        window_reduce=aug.window_reduce,
-        window_chunk=aug.window_chunk,
-        margin=aug.margin,
-        mirror_axes=aug.mirror_axes,
-        spacing=spacing,
-        thick_axis=thick_axis(spacing, aug.anisotropy),
-        train=msgspec.structs.replace(VOLUME_TRAIN[names[0]], **aug.train_kwargs.given()),
-        test=msgspec.structs.replace(VOLUME_TEST[names[1]], **aug.test_kwargs.given()),
-    )
 
 
 # --------------------------------------------------------------------------------------- geometry
@@ -128,6 +66,7 @@ def random_rotation(place: Placement, ops: VolumeOps, generator: torch.Generator
     count = len(place.turns)
     chosen = coin(count, ops.rotate_p, generator)
     angles = uniform(count, -ops.rotate_radians, ops.rotate_radians, generator, 3).double()
+    angles *= torch.rand(count, 3, generator=generator) < ops.rotate_axis_p
     if place.grid.thick is not None:
         angles *= torch.arange(3) == place.grid.thick
     across, down = place.spacing[:, None, :], place.spacing[:, :, None]
@@ -140,9 +79,7 @@ def random_scale(place: Placement, ops: VolumeOps, generator: torch.Generator) -
     """A factor for all axes or each; none across thick slices."""
     count = len(place.turns)
     chosen = coin(count, ops.scale_p, generator)
-    each = uniform(count, *ops.scale, generator, 3).double()
-    same = coin(count, ops.scale_same_p, generator)
-    factors = torch.where(same[:, None], each[:, :1], each)
+    factors = of_axes(count, ops.scale, ops.scale_same_p, generator).double()
     factors = torch.where(chosen[:, None], factors, 1.0)
     if place.grid.thick is not None:
         factors[:, place.grid.thick] = 1.0
@@ -215,6 +152,14 @@ def keep_sides(place: Placement, ops: VolumeOps) -> None:
     rows = is_image & (reverses | (ops.mirror_p == 0))
     for row in rows.nonzero()[:, 0].tolist():
         place.turns[row, :, (*place.equal(row), *place.grid.mirrors)[0]] *= -1
+
+
+def of_axes(
+    count: int, limits: tuple[float, float], same_p: float, generator: torch.Generator
+) -> Tensor:
+    """(count, 3) numbers between limits, with a probability one for all axes."""
+    each = uniform(count, *limits, generator, 3)
+    return torch.where(coin(count, same_p, generator)[:, None], each[:, :1], each)
 
 
 def rotation(angles: Tensor) -> Tensor:
@@ -306,7 +251,7 @@ def random_blur(x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Gri
     """Gaussian blur, or a median filter for a share of the samples."""
     rows = of_channels(x, ops.blur_p, ops.blur_channel_p, generator)
     is_median = coin(len(x), ops.median_share, generator)[rows // x.shape[1]]
-    sigma = uniform(len(rows), *ops.blur_sigma, generator, 3)
+    sigma = of_axes(len(rows), ops.blur_sigma, ops.blur_same_p, generator)
     low, high = ops.median_size
     sides = torch.randint(low, high + 1, (len(rows),), generator=generator)
     if not len(rows):
@@ -615,10 +560,8 @@ class VolumeAugmenter:
         if resolved.whole or self.windows is not None:
             self.fit = WholeVolumes(spaced)
             return
-        beyond = resolved.margin if any(map(self.ops.draws, INTERPOLATED)) else 0.0
-        x, y, z = (math.ceil(side * beyond) for side in resolved.patch_size)
         ops = self.ops
-        margin = x, y, z
+        margin = resolved.margin if any(map(ops.draws, INTERPOLATED)) else (0, 0, 0)
         self.fit = PatchCut(ops.crop, ops.foreground_share, resolved.patch_size, margin, spaced)
 
     def __call__(
@@ -671,6 +614,8 @@ class VolumeAugmenter:
         if fitted:
             geometry = [each for each in geometry if each.switches != ("crop",)]
         changing = VOLUME_OPERATIONS.active(self.ops, "values")
+        if self.ops.blur_first:
+            changing.sort(key=lambda each: each.switches != ("blur_p",))  # the others as they were
         place = Placement.centred(grid, batch, have, spacing)
         for each in geometry:
             each.function(place, self.ops, generator)

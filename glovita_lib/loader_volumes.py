@@ -3,13 +3,17 @@
 A run on other samples does not load this module.
 """
 
+import math
+from collections.abc import Iterable
+
 import numpy as np
 from msgspec.structs import asdict, replace
 
-from glovita_lib.augment_volumes import AXES, VolumeAugmenter, resolve_volume_augmentation
+from glovita_lib.augment_patch import Size, reach
+from glovita_lib.augment_volumes import AXES, INTERPOLATED, VolumeAugmenter
 from glovita_lib.data import Data, Split, VolumeSamples
 from glovita_lib.encoder import patch_size_of
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, refuse
 from glovita_lib.objectives import build_inputs
 from glovita_lib.resolved import VolumeInputs, resolve_inputs
 from glovita_lib.spec_augment import ImageAugmentation
@@ -17,7 +21,12 @@ from glovita_lib.spec_data import CustomVolumes
 from glovita_lib.spec_errors import shown
 from glovita_lib.spec_lift import Slices, Windows
 from glovita_lib.spec_root import Root
-from glovita_lib.spec_volumes import ResolvedVolumeAugmentation, VolumeAugmentation
+from glovita_lib.spec_volumes import (
+    VOLUME_TEST,
+    VOLUME_TRAIN,
+    ResolvedVolumeAugmentation,
+    VolumeAugmentation,
+)
 from glovita_lib.volume_preparation import thick_axis
 
 TURNED = ("mirror_p", "rot90_p", "transpose_p")  # switches of what mirror_axes restrict
@@ -43,12 +52,14 @@ def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
     asked = None if of_any_size else patch_size_of(root.model.encoder)
     train = data.splits["train"]
     affines = stored_affines(train)
+    available = largest_size([train])
     augmentation = resolve_volume_augmentation(
         section,
         default_policies=policies,
         encoder_size=None if asked is None else (asked[0], asked[1], asked[2]),
         native_size=None if shape is None else (shape[1], shape[2], shape[3]),
-        largest=largest_size(data) if of_any_size else None,
+        available=available,
+        largest=largest_size(data.splits.values()) if of_any_size else None,
         spacing=None if affines is None else typical_spacing(affines),
     )
     if affines is not None and root.mode == "train":
@@ -57,16 +68,95 @@ def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
             thick_axis=common_thick_axis(train, affines, augmentation, section, data.report),
             mirror_axes=stored_mirrors(train, affines, augmentation),
         )
+        augmentation = with_margin(augmentation, section.margin, available)
         if isinstance(root.model.encoder.lifting, Slices):
             data.report += slices_line(affines, root.model.encoder.lifting, "train volumes")
     return VolumeInputs(**asdict(samples), augmentation=augmentation)
 
 
-def largest_size(data: Data) -> tuple[int, int, int] | None:
-    """The most voxels along each axis over all splits; None where their sizes are not known before
-    they are read."""
+def resolve_volume_augmentation(
+    aug: VolumeAugmentation,
+    *,
+    default_policies: tuple[str, str],
+    encoder_size: Size | None,
+    native_size: Size | None,
+    available: Size | None = None,
+    largest: Size | None = None,
+    spacing: tuple[float, float, float] | None,
+) -> ResolvedVolumeAugmentation:
+    """The augmentation of a run: spec before encoder before data.
+
+    Args:
+        aug: the section of the spec.
+        default_policies: train and test policy of the data set.
+        encoder_size: patch that the encoder asks for.
+        native_size: voxels of the prepared volumes where all have the same, else none.
+        available: the most voxels of a train volume along each axis; none: unknown.
+        largest: the most voxels along each axis, where the encoder takes volumes of any size; else
+            none.
+        spacing: of the prepared volumes, a typical one where they differ; none: unknown, the same
+            along all axes.
+
+    Raises:
+        UserError: no patch size known, parameters that nothing reads.
+    """
+    refuse("data.augmentation", list(aug.unread_kwargs(default_policies)))
+    size = aug.patch_size or largest or encoder_size or native_size
+    if size is None:
+        raise UserError(
+            "data.augmentation.patch_size: none given, the encoder asks for none and the volumes"
+            " differ in size: set it, e.g. patch_size = [96, 96, 96], or bring them to one size"
+            " with data.preparation.size"
+        )
+    spacing = spacing or (1.0, 1.0, 1.0)
+    names = aug.train_policy or default_policies[0], aug.test_policy or default_policies[1]
+    resolved = ResolvedVolumeAugmentation(
+        train_policy=names[0],
+        test_policy=names[1],
+        patch_size=size,
+        whole=aug.patch_size is None and largest is not None,
+        evaluation=aug.evaluation or "center",
+        window_overlap=aug.window_overlap,
+        window_reduce=aug.window_reduce,
+        window_chunk=aug.window_chunk,
+        margin=(0, 0, 0),
+        mirror_axes=aug.mirror_axes,
+        spacing=spacing,
+        thick_axis=thick_axis(spacing, aug.anisotropy),
+        train=replace(VOLUME_TRAIN[names[0]], **aug.train_kwargs.given()),
+        test=replace(VOLUME_TEST[names[1]], **aug.test_kwargs.given()),
+    )
+    return with_margin(resolved, aug.margin, available)
+
+
+def with_margin(
+    resolved: ResolvedVolumeAugmentation, share: float | None, available: Size | None
+) -> ResolvedVolumeAugmentation:
+    """The same with the margin that a spec asks for, or, with none, its policy and the volumes."""
+    ops, size = resolved.train, resolved.patch_size
+    if resolved.whole or not any(map(ops.draws, INTERPOLATED)):
+        margin = 0, 0, 0
+    elif share is not None:
+        x, y, z = (math.ceil(side * share) for side in size)
+        margin = x, y, z
+    else:
+        margin = reach(
+            size,
+            resolved.spacing,
+            resolved.thick_axis,
+            angle=ops.rotate_radians * ops.draws("rotate_p"),
+            factor=max(1.0, ops.scale[1]) if ops.draws("scale_p") else 1.0,
+            shift=ops.elastic_strength[1] / ops.elastic_points * ops.draws("elastic_p"),
+            available=available,
+        )
+    return replace(resolved, margin=margin)
+
+
+def largest_size(splits: Iterable[Split]) -> tuple[int, int, int] | None:
+    """The most voxels along each axis over some splits; None where their sizes are not known before
+    they are read, or there are none."""
     sizes = []
-    for split in data.splits.values():
+    for split in splits:
         source = split.source
         if len(split) and source.sizes is not None:
             sizes.append(source.sizes.max(0))
@@ -74,6 +164,8 @@ def largest_size(data: Data) -> tuple[int, int, int] | None:
             sizes.append(np.array(source.uniform[1:]))
         elif len(split):
             return None
+    if not sizes:
+        return None
     x, y, z = np.max(sizes, 0).tolist()
     return x, y, z
 

@@ -188,6 +188,8 @@ class VolumeOps(BaseOps):
     """Probability of a rotation."""
     rotate_radians: Annotated[float, part_of("rotate_p", ge=0, le=3.1416)] = 0.5
     """Angle about each axis, drawn from -this to +this, radians; across thick slices none."""
+    rotate_axis_p: Annotated[float, part_of("rotate_p", ge=0, le=1)] = 1.0
+    """Probability of each axis that the rotation goes about it too."""
     scale_p: Probability = 0.0
     """Probability of a change of scale."""
     scale: Annotated[tuple[Positive, Positive], part_of("scale_p")] = (0.7, 1.4)
@@ -218,6 +220,10 @@ class VolumeOps(BaseOps):
     """Probability of a blur of channels."""
     blur_sigma: Annotated[tuple[Positive, Positive], part_of("blur_p")] = (0.5, 1.0)
     """Deviation of the Gaussian along each axis, voxels, lowest and highest."""
+    blur_same_p: Annotated[float, part_of("blur_p", ge=0, le=1)] = 0.0
+    """Probability that the deviation is the same along all axes."""
+    blur_first: Annotated[bool, part_of("blur_p")] = False
+    """Whether the blur comes before the noise, which it would take away."""
     blur_channel_p: Annotated[float, part_of("blur_p", ge=0, le=1)] = 1.0
     """Probability of each channel."""
     median_share: Annotated[float, part_of("blur_p", ge=0, le=1)] = 0.0
@@ -371,17 +377,22 @@ VOLUME_TRAIN: dict[str, VolumeOps] = {
         low_resolution_channel_p=0.5,
     ),
     "default_nnunet": NNUNET,
-    "default_nnunet_DA5": policy(
+    "default_nnunet_DA5": policy(  # nnUNetTrainerDA5, but for one gamma curve that is not inverted
         PLAIN_VOLUME,
         rotate_p=0.4,
+        rotate_radians=0.5236,
+        rotate_axis_p=0.5,
         scale_p=0.2,
         scale=(0.7, 1.43),
-        rot90_p=0.5,
+        scale_same_p=0.0,
+        rot90_p=0.375,  # 0 to 3 turns in half of the samples
         transpose_p=0.5,
         mirror_p=0.5,
         noise_p=0.1,
         blur_p=0.2,
         blur_sigma=(0.3, 1.5),
+        blur_same_p=1.0,
+        blur_first=True,
         blur_channel_p=0.5,
         median_share=0.5,
         shift_p=0.1,
@@ -432,9 +443,11 @@ class VolumeAugmentation(Spec):
     patch_size: tuple[Count, Count, Count] | None = None
     """Voxels X, Y, Z that the encoder receives; none takes the encoder's, else whole volumes, where
     all are of one size or the encoder cuts windows (model.encoder.lift)."""
-    margin: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    margin: Annotated[float, Meta(ge=0, le=1)] | None = None
     """What is cut beyond the patch on every side in training, share of patch_size, so that a policy
-    that rotates, scales or deforms has something to show there; beyond the volume it is filled."""
+    that rotates, scales or deforms has something to show there; beyond the volume it is filled.
+    None: as much as its largest angle, factor and shift reach, up to half of the patch and no
+    further than the volumes."""
     mirror_axes: tuple[AxisName, ...] = ("x", "y", "z")
     """Axes of the patient along which a policy may mirror, and which it may exchange; without x
     (left and right) the side of a finding stays."""
@@ -491,8 +504,8 @@ class ResolvedVolumeAugmentation(Spec):
     """What becomes of their logits: mean or max."""
     window_chunk: int
     """Windows that pass the model at once."""
-    margin: float
-    """What is cut beyond the patch on every side in training, share of patch_size."""
+    margin: tuple[int, int, int]
+    """What is cut beyond the patch on every side in training, voxels X, Y, Z."""
     mirror_axes: tuple[str, ...]
     """Axes of the volumes as they are stored, first to third, along which a policy may mirror, and
     which it may exchange."""

@@ -168,7 +168,7 @@ def test_nothing_is_turned_across_slices_that_are_thick_in_some_volumes(tmp_path
 def test_rotations_and_exchanged_axes_go_by_the_spacing_of_each_volume(tmp_path, policy):
     spacings = [(1, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 1)]
     samples = split(tmp_path, [(14, 13, 12)] * 4, spacings)
-    always = {"rotate_p": 1.0, "mirror_p": 0.0}
+    always = {"rotate_p": 1.0, "rotate_axis_p": 1.0, "mirror_p": 0.0}
     augmentation, _ = resolved(samples, train_policy=policy, train_kwargs=always)
     augment = VolumeAugmenter(augmentation, train=True)
     for memory in (0, 100):
