@@ -2,14 +2,16 @@
 
     python -m pip install --no-deps batchgeneratorsv2 batchgenerators torchio SimpleITK
     python benchmarks/volumes.py [--what augmentation preparation waiting slices]
-                                 [--sides 96 128] [--batches 40] [--device cpu] [--runs 5]
+                                 [--sides 96 128] [--batches 40] [--device cpu] [--runs 7]
 
 - augmentation: policy default_nnunet on batches of two volumes against batchgeneratorsv2 and
   TorchIO: the same operations with the same probabilities and ranges, on one core, by turns in one
-  process; each library is measured where it is installed. TorchIO has no brightness and no
-  contrast, and goes without. On a GPU only our own policy is measured. Prints the mean time of a
-  batch, on a CPU without the time of other processes, and its ratio to ours; target: at least 3 on
-  a CPU, at most 15 ms on a GPU.
+  process, after five batches of each that warm up; each library is measured where it is installed.
+  TorchIO has no brightness and no contrast, and goes without. On a GPU only our own policy is
+  measured. What a batch costs depends on what is drawn, so that means over --batches are compared,
+  which run by turns: medians of --runs such means, their ratio to ours, and its range, in CPU time
+  (without that of other processes) and in wall time; target: at least 3 on a CPU, at most 15 ms on
+  a GPU.
 - preparation: the T1 image of ICBM152 (package nilearn) to 1.5 mm with zscore and float16 in one
   process against nibabel.processing.resample_from_to with scipy's Gaussian before, saved as .npy,
   CPU time by turns; then 24 such files by one worker process and by two.
@@ -55,6 +57,7 @@ from glovita_lib.volume_cache import Task, VolumeCache, make_entry
 
 POLICY = "default_nnunet"
 OPS = VOLUME_TRAIN[POLICY]
+WARM_UP = 5  # batches of each library before those that count
 Run = Callable[[torch.Tensor, int], Any]
 
 
@@ -127,10 +130,15 @@ def torchio(side: int) -> Run:
     import torchio as tio
 
     degrees, rate = math.degrees(OPS.rotate_radians), OPS.low_resolution_channel_p
+    turn, scale = OPS.rotate_p, OPS.scale_p
+    moves = {  # one interpolation, whether volumes are turned, scaled or both
+        tio.RandomAffine((1, 1), degrees, isotropic=True): turn * (1 - scale),
+        tio.RandomAffine(OPS.scale, 0, isotropic=True): scale * (1 - turn),
+        tio.RandomAffine(OPS.scale, degrees, isotropic=True): turn * scale,
+    }
     transform = tio.Compose(
         [
-            tio.RandomAffine((1, 1), degrees, isotropic=True, p=OPS.rotate_p),
-            tio.RandomAffine(OPS.scale, 0, isotropic=True, p=OPS.scale_p),
+            tio.OneOf(moves, p=sum(moves.values())),
             tio.RandomNoise(std=OPS.noise_std, p=OPS.noise_p),
             tio.RandomBlur(OPS.blur_sigma, p=OPS.blur_p * OPS.blur_channel_p),
             tio.RandomAnisotropy(downsampling=(1, 2), p=OPS.low_resolution_p * rate),
@@ -153,18 +161,18 @@ def volumes(side: int) -> torch.Tensor:
     return (batch - batch.mean()) / batch.std()
 
 
-def mean_times(runs: dict[str, Run], batch: torch.Tensor, count: int) -> dict[str, float]:
-    """Mean time of a batch by name, seconds, after one that warms up."""
-    clock = time.perf_counter if batch.is_cuda else time.process_time
-    total = dict.fromkeys(runs, 0.0)
-    for seed in range(-1, count):
-        for name, run in runs.items():
-            start = clock()
-            run(batch, seed + 1)
+def mean_times(runs: dict[str, Run], batch: torch.Tensor, first: int, count: int) -> np.ndarray:
+    """CPU and wall time of a batch of each, mean of some that run by turns, (2, R) seconds; the
+    numbers of the batches begin with `first`."""
+    total = np.zeros((2, len(runs)))
+    for seed in range(first, first + count):
+        for column, run in enumerate(runs.values()):
+            start = time.process_time(), time.perf_counter()
+            run(batch, seed)
             if batch.is_cuda:
                 torch.cuda.synchronize()
-            total[name] += (clock() - start) * (seed >= 0)
-    return {name: seconds / count for name, seconds in total.items()}
+            total[:, column] += time.process_time() - start[0], time.perf_counter() - start[1]
+    return total / count
 
 
 def augmentation(arguments: argparse.Namespace) -> None:
@@ -177,11 +185,20 @@ def augmentation(arguments: argparse.Namespace) -> None:
         if arguments.device == "cpu":
             others = {"batchgeneratorsv2": batchgenerators, "torchio": torchio}
             runs |= {name: make(side) for name, make in others.items() if find_spec(name)}
-        times = mean_times(runs, volumes(side).to(arguments.device), arguments.batches)
-        for name, seconds in times.items():
-            ratio = seconds / times["glovita"]
+        batch, count = volumes(side).to(arguments.device), arguments.batches
+        mean_times(runs, batch, 0, WARM_UP)
+        firsts = range(WARM_UP, WARM_UP + count * arguments.runs, count)
+        times = np.array([mean_times(runs, batch, first, count) for first in firsts])  # (M, 2, R)
+        ratios = times / times[:, :, :1]
+        for column, name in enumerate(runs):
+            cpu, wall = 1e3 * np.median(times[:, :, column], 0)
+            (low, _), (cpu_ratio, wall_ratio), (high, _) = np.quantile(
+                ratios[:, :, column], (0, 0.5, 1), axis=0
+            )
             print(
-                f"2 x {side}^3 {name:18} {1e3 * seconds:7.1f} ms, {ratio:.2f} of ours", flush=True
+                f"2 x {side}^3 {name:18} CPU {cpu:6.1f} ms, {cpu_ratio:.2f} of ours ({low:.2f} to"
+                f" {high:.2f}); wall {wall:6.1f} ms, {wall_ratio:.2f} of ours",
+                flush=True,
             )
 
 
@@ -364,9 +381,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--sides", type=int, nargs="+", default=[96, 128], help="voxels a side")
-    parser.add_argument("--batches", type=int, default=40, help="batches of each")
+    parser.add_argument("--batches", type=int, default=40, help="batches of a mean")
     parser.add_argument("--device", default="cpu", help="of augmentation")
-    parser.add_argument("--runs", type=int, default=5, help="of all others")
+    parser.add_argument("--runs", type=int, default=7, help="repetitions, of which medians count")
     arguments = parser.parse_args()
     for what in arguments.what:
         torch.set_num_threads(1)

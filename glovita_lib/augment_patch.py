@@ -394,9 +394,9 @@ class Placement:
         """Patches in the middle of `count` volumes of a size; their spacing is that of the grid
         unless it is given, (B, 3)."""
         room = np.tile(np.array(have) - np.array(grid.size), (count, 1))
-        eye = torch.eye(3, dtype=torch.float64).repeat(count, 1, 1)
+        eye = torch.eye(3, dtype=torch.float64).expand(count, 3, 3)
         if spacing is None:
-            spacing = torch.tensor(grid.spacing, dtype=torch.float64).repeat(count, 1)
+            spacing = torch.tensor(grid.spacing, dtype=torch.float64).expand(count, 3)
         return cls(grid, room, torch.from_numpy(room // 2), eye, eye.clone(), spacing)
 
     def equal(self, row: int) -> list[int]:

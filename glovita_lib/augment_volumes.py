@@ -67,6 +67,8 @@ def random_rotation(place: Placement, ops: VolumeOps, generator: torch.Generator
     chosen = coin(count, ops.rotate_p, generator)
     angles = uniform(count, -ops.rotate_radians, ops.rotate_radians, generator, 3).double()
     angles *= torch.rand(count, 3, generator=generator) < ops.rotate_axis_p
+    if not chosen.any():
+        return
     if place.grid.thick is not None:
         angles *= torch.arange(3) == place.grid.thick
     across, down = place.spacing[:, None, :], place.spacing[:, :, None]
@@ -80,6 +82,8 @@ def random_scale(place: Placement, ops: VolumeOps, generator: torch.Generator) -
     count = len(place.turns)
     chosen = coin(count, ops.scale_p, generator)
     factors = of_axes(count, ops.scale, ops.scale_same_p, generator).double()
+    if not chosen.any():
+        return
     factors = torch.where(chosen[:, None], factors, 1.0)
     if place.grid.thick is not None:
         factors[:, place.grid.thick] = 1.0
@@ -187,7 +191,7 @@ def of_channels(
     """Which of the channels of x (B, C, ...) are chosen: their numbers in (B C), sorted."""
     samples = coin(len(x), probability, generator)
     channels = torch.rand(x.shape[:2], generator=generator) < channel_p
-    return (samples[:, None] & channels).flatten().nonzero()[:, 0]
+    return (samples[:, None] & channels).view(-1).nonzero().view(-1)
 
 
 def on_channels(
@@ -221,9 +225,7 @@ def around_one(count: int, limits: tuple[float, float], generator: torch.Generat
     """(count,) factors, half of them below 1 and half above where the limits are on both sides of
     it (batchgenerators' rule)."""
     low, high = limits
-    if not count:
-        return torch.empty(0)
-    if low >= 1 or high <= 1:
+    if low >= 1 or high <= 1 or not count:
         return uniform(count, low, high, generator)
     below = coin(count, 0.5, generator)
     drawn = torch.rand(count, generator=generator)
