@@ -49,7 +49,7 @@ from glovita_lib.weights import LoadTarget, Tensors, load_file, read_networks
 Size = tuple[int, ...]
 Values = dict[str, Any]
 PLACE = 'model.encoder.encoder_type = "transformer"'
-OLDEST = (5, 0)
+OLDEST = (5, 24)
 PATCHED = (
     "vit", "deit", "vit_mae", "vit_msn", "ijepa", "beit", "data2vec-vision", "dinov2",
     "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip_vision_model",

@@ -267,7 +267,7 @@ BROKEN = [
         "it comes from the data",
     ),
     (
-        ["model.encoder.encoder_type=transformer", "model.encoder.lift=inflate"],
+        [*VIDEOS, "model.encoder.encoder_type=transformer", "model.encoder.lift=inflate"],
         "model.encoder.lift",
         '"inflate" gives kernels an axis, which a forward pass of transformers does not take',
     ),
