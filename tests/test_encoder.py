@@ -676,7 +676,7 @@ def test_without_an_address_the_hub_is_not_asked_again(
         raise socket.gaierror("Name or service not known")
 
     monkeypatch.setattr("socket.getaddrinfo", no_address)
-    monkeypatch.setattr("glovita_lib.encoder_timm.getproxies", dict)
+    monkeypatch.setattr("glovita_lib.encoder_hub.getproxies", dict)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
     spec = TimmEncoder(type="test_vit3")
