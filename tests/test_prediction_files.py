@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from glovita_lib.errors import UserError
 from glovita_lib.metrics import compute
-from glovita_lib.metrics_classification import Scores
+from glovita_lib.metrics_classification import Scores, log_odds_of_mean
 from glovita_lib.prediction_files import (
     MOST_COLUMNS,
     Table,
@@ -277,6 +277,33 @@ def test_what_an_ensemble_predicts_is_exact_everywhere(
         assert np.array_equal(np.array(said, int).T, exact)
     if subtask == "multiclass" and classes == 2:  # what the probabilities say is less
         assert (scores.values.argmax(1) != exact).any()
+
+
+def test_members_that_cancel_out_say_nothing() -> None:
+    """Log-odds of x, x + 1, -x, -x - 1 have the mean probability 1 / 2: all are exactly 0."""
+    x = np.random.default_rng(0).normal(size=(2000, 1)) * 3
+    for members in ([x, -x], [x, x + 1, -x, -x - 1], [-x - 1, x, x + 1, -x]):
+        assert not log_odds_of_mean(members).any()
+    assert log_odds_of_mean([x, -x + 1e-9]).all()
+
+
+def test_order_within_a_predicted_class_is_kept_in_the_file(tmp_path: Path) -> None:
+    """Members that disagree and are sure, where all are predicted alike: probabilities are 1 / 2 to
+    all digits, and only log-odds rank the samples."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 2, 300)
+    sure, more = 40 + 40 * rng.random(300), 0.1 + np.abs(rng.normal(6 - 4 * targets, 2))
+    first = np.stack([sure + more, 0 * sure], 1).astype(np.float32)
+    second = np.stack([0 * sure, sure], 1).astype(np.float32)
+    scores = Scores.mean([Scores.of_logits(one, "multiclass") for one in (first, second)])
+    assert (scores.predicted("multiclass") == 0).all()
+    named = {"subtask": "multiclass", "class_names": ("a", "b")}
+    path = tmp_path / "predictions.csv"
+    ids = list(map(str, range(300)))
+    write_prediction_files(path, ids=ids, targets=targets, scores=scores, **named)
+    read = read_predictions(path, **named).scores
+    found = [compute(("auroc", "ap"), targets=targets, scores=s, **named) for s in (scores, read)]
+    assert found[0] == pytest.approx(found[1], abs=1e-12) and abs(found[0]["auroc"] - 0.5) > 0.01
 
 
 def test_equal_means_of_an_ensemble_predict_the_first_class() -> None:
