@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glovita_lib.errors import UserError, composed, listed
+from glovita_lib.errors import UserError, composed, listed, refuse_controls
 from glovita_lib.files import FILE_THREADS, read_json_table
 
 # ------------------------------------------------------------------------------- split files
@@ -49,6 +49,7 @@ def read_splits(
             raise UserError(form)
     if not isinstance(content, dict) or not content:
         raise UserError(form)
+    refuse_controls(f"{path}: names of splits or folds", content)
     if all(isinstance(part, dict) for part in content.values()):
         content = content[find_fold(content, fold, path)]
     elif are_splits(content, names):
@@ -58,8 +59,8 @@ def read_splits(
                 f" {listed(content)} and no folds: leave data.fold out"
             )
     else:
-        return fold_lists(listed_names(content, form), fold, path, names)
-    return listed_names(content, form)
+        return fold_lists(listed_names(content, form, path), fold, path, names)
+    return listed_names(content, form, path)
 
 
 def has_folds(path: Path, names: Sequence[str]) -> bool:
@@ -82,17 +83,19 @@ def are_splits(content: dict[str, object], names: Sequence[str]) -> bool:
     return any(name.strip().casefold() in words for name in content)
 
 
-def listed_names(content: dict[str, object], form: str) -> dict[str, list[str]]:
-    """Lists of paths or ids by name.
+def listed_names(content: dict[str, object], form: str, path: Path) -> dict[str, list[str]]:
+    """Lists of paths or ids of a file, by name.
 
     Raises:
-        UserError: something else.
+        UserError: something else, or one that is not one line of text.
     """
+    refuse_controls(f"{path}: names of splits", content)
     found = {}
     for name, entries in content.items():
         if not isinstance(entries, list) or not all(isinstance(e, str | int) for e in entries):
             raise UserError(f'{form}; "{name}" is no list of paths or ids')
         found[name] = [str(entry) for entry in entries]
+        refuse_controls(f'{path}: paths or ids of "{name}"', found[name])
     return found
 
 

@@ -243,6 +243,7 @@ def json_labels(path: Path, images: SampleFolder) -> LabelTable:
         raise UserError(
             f"{path}: holds a {type(content).__name__}, expected an object {{path: label}}"
         )
+    refuse_controls(f"{path}: paths", content)
     table = LabelTable()
     for name, label in content.items():
         identity, _ = images.find_row((name,))
@@ -293,6 +294,7 @@ def datalist_labels(path: Path, images: SampleFolder, *, labelled: bool = True) 
     content = read_json_table(path)
     lists = content if isinstance(content, dict) else {}
     table = LabelTable()
+    refuse_controls(f"{path}: names of splits", lists)
     for split, entries in lists.items():
         for entry in entries if isinstance(entries, list) else ():
             if isinstance(entry, str) and not labelled:
@@ -301,6 +303,7 @@ def datalist_labels(path: Path, images: SampleFolder, *, labelled: bool = True) 
             if not isinstance(entry, dict) or not needed <= entry.keys():
                 continue
             paths = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+            refuse_controls(f'{path}: paths of "{split}"', map(str, paths))
             identity, name = images.find_row(tuple(map(str, paths)))
             table.split_names.add(split)
             enter(table, path, identity, name, entry["label"] if labelled else "", split)

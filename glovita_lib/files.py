@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -18,7 +19,7 @@ from typing import IO, Any
 
 from filelock import lock_descriptor
 
-from glovita_lib.errors import UserError, composed, meant
+from glovita_lib.errors import UserError, composed, meant, refuse_controls, visible
 
 FILE_THREADS = 8  # file systems answer several readers faster than one, whatever the cores
 
@@ -326,16 +327,20 @@ def read_json_table(path: Path) -> Any:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, newline: str | None = None) -> str:
     """Content of a UTF-8 file, without a byte-order mark.
+
+    Args:
+        newline: of `open`: none makes all line ends line feeds, "" leaves them as they are.
 
     Raises:
         UserError: missing, a folder or not UTF-8.
     """
     try:
-        text = path.read_text("utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            text = file.read()
         if "\0" in text:
-            line = text[: text.index("\0")].count("\n") + 1
+            line = len(re.findall("\r\n?|\n", text[: text.index("\0")])) + 1
             raise UserError(f"{path}, line {line}: a NUL character; save it as UTF-8 text")
         return text
     except FileNotFoundError:
@@ -369,9 +374,17 @@ def separator_of(text: str, columns: list[str]) -> str:
 
 
 def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """Rows of a CSV file by column, see `read_cells`."""
-    header, rows = read_cells(path, columns)
-    return [{name: cell.strip() for name, cell in zip(header, row, strict=True)} for row in rows]
+    """Rows of a CSV file by column, see `read_cells`.
+
+    Raises:
+        UserError: as there, or a cell of the columns that is not one line of text.
+    """
+    columns = dict.fromkeys(columns)
+    header, cells = read_cells(path, columns)
+    rows = [{name: cell.strip() for name, cell in zip(header, row, strict=True)} for row in cells]
+    for column in columns:
+        refuse_controls(f'{path}: cells of "{column}"', {row[column]: None for row in rows})
+    return rows
 
 
 def read_cells(
@@ -388,9 +401,8 @@ def read_cells(
     Raises:
         UserError: missing, empty, without one of the columns, or with a row of another length.
     """
-    text = read_text(path)
-    first = text.partition("\n")[0]
-    if not first:
+    text = read_text(path, newline="")  # line ends inside quotes belong to the cell
+    if text[:1] in ("", "\r", "\n"):
         raise UserError(f"{path}: no header; the first line must hold the column names")
     columns = list(columns)
     separator = separator_of(text, columns)
@@ -404,7 +416,7 @@ def read_cells(
         if column not in header:
             raise UserError(
                 f'{path}: no column "{column}"{meant(column, header)}; columns are'
-                f" {', '.join(header)}"
+                f" {', '.join(map(visible, header))}"
             )
         if header.count(column) > 1:
             raise UserError(f'{path}: several columns are named "{column}"; rename all but one')

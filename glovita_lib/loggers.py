@@ -433,14 +433,22 @@ class Wandb:
         """Send the numbers of a record; steps that a continued run repeats are known already."""
         if self.run is None:
             return
-        values = {k: v for k, v in record.items() if v is not None and k not in KEPT_APART}
+        values = {k: v for k, v in record.items() if k not in KEPT_APART}
         try:
             self.run.log(self.with_tables(values), step=step)
         except Exception as error:
             self.give_up("stopped", error)
 
-    def with_tables(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Numbers as they are sent: those of many classes as a table, not as as many charts."""
+    def with_tables(
+        self, values: dict[str, Any], ends: dict[str, Sequence[float | None]] | None = None
+    ) -> dict[str, Any]:
+        """Numbers as they are sent, those that are known: of many classes as a table, not as as
+        many charts, however many of them are defined.
+
+        Args:
+            ends: low and high end of the interval of a value, by the name of the value; none: no
+                value has one.
+        """
         families: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             split, _ = split_name(key)
@@ -449,23 +457,30 @@ class Wandb:
         sent: dict[str, Any] = {}
         for family, own in families.items():
             if len(own) > SHOWN_CLASSES:
-                rows = [[key.removeprefix(f"{family}_"), value] for key, value in own.items()]
-                sent[family] = self.wandb.Table(columns=["class", "value"], data=rows)
-            else:
-                sent |= own
-        return sent
+                columns = ["class", "value", *(("low", "high") if ends is not None else ())]
+                rows = [
+                    [key.removeprefix(f"{family}_"), value, *(ends or {}).get(key, (None, None))]
+                    for key, value in own.items()
+                ]
+                rows = [row[: len(columns)] for row in rows if row[1] is not None]
+                sent[family] = self.wandb.Table(columns=columns, data=rows)
+                continue
+            sent |= own
+            for key in own:
+                low, high = (ends or {}).get(key, (None, None))
+                sent |= {f"{key}_low": low, f"{key}_high": high}
+        return {key: value for key, value in sent.items() if value is not None}
 
     def conclude(self, split: str, report: dict[str, Any]) -> None:
         """Put loss, metrics and the ends of their intervals into the summary of the run, in place
-        of those of the last epoch."""
+        of those of the last epoch; those of many classes as one table."""
         if self.run is None:
             return
         found = {"loss": report["loss"], **report["metrics"]}
-        for name, (low, high) in report["ci95"].items():
-            found |= {f"{name}_low": low, f"{name}_high": high}
-        found = {f"{split}_{k}": v for k, v in found.items() if v is not None}
+        found = {f"{split}_{name}": value for name, value in found.items()}
+        ends = {f"{split}_{name}": interval for name, interval in report["ci95"].items()}
         try:
-            self.run.summary.update(found)
+            self.run.summary.update(self.with_tables(found, ends))
         except Exception as error:
             self.give_up("stopped", error)
 

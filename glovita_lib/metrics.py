@@ -87,11 +87,12 @@ def without_interval(names: tuple[str, ...], samples: "Samples") -> dict[str, st
     kind = "label" if samples.subtask == "multilabel" else "class"
     noun = {"multilabel": "samples of either kind", "framewise": "videos"}
     what = noun.get(samples.subtask, "samples")
-    few = {
-        int(k): f'{kind} "{class_names[k]}" has {counts[k]} of the {LEAST} {what} that it takes'
-        for k in np.flatnonzero((counts > 0) & (counts < LEAST))
-    }
-    reason = next(iter(few.values()), "")
+
+    def lack_of(k: int, least: int) -> str:
+        return f'{kind} "{class_names[k]}" has {counts[k]} of the {least} {what} that it takes'
+
+    few = np.flatnonzero((counts > 0) & (counts < LEAST)).tolist()
+    reason = lack_of(few[0], LEAST) if few else ""
     if len(few) > 1:
         reason += f", and {len(few) - 1} more have too few"
     behind = samples_behind(counts)
@@ -102,7 +103,7 @@ def without_interval(names: tuple[str, ...], samples: "Samples") -> dict[str, st
         logged = logged_names([name], class_names)
         if METRICS[name].per_class:
             rare = np.flatnonzero((counts > 0) & (counts < BEHIND)).tolist()
-            lost |= {logged[k]: f"it has {counts[k]} of the {BEHIND} {what} it takes" for k in rare}
+            lost |= {logged[k]: lack_of(k, BEHIND) for k in rare}
         elif reason:
             lost |= dict.fromkeys(logged, reason)
     return lost

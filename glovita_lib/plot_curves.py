@@ -31,9 +31,10 @@ def learning_curves(records: Sequence[Record], path: Path) -> None:
     """Loss, each metric and the learning rate over the epochs.
 
     A dot marks the best value of a val curve, a vertical line the epoch of the best checkpoint. A
-    curve is interrupted where its value is undefined. The axis of a loss or an error whose values
-    are all positive and span more than a factor of 1,000 is logarithmic, and so is that of a score
-    below -1 where it falls under -1,000 (R2).
+    curve is interrupted where its value is undefined. The axis of a loss or an error whose positive
+    values span more than a factor of 1,000 is logarithmic, and linear below the lowest of them
+    where others are 0 or negative; that of a score is logarithmic below -1 where it falls under
+    -1,000 (R2).
 
     Args:
         records: of metrics.jsonl; those of event "epoch" count, the last one of each epoch, and
@@ -119,17 +120,37 @@ def choose_scale(axes: Any, is_error: bool) -> None:
         axes.set_yscale("symlog", linthresh=1, linscale=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         return
-    if not is_error or not len(epochs) or epochs.min() <= 0:
+    positive = epochs[epochs > 0]
+    if not is_error or not len(positive):
         return
-    low, high = epochs.min(), max(epochs.max(), fine.max(initial=0))
+    low, high = positive.min(), max(positive.max(), fine.max(initial=0))
     if high / WIDE <= low:
         return
-    bottom = min(low, max(fine.min(initial=low), low / 10))
-    axes.set_ylim(np.clip([bottom / 1.6, min(high, TICKED) * 1.6], 1 / TICKED, TICKED))
-    axes.set_yscale("log", nonpositive="mask")
-    axes.yaxis.set_major_locator(LogLocator(numticks=7))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    top = float(np.clip(high * 1.6, 1 / TICKED, TICKED))
+    if epochs.min() > 0:
+        bottom = min(low, max(fine.min(initial=low), low / 10))
+        axes.set_ylim(max(bottom / 1.6, 1 / TICKED), top)
+        axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_locator(LogLocator(numticks=7))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        scale_with_zero(axes, max(low, 1 / TICKED), top, float(epochs.min()))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def scale_with_zero(axes: Any, low: float, top: float, least: float) -> None:
+    """An axis that is logarithmic from the lowest positive value on and linear below it, in a tenth
+    of its height, so that values of exactly 0 and negative ones are seen where they are.
+
+    Args:
+        low: the lowest positive value.
+        top: where the axis ends.
+        least: the lowest value, 0 or negative.
+    """
+    axes.set_ylim(max(least * 1.6, -TICKED) if least < 0 else -low / 3, top)
+    axes.set_yscale("symlog", linthresh=low, linscale=max(0.5, np.log10(top / low) / 10))
+    axes.yaxis.get_major_locator().set_params(numticks=7)
+    axes.yaxis.set_major_formatter(lambda value, _: "" if 0 < abs(value) < low else f"{value:g}")
 
 
 def draw_panel(axes: Any, history: list[Record], name: str) -> None:

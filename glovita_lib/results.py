@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import singledispatch
 from pathlib import Path
@@ -310,11 +310,28 @@ def summary_lines(reports: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
             for metric, value in values.items():
                 parts.append(f"{metric} {with_interval(value, content['ci95'].get(metric))}")
         rows.append((split, "  ".join(parts)))
-        reasons: dict[str, list[str]] = {}
-        for metric, why in content["no_ci95"].items():
-            reasons.setdefault(why, []).append(metric)
-        rows += [("", f"no interval of {listed(own, 6)}: {why}") for why, own in reasons.items()]
+        rows += [("", line) for line in interval_lines(content["no_ci95"], content["metrics"])]
     return rows
+
+
+def interval_lines(lacks: dict[str, str], metrics: Iterable[str]) -> list[str]:
+    """Which metrics have no interval: one line for each reason, and one for all classes of a metric
+    whose reasons name the class.
+
+    Args:
+        lacks: metric -> the reason.
+        metrics: names of all metrics.
+    """
+    families, reasons, lines = by_family(dict.fromkeys(metrics)), dict[str, list[str]](), []
+    for family, own in by_family(lacks).items():
+        first = next(iter(own.values()))
+        if len(set(own.values())) == 1:
+            reasons.setdefault(first, []).extend(own)
+            continue
+        names = listed((name.removeprefix(f"{family}_") for name in own), 6)
+        count = f"{len(own):,} of {len(families[family]):,} classes ({names})"
+        lines.append(f"no interval of {family} of {count}: {first}, and {len(own) - 1:,} more")
+    return [f"no interval of {listed(own, 6)}: {why}" for why, own in reasons.items()] + lines
 
 
 def with_interval(value: float | None, interval: list[float | None] | None) -> str:

@@ -1,5 +1,6 @@
 """Mistakes and mishaps: one line, exit code 2, nothing half-written, no traceback."""
 
+import json
 import resource
 import shutil
 import subprocess
@@ -71,6 +72,20 @@ def test_missing_folders_and_files(refused, folder_spec, table_spec, class_folde
     assert "part" in line and "split" in line
     (tmp_path / "multilabel" / "images" / "003.png").unlink()
     assert "003.png" in refused(spec=spec, lines=2)
+
+
+def test_names_with_line_ends_in_split_files_and_tables(refused, table_spec, tmp_path):
+    """A raw carriage return in a message overwrites what stands before it."""
+    spec, folder = table_spec("multilabel"), tmp_path / "multilabel"
+    ids = [f"{i:03d}.png" for i in range(90)]
+    splits = {"train": [*ids[:60], "000.png\r"], "val": ids[60:75], "test": ids[75:]}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    line = refused('data.split_source="splits_json"', spec=spec)
+    assert "splits.json" in line and '"000.png\\u000d"' in line and "\r" not in line
+    text = (folder / "labels.csv").read_text()
+    (folder / "labels.csv").write_bytes(text.replace("001.png", '"00\r1.png"').encode())
+    line = refused(spec=spec)
+    assert 'labels.csv: cells of "path"' in line and '"00\\u000d1.png"' in line
 
 
 def test_missing_weights(refused):

@@ -1,5 +1,6 @@
 """Tables: how files are found, and what CSV, JSON and split files may look like."""
 
+import csv
 import json
 import os
 
@@ -8,9 +9,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from glovita_lib.data_splits import read_splits
-from glovita_lib.data_tables import SampleFolder, csv_labels, json_labels, walk
+from glovita_lib.data_tables import SampleFolder, csv_labels, datalist_labels, json_labels, walk
 from glovita_lib.errors import UserError
-from glovita_lib.files import read_csv
+from glovita_lib.files import read_cells, read_csv
 
 EXTS = ("png", "jpg")
 NAMES = ["a.png", "cat/1.png", "cat/2.PNG", "dog/1.png", "train/x.jpg"]
@@ -150,7 +151,7 @@ def test_csv_separators_quotes_and_byte_order_marks(tmp_path, mark):
     path = tmp_path / "a.csv"
     text = f'path{mark} label \na.png{mark}"x{mark}y"\n\n"b.png"{mark} "" \n'
     path.write_text(text.replace(' "" ', '""'), "utf-8-sig")
-    assert read_csv(path, ["path", "label"]) == [
+    assert read_csv(path, ["path"]) == [
         {"path": "a.png", "label": f"x{mark}y"},
         {"path": "b.png", "label": ""},
     ]
@@ -162,7 +163,8 @@ def test_separators_inside_of_quotes_count_for_nothing(tmp_path, mark, other):
     """Names of taxonomies hold semicolons: k__B;p__F;c__C."""
     path, name = tmp_path / "a.csv", other.join(["k__B", "p__F", "c__C", "o__L", "f__D"])
     path.write_text(f'id{mark}label{mark}"p_{name}"\na{mark}"{name}"{mark}1\n')
-    assert read_csv(path, ["id", "label"]) == [{"id": "a", "label": name, f"p_{name}": "1"}]
+    header = ["id", "label", f"p_{name}"]
+    assert read_cells(path, ["id", "label"]) == (header, [["a", name, "1"]])
 
 
 @pytest.mark.parametrize(
@@ -215,6 +217,87 @@ def test_json_labels(images, tmp_path):
         path.write_text(content)
         with pytest.raises(UserError, match=said):
             json_labels(path, images)
+
+
+BAD = {"a\rb": "a\\u000db", "a\nb": "a\\u000ab", "a\r\nb": "a\\u000d\\u000ab"}
+BAD |= {"a\tb": "a\\u0009b", "a\x1bb": "a\\u001bb", "a\x7fb": "a\\u007fb"}
+
+
+def refused_name(read, *arguments, **options):
+    """What is said of a name that is not one line of text."""
+    with pytest.raises(UserError) as caught:
+        read(*arguments, **options)
+    said = str(caught.value)
+    assert "with line ends or other control characters" in said and said.isprintable()
+    return said
+
+
+@pytest.mark.parametrize(("name", "shown"), BAD.items())
+def test_names_in_tables_are_one_line_of_text(images, tmp_path, name, shown):
+    """Else a line that names one breaks, or overwrites what stands before it."""
+    path = tmp_path / "a.json"
+    good = ["cat/1.png", "dog/1.png"]
+    for content, fold, what in (
+        ({"train": [*good, name], "val": ["a.png"]}, 0, 'paths or ids of "train"'),
+        ([{"train": good}, {"train": good, "test": [name]}], 1, 'paths or ids of "test"'),
+        ({"0": good, "1": ["x"], "2": [name]}, 0, 'paths or ids of "2"'),
+        ({"train": good, name: ["a.png"]}, 0, "names of splits or folds"),
+        ({name: {"train": good}}, 0, "names of splits or folds"),
+        ({"0": {"train": good, name: []}}, 0, "names of splits"),
+    ):
+        path.write_text(json.dumps(content))
+        said = refused_name(read_splits, path, fold)
+        assert said.startswith(f"{path}: {what} with") and f'"{shown}"' in said
+    path.write_text(json.dumps({"cat/1.png": 1, name: 2}))
+    assert f"{path}: paths with" in (said := refused_name(json_labels, path, images))
+    assert f'"{shown}"' in said
+    for content, what in (
+        ({"train": [{"image": [name], "label": 1}]}, 'paths of "train"'),
+        ({name: [{"image": "a.png", "label": 1}]}, "names of splits"),
+    ):
+        path.write_text(json.dumps(content))
+        said = refused_name(datalist_labels, path, images)
+        assert said.startswith(f"{path}: {what} with") and f'"{shown}"' in said
+    path = tmp_path / "a.csv"
+    for column, row in (
+        ("path", (name, "x", "p", "train")),
+        ("label", ("a.png", name, "p", "val")),
+        ("who", ("a.png", "x", name, "val")),
+        ("part", ("a.png", "x", "p", name)),
+    ):
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+            writer.writerows([("path", "label", "who", "part"), row])
+        columns = {"path_columns": ("path",), "label_column": "label"}
+        columns |= {"group_column": "who", "split_column": "part"}
+        said = refused_name(csv_labels, path, images, **columns)
+        assert said.startswith(f'{path}: cells of "{column}" with') and f'"{shown}"' in said
+
+
+def test_columns_that_are_not_read_may_hold_any_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'id,note\r\na,"first\r\nsecond\tx"\r\n')
+    assert read_csv(path, ["id"]) == [{"id": "a", "note": "first\r\nsecond\tx"}]
+    path.write_bytes(b'id,"no\rte"\na,b\n')
+    with pytest.raises(UserError, match=r'no column "name".*; columns are id, no\\u000dte'):
+        read_csv(path, ["name"])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_lines_end_as_on_any_system(tmp_path, end, last):
+    """\\r\\r\\n is what a program leaves that writes \\r\\n as text on Windows."""
+    path = tmp_path / "a.csv"
+    text = end.join(["id;label", 'a;"x"', "", "b;y"]) + end * last
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_csv(path, ["id"]) == [{"id": "a", "label": "x"}, {"id": "b", "label": "y"}]
+    path.write_bytes(f"id{end}a\0".encode())
+    line = 2 + (end == "\r\r\n")
+    with pytest.raises(UserError, match=f"a.csv, line {line}: a NUL character"):
+        read_csv(path, ["id"])
+    path.write_bytes(end.encode())
+    with pytest.raises(UserError, match="no header"):
+        read_csv(path, ["id"])
 
 
 def test_split_files(tmp_path):

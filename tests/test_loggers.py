@@ -1,6 +1,7 @@
 """Loggers: real offline W&B runs, ids that continue, failures that never stop a run."""
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from children import run as run_child
@@ -16,7 +18,7 @@ from msgspec.structs import replace
 
 from glovita_lib import loggers
 from glovita_lib.dist import Ranks
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, listed
 from glovita_lib.loggers import (
     Logger,
     NullLogger,
@@ -26,6 +28,9 @@ from glovita_lib.loggers import (
     epoch_line,
     logged_as,
 )
+from glovita_lib.metric_names import logged_names
+from glovita_lib.metrics import Multiclass, without_interval
+from glovita_lib.metrics_classification import Scores
 from glovita_lib.results import summary_lines
 from glovita_lib.run_train import is_of_folds
 from glovita_lib.rundir import RunDir
@@ -305,6 +310,39 @@ def test_results_stand_in_the_summary_and_many_classes_in_a_table(
     assert b"test_acc_high" in offline_runs(run)[0].read_bytes()
 
 
+@pytest.mark.parametrize("defined", [0, 1, 11, 1500])
+def test_the_number_of_keys_at_wandb_does_not_grow_with_the_classes(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, defined: int
+) -> None:
+    """Nor does it depend on how many classes have a value in an epoch."""
+    logger = build(WandbLogger(offline=True), run)
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(logger.run, "log", lambda values, step: sent.append(values))
+    values = {f"f1_per_class_{k}": k / 1500 if k < defined else None for k in range(1500)}
+    logger.log({**RECORD, "val_acc": 0.5, **{f"val_{k}": v for k, v in values.items()}}, step=3)
+    assert set(sent[0]) == {"train_loss", "lr", "val_acc", "val_f1_per_class"}
+    expected = [[str(k), k / 1500] for k in range(defined)]
+    assert sent[0]["val_f1_per_class"].data == expected
+    ends = {key: [value, 1.0] if value else [None, None] for key, value in values.items()}
+    few = {f"f1_per_class_{k}": 0.5 for k in range(2)}
+    report = {"loss": None, "metrics": {"acc": 0.5, **values}, "ci95": {"acc": [0.4, 0.6], **ends}}
+    logger.conclude("test", report)
+    logger.conclude("val", {"loss": 0.1, "metrics": few, "ci95": {"f1_per_class_1": [0.4, 0.6]}})
+    summary = dict(logger.run.summary)
+    table = summary.pop("test_f1_per_class")
+    assert summary == {
+        "test_acc": 0.5, "test_acc_low": 0.4, "test_acc_high": 0.6, "val_loss": 0.1,
+        "val_f1_per_class_0": 0.5, "val_f1_per_class_1": 0.5,
+        "val_f1_per_class_1_low": 0.4, "val_f1_per_class_1_high": 0.6,
+    }  # fmt: skip
+    logger.finish()
+    kept = next(run.path.glob(f"wandb/offline-run-*/files/{table['path']}"))
+    content = json.loads(kept.read_text())
+    assert content["columns"] == ["class", "value", "low", "high"]
+    rows = [[str(k), k / 1500, *ends[f"f1_per_class_{k}"]] for k in range(defined)]
+    assert content["data"] == rows
+
+
 @pytest.mark.parametrize("name", ["a/b", "50%", "a?", "x" * 129, "back\\slash"])
 def test_names_of_projects_that_wandb_refuses(name: str) -> None:
     from wandb import Settings, UsageError
@@ -346,6 +384,40 @@ def test_many_classes_are_a_range_on_the_console() -> None:
     report["metrics"] |= {k.removeprefix("val_"): v for k, v in many.items()}
     ((_, text),) = summary_lines({"test": report})
     assert text == (f"loss 0.5000  mae 3e-08 [1e-08, 5e-08]  acc undefined  {spread}")
+
+
+@pytest.mark.parametrize("classes", [1, 2, 110, 1500])
+def test_classes_without_interval_are_one_line(classes: int) -> None:
+    counts = [50] + [1 + k % 4 for k in range(classes)]
+    targets = np.repeat(np.arange(classes + 1), counts)
+    scores = Scores(np.eye(classes + 1)[targets])
+    names = tuple(f"c{k}" for k in range(classes + 1))
+    samples = Multiclass(targets, scores, names)
+    metrics = ("acc", "f1", "recall", "f1_per_class")
+    lacks = without_interval(metrics, samples)
+    assert len(lacks) == classes + 2  # the file has all
+    values = dict.fromkeys(logged_names(metrics, names), 0.5)
+    report = {"loss": None, "metrics": values, "ci95": {}, "no_ci95": lacks}
+    lines = [text for _, text in summary_lines({"test": report})][1:]
+    first = 'class "c1" has 1 of the {} samples that it takes'
+    more = f", and {classes - 1} more have too few" * (classes > 1)
+    assert lines[0] == f"no interval of f1, recall: {first.format(5)}{more}"
+    if classes == 1:
+        assert lines[1:] == [f"no interval of f1_per_class_c1: {first.format(40)}"]
+        return
+    named = listed((f"c{k + 1}" for k in range(classes)), 6)
+    count = f"{classes:,} of {classes + 1:,} classes ({named})"
+    more = f", and {classes - 1:,} more"
+    assert lines[1:] == [f"no interval of f1_per_class of {count}: {first.format(40)}{more}"]
+
+
+def test_a_split_of_few_samples_says_so_once() -> None:
+    why = "the split has 3 of the 15 samples that it takes"
+    names = ("acc", *(f"f1_per_class_{k}" for k in range(30)))
+    values = dict.fromkeys(names, 0.5)
+    report = {"loss": None, "metrics": values, "ci95": {}, "no_ci95": dict.fromkeys(names, why)}
+    (_, (_, line)) = summary_lines({"test": report})
+    assert line == f"no interval of {listed(names, 6)}: {why}"
 
 
 def test_a_long_computation_says_how_far_it_is(capsys, monkeypatch) -> None:

@@ -88,8 +88,9 @@ def line_of(axes, label: str):
         ([1e6, 0.5, 0.4, 0.3], "log"),
         ([1e-9, 1e-5], "log"),
         ([999.0, 1.0], "linear"),
-        ([1e6, 0.5, 0.0], "linear"),
-        ([1e6, 0.5, -0.1], "linear"),
+        ([1e6, 0.0, 900.0, 0.0], "symlog"),
+        ([1e6, 0.0, 1e6, 0.0], "linear"),
+        ([0.0, 0.0], "linear"),
         ([1e6, None, 0.5], "log"),
         ([1e140, 1e-140], "log"),
         ([None, None], "linear"),
@@ -108,6 +109,48 @@ def test_a_wide_range_of_positive_values_is_logarithmic(panels, losses, scale) -
         places = [math.log10(value) for value in known]
         span = math.log10(high) - math.log10(low)
         assert (max(places) - min(places)) / span > 0.6  # the curve is not flat
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [1e6, 3.0, 2.0, 1.0, 0.0],
+        [0.0, 1e6, 3.0, 1.0],
+        [1e6, 3.0, 0.5, -0.1],
+        [1e6, 3.0, 1.0, -2e3],
+        [2.0, 1e-3, 1e-9, 0.0, 0.0, 0.0],
+        [1e140, 1.0, 1e-140, 0.0],
+        [1.0, 1e-20, 1.4e-45, 0.0],
+    ],
+)
+def test_values_of_zero_and_below_leave_a_wide_range_to_be_seen(panels, losses) -> None:
+    """A separated split has a cross-entropy of exactly 0 in float32."""
+    axes = panels([record(e, val_loss=loss, train_loss=loss) for e, loss in enumerate(losses)])
+    axes = axes["loss"]
+    assert axes.get_yscale() == "symlog"
+    low, high = axes.get_ylim()
+    assert low <= min(losses) and high >= max(losses)
+    points = axes.transData.transform([(1, value) for value in sorted(set(losses))])
+    places = axes.transAxes.inverted().transform(points)[:, 1]
+    assert 0 < places[0] < 0.15 and 0.85 < places[-1] < 1
+    assert np.diff(places).min() > 0.01
+    axes.figure.canvas.draw()
+    labels = [label for label in axes.get_yticklabels() if label.get_text()]
+    assert {"0"} < {label.get_text() for label in labels}
+    ends = sorted((box.y0, box.y1) for box in (label.get_window_extent() for label in labels))
+    overlap = [one[1] - other[0] for one, other in zip(ends, ends[1:], strict=False)]
+    assert max(overlap) < 0.3 * (ends[0][1] - ends[0][0])  # boxes have room for letters that hang
+
+
+def test_a_loss_of_zero_stays_seen_where_rounding_errors_are_within_epochs(panels) -> None:
+    steps = [(0, 5, 1e6), (0, 10, 4.9e5), (1, 15, 0.4), (1, 20, 0.3), (2, 25, 1e-7), (2, 30, 0.0)]
+    records = [
+        {"event": "step", "epoch": epoch, "step": step, "samples": 8 * step, "train_loss": loss}
+        for epoch, step, loss in steps
+    ]
+    losses = [4.9e5, 0.3, 0.0]
+    axes = panels(records + [record(e, train_loss=loss) for e, loss in enumerate(losses)])["loss"]
+    assert axes.get_yscale() == "symlog" and -0.3 < axes.get_ylim()[0] < 0
 
 
 def test_scores_and_the_learning_rate_stay_linear(panels) -> None:
