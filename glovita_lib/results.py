@@ -330,7 +330,8 @@ def interval_lines(lacks: dict[str, str], metrics: Iterable[str]) -> list[str]:
             continue
         names = listed((name.removeprefix(f"{family}_") for name in own), 6)
         count = f"{len(own):,} of {len(families[family]):,} classes ({names})"
-        lines.append(f"no interval of {family} of {count}: {first}, and {len(own) - 1:,} more")
+        others = f"and {len(own) - 1:,} more have too few"
+        lines.append(f"no interval of {family} of {count}: {first}, {others}")
     return [f"no interval of {listed(own, 6)}: {why}" for why, own in reasons.items()] + lines
 
 

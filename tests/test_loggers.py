@@ -407,7 +407,7 @@ def test_classes_without_interval_are_one_line(classes: int) -> None:
         return
     named = listed((f"c{k + 1}" for k in range(classes)), 6)
     count = f"{classes:,} of {classes + 1:,} classes ({named})"
-    more = f", and {classes - 1:,} more"
+    more = f", and {classes - 1:,} more have too few"
     assert lines[1:] == [f"no interval of f1_per_class of {count}: {first.format(40)}{more}"]
 
 
