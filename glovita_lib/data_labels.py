@@ -489,7 +489,9 @@ def are_hot(labels: Sequence[Any], rules: LabelRules) -> bool:
 
 def regression(files: Sequence[Labels], rules: LabelRules) -> Targets:
     """One number or more a sample."""
-    why = "the label of a regression must be a finite number, or a list of them"
+    said = rules.subtask or rules.predicts  # else the numbers alone have told what they are
+    what = "label" if said == "classes" else "label of a regression"
+    why = f"the {what} must be a finite number, or a list of them"
     return in_columns(files, [matrix(file, why) for file in files], rules)
 
 

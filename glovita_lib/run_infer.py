@@ -20,7 +20,15 @@ from glovita_lib.data_features import unlabelled_features
 from glovita_lib.data_folder import build_unlabelled
 from glovita_lib.data_splits import SPLIT_NAMES, read_splits
 from glovita_lib.errors import UserError, listed, refuse
-from glovita_lib.experiment import Experiment, evaluated_as, read_data, record_of, restore, some_of
+from glovita_lib.experiment import (
+    EVALUATION_KEYS,
+    Experiment,
+    evaluated_as,
+    read_data,
+    record_of,
+    restore,
+    some_of,
+)
 from glovita_lib.loggers import say, say_notes, two_columns, write_notes
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.objectives import LabelledPredictions, Predictions
@@ -45,7 +53,7 @@ from glovita_lib.resolved import (
 )
 from glovita_lib.results import clear_results, summary_lines, write_predictions, write_results
 from glovita_lib.rundir import RunDir, alone, locate
-from glovita_lib.spec import Loaded, changed_keys
+from glovita_lib.spec import Loaded, changed_keys, is_among
 from glovita_lib.spec_data import GenericImageData, SeriesData, VideoData, VolumeData, features_of
 from glovita_lib.spec_lift import Slices
 from glovita_lib.spec_root import Root
@@ -307,11 +315,40 @@ def member_of(run: RunDir, loaded: Loaded[Root]) -> Path:
         )
     changes = changed_keys(files.read_json(run.config), loaded.plain, free_keys(loaded.root))
     if changes:
+        cure = f'undo the changes, or evaluate it with them by infer.checkpoint = "{path}"'
+        if own := keys_of_model(changes, path, loaded.root):
+            cure = (
+                f"{listed(own, 4)} {'belongs' if len(own) == 1 else 'belong'} to the trained model:"
+                ' undo the changes, or train a new run with name = "<another>"'
+            )
         raise UserError(
-            f"{run.path} was trained with another spec: {listed(changes, 8, '; ')}; undo the"
-            f' changes, or evaluate it with them by infer.checkpoint = "{path}"'
+            f"{run.path} was trained with another spec: {listed(changes, 8, '; ')}; {cure}"
         )
     return path
+
+
+OF_DATA = ("data", "dataloading.batch_size")
+"""What a checkpoint is evaluated with as the present spec says, but for what is of the model."""
+OF_TRAINING = (
+    "augmentation", "sampling", "subtask", "task", "num_classes", "standardize",
+    "frames.label_level",
+)  # fmt: skip
+"""Fields of section data that a model has learnt from, beside those that say what a sample is."""
+
+
+def keys_of_model(changes: Sequence[str], path: Path, root: Root) -> list[str]:
+    """Keys of changes ("key: old -> new") that the model of a checkpoint keeps as it was trained
+    with, or is refused with, also where the checkpoint is named."""
+    inputs = record_of(path).inputs
+    free = [f"data.{name}" for name in root.data.of_new_samples if "." in name]  # cache and workers
+    if evaluated_as(inputs, root) is not inputs:  # the windows of volumes are the spec's
+        free += [f"data.augmentation.{name}" for name in EVALUATION_KEYS]
+    own = [f"data.{name}" for name in (*OF_TRAINING, *read_by(inputs).__struct_fields__)]
+    return [
+        key
+        for key in (change.partition(": ")[0] for change in changes)
+        if not is_among(key, OF_DATA) or (is_among(key, own) and not is_among(key, free))
+    ]
 
 
 def refuse_seen_samples(loaded: Loaded[Root], folds: tuple[int | str, ...]) -> None:

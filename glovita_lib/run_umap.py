@@ -62,7 +62,7 @@ from glovita_lib.read_features import (
 from glovita_lib.resolved import Inputs, Resolved, VolumeInputs, has_targets_of
 from glovita_lib.rundir import alone, locate
 from glovita_lib.spec import Loaded
-from glovita_lib.spec_data import PrecomputedData, features_of
+from glovita_lib.spec_data import features_of
 from glovita_lib.spec_root import Root, head_is_named
 from glovita_lib.spec_train import Umap
 
@@ -262,7 +262,8 @@ def open_input(path: Path, root: Root, *, named: bool) -> Data:
     Labels are not needed.
 
     Args:
-        root: the names of the datasets are those of its section data, where it has some.
+        root: the names of the datasets and of the classes, and what labels are, are those of its
+            section data, where it is one of features.
         named: whether the spec names its head, which then says what whole numbers with decimals
             are.
 
@@ -279,17 +280,18 @@ def open_input(path: Path, root: Root, *, named: bool) -> Data:
     labels = collection.labels
     asked = Asked()
     if isinstance(labels, np.ndarray) and labels.dtype.kind == "f" and labels.size == len(labels):
-        is_whole = bool(np.isfinite(labels).all() and np.all(np.floor(labels) == labels))
-        are_classes = is_whole and names_classes(root, named, collection.class_names)
+        are_classes = names_classes(root, named, collection.class_names)
         asked = Asked(predicts="classes" if are_classes else "numbers")
-    found = encode_labels(PrecomputedData(), [collection], None, asked)
+    # where the section decides that they are classes, these are its classes too
+    found = encode_labels(features_of(root.data), [collection], None, asked)
     subtask, class_names, (split.targets,), _ = found
     return Data(str(path), {"": split}, subtask, class_names, samples, collection.notes())
 
 
 def names_classes(root: Root, named: bool, stored: tuple[str, ...] | None) -> bool:
-    """Whether whole numbers with decimals are classes: those that a file names, or what a spec
-    states of its features, or its head, where it names one that predicts nothing else."""
+    """Whether whole numbers with decimals, some of which may be missing, are classes: those that a
+    file names, or what a spec states of its features, or its head, where it names one that predicts
+    nothing else."""
     data = root.data
     subtask = data.stated_subtask() if data.samples == "features" else None
     if subtask is not None:

@@ -484,12 +484,13 @@ def inside(value: float, kind: kinds.IntType | kinds.FloatType) -> bool:
     )
 
 
-def may_be_entry(value: Any, entry: Type) -> bool:
-    """Whether a value may have been meant as the one entry of an array: no word among numbers."""
-    if isinstance(value, str):
-        options = options_of(entry)
-        return bool(texts(entry)) or any(isinstance(option, kinds.StrType) for option in options)
-    return not isinstance(value, list | dict)
+def as_entry(value: Any, entry: Type) -> str | None:
+    """How a value is written as the one entry of an array; None where it can be none of these."""
+    if isinstance(value, list | dict):
+        return None
+    near = meant(value, texts(entry)) if isinstance(value, str) else ""
+    fits = any(value_fits(value, option) for option in options_of(entry))
+    return f"; write [{shown(value)}]{near}" if fits or near else None
 
 
 def hint(value: Any, kind: Type) -> str:
@@ -507,8 +508,8 @@ def hint(value: Any, kind: Type) -> str:
         last = shown(list(range(-value, 0)))
         return f"; write {last} for the last {value}, which timm means, or [{value}] for that one"
     entry = item_type(kind)
-    if entry is not None and may_be_entry(value, entry):
-        return f"; write [{shown(value)}]" + meant(str(value), texts(entry))
+    if entry is not None and (written := as_entry(value, entry)) is not None:
+        return written
     number = parsed(value) if isinstance(value, str) else None
     if number is not None and any(value_fits(number, option) for option in options):
         return f"; write {shown(number)} without quotes"

@@ -48,6 +48,24 @@ def test_infer_reproduces_training_to_the_last_digit(command, table_spec, subtas
     assert run.json("metrics_test.json")["ci95"]
 
 
+@pytest.mark.runs
+def test_another_spec_than_the_run_s_is_answered_with_what_helps(command, refused):
+    """A named checkpoint is proposed only for what it is then evaluated with."""
+    run = command("training.epochs=1", "name=run")
+    asked = ["training.epochs=1", "name=run", "mode=infer"]
+    offered = f'evaluate it with them by infer.checkpoint = "{checkpoint_of(run)}"'
+    for changes in (["data.test_fraction=0.3"], ["data.test_fraction=0.3", "seed=1"],
+                    ["data.augmentation.image_size=16"], ["optimizer.lr=0.5"]):  # fmt: skip
+        line = refused(*asked, *changes)
+        keys = [change.partition("=")[0] for change in changes if "fraction" not in change]
+        assert (offered in line) == (not keys)
+        if keys:
+            assert "infer.checkpoint" not in line
+            assert f"; {keys[0]} belongs to the trained model: undo the changes, or train" in line
+    told = command("mode=infer", f"infer.checkpoint={checkpoint_of(run)}", "data.test_fraction=0.3")
+    assert "has no effect" not in told.out
+
+
 def test_images_of_differing_sizes_and_the_train_split(command, folder_spec, monkeypatch):
     monkeypatch.setattr("glovita_lib.results.plots.plot_results", lambda *a, **k: None)
     for name in ("results.plot_worst", "run_train.plot_augmented", "run_train.learning_curves"):
@@ -102,7 +120,7 @@ def test_before_training_and_with_another_spec(command, refused):
     assert "best.pt does not exist" in line and "train the spec first" in line
     command()
     line = refused("mode=infer", "optimizer.lr=0.5", "name=tiny")
-    assert "optimizer.lr: 0.001 -> 0.5" in line and "infer.checkpoint" in line
+    assert "optimizer.lr: 0.001 -> 0.5" in line and "train a new run with name" in line
 
 
 def test_what_no_model_depends_on_is_no_other_spec(command, refused):

@@ -164,6 +164,49 @@ def test_whole_numbers_with_decimals_are_classes_where_something_says_so(tmp_pat
         assert labels == [wanted.format(n) for n in Y[:40]]
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int64])
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["-1", "0", "1"]])
+def test_names_of_the_section_are_those_of_the_classes(tmp_path, kind, names):
+    """Numbers are places in the list, or stand in it themselves."""
+    start = int(names[0]) if names[0] == "-1" else 0
+    labels = (np.arange(40) % 3 + start).astype(kind)
+    path = write(tmp_path / "v.h5", features=X[:40], labels=labels)
+    changes = [*(text.replace("FILE", str(path)) for text in OWN_FEATURES), f"umap.input={path}"]
+    assert command(tmp_path, *changes, f"data.class_names={json.dumps(names)}") == 0
+    (table,) = tmp_path.rglob("*.csv")
+    assert [row["label"] for row in rows(table)] == [names[n % 3] for n in range(40)]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64])
+def test_whole_numbers_are_values_where_the_section_says_so(tmp_path, kind):
+    path = write(tmp_path / "v.h5", features=X[:40], labels=Y[:40].astype(kind))
+    own = [text.replace("FILE", str(path)) for text in OWN_FEATURES]
+    said = ["data.subtask=regression", "model.head.head_type=regression"]
+    assert command(tmp_path, f"umap.input={path}", *own, *said) == 0
+    (page,) = tmp_path.rglob("*.html")
+    np.testing.assert_allclose(embedded(page.read_text())["colorings"][0]["values"], Y[:40])
+
+
+@pytest.mark.parametrize(
+    ("value", "said", "line"),
+    [
+        (np.nan, "model.head.head_type=classification", "there is no label; wrong: 3"),
+        (np.nan, 'data.class_names=["a", "b", "c"]', "there is no label; wrong: 3"),
+        (np.inf, "model.head.head_type=classification", "the label must be a finite number"),
+        (0.5, 'data.class_names=["a", "b", "c"]', '"0.5" (3); data.class_names: a, b'),
+        (7, 'data.class_names=["a", "b", "c"]', 'label not in class list: "7" (3)'),
+    ],
+)
+def test_a_label_that_is_no_class_is_called_one(tmp_path, value, said, line, capsys):
+    labels = (np.arange(40) % 3).astype(np.float32)
+    labels[3] = value
+    path = write(tmp_path / "v.h5", features=X[:40], labels=labels)
+    changes = [*(text.replace("FILE", str(path)) for text in OWN_FEATURES), f"umap.input={path}"]
+    assert command(tmp_path, *changes, said) == 2
+    told = capsys.readouterr().err
+    assert line in told and "regression" not in told
+
+
 # ---------------------------------------------------------------------- whole runs
 
 

@@ -324,6 +324,16 @@ def test_override_mistakes(errors, given, part):
 
 
 @pytest.mark.parametrize(
+    "given",
+    ["data.augmentation.patch_size=0", "data.augmentation.patch_size=8.5", "infer.folds=1.5",
+     "task.metrics=nothing_like_it"],
+)  # fmt: skip
+def test_no_entry_is_proposed_that_is_refused_in_its_turn(errors, given):
+    lines = errors("", given)
+    assert not any("write [" in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
     "text", ["{checkpoint}_{split}.h5", "[x]/y", "[1]", "{a=1}", "[", "{}", "a=[b]", "{"]
 )
 def test_a_field_of_text_takes_brackets_as_they_are(root, text):
