@@ -399,7 +399,7 @@ class Encoder(nn.Module):
         hooks = [
             part.register_forward_hook(note(name))
             for name, part in self.net.named_modules()
-            if "norm" in type(part).__name__.lower()
+            if [inner for inner in part.modules() if is_norm(inner)] == [part]  # no ConvNormAct
         ]
         try:
             raw = self.forward_features(x)
@@ -518,6 +518,11 @@ class Encoder(nn.Module):
 
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is called a norm, as also some that hold one."""
+    return "norm" in type(module).__name__.lower()
 
 
 def is_of_tokens(vector: Tensor, ends: Sequence[Any], encoder: Encoder) -> bool:

@@ -30,7 +30,8 @@ from glovita_lib.data import (
 )
 from glovita_lib.data_features import encode_labels, keys, read_collection
 from glovita_lib.data_splits import strata
-from glovita_lib.errors import UserError, listed, versions
+from glovita_lib.data_subtask import float_look
+from glovita_lib.errors import UserError, listed, refuse, versions
 from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, source_of, wanted_splits
 from glovita_lib.feature_writer import part_to_read
@@ -268,7 +269,8 @@ def open_input(path: Path, root: Root, *, named: bool) -> Data:
             are.
 
     Raises:
-        UserError: no such file, damaged, empty, or with labels that are none.
+        UserError: no such file, damaged, empty, or with labels that are none, or not those of a
+            head that is named.
     """
     if not path.exists():
         raise UserError(f'umap.input: "{path}" does not exist')
@@ -277,15 +279,23 @@ def open_input(path: Path, root: Root, *, named: bool) -> Data:
     split, samples = Split(collection.ids, None, source), collection.samples
     if collection.labels is None:
         return Data(str(path), {"": split}, "multiclass", (), samples, collection.notes())
-    labels = collection.labels
-    asked = Asked()
+    labels, notes = collection.labels, collection.notes()
+    head, asked = root.model.head.only_predicts(named=named), Asked()
     if isinstance(labels, np.ndarray) and labels.dtype.kind == "f" and labels.size == len(labels):
         are_classes = names_classes(root, named, collection.class_names)
         asked = Asked(predicts="classes" if are_classes else "numbers")
+        said = (collection.subtask, features_of(root.data).subtask, head)
+        if not are_classes and said == (None, None, None) and float_look(labels) == "decimals":
+            notes.append(
+                "the labels are whole numbers with decimals and are drawn as values; where they are"
+                ' classes, set model.head.head_type = "classification"'
+            )
     # where the section decides that they are classes, these are its classes too
     found = encode_labels(features_of(root.data), [collection], None, asked)
     subtask, class_names, (split.targets,), _ = found
-    return Data(str(path), {"": split}, subtask, class_names, samples, collection.notes())
+    if subtask == "regression" and head == "classes":
+        refuse("model.head", root.model.head.target_problems(subtask))
+    return Data(str(path), {"": split}, subtask, class_names, samples, notes)
 
 
 def names_classes(root: Root, named: bool, stored: tuple[str, ...] | None) -> bool:

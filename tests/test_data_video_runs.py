@@ -132,6 +132,26 @@ def test_memory_and_workers_change_nothing(command, tmp_path, spec):
 
 
 @pytest.mark.runs
+def test_a_patch_size_is_that_of_the_frames_encoder(command, spec):
+    """Trained with it and read back with it."""
+    vit = """encoder_type = "timm"
+type = "test_vit"
+pretrained = false
+lift = "slices"
+"""
+    start, end = spec.index('encoder_type = "residual'), spec.index("[task]")
+    spec = (spec[:start] + vit + spec[end:]).replace("epochs = 2", "epochs = 1")
+    asked = ["name=run", "data.augmentation.patch_size=[8, 4]"]
+    run = command(*asked, spec=spec)
+    shapes = [tensor.shape[-2:] for name, tensor in run.last["model"].items()
+              if name.endswith("patch_embed.proj.weight")]  # fmt: skip
+    assert shapes == [(8, 4)]
+    command(*asked, "mode=infer", spec=spec)
+    name = "predictions_test.csv"
+    assert (run.path / "infer" / name).read_bytes() == (run.path / name).read_bytes()
+
+
+@pytest.mark.runs
 @pytest.mark.parametrize("how", ["logits", "probabilities", "bag"])
 def test_every_mode(command, tmp_path, root, spec, how):
     changes = [f"data.sampling.combine={how}"] if how != "bag" else BAGS

@@ -329,6 +329,7 @@ VECTORS = {  # timm's model: size, the norms that its own vector ends in
     "convnext_atto": (64, "net.head.norm, in the library's pooling"),
     "caformer_s18": (64, "net.head.norm, in the library's pooling"),
     "efficientnet_b0": (64, "net.bn2, the last of the forward pass"),
+    "mobilevit_xxs": (64, "net.final_conv.bn, the last of the forward pass"),
     "resnet18": (64, "none at the end"),
     "mobilenetv3_small_050": (64, "none at the end"),
     "crossvit_tiny_240": (240, "net.norm.0, net.norm.1, the last of the forward pass"),

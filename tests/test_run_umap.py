@@ -194,6 +194,7 @@ def test_whole_numbers_are_values_where_the_section_says_so(tmp_path, kind):
         (np.nan, 'data.class_names=["a", "b", "c"]', "there is no label; wrong: 3"),
         (np.inf, "model.head.head_type=classification", "the label must be a finite number"),
         (0.5, 'data.class_names=["a", "b", "c"]', '"0.5" (3); data.class_names: a, b'),
+        (2, 'data.class_names=["a", "b"]', 'label not in class list: "2" (2)'),
         (7, 'data.class_names=["a", "b", "c"]', 'label not in class list: "7" (3)'),
     ],
 )
@@ -205,6 +206,22 @@ def test_a_label_that_is_no_class_is_called_one(tmp_path, value, said, line, cap
     assert command(tmp_path, *changes, said) == 2
     told = capsys.readouterr().err
     assert line in told and "regression" not in told
+
+
+def test_values_are_not_for_a_head_of_classes_and_what_may_be_either_is_said(tmp_path, capsys):
+    said = "where they are classes, set model.head.head_type"
+    whole, half = Y[:40].astype(np.float32), Y[:40] + np.float32(0.5)
+    for stated, labels, line in ((None, whole, True), ("regression", whole, False),
+                                 (None, half, False)):  # fmt: skip
+        attributes = {} if stated is None else {"subtask": stated}
+        path = write(tmp_path / "v.h5", attributes, features=X[:40], labels=labels)
+        assert command(tmp_path, f"umap.input={path}") == 0
+        assert (said in " ".join(capsys.readouterr().out.split())) == line
+        code = command(tmp_path, f"umap.input={path}", "model.head.head_type=classification")
+        told = capsys.readouterr()
+        assert said not in " ".join(told.out.split())
+        assert code == (0 if line else 2)
+        assert ('model.head.head_type: "classification" cannot predict' in told.err) != line
 
 
 # ---------------------------------------------------------------------- whole runs
