@@ -416,10 +416,16 @@ def load_as_timm(loader: Loader, net: nn.Module, tensors: Tensors) -> None:
         plain = kernel.ndim == wanted.ndim == 4 and wanted.shape[1] == channels  # no stacked pixels
         if plain and kernel.shape[1] not in (3, channels):
             state[key] = fit_kernel(kernel, channels)
-    if all(key in state and key in own and state[key].shape == own[key].shape for key in kernels):
+    if all(key in state and key in own and same_channels(state[key], own[key]) for key in kernels):
         channels = 3  # in timm's words: there is nothing to fit
     elsewhere = {"file": None, "url": None, "hf_hub_id": None, "source": ""}
     loader(net, pretrained_cfg={**config, **elsewhere, "state_dict": state}, in_chans=channels)
+
+
+def same_channels(kernel: Tensor, wanted: Tensor) -> bool:
+    """Whether kernels (D, C, ...) differ at most in their sides, to which timm resamples those of
+    patches."""
+    return kernel.ndim == wanted.ndim and kernel.shape[:2] == wanted.shape[:2]
 
 
 def keep_small_images(net: nn.Module, name: str) -> None:

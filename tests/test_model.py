@@ -405,6 +405,21 @@ def test_weights_of_another_patch_are_resampled_as_timm_does(tmp_path, name) -> 
     torch.testing.assert_close(net.pos_embed.detach(), places)
 
 
+def test_own_weights_of_one_channel_and_another_patch_are_read_without_a_word(tmp_path, caplog):
+    """timm takes every file for one of RGB and would say that it is not."""
+    name, file = "vit_small_patch16_224", tmp_path / "w.pth"
+    whole = timm.create_model(name, img_size=32, in_chans=1, **NARROW)
+    torch.save(whole.state_dict(), file)
+    spec = TimmEncoder(type=name, pretrained=False, model_kwargs=NARROW, weights=str(file))
+    model = build_model(
+        ModelSpec(encoder=spec), FullFinetuning(), outputs=3, channels=1, size=(32, 32),
+        patch_size=8, load_weights=True,
+    )  # fmt: skip
+    kernel = resample_patch_embed(whole.patch_embed.proj.weight.detach(), [8, 8])
+    torch.testing.assert_close(model.encoder.net.patch_embed.proj.weight.detach(), kernel)
+    assert "already match" not in caplog.text
+
+
 def test_weights_that_timm_does_not_resample_are_refused(tmp_path) -> None:
     name, file = "cait_xxs24_224", tmp_path / "w.pth"
     torch.save(timm.create_model(name, img_size=32, **NARROW).state_dict(), file)
