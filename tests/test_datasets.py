@@ -720,9 +720,7 @@ def test_bad_new_images(root, tmp_path):
     with pytest.raises(UserError) as caught:
         unlabelled(root / "images")
     head, first, second = str(caught.value).splitlines()
-    assert head.startswith(
-        "2 images of 30 cannot be read; mend them or leave them out by data.strict"
-    )
+    assert head.startswith("2 images of 30 cannot be read; mend them or set data.strict = false")
     assert "3.png: broken" in first and "4.png: an empty file" in second
     files = GenericImageData(allowed_exts=("png", "tif"), strict=False)
     split, (note,) = build_unlabelled(str(root / "images"), channels=1, bit_depth=8, files=files)

@@ -60,7 +60,8 @@ def test_images_have_the_shape_and_the_policies_of_the_run():
     root = root_of("timm", model={"encoder": {"encoder_type": "timm", **encoder}})
     inputs = resolve_spec(root, data_of(GREY)).inputs
     assert isinstance(inputs, ImageInputs) and inputs.kind == "images"
-    assert inputs.shape == (1, 8, 8) and inputs.model_arguments == {"channels": 1, "size": (8, 8)}
+    assert inputs.shape == (1, 8, 8)
+    assert inputs.model_arguments == {"channels": 1, "size": (8, 8), "patch_size": None}
     assert inputs.augmentation.train_policy == "default_2d_2"
     assert isinstance(build_inputs(inputs, train=True), Augmenter)
 

@@ -50,6 +50,7 @@ LEFT_OPEN = {  # keys of the spec, and where resolved_config.json says what the 
             "mean",
             "std",
             "patch_size",
+            "margin",
             "evaluation",
         )
     },
