@@ -266,9 +266,13 @@ def _(inputs: ClipInputs, *, train: bool) -> ClipAugmenter:
 @frames_shown.register
 def _(inputs: ClipInputs, split: Split) -> dict[str, np.ndarray]:
     """Of a video that is shorter than a clip the last frame stands several times."""
-    if inputs.sampling.clips > 1 or inputs.label_level == "frame":
+    source = split.source
+    if source.windows is None:
+        source = ArrayVideos(source, np.arange(len(split)))
+    if not isinstance(source, VideoSource | ArrayVideos) or source.starts is not None:
+        return {}  # clips already
+    if source.sizes is None or inputs.sampling.clips > 1 or inputs.label_level == "frame":
         return {}
-    source: Any = split.source  # of videos, which has clocks
     frames, times = [], []
     for count, clock in zip(source.sizes[:, 0].tolist(), source.clocks, strict=True):
         numbers = clip_frames(inputs.sampling, count, clock, None, 1)[0]
