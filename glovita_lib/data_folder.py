@@ -270,7 +270,7 @@ def members_of(
         unused = len(images.unused())
         if unused:
             report.append(
-                f"{unused} {images.noun}s of {images.folder} are not in the label file: not used"
+                f"{unused} {images.noun}s of {images.folder} are not in {table.source}: not used"
             )
     if spec.split_source == "kfold":
         for name in () if table is None else table.missing:

@@ -225,6 +225,8 @@ class LabelTable:
     split_names: set[str] = field(default_factory=set)  # also those of images that are not there
     missing: dict[str, str] = field(default_factory=dict)
     """Names for which there is no image, with their split where the file says it."""
+    source: str = "the label file"
+    """What names the samples, in a line about those that it does not."""
 
     def hint(self, identity: str) -> str:
         """The line that was probably meant for an image without label; empty if none is near."""

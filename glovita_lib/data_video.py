@@ -436,6 +436,9 @@ def split_table(spec: VideoData, folder: VideoFolder, frames: FrameTable) -> Lab
     most = {name: frames.most_frequent(name) for name in frames.segments}
     table.labels = {name: label for name, label in most.items() if label is not None}
     table.labels |= dict.fromkeys(frames.broken, (spec.class_names or ("",))[0])  # to be refused
+    if spec.split_source == "kfold":  # drawn of the videos with labels, whatever has their groups
+        folder.named = set(table.labels)
+        table.source = str(Path(spec.data_root_dir) / spec.frames.labels_file)
     return table
 
 

@@ -306,6 +306,31 @@ def test_videos_with_labels_of_frames_are_split_as_samples_are(root):
         build(root, **columns, label_source="json", group_column="video")
 
 
+@pytest.mark.parametrize("labels", ["json", "folder", "csv"])
+def test_folds_are_of_all_videos_with_labels_of_frames(root, labels):
+    """Those without are told, whatever the file of groups says; where all have one, nothing is."""
+    ids = names(root)
+    table(
+        root, [(i, n, "a") for i in ids for n in range(8)], "path", "frame", "label", name="f.csv"
+    )
+    fields = {
+        "label_source": labels,
+        "frames": FrameLabels(label_level="frame", labels_file="f.csv"),
+    }
+    if labels == "csv":
+        fields["group_column"] = "of"
+        table(root, [(i, i) for i in ids], "path", "of")
+    whole = build(root, **fields)
+    assert sum(len(split.ids) for split in whole.splits.values()) == COUNT
+    assert not [line for line in whole.report if "not used" in line]
+    rows = [(i, n, "a") for i in ids[2:] for n in range(8)]
+    table(root, rows, "path", "frame", "label", name="f.csv")
+    some = build(root, **fields)
+    assert sum(len(split.ids) for split in some.splits.values()) == COUNT - 2
+    (line,) = [line for line in some.report if "not used" in line]
+    assert line == f"2 videos of {root}/videos are not in {root}/f.csv: not used"
+
+
 @pytest.mark.parametrize(
     ("sampling", "short"),
     [
