@@ -456,15 +456,19 @@ class FoldedEncoder(Encoder):
         return ((rows[:, None] - self.mean) / self.std).to(x.dtype)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Series (n, T) of one length -> values 0 to 1 of images (n, S, S)."""
+        """Series (n, T) of one length -> values 0 to 1 of images (n, S, S). Where rows a step apart
+        do not end with the series, its first value is repeated before it, so that they do."""
         x = x.float()
         quartiles = x.new_tensor([0.25, 0.5, 0.75])
         low, middle, high = torch.quantile(x, quartiles, dim=1)[:, :, None]
         x = (x - middle) / (high - low + TINY)
-        patch = self.row_length(x.shape[1])
-        x = F.pad(x[:, None], (max(0, patch - x.shape[1]), 0), mode="replicate")[:, 0]
+        patch, length = self.row_length(x.shape[1]), x.shape[1]
         step = max(1, int(patch * self.spec.stride))
+        lacking = patch - length if length < patch else (patch - length) % step
+        x = F.pad(x[:, None], (lacking, 0), mode="replicate")[:, 0]
         folded = x.unfold(1, patch, step)  # (n, rows, patch)
+        if self.spec.stride == 1:  # stand upright in the published code
+            folded = folded.mT
         least, most = folded.amin((1, 2), keepdim=True), folded.amax((1, 2), keepdim=True)
         folded = ((folded - least) / (most - least + TINY)) ** self.spec.contrast
         return F.interpolate(folded[:, None], (self.side, self.side), mode="nearest")[:, 0]

@@ -104,14 +104,16 @@ class Windows(Spec):
 
 class Folding(Spec):
     """How a time series becomes an image (TiViT, arXiv 2506.08641): each channel by itself, scaled
-    by median and quartiles, cut into overlapping rows, stretched to values 0 to 1 and resized."""
+    by median and quartiles, cut into overlapping rows, stretched to values 0 to 1 and resized. The
+    last row ends with the series; the first value is repeated before it as often as that takes."""
 
     built_in: ClassVar[str] = "encoder_series"
 
     patch: Annotated[int, Meta(ge=2)] | None = None
     """Time points of a row; none is the square root of the length."""
     stride: Annotated[float, Meta(gt=0, le=1)] = 0.1
-    """Distance of one row to the next, share of a row."""
+    """Distance of one row to the next, share of a row. 1 has no overlap, and columns for rows, as
+    in the published code."""
     size: Positive | None = None
     """Side of the image, pixels; none takes the encoder's."""
     contrast: Annotated[float, Meta(gt=0)] = 0.8

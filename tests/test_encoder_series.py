@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from test_data_series import made, write_ts
 
 from glovita import main
@@ -113,19 +114,49 @@ def test_the_masked_norm_is_batch_norm_over_what_counts():
     assert not found.transpose(1, 2)[~mask].any()
 
 
-def test_a_series_becomes_the_image_of_tivit():
-    """Median and quartiles, rows of sqrt(T) every tenth of a row, 0 to 1, contrast, nearest."""
-    encoder = build(FOLDED, channels=1, length=40)
-    assert isinstance(encoder, FoldedEncoder)
-    x = np.random.default_rng(0).standard_normal(40)
+def image_of_tivit(x, patch, stride, side):
+    """Median and quartiles, rows of `patch` the share `stride` of a row apart, before the first
+    value its copies, so that the last row ends with the series; 0 to 1, contrast, nearest."""
     low, middle, high = np.quantile(x, [0.25, 0.5, 0.75])
     scaled = (x - middle) / (high - low + 1e-5)
-    rows = np.lib.stride_tricks.sliding_window_view(scaled, 6)  # a tenth of 6 is below 1
+    step = max(1, int(patch * stride))
+    ends = np.arange(len(x), 0, -step)[::-1]  # of rows, from the last one on
+    ends = ends[np.searchsorted(ends, min(patch, len(x)), side="left") :]
+    if ends[0] > patch:  # what is before the first whole row is the end of another one
+        ends = np.concatenate([[ends[0] - step], ends])
+    rows = scaled[np.clip(ends[:, None] - patch + np.arange(patch), 0, None)]
     rows = ((rows - rows.min()) / (np.ptp(rows) + 1e-5)) ** 0.8
-    place = [np.arange(32) * side // 32 for side in rows.shape]
-    expected = rows[np.ix_(*place)]
+    rows = rows.T if stride == 1 else rows
+    place = [np.arange(side) * n // side for n in rows.shape]
+    return rows[np.ix_(*place)]
+
+
+@pytest.mark.parametrize("length", [2, 5, 24, 40, 401, 403])
+@pytest.mark.parametrize(
+    ("patch", "stride"), [(None, 0.1), (None, 0.5), (16, 0.25), (7, 0.99), (None, 1), (16, 1)]
+)
+def test_a_series_becomes_the_image_of_tivit(length, patch, stride):
+    folding = Folding(size=32, patch=patch, stride=stride)
+    encoder = build(replace(FOLDED, folding=folding), channels=1, length=length)
+    assert isinstance(encoder, FoldedEncoder)
+    x = np.random.default_rng(length).standard_normal(length)
+    expected = image_of_tivit(x, patch or max(2, int(length**0.5)), stride, 32)
     image = encoder.rows(torch.from_numpy(x)[None].float())[0]
     np.testing.assert_allclose(image, expected, atol=1e-5)
+
+
+def test_images_hold_every_time_point_of_ragged_series():
+    """Also those of series that end before the longest of their batch."""
+    folding = Folding(size=64, patch=16, stride=0.5)
+    encoder = build(replace(FOLDED, folding=folding), channels=2, length=61).eval()
+    series, padded = batch([61, 33, 19, 9])
+    together = encoder.images(padded).unflatten(0, (4, 2))
+    for number, one in enumerate(series):
+        torch.testing.assert_close(together[number], encoder.images(one[None]))
+        for place in range(one.shape[1]):
+            changed = padded.clone()
+            changed[number, :2, place] += 3
+            assert (encoder.images(changed).unflatten(0, (4, 2))[number] != together[number]).any()
 
 
 def test_inner_layers_of_a_transformer():
