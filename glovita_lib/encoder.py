@@ -687,8 +687,10 @@ def any_encoder(
     spec: BaseEncoder, *, channels: int, size: tuple[int, ...] | None, load_weights: bool
 ) -> Encoder:
     """The encoder of a Struct, lifted where that says so; else as build_encoder."""
-    if spec.lifting is not None:
-        return lift_encoder(
-            spec.lifting, spec, channels=channels, size=size, load_weights=load_weights
-        )
-    return build_encoder(spec, channels=channels, size=size, load_weights=load_weights)
+    arguments: dict[str, Any] = {"channels": channels, "size": size, "load_weights": load_weights}
+    if (lift := spec.lifting) is None:
+        return build_encoder(spec, **arguments)
+    try:
+        return lift_encoder(lift, spec, **arguments)
+    except UserError as error:
+        raise UserError(lift.renamed(str(error))) from error

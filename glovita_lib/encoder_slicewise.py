@@ -368,11 +368,7 @@ def _(
     taken = lift.size or patch_size_of(spec)
     if taken is None:
         raise UserError("model.encoder.windows.size: name the voxels of a window, as [64, 64, 64]")
-    try:
-        inner = build_encoder(single, channels=channels, size=taken, load_weights=load_weights)
-    except UserError as error:
-        asked = "data.augmentation.patch_size"
-        raise UserError(str(error).replace(asked, "model.encoder.windows.size")) from None
+    inner = build_encoder(single, channels=channels, size=taken, load_weights=load_weights)
     x, y, z = taken
     grid = WindowGrid.overlapping((x, y, z), lift.overlap)
     if lift.stride is not None:

@@ -141,7 +141,8 @@ class LibraryEncoder(ImageEncoder, kw_only=True):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
-        yield from argument_problems(self.model_kwargs, self.set_elsewhere)
+        for key, text in argument_problems(self.model_kwargs, self.set_elsewhere):
+            yield key, text if self.lifting is None else self.lifting.renamed(text)
 
 
 def argument_problems(

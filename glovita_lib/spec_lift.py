@@ -2,6 +2,7 @@
 slices, frames, windows, inflated kernels, series folded to images."""
 
 import operator
+import re
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -19,6 +20,10 @@ AXES: dict[Axis | None, int] = {"t": 0, "x": 0, "y": 1, "z": 2, None: 2}
 AXIS_NAMES = {"videos": ("t",), "volumes": ("x", "y", "z")}
 USUAL_AXES: dict[str, Axis] = {"videos": "t", "volumes": "z"}
 """Axis that parts follow one another along, by the kind of samples."""
+
+
+IMAGE_SIZE, PATCH_SIZE = "data.augmentation.image_size", "data.augmentation.patch_size"
+"""Keys of the size of images and of volumes, for which a lift has others."""
 
 
 def axis_problems(key: str, axis: Axis | None, samples: str) -> Iterator[tuple[str, str]]:
@@ -54,6 +59,11 @@ class Slices(Spec):
     """Slices that pass the encoder at once; where it trains, the backward pass computes each chunk
     anew. none is all where it trains, else 64."""
 
+    def renamed(self, text: str) -> str:
+        """A message about images with the key of the size of slices."""
+        both = re.sub(rf"{IMAGE_SIZE} = (\d+)", rf"{IMAGE_SIZE} = [\1, \1]", text)
+        return both.replace(IMAGE_SIZE, "model.encoder.slices.size")
+
 
 class Inflation(Spec):
     """How the kernels of a convolutional network get a third axis, as long as the others."""
@@ -64,6 +74,10 @@ class Inflation(Spec):
     """Axis that kernels did not have; none is z of volumes, t of clips."""
     kernel: Literal["mean", "center"] = "mean"
     """Whether weights are spread along it (Carreira, Zisserman, CVPR 2017) or in its middle."""
+
+    def renamed(self, text: str) -> str:
+        """A message about images with the key of the size of volumes; clips are of images."""
+        return text if self.axis == "t" else text.replace(IMAGE_SIZE, PATCH_SIZE)
 
 
 OF_OVERLAP = read_unless("stride")
@@ -101,6 +115,10 @@ class Windows(Spec):
                 " most as long",
             )
 
+    def renamed(self, text: str) -> str:
+        """A message about volumes with the key of the size of windows."""
+        return text.replace(PATCH_SIZE, "model.encoder.windows.size")
+
 
 class Folding(Spec):
     """How a time series becomes an image (TiViT, arXiv 2506.08641): each channel by itself, scaled
@@ -124,6 +142,10 @@ class Folding(Spec):
     aggregation: Aggregation | None = None
     """How the tokens of an image become its vector, as model.feature_aggregation_method says it of
     images; that key is about the channels then, whose vectors stand side by side for none."""
+
+    def renamed(self, text: str) -> str:
+        """A message about images with the key of the side of the image of a series."""
+        return text.replace(IMAGE_SIZE, "model.encoder.folding.size")
 
 
 Lift = Literal["slices", "inflate", "windows", "fold"]

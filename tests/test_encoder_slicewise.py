@@ -20,7 +20,7 @@ from glovita_lib.encoder_slicewise import SlicewiseEncoder, keeping_statistics
 from glovita_lib.errors import UserError
 from glovita_lib.model import build_model
 from glovita_lib.peft_base import merge
-from glovita_lib.spec_encoders import TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import PrimusEncoder, TimmEncoder, TorchvisionEncoder
 from glovita_lib.spec_lift import Slices
 from glovita_lib.spec_model import AbmilHead, ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
@@ -356,6 +356,42 @@ def test_own_weights_of_inflated_encoders_are_weights_of_the_same(kernel, tmp_pa
 def test_what_cannot_be_inflated_is_told(network, kind, said):
     with pytest.raises(UserError, match=said):
         make(section(network, kind, lift="inflate"), (32, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("spec", "key"),
+    [
+        (section(network=VIT | {"type": "vit_tiny_patch16_224", "model_kwargs": {}}), "slices"),
+        (msgspec.convert({"lift": "windows", "windows": {"size": (8, 7, 8)}}, PrimusEncoder),
+         "windows"),
+    ],
+)  # fmt: skip
+def test_sizes_that_the_network_does_not_take_are_keys_of_the_lift(spec, key):
+    with pytest.raises(UserError) as caught:
+        make(spec)
+    assert f"model.encoder.{key}.size" in str(caught.value)
+    assert "data.augmentation" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"lift": "slices"}, "model.encoder.slices.size"),
+        ({"lift": "fold"}, "model.encoder.folding.size"),
+        ({"lift": "inflate"}, "data.augmentation.patch_size"),
+        ({"lift": "inflate", "inflation": {"axis": "t"}}, "data.augmentation.image_size"),
+        ({"lift": None}, "data.augmentation.image_size"),
+    ],
+)
+def test_the_size_of_images_is_the_key_of_the_lift(fields, key):
+    spec = section({"type": "test_vit", "model_kwargs": {"img_size": 16}}, **fields)
+    ((_, text),) = spec.problems()
+    assert text == f"it comes from {key}: set it there"
+
+
+def test_a_proposed_side_of_slices_is_that_of_both():
+    text = Slices().renamed("set data.augmentation.image_size = 32")
+    assert text == "set model.encoder.slices.size = [32, 32]"
 
 
 def test_mistakes_are_told():

@@ -27,6 +27,7 @@ KFOLD = [*GENERIC, "data.split_source=kfold", "data.label_source=folder"]
 CSV = [*GENERIC, "data.label_source=csv"]
 VOLUMES = ["data.dataset=generic_3d_dataset", "model.encoder.encoder_type=custom"]
 VOLUMES += ["model.encoder.target=a.b:c", "data.label_source=csv"]
+SLICED = ["model.encoder.lift=slices", "model.encoder.type=test_vit"]
 PREPARATION = "data.preparation"
 REGRESSION = [*CSV, "data.subtask=regression", "model.head.head_type=regression"]
 MULTILABEL = [*CSV, "data.subtask=multilabel"]
@@ -411,6 +412,11 @@ BROKEN = [
         ["model.encoder.model_kwargs.img_size=64"],
         "model.encoder.model_kwargs.img_size",
         "data.augmentation.image_size",
+    ),
+    (
+        [*VOLUMES[:1], *VOLUMES[3:], *SLICED, "model.encoder.model_kwargs.img_size=64"],
+        "model.encoder.model_kwargs.img_size",
+        "it comes from model.encoder.slices.size: set it there",
     ),
     (
         ["model.encoder.encoder_type=torchvision", "model.encoder.model_kwargs.weights=x"],
