@@ -462,7 +462,7 @@ def refuse_emptied(members: dict[str, list[str]], kept: dict[str, Any], problems
     empty = [split for split, ids in members.items() if not any(i in kept for i in ids)]
     if empty and problems.lines:
         of = "" if empty == [ALL] else f" for {' and '.join(empty)}"
-        raise UserError(problems.text(f"cannot be used, which leaves none{of}:"))
+        raise problems.error(f"cannot be used, which leaves none{of}:")
 
 
 SPLIT_FOLDERS = frozenset(

@@ -352,7 +352,7 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     kept, step = prepare_all(list(opened.values()), spec.preparation, problems)
     problems.settle(report)
     if empty := [whole.where for whole in kept if not whole.ids]:
-        raise UserError(problems.text(f"cannot be used, which leaves none for {listed(empty)}:"))
+        raise problems.error(f"cannot be used, which leaves none for {listed(empty)}:")
     opened = dict(zip(opened, kept, strict=True))
     forms: dict[str, str] = {}
     for whole in kept:
@@ -579,5 +579,5 @@ def unlabelled_series(
     (kept,), _ = prepare_all([whole], how, problems, samples)
     problems.settle(report)
     if not kept.ids:
-        raise UserError(problems.text("cannot be used, which leaves none:"))
+        raise problems.error("cannot be used, which leaves none:")
     return Split(kept.ids, None, kept.source(np.arange(len(kept.ids)))), report

@@ -12,7 +12,14 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISDIR
 from typing import Any, ClassVar
 
-from glovita_lib.errors import UserError, composed, listed, nearest_word, refuse_controls
+from glovita_lib.errors import (
+    SHOWN_LINES,
+    UserError,
+    composed,
+    itemized,
+    nearest_word,
+    refuse_controls,
+)
 from glovita_lib.files import read_csv, read_json_table
 
 
@@ -36,12 +43,23 @@ def walk(folder: Path, exts: Sequence[str], *, report: list[str] | None = None) 
         inside = os.path.relpath(parent, folder).replace(os.sep, "/")
         start = "" if inside == "." else f"{inside}/"
         found += [start + name for name in names if name.lower().endswith(endings)]
-    if unlisted:
-        line = f"folders that cannot be listed: {listed(unlisted, 5)}"
-        if report is None:
-            raise UserError(f"{line}; what is in them would be missing: mend or remove them")
-        report.append(f"{line}: left out")
+    note_unlisted(unlisted, report)
     return sorted(found)
+
+
+def note_unlisted(unlisted: Sequence[str], report: list[str] | None) -> None:
+    """Report folders that cannot be listed.
+
+    Raises:
+        UserError: there are some, and no report.
+    """
+    if not unlisted:
+        return
+    count = f"{len(unlisted)} folder{'s' * (len(unlisted) > 1)} that cannot be listed"
+    if report is None:
+        mend = "what is in them would be missing: mend or remove them"
+        raise UserError(itemized(f"{count}; {mend}:", unlisted))
+    report.append(itemized(f"{count} left out:", unlisted))
 
 
 def walk_folders(
@@ -168,18 +186,18 @@ def near_path(name: str, paths: Sequence[str]) -> str | None:
 
 @dataclass(slots=True)
 class Problems:
-    """Samples that cannot be used: an error if the spec is strict, else lines of the report."""
+    """Samples that cannot be used, all of them: an error if the spec is strict, else lines of the
+    report."""
 
     strict: bool
     noun: str = "image"
     lines: dict[str, str] = field(default_factory=dict)  # sample -> why, in the order found
-    most: ClassVar[int] = 20  # that a message lists
 
     def add(self, name: str, why: str, hint: Callable[[str], str] | None = None) -> None:
         """Note a sample; what was found first counts. The hint, which takes time, is asked only for
-        those that a message lists."""
+        the first."""
         if name not in self.lines:
-            self.lines[name] = why + (hint(name) if hint and len(self.lines) < self.most else "")
+            self.lines[name] = why + (hint(name) if hint and len(self.lines) < SHOWN_LINES else "")
 
     def settle(self, report: list[str]) -> None:
         """Raise or report what was found.
@@ -188,7 +206,7 @@ class Problems:
             UserError: all samples that cannot be used, with their paths.
         """
         if self.lines and self.strict:
-            raise UserError(self.text("cannot be used; mend them or set data.strict = false:"))
+            raise self.error("cannot be used; mend them or set data.strict = false:")
         if self.lines:
             report.append(self.text("left out:"))
 
@@ -202,14 +220,20 @@ class Problems:
             return []
         if self.strict or len(self.lines) == count:
             mend = "; mend them or set data.strict = false:" if self.strict else ":"
-            raise UserError(self.text(f"of {count} cannot be read{mend}"))
+            raise self.error(f"of {count} cannot be read{mend}")
         return [self.text("left out:")]
 
+    def error(self, head: str) -> UserError:
+        """The samples as an error; where they are many with the heading once more behind them, as a
+        terminal shows the end."""
+        text = self.text(head)
+        again = text.partition("\n")[0].removesuffix(":")
+        return UserError(f"{text}\n{again}" if len(self.lines) > SHOWN_LINES else text)
+
     def text(self, head: str) -> str:
-        """How many samples, and the first of them with their reasons, one a line."""
-        lines = [f"{name}: {why}" for name, why in self.lines.items()]
-        count = f"{len(lines)} {self.noun}{'s' * (len(lines) > 1)}"
-        return f"{count} {head}\n  " + listed(lines, self.most, "\n  ")
+        """How many samples, and all of them with their reasons, one a line."""
+        count = f"{len(self.lines)} {self.noun}{'s' * (len(self.lines) > 1)}"
+        return itemized(f"{count} {head}", (f"{name}: {why}" for name, why in self.lines.items()))
 
 
 # ---------------------------------------------------------------------- labels and splits

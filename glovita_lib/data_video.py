@@ -41,6 +41,7 @@ from glovita_lib.data_tables import (
     SampleFolder,
     csv_labels,
     datalist_labels,
+    note_unlisted,
     walk_folders,
 )
 from glovita_lib.dist import cores, number_of
@@ -270,11 +271,7 @@ def open_folder(folder: Path, exts: Sequence[str], report: list[str] | None) -> 
         found += videos
         if start and not videos and any(name.lower().endswith(of_images) for name in names):
             found.append(inside)
-    if unlisted:
-        line = f"folders that cannot be listed: {listed(unlisted, 5)}"
-        if report is None:
-            raise UserError(f"{line}; what is in them would be missing: mend or remove them")
-        report.append(f"{line}: left out")
+    note_unlisted(unlisted, report)
     return VideoFolder(folder, sorted(found))
 
 
@@ -564,7 +561,7 @@ def unlabelled_videos(path: str, samples: ClipSamples, data: VideoData) -> tuple
         problems.add(name, why)
     problems.settle(report)
     if not facts:
-        raise UserError(problems.text("cannot be used, which leaves none:"))
+        raise problems.error("cannot be used, which leaves none:")
     ids = [name for name in paths if name in facts]
     found = [facts[name] for name in ids]
     table = VideoTable([paths[name] for name in ids], found)

@@ -20,7 +20,7 @@ from glovita_lib.data import Asked, Data, Split, VolumeSamples, read_data_set
 from glovita_lib.data_folder import read_folder
 from glovita_lib.data_tables import Problems, SampleFolder, walk, walk_folders
 from glovita_lib.dist import cores, number_of
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, itemized, listed
 from glovita_lib.files import on_disk, read_csv, read_json_table
 from glovita_lib.loggers import Rate
 from glovita_lib.read_dicom import (
@@ -381,9 +381,10 @@ def dicom_notes(beside: Sequence[str], others: Sequence[str]) -> Iterator[str]:
             f" ({listed(beside, 3)}): each counts as a volume of its own"
         )
     if others:
-        yield (
-            f"{len(others)} other DICOM series do not meet data.reading.series"
-            f" ({listed(others, 3)}): not used, unless a table names them"
+        yield itemized(
+            f"{len(others)} other DICOM series do not meet data.reading.series: not used, unless a"
+            " table names them:",
+            others,
         )
 
 

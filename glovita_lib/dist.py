@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, shortened
 from glovita_lib.spec_train import Dataloading
 
 # ------------------------------------------------------------------------------------- ranks
@@ -276,11 +276,12 @@ def main_first(ranks: Ranks) -> Iterator[None]:
 
 
 def as_message(error: Exception | None) -> tuple[bool, str] | None:
-    """An error as it travels: whether it is the user's, and its text."""
+    """An error as it travels: whether it is the user's, and its text, shortened: the
+    first rank says all of it."""
     if error is None:
         return None
     if isinstance(error, UserError):
-        return True, str(error)
+        return True, shortened(str(error), "what the first rank says")
     return False, f"the first rank failed: {type(error).__name__}: {error}"
 
 

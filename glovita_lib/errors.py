@@ -147,6 +147,29 @@ def listed(names: Iterable[object], most: int = 10, mark: str = ", ") -> str:
     return (mark.join(map(str, names[:most])) or "none") + rest
 
 
+SHOWN_LINES = 20  # below a heading
+
+
+def itemized(head: str, lines: Iterable[str]) -> str:
+    """A heading and, below it, a line for each of what is left out or must be mended: all of them.
+
+    >>> itemized("2 files are empty:", ["a", "b"])
+    '2 files are empty:\\n  a\\n  b'
+    """
+    return "\n  ".join([head, *lines])
+
+
+def shortened(text: str, whole: str) -> str:
+    """An itemized text with its first lines, for a place where many disturb.
+
+    Args:
+        whole: where all of them are.
+    """
+    head, *lines = text.split("\n")
+    more = f"  ... and {len(lines) - SHOWN_LINES} more, all in {whole}"
+    return "\n".join([head, *lines[:SHOWN_LINES], *([more] if len(lines) > SHOWN_LINES else [])])
+
+
 # ----------------------------------------------------------------- functions named in a spec
 #
 # Other people's code: functions named in the spec as "package.module:function", and what their

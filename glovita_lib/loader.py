@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glovita_lib.data import CachedSource, Source, Split, Standardizer, VideoFrames
 from glovita_lib.dist import BatchTask, Ranks, WorkerPool, cores, hash_seed
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError
 from glovita_lib.sampler import EvalOrder, TrainOrder
 from glovita_lib.spec_samples import UNLABELLED
 from glovita_lib.spec_train import Dataloading
@@ -97,7 +97,7 @@ def in_threads(work: Callable[[Item], Result], items: list[Item], threads: int) 
     """Results in the order of the items; user errors of all items are raised as one.
 
     Raises:
-        UserError: the lines of all errors, the first of them where they are many.
+        UserError: the lines of all errors.
     """
     errors: list[str] = []
     ahead: deque[Future[Result]] = deque()
@@ -109,7 +109,7 @@ def in_threads(work: Callable[[Item], Result], items: list[Item], threads: int) 
         while ahead:
             yield from settled(ahead.popleft(), errors)
     if errors:
-        raise UserError(listed(errors, 20, "\n"))
+        raise UserError("\n".join(errors))
 
 
 def settled(future: Future[Result], errors: list[str]) -> Iterator[Result]:
@@ -453,7 +453,7 @@ def check_batch_sizes(split: Split, fit: Resizing | None) -> None:
             fit.boxes(size[None], generator)
         except UserError as error:
             lines.append(f"{identity}: {error}")
-    raise UserError(listed(lines, 20, "\n"))
+    raise UserError("\n".join(lines))
 
 
 def build_order(

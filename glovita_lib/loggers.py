@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from glovita_lib.dist import Ranks
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, shortened
 from glovita_lib.files import remove, write_text
 from glovita_lib.metric_names import lower_is_better, metric_name, split_name
 from glovita_lib.rundir import RunDir
@@ -219,14 +219,19 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def say_notes(notes: Sequence[str]) -> None:
-    """What was noted when the data were read, of the first rank: every mode says it."""
+def say_notes(notes: Sequence[str], whole: object = None) -> None:
+    """What was noted when the data were read, of the first rank: every mode says it.
+
+    Args:
+        whole: where notes of many lines are found as a whole; none: nowhere but here.
+    """
     for note in notes:
-        say(f"  note: {note}")
+        say(f"  note: {note if whole is None else shortened(note, str(whole))}")
 
 
 def write_notes(path: Path, notes: Sequence[str]) -> None:
-    """The same as a text file beside the results; none where there is nothing to note."""
+    """The same, with all lines, as a text file beside the results; none where there is nothing to
+    note."""
     if notes:
         write_text(path, "".join(f"{note}\n" for note in notes))
     elif path.is_file():

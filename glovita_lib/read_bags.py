@@ -96,7 +96,7 @@ def open_folder(paths: list[Path], keys: Keys, used: Container[str] | None = Non
             except UserError as error:
                 errors.append(str(error))
     if errors:
-        raise UserError(listed(errors, 20, "\n"))
+        raise UserError("\n".join(errors))
     widths = Counter(shape[1] for shape in shapes.values())
     width = max(widths, key=widths.__getitem__, default=0)
     if len(widths) > 1:

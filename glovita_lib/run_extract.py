@@ -13,7 +13,7 @@ import numpy as np
 
 from glovita_lib import dist, files
 from glovita_lib.data import Data, Split, outputs_line, skipped
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError
 from glovita_lib.extraction import (
     Extractor,
     PendingReadout,
@@ -165,7 +165,7 @@ class Job:
         rows = self.plan.rows[keep]
         if not len(rows):
             parts.remove()  # mended ones are to be read when it is started again
-            lines = listed(broken.values(), mark="\n")
+            lines = "\n".join(broken.values())
             raise UserError(f"{self.name}: none of the {len(keep)} samples could be read\n{lines}")
         tables = self.tables(rows)
         if broken:
@@ -288,7 +288,8 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
         say_main(ranks, ": ".join(outputs_line(data.subtask, data.class_names, ordered=False)))
         notes = data.report if ranks.is_main else []
         at_end = spec.on_error == "skip" and not dry_run
-        say_notes([heading(note) if at_end else note for note in notes])
+        whole = None if dry_run else f"the notes of the files in {spec.output_dir}"
+        say_notes([heading(note) if at_end else note for note in notes], whole)
         splits = wanted_splits(data, spec.split, "extract.split")
         jobs = [plan_job(loaded.root, extractor, data, *split) for split in splits.items()]
         refuse_one_name(jobs)
@@ -299,7 +300,7 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
                 job.rehearse()
             else:
                 job.run()
-        say_notes([note for note in notes if at_end and heading(note) != note])
+        say_notes([note for note in notes if at_end and heading(note) != note], whole)
 
 
 def heading(note: str) -> str:

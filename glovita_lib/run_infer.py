@@ -95,12 +95,13 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
         export(Path(root.infer.export), first)
     name, splits, notes = wanted_splits(root, records, ranks)
     notes += geometry_notes(first, splits[paths[0]])
-    say_notes(notes if ranks.is_main else ())
+    folder = Path(root.infer.output_dir or own_folder(loaded))
+    noted = folder / f"notes_{name}.txt"
+    say_notes(notes if ranks.is_main else (), None if dry_run else noted)
     if dry_run:
         count = first.resolved.eval_batch_size
         splits = {path: some_of(split, count, root.seed) for path, split in splits.items()}
     split = splits[paths[0]]
-    folder = Path(root.infer.output_dir or own_folder(loaded))
     target = folder / f"attention_{name}.h5"
     members: list[Predictions] = []
     by_parts = any(in_parts(evaluated_as(r.inputs, root)) for r in records.values())
@@ -124,7 +125,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
         predictions = mean_of(members, first) if ranks.is_main else None
         rows = []
         if predictions is not None:
-            write_notes(folder / f"notes_{name}.txt", notes)
+            write_notes(noted, notes)
             taken = values_taken(first, paths, name)
             files.write_json(folder / f"resolved_config_{name}.json", taken)
             rows = write_split(folder, name, split, predictions, first)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -70,7 +71,7 @@ def run(loaded: Loaded[Root], *, dry_run: bool) -> None:
             return
         data, samples = read(loaded)
         assert isinstance(loaded.root.task, Probe)  # whose learnt_by names this module
-        say_noted(loaded.root.task, data, samples)
+        say_noted(loaded.root.task, data, samples, None)
         shapes = {n: f"({len(p.ids)}, {p.features.shape[1] or 'T'})" for n, p in samples.items()}
         sizes = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         say(f"dry run passed: {data.subtask} of {data.outputs}, {sizes}; nothing was written")
@@ -84,7 +85,7 @@ def probe(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
         if decision != "finished":
             data, samples = read(loaded)
             introduce(run, task, data)
-            say_noted(task, data, samples)
+            say_noted(task, data, samples, run.notes)
             run.clean(ranks, decision)
             run.write_spec(loaded)
             write_notes(run.notes, data.report)
@@ -145,9 +146,13 @@ def introduce(run: RunDir, task: Probe, data: Data) -> None:
     say(two_columns([("data", f"{data.name}: {sizes}"), line, ("run", str(run.path))]))
 
 
-def say_noted(task: Probe, data: Data, samples: dict[str, ProbeSplit]) -> None:
-    """What was noted about the data; which metrics the targets of val, if any, cannot define."""
-    say_notes(data.report)
+def say_noted(task: Probe, data: Data, samples: dict[str, ProbeSplit], whole: Path | None) -> None:
+    """What was noted about the data; which metrics the targets of val, if any, cannot define.
+
+    Args:
+        whole: see `say_notes`.
+    """
+    say_notes(data.report, whole)
     if "val" not in samples:
         return
     names, targets = task.metrics or usual_metrics(data.subtask), samples["val"].targets

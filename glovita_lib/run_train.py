@@ -202,7 +202,7 @@ def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
     )
     if experiment.root.peft.trains != "all":
         say("\n".join(f"    {share}" for share in parameter_table(experiment.model)))
-    say_notes(data.report)
+    say_notes(data.report, run.notes)
 
 
 # ---------------------------------------------------------------------- training

@@ -458,9 +458,10 @@ def make_map(loaded: Loaded[Root], spec: Umap, ranks: dist.Ranks, *, dry_run: bo
     if spec.color_table is not None:
         path, column = spec.color_table
         read_csv(Path(path), ("id", column))
-    with nullcontext() if dry_run else alone(output_stem(loaded, spec), ranks):
+    stem = output_stem(loaded, spec)
+    with nullcontext() if dry_run else alone(stem, ranks):
         samples = find_samples(loaded, spec, ranks)
-        say_notes(samples.notes)
+        say_notes(samples.notes, None if dry_run else files_of(stem)["numbers"])
         draw_projection(loaded, spec, samples, ranks, dry_run=dry_run)
 
 
@@ -588,6 +589,11 @@ def output_stem(loaded: Loaded[Root], spec: Umap) -> Path:
     return folder / re.sub(r"[^\w.-]+", "_", "_".join(parts))
 
 
+def files_of(stem: Path) -> dict[str, Path]:
+    """Paths of the results."""
+    return {kind: stem.with_name(f"{stem.name}.{suffix}") for kind, suffix in SUFFIXES.items()}
+
+
 def trust_text(projection: Projection) -> str:
     """Trustworthiness with what it was measured on."""
     if projection.trustworthiness is None:
@@ -629,7 +635,7 @@ def write_map(
     text: Text,
 ) -> dict[str, Path]:
     """Pictures, table and page; the paths of all results."""
-    files = {kind: stem.with_name(f"{stem.name}.{suffix}") for kind, suffix in SUFFIXES.items()}
+    files = files_of(stem)
     plain = Coloring("", ("samples",), np.zeros(len(samples.ids), np.int64), None)
     unlabelled = spec.color_by == "label" and samples.targets is None
     draw_points(

@@ -9,7 +9,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from glovita_lib.data_splits import read_splits
-from glovita_lib.data_tables import SampleFolder, csv_labels, datalist_labels, json_labels, walk
+from glovita_lib.data_tables import (
+    Problems,
+    SampleFolder,
+    csv_labels,
+    datalist_labels,
+    json_labels,
+    walk,
+)
 from glovita_lib.errors import UserError
 from glovita_lib.files import read_cells, read_csv
 
@@ -67,14 +74,39 @@ def test_a_folder_that_cannot_be_listed_is_an_error(images, tmp_path, monkeypatc
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(UserError) as caught:
         walk(folder, EXTS)
-    assert str(caught.value).startswith(
-        f"folders that cannot be listed: {folder / 'cat'} (Permission denied)"
-    )
+    head, line = str(caught.value).splitlines()
+    assert head.startswith("1 folder that cannot be listed; what is in them would be missing")
+    assert line == f"  {folder / 'cat'} (Permission denied)"
     report = []
     assert walk(folder, EXTS, report=report) == ["a.png", "dog/1.png", "train/x.jpg"]
-    assert report == [
-        f"folders that cannot be listed: {folder / 'cat'} (Permission denied): left out"
-    ]
+    assert report == [f"1 folder that cannot be listed left out:\n{line}"]
+    for number in range(30):
+        (folder / f"{number}cat").mkdir()
+    walk(folder, EXTS, report=report)  # each of many has its line
+    assert len(report[1].splitlines()) == 32 and "31 folders that" in report[1]
+
+
+@pytest.mark.parametrize("count", [1, 20, 21, 300])
+def test_all_samples_that_cannot_be_used_are_named(count):
+    lines = [f"  v{number}: cut off" for number in range(count)]
+    noun = "volume" if count == 1 else "volumes"
+    for strict in (True, False):
+        problems, report = Problems(strict, "volume"), []
+        for number in range(count):
+            problems.add(f"v{number}", "cut off")
+        if not strict:
+            problems.settle(report)
+            assert report == ["\n".join([f"{count} {noun} left out:", *lines])]
+            assert problems.of_new(count + 1) == report
+        for raising in (problems.settle if strict else None, problems.of_new):
+            if raising is None:
+                continue
+            with pytest.raises(UserError) as caught:
+                raising(report if raising == problems.settle else count)
+            head, *rest = str(caught.value).splitlines()
+            assert head.startswith(f"{count} {noun} ") and head.endswith(":")
+            again = [head[:-1]] if count > 20 else []  # a terminal shows the end
+            assert rest == [*lines, *again]
 
 
 @pytest.mark.parametrize("name", ["train/two", "test", "train/dog/more.2024"])
@@ -92,11 +124,11 @@ def test_a_link_to_what_is_not_there_may_be_a_folder_of_images(images, tmp_path,
     with pytest.raises(UserError) as caught:
         walk(images.folder, EXTS)
     said = str(caught.value)
-    assert said.startswith(f"folders that cannot be listed: {link} (a link to {target}: ")
-    assert "\n" not in said and said.endswith("mend or remove them")
+    assert said.startswith("1 folder that cannot be listed; ")
+    assert f"mend or remove them:\n  {link} (a link to {target}: " in said
     report = []
     assert walk(images.folder, EXTS, report=report) == sorted(NAMES)
-    assert len(report) == 1 and str(link) in report[0] and report[0].endswith("left out")
+    assert len(report) == 1 and str(link) in report[0] and "left out:\n" in report[0]
 
 
 def test_a_link_with_the_suffix_of_an_image_is_an_image_wherever_it_leads(images, tmp_path):

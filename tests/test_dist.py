@@ -88,6 +88,12 @@ def raised(block):
         return type(error), str(error)
 
 assert raised(lambda: dist.main_decides(ranks, refuse)) == (UserError, "the spec has changed")
+def refuse_many():
+    raise UserError("\\n".join(["30 files are empty:", *(f"  {n}" for n in range(30))]))
+
+kind, text = raised(lambda: dist.main_decides(ranks, refuse_many))  # all said once
+assert kind is UserError and len(text.split("\\n")) == (31 if r == 0 else 22)
+assert r == 0 or text.endswith("  ... and 10 more, all in what the first rank says")
 kind, text = raised(lambda: dist.main_decides(ranks, crash))
 assert "a bug" in text and kind is (ValueError if r == 0 else RuntimeError)
 

@@ -7,41 +7,53 @@ import h5py
 import numpy as np
 import pytest
 
-IMAGES = "1 image left out:"
+BROKEN = [f"broken{number}.png" for number in range(25)]
+IMAGES = "25 images left out:"
 
 
 @pytest.fixture
 def broken_spec(folder_spec, class_folders):
-    """A spec of class folders of which one test image cannot be read and may be left out."""
-    (class_folders / "images" / "test" / "zero" / "broken.png").write_bytes(b"no image")
+    """A spec of class folders with test images that cannot be read and may be left out."""
+    for name in BROKEN:
+        (class_folders / "images" / "test" / "zero" / name).write_bytes(b"no image")
     strict = 'split_source = "subdirs"\n'
     return folder_spec.replace(strict, f"{strict}strict = false\n")
 
 
 def check(out, text, line):
-    """A line was shown as a note once, and stands in a file."""
+    """A line was shown as a note once, and stands in a file; of many images the first."""
     assert out.count(f"  note: {line}") == 1, out
     assert line in text
+    if line == IMAGES:
+        assert all(f"/{name}: " in text for name in BROKEN)
+        assert sum(f"/{name}: " in out for name in BROKEN) == 20
+        assert out.count("  ... and 5 more, all in ") == 1
+
+
+def check_dry(out):
+    """A dry run, which writes nothing, shows all images."""
+    assert out.count(IMAGES) == 1 and all(f"/{name}: " in out for name in BROKEN)
 
 
 def test_modes_of_a_model(command, broken_spec, tmp_path):
     broken = partial(command, spec=broken_spec)
-    assert broken(flags=["--dry-run"]).out.count(IMAGES) == 1
+    check_dry(broken(flags=["--dry-run"]).out)
     run = broken()
     check(run.out, (run.path / "notes.txt").read_text(), IMAGES)
+    assert f"all in {run.path / 'notes.txt'}" in run.out
     asked = ["mode=infer", f"infer.checkpoint={run.path / 'checkpoints' / 'best.pt'}"]
     for changes in (["mode=infer"], [*asked, f"infer.output_dir={tmp_path / 'out'}"]):
-        assert broken(*changes, flags=["--dry-run"]).out.count(IMAGES) == 1
+        check_dry(broken(*changes, flags=["--dry-run"]).out)
         told = broken(*changes)
         folder = tmp_path / "out" if "infer.checkpoint" in str(changes) else run.path / "infer"
         check(told.out, (folder / "notes_test.txt").read_text(), IMAGES)
-        assert "broken.png" in (folder / "notes_test.txt").read_text()
+        assert f"all in {folder / 'notes_test.txt'}" in told.out
     told = broken("mode=extract", "extract.split=test", f"extract.output_dir={tmp_path / 'h5'}")
     (path,) = (tmp_path / "h5").glob("*.h5")
     with h5py.File(path) as file:
         check(told.out, "\n".join(file["notes"].asstr()), IMAGES)
     umap = ["mode=umap", "umap.method=pca", "umap.split=test"]
-    assert broken(*umap, flags=["--dry-run"]).out.count(IMAGES) == 1
+    check_dry(broken(*umap, flags=["--dry-run"]).out)
     told = broken(*umap)
     (path,) = (run.path / "umap").glob("*.json")
     check(told.out, "\n".join(json.loads(path.read_text())["notes"]), IMAGES)
@@ -50,7 +62,8 @@ def test_modes_of_a_model(command, broken_spec, tmp_path):
 def test_notes_go_where_there_is_nothing_to_note(command, broken_spec, class_folders):
     run = command(spec=broken_spec)
     command("mode=infer", spec=broken_spec)
-    (class_folders / "images" / "test" / "zero" / "broken.png").unlink()
+    for name in BROKEN:
+        (class_folders / "images" / "test" / "zero" / name).unlink()
     command("mode=infer", spec=broken_spec)
     assert not list((run.path / "infer").glob("notes*"))
     command("training.on_existing=overwrite", spec=broken_spec)
