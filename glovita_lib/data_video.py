@@ -397,8 +397,7 @@ def short_line(
     for name, each in zip(ids, facts, strict=True):
         last = sampling.frames - 1
         if sampling.fps is not None:
-            seconds = each.clock.seconds(np.zeros(1)) + last / sampling.fps
-            last = int(each.clock.frames(seconds)[0])
+            last = int(each.clock.frames(np.array(last / sampling.fps)))
         elif sampling.method == "dense":
             last *= sampling.stride
         if last >= each.frames:

@@ -353,6 +353,21 @@ def test_videos_that_are_shorter_than_a_clip_are_told(root, sampling, short):
         assert not told or (told[0].startswith("1 of 12 videos") and told[0].endswith(short))
 
 
+@pytest.mark.parametrize(("frames", "fps", "short"), [(12, 10, 0), (14, 10, 0), (15, 10, 1)])
+def test_length_of_a_clip_in_videos_of_a_variable_frame_rate(tmp_path, frames, fps, short):
+    """The last of eight frames is shown from 1.36 s to 1.4 s, as long as the one before."""
+    times = np.array([0, 100, 200, 1200, 1240, 1280, 1320, 1360])  # ms
+    for i in range(6):
+        write_video(tmp_path / "videos" / "ab"[i % 2] / f"v{i}.mp4", 8, times=times)
+    sampling = ClipSampling(frames=frames, fps=fps)
+    _, new = unlabelled_videos(
+        str(tmp_path / "videos"), ClipSamples(channels=3), VideoData(sampling=sampling)
+    )
+    for report in (build(tmp_path, sampling=sampling).report, new):
+        told = [line for line in report if "fewer frames than a clip reaches over" in line]
+        assert len(told) == short and all(line.startswith("6 of 6 videos") for line in told)
+
+
 def test_what_a_label_of_a_frame_means_is_decided_as_that_of_a_sample(root):
     """Numbers are places in class_names that have no numbers, also as arrays with decimals; names
     are equal in either Unicode form, in files whose names are in either."""
