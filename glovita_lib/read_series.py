@@ -429,7 +429,7 @@ def read_npz(path: Path, columns: Columns) -> SeriesTable:
         table.groups = list(map(str, entries["groups"].tolist()))
     if "times" in entries:
         times = entries["times"]
-        if times.dtype.kind not in "ifM":
+        if times.dtype.kind not in "iufM":
             times = checked(path, "times", times)
         table.times = array_times(path, times, series, offsets)
     return table
@@ -473,7 +473,7 @@ def array_times(
 
 def read_ts(path: Path, columns: Columns) -> SeriesTable:
     """A .ts file of aeon, sktime and tsml: a line a series, channels between colons, then the
-    label; "?" is a missing value."""
+    label; "?" is a missing value. A colon at the end of a line without label ends it."""
     lines = lines_of(path)
     header: dict[str, list[str]] = {}
     start = None
@@ -496,7 +496,8 @@ def read_ts(path: Path, columns: Columns) -> SeriesTable:
         if not line.strip() or line.startswith("#"):
             continue
         parse = with_times if has_times else without_times
-        values, times, label = parse(line.strip(), labelled=labelled)
+        line = line.strip() if labelled else line.strip().removesuffix(":")
+        values, times, label = parse(line, labelled=labelled)
         table.ids.append(str(len(table.ids)))
         table.series.append(values)
         if table.times is not None:

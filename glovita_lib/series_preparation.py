@@ -12,6 +12,8 @@ import numpy as np
 from glovita_lib.spec_series import SeriesPreparation
 
 REGULAR = 1e-3  # share of a step by which it may differ where times are regular
+FINEST = 1000  # time points that resampling may make of each one
+LONGEST = 10_000_000  # time points that it may make of a series of fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,10 @@ def prepare(
         times = times[:end]
         if not np.isfinite(times).all():
             return "a time is missing"
-        when = since_first(times)
-        if line := time_problem(times, when, spec.step):
+        when, steps = since_first(times), apart(times[1:], times[:-1])
+        if line := time_problem(times, steps, spec.step):
             return line
-        step = float(np.median(np.diff(when))) if end > 1 else None
+        step = float(np.median(steps)) if end > 1 else None
     if there.sum() < 2 or end < 2:
         return "a single value: a series has two time points at least"
     low, high = np.nanmin(values), np.nanmax(values)
@@ -53,6 +55,8 @@ def prepare(
         return "constant" + (f": every value is {low:g}" if low == high else " in every channel")
     if spec.step is not None:
         assert times is not None  # data_series refuses a step without them
+        if line := too_fine(end, when, spec.step):
+            return line
         values, there, step = *at_steps(values, there, when, spec.step), spec.step
         if values.shape[1] < 2:
             return f"shorter than data.preparation.step = {spec.step:g}"
@@ -67,14 +71,54 @@ def prepare(
 
 
 def since_first(times: np.ndarray) -> np.ndarray:
-    """Times (T,) since the first one, float64; of dates in seconds."""
-    apart = times - times[0]
-    return apart / np.timedelta64(1, "s") if times.dtype.kind == "M" else apart.astype(np.float64)
+    """Times (T,) since the first one, see `apart`."""
+    return apart(times, times[:1])
 
 
-def time_problem(times: np.ndarray, when: np.ndarray, step: float | None) -> str | None:
-    """What is wrong with times (T,), of which regular ones are asked for without a step."""
-    steps = np.diff(when)
+def apart(later: np.ndarray, earlier: np.ndarray) -> np.ndarray:
+    """later - earlier as float64, each rounded once, whatever type times have; of dates in seconds,
+    months and years counting from their first days."""
+    kind = later.dtype.kind
+    if kind == "f":
+        return later.astype(np.float64) - earlier.astype(np.float64)
+    if kind != "M":
+        return whole_apart(later, earlier)
+    if np.datetime_data(later.dtype)[0] in ("Y", "M"):
+        later, earlier = later.astype("datetime64[D]"), earlier.astype("datetime64[D]")
+    unit, count = np.datetime_data(later.dtype)
+    tick, second = np.array(1, f"timedelta64[{count}{unit}]"), np.timedelta64(1, "s")
+    ticks = whole_apart(later.astype(np.int64), earlier.astype(np.int64))
+    return ticks / (second / tick) if tick < second else ticks * (tick / second)
+
+
+def whole_apart(later: np.ndarray, earlier: np.ndarray) -> np.ndarray:
+    """later - earlier of whole numbers of any type as float64."""
+    if not later.size:
+        return np.empty(0)
+    most = max(int(later.max()), int(earlier.max()))
+    if most - min(int(later.min()), int(earlier.min())) < 2**63:
+        # int64 wraps round, so that a difference that fits in is right
+        return (later.astype(np.int64) - earlier.astype(np.int64)).astype(np.float64)
+    return np.array(later.astype(object) - earlier.astype(object), np.float64)
+
+
+def too_fine(count: int, when: np.ndarray, step: float) -> str | None:
+    """What a step that is far too small for a series of `count` times since the first one would
+    make of it."""
+    made = float(when[-1]) / step + 1
+    most = max(2 * count, min(FINEST * count, LONGEST))
+    if made <= most:
+        return None
+    return (
+        f"data.preparation.step = {step:g} makes {made:.3g} time points of its {count}, which reach"
+        f" over {when[-1]:g}: {most} are the most; is the step in the unit of the times"
+        " (of dates seconds)?"
+    )
+
+
+def time_problem(times: np.ndarray, steps: np.ndarray, step: float | None) -> str | None:
+    """What is wrong with times (T,) that are `steps` (T - 1,) apart, of which regular ones are
+    asked for without a step."""
     if (steps == 0).any():
         return f"time {time_text(times[np.flatnonzero(steps == 0)[0]])} occurs twice"
     if (steps < 0).any():

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,32 @@ def test_ts(tmp_path):
     table = read_series(write(tmp_path / "a.ts", text), COLUMNS)
     same(table)
     assert table.labels == ["Up", "down"] and table.subtask == "multiclass" and not table.named
+
+
+@pytest.mark.parametrize("stated", ["@targetLabel false", "@classLabel false", ""])
+def test_ts_without_labels_may_end_its_lines_with_a_colon(stated, tmp_path):
+    head = f"{stated}\n@data\n"
+    for end in ("", ":", ": "):
+        text = f"@timeStamps false\n{head}1,2.5,?:0,-1,3{end}\n4,5:6,7{end}\n"
+        table = read_series(write(tmp_path / "a.ts", text), COLUMNS)
+        same(table)
+        assert table.labels is None and table.subtask is None
+        text = f"@timeStamps true\n{head}(0,1),(1,2.5):(0,0),(1,3){end}\n"
+        same(read_series(write(tmp_path / "b.ts", text), COLUMNS), [[[1, 2.5], [0, 3]]])
+        text = f"{head}5{end}\n4,5{end}\n"
+        same(read_series(write(tmp_path / "c.ts", text), COLUMNS), [[[5]], [[4, 5]]])
+
+
+@pytest.mark.skipif(AEON is None, reason="aeon writes the files")
+@pytest.mark.parametrize("shape", [(3, 1, 5), (3, 2, 7), (2, 3, 1)])
+def test_ts_without_labels_as_aeon_writes_it(shape, tmp_path):
+    from aeon.datasets import save_to_ts_file
+
+    values = np.random.default_rng(0).normal(size=shape)
+    save_to_ts_file(values, path=str(tmp_path), problem_name="new")
+    table = read_series(tmp_path / "new.ts", COLUMNS)
+    same(table, values)
+    assert table.labels is None
 
 
 def test_ts_with_times_and_numbers_to_predict(tmp_path):
@@ -233,6 +260,75 @@ def test_irregular_times_are_resampled():
     found = prepared([[0, 3, 4]], [0, 1.5, 2], step=0.5, normalize="none")
     np.testing.assert_allclose(found.values, [[0, 1, 2, 3, 4]])
     assert found.step == 0.5
+
+
+@pytest.mark.parametrize("step", [1e-320, 1e-9, 0.4])
+def test_a_step_that_is_far_too_small_is_one_line(step):
+    """Without the memory that its time points would take."""
+    said = prepared([[1, 2, 4]], [0, 800, 1300], step=step)
+    assert f"step = {step:g} makes" in said and "of its 3, which reach over 1300: 3000" in said
+    assert prepared([[1, 2, 4]], [0, 800, 1300], step=0.5).values.shape == (1, 2601)
+    days = np.datetime64("2024-01-01") + np.arange(20) * np.timedelta64(1, "D")
+    values = np.arange(20.0)[None]
+    assert "which reach over 1.6416e+06: 20000 are the most" in prepare(
+        values, days, SeriesPreparation(step=1e-6)
+    )
+    assert prepare(values, days, SeriesPreparation(step=3600)).values.shape == (1, 19 * 24 + 1)
+
+
+@pytest.mark.parametrize(
+    ("times", "step"),
+    [
+        (np.arange(-100, 101).astype(np.int8), 1),
+        (np.arange(0, 256, 2).astype(np.uint8), 2),
+        (np.arange(-32000, 32001, 250).astype(">i2"), 250),
+        (np.arange(-(2 * 10**9), 2 * 10**9 + 1, 10**7).astype(np.int32), 10**7),
+        (np.uint64(17 * 10**17) + np.arange(201, dtype=np.uint64) * np.uint64(100), 100),
+        (np.uint64(2**63 - 300) + np.arange(201, dtype=np.uint64) * np.uint64(3), 3),
+        (np.arange(5, dtype=np.uint64) * np.uint64(2**62 - 1), 2**62 - 1),
+        (np.arange(-4, 5) * (2**60 - 1), 2**60 - 1),
+        (np.arange(-50000, 50001, 1000).astype(np.float16), 1000),
+        (np.arange("1700", "2009", dtype="datetime64[Y]").astype(">M8[ns]"), None),
+        (np.arange("2024-01-01", "2024-03-01", dtype="M8[D]").astype(">M8[D]"), 86400),
+        (np.arange("2024-01-01", "2024-01-03", dtype="M8[36m]"), 36 * 60),
+        (np.arange(5).astype("M8[fs]"), 1e-15),
+    ],
+    ids=lambda value: value.dtype.str if isinstance(value, np.ndarray) else None,
+)
+def test_times_of_every_type_are_right(times, step, tmp_path):
+    """Against their differences in whole numbers without end."""
+    values = np.sin(np.arange(2.0 * len(times))).reshape(2, -1)
+    np.savez(tmp_path / "a.npz", series=values, times=times)
+    table = read_series(tmp_path / "a.npz", COLUMNS)
+    read = table.times[1]
+    if times.dtype.kind in "iu":
+        whole = times.tolist()
+        exact = np.array([time - whole[0] for time in whole], np.float64)
+        np.testing.assert_array_equal(since_first(read), exact)
+    if step is None:  # years are not of one length
+        assert "irregular times" in prepare(values[:1], read, SeriesPreparation())
+        assert since_first(read)[-1] == (date(2008, 1, 1) - date(1700, 1, 1)).total_seconds()
+    else:
+        found = prepare(table.series[1][None, 0], read, SeriesPreparation())
+        assert found.step == pytest.approx(step, rel=1e-12)
+
+
+def test_months_count_from_their_first_days():
+    months = np.array(["2024-01", "2024-02", "2024-03"], "datetime64[M]")
+    assert since_first(months).tolist() == [0, 31 * 86400, 60 * 86400]
+    assert since_first(time_numbers(["2024-01", "2024-02", "2024-03"])).tolist() == [
+        *since_first(months)
+    ]
+
+
+def test_close_times_far_from_the_first_are_two():
+    times = np.array([0, 10**17, 10**17 + 1])
+    found = prepare(np.array([[1.0, 2, 3]]), times, SeriesPreparation(step=1e16))
+    assert found.values.shape == (1, 11)
+    times[2] -= 1
+    assert "time 100000000000000000 occurs twice" in prepare(
+        np.array([[1.0, 2, 3]]), times, SeriesPreparation(step=1e16)
+    )
 
 
 def test_dates_lose_no_digit():
