@@ -30,6 +30,7 @@ from glovita_lib.encoder_primus import LAYER_SCALE, WIDTHS, PrimusShape, build_p
 from glovita_lib.encoder_volume import SLOPE, Size, build_residual
 from glovita_lib.errors import UserError, listed, reason
 from glovita_lib.spec_encoders import NnFoundationEncoder, ResidualEncoder
+from glovita_lib.spec_errors import shown
 from glovita_lib.weights import load_tensors
 
 Voxels = tuple[int, int, int]
@@ -261,15 +262,23 @@ def build_planned(
     size = input_size(spec.input_shape, size, default)
     name, shape = f"nnfoundation {plan.name}", plan.architecture
     if isinstance(shape, ResidualEncoder):
-        if spec.drop_path_rate is not None:
-            raise UserError(
-                f"model.encoder.drop_path_rate = {spec.drop_path_rate}: a Primus has it, and"
-                f" {plan.name} is a residual encoder; leave it out"
-            )
+        for key in ("drop_path_rate", "weights_shape"):
+            if (value := getattr(spec, key)) is not None:
+                raise UserError(
+                    f"model.encoder.{key} = {shown(value)}: a Primus has it, and {plan.name} is a"
+                    " residual encoder; leave it out"
+                )
         return build_residual(shape, name=name, channels=channels, size=size)
     if spec.drop_path_rate is not None:
         shape = replace(shape, drop_path=spec.drop_path_rate)
-    return build_primus(shape, name=name, channels=channels, size=size, trained=plan.trained)
+    return build_primus(
+        shape,
+        name=name,
+        channels=channels,
+        size=size,
+        stated=spec.weights_shape,
+        told=plan.trained,
+    )
 
 
 @patch_size_of.register

@@ -19,7 +19,7 @@ from glovita_lib.encoder import Encoder, build_encoder, check_channels, patch_si
 from glovita_lib.encoder_volume import Size, initialise, spread_channels
 from glovita_lib.errors import UserError
 from glovita_lib.spec_encoders import PrimusEncoder
-from glovita_lib.weights import LoadTarget, load_file
+from glovita_lib.weights import LoadTarget, beside_tensors, load_file
 
 # ------------------------------------------------------------------------------- the network
 #
@@ -224,14 +224,20 @@ class PrimusTrunk(Encoder):
 
 
 def build_primus(
-    shape: PrimusShape, *, name: str, channels: int, size: Size, trained: Sequence[Size]
+    shape: PrimusShape,
+    *,
+    name: str,
+    channels: int,
+    size: Size,
+    stated: Size | None = None,
+    told: Sequence[Size] = (),
 ) -> PrimusTrunk:
     """A Primus with initial weights.
 
     Args:
         size: voxels of the input.
-        trained: voxels of the input that weights may have been trained with; this size and a cube
-            are tried too.
+        stated: voxels of the input that weights were trained with, as the spec says.
+        told: the same, as files say, the likeliest first.
 
     Raises:
         UserError: the input is no whole number of patches.
@@ -253,9 +259,12 @@ def build_primus(
         input_shape=(1, channels, *size),
     )
     first = "down_projection.proj"
-    grids = [grid_of(patch, shape.patch) for patch in trained]
+    trained = Trained(
+        None if stated is None else grid_of(stated, shape.patch),
+        [grid_of(patch, shape.patch) for patch in told],
+    )
     taken: dict[str, Any] = {}
-    loading = partial(load_primus, shape=shape, grid=grid, grids=grids, taken=taken)
+    loading = partial(load_primus, shape=shape, grid=grid, trained=trained, taken=taken)
     encoder.load_target = LoadTarget(encoder.net, loading, first_conv=(first,), taken=taken)
     return encoder
 
@@ -263,6 +272,46 @@ def build_primus(
 def grid_of(size: Size, patch: Size) -> Size:
     """Patches along each axis."""
     return tuple(side // step for side, step in zip(size, patch, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Grids of patches that weights may have been trained with."""
+
+    stated: Size | None
+    """As the spec says."""
+    told: list[Size]
+    """As files say, the likeliest first."""
+
+    def grid(self, patches: int, grid: Size) -> Size:
+        """The grid of a position embedding of so many patches: that which is stated or told, else
+        a cube.
+
+        Args:
+            grid: of the input; where it has as many patches and is no cube, nothing says whether
+                the embedding is of it, of the same sides in another order, or of a cube.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        asked = "name the voxels it was trained with in model.encoder.weights_shape"
+        of = f"its position embedding is of {patches} patches"
+        if self.stated is not None and math.prod(self.stated) != patches:
+            raise ValueError(f"{of}, and model.encoder.weights_shape has {math.prod(self.stated)}")
+        told = [self.stated] if self.stated is not None else self.told
+        cube = (round(patches ** (1 / 3)),) * 3
+        is_cube = math.prod(cube) == patches
+        if found := [old for old in told if math.prod(old) == patches]:
+            return found[0]
+        if math.prod(grid) == patches and grid != cube:
+            or_cube = f", or of a cube of {cube[0]}" if is_cube else ""
+            raise ValueError(
+                f"{of}, which may be of the input's {' x '.join(map(str, grid))}, in this or"
+                f" another order{or_cube}: {asked}"
+            )
+        if not is_cube:
+            raise ValueError(f"{of}, which are no cube: {asked}")
+        return cube
 
 
 BESIDE = ("mask_token", "eva.cls_token", "up_projection.")
@@ -275,48 +324,28 @@ def load_primus(
     *,
     shape: PrimusShape,
     grid: Size,
-    grids: list[Size],
+    trained: Trained,
     taken: dict[str, Any],
 ) -> None:
     """Load tensors under the names of dynamic-network-architectures into a Primus.
 
     Args:
         shape, grid: of the network.
-        grids: that the position embedding may be of; else it is of this grid or a cube.
+        trained: what is known of the grid of the tensors.
         taken: gets weights_shape, the voxels that the position embedding is of.
 
     Raises:
-        ValueError: it is of none of them, or of this grid and of a cube.
+        ValueError: see Trained.
     """
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(BESIDE)}
     named = spread_channels(own, net, "down_projection.proj")
     key = "eva.pos_embed"
     if key in named and key in net.state_dict():
-        named[key], old = fit_positions(
-            named[key], shape.registers, grid, grids, has_cls="eva.cls_token" in tensors
-        )
+        positions = named[key][:, 1:] if "eva.cls_token" in tensors else named[key]
+        old = trained.grid(positions.shape[1] - shape.registers, grid)
+        named[key] = resample(positions, old, grid)
         taken["weights_shape"] = [n * side for n, side in zip(old, shape.patch, strict=True)]
     net.load_state_dict(named)
-
-
-def fit_positions(
-    positions: Tensor, registers: int, grid: Size, grids: list[Size], *, has_cls: bool
-) -> tuple[Tensor, Size]:
-    """A position embedding of a file for a network's grid, without that of a CLS token, and the
-    grid that it was of."""
-    if has_cls:
-        positions = positions[:, 1:]
-    patches = positions.shape[1] - registers
-    cube = (round(patches ** (1 / 3)),) * 3
-    told = [old for old in grids if math.prod(old) == patches]
-    found = told[:1] or [old for old in {grid, cube} if math.prod(old) == patches]
-    if len(found) == 1:
-        return resample(positions, found[0], grid), found[0]
-    what = f"may be of a cube of {cube[0]} as well as of the input's {' x '.join(map(str, grid))}"
-    raise ValueError(
-        f"its position embedding is of {patches} patches, which {what if found else 'are no cube'}:"
-        " name the voxels it was trained with in model.encoder.weights_shape"
-    )
 
 
 def shape_of(spec: PrimusEncoder) -> PrimusShape:
@@ -346,6 +375,35 @@ def input_size(asked: Size | None, size: Size | None, default: Size) -> Size:
     return size or asked or default
 
 
+def told_shapes(path: str) -> list[Size]:
+    """Voxels of the input that the network of a file was trained with, where the file says so: a
+    checkpoint of nnU-Net in its plans, one of this program in what its run resolved."""
+    made = beside_tensors(path)
+    try:
+        if "init_args" in made:
+            return [planned_patch(**made["init_args"])]
+        encoder = made["spec"]["model"]["encoder"]
+        if encoder["lift"] == "windows":
+            shape = encoder["windows"]["size"] or encoder["input_shape"]
+        else:
+            shape = made["resolved"]["inputs"]["augmentation"]["patch_size"]
+        x, y, z = map(int, shape)
+        return [(x, y, z)]
+    except (KeyError, TypeError, ValueError):  # it does not
+        return []
+
+
+def planned_patch(plans: dict[str, Any], configuration: str, **_: Any) -> Size:
+    """Voxels of the patch of a configuration of nnU-Net, which may inherit them from another."""
+    entry = plans["configurations"][configuration]
+    for _ in plans["configurations"]:
+        if "patch_size" in entry:
+            break
+        entry = plans["configurations"][entry["inherits_from"]]
+    first, second, third = map(int, entry["patch_size"])
+    return first, second, third
+
+
 @patch_size_of.register
 def _(spec: PrimusEncoder) -> Size | None:
     return spec.input_shape
@@ -360,7 +418,8 @@ def _(spec: PrimusEncoder, *, channels: int, size: Size | None, load_weights: bo
         name=f"primus {spec.variant}",
         channels=channels,
         size=input_size(spec.input_shape, size, default),
-        trained=() if spec.weights_shape is None else (spec.weights_shape,),
+        stated=spec.weights_shape,
+        told=told_shapes(spec.weights) if load_weights and spec.weights else (),
     )
     if load_weights and spec.weights is not None:
         note = load_file(encoder.load_target, spec.weights, key=spec.weights_key)

@@ -387,6 +387,7 @@ def timm_target(
         classifier=names_of(config.classifier),
         whole=whole,
         first_conv=first_convolutions(net, config.first_conv),
+        by_order=True,
     )
 
 

@@ -442,8 +442,9 @@ class PrimusEncoder(VolumeEncoder, tag="primus", tag_field="encoder_type"):
     """Where in the file the network stands, as "state_dict_ema" or "teacher.backbone"; "" is the
     top. none takes the averaged one of several, or the teacher."""
     weights_shape: Annotated[Voxels | None, read_if("weights")] = None
-    """Voxels that the position embedding in the file was made for; none takes those of the input
-    or a cube, whichever has as many patches; where both have, it is asked for."""
+    """Voxels that the position embedding in the file was made for; none takes those that a
+    checkpoint of nnU-Net or of a run states, else a cube. Where the input has as many patches and
+    is no cube, it is asked for."""
 
     @property
     def has_patch(self) -> bool:
@@ -484,6 +485,10 @@ class NnFoundationEncoder(
     input_shape: Voxels | None = None
     """Voxels of the input, the default of data.augmentation.patch_size; none takes the plan's
     recommended downstream patch."""
+    weights_shape: Annotated[Voxels | None, read_if("pretrained", True)] = None
+    """Voxels that the position embedding of a Primus was made for; none takes those of the plan
+    that make as many patches, else a cube. Where the input has as many and is no cube, it is asked
+    for."""
 
     @property
     def has_patch(self) -> bool:

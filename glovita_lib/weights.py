@@ -8,6 +8,7 @@ fitted to its size and channels is the rule of the library that the network come
 
 import json
 import re
+import zipfile
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glovita_lib import checkpoint
 from glovita_lib.errors import UserError, in_package, listed, meant, reason
 
 COUNTER = "num_batches_tracked"  # of BatchNorm; files of old torch versions lack it
@@ -61,6 +61,8 @@ class LoadTarget:
     names above; asked only where a file has tensors too many."""
     first_conv: tuple[str, ...] = ()
     """Names of the convolutions that see the input."""
+    by_order: bool = False
+    """Whether the spec may ask for tensors by their order, with weights_order."""
     taken: dict[str, Any] = field(default_factory=dict)
     """What loading has found where the spec leaves it open: `weights_key`, where in a file the
     network stands, or `published`, the library's name of the weights."""
@@ -220,24 +222,35 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f'weights = "{path}": not a whole safetensors file ({error})') from error
 
 
+def beside_tensors(path: str | Path) -> dict[str, Any]:
+    """What a file says beside its tensors: the top of a torch file; of an export or an adapter of
+    this program `spec` and `resolved`, as in its checkpoints. Nothing where that cannot be read:
+    whoever loads the file says so."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if Path(path).suffix != ".safetensors":
+            content = read_torch(Path(path), mapped=True)
+            return content if isinstance(content, dict) else {}
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if "glovita_adapter" in metadata:
+            return json.loads(metadata["glovita_adapter"])
+        model = json.loads(metadata.get("model", "{}"))
+        return {"spec": {"model": model}, "resolved": model}
+    except (UserError, SafetensorError, OSError, ValueError):
+        return {}
+
+
 def as_run_built(path: str | Path) -> bool | None:
     """Whether a run has built the encoder of its checkpoint, export or adapter file as published
     weights ask for; None of files of others."""
+    made = beside_tensors(path)
     try:
-        if Path(path).suffix != ".safetensors":
-            saved = checkpoint.load(path, map_location="cpu", mapped=True)
-            encoder, resolved = saved["spec"]["model"]["encoder"], saved["resolved"]
-        else:
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            made = json.loads(metadata.get("glovita_adapter", "{}"))
-            model = made["spec"]["model"] if made else json.loads(metadata["model"])
-            encoder, resolved = model["encoder"], made.get("resolved", model)
-        facts = resolved.get("encoder_facts") or {}
-        return facts.get("published", bool(encoder.get("pretrained") or encoder.get("weights")))
-    except Exception:  # another's file, or none: whoever loads it says so
+        encoder, facts = made["spec"]["model"]["encoder"], made["resolved"].get("encoder_facts")
+        asked = bool(encoder.get("pretrained") or encoder.get("weights"))
+        return (facts or {}).get("published", asked)
+    except (KeyError, TypeError, AttributeError):  # another's file
         return None
 
 
@@ -249,12 +262,17 @@ def plain_values() -> list[Any]:
     return [Namespace, np.dtype, *kinds, *old]
 
 
-def read_torch(path: Path) -> Any:
+def read_torch(path: Path, *, mapped: bool = False) -> Any:
     """Content of a file of torch.save; what training programs like to put beside the weights,
-    parsed arguments and numbers of NumPy, is read along."""
+    parsed arguments and numbers of NumPy, is read along.
+
+    Args:
+        mapped: whether tensors are read only where they are looked at, where the format allows it.
+    """
     try:
+        mapped = mapped and zipfile.is_zipfile(path)
         with torch.serialization.safe_globals(plain_values()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError as error:
         raise UserError(
             f'weights = "{path}": not a torch file of tensors only; save its state_dict alone, as'
@@ -334,7 +352,7 @@ def load_tensors(target: LoadTarget, tensors: Mapping[str, Tensor], *, source: s
     """Load named tensors into a network, as `load_weights`; `source` opens the error."""
     network = FileNetwork("", with_versions(tensors, versions_of(tensors)))
     load_one_of(target, [network], source=source)
-    target.taken.clear()  # there is no file
+    del target.taken["weights_key"]  # there is no file
 
 
 def load_one_of(target: LoadTarget, networks: list[FileNetwork], *, source: str) -> str | None:
@@ -400,10 +418,11 @@ def refuse(target: LoadTarget, found: Mismatch, source: str) -> NoReturn:
             ' beside it, or fold them in with mode = "infer", infer.merge = true and infer.export ='
             ' "merged.safetensors", and take that file'
         )
-    raise UserError(
-        f"{source} does not fit {type(target.net).__name__}:\n{found.table()}\n"
-        "  take the file of this very model, or weights_order = true if only names differ"
-    )
+    text = f"{source} does not fit {type(target.net).__name__}:\n{found.table()}"
+    if "model.encoder." not in found.refusal:  # it says itself what to set
+        cure = ", or weights_order = true if only names differ" if target.by_order else ""
+        text += f"\n  take the file of this very model{cure}"
+    raise UserError(text)
 
 
 def load_candidate(target: LoadTarget, tensors: Tensors) -> tuple[Mismatch, Tensors]:

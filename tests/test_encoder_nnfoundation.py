@@ -166,6 +166,25 @@ def test_the_patch_of_the_position_embedding_is_found(tmp_path: Path) -> None:
         make(checkpoint(tmp_path, weights, right))
 
 
+def test_a_position_embedding_of_two_grids_is_asked_about(tmp_path: Path) -> None:
+    """Where the plan names a patch of another number of patches."""
+    weights = mae_weights()
+    other = {"patch": (24, 24, 24), "recommended_downstream_patchsize": None}
+    path = checkpoint(tmp_path, weights, plan("PrimusX", {**MAE, "input_shape": None}, **other))
+    size = (8, 16, 32)
+    with pytest.raises(
+        UserError, match="or of a cube of 4: name .* model.encoder.weights_shape"
+    ) as e:
+        make(path, size)
+    assert "weights_order" not in str(e.value) and "this very model" not in str(e.value)
+    for shape, grid in (((16, 16, 16), (4, 4, 4)), ((8, 16, 32), (2, 4, 8))):
+        encoder = make(path, size, weights_shape=shape)
+        expected = resample(weights["eva.pos_embed"], grid, (2, 4, 8))
+        torch.testing.assert_close(encoder.net.state_dict()["eva.pos_embed"], expected)
+        assert encoder.taken(size)["weights_shape"] == list(shape)
+        assert "weights_key" not in encoder.taken(size)
+
+
 def test_the_plan_alone_builds_the_network(tmp_path: Path) -> None:
     """For a run that is trained already, and without weights."""
     path = tmp_path / "adaptation_plan.json"
@@ -304,6 +323,8 @@ def test_weights_that_are_refused(tmp_path: Path) -> None:
     weights = unet_weights()
     with pytest.raises(UserError, match="drop_path_rate = 0.1: a Primus has it"):
         make(checkpoint(tmp_path, weights, adaptation), drop_path_rate=0.1)
+    with pytest.raises(UserError, match=r"weights_shape = \[8, 8, 8\]: a Primus has it"):
+        make(checkpoint(tmp_path, weights, adaptation), weights_shape=(8, 8, 8))
     with pytest.raises(UserError, match=r"input_shape = \[8, 8, 8\]: the data come in"):
         make(checkpoint(tmp_path, weights, adaptation), (8, 8, 16), input_shape=(8, 8, 8))
     moved = {**adaptation, "key_to_encoder": "net.stages", "key_to_stem": "net.stem"}

@@ -95,7 +95,8 @@ def test_residual_encoders_are_those_of_the_package(name: str) -> None:
 def test_primus_is_that_of_the_package(name: str) -> None:
     size, registers = REFERENCE.PRIMUS[name]
     shape = PrimusShape(396, 2, 6, (8, 8, 8), drop_path=0.0, registers=registers)
-    encoder = build_primus(shape, name=name, channels=2, size=tuple(size), trained=()).eval()
+    size = tuple(size)
+    encoder = build_primus(shape, name=name, channels=2, size=size, stated=size).eval()
     found = RECORD["primus"][name]
     load_tensors(encoder.load_target, recorded_tensors(found["shapes"]), source=name)
     with torch.no_grad():
@@ -217,8 +218,7 @@ def test_patches_are_dropped_in_training_alone() -> None:
 def test_a_primus_takes_other_sizes_as_if_it_were_built_for_them() -> None:
     sizes = {(2, 2, 3): (16, 16, 24), (4, 2, 3): (32, 16, 24)}
     small, large = (
-        build_primus(TWO_BLOCKS, name="p", channels=1, size=size, trained=()).eval()
-        for size in sizes.values()
+        build_primus(TWO_BLOCKS, name="p", channels=1, size=size).eval() for size in sizes.values()
     )
     state = small.net.state_dict()
     state["eva.pos_embed"] = resample(state["eva.pos_embed"], *sizes)
@@ -311,21 +311,90 @@ def test_position_embeddings_of_files_are_resampled(tmp_path: Path) -> None:
     fitted = make(spec, (32, 32, 32), weights=True).net.state_dict()
     expected = resample(box["eva.pos_embed"], (2, 2, 3), (4, 4, 4))
     torch.testing.assert_close(fitted["eva.pos_embed"], expected)
+    spec = PrimusEncoder(weights=file, weights_shape=(16, 16, 16))
+    with pytest.raises(
+        UserError, match="of 12 patches, and model.encoder.weights_shape has 8"
+    ) as e:
+        make(spec, (32, 32, 32), weights=True)
+    assert "weights_order" not in str(e.value)
 
 
-def test_a_position_embedding_of_two_grids_is_asked_about(tmp_path: Path) -> None:
+SMALL = {"patch_embed_size": (4, 4, 4)}
+GRIDS = [  # of the file, of the input, what is asked
+    ((4, 4, 4), (2, 4, 8), "of the input's 2 x 4 x 8, in this or another order, or of a cube of 4"),
+    ((2, 3, 4), (4, 3, 2), "of the input's 4 x 3 x 2, in this or another order: name the voxels"),
+    ((2, 3, 4), (2, 3, 4), "of the input's 2 x 3 x 4, in this or another order: name the voxels"),
+]
+
+
+def voxels(grid):
+    return tuple(4 * side for side in grid)
+
+
+def of_nnunet(grid, weights):
+    """A checkpoint whose configuration inherits its patch."""
+    plans = {"3d_fullres": {"patch_size": list(voxels(grid))}, "large": {"inherits_from": "base"}}
+    plans["base"] = {"batch_size": 3, "inherits_from": "3d_fullres"}
+    facts = {"plans": {"configurations": plans}, "configuration": "large", "fold": 0}
+    return {"network_weights": weights, "init_args": {**facts, "device": torch.device("cpu")}}
+
+
+def of_a_run(grid, weights, *, windows: bool):
+    """A checkpoint of this program."""
+    lift = {"lift": "windows", "windows": {"size": list(voxels(grid))}}
+    section = {"encoder_type": "primus", "lift": None, "input_shape": None} | (
+        lift if windows else {}
+    )
+    patch = [64, 64, 64] if windows else list(voxels(grid))
+    resolved = {"inputs": {"augmentation": {"patch_size": patch}}}
+    named = {f"encoder.net.{name}": tensor for name, tensor in weights.items()}
+    return {"model": named, "spec": {"model": {"encoder": section}}, "resolved": resolved}
+
+
+FILES = {
+    "nnU-Net": of_nnunet,
+    "run": lambda *file: of_a_run(*file, windows=False),
+    "run of windows": lambda *file: of_a_run(*file, windows=True),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "asked"), GRIDS)
+def test_a_position_embedding_of_two_grids_is_asked_about(old, new, asked, tmp_path: Path) -> None:
+    """Unless the spec, nnU-Net's plans or the run of the file say of which it is."""
     file = str(tmp_path / "p.pt")
-    small = {"patch_embed_size": (4, 4, 4)}
-    cube = make(PrimusEncoder(**small), (16, 16, 16)).net.state_dict()
-    torch.save(cube, file)
-    with pytest.raises(UserError, match="64 patches, which may be of a cube of 4 as well as of"):
-        make(PrimusEncoder(**small, weights=file), (8, 16, 32), weights=True)
-    for shape, grid in (((16, 16, 16), (4, 4, 4)), ((8, 16, 32), (2, 4, 8))):
-        spec = PrimusEncoder(**small, weights=file, weights_shape=shape)
-        fitted = make(spec, (8, 16, 32), weights=True).net.state_dict()
-        expected = resample(cube["eva.pos_embed"], grid, (2, 4, 8))
-        torch.testing.assert_close(fitted["eva.pos_embed"], expected)
-    make(PrimusEncoder(**small, weights=file), (16, 16, 16), weights=True)
+    weights = make(PrimusEncoder(**SMALL), voxels(old)).net.state_dict()
+    expected = resample(weights["eva.pos_embed"], old, new)
+    torch.save(weights, file)
+    with pytest.raises(UserError, match=asked):
+        make(PrimusEncoder(**SMALL, weights=file), voxels(new), weights=True)
+    stated = PrimusEncoder(**SMALL, weights=file, weights_shape=voxels(old))
+    found = make(stated, voxels(new), weights=True)
+    torch.testing.assert_close(found.net.state_dict()["eva.pos_embed"], expected)
+    for kind, content in FILES.items():
+        torch.save(content(old, weights), file)
+        found = make(PrimusEncoder(**SMALL, weights=file), voxels(new), weights=True)
+        fitted = found.net.state_dict()["eva.pos_embed"]
+        torch.testing.assert_close(fitted, expected, msg=lambda text, kind=kind: f"{kind}: {text}")
+        assert found.taken(voxels(new))["weights_shape"] == list(voxels(old))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"init_args": {"plans": {"configurations": {"2d": {}}}, "configuration": "2d"}},
+        {"init_args": {"plans": {"configurations": {"2d": {"patch_size": [8, 8]}}},
+                       "configuration": "2d"}},
+        {"init_args": {"plans": {"configurations": {"a": {"inherits_from": "a"}}},
+                       "configuration": "a"}},
+        {"init_args": None},
+        {"spec": {"model": {}}, "resolved": 3},
+    ],
+)  # fmt: skip
+def test_files_that_say_nothing_of_their_patch_are_of_cubes(facts, tmp_path: Path) -> None:
+    weights = make(PrimusEncoder(**SMALL), (8, 8, 8)).net.state_dict()
+    torch.save({"network_weights": weights, **facts}, tmp_path / "p.pt")
+    spec = PrimusEncoder(**SMALL, weights=str(tmp_path / "p.pt"))
+    assert make(spec, (8, 12, 16), weights=True).taken((8, 12, 16))["weights_shape"] == [8, 8, 8]
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
