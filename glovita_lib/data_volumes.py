@@ -5,6 +5,7 @@ A sample is known by its id: the path of its file or DICOM folder below the imag
 first one where several files are its channels, or what its files' names have before path_suffix.
 """
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,7 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
         few = inside != "." or itself
         if kinds := image_kinds(parent, names, conditions, few=few):
             images[inside] = kinds
+    images = images if itself else with_own_uids(images)
     found.folders.update(images)
     if not apart:
         found.series, found.others = study_folders(images, len(conditions), itself=itself)
@@ -106,13 +108,25 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
     return found
 
 
+def with_own_uids(images: dict[str, Kinds]) -> dict[str, Kinds]:
+    """The images of a data set without StudyInstanceUID where all have one, as anonymisation may
+    write it: it tells no studies apart."""
+    if len({kind.study for kinds in images.values() for kind in kinds.values() if kind.frames}) > 1:
+        return images
+    return {
+        inside: {n: dataclasses.replace(kind, of=("", kind.of[1])) for n, kind in kinds.items()}
+        for inside, kinds in images.items()
+    }
+
+
 class Studies:
     """Studies of which something is used, to tell their other series from those of a study that
     lacks what is meant.
 
-    StudyInstanceUID tells a study, unless each series has its own. Without it a folder belongs to
-    what is used in it, beside it, or alone in the folders above, as far up as most of what is used
-    is alone.
+    Another PatientID is another study. StudyInstanceUID tells a study, unless each series has its
+    own. Without it a folder belongs to what is used in it; beside it, unless most used folders hold
+    several series and so are studies themselves; or alone in the folders above, as far up as most
+    of what is used is alone.
     """
 
     def __init__(
@@ -126,15 +140,20 @@ class Studies:
             itself: whether all may be one study.
         """
         self.folders = {inside for inside, _ in used}
-        series = {  # folders of slices and files with frames
-            (inside, name if kind.frames > 1 else "", kind.study)
-            for inside, kinds in images.items()
-            for name, kind in kinds.items()
-        }
-        count = Counter(uid for _, _, uid in series if uid)
+        series = {inside: series_of(kinds) for inside, kinds in images.items()}
+        count = Counter(uid for found in series.values() for _, _, uid in found if uid)
         joined = max(count.values(), default=0) > 1
         self.uids = {uid for _, uid in used if uid and joined}
-        self.parents = {each for inside in self.folders for each in lineage(inside)[1:2]}
+        self.patients = {
+            kind.of[1]
+            for inside, kinds in images.items()
+            for kind in (() if self.folders.isdisjoint(lineage(inside)) else kinds.values())
+            if kind.met
+        }
+        beside = Counter(each for inside in self.folders for each in lineage(inside)[1:2])
+        mixed = sum(len(series.get(inside, ())) > 1 for inside in self.folders)
+        each_a_study = 2 * mixed > len(self.folders) and max(beside.values(), default=0) > 1
+        self.parents = set() if each_a_study else set(beside)
         number = Counter(each for inside in self.folders for each in lineage(inside))
         number["."] += not itself
         own = [[f for f in lineage(each) if number[f] == 1] for each in self.folders] or [[]]
@@ -143,11 +162,23 @@ class Studies:
 
     def hold(self, inside: str, kind: ImageKind) -> bool:
         """Whether an unused image in this folder is of a study of which something is used."""
+        patient = kind.of[1]
+        if patient and self.patients and self.patients.isdisjoint(["", patient]):
+            return False
         if kind.met or (kind.study and self.uids):  # met: one of its series once more
             return kind.study in self.uids
         above = lineage(inside)
         beside = not self.folders.isdisjoint(above[:1]) or not self.parents.isdisjoint(above[1:2])
         return beside or not self.alone.isdisjoint(above)
+
+
+def series_of(kinds: Kinds) -> set[tuple[str, frozenset[int], str]]:
+    """The series of a folder, each file with frames one, each with its StudyInstanceUID."""
+    return {
+        (name if kind.frames > 1 else kind.series, kind.met, kind.study)
+        for name, kind in kinds.items()
+        if kind.frames
+    }
 
 
 def lineage(inside: str) -> list[str]:
@@ -221,7 +252,8 @@ def image_kinds(
 
     Args:
         few: whether a few are enough where all are slices, which may be hundreds: the largest and
-            the smallest show a file with frames. Where they meet no condition all are looked at.
+            the smallest show a file with frames, the first and the last most often another series.
+            Where they meet no condition all are looked at.
     """
     sizes = {name: size_of(os.path.join(folder, name)) for name in names if looks_dicom(name)}
     order = sorted(sizes, key=lambda name: (-sizes[name], name))
@@ -239,6 +271,7 @@ def image_kinds(
 
     look(order, LOOKED_AT if few else len(order))
     look(order[::-1], LOOKED_AT)
+    look([min(order), max(order)] if conditions and order else [], len(order))
     known = [kind for kind in kinds.values() if kind is not None]
     unmet = conditions and not any(kind.met for kind in known)
     if unmet or any(kind.frames > 1 for kind in known):

@@ -194,6 +194,9 @@ def is_dicom(file: str) -> bool:
         return opened.read(132)[128:] == b"DICM"
 
 
+UIDS = ("StudyInstanceUID", "PatientID", "SeriesInstanceUID")
+
+
 @dataclass(frozen=True, slots=True)
 class ImageKind:
     """What the beginning of the header of a DICOM image says."""
@@ -201,6 +204,7 @@ class ImageKind:
     frames: int  # 0 of a damaged one
     met: frozenset[int]  # numbers of the conditions that it meets
     of: tuple[str, str]  # StudyInstanceUID and PatientID, empty where it has none
+    series: str = ""  # SeriesInstanceUID
 
     @property
     def study(self) -> str:
@@ -216,7 +220,7 @@ def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageK
     from pydicom.filereader import read_partial
     from pydicom.tag import Tag
 
-    keywords = ["Rows", "NumberOfFrames", "SOPClassUID", "StudyInstanceUID", "PatientID"]
+    keywords = ["Rows", "NumberOfFrames", "SOPClassUID", *UIDS]
     keywords += [keyword for each in conditions for keyword, _ in each]
     tags: list[Any] = [Tag(tag_for_keyword(keyword) or 0) for keyword in keywords]
     last = max(tags)
@@ -232,8 +236,8 @@ def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageK
     if "Rows" not in header:
         return damaged if of_images(header) else None
     met = frozenset(number for number, each in enumerate(conditions) if meets(header, each))
-    study, patient = (str(header.get(tag) or "") for tag in ("StudyInstanceUID", "PatientID"))
-    return ImageKind(int(header.get("NumberOfFrames") or 1), met, (study, patient))
+    study, patient, series = (str(header.get(tag) or "").strip() for tag in UIDS)
+    return ImageKind(int(header.get("NumberOfFrames") or 1), met, (study, patient), series)
 
 
 def of_images(header: Any) -> bool:

@@ -246,15 +246,58 @@ def test_a_study_that_lacks_a_series_is_told(tmp_path, uid):
     }
     found, _ = open_folder(tmp_path, VolumeData(), SERIES[1:], None)
     missing = {"bright/s/study/scout", "bright/s/study/t2"}
-    assert {each for each in found.ids if not each.endswith("t1")} == (
-        set() if uid == "the same in all" else missing
-    )
+    assert {each for each in found.ids if not each.endswith("t1")} == missing
     shutil.rmtree(tmp_path / "bright" / "r")
     (tmp_path / "bright" / "q").mkdir()
     write_study(tmp_path / "bright" / "q", "study/{}", UIDS[uid], 7, ("t1",))
     found, _ = open_folder(tmp_path, VolumeData(), SERIES, None)
-    parts = {"bright/q/study/t1", "bright/s/study/t2"}
-    assert {"dark/p/study"} | (set() if uid == "the same in all" else parts) <= {*found.ids}
+    assert {"dark/p/study", "bright/q/study/t1", "bright/s/study/t2"} <= {*found.ids}
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+@pytest.mark.parametrize("tags", [*UIDS, "patients"])
+@pytest.mark.parametrize("inside", ["", "{}"])
+def test_a_patient_who_lacks_a_series_is_told(tmp_path, inside, tags, lost):
+    """Series of a patient in one folder, the layout of most archives, or each in its own."""
+    patients = ["dark/p", "dark/q", "dark/r", "bright/s", "bright/t", "bright/u"]
+    lacking = ["dark/q", "bright/s"][:lost]
+    for number, patient in enumerate(patients):
+        for order, kind in enumerate(("t1", "t2")):
+            if kind == "t1" and patient in lacking:
+                continue
+            uid = "" if tags == "patients" else UIDS[tags](number, order)
+            more = {"StudyInstanceUID": uid} if uid else {}
+            more |= {"PatientID": f"case {number}"} if tags == "patients" else {}
+            write_dicom(
+                tmp_path / patient / inside.format(kind), VOXELS + number,
+                uid=f"1.{number}.{order}", description=kind, **more,
+            )  # fmt: skip
+    told = {f"{patient}/t2" if inside else patient for patient in lacking}
+    whole = {f"{patient}/t1" if inside else patient for patient in patients} - told
+    whole -= {f"{patient}/t1" for patient in lacking}
+    for itself in (False,) if tags == "the same in all" else (False, True):
+        found, _ = open_folder(tmp_path, VolumeData(), SERIES[1:], None, itself=itself)
+        assert {*found.ids} == whole | told
+    if tags == "patients":  # also where one of a folder's patients alone has it
+        found, _ = open_folder(tmp_path / "dark", VolumeData(), SERIES[1:], None, itself=True)
+        assert len(found.ids) == 3
+        (tmp_path / "dark" / "r").rename(tmp_path / "r")
+        found, _ = open_folder(tmp_path / "dark", VolumeData(), SERIES[1:], None, itself=True)
+        assert len(found.ids) == 2
+
+
+def test_what_lies_beside_folders_of_several_series_is_of_a_study_that_has_its_uid(tmp_path):
+    """Planes of a patient in folders of their own, and the scout beside them."""
+    for number in range(3):
+        tags = {"StudyInstanceUID": f"5.{number}", "PatientID": str(number)}
+        for kind in ("t1", "t2"):
+            for order, plane in enumerate(("axial", "sagittal")):
+                uids = {"uid": f"1.{number}.{kind[1]}.{order}", "description": kind}
+                write_dicom(tmp_path / f"p{number}" / plane, VOXELS, **uids, **tags)
+        uids = {"uid": f"2.{number}", "description": "scout"}
+        write_dicom(tmp_path / f"p{number}" / "scout", VOXELS, **uids, **tags)
+    found, _ = open_folder(tmp_path, VolumeData(), SERIES[1:], None)
+    assert len(found.ids) == 6 and not any("scout" in each for each in found.ids)
 
 
 @pytest.fixture
