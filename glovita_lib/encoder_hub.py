@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -16,6 +17,9 @@ from glovita_lib.spec_augment import CropMode
 
 Values = dict[str, Any]
 KEY = "model.encoder.type"
+CONFIG = "config.json"
+VIDEO_FILE, IMAGE_FILE = "video_preprocessor_config.json", "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"  # of several kinds of input, a table each
 
 # --------------------------------------------------------------------------------------- files
 
@@ -86,7 +90,7 @@ def fetched(model: str, name: str, hint: str) -> Path | None:
     Raises:
         UserError: no such repository, or no network.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     place, revision = place_of(model)
@@ -99,8 +103,12 @@ def fetched(model: str, name: str, hint: str) -> Path | None:
         with cache_only_without_network():
             return Path(hf_hub_download(place, name, revision=revision))
     except hub_errors() as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        unreached = isinstance(error, LocalEntryNotFoundError)
+        if isinstance(error, EntryNotFoundError) and not unreached:
             return None
+        snapshot = try_to_load_from_cache(place, CONFIG, revision=revision)
+        if unreached and name != CONFIG and isinstance(snapshot, str):
+            return None  # without a network a repository has the files of its snapshot
         raise UserError(
             f'{KEY} = "{model}": its {name} cannot be fetched from the hub'
             f" ({type(error).__name__}); offline: name a folder with config.json and"
@@ -112,6 +120,54 @@ def fetched(model: str, name: str, hint: str) -> Path | None:
 # --------------------------------------------------------------------------------------- input
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def read_preprocessor(model: str, *, clips: bool) -> Values | None:
+    """What the files of a model say of its input; None where none does. A model of text and images
+    may say it in a table of one file, as transformers 5 writes it."""
+    for name in (VIDEO_FILE, IMAGE_FILE) if clips else (IMAGE_FILE,):
+        if (values := read_json(model, name)) is not None:
+            return values
+    tables = read_json(model, PROCESSOR_FILE) or {}
+    for name in ("video_processor", "image_processor") if clips else ("image_processor",):
+        if isinstance(tables.get(name), dict):
+            return tables[name]
+    return None
+
+
+STATED = ("size", "crop_size", "crop_pct", "do_center_crop", "resample", "image_mean", "image_std",
+          "do_normalize", "do_rescale", "rescale_factor", "offset")  # fmt: skip
+
+
+def completed(kind: str, values: Values) -> Values:
+    """What transformers' own preprocessor reads out of its file: its defaults, and sizes as tables.
+    A number is both sides to one class and the shortest to another. The values as they are where
+    no class takes them.
+
+    Args:
+        kind: `model_type`, by which the class is chosen where the file does not name it.
+    """
+    import transformers
+
+    video = "video_processor_type" in values
+    auto, name = (
+        (transformers.AutoVideoProcessor, VIDEO_FILE)
+        if video
+        else (transformers.AutoImageProcessor, IMAGE_FILE)
+    )
+    with TemporaryDirectory() as folder:
+        Path(folder, name).write_text(json.dumps(values))
+        Path(folder, CONFIG).write_text(json.dumps({"model_type": kind}))
+        try:
+            made = auto.from_pretrained(folder)
+        except (ValueError, OSError, ImportError, AttributeError, KeyError, TypeError):
+            return values
+    found: Values = {each: getattr(made, each, None) for each in STATED}
+    found["do_center_crop"] = bool(found["do_center_crop"])
+    for each in ("size", "crop_size"):
+        sides = dict(found[each] or {})
+        found[each] = {side: n for side, n in sides.items() if n is not None} or None
+    return {each: value for each, value in found.items() if value is not None}
 
 
 def interpolation(values: Values) -> str:
@@ -139,7 +195,7 @@ def normalisation(
 
 def resizing(values: Values, default: int) -> tuple[int, float, CropMode]:
     """Side of the input, the share of the resized image that it is, and what is resized, by a
-    preprocessor."""
+    preprocessor that is `completed`."""
     size, crop = values.get("size"), values.get("crop_size")
     crops = crop is not None and values.get("do_center_crop", True)
     cropped = side_in(crop) if crops else None
@@ -149,8 +205,7 @@ def resizing(values: Values, default: int) -> tuple[int, float, CropMode]:
     if values.get("crop_pct") and not crops:  # ConvNeXt's way
         return (edge, float(values["crop_pct"]), "center") if edge < 384 else (edge, 1.0, "squash")
     side = cropped or edge
-    # a number is the shortest side of what is cropped, and both sides of what is not
-    shortest = "shortest_edge" in size if isinstance(size, dict) else crops
+    shortest = isinstance(size, dict) and "shortest_edge" in size
     return side, min(1.0, side / edge), "center" if shortest else "squash"
 
 

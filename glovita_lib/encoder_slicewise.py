@@ -242,6 +242,7 @@ class SlicewiseEncoder(PartwiseEncoder):
     def images(self, volumes: Tensor, rows: Tensor, places: Tensor) -> Tensor:
         """Slices of volumes (B, N, C, H, W) at places (n,) of the volumes rows (n,), as the encoder
         of images takes them, (n, C, H', W') or (n, 3C, H', W')."""
+        rows, places = (each.to(volumes.device, non_blocking=True) for each in (rows, places))
         if self.spec.adjacent:
             last = volumes.shape[1] - 1
             near = torch.stack([places - 1, places, places + 1], 1).clamp(0, last)  # (n, 3)

@@ -32,11 +32,13 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.encoder_hub import (
     cache_only_without_network,
+    completed,
     hub_errors,
     interpolation,
     normalisation,
     place_of,
     read_json,
+    read_preprocessor,
     resizing,
 )
 from glovita_lib.encoder_torchvision import IMAGENET
@@ -147,10 +149,8 @@ def files_of(spec: TransformerEncoder) -> ModelFiles:
             f'model.encoder.type = "{spec.type}": its config.json has model_type ='
             f' "{config.get("model_type")}"; valid: {", ".join((*IMAGES, *CLIPS))}'
         )
-    names = ("video_preprocessor_config.json", "preprocessor_config.json")
-    asked = names if config["model_type"] in CLIPS else names[1:]
-    found = (read_json(spec.type, name) for name in asked)
-    return ModelFiles(config, next((values for values in found if values is not None), None))
+    clips = config["model_type"] in CLIPS
+    return ModelFiles(config, read_preprocessor(spec.type, clips=clips))
 
 
 def is_kind(name: str) -> bool:
@@ -678,7 +678,8 @@ def _(spec: TransformerEncoder, *, channels: int) -> Preprocess:
     check_channels(spec, channels)
     files = files_of(spec)
     sides = sides_of(configuration(spec, files.config)) or (224, 224)
-    values = files.preprocessor or {}
+    stated = files.preprocessor
+    values = {} if stated is None else completed(files.kind, stated)
     side, crop, mode = resizing(values, sides[0])
     fixed = files.kind in FIXED and has_weights(spec)
     mean, std = normalisation(values, IMAGENET)

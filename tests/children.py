@@ -122,9 +122,15 @@ def run_ranks(code: str, *arguments: object, world: int = 2) -> list[Done]:
     return [child.kill() if child.process.is_alive() else child.wait() for child in ranks]
 
 
-def glovita(*arguments: object, ranks: int = 1, code: int = 0) -> str:
-    """What `glovita.py ARGUMENTS` says as so many ranks; fails where the exit code is another."""
-    done = run_ranks(GLOVITA, *arguments, world=ranks) if ranks > 1 else [run(GLOVITA, *arguments)]
+def glovita(
+    *arguments: object, ranks: int = 1, code: int = 0, env: Mapping[str, str] | None = None
+) -> str:
+    """What `glovita.py ARGUMENTS` says as so many ranks; fails where the exit code is another.
+    `env` is of one rank."""
+    if ranks > 1:
+        done = run_ranks(GLOVITA, *arguments, world=ranks)
+    else:
+        done = [run(GLOVITA, *arguments, env=env)]
     out = "".join(one.out for one in done)
     assert {one.code for one in done} == {code}, f"exit codes {[one.code for one in done]}\n{out}"
     return out

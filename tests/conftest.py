@@ -20,6 +20,12 @@ RUNS = {"command", "refused", "extract"}
 """Fixtures that run the program: what asks for one is marked `runs`."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from all but their own tests: CPUs alone repeat numbers to the last digit."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that are whole runs."""

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from test_encoder_hub import CLIP_FILE
 from torch import Tensor, nn
 from torch.nn import functional as F
 from video_files import write_frames
@@ -18,7 +19,6 @@ from video_files import write_frames
 from glovita_lib.encoder import Encoder, build_encoder, file_facts, preprocess_of
 from glovita_lib.encoder import with_facts as with_facts_of
 from glovita_lib.encoder_aggregation import Layers, aggregate
-from glovita_lib.encoder_hub import normalisation, resizing
 from glovita_lib.encoder_torchvision import IMAGENET
 from glovita_lib.encoder_transformers import CLIPS, IMAGES
 from glovita_lib.encoder_video import fit_rgb
@@ -399,55 +399,6 @@ def test_sections_know_their_samples() -> None:
 
 
 # ------------------------------------------------------------------------------------ inputs
-
-CLIP_FILE = {
-    "size": {"shortest_edge": 256},
-    "crop_size": {"height": 224, "width": 224},
-    "do_center_crop": True,
-    "image_mean": [0.4, 0.5, 0.6],
-    "image_std": [0.2, 0.2, 0.3],
-    "resample": 3,
-}
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (CLIP_FILE, (224, 0.875, "center")),
-        ({"size": {"height": 196, "width": 196}}, (196, 1.0, "squash")),
-        ({"size": 224}, (224, 1.0, "squash")),
-        ({"size": 256, "crop_size": 224}, (224, 0.875, "center")),
-        ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, (224, 0.875, "center")),
-        ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, (384, 1.0, "squash")),
-        ({"size": {"shortest_edge": 224}, "do_center_crop": False}, (224, 1.0, "center")),
-        ({}, (160, 0.875, "center")),
-    ],
-)
-def test_sizes_of_preprocessors(values: dict[str, Any], expected: tuple[int, float, str]) -> None:
-    assert resizing(values, 160) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]},
-        {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 127.5,
-         "offset": True},
-        {"do_normalize": False},
-        {"do_rescale": False, "image_mean": [120.0] * 3, "image_std": [60.0] * 3},
-    ],
-)  # fmt: skip
-def test_normalisation_is_that_of_the_preprocessor(values: dict[str, Any]) -> None:
-    """(r p - o - mean) / std of pixels 0..255 in float64."""
-    pixels = np.arange(256.0)[:, None].repeat(3, 1)
-    expected = pixels * (
-        values.get("rescale_factor", 1 / 255) if values.get("do_rescale", 1) else 1
-    )
-    expected = expected - float(values.get("offset", False))
-    if values.get("do_normalize", True):
-        expected = (expected - values["image_mean"]) / values["image_std"]
-    mean, std = normalisation(values, IMAGENET)
-    np.testing.assert_allclose((pixels / 255 - mean) / std, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_input_is_that_of_the_files(tmp_path: Path) -> None:

@@ -459,6 +459,8 @@ def builds_patches(name: str) -> bool:
         kind, arguments = built.args
     except TypeError:  # the builder states a size itself
         return False
+    else:  # or builds in its own way
+        return False
     takes = any("patch_size" in inspect.signature(c.__init__).parameters for c in kind.__mro__)
     behind = "HybridEmbed" in repr(arguments.get("embed_layer"))  # convolutions
     is_flexible = kind.__name__ == "NaFlexVit"  # whose builder has taken the argument
