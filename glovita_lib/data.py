@@ -402,6 +402,8 @@ class Data:
     """Whether the classes are a scale in the order of their names, as somebody has stated."""
     number_names: dict[str, str] | None = None
     """See `Outputs`."""
+    size_text: str | None = None
+    """How large samples are, where that tells how a file was read (series)."""
 
     def __post_init__(self) -> None:
         what = "targets" if self.subtask == "regression" else "classes"
@@ -411,6 +413,12 @@ class Data:
     def outputs(self) -> int:
         """Number of classes or targets."""
         return len(self.class_names)
+
+    @property
+    def sizes_text(self) -> str:
+        """Samples of each split, and how large they are where that is known."""
+        counts = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        return counts if self.size_text is None else f"{counts}; {self.size_text}"
 
     @property
     def has_order(self) -> bool:

@@ -540,7 +540,7 @@ def column_rows(spec: CollectionData, whole: Collection) -> dict[str, np.ndarray
     unknown = [name for name in whole.split_of if name not in rows]
     if unknown:
         raise UserError(
-            f"column {spec.split_column} of {spec.labels_file}: {unknown[0]!r}"
+            f"column {spec.split_column} of {spec.labels_file or whole.where}: {unknown[0]!r}"
             f" ({len(unknown)} samples) is no split; write train, val or test, or nothing where a"
             " sample is not to be used"
         )

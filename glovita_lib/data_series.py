@@ -379,6 +379,7 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     train = splits.get("train")
     if train is not None and train.targets is not None:
         report += untrained(train.targets, classes, subtask)
+    series = [one for whole in kept for one in whole.prepared.values()]
     return Data(
         name="generic_series_dataset",
         splits={name: splits[name] for name in ("train", "val", "test") if name in splits},
@@ -387,13 +388,21 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
         ordered=spec.class_names is not None,
         number_names=number_names,
         samples=SeriesSamples(
-            channels=len(next(iter(kept[0].prepared.values())).values),
+            channels=len(series[0].values),
             preparation=spec.preparation,
             value_columns=names,
             step=step,
         ),
         report=report,
+        size_text=size_text(series),
     )
+
+
+def size_text(series: Sequence[PreparedSeries]) -> str:
+    """Channels and time points of series of one number of channels."""
+    channels, counts = len(series[0].values), {one.values.shape[1] for one in series}
+    points = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+    return f"{channels} channel{'s' * (channels > 1)}, {points} time points"
 
 
 def match_columns(table: SeriesTable, names: tuple[str, ...], whose: str) -> str | None:
@@ -425,6 +434,7 @@ def matched(tables: Sequence[SeriesTable]) -> tuple[list[str], tuple[str, ...]]:
     lines: list[str] = []
     first: dict[bool, SeriesTable] = {}
     for table in tables:
+        lines += table.notes
         if table.columns:
             other = first.setdefault(table.is_wide, table)
             line = match_columns(table, other.columns, other.where)
@@ -573,7 +583,7 @@ def unlabelled_series(
     if not whole.table.is_wide:
         whose = "the data that the model was trained on"
         line = match_columns(whole.table, samples.value_columns, whose)
-    report = [] if line is None else [line]
+    report = whole.table.notes + ([] if line is None else [line])
     problems = Problems(spec.strict, "sample")
     how = samples.preparation or SeriesPreparation()
     (kept,), _ = prepare_all([whole], how, problems, samples)

@@ -7,8 +7,9 @@ N series, C channels, T time points of a series, M time points of all series.
 import csv
 import re
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,11 @@ SUFFIXES = (".ts", ".arff", ".tsv", ".csv", ".npy", ".npz")
 ENTRIES = ("series", "lengths", "offsets", "times", "labels", "ids", "groups")
 """Arrays of a .npz file."""
 MISSING = frozenset(["", "?", "nan", "na", "n/a", "null", "none"])
+TIME_NAME = re.compile(
+    r"(date(.?time)?|time(.?(stamp|step|point|index|s|sec|ms))?|t|seconds?|frame)s?(\s*[\[(].*)?",
+    re.IGNORECASE,
+)
+"""Names of columns that hold times, which no time point of a wide table has."""
 WHOLE = re.compile(r"[+-]?\d+")
 DATE = re.compile(
     r"(\d{4}-\d\d(?:-\d\d(?:[T ]\d\d(?::\d\d(?::\d\d(?:\.\d+)?)?)?)?)?)"
@@ -48,8 +54,12 @@ class Columns:
         return (self.id, self.time, *self.labels, self.group, self.split)
 
     def value_columns(self, path: Path, header: Sequence[str]) -> list[int]:
-        """Places of the columns of the values, in the order of the spec where it names them; one
-        without a name is refused: an index."""
+        """Places of the columns of the values, in the order of the spec where it names them.
+
+        Raises:
+            UserError: one that is no value by its name: without any, as an index; that of times,
+                where there are no others; or another key's but for capital letters.
+        """
         if self.values:
             return list(map(header.index, self.values))
         if "" in header:
@@ -57,7 +67,18 @@ class Columns:
             raise UserError(
                 f"{path}: column {header.index('') + 1} has no name, as an index: {cure}"
             )
-        return [place for place, name in enumerate(header) if name not in self.others]
+        places = [place for place, name in enumerate(header) if name not in self.others]
+        wanted = {name.lower(): name for name in self.others if name is not None}
+        for name in (header[place] for place in places):
+            if (meant := wanted.get(name.lower())) is not None and meant not in header:
+                cure = "write it in the spec as it stands there"
+                raise UserError(f'{path}: column "{name}" is "{meant}" in the spec: {cure}')
+            if self.time not in header and TIME_NAME.fullmatch(name):
+                raise UserError(
+                    f'{path}: column "{name}" seems to hold times: name it in data.time_column'
+                    " (a row a time point), or the columns of the values in data.value_columns"
+                )
+        return places
 
 
 @dataclass(slots=True)
@@ -83,6 +104,8 @@ class SeriesTable:
     none."""
     is_wide: bool = False
     """Whether `columns` are time points."""
+    notes: list[str] = field(default_factory=list)
+    """What should be known of how the files are read."""
 
 
 def read_series(path: Path, columns: Columns) -> SeriesTable:
@@ -116,16 +139,49 @@ def read_folder(folder: Path, columns: Columns) -> SeriesTable:
         raise UserError(f"{folder}: no .npy or .csv file of a series in it")
     table = SeriesTable(str(folder), [path.stem for path in paths], [], [], named=True)
     assert table.times is not None
+    names: list[tuple[str, ...]] = []
     for path in paths:
-        values, times, names = read_one(path, columns)
-        table.columns = table.columns or names
-        if names != table.columns and sorted(names) == sorted(table.columns):
-            values = values[[names.index(name) for name in table.columns]]
+        values, times, own = read_one(path, columns)
         table.series.append(values)
         table.times.append(times)
-    if not any(len(times) for times in table.times):
+        names.append(own)
+    match_files(table, names)
+    timed = [bool(len(times)) for times in table.times]
+    usable = [not isinstance(one, str) for one in table.series]
+    if not any(timed):
         table.times = None
+    elif 2 * sum(timed) > sum(usable):  # what cannot be used has none
+        for row in np.flatnonzero(np.array(usable) & ~np.array(timed)):
+            table.series[row] = f'no times (column "{columns.time}"), most files have some'
     return table
+
+
+def match_files(table: SeriesTable, names: list[tuple[str, ...]]) -> None:
+    """Put the channels of files of a folder in the order of the first one with the same columns,
+    `names` of each file; of several columns others than more than half of the files have are
+    refused."""
+    kinds = [tuple(sorted(own)) for own in names]
+    counts = Counter(kind for kind in kinds if len(kind) > 1)
+    usual, count = counts.most_common(1)[0] if counts else ((), 0)
+    is_usual = 2 * count > counts.total()
+    if counts and not is_usual:
+        shown = ", ".join(f"({listed(names[kinds.index(kind)], 4)})" for kind in [*counts][:3])
+        shown = f"{table.where}: the columns have different names, as {shown}"
+        table.notes.append(f"{shown}: taken in the order in which they stand")
+    usual = usual if is_usual else next(filter(None, kinds), ())
+    table.columns = names[kinds.index(usual)] if usual else ()
+    turned = []
+    for row, (own, kind) in enumerate(zip(names, kinds, strict=True)):
+        first = names[kinds.index(kind)]
+        if own != first:
+            table.series[row] = table.series[row][[own.index(name) for name in first]]
+            turned.append(table.ids[row])
+        if kind in counts and kind != usual and is_usual:
+            shown = listed(table.columns, 6)
+            table.series[row] = f"columns {listed(first, 6)}, most files have {shown}"
+    if turned:
+        shown = f"{table.where}: the columns of {listed(turned, 3)} stand in another order than in"
+        table.notes.append(f"{shown} the file before with the same ones: matched by name")
 
 
 def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, ...]]:
@@ -224,10 +280,29 @@ def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
     places = columns.value_columns(path, header)
     if not places:
         raise UserError(f"{path}: no column of values beside {listed(header)}: data.value_columns")
+    for place in places:
+        refuse_text(path, header[place], (row[place] for row in rows))
     read = read_long if columns.time in header else read_wide
     table = read(path, columns, header, rows, places)
     table.columns, table.is_wide = tuple(header[place] for place in places), read is read_wide
     return table
+
+
+def refuse_text(path: Path, name: str, cells: Iterable[str]) -> None:
+    """Raise an error where none of two or more cells of a column of values is a number."""
+    shown: list[str] = []
+    for cell in map(str.strip, cells):
+        if cell.lower() in MISSING:
+            continue
+        if not isinstance(numbers([cell]), str):
+            return
+        shown.append(f'"{cell}"')
+    if len(shown) > 1:
+        raise UserError(
+            f'{path}: column "{name}" holds no number ({listed(list(dict.fromkeys(shown)), 3)}):'
+            " name it in data.time_column or data.id_column where it is one of these, else the"
+            " columns of the values in data.value_columns"
+        )
 
 
 def read_wide(
@@ -237,6 +312,11 @@ def read_wide(
     found = [numbers([row[place] for place in places]) for row in rows]
     series = [values if isinstance(values, str) else values[None] for values in found]
     ids = column(header, rows, columns.id)
+    if ids is not None and len(ids) >= 2 * len(set(ids)):
+        raise UserError(
+            f'{path}: {len(ids)} rows for {len(set(ids))} ids and no column "{columns.time}": name'
+            " that of the times in data.time_column"
+        )
     table = SeriesTable(str(path), ids or list(map(str, range(len(rows)))), series)
     return with_columns(table, columns, header, rows, named=ids is not None)
 
@@ -339,8 +419,10 @@ WHOLE_DECIMALS = re.compile(r"[+-]?\d+(\.0*(e\+?\d+)?|e\+?\d+)", re.ASCII | re.I
 
 def archive_label(cell: str) -> str:
     """A label in a file of the UCR and UEA archives, of which one file writes 1 and another
-    1.0000000e+00 for the same class: whole numbers as they are printed."""
+    1.0000000e+00 for the same class: whole numbers as they are printed; none where it is "?"."""
     label = cell.strip()
+    if label == "?":
+        return ""
     return str(int(float(label))) if WHOLE_DECIMALS.fullmatch(label) else label
 
 
@@ -566,7 +648,8 @@ LABEL_NAMES = ("target", "class", "label")
 
 def read_arff(path: Path, columns: Columns) -> SeriesTable:
     """An ARFF file of Weka: a row a series with its label at the end; of several channels one
-    relational attribute, whose lines are the channels."""
+    relational attribute, whose lines are the channels. Labels are classes where they are nominal or
+    text, else numbers to predict."""
     lines = lines_of(path)
     attributes: list[tuple[str, str]] = []
     depth, start = 0, None
@@ -584,7 +667,7 @@ def read_arff(path: Path, columns: Columns) -> SeriesTable:
     if start is None or not attributes:
         raise UserError(f"{path}: no @attribute and @data, of which an ARFF file is made")
     name, kind = attributes[-1]
-    nominal = kind.startswith("{")
+    nominal = kind.startswith("{") or kind.lower().startswith("string")
     labelled = nominal or name.lower() in LABEL_NAMES
     relational = attributes[0][1].lower() == "relational"
     table = SeriesTable(str(path), [], [], labels=[] if labelled else None)

@@ -140,10 +140,9 @@ def computing(ranks: dist.Ranks) -> torch.device:
 
 def introduce(run: RunDir, task: Probe, data: Data) -> None:
     """Print data, classes and directory of the run."""
-    sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
     ordered = uses_order(task.metrics or usual_metrics(data.subtask))
     line = outputs_line(data.subtask, data.class_names, ordered=ordered)
-    say(two_columns([("data", f"{data.name}: {sizes}"), line, ("run", str(run.path))]))
+    say(two_columns([("data", f"{data.name}: {data.sizes_text}"), line, ("run", str(run.path))]))
 
 
 def say_noted(task: Probe, data: Data, samples: dict[str, ProbeSplit], whole: Path | None) -> None:

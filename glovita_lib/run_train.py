@@ -91,7 +91,7 @@ def dry_train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
     data = read_data(root, ranks, named=head_is_named(loaded))
     resolved = resolve_spec(root, data)
     say_notes(data.report if ranks.is_main else ())
-    sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
+    sizes = data.sizes_text
     count = samples_per_step(root, ranks.world)
     data.splits["train"] = some_of(data.splits["train"], count, root.seed)
     if data.splits.get("val"):
@@ -186,7 +186,7 @@ def train(loaded: Loaded[Root], ranks: dist.Ranks) -> None:
 def introduce(run: RunDir, experiment: Experiment, data: Data) -> None:
     """Print data, model, device and directory of the run."""
     resolved, ranks = experiment.resolved, experiment.ranks
-    sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
+    sizes = data.sizes_text
     what = "targets" if resolved.subtask == "regression" else "classes"
     device = f"{ranks.device}" + (f" x {ranks.world}" if ranks.world > 1 else "")
     say(

@@ -129,6 +129,29 @@ def test_all_broken_series_are_in_one_report(tmp_path):
     assert data.splits["train"].ids == ["g0", "g1", "g2"] and "left out" in data.report[0]
 
 
+def test_a_missing_label_of_an_archive_is_no_class(tmp_path):
+    write_ts(tmp_path / "train.ts", made(6, 0), ["a", "b", "?", "a", "b", "a"])
+    with pytest.raises(UserError, match=r"label.*2"):
+        build(tmp_path, test_file=None)
+
+
+def test_a_word_that_is_no_split_is_told_with_its_file(tmp_path):
+    rows = [f"s{i},{i},{i + 1},{'ab'[i % 2]},{['train', 'valid'][i % 2]}" for i in range(6)]
+    (tmp_path / "x.csv").write_text("\n".join(["id,v0,v1,label,split", *rows]))
+    fields = {"train_file": None, "test_file": None, "series_file": "x.csv"}
+    with pytest.raises(UserError, match=r"column split of \S*x\.csv: 'valid' \(3 samples\)"):
+        build(tmp_path, **fields, split_source="csv")
+
+
+def test_the_size_of_what_was_read_is_told(tmp_path):
+    for ragged, size in ((False, "2 channels, 24 time points"), (True, "2 channels, ")):
+        write_ts(tmp_path / "train.ts", made(6, 0, channels=2, ragged=ragged), list("ababab"))
+        data = build(tmp_path, test_file=None)
+        assert data.sizes_text.startswith(f"train 6; {size}")
+    counts = sorted(one.shape[1] for one in made(6, 0, channels=2, ragged=True))
+    assert data.sizes_text.endswith(f"; 2 channels, {counts[0]} to {counts[-1]} time points")
+
+
 def test_series_of_other_channels_are_broken(tmp_path):
     series = [*made(3, 0, channels=2), *made(1, 1, channels=3)]
     write_ts(tmp_path / "train.ts", series, list("abab"))

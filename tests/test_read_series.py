@@ -96,6 +96,25 @@ def test_arff(tmp_path):
     assert table.labels == ["up", "down"]
 
 
+def test_labels_of_archives_are_classes_numbers_or_missing(tmp_path):
+    head = "@relation x\n@attribute a numeric\n@attribute b numeric\n"
+    for kind, subtask in {
+        "{a,b}": "multiclass",
+        "string": "multiclass",
+        "STRING": "multiclass",
+        "numeric": "regression",
+        "REAL": "regression",
+    }.items():
+        path = write(tmp_path / "a.arff", f"{head}@attribute class {kind}\n@data\n1,2,3\n4,5,?\n")
+        table = read_series(path, COLUMNS)
+        assert (table.subtask, table.labels) == (subtask, ["3", ""])
+    for label in ("@classLabel true a b", "@targetLabel true"):
+        path = write(tmp_path / "a.ts", f"{label}\n@data\n1,2:5\n3,4:?\n5,6: ? \n")
+        assert read_series(path, COLUMNS).labels == ["5", "", ""]
+    path = write(tmp_path / "a.tsv", "1\t2\t3\n?\t4\t5\n")
+    assert read_series(path, COLUMNS).labels == ["1", ""]
+
+
 def test_csv_wide_and_long(tmp_path):
     wide = "id,label,t0,t1,t2\nx,a,1,,3\ny,b,4,5,6\n"
     table = read_series(write(tmp_path / "a.csv", wide), COLUMNS)
@@ -115,6 +134,65 @@ def test_what_is_wrong_with_a_series_of_a_table_is_its_line(tmp_path):
     said = table.series[:3]
     assert '"one"' in said[0] and "several values of label: a, b" in said[1] and '"zero"' in said[2]
     np.testing.assert_array_equal(table.series[3], [[1]])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("subject,t,v,label\n1,0,2,a\n1,1,3,a\n", 'column "t" seems to hold times'),
+        ("Time [s],v,label\n0,2,a\n1,3,b\n", 'column "Time [s]" seems to hold times'),
+        ("x,timestamp,label\n0,2,a\n1,3,b\n", "data.time_column (a row a time point)"),
+        ("Id,v0,v1,label\n0,2,3,a\n1,3,4,b\n", 'column "Id" is "id" in the spec'),
+        ("id,Time,v,label\n0,2,3,a\n0,3,4,a\n", 'column "Time" is "time" in the spec'),
+        ("id,time,v,Label\n0,2,3,1\n0,3,4,1\n", 'column "Label" is "label" in the spec'),
+        ("id,zeit,v\n0,2,3\n0,3,4\n1,2,3\n1,3,4\n", '4 rows for 2 ids and no column "time"'),
+        ("who,v0,v1\ns0,2,3\ns1,3,4\n", 'column "who" holds no number ("s0", "s1")'),
+        ("id,day,v\n0,2024-01-01,3\n1,2024-01-02,4\n", 'column "day" holds no number'),
+        ("id,time,v,arm\n0,2,3,left\n0,3,4,left\n", 'column "arm" holds no number ("left")'),
+    ],
+)
+def test_tables_that_would_be_taken_for_others_are_refused(text, said, tmp_path):
+    """Long ones whose times or ids have other names, and columns of text."""
+    path = write(tmp_path / "a.csv", text)
+    with pytest.raises(UserError) as error:
+        read_series(path, COLUMNS)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_columns_that_the_spec_names_are_values_whatever_they_are_called(tmp_path):
+    path = write(tmp_path / "a.csv", "id,t,T1,label\n0,2,3,a\n1,3,4,b\n")
+    same(read_series(path, replace(COLUMNS, values=("t", "T1"))), [[[2, 3]], [[3, 4]]])
+    path = write(tmp_path / "b.csv", "id,v0,v1,label\n0,one,3,a\n1,3,4,b\n2,,?,b\n")
+    table = read_series(path, COLUMNS)
+    assert '"one" (value 0) is no number' in table.series[0]
+    same(replace(table, series=table.series[1:2]), [[[3, 4]]])
+
+
+def test_files_of_a_folder_go_by_the_names_of_their_columns(tmp_path):
+    rows = "0,1,5\n1,2,4\n2,4,4\n"
+    heads = {"a": "time,x,z", "b": "time,x,y", "c": "time,x,y", "d": "time,y,x"}
+    heads |= {"e": "time,x,z", "f": "x,y"}
+    for name, head in heads.items():
+        body = rows if head.startswith("time") else "1,5\n2,4\n4,4\n"
+        write(tmp_path / f"{name}.csv", f"{head}\n{body}")
+    table = read_series(tmp_path, COLUMNS)
+    said = dict(zip(table.ids, table.series, strict=True))
+    assert said["a"] == said["e"] == "columns x, z, most files have x, y"
+    assert said["f"] == 'no times (column "time"), most files have some'
+    assert said["b"].tolist() == said["d"][::-1].tolist() == [[1, 2, 4], [5, 4, 4]]
+    assert table.columns == ("x", "y")
+    assert [note.partition(": ")[2] for note in table.notes] == [
+        "the columns of d stand in another order than in the file before with the same ones: "
+        "matched by name"
+    ]
+    for name in "bf":
+        (tmp_path / f"{name}.csv").unlink()
+    write(tmp_path / "e.csv", f"time,z,x\n{rows}")
+    table = read_series(tmp_path, COLUMNS)  # no more than half have the same
+    np.testing.assert_array_equal(table.series[0], table.series[3][::-1])
+    np.testing.assert_array_equal(table.series[1], table.series[2][::-1])
+    assert "different names, as (x, z), (x, y): taken in the order" in table.notes[0]
+    assert "the columns of d, e stand in another order" in table.notes[1]
 
 
 @settings(max_examples=25, deadline=None)
