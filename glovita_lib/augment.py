@@ -507,8 +507,8 @@ def mixup_cutmix(
     """Mixed inputs and soft targets; where both are on, each sample draws one of them.
 
     Args:
-        inputs: (B, C, H, W) float; or series (B, C, T) or vectors (B, D), of which cutmix is
-            refused.
+        inputs: (B, C, H, W) float; or series (B, C, T) of one length or vectors (B, D), of which
+            cutmix is refused.
         targets: (B,) int64 class numbers, or (B, K) multilabel or regression targets.
         outputs: K.
         mixup, cutmix: which of the two are on; with neither only the targets change their form.
@@ -569,6 +569,17 @@ def mixed(
     kept = torch.where(pasted[:, None], 1 - area, kept[:, None])  # (B, 1)
     mixed_inputs = torch.lerp(inputs[partner], inputs, share.to(inputs.dtype))
     return mixed_inputs, torch.lerp(soft[partner], soft, kept)
+
+
+def mixed_series(inputs: Tensor, partner: Tensor, kept: Tensor) -> Tensor:
+    """Series (B, C + 1, T), whose last row is 1 where a time point counts, blended with partner
+    (B,), kept (B,) the share of the sample itself. A blend has the time points of the one with the
+    larger share; where the other has none, that one's values are as they are."""
+    other, share = inputs[partner], kept.to(inputs.dtype)[:, None, None]
+    larger = torch.where(share >= 0.5, inputs, other)
+    both = (inputs[:, -1:] > 0) & (other[:, -1:] > 0)  # (B, 1, T)
+    found = torch.where(both, torch.lerp(other, inputs, share), larger)
+    return torch.cat([found[:, :-1], larger[:, -1:]], dim=1)
 
 
 def rectangles(kept: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:

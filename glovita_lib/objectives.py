@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glovita_lib.augment import Augmenter, mixup_cutmix, mixup_draws
+from glovita_lib.augment import Augmenter, mixed_series, mixup_cutmix, mixup_draws
 from glovita_lib.data import Data, Split, Standardizer, subset
 from glovita_lib.dist import Ranks, autocast, gather_rows, hash_seed
 from glovita_lib.errors import UserError
@@ -23,7 +23,7 @@ from glovita_lib.losses import build_criterion, plain_criterion
 from glovita_lib.metrics import Samples, samples_of, values_of
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.model import logits_of
-from glovita_lib.resolved import ImageInputs, Inputs, Resolved
+from glovita_lib.resolved import ImageInputs, Inputs, Resolved, SeriesInputs
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_samples import UNLABELLED
 from glovita_lib.spec_train import LabelTask, Supervised
@@ -331,7 +331,15 @@ class SupervisedObjective(LabelObjective):
         if self.mixes and not isinstance(inputs, Tensor):
             output, targets = self.mixed_bags(model, inputs, targets, rng.stream(MIX))
         else:
-            if self.mixes:
+            if self.mixes and self.counts_time_points(inputs):
+                partner, kept, targets = mixup_draws(
+                    targets,
+                    outputs=self.outputs,
+                    alpha=self.task.mixup_alpha,
+                    seed=rng.stream(MIX),
+                )
+                inputs = mixed_series(inputs, partner, kept)
+            elif self.mixes:
                 inputs, targets = mixup_cutmix(
                     inputs,
                     targets,
@@ -349,6 +357,11 @@ class SupervisedObjective(LabelObjective):
         losses = [weight * self.criterion(y, targets).mean() for weight, y in output.fitted]
         losses += output.aux.values()
         return sum(losses[1:], losses[0]), logs
+
+    def counts_time_points(self, inputs: Tensor) -> bool:
+        """Whether these are series with a last row that says which time points count."""
+        kind = self.resolved.inputs
+        return isinstance(kind, SeriesInputs) and inputs.shape[1] > kind.channels
 
     def mixed_bags(
         self, model: nn.Module, bags: Any, targets: Tensor, seed: int

@@ -170,6 +170,10 @@ def encoder_takes_samples(root: Root) -> Iterator[str]:
 def augmentation_fits(root: Root) -> Iterator[str]:
     """Mean and std have a number for each channel, and policies read their parameters."""
     augmentation = getattr(root.data, "augmentation", None)
+    if root.mode == "train" and not root.task.keeps_model and augmentation is not None:
+        for name in augmentation.__struct_fields__:
+            if getattr(augmentation, name) != getattr(type(augmentation)(), name):
+                yield f"data.augmentation.{name}: would be ignored, a probe augments nothing"
     kinds = ImageAugmentation | VolumeAugmentation | SeriesAugmentation
     if not isinstance(augmentation, kinds):
         return
@@ -262,7 +266,13 @@ def own_run_has_weights(root: Root) -> Iterator[str]:
         "extract": root.extract.reads_own_run,
         "umap": root.extract.reads_own_run and not root.maps_features,
     }
-    if asks.get(root.mode) and not root.training.enable_checkpointing:
+    if asks.get(root.mode) and root.mode != "infer" and not root.task.keeps_model:
+        yield (
+            f"mode: {root.mode} reads a model out, and a probe keeps none: name a checkpoint of"
+            " another run in extract.checkpoint, or read the pretrained or untrained encoder of"
+            ' section model with extract.source = "encoder"'
+        )
+    elif asks.get(root.mode) and not root.training.enable_checkpointing:
         yield (
             f"training.enable_checkpointing: false keeps no model for mode {root.mode} to read: set"
             " it to true and train again, or name a checkpoint of another run"

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from glovita_lib.augment import beta, mixed, mixup_cutmix, mixup_draws, rectangles
+from glovita_lib.augment import (
+    beta,
+    mixed,
+    mixed_series,
+    mixup_cutmix,
+    mixup_draws,
+    rectangles,
+)
 
 
 def digits(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,3 +163,26 @@ def test_mixup_of_vectors_is_the_formula(subtask):
     expected = share * hot.double() + (1 - share) * hot.double()[partner]
     torch.testing.assert_close(soft.double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(soft, again)
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.3, 0.5, 0.7, 1 - 1e-6])
+def test_a_blend_of_series_has_the_time_points_of_the_larger_share(share):
+    """Against a loop over time points in float64; none that counts is made of padding."""
+    torch.manual_seed(0)
+    series = torch.randn(4, 3, 9)
+    there = torch.zeros(4, 9, dtype=torch.bool)
+    for row, length in enumerate((9, 3, 6, 5)):
+        there[row, :length] = True
+    there[0, 4] = there[2, 1] = False  # missing in between
+    inputs = torch.cat([series * there[:, None] + 1e3 * ~there[:, None], there[:, None]], 1)
+    partner, kept = torch.tensor([1, 2, 3, 0]), torch.full((4,), share)
+    found = mixed_series(inputs, partner, kept)
+    for row in range(4):
+        other = int(partner[row])
+        counts = there[row] if share >= 0.5 else there[other]
+        assert torch.equal(found[row, 3] > 0, counts) and set(found[row, 3].tolist()) <= {0, 1}
+        for t in counts.nonzero()[:, 0].tolist():
+            weights = np.array([share * bool(there[row, t]), (1 - share) * bool(there[other, t])])
+            values = series[[row, other], :, t].double().numpy()
+            expected = (weights[:, None] * values).sum(0) / weights.sum()
+            np.testing.assert_allclose(found[row, :3, t], expected, atol=1e-5)

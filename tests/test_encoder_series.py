@@ -13,7 +13,7 @@ from test_data_series import made, write_ts
 from glovita import main
 from glovita_lib.encoder import any_encoder
 from glovita_lib.encoder_aggregation import aggregate
-from glovita_lib.encoder_series import FoldedEncoder, MaskedNorm
+from glovita_lib.encoder_series import FoldedEncoder, InceptionTime, MaskedNorm
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import choose_layers
 from glovita_lib.spec_encoders import TimmEncoder
@@ -252,6 +252,23 @@ def test_every_mode_on_ragged_series(folder):
     assert main(["spec.toml", "--override", "name=a", "mode=infer", "infer.heat_maps=2"]) == 2
     run("mode=umap", "umap.method=pca", "umap.split=test", "umap.dpi=30")
     assert (path / "umap" / "pca_test.csv").is_file()
+
+
+@pytest.mark.runs
+def test_blends_of_ragged_series_count_no_padding(folder, monkeypatch):
+    seen, forward = [], InceptionTime.forward
+
+    def spied(net, x):
+        if net.training and x.shape[1] == 3 and len(x) > 1:
+            seen.append(x.detach().clone())
+        return forward(net, x)
+
+    monkeypatch.setattr(InceptionTime, "forward", spied)
+    run("training.epochs=1", "task.mixup=true", "task.mixup_alpha=0.2")
+    assert len(seen) >= 3
+    for x in seen:
+        assert set(x[:, 2].unique().tolist()) <= {0, 1}
+        assert ((x[:, :2] != 0).any(1) == (x[:, 2] > 0)).all()
 
 
 @pytest.mark.runs

@@ -452,6 +452,13 @@ BROKEN = [
         "training.enable_checkpointing",
         "keeps no model for mode infer",
     ),
+    ([*SERIES_FILE, "mode=umap"], "mode", "umap reads a model out, and a probe keeps none"),
+    ([*SERIES_FILE, "mode=extract"], "mode", "extract reads a model out, and a probe keeps none"),
+    (
+        [*SERIES_FILE, "data.augmentation.train_policy=default_series_2"],
+        "data.augmentation.train_policy",
+        "would be ignored, a probe augments nothing",
+    ),
     (
         ["mode=extract", "training.enable_checkpointing=false"],
         "training.enable_checkpointing",
