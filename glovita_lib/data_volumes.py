@@ -595,7 +595,8 @@ def unlabelled_volumes(
     ids, files, lacking = new_files(where, data, samples.reading.series, notes)
     if not ids:
         raise UserError(f"{path}: no volume with a suffix of {', '.join(data.allowed_exts)}")
-    beside = where if where.is_dir() else where.parent
+    itself = where.is_dir() and (str(where),) in files  # DICOM, to which nothing is added
+    beside = where if where.is_dir() and not itself else where.absolute().parent
     own = data.preparation
     how = replace(samples.preparation, cache_dir=own.cache_dir, workers=own.workers)
     where = Path(own.cache_folder(str(beside)))

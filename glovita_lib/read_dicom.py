@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from glovita_lib.errors import UserError, listed
+from glovita_lib.spec_volumes import CACHE
 
 Box = tuple[slice, slice, slice]
 """A part of a volume: a slice with start and stop for each of its axes."""
@@ -93,7 +94,8 @@ def open_series(path: str, series: str | None) -> Series:
 
 
 def dicom_files(path: str) -> list[str]:
-    """Files below a folder in sorted order, without hidden ones; a file itself.
+    """Files below a folder in sorted order, without hidden ones and prepared volumes; a file
+    itself.
 
     Raises:
         UserError: a folder that cannot be listed, which may hold slices, or a link to what is not
@@ -107,7 +109,7 @@ def dicom_files(path: str) -> list[str]:
 
     found = []
     for parent, folders, files in os.walk(path, onerror=stop, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != CACHE)
         found += [os.path.join(parent, name) for name in sorted(files) if name[0] != "."]
     for file in found:
         if not os.path.exists(file):

@@ -420,3 +420,43 @@ def test_slices_at_the_top_are_named(cases):
         (cases / "labels.json").write_text(json.dumps(rows))
         fields = {"label_source": "json", "split_source": "kfold", "n_folds": 2}
         build(cases, images_dir="flat", **fields)
+
+
+def cached(folder):
+    """Cache files below a folder."""
+    return sorted(folder.rglob("volume_cache/*/*.h5"))
+
+
+@pytest.mark.parametrize("kind", ["series", "study", "here"])
+def test_nothing_is_written_into_a_folder_that_is_a_new_sample(nested, monkeypatch, kind):
+    """Its cache lies beside it, and is found again."""
+    patient = nested / "images" / "train" / "dark" / "p"
+    where = patient / "study" if kind == "study" else patient / "study" / "t1"
+    kinds = ("SeriesDescription=t2", "SeriesDescription=t1") if kind == "study" else ()
+    samples = VolumeSamples(
+        channels=len(kinds) or 1, reading=VolumeReading(series=kinds), preparation=PREPARED
+    )
+    before = sorted(where.rglob("*"))
+    monkeypatch.chdir(where)
+    for _ in range(2):
+        split, _ = unlabelled_volumes("." if kind == "here" else str(where), samples, VolumeData())
+        assert len(split.ids) == 1
+        assert len(cached(where.parent)) == 1
+    assert sorted(where.rglob("*")) == before
+
+
+def test_a_cache_in_a_dicom_folder_is_no_part_of_it(nested):
+    """Of an inference on the folder of a patient, which is a sample of a data set."""
+    patient = nested / "images" / "train" / "dark" / "p"
+    both = VolumeReading(series=("SeriesDescription=t2", "SeriesDescription=t1"))
+    fields = {"reading": both, "label_source": "json", "split_source": "splits_json"}
+    names = ["train/dark/p", "train/bright/q", "val/dark/r", "val/bright/s"]  # patients
+    (nested / "labels.json").write_text(json.dumps({n: n.split("/")[1] for n in names}))
+    (nested / "splits.json").write_text(json.dumps([{"train": names[:2], "val": names[2:]}]))
+    assert ids_of(build(nested, **fields)) == sorted(names)
+    before = cached(nested)
+    assert len(before) == 4
+    assert new_volumes(patient, series=("SeriesDescription=t1",))[0].ids == ["study/t1"]
+    assert len(cached(patient)) == 1
+    assert ids_of(build(nested, **fields)) == sorted(names)
+    assert len(cached(nested)) == 5
