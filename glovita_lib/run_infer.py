@@ -341,9 +341,9 @@ def keys_of_model(changes: Sequence[str], path: Path, root: Root) -> list[str]:
     """Keys of changes ("key: old -> new") that the model of a checkpoint keeps as it was trained
     with, or is refused with, also where the checkpoint is named."""
     inputs = record_of(path).inputs
-    free = [f"data.{name}" for name in root.data.of_new_samples if "." in name]  # cache and workers
+    free = []
     if evaluated_as(inputs, root) is not inputs:  # the windows of volumes are the spec's
-        free += [f"data.augmentation.{name}" for name in EVALUATION_KEYS]
+        free = [f"data.augmentation.{name}" for name in EVALUATION_KEYS]
     own = [f"data.{name}" for name in (*OF_TRAINING, *read_by(inputs).__struct_fields__)]
     return [
         key

@@ -334,6 +334,10 @@ NOT_THE_EXPERIMENT = (
     "dataloading.timeout",
     "dataloading.in_memory_mb",
     "data.fold",
+    "data.download",
+    "data.preparation.cache_dir",
+    "data.preparation.workers",
+    "data.reading.index_file",
 )
 """Keys and sections that may change without making another experiment of a spec: they say where
 and how fast it runs, what is logged, and which of its folds."""

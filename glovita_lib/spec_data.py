@@ -213,9 +213,7 @@ class VolumeData(FolderData, tag="generic_3d_dataset", tag_field="dataset"):
     built_in: ClassVar[str] = "data_volumes"
     samples: ClassVar[SampleKind] = "volumes"
     default_policies: ClassVar[tuple[str, str]] = ("default_nnunet", "shared_default_3d")
-    of_new_samples: ClassVar[tuple[str, ...]] = (
-        *FolderData.of_new_samples, "path_suffix", "preparation.cache_dir", "preparation.workers",
-    )  # fmt: skip
+    of_new_samples: ClassVar[tuple[str, ...]] = (*FolderData.of_new_samples, "path_suffix")
 
     path_column: Annotated[str | tuple[str, ...], OF_TABLE] = "path"
     """CSV column of the volume's path below images_dir, a file or a DICOM folder; several columns

@@ -249,8 +249,10 @@ def test_what_training_predicts_is_what_infer_predicts(command, tmp_path, spec):
     """Mode infer byte for byte, with the volumes in memory or not; batches of another size up to
     rounding."""
     run = command("name=run", spec=spec)
-    for memory in (0, 100):
-        command("name=run", "mode=infer", f"dataloading.in_memory_mb={memory}", spec=spec)
+    place = ["data.preparation.workers=2", f"data.preparation.cache_dir={tmp_path / 'scratch'}"]
+    assert "nothing to do" in command("name=run", *place, spec=spec).out
+    for changes in (["dataloading.in_memory_mb=0"], ["dataloading.in_memory_mb=100", *place]):
+        command("name=run", "mode=infer", *changes, spec=spec)
         for file in ("predictions_test.csv", "metrics_test.json"):
             assert (run.path / "infer" / file).read_bytes() == (run.path / file).read_bytes()
     assert [row["id"] for row in run.rows()] == [f"{number}.nii.gz" for number in range(10, 14)]

@@ -564,6 +564,22 @@ def test_changed_keys(write):
     assert changed_keys(new, new) == []
 
 
+def test_where_a_cache_lies_and_who_makes_it_is_no_part_of_the_experiment(write):
+    """A cluster's scratch folder differs with every job."""
+    volumes, videos = ["data.dataset=generic_3d_dataset"], ["data.dataset=generic_video_dataset"]
+    root = "data.data_root_dir=."
+    for given, changes in (
+        (volumes, ["data.preparation.cache_dir=x", "data.preparation.workers=1"]),
+        (videos, ["data.reading.index_file=x.json"]),
+        (["data.dataset=cifar10"], ["data.download=false"]),
+    ):
+        path = write("")
+        old = load_spec(path, [*given, root], Root)
+        new = load_spec(path, [*given, root, *changes], Root)
+        assert changed_keys(old.plain, new.plain) == []
+        assert new.group == old.group
+
+
 def test_keys_outside_the_experiment_exist():
     planned = {"extract", "umap", "probe"}
     every = set(spec_errors.all_keys(msgspec.inspect.type_info(Root)))
