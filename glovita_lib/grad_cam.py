@@ -39,7 +39,7 @@ from glovita_lib.model import Model
 from glovita_lib.objectives import HeadOutput, Predictions
 from glovita_lib.resolved import ClipInputs, ImageInputs, Inputs, Resolved, VolumeInputs
 from glovita_lib.spec_train import Infer
-from glovita_lib.volume_maps import part_affine, write_map
+from glovita_lib.volume_maps import map_titles, part_affine, write_map
 
 OFF = "set infer.heat_maps = 0"
 
@@ -285,6 +285,8 @@ class HeatMap:
     values: np.ndarray  # (*size)
     affine: np.ndarray | None = None
     """(4, 4) voxel to world mm, of volumes whose files tell."""
+    name: str = ""
+    """What the files of a volume's map are called."""
 
 
 def check_heat_maps(experiment: Experiment, spec: Infer) -> None:
@@ -332,6 +334,7 @@ def write_heat_maps(
         old.unlink()
     chosen = chosen_samples(predictions, resolved.subtask, spec.heat_maps)
     part = subset(split, predictions.rows[chosen])
+    names = map_titles(predictions.ids)
     alone = with_fields(experiment.ranks, rank=0, world=1)
     with closing(
         experiment.single_pass(
@@ -347,6 +350,7 @@ def write_heat_maps(
                 samples = inputs.clips
             for x, row in zip(samples, batch.rows.tolist(), strict=True):
                 found = heat_map(experiment, spec, part, row, x, windowed, predictions, chosen[row])
+                found = with_fields(found, name=names[chosen[row]])
                 show(resolved.inputs, found, pictures, volumes, resolved)
     rows = [("heat maps", f"{pictures}/")]
     return [*rows, ("maps as NIfTI", f"{volumes}/")] if volumes.is_dir() else rows
@@ -449,7 +453,7 @@ def _(
 def _(
     inputs: VolumeInputs, found: HeatMap, pictures: Path, volumes: Path, resolved: Resolved
 ) -> None:
-    name = file_name(found.title.removesuffix(".gz").removesuffix(".nii"))
+    name = file_name(found.name)
     spacing = np.diag([*inputs.augmentation.spacing, 1.0])
     affine = spacing if found.affine is None else found.affine
     write_map(volumes / f"{name}.nii.gz", found.values, affine)

@@ -6,6 +6,7 @@ X Y Z voxels, n parts of a volume (windows, slices, patch tokens), K branches, c
 import gzip
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,14 @@ def write_map(path: Path | str, values: np.ndarray, affine: np.ndarray) -> None:
             file.write(content)
         content = packed.getvalue()
     files.write_bytes(path, content)
+
+
+def map_titles(ids: Sequence[str]) -> list[str]:
+    """What the maps of volumes are called: their ids without the suffix of NIfTI, with it where
+    that would be the name of another one too."""
+    short = {identity: identity.removesuffix(".gz").removesuffix(".nii") for identity in ids}
+    count = Counter(name for identity in short for name in {identity, short[identity]})
+    return [short[each] if count[short[each]] == 1 else each for each in ids]
 
 
 def part_affine(affine: np.ndarray, starts: Sequence[float]) -> np.ndarray:
@@ -263,11 +272,11 @@ class VolumeMaps:
                 old.unlink()
         dist.barrier(self.ranks)
         first, end = needed(split, train=False, ranks=self.ranks)
+        titles = map_titles(split.ids)
         for number, row in enumerate(range(first, end)):
             affine, shape = frame(split, row)
             for branch, values in self.maps(number, shape).items():
-                title = split.ids[row].removesuffix(".gz").removesuffix(".nii")
-                name = f"{file_name(title)}_{file_name(branch)}.nii.gz"
+                name = f"{file_name(titles[row])}_{file_name(branch)}.nii.gz"
                 write_map(self.folder / name, values, affine)
         dist.barrier(self.ranks)
         return self.folder

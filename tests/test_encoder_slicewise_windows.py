@@ -2,6 +2,7 @@
 evaluation averages over."""
 
 import csv
+import gzip
 import json
 
 import h5py
@@ -454,6 +455,11 @@ def test_trained_on_patches_and_tested_by_windows(command, root, how, tmp_path):
     command(*changed, "mode=infer", f"infer.input={new}", "infer.volume_maps=true", spec=spec)
     np.testing.assert_allclose(rows_of(folder / "predictions_new.csv")[0], expected[1], atol=2e-5)
     assert len(list((folder / "maps_new").iterdir())) == 2
+    (new / "x.nii.gz").write_bytes(gzip.compress((new / "x.nii").read_bytes()))
+    command(*changed, "mode=infer", f"infer.input={new}", "infer.volume_maps=true", spec=spec)
+    assert {path.name for path in (folder / "maps_new").iterdir()} == {
+        f"x.{suffix}_score_{name}.nii.gz" for suffix in ("nii", "nii.gz") for name in "ab"
+    }
 
 
 def test_a_checkpoint_is_asked_by_windows_later(command, root, tmp_path):

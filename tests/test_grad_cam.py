@@ -354,7 +354,11 @@ def test_planted_cubes_are_found_in_the_world(command, refused, cubes, tmp_path)
     voxels, affine, where = cube(41)
     for codes in ("LPS", "SRA"):
         write_nifti(tmp_path / "new" / f"{codes}.nii.gz", voxels, affine, codes)
+    for suffix in ("nii", "nii.gz"):  # one name but for it
+        write_nifti(tmp_path / "new" / f"twin.{suffix}", voxels, affine, "LPS")
     command(*ask, "infer.heat_maps=5", f"infer.input={tmp_path / 'new'}", spec=cubes)
+    names = {path.name for path in (folder / "heat_maps_new").iterdir()}
+    assert {"twin.nii.nii.gz", "twin.nii.gz.nii.gz"} < names and len(names) == 4
     maps = [highest(folder / "heat_maps_new" / f"{codes}.nii.gz") for codes in ("LPS", "SRA")]
     assert (maps[0][0] == maps[1][0]).all() and (maps[0][1] == maps[1][1]).all()
     assert (abs(maps[0][0] - where) < 2.5 * np.array(SPACING)).all()

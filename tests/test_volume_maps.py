@@ -13,6 +13,7 @@ from glovita_lib.spec_volumes import VolumePreparation
 from glovita_lib.volume_cache import PreparedVolume
 from glovita_lib.volume_maps import (
     density,
+    map_titles,
     mean_over,
     part_affine,
     slice_density,
@@ -96,6 +97,20 @@ def test_the_maximum_of_a_map_lies_at_the_planted_lesion(tmp_path, codes, settin
     over = resample_from_to(written, original, order=0, cval=float(voxels.min())).get_fdata()
     top = np.unravel_index(over.argmax(), over.shape)
     assert original.get_fdata()[top] > 5 * voxels[:12].max()  # it is inside the lesion
+
+
+@pytest.mark.parametrize(
+    "ids, titles",
+    [
+        (["a.nii", "b.nii.gz", "c/d.nii", "p", "x.npy"], ["a", "b", "c/d", "p", "x.npy"]),
+        (["a.nii", "a.nii.gz", "b.nii"], ["a.nii", "a.nii.gz", "b"]),
+        (["p", "p.nii.gz"], ["p", "p.nii.gz"]),  # a DICOM folder beside a file
+        (["a", "a.nii", "a.nii.nii.gz"], ["a", "a.nii", "a.nii.nii.gz"]),
+        (["a.nii", "a.nii"], ["a", "a"]),  # named twice by a table
+    ],
+)
+def test_maps_of_two_volumes_have_two_names(ids, titles):
+    assert map_titles(ids) == titles
 
 
 # ------------------------------------------------------------------------------------ its values
