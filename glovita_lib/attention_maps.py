@@ -15,7 +15,7 @@ from glovita_lib.bags import as_bags
 from glovita_lib.data import Split
 from glovita_lib.encoder import Features
 from glovita_lib.errors import UserError, file_name, listed
-from glovita_lib.extraction import token_places
+from glovita_lib.extraction import token_axes, token_places
 from glovita_lib.figures import GREY, bare, displayed, drawing, number, short, window
 from glovita_lib.objectives import LabelledPredictions, Predictions, frames_shown
 from glovita_lib.resolved import ImageInputs, Resolved
@@ -41,7 +41,6 @@ from glovita_lib.resolved import ImageInputs, Resolved
 
 BLOCK = 2**18  # instances that are put together at once
 ALL_CLASSES = "all classes"  # the branch of a head that has only one
-AXES_OF_TOKENS = {1: "slice", 2: "row,column", 3: "x,y,z"}  # by their number
 
 
 @runtime_checkable
@@ -175,9 +174,8 @@ class AttentionWriter:
                 if sizes.are_slices and (sizes.lengths == rows.shape[1]).all():
                     tables[name] = rows.ravel()
             with files.atomic_path(self.target) as temporary:
-                self.assemble(
-                    temporary, split, sizes, tables, model_attributes(resolved, sizes) | notes
-                )
+                attributes, kind = model_attributes(resolved, sizes) | notes, resolved.inputs.kind
+                self.assemble(temporary, split, sizes, tables, attributes, kind)
             return self.target
 
         return dist.main_decides(self.ranks, put_together)  # the parts go after it
@@ -189,8 +187,9 @@ class AttentionWriter:
         sizes: Sizes,
         tables: dict[str, np.ndarray],
         notes: dict[str, Any],
+        kind: str,
     ) -> None:
-        """Write the file block by block."""
+        """Write the file block by block; `kind` is that of the samples."""
         import h5py
 
         ptr, shape = tables["bag_ptr"], (int(tables["bag_ptr"][-1]), sizes.branches)
@@ -199,7 +198,7 @@ class AttentionWriter:
                 file[name] = values.astype(h5py.string_dtype()) if name == "ids" else values
             for name in ("raw", "attention"):
                 file.create_dataset(name, shape, np.float32)
-            places = Places(split, sizes)
+            places = Places(split, sizes, kind)
             scores = [self.read(member, sizes) for member in range(len(self.members))]
             for first, end in bag_blocks(sizes.lengths):
                 rows = slice(int(ptr[first]), int(ptr[end]))
@@ -284,7 +283,7 @@ def softmax(scores: np.ndarray, starts: np.ndarray) -> np.ndarray:
 class Places:
     """Coordinates and names of the instances of a split, where it has some."""
 
-    def __init__(self, split: Split, sizes: Sizes) -> None:
+    def __init__(self, split: Split, sizes: Sizes, kind: str) -> None:
         source = split.source
         self.lengths = sizes.lengths
         self.read: Callable[[int], np.ndarray | None] | None = getattr(source, "coords", None)
@@ -293,10 +292,8 @@ class Places:
         )
         self.axes = axes_of(source)
         if sizes.places is not None:  # patch tokens, slices or windows
-            self.read, self.axes = (
-                sizes.places.__getitem__,
-                AXES_OF_TOKENS[sizes.places[0].shape[1]],
-            )
+            self.read = sizes.places.__getitem__
+            self.axes = token_axes(kind, sizes.places[0].shape[1])
 
     def write(self, file: Any, first: int, end: int, ptr: np.ndarray) -> None:
         """Coordinates of the bags [first, end) to the dataset coords, names to instance_ids, made
@@ -336,14 +333,13 @@ class Places:
 
 
 def axes_of(source: Any) -> str:
-    """Axes of a source's coordinates; extracted tokens have rows and columns of their grid, or the
-    places of slices or windows."""
+    """Axes of a source's coordinates; those of extracted tokens their file names."""
     file = getattr(getattr(source, "reader", None), "file", None)
     if file is None or file.attributes.get("output") != "tokens":
         return "x,y"
     text = file.attributes.get("coords", "")
-    parts = {"slice": "slice", "window": "x,y,z"}  # by the first word
-    return parts.get(text.partition(":")[0], "row,column")
+    axes = text.partition(":")[0]
+    return {"window": "x,y,z", "": "row,column"}.get(axes, axes)
 
 
 def model_attributes(resolved: Resolved, sizes: Sizes) -> dict[str, Any]:
@@ -448,9 +444,8 @@ def bag_map(
 ) -> BagMap:
     """What the file holds of a bag."""
     rows = slice(*file["bag_ptr"][bag : bag + 2].tolist())
-    coords = file["coords"][rows][:, :2]
-    if coords.shape[1] == 1:  # slices, side by side
-        coords = np.pad(coords, ((0, 0), (0, 1)))
+    axes = str(file.attrs["coords"])
+    coords = drawn_places(file["coords"][rows], axes)
     scores = predictions.scores.ranked[bag]
     branches = [str(name) for name in file.attrs["branches"]]
     of_classes = len(branches) == len(scores)
@@ -459,9 +454,7 @@ def bag_map(
         (pixels,) = split.source.fetch(np.array([bag]))
         image = displayed(pixels, *window(pixels, resolved.inputs.bit_depth))
     ratio = 1.0
-    if file.attrs["coords"] == "row,column" and len(
-        coords
-    ):  # patches, which divide a square image evenly
+    if axes == "row,column" and len(coords):  # patches, which divide a square image evenly
         rows_of_grid, columns_of_grid = coords.max(0) + 1
         coords, ratio = coords[:, ::-1], columns_of_grid / rows_of_grid
     return BagMap(
@@ -474,6 +467,17 @@ def bag_map(
         image=image,
         ratio=float(ratio),
     )
+
+
+def drawn_places(coords: np.ndarray, axes: str) -> np.ndarray:
+    """Where instances are drawn, (n, 2), to the right and down unless they are "row,column"; those
+    along one axis stand side by side, and so do grids of rows and columns."""
+    if coords.shape[1] == 1:
+        return np.pad(coords, ((0, 0), (0, 1)))
+    if coords.shape[1] == 3 and axes.endswith(",row,column"):
+        grid, row, column = coords.T
+        return np.stack([grid * (column.max(initial=0) + 2) + column, row], 1)
+    return coords[:, :2]
 
 
 def caption(predictions: Predictions, bag: int, resolved: Resolved) -> str:

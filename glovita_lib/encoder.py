@@ -138,8 +138,9 @@ class Encoder(nn.Module):
         """Whether tokens are so few that those of all samples may be kept in memory."""
         self.parts: str | None = None
         """What it reads a sample in, whose layers its layers are, such as "slices"; None: whole."""
-        self.coords_text = "row and column in the grid of patches, from 0; -1: a prefix token"
-        """What the coordinates of its tokens mean."""
+        self.coords_text: str | None = None
+        """What the coordinates of its tokens mean, behind their axes; None: places in a grid along
+        the axes of the samples."""
         self.input_shape = input_shape
         """Of the input that it was built for, (1, C, *size)."""
         self.stage_names: tuple[str, ...] = ()

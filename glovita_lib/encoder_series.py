@@ -347,6 +347,8 @@ def build_series(
         channels_last=False,
         input_shape=(1, channels, *(size or (LENGTH,))),
     )
+    which = "time point" if encoder.is_map else f"patch of {net.patch} time points"
+    encoder.coords_text = f"time: {which} of the prepared series, from 0"
     encoder.load_target = LoadTarget(net)
     if load_weights and spec.weights is not None:
         note = load_file(encoder.load_target, spec.weights, key=spec.weights_key)
@@ -408,6 +410,7 @@ class FoldedEncoder(Encoder):
             input_shape=(1, channels, LENGTH),
         )
         self.load_target, self.notes, self.parts = inner.load_target, inner.notes, "folding"
+        self.coords_text = "channel,row,column: channel, and place in the grid of its image, from 0"
         for name, values in zip(("mean", "std"), scale, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
@@ -480,7 +483,8 @@ class FoldedEncoder(Encoder):
         if inside.tokens is None:
             return Features(None, None, 0, False, vectors, "pooled")
         tokens = inside.patches.unflatten(0, (len(x), -1)).flatten(1, 2)  # (B, C N, D)
-        return Features(tokens, (tokens.shape[1],), 0, False, vectors, "pooled")
+        grid = (self.channels, *(inside.grid or (1, inside.patches.shape[1])))
+        return Features(tokens, grid, 0, False, vectors, "pooled")
 
     def pool(self, raw: Features) -> Tensor:
         """Vectors of the images, (B C, D)."""

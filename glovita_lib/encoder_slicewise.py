@@ -182,7 +182,7 @@ class SlicewiseEncoder(PartwiseEncoder):
         super().__init__(inner, spec, "slices", input_shape)
         self.coords_text = "slice: voxel along the axis that slices lie across, from 0"
         if spec.axis == "t":
-            self.coords_text = "frame of the clip, from 0"
+            self.coords_text = "frame: of the clip, from 0"
         self.stage_names = (FRAMES,)
 
     def forward(self, x: "Tensor | Bags", *, pooled: bool = True) -> Any:

@@ -389,7 +389,11 @@ class Extractor:
     def coords_text(self) -> dict[str, str]:
         """What coordinates mean, where there are some."""
         if self.spec.output == "tokens":
-            return {"coords": self.model.encoder.coords_text}
+            kind = self.experiment.resolved.inputs.kind
+            axes = token_axes(kind, {"images": 2, "series": 1}.get(kind, 3))
+            places = "in the grid of patches, from 0; -1: a prefix token; 0 and a running number"
+            places += " where tokens are no grid"
+            return {"coords": self.model.encoder.coords_text or f"{axes}: {places}"}
         if self.spec.coords_file is not None:
             return {"coords": "x, y (and z) as in extract.coords_file"}
         return {}
@@ -470,6 +474,19 @@ def samples_text(ids: list[str], chosen: Tensor, among: str) -> str:
     """The chosen (B,) samples of a batch or split, in words."""
     names = [name for name, is_chosen in zip(ids, chosen.tolist(), strict=True) if is_chosen]
     return f"sample {listed(names, 1)}{f' of its {among}' * (len(names) > 1)}"
+
+
+TOKEN_AXES = {
+    "videos": {1: "frame", 3: "frame,row,column"},
+    "series": {1: "time", 3: "channel,row,column"},
+}
+"""Of samples that are neither images nor volumes."""
+
+
+def token_axes(kind: str, count: int) -> str:
+    """Axes of the places of tokens of a kind of samples, by their number."""
+    others = {1: "slice", 2: "row,column", 3: "x,y,z"}
+    return TOKEN_AXES.get(kind, others).get(count, others[count])
 
 
 def token_places(features: Features, n_prefix: int) -> list[np.ndarray]:

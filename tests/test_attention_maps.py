@@ -26,12 +26,14 @@ from glovita_lib.attention_maps import (
     caption,
     chosen_samples,
     concentration,
+    drawn_places,
     softmax,
     tile_side,
     top_shares,
 )
 from glovita_lib.errors import UserError
 from glovita_lib.experiment import restore
+from glovita_lib.extraction import token_axes
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.objectives import LabelledPredictions, Predictions
 from glovita_lib.spec_check import load_checked
@@ -443,3 +445,19 @@ def test_members_of_other_grids_have_no_mean():
     assert attention_maps.one_size([four, four]) is four
     with pytest.raises(UserError, match="weigh different instances .patches of another grid"):
         attention_maps.one_size([four, nine])
+
+
+def test_grids_of_channels_are_drawn_side_by_side():
+    places = np.stack(np.meshgrid(*map(np.arange, (2, 2, 3)), indexing="ij"), -1).reshape(-1, 3)
+    drawn = drawn_places(places.astype(float), "channel,row,column").tolist()
+    assert drawn[:6] == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
+    assert drawn[6:] == [[4 + x, y] for x, y in drawn[:6]]
+    assert drawn_places(np.array([[2.0], [4]]), "time").tolist() == [[2, 0], [4, 0]]
+    assert drawn_places(np.array([[2.0, 3, 4]]), "x,y,z").tolist() == [[2, 3]]
+
+
+def test_axes_of_tokens_are_those_of_their_samples():
+    assert [token_axes("volumes", count) for count in (1, 2, 3)] == ["slice", "row,column", "x,y,z"]
+    assert [token_axes("videos", count) for count in (1, 3)] == ["frame", "frame,row,column"]
+    assert [token_axes("series", count) for count in (1, 3)] == ["time", "channel,row,column"]
+    assert token_axes("images", 2) == "row,column"

@@ -256,6 +256,7 @@ def test_attention_of_frames_says_which_they_are(command, spec):
     command("mode=infer", "infer.attention=true", "infer.split=train", *changes, spec=spec)
     with h5py.File(next(run.path.glob("infer/attention_train.h5"))) as file:
         ids, ptr = file["ids"].asstr()[:].tolist(), file["bag_ptr"][:]
+        assert file.attrs["coords"] == "frame"
         for video, count in (("00.mpg", 9), ("01.mp4", 3)):
             own = slice(*ptr[ids.index(video) :][:2])
             first = max(count - 1 - 6, 0) // 2

@@ -249,9 +249,38 @@ def test_every_mode_on_ragged_series(folder):
     with h5py.File(file) as tokens:
         assert np.diff(tokens["bag_ptr"]).tolist() == lengths
         np.testing.assert_array_equal(tokens["coords"][: lengths[0], 0], np.arange(lengths[0]))
+        assert tokens.attrs["coords"] == "time: time point of the prepared series, from 0"
     assert main(["spec.toml", "--override", "name=a", "mode=infer", "infer.heat_maps=2"]) == 2
     run("mode=umap", "umap.method=pca", "umap.split=test", "umap.dpi=30")
     assert (path / "umap" / "pca_test.csv").is_file()
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("changes", [TRANSFORMER, [*FOLD, "model.encoder.folding.size=32"]])
+def test_places_of_patches_are_told(changes, folder):
+    """In the file of tokens and in that of the attention of heads on them."""
+    text = SPEC.replace("filters = 8\nkernel_size = 8\ndepth = 3\n", "")
+    (folder / "spec.toml").write_text(text)
+    few = ["training.epochs=1", "model.head.head_type=abmil", *changes]
+    run(*few)
+    run(*few, "mode=extract", "extract.output=tokens", "extract.split=test", "extract.output_dir=t")
+    run(*few, "mode=infer", "infer.attention=true")
+    path = folder / "experiments" / "generic_series_dataset" / "a" / "0"
+    (file,) = (folder / "t").glob("*.h5")
+    with (
+        h5py.File(file) as tokens,
+        h5py.File(path / "infer" / "attention_test.h5") as weights,
+    ):
+        said, first = tokens.attrs["coords"], tokens["coords"][: tokens["bag_ptr"][1]]
+        np.testing.assert_array_equal(weights["coords"][: len(first)], first)
+        assert weights.attrs["coords"] == said.partition(":")[0]
+    if changes == TRANSFORMER:
+        assert said == "time: patch of 4 time points of the prepared series, from 0"
+        assert first.tolist() == [[place] for place in range(len(first))]
+    else:
+        assert said.startswith("channel,row,column: ")
+        grid = np.meshgrid(*map(np.arange, (2, 2, 2)), indexing="ij")
+        assert first.tolist() == np.stack(grid, -1).reshape(-1, 3).tolist()
 
 
 @pytest.mark.runs

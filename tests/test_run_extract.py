@@ -252,6 +252,8 @@ def test_tokens_are_bags(extract, tmp_path):
     assert file["bag_ptr"].tolist() == list(range(0, 270 * 5 + 1, 5))
     places = [[-1, -1], [0, 0], [0, 1], [1, 0], [1, 1]]
     assert file["coords"].tolist() == places * 270
+    said = attributes(tmp_path / "out" / "val.h5")["coords"]
+    assert said.startswith("row,column: in the grid of patches, from 0; -1: a prefix token")
     only = {"train_features_file": "val.h5", "val_features_file": None, "test_features_file": None}
     again = read_back(tmp_path / "out", **only)
     source = again.splits["train"].source
