@@ -94,20 +94,23 @@ def test_linear_functions_stay_what_they_are():
         np.testing.assert_allclose(found.voxels[0][inner], (2 * a - 3 * b + c)[inner], atol=atol)
 
 
+@pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize(
     ("spacing", "target", "thick"),
     [
         ((1, 1, 5), (1.5, 1.5, 4), 2),
+        ((1, 1, 4), (1.5, 1, 9), 2),
         ((6, 1, 1.2), (1, 1, 1), 0),
         ((1, 1, 1), (1, 1, 4), 2),
         ((1, 1, 3), (0.8, 0.8, 1), None),
         ((0.5, 4, 4), (1, 2, 2), None),
     ],
 )
-def test_nothing_is_interpolated_across_thick_slices(spacing, target, thick):
-    """nnU-Net's rule: the one axis that is more than three times as coarse."""
+def test_nothing_is_interpolated_across_thick_slices(spacing, target, thick, antialias):
+    """nnU-Net's rule: the one axis that is more than three times as coarse. Nor are thick slices
+    smoothed where they get fewer, only the axes within them."""
     voxels = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32)
-    spec = replace(NOTHING, spacing=target, antialias=False)
+    spec = replace(NOTHING, spacing=target, antialias=antialias)
     found = prepared(voxels, spec, affine_of(spacing))
     steps = np.array(target) / spacing
     shape = found.voxels.shape[1:]
@@ -116,7 +119,9 @@ def test_nothing_is_interpolated_across_thick_slices(spacing, target, thick):
     if thick is not None:
         places[thick] = np.floor(np.round(places[thick], 6) + 0.5)
     grid = np.meshgrid(*places, indexing="ij")
-    expected = ndimage.map_coordinates(voxels.astype(float), grid, order=1, mode="nearest")
+    sigma = [max(0.0, (s - 1) / 2) * antialias * (a != thick) for a, s in enumerate(steps)]
+    smooth = ndimage.gaussian_filter(voxels.astype(float), sigma, mode="nearest")
+    expected = ndimage.map_coordinates(smooth, grid, order=1, mode="nearest")
     np.testing.assert_allclose(found.voxels[0], expected, atol=1e-5)
 
 
