@@ -435,8 +435,8 @@ def array_affine(beside: dict[str, Any], how: Reading) -> np.ndarray | None:
     if spacing is None:
         return None
     numbers = np.asarray(spacing, np.float64)
-    if numbers.shape != (3,):
-        raise UserError(f"its spacing {numbers.tolist()} must be three numbers, mm")
+    if numbers.shape != (3,) or not (np.isfinite(numbers) & (numbers > 0)).all():
+        raise UserError(f"its spacing {numbers.tolist()} must be three positive numbers, mm")
     affine[range(3), range(3)] = numbers
     return affine
 

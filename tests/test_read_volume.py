@@ -171,6 +171,9 @@ def test_arrays_with_geometry_beside_them(tmp_path, suffix):
     assert (volume.read()[0] == voxels).all()
     path = write_array(tmp_path / f"b{suffix}", voxels, spacing=[1.0, 2.0, 3.0])
     assert open_volume(str(path), PLAIN).spacing == (1, 2, 3)
+    for number, wrong in enumerate(([1, -2, 1], [1, 0, 1], [1, np.nan, 1], [1, np.inf, 1], [1, 2])):
+        path = write_array(tmp_path / f"c{number}{suffix}", voxels, spacing=[*map(float, wrong)])
+        assert "must be three positive numbers, mm" in refused(path)
 
 
 def turned(voxels, affine):
