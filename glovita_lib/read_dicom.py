@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,6 +30,7 @@ OTHER_IMAGES = (
 )  # fmt: skip
 """Classes of images whose names do not say so."""
 DECODERS = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"  # of JPEG, JPEG-LS and JPEG 2000
+LONGEST_FIRST = 1024  # bytes of the first element of a file
 ELEMENT_HEAD = 8  # bytes of tag and length at least
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes run to left, back and head
 WANTED = (
@@ -167,7 +168,9 @@ def image_header(file: str, conditions: list[tuple[str, str]]) -> Any:
     name = os.path.basename(file)
     with open(file, "rb") as opened:
         try:
-            header = pydicom.dcmread(opened, stop_before_pixels=True, specific_tags=tags)
+            header = pydicom.dcmread(
+                opened, stop_before_pixels=True, specific_tags=tags, force=lacks_preamble(opened)
+            )
         except pydicom.errors.InvalidDicomError:
             return None
         except Exception as error:  # pydicom raises anything where bytes are missing
@@ -193,7 +196,32 @@ def looks_dicom(name: str) -> bool:
 def is_dicom(file: str) -> bool:
     """Whether a file is DICOM by its first bytes."""
     with open(file, "rb") as opened:
-        return opened.read(132)[128:] == b"DICM"
+        return lacks_preamble(opened) or opened.read(132)[128:] == b"DICM"
+
+
+def lacks_preamble(opened: BinaryIO) -> bool:
+    """Whether a file begins with the elements of DICOM at once, as old exports do: with a tag of
+    group 2 or 8, little endian, and its type or a length that is plausible."""
+    head = opened.read(8)
+    opened.seek(0)
+    if len(head) < 8 or head[:2] not in (b"\2\0", b"\10\0") or head[3] != 0:
+        return False
+    implicit = int.from_bytes(head[4:], "little") <= LONGEST_FIRST
+    return implicit or head[4:6] in (b"UL", b"OB", b"UI", b"CS", b"SH", b"DA")
+
+
+def read_image(file: str) -> Any:
+    """A DICOM file with its pixels."""
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    with open(file, "rb") as opened:
+        image = pydicom.dcmread(opened, force=lacks_preamble(opened))
+    if "TransferSyntaxUID" not in image.file_meta:  # of a file without a head
+        implicit, _ = image.original_encoding
+        syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        image.file_meta.TransferSyntaxUID = syntax
+    return image
 
 
 UIDS = ("StudyInstanceUID", "PatientID", "SeriesInstanceUID")
@@ -230,7 +258,12 @@ def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageK
     named = file.lower().endswith(SLICE_SUFFIXES)
     try:
         with open(file, "rb") as opened:
-            header = read_partial(opened, lambda tag, vr, length: tag > last, specific_tags=tags)
+            header = read_partial(
+                opened,
+                lambda tag, vr, length: tag > last,
+                force=lacks_preamble(opened),
+                specific_tags=tags,
+            )
     except (InvalidDicomError, OSError):  # whoever reads it says so
         return damaged if named else None
     except Exception:  # pydicom raises anything where bytes are missing
@@ -268,10 +301,12 @@ def series_conditions(series: str | None) -> list[tuple[str, str]]:
 
 
 def meets(header: Any, conditions: list[tuple[str, str]]) -> bool:
-    """Whether a header has values that match all patterns; * and ? are wild, letters of either case
-    are the same."""
+    """Whether a header has values that match all patterns; * and ? are wild, square brackets are
+    themselves, letters of either case are the same."""
     return all(
-        fnmatch.fnmatch(str(header.get(keyword, "")).lower(), pattern.lower())
+        fnmatch.fnmatchcase(
+            str(header.get(keyword, "")).lower(), pattern.lower().replace("[", "[[]")
+        )
         for keyword, pattern in conditions
     )
 
@@ -304,7 +339,7 @@ def check_pixel_bytes(file: str, header: Any, start: int) -> None:
     name, size = os.path.basename(file), os.path.getsize(file)
     if size < start + ELEMENT_HEAD:
         raise UserError(f"{name} is truncated: it ends before its pixels")
-    if syntax is None or syntax.is_encapsulated:
+    if syntax is not None and syntax.is_encapsulated:
         return
     count = header.Rows * header.Columns * int(header.get("NumberOfFrames") or 1)
     needed = count * header.get("SamplesPerPixel", 1) * header.get("BitsAllocated", 16) // 8
@@ -395,13 +430,11 @@ def pixels(each: Slice, files: dict[str, Any]) -> np.ndarray:
     Args:
         files: decoded files with many frames, which are kept for their other frames.
     """
-    import pydicom
-
     if each.frame is None:
-        image = pydicom.dcmread(each.file)
+        image = read_image(each.file)
         return modality_values(decoded(image), image).astype(np.float32)
     if each.file not in files:
-        image = pydicom.dcmread(each.file)
+        image = read_image(each.file)
         stack = decoded(image)
         stack = stack[None] if stack.ndim == 2 else stack
         files[each.file] = stack if each.scale else modality_values(stack, image)
@@ -442,7 +475,9 @@ def stack(slices: list[Slice]) -> Series:
     normal = np.cross(first.cosines[:3], first.cosines[3:])
     slices = sorted(slices, key=lambda each: float(each.position @ normal))
     positions = np.stack([each.position for each in slices])  # (K, 3)
-    check_gaps(np.diff(positions @ normal), positions @ normal)
+    check_gaps(
+        np.diff(positions @ normal), positions @ normal, files=len({each.file for each in slices})
+    )
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     straight = positions[0] + np.arange(len(slices))[:, None] * step
     away = float(np.abs(positions - straight).max())
@@ -487,22 +522,25 @@ def slack(gap: float) -> float:
     return max(POSITION_SLACK[0], POSITION_SLACK[1] * gap)
 
 
-def check_gaps(gaps: np.ndarray, places: np.ndarray) -> None:
+def check_gaps(gaps: np.ndarray, places: np.ndarray, *, files: int) -> None:
     """Refuse slices that are not evenly spaced.
 
     Args:
         gaps: (K - 1,) mm between neighbouring slices.
         places: (K,) mm along the normal.
+        files: that they are from.
 
     Raises:
         UserError: several slices at one place, a missing one, or gaps that mix.
     """
     usual = float(np.median(gaps))
     if (gaps < min(POSITION_SLACK[0], 0.5 * float(gaps.max()))).any():
+        cure = 'choose one image a place with data.reading.series, as "AcquisitionNumber=1"'
+        if files == 1:  # conditions choose files
+            cure = "frames of one file cannot be chosen: convert it to NIfTI (dcm2niix)"
         raise UserError(
             f"{len(gaps) + 1} slices at {1 + int((gaps >= POSITION_SLACK[0]).sum())} places, a"
-            " series over time or with several echoes: choose one image a place with"
-            ' data.reading.series, as "AcquisitionNumber=1"'
+            f" series over time or with several echoes: {cure}"
         )
     wrong = np.flatnonzero(np.abs(gaps - usual) > slack(usual))
     if not len(wrong):

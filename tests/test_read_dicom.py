@@ -8,6 +8,7 @@ import pytest
 from volume_files import PLAIN, shipped, write_dicom, write_frames
 
 from glovita_lib.errors import UserError
+from glovita_lib.read_dicom import image_kind
 from glovita_lib.read_volume import open_sample, open_volume
 
 pydicom = pytest.importorskip("pydicom")
@@ -282,3 +283,53 @@ def test_a_cut_slice_of_another_series_does_not_matter_where_its_head_tells(tmp_
     t1 = replace(PLAIN, series=("SeriesDescription=t1",))
     assert open_sample([str(study)], t1).shape == (1, *VOXELS.shape)
     assert scout.name in refused(study, replace(PLAIN, series=("SeriesDescription=scout",)))
+
+
+def test_brackets_of_a_condition_are_themselves(tmp_path):
+    for number, name in enumerate(("t1 [iso]", "t1 o", "t1 i")):
+        write_dicom(tmp_path / "study", VOXELS + number, uid=f"1.{number}", description=name)
+    for condition in ("SeriesDescription=t1 [iso]", "SeriesDescription=T1 [*]"):
+        found = open_sample([str(tmp_path / "study")], replace(STORED, series=(condition,)))
+        assert (found.read()[0] == VOXELS).all()
+
+
+def test_frames_over_time_of_one_file_have_a_cure_of_their_own(tmp_path):
+    """Conditions choose files."""
+    file = write_frames(tmp_path / "a.dcm", VOXELS, order=[0, 0, 1, 1])
+    line = refused(file)
+    assert "4 slices at 2 places" in line and "convert it to NIfTI" in line
+    assert "data.reading.series" not in line
+
+
+@pytest.mark.parametrize("suffix", ["", ".dcm"])
+@pytest.mark.parametrize("kind", ["head", "implicit", "explicit"])
+def test_files_without_preamble_are_read(tmp_path, kind, suffix):
+    """As old exports write them: with the head that tells their encoding, or without one."""
+    folder = write_dicom(tmp_path / "series", VOXELS)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        image = pydicom.dcmread(file)
+        bare = folder / f"{number}{suffix}"
+        if kind == "head":
+            bare.write_bytes(file.read_bytes()[132:])
+        else:
+            is_implicit = kind == "implicit"
+            del image.file_meta, image.preamble
+            pydicom.dcmwrite(bare, image, implicit_vr=is_implicit, little_endian=True)
+        if bare != file:
+            file.unlink()
+    volume = open_volume(str(folder), STORED)
+    assert (volume.read()[0] == VOXELS).all()
+    kinds = {image_kind(str(file), []) for file in folder.iterdir()}
+    assert len(kinds) == 1 and kinds.pop().frames == 1
+    whole = sorted(folder.iterdir())[1]
+    whole.write_bytes(whole.read_bytes()[:-20])
+    assert "is truncated" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "head", [b"\x02\0\0\0abcdefgh", b"\x08\0\0", b"\x08\0\x05\0\xff\xff\xff\xffab"]
+)
+def test_other_files_that_begin_alike_are_no_slices(tmp_path, head):
+    folder = write_dicom(tmp_path / "series", VOXELS)
+    (folder / "other.bin").write_bytes(head)
+    assert (open_volume(str(folder), STORED).read()[0] == VOXELS).all()
