@@ -17,22 +17,16 @@ import numpy as np
 
 from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import lines_of, read_cells
+from glovita_lib.series_preparation import MISSING, numbers, time_numbers
 
 SUFFIXES = (".ts", ".arff", ".tsv", ".csv", ".npy", ".npz")
 ENTRIES = ("series", "lengths", "offsets", "times", "labels", "ids", "groups")
 """Arrays of a .npz file."""
-MISSING = frozenset(["", "?", "nan", "na", "n/a", "null", "none"])
 TIME_NAME = re.compile(
     r"(date(.?time)?|time(.?(stamp|step|point|index|s|sec|ms))?|t|seconds?|frame)s?(\s*[\[(].*)?",
     re.IGNORECASE,
 )
 """Names of columns that hold times, which no time point of a wide table has."""
-WHOLE = re.compile(r"[+-]?\d+")
-DATE = re.compile(
-    r"(\d{4}-\d\d(?:-\d\d(?:[T ]\d\d(?::\d\d(?::\d\d(?:\.\d+)?)?)?)?)?)"
-    r"\s*(Z|[+-]\d\d(?::?\d\d)?)?"
-)
-"""A date and its time of day (ISO 8601), and the zone."""
 
 # -------------------------------------------------------------------------------------- files
 
@@ -207,67 +201,6 @@ def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, 
         return str(error).removeprefix(f"{path}: "), nothing, ()
 
 
-# ------------------------------------------------------------------------------------- numbers
-
-
-def numbers(cells: Sequence[str]) -> np.ndarray | str:
-    """Cells (T,) as float64, NaN where one is missing; else what is wrong with them."""
-    try:
-        if "_" not in (text := ",".join(cells)) and "?" not in text and ",," not in text:
-            return np.array(cells, np.float64)
-    except ValueError:
-        pass
-    values = np.full(len(cells), np.nan)
-    for place, cell in enumerate(cells):
-        stripped = cell.strip()
-        if stripped.lower() in MISSING:
-            continue
-        try:
-            values[place] = float("" if "_" in stripped else stripped)
-        except ValueError:
-            return f'"{stripped}" (value {place}) is no number'
-    return values
-
-
-def time_numbers(cells: Sequence[str]) -> np.ndarray | str:
-    """Times (T,): whole numbers as int64, others as float64, dates as datetime64 (of those with a
-    zone the time at UTC), so that no digit is lost; else what is wrong with them."""
-    stripped = [cell.strip() for cell in cells]
-    if any(cell.lower() in (*MISSING, "nat") for cell in stripped):
-        return "a time is missing"
-    values = numbers(stripped)
-    if isinstance(values, np.ndarray):
-        if not np.isfinite(values).all():
-            return "a time is missing"
-        whole = all(map(WHOLE.fullmatch, stripped)) and np.abs(values).max(initial=0) < 2**62
-        return np.array(list(map(int, stripped)), np.int64) if whole else values
-    found = [DATE.fullmatch(cell) for cell in stripped]
-    dates = [date for date in found if date]
-    if None in found:
-        place = found.index(None)
-        told = f'time "{stripped[place]}" (value {place}) is'
-        if not dates:
-            return f"{told} neither a number nor a date such as 2024-01-31 12:00:00"
-        return f'{told} no date, as "{dates[0][0]}" is'
-    years = [int(date[1][:4]) for date in dates]
-    unit = "ns" if min(years) > 1678 and max(years) < 2262 else "us"  # what 64 bits of ns hold
-    written = [date[1].replace(" ", "T") for date in dates]
-    ahead = [zone_minutes(date[2] or "Z") for date in dates]
-    try:
-        return np.array(written, f"datetime64[{unit}]") - np.array(ahead, "timedelta64[m]")
-    except ValueError as error:
-        return f"a time is no date: {error}"
-
-
-def zone_minutes(zone: str) -> int:
-    """By how much the clock of a zone, "Z" or "+01:00", is ahead of UTC."""
-    if zone == "Z":
-        return 0
-    digits = zone[1:].replace(":", "").ljust(4, "0")
-    minutes = 60 * int(digits[:2]) + int(digits[2:])
-    return -minutes if zone[0] == "-" else minutes
-
-
 # ----------------------------------------------------------------------------------------- CSV
 
 
@@ -358,7 +291,9 @@ def read_long(
         members.setdefault(composed(identity), []).append(number)
     cells = [numbers([row[place] for row in rows]) for place in places]
     at = header.index(columns.time)
-    times = time_numbers([row[at] for row in rows])
+    times: Any = time_numbers([row[at] for row in rows])
+    if isinstance(times, np.ndarray) and times.dtype.kind == "f" and np.abs(times).max() > 2**53:
+        times = "of numbers that decimals elsewhere make inexact"
     table = SeriesTable(str(path), [ids[own[0]] for own in members.values()], [], [])
     assert table.times is not None
     for own in members.values():
@@ -386,7 +321,7 @@ def long_series(
 ) -> tuple[np.ndarray | str, np.ndarray]:
     """A series (C, T) of rows of the table, in the order of its times (T,)."""
     nothing = np.empty(0)
-    if isinstance(times, str):  # somewhere in the file
+    if isinstance(times, str):  # what is said of others is not of this one
         when = time_numbers([rows[row][at] for row in own])
         if isinstance(when, str):
             return when, nothing

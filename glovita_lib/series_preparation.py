@@ -1,9 +1,12 @@
-"""What is done to a time series before a model or a kernel sees it: its times are looked at, it is
-resampled to steps, standardised, and its missing values filled in.
+"""Numbers and times of a time series, as cells of tables have them, and what is done to it before
+a model or a kernel sees it: its times are looked at, it is resampled to steps, standardised, and
+its missing values filled in.
 
 C channels, T time points.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +14,88 @@ import numpy as np
 
 from glovita_lib.spec_series import SeriesPreparation
 
+MISSING = frozenset(["", "?", "nan", "na", "n/a", "null", "none"])
+WHOLE = re.compile(r"[+-]?\d+")
+DATE = re.compile(
+    r"(\d{4}-\d\d(?:-\d\d(?:[T ]\d\d(?::\d\d(?::\d\d(?:\.\d+)?)?)?)?)?)"
+    r"\s*(Z|[+-]\d\d(?::?\d\d)?)?"
+)
+"""A date and its time of day (ISO 8601), and the zone."""
 REGULAR = 1e-3  # share of a step by which it may differ where times are regular
 FINEST = 1000  # time points that resampling may make of each one
 LONGEST = 10_000_000  # time points that it may make of a series of fewer
+
+
+# --------------------------------------------------------------------------------------- cells
+
+
+def numbers(cells: Sequence[str]) -> np.ndarray | str:
+    """Cells (T,) as float64, NaN where one is missing; else what is wrong with them."""
+    try:
+        if "_" not in (text := ",".join(cells)) and "?" not in text and ",," not in text:
+            return np.array(cells, np.float64)
+    except ValueError:
+        pass
+    values = np.full(len(cells), np.nan)
+    for place, cell in enumerate(cells):
+        stripped = cell.strip()
+        if stripped.lower() in MISSING:
+            continue
+        try:
+            values[place] = float("" if "_" in stripped else stripped)
+        except ValueError:
+            return f'"{stripped}" (value {place}) is no number'
+    return values
+
+
+def time_numbers(cells: Sequence[str]) -> np.ndarray | str:
+    """Times (T,): whole numbers as int64, others as float64, dates as datetime64 (of those with a
+    zone the time at UTC), so that no digit is lost; else what is wrong with them."""
+    stripped = [cell.strip() for cell in cells]
+    if any(cell.lower() in (*MISSING, "nat") for cell in stripped):
+        return "a time is missing"
+    values = numbers(stripped)
+    if isinstance(values, np.ndarray):
+        if not np.isfinite(values).all():
+            return "a time is missing"
+        whole = all(map(WHOLE.fullmatch, stripped)) and np.abs(values).max(initial=0) < 2**62
+        return np.array(list(map(int, stripped)), np.int64) if whole else values
+    found = [DATE.fullmatch(cell) for cell in stripped]
+    dates = [date for date in found if date]
+    if None in found:
+        place = found.index(None)
+        told = f'time "{stripped[place]}" (value {place}) is'
+        if not dates:
+            return f"{told} neither a number nor a date such as 2024-01-31 12:00:00"
+        return f'{told} no date, as "{dates[0][0]}" is'
+    fits = [1678 < int(date[1][:4]) < 2262 for date in dates]  # what 64 bits of ns hold
+    digits = [len(date[1].partition(".")[2].rstrip("0")) for date in dates]
+    if max(digits) > 9:
+        place = digits.index(max(digits))
+        return f'time "{stripped[place]}" (value {place}) has digits beyond nanoseconds'
+    if max(digits) > 6 and not all(fits):
+        place, fine = fits.index(False), dates[digits.index(max(digits))][0]
+        span = f'beside nanoseconds as of "{fine}" years are 1679 to 2261'
+        return f'time "{stripped[place]}" (value {place}): {span}'
+    unit = "ns" if all(fits) else "us"
+    written = [date[1].replace(" ", "T") for date in dates]
+    ahead = [zone_minutes(date[2] or "Z") for date in dates]
+    try:
+        return np.array(written, f"datetime64[{unit}]") - np.array(ahead, "timedelta64[m]")
+    except ValueError as error:
+        return f"a time is no date: {error}"
+
+
+def zone_minutes(zone: str) -> int:
+    """By how much the clock of a zone, "Z" or "+01:00", is ahead of UTC."""
+    if zone == "Z":
+        return 0
+    digits = zone[1:].replace(":", "").ljust(4, "0")
+    minutes = 60 * int(digits[:2]) + int(digits[2:])
+    return -minutes if zone[0] == "-" else minutes
+
+
+# --------------------------------------------------------------------------------- preparation
 
 
 @dataclass(frozen=True, slots=True)

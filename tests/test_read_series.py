@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from glovita_lib.errors import UserError
-from glovita_lib.read_series import Columns, numbers, read_series, time_numbers
-from glovita_lib.series_preparation import fill, prepare, since_first
+from glovita_lib.read_series import Columns, read_series
+from glovita_lib.series_preparation import fill, numbers, prepare, since_first, time_numbers
 from glovita_lib.spec_series import SeriesPreparation
 
 COLUMNS = Columns("id", "time", ("label",), None, None, ())
@@ -473,6 +473,29 @@ def test_one_damaged_time_is_of_its_series_alone(tmp_path):
     table = read_series(write(tmp_path / "a.csv", "\n".join(["id,time,v", *rows])), COLUMNS)
     assert "is no date" in table.series[1]
     assert [table.times[place].tolist() for place in (0, 2)] == [[0, 1, 2, 3]] * 2
+
+
+def test_times_of_one_series_take_no_digit_from_others(tmp_path):
+    """One date that nanoseconds do not reach, one decimal among long whole numbers."""
+    nano = [f"2024-03-01T00:00:00.{k * 100:09}" for k in range(5)]
+    whole = [str(1_700_000_000_000_000_000 + k) for k in range(5)]
+    for usual, odd, step, said in (
+        (nano, "9999-12-31", 1e-7, "beside nanoseconds as of"),
+        (nano, "0024-03-01", 1e-7, "beside nanoseconds as of"),
+        (nano, "2024-03-01T00:00:00.0000003001", 1e-7, "has digits beyond nanoseconds"),
+        (whole, "1.5", 1, None),
+    ):
+        rows = [f"{name},{time},{k * k}" for name in "xyz" for k, time in enumerate(usual)]
+        rows[7] = f"y,{odd},1"
+        table = read_series(write(tmp_path / "a.csv", "\n".join(["id,time,v", *rows])), COLUMNS)
+        for place in (0, 2):
+            found = prepare(table.series[place], table.times[place], SeriesPreparation())
+            assert found.step == pytest.approx(step, rel=1e-12)
+        if said is None:
+            assert "occurs twice" in prepare(table.series[1], table.times[1], SeriesPreparation())
+        else:
+            assert f'time "{odd}" (value 2)' in table.series[1] and said in table.series[1]
+    assert time_numbers(["9999-12-31", "2024-03-01T00:00:00.000100000"]).dtype == "datetime64[us]"
 
 
 def test_times_of_arrays_are_kept_as_they_are(tmp_path):
