@@ -27,6 +27,10 @@ TIME_NAME = re.compile(
     re.IGNORECASE,
 )
 """Names of columns that hold times, which no time point of a wide table has."""
+ID_NAME = re.compile(
+    r"(.*[ _.-])?u?id|subject|patient|person|sample|series|case|index|unnamed: 0", re.IGNORECASE
+)
+"""Names of columns that hold ids."""
 
 # -------------------------------------------------------------------------------------- files
 
@@ -51,8 +55,8 @@ class Columns:
         """Places of the columns of the values, in the order of the spec where it names them.
 
         Raises:
-            UserError: one that is no value by its name: without any, as an index; that of times,
-                where there are no others; or another key's but for capital letters.
+            UserError: one that is no value by its name: without any, as an index; that of times or
+                ids, where there are no others; or another key's but for capital letters.
         """
         if self.values:
             return list(map(header.index, self.values))
@@ -67,11 +71,13 @@ class Columns:
             if (meant := wanted.get(name.lower())) is not None and meant not in header:
                 cure = "write it in the spec as it stands there"
                 raise UserError(f'{path}: column "{name}" is "{meant}" in the spec: {cure}')
+            found, cure = None, "or the columns of the values in data.value_columns"
             if self.time not in header and TIME_NAME.fullmatch(name):
-                raise UserError(
-                    f'{path}: column "{name}" seems to hold times: name it in data.time_column'
-                    " (a row a time point), or the columns of the values in data.value_columns"
-                )
+                found, cure = "times", f"data.time_column (a row a time point), {cure}"
+            elif self.id not in header and ID_NAME.fullmatch(name):
+                found, cure = "ids", f"data.id_column, {cure}"
+            if found is not None:
+                raise UserError(f'{path}: column "{name}" seems to hold {found}: name it in {cure}')
         return places
 
 

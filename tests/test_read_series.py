@@ -139,7 +139,10 @@ def test_what_is_wrong_with_a_series_of_a_table_is_its_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("subject,t,v,label\n1,0,2,a\n1,1,3,a\n", 'column "t" seems to hold times'),
+        ("subject,t,v,label\n1,0,2,a\n1,1,3,a\n", 'column "subject" seems to hold ids'),
+        ("id,t,v,label\n1,0,2,a\n1,1,3,a\n", 'column "t" seems to hold times'),
+        ("series_id,v0,v1\n1,0,2\n2,1,3\n", "data.id_column, or the columns of the values"),
+        ("Patient,time,v\n1,0,2\n1,1,3\n", 'column "Patient" seems to hold ids'),
         ("Time [s],v,label\n0,2,a\n1,3,b\n", 'column "Time [s]" seems to hold times'),
         ("x,timestamp,label\n0,2,a\n1,3,b\n", "data.time_column (a row a time point)"),
         ("Id,v0,v1,label\n0,2,3,a\n1,3,4,b\n", 'column "Id" is "id" in the spec'),
