@@ -127,6 +127,12 @@ class PatchCut:
         ]
 
 
+def held_axes(size: Size, thick: int | None) -> list[int]:
+    """The axes of a patch across which nothing is turned, scaled or deformed: the one whose slices
+    are thick, and those of one voxel, beside which a turned patch would show its fill alone."""
+    return [axis for axis in range(3) if axis == thick or size[axis] == 1]
+
+
 def reach(
     size: Size,
     spacing: tuple[float, float, float],
@@ -144,20 +150,21 @@ def reach(
     of the most. Half the patch is the most that is taken, which is eight times its voxels.
 
     Args:
-        thick: axis across which nothing is done.
+        thick: axis across which nothing is done, see held_axes.
         angle: largest about each axis, radians.
         factor: largest of what is shown, 1 or more.
         shift: largest of an elastic deformation, share of the side.
         available: the most voxels of a volume along each axis, beyond which there is nothing but,
             where the volume goes on along another axis, one voxel of its fill.
     """
-    moved = [a for a in range(3) if a != thick]
+    moved = [a for a in range(3) if a not in held_axes(size, thick)]
     length = [side * step for side, step in zip(size, spacing, strict=True)]  # mm
     length = [each * (1 + 2 * shift * (a in moved)) for a, each in enumerate(length)]
     found = [0, 0, 0]
     for a in moved:
         turns = ((length[b], min(angle, math.atan2(length[b], length[a]))) for b in moved if b != a)
-        extent = factor * max(length[a] * math.cos(t) + other * math.sin(t) for other, t in turns)
+        turned = [length[a] * math.cos(t) + other * math.sin(t) for other, t in turns]
+        extent = factor * max([length[a], *turned])
         wanted = math.ceil((extent / spacing[a] - size[a]) / 2 - 1e-6)
         found[a] = min(wanted, math.ceil(size[a] / 2))
     if available is not None:
@@ -356,6 +363,11 @@ class Grid:
     spacing: tuple[float, float, float]
     thick: int | None
     mirrors: tuple[int, ...]
+
+    @property
+    def held(self) -> list[int]:
+        """The axes across which nothing is turned, scaled or deformed."""
+        return held_axes(self.size, self.thick)
 
     @property
     def equal(self) -> list[int]:

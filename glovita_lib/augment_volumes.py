@@ -61,16 +61,16 @@ def random_place(place: Placement, ops: VolumeOps, generator: torch.Generator) -
 
 @operation("rotate_p", stage="geometry")
 def random_rotation(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
-    """A rotation about each axis, in mm of each volume; about the thick axis alone where there is
-    one."""
+    """A rotation about each axis, in mm of each volume; none that moves an axis across which
+    nothing is turned: about the thick axis alone where there is one."""
     count = len(place.turns)
     chosen = coin(count, ops.rotate_p, generator)
     angles = uniform(count, -ops.rotate_radians, ops.rotate_radians, generator, 3).double()
     angles *= torch.rand(count, 3, generator=generator) < ops.rotate_axis_p
     if not chosen.any():
         return
-    if place.grid.thick is not None:
-        angles *= torch.arange(3) == place.grid.thick
+    for axis in place.grid.held:
+        angles *= torch.arange(3) == axis
     across, down = place.spacing[:, None, :], place.spacing[:, :, None]
     turned = rotation(angles * chosen[:, None]) * across / down  # mm -> voxels
     place.matrices = place.matrices @ turned
@@ -78,15 +78,14 @@ def random_rotation(place: Placement, ops: VolumeOps, generator: torch.Generator
 
 @operation("scale_p", stage="geometry")
 def random_scale(place: Placement, ops: VolumeOps, generator: torch.Generator) -> None:
-    """A factor for all axes or each; none across thick slices."""
+    """A factor for all axes or each; none across thick slices and a single one."""
     count = len(place.turns)
     chosen = coin(count, ops.scale_p, generator)
     factors = of_axes(count, ops.scale, ops.scale_same_p, generator).double()
     if not chosen.any():
         return
     factors = torch.where(chosen[:, None], factors, 1.0)
-    if place.grid.thick is not None:
-        factors[:, place.grid.thick] = 1.0
+    factors[:, place.grid.held] = 1.0
     place.matrices = place.matrices @ torch.diag_embed(factors)
 
 
@@ -97,8 +96,8 @@ def random_elastic(place: Placement, ops: VolumeOps, generator: torch.Generator)
     chosen = coin(count, ops.elastic_p, generator)
     share = uniform(count, *ops.elastic_strength, generator) * chosen  # of the distance of points
     shifts = uniform(count, -1, 1, generator, 3, *(points + 3,) * 3)
+    shifts[:, place.grid.held] = 0
     if (thick := place.grid.thick) is not None:
-        shifts[:, thick] = 0
         shifts = shifts.narrow(thick + 2, 0, 1).expand_as(shifts)
     distance = torch.tensor([max(side - 1, 1) / points for side in place.grid.size])
     place.control = shifts * (share[:, None] * distance)[:, :, None, None, None]

@@ -63,9 +63,11 @@ def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
         spacing=None if affines is None else typical_spacing(affines),
     )
     if affines is not None and root.mode == "train":
+        flat = flat_axis(augmentation.patch_size, section.anisotropy, available)
+        thick = common_thick_axis(train, affines, augmentation, section, data.report)
         augmentation = replace(
             augmentation,
-            thick_axis=common_thick_axis(train, affines, augmentation, section, data.report),
+            thick_axis=flat if thick is None else thick,
             mirror_axes=stored_mirrors(train, affines, augmentation),
         )
         augmentation = with_margin(augmentation, section.margin, available)
@@ -109,6 +111,7 @@ def resolve_volume_augmentation(
             " with data.preparation.size"
         )
     spacing = spacing or (1.0, 1.0, 1.0)
+    thick = thick_axis(spacing, aug.anisotropy)
     names = aug.train_policy or default_policies[0], aug.test_policy or default_policies[1]
     resolved = ResolvedVolumeAugmentation(
         train_policy=names[0],
@@ -122,7 +125,7 @@ def resolve_volume_augmentation(
         margin=(0, 0, 0),
         mirror_axes=aug.mirror_axes,
         spacing=spacing,
-        thick_axis=thick_axis(spacing, aug.anisotropy),
+        thick_axis=flat_axis(size, aug.anisotropy, available) if thick is None else thick,
         train=replace(VOLUME_TRAIN[names[0]], **aug.train_kwargs.given()),
         test=replace(VOLUME_TEST[names[1]], **aug.test_kwargs.given()),
     )
@@ -190,6 +193,23 @@ def typical_spacing(affines: np.ndarray) -> tuple[float, float, float]:
     return x, y, z
 
 
+def flat_axis(size: Size, limit: float, available: Size | None) -> int | None:
+    """The axis of a patch across which nothing is turned, as it would show what no one has cut.
+
+    It is the one with a single voxel, in the patch or in every volume (`available`, the most of
+    them), else the one that the longest side is more than `limit` times as long as: nnU-Net's
+    do_dummy_2d_data_aug. Where two are so short it is the long one, about which the patch still
+    turns. None where there is none.
+    """
+    single = [axis for axis in range(3) if 1 in (size[axis], (available or size)[axis])]
+    if single:
+        return single[0] if max(size) > 1 else None
+    short = [axis for axis in range(3) if max(size) > limit * size[axis]]
+    if len(short) > 1:
+        return size.index(max(size))
+    return short[0] if short else None
+
+
 def common_thick_axis(
     split: Split,
     affines: np.ndarray,
@@ -204,7 +224,7 @@ def common_thick_axis(
         UserError: volumes are thick across different axes, and the policy would turn them.
     """
     if not any(map(augmentation.train.draws, ACROSS)):
-        return augmentation.thick_axis
+        return thick_axis(augmentation.spacing, section.anisotropy)
     axes = [thick_axis(spacing, section.anisotropy) for spacing in spacings_of(affines).tolist()]
     found = sorted({axis for axis in axes if axis is not None})
     if len(found) > 1:

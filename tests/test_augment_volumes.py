@@ -311,7 +311,7 @@ def test_policies_say_what_they_draw():
 
 
 def resolved(train_policy: str = "default_3d_1", **changes) -> ResolvedVolumeAugmentation:
-    values = {"encoder_size": None, "native_size": SIZE, "spacing": None}
+    values = {"encoder_size": None, "native_size": SIZE, "spacing": None, "available": None}
     values |= {name: changes.pop(name) for name in list(changes) if name in values}
     return resolve_volume_augmentation(
         VolumeAugmentation(train_policy=train_policy, **changes),
@@ -434,6 +434,27 @@ def test_the_spec_comes_before_the_encoder_and_the_data():
 )  # fmt: skip
 def test_the_thick_axis(spacing, thick):
     assert resolved(spacing=spacing).thick_axis == thick
+
+
+@pytest.mark.parametrize(
+    "patch, spacing, thick",
+    [
+        ((64, 64, 16), None, 2), ((16, 64, 40), (1.0, 1.0, 2.9), 0), ((48, 48, 16), None, None),
+        ((64, 16, 64), (1.0, 1.0, 4.0), 2), ((64, 16, 12), None, 0), ((32, 32, 1), None, 2),
+        ((64, 20, 1), None, 2), ((2, 1, 2), None, 1), ((1, 1, 1), None, None),
+    ],
+)  # fmt: skip
+def test_a_flat_patch_is_thick_across_its_short_side(patch, spacing, thick):
+    """nnU-Net's do_dummy_2d_data_aug, max(patch) / patch[axis] > 3, after the spacing."""
+    assert resolved(patch_size=patch, spacing=spacing).thick_axis == thick
+
+
+def test_slices_of_flat_volumes_lie_in_deeper_patches():
+    deep = {"patch_size": (32, 32, 16), "native_size": (40, 40, 1)}
+    assert resolved(**deep, available=(40, 40, 1)).thick_axis == 2
+    assert resolved(**deep, available=(40, 40, 2)).thick_axis is None
+    assert resolved(patch_size=(64, 64, 16), anisotropy=4.0).thick_axis is None
+    assert resolved(patch_size=(64, 64, 1), anisotropy=99.0).thick_axis == 2
 
 
 def test_what_is_refused():

@@ -369,20 +369,44 @@ def test_shifts_count_and_volumes_end_the_margin():
     assert margin((51, 50, 200)) == (2, 1, 3)  # a voxel of the fill of each volume
 
 
+@pytest.mark.parametrize(
+    "size", [(16, 16, 16), (24, 24, 6), (4, 24, 20), (24, 6, 6), (24, 24, 1), (1, 16, 24)], ids=str
+)
 @pytest.mark.parametrize("name", [name for name, ops in VOLUME_TRAIN.items() if ops.rotate_p])
-def test_policies_show_what_the_volume_has(name):
-    """Of a patch in the middle of a large volume next to nothing is filled."""
-    size = 16
-    resolved = resolved_policy(name, 200, patch_size=(size,) * 3)
+def test_policies_show_what_the_volume_has(name, size):
+    """Of a patch in the middle of a large volume next to nothing is filled, be it a cube, flat, a
+    rod or a single slice."""
+    resolved = resolved_policy(name, 200, patch_size=size)
     still = [each.switches[0] for each in VOLUME_OPERATIONS.table if each.stage == "values"]
     augmenter = VolumeAugmenter(resolved, train=True)
     augmenter.ops = policy(augmenter.ops, **dict.fromkeys(still, 0.0))
-    assert max(augmenter.fit.margin) <= size // 2
-    side = size + 2 * augmenter.fit.margin[0]
-    cut = torch.ones(400, 1, side, side, side)
-    cut[:, :, side // 2, side // 2, side // 2] = 0  # the minimum, which fills
+    margin = augmenter.fit.margin
+    assert all(beyond <= side // 2 for beyond, side in zip(margin, size, strict=True))
+    sides = [side + 2 * beyond for side, beyond in zip(size, margin, strict=True)]
+    cut = torch.ones(400, 1, *sides)
+    cut[:, :, *(side // 2 for side in sides)] = 0  # the minimum, which fills
     filled = (augmenter(cut, True, 0) < 0.5).flatten(1).double().mean(1)
     assert (filled > 0.01).double().mean() < 0.01
+
+
+def test_a_single_slice_is_turned_in_its_plane_alone():
+    """Whatever axis is thick, and where one of the volumes of a batch is a single slice."""
+    always = VolumeKwargs(rotate_p=1.0, scale_p=1.0, elastic_p=1.0, mirror_p=0.0)
+    for size, spacing in (((16, 16, 1), (1, 1, 1)), ((1, 16, 12), (1, 1, 4)), ((9, 1, 1), None)):
+        resolved = resolved_policy(
+            "default_3d_2", 40, patch_size=size, spacing=spacing, train_kwargs=always
+        )
+        single = [axis for axis in range(3) if size[axis] == 1]
+        assert all(resolved.margin[axis] == 0 for axis in single)
+        place = Placement.centred(VolumeAugmenter(resolved, train=True).grid, 20, size)
+        for each in VOLUME_OPERATIONS.active(resolved.train, "geometry"):
+            each.function(place, resolved.train, torch.Generator().manual_seed(0))
+        eye = torch.eye(3, dtype=torch.float64)
+        for axis in {*single, *({2} if spacing == (1, 1, 4) else ())}:
+            assert bool((place.matrices[:, axis] == eye[axis]).all())
+            assert bool((place.matrices[:, :, axis] == eye[axis]).all())
+            assert not place.control[:, axis].any()
+        assert not torch.equal(place.matrices, eye.expand(20, 3, 3)) and place.control.any()
 
 
 def test_an_explicit_margin_stays_and_nothing_is_cut_that_nobody_shows():

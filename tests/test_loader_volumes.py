@@ -164,6 +164,22 @@ def test_nothing_is_turned_across_slices_that_are_thick_in_some_volumes(tmp_path
     assert plain.thick_axis is None and report == []
 
 
+def test_nothing_is_turned_out_of_flat_patches(tmp_path):
+    """Single slices, as 2-D NIfTI files are, and patches that are short along one axis; axes that
+    the spacing makes thick come first."""
+    samples = split(tmp_path, [(14, 14, 1)] * 3)
+    for patch in ((8, 8, 1), (8, 8, 4)):
+        augmentation, report = resolved(samples, patch_size=patch)
+        assert augmentation.thick_axis == 2 and augmentation.margin[2] == 0 and report == []
+        assert min(augmentation.margin[:2]) > 0
+    deep = split(tmp_path / "deep", SAME)
+    flat = {"patch_size": [8, 2, 8]}
+    assert resolved(deep, **flat)[0].thick_axis == 1
+    assert resolved(deep, **flat, anisotropy=4)[0].thick_axis is None
+    thick = split(tmp_path / "thick", SAME, [AXIAL] * 5)
+    assert resolved(thick, **flat)[0].thick_axis == 2
+
+
 @pytest.mark.parametrize("policy", ["default_3d_2", "default_nnunet_DA5"])
 def test_rotations_and_exchanged_axes_go_by_the_spacing_of_each_volume(tmp_path, policy):
     spacings = [(1, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 1)]

@@ -32,7 +32,7 @@ def blob(shape: tuple[int, int, int] = (12, 14, 10), seed: int = 0) -> np.ndarra
     noise = np.random.default_rng(seed).normal(size=shape)
     smooth = gaussian_filter(noise, 1.5, mode="constant")
     inside = np.zeros(shape)
-    inside[tuple(slice(2, side - 2) for side in shape)] = 1
+    inside[tuple(slice(2, side - 2) if side > 4 else slice(None) for side in shape)] = 1
     return ((smooth - smooth.min() + 0.1) * inside * 100).astype(np.float32)
 
 
