@@ -27,6 +27,7 @@ from glovita_lib.loggers import Rate
 from glovita_lib.read_dicom import (
     SLICE_SUFFIXES,
     ImageKind,
+    are_parts,
     image_kind,
     looks_dicom,
     series_conditions,
@@ -59,6 +60,8 @@ class DicomVolumes:
     others: set[str] = field(default_factory=set)
     """Files with frames and folders of slices of other series of a study than the one that is
     meant."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """Folders with a part of a series, each with the line that says so."""
 
 
 def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool) -> DicomVolumes:
@@ -105,7 +108,36 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
             found.others |= {inside} if slices and not files else set()
         found.files |= {start + name for name in files}
         found.others |= {start + name for name in framed - meant}
+    if apart:
+        join_parts(folder, found, images, series[0] if series else None, itself=itself)
     return found
+
+
+def join_parts(
+    folder: Path, found: DicomVolumes, images: dict[str, Kinds], series: str | None, *, itself: bool
+) -> None:
+    """Make folders with the parts of one series one sample, the folder that they have in common;
+    where that holds other samples too, each gets its line.
+
+    Args:
+        series: the condition of the one that is meant, if any.
+    """
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for inside in sorted(found.series):
+        kinds = [kind for kind in images[inside].values() if kind.frames == 1]
+        of = {(kind.series, *kind.of) for kind in kinds if kind.met or series is None}
+        if len(of) == 1 and (key := of.pop())[0]:
+            groups.setdefault(key, []).append(inside)
+    for parts in groups.values():
+        if len(parts) < 2 or not are_parts([str(folder / each) for each in parts], series):
+            continue
+        common = os.path.commonpath(parts) or "."
+        below = {each for each in found.series | found.files if common in lineage(each)}
+        if below == {*parts} and (common != "." or itself):
+            found.series = found.series - {*parts} | {common}
+        else:
+            line = f"parts of one series (SeriesInstanceUID) lie in {listed(parts, 4)}"
+            found.parts |= dict.fromkeys(parts, f"{line}: put its slices into one folder")
 
 
 def with_own_uids(images: dict[str, Kinds]) -> dict[str, Kinds]:
@@ -403,7 +435,7 @@ def open_folder(
         dicom=is_dicom,
         notes=tuple(dicom_notes(beside, sorted(dicom.others))),
     )
-    return samples, {}
+    return samples, dicom.parts
 
 
 def dicom_notes(beside: Sequence[str], others: Sequence[str]) -> Iterator[str]:

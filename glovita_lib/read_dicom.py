@@ -31,6 +31,7 @@ OTHER_IMAGES = (
 """Classes of images whose names do not say so."""
 DECODERS = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"  # of JPEG, JPEG-LS and JPEG 2000
 LONGEST_FIRST = 1024  # bytes of the first element of a file
+MISSING = 4.5  # gaps that may lie between the parts of a series
 ELEMENT_HEAD = 8  # bytes of tag and length at least
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes run to left, back and head
 WANTED = (
@@ -488,6 +489,30 @@ def stack(slices: list[Slice]) -> Series:
     affine[:3, 1] = first.cosines[3:] * first.pixel[0]
     affine[:3, 2], affine[:3, 3] = step, positions[0]
     return Series(tuple(slices), TO_RAS @ affine)
+
+
+def are_parts(folders: Sequence[str], series: str | None) -> bool:
+    """Whether the slices of some folders, of one SeriesInstanceUID, are one volume: of one size and
+    orientation, each at a place of its own, with gaps as between neighbours or a few missing.
+
+    Folders of which that is not so, as where all files carry one UID, are volumes of their own; no
+    more of them are read than tell so.
+    """
+    slices: list[Slice] = []
+    for folder in folders:
+        try:
+            headers = dicom_headers(folder, series)
+            slices += [each for file, header in headers for each in slices_of(file, header)]
+        except UserError:  # whoever reads it says so
+            return False
+        like = [(*each.size, *each.cosines, *each.pixel) for each in slices]
+        if not np.allclose(like, like[0], rtol=SAME, atol=SAME):
+            return False
+        normal = np.cross(slices[0].cosines[:3], slices[0].cosines[3:])
+        gaps = np.diff(np.sort([float(each.position @ normal) for each in slices]))
+        if len(gaps) and gaps.min() < 0.5 * np.median(gaps):
+            return False
+    return bool(gaps.max() < MISSING * np.median(gaps))
 
 
 def classes(values: list[np.ndarray]) -> list[str]:

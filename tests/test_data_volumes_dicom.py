@@ -460,3 +460,63 @@ def test_a_cache_in_a_dicom_folder_is_no_part_of_it(nested):
     assert len(cached(patient)) == 1
     assert ids_of(build(nested, **fields)) == sorted(names)
     assert len(cached(nested)) == 5
+
+
+CASES = ["train/dark/p", "train/bright/q", "val/dark/r", "val/bright/s"]
+
+
+def write_parts(images, *, uid="1.{}", lost=(), scout=False):
+    """Series of four patients of eight slices, each in two folders of four."""
+    voxels = np.concatenate([VOXELS, VOXELS[::-1]], 2)  # (6, 5, 8)
+    for number, case in enumerate(CASES):
+        whole = write_dicom(images / case / "d1", voxels + number, uid=uid.format(number))
+        for place, file in enumerate(sorted(whole.iterdir())):
+            if place in lost:
+                file.unlink()
+            elif place >= 4:
+                (images / case / "d2").mkdir(exist_ok=True)
+                file.rename(images / case / "d2" / file.name)
+        if scout:
+            tags = {"uid": f"2.{number}", "description": "scout"}
+            write_dicom(images / case / "scout", VOXELS, **tags)
+
+
+def test_parts_of_a_series_in_folders_of_their_own_are_one_sample(tmp_path):
+    """As exports write them that begin a new folder after so many files."""
+    images = tmp_path / "images"
+    write_parts(images)
+    prepared = VolumePreparation(size=(6, 5, 8), workers=1, crop="none", normalize="none")
+    data = build(tmp_path, preparation=prepared)
+    assert ids_of(data) == sorted(CASES) and not data.report
+    (dark,) = data.splits["val"].source.fetch(np.array([data.splits["val"].ids.index(CASES[2])]))
+    stored = np.concatenate([VOXELS, VOXELS[::-1]], 2) + 2
+    np.testing.assert_allclose(dark[0], stored[::-1, ::-1])  # turned to RAS
+    assert new_volumes(images)[0].ids == sorted(CASES)
+    assert new_volumes(images / CASES[0])[0].ids == ["p"]
+    write_parts(images, scout=True)  # of another series beside them
+    chosen = {"reading": VolumeReading(series=("SeriesDescription=t1",))}
+    assert ids_of(build(tmp_path, **chosen)) == sorted(CASES)
+    with pytest.raises(UserError) as caught:
+        build(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("8 volumes cannot be used")
+    assert all("parts of one series (SeriesInstanceUID) lie in" in line for line in lines[1:])
+    kept = build(tmp_path, strict=False)
+    assert ids_of(kept) == sorted(f"{case}/scout" for case in CASES)
+
+
+def test_a_slice_that_is_missing_between_the_parts_of_a_series_is_told(tmp_path):
+    write_parts(tmp_path / "images", lost=(3, 4))
+    with pytest.raises(UserError, match="4 volumes cannot be used.*\\n.*2 slices missing"):
+        build(tmp_path)
+
+
+def test_one_series_uid_in_all_files_joins_no_patients(tmp_path):
+    """As anonymisation may write it."""
+    for number, case in enumerate(CASES):
+        write_dicom(tmp_path / "images" / case, VOXELS + number, uid="1.2.3")
+    assert ids_of(build(tmp_path)) == sorted(CASES)
+    far = write_dicom(tmp_path / "images/train/dark/z", VOXELS, uid="1.2.3", origin=(0, 0, 500))
+    near = write_dicom(tmp_path / "images/train/dark/y", VOXELS, uid="1.2.4")
+    write_dicom(tmp_path / "images/train/dark/x", VOXELS, uid="1.2.4", origin=(0, 0, 900))
+    assert far.is_dir() and near.is_dir() and len(ids_of(build(tmp_path))) == 7
