@@ -245,7 +245,8 @@ def open_nifti(path: str, how: Reading) -> Stored:
     """A NIfTI-1 or NIfTI-2 file.
 
     Raises:
-        UserError: cut off, complex numbers, or several frames of which none is chosen.
+        UserError: cut off, complex numbers, a single axis, or several frames of which none is
+            chosen.
     """
     import nibabel
 
@@ -256,6 +257,8 @@ def open_nifti(path: str, how: Reading) -> Stored:
     kind = image.get_data_dtype()
     if kind.kind == "c":
         raise UserError("complex numbers: save the magnitude")
+    if len(proxy.shape) < 2:
+        raise UserError(f"1-D, {shape_text(proxy.shape)}: expected axes (X, Y, Z) or (X, Y)")
     check_length(path, proxy.offset + int(np.prod(proxy.shape, dtype=np.int64)) * kind.itemsize)
     affine = image.affine.astype(np.float64)
     affine[:3] *= UNITS.get(image.header.get_xyzt_units()[0], 1.0)
@@ -400,24 +403,27 @@ def open_blosc2(path: str, how: Reading) -> Stored:
 
 
 def array_volume(path: str, array: Any, beside: dict[str, Any], how: Reading) -> Stored:
-    """A volume that is an array (X, Y, Z) or (C, X, Y, Z) of numbers."""
+    """A volume that is an array (X, Y, Z) or (C, X, Y, Z) of numbers, or (X, Y), one slice."""
     if array.dtype.kind not in "biuf":
         raise UserError(f"no numbers but {array.dtype}")
-    if len(array.shape) not in (3, 4):
+    if len(array.shape) not in (2, 3, 4):
         raise UserError(
-            f"{len(array.shape)}-D, {shape_text(array.shape)}: expected axes (X, Y, Z) or"
-            " (C, X, Y, Z)"
+            f"{len(array.shape)}-D, {shape_text(array.shape)}: expected axes (X, Y, Z),"
+            " (C, X, Y, Z) or, of a single slice, (X, Y)"
         )
     affine = array_affine(beside, how)
 
     def load(box: Box | None) -> np.ndarray:
         part = (slice(None),) * 3 if box is None else box
         leading = (slice(None),) if len(array.shape) == 4 else ()
-        voxels = np.asarray(array[leading + part])
+        if len(array.shape) == 2:
+            voxels = np.asarray(array[part[:2]])[:, :, None][:, :, part[2]]
+        else:
+            voxels = np.asarray(array[leading + part])
         voxels = voxels.view(np.uint8) if voxels.dtype == bool else voxels
         return voxels if leading else voxels[None]
 
-    shape = array.shape if len(array.shape) == 4 else (1, *array.shape)
+    shape = array.shape if len(array.shape) == 4 else (1, *array.shape, 1)[:4]
     if affine is None:
         return Stored(shape, np.eye(4), False, False, load, (path,))
     return Stored(shape, affine, True, "affine" in beside, load, (path,))

@@ -261,7 +261,7 @@ def test_all_bad_files_stand_in_one_report_and_are_left_out(root):
     content = bytearray(infinite.read_bytes())
     content[112:116] = np.array(1e38, "<f4").tobytes()  # scl_slope
     infinite.write_bytes(content)
-    for name, shape in {"rank.npy": (12, 9), "none.npy": (12, 9, 0), "cut.npy": SHAPE}.items():
+    for name, shape in {"rank.npy": (12,), "none.npy": (12, 9, 0), "cut.npy": SHAPE}.items():
         np.save(images / name, np.ones(shape, np.float32))
     (images / "cut.npy").write_bytes((images / "cut.npy").read_bytes()[:-50])
     colours = np.zeros(SHAPE, [(name, np.uint8) for name in "RGB"])
@@ -285,7 +285,7 @@ def test_all_bad_files_stand_in_one_report_and_are_left_out(root):
         "zeros.nii": "singular",
         "flat.nii": "singular",
         "scaled.nii": "are NaN or infinite",
-        "rank.npy": "2-D, 12 x 9",
+        "rank.npy": "1-D, 12",
         "none.npy": "no voxels",
         "cut.npy": "truncated",
         "colours.nii": "3 channels, most have 1",

@@ -176,6 +176,26 @@ def test_arrays_with_geometry_beside_them(tmp_path, suffix):
         assert "must be three positive numbers, mm" in refused(path)
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".npy", ".npz", ".b2nd"])
+def test_a_file_of_two_axes_is_one_slice_in_every_type(tmp_path, suffix):
+    slice_ = np.random.default_rng(0).integers(0, 900, (6, 5), np.int16)
+    found = []
+    for name, stored in (("flat", slice_), ("deep", slice_[:, :, None])):
+        path = tmp_path / f"{name}{suffix}"
+        if suffix.startswith(".nii"):
+            nibabel.save(nibabel.Nifti1Image(stored, np.diag([2.0, 3, 4, 1])), path)
+        else:
+            write_array(path, stored)
+        volume = open_volume(str(path), replace(PLAIN, array_spacing=(2, 3, 4)))
+        assert volume.shape == (1, 6, 5, 1)
+        assert (volume.read()[0, :, :, 0] == slice_).all()
+        part = volume.read((slice(1, 4), slice(2, 5), slice(0, 1)))
+        assert (part[0, :, :, 0] == slice_[1:4, 2:5]).all()
+        found.append(volume)
+    assert found[0].spacing == found[1].spacing == (2, 3, 4)
+    assert (found[0].affine == found[1].affine).all()
+
+
 def turned(voxels, affine):
     """The affine of voxels whose second axis is reversed."""
     flip = np.diag([1.0, -1, 1, 1])
@@ -256,7 +276,8 @@ def test_other_files_are_refused_by_name(tmp_path):
     (tmp_path / "a.nii").write_bytes(b"not a volume at all" * 50)
     (tmp_path / "a.npy").write_bytes(np.lib.format.magic(1, 0) + b"rubbish")
     (tmp_path / "a.txt").write_text("text")
-    np.save(tmp_path / "flat.npy", np.zeros((4, 4)))
+    np.save(tmp_path / "line.npy", np.zeros(4))
+    nibabel.save(nibabel.Nifti1Image(np.zeros(4, np.int16), np.eye(4)), tmp_path / "line.nii")
     np.save(tmp_path / "names.npy", np.array(["a"] * 8).reshape(2, 2, 2))
     np.save(tmp_path / "none.npy", np.zeros((0, 4, 4)))
     np.save(tmp_path / "complex.npy", np.zeros((2, 4, 4), complex))
@@ -265,7 +286,8 @@ def test_other_files_are_refused_by_name(tmp_path):
     assert "broken volume file" in refused(tmp_path / "a.npy")
     assert "suffix is none of" in refused(tmp_path / "a.txt")
     assert "no such file or folder" in refused(tmp_path / "b.nii")
-    assert "2-D, 4 x 4" in refused(tmp_path / "flat.npy")
+    assert "1-D, 4: expected axes (X, Y, Z)" in refused(tmp_path / "line.npy")
+    assert "1-D, 4: expected axes (X, Y, Z)" in refused(tmp_path / "line.nii")
     assert "no numbers" in refused(tmp_path / "names.npy")
     assert "no voxels: its shape is 1 x 0 x 4 x 4" in refused(tmp_path / "none.npy")
     assert "no numbers" in refused(tmp_path / "complex.npy")
