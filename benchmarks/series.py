@@ -35,8 +35,9 @@ from aeon.classification.convolution_based import (
 from aeon.transformations.collection.convolution_based import MiniRocket, MultiRocket
 from aeon.transformations.collection.convolution_based._hydra import HydraTransformer
 
-from glovita_lib.read_series import Columns, SeriesTable, read_series
+from glovita_lib.read_series import read_series
 from glovita_lib.series_kernels import PARTS, SERIES_AT_ONCE, TAPS, SeriesBlock, judge
+from glovita_lib.series_table import Columns, SeriesTable
 from glovita_lib.spec_train import Probe
 
 DATA = ("GunPoint", "ItalyPowerDemand", "ArrowHead", "BasicMotions", "JapaneseVowels")

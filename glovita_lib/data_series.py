@@ -52,8 +52,9 @@ from glovita_lib.data_tables import Problems
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import on_disk
-from glovita_lib.read_series import SUFFIXES, Columns, SeriesTable, read_series
+from glovita_lib.read_series import SUFFIXES, read_series
 from glovita_lib.series_preparation import REGULAR, PreparedSeries, prepare
+from glovita_lib.series_table import Columns, SeriesTable
 from glovita_lib.spec_data import SeriesData
 from glovita_lib.spec_series import SeriesPreparation
 

@@ -6,106 +6,27 @@ N series, C channels, T time points of a series, M time points of all series.
 
 import csv
 import re
+import tokenize
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from glovita_lib.errors import UserError, composed, listed
+from glovita_lib.errors import UserError, composed, listed, reason
 from glovita_lib.files import lines_of, read_cells
 from glovita_lib.series_preparation import MISSING, numbers, time_numbers
+from glovita_lib.series_table import Columns, SeriesTable
 
 SUFFIXES = (".ts", ".arff", ".tsv", ".csv", ".npy", ".npz")
 ENTRIES = ("series", "lengths", "offsets", "times", "labels", "ids", "groups")
 """Arrays of a .npz file."""
-TIME_NAME = re.compile(
-    r"(date(.?time)?|time(.?(stamp|step|point|index|s|sec|ms))?|t|seconds?|frame)s?(\s*[\[(].*)?",
-    re.IGNORECASE,
-)
-"""Names of columns that hold times, which no time point of a wide table has."""
-ID_NAME = re.compile(
-    r"(.*[ _.-])?u?id|subject|patient|person|sample|series|case|index|unnamed: 0", re.IGNORECASE
-)
-"""Names of columns that hold ids."""
 
 # -------------------------------------------------------------------------------------- files
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Columns of CSV files."""
-
-    id: str
-    time: str
-    labels: tuple[str, ...]
-    group: str | None
-    split: str | None
-    values: tuple[str, ...]  # none: all others
-
-    @property
-    def others(self) -> tuple[str | None, ...]:
-        """All that hold no values."""
-        return (self.id, self.time, *self.labels, self.group, self.split)
-
-    def value_columns(self, path: Path, header: Sequence[str]) -> list[int]:
-        """Places of the columns of the values, in the order of the spec where it names them.
-
-        Raises:
-            UserError: one that is no value by its name: without any, as an index; that of times or
-                ids, where there are no others; or another key's but for capital letters.
-        """
-        if self.values:
-            return list(map(header.index, self.values))
-        if "" in header:
-            cure = "drop it (index=False), or name the others in data.value_columns"
-            raise UserError(
-                f"{path}: column {header.index('') + 1} has no name, as an index: {cure}"
-            )
-        places = [place for place, name in enumerate(header) if name not in self.others]
-        wanted = {name.lower(): name for name in self.others if name is not None}
-        for name in (header[place] for place in places):
-            if (meant := wanted.get(name.lower())) is not None and meant not in header:
-                cure = "write it in the spec as it stands there"
-                raise UserError(f'{path}: column "{name}" is "{meant}" in the spec: {cure}')
-            found, cure = None, "or the columns of the values in data.value_columns"
-            if self.time not in header and TIME_NAME.fullmatch(name):
-                found, cure = "times", f"data.time_column (a row a time point), {cure}"
-            elif self.id not in header and ID_NAME.fullmatch(name):
-                found, cure = "ids", f"data.id_column, {cure}"
-            if found is not None:
-                raise UserError(f'{path}: column "{name}" seems to hold {found}: name it in {cure}')
-        return places
-
-
-@dataclass(slots=True)
-class SeriesTable:
-    """The series of a file or folder as they are stored."""
-
-    where: str
-    ids: list[str]
-    series: list[Any]
-    """Arrays (C, T), NaN where a value is missing; a line of text where it cannot be used."""
-    times: list[np.ndarray] | None = None
-    """(T,) of each series, where the file has them: numbers or datetime64."""
-    labels: list[Any] | np.ndarray | None = None
-    """See data_labels.Labels."""
-    groups: list[str] | None = None
-    splits: list[str] | None = None
-    subtask: str | None = None
-    """Kind of target that the file states."""
-    named: bool = False
-    """Whether the ids are names, that mean the same in other files."""
-    columns: tuple[str, ...] = ()
-    """Names of the channels or, with a row a series, of the time points; none where a file has
-    none."""
-    is_wide: bool = False
-    """Whether `columns` are time points."""
-    notes: list[str] = field(default_factory=list)
-    """What should be known of how the files are read."""
 
 
 def read_series(path: Path, columns: Columns) -> SeriesTable:
@@ -134,7 +55,8 @@ def read_folder(folder: Path, columns: Columns) -> SeriesTable:
     Raises:
         UserError: there is none.
     """
-    paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".csv") and p.name[0] != ".")
+    known = (path for path in folder.iterdir() if path.suffix.lower() in (".npy", ".csv"))
+    paths = sorted(path for path in known if path.name[0] != ".")
     if not paths:
         raise UserError(f"{folder}: no .npy or .csv file of a series in it")
     table = SeriesTable(str(folder), [path.stem for path in paths], [], [], named=True)
@@ -189,11 +111,12 @@ def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, 
     empty where the file has none."""
     nothing = np.empty(0)
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             values = load_array(path)
+            if values.ndim not in (1, 2):
+                return f"an array of shape {values.shape}, a series is (T,) or (C, T)", nothing, ()
             return (values[None] if values.ndim == 1 else values), nothing, ()
-        header, rows = read_cells(path, columns.values, columns.others)
-        places = columns.value_columns(path, header)
+        header, rows, places = read_values(path, columns)
         cells = [numbers([row[place] for row in rows]) for place in places]
         if wrong := [cell for cell in cells if isinstance(cell, str)]:
             return wrong[0], nothing, ()
@@ -213,18 +136,28 @@ def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, 
 def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
     """A CSV file: with the column of times a row a time point (long), else a row a series (wide,
     one channel)."""
-    header, rows = read_cells(path, columns.values, columns.others)
-    if len(set(header)) < len(header):
-        raise UserError(f"{path}: two columns have the same name")
-    places = columns.value_columns(path, header)
-    if not places:
-        raise UserError(f"{path}: no column of values beside {listed(header)}: data.value_columns")
+    header, rows, places = read_values(path, columns)
     for place in places:
         refuse_text(path, header[place], (row[place] for row in rows))
     read = read_long if columns.time in header else read_wide
     table = read(path, columns, header, rows, places)
     table.columns, table.is_wide = tuple(header[place] for place in places), read is read_wide
     return table
+
+
+def read_values(path: Path, columns: Columns) -> tuple[list[str], list[list[str]], list[int]]:
+    """Header and rows of a CSV file, and the places of the columns of values.
+
+    Raises:
+        UserError: there are none, two columns of one name, or see `Columns.value_columns`.
+    """
+    header, rows = read_cells(path, columns.values, columns.others)
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise UserError(f"{path}: two columns have the same name: {listed(twice, 3)}")
+    places = columns.value_columns(path, header)
+    if not places:
+        raise UserError(f"{path}: no column of values beside {listed(header)}: data.value_columns")
+    return header, rows, places
 
 
 def refuse_text(path: Path, name: str, cells: Iterable[str]) -> None:
@@ -370,16 +303,33 @@ def archive_label(cell: str) -> str:
 # -------------------------------------------------------------------------------------- arrays
 
 
+DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    MemoryError,  # of a header that states more than there is
+    OverflowError,
+    SyntaxError,
+    TypeError,
+    RuntimeError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy and zipfile raise of damaged files."""
+
+
 def load_array(path: Path) -> np.ndarray:
     """An array of numbers in a .npy file.
 
     Raises:
-        UserError: it is damaged, or holds objects or text.
+        UserError: it is damaged, another kind of file, or holds objects or text.
     """
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not an array that can be read ({error})") from None
+        with open(path, "rb") as file:
+            values = np.lib.format.read_array(file, allow_pickle=False)
+    except DAMAGE as error:
+        raise UserError(f"{path}: not an array that can be read ({reason(error)})") from None
     return checked(path, "the array", values)
 
 
@@ -405,7 +355,7 @@ def listed_arrays(
         UserError: their shapes do not fit.
     """
     if offsets is not None:
-        ends = offsets.astype(np.int64)
+        ends = whole(path, "offsets", offsets)
         values = values[:, None] if values.ndim == 1 else values
         rising = ends.ndim == 1 and len(ends) > 1 and (np.diff(ends) >= 0).all()
         if values.ndim != 2 or not rising or ends[0] or ends[-1] != len(values):
@@ -418,21 +368,35 @@ def listed_arrays(
         raise UserError(f"{path}: an array of shape {values.shape}; series are (N, T) or (N, C, T)")
     series = list(values[:, None] if values.ndim == 2 else values)
     if lengths is not None:
-        counts, most = lengths.astype(np.int64), values.shape[-1]
+        counts, most = whole(path, "lengths", lengths), values.shape[-1]
         if counts.shape != (len(series),) or (counts < 0).any() or (counts > most).any():
             raise UserError(f"{path}: lengths must be {len(series)} numbers from 0 to {most}")
         series = [one[:, :count] for one, count in zip(series, counts, strict=True)]
     return list(map(str, range(len(series)))), series
 
 
+def whole(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+    """Whole numbers as int64.
+
+    Raises:
+        UserError: they are none.
+    """
+    if values.dtype.kind not in "iuf" or not (values == np.floor(values)).all():
+        raise UserError(f"{path}: {name} must be whole numbers, here {values.dtype}")
+    return values.astype(np.int64)
+
+
 def read_npz(path: Path, columns: Columns) -> SeriesTable:
     """Arrays series, and as far as they are there lengths or offsets, times, labels, ids and
     groups; times are (T,) of all, or (N, T), or (M,) beside offsets."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            entries = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not arrays that can be read ({error})") from None
+        with open(path, "rb") as file:  # np.load leaves a damaged one open
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                raise UserError(f"{path}: one array, as in a .npy file: rename it to .npy")
+            entries = {name: np.asarray(found[name]) for name in found.files}
+    except DAMAGE as error:
+        raise UserError(f"{path}: not arrays that can be read ({reason(error)})") from None
     unknown = entries.keys() - set(ENTRIES)
     if "series" not in entries or unknown:
         raise UserError(
@@ -483,7 +447,7 @@ def array_times(
     """Times (T,) of each series."""
     if offsets is not None and times.shape == (int(offsets[-1]),):
         return np.split(times, offsets[1:-1].astype(np.int64))
-    longest = max(one.shape[1] for one in series)
+    longest = max((one.shape[1] for one in series), default=0)
     if times.ndim == 1 and len(times) >= longest:
         return [times[: one.shape[1]] for one in series]
     if times.ndim == 2 and len(times) == len(series) and times.shape[1] >= longest:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from glovita_lib.errors import UserError
-from glovita_lib.read_series import Columns, read_series
+from glovita_lib.read_series import read_series
 from glovita_lib.series_preparation import fill, numbers, prepare, since_first, time_numbers
+from glovita_lib.series_table import Columns
 from glovita_lib.spec_series import SeriesPreparation
 
 COLUMNS = Columns("id", "time", ("label",), None, None, ())
@@ -221,6 +222,82 @@ def test_arrays_with_lengths_and_with_offsets(lengths, channels, seed, tmp_path_
     same(second, series)
     assert second.ids == ids.tolist() and second.labels is None
     assert first.labels.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("b.npy", np.array(3.0), "an array of shape (), a series is (T,) or (C, T)"),
+        ("b.npy", np.ones((1, 2, 3)), "an array of shape (1, 2, 3), a series is (T,) or (C, T)"),
+        ("b.NPY", np.array(["x", "y"]), "no numbers"),
+        ("b.npy", np.ones((2, 3)) * 1j, "no numbers"),
+        ("b.npy", b"junk", "not an array that can be read"),
+        ("b.npy", b"", "not an array that can be read"),
+        ("b.npy", b"PK\x03\x04" + bytes(99), "not an array that can be read"),
+        ("b.npy", b"\x93NUMPY\x01\x00v\x00{'descr': ((" + bytes(101), "not an array that"),
+        ("b.npy", b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f8', 'fortran_order': False, "
+         b"'shape': (9999999, 99999999), }".ljust(118), "not an array that can be read"),
+        ("b.csv", b"", "no header"),
+        ("b.csv", b"time\n0\n1\n", "no column of values beside time"),
+        ("b.csv", b"time,u,u\n0,1,2\n1,2,3\n", "two columns have the same name: u"),
+        ("b.CSV", b"time,u\n0,1\n1,one\n", '"one" (value 1) is no number'),
+        ("b.csv", b"\xff\xfe\x00", "UTF-8"),
+    ],
+)  # fmt: skip
+def test_files_of_a_folder_that_are_no_series_are_a_line_each(name, content, said, tmp_path):
+    np.save(tmp_path / "a.npy", SERIES[0])
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        with open(tmp_path / name, "wb") as file:
+            np.save(file, content)
+    table = read_series(tmp_path, COLUMNS)
+    assert table.ids == ["a", "b"]
+    np.testing.assert_array_equal(table.series[0], SERIES[0])
+    assert said in table.series[1] and "\n" not in table.series[1]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"offsets": np.array(["a", "b"])}, "offsets must be whole numbers"),
+        ({"lengths": np.array(["2", "3"])}, "lengths must be whole numbers"),
+        ({"lengths": np.array([2.5, 3])}, "lengths must be whole numbers"),
+        ({"lengths": np.array([np.nan, 3])}, "lengths must be whole numbers"),
+        ({"series": np.ones((0, 3)), "times": np.arange(3)}, "no series"),
+        ({"series": np.array(["a"])}, "no numbers"),
+        ({"labels": np.array([None, 1])}, "not arrays that can be read"),
+    ],
+)
+def test_arrays_of_a_file_that_do_not_fit_are_one_line(arrays, said, tmp_path):
+    np.savez(tmp_path / "a.npz", **{"series": np.ones((2, 3)), **arrays})
+    with pytest.raises(UserError, match=r"a\.npz") as error:
+        read_series(tmp_path / "a.npz", COLUMNS)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("write_arrays", [np.savez, np.savez_compressed])
+def test_damaged_arrays_are_one_line(write_arrays, tmp_path):
+    """Bytes changed and files cut, also of a file that has the suffix of the other kind."""
+    rng = np.random.default_rng(0)
+    write_arrays(tmp_path / "a.npz", series=rng.normal(size=(3, 2, 6)))
+    np.save(tmp_path / "b.npy", rng.normal(size=(2, 6)))
+    whole = {name: (tmp_path / name).read_bytes() for name in ("a.npz", "b.npy")}
+    broken = [("a.npz", whole["b.npy"]), ("b.npy", whole["a.npz"])]
+    for number in range(300):
+        name = ("a.npz", "b.npy")[number % 2]
+        data = bytearray(whole[name])
+        data[rng.integers(len(data) if number % 2 == 0 else 90)] = rng.integers(256)
+        broken.append((name, bytes(data[: rng.integers(len(data))] if number % 5 == 0 else data)))
+    refused = 0
+    for name, data in broken:
+        (tmp_path / name).write_bytes(data)
+        try:
+            read_series(tmp_path / name, COLUMNS)
+        except UserError as error:
+            refused += 1
+            assert name in str(error) and "\n" not in str(error)
+    assert refused > 150
 
 
 def test_npy_and_a_folder_of_one_file_each(tmp_path):
