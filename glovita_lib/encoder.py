@@ -233,9 +233,12 @@ class Encoder(nn.Module):
         if self.layout is None:
             return Features(None, None, 0, False, self.pool(raw), self.pooling)
         vector = self.pool(raw) if pooled and self.pooling else None  # (B, D')
-        tokens = self.norm(self.to_tokens(raw))  # (B, N, D)
-        grid = self.grid(raw, size)
-        return Features(tokens, grid, self.n_prefix, self.has_cls, vector, self.pooling)
+        tokens, grid = self.placed(raw, size)  # (B, N, D)
+        return Features(self.norm(tokens), grid, self.n_prefix, self.has_cls, vector, self.pooling)
+
+    def placed(self, raw: Tensor, size: torch.Size) -> tuple[Tensor, tuple[int, ...] | None]:
+        """Raw features, also a block's, of inputs of a size -> tokens and grid in their order."""
+        return self.to_tokens(raw), self.grid(raw, size)
 
     @property
     def of_parts(self) -> "Encoder | None":

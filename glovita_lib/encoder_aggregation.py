@@ -248,11 +248,11 @@ class Layers:
             )
         if raw.ndim == 4 and type(encoder.net).__name__ == "SwinTransformer":
             raw = raw.permute(0, 3, 1, 2)  # the only ones whose blocks are channels-last
-        tokens = encoder.to_tokens(raw)
+        tokens, grid = encoder.placed(raw, x.shape[2:])
         if self.norm:
             tokens = final_norm(encoder, tokens.shape[2])(tokens)
         n_prefix = encoder.n_prefix if raw.ndim == 3 else 0
-        grid, has_cls = encoder.grid(raw, x.shape[2:]), encoder.has_cls and bool(n_prefix)
+        has_cls = encoder.has_cls and bool(n_prefix)
         return Features(tokens, grid, n_prefix, has_cls, None, mask=encoder.token_mask(x))
 
     def probe(self, input_shape: tuple[int, ...]) -> tuple[list[Features], tuple[int, ...]]:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import torch
 from msgspec.structs import asdict
+from msgspec.structs import replace as with_fields
 from torch import Tensor
 
 from glovita_lib.encoder import (
@@ -258,7 +259,7 @@ def build_planned(
     spec: NnFoundationEncoder, plan: Plan, channels: int, size: Size | None
 ) -> Encoder:
     """The network of a plan with initial weights."""
-    default = plan.recommended or (128, 128, 128)
+    default = spec.turned(plan.recommended or (128, 128, 128))
     size = input_size(spec.input_shape, size, default)
     name, shape = f"nnfoundation {plan.name}", plan.architecture
     if isinstance(shape, ResidualEncoder):
@@ -268,11 +269,13 @@ def build_planned(
                     f"model.encoder.{key} = {shown(value)}: a Primus has it, and {plan.name} is a"
                     " residual encoder; leave it out"
                 )
-        return build_residual(shape, name=name, channels=channels, size=size)
+        section = with_fields(shape, array_order=spec.array_order)
+        return build_residual(section, name=name, channels=channels, size=size)
     if spec.drop_path_rate is not None:
         shape = replace(shape, drop_path=spec.drop_path_rate)
     return build_primus(
         shape,
+        spec,
         name=name,
         channels=channels,
         size=size,
@@ -283,7 +286,10 @@ def build_planned(
 
 @patch_size_of.register
 def _(spec: NnFoundationEncoder) -> Size | None:
-    return spec.input_shape or Plan(spec.checkpoint_path).recommended
+    if spec.input_shape is not None:
+        return spec.input_shape
+    recommended = Plan(spec.checkpoint_path).recommended
+    return None if recommended is None else spec.turned(recommended)
 
 
 @file_facts.register

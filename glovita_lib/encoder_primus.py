@@ -16,10 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glovita_lib.encoder import Encoder, build_encoder, check_channels, patch_size_of
-from glovita_lib.encoder_volume import Size, initialise, spread_channels
+from glovita_lib.encoder_volume import (
+    Origin,
+    Size,
+    VolumeTrunk,
+    initialise,
+    origin_of,
+    spread_channels,
+)
 from glovita_lib.errors import UserError
-from glovita_lib.spec_encoders import PrimusEncoder
-from glovita_lib.weights import LoadTarget, beside_tensors, load_file
+from glovita_lib.spec_encoders import ArrayEncoder, PrimusEncoder
+from glovita_lib.weights import LoadTarget, load_file
 
 # ------------------------------------------------------------------------------- the network
 #
@@ -204,19 +211,15 @@ class PrimusNetwork(nn.Module):
         return self.eva(tokens, tuple(patches.shape[2:]))
 
 
-class PrimusTrunk(Encoder):
+class PrimusTrunk(VolumeTrunk):
     """A Primus: tokens over a grid of patches, averaged; inputs of any whole number of patches."""
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Inputs (B, C, X, Y, Z) -> tokens (B, R + N, D)."""
-        return self.net(x)
 
     def pool(self, raw: Tensor) -> Tensor:
         """Tokens -> the mean of those of patches, (B, D)."""
         return raw[:, self.n_prefix :].mean(1)
 
     def grid(self, raw: Tensor, size: torch.Size) -> Size | None:
-        """Patches along each axis; None where some are dropped."""
+        """Patches along each axis, of the network as the size; None where some are dropped."""
         projection = self.net.get_submodule("down_projection.proj")
         assert isinstance(projection, nn.Conv3d), "it is what `PatchEmbed` makes of it"
         grid = grid_of(tuple(size), projection.kernel_size)
@@ -225,6 +228,7 @@ class PrimusTrunk(Encoder):
 
 def build_primus(
     shape: PrimusShape,
+    spec: ArrayEncoder,
     *,
     name: str,
     channels: int,
@@ -235,23 +239,28 @@ def build_primus(
     """A Primus with initial weights.
 
     Args:
-        size: voxels of the input.
-        stated: voxels of the input that weights were trained with, as the spec says.
+        shape: of the network, in the order of its axes.
+        spec: says which order that is.
+        size: voxels of the input along X, Y and Z.
+        stated: voxels of the input that weights were trained with, as the spec says, in the order
+            of the network's axes.
         told: the same, as files say, the likeliest first.
 
     Raises:
         UserError: the input is no whole number of patches.
     """
-    if any(side % step for side, step in zip(size, shape.patch, strict=True)):
-        fitting = [max(1, round(s / p)) * p for s, p in zip(size, shape.patch, strict=True)]
+    token = spec.turned(shape.patch)
+    if any(side % step for side, step in zip(size, token, strict=True)):
+        fitting = [max(1, round(s / p)) * p for s, p in zip(size, token, strict=True)]
         raise UserError(
             f"data.augmentation.patch_size: {name} takes whole numbers of patches of"
-            f" {' x '.join(map(str, shape.patch))} voxels, not {' x '.join(map(str, size))};"
+            f" {' x '.join(map(str, token))} voxels, not {' x '.join(map(str, size))};"
             f" nearest {' x '.join(map(str, fitting))}"
         )
-    grid = grid_of(size, shape.patch)
+    grid = grid_of(spec.turned(size), shape.patch)
     encoder = PrimusTrunk(
         PrimusNetwork(shape, channels, grid),
+        order=spec.array_order,
         name=name,
         n_prefix=shape.registers,
         has_cls=False,
@@ -375,35 +384,6 @@ def input_size(asked: Size | None, size: Size | None, default: Size) -> Size:
     return size or asked or default
 
 
-def told_shapes(path: str) -> list[Size]:
-    """Voxels of the input that the network of a file was trained with, where the file says so: a
-    checkpoint of nnU-Net in its plans, one of this program in what its run resolved."""
-    made = beside_tensors(path)
-    try:
-        if "init_args" in made:
-            return [planned_patch(**made["init_args"])]
-        encoder = made["spec"]["model"]["encoder"]
-        if encoder["lift"] == "windows":
-            shape = encoder["windows"]["size"] or encoder["input_shape"]
-        else:
-            shape = made["resolved"]["inputs"]["augmentation"]["patch_size"]
-        x, y, z = map(int, shape)
-        return [(x, y, z)]
-    except (KeyError, TypeError, ValueError):  # it does not
-        return []
-
-
-def planned_patch(plans: dict[str, Any], configuration: str, **_: Any) -> Size:
-    """Voxels of the patch of a configuration of nnU-Net, which may inherit them from another."""
-    entry = plans["configurations"][configuration]
-    for _ in plans["configurations"]:
-        if "patch_size" in entry:
-            break
-        entry = plans["configurations"][entry["inherits_from"]]
-    first, second, third = map(int, entry["patch_size"])
-    return first, second, third
-
-
 @patch_size_of.register
 def _(spec: PrimusEncoder) -> Size | None:
     return spec.input_shape
@@ -412,16 +392,19 @@ def _(spec: PrimusEncoder) -> Size | None:
 @build_encoder.register
 def _(spec: PrimusEncoder, *, channels: int, size: Size | None, load_weights: bool) -> Encoder:
     check_channels(spec, channels)
-    default = tuple(16 * side for side in spec.patch_embed_size)
+    default = spec.turned(tuple(16 * side for side in spec.patch_embed_size))
+    origin = origin_of(spec.weights) if load_weights and spec.weights else Origin()
     encoder = build_primus(
         shape_of(spec),
+        spec,
         name=f"primus {spec.variant}",
         channels=channels,
         size=input_size(spec.input_shape, size, default),
         stated=spec.weights_shape,
-        told=told_shapes(spec.weights) if load_weights and spec.weights else (),
+        told=() if origin.shape is None else (origin.shape,),
     )
     if load_weights and spec.weights is not None:
         note = load_file(encoder.load_target, spec.weights, key=spec.weights_key)
         encoder.notes += () if note is None else (note,)
+        encoder.notes += origin.order_notes(spec.weights, spec)
     return encoder

@@ -6,9 +6,11 @@ trained there load. B batch, C channels, X Y Z voxels, D width.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from glovita_lib.encoder import (
@@ -21,8 +23,8 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.encoder_torchvision import IMAGENET
 from glovita_lib.errors import UserError
-from glovita_lib.spec_encoders import ResidualEncoder
-from glovita_lib.weights import LoadTarget, load_file
+from glovita_lib.spec_encoders import ArrayEncoder, ArrayOrder, ResidualEncoder
+from glovita_lib.weights import LoadTarget, beside_tensors, load_file
 
 Size = tuple[int, ...]
 Tensors = dict[str, Tensor]
@@ -264,7 +266,7 @@ def check_residual_size(spec: ResidualEncoder, size: Size) -> None:
         raise UserError(
             f"model.encoder.spatial_dim = {spec.spatial_dim}: the inputs have {len(size)} axes"
         )
-    steps = [math.prod(axis) for axis in zip(*stage_strides(spec), strict=True)]
+    steps = spec.turned(tuple(map(math.prod, zip(*stage_strides(spec), strict=True))))
     key = f"data.augmentation.{'patch_size' if spec.spatial_dim == 3 else 'image_size'}"
     sides = list(zip(size, steps, strict=True))
     if spec.pool_type == "conv" and any(side % step for side, step in sides):
@@ -285,12 +287,57 @@ def by(size: Sequence[int]) -> str:
     return " x ".join(map(str, size))
 
 
-class MapTrunk(Encoder):
-    """A network whose output is a map (B, D, *grid), averaged over the grid."""
+class VolumeTrunk(Encoder):
+    """A network that may see volumes with their axes in reverse, as arrays (Z, Y, X)."""
+
+    def __init__(self, net: nn.Module, *, order: ArrayOrder, **facts: Any) -> None:
+        """
+        Args:
+            order: of the axes of the network.
+            facts: see Encoder; sizes are in the order X, Y, Z.
+        """
+        self.reverses = order == "zyx"
+        super().__init__(net, **facts)
+        if self.reverses:
+            self.raw_call = "encoder(x.transpose(2, 4))"
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Inputs (B, C, *size) -> map (B, D, *grid)."""
-        return self.net(x)
+        """Inputs (B, C, *size) -> map (B, D, *grid) or tokens (B, N, D), in the network's order."""
+        return self.net(x.transpose(2, 4) if self.reverses else x)
+
+    def placed(self, raw: Tensor, size: torch.Size) -> tuple[Tensor, Size | None]:
+        """Tokens and their grid in the order X, Y, Z; no grid where patches are dropped."""
+        if not self.reverses:
+            return super().placed(raw, size)
+        tokens, grid = super().placed(raw, size[::-1])
+        if grid is None:
+            return tokens, None
+        first = tokens.shape[1] - math.prod(grid)
+        patches = tokens[:, first:].unflatten(1, grid).transpose(1, 3).flatten(1, 3)  # (B, N, D)
+        return torch.cat([tokens[:, :first], patches], 1) if first else patches, grid[::-1]
+
+    def patch_sides(self, patches: int, sizes: list[Size], image: Size) -> tuple[float, ...]:
+        """Sides of a patch along X, Y and Z."""
+        if not self.reverses:
+            return super().patch_sides(patches, sizes, image)
+        return super().patch_sides(patches, sizes, image[::-1])[::-1]
+
+    @property
+    def tokens_call(self) -> str:
+        if not self.reverses:
+            return super().tokens_call
+        raw, first = self.raw_call, self.n_prefix
+        if self.layout != 3:
+            return f"{raw}.transpose(2, 4).flatten(2).transpose(1, 2)"
+        grid = tuple(round(s / p) for s, p in zip(self.input_shape[2:], self.patch, strict=True))
+        turned = f".unflatten(1, {grid[::-1]}).transpose(1, 3).flatten(1, 3)"
+        if not first:
+            return f"{raw}{turned}"
+        return f"torch.cat([{raw}[:, :{first}], {raw}[:, {first}:]{turned}], 1)"
+
+
+class MapTrunk(VolumeTrunk):
+    """A network whose output is a map (B, D, *grid), averaged over the grid."""
 
     def pool(self, raw: Tensor) -> Tensor:
         """Map -> its mean over the grid, (B, D)."""
@@ -305,6 +352,7 @@ def build_residual(
     check_residual_size(spec, size)
     encoder = MapTrunk(
         ResidualNetwork(spec, channels),
+        order=spec.array_order,
         name=name,
         n_prefix=0,
         has_cls=False,
@@ -359,6 +407,61 @@ def spread_channels(tensors: Tensors, net: nn.Module, first: str) -> Tensors:
     return {**tensors, key: weight.repeat(repeats) / channels}
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a file says of how its network was trained."""
+
+    order: ArrayOrder | None = None
+    """Of the axes of its network; None: it does not say."""
+    shape: Size | None = None
+    """Voxels of its input in that order, likewise."""
+
+    def order_notes(self, path: str, spec: ArrayEncoder) -> tuple[str, ...]:
+        """A line where a section lets the network of a file see axes in another order."""
+        if self.order in (None, spec.array_order):
+            return ()
+        return (
+            f'weights = "{path}" is of volumes in the order {self.order}: set'
+            f' model.encoder.array_order = "{self.order}", unless the network is to see them as'
+            f" {spec.array_order}",
+        )
+
+
+def origin_of(path: str) -> Origin:
+    """What a file says: a checkpoint of nnU-Net in its plans, one of this program, its exports and
+    adapters in what their run resolved; nothing of others."""
+    made = beside_tensors(path)
+    try:
+        if "nnssl_adaptation_plan" in made or "init_args" in made:
+            return Origin("zyx", planned_patch(made.get("init_args")))
+        encoder = made["spec"]["model"]["encoder"]
+        order = encoder["array_order"]
+        if encoder["lift"] == "windows":
+            shape = encoder["windows"]["size"] or encoder["input_shape"]
+        else:
+            shape = made["resolved"]["inputs"]["augmentation"]["patch_size"]
+        x, y, z = map(int, shape)
+        return Origin(order, (z, y, x) if order == "zyx" else (x, y, z))
+    except (KeyError, TypeError, ValueError):
+        return Origin()
+
+
+def planned_patch(arguments: Any) -> Size | None:
+    """Voxels of the patch of a configuration of nnU-Net, which may inherit them from another, in
+    the arguments of its trainer; None where they do not name three."""
+    try:
+        configurations = arguments["plans"]["configurations"]
+        entry = configurations[arguments["configuration"]]
+        for _ in configurations:
+            if "patch_size" in entry:
+                break
+            entry = configurations[entry["inherits_from"]]
+        first, second, third = map(int, entry["patch_size"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return first, second, third
+
+
 @preprocess_of.register
 def _(spec: ResidualEncoder, *, channels: int) -> Preprocess:
     check_channels(spec, channels)
@@ -380,4 +483,5 @@ def _(spec: ResidualEncoder, *, channels: int, size: Size | None, load_weights: 
     if load_weights and spec.weights is not None:
         note = load_file(encoder.load_target, spec.weights, key=spec.weights_key)
         encoder.notes += () if note is None else (note,)
+        encoder.notes += origin_of(spec.weights).order_notes(spec.weights, spec)
     return encoder

@@ -135,7 +135,8 @@ def activations(encoder: Encoder, x: Tensor, method: str) -> Activations:
         )
 
     def patches(part: Tensor) -> Tensor:
-        return (part if from_cls else encoder.to_tokens(part))[:, -count:]  # behind any prefix
+        tokens = part if from_cls else encoder.placed(part, x.shape[2:])[0]
+        return tokens[:, -count:]  # behind any prefix
 
     return Activations(leaves[-1:], patches, features, features.grid)
 

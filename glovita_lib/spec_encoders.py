@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from msgspec import Meta
 from msgspec.structs import replace
@@ -19,9 +19,11 @@ from glovita_lib.spec_lift import (
     Lift,
     LiftedEncoder,
     Lifting,
+    OwnChannels,
     Patch,
     Positive,
     Slices,
+    WithoutClassToken,
     axis_problems,
 )
 from glovita_lib.spec_series import (
@@ -108,7 +110,7 @@ WITHOUT_PATCHES = (
 without one, behind convolutions, of several sizes (CrossViT), or of one that it states itself."""
 
 
-class LibraryEncoder(ImageEncoder, kw_only=True):
+class LibraryEncoder(OwnChannels, ImageEncoder, kw_only=True):
     """Fields of the models of a library, by their names there."""
 
     set_elsewhere: ClassVar[dict[str, str]] = {}
@@ -129,10 +131,6 @@ class LibraryEncoder(ImageEncoder, kw_only=True):
     """Channels of the input; none takes the data's."""
     model_kwargs: dict[str, Any] = {}
     """Further arguments of the model; an unknown one is an error."""
-
-    @property
-    def stated_channels(self) -> int | None:
-        return self.input_channels
 
     @property
     def without_class_token(self) -> str | None:
@@ -162,7 +160,31 @@ FEATURE_MAPS = (
 )
 
 
-class TimmEncoder(LibraryEncoder, tag="timm", tag_field="encoder_type"):
+class PatchEncoder(LibraryEncoder, kw_only=True):
+    """What the models share whose patches may be of an asked size."""
+
+    def patch_problems(self, patch: Patch, side: int | None) -> Iterator[tuple[str, str]]:
+        """Patches divide the image where nothing pads it."""
+        pads = self.model_kwargs.get("dynamic_img_pad", False)
+        if side is not None and not pads and any(side % one for one in both_sides(patch)):
+            yield (
+                "patch_size",
+                f"an image of {side} pixels is no whole number of patches of {shown(patch)}: change"
+                " data.augmentation.image_size or patch_size",
+            )
+
+    def with_patch_size(self, patch: Patch) -> Self:
+        """As the library's own argument, of which published weights are a matter."""
+        size = patch if isinstance(patch, int) or patch[0] != patch[1] else patch[0]
+        return replace(self, model_kwargs={**self.model_kwargs, "patch_size": size})
+
+
+def both_sides(patch: Any) -> tuple[Any, ...]:
+    """Height and width of a patch that may be said by one number."""
+    return tuple(patch) if isinstance(patch, list | tuple) else (patch, patch)
+
+
+class TimmEncoder(PatchEncoder, tag="timm", tag_field="encoder_type"):
     """Any image model of timm by its name, e.g. resnet18.a1_in1k."""
 
     built_in: ClassVar[str] = "encoder_timm"
@@ -194,31 +216,14 @@ class TimmEncoder(LibraryEncoder, tag="timm", tag_field="encoder_type"):
                 " name a model that has one, e.g. vit_base_patch16_224",
             )
             return
-        sides = both_sides(patch)
         stated = self.model_kwargs.get("patch_size")
-        if stated is not None and both_sides(stated) != sides:
+        if stated is not None and both_sides(stated) != both_sides(patch):
             yield (
                 "patch_size",
                 f"{shown(patch)}, but model.encoder.model_kwargs.patch_size = {shown(stated)}:"
                 " leave one of them out",
             )
-        pads = self.model_kwargs.get("dynamic_img_pad", False)
-        if side is not None and not pads and any(side % one for one in sides):
-            yield (
-                "patch_size",
-                f"an image of {side} pixels is no whole number of patches of {shown(patch)}: change"
-                " data.augmentation.image_size or patch_size",
-            )
-
-    def with_patch_size(self, patch: Patch) -> Self:
-        """As timm's own argument, of which its published weights are a matter."""
-        size = patch if isinstance(patch, int) or patch[0] != patch[1] else patch[0]
-        return replace(self, model_kwargs={**self.model_kwargs, "patch_size": size})
-
-
-def both_sides(patch: Any) -> tuple[Any, ...]:
-    """Height and width of a patch that may be said by one number."""
-    return tuple(patch) if isinstance(patch, list | tuple) else (patch, patch)
+        yield from super().patch_problems(patch, side)
 
 
 class TorchvisionEncoder(LibraryEncoder, tag="torchvision", tag_field="encoder_type"):
@@ -240,7 +245,7 @@ class TorchvisionEncoder(LibraryEncoder, tag="torchvision", tag_field="encoder_t
     """Probability of skipping the last block, where the model has it."""
 
 
-class TransformerEncoder(LibraryEncoder, tag="transformer", tag_field="encoder_type"):
+class TransformerEncoder(PatchEncoder, tag="transformer", tag_field="encoder_type"):
     """A model of images or clips of Hugging Face's transformers: its last hidden states."""
 
     built_in: ClassVar[str] = "encoder_transformers"
@@ -290,25 +295,18 @@ class TransformerEncoder(LibraryEncoder, tag="transformer", tag_field="encoder_t
                 "weights are those of patches of their own size: leave it out, or set"
                 " model.encoder.pretrained = false",
             )
-        elif side is not None and any(side % one for one in both_sides(patch)):
-            yield (
-                "patch_size",
-                f"an image of {side} pixels is no whole number of patches of {shown(patch)}: change"
-                " data.augmentation.image_size or patch_size",
-            )
-
-    def with_patch_size(self, patch: Patch) -> Self:
-        """As the configuration's own value."""
-        size = patch if isinstance(patch, int) or patch[0] != patch[1] else patch[0]
-        return replace(self, model_kwargs={**self.model_kwargs, "patch_size": size})
+        else:
+            yield from super().patch_problems(patch, side)
 
 
 Odd = Annotated[int, Meta(ge=1, le=31)]
 Probability = Annotated[float, Meta(ge=0, lt=1)]
 Voxels = tuple[Positive, Positive, Positive]
+ArrayOrder = Literal["xyz", "zyx"]
+Side = TypeVar("Side")
 
 
-class VolumeEncoder(LiftedEncoder):
+class VolumeEncoder(OwnChannels, WithoutClassToken, LiftedEncoder):
     """What the encoders of volumes (C, X, Y, Z) share; none of them has a class token."""
 
     lift: Literal["windows"] | None = None
@@ -323,16 +321,27 @@ class VolumeEncoder(LiftedEncoder):
     def takes(self) -> SampleKind:
         return "volumes"
 
-    @property
-    def stated_channels(self) -> int | None:
-        return self.input_channels
 
-    @property
-    def without_class_token(self) -> str | None:
-        return str(self.__struct_config__.tag)
+class ArrayEncoder(VolumeEncoder):
+    """What the encoders share whose weights may be of arrays (Z, Y, X), as nnU-Net keeps them."""
+
+    array_order: ArrayOrder = "xyz"
+    """Order of the axes in which the network sees a volume. "zyx" is that of the arrays of nnU-Net
+    and nnssl; kernels, strides, patches of tokens and weights_shape are then in that order too, as
+    in plans.json. All else, maps and tokens among it, stays in the order x, y, z."""
+
+    def turned(self, sides: tuple[Side, ...]) -> tuple[Side, ...]:
+        """Sides along x, y and z in the order of the network's axes, or back."""
+        return sides[::-1] if self.array_order == "zyx" else sides
+
+    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
+        """Volumes alone have these axes."""
+        yield from super().sample_problems(samples)
+        if self.array_order == "zyx" and samples == "videos":
+            yield "array_order", "it is of volumes, and the samples are videos: leave it out"
 
 
-class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_type"):
+class ResidualEncoder(ArrayEncoder, tag="residual_encoder", tag_field="encoder_type"):
     """The residual encoder of nnU-Net (ResEnc, blocks of ResNet-D), of volumes, clips or images;
     the defaults are those of its L preset."""
 
@@ -393,6 +402,8 @@ class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_
         yield from super().problems()
         if self.lift is not None and self.spatial_dim == 2:
             yield "lift", "it cuts volumes, and spatial_dim = 2 takes images: leave it out"
+        if self.array_order == "zyx" and self.spatial_dim == 2:
+            yield "array_order", "it is of volumes, and spatial_dim = 2 takes images: leave it out"
         stages = len(self.features_per_stage)
         if not stages:
             yield "features_per_stage", "name the channels of one stage at least"
@@ -418,7 +429,7 @@ class ResidualEncoder(VolumeEncoder, tag="residual_encoder", tag_field="encoder_
             yield "kernel_sizes", f"{even[0]} is even: only odd kernels keep the size"
 
 
-class PrimusEncoder(VolumeEncoder, tag="primus", tag_field="encoder_type"):
+class PrimusEncoder(ArrayEncoder, tag="primus", tag_field="encoder_type"):
     """The transformer of volumes by Wald et al. (Primus, 2025): EVA blocks with learned and rotary
     position embeddings over patches of voxels."""
 
@@ -427,8 +438,8 @@ class PrimusEncoder(VolumeEncoder, tag="primus", tag_field="encoder_type"):
     variant: Literal["S", "B", "M", "L"] = "S"
     """Width, blocks and heads: S 396, 12, 6; B 792, 12, 12; M 864, 16, 12; L 1056, 24, 16."""
     input_shape: Voxels | None = None
-    """Voxels that the position embedding is made for, as data.augmentation.patch_size, whose
-    default it is."""
+    """Voxels along x, y and z that the position embedding is made for, as
+    data.augmentation.patch_size, whose default it is."""
     patch_embed_size: Voxels = (8, 8, 8)
     """Voxels of a token."""
     drop_path_rate: Probability = 0.0
@@ -453,28 +464,27 @@ class PrimusEncoder(VolumeEncoder, tag="primus", tag_field="encoder_type"):
     def problems(self) -> Iterator[tuple[str, str]]:
         """Inputs are whole numbers of patches."""
         yield from super().problems()
-        for key in ("input_shape", "weights_shape"):
+        token = self.patch_embed_size
+        for key, of_token in (("input_shape", self.turned(token)), ("weights_shape", token)):
             shape = getattr(self, key)
-            if shape and any(s % p for s, p in zip(shape, self.patch_embed_size, strict=True)):
-                fitting = [
-                    max(1, round(s / p)) * p
-                    for s, p in zip(shape, self.patch_embed_size, strict=True)
-                ]
+            if shape and any(s % p for s, p in zip(shape, of_token, strict=True)):
+                fitting = [max(1, round(s / p)) * p for s, p in zip(shape, of_token, strict=True)]
                 yield (
                     key,
-                    f"{shown(shape)} is no whole number of tokens of {shown(self.patch_embed_size)}"
-                    f" voxels; nearest {shown(fitting)}",
+                    f"{shown(shape)} is no whole number of tokens of {shown(of_token)} voxels;"
+                    f" nearest {shown(fitting)}",
                 )
 
 
-class NnFoundationEncoder(
-    VolumeEncoder, tag="nnfoundation", tag_field="encoder_type", kw_only=True
-):
+class NnFoundationEncoder(ArrayEncoder, tag="nnfoundation", tag_field="encoder_type", kw_only=True):
     """A network pretrained with nnssl (nnFoundation, OpenMind): architecture and weights from its
     checkpoint, whose adaptation plan says what it is."""
 
     built_in: ClassVar[str] = "encoder_nnfoundation"
 
+    array_order: ArrayOrder = "zyx"
+    """Order of the axes in which the network sees a volume: "zyx", that of the arrays of nnssl, in
+    which weights_shape is too, or "xyz"."""
     checkpoint_path: PathText
     """checkpoint_final.pth of nnssl; its adaptation_plan.json where pretrained = false."""
     pretrained: bool = True
@@ -483,8 +493,8 @@ class NnFoundationEncoder(
     """Probability that training skips the last block of a Primus for a sample; none takes the
     plan's, else 0.2."""
     input_shape: Voxels | None = None
-    """Voxels of the input, the default of data.augmentation.patch_size; none takes the plan's
-    recommended downstream patch."""
+    """Voxels of the input along x, y and z, the default of data.augmentation.patch_size; none takes
+    the plan's recommended downstream patch."""
     weights_shape: Annotated[Voxels | None, read_if("pretrained", True)] = None
     """Voxels that the position embedding of a Primus was made for; none takes those of the plan
     that make as many patches, else a cube. Where the input has as many and is no cube, it is asked
@@ -629,7 +639,9 @@ class PrecomputedEncoder(BaseEncoder, tag="precomputed", tag_field="encoder_type
         return "features"
 
 
-class CustomEncoder(ImageEncoder, tag="custom", tag_field="encoder_type", kw_only=True):
+class CustomEncoder(
+    OwnChannels, ImageEncoder, tag="custom", tag_field="encoder_type", kw_only=True
+):
     """An encoder of your own: a function of your package that returns a module."""
 
     built_in: ClassVar[str] = "encoder_custom"
@@ -649,10 +661,6 @@ class CustomEncoder(ImageEncoder, tag="custom", tag_field="encoder_type", kw_onl
     @property
     def takes(self) -> SampleKind:
         return "either" if self.lift is None else super().takes
-
-    @property
-    def stated_channels(self) -> int | None:
-        return self.input_channels
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, Self
 
 from msgspec import Meta
+from msgspec.structs import StructConfig
 
 from glovita_lib.spec import Spec
 from glovita_lib.spec_conditions import read_unless
@@ -167,6 +168,31 @@ OTHER_DATA = {
     "features": ' set data.dataset to "precomputed_features", or',
     "volumes": ' set data.dataset to "generic_3d_dataset" or "custom_3d_dataset", or',
 }
+
+
+class OwnChannels:
+    """The sections of encoders that may state the channels of their input."""
+
+    __slots__ = ()
+
+    input_channels: Channels | None
+
+    @property
+    def stated_channels(self) -> int | None:
+        """Channels of the input, where the section states them."""
+        return self.input_channels
+
+
+class WithoutClassToken:
+    """The sections of encoders whose networks have no class token."""
+
+    __slots__ = ()
+    __struct_config__: ClassVar[StructConfig]
+
+    @property
+    def without_class_token(self) -> str | None:
+        """What the encoder is called."""
+        return str(self.__struct_config__.tag)
 
 
 class BaseEncoder(Spec):

@@ -24,7 +24,7 @@ from glovita_lib.spec_errors import (
     Positive,
     SampleKind,
 )
-from glovita_lib.spec_lift import BaseEncoder, Channels
+from glovita_lib.spec_lift import BaseEncoder, Channels, OwnChannels, WithoutClassToken
 
 SeriesTrainPolicy = Literal["default_series_1", "default_series_2", "default_series_3"]
 SeriesTestPolicy = Literal["shared_default_series"]
@@ -137,7 +137,7 @@ class ResolvedSeriesAugmentation(Spec):
 # -------------------------------------------------------------------------------- encoders
 
 
-class SeriesEncoder(BaseEncoder):
+class SeriesEncoder(OwnChannels, WithoutClassToken, BaseEncoder):
     """What the encoders of time series (C, T) of any length share; none has a class token. Means
     and norms are over the time points that count."""
 
@@ -154,14 +154,6 @@ class SeriesEncoder(BaseEncoder):
     @property
     def takes(self) -> SampleKind:
         return "series"
-
-    @property
-    def stated_channels(self) -> int | None:
-        return self.input_channels
-
-    @property
-    def without_class_token(self) -> str | None:
-        return str(self.__struct_config__.tag)
 
 
 class InceptionTimeEncoder(SeriesEncoder, tag="inception_time", tag_field="encoder_type"):

@@ -123,11 +123,11 @@ def test_a_residual_unet_gives_its_encoder(tmp_path: Path) -> None:
     weights = unet_weights()
     path = checkpoint(tmp_path, weights, plan("ResidualEncoderUNet", UNET))
     assert Plan(path).architecture == RESIDUAL
-    assert patch_size_of(NnFoundationEncoder(checkpoint_path=path)) == (8, 8, 12)
+    assert patch_size_of(NnFoundationEncoder(checkpoint_path=path)) == (12, 8, 8)
     encoder = make(path)
     state = encoder.net.state_dict()
     assert all(torch.equal(tensor, weights[f"encoder.{name}"]) for name, tensor in state.items())
-    assert encoder(torch.randn(1, 1, 8, 8, 12)).grid == (4, 4, 12)
+    assert encoder(torch.randn(1, 1, 12, 8, 8)).grid == (12, 4, 4)
     spread = make(path, channels=4).net.state_dict()["stem.convs.0.conv.weight"]
     expected = weights["encoder.stem.convs.0.conv.weight"].expand(-1, 4, -1, -1, -1) / 4
     torch.testing.assert_close(spread, expected)
@@ -171,7 +171,7 @@ def test_a_position_embedding_of_two_grids_is_asked_about(tmp_path: Path) -> Non
     weights = mae_weights()
     other = {"patch": (24, 24, 24), "recommended_downstream_patchsize": None}
     path = checkpoint(tmp_path, weights, plan("PrimusX", {**MAE, "input_shape": None}, **other))
-    size = (8, 16, 32)
+    size = (32, 16, 8)
     with pytest.raises(
         UserError, match="or of a cube of 4: name .* model.encoder.weights_shape"
     ) as e:

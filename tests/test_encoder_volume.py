@@ -96,7 +96,9 @@ def test_primus_is_that_of_the_package(name: str) -> None:
     size, registers = REFERENCE.PRIMUS[name]
     shape = PrimusShape(396, 2, 6, (8, 8, 8), drop_path=0.0, registers=registers)
     size = tuple(size)
-    encoder = build_primus(shape, name=name, channels=2, size=size, stated=size).eval()
+    encoder = build_primus(
+        shape, PrimusEncoder(), name=name, channels=2, size=size, stated=size
+    ).eval()
     found = RECORD["primus"][name]
     load_tensors(encoder.load_target, recorded_tensors(found["shapes"]), source=name)
     with torch.no_grad():
@@ -218,7 +220,8 @@ def test_patches_are_dropped_in_training_alone() -> None:
 def test_a_primus_takes_other_sizes_as_if_it_were_built_for_them() -> None:
     sizes = {(2, 2, 3): (16, 16, 24), (4, 2, 3): (32, 16, 24)}
     small, large = (
-        build_primus(TWO_BLOCKS, name="p", channels=1, size=size).eval() for size in sizes.values()
+        build_primus(TWO_BLOCKS, PrimusEncoder(), name="p", channels=1, size=size).eval()
+        for size in sizes.values()
     )
     state = small.net.state_dict()
     state["eva.pos_embed"] = resample(state["eva.pos_embed"], *sizes)
@@ -342,9 +345,7 @@ def of_nnunet(grid, weights):
 def of_a_run(grid, weights, *, windows: bool):
     """A checkpoint of this program."""
     lift = {"lift": "windows", "windows": {"size": list(voxels(grid))}}
-    section = {"encoder_type": "primus", "lift": None, "input_shape": None} | (
-        lift if windows else {}
-    )
+    section = {"array_order": "xyz", "lift": None, "input_shape": None} | (lift if windows else {})
     patch = [64, 64, 64] if windows else list(voxels(grid))
     resolved = {"inputs": {"augmentation": {"patch_size": patch}}}
     named = {f"encoder.net.{name}": tensor for name, tensor in weights.items()}

@@ -135,6 +135,16 @@ BROKEN = [
         'would be ignored, it is read only with model.encoder.lift = "windows"',
     ),
     (
+        [*RESIDUAL, "model.encoder.spatial_dim=2", "model.encoder.array_order=zyx"],
+        "model.encoder.array_order",
+        "spatial_dim = 2 takes images",
+    ),
+    (
+        [*VIDEOS, *RESIDUAL[-1:], "model.encoder.array_order=zyx"],
+        "model.encoder.array_order",
+        "it is of volumes, and the samples are videos: leave it out",
+    ),
+    (
         ["model.encoder.encoder_type=residual_encoder", "model.encoder.spatial_dim=2", *WINDOWS],
         "model.encoder.lift",
         "spatial_dim = 2 takes images: leave it out",
