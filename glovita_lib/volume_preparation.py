@@ -22,6 +22,7 @@ import numpy as np
 from glovita_lib.data import is_constant
 from glovita_lib.errors import UserError
 from glovita_lib.read_volume import spacing_of
+from glovita_lib.spec_errors import shown
 from glovita_lib.spec_volumes import VolumePreparation
 
 ORDERS = {"nearest": 0, "linear": 1, "cubic": 3}
@@ -29,6 +30,8 @@ SAME_GRID = 0.01  # voxels by which the ends of two grids may differ and still b
 ROUNDING = 1e-6  # voxels: affines are stored as float32, places must not depend on that
 FOREGROUND_POINTS = 1000
 PIECE = 2**15  # values of a sum at a time: what stays in the cache of a core
+FAINT = 0.02  # share of a CT window's width; what differs by less has its values elsewhere
+EVEN = 1e-5  # relative difference of values that are one but for the rounding of resampling
 BAND = 32  # rows of a resampling matrix that are applied at a time
 
 
@@ -86,8 +89,8 @@ def prepare(
         has_spacing: whether the affine comes from the file, and is not made up.
 
     Raises:
-        UserError: voxels that are not finite, a constant channel, no foreground, an unknown
-            spacing, or a wrong number of normalisations; one line.
+        UserError: voxels that are not finite, a channel that is constant, before or after, no
+            foreground, an unknown spacing, or a wrong number of normalisations; one line.
     """
     if spec.spacing is not None and not has_spacing:
         raise UserError(
@@ -111,7 +114,9 @@ def prepare(
     affine = affine @ grid_affine(axes)
     if spec.size is not None:
         found, affine, points = fit_to_size(found, affine, points, spec.size)
-    return Prepared(stored_type(found, spec.dtype), affine, points)
+    stored = stored_type(found, spec.dtype)
+    refuse_blank(found, voxels, names, spec)
+    return Prepared(stored, affine, points)
 
 
 # ---------------------------------------------------------------------- checks
@@ -164,6 +169,44 @@ def refuse_constant(voxels: np.ndarray) -> None:
         if low == high:
             which = f"channel {number} is" if len(voxels) > 1 else ""
             raise UserError(f"{which} constant: every voxel is {low:g}".strip())
+
+
+def refuse_blank(
+    found: np.ndarray, file: np.ndarray, names: Sequence[str], spec: VolumePreparation
+) -> None:
+    """Refuse a channel of the file (C, X, Y, Z) of which nothing is to be seen once it is prepared,
+    (C', X, Y, Z): one value is left, or of CT windows hardly anything lies in any.
+
+    Raises:
+        UserError: there is one.
+    """
+    lows, highs = found.min((1, 2, 3)), found.max((1, 2, 3))
+    first = 0
+    for number, name in enumerate(names):
+        part = slice(first, first + (len(spec.ct_windows) if name == "ct_window" else 1))
+        first = part.stop
+        low, high = float(lows[part].min()), float(highs[part].max())
+        which = f"channel {number}: " if len(names) > 1 else ""
+        if name == "ct_window":
+            spread = float((highs[part] - lows[part]).max())
+            if spread < FAINT:
+                raise UserError(
+                    f"{which}its values, {file[number].min():g} to {file[number].max():g} in the"
+                    f" file, fill {spread:.1%} of data.preparation.ct_windows"
+                    f" {shown(spec.ct_windows)} (level, width; Hounsfield units): choose others, or"
+                    " another normalize"
+                )
+        elif high - low <= EVEN * max(abs(low), abs(high)):
+            raise UserError(
+                f"{which}every voxel that data.preparation leaves is {high:g}, though the file has"
+                f" {file[number].min():g} to {file[number].max():g}: change crop, foreground, size"
+                " or spacing"
+            )
+        elif np.dtype(spec.dtype).type(low) == np.dtype(spec.dtype).type(high):
+            raise UserError(
+                f"{which}its values, {low:g} to {high:g}, are one in {spec.dtype}: set"
+                ' data.preparation.dtype = "float32", or normalise them'
+            )
 
 
 def stored_type(voxels: np.ndarray, dtype: str) -> np.ndarray:

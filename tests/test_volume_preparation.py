@@ -341,3 +341,34 @@ def test_volumes_that_cannot_be_prepared_are_one_line():
     sparse = np.zeros((10, 10, 10), np.float32)
     sparse[0, 0, 0] = 1
     assert "percentile scale is 0" in refused(sparse, replace(NOTHING, normalize="percentile"))
+
+
+def test_volumes_that_are_constant_only_when_prepared_are_one_line():
+    """Nothing is to be seen in the CT windows, in the box that is kept, or in float16."""
+    lung = 4 * blob() - 1000
+    assert lung.max() < -160
+    soft = replace(NOTHING, normalize="ct_window", ct_windows=((40.0, 400.0),))
+    line = refused(lung, soft)
+    assert f"its values, -1000 to {lung.max():g} in the file, fill 0.0% of" in line
+    assert "ct_windows [[40.0, 400.0]]" in line
+    assert "fill 0.0%" in refused(lung, replace(soft, ct_windows=((40.0, 80.0), (400.0, 1000.0))))
+    assert "fill 0.2% of" in refused(blob() / blob().max(), soft)  # scaled to 0..1 before
+    both = prepared(lung, replace(soft, ct_windows=((40.0, 400.0), (-600.0, 1500.0)))).voxels
+    assert np.ptp(both[0]) == 0 and np.ptp(both[1]) > 0.1  # an empty one of several is no mistake
+    second = replace(soft, normalize=("none", "ct_window"))
+    assert refused(np.stack([lung, lung]), second).startswith("channel 1: its values")
+
+    even = np.zeros((12, 12, 12), np.float32)
+    even[3:9, 3:9, 3:9] = 7
+    whole = prepared(even, replace(NOTHING, size=(8, 8, 8))).voxels
+    assert np.ptp(whole) == 7
+    for settings in (
+        {"crop": "foreground"},
+        {"size": (4, 4, 4)},
+        {"size": (4, 4, 4), "normalize": "zscore"},
+    ):
+        line = refused(even, replace(NOTHING, **settings))
+        assert "every voxel that data.preparation leaves is" in line and "has 0 to 7" in line
+    large = np.float32(10_000) + np.arange(4, dtype=np.float32).reshape(2, 2, 1)
+    assert "10000 to 10003, are one in float16" in refused(large, replace(NOTHING, dtype="float16"))
+    assert (prepared(large, NOTHING).voxels[0] == large).all()
