@@ -82,6 +82,7 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
         if kinds := image_kinds(parent, names, conditions, few=few):
             images[inside] = kinds
     images = images if itself else with_own_uids(images)
+    everything = images
     found.folders.update(images)
     if not apart:
         found.series, found.others = study_folders(images, len(conditions), itself=itself)
@@ -108,25 +109,35 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
             found.others |= {inside} if slices and not files else set()
         found.files |= {start + name for name in files}
         found.others |= {start + name for name in framed - meant}
-    if apart:
-        join_parts(folder, found, images, series[0] if series else None, itself=itself)
+    for number, condition in enumerate(series or (None,)):
+        join_parts(folder, found, everything, condition, number, itself=itself)
     return found
 
 
 def join_parts(
-    folder: Path, found: DicomVolumes, images: dict[str, Kinds], series: str | None, *, itself: bool
+    folder: Path,
+    found: DicomVolumes,
+    images: dict[str, Kinds],
+    series: str | None,
+    number: int,
+    *,
+    itself: bool,
 ) -> None:
     """Make folders with the parts of one series one sample, the folder that they have in common;
     where that holds other samples too, each gets its line.
 
     Args:
-        series: the condition of the one that is meant, if any.
+        series: a condition of the ones that are meant, if any.
+        number: of the condition.
     """
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for inside in sorted(found.series):
-        kinds = [kind for kind in images[inside].values() if kind.frames == 1]
-        of = {(kind.series, *kind.of) for kind in kinds if kind.met or series is None}
-        if len(of) == 1 and (key := of.pop())[0]:
+    of: dict[str, set[tuple[str, ...]]] = {}  # series of each sample
+    for inside, kinds in images.items():
+        for each in found.series.intersection(lineage(inside)):
+            meant = (k for k in kinds.values() if series is None or number in k.met)
+            of.setdefault(each, set()).update((k.series, *k.of) for k in meant if k.frames == 1)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for inside in sorted(of):
+        if len(of[inside]) == 1 and (key := next(iter(of[inside])))[0]:
             groups.setdefault(key, []).append(inside)
     for parts in groups.values():
         if len(parts) < 2 or not are_parts([str(folder / each) for each in parts], series):

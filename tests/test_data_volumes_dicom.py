@@ -505,6 +505,25 @@ def test_parts_of_a_series_in_folders_of_their_own_are_one_sample(tmp_path):
     assert ids_of(kept) == sorted(f"{case}/scout" for case in CASES)
 
 
+def test_parts_of_both_series_of_a_study_are_one_sample(tmp_path):
+    """Each folder holds half of the slices of both."""
+    voxels = np.concatenate([VOXELS, VOXELS[::-1]], 2)  # (6, 5, 8)
+    for number, case in enumerate(CASES):
+        for order, kind in enumerate(("t1", "t2")):
+            uids = {"uid": f"1.{number}.{order}", "description": kind}
+            whole = write_dicom(tmp_path / "images" / case / kind, voxels + number, **uids)
+            for place, file in enumerate(sorted(whole.iterdir())):
+                half = whole.with_name(f"d{1 + place // 4}")
+                half.mkdir(exist_ok=True)
+                file.rename(half / f"{kind}_{file.name}")
+            whole.rmdir()
+    both = {"reading": VolumeReading(series=("SeriesDescription=t2", "SeriesDescription=t1"))}
+    data = build(tmp_path, **both)
+    assert ids_of(data) == sorted(CASES) and data.samples.channels == 2
+    one = build(tmp_path, reading=VolumeReading(series=("SeriesDescription=t2",)))
+    assert ids_of(one) == sorted(CASES) and one.samples.channels == 1
+
+
 def test_a_slice_that_is_missing_between_the_parts_of_a_series_is_told(tmp_path):
     write_parts(tmp_path / "images", lost=(3, 4))
     with pytest.raises(UserError, match="4 volumes cannot be used.*\\n.*2 slices missing"):
