@@ -8,320 +8,57 @@ B batch, N tokens, D width, C channels, T H W frames, rows and columns, t h w of
 """
 
 import inspect
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from msgspec.structs import asdict
 from torch import Tensor, nn
 
-from glovita_lib.encoder import (
-    Encoder,
-    Preprocess,
-    build_encoder,
-    check_channels,
-    file_facts,
-    fit_channels,
-    preprocess_of,
-    with_facts,
+from glovita_lib.encoder import Encoder, build_encoder, check_channels
+from glovita_lib.encoder_hub import cache_only_without_network, hub_errors, place_of
+from glovita_lib.encoder_transformers_config import (
+    CHANNELS,
+    CLIPS,
+    PATCHED,
+    Size,
+    cell_of,
+    check_kind,
+    check_size,
+    configuration,
+    files_of,
+    fitted_values,
+    has_weights,
+    is_kind,
+    key_of,
+    library,
+    sides_of,
+    stated_size,
 )
-from glovita_lib.encoder_hub import (
-    cache_only_without_network,
-    completed,
-    hub_errors,
-    interpolation,
-    normalisation,
-    place_of,
-    read_json,
-    read_preprocessor,
-    resizing,
-)
-from glovita_lib.encoder_torchvision import IMAGENET
 from glovita_lib.encoder_video import fit_rgb, part
-from glovita_lib.errors import UserError, listed, meant, reason, refuse
+from glovita_lib.errors import UserError, listed, meant, reason
 from glovita_lib.network import is_conv
-from glovita_lib.spec_encoders import TransformerEncoder, argument_problems
-from glovita_lib.weights import LoadTarget, Tensors, load_file, read_networks
+from glovita_lib.spec_encoders import TransformerEncoder
+from glovita_lib.weights import LIBRARY_ERRORS, LoadTarget, Tensors, load_file, read_networks
 
-Size = tuple[int, ...]
-Values = dict[str, Any]
-PLACE = 'model.encoder.encoder_type = "transformer"'
-OLDEST = (5, 24)
-PATCHED = (
-    "vit", "deit", "vit_mae", "vit_msn", "ijepa", "beit", "data2vec-vision", "dinov2",
-    "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip_vision_model",
-)  # fmt: skip
-"""Kinds of models, by transformers' `model_type`, of images of whole patches."""
-IMAGES = (
-    *PATCHED,
-    *("swin", "swinv2", "convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"),
-)
-"""Kinds of models of images."""
-CLIPS = ("videomae", "timesformer", "vivit", "vjepa2")
-"""Kinds of models of clips (B, T, C, H, W)."""
-FIXED = ("videomae", "vivit")
-"""Those whose weights are of clips of one size, as positions are numbered through."""
 OWN_POOLING = ("beit", "data2vec-vision", "swin", "swinv2")
 """Those whose pooling layer is a mean or a token and a norm; the dense one of others is trained in
 few files, and no classifier of theirs reads it."""
 END_NORMS = ("fc_norm.weight", "fc_norm.bias", "pooler.layernorm.weight", "pooler.layernorm.bias")
 MAY_LACK = (*END_NORMS, "embeddings.mask_token")
 """What some files lack: a norm of the classifier, which begins as none, and what is not read."""
-CHANNELS = ("num_channels", "in_chans")
-SIDES = ("image_size", "crop_size")
-FRAMES = ("num_frames", "frames_per_clip")
-OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+UNREAD = ("mask_token", "position_ids", "relative_position_index", "inv_freq")
+"""Ends of names of what is read in pretraining alone, or follows from a formula."""
 CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier", "decoder", "predictor")
-
-
-# -------------------------------------------------------------------------------- what files say
-
-
-class BuiltTransformer(TransformerEncoder, tag="transformer", kw_only=True):
-    """The section of a trained run, with what the files of its model say."""
-
-    config: dict[str, Any]
-    """Content of config.json, of a model of text and images that of the images."""
-    preprocessor: dict[str, Any] | None
-    """Content of preprocessor_config.json."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """What the files beside the weights of a model say."""
-
-    config: Values
-    preprocessor: Values | None
-
-    @property
-    def kind(self) -> str:
-        """transformers' `model_type`."""
-        return self.config["model_type"]
-
-
-def library() -> Any:
-    """The package.
-
-    Raises:
-        UserError: it is not there, or older than what is known here.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"{PLACE}: the package is missing ({reason(error)}); pip install"
-            ' "glovita[transformers]"'
-        ) from error
-    if tuple(int(n) for n in re.findall(r"\d+", transformers.__version__)[:2]) < OLDEST:
-        raise UserError(
-            f"{PLACE}: transformers {transformers.__version__} is older than"
-            f' {".".join(map(str, OLDEST))}; pip install -U "glovita[transformers]"'
-        )
-    return transformers
-
-
-def files_of(spec: TransformerEncoder) -> ModelFiles:
-    """What the files of a model say; of a kind of model, what its class has as defaults.
-
-    Raises:
-        UserError: no such model, no network, or one that is not known here.
-    """
-    if isinstance(spec, BuiltTransformer):
-        return ModelFiles(spec.config, spec.preprocessor)
-    if is_kind(spec.type):
-        return ModelFiles({"model_type": spec.type}, None)
-    config = read_json(spec.type, "config.json", kinds_meant(spec))
-    if config is None:
-        raise UserError(
-            f'model.encoder.type = "{spec.type}": it holds no config.json of transformers'
-            f"{kinds_meant(spec)}"
-        )
-    if "vision_config" in config:
-        inner = {"model_type": f"{config.get('model_type')}_vision_model"}
-        config = {**inner, **(config["vision_config"] or {})}
-    if config.get("model_type") not in (*IMAGES, *CLIPS):
-        raise UserError(
-            f'model.encoder.type = "{spec.type}": its config.json has model_type ='
-            f' "{config.get("model_type")}"; valid: {", ".join((*IMAGES, *CLIPS))}'
-        )
-    clips = config["model_type"] in CLIPS
-    return ModelFiles(config, read_preprocessor(spec.type, clips=clips))
-
-
-def is_kind(name: str) -> bool:
-    """Whether a name is that of a kind of model, and no folder."""
-    return name in (*IMAGES, *CLIPS) and not Path(name).is_dir()
-
-
-def kinds_meant(spec: TransformerEncoder) -> str:
-    """The kind of model that a name may have meant, as the end of a message."""
-    return meant(spec.type, [*IMAGES, *CLIPS]) if "/" not in spec.type else ""
-
-
-@file_facts.register
-def _(spec: TransformerEncoder) -> dict[str, Any] | None:
-    files = files_of(spec)
-    return {"config": files.config, "preprocessor": files.preprocessor}
-
-
-@with_facts.register
-def _(spec: TransformerEncoder, facts: dict[str, Any]) -> BuiltTransformer:
-    return BuiltTransformer(**asdict(spec), **facts)
-
-
-# ------------------------------------------------------------------------------ configurations
-
-
-def configuration(spec: TransformerEncoder, values: Values) -> Any:
-    """transformers' configuration of a model with these values and those of the section.
-
-    Raises:
-        UserError: a value that it does not have or take.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    refuse("model.encoder", argument_problems(spec.model_kwargs, spec.set_elsewhere))
-    kind = library().CONFIG_MAPPING[values["model_type"]]
-    known = kind().to_dict()
-    for key in spec.model_kwargs:
-        if key not in known:
-            raise UserError(
-                f"model.encoder.model_kwargs.{key}: the configuration of {values['model_type']} has"
-                f" no such value{meant(key, [*known])}"
-            )
-    try:
-        return kind.from_dict({**values, **spec.model_kwargs, **OUTPUTS})
-    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
-        place = "model_kwargs" if spec.model_kwargs else "type"
-        raise UserError(
-            f"model.encoder.{place}: transformers cannot configure {values['model_type']}:"
-            f" {' '.join(str(error).split())}"
-        ) from error
-
-
-def key_of(config: Any, names: tuple[str, ...]) -> str | None:
-    """The name of these that a configuration has."""
-    return next((name for name in names if hasattr(config, name)), None)
-
-
-def sides_of(config: Any) -> Size | None:
-    """Height and width in pixels that a configuration states."""
-    key = key_of(config, SIDES)
-    stated = None if key is None else getattr(config, key)
-    if stated is None:
-        return None
-    return tuple(stated) if isinstance(stated, list | tuple) else (stated, stated)
-
-
-def stated_size(config: Any) -> Size | None:
-    """Size of the input that a configuration states: (T, H, W) or (H, W)."""
-    sides, key = sides_of(config), key_of(config, FRAMES)
-    if sides is None or key is None or config.model_type not in CLIPS:
-        return sides
-    return (getattr(config, key), *sides)
-
-
-def cell_of(config: Any) -> Size:
-    """Rows and columns of a token, of a model of clips frames before them."""
-    tubelet = getattr(config, "tubelet_size", 1)
-    if isinstance(tubelet, list | tuple):
-        return tuple(tubelet)
-    patch = config.patch_size
-    sides = tuple(patch) if isinstance(patch, list | tuple) else (patch, patch)
-    return (tubelet, *sides) if config.model_type in CLIPS else sides
-
-
-def has_weights(spec: TransformerEncoder) -> bool:
-    """Whether weights are loaded, whose shapes decide those of the network."""
-    return spec.pretrained or spec.weights is not None
-
-
-def check_kind(spec: TransformerEncoder, config: Any, size: Size) -> None:
-    """A model of images has images, one of clips has clips.
-
-    Raises:
-        UserError: it has not.
-    """
-    kind = config.model_type
-    if (kind in CLIPS) == (len(size) == 3):
-        return
-    taken, given = ("clips", "images") if kind in CLIPS else ("images", "clips")
-    cure = "name a model of images"
-    if kind not in CLIPS:
-        cure = 'set model.encoder.lift = "slices", which reads frame by frame, or name a model of'
-        cure += f" clips ({', '.join(CLIPS)})"
-    raise UserError(
-        f'model.encoder.type = "{spec.type}": {kind} takes {taken}, and the samples are {given}:'
-        f" {cure}"
-    )
-
-
-def check_size(spec: TransformerEncoder, config: Any, size: Size) -> None:
-    """Inputs are whole numbers of tokens, and clips are of the size of the weights.
-
-    Raises:
-        UserError: they are not.
-    """
-    kind, told = config.model_type, " x ".join(map(str, size))
-    place = f'model.encoder.type = "{spec.type}"'
-    cell = cell_of(config) if kind in (*PATCHED, *CLIPS) else (1,) * len(size)
-    if any(side % step for side, step in zip(size, cell, strict=True)):
-        near = [max(1, round(side / step)) * step for side, step in zip(size, cell, strict=True)]
-        axes = "frames, rows and columns" if len(cell) == 3 else "pixels"
-        raise UserError(
-            f"{place}: inputs of {told} are no whole number of its tokens of"
-            f" {' x '.join(map(str, cell))} {axes}; {set_size(near)}"
-        )
-    wanted = stated_size(config)
-    if kind in FIXED and has_weights(spec) and wanted is not None and size != wanted:
-        raise UserError(
-            f"{place}: its weights are of clips of {' x '.join(map(str, wanted))} frames, rows and"
-            f" columns, and transformers fits no positions of {kind} to {told}; {set_size(wanted)}"
-        )
-    if kind == "vjepa2" and size[1] != size[2]:
-        raise UserError(f"{place}: {kind} takes square frames, not {told}")
-    if getattr(config, "attention_type", None) == "space_only":
-        raise UserError(
-            'model.encoder.model_kwargs.attention_type: "space_only" reads every frame by itself:'
-            ' name a model of images with model.encoder.lift = "slices", or take'
-            ' "divided_space_time" or "joint_space_time"'
-        )
-
-
-def set_size(size: Sequence[int]) -> str:
-    """The keys that make inputs of a size, as the end of a message."""
-    frames = f"data.sampling.frames = {size[0]} and " if len(size) == 3 else ""
-    return f"set {frames}data.augmentation.image_size = {size[-2]}"
-
-
-def fitted_values(spec: TransformerEncoder, config: Any, *, channels: int, size: Size) -> Values:
-    """Values of a configuration that follow from the input. Where there are weights, positions keep
-    their number and the forward pass fits them to other sizes."""
-    values: Values = {}
-    kind, free = config.model_type, not has_weights(spec)
-    if (key := key_of(config, CHANNELS)) is not None:
-        values[key] = channels
-    sides, side_key, frames_key = size[-2:], key_of(config, SIDES), key_of(config, FRAMES)
-    square = sides[0] == sides[1]
-    if kind == "vjepa2" or kind in FIXED or (free and kind in CLIPS):
-        assert side_key is not None and frames_key is not None, "models of clips state both"
-        # those of TimeSformer are of squares, which its forward pass fits to other frames
-        side = sides[1] if square or kind == "timesformer" else sides
-        values |= {frames_key: size[0], side_key: side}
-    elif free and square and side_key is not None:
-        values[side_key] = sides[0]
-    return values
 
 
 # ------------------------------------------------------------------------------------ networks
 
 
-def build_network(config: Any) -> nn.Module:
+def build_network(spec: TransformerEncoder, config: Any) -> nn.Module:
     """The network of a configuration with initial weights, without what its last hidden states do
     not need.
 
@@ -329,11 +66,19 @@ def build_network(config: Any) -> nn.Module:
         UserError: the configuration makes none.
     """
     kind = model_class(config)
+    place = f"model.encoder.{'model_kwargs' if spec.model_kwargs else 'type'}"
+    activations = library().activations.ACT2FN
+    for key, value in config.to_dict().items():
+        if key.endswith("_act") and isinstance(value, str) and value not in activations:
+            raise UserError(
+                f'{place}: {config.model_type} has {key} = "{value}", which transformers lacks'
+                f"{meant(value, [*activations])}; valid: {listed(activations, 99)}"
+            )
     try:
         net = kind(config, **pooling_argument(kind, config))
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(
-            f"model.encoder.model_kwargs: transformers cannot build {config.model_type}:"
+            f"{place}: transformers cannot build {config.model_type}:"
             f" {type(error).__name__}: {reason(error)}"
         ) from error
     return stripped(net)
@@ -513,17 +258,25 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedState:
+    """Tensors of a model under the names of its network, as transformers loads them."""
+
+    tensors: dict[str, Tensor]
+    lacking: list[str]
+    """Names that weights lack, or have in another shape."""
+    unexpected: list[str]
+    """Names in weights that the network lacks."""
+
+
 def loaded_state(
     config: Any, place: str | None, tensors: Mapping[str, Tensor] | None, **options: Any
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of a model under the names of its network, as transformers loads them.
+) -> LoadedState:
+    """Load weights as transformers does.
 
     Args:
         config: that the weights are of.
         place: folder or repository; None where the tensors are at hand.
-
-    Returns:
-        The tensors, and the names that weights lack, or have in another shape.
     """
     kind = model_class(config)
     has_norm = config.model_type == "videomae" and config.use_mean_pooling
@@ -542,16 +295,31 @@ def loaded_state(
         )
     state = {name.removeprefix("videomae."): t for name, t in model.state_dict().items()}
     lacking = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
-    return state, [name.removeprefix("videomae.") for name in lacking]
+    lacking = [name.removeprefix("videomae.") for name in lacking]
+    return LoadedState(state, lacking, sorted(info["unexpected_keys"]))
 
 
-def fitted(net: nn.Module, state: dict[str, Tensor], lacking: list[str]) -> Tensors:
+def of_other_layers(net: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of names beyond a network's own that stand inside of its parts: layers that it lacks.
+    Others are of what stands beside it in a whole model, such as a classifier or a text tower."""
+    parts = {name for name, inner in net.named_children() if [*inner.parameters()]}
+    front = f"{net.base_model_prefix}."
+    found = []
+    for name in names:
+        if name.endswith(UNREAD):
+            continue
+        spelled = (name.removeprefix(front), name)  # a part may have the name of the whole
+        found += [each for each in spelled if each.partition(".")[0] in parts][:1]
+    return found
+
+
+def fitted(net: nn.Module, state: LoadedState) -> Tensors:
     """Tensors of the network itself, its first kernels for its channels; without those that are
     lacking."""
     own, first = net.state_dict(), {f"{name}.weight" for name in first_convolutions(net)}
     found = Tensors()
-    for name, tensor in state.items():
-        if name not in own or name in lacking:
+    for name, tensor in state.tensors.items():
+        if name not in own or name in state.lacking:
             continue
         refit = name in first and tensor.shape[1] != own[name].shape[1]
         found[name] = fit_rgb(tensor, own[name].shape[1]) if refit else tensor
@@ -564,11 +332,30 @@ def first_convolutions(net: nn.Module) -> tuple[str, ...]:
 
 
 def load_as_transformers(config: Any, net: nn.Module, tensors: Tensors) -> None:
-    """Load tensors as transformers loads a file of this configuration."""
-    state, lacking = loaded_state(config, None, dict(tensors))
+    """Load tensors as transformers loads a file of this configuration, but for the channels, which
+    are those of the file."""
     own = net.state_dict()
+    key, channels = key_of(config, CHANNELS), channels_of(net, tensors)
+    if key is not None and channels is not None:
+        config = type(config).from_dict({**config.to_dict(), key: channels})
+    state = loaded_state(config, None, dict(tensors))
     begun = {name: own[name] for name in MAY_LACK if name in own}
-    net.load_state_dict({**begun, **fitted(net, state, lacking)})
+    beyond = dict.fromkeys(of_other_layers(net, state.unexpected), torch.empty(0))
+    net.load_state_dict({**begun, **fitted(net, state), **beyond})
+
+
+def channels_of(net: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
+    """Channels of the input in weights, by the kernel that sees it: that of its name, else the one
+    that is like it but for its channels; None where there is none or several."""
+    for name in first_convolutions(net):
+        own = net.get_parameter(f"{name}.weight")
+        named = tensors.get(f"{name}.weight")
+        alike = {
+            t.shape[1] for t in ([named] if named is not None else tensors.values())
+            if t.ndim == own.ndim and t[:, 0].shape == own[:, 0].shape
+        }  # fmt: skip
+        return alike.pop() if len(alike) == 1 else None
+    return None
 
 
 def load_end_norm(path: str, net: nn.Module) -> None:
@@ -581,6 +368,13 @@ def load_end_norm(path: str, net: nn.Module) -> None:
         if end.keys() == {"weight", "bias"} and end["bias"].shape == norm.bias.shape:
             norm.load_state_dict(end)
             return
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What reading a broken file of weights raises."""
+    from safetensors import SafetensorError
+
+    return (SafetensorError, UnpicklingError, EOFError)
 
 
 def load_published(spec: TransformerEncoder, config: Any, net: nn.Module) -> tuple[str, ...]:
@@ -596,20 +390,26 @@ def load_published(spec: TransformerEncoder, config: Any, net: nn.Module) -> tup
     options = {} if revision is None else {"revision": revision}
     try:
         with cache_only_without_network():
-            state, lacking = loaded_state(config, place, None, **options)
-    except hub_errors() + (ValueError, RuntimeError) as error:
+            state = loaded_state(config, place, None, **options)
+    except hub_errors() + LIBRARY_ERRORS + unreadable() as error:
         raise UserError(
             f'model.encoder.pretrained = true: the weights of "{spec.type}" cannot be read'
             f" ({type(error).__name__}: {reason(error)}); offline: model.encoder.type ="
             ' "<folder>" with model.safetensors, model.encoder.weights = "<file>", or pretrained ='
             " false"
         ) from error
-    found = fitted(net, state, lacking)
+    found = fitted(net, state)
     missing = [n for n, _ in net.named_parameters() if n not in found and n not in MAY_LACK]
     if missing:
         raise UserError(
             f'model.encoder.pretrained = true: the weights of "{spec.type}" lack, or have in'
             f" another shape, {listed(missing, 3)}: change model_kwargs, or set pretrained = false"
+        )
+    if beyond := of_other_layers(net, state.unexpected):
+        raise UserError(
+            f'model.encoder.pretrained = true: the weights of "{spec.type}" hold more than the'
+            f" network, {listed(beyond, 3)}: change model_kwargs or config.json, or set pretrained"
+            " = false"
         )
     net.load_state_dict(found, strict=False)
     if all(name in found for name in net.state_dict() if name in END_NORMS):
@@ -637,15 +437,18 @@ def build_transformer(
     published = configuration(spec, files.config)
     size = size or stated_size(published) or (224, 224)
     check_kind(spec, published, size)
-    check_size(spec, published, size)
-    values = fitted_values(spec, published, channels=channels, size=size)
+    check_size(spec, published, size, files.size)
+    values = fitted_values(published, channels=channels, size=size, of_weights=files.size)
     with quiet():
-        net = build_network(configuration(spec, {**published.to_dict(), **values}))
+        net = build_network(spec, configuration(spec, {**published.to_dict(), **values}))
     sides = sides_of(vars(net)["config"])
     if files.kind == "timesformer":  # its forward pass fits positions to what these say
         vars(net)["config"].update({"num_frames": size[0], "image_size": size[2]})
     shape = (1, channels, *size)
     encoder = TransformersTrunk(net, sides=sides, name=spec.type, input_shape=shape)
+    if files.size is None:  # weights are of this size, or have no positions
+        values = {key: value for key, value in values.items() if key not in CHANNELS}
+        published = configuration(spec, {**published.to_dict(), **values})
     loading = partial(load_as_transformers, published)
     first = first_convolutions(net)
     encoder.load_target = LoadTarget(net, loading, CLASSIFIERS, first_conv=first)
@@ -668,27 +471,3 @@ def build_transformer(
 def _(spec: TransformerEncoder, *, channels: int, size: Size | None, load_weights: bool) -> Encoder:
     check_channels(spec, channels)
     return build_transformer(spec, channels=channels, size=size, read_weights=load_weights)
-
-
-# --------------------------------------------------------------------------------------- input
-
-
-@preprocess_of.register
-def _(spec: TransformerEncoder, *, channels: int) -> Preprocess:
-    check_channels(spec, channels)
-    files = files_of(spec)
-    sides = sides_of(configuration(spec, files.config)) or (224, 224)
-    stated = files.preprocessor
-    values = {} if stated is None else completed(files.kind, stated)
-    side, crop, mode = resizing(values, sides[0])
-    fixed = files.kind in FIXED and has_weights(spec)
-    mean, std = normalisation(values, IMAGENET)
-    return Preprocess(
-        image_size=(sides[0] if fixed else side) if has_weights(spec) else None,
-        crop_pct=crop,
-        interpolation=interpolation(values),
-        mean=fit_channels(mean, channels),
-        std=fit_channels(std, channels),
-        fixed_size=fixed,
-        crop_mode=mode,
-    )

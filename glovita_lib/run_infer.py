@@ -234,8 +234,9 @@ def export(path: Path, experiment: Experiment) -> None:
     refuse_foreign(path)
     # a block that is used twice is written under both its names
     state = {name: contiguous_copy(t) for name, t in experiment.model.state_dict().items()}
-    facts = {"encoder_facts": experiment.resolved.encoder_facts}
-    spec = json.dumps(msgspec.to_builtins(experiment.root.model) | facts)
+    resolved = experiment.resolved
+    facts = {"encoder_facts": resolved.encoder_facts, "inputs": resolved.inputs}
+    spec = json.dumps(msgspec.to_builtins(experiment.root.model) | msgspec.to_builtins(facts))
     files.write_bytes(path, safetensors.torch.save(state, {"format": "pt", "model": spec}))
     say(f"wrote {len(state)} tensors to {path}")
 

@@ -278,7 +278,7 @@ def read_torch(path: Path, *, mapped: bool = False) -> Any:
             f'weights = "{path}": not a torch file of tensors only; save its state_dict alone, as'
             " torch.save(state_dict, path) or as safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (*LIBRARY_ERRORS, EOFError, OSError) as error:
         raise UserError(f'weights = "{path}": not a whole torch file ({reason(error)})') from error
 
 

@@ -20,7 +20,7 @@ from glovita_lib.encoder import Encoder, build_encoder, file_facts, preprocess_o
 from glovita_lib.encoder import with_facts as with_facts_of
 from glovita_lib.encoder_aggregation import Layers, aggregate
 from glovita_lib.encoder_torchvision import IMAGENET
-from glovita_lib.encoder_transformers import CLIPS, IMAGES
+from glovita_lib.encoder_transformers_config import CLIPS, IMAGES
 from glovita_lib.encoder_video import fit_rgb
 from glovita_lib.errors import UserError
 from glovita_lib.model import build_model
@@ -321,6 +321,12 @@ def test_kernels_of_colours_are_fitted_to_one_channel(kind: str, tmp_path: Path)
         ({"type": "FOLDER", "pretrained": True}, (32, 32), "weights of .* cannot be read"),
         ({"model_kwargs": {"hiden_size": 3}}, (32, 32), 'such value; did you mean "hidden_size"'),
         ({"model_kwargs": {"hidden_size": "a"}}, (32, 32), "cannot configure vit: .*hidden_size"),
+        (
+            {"model_kwargs": {"hidden_act": "gelo"}},
+            (32, 32),
+            'vit has hidden_act = "gelo", which transformers lacks; did you mean "gelu".; valid:',
+        ),
+        ({"model_kwargs": {"num_attention_heads": 0}}, (32, 32), "cannot build vit"),
         ({"model_kwargs": {"image_size": 3}}, (32, 32), "comes from data.augmentation.image_size"),
         ({}, (4, 32, 32), 'vit takes images, and the samples are clips: set .*lift = "slices"'),
         ({"type": "videomae"}, (32, 32), "videomae takes clips, and the samples are images"),
@@ -364,6 +370,128 @@ def test_weights_that_lack_something_are_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="its config.json is no JSON"):
         make(spec, (4, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", None),
+        ("pytorch_model.bin", b"abcdef"),
+        ("pytorch_model.bin", b"\x80\x02"),
+        ("model.safetensors.index.json", b"{"),
+    ],
+)
+def test_broken_weights_of_a_folder_are_one_line(
+    name: str, content: bytes | None, tmp_path: Path
+) -> None:
+    """Cut off (none), empty, or of another kind."""
+    saved("vit", tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(UserError, match="the weights of .* cannot be read") as caught:
+        make(TransformerEncoder(type=str(tmp_path)), (32, 32))
+    assert "\n" not in str(caught.value)
+    if name == "pytorch_model.bin":
+        file = TransformerEncoder(type=str(tmp_path), weights=str(tmp_path / name))
+        with pytest.raises(UserError, match="not a .*torch file"):
+            make(file, (32, 32))
+
+
+@pytest.mark.parametrize("kind", ["vit", "timesformer", "deit", "swin"])
+def test_more_layers_than_the_network_has_are_told(kind: str, tmp_path: Path) -> None:
+    """Of a folder whose configuration has fewer, and of a file; not what stands beside it."""
+    key = {"swin": "depths"}.get(kind, "num_hidden_layers")
+    deeper = [2, 3] if key == "depths" else 3
+    net = saved(kind, tmp_path, **{key: deeper})
+    torch.save(net.state_dict(), tmp_path / "k.pth")
+    fewer = {key: CONFIGS[kind][key]}
+    folder = TransformerEncoder(type=str(tmp_path), model_kwargs=fewer)
+    with pytest.raises(
+        UserError, match=r"hold more than the network, .*layers?\.[12].*change"
+    ) as e:
+        make(folder, size_of(kind))
+    assert "\n" not in str(e.value)
+    file = section(kind, weights=str(tmp_path / "k.pth"))
+    with pytest.raises(UserError, match=r"not in the network +.*layers?\.[12]\."):
+        make(file, size_of(kind))
+    make(section(kind, weights=str(tmp_path / "k.pth"), model_kwargs={key: deeper}), size_of(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("beit", "BeitForMaskedImageModeling"),
+        ("swin", "SwinForMaskedImageModeling"),
+        ("vit_mae", "ViTMAEForPreTraining"),
+        ("videomae", "VideoMAEForPreTraining"),
+        ("vjepa2", "VJEPA2ForVideoClassification"),
+        ("deit", "DeiTForImageClassificationWithTeacher"),
+    ],
+)
+def test_what_stands_beside_the_network_is_left_out(kind: str, model: str, tmp_path: Path) -> None:
+    """Decoders, classifiers and norms in front of them, in the model's own file."""
+    net = saved(kind, tmp_path, getattr(transformers, model))
+    encoder, x = make(TransformerEncoder(type=str(tmp_path)), size_of(kind)), inputs(size_of(kind))
+    inner = getattr(net, net.base_model_prefix)
+    with torch.no_grad():
+        expected = hidden_states(inner, kind, x).last_hidden_state
+        assert torch.equal(encoder.forward_features(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *((kind, {}) for kind in ("vit", "deit", "ijepa", "dinov2_with_registers")),
+        *((kind, {}) for kind in ("clip_vision_model", "siglip_vision_model")),
+        ("beit", {"use_relative_position_bias": True}),
+        ("beit", {"use_absolute_position_embeddings": True}),
+        *((kind, {}) for kind in ("swin", "resnet", *CLIPS)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("channels", [3, 1])
+def test_files_of_a_network_without_published_weights(
+    kind: str, changes: dict[str, Any], channels: int, tmp_path: Path
+) -> None:
+    """The same section loads them at the same size and channels: of the size of their positions,
+    not of the defaults of the kind; what a run keeps builds the network without the file."""
+    size, x = size_of(kind), inputs(size_of(kind), channels)
+    trained = make(section(kind, model_kwargs=changes), size, channels)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    torch.save({"model": {f"encoder.{k}": v for k, v in trained.state_dict().items()}},
+               tmp_path / "best.pt")  # fmt: skip
+    spec = section(kind, weights=str(tmp_path / "best.pt"), model_kwargs=changes)
+    again = make(spec, size, channels)
+    facts = json.loads(json.dumps(file_facts(spec)))
+    os.remove(tmp_path / "best.pt")
+    kept = build_encoder(with_facts_of(spec, facts), channels=channels, size=size,
+                         load_weights=False).eval()  # fmt: skip
+    kept.load_state_dict(trained.state_dict(), strict=True)
+    with torch.no_grad():
+        expected = trained(x)
+        for each in (again, kept):
+            assert torch.equal(each(x).tokens, expected.tokens)
+            assert torch.equal(each(x).pooled, expected.pooled)
+
+
+@pytest.mark.parametrize("kind", ["vit", "timesformer"])
+def test_files_of_another_size_are_interpolated_by_the_library(kind: str, tmp_path: Path) -> None:
+    """From the size that their positions have, also where config.json states another."""
+    net = saved(kind, tmp_path / "a")
+    torch.save(net.state_dict(), tmp_path / "k.pth")
+    saved(kind, tmp_path / "b", image_size=64)
+    size = (6, 48, 48) if kind in CLIPS else (48, 48)
+    published, x = make(TransformerEncoder(type=str(tmp_path / "a")), size), inputs(size)
+    with torch.no_grad():
+        expected = published.forward_features(x)
+        for spec in (
+            section(kind, weights=str(tmp_path / "k.pth")),
+            TransformerEncoder(type=str(tmp_path / "b"), weights=str(tmp_path / "k.pth")),
+        ):
+            assert torch.equal(make(spec, size).forward_features(x), expected)
 
 
 def test_a_missing_package_and_a_missing_network_are_one_line(
