@@ -111,8 +111,9 @@ def stripped(net: Any) -> nn.Module:
 
 
 class TransformersTrunk(Encoder):
-    """A model of transformers; its raw features are `last_hidden_state`, its own vector is what its
-    classifier reads."""
+    """A model of transformers; its raw features are `last_hidden_state`, its own vector is the
+    `pooler_output` of those whose classifier or comparison with texts reads it, else the CLS token
+    or the mean of the patches, normed as its classifier has it."""
 
     def __init__(self, net: nn.Module, *, sides: Size | None, **facts: Any) -> None:
         """
@@ -153,7 +154,7 @@ class TransformersTrunk(Encoder):
         return torch.arange(count, device=x.device).expand(len(x), -1)
 
     def pool(self, raw: Tensor) -> Tensor:
-        """Last hidden states -> what the classifier of the model reads, (B, D)."""
+        """Last hidden states -> the model's own vector, (B, D)."""
         pooler = getattr(self.net, "pooler", None)
         if raw.ndim == 4:  # (B, D, h, w)
             if pooler is not None:
@@ -203,7 +204,7 @@ class TransformersTrunk(Encoder):
     # ---------------------------------------------------------------- what outputs equal
 
     def pooling_call(self) -> str:
-        """What the classifier reads, as a call on hidden states {raw}."""
+        """What `pool` gives, as a call on hidden states {raw}."""
         pooler = getattr(self.net, "pooler", None)
         if self.kind == "siglip_vision_model" and hasattr(self.net, "head"):
             return "net.head({raw})"

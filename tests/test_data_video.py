@@ -319,8 +319,15 @@ def test_folds_are_of_all_videos_with_labels_of_frames(root, labels):
     }
     if labels == "csv":
         fields["group_column"] = "of"
-        table(root, [(i, i) for i in ids], "path", "of")
+        group = {i: f"person {place % 6}" for place, i in enumerate(ids)}
+        table(root, [*group.items()], "path", "of")
     whole = build(root, **fields)
+    if labels == "csv":  # nobody is in two splits
+        places = [(group[i], name) for name, split in whole.splits.items() for i in split.ids]
+        assert len(set(places)) == 6 == len(set(group.values()))
+        assert all(
+            [*split.groups] == [group[i] for i in split.ids] for split in whole.splits.values()
+        )
     assert sum(len(split.ids) for split in whole.splits.values()) == COUNT
     assert not [line for line in whole.report if "not used" in line]
     rows = [(i, n, "a") for i in ids[2:] for n in range(8)]

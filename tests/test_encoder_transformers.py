@@ -186,25 +186,65 @@ def test_tokens_of_timesformer_are_in_the_order_of_time(tmp_path: Path) -> None:
     assert moved.mean((0, 2, 3)).argmax() == 3
 
 
-@pytest.mark.parametrize(
-    ("kind", "model"),
-    [
-        ("videomae", "VideoMAEForVideoClassification"),
-        ("timesformer", "TimesformerForVideoClassification"),
-        ("vivit", "VivitForVideoClassification"),
-        ("vit", "ViTForImageClassification"),
-        ("beit", "BeitForImageClassification"),
-        ("data2vec-vision", "Data2VecVisionForImageClassification"),
-        ("convnext", "ConvNextForImageClassification"),
-        ("resnet", "ResNetForImageClassification"),
-        ("swin", "SwinForImageClassification"),
-    ],
-)
+def read(kind: str, encoder: Encoder, net: Any, x: Tensor, vector: str) -> Tensor:
+    """What docs/images.md says that the classifier of transformers reads."""
+    features = encoder(x)
+    if vector == "token 0":
+        return features.tokens[:, 0]
+    if vector == "pooler of its own":
+        return net.pooler(features.tokens)
+    if vector == "unnormed mean":
+        return encoder.forward_features(x)[:, 1:].mean(1)
+    return aggregate(features, vector)
+
+
+READ = [
+    ("vit", "ViTForImageClassification", {}, "pooled"),
+    ("deit", "DeiTForImageClassification", {}, "pooled"),
+    ("vit_msn", "ViTMSNForImageClassification", {}, "pooled"),
+    ("ijepa", "IJepaForImageClassification", {}, "pooled"),
+    ("beit", "BeitForImageClassification", {}, "pooled"),
+    ("beit", "BeitForImageClassification", {"use_mean_pooling": False}, "pooled"),
+    ("data2vec-vision", "Data2VecVisionForImageClassification", {}, "pooled"),
+    ("dinov2", "Dinov2ForImageClassification", {}, "joint"),
+    ("dinov2_with_registers", "Dinov2WithRegistersForImageClassification", {}, "joint"),
+    ("clip_vision_model", "CLIPForImageClassification", {}, "unnormed mean"),
+    ("siglip_vision_model", "SiglipForImageClassification", {}, "avg"),
+    ("swin", "SwinForImageClassification", {}, "pooled"),
+    ("swinv2", "Swinv2ForImageClassification", {}, "pooled"),
+    ("convnext", "ConvNextForImageClassification", {}, "pooled"),
+    ("convnextv2", "ConvNextV2ForImageClassification", {}, "pooled"),
+    ("resnet", "ResNetForImageClassification", {}, "pooled"),
+    ("regnet", "RegNetForImageClassification", {}, "pooled"),
+    ("videomae", "VideoMAEForVideoClassification", {}, "pooled"),
+    ("videomae", "VideoMAEForVideoClassification", {"use_mean_pooling": False}, "token 0"),
+    ("timesformer", "TimesformerForVideoClassification", {}, "pooled"),
+    ("vivit", "VivitForVideoClassification", {}, "pooled"),
+    ("vjepa2", "VJEPA2ForVideoClassification", {}, "pooler of its own"),
+]
+WITHOUT_CLASSIFIER = {"vit_mae", "dinov3_vit", "dinov3_convnext"}
+
+
+def test_every_kind_is_compared_with_its_classifier() -> None:
+    """Those without one have none in transformers."""
+    assert {kind for kind, *_ in READ} | WITHOUT_CLASSIFIER == {*IMAGES, *CLIPS}
+    known = {config.model_type for config in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
+    assert not WITHOUT_CLASSIFIER & known
+
+
+@pytest.mark.parametrize(("kind", "model", "changes", "vector"), READ)
 @pytest.mark.parametrize("file", [False, True])
-def test_classifiers_read_what_is_pooled(kind: str, model: str, file: bool, tmp_path: Path) -> None:
-    """The logits of a whole model follow from `pooled`: of its folder, whose tensors have the names
-    of older versions, and of a state dict of its own under a prefix."""
-    net = saved(kind, tmp_path, getattr(transformers, model), num_labels=5)
+def test_classifiers_read_what_is_told(
+    kind: str, model: str, changes: dict[str, Any], vector: str, file: bool, tmp_path: Path
+) -> None:
+    """The logits of a whole model follow from `pooled`, or from what docs/images.md names: of its
+    folder, whose tensors have the names of older versions, and of a state dict of its own under a
+    prefix."""
+    name = kind.removesuffix("_vision_model")
+    if name != kind:
+        net = of_texts(name, getattr(transformers, model), tmp_path)
+    else:
+        net = saved(kind, tmp_path, getattr(transformers, model), num_labels=5, **changes)
     fields = {}
     if file:
         wrapped = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
@@ -212,18 +252,41 @@ def test_classifiers_read_what_is_pooled(kind: str, model: str, file: bool, tmp_
         fields["weights"] = str(tmp_path / "k.pth")
     encoder = make(TransformerEncoder(type=str(tmp_path), **fields), size_of(kind))
     x = inputs(size_of(kind))
-    head = net.classifier if hasattr(net, "classifier") else net.head
+    head = (
+        net.cls_classifier if hasattr(net, "cls_classifier") else getattr(net, "classifier", None)
+    )
+    head = net.head if head is None else head
+    logits = hidden_states(net, "" if kind == "vjepa2" else kind, videos(kind, x)).logits
     with torch.no_grad():
-        assert torch.equal(head(encoder(x).pooled), hidden_states(net, kind, x).logits)
+        assert torch.equal(head(read(kind, encoder, net, x, vector)), logits)
+        if vector != "pooled":
+            other = encoder(x).pooled
+            assert other.shape[1] != head.in_features or not torch.equal(head(other), logits)
+
+
+def videos(kind: str, x: Tensor) -> Tensor:
+    """Clips as V-JEPA 2's classifier takes them, whose pass has no predictor to skip."""
+    return x.transpose(1, 2) if kind == "vjepa2" else x
+
+
+def of_texts(name: str, model: Any, folder: Path) -> Any:
+    """A model of text and images, saved in a folder."""
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    kind = transformers.CONFIG_MAPPING[name]
+    config = kind(vision_config=VIT, text_config={**text, **ends}, num_labels=5)
+    torch.manual_seed(0)
+    net = model(config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    net.save_pretrained(folder)
+    return net
 
 
 @pytest.mark.parametrize("name", ["CLIP", "Siglip"])
 def test_the_images_half_of_a_model_of_texts(name: str, tmp_path: Path) -> None:
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60}
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = getattr(transformers, f"{name}Config")(vision_config=VIT, text_config={**text, **ends})
-    net = getattr(transformers, f"{name}Model")(config).eval()
-    net.save_pretrained(tmp_path)
+    net = of_texts(name.lower(), getattr(transformers, f"{name}Model"), tmp_path)
     encoder, x = make(TransformerEncoder(type=str(tmp_path)), (32, 32)), inputs((32, 32))
     with torch.no_grad():
         expected = net.vision_model(x)
