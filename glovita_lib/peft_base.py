@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -460,9 +461,12 @@ class WithInsert(Changed):
 
     added: Insert
 
-    def forward(self, x: Tensor, *args: object, **options: object) -> Tensor:
-        """Output of the insert around the module's own forward."""
-        return self.added.around(super().forward, x, *args, **options)
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """Output of the insert around the module's own forward, whose first argument may come by
+        its name."""
+        if not args:
+            args = (options.pop(next(iter(signature(super().forward).parameters))),)
+        return self.added.around(super().forward, *args, **options)
 
 
 class SequenceWithInsert(WithInsert):

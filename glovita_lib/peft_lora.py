@@ -79,7 +79,9 @@ class LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, *factors)
         down, up = join_factors(rows, factors, weight)
         changed = torch.addmm(weight, up, down).to(x.dtype)  # (out, in)
-        return F.linear(x, changed, None if bias is None else bias.to(x.dtype))  # (..., out)
+        y = F.linear(x, changed, None if bias is None else bias.to(x.dtype))  # (..., out)
+        # of three axes or more it is a view, which what follows could not change in place
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

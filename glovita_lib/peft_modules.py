@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,9 @@ def record_grid(root: nn.Module, method: str) -> Grid:
 def sequence_width(root: nn.Module) -> int | None:
     """Width D of the one sequence of tokens (B, N, D) that the blocks pass on; None where there is
     none: one attention in every block, no windows, no convolution, no positions by the place in the
-    sequence, which tokens in front would move."""
+    sequence, which tokens in front would move, nor biases of pairs of places."""
+    if any(name.endswith("relative_position_bias_table") for name, _ in root.named_parameters()):
+        return None
     roles = {layer.module: layer.role for layer in layers(root)}
     widths = set()
     for unit in blocks(root):
@@ -318,14 +321,22 @@ class Prompts(Insert):
         self.tokens = nn.Parameter(nn.init.uniform_(tokens, -bound, bound))
 
     def around(
-        self, forward: Callable[..., Tensor], x: Tensor, *args: object, **options: object
-    ) -> Tensor:
+        self, forward: Callable[..., Any], x: Tensor, *args: object, **options: object
+    ) -> Any:
         """The block on P + N tokens."""
         tokens = self.tokens if self.shared[0] is None else self.shared[0].linear(self.tokens)
         tokens = F.dropout(tokens, self.dropout, self.training).to(x.dtype)
         x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)  # (B, P + N, D)
-        x = forward(x, *args, **options)  # (B, P + N, D)
-        return x[:, self.count :] if self.leave else x
+        output = forward(x, *args, **options)
+        return without_front(output, self.count) if self.leave else output
+
+
+def without_front(output: Any, count: int) -> Any:
+    """The output of a block, tokens (B, P + N, D) or a tuple that begins with them, without the
+    first `count` tokens."""
+    if isinstance(output, tuple):
+        return (output[0][:, count:], *output[1:])
+    return output[:, count:]
 
 
 class Leave(Insert):
@@ -336,10 +347,10 @@ class Leave(Insert):
         self.count = count
 
     def around(
-        self, forward: Callable[..., Tensor], x: Tensor, *args: object, **options: object
-    ) -> Tensor:
+        self, forward: Callable[..., Any], x: Tensor, *args: object, **options: object
+    ) -> Any:
         """The block's output without the prompts."""
-        return forward(x, *args, **options)[:, self.count :]
+        return without_front(forward(x, *args, **options), self.count)
 
 
 def bound_of(root: nn.Module, width: int) -> float:

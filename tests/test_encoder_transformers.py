@@ -28,7 +28,13 @@ from glovita_lib.network import layers
 from glovita_lib.spec_encoders import TransformerEncoder
 from glovita_lib.spec_lift import Slices
 from glovita_lib.spec_model import ModelSpec
-from glovita_lib.spec_peft import FullFinetuning, Lora, Peft
+from glovita_lib.spec_peft import (
+    Convpass,
+    FullFinetuning,
+    Lora,
+    Peft,
+    VisualPromptTuning,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -629,12 +635,24 @@ PAIRS = [
 ]
 
 
+PAIRS += [
+    pytest.param(kind, method, id=f"{kind}-{method.__struct_config__.tag}")
+    for kind, method in (
+        ("swinv2", Lora),  # an activation in place behind an adapted layer
+        ("data2vec-vision", VisualPromptTuning),  # whose blocks give tuples
+        ("clip_vision_model", Convpass),  # whose attention gets its input by name
+    )
+]
+
+
 @pytest.mark.parametrize(("kind", "method"), PAIRS)
 def test_methods_adapt_models_by_their_structure(kind: str, method: type, tmp_path: Path) -> None:
     """A step changes what the method trains and nothing else, and the model reloads strictly; a
     method of other structures says what it misses."""
     tag = method.__struct_config__.tag
-    settings = {"num_frozen_layers": 1} if tag == "partial_finetuning" else {}
+    settings: dict[str, Any] = {"num_frozen_layers": 1} if tag == "partial_finetuning" else {}
+    if tag == "convpass" and kind == "clip_vision_model":
+        settings["places"] = ("attn", "mlp")
     arguments = {"outputs": 3, "channels": 3, "size": size_of(kind), "load_weights": False}
 
     def fresh() -> nn.Module:
@@ -660,6 +678,15 @@ def test_methods_adapt_models_by_their_structure(kind: str, method: type, tmp_pa
     again.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True), strict=True)
     with torch.no_grad():
         assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("key", ["", "_shared"])
+def test_prompts_are_refused_where_pairs_of_places_have_biases(key: str) -> None:
+    """Of each block's, or of those that all blocks share."""
+    spec = section("beit", model_kwargs={f"use{key}_relative_position_bias": True})
+    arguments = {"outputs": 3, "channels": 3, "size": (32, 32), "load_weights": False}
+    with pytest.raises(UserError, match="needs blocks on one sequence of tokens"):
+        build_model(ModelSpec(encoder=spec), VisualPromptTuning(), **arguments)
 
 
 @pytest.mark.parametrize(
