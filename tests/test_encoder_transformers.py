@@ -758,19 +758,24 @@ backend = "none"
 """
 
 
+def write_set(folder: Path) -> None:
+    """Nine videos of two classes."""
+    rows = ["path,label,split"]
+    for i in range(9):
+        rng = np.random.default_rng(i)
+        frames = rng.integers(0, 120, (6, 40, 36, 3), np.uint8) + np.uint8(100 * (i % 2))
+        write_frames(folder / "videos" / f"{i}", frames)
+        rows.append(f"{i},{'dark' if i % 2 else 'light'},{('train', 'val', 'test')[i // 4]}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+
+
 @pytest.mark.runs
 @pytest.mark.parametrize("kind", ["videomae", "timesformer"])
 def test_a_run_on_videos(kind: str, command, tmp_path: Path) -> None:
     """Train, then without the folder of the model: infer gives the same metrics, with heat maps;
     extract a vector a video."""
     pytest.importorskip("decord")
-    rows = ["path,label,split"]
-    for i in range(9):
-        rng = np.random.default_rng(i)
-        frames = rng.integers(0, 120, (6, 40, 36, 3), np.uint8) + np.uint8(100 * (i % 2))
-        write_frames(tmp_path / "set" / "videos" / f"{i}", frames)
-        rows.append(f"{i},{'dark' if i % 2 else 'light'},{('train', 'val', 'test')[i // 4]}")
-    (tmp_path / "set" / "labels.csv").write_text("\n".join(rows))
+    write_set(tmp_path / "set")
     model = tmp_path / "model"
     model.mkdir()
     config = json.dumps({"model_type": kind, **CONFIGS[kind]})
@@ -784,3 +789,23 @@ def test_a_run_on_videos(kind: str, command, tmp_path: Path) -> None:
     command("mode=extract", *asked, spec=spec)
     with h5py.File(tmp_path / "f.h5") as file:
         assert file["features"].shape[1] == 24 and np.isfinite(file["features"][:]).all()
+
+
+@pytest.mark.runs
+def test_a_run_begins_with_the_network_of_another(command, tmp_path: Path) -> None:
+    """Positions of VideoMAE stand in no file: its clips are of the size of those of the run that
+    wrote the checkpoint, or the export."""
+    pytest.importorskip("decord")
+    write_set(tmp_path / "set")
+    spec = SPEC.replace("ROOT", str(tmp_path / "set")).replace("MODEL", "videomae")
+    kwargs = section("videomae").model_kwargs
+    table = ", ".join(f"{key} = {value}" for key, value in kwargs.items())
+    of = f"model.encoder.model_kwargs={{{table}}}"
+    first = command(of, "name=first", spec=spec).path
+    export = tmp_path / "k.safetensors"
+    command(of, "name=first", "mode=infer", f"infer.export={export}", spec=spec)
+    for number, file in enumerate([first / "checkpoints" / "best.pt", export]):
+        begun = [of, f"model.encoder.weights={file}", f"name=second{number}"]
+        command(*begun, spec=spec)
+        again = command(*begun, "data.sampling.frames=6", "name=third", spec=spec, code=2)
+        assert "its weights are of clips of 4 x 32 x 32 frames, rows and columns" in again.err
