@@ -245,7 +245,29 @@ def open_file(path: Path, spec: SeriesData, table: Table | None) -> SeriesCollec
     collection = collection_of(found)
     if table is None and spec.group_column and found.groups is None:
         raise UserError(f'{path}: no column "{spec.group_column}" of the groups in it')
-    return with_table(spec, collection, table)
+    labelled = with_table(spec, collection, table)
+    refuse_missing(labelled, spec.class_names or ())
+    return labelled
+
+
+def refuse_missing(collection: SeriesCollection, classes: Sequence[str]) -> None:
+    """Raise an error where "?" or "nan" stands for a label and no class is named so: it is none,
+    of which a class would be made."""
+    labels: Any = () if collection.labels is None else collection.labels
+    if isinstance(labels, np.ndarray) and labels.dtype.kind not in "UO":
+        return
+    wrong: dict[str, list[str]] = {}
+    for identity, label in zip(collection.ids, labels, strict=False):
+        for cell in label if isinstance(label, tuple | list | np.ndarray) else (label,):
+            text = cell.strip() if isinstance(cell, str) else ""
+            if text.lower() in ("?", "nan") and text not in classes:
+                wrong.setdefault(text, []).append(identity)
+    if wrong:
+        told = "; ".join(f'"{text}" of {listed(own)}' for text, own in wrong.items())
+        raise UserError(
+            f"{collection.where}: there is no label ({told}): fill it in or leave these samples"
+            " out, or name it in data.class_names where it is a class"
+        )
 
 
 def collection_of(found: SeriesTable) -> SeriesCollection:

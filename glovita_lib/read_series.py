@@ -80,13 +80,12 @@ def read_folder(folder: Path, columns: Columns) -> SeriesTable:
 
 def match_files(table: SeriesTable, names: list[tuple[str, ...]]) -> None:
     """Put the channels of files of a folder in the order of the first one with the same columns,
-    `names` of each file; of several columns others than more than half of the files have are
-    refused."""
+    `names` of each file; others than more than half of the files have are refused."""
     kinds = [tuple(sorted(own)) for own in names]
-    counts = Counter(kind for kind in kinds if len(kind) > 1)
+    counts = Counter(filter(None, kinds))
     usual, count = counts.most_common(1)[0] if counts else ((), 0)
     is_usual = 2 * count > counts.total()
-    if counts and not is_usual:
+    if counts and not is_usual and len(max(counts, key=len)) > 1:
         shown = ", ".join(f"({listed(names[kinds.index(kind)], 4)})" for kind in [*counts][:3])
         shown = f"{table.where}: the columns have different names, as {shown}"
         table.notes.append(f"{shown}: taken in the order in which they stand")
@@ -293,10 +292,8 @@ WHOLE_DECIMALS = re.compile(r"[+-]?\d+(\.0*(e\+?\d+)?|e\+?\d+)", re.ASCII | re.I
 
 def archive_label(cell: str) -> str:
     """A label in a file of the UCR and UEA archives, of which one file writes 1 and another
-    1.0000000e+00 for the same class: whole numbers as they are printed; none where it is "?"."""
+    1.0000000e+00 for the same class: whole numbers as they are printed."""
     label = cell.strip()
-    if label == "?":
-        return ""
     return str(int(float(label))) if WHOLE_DECIMALS.fullmatch(label) else label
 
 
@@ -573,23 +570,47 @@ def read_arff(path: Path, columns: Columns) -> SeriesTable:
         raise UserError(f"{path}: no @attribute and @data, of which an ARFF file is made")
     name, kind = attributes[-1]
     nominal = kind.startswith("{") or kind.lower().startswith("string")
-    labelled = nominal or name.lower() in LABEL_NAMES
+    labelled = nominal or name.lower() in LABEL_NAMES or name in columns.labels
     relational = attributes[0][1].lower() == "relational"
     table = SeriesTable(str(path), [], [], labels=[] if labelled else None)
     table.subtask = None if not labelled else "multiclass" if nominal else "regression"
-    for line in lines[start:]:
-        line = line.strip()
+    for line in map(str.strip, lines[start:]):
         if not line or line.startswith("%"):
             continue
-        body, label = line, ""
-        if labelled:
-            body, _, label = line.rpartition(",")
+        if line.startswith("{"):
+            raise UserError(f"{path}: rows in braces are sparse: save it with all values of each")
+        cells = arff_cells(line)
+        count = len(cells)
+        label = cells.pop() if labelled else ""
+        parts = ",".join(cells).split("\n") if relational else [",".join(cells)]
+        values = stacked([numbers(part.split(",")) for part in parts])
+        if not relational and count != len(attributes):
+            values = f"{count} values, the file states {len(attributes)} attributes"
         table.ids.append(str(len(table.ids)))
-        parts = body.strip("'\"").split("\\n") if relational else [body]
-        table.series.append(stacked([numbers(part.split(",")) for part in parts]))
+        table.series.append(values)
         if isinstance(table.labels, list):
-            table.labels.append(archive_label(label.strip().strip("'\"")))
+            table.labels.append(archive_label(label))
     return table
+
+
+CELL = re.compile(
+    r"""\s*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|"([^"\\]*(?:\\.[^"\\]*)*)"|([^,]*?))\s*(,|$)"""
+)
+ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
+
+
+def arff_cells(line: str) -> list[str]:
+    """Values between commas, without their quotes, which may hold commas; backslashes escape."""
+    if not any(mark in line for mark in "'\"\\"):
+        return list(map(str.strip, line.split(",")))
+    cells, at, more = [], 0, True
+    while more:
+        found = CELL.match(line, at)
+        assert found is not None  # whatever is no quoted cell is one without quotes
+        text = next(part for part in found.group(1, 2, 3) if part is not None)
+        cells.append(re.sub(r"\\(.)", lambda mark: ESCAPED.get(mark[1], mark[1]), text))
+        at, more = found.end(), bool(found[4])
+    return cells
 
 
 READERS: dict[str, Callable[[Path, Columns], SeriesTable]] = {

@@ -129,10 +129,50 @@ def test_all_broken_series_are_in_one_report(tmp_path):
     assert data.splits["train"].ids == ["g0", "g1", "g2"] and "left out" in data.report[0]
 
 
-def test_a_missing_label_of_an_archive_is_no_class(tmp_path):
-    write_ts(tmp_path / "train.ts", made(6, 0), ["a", "b", "?", "a", "b", "a"])
-    with pytest.raises(UserError, match=r"label.*2"):
-        build(tmp_path, test_file=None)
+@pytest.mark.parametrize("missing", ["?", "NaN", "nan"])
+def test_a_missing_label_is_no_class(missing, tmp_path):
+    labels = ["a", "b", missing, "a", "b", "a"]
+    rows = [f"s{i},{i},{i + 1},{i + 3}" for i in range(6)]
+    with_labels = [f"{row},{label}" for row, label in zip(rows, labels, strict=True)]
+    (tmp_path / "all.csv").write_text("\n".join(["id,v0,v1,v2,label", *with_labels]))
+    (tmp_path / "bare.csv").write_text("\n".join(["id,v0,v1,v2", *rows]))
+    named = [f"s{i},{label}" for i, label in enumerate(labels)]
+    (tmp_path / "labels.csv").write_text("\n".join(["id,label", *named]))
+    write_ts(tmp_path / "train.ts", made(6, 0), labels)
+    np.savez(tmp_path / "x.npz", series=np.eye(6), labels=np.array(labels))
+    head = "@relation x\n@attribute a real\n@attribute b real\n@attribute class {a,b}\n@data\n"
+    cells = "\n".join(f"{i},{i + 1},{label}" for i, label in enumerate(labels))
+    (tmp_path / "x.arff").write_text(f"{head}{cells}\n")
+    (tmp_path / "x.tsv").write_text("".join(f"{x}\t1\t2\n" for x in labels))
+    tables = {"bare.csv": "labels.csv"}
+    for name in ("all.csv", "bare.csv", "train.ts", "x.npz", "x.arff", "x.tsv"):
+        fields = {"train_file": name, "test_file": None, "labels_file": tables.get(name)}
+        with pytest.raises(UserError, match="there is no label") as error:
+            build(tmp_path, **fields)
+        told = f'("{missing}" of {"s2" if name[-3:] == "csv" else "2"})'
+        assert told in str(error.value) and "\n" not in str(error.value)
+    data = build(tmp_path, train_file="all.csv", test_file=None, class_names=["a", "b", missing])
+    assert tuple(data.class_names) == ("a", "b", missing)
+    marks = [f"{row},{i % 2},{'01'[i % 3 > 0]}" for i, row in enumerate(rows)]
+    marks[4] = f"{rows[4]},1,{missing}"
+    (tmp_path / "marks.csv").write_text("\n".join(["id,v0,v1,v2,p,q", *marks]))
+    for subtask in ("multilabel", "regression"):
+        fields = {"train_file": "all.csv", "test_file": None, "subtask": subtask}
+        with pytest.raises(UserError, match=r"there is no label \(.* of s2\)"):
+            build(tmp_path, **fields)
+        fields |= {"train_file": "marks.csv", "label_column": ["p", "q"]}
+        with pytest.raises(UserError, match=r"there is no label \(.* of s4\)"):
+            build(tmp_path, **fields)
+
+
+def test_numbers_of_an_archive_are_classes_where_the_spec_says_so(tmp_path):
+    head = "@attribute a real\n@attribute b real\n@attribute class numeric\n@data\n"
+    rows = "".join(f"{i},{2 * i + 1},{1 + i % 2}\n" for i in range(8))
+    (tmp_path / "x.arff").write_text(head + rows)
+    fields = {"train_file": "x.arff", "test_file": None}
+    assert build(tmp_path, **fields).subtask == "regression"
+    data = build(tmp_path, **fields, subtask="multiclass")
+    assert data.subtask == "multiclass" and data.class_names == ("1", "2")
 
 
 def test_a_word_that_is_no_split_is_told_with_its_file(tmp_path):

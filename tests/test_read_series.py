@@ -108,12 +108,63 @@ def test_labels_of_archives_are_classes_numbers_or_missing(tmp_path):
     }.items():
         path = write(tmp_path / "a.arff", f"{head}@attribute class {kind}\n@data\n1,2,3\n4,5,?\n")
         table = read_series(path, COLUMNS)
-        assert (table.subtask, table.labels) == (subtask, ["3", ""])
+        assert (table.subtask, table.labels) == (subtask, ["3", "?"])
     for label in ("@classLabel true a b", "@targetLabel true"):
         path = write(tmp_path / "a.ts", f"{label}\n@data\n1,2:5\n3,4:?\n5,6: ? \n")
-        assert read_series(path, COLUMNS).labels == ["5", "", ""]
+        assert read_series(path, COLUMNS).labels == ["5", "?", "?"]
     path = write(tmp_path / "a.tsv", "1\t2\t3\n?\t4\t5\n")
-    assert read_series(path, COLUMNS).labels == ["1", ""]
+    assert read_series(path, COLUMNS).labels == ["1", "?"]
+
+
+def test_quoted_values_of_arff(tmp_path):
+    """Against scipy's reader."""
+    scipy_arff = pytest.importorskip("scipy.io.arff")
+    head = "@relation x\n@attribute a real\n@attribute b integer\n"
+    for mark in "'\"":
+        kind = f"{{{mark}a, b{mark},{mark}c d{mark}}}"
+        rows = f"1,2,{mark}a, b{mark}\n3,4,{mark}c d{mark}\n?,6,{mark}a, b{mark}\n"
+        text = f"{head}@attribute class {kind}\n@data\n{rows}"
+        table = read_series(write(tmp_path / "a.arff", text), COLUMNS)
+        theirs, _ = scipy_arff.loadarff(tmp_path / "a.arff")
+        assert table.labels == [label.decode() for label in theirs["class"]]
+        same(table, [[[row["a"], row["b"]]] for row in theirs])
+        spaced = rows.replace(",", " , ").replace("a ,  b", "a, b")
+        again = read_series(write(tmp_path / "b.arff", text.replace(rows, spaced)), COLUMNS)
+        same(again, table.series)
+        assert again.labels == table.labels
+    text = f'{head}@attribute class string\n@data\n1,2,\'it\\\'s\'\n3,4,"say \\"x\\""\n5,6,plain\n'
+    table = read_series(write(tmp_path / "b.arff", text), COLUMNS)
+    assert table.labels == ["it's", 'say "x"', "plain"]
+    nested = (
+        "@relation x\n@attribute all relational\n@attribute a numeric\n@attribute b numeric\n"
+        "@end all\n@attribute class {'u, p',down}\n@data\n'1,2\\n3,?','u, p'\n\"5,6\\n7,8\",down\n"
+    )
+    table = read_series(write(tmp_path / "c.arff", nested), COLUMNS)
+    same(table, [[[1, 2], [3, np.nan]], [[5, 6], [7, 8]]])
+    assert table.labels == ["u, p", "down"]
+
+
+def test_rows_of_arff_that_do_not_fit_the_attributes(tmp_path):
+    head = "@relation x\n@attribute a real\n@attribute b real\n@attribute age real\n@data\n"
+    table = read_series(write(tmp_path / "a.arff", f"{head}1,2,3\n1,2\n1,2,3,4\n"), COLUMNS)
+    assert table.labels is None and table.series[0].shape == (1, 3)
+    assert table.series[1] == "2 values, the file states 3 attributes"
+    assert table.series[2] == "4 values, the file states 3 attributes"
+    table = read_series(tmp_path / "a.arff", replace(COLUMNS, labels=("age",)))
+    assert table.labels[0] == "3" and table.subtask == "regression"
+    write(tmp_path / "a.arff", f"{head}{{0 1, 2 3}}\n")
+    with pytest.raises(UserError, match="sparse"):
+        read_series(tmp_path / "a.arff", COLUMNS)
+
+
+def test_one_column_of_another_name_than_in_most_files_of_a_folder(tmp_path):
+    for name, column in {"a": "x", "b": "z", "c": "x", "d": "x"}.items():
+        write(tmp_path / f"{name}.csv", f"time,{column}\n0,1\n1,2\n")
+    table = read_series(tmp_path, COLUMNS)
+    assert table.series[1] == "columns z, most files have x" and not table.notes
+    for name in "ac":  # each has its own
+        write(tmp_path / f"{name}.csv", f"time,{name}\n0,1\n1,2\n")
+    same(read_series(tmp_path, COLUMNS), [[[1, 2]]] * 4)
 
 
 def test_csv_wide_and_long(tmp_path):
