@@ -458,6 +458,11 @@ def build_transformer(
         encoder.notes += () if note is None else (note,)
         if encoder.end_norm == "fc_norm":
             load_end_norm(spec.weights, net)
+        if files.size is None and files.kind == "videomae":
+            encoder.notes += (
+                f'weights = "{spec.weights}" does not say of clips of which size it is: positions'
+                f" are those of {' x '.join(map(str, size))} frames, rows and columns",
+            )
     elif read_weights and spec.pretrained:
         encoder.notes += load_published(spec, published, net)
     if has_weights(spec) and files.preprocessor is None:

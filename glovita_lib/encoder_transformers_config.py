@@ -391,7 +391,8 @@ def rows_in(path: str, changed: int, size: int) -> dict[str, set[int]]:
     rows: dict[str, set[int]] = {}
     for network in read_networks(path):
         for name, tensor in network.tensors.items():
-            if POSITIONS.search(name) and "text" not in name and tensor.ndim > 1:
+            of_text = re.search(r"(^|[._])text_", name) is not None
+            if POSITIONS.search(name) and not of_text and tensor.ndim > 1:
                 rows.setdefault(name.rpartition(".")[2], set()).add(tensor.shape[-2])
     return rows
 

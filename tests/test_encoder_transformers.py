@@ -298,6 +298,10 @@ def test_the_images_half_of_a_model_of_texts(name: str, tmp_path: Path) -> None:
         expected = net.vision_model(x)
         assert torch.equal(encoder.forward_features(x), expected.last_hidden_state)
         assert torch.equal(encoder(x).pooled, expected.pooler_output)
+    torch.save(net.state_dict(), tmp_path / "k.pth")  # positions of texts tell no size of images
+    whole = section(f"{name.lower()}_vision_model", weights=str(tmp_path / "k.pth"))
+    with torch.no_grad():
+        assert torch.equal(make(whole, (32, 32))(x).pooled, expected.pooler_output)
 
 
 def test_a_file_of_torch_and_a_kept_configuration(tmp_path: Path) -> None:
@@ -530,10 +534,12 @@ def test_files_of_a_network_without_published_weights(
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    torch.save({"model": {f"encoder.{k}": v for k, v in trained.state_dict().items()}},
+    torch.save({"model": {f"context_encoder.{k}": v for k, v in trained.state_dict().items()}},
                tmp_path / "best.pt")  # fmt: skip
     spec = section(kind, weights=str(tmp_path / "best.pt"), model_kwargs=changes)
     again = make(spec, size, channels)
+    told = [note for note in again.notes if "does not say of clips of which size it is" in note]
+    assert len(told) == (kind == "videomae")
     facts = json.loads(json.dumps(file_facts(spec)))
     os.remove(tmp_path / "best.pt")
     kept = build_encoder(with_facts_of(spec, facts), channels=channels, size=size,
@@ -806,6 +812,6 @@ def test_a_run_begins_with_the_network_of_another(command, tmp_path: Path) -> No
     command(of, "name=first", "mode=infer", f"infer.export={export}", spec=spec)
     for number, file in enumerate([first / "checkpoints" / "best.pt", export]):
         begun = [of, f"model.encoder.weights={file}", f"name=second{number}"]
-        command(*begun, spec=spec)
+        assert "which size it is" not in command(*begun, spec=spec).out
         again = command(*begun, "data.sampling.frames=6", "name=third", spec=spec, code=2)
         assert "its weights are of clips of 4 x 32 x 32 frames, rows and columns" in again.err
