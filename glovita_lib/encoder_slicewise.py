@@ -180,7 +180,9 @@ class SlicewiseEncoder(PartwiseEncoder):
         self.axis = AXES[spec.axis]
         self.spec = spec
         super().__init__(inner, spec, "slices", input_shape)
-        self.coords_text = "slice: voxel along the axis that slices lie across, from 0"
+        self.coords_text = (
+            "slice: voxel along the axis that slices lie across, of the encoder's input, from 0"
+        )
         if spec.axis == "t":
             self.coords_text = "frame: of the clip, from 0"
         self.stage_names = (FRAMES,)
@@ -294,7 +296,7 @@ class WindowsEncoder(PartwiseEncoder):
     ) -> None:
         self.windows, self.skip_below = windows, spec.skip_below
         super().__init__(inner, spec, "windows", input_shape)
-        self.coords_text = "window: its first voxel along x, y and z, from 0"
+        self.coords_text = "window: its first voxel x, y, z of the encoder's input, from 0"
 
     def forward(self, x: "Tensor | Volumes | Bags", *, pooled: bool = True) -> Any:
         """Features of volumes (B, C, X, Y, Z), or each of its own size: tokens (B, N, D), the

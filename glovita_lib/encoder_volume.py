@@ -431,9 +431,10 @@ def origin_of(path: str) -> Origin:
     """What a file says: a checkpoint of nnU-Net in its plans, one of this program, its exports and
     adapters in what their run resolved; nothing of others."""
     made = beside_tensors(path)
+    if "nnssl_adaptation_plan" in made or "init_args" in made:
+        return Origin("zyx", planned_patch(made.get("init_args")))
+    order = None
     try:
-        if "nnssl_adaptation_plan" in made or "init_args" in made:
-            return Origin("zyx", planned_patch(made.get("init_args")))
         encoder = made["spec"]["model"]["encoder"]
         order = encoder["array_order"]
         if encoder["lift"] == "windows":
@@ -441,9 +442,9 @@ def origin_of(path: str) -> Origin:
         else:
             shape = made["resolved"]["inputs"]["augmentation"]["patch_size"]
         x, y, z = map(int, shape)
-        return Origin(order, (z, y, x) if order == "zyx" else (x, y, z))
     except (KeyError, TypeError, ValueError):
-        return Origin()
+        return Origin(order)
+    return Origin(order, (z, y, x) if order == "zyx" else (x, y, z))
 
 
 def planned_patch(arguments: Any) -> Size | None:

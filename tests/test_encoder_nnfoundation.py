@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,22 @@ def test_the_patch_of_the_position_embedding_is_found(tmp_path: Path) -> None:
     weights["eva.pos_embed"] = torch.randn(1, 61, 48)
     with pytest.raises(UserError, match="of 60 patches"):
         make(checkpoint(tmp_path, weights, right))
+
+
+@pytest.mark.parametrize("prefix", ["", "student.", "module.net."])
+def test_register_tokens_are_those_beside_the_encoder(prefix: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    state = PrimusNetwork(replace(SHAPE, registers=3), 1, (4, 4, 4)).state_dict()
+    weights = {f"{prefix}{name}": torch.randn_like(tensor) for name, tensor in state.items()}
+    adaptation = plan("Primus", {**MAE, "num_register_tokens": 3}, prefix=prefix)
+    encoder = make(checkpoint(tmp_path, weights, adaptation), (16, 16, 16))
+    found = encoder.net.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(tensor, weights[f"{prefix}{name}"]) for name, tensor in found.items())
+    assert encoder(torch.randn(1, 1, 16, 16, 16)).n_prefix == 3
+    del weights[f"{prefix}register_tokens"]
+    with pytest.raises(UserError, match="register_tokens"):
+        make(checkpoint(tmp_path, weights, adaptation), (16, 16, 16))
 
 
 def test_a_position_embedding_of_two_grids_is_asked_about(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from volume_files import blob, write_nifti
 
 from glovita_lib.augment_patch import Volumes, WindowedVolumes, WindowGrid
 from glovita_lib.encoder import build_encoder, patch_size_of
 from glovita_lib.encoder_aggregation import choose_layers
 from glovita_lib.encoder_primus import WIDTHS
+from glovita_lib.encoder_volume import Origin, origin_of
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import token_places
 from glovita_lib.grad_cam import heat_values
@@ -309,6 +311,55 @@ def test_weights_of_arrays_are_told(order: str, tmp_path: Path) -> None:
         size = SIZE if order == "zyx" else SIZE[::-1]
         notes = build_encoder(spec, channels=1, size=size, load_weights=True).notes
         assert ("zyx" in " ".join(notes)) == (order == "xyz")
+
+
+RUN = """
+[data]
+dataset = "generic_3d_dataset"
+data_root_dir = "ROOT"
+label_source = "csv"
+split_source = "csv"
+[data.preparation]
+workers = 1
+[data.augmentation]
+patch_size = [16, 12, 6]
+[model.encoder]
+encoder_type = "residual_encoder"
+features_per_stage = [4, 8]
+n_blocks_per_stage = 1
+strides = [1, [1, 2, 2]]
+array_order = "zyx"
+[peft]
+method = "lora"
+[task]
+result_plot = "none"
+bootstrap = 0
+[training]
+epochs = 1
+[dataloading]
+batch_size = 4
+[logger]
+backend = "none"
+"""
+
+
+def test_files_of_a_run_say_order_and_patch(command, tmp_path: Path) -> None:
+    """Its checkpoint, its adapter and its export."""
+    rows = ["path,label,split"]
+    for n, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2):
+        write_nifti(tmp_path / "images" / f"{n}.nii", blob((16, 13, 8), seed=n))
+        rows.append(f"{n}.nii,{'ab'[n % 2]},{split}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    spec = RUN.replace("ROOT", str(tmp_path))
+    run = command(spec=spec).path
+    export = tmp_path / "merged.safetensors"
+    command("mode=infer", "infer.merge=true", f"infer.export={export}", spec=spec)
+    for file in (
+        run / "checkpoints" / "best.pt",
+        run / "checkpoints" / "adapter.safetensors",
+        export,
+    ):
+        assert origin_of(str(file)) == Origin("zyx", (6, 12, 16)), file
 
 
 def test_images_and_clips_have_no_such_order() -> None:
