@@ -2,6 +2,8 @@
 the slice of a volume without change, PEFT, memory, and whole runs."""
 
 import csv
+from collections.abc import Iterator
+from typing import Any
 
 import h5py
 import msgspec
@@ -125,7 +127,11 @@ def test_neighbours_are_channels_and_slices_are_resized():
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(TorchvisionEncoder, "mobilenet_v3_small"), (TimmEncoder, "vgg11")]
+    ("kind", "name"),
+    [
+        (TorchvisionEncoder, "mobilenet_v3_small"),
+        pytest.param(TimmEncoder, "vgg11", marks=pytest.mark.slow),
+    ],
 )
 def test_the_librarys_own_pooling_makes_vectors_of_slices(kind, name):
     """Layers trained behind it too; they are frozen where the slices do not pass them."""
@@ -275,8 +281,16 @@ INFLATED = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "name"), INFLATED)
-@pytest.mark.parametrize("kernel", ["mean", "center"])
+def inflated() -> Iterator[Any]:
+    """The encoders with both kernels; of the mean a few unless slow tests are asked for."""
+    for kernel in ("mean", "center"):
+        for kind, name in INFLATED:
+            slow = name == "vgg11_bn" or (kernel == "mean" and name != "resnet18")
+            marks = [pytest.mark.slow] * slow
+            yield pytest.param(kernel, kind, name, marks=marks, id=f"{kernel}-{name}")
+
+
+@pytest.mark.parametrize(("kernel", "kind", "name"), [*inflated()])
 @torch.no_grad()
 def test_a_volume_without_change_gives_what_its_slice_gives(kind, name, kernel):
     """In every place and in the vector, with statistics of batch norm that mean something."""

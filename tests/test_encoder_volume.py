@@ -398,7 +398,13 @@ def test_files_that_say_nothing_of_their_patch_are_of_cubes(facts, tmp_path: Pat
     assert make(spec, (8, 12, 16), weights=True).taken((8, 12, 16))["weights_shape"] == [8, 8, 8]
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module._orig_mod.",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("", "module.")),
+    ],
+)
 def test_a_primus_of_segmentation_gives_its_encoder(tmp_path: Path, prefix: str) -> None:
     """nnU-Net's checkpoint: the decoder and the token of masks beside the encoder's names."""
     net = make(PrimusEncoder(), (16, 16, 16)).net

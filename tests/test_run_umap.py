@@ -423,8 +423,15 @@ def test_a_checkpoint_on_data_with_other_classes(tmp_path, capsys, count):
     assert "mistakes" in rows(tmp_path / "out" / "pca_val.csv")[0]
 
 
-@pytest.mark.parametrize("method", ["none", "avg"])
-@pytest.mark.parametrize("head", ["classification", "abmil"])
+@pytest.mark.parametrize(
+    ("head", "method"),
+    [
+        ("classification", "none"),
+        ("abmil", "avg"),
+        pytest.param("classification", "avg", marks=pytest.mark.slow),
+        pytest.param("abmil", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_features_and_predictions_are_of_one_pass(tmp_path, monkeypatch, method, head):
     """Each sample is decoded once; predictions are those of mode infer, features of mode extract,
     also where the head takes other vectors than those that are drawn."""

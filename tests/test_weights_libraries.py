@@ -410,7 +410,13 @@ def test_torchvision_files_that_are_not_published_renormalise_nothing(tmp_path, 
         torch.testing.assert_close(encoder.pool(encoder.forward_features(x)), net(x))
 
 
-@pytest.mark.parametrize(("family", "name"), [("torchvision", "googlenet"), ("timm", "fbnetc_100")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("torchvision", "googlenet"),
+        pytest.param("timm", "fbnetc_100", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_of_its_own_is_built_as_it_was(command, tmp_path, family, name):
     """The checkpoint, and its export, of a run that began without published weights give the
     features of that run, also in the runs that begin with them."""
