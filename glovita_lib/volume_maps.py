@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from glovita_lib import dist, files
 from glovita_lib.attention_maps import AttentionHead
+from glovita_lib.augment_patch import WindowGrid
 from glovita_lib.augment_volumes import VolumeAugmenter
 from glovita_lib.bags import as_bags, segment_softmax
 from glovita_lib.data import BaseSamples, Split
@@ -115,41 +116,65 @@ def mean_over(values: np.ndarray, ends: Ends, shape: Sequence[int]) -> np.ndarra
     return total / np.maximum(count, 1)
 
 
-def density(
-    values: np.ndarray, ends: Ends, shape: Sequence[int], deviation: Sequence[float] | None
+def scaled(total: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A map as a density, in multiples of what an even share of all voxels would be: its mean is
+    the sum of the shares."""
+    return total * (values.sum() / max(total.mean(), TINY))
+
+
+def box_density(values: np.ndarray, ends: Ends, shape: Sequence[int]) -> np.ndarray:
+    """Shares (n,) of parts in their voxels as a density: equal shares make an even map."""
+    return scaled(mean_over(values, ends, shape), values)
+
+
+def window_density(
+    values: np.ndarray,
+    places: np.ndarray,
+    have: Sequence[int],
+    shape: Sequence[int],
+    *,
+    windows: WindowGrid,
 ) -> np.ndarray:
-    """Shares (n,) of parts, each spread over its voxels and added up, in multiples of what an even
-    share of all voxels would be, (X, Y, Z): the mean is the sum of the shares.
+    """Shares (n,) of windows that begin at places (n, 3), each a Gaussian around its middle of half
+    their distance, added up and divided by what equal shares would add up to, as a density.
 
-    A mean over the parts that hold a voxel would be largest at the border, where the part with the
-    largest share is alone.
-
-    Args:
-        deviation: of the Gaussian around its middle over which a part is spread, voxels along each
-            axis; none: evenly. At half the distance of neighbours, equal shares make an even map.
+    sum_i v_i g_i(x) / sum_j g_j(x), where j runs over the windows of the grid, with a share or
+    without, and over more that go on beyond its ends. So equal shares make an even map, also where
+    the last window is close to the one before, that falls off towards the border, where fewer
+    windows look. Divided by those of the grid alone it would be largest in the corners, where the
+    window with the largest share has no other beside it.
     """
-    total = np.zeros(shape)
-    for value, low, high in zip(values, *ends, strict=True):
-        profiles, part = [], []
-        for axis, side in enumerate(shape):
-            places = np.arange(low[axis], high[axis])
-            inside = places[(places >= 0) & (places < side)]
-            away = inside - (low[axis] + high[axis] - 1) / 2
-            flat = np.ones(len(inside))
-            profiles.append(
-                flat if deviation is None else np.exp(-0.5 * (away / deviation[axis]) ** 2)
-            )
-            part.append(slice(inside[0], inside[-1] + 1) if len(inside) else slice(0))
-        weights = np.einsum("x,y,z->xyz", *profiles)
-        total[tuple(part)] += value * weights / max(weights.sum(), TINY)
-    return total * math.prod(shape)
+    offset, starts = offset_of(have, shape), windows.starts(have)
+    firsts = [np.unique(starts[:, axis]) for axis in range(3)]
+    grid = np.zeros([len(each) for each in firsts])
+    grid[tuple(np.searchsorted(*pair) for pair in zip(firsts, places.T, strict=True))] = values
+    profiles = []
+    for axis, first in enumerate(firsts):
+        voxels = np.arange(shape[axis]) - offset[axis]
+        inside = (voxels >= 0) & (voxels < have[axis])
+        size, stride = windows.size[axis], windows.stride[axis]
+        profiles.append(window_profiles(first, size, stride, voxels) * inside)
+    return scaled(np.einsum("abc,ax,by,cz->xyz", grid, *profiles, optimize=True), values)
+
+
+def window_profiles(first: np.ndarray, size: int, stride: int, voxels: np.ndarray) -> np.ndarray:
+    """What windows that begin at first (m,) count for along one axis at voxels (N,), see
+    window_density: (m, N). One that is alone tells nothing of where along the axis."""
+    if len(first) == 1:
+        return np.ones((1, len(voxels)))
+    count = math.ceil(size / stride) + 3  # up to where a Gaussian is nothing
+    beyond = stride * np.arange(1, count + 1)
+    every = np.concatenate([first[0] - beyond[::-1], first, first[-1] + beyond])
+    away = voxels - (every[:, None] + (size - 1) / 2)
+    weights = np.exp(-0.5 * (away / (stride / 2)) ** 2)
+    return weights[count:-count] / np.maximum(weights.sum(0), TINY)
 
 
 def slice_density(
     values: np.ndarray, places: np.ndarray, have: Sequence[int], shape: Sequence[int], *, axis: int
 ) -> np.ndarray:
     """Shares (n,) of slices at places (n, 1) of an axis, linear between them and beyond the first
-    and the last as there, scaled as those of `density`: equal shares make an even map."""
+    and the last as there, as a density: equal shares make an even map."""
     offset = offset_of(have, shape)
     inside = [
         slice(max(0, start), min(there, start + side))
@@ -160,7 +185,7 @@ def slice_density(
     line[axis] = -1
     total = np.zeros(shape)
     total[tuple(inside)] = np.interp(at, places[:, 0], values).reshape(line)
-    return total * (values.sum() / max(total.mean(), TINY))
+    return scaled(total, values)
 
 
 def spread_boxes(
@@ -172,7 +197,7 @@ def spread_boxes(
     boxes: Boxes,
     how: Callable[[np.ndarray, Ends, Sequence[int]], np.ndarray],
 ) -> np.ndarray:
-    """Values (n,) of parts that are boxes, by `mean_over` or `density`."""
+    """Values (n,) of parts that are boxes, by `mean_over` or `box_density`."""
     low, high = boxes(places, have)
     offset = np.array(offset_of(have, shape))
     return how(values, (low + offset, high + offset), shape)
@@ -302,15 +327,12 @@ class VolumeMaps:
 
 
 def spread_of(encoder: nn.Module) -> Spread:
-    """How attention to the instances that an encoder gives is spread over a volume: to windows by
-    Gaussians of half their distance."""
+    """How attention to the instances that an encoder gives is spread over a volume."""
     if isinstance(encoder, SlicewiseEncoder):
         return partial(slice_density, axis=encoder.axis)
     if isinstance(encoder, WindowsEncoder):
-        boxes: Boxes = partial(window_boxes, size=encoder.windows.size)
-        deviation = [step / 2 for step in encoder.windows.stride]
-        return partial(spread_boxes, boxes=boxes, how=partial(density, deviation=deviation))
-    return partial(spread_boxes, boxes=token_boxes, how=partial(density, deviation=None))
+        return partial(window_density, windows=encoder.windows)
+    return partial(spread_boxes, boxes=token_boxes, how=box_density)
 
 
 def note_scores(

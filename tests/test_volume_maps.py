@@ -12,12 +12,13 @@ from glovita_lib.read_volume import open_sample
 from glovita_lib.spec_volumes import VolumePreparation
 from glovita_lib.volume_cache import PreparedVolume
 from glovita_lib.volume_maps import (
-    density,
+    box_density,
     map_titles,
     mean_over,
     part_affine,
     slice_density,
     token_boxes,
+    window_density,
     write_map,
 )
 from glovita_lib.volume_preparation import prepare
@@ -158,30 +159,74 @@ def test_patches_of_a_grid_divide_the_input():
     assert sum(np.prod(b - a) for a, b in zip(*ends, strict=True)) == 5 * 9 * 4
 
 
-def test_equal_shares_make_an_even_map_inside():
-    """And whatever the shares, the mean of the map is their sum; windows that stand out count with
-    what is inside."""
-    grid = WindowGrid((8, 8, 8), (4, 4, 4))
-    starts = grid.starts((40, 40, 40))
-    ends = (starts, starts + 8)
-    even = density(np.full(len(starts), 1 / len(starts)), ends, (40, 40, 40), [2.0] * 3)
-    inner = even[8:-8, 8:-8, 8:-8]
-    assert np.ptp(inner) < 0.15 * inner.mean() and even.mean() == pytest.approx(1)
-    starts = np.array([[-3, 0, 0], [20, 1, 5]])
-    for deviation in (None, [2.0, 1.0, 3.0]):
-        found = density(np.array([0.3, 0.7]), (starts, starts + 8), (24, 9, 13), deviation)
-        assert found.mean() == pytest.approx(1)
-        assert found[:6].sum() / found.sum() == pytest.approx(0.3)
+GRIDS = [  # voxels of volumes, windows and strides; in some the last window is close to another
+    ((40, 40, 40), (8, 8, 8), (4, 4, 4)),
+    ((80, 80, 80), (24, 24, 24), (18, 18, 18)),
+    ((160, 60, 60), (48, 48, 48), (36, 36, 36)),
+    ((100, 50, 61), (24, 12, 16), (12, 7, 16)),
+    ((41, 7, 30), (8, 12, 30), (4, 6, 15)),
+]
 
 
-def test_the_maximum_of_a_density_is_in_the_middle_of_the_window_that_counts():
-    """A mean would be largest where that window is alone, in the corner."""
-    grid = WindowGrid((16, 16, 16), (8, 8, 8))
-    starts = grid.starts((32, 32, 32))
+@pytest.mark.parametrize(("shape", "size", "stride"), GRIDS)
+def test_equal_shares_of_windows_make_an_even_map(shape, size, stride):
+    """Two strides within the border all is even, and nothing is more; whatever the shares, the mean
+    of the map is their sum."""
+    grid = WindowGrid(size, stride)
+    starts = grid.starts(shape)
+    even = window_density(np.full(len(starts), 1 / len(starts)), starts, shape, shape, windows=grid)
+    assert even.mean() == pytest.approx(1)
+    inner = even
+    for axis, (have, side, step) in enumerate(zip(shape, size, stride, strict=True)):
+        margin = min(side // 2 + step, (have - 1) // 2) if have > side else 0
+        inner = inner.take(range(margin, have - margin), axis)
+    assert np.ptp(inner) < 0.02 * inner.max() and even.max() < 1.02 * inner.max()
+    shares = np.random.default_rng(0).dirichlet(np.ones(len(starts)))
+    found = window_density(shares, starts, shape, shape, windows=grid)
+    assert found.mean() == pytest.approx(1) and (found >= 0).all()
+    kept = shares > np.median(shares)  # the others are left out, as those of air
+    some = window_density(shares[kept], starts[kept], shape, shape, windows=grid)
+    all_of = window_density(shares * kept, starts, shape, shape, windows=grid)
+    np.testing.assert_allclose(some, all_of)
+    assert some.mean() == pytest.approx(shares[kept].sum())
+
+
+def test_windows_of_a_patch_lie_in_the_middle_of_the_volume():
+    grid, shares = WindowGrid((8, 8, 8), (4, 4, 4)), np.full(9, 1 / 9)
+    starts = grid.starts((16, 8, 16))
+    found = window_density(shares, starts, (16, 8, 16), (20, 8, 10), windows=grid)
+    assert (found[2:18] > 0).all() and found.mean() == pytest.approx(1)
+    found[2:18] = 0
+    assert not found.any()
+    thin = grid.starts((16, 5, 16))  # the windows stand out of the volume
+    assert thin[0, 1] < 0
+    thick = window_density(shares, thin, (16, 5, 16), (16, 5, 16), windows=grid)
+    assert (thick == thick[:, :1]).all()
+
+
+@pytest.mark.parametrize(("shape", "size", "stride"), GRIDS[:4])
+def test_the_maximum_is_in_the_window_that_counts_or_between_two(shape, size, stride):
+    """At the border too: there a mean over the windows that look would be largest in the corner."""
+    grid = WindowGrid(size, stride)
+    starts = grid.starts(shape)
     shares = np.full(len(starts), 0.01)
-    shares[0] = 1 - shares[1:].sum()
-    ends = (starts, starts + 16)
-    top = np.argwhere((found := density(shares, ends, (32,) * 3, [4.0] * 3)) == found.max()).mean(0)
-    assert np.abs(top - 7.5).max() <= 1
-    mean = mean_over(shares, ends, (32,) * 3)
-    assert (np.argwhere(mean == mean.max()).max(0) < 8).all()
+    shares[0] = 1.0
+    found = window_density(shares, starts, shape, shape, windows=grid)
+    top = np.argwhere(found == found.max()).mean(0)
+    assert (np.abs(top - (np.array(size) - 1) / 2) <= np.array(stride) / 4).all()
+    shares[(starts == starts[0] + (stride[0], 0, 0)).all(1)] = 1.0
+    assert shares.sum() > 2
+    found = window_density(shares, starts, shape, shape, windows=grid)
+    top = np.argwhere(found == found.max()).mean(0)
+    assert abs(top[0] - (size[0] - 1 + stride[0]) / 2) <= stride[0] / 4
+
+
+def test_equal_shares_of_patches_make_an_even_map():
+    """Also where they do not divide the input, and some have more voxels."""
+    places = np.stack(np.meshgrid(*map(np.arange, (2, 3, 1)), indexing="ij"), -1).reshape(-1, 3)
+    ends = token_boxes(places, (5, 9, 4))
+    np.testing.assert_allclose(box_density(np.full(6, 1 / 6), ends, (5, 9, 4)), 1)
+    shares = np.array([0.3, 0.1, 0.1, 0.2, 0.2, 0.1])
+    found = box_density(shares, ends, (5, 9, 4))
+    assert found.mean() == pytest.approx(1)
+    assert found[0, 0, 0] / found[-1, 0, 0] == pytest.approx(0.3 / 0.2)
