@@ -306,7 +306,8 @@ class Trained:
         asked = "name the voxels it was trained with in model.encoder.weights_shape"
         of = f"its position embedding is of {patches} patches"
         if self.stated is not None and math.prod(self.stated) != patches:
-            raise ValueError(f"{of}, and model.encoder.weights_shape has {math.prod(self.stated)}")
+            count = math.prod(self.stated)
+            raise ValueError(f"{of}, and model.encoder.weights_shape has {count}: leave it out")
         told = [self.stated] if self.stated is not None else self.told
         cube = (round(patches ** (1 / 3)),) * 3
         is_cube = math.prod(cube) == patches

@@ -418,11 +418,13 @@ def refuse(target: LoadTarget, found: Mismatch, source: str) -> NoReturn:
             ' beside it, or fold them in with mode = "infer", infer.merge = true and infer.export ='
             ' "merged.safetensors", and take that file'
         )
-    text = f"{source} does not fit {type(target.net).__name__}:\n{found.table()}"
-    if "model.encoder." not in found.refusal:  # it says itself what to set
-        cure = ", or weights_order = true if only names differ" if target.by_order else ""
-        text += f"\n  take the file of this very model{cure}"
-    raise UserError(text)
+    if "model.encoder." in found.refusal:  # names and shapes are no matter, it says what to set
+        raise UserError(f"{source}: {found.refusal}")
+    cure = ", or weights_order = true if only names differ" if target.by_order else ""
+    raise UserError(
+        f"{source} does not fit {type(target.net).__name__}:\n{found.table()}\n"
+        f"  take the file of this very model{cure}"
+    )
 
 
 def load_candidate(target: LoadTarget, tensors: Tensors) -> tuple[Mismatch, Tensors]:

@@ -366,8 +366,11 @@ def test_a_position_embedding_of_two_grids_is_asked_about(old, new, asked, tmp_p
     weights = make(PrimusEncoder(**SMALL), voxels(old)).net.state_dict()
     expected = resample(weights["eva.pos_embed"], old, new)
     torch.save(weights, file)
-    with pytest.raises(UserError, match=asked):
+    beside = {"mask_token": torch.zeros(1, 1, 396), "up_projection.weight": torch.ones(3)}
+    torch.save({"network_weights": weights | beside}, file)
+    with pytest.raises(UserError, match=asked) as caught:
         make(PrimusEncoder(**SMALL, weights=file), voxels(new), weights=True)
+    assert "mask_token" not in str(caught.value) and "\n" not in str(caught.value)
     stated = PrimusEncoder(**SMALL, weights=file, weights_shape=voxels(old))
     found = make(stated, voxels(new), weights=True)
     torch.testing.assert_close(found.net.state_dict()["eva.pos_embed"], expected)
