@@ -574,7 +574,8 @@ def test_probes_of_frozen_encoders_of_volumes(command, tmp_path, spec):
     files = ("extract.output_filename='{split}.h5'", "extract.precision=32")
     extract = ("mode=extract", "extract.source=encoder", f"extract.output_dir={tmp_path}", *files)
     assert "left out" in command(*extract, spec=spec).out
-    refused = command("task.objective=probe", spec=spec, code=2).err
+    assert "a probe augments nothing" in command("task.objective=probe", spec=spec, code=2).err
+    refused = command("task.objective=probe", spec=spec.replace(PATCHES, ""), code=2).err
     assert 'write them with mode = "extract"' in refused
     names = "\n".join(f'{s}_features_file = "{tmp_path / s}.h5"' for s in ("train", "val", "test"))
     probe = command(spec=PROBE.format(files=names))
