@@ -145,7 +145,8 @@ def completed(kind: str, values: Values) -> Values:
     no class takes them.
 
     Args:
-        kind: `model_type`, by which the class is chosen where the file does not name it.
+        kind: `model_type`, by which the class is chosen where the file does not name it; that of
+            the images' half of a model is chosen as the model's.
     """
     import transformers
 
@@ -155,11 +156,13 @@ def completed(kind: str, values: Values) -> Values:
         if video
         else (transformers.AutoImageProcessor, IMAGE_FILE)
     )
+    stated = {each: value for each, value in values.items() if each != "auto_map"}  # code of others
     with TemporaryDirectory() as folder:
-        Path(folder, name).write_text(json.dumps(values))
-        Path(folder, CONFIG).write_text(json.dumps({"model_type": kind}))
+        Path(folder, name).write_text(json.dumps(stated))
+        whole = {"model_type": kind.removesuffix("_vision_model")}
+        Path(folder, CONFIG).write_text(json.dumps(whole))
         try:
-            made = auto.from_pretrained(folder)
+            made = auto.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, OSError, ImportError, AttributeError, KeyError, TypeError):
             return values
     found: Values = {each: getattr(made, each, None) for each in STATED}
@@ -185,6 +188,7 @@ def normalisation(
         usual: mean and deviation where it states none.
     """
     means, stds = (values.get(f"image_{name}") for name in ("mean", "std"))
+    means, stds = ([each] * 3 if isinstance(each, int | float) else each for each in (means, stds))
     if not values.get("do_normalize", True):
         means, stds = (0.0,) * 3, (1.0,) * 3
     factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
@@ -205,7 +209,8 @@ def resizing(values: Values, default: int) -> tuple[int, float, CropMode]:
     if values.get("crop_pct") and not crops:  # ConvNeXt's way
         return (edge, float(values["crop_pct"]), "center") if edge < 384 else (edge, 1.0, "squash")
     side = cropped or edge
-    shortest = isinstance(size, dict) and "shortest_edge" in size
+    # a number, where no class takes it: the shortest side of what is cropped, else both sides
+    shortest = "shortest_edge" in size if isinstance(size, dict) else crops
     return side, min(1.0, side / edge), "center" if shortest else "squash"
 
 

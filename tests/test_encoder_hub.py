@@ -42,6 +42,8 @@ PREPROCESSORS = {
     "convnext": [old("ConvNext", size=48, crop_pct=0.875, resample=3),
                  old("ConvNext", size=384, crop_pct=1.0, resample=3)],
     "dinov2": [CLIP_FILE | {"image_processor_type": "BitImageProcessor"}],
+    "clip": [{"size": 48, "crop_size": 40, "do_center_crop": True}, {"size": 256}, {}],
+    "siglip": [{"size": {"height": 48, "width": 48}}],
     "clip_vision_model": [old("CLIP", size=48, crop_size=48, do_center_crop=True, resample=3)],
     "siglip_vision_model": [{"image_processor_type": "SiglipImageProcessor", "resample": 3,
                              "size": {"height": 48, "width": 48}}],
@@ -61,6 +63,10 @@ def test_images_are_prepared_as_by_the_preprocessor(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     photo = Image.fromarray(load_sample_image("flower.jpg")[:300, :420])
+    if kind in ("clip", "siglip"):  # both halves, as published
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": kind, "vision_config": {"image_size": 48}})
+        )
     made = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     expected = np.asarray(made(photo, return_tensors="np")["pixel_values"])
     expected = expected.reshape(-1, *expected.shape[-3:])[0]
@@ -89,11 +95,25 @@ def test_a_processor_of_text_and_images_says_it_in_a_table(file: str, tmp_path: 
     assert found.mean == pytest.approx((0.4, 0.5, 0.6)) and found.crop_mode == "center"
 
 
+def test_code_of_others_is_neither_run_nor_asked_about(monkeypatch) -> None:
+    """And one number may be the mean of every channel."""
+    monkeypatch.setattr("builtins.input", lambda *texts: pytest.fail("it asked"))
+    values = {
+        "auto_map": {"AutoImageProcessor": "me/repo--code.Own"},
+        "size": 40,
+        "image_mean": 0.5,
+    }
+    found = completed("vit", values)
+    assert found["size"] == {"height": 40, "width": 40}
+    assert normalisation(found, IMAGENET)[0] == pytest.approx([0.5] * 3)
+
+
 def test_of_no_class_a_number_is_both_sides() -> None:
     assert completed("vit", {"image_processor_type": "Gone", "size": 5}) == {
         "image_processor_type": "Gone", "size": 5,
     }  # fmt: skip
     assert resizing({"size": 196}, 224) == (196, 1.0, "squash")
+    assert resizing({"size": 256, "crop_size": 224}, 224) == (224, 0.875, "center")
     assert resizing({}, 160) == (160, 0.875, "center")
 
 
