@@ -20,7 +20,7 @@ import numpy as np
 from glovita_lib.errors import UserError, composed, listed, reason
 from glovita_lib.files import lines_of, read_cells
 from glovita_lib.series_preparation import MISSING, numbers, time_numbers
-from glovita_lib.series_table import Columns, SeriesTable
+from glovita_lib.series_table import ROW_NAME, Columns, SeriesTable
 
 SUFFIXES = (".ts", ".arff", ".tsv", ".csv", ".npy", ".npz")
 ENTRIES = ("series", "lengths", "offsets", "times", "labels", "ids", "groups")
@@ -156,7 +156,21 @@ def read_values(path: Path, columns: Columns) -> tuple[list[str], list[list[str]
     places = columns.value_columns(path, header)
     if not places:
         raise UserError(f"{path}: no column of values beside {listed(header)}: data.value_columns")
+    if not columns.values:
+        for place in places:
+            refuse_index(path, header[place], [row[place].strip() for row in rows])
     return header, rows, places
+
+
+def refuse_index(path: Path, name: str, cells: list[str]) -> None:
+    """Raise an error where a column that is named as an index has another whole number in each row:
+    the place of a row in the table tells its id, hence its label."""
+    is_other = 1 < len(set(cells)) == len(cells)
+    if ROW_NAME.fullmatch(name) and is_other and all(map(str.isdecimal, cells)):
+        raise UserError(
+            f'{path}: column "{name}" numbers the rows: drop it, or name the columns of the values'
+            " in data.value_columns"
+        )
 
 
 def refuse_text(path: Path, name: str, cells: Iterable[str]) -> None:

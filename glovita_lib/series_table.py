@@ -19,9 +19,13 @@ TIME_NAME = re.compile(
 )
 """Names of columns that hold times, which no time point of a wide table has."""
 ID_NAME = re.compile(
-    r"(.*[ _.-])?u?id|subject|patient|person|sample|series|case|index|unnamed: 0", re.IGNORECASE
+    r"(.*[ _.-])?u?id|subject|patient|person|sample|series|case|index", re.IGNORECASE
 )
 """Names of columns that hold ids."""
+NAMELESS = re.compile(r"unnamed: \d+(\.\d+)*", re.IGNORECASE)
+"""What pandas calls columns without a name, as an index, when it reads a table."""
+ROW_NAME = re.compile(r"index|level_0", re.IGNORECASE)
+"""What pandas calls an index that it makes a column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,14 @@ class Columns:
                 f"{path}: column {header.index('') + 1} has no name, as an index: {cure}"
             )
         places = [place for place, name in enumerate(header) if name not in self.others]
+        for name in (header[place] for place in places):
+            if NAMELESS.fullmatch(name):
+                cure = "drop it (index=False), name it in data.id_column or data.time_column"
+                cure += ", or name the others in data.value_columns"
+                raise UserError(
+                    f'{path}: column "{name}" has no name but what pandas calls it, as an index:'
+                    f" {cure}"
+                )
         wanted = {name.lower(): name for name in self.others if name is not None}
         for name in (header[place] for place in places):
             if (meant := wanted.get(name.lower())) is not None and meant not in header:

@@ -203,6 +203,12 @@ def test_what_is_wrong_with_a_series_of_a_table_is_its_line(tmp_path):
         ("id,zeit,v\n0,2,3\n0,3,4\n1,2,3\n1,3,4\n", '4 rows for 2 ids and no column "time"'),
         ("who,v0,v1\ns0,2,3\ns1,3,4\n", 'column "who" holds no number ("s0", "s1")'),
         ("id,day,v\n0,2024-01-01,3\n1,2024-01-02,4\n", 'column "day" holds no number'),
+        ("Unnamed: 0,id,time,v\n0,a,0,3\n1,a,1,4\n", 'column "Unnamed: 0" has no name but what'),
+        ("Unnamed: 0.1,Unnamed: 0,id,v,w\n0,0,a,0,3\n1,1,b,1,4\n", 'column "Unnamed: 0.1" has no'),
+        ("Unnamed: 0,v,w\n0,3,1\n1,4,2\n", "data.id_column or data.time_column"),
+        ("id,time,v,Unnamed: 3\na,0,3,\na,1,4,\n", 'column "Unnamed: 3" has no name'),
+        ("index,id,time,v\n7,a,0,3\n3,a,1,4\n", 'column "index" numbers the rows: drop it'),
+        ("level_0,id,v,w\n0,a,0,3\n1,b,1,4\n", 'column "level_0" numbers the rows'),
         ("id,time,v,arm\n0,2,3,left\n0,3,4,left\n", 'column "arm" holds no number ("left")'),
     ],
 )
@@ -217,6 +223,12 @@ def test_tables_that_would_be_taken_for_others_are_refused(text, said, tmp_path)
 def test_columns_that_the_spec_names_are_values_whatever_they_are_called(tmp_path):
     path = write(tmp_path / "a.csv", "id,t,T1,label\n0,2,3,a\n1,3,4,b\n")
     same(read_series(path, replace(COLUMNS, values=("t", "T1"))), [[[2, 3]], [[3, 4]]])
+    path = write(tmp_path / "a.csv", "index,Unnamed: 0,id,time\n3,0,a,0\n4,1,a,1\n")
+    same(read_series(path, replace(COLUMNS, values=("index", "Unnamed: 0"))), [[[3, 4], [0, 1]]])
+    path = write(tmp_path / "a.csv", "Unnamed: 0,id,v\n0,a,3\n1,a,4\n")
+    same(read_series(path, replace(COLUMNS, time="Unnamed: 0")), [[[3, 4]]])
+    path = write(tmp_path / "a.csv", "index,id,time\n3,a,0\n4,a,1\n3,b,0\n")  # of fingers
+    same(read_series(path, COLUMNS), [[[3, 4]], [[3]]])
     path = write(tmp_path / "b.csv", "id,v0,v1,label\n0,one,3,a\n1,3,4,b\n2,,?,b\n")
     table = read_series(path, COLUMNS)
     assert '"one" (value 0) is no number' in table.series[0]
