@@ -115,7 +115,7 @@ def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, 
             if values.ndim not in (1, 2):
                 return f"an array of shape {values.shape}, a series is (T,) or (C, T)", nothing, ()
             return (values[None] if values.ndim == 1 else values), nothing, ()
-        header, rows, places = read_values(path, columns)
+        header, rows, places = read_values(path, columns, is_wide=False)
         cells = [numbers([row[place] for row in rows]) for place in places]
         if wrong := [cell for cell in cells if isinstance(cell, str)]:
             return wrong[0], nothing, ()
@@ -135,7 +135,7 @@ def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, 
 def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
     """A CSV file: with the column of times a row a time point (long), else a row a series (wide,
     one channel)."""
-    header, rows, places = read_values(path, columns)
+    header, rows, places = read_values(path, columns, is_wide=True)
     for place in places:
         refuse_text(path, header[place], (row[place] for row in rows))
     read = read_long if columns.time in header else read_wide
@@ -144,13 +144,24 @@ def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
     return table
 
 
-def read_values(path: Path, columns: Columns) -> tuple[list[str], list[list[str]], list[int]]:
+def read_values(
+    path: Path, columns: Columns, *, is_wide: bool
+) -> tuple[list[str], list[list[str]], list[int]]:
     """Header and rows of a CSV file, and the places of the columns of values.
 
+    Args:
+        is_wide: whether columns may be time points, which numbers may be the names of.
+
     Raises:
-        UserError: there are none, two columns of one name, or see `Columns.value_columns`.
+        UserError: there are none, two columns of one name, no header, or see
+            `Columns.value_columns`.
     """
     header, rows = read_cells(path, columns.values, columns.others)
+    if not columns.values and not set(header) & set(columns.others) and is_row(header, is_wide):
+        raise UserError(
+            f"{path}: no header, its first line holds values ({listed(header, 3)}): write the names"
+            " of the columns into it, or where they are names, into data.value_columns"
+        )
     if twice := [name for name, count in Counter(header).items() if count > 1]:
         raise UserError(f"{path}: two columns have the same name: {listed(twice, 3)}")
     places = columns.value_columns(path, header)
@@ -160,6 +171,19 @@ def read_values(path: Path, columns: Columns) -> tuple[list[str], list[list[str]
         for place in places:
             refuse_index(path, header[place], [row[place].strip() for row in rows])
     return header, rows, places
+
+
+def is_row(header: list[str], is_wide: bool) -> bool:
+    """Whether the first line of a CSV file holds values, not names: numbers or dates that are no
+    time points (T,), which rise or fall."""
+    there = [cell for cell in header if cell.lower() not in MISSING]
+    is_name = [isinstance(time_numbers([cell]), str) for cell in there]
+    if not there or "" in header or any(is_name):
+        return False
+    when = time_numbers(header)
+    if not is_wide or isinstance(when, str):
+        return True
+    return not ((when[1:] > when[:-1]).all() or (when[1:] < when[:-1]).all())
 
 
 def refuse_index(path: Path, name: str, cells: list[str]) -> None:

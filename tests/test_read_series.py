@@ -220,6 +220,50 @@ def test_tables_that_would_be_taken_for_others_are_refused(text, said, tmp_path)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "line", ["1.5", "-1", "0", "1e-3,2", "2024-01-01,2", "nan,2", "3,3", "0,1"]
+)
+def test_a_folder_of_files_without_a_header_is_refused(line, tmp_path):
+    """The first value of each would be taken for a name and lost."""
+    body = line.replace("nan", "1")
+    write(tmp_path / "a.csv", f"{line}\n{body}\n{body}\n")
+    write(tmp_path / "b.csv", f"{body}\n{body}\n")
+    for said in read_series(tmp_path, COLUMNS).series:
+        assert said.startswith("no header, its first line holds values (")
+
+
+def test_numbers_are_names_where_the_spec_or_a_column_of_times_says_so(tmp_path):
+    write(tmp_path / "a.csv", "0,1\n3,4\n5,6\n")
+    for values, series in ((("1",), [[4, 6]]), (("1", "0"), [[4, 6], [3, 5]])):
+        same(read_series(tmp_path, replace(COLUMNS, values=values)), [series])
+    same(read_series(tmp_path, replace(COLUMNS, time="0")), [[[4, 6]]])
+    write(tmp_path / "a.csv", "time,0,1\n0,3,4\n1,5,6\n")
+    same(read_series(tmp_path, COLUMNS), [[[3, 5], [4, 6]]])
+
+
+@pytest.mark.parametrize(
+    ("line", "is_row"),
+    [
+        ("0,1,2", False),
+        ("4000.5,3998,1e3", False),
+        ("2024-01-01,2024-01-02,2024-01-05", False),
+        ("0,1,2,label", False),
+        ("2,1,3", True),
+        ("1,nan,3", True),
+        ("-0.5,-0.25,-0.5", True),
+        ("2024-01-01,2,3", True),
+    ],
+)
+def test_numbers_in_the_header_of_a_wide_table_are_time_points(line, is_row, tmp_path):
+    body = ",".join("a" if cell == "label" else "5" for cell in line.split(","))
+    path = write(tmp_path / "a.csv", f"{line}\n{body}\n")
+    if is_row:
+        with pytest.raises(UserError, match=r"a.csv: no header, its first line holds values"):
+            read_series(path, COLUMNS)
+    else:
+        assert ",".join(read_series(path, COLUMNS).columns) == line.removesuffix(",label")
+
+
 def test_columns_that_the_spec_names_are_values_whatever_they_are_called(tmp_path):
     path = write(tmp_path / "a.csv", "id,t,T1,label\n0,2,3,a\n1,3,4,b\n")
     same(read_series(path, replace(COLUMNS, values=("t", "T1"))), [[[2, 3]], [[3, 4]]])
