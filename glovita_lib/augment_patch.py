@@ -127,16 +127,16 @@ class PatchCut:
         ]
 
 
-def held_axes(size: Size, thick: int | None) -> list[int]:
-    """The axes of a patch across which nothing is turned, scaled or deformed: the one whose slices
-    are thick, and those of one voxel, beside which a turned patch would show its fill alone."""
-    return [axis for axis in range(3) if axis == thick or size[axis] == 1]
+def held_axes(size: Size, thick: int | None, flat: int | None) -> list[int]:
+    """The axes of a patch across which nothing is turned, scaled or deformed: thick ones, flat ones
+    and those of one voxel, beside which a turned patch would show its fill alone."""
+    return [axis for axis in range(3) if axis in (thick, flat) or size[axis] == 1]
 
 
 def reach(
     size: Size,
     spacing: tuple[float, float, float],
-    thick: int | None,
+    held: Sequence[int],
     *,
     angle: float,
     factor: float,
@@ -150,14 +150,14 @@ def reach(
     of the most. Half the patch is the most that is taken, which is eight times its voxels.
 
     Args:
-        thick: axis across which nothing is done, see held_axes.
+        held: axes across which nothing is done, see held_axes.
         angle: largest about each axis, radians.
         factor: largest of what is shown, 1 or more.
         shift: largest of an elastic deformation, share of the side.
         available: the most voxels of a volume along each axis, beyond which there is nothing but,
             where the volume goes on along another axis, one voxel of its fill.
     """
-    moved = [a for a in range(3) if a not in held_axes(size, thick)]
+    moved = [a for a in range(3) if a not in held]
     length = [side * step for side, step in zip(size, spacing, strict=True)]  # mm
     length = [each * (1 + 2 * shift * (a in moved)) for a, each in enumerate(length)]
     found = [0, 0, 0]
@@ -363,19 +363,19 @@ class Grid:
     spacing: tuple[float, float, float]
     thick: int | None
     mirrors: tuple[int, ...]
+    flat: int | None = None
 
     @property
     def held(self) -> list[int]:
         """The axes across which nothing is turned, scaled or deformed."""
-        return held_axes(self.size, self.thick)
+        return held_axes(self.size, self.thick, self.flat)
 
     @property
     def equal(self) -> list[int]:
         """The axes that may be exchanged: the most that are as long, in voxels and mm.
 
         To exchange two axes is to mirror, and so are quarter turns together with a mirrored axis:
-        only those along which a policy may mirror are among them, so that the others keep their
-        direction."""
+        only those along which a policy may mirror are among them."""
         groups = [[b for b in range(3) if self.alike(a, b)] for a in range(3) if a != self.thick]
         return max(groups, key=len)
 

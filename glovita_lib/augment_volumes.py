@@ -364,13 +364,13 @@ def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
 def random_low_resolution(
     x: Tensor, ops: VolumeOps, generator: torch.Generator, grid: Grid
 ) -> Tensor:
-    """Fewer voxels along each axis but the thick one, the same share along all."""
+    """Fewer voxels along each axis but thick and flat ones, the same share along all."""
     rows = of_channels(x, ops.low_resolution_p, ops.low_resolution_channel_p, generator)
     share = uniform(len(rows), *ops.low_resolution, generator)
     for row, part in zip(rows.tolist(), share.tolist(), strict=True):
         channel = x.flatten(0, 1)[row]
         size = [
-            side if axis == grid.thick else max(1, round(side * part))
+            side if axis in (grid.thick, grid.flat) else max(1, round(side * part))
             for axis, side in enumerate(channel.shape)
         ]
         channel.copy_(coarse(channel, size))
@@ -552,7 +552,13 @@ class VolumeAugmenter:
     def __init__(self, resolved: ResolvedVolumeAugmentation, *, train: bool) -> None:
         self.ops = resolved.train if train else resolved.test
         mirrors = tuple(AXES.index(name) for name in resolved.mirror_axes)
-        self.grid = Grid(resolved.patch_size, resolved.spacing, resolved.thick_axis, mirrors)
+        self.grid = Grid(
+            resolved.patch_size,
+            resolved.spacing,
+            resolved.thick_axis,
+            mirrors,
+            resolved.flat_axis,
+        )
         self.windows: WindowGrid | None = None
         if resolved.evaluation == "windows" and not train:
             self.windows = WindowGrid.overlapping(resolved.patch_size, resolved.window_overlap)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from msgspec.structs import asdict, replace
 
-from glovita_lib.augment_patch import Size, reach
+from glovita_lib.augment_patch import Size, held_axes, reach
 from glovita_lib.augment_volumes import AXES, INTERPOLATED, VolumeAugmenter
 from glovita_lib.data import Data, Split, VolumeSamples
 from glovita_lib.encoder import patch_size_of
@@ -68,6 +68,7 @@ def _(samples: VolumeSamples, root: Root, data: Data) -> VolumeInputs:
         augmentation = replace(
             augmentation,
             thick_axis=flat if thick is None else thick,
+            flat_axis=None if thick in (None, flat) else flat,
             mirror_axes=stored_mirrors(train, affines, augmentation),
         )
         augmentation = with_margin(augmentation, section.margin, available)
@@ -112,6 +113,7 @@ def resolve_volume_augmentation(
         )
     spacing = spacing or (1.0, 1.0, 1.0)
     thick = thick_axis(spacing, aug.anisotropy)
+    flat = flat_axis(size, aug.anisotropy, available)
     names = aug.train_policy or default_policies[0], aug.test_policy or default_policies[1]
     resolved = ResolvedVolumeAugmentation(
         train_policy=names[0],
@@ -125,7 +127,8 @@ def resolve_volume_augmentation(
         margin=(0, 0, 0),
         mirror_axes=aug.mirror_axes,
         spacing=spacing,
-        thick_axis=flat_axis(size, aug.anisotropy, available) if thick is None else thick,
+        thick_axis=flat if thick is None else thick,
+        flat_axis=None if thick in (None, flat) else flat,
         train=replace(VOLUME_TRAIN[names[0]], **aug.train_kwargs.given()),
         test=replace(VOLUME_TEST[names[1]], **aug.test_kwargs.given()),
     )
@@ -146,7 +149,7 @@ def with_margin(
         margin = reach(
             size,
             resolved.spacing,
-            resolved.thick_axis,
+            held_axes(size, resolved.thick_axis, resolved.flat_axis),
             angle=ops.rotate_radians * ops.draws("rotate_p"),
             factor=max(1.0, ops.scale[1]) if ops.draws("scale_p") else 1.0,
             shift=ops.elastic_strength[1] / ops.elastic_points * ops.draws("elastic_p"),

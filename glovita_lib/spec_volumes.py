@@ -453,8 +453,8 @@ class VolumeAugmentation(Spec):
     (left and right) the side of a finding stays."""
     anisotropy: Annotated[float, Meta(ge=1)] = 3.0
     """Across the one axis whose spacing is more than this many times the smallest, nothing is
-    rotated, scaled or interpolated; else across the one that the longest side of the patch is more
-    than this many times as long as, as in nnU-Net, and across a single voxel always."""
+    rotated, scaled or interpolated; nor across the one that the longest side of the patch is more
+    than this many times as long as, as in nnU-Net, nor across a single voxel."""
     evaluation: Literal["center", "windows"] | None = None
     """What evaluation, inference and extraction see of a volume that is larger than the patch: its
     centre, or all of it by windows of patch_size; none is center, or what a checkpoint was trained
@@ -514,8 +514,10 @@ class ResolvedVolumeAugmentation(Spec):
     """Median spacing of the train volumes, mm: what rotations go by where the spacing of a sample
     is not known."""
     thick_axis: int | None
-    """Axis across which slices of some volumes are thick, or the patch is flat: across it nothing
-    is rotated, scaled or interpolated in any."""
+    """Axis across which slices of some volumes are thick, else along which the patch is flat:
+    across it nothing is rotated, scaled or interpolated in any."""
+    flat_axis: int | None
+    """Axis along which the patch is flat, likewise, where slices are thick across another."""
     train: VolumeOps
     """Every parameter of the train policy."""
     test: VolumeOps

@@ -445,8 +445,10 @@ def test_the_thick_axis(spacing, thick):
     ],
 )  # fmt: skip
 def test_a_flat_patch_is_thick_across_its_short_side(patch, spacing, thick):
-    """nnU-Net's do_dummy_2d_data_aug, max(patch) / patch[axis] > 3, after the spacing."""
-    assert resolved(patch_size=patch, spacing=spacing).thick_axis == thick
+    """nnU-Net's do_dummy_2d_data_aug, max(patch) / patch[axis] > 3, beside the spacing."""
+    found = resolved(patch_size=patch, spacing=spacing)
+    assert found.thick_axis == thick
+    assert found.flat_axis == (1 if patch == (64, 16, 64) else None)
 
 
 def test_slices_of_flat_volumes_lie_in_deeper_patches():

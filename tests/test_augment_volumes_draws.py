@@ -349,7 +349,7 @@ def furthest(size, spacing, planes, most: float) -> np.ndarray:
 def test_the_margin_is_as_wide_as_the_policy_reaches(thick, size, spacing, angle):
     planes = [pair for pair in ((0, 1), (0, 2), (1, 2)) if thick not in pair]
     margin = augment_patch.reach(
-        size, spacing, thick, angle=angle, factor=1.1, shift=0.0, available=None
+        size, spacing, [thick], angle=angle, factor=1.1, shift=0.0, available=None
     )
     extent = furthest(size, np.array(spacing, float), planes, angle) / spacing
     for axis in range(3):
@@ -361,7 +361,7 @@ def test_the_margin_is_as_wide_as_the_policy_reaches(thick, size, spacing, angle
 def test_shifts_count_and_volumes_end_the_margin():
     def margin(available, size=(50, 50, 50), thick=None):
         return augment_patch.reach(
-            size, (1, 1, 1), thick, angle=0.0, factor=1.0, shift=0.06, available=available
+            size, (1, 1, 1), [thick], angle=0.0, factor=1.0, shift=0.06, available=available
         )
 
     assert margin(None) == (3, 3, 3) and margin((200, 200, 200), thick=1) == (3, 0, 3)
@@ -407,6 +407,36 @@ def test_a_single_slice_is_turned_in_its_plane_alone():
             assert bool((place.matrices[:, :, axis] == eye[axis]).all())
             assert not place.control[:, axis].any()
         assert not torch.equal(place.matrices, eye.expand(20, 3, 3)) and place.control.any()
+
+
+@pytest.mark.parametrize("name", [name for name, ops in VOLUME_TRAIN.items() if ops.rotate_p])
+@pytest.mark.parametrize(
+    "size, spacing, held",
+    [((24, 24, 2), (1, 4, 1), (1, 2)), ((4, 24, 24), (1, 1, 4), (0, 2)),
+     ((24, 6, 6), (1, 1, 4), (0, 2)), ((24, 24, 6), (1, 1, 4), (2,))],
+)  # fmt: skip
+def test_thick_slices_of_a_patch_that_is_flat_along_another_axis_hold_both(
+    name, size, spacing, held
+):
+    """Volumes as flat as the patch: turned about the axis that is thick, its slices would show the
+    fill beside the volume."""
+    have = tuple(side if side < 10 else 2 * side for side in size)
+    resolved = resolved_policy(name, 40, patch_size=size, spacing=spacing, available=have)
+    still = [each.switches[0] for each in VOLUME_OPERATIONS.table if each.stage == "values"]
+    always = {"rotate_p": 1.0, "scale_p": 1.0, "rotate_axis_p": 1.0, "mirror_p": 0.0}
+    augmenter = VolumeAugmenter(resolved, train=True)
+    assert tuple(augmenter.grid.held) == held
+    augmenter.ops = policy(augmenter.ops, **dict.fromkeys(still, 0.0), **always)
+    place = Placement.centred(augmenter.grid, 40, size)
+    for each in VOLUME_OPERATIONS.active(augmenter.ops, "geometry"):
+        each.function(place, augmenter.ops, seeded())
+    eye = torch.eye(3, dtype=torch.float64)
+    assert bool((place.matrices[:, list(held)] == eye[list(held)]).all())
+    sides = [side + 2 * beyond for side, beyond in zip(size, augmenter.fit.margin, strict=True)]
+    cut = torch.ones(40, 1, *sides)
+    cut[:, :, 0, 0, 0] = 0  # the minimum, which fills
+    filled = (augmenter(cut, True, 0) < 0.5).flatten(1).double().mean(1)
+    assert float(filled.max()) < 0.01
 
 
 def test_an_explicit_margin_stays_and_nothing_is_cut_that_nobody_shows():

@@ -165,8 +165,8 @@ def test_nothing_is_turned_across_slices_that_are_thick_in_some_volumes(tmp_path
 
 
 def test_nothing_is_turned_out_of_flat_patches(tmp_path):
-    """Single slices, as 2-D NIfTI files are, and patches that are short along one axis; axes that
-    the spacing makes thick come first."""
+    """Single slices, as 2-D NIfTI files are, and patches that are short along one axis, beside
+    axes that the spacing makes thick."""
     samples = split(tmp_path, [(14, 14, 1)] * 3)
     for patch in ((8, 8, 1), (8, 8, 4)):
         augmentation, report = resolved(samples, patch_size=patch)
@@ -177,7 +177,9 @@ def test_nothing_is_turned_out_of_flat_patches(tmp_path):
     assert resolved(deep, **flat)[0].thick_axis == 1
     assert resolved(deep, **flat, anisotropy=4)[0].thick_axis is None
     thick = split(tmp_path / "thick", SAME, [AXIAL] * 5)
-    assert resolved(thick, **flat)[0].thick_axis == 2
+    both = resolved(thick, **flat)[0]
+    assert (both.thick_axis, both.flat_axis, both.margin[1:]) == (2, 1, (0, 0))
+    assert resolved(thick, patch_size=[8, 8, 2])[0].flat_axis is None
 
 
 @pytest.mark.parametrize("policy", ["default_3d_2", "default_nnunet_DA5"])
