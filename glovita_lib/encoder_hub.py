@@ -124,15 +124,30 @@ RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 def read_preprocessor(model: str, *, clips: bool) -> Values | None:
     """What the files of a model say of its input; None where none does. A model of text and images
-    may say it in a table of one file, as transformers 5 writes it."""
-    for name in (VIDEO_FILE, IMAGE_FILE) if clips else (IMAGE_FILE,):
-        if (values := read_json(model, name)) is not None:
-            return values
+    may say it in a table of one file, which comes first, as in transformers 5, which writes it."""
     tables = read_json(model, PROCESSOR_FILE) or {}
-    for name in ("video_processor", "image_processor") if clips else ("image_processor",):
-        if isinstance(tables.get(name), dict):
-            return tables[name]
+    for kind, name in (("video", VIDEO_FILE), ("image", IMAGE_FILE))[not clips :]:
+        table = tables.get(f"{kind}_processor")
+        found = table if isinstance(table, dict) else read_json(model, name)
+        if found is not None:
+            return found
     return None
+
+
+def lack_of_preprocessor(model: str) -> str:
+    """Note on a model of which `read_preprocessor` finds nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    place, revision = place_of(model)
+    of_hub = not Path(place).is_dir() and "/" in place
+    known = not of_hub or try_to_load_from_cache(place, IMAGE_FILE, revision=revision)
+    unknown = (
+        " in the hub's cache, and without a network nobody knows whether its repository has one"
+    )
+    return (
+        f'{KEY} = "{model}" has no {IMAGE_FILE}{"" if known else unknown}: mean and deviation are'
+        " ImageNet's unless data.augmentation says them"
+    )
 
 
 STATED = ("size", "crop_size", "crop_pct", "do_center_crop", "resample", "image_mean", "image_std",

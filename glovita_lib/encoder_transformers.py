@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from glovita_lib.encoder import Encoder, build_encoder, check_channels
-from glovita_lib.encoder_hub import cache_only_without_network, hub_errors, place_of
+from glovita_lib.encoder_hub import (
+    cache_only_without_network,
+    hub_errors,
+    lack_of_preprocessor,
+    place_of,
+)
 from glovita_lib.encoder_transformers_config import (
     CHANNELS,
     CLIPS,
@@ -466,10 +471,7 @@ def build_transformer(
     elif read_weights and spec.pretrained:
         encoder.notes += load_published(spec, published, net)
     if has_weights(spec) and files.preprocessor is None:
-        encoder.notes += (
-            f'model.encoder.type = "{spec.type}" has no preprocessor_config.json: mean and'
-            " deviation are ImageNet's unless data.augmentation says them",
-        )
+        encoder.notes += (lack_of_preprocessor(spec.type),)
     return encoder
 
 

@@ -57,6 +57,7 @@ CHANNELS = ("num_channels", "in_chans")
 SIDES = ("image_size", "crop_size")
 FRAMES = ("num_frames", "frames_per_clip")
 OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+OF_BACKBONES = {"out_features", "out_indices", "stage_names"}  # which name layers that may be fewer
 
 
 # -------------------------------------------------------------------------------- what files say
@@ -180,7 +181,8 @@ def configuration(spec: TransformerEncoder, values: Values) -> Any:
                 f" no such value{meant(key, [*known])}"
             )
     try:
-        return kind.from_dict({**values, **spec.model_kwargs, **OUTPUTS})
+        stated = {key: value for key, value in values.items() if key not in OF_BACKBONES}
+        return kind.from_dict({**stated, **spec.model_kwargs, **OUTPUTS})
     except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
         place = "model_kwargs" if spec.model_kwargs else "type"
         raise UserError(

@@ -10,7 +10,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from glovita_lib.encoder import preprocess_of
-from glovita_lib.encoder_hub import completed, normalisation, read_preprocessor, resizing
+from glovita_lib.encoder_hub import (
+    completed,
+    lack_of_preprocessor,
+    normalisation,
+    read_preprocessor,
+    resizing,
+)
 from glovita_lib.encoder_torchvision import IMAGENET
 from glovita_lib.errors import UserError
 from glovita_lib.spec_encoders import TransformerEncoder
@@ -93,6 +99,10 @@ def test_a_processor_of_text_and_images_says_it_in_a_table(file: str, tmp_path: 
     (tmp_path / file).write_text(json.dumps(table))
     found = preprocess_of(TransformerEncoder(type=str(tmp_path)), channels=3)
     assert found.mean == pytest.approx((0.4, 0.5, 0.6)) and found.crop_mode == "center"
+    if file.startswith("proc"):  # it comes before a file of images alone, as in transformers
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3}))
+        again = preprocess_of(TransformerEncoder(type=str(tmp_path)), channels=3)
+        assert again == found
 
 
 def test_code_of_others_is_neither_run_nor_asked_about(monkeypatch) -> None:
@@ -150,6 +160,13 @@ def test_without_a_network_a_repository_has_the_files_of_its_cache(tmp_path, mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert read_preprocessor("me/net", clips=True) is None
+    assert "nobody knows" in lack_of_preprocessor("me/net")
+    absent = tmp_path / "models--me--net" / ".no_exist" / "abc" / "preprocessor_config.json"
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    assert "nobody knows" not in lack_of_preprocessor("me/net")
+    assert "nobody knows" not in lack_of_preprocessor(str(tmp_path))
+    absent.unlink()
     (snapshot / "preprocessor_config.json").write_text(json.dumps(CLIP_FILE))
     assert read_preprocessor("me/net", clips=True) == CLIP_FILE
     with pytest.raises(UserError, match="cannot be fetched"):

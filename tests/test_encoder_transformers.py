@@ -604,6 +604,18 @@ def test_sections_know_their_samples() -> None:
 # ------------------------------------------------------------------------------------ inputs
 
 
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers", "dinov3_vit", "beit"])
+def test_fewer_layers_of_a_configuration_that_names_its_stages(kind: str, tmp_path: Path) -> None:
+    """As save_pretrained writes it."""
+    saved(kind, tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content |= {"out_features": ["stage2"], "out_indices": [2], "stage_names": ["stem", "stage1"]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    fewer = {"num_hidden_layers": 1}
+    spec = TransformerEncoder(type=str(tmp_path), pretrained=False, model_kwargs=fewer)
+    assert make(spec, (32, 32)).net.config.num_hidden_layers == 1
+
+
 def test_the_input_is_that_of_the_files(tmp_path: Path) -> None:
     saved("videomae", tmp_path)
     spec = TransformerEncoder(type=str(tmp_path))
