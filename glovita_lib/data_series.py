@@ -53,7 +53,7 @@ from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import on_disk
 from glovita_lib.read_series import SUFFIXES, read_series
-from glovita_lib.series_preparation import REGULAR, PreparedSeries, prepare
+from glovita_lib.series_preparation import MISSING, REGULAR, PreparedSeries, prepare
 from glovita_lib.series_table import Columns, SeriesTable
 from glovita_lib.spec_data import SeriesData
 from glovita_lib.spec_series import SeriesPreparation
@@ -251,8 +251,8 @@ def open_file(path: Path, spec: SeriesData, table: Table | None) -> SeriesCollec
 
 
 def refuse_missing(collection: SeriesCollection, classes: Sequence[str]) -> None:
-    """Raise an error where "?" or "nan" stands for a label and no class is named so: it is none,
-    of which a class would be made."""
+    """Raise an error where "?", "NA" or another word for a missing value stands for a label and no
+    class is named so: it is none, of which a class would be made."""
     labels: Any = () if collection.labels is None else collection.labels
     if isinstance(labels, np.ndarray) and labels.dtype.kind not in "UO":
         return
@@ -260,7 +260,7 @@ def refuse_missing(collection: SeriesCollection, classes: Sequence[str]) -> None
     for identity, label in zip(collection.ids, labels, strict=False):
         for cell in label if isinstance(label, tuple | list | np.ndarray) else (label,):
             text = cell.strip() if isinstance(cell, str) else ""
-            if text.lower() in ("?", "nan") and text not in classes:
+            if text and text.lower() in MISSING and text not in classes:
                 wrong.setdefault(text, []).append(identity)
     if wrong:
         told = "; ".join(f'"{text}" of {listed(own)}' for text, own in wrong.items())

@@ -129,7 +129,7 @@ def test_all_broken_series_are_in_one_report(tmp_path):
     assert data.splits["train"].ids == ["g0", "g1", "g2"] and "left out" in data.report[0]
 
 
-@pytest.mark.parametrize("missing", ["?", "NaN", "nan"])
+@pytest.mark.parametrize("missing", ["?", "NaN", "nan", "NA", "n/a", "Null", "None"])
 def test_a_missing_label_is_no_class(missing, tmp_path):
     labels = ["a", "b", missing, "a", "b", "a"]
     rows = [f"s{i},{i},{i + 1},{i + 3}" for i in range(6)]
