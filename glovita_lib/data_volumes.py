@@ -27,8 +27,8 @@ from glovita_lib.loggers import Rate
 from glovita_lib.read_dicom import (
     SLICE_SUFFIXES,
     ImageKind,
-    are_parts,
     image_kind,
+    kind_of_parts,
     looks_dicom,
     series_conditions,
 )
@@ -132,23 +132,31 @@ def join_parts(
     """
     of: dict[str, set[tuple[str, ...]]] = {}  # series of each sample
     for inside, kinds in images.items():
-        for each in found.series.intersection(lineage(inside)):
+        beside = {inside} - ({"."} if not itself else set())  # perhaps a part beside a study
+        for each in found.series.intersection(lineage(inside)) or beside:
             meant = (k for k in kinds.values() if series is None or number in k.met)
             of.setdefault(each, set()).update((k.series, *k.of) for k in meant if k.frames == 1)
     groups: dict[tuple[str, ...], list[str]] = {}
     for inside in sorted(of):
         if len(of[inside]) == 1 and (key := next(iter(of[inside])))[0]:
             groups.setdefault(key, []).append(inside)
-    for parts in groups.values():
-        if len(parts) < 2 or not are_parts([str(folder / each) for each in parts], series):
+    for key, parts in groups.items():
+        if len(parts) < 2 or found.series.isdisjoint(parts):
             continue
+        highest = [str(folder / e) for e in parts if {*parts}.isdisjoint(lineage(e)[1:])]
         common = os.path.commonpath(parts) or "."
         below = {each for each in found.series | found.files if common in lineage(each)}
-        if below == {*parts} and (common != "." or itself):
+        alone = below <= {*parts} and (common != "." or itself)
+        told = any(key[1:]) and (itself or len({other[1:] for other in groups}) > 1)
+        kind = kind_of_parts(highest, series, known=told or (alone and len(groups) > 1))
+        if kind == "one volume" and alone:
             found.series = found.series - {*parts} | {common}
-        else:
+            found.others -= {*parts}
+        elif kind != "volumes":
             line = f"parts of one series (SeriesInstanceUID) lie in {listed(parts, 4)}"
-            found.parts |= dict.fromkeys(parts, f"{line}: put its slices into one folder")
+            line += ", some slices in several" * (kind == "overlap")
+            line += ": put its slices into one folder, each once"
+            found.parts |= {each: line for each in parts if each in found.series}
 
 
 def with_own_uids(images: dict[str, Kinds]) -> dict[str, Kinds]:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -491,12 +491,15 @@ def stack(slices: list[Slice]) -> Series:
     return Series(tuple(slices), TO_RAS @ affine)
 
 
-def are_parts(folders: Sequence[str], series: str | None) -> bool:
+def kind_of_parts(
+    folders: Sequence[str], series: str | None, *, known: bool
+) -> Literal["one volume", "overlap", "volumes"]:
     """Whether the slices of some folders, of one SeriesInstanceUID, are one volume: of one size and
     orientation, each at a place of its own, with gaps as between neighbours or a few missing.
 
     Folders of which that is not so, as where all files carry one UID, are volumes of their own; no
-    more of them are read than tell so.
+    more of them are read than tell so. Where the UID is known to tell series apart, folders of
+    which some places are in several and others in one overlap.
     """
     slices: list[Slice] = []
     for folder in folders:
@@ -504,15 +507,29 @@ def are_parts(folders: Sequence[str], series: str | None) -> bool:
             headers = dicom_headers(folder, series)
             slices += [each for file, header in headers for each in slices_of(file, header)]
         except UserError:  # whoever reads it says so
-            return False
+            return "volumes"
         like = [(*each.size, *each.cosines, *each.pixel) for each in slices]
         if not np.allclose(like, like[0], rtol=SAME, atol=SAME):
-            return False
+            return "volumes"
         normal = np.cross(slices[0].cosines[:3], slices[0].cosines[3:])
-        gaps = np.diff(np.sort([float(each.position @ normal) for each in slices]))
+        places = np.array([float(each.position @ normal) for each in slices])
+        gaps = np.diff(np.sort(places))
         if len(gaps) and gaps.min() < 0.5 * np.median(gaps):
-            return False
-    return bool(gaps.max() < MISSING * np.median(gaps))
+            return "overlap" if known and share_some(slices, places) else "volumes"
+    return "one volume" if gaps.max() < MISSING * np.median(gaps) else "volumes"
+
+
+def share_some(slices: Sequence[Slice], places: np.ndarray) -> bool:
+    """Whether some places (K,), mm, are in several folders and others are not, as those of several
+    volumes of one grid are not: those of time points or echoes are in all."""
+    order = np.argsort(places)
+    numbers = np.empty(len(places), int)
+    numbers[order] = np.cumsum(np.diff(places[order], prepend=-np.inf) > POSITION_SLACK[0])
+    of: dict[str, set[int]] = {}
+    for each, number in zip(slices, numbers.tolist(), strict=True):
+        of.setdefault(os.path.dirname(each.file), set()).add(number)
+    held = Counter(number for found in of.values() for number in found)
+    return max(held.values()) > 1 and min(map(len, of.values())) < len(held)
 
 
 def classes(values: list[np.ndarray]) -> list[str]:

@@ -524,6 +524,44 @@ def test_parts_of_both_series_of_a_study_are_one_sample(tmp_path):
     assert ids_of(one) == sorted(CASES) and one.samples.channels == 1
 
 
+@pytest.mark.parametrize("two", [False, True], ids=["a condition", "two conditions"])
+def test_a_part_of_a_series_in_the_folder_itself_is_of_its_sample(tmp_path, two):
+    images, both = tmp_path / "images", ("SeriesDescription=t1", "SeriesDescription=t2")
+    write_parts(images)
+    for number, case in enumerate(CASES):
+        if two:  # one part beside all slices of another series
+            whole = np.concatenate([VOXELS] * 2, 2)
+            write_dicom(images / case / "d2" / "t2", whole, uid=f"2.{number}", description="t2")
+        for file in sorted((images / case / "d1").iterdir()):
+            file.rename(images / case / file.name)
+        (images / case / "d1").rmdir()
+    stored = VolumePreparation(workers=1, crop="none", normalize="none")
+    data = build(tmp_path, reading=VolumeReading(series=both[: 1 + two]), preparation=stored)
+    assert ids_of(data) == sorted(CASES)
+    for each in data.splits.values():
+        assert each.source.uniform == (1 + two, 6, 5, 8)
+    if not two:
+        assert new_volumes(images / CASES[0], series=both[:1])[0].ids == ["p"]
+
+
+def test_parts_of_a_series_that_have_a_slice_in_common_are_told(tmp_path):
+    """Where the UID tells series apart; time points, which have all places in common, stay."""
+    images = tmp_path / "images"
+    write_parts(images)
+    for case in CASES[::2]:
+        shutil.copy(sorted((images / case / "d1").iterdir())[-1], images / case / "d2" / "twice")
+    with pytest.raises(UserError) as caught:
+        build(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("4 volumes cannot be used")
+    assert all("d2, some slices in several: put" in line for line in lines[1:])
+    assert ids_of(build(tmp_path, strict=False)) == CASES[1::2]
+    for case in CASES:
+        shutil.rmtree(images / case / "d2")
+        shutil.copytree(images / case / "d1", images / case / "d2")
+    assert len(ids_of(build(tmp_path))) == 8
+
+
 def test_a_slice_that_is_missing_between_the_parts_of_a_series_is_told(tmp_path):
     write_parts(tmp_path / "images", lost=(3, 4))
     with pytest.raises(UserError, match="4 volumes cannot be used.*\\n.*2 slices missing"):
