@@ -88,6 +88,7 @@ def match_files(table: SeriesTable, names: list[tuple[str, ...]]) -> None:
     if counts and not is_usual and len(max(counts, key=len)) > 1:
         shown = ", ".join(f"({listed(names[kinds.index(kind)], 4)})" for kind in [*counts][:3])
         shown = f"{table.where}: the columns have different names, as {shown}"
+        refuse_overlap(shown, {tuple(map(str.lower, names[kinds.index(kind)])) for kind in counts})
         table.notes.append(f"{shown}: taken in the order in which they stand")
     usual = usual if is_usual else next(filter(None, kinds), ())
     table.columns = names[kinds.index(usual)] if usual else ()
@@ -103,6 +104,18 @@ def match_files(table: SeriesTable, names: list[tuple[str, ...]]) -> None:
     if turned:
         shown = f"{table.where}: the columns of {listed(turned, 3)} stand in another order than in"
         table.notes.append(f"{shown} the file before with the same ones: matched by name")
+
+
+def refuse_overlap(shown: str, names: set[tuple[str, ...]]) -> None:
+    """Raise an error where different columns of files, in small letters, share names: what has
+    another name beside these is no channel that all have."""
+    files_of = Counter(name for own in names for name in set(own))
+    if len(names) > 1 and max(files_of.values()) > 1:
+        common = [name for name, count in files_of.items() if count > 1]
+        raise UserError(
+            f"{shown}, of which some share {listed(sorted(common), 3)}: rename them, or name those"
+            " that all files have in data.value_columns"
+        )
 
 
 def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, ...]]:

@@ -21,6 +21,9 @@ DATE = re.compile(
     r"\s*(Z|[+-]\d\d(?::?\d\d)?)?"
 )
 """A date and its time of day (ISO 8601), and the zone."""
+SECONDS = {"s": 1, "m": 60, "h": 3600, "D": 86400, "W": 604800}
+PARTS = {unit: 1000**k for k, unit in enumerate(("ms", "us", "ns", "ps", "fs", "as"), 1)}
+"""Units of dates: their seconds, and how many of the finer ones make one."""
 REGULAR = 1e-3  # share of a step by which it may differ where times are regular
 FINEST = 1000  # time points that resampling may make of each one
 LONGEST = 10_000_000  # time points that it may make of a series of fewer
@@ -168,9 +171,8 @@ def apart(later: np.ndarray, earlier: np.ndarray) -> np.ndarray:
     if np.datetime_data(later.dtype)[0] in ("Y", "M"):
         later, earlier = later.astype("datetime64[D]"), earlier.astype("datetime64[D]")
     unit, count = np.datetime_data(later.dtype)
-    tick, second = np.array(1, f"timedelta64[{count}{unit}]"), np.timedelta64(1, "s")
-    ticks = whole_apart(later.astype(np.int64), earlier.astype(np.int64))
-    return ticks / (second / tick) if tick < second else ticks * (tick / second)
+    ticks = whole_apart(later.astype(np.int64), earlier.astype(np.int64)) * count
+    return ticks / PARTS[unit] if unit in PARTS else ticks * SECONDS[unit]
 
 
 def whole_apart(later: np.ndarray, earlier: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 from dataclasses import replace
 from datetime import date
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -299,11 +300,35 @@ def test_files_of_a_folder_go_by_the_names_of_their_columns(tmp_path):
     for name in "bf":
         (tmp_path / f"{name}.csv").unlink()
     write(tmp_path / "e.csv", f"time,z,x\n{rows}")
-    table = read_series(tmp_path, COLUMNS)  # no more than half have the same
-    np.testing.assert_array_equal(table.series[0], table.series[3][::-1])
-    np.testing.assert_array_equal(table.series[1], table.series[2][::-1])
-    assert "different names, as (x, z), (x, y): taken in the order" in table.notes[0]
-    assert "the columns of d, e stand in another order" in table.notes[1]
+    with pytest.raises(UserError, match=r"different names, as .x, z., .x, y., .* share x: rename"):
+        read_series(tmp_path, COLUMNS)  # no more than half have the same
+    table = read_series(tmp_path, replace(COLUMNS, values=("x",)))
+    assert [one.shape for one in table.series] == [(1, 3)] * 4 and not table.notes
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "said"),
+    [
+        ("x,y", "y,z", "share y"),
+        ("x,y", "Y,x", "share x, y"),
+        ("x,y", "Y,X", "share x, y"),
+        ("x,y", "x,y,z", "share x, y"),
+        ("x,y", "X,Y", None),
+        ("x,y", "u,v", None),
+    ],
+)
+def test_names_that_half_the_files_of_a_folder_have(first, other, said, tmp_path):
+    """Different ones are taken in order, which is wrong where a name stands in both."""
+    for name, head in {"a": first, "b": other, "c": other, "d": first}.items():
+        cells = ",".join("123"[: len(head.split(","))])
+        write(tmp_path / f"{name}.csv", f"time,{head}\n0,{cells}\n1,{cells}\n")
+    if said is not None:
+        with pytest.raises(UserError, match=f"{said}: rename them, or name"):
+            read_series(tmp_path, COLUMNS)
+    else:
+        table = read_series(tmp_path, COLUMNS)
+        same(table, [[[1, 1], [2, 2]]] * 4)
+        assert "taken in the order in which they stand" in table.notes[0]
 
 
 @settings(max_examples=25, deadline=None)
@@ -576,6 +601,17 @@ def test_times_of_every_type_are_right(times, step, tmp_path):
     else:
         found = prepare(table.series[1][None, 0], read, SeriesPreparation())
         assert found.step == pytest.approx(step, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_dates_of_every_unit_are_apart_by_their_seconds(count):
+    fine = ("ms", "us", "ns", "ps", "fs", "as")
+    exact = {"W": 604800, "D": 86400, "h": 3600, "m": 60, "s": 1}
+    exact |= {unit: Fraction(1, 1000**k) for k, unit in enumerate(fine, 1)}
+    for unit, seconds in exact.items():
+        times = np.array([-3, 4, 10], np.int64).view(f"datetime64[{count}{unit}]")
+        wanted = [float(ticks * count * seconds) for ticks in (0, 7, 13)]
+        assert since_first(times).tolist() == wanted
 
 
 def test_months_count_from_their_first_days():
