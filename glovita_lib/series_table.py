@@ -49,7 +49,8 @@ class Columns:
 
         Raises:
             UserError: one that is no value by its name: without any, as an index; that of times or
-                ids, where there are no others; or another key's but for capital letters.
+                ids, where there are no others, and of ids in any wide table; or another key's but
+                for capital letters.
         """
         if self.values:
             return list(map(header.index, self.values))
@@ -75,8 +76,9 @@ class Columns:
             found, cure = None, "or the columns of the values in data.value_columns"
             if self.time not in header and TIME_NAME.fullmatch(name):
                 found, cure = "times", f"data.time_column (a row a time point), {cure}"
-            elif self.id not in header and ID_NAME.fullmatch(name):
-                found, cure = "ids", f"data.id_column, {cure}"
+            elif not {self.id, self.time} <= set(header) and ID_NAME.fullmatch(name):
+                key = "id" if self.id not in header else "group"
+                found, cure = "ids", f"data.{key}_column, {cure}"
             if found is not None:
                 raise UserError(f'{path}: column "{name}" seems to hold {found}: name it in {cure}')
         return places

@@ -209,6 +209,7 @@ def test_what_is_wrong_with_a_series_of_a_table_is_its_line(tmp_path):
         ("Unnamed: 0,v,w\n0,3,1\n1,4,2\n", "data.id_column or data.time_column"),
         ("id,time,v,Unnamed: 3\na,0,3,\na,1,4,\n", 'column "Unnamed: 3" has no name'),
         ("index,id,time,v\n7,a,0,3\n3,a,1,4\n", 'column "index" numbers the rows: drop it'),
+        ("id,patient,v,w\n0,5,3,1\n1,5,4,2\n", "seems to hold ids: name it in data.group_column"),
         ("level_0,id,v,w\n0,a,0,3\n1,b,1,4\n", 'column "level_0" numbers the rows'),
         ("id,time,v,arm\n0,2,3,left\n0,3,4,left\n", 'column "arm" holds no number ("left")'),
     ],
