@@ -105,6 +105,14 @@ def test_a_processor_of_text_and_images_says_it_in_a_table(file: str, tmp_path: 
         assert again == found
 
 
+def test_clips_have_a_table_of_their_own_in_the_file_of_processors(tmp_path: Path) -> None:
+    video, image = {"image_mean": [0.1] * 3}, {"image_mean": [0.2] * 3}
+    tables = {"video_processor": video, "image_processor": image}
+    (tmp_path / "processor_config.json").write_text(json.dumps(tables))
+    assert read_preprocessor(str(tmp_path), clips=True) == video
+    assert read_preprocessor(str(tmp_path), clips=False) == image
+
+
 def test_code_of_others_is_neither_run_nor_asked_about(monkeypatch) -> None:
     """And one number may be the mean of every channel."""
     monkeypatch.setattr("builtins.input", lambda *texts: pytest.fail("it asked"))
