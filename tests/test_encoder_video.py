@@ -109,7 +109,7 @@ def shrink(net: nn.Module, size) -> nn.Module:
     [
         ("r3d_18", (4, 32, 48)),
         ("s3d", (8, 64, 32)),
-        ("mvit_v1_b", (4, 64, 32)),
+        pytest.param("mvit_v1_b", (4, 64, 32), marks=pytest.mark.slow),
         ("mvit_v2_s", (4, 64, 64)),
         ("swin3d_t", (5, 36, 64)),
     ],
@@ -388,7 +388,7 @@ BLOCKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WALKED)
 def test_trains_a_step_saves_and_reloads_strictly(name: str, tmp_path: Path) -> None:
     spec, size = ModelSpec(encoder=section(name)), FAMILIES[name]
 

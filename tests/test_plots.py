@@ -107,7 +107,7 @@ def contrast(first, second) -> float:
     [
         (40, 3000, "c"),
         (40, 10**9, "a long class name"),
-        (25, 20_000, "c"),
+        pytest.param(25, 20_000, "c", marks=pytest.mark.slow),
         (12, 99_999, "a long one"),
     ]
     + [(9, 9999, "c"), (8, 10**8, "a long class name"), (2, 10**12, "c"), (1, 10**15, "c")],
@@ -160,7 +160,7 @@ def test_shorter_counts_are_the_count_rounded(count: int) -> None:
         assert abs(value - count) <= 0.5 * 10 ** (len(str(count)) - min(digits, len(str(count))))
 
 
-@pytest.mark.parametrize("classes", [1, 2, 9, 41, 101])
+@pytest.mark.parametrize("classes", [1, 2, 9, pytest.param(41, marks=pytest.mark.slow), 101])
 def test_any_number_of_classes(tmp_path: Path, classes: int) -> None:
     rng = np.random.default_rng(0)
     targets = rng.integers(0, classes, 150)
