@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Never
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from glovita_lib.spec_volumes import CACHE
 Box = tuple[slice, slice, slice]
 """A part of a volume: a slice with start and stop for each of its axes."""
 
-POSITION_SLACK = 0.02, 0.05  # mm and share of the gap that positions may be rounded by
+POSITION_SLACK = 0.02, 0.05  # mm (a quarter of a gap at most) and share of the gap: rounding
 SAME = 1e-3  # direction cosines and pixel spacings are written with few digits
 SLICE_SUFFIXES = (".dcm", ".ima", ".dicom")
 OTHER_IMAGES = (
@@ -39,6 +39,7 @@ WANTED = (
     "SamplesPerPixel", "BitsAllocated", "NumberOfFrames", "ImagePositionPatient", "PixelSpacing",
     "ImageOrientationPatient", "PerFrameFunctionalGroupsSequence",
     "SharedFunctionalGroupsSequence", "GridFrameOffsetVector", "DoseGridScaling", "SOPClassUID",
+    "SOPInstanceUID",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class Slice:
     """One image of a series."""
 
     file: str
+    uid: str  # SOPInstanceUID of the file
     frame: int | None  # of a file with many
     size: tuple[int, int]  # rows, columns
     position: np.ndarray  # (3,) mm, centre of the first pixel
@@ -381,7 +383,8 @@ def slices_of(file: str, header: Any) -> Iterator[Slice]:
             normal = np.cross(cosines[:3], cosines[3:])
             position = position + (float(offsets[number]) - float(offsets[0])) * normal
         frame = number if count > 1 or frames else None
-        yield Slice(file, frame, size, position, cosines, pixel, frame_scale(groups))
+        uid = str(header.get("SOPInstanceUID") or "")
+        yield Slice(file, uid, frame, size, position, cosines, pixel, frame_scale(groups))
 
 
 def numbers(header: Any, groups: Sequence[Any], sequence: str, keyword: str) -> np.ndarray | None:
@@ -476,9 +479,7 @@ def stack(slices: list[Slice]) -> Series:
     normal = np.cross(first.cosines[:3], first.cosines[3:])
     slices = sorted(slices, key=lambda each: float(each.position @ normal))
     positions = np.stack([each.position for each in slices])  # (K, 3)
-    check_gaps(
-        np.diff(positions @ normal), positions @ normal, files=len({each.file for each in slices})
-    )
+    check_gaps(slices, positions @ normal)
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     straight = positions[0] + np.arange(len(slices))[:, None] * step
     away = float(np.abs(positions - straight).max())
@@ -524,7 +525,7 @@ def share_some(slices: Sequence[Slice], places: np.ndarray) -> bool:
     volumes of one grid are not: those of time points or echoes are in all."""
     order = np.argsort(places)
     numbers = np.empty(len(places), int)
-    numbers[order] = np.cumsum(np.diff(places[order], prepend=-np.inf) > POSITION_SLACK[0])
+    numbers[order] = np.append(0, np.cumsum(~at_one_place(np.diff(places[order]))))
     of: dict[str, set[int]] = {}
     for each, number in zip(slices, numbers.tolist(), strict=True):
         of.setdefault(os.path.dirname(each.file), set()).add(number)
@@ -561,29 +562,29 @@ def refuse_mixed(what: str, values: list[str]) -> None:
 
 def slack(gap: float) -> float:
     """How far positions of slices so far apart may be off, mm."""
-    return max(POSITION_SLACK[0], POSITION_SLACK[1] * gap)
+    most, share = POSITION_SLACK
+    return max(min(most, 0.25 * gap), share * gap)
 
 
-def check_gaps(gaps: np.ndarray, places: np.ndarray, *, files: int) -> None:
+def at_one_place(gaps: np.ndarray) -> np.ndarray:
+    """Which gaps, mm, are none but rounding: far below those that are more than zero."""
+    some = gaps[gaps > SAME * gaps.max()]
+    return gaps < min(POSITION_SLACK[0], 0.25 * float(np.median(some))) if len(some) else gaps == 0
+
+
+def check_gaps(slices: Sequence[Slice], places: np.ndarray) -> None:
     """Refuse slices that are not evenly spaced.
 
     Args:
-        gaps: (K - 1,) mm between neighbouring slices.
-        places: (K,) mm along the normal.
-        files: that they are from.
+        places: (K,) mm of the slices along the normal, ascending.
 
     Raises:
         UserError: several slices at one place, a missing one, or gaps that mix.
     """
+    gaps = np.diff(places)  # (K - 1,) mm
+    if (same := at_one_place(gaps)).any():
+        refuse_doubles(slices, 1 + int((~same).sum()))
     usual = float(np.median(gaps))
-    if (gaps < min(POSITION_SLACK[0], 0.5 * float(gaps.max()))).any():
-        cure = 'choose one image a place with data.reading.series, as "AcquisitionNumber=1"'
-        if files == 1:  # conditions choose files
-            cure = "frames of one file cannot be chosen: convert it to NIfTI (dcm2niix)"
-        raise UserError(
-            f"{len(gaps) + 1} slices at {1 + int((gaps >= POSITION_SLACK[0]).sum())} places, a"
-            f" series over time or with several echoes: {cure}"
-        )
     wrong = np.flatnonzero(np.abs(gaps - usual) > slack(usual))
     if not len(wrong):
         return
@@ -600,6 +601,31 @@ def check_gaps(gaps: np.ndarray, places: np.ndarray, *, files: int) -> None:
         f"the slices' gaps mix: {gaps[at]:g} mm {between}, {usual:g} mm for most; choose one series"
         " with data.reading.series"
     )
+
+
+def refuse_doubles(slices: Sequence[Slice], places: int) -> Never:
+    """Refuse several slices at one place.
+
+    Args:
+        places: at which there are slices.
+
+    Raises:
+        UserError: copies of a file, of which one is named, or a series over time or with echoes.
+    """
+    above = os.path.commonpath([os.path.dirname(each.file) for each in slices])
+    of: dict[str, list[str]] = {}
+    for each in slices:
+        of.setdefault(each.uid, []).append(os.path.relpath(each.file, above))
+    text = f"{len(slices)} slices at {places} places"
+    if len(of) == places:  # else anonymised, all with one UID, say
+        copies = max(of.values(), key=len)
+        raise UserError(
+            f"{text}: {listed(copies, 3)} are one image (SOPInstanceUID): remove the copies"
+        )
+    cure = 'choose one image a place with data.reading.series, as "AcquisitionNumber=1"'
+    if len({each.file for each in slices}) == 1:  # conditions choose files
+        cure = "frames of one file cannot be chosen: convert it to NIfTI (dcm2niix)"
+    raise UserError(f"{text}, a series over time or with several echoes: {cure}")
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -18,6 +18,7 @@ What a file is taken for:
 """
 
 import gzip
+import logging
 import os
 import struct
 import zlib
@@ -245,11 +246,12 @@ def open_nifti(path: str, how: Reading) -> Stored:
     """A NIfTI-1 or NIfTI-2 file.
 
     Raises:
-        UserError: cut off, complex numbers, a single axis, or several frames of which none is
-            chosen.
+        UserError: cut off, complex numbers, a single axis, no distances of voxels, or several
+            frames of which none is chosen.
     """
     import nibabel
 
+    nibabel.imageglobals.logger.setLevel(logging.CRITICAL)  # it names no files: see check_header
     image: Any = nibabel.load(path)
     if not isinstance(image, nibabel.Nifti1Image):  # NIfTI-2 is derived from it
         raise UserError(f"no NIfTI file but {type(image).__name__}")
@@ -259,6 +261,7 @@ def open_nifti(path: str, how: Reading) -> Stored:
         raise UserError("complex numbers: save the magnitude")
     if len(proxy.shape) < 2:
         raise UserError(f"1-D, {shape_text(proxy.shape)}: expected axes (X, Y, Z) or (X, Y)")
+    check_header(image)
     check_length(path, proxy.offset + int(np.prod(proxy.shape, dtype=np.int64)) * kind.itemsize)
     affine = image.affine.astype(np.float64)
     affine[:3] *= UNITS.get(image.header.get_xyzt_units()[0], 1.0)
@@ -280,6 +283,30 @@ def open_nifti(path: str, how: Reading) -> Stored:
     shape = frames * colours, along, across, up
     every = int(np.prod(proxy.shape[3:], dtype=np.int64))
     return Stored(shape, affine, True, True, load, (path,), every)
+
+
+def check_header(image: Any) -> None:
+    """Refuse what nibabel takes for 1 mm or reads all the same: distances of 0 mm where no sform
+    says others, and voxels that begin inside of the header.
+
+    Args:
+        image: nibabel's image of a NIfTI file.
+
+    Raises:
+        UserError: one of them.
+    """
+    with image.file_map["image"].get_prepare_fileobj("rb") as file:
+        header = image.header_class.from_fileobj(file, check=False)  # as it is stored
+    cure = "write the file anew with its affine (nibabel.Nifti1Image(voxels, affine))"
+    distances = header["pixdim"][1 : 1 + min(3, len(image.shape))]
+    if not image.header["sform_code"] and not distances.all():
+        numbers = " x ".join(f"{number:g}" for number in distances)
+        raise UserError(f"its voxels are {numbers} mm apart and it has no sform: {cure}")
+    if image.dataobj.offset < image.header_class.single_vox_offset:
+        raise UserError(
+            f"its voxels begin at byte {image.dataobj.offset}, inside of its header (vox_offset):"
+            f" {cure}"
+        )
 
 
 def checked_voxels(path: str, kind: Any, index: tuple[int | slice, ...]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """DICOM series against nibabel's own reading of them, and series that make up no grid."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -206,6 +207,35 @@ def test_a_missing_slice_and_a_single_one(tmp_path):
     rounded = write_dicom(tmp_path / "c", VOXELS, positions=[0, 0.62, 1.25, 1.87])
     assert open_volume(str(rounded), PLAIN).spacing[2] == pytest.approx(1.87 / 3, abs=1e-3)
     assert "single slice" in refused(write_dicom(tmp_path / "b", VOXELS[..., :1]))
+
+
+@pytest.mark.parametrize("gap", [0.3, 0.018, 0.005, 1e-4])
+def test_a_missing_slice_is_found_at_any_scale(gap, tmp_path):
+    positions = [place * gap for place in (0, 1, 3, 4, 5, 6)]
+    folder = write_dicom(tmp_path / "a", np.tile(VOXELS, 2)[..., :6], positions=positions)
+    assert "1 slice missing" in refused(folder)
+    assert "6 slices at 5 places" in refused(
+        write_dicom(
+            tmp_path / "b",
+            np.tile(VOXELS, 2)[..., :6],
+            positions=[place * gap for place in (0, 1, 1, 2, 3, 4)],
+        )
+    )
+
+
+def test_a_copied_slice_is_named(tmp_path):
+    folder = write_dicom(tmp_path / "a", VOXELS)
+    one = sorted(folder.iterdir())[1]
+    (folder / "b").mkdir()
+    copied = shutil.copy(one, folder / "b" / one.name)
+    line = refused(folder)
+    assert f"5 slices at 4 places: {one.name}, b/{one.name} are one image" in line
+    assert "remove the copies" in line
+    edit(copied, SOPInstanceUID="1.2.3")
+    assert "a series over time" in refused(folder)
+    for file in (*folder.glob("*.dcm"), copied):  # an anonymiser's one number for all
+        edit(file, SOPInstanceUID="1.2.3")
+    assert "a series over time" in refused(folder)
 
 
 def test_a_folder_that_cannot_be_listed_may_hold_slices(tmp_path, monkeypatch):

@@ -239,6 +239,29 @@ def test_broken_nifti_files_are_one_line_each(tmp_path, suffix):
         assert any(word in refused(path) for word in said.split("|")), path
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_distances_and_offsets_that_nibabel_replaces_are_refused(tmp_path, suffix, caplog, capfd):
+    def changed(**fields):
+        header = nibabel.Nifti1Image(blob(), np.diag([2.0, 2, 3, 1])).header
+        header["magic"], header["vox_offset"] = b"n+1", 352
+        for name, value in {"sform_code": 0, "qform_code": 0, **fields}.items():
+            header[name] = value
+        content = header.binaryblock + bytes(4) + blob().tobytes("F")
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(gzip.compress(content) if suffix[-2:] == "gz" else content)
+        return path
+
+    assert open_volume(str(changed()), PLAIN).spacing == (2, 2, 3)
+    flat = [1, 2, 2, 0, 0, 0, 0, 0]
+    assert "2 x 2 x 0 mm apart" in refused(changed(pixdim=flat))
+    assert "2 x 2 x 0 mm apart" in refused(changed(pixdim=flat, qform_code=1))
+    placed = {"sform_code": 1, "srow_x": [2, 0, 0, 0], "srow_y": [0, 2, 0, 0]}
+    sform = changed(pixdim=flat, **placed, srow_z=[0, 0, 3, 0])  # says it too
+    assert open_volume(str(sform), PLAIN).spacing == (2, 2, 3)
+    assert "begin at byte 0" in refused(changed(vox_offset=0))
+    assert not caplog.records and not capfd.readouterr().err
+
+
 def test_a_cut_gzip_file_is_found_before_its_voxels_are_read(tmp_path):
     path = write_nifti(tmp_path / "a.nii.gz", blob((30, 30, 30)))
     path.write_bytes(path.read_bytes()[:-2000])
