@@ -46,7 +46,7 @@ def fill(parameter: Tensor, seed: int, scale: float = 0.3, shift: float = 0.0) -
         parameter.copy_(shift + scale * torch.randn(parameter.shape, generator=generator))
 
 
-def compare(
+def assert_equal_to_library(
     kind: str, theirs: nn.Module, ours: nn.Module, pairs: list[tuple[Tensor, Tensor]]
 ) -> None:
     """Outputs and gradients agree to 1e-5; pairs of parameters (theirs, ours) with equal values.

@@ -44,6 +44,42 @@ FOLDERS = TINY.replace(
     'channels = 1\ndata_root_dir = "ROOT"\n',
 )
 
+# Three files of feature vectors, to be followed by more of [data].
+FEATURES = """
+[model.encoder]
+encoder_type = "precomputed"
+[data]
+dataset = "precomputed_features"
+data_root_dir = "ROOT"
+train_features_file = "train.h5"
+val_features_file = "val.h5"
+test_features_file = "test.h5"
+"""
+
+# Volumes of a table, see volume_files.write_labelled; to be followed by more of their preparation.
+VOLUMES = """
+[data]
+dataset = "generic_3d_dataset"
+data_root_dir = "ROOT"
+label_source = "csv"
+split_source = "csv"
+[data.preparation]
+workers = 1
+"""
+
+# One epoch and no figures.
+EPOCH = """
+[task]
+result_plot = "none"
+bootstrap = 0
+[training]
+epochs = 1
+[dataloading]
+batch_size = 4
+[logger]
+backend = "none"
+"""
+
 
 @dataclass(frozen=True)
 class Result:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from children import glovita
 from planted_bags import CLASSES, Planted, plant
+from small_runs import EPOCH
 
 from glovita_lib import attention_maps, dist
 from glovita_lib.attention_maps import (
@@ -40,7 +41,7 @@ from glovita_lib.spec_check import load_checked
 
 ONE = dist.Ranks(0, 1, 0, torch.device("cpu"))
 
-SPEC = """
+SPEC = f"""
 mode = "train"
 [data]
 dataset = "precomputed_features"
@@ -49,18 +50,9 @@ train_features_file = "t.h5"
 encoder_type = "precomputed"
 [model.head]
 head_type = "HEAD"
-[task]
-result_plot = "none"
-bootstrap = 0
-[training]
-epochs = 1
-[dataloading]
-batch_size = 4
 [optimizer]
 lr = 1e-3
-[logger]
-backend = "none"
-"""
+{EPOCH}"""
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def equal(got: torch.Tensor, expected, atol: float = 1e-5) -> None:
+def assert_close(got: torch.Tensor, expected, atol: float = 1e-5) -> None:
     np.testing.assert_allclose(got.double().numpy(), np.asarray(expected), atol=atol, rtol=0)
 
 
@@ -62,14 +62,14 @@ def test_blur_equals_scipy():
             offset = np.arange(side) - side // 2
             kernel = np.exp(-0.5 * (offset / np.float64(np.float32(each))) ** 2)
             image = ndimage.correlate1d(image, kernel / kernel.sum(), axis, mode="mirror")
-        equal(got, image)
+        assert_close(got, image)
 
 
 def test_blur_of_one_voxel_axes_and_few():
     for size in ((1, 5, 2), (2, 2, 2)):
         ones = torch.ones(2, 1, *size)
         ops = policy(PLAIN_VOLUME, blur_p=1.0, blur_sigma=(1.5, 3.0))
-        equal(augment_volumes.random_blur(ones, ops, seeded(), GRID), np.ones((2, 1, *size)))
+        assert_close(augment_volumes.random_blur(ones, ops, seeded(), GRID), np.ones((2, 1, *size)))
 
 
 @pytest.mark.parametrize("side", [2, 3, 4, 7])
@@ -87,7 +87,7 @@ def test_contrast_formula():
     out = augment_volumes.contrasted(x.clone(), torch.tensor(factors), torch.tensor(clipped))
     for image, factor, clip, got in zip(x.double().numpy(), factors, clipped, out, strict=True):
         expected = (image - image.mean()) * factor + image.mean()
-        equal(got, expected.clip(image.min(), image.max()) if clip else expected)
+        assert_close(got, expected.clip(image.min(), image.max()) if clip else expected)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
@@ -102,8 +102,8 @@ def test_gamma_formula(offset):
         spread = np.ptp(values)
         curve = ((values - values.min()) / spread) ** exponent * spread + values.min()
         expected = (curve - curve.mean()) / curve.std() * values.std() + values.mean()
-        equal(alone, expected, 2e-3 if offset else 2e-5)
-        equal(row, expected, 2e-3 if offset else 2e-5)
+        assert_close(alone, expected, 2e-3 if offset else 2e-5)
+        assert_close(row, expected, 2e-3 if offset else 2e-5)
 
 
 def test_powers_of_zero_and_of_what_is_next_to_it():
@@ -120,7 +120,7 @@ def test_gamma_of_the_inverted_values():
     ops = policy(PLAIN_VOLUME, gamma_inverted_p=1.0, gamma_inverted=(1.5, 1.5))
     out = augment_volumes.random_gamma_inverted(x.clone(), ops, seeded(), GRID)
     ops = policy(PLAIN_VOLUME, gamma_p=1.0, gamma=(1.5, 1.5))
-    equal(out, -augment_volumes.random_gamma(-x, ops, seeded(), GRID))
+    assert_close(out, -augment_volumes.random_gamma(-x, ops, seeded(), GRID))
 
 
 @pytest.mark.parametrize("each", VALUES, ids=lambda each: each.switches[0])
@@ -131,7 +131,7 @@ def test_constant_volumes_stay_finite(each, value):
     out = each.function(x, ops, seeded(), GRID)
     assert bool(out.isfinite().all())
     if each.switches[0] in ("blur_p", "contrast_p", "gamma_p", "low_resolution_p", "sharpen_p"):
-        equal(out, np.full(out.shape, value))
+        assert_close(out, np.full(out.shape, value))
 
 
 def test_low_resolution_equals_torch():
@@ -139,7 +139,7 @@ def test_low_resolution_equals_torch():
     for size in ((6, 10, 7), (12, 10, 11), (1, 5, 3)):
         coarse = F.interpolate(x[None, None].double(), size, mode="nearest-exact")
         expected = F.interpolate(coarse, SIZE, mode="trilinear")[0, 0]
-        equal(augment_volumes.coarse(x, size), expected)
+        assert_close(augment_volumes.coarse(x, size), expected)
 
 
 def test_low_resolution_keeps_thick_slices():
@@ -156,7 +156,7 @@ def test_sharpening_subtracts_the_laplacian():
     x = volumes(2)[:, 0]
     out = augment_volumes.sharpened(x.clone(), torch.tensor([0.3, 1.0]))
     for image, factor, got in zip(x.double().numpy(), (0.3, 1.0), out, strict=True):
-        equal(got, image - factor * ndimage.laplace(image, mode="nearest"))
+        assert_close(got, image - factor * ndimage.laplace(image, mode="nearest"))
 
 
 def test_bumps_are_gaussians_between_0_and_1():
@@ -173,7 +173,7 @@ def test_bumps_are_gaussians_between_0_and_1():
     found = augment_volumes.bump(*parts)
     for number in range(5):
         product = np.einsum("x,y,z->xyz", *(each[number] for each in expected))
-        equal(found[number], (product - product.min()) / np.ptp(product))
+        assert_close(found[number], (product - product.min()) / np.ptp(product))
 
 
 def test_local_gamma_formula():
@@ -185,7 +185,7 @@ def test_local_gamma_formula():
         kernel = augment_volumes.bump(*(each[i : i + 1] for each in parts))[0].double().numpy()
         unit = (image - image.min()) / np.ptp(image)
         mixed = unit * (1 - kernel) + unit ** float(exponents[i]) * kernel
-        equal(out[i], mixed * np.ptp(image) + image.min())
+        assert_close(out[i], mixed * np.ptp(image) + image.min())
 
 
 def test_gradients_add_a_bump_of_either_sign():

@@ -32,18 +32,18 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def is_uniform(values, low: float, high: float) -> None:
+def assert_uniform(values, low: float, high: float) -> None:
     values = np.asarray(values, np.float64).ravel()
     assert stats.kstest(values, "uniform", (low, high - low)).pvalue > FINE
 
 
-def around_one(values, low: float, high: float) -> None:
+def assert_around_one(values, low: float, high: float) -> None:
     """Half of them uniform below 1, half above."""
     values = np.asarray(values, np.float64)
     below = values < 1
     assert abs(below.mean() - 0.5) < 0.02
-    is_uniform(values[below], low, 1)
-    is_uniform(values[~below], 1, high)
+    assert_uniform(values[below], low, 1)
+    assert_uniform(values[~below], 1, high)
 
 
 # --- intensities --------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_additive_brightness_is_normal_around_0(monkeypatch):
 )
 def test_factors_and_exponents(monkeypatch, switch, changes):
     ((low, high),) = changes.values()
-    around_one(parameters(monkeypatch, switch, **changes)[0], low, high)
+    assert_around_one(parameters(monkeypatch, switch, **changes)[0], low, high)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_factors_and_exponents(monkeypatch, switch, changes):
 )
 def test_strengths_are_uniform(monkeypatch, switch, changes):
     ((low, high),) = changes.values()
-    is_uniform(parameters(monkeypatch, switch, **changes)[0], low, high)
+    assert_uniform(parameters(monkeypatch, switch, **changes)[0], low, high)
 
 
 def test_a_share_of_the_contrasts_is_clipped(monkeypatch):
@@ -113,14 +113,14 @@ def test_bumps_are_of_either_sign_and_where_they_are_asked_for(monkeypatch):
         gradient_place=(0.1, 0.9),
     )  # fmt: skip
     assert abs((height > 0).double().mean() - 0.5) < 0.02
-    is_uniform(height.abs(), 2, 5)
+    assert_uniform(height.abs(), 2, 5)
     exponent, *_ = parameters(
         monkeypatch, "local_gamma_p", local_gamma_scale=(0.2, 0.5), local_gamma_place=(0.0, 1.0),
         local_gamma_low=(0.1, 0.8), local_gamma_high=(1.5, 4.0),
     )  # fmt: skip
     assert abs((exponent < 1).double().mean() - 0.5) < 0.02
-    is_uniform(exponent[exponent < 1], 0.1, 0.8)
-    is_uniform(exponent[exponent > 1], 1.5, 4.0)
+    assert_uniform(exponent[exponent < 1], 0.1, 0.8)
+    assert_uniform(exponent[exponent > 1], 1.5, 4.0)
     assert asked == [((0.3, 0.6), (0.1, 0.9)), ((0.2, 0.5), (0.0, 1.0))]
 
 
@@ -134,8 +134,8 @@ def test_deviations_and_centres_of_bumps(monkeypatch):
     for units in seen:  # (edge - centre) / sigma
         sigma = 1 / units.diff(dim=1)[:, 0].numpy() / 10
         centre = -0.05 - units[:, 0].numpy() * sigma
-        is_uniform(np.log(sigma), math.log(0.2), math.log(0.8))
-        is_uniform(centre, -0.5, 1.5)
+        assert_uniform(np.log(sigma), math.log(0.2), math.log(0.8))
+        assert_uniform(centre, -0.5, 1.5)
     assert abs(np.corrcoef(seen[0][:, 0], seen[1][:, 0])[0, 1]) < 0.05
 
 
@@ -150,7 +150,7 @@ def test_deviations_of_blurs(monkeypatch, same):
     monkeypatch.setattr(augment_volumes, "gaussian_taps", noted)
     parameters(monkeypatch, "blur_p", blur_sigma=(0.3, 1.5), blur_same_p=same)
     for sigma in drawn:
-        is_uniform(sigma, 0.3, 1.5)
+        assert_uniform(sigma, 0.3, 1.5)
     alike = (drawn[0] == drawn[1]) & (drawn[1] == drawn[2])
     assert abs(alike.double().mean() - same) < 0.015
 
@@ -171,7 +171,7 @@ def test_shares_of_low_resolution(monkeypatch):
     x = torch.zeros(2000, 1, 1000, 1, 1)
     ops = policy(PLAIN_VOLUME, low_resolution_p=1.0, low_resolution=(0.25, 1.0))
     augment_volumes.random_low_resolution(x, ops, seeded(), LINE)
-    is_uniform(np.array(sizes)[:, 0] / 1000, 0.25, 1.0)
+    assert_uniform(np.array(sizes)[:, 0] / 1000, 0.25, 1.0)
 
 
 def test_counts_sides_and_places_of_rectangles():
@@ -184,8 +184,8 @@ def test_counts_sides_and_places_of_rectangles():
     start = changed.int().argmax(1).numpy()
     jitter = np.random.default_rng(0).random(len(side))
     assert set(side) == set(range(10, 30))
-    is_uniform(side + jitter, 10, 30)
-    is_uniform((start + jitter) / (101 - side), 0, 1)
+    assert_uniform(side + jitter, 10, 30)
+    assert_uniform((start + jitter) / (101 - side), 0, 1)
     x = torch.rand(4000, 1, 300, 1, 1, generator=seeded(1))
     ops = policy(ops, rectangles=(1, 4), rectangles_size=(0.007, 0.0099))  # two voxels
     out = augment_volumes.random_rectangles(x.clone(), ops, seeded(), LINE)
@@ -217,7 +217,7 @@ def test_angles_are_uniform_and_about_a_share_of_the_axes(each):
     turned = np.abs(found) > 1e-9
     np.testing.assert_allclose(turned.mean(1), each, atol=0.015)
     for angle, there in zip(found, turned, strict=True):
-        is_uniform(angle[there], -0.4, 0.4)
+        assert_uniform(angle[there], -0.4, 0.4)
     np.testing.assert_allclose(np.cov(turned), each * (1 - each) * np.eye(3), atol=0.01)
 
 
@@ -226,7 +226,7 @@ def test_scales_are_uniform_and_a_share_of_them_the_same(same):
     found = placement("scale_p", scale=(0.7, 1.43), scale_same_p=same).matrices
     factors = found.diagonal(dim1=1, dim2=2)
     for axis in range(3):
-        is_uniform(factors[:, axis], 0.7, 1.43)
+        assert_uniform(factors[:, axis], 0.7, 1.43)
     alike = (factors[:, 0] == factors[:, 1]) & (factors[:, 1] == factors[:, 2])
     assert abs(alike.double().mean() - same) < 0.015
 
@@ -235,9 +235,9 @@ def test_shifts_of_control_points_are_uniform():
     place = placement("elastic_p", elastic_points=2, elastic_strength=(0.1, 0.3))
     distance = 7 / 2
     share = place.control.abs().flatten(1).amax(1).double().numpy() / distance
-    is_uniform(share / (375 / 376), 0.1, 0.3)  # the largest of 3 x 5^3
+    assert_uniform(share / (375 / 376), 0.1, 0.3)  # the largest of 3 x 5^3
     first = place.control.flatten(1)[:, 0].double().numpy() / distance / share
-    is_uniform(first, -1, 1)
+    assert_uniform(first, -1, 1)
 
 
 def test_quarter_turns_are_one_two_or_three_in_any_plane():

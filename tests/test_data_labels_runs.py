@@ -10,19 +10,11 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score, cohen_kappa_score, mean_absolute_error
+from small_runs import FEATURES
 
 DIGITS = load_digits()
-SPEC = """
-mode = "train"
-[data]
-dataset = "precomputed_features"
-data_root_dir = "ROOT"
-train_features_file = "train.h5"
-val_features_file = "val.h5"
-test_features_file = "test.h5"
+SPEC = f"""{FEATURES}
 standardize = true
-[model.encoder]
-encoder_type = "precomputed"
 [task]
 result_plot = "none"
 bootstrap = 0

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 import torch
 from children import glovita, run_ranks
+from killed_runs import (
+    KILLED,
+    arguments,
+    assert_equal_results,
+    assert_killed_run_goes_on,
+    results,
+)
 from small_runs import Result
-from test_data_volumes_runs import KILLED, Killed, arguments, equal, results
 from video_files import number_of, numbered, write_frames, write_video
 
 from glovita_lib import figures
-from glovita_lib.trainer import Trainer
 
 pytest.importorskip("av")
 pytest.importorskip("decord")
@@ -97,24 +102,8 @@ def spec(root) -> str:
 def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path, monkeypatch, spec, memory):
     """Within an epoch; clips and their augmentation follow from seed, epoch and batch."""
     changes = ["dataloading.in_memory_mb=0", "dataloading.num_workers=2"] * (memory == "by workers")
-    calm = command("name=run", *changes, spec=spec)
-    assert "2 videos left out:" in calm.out + calm.err
-    expected = results(tmp_path / "runs")
-    os.rename(tmp_path / "runs", tmp_path / "calm")
-    step = Trainer.optimizer_step
-
-    def killing(self):
-        if self.state.step == 5:
-            raise Killed
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step", killing)
-        with pytest.raises(Killed):
-            command("name=run", *changes, spec=spec)
-    again = command("name=run", *changes, spec=spec)
-    assert "continuing in epoch 2 after optimizer step 5" in again.out
-    equal(results(tmp_path / "runs"), expected)
+    said = "2 videos left out:"
+    assert_killed_run_goes_on(command, tmp_path, monkeypatch, spec, said, *changes)
 
 
 @pytest.mark.runs
@@ -277,7 +266,7 @@ def test_two_ranks_learn_what_one_learns(command, tmp_path, spec):
     os.rename(tmp_path / "ranks" / "runs", tmp_path / "calm")
     assert {one.code for one in run_ranks(KILLED, 4, *ranks)} == {9}
     assert "after optimizer step 4" in glovita(*ranks, ranks=2)
-    equal(results(tmp_path / "ranks" / "runs"), expected)
+    assert_equal_results(results(tmp_path / "ranks" / "runs"), expected)
     (path,) = (tmp_path / "calm").glob("**/run/0")
     two = Result(0, "", "", path)
     one = command(*changes, "training.gradient_accumulation_steps=2", spec=spec)

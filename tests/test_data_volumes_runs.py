@@ -3,7 +3,6 @@ mode infer, with the cache made by two programs at once, with broken files left 
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import h5py
@@ -11,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 from children import GLOVITA, Child, glovita, run_ranks
-from safetensors.torch import load as tensors
+from killed_runs import KILLED, arguments, assert_killed_run_goes_on
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
-from small_runs import Result, snapshot
+from small_runs import Result
 from volume_files import ORIENTATIONS, PLAIN, affine_of, blob, write_dicom, write_nifti
 
 from glovita_lib.extraction import Extractor
 from glovita_lib.read_volume import open_sample
 from glovita_lib.spec_volumes import VolumePreparation
-from glovita_lib.trainer import Trainer
 from glovita_lib.volume_preparation import prepare
 
 SPEC = """
@@ -90,6 +88,7 @@ hidden = 8
 attention = 4
 """
 )
+LEFT_OUT = "3 volumes left out:"
 KINDS = {"convolutions": SPEC + PATCHES + CONVOLUTIONS, "slices": SPEC + PATCHES + SLICES}
 WINDOWED = {
     "evaluation": SPEC + PATCHES + 'evaluation = "windows"\nwindow_chunk = 3\n' + CONVOLUTIONS,
@@ -111,29 +110,6 @@ bootstrap = 0
 [logger]
 backend = "none"
 """
-TIMES = ("seconds", "samples_per_s", "memory_mb")
-
-# A rank that is killed before optimizer step argv[1] + 1, where argv[1] is not negative.
-KILLED = """
-import os, sys, time
-import glovita
-from glovita_lib.trainer import Trainer
-
-stop, train_batch = int(sys.argv[1]), Trainer.train_batch
-
-def killing(self, batch):
-    if self.state.step == stop:
-        time.sleep(0 if self.ranks.is_main else 1)
-        os._exit(9)
-    train_batch(self, batch)
-
-Trainer.train_batch = killing
-sys.exit(glovita.main(sys.argv[2:]))
-"""
-
-
-class Killed(BaseException):
-    """Nothing catches it."""
 
 
 def write_set(folder: Path, broken: bool = True) -> Path:
@@ -178,26 +154,6 @@ def windowed(request, root) -> str:
     return WINDOWED[request.param].replace("ROOT", str(root))
 
 
-def results(folder: Path) -> dict:
-    """What must be equal, by relative path: everything but times and the story of the process."""
-    content = snapshot(folder)
-    for name in list(content):
-        if name.endswith(("runtime_info.json", ".lock")):
-            del content[name]
-        elif name.endswith("metrics.jsonl"):
-            records = map(json.loads, content[name].decode().splitlines())
-            content[name] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
-        elif name.endswith(".safetensors"):  # whose header has no fixed order
-            content[name] = {k: v.tolist() for k, v in tensors(content[name]).items()}
-    return content
-
-
-def equal(found: dict, expected: dict) -> None:
-    """All files are equal, checkpoints bit for bit."""
-    assert found.keys() == expected.keys() and len(expected) > 5
-    assert [name for name in expected if found[name] != expected[name]] == []
-
-
 # ---------------------------------------------------------------------- one process
 
 
@@ -212,37 +168,15 @@ def test_new_volumes_stored_in_another_order_are_told(command, tmp_path, root):
     assert "which does not run foot to head in 1 of 2 volumes asked about" in run.out + run.err
 
 
-def kill_in_epoch_two(command, tmp_path, monkeypatch, spec, *changes):
-    """A run that is killed after step 5 of 4 an epoch and continued equals one that is not."""
-    calm = command("name=run", *changes, spec=spec)
-    assert "3 volumes left out:" in calm.out + calm.err
-    expected = results(tmp_path / "runs")
-    os.rename(tmp_path / "runs", tmp_path / "calm")
-    step = Trainer.optimizer_step
-
-    def killing(self):
-        if self.state.step == 5:
-            raise Killed
-        step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step", killing)
-        with pytest.raises(Killed):
-            command("name=run", *changes, spec=spec)
-    again = command("name=run", *changes, spec=spec)
-    assert "continuing in epoch 2 after optimizer step 5" in again.out
-    equal(results(tmp_path / "runs"), expected)
-
-
 @pytest.mark.parametrize("memory", ["in memory", "by workers"])
 def test_a_killed_run_goes_on_bit_for_bit(command, tmp_path, monkeypatch, spec, memory):
     """Within an epoch; patches and their augmentation follow from seed, epoch and batch."""
     changes = ["dataloading.in_memory_mb=0", "dataloading.num_workers=2"] * (memory == "by workers")
-    kill_in_epoch_two(command, tmp_path, monkeypatch, spec, *changes)
+    assert_killed_run_goes_on(command, tmp_path, monkeypatch, spec, LEFT_OUT, *changes)
 
 
 def test_a_killed_run_with_windows_goes_on_bit_for_bit(command, tmp_path, monkeypatch, windowed):
-    kill_in_epoch_two(command, tmp_path, monkeypatch, windowed)
+    assert_killed_run_goes_on(command, tmp_path, monkeypatch, windowed, LEFT_OUT)
 
 
 def test_what_training_predicts_is_what_infer_predicts(command, tmp_path, spec):
@@ -264,7 +198,7 @@ def test_what_training_predicts_is_what_infer_predicts(command, tmp_path, spec):
         assert float(found["p_dark"]) == pytest.approx(float(expected["p_dark"]), abs=1e-5)
 
 
-def kill_extraction(command, tmp_path, monkeypatch, spec, *changes):
+def assert_killed_extraction_goes_on(command, tmp_path, monkeypatch, spec, *changes):
     """An extraction that is stopped in its fourth block and started again equals a whole one."""
     changes += ("mode=extract", "extract.source=encoder", "extract.output_filename='{split}.h5'")
     changes += ("extract.block_samples=2", "dataloading.eval_batch_size=2")
@@ -289,7 +223,7 @@ def kill_extraction(command, tmp_path, monkeypatch, spec, *changes):
 
 def test_a_killed_extraction_writes_what_a_whole_one_writes(command, tmp_path, monkeypatch, spec):
     changes = ["extract.output=tokens"] * ("slices" in spec)
-    kill_extraction(command, tmp_path, monkeypatch, spec, *changes)
+    assert_killed_extraction_goes_on(command, tmp_path, monkeypatch, spec, *changes)
 
 
 def test_a_killed_extraction_of_windows_writes_what_a_whole_one_writes(
@@ -297,7 +231,7 @@ def test_a_killed_extraction_of_windows_writes_what_a_whole_one_writes(
 ):
     """Bags of windows with their places; the mean vector where evaluation goes by windows."""
     changes = ["extract.output=tokens"] * ("lift" in windowed)
-    kill_extraction(command, tmp_path, monkeypatch, windowed, *changes)
+    assert_killed_extraction_goes_on(command, tmp_path, monkeypatch, windowed, *changes)
 
 
 def test_left_out_files_change_nothing(command, tmp_path, spec, root):
@@ -313,13 +247,6 @@ def test_left_out_files_change_nothing(command, tmp_path, spec, root):
 
 
 # ---------------------------------------------------------------------- several processes
-
-
-def arguments(folder: Path, spec: str, *changes: str) -> list[object]:
-    """Command line of a spec whose runs lie below a folder."""
-    folder.mkdir(exist_ok=True)
-    (folder / "volumes.toml").write_text(spec)
-    return [folder / "volumes.toml", "--override", f"exp_dir={folder}/runs", "name=run", *changes]
 
 
 def run_dir(folder: Path) -> Path:

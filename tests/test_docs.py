@@ -24,6 +24,7 @@ import pytest
 import torch
 import yaml
 from msgspec import inspect as kinds
+from test_source import assert_none
 
 import glovita
 from glovita_lib import dist
@@ -59,12 +60,6 @@ def prose(page):
 def inline(page):
     """What stands in backticks."""
     return re.findall(r"`([^`\n]+)`", prose(page))
-
-
-def report(problems):
-    """All problems in one message."""
-    problems = list(problems)
-    assert not problems, "\n" + "\n".join(problems)
 
 
 def load(path):
@@ -204,7 +199,7 @@ def test_every_command_parses(monkeypatch):
             parse(words)
         except (UserError, AssertionError, SystemExit, ValueError) as error:
             problems.append(f"{place}: {' '.join(words)}\n    {error}")
-    report(problems)
+    assert_none(problems)
     assert len(seen) > 100
 
 
@@ -264,7 +259,7 @@ def test_every_spec_fragment_loads(specs):
                 load_checked(path)
             except UserError as error:
                 problems.append(f"{page.name}:{number}: {error}")
-    report(problems)
+    assert_none(problems)
     assert seen >= 10
 
 
@@ -359,7 +354,7 @@ def test_every_key_exists_and_every_value_is_valid():
                 problems.append(f"{page.name}: there is no key {key}")
             elif value is not None and not any(value_fits(c, value) for c in candidates):
                 problems.append(f"{page.name}: {key} cannot be {value!r}")
-    report(problems)
+    assert_none(problems)
     assert seen > 50
 
 
@@ -400,7 +395,7 @@ def test_every_name_in_backticks_occurs_in_the_source():
                 rf"\b{text}{end}", source_text()
             ):
                 problems.append(f"{page.name}: {text}")
-    report(problems)
+    assert_none(problems)
 
 
 # ---------------------------------------------------------------- files and links
@@ -422,7 +417,7 @@ def test_every_link_leads_somewhere():
                 problems.append(f"{page.name}: there is no {link}")
             elif part and part not in map(anchor, re.findall(r"^#+ (.+)$", prose(target), re.M)):
                 problems.append(f"{page.name}: {link} has no such heading")
-    report(problems)
+    assert_none(problems)
     assert seen > 40
 
 
@@ -434,7 +429,7 @@ def test_every_file_of_the_tree_in_backticks_exists():
         for text in inline(page)
         if re.fullmatch(folders, text) and not list(REPOSITORY.glob(text))
     ]
-    report(problems)
+    assert_none(problems)
 
 
 # ---------------------------------------------------------------- what stands where
@@ -446,15 +441,17 @@ def test_code_fences_say_what_they_hold():
         fences = re.findall(r"^ *```.*$", page.read_text(), re.MULTILINE)
         problems += [f"{page.name}: {line}" for line in fences[::2] if line[3:] not in LANGUAGES]
         problems += [f"{page.name}: {line} closes a fence" for line in fences[1::2] if line[3:]]
-    report(problems)
+    assert_none(problems)
 
 
 def test_readme_is_short_and_leads_to_every_page_and_spec():
     text = PAGES[0].read_text()
     assert len(text.splitlines()) <= 150
-    report(f"no link to {page.name}" for page in PAGES[1:] if f"(docs/{page.name})" not in text)
+    assert_none(
+        f"no link to {page.name}" for page in PAGES[1:] if f"(docs/{page.name})" not in text
+    )
     linked = re.findall(r"\((specs/[\w/.]+)\)", text)
-    report(
+    assert_none(
         f"no link to {path.name}"
         for path in sorted((REPOSITORY / "specs").glob("*.toml"))
         if f"specs/{path.name}" not in linked
@@ -498,7 +495,7 @@ def test_contributing_is_short_and_names_the_markers_and_checks():
     settings = configparser.ConfigParser()
     settings.read(REPOSITORY / "setup.cfg")
     markers = settings["tool:pytest"]["markers"].strip().splitlines()
-    report(m for m in markers if f"`{m.split(':')[0].strip()}`" not in text)
+    assert_none(m for m in markers if f"`{m.split(':')[0].strip()}`" not in text)
     hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0][
         "hooks"
     ]
@@ -517,9 +514,13 @@ def test_every_bound_of_the_dependencies_is_installed_by_ci_oldest():
     lines = f"{settings['options']['install_requires']}\n{extras}".split("\n")
     lines = [line for line in lines if line]
     of_tests = settings["options.extras_require"]["test"].splitlines()
-    report(f"{x}: not in the extra of the tests" for x in extras.splitlines() if x not in of_tests)
+    assert_none(
+        f"{x}: not in the extra of the tests" for x in extras.splitlines() if x not in of_tests
+    )
     wanted = [line for line in lines if not line.startswith("#")]
-    report(f"{line}: no lower bound" for line in wanted if not re.match(r"[\w-]+>=[\d.]+", line))
+    assert_none(
+        f"{line}: no lower bound" for line in wanted if not re.match(r"[\w-]+>=[\d.]+", line)
+    )
     names = {re.split(r"[>;]", line)[0].replace("-", "_") for line in wanted}
     called = {"PIL": "pillow", "sklearn": "scikit_learn", "umap": "umap_learn", "decord": "decord2"}
     trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "glovita_lib").glob("*.py")]
@@ -529,7 +530,7 @@ def test_every_bound_of_the_dependencies_is_installed_by_ci_oldest():
     roots = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
     # our own, a part of matplotlib, and what huggingface_hub brings where it has it
     roots -= {"glovita_lib", "mpl_toolkits", "httpx"}
-    report(
+    assert_none(
         f"{root}: imported, not in setup.cfg"
         for root in roots
         if called.get(root, root) not in names

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import EPOCH, VOLUMES
 from torch import Tensor
-from volume_files import blob, write_nifti
+from volume_files import blob, write_labelled
 
 from glovita_lib.encoder import Encoder, build_encoder, patch_size_of
 from glovita_lib.encoder_nnfoundation import Plan
@@ -239,37 +240,17 @@ def test_a_model_of_it_with_lora(tmp_path: Path) -> None:
     assert len(trained) == 2 * 2 * 7 and all(".adapter." in name for name in trained)
 
 
-RUN = """
-[data]
-dataset = "generic_3d_dataset"
-data_root_dir = "ROOT"
-label_source = "csv"
-split_source = "csv"
-[data.preparation]
-workers = 1
+RUN = f"""{VOLUMES}
 [model.encoder]
 encoder_type = "nnfoundation"
 checkpoint_path = "PATH"
-[task]
-result_plot = "none"
-bootstrap = 0
-[training]
-epochs = 1
-[dataloading]
-batch_size = 4
-[logger]
-backend = "none"
-"""
+{EPOCH}"""
 
 
 @pytest.mark.parametrize("name", ["PrimusX", "ResidualEncoderUNet"])
 def test_a_trained_run_needs_the_file_no_more(name: str, command, tmp_path: Path) -> None:
     """Evaluation and extraction build the network from the plan that the checkpoint keeps."""
-    rows = ["path,label,split"]
-    for n, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2):
-        write_nifti(tmp_path / "images" / f"{n}.nii", blob((8, 9, 12), seed=n))
-        rows.append(f"{n}.nii,{'ab'[n % 2]},{split}")
-    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    write_labelled(tmp_path, [blob((8, 9, 12), seed=n) for n in range(8)])
     primus = name == "PrimusX"
     weights, arguments = (mae_weights(), MAE) if primus else (unet_weights(), UNET)
     file = Path(checkpoint(tmp_path, weights, plan(name, arguments)))

@@ -1,7 +1,6 @@
 """Encoders of images on volumes: slices against the encoder run by hand, kernels inflated against
 the slice of a volume without change, PEFT, memory, and whole runs."""
 
-import csv
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +10,10 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from small_runs import VOLUMES
 from torch import Tensor, nn
 from torch.nn import functional as F
-from volume_files import write_nifti
+from volume_files import write_labelled
 
 from glovita_lib.bags import as_bags
 from glovita_lib.encoder import any_encoder, build_encoder
@@ -436,15 +436,8 @@ def test_weights_of_a_file_are_those_of_images(tmp_path):
 
 # --------------------------------------------------------------------------- whole runs
 
-RUN = """
-[data]
-dataset = "generic_3d_dataset"
-data_root_dir = "{root}"
-label_source = "csv"
-split_source = "csv"
-[data.preparation]
+RUN = f"""{VOLUMES}
 size = [8, 8, 6]
-workers = 1
 [model.encoder]
 type = "test_vit"
 pretrained = false
@@ -474,18 +467,13 @@ backend = "none"
 @pytest.fixture
 def spec(tmp_path):
     """Twelve volumes, half of which are brighter towards one side."""
-    root, rows = tmp_path / "data", []
+    volumes = []
     for number in range(12):
         voxels = np.random.default_rng(number).normal(5, 1, (8, 8, 6)).astype(np.float32)
         voxels[:4] += 4 * (number % 2)
-        write_nifti(root / "images" / f"{number}.nii", voxels)
-        split = "train" if number < 6 else "val" if number < 8 else "test"
-        rows.append({"path": f"{number}.nii", "label": "ab"[number % 2], "split": split})
-    with open(root / "labels.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return RUN.format(root=root)
+        volumes.append(voxels)
+    write_labelled(tmp_path / "data", volumes, shares=(6, 2, 4))
+    return RUN.replace("ROOT", str(tmp_path / "data"))
 
 
 def test_a_run_with_lora_is_asked_and_its_attention_written(command, spec, tmp_path):

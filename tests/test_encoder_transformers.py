@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from small_runs import EPOCH
 from test_encoder_hub import CLIP_FILE
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -749,7 +750,7 @@ def test_frames_pass_a_model_of_images_one_by_one(kind: str, method: str) -> Non
 
 # ------------------------------------------------------------------------------------ a run
 
-SPEC = """
+SPEC = f"""
 [data]
 dataset = "generic_video_dataset"
 data_root_dir = "ROOT"
@@ -763,17 +764,7 @@ image_size = 32
 encoder_type = "transformer"
 type = "MODEL"
 pretrained = false
-[task]
-result_plot = "none"
-bootstrap = 0
-[training]
-epochs = 1
-[dataloading]
-batch_size = 4
-num_workers = 0
-[logger]
-backend = "none"
-"""
+{EPOCH}"""
 
 
 def write_set(folder: Path) -> None:

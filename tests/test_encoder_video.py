@@ -518,4 +518,4 @@ def test_importing_the_hub_warns_of_nothing() -> None:
     pytest.importorskip("pytorchvideo")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hub_builder(PytorchvideoEncoder())
+        assert callable(hub_builder(PytorchvideoEncoder()))

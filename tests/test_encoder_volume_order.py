@@ -8,8 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from small_runs import EPOCH, VOLUMES
 from torch import Tensor, nn
-from volume_files import blob, write_nifti
+from volume_files import blob, write_labelled
 
 from glovita_lib.augment_patch import Volumes, WindowedVolumes, WindowGrid
 from glovita_lib.encoder import build_encoder, patch_size_of
@@ -313,14 +314,7 @@ def test_weights_of_arrays_are_told(order: str, tmp_path: Path) -> None:
         assert ("zyx" in " ".join(notes)) == (order == "xyz")
 
 
-RUN = """
-[data]
-dataset = "generic_3d_dataset"
-data_root_dir = "ROOT"
-label_source = "csv"
-split_source = "csv"
-[data.preparation]
-workers = 1
+RUN = f"""{VOLUMES}
 [data.augmentation]
 patch_size = [16, 12, 6]
 [model.encoder]
@@ -331,25 +325,12 @@ strides = [1, [1, 2, 2]]
 array_order = "zyx"
 [peft]
 method = "lora"
-[task]
-result_plot = "none"
-bootstrap = 0
-[training]
-epochs = 1
-[dataloading]
-batch_size = 4
-[logger]
-backend = "none"
-"""
+{EPOCH}"""
 
 
 def test_files_of_a_run_say_order_and_patch(command, tmp_path: Path) -> None:
     """Its checkpoint, its adapter and its export."""
-    rows = ["path,label,split"]
-    for n, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2):
-        write_nifti(tmp_path / "images" / f"{n}.nii", blob((16, 13, 8), seed=n))
-        rows.append(f"{n}.nii,{'ab'[n % 2]},{split}")
-    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    write_labelled(tmp_path, [blob((16, 13, 8), seed=n) for n in range(8)])
     spec = RUN.replace("ROOT", str(tmp_path))
     run = command(spec=spec).path
     export = tmp_path / "merged.safetensors"

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from children import glovita
+from killed_runs import interrupted
 from small_runs import FOLDERS, RESNET, TINY, load, write_png
 
 from glovita_lib.encoder import Encoder
-from glovita_lib.trainer import Trainer
 
 PROBE = ["peft.method=linear_probing", "training.epochs=4", "optimizer.lr=0.02"]
 CACHED = [*PROBE, "training.cache_frozen_features=true"]
@@ -74,15 +74,7 @@ def test_the_run_is_one_as_any_other(command):
 def test_an_interrupted_run_goes_on_bit_for_bit(command, monkeypatch):
     more = [*CACHED, "training.save_every_steps=1"]
     calm = command(*more, "name=calm")
-    step = Trainer.optimizer_step
-
-    def stopping(self):
-        step(self)
-        if self.state.step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step", stopping)
+    with interrupted(monkeypatch, step=6):
         command(*more, "name=again", code=130)
     again = command(*more, "name=again")
     assert "continuing in epoch 2 after optimizer step 5" in again.out

@@ -114,7 +114,7 @@ def reference(extractor: Extractor, name: str, model_kwargs):
         return net, x, raw, net.forward_head(raw, pre_logits=True)
 
 
-def close(found: np.ndarray, expected: torch.Tensor) -> None:
+def assert_close(found: np.ndarray, expected: torch.Tensor) -> None:
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -133,11 +133,11 @@ def test_the_librarys_own_pooling(row):
     assert is_own == (found.shape == own.shape and np.allclose(found, own, 1e-4, 1e-4))
     assert is_own == (row is not MODELS["DINOv3"])  # timm pools by the mean, its authors by CLS
     assert own.shape[1] == net.head_hidden_size
-    close(read(extractor_of(name, kwargs, method="pooled")).features, own)
+    assert_close(read(extractor_of(name, kwargs, method="pooled")).features, own)
     if is_own:  # which is the model without its classifier
         net.reset_classifier(0)
         with torch.no_grad():
-            close(found, net(x))
+            assert_close(found, net(x))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -160,7 +160,7 @@ def test_every_method_is_its_documented_formula(name):
         expected["mean_all"] = torch.cat([cls[:, None], patches], 1).mean(1)
     for method, formula in expected.items():
         extractor = extractor_of(model, kwargs, method=method)
-        close(read(extractor).features, formula)
+        assert_close(read(extractor).features, formula)
         assert extractor.attributes()["aggregation"] == method
     for method in {"cls_token", "joint"} - set(expected):
         with pytest.raises(UserError, match=f'extract.method = "{method}": encoder {model}'):
@@ -172,8 +172,8 @@ def test_the_mean_of_dinov3_leaves_registers_out():
     _, _, raw, own = reference(extractor, "vit_small_patch16_dinov3", SMALL)
     assert raw.shape == (5, 1 + 4 + 16, 32)
     found = read(extractor).features
-    close(found, raw[:, 5:].mean(1))
-    close(found, own)
+    assert_close(found, raw[:, 5:].mean(1))
+    assert_close(found, own)
     assert not np.allclose(found, raw[:, 1:].mean(1), atol=1e-2)
 
 
@@ -251,7 +251,7 @@ def test_features_of_a_family_equal_the_calls_that_the_file_names(name):
     assert compare_with_calls(name, FAMILIES[name], size=fixed) >= 1
 
 
-def compare_with_features_only(name, kwargs, size=64):
+def assert_equal_to_features_only(name, kwargs, size=64):
     """The maps of the last layer, without a norm, are the last ones of timm's features_only with
     the same weights: no difference at all."""
     extractor = extractor_of(name, kwargs, output="map", layers=(-1,), norm=False, size=size)
@@ -273,14 +273,14 @@ def compare_with_features_only(name, kwargs, size=64):
 
 @pytest.mark.parametrize("name", ["ViT token", "DINOv3", "Swin", "ConvNeXt", "ResNet"])
 def test_maps_equal_those_of_features_only(name):
-    compare_with_features_only(*MODELS[name][:2])
+    assert_equal_to_features_only(*MODELS[name][:2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_maps_of_a_family_equal_those_of_features_only(name):
     fixed = timm.get_pretrained_cfg(name).input_size[-1]
-    compare_with_features_only(name, FAMILIES[name], size=fixed)
+    assert_equal_to_features_only(name, FAMILIES[name], size=fixed)
 
 
 ENDS = {  # the layer that the tokens end in; none: an addition or activation is behind it
@@ -372,7 +372,7 @@ def test_tokens_are_those_of_timm(name, keep):
     if raw.ndim == 4:
         raw = raw.flatten(1, 2) if name == "Swin" else raw.flatten(2).transpose(1, 2)
     tokens = raw if keep else raw[:, n_prefix:]
-    close(readout.features, tokens.flatten(0, 1))
+    assert_close(readout.features, tokens.flatten(0, 1))
     assert readout.instances.lengths.tolist() == [tokens.shape[1]] * 5
     side = round((raw.shape[1] - n_prefix) ** 0.5)
     grid = [(row, column) for row in range(side) for column in range(side)]
@@ -393,7 +393,7 @@ def test_maps_are_those_of_timm(name, norm):
     with torch.no_grad():
         own = net.forward_intermediates(x, norm=norm, intermediates_only=True)  # NCHW
     found = read(extractor).features
-    close(found, torch.cat([own[layer] for layer in asked], 1))
+    assert_close(found, torch.cat([own[layer] for layer in asked], 1))
     attributes = extractor.attributes()
     assert json.loads(attributes["layers"]) == [layer % len(own) for layer in asked]
     assert (attributes["layout"], attributes["prefix_tokens"]) == ("(N, C, H, W)", "out")
@@ -407,10 +407,10 @@ def test_a_map_without_layers_is_the_normed_output():
     extractor = extractor_of("test_vit", output="map")
     net, x, raw, _ = reference(extractor, "test_vit", {})
     expected = raw[:, 1:].transpose(1, 2).reshape(5, 64, 4, 4)
-    close(read(extractor).features, expected)
+    assert_close(read(extractor).features, expected)
     with torch.no_grad():
         (last,) = net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
-    close(read(extractor).features, last)
+    assert_close(read(extractor).features, last)
 
 
 def test_vectors_of_layers():
@@ -421,12 +421,12 @@ def test_vectors_of_layers():
             x, norm=True, intermediates_only=True, return_prefix_tokens=True
         )
     cls = [prefix[:, 0] for _, prefix in own]
-    close(read(extractor).features, torch.cat([cls[-1], cls[1]], 1))
-    close(read(extractor).features[:, :64], raw[:, 0])
+    assert_close(read(extractor).features, torch.cat([cls[-1], cls[1]], 1))
+    assert_close(read(extractor).features[:, :64], raw[:, 0])
     mean = extractor_of("test_vit", layers=(-1, 1), method="avg", norm=False)
     with torch.no_grad():
         own = net.forward_intermediates(x, norm=False, intermediates_only=True)
-    close(read(mean).features, torch.cat([own[-1].mean((2, 3)), own[1].mean((2, 3))], 1))
+    assert_close(read(mean).features, torch.cat([own[-1].mean((2, 3)), own[1].mean((2, 3))], 1))
     assert mean.attributes()["norm"] == "raw layers [5, 1]"
     assert extractor.attributes()["norm"] == "final norm on layers [1, 5]"
 
@@ -439,7 +439,7 @@ def test_stopping_early_does_not_leak_into_the_output():
         extractor.experiment.objective.eval_inputs(torch.from_numpy(crops()), False, 0), "cls_token"
     )
     _, _, _, own = reference(extractor, "test_vit", {})
-    close(whole.detach().numpy(), own)
+    assert_close(whole.detach().numpy(), own)
     assert not np.allclose(first, own, atol=0.1)
 
 

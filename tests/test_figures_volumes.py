@@ -1,14 +1,14 @@
 """Slices of volumes in pictures: which way round, in mm, only they are read; and the sheets and
 thumbnails of whole runs."""
 
-import csv
 import re
 
 import nibabel
 import numpy as np
 import pytest
 from PIL import Image
-from volume_files import ORIENTATIONS, affine_of, blob, write_nifti
+from small_runs import EPOCH, VOLUMES
+from volume_files import ORIENTATIONS, affine_of, blob, write_labelled, write_nifti
 
 from glovita_lib.figures_volumes import (
     CHANNELS,
@@ -148,14 +148,7 @@ def test_worst_volumes_of_differing_sizes(tmp_path, count, channels):
     assert (tmp_path / "worst.png").stat().st_size > 1000
 
 
-SPEC = """
-[data]
-dataset = "generic_3d_dataset"
-data_root_dir = "ROOT"
-label_source = "csv"
-split_source = "csv"
-[data.preparation]
-workers = 1
+SPEC = f"""{VOLUMES}
 [data.augmentation]
 train_policy = "default_nnunet"
 patch_size = [8, 8, 6]
@@ -164,30 +157,12 @@ encoder_type = "residual_encoder"
 features_per_stage = [4, 8]
 n_blocks_per_stage = 1
 strides = [1, 2]
-[task]
-bootstrap = 0
-[training]
-epochs = 1
-[dataloading]
-batch_size = 4
-[logger]
-backend = "none"
-"""
+{EPOCH.replace('result_plot = "none"', "")}"""
 
 
 def test_sheets_and_thumbnails_of_whole_runs(command, tmp_path):
-    rows = []
-    for n in range(16):
-        name = f"{n}.nii"
-        voxels = blob((10 + n % 3, 10, 8), seed=n)
-        write_nifti(tmp_path / "images" / name, voxels, affine_of((1, 1, 2)), ORIENTATIONS[n % 8])
-        rows.append(
-            {"path": name, "label": "ab"[n % 2], "split": ["train", "val", "test"][n * 3 // 16]}
-        )
-    with open(tmp_path / "labels.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    voxels = [blob((10 + n % 3, 10, 8), seed=n) for n in range(16)]
+    write_labelled(tmp_path, voxels, affine_of((1, 1, 2)), shares=(6, 5, 5), codes=ORIENTATIONS)
     spec = SPEC.replace("ROOT", str(tmp_path))
     result = command(spec=spec)
     for name in ("augmented", "worst_val", "worst_test"):

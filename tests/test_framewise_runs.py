@@ -12,10 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import glovita, run_ranks
+from killed_runs import KILLED, Killed, assert_equal_results, results
 from small_videos import COLOURS, FRAMES, SPEC, coloured
-from test_data_volumes_runs import KILLED, equal
-from test_data_volumes_runs import results as files_of
-from test_resume import Killed, results
 
 from glovita import main
 from glovita_lib import data_playback, dist
@@ -250,11 +248,11 @@ def test_two_ranks_that_are_killed_go_on_bit_for_bit(tmp_path: Path) -> None:
     steps = ["training.save_every_steps=1", "training.log_every=1"]
     ranks = [path, "--override", f"exp_dir={tmp_path}/runs", *steps]
     glovita(*ranks, ranks=2)
-    expected = files_of(tmp_path / "runs")
+    expected = results(tmp_path / "runs")
     os.rename(tmp_path / "runs", tmp_path / "calm")
     assert {one.code for one in run_ranks(KILLED, 4, *ranks)} == {9}
     assert "after optimizer step 4" in glovita(*ranks, ranks=2)
-    equal(files_of(tmp_path / "runs"), expected)
+    assert_equal_results(results(tmp_path / "runs"), expected)
 
 
 def test_a_head_along_time_learns_from_features_of_frames(trained: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from small_runs import VOLUMES
 from torch import nn
 from volume_files import ORIENTATIONS, affine_of, blob, write_nifti
 
@@ -266,16 +267,8 @@ def test_windows_of_an_evaluation_are_put_together(how):
 
 # ------------------------------------------------------------------------------- whole runs
 
-CUBES = """
-mode = "train"
-[data]
-dataset = "generic_3d_dataset"
-data_root_dir = "ROOT"
-label_source = "csv"
-split_source = "csv"
-[data.preparation]
+CUBES = f"""{VOLUMES}
 normalize = "none"
-workers = 1
 [data.augmentation]
 train_policy = "default_3d_1"
 patch_size = [20, 16, 12]

@@ -236,9 +236,8 @@ def test_missing_package(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_import_leaves_wandb_alone() -> None:
     root = str(Path(loggers.__file__).parents[1])
     script = "import sys, glovita_lib.loggers; sys.exit('wandb' in sys.modules)"
-    subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": root}, check=True
-    )
+    env = os.environ | {"PYTHONPATH": root}
+    assert subprocess.run([sys.executable, "-c", script], env=env, check=False).returncode == 0
 
 
 KILLED = """

@@ -131,7 +131,7 @@ def test_needs_neither_torch_nor_numpy() -> None:
         "import sys, glovita_lib.metric_names;"
         "raise SystemExit({'torch', 'numpy'} & set(sys.modules) and 'heavy' or 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.processes
@@ -143,4 +143,4 @@ def test_measuring_an_epoch_does_not_load_sklearn_or_scipy() -> None:
         "import glovita_lib.plots;"
         "raise SystemExit({'sklearn', 'scipy', 'matplotlib'} & set(sys.modules) and 'heavy' or 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

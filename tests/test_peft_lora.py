@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft_reference import LAYERS, compare, fill, pair
+from peft_reference import LAYERS, assert_equal_to_library, fill, pair
 from small_networks import build, disturb, sample
 from torch import nn
 
@@ -42,7 +42,7 @@ def test_output_and_gradients_of_the_library(kind, options):
         with torch.no_grad():
             our.m.copy_(magnitude.flatten())
         pairs.append((magnitude, our.m))
-    compare(kind, theirs, ours, pairs)
+    assert_equal_to_library(kind, theirs, ours, pairs)
 
 
 @pytest.mark.parametrize("name", ["vit", "eva02", "resnet", "volume", "series", "torch_attention"])
@@ -143,7 +143,7 @@ def test_pissa_gradients_are_those_of_the_library():
         our.A_0.copy_(our.A)
         our.B_0.copy_(our.B)
     pairs = [(their.lora_A["default"].weight, our.A), (their.lora_B["default"].weight, our.B)]
-    compare("linear", theirs, ours, pairs)
+    assert_equal_to_library("linear", theirs, ours, pairs)
 
 
 def test_lora_plus_gives_b_its_own_learning_rate():

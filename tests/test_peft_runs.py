@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from killed_runs import interrupted
 from small_runs import TINY
 from torch import nn
 
@@ -20,7 +21,6 @@ from glovita_lib.peft import load_adapter, read_adapter
 from glovita_lib.peft_base import trained_names
 from glovita_lib.resolved import resolve_spec
 from glovita_lib.spec_check import load_checked
-from glovita_lib.trainer import Trainer
 
 METHODS = {
     "linear_probing": [],
@@ -360,18 +360,6 @@ def test_the_checkpoint_says_what_merges(command):
 # ---------------------------------------------------------------------- state of methods
 
 
-def interrupted(monkeypatch, step):
-    """Stop like Ctrl-C behind an optimizer step."""
-    original = Trainer.optimizer_step
-
-    def stopping(self):
-        original(self)
-        if self.state.step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "optimizer_step", stopping)
-
-
 @pytest.mark.parametrize(
     ("method", "more"),
     [("adalora", []), ("gps", []), ("gps", ["training.ema_decay=0.8"]),
@@ -385,8 +373,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(command, monkeypatch, method, mo
     calm = command(*more)
     more[more.index(f"name={method}")] = "name=again"
     for step in (2, 7):  # in the first and in the second epoch of four steps
-        with monkeypatch.context() as patch:
-            interrupted(patch, step)
+        with interrupted(monkeypatch, step):
             command(*more, code=130)
     again = command(*more)
     assert "continuing in epoch 2 after optimizer step 6" in again.out

@@ -4,7 +4,7 @@ library with the same parameters."""
 import numpy as np
 import pytest
 import torch
-from peft_reference import LAYERS, compare, fill, pair
+from peft_reference import LAYERS, assert_equal_to_library, fill, pair
 from small_networks import after_step, auxiliary_losses, build, disturb, sample
 
 from glovita_lib.errors import UserError
@@ -48,7 +48,7 @@ def test_loha(kind):
         copied(getattr(their, a)["default"], getattr(our, b), i)
         for i, (a, b) in enumerate(names.items())
     ]
-    compare(kind, theirs, ours, pairs)
+    assert_equal_to_library(kind, theirs, ours, pairs)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -67,7 +67,7 @@ def test_lokr(kind, rank, factor):
         copied(getattr(their, a)["default"], getattr(our, b), i)
         for i, (a, b) in enumerate(names.items())
     ]
-    compare(kind, theirs, ours, pairs)
+    assert_equal_to_library(kind, theirs, ours, pairs)
 
 
 def test_factor_pairs():
@@ -87,7 +87,7 @@ def test_oft(kind, neumann):
     spec = Oft(r=4, targets=EVERYTHING, use_cayley_neumann=neumann)
     theirs, ours, their, our = both(kind, config, spec, apply_orthogonal)
     pairs = [copied(their.oft_R["default"].weight, our.q, 1, scale=0.1)]
-    compare(kind, theirs, ours, pairs)
+    assert_equal_to_library(kind, theirs, ours, pairs)
 
 
 def test_oft_merges_a_convolution_as_the_library_does():
@@ -146,7 +146,7 @@ def test_boft(kind):
         copied(their.boft_R["default"], our.R, 1),
         copied(their.boft_s["default"], our.s, 2, shift=1.0),
     ]
-    compare(kind, theirs, ours, pairs)
+    assert_equal_to_library(kind, theirs, ours, pairs)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -196,7 +196,7 @@ def test_vera(kind):
         copied(their.vera_lambda_d["default"], our.d, 1),
         copied(their.vera_lambda_b["default"], our.b, 2),
     ]
-    compare(kind, theirs, ours, pairs)
+    assert_equal_to_library(kind, theirs, ours, pairs)
 
 
 def test_vera_stores_its_projections_once():
@@ -221,7 +221,9 @@ def test_ia3(kind, feed_forward):
         width = ours.layer._parameters["weight"].shape[1]
         ours.layer.adapter = our = InputScale(width)
     mine = our.l if feed_forward else our.gamma
-    compare(kind, theirs, ours, [copied(their.ia3_l["default"], mine, 1, shift=1.0)])
+    assert_equal_to_library(
+        kind, theirs, ours, [copied(their.ia3_l["default"], mine, 1, shift=1.0)]
+    )
 
 
 def test_ia3_leaves_queries_alone_and_scales_the_hidden_units():
@@ -248,7 +250,9 @@ def test_fourierft():
     theirs, ours, their, our = both("linear", config, spec, apply_fourierft)
     places = their.indices["default"]
     assert torch.equal(our.places, places[0] * 24 + places[1])
-    compare("linear", theirs, ours, [copied(their.fourierft_spectrum["default"], our.spectrum, 1)])
+    assert_equal_to_library(
+        "linear", theirs, ours, [copied(their.fourierft_spectrum["default"], our.spectrum, 1)]
+    )
 
 
 def test_fourierft_of_a_convolution_against_a_sum_of_waves():
@@ -290,7 +294,7 @@ def test_adalora(kind):
         copied(their.lora_B["default"], our.P, 2),
         copied(their.lora_E["default"], our.e, 3),
     ]
-    compare(kind, theirs, ours, pairs)
+    assert_equal_to_library(kind, theirs, ours, pairs)
 
 
 def test_adalora_follows_the_library_over_a_whole_training():

@@ -142,14 +142,19 @@ def test_values_of_zero_and_below_leave_a_wide_range_to_be_seen(panels, losses) 
     assert max(overlap) < 0.3 * (ends[0][1] - ends[0][0])  # boxes have room for letters that hang
 
 
-def test_a_loss_of_zero_stays_seen_where_rounding_errors_are_within_epochs(panels) -> None:
-    steps = [(0, 5, 1e6), (0, 10, 4.9e5), (1, 15, 0.4), (1, 20, 0.3), (2, 25, 1e-7), (2, 30, 0.0)]
+def large_first(losses: list[float], last: float) -> list[dict]:
+    """Records of three epochs, and of two steps in each: a large loss first, `last` in the end."""
+    steps = [1e6, 4.9e5, 0.4, 0.3, 1e-7, last]
     records = [
-        {"event": "step", "epoch": epoch, "step": step, "samples": 8 * step, "train_loss": loss}
-        for epoch, step, loss in steps
+        {"event": "step", "epoch": n // 2, "step": 5 * n + 5, "samples": 40 * n + 40}
+        | {"train_loss": loss}
+        for n, loss in enumerate(steps)
     ]
-    losses = [4.9e5, 0.3, 0.0]
-    axes = panels(records + [record(e, train_loss=loss) for e, loss in enumerate(losses)])["loss"]
+    return records + [record(epoch, train_loss=loss) for epoch, loss in enumerate(losses)]
+
+
+def test_a_loss_of_zero_stays_seen_where_rounding_errors_are_within_epochs(panels) -> None:
+    axes = panels(large_first([4.9e5, 0.3, 0.0], last=0.0))["loss"]
     assert axes.get_yscale() == "symlog" and -0.3 < axes.get_ylim()[0] < 0
 
 
@@ -163,13 +168,7 @@ def test_scores_and_the_learning_rate_stay_linear(panels) -> None:
 
 def test_a_large_loss_within_the_first_epoch(panels) -> None:
     """Differences of means carry rounding errors of the largest: negative ones leave the axis."""
-    steps = [(0, 5, 1e6), (0, 10, 4.9e5), (1, 15, 0.4), (1, 20, 0.3), (2, 25, 1e-7), (2, 30, 0.2)]
-    records = [
-        {"event": "step", "epoch": epoch, "step": step, "samples": 8 * step, "train_loss": loss}
-        for epoch, step, loss in steps
-    ]
-    losses = [0.5, 0.3, 0.2]
-    axes = panels(records + [record(e, train_loss=loss) for e, loss in enumerate(losses)])["loss"]
+    axes = panels(large_first([0.5, 0.3, 0.2], last=0.2))["loss"]
     assert axes.get_yscale() == "log" and 0.01 < axes.get_ylim()[0] < 0.2
 
 

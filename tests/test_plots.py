@@ -41,7 +41,7 @@ from glovita_lib.plots import (
 )
 
 
-def picture(path: Path) -> np.ndarray:
+def assert_drawn(path: Path) -> np.ndarray:
     """The pixels of a figure, which must hold more than paper."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
@@ -75,7 +75,7 @@ def test_figures_of_digits_are_the_same_each_time(tmp_path: Path, digits) -> Non
     ]
     again = results(tmp_path / "b", "val", "multiclass", *digits)
     for first, second in zip(paths, again, strict=True):
-        picture(first)
+        assert_drawn(first)
         assert first.read_bytes() == second.read_bytes()
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(p.name for p in paths)
     assert dict(matplotlib.rcParams) == before
@@ -85,7 +85,7 @@ def test_confusion_colours_and_rows(tmp_path: Path) -> None:
     """Right is blue, wrong orange, a class without samples grey."""
     targets, predicted = np.array([0] * 10 + [1] * 10), np.array([0] * 10 + [0] * 10)
     paths = results(tmp_path, "val", "multiclass", targets, np.eye(3)[predicted])
-    pixels = picture(paths[0]).reshape(-1, 3).astype(int)
+    pixels = assert_drawn(paths[0]).reshape(-1, 3).astype(int)
     blue, orange = (8, 48, 107), (127, 39, 4)  # full shades
     for colour in (blue, orange, (240, 240, 240)):
         assert (np.abs(pixels - colour).max(1) <= 1).sum() > 1000, colour
@@ -167,7 +167,7 @@ def test_any_number_of_classes(tmp_path: Path, classes: int) -> None:
     scores = rng.dirichlet(np.ones(classes), 150).astype(np.float32)
     names = tuple(f"$class_{k}$ of a very long name 犬 {k}" for k in range(classes))
     for path in results(tmp_path, "val", "multiclass", targets, scores, names):
-        picture(path)
+        assert_drawn(path)
 
 
 @pytest.mark.parametrize("subtask", ["multiclass", "multilabel", "regression"])
@@ -177,7 +177,7 @@ def test_one_sample_none_and_not_finite(tmp_path: Path, subtask: str) -> None:
     paths = results(tmp_path, "one", subtask, targets, scores)
     assert len(paths) == (1 if subtask == "regression" else 3)
     for path in paths:
-        picture(path)
+        assert_drawn(path)
     assert results(tmp_path, "none", subtask, targets[:0], scores[:0]) == []
     assert results(tmp_path, "bad", subtask, targets, scores * np.float32(math.nan)) == []
 
@@ -187,7 +187,7 @@ def test_multilabel_with_many_and_empty_labels(tmp_path: Path, digits) -> None:
     onehot = np.eye(60, dtype=np.float32)[targets]  # 50 labels that never occur
     wide = np.concatenate([scores, np.full((len(scores), 50), 0.1, np.float32)], 1)
     for path in results(tmp_path, "test", "multilabel", onehot, wide):
-        picture(path)
+        assert_drawn(path)
 
 
 @pytest.mark.parametrize(("n", "outputs"), [(50, 1), (4000, 2), (30, 14)])
@@ -197,7 +197,7 @@ def test_regression(tmp_path: Path, n: int, outputs: int) -> None:
     targets[:, -1] = 7.0 if outputs == 14 else targets[:, -1]  # one that does not vary
     found = results(tmp_path, "val", "regression", targets, targets * np.float32(0.9))
     assert [path.name for path in found] == ["regression_val.png"]
-    picture(found[0])
+    assert_drawn(found[0])
 
 
 def test_curves_against_sklearn(digits) -> None:
@@ -256,7 +256,7 @@ def test_augmented_sheet(tmp_path: Path, channels: int, dtype: type) -> None:
     augmented = (torch.rand(2, 3, channels, 8, 8) - 0.5) / 0.25
     path = tmp_path / "augmented.png"
     augmented_sheet(images, augmented, mean=mean, std=std, path=path, captions=["a", "b" * 90, "c"])
-    picture(path)
+    assert_drawn(path)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_augmented_sheet_shows_the_pixels_back(tmp_path: Path) -> None:
     ]
     path = tmp_path / "same.png"
     augmented_sheet([image], shown[None, None], mean=mean, std=std, path=path, captions=["x"])
-    pixels = picture(path).astype(int)
+    pixels = assert_drawn(path).astype(int)
     columns = np.flatnonzero((np.abs(pixels - (200, 100, 0)).max(2) <= 1).any(0))
     assert len(columns) > 300 and (np.diff(columns) > 5).sum() == 1  # two patches with a gap
 

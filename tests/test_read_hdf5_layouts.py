@@ -241,7 +241,7 @@ def refused(call, match):
     assert len(str(raised.value).splitlines()) == 1
 
 
-def check(layout):
+def assert_rows_of_h5py(layout):
     """The rows of a layout are those that h5py gives."""
     with TemporaryDirectory() as place:
         folder = Path(place)
@@ -282,14 +282,14 @@ def check(layout):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(layouts())
 def test_any_layout_gives_the_rows_of_h5py(layout):
-    check(layout)
+    assert_rows_of_h5py(layout)
 
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None)
 @given(layouts())
 def test_many_layouts_give_the_rows_of_h5py(layout):
-    check(layout)
+    assert_rows_of_h5py(layout)
 
 
 def unfiltered_edge(path, values, *filters):

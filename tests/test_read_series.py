@@ -24,7 +24,7 @@ SERIES = [np.array([[1.0, 2.5, np.nan], [0.0, -1.0, 3.0]]), np.array([[4.0, 5.0]
 AEON = importlib.util.find_spec("aeon")
 
 
-def same(table, series=SERIES):
+def assert_same(table, series=SERIES):
     assert len(table.series) == len(series)
     for ours, theirs in zip(table.series, series, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -41,7 +41,7 @@ def test_ts(tmp_path):
         "@equalLength false\n@classLabel true Up down\n@data\n1,2.5,?:0,-1,3:Up\n4,5:6,7:down\n"
     )
     table = read_series(write(tmp_path / "a.ts", text), COLUMNS)
-    same(table)
+    assert_same(table)
     assert table.labels == ["Up", "down"] and table.subtask == "multiclass" and not table.named
 
 
@@ -51,12 +51,12 @@ def test_ts_without_labels_may_end_its_lines_with_a_colon(stated, tmp_path):
     for end in ("", ":", ": "):
         text = f"@timeStamps false\n{head}1,2.5,?:0,-1,3{end}\n4,5:6,7{end}\n"
         table = read_series(write(tmp_path / "a.ts", text), COLUMNS)
-        same(table)
+        assert_same(table)
         assert table.labels is None and table.subtask is None
         text = f"@timeStamps true\n{head}(0,1),(1,2.5):(0,0),(1,3){end}\n"
-        same(read_series(write(tmp_path / "b.ts", text), COLUMNS), [[[1, 2.5], [0, 3]]])
+        assert_same(read_series(write(tmp_path / "b.ts", text), COLUMNS), [[[1, 2.5], [0, 3]]])
         text = f"{head}5{end}\n4,5{end}\n"
-        same(read_series(write(tmp_path / "c.ts", text), COLUMNS), [[[5]], [[4, 5]]])
+        assert_same(read_series(write(tmp_path / "c.ts", text), COLUMNS), [[[5]], [[4, 5]]])
 
 
 @pytest.mark.skipif(AEON is None, reason="aeon writes the files")
@@ -67,7 +67,7 @@ def test_ts_without_labels_as_aeon_writes_it(shape, tmp_path):
     values = np.random.default_rng(0).normal(size=shape)
     save_to_ts_file(values, path=str(tmp_path), problem_name="new")
     table = read_series(tmp_path / "new.ts", COLUMNS)
-    same(table, values)
+    assert_same(table, values)
     assert table.labels is None
 
 
@@ -78,7 +78,7 @@ def test_ts_with_times_and_numbers_to_predict(tmp_path):
         "(0,1),(1,2):(0,?),(1,4):1.5\n"
     )
     table = read_series(write(tmp_path / "a.ts", text), COLUMNS)
-    same(table, [[[1, np.nan, 2], [np.nan, 5, np.nan]], [[1, 2], [np.nan, 4]]])
+    assert_same(table, [[[1, np.nan, 2], [np.nan, 5, np.nan]], [[1, 2], [np.nan, 4]]])
     assert since_first(table.times[0]).tolist() == [0, 1, 2]  # seconds
     assert table.times[1].tolist() == [0, 1]
     assert table.labels == ["0.5", "1.5"] and table.subtask == "regression"
@@ -87,14 +87,14 @@ def test_ts_with_times_and_numbers_to_predict(tmp_path):
 def test_arff(tmp_path):
     flat = "@relation x\n@attribute a numeric\n@attribute b numeric\n@attribute target {1,2}\n"
     table = read_series(write(tmp_path / "a.arff", flat + "@data\n1,?,1\n3,4,2\n"), COLUMNS)
-    same(table, [[[1, np.nan]], [[3, 4]]])
+    assert_same(table, [[[1, np.nan]], [[3, 4]]])
     assert table.labels == ["1", "2"]
     nested = (
         "@relation x\n@attribute all relational\n@attribute a numeric\n@attribute b numeric\n"
         "@end all\n@attribute class {up,down}\n@data\n'1,2\\n3,4',up\n'5,6\\n7,8',down\n"
     )
     table = read_series(write(tmp_path / "b.arff", nested), COLUMNS)
-    same(table, [[[1, 2], [3, 4]], [[5, 6], [7, 8]]])
+    assert_same(table, [[[1, 2], [3, 4]], [[5, 6], [7, 8]]])
     assert table.labels == ["up", "down"]
 
 
@@ -128,10 +128,10 @@ def test_quoted_values_of_arff(tmp_path):
         table = read_series(write(tmp_path / "a.arff", text), COLUMNS)
         theirs, _ = scipy_arff.loadarff(tmp_path / "a.arff")
         assert table.labels == [label.decode() for label in theirs["class"]]
-        same(table, [[[row["a"], row["b"]]] for row in theirs])
+        assert_same(table, [[[row["a"], row["b"]]] for row in theirs])
         spaced = rows.replace(",", " , ").replace("a ,  b", "a, b")
         again = read_series(write(tmp_path / "b.arff", text.replace(rows, spaced)), COLUMNS)
-        same(again, table.series)
+        assert_same(again, table.series)
         assert again.labels == table.labels
     text = f'{head}@attribute class string\n@data\n1,2,\'it\\\'s\'\n3,4,"say \\"x\\""\n5,6,plain\n'
     table = read_series(write(tmp_path / "b.arff", text), COLUMNS)
@@ -141,7 +141,7 @@ def test_quoted_values_of_arff(tmp_path):
         "@end all\n@attribute class {'u, p',down}\n@data\n'1,2\\n3,?','u, p'\n\"5,6\\n7,8\",down\n"
     )
     table = read_series(write(tmp_path / "c.arff", nested), COLUMNS)
-    same(table, [[[1, 2], [3, np.nan]], [[5, 6], [7, 8]]])
+    assert_same(table, [[[1, 2], [3, np.nan]], [[5, 6], [7, 8]]])
     assert table.labels == ["u, p", "down"]
 
 
@@ -165,18 +165,18 @@ def test_one_column_of_another_name_than_in_most_files_of_a_folder(tmp_path):
     assert table.series[1] == "columns z, most files have x" and not table.notes
     for name in "ac":  # each has its own
         write(tmp_path / f"{name}.csv", f"time,{name}\n0,1\n1,2\n")
-    same(read_series(tmp_path, COLUMNS), [[[1, 2]]] * 4)
+    assert_same(read_series(tmp_path, COLUMNS), [[[1, 2]]] * 4)
 
 
 def test_csv_wide_and_long(tmp_path):
     wide = "id,label,t0,t1,t2\nx,a,1,,3\ny,b,4,5,6\n"
     table = read_series(write(tmp_path / "a.csv", wide), COLUMNS)
-    same(table, [[[1, np.nan, 3]], [[4, 5, 6]]])
+    assert_same(table, [[[1, np.nan, 3]], [[4, 5, 6]]])
     assert table.ids == ["x", "y"] and table.labels == ["a", "b"] and table.named
     # rows of two series among each other, and not in the order of their times
     long = "id;time;u;v;label\nx;1;2.5;-1;a\ny;0;4;6;b\nx;0;1;0;a\nx;2;NaN;3;a\ny;5;5;7;b\n"
     table = read_series(write(tmp_path / "b.csv", long), COLUMNS)
-    same(table)
+    assert_same(table)
     assert [times.tolist() for times in table.times] == [[0, 1, 2], [0, 5]]
     assert table.labels == ["a", "b"]
 
@@ -237,10 +237,10 @@ def test_a_folder_of_files_without_a_header_is_refused(line, tmp_path):
 def test_numbers_are_names_where_the_spec_or_a_column_of_times_says_so(tmp_path):
     write(tmp_path / "a.csv", "0,1\n3,4\n5,6\n")
     for values, series in ((("1",), [[4, 6]]), (("1", "0"), [[4, 6], [3, 5]])):
-        same(read_series(tmp_path, replace(COLUMNS, values=values)), [series])
-    same(read_series(tmp_path, replace(COLUMNS, time="0")), [[[4, 6]]])
+        assert_same(read_series(tmp_path, replace(COLUMNS, values=values)), [series])
+    assert_same(read_series(tmp_path, replace(COLUMNS, time="0")), [[[4, 6]]])
     write(tmp_path / "a.csv", "time,0,1\n0,3,4\n1,5,6\n")
-    same(read_series(tmp_path, COLUMNS), [[[3, 5], [4, 6]]])
+    assert_same(read_series(tmp_path, COLUMNS), [[[3, 5], [4, 6]]])
 
 
 @pytest.mark.parametrize(
@@ -268,17 +268,19 @@ def test_numbers_in_the_header_of_a_wide_table_are_time_points(line, is_row, tmp
 
 def test_columns_that_the_spec_names_are_values_whatever_they_are_called(tmp_path):
     path = write(tmp_path / "a.csv", "id,t,T1,label\n0,2,3,a\n1,3,4,b\n")
-    same(read_series(path, replace(COLUMNS, values=("t", "T1"))), [[[2, 3]], [[3, 4]]])
+    assert_same(read_series(path, replace(COLUMNS, values=("t", "T1"))), [[[2, 3]], [[3, 4]]])
     path = write(tmp_path / "a.csv", "index,Unnamed: 0,id,time\n3,0,a,0\n4,1,a,1\n")
-    same(read_series(path, replace(COLUMNS, values=("index", "Unnamed: 0"))), [[[3, 4], [0, 1]]])
+    assert_same(
+        read_series(path, replace(COLUMNS, values=("index", "Unnamed: 0"))), [[[3, 4], [0, 1]]]
+    )
     path = write(tmp_path / "a.csv", "Unnamed: 0,id,v\n0,a,3\n1,a,4\n")
-    same(read_series(path, replace(COLUMNS, time="Unnamed: 0")), [[[3, 4]]])
+    assert_same(read_series(path, replace(COLUMNS, time="Unnamed: 0")), [[[3, 4]]])
     path = write(tmp_path / "a.csv", "index,id,time\n3,a,0\n4,a,1\n3,b,0\n")  # of fingers
-    same(read_series(path, COLUMNS), [[[3, 4]], [[3]]])
+    assert_same(read_series(path, COLUMNS), [[[3, 4]], [[3]]])
     path = write(tmp_path / "b.csv", "id,v0,v1,label\n0,one,3,a\n1,3,4,b\n2,,?,b\n")
     table = read_series(path, COLUMNS)
     assert '"one" (value 0) is no number' in table.series[0]
-    same(replace(table, series=table.series[1:2]), [[[3, 4]]])
+    assert_same(replace(table, series=table.series[1:2]), [[[3, 4]]])
 
 
 def test_files_of_a_folder_go_by_the_names_of_their_columns(tmp_path):
@@ -328,7 +330,7 @@ def test_names_that_half_the_files_of_a_folder_have(first, other, said, tmp_path
             read_series(tmp_path, COLUMNS)
     else:
         table = read_series(tmp_path, COLUMNS)
-        same(table, [[[1, 1], [2, 2]]] * 4)
+        assert_same(table, [[[1, 1], [2, 2]]] * 4)
         assert "taken in the order in which they stand" in table.notes[0]
 
 
@@ -351,8 +353,8 @@ def test_arrays_with_lengths_and_with_offsets(lengths, channels, seed, tmp_path_
     ids = np.array([f"s{i}" for i in labels])
     np.savez(folder / "b.npz", series=rows, offsets=offsets, ids=ids)
     first, second = (read_series(folder / name, COLUMNS) for name in ("a.npz", "b.npz"))
-    same(first, series)
-    same(second, series)
+    assert_same(first, series)
+    assert_same(second, series)
     assert second.ids == ids.tolist() and second.labels is None
     assert first.labels.tolist() == labels.tolist()
 
@@ -435,14 +437,14 @@ def test_damaged_arrays_are_one_line(write_arrays, tmp_path):
 
 def test_npy_and_a_folder_of_one_file_each(tmp_path):
     np.save(tmp_path / "flat.npy", np.arange(6).reshape(2, 3))
-    same(read_series(tmp_path / "flat.npy", COLUMNS), [[[0, 1, 2]], [[3, 4, 5]]])
+    assert_same(read_series(tmp_path / "flat.npy", COLUMNS), [[[0, 1, 2]], [[3, 4, 5]]])
     folder = tmp_path / "folder"
     folder.mkdir()
     np.save(folder / "b.npy", SERIES[0])
     write(folder / "a.csv", "time,u,v\n0,4,6\n1,5,7\n")
     table = read_series(folder, COLUMNS)
     assert table.ids == ["a", "b"]
-    same(table, SERIES[::-1])
+    assert_same(table, SERIES[::-1])
 
 
 @pytest.mark.parametrize(
@@ -473,7 +475,7 @@ def test_files_of_aeon_are_what_its_loader_reads(name):
     for path in sorted(folder.glob(f"{name}_TRAIN.*")):
         values, labels = getattr(loaders, f"load_from_{path.suffix[1:]}_file")(str(path))
         table = read_series(path, COLUMNS)
-        same(table, list(values))
+        assert_same(table, list(values))
         assert [label.lower() for label in table.labels] == [str(label).lower() for label in labels]
 
 

@@ -1,17 +1,13 @@
 """A run that was interrupted anywhere and started again leaves what an undisturbed one leaves."""
 
-import json
 import os
 import shutil
 
 import pytest
-from safetensors.torch import load as tensors
-from small_runs import TINY, load, snapshot
+from killed_runs import Killed, assert_equal_results, interrupted, results, stopped
+from small_runs import TINY, load
 
 from glovita_lib import files
-from glovita_lib.trainer import Trainer
-
-TIMES = ("seconds", "samples_per_s", "memory_mb")
 
 # Dropout, augmentation, mixup, averaged weights, accumulation, saves within an epoch, kept epochs.
 RICH = [
@@ -28,10 +24,6 @@ RICH = [
     "optimizer.warmup_epochs=1",
     "name=rich",
 ]
-
-
-class Killed(BaseException):
-    """Nothing catches it."""
 
 
 class Executioner:
@@ -67,26 +59,6 @@ class Executioner:
         self.append(path, record)
 
 
-def results(folder):
-    """What must be equal, by relative path: everything but times and the story of the process."""
-    content = snapshot(folder)
-    for name in list(content):
-        if name.endswith("runtime_info.json"):
-            del content[name]
-        elif name.endswith("metrics.jsonl"):
-            records = map(json.loads, content[name].decode().splitlines())
-            content[name] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
-        elif name.endswith(".safetensors"):  # whose header has no fixed order
-            content[name] = {k: v.tolist() for k, v in tensors(content[name]).items()}
-    return content
-
-
-def equal(found, expected):
-    """Compare two results; checkpoints bit for bit."""
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
-
-
 def test_killed_before_any_change_of_the_disk(command, tmp_path, monkeypatch):
     """Every state that a kill can leave on the disk, one after another."""
     with monkeypatch.context() as patch:
@@ -104,7 +76,7 @@ def test_killed_before_any_change_of_the_disk(command, tmp_path, monkeypatch):
                 command(*RICH)
         again = command(*RICH)
         assert "is finished" in again.out
-        equal(results(tmp_path / "runs"), expected)
+        assert_equal_results(results(tmp_path / "runs"), expected)
         shutil.rmtree(tmp_path / "runs")
     assert calm.parent.name == "rich"
 
@@ -125,7 +97,7 @@ def test_killed_again_and_again(command, tmp_path, monkeypatch):
                 deaths += 1
         assert deaths < 20
     assert deaths >= 3
-    equal(results(tmp_path / "runs"), expected)
+    assert_equal_results(results(tmp_path / "runs"), expected)
     info = run.json("runtime_info.json")
     assert 1 <= len(info["continued"]) <= deaths and info["finished"]
 
@@ -145,20 +117,12 @@ def test_images_decoded_by_workers_go_on_where_they_stopped(
     command(*changes, spec=folder_spec)
     expected = results(tmp_path / "runs")
     os.rename(tmp_path / "runs", tmp_path / "calm")
-    step = Trainer.optimizer_step
-
-    def killing(self):
-        step(self)
-        if self.state.step == 13:  # of 8 an epoch: in the second epoch, after a save at step 12
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step", killing)
-        with pytest.raises(Killed):
-            command(*changes, spec=folder_spec)
+    # of 8 steps an epoch: in the second epoch, after a save at step 12
+    with stopped(monkeypatch, lambda state: state.step == 13, behind=True):
+        command(*changes, spec=folder_spec)
     again = command(*changes, spec=folder_spec)
     assert "continuing in epoch 2 after optimizer step 12" in again.out
-    equal(results(tmp_path / "runs"), expected)
+    assert_equal_results(results(tmp_path / "runs"), expected)
 
 
 @pytest.mark.parametrize(
@@ -170,19 +134,10 @@ def test_other_optimizers_and_precisions_go_on_equally(command, tmp_path, monkey
     command(change, "name=other")
     expected = results(tmp_path / "runs")
     os.rename(tmp_path / "runs", tmp_path / "calm")
-    step = Trainer.optimizer_step
-
-    def killing(self):
-        step(self)
-        if self.state.step == 6:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step", killing)
-        with pytest.raises(Killed):
-            command(change, "name=other")
+    with stopped(monkeypatch, lambda state: state.step == 6, behind=True):
+        command(change, "name=other")
     assert "continuing in epoch 2" in command(change, "name=other").out
-    equal(results(tmp_path / "runs"), expected)
+    assert_equal_results(results(tmp_path / "runs"), expected)
 
 
 def test_early_stopping_counts_on(command, tmp_path, monkeypatch):
@@ -192,31 +147,15 @@ def test_early_stopping_counts_on(command, tmp_path, monkeypatch):
     assert len(calm.records()) == 4
     expected = results(tmp_path / "runs")
     os.rename(tmp_path / "runs", tmp_path / "calm")
-    with monkeypatch.context() as patch:
-        step = Trainer.optimizer_step
-        patch.setattr(Trainer, "optimizer_step",
-                      lambda self: step(self) if self.state.epoch < 3 else die())  # fmt: skip
-        with pytest.raises(Killed):
-            command(*changes)
+    with stopped(monkeypatch, lambda state: state.epoch == 3):
+        command(*changes)
     command(*changes)
-    equal(results(tmp_path / "runs"), expected)
-
-
-def die():
-    raise Killed
+    assert_equal_results(results(tmp_path / "runs"), expected)
 
 
 def test_interrupted_by_the_user(command, monkeypatch):
     """Ctrl-C: exit code 130, the directory is free again, the same command goes on."""
-    step = Trainer.optimizer_step
-
-    def interrupting(self):
-        step(self)
-        if self.state.step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step", interrupting)
+    with interrupted(monkeypatch, step=5):
         assert "interrupted" in command(code=130).err
     run = command()
     assert "continuing in epoch 2 after optimizer step 4" in run.out
@@ -224,22 +163,16 @@ def test_interrupted_by_the_user(command, monkeypatch):
 
 
 def test_a_killed_run_without_a_checkpoint_starts_over(command, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step", lambda self: die())
-        with pytest.raises(Killed):
-            command()
+    with stopped(monkeypatch, lambda state: True):
+        command()
     changed = command("optimizer.lr=0.01", "name=tiny")  # nothing to continue: it may change
     assert "continuing" not in changed.out
     assert changed.json("config.json")["optimizer"]["lr"] == 0.01
 
 
 def test_a_killed_run_of_another_spec_is_not_continued(command, refused, monkeypatch):
-    step = Trainer.optimizer_step
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step",
-                      lambda self: step(self) if self.state.step < 5 else die())  # fmt: skip
-        with pytest.raises(Killed):
-            command()
+    with stopped(monkeypatch, lambda state: state.step == 5):
+        command()
     assert "optimizer.lr: 0.001 -> 0.01" in refused("optimizer.lr=0.01", "name=tiny")
     assert "continuing" in command(spec=TINY).out
 
@@ -258,12 +191,8 @@ def test_without_last_the_run_goes_on_from_the_newest_of_the_others(
     command(*changes)
     expected = results(tmp_path / "runs")
     os.rename(tmp_path / "runs", tmp_path / "calm")
-    step = Trainer.optimizer_step
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step",
-                      lambda self: step(self) if self.state.epoch < 3 else die())  # fmt: skip
-        with pytest.raises(Killed):
-            command(*changes)
+    with stopped(monkeypatch, lambda state: state.epoch == 3):
+        command(*changes)
     folder = tmp_path / "runs" / "digits" / "kept" / "0" / "checkpoints"
     there = {name: load(folder / name)["state"]["epoch"] for name in os.listdir(folder)}
     assert there["last.pt"] == there["epoch_0002.pt"] == 3
@@ -277,17 +206,15 @@ def test_without_last_the_run_goes_on_from_the_newest_of_the_others(
     found = results(tmp_path / "runs")
     away = {name for name in expected if name.split("/")[-1] in gone.split()} - found.keys()
     assert "best.pt" not in {name.split("/")[-1] for name in away}  # its epoch was kept
-    equal(found, {name: value for name, value in expected.items() if name not in away})
+    assert_equal_results(
+        found, {name: value for name, value in expected.items() if name not in away}
+    )
 
 
 def test_a_damaged_checkpoint_names_the_others(command, refused, monkeypatch, tmp_path):
     changes = ["training.epochs=3", "name=hurt"]
-    step = Trainer.optimizer_step
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "optimizer_step",
-                      lambda self: step(self) if self.state.epoch < 2 else die())  # fmt: skip
-        with pytest.raises(Killed):
-            command(*changes)
+    with stopped(monkeypatch, lambda state: state.epoch == 2):
+        command(*changes)
     last = tmp_path / "runs" / "digits" / "hurt" / "0" / "checkpoints" / "last.pt"
     content = last.read_bytes()
     last.unlink()  # best.pt may be the same file

@@ -7,31 +7,22 @@ import os
 import h5py
 import numpy as np
 import pytest
-from small_runs import TINY, digits, snapshot, write_png
-from test_resume import Killed, equal, results
+from killed_runs import assert_equal_results, results, stopped
+from small_runs import FEATURES, TINY, digits, snapshot, write_png
 from volume_files import affine_of, blob, write_nifti
 
 from glovita_lib import checkpoint, loader_features
 from glovita_lib.data import Standardizer
-from glovita_lib.trainer import Trainer
 
 COMMON = TINY[TINY.index("[task]") :]
-FEATURES = f"""
-[data]
-dataset = "precomputed_features"
-data_root_dir = "ROOT"
-train_features_file = "train.h5"
-val_features_file = "val.h5"
-test_features_file = "test.h5"
+VECTORS = f"""{FEATURES}
 standardize = true
-[model.encoder]
-encoder_type = "precomputed"
 {COMMON}"""
-NUMBERS = f"""{FEATURES}
+NUMBERS = f"""{VECTORS}
 [model.head]
 head_type = "regression"
 """
-BALANCED = FEATURES.replace("[task]", '[task]\nclass_weights = "balanced"')
+BALANCED = VECTORS.replace("[task]", '[task]\nclass_weights = "balanced"')
 IMAGES = f"""
 [data]
 dataset = "generic_image_dataset"
@@ -126,9 +117,9 @@ def write_series(root, length=24):
 
 
 CHANGES = {
-    "standardised features": (FEATURES, write_features, {}, {"shift": 3.0},
+    "standardised features": (VECTORS, write_features, {}, {"shift": 3.0},
                               "inputs.mean[0]: ", "inputs.std[0]: "),
-    "a count": (FEATURES, write_features, {}, {"dropped": 4}, "samples.test: 24 -> 20",
+    "a count": (VECTORS, write_features, {}, {"dropped": 4}, "samples.test: 24 -> 20",
                 "last.pt, which is continued,"),
     "class weights": (BALANCED, write_features, {}, {"ones": 32}, "class_weights[0]: ",
                       "(2 of 2 numbers differ)"),
@@ -150,18 +141,10 @@ CHANGES = {
 @pytest.fixture
 def killed(command, monkeypatch):
     """Runs a command that is killed in its second epoch."""
-    step = Trainer.optimizer_step
-
-    def killing(self):
-        if self.state.epoch == 1:
-            raise Killed
-        step(self)
 
     def run(*changes, **options):
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "optimizer_step", killing)
-            with pytest.raises(Killed):
-                command(*changes, **options)
+        with stopped(monkeypatch, lambda state: state.epoch == 1):
+            command(*changes, **options)
 
     return run
 
@@ -187,7 +170,7 @@ def test_other_data_than_at_the_start_are_refused(command, killed, tmp_path, cas
         assert part in line
     write(root, **first)
     assert "continuing in epoch 2" in command(spec=spec).out
-    equal(results(tmp_path / "runs"), expected)
+    assert_equal_results(results(tmp_path / "runs"), expected)
     write(root, **second)
     assert "was finished before" in command(spec=spec).out
     command("training.on_existing=overwrite", "name=tiny", spec=spec)
@@ -195,7 +178,7 @@ def test_other_data_than_at_the_start_are_refused(command, killed, tmp_path, cas
 
 def test_sums_in_another_order_continue_with_the_saved_ones(command, killed, tmp_path, monkeypatch):
     """As on another number of threads: the saved values train, are saved and evaluate."""
-    spec = FEATURES.replace("ROOT", str(tmp_path / "set"))
+    spec = VECTORS.replace("ROOT", str(tmp_path / "set"))
     write_features(tmp_path / "set", shift=1e3)
     command(spec=spec)
     expected = results(tmp_path / "runs")
@@ -211,14 +194,14 @@ def test_sums_in_another_order_continue_with_the_saved_ones(command, killed, tmp
     monkeypatch.setattr(loader_features, "feature_scale", rounded)
     run = command(spec=spec)
     assert calls and "continuing in epoch 2" in run.out
-    equal(results(tmp_path / "runs"), expected)
+    assert_equal_results(results(tmp_path / "runs"), expected)
     assert run.best["resolved"] == run.last["resolved"]
     assert run.json("resolved_config.json")["inputs"]["mean"] == calls[0].mean.tolist()
 
 
 def test_the_best_model_of_a_continued_run_has_its_values(command, killed, tmp_path):
     """Else it would be evaluated with others than it was trained with."""
-    spec = FEATURES.replace("ROOT", str(tmp_path / "set"))
+    spec = VECTORS.replace("ROOT", str(tmp_path / "set"))
     write_features(tmp_path / "set")
     changes = ["training.epochs=3", "name=run"]
     run = command(*changes, spec=spec)

@@ -54,7 +54,7 @@ def trained(ranks, epoch, batch):
     return found
 
 
-def check_step(ranks, epoch, step, expected):
+def assert_step(ranks, epoch, step, expected):
     """One optimizer step: its samples, once each, and their weights in the gradient."""
     first, behind = (ranks[0].first_batch(s) for s in (step, step + 1))
     rows, weights = [], []
@@ -79,7 +79,7 @@ def test_an_epoch_is_the_listed_steps_on_any_number_of_ranks(world):
         assert {one.steps for one in ranks} == {len(expected)}
         assert len({len(one) for one in ranks}) == 1
         for step, samples in enumerate(expected):
-            check_step(ranks, 2, step, samples)
+            assert_step(ranks, 2, step, samples)
         assert ranks[0].first_batch(len(expected)) == len(ranks[0])
         seen = [row for samples in expected for row in samples]
         assert sorted(seen) == list(range(count))
@@ -91,7 +91,7 @@ def test_other_sizes_of_a_step(step):
     for world, count, batch in itertools.product(worlds, (1, 2, 3, 21, 41, 63), (1, 2, 7, 32)):
         ranks = orders(count, world=world, step=step, batch=batch)
         for number, samples in enumerate(listed_steps(ranks[0].permutation(0), step)):
-            check_step(ranks, 0, number, samples)
+            assert_step(ranks, 0, number, samples)
 
 
 def test_the_permutation_is_that_of_the_seed_and_the_epoch_alone():
@@ -172,7 +172,7 @@ def test_what_is_left_out_behind_the_last_whole_batch():
     for world in (1, 2, 3):
         ranks = orders(117, world=world, step=48, batch=16, unit=16)
         for step, samples in enumerate(listed_steps(ranks[0].permutation(0), 48, 16)):
-            check_step(ranks, 0, step, samples)
+            assert_step(ranks, 0, step, samples)
 
 
 def test_ranks_that_cannot_share_a_step_are_told_which_can():

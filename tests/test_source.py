@@ -121,8 +121,8 @@ def is_autograd(method):
     return bool(arguments) and arguments[0].arg == "ctx"
 
 
-def report(problems):
-    """All problems in one message."""
+def assert_none(problems):
+    """Fails with all problems in one message."""
     problems = list(problems)
     assert not problems, "\n" + "\n".join(problems)
 
@@ -131,7 +131,7 @@ def report(problems):
 
 
 def test_no_module_knows_what_its_family_may_not():
-    report(
+    assert_none(
         f"{path.stem} imports {name}, which {key} may not know"
         for path in MODULES
         for key, value in MAY_NOT_KNOW.items()
@@ -155,7 +155,9 @@ def test_every_small_module_with_one_importer_has_its_reason():
         and len(path.read_text(encoding="utf-8").splitlines()) < 150
         and not path.stem.startswith("run_")
     }
-    report(f"{name}: part of its importer, or its reason in SMALL" for name in small - SMALL.keys())
+    assert_none(
+        f"{name}: part of its importer, or its reason in SMALL" for name in small - SMALL.keys()
+    )
     assert not SMALL.keys() - small, "no such modules"
 
 
@@ -165,20 +167,22 @@ def test_no_import_goes_in_a_circle():
     while free := [name for name, needs in left.items() if not needs & left.keys()]:
         for name in free:
             del left[name]
-    report(f"{name} is in, or depends on, a circle with {needs}" for name, needs in left.items())
+    assert_none(
+        f"{name} is in, or depends on, a circle with {needs}" for name, needs in left.items()
+    )
 
 
 def test_spec_modules_are_free_of_torch_and_numpy():
     specs = [REPOSITORY / "glovita.py", *(p for p in MODULES if p.stem.startswith("spec"))]
     specs += [PACKAGE / "metric_names.py", PACKAGE / "errors.py"]
-    report(
+    assert_none(
         f"{place(path, node)}: {name}"
         for path in specs
         for name, node in imports(path)
         if name.partition(".")[0] in TORCH | HEAVY
     )
     light = {path.stem for path in specs}
-    report(
+    assert_none(
         f"{path.stem} imports {name}"
         for path in specs[1:]
         for name in own_imports(path)
@@ -187,7 +191,7 @@ def test_spec_modules_are_free_of_torch_and_numpy():
 
 
 def test_heavy_packages_are_imported_where_they_are_needed():
-    report(
+    assert_none(
         f"{place(path, node)}: {name} at the top of the module"
         for path in SOURCES
         for name, node in imports(path, tree(path).body)
@@ -196,7 +200,7 @@ def test_heavy_packages_are_imported_where_they_are_needed():
 
 
 def test_no_star_imports_and_no_postponed_annotations_in_specs():
-    report(
+    assert_none(
         place(path, node)
         for path in EVERYTHING
         for name, node in imports(path)
@@ -224,11 +228,11 @@ def test_modules_are_few_and_short_and_functions_are_short():
         for node in functions(path)
         if node.end_lineno - node.lineno + 1 > FUNCTION_LINES
     ]
-    report(long)
+    assert_none(long)
 
 
 def test_lines_are_short():
-    report(
+    assert_none(
         f"{path.relative_to(REPOSITORY)}:{number}: {len(line)} columns"
         for path in EVERYTHING
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
@@ -237,16 +241,32 @@ def test_lines_are_short():
 
 
 def test_modules_are_named_after_what_they_hold():
-    report(path.name for path in EVERYTHING if FORBIDDEN_NAMES.search(path.stem))
+    assert_none(path.name for path in EVERYTHING if FORBIDDEN_NAMES.search(path.stem))
 
 
 def test_nothing_is_left_undone():
     marks = re.compile(r"#.*\b(TODO|FIXME|XXX|HACK)\b")
-    report(
+    assert_none(
         f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()}"
         for path in SOURCES
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if marks.search(line)
+    )
+
+
+def test_every_test_asserts():
+    """By itself, by a fixture or pytest that expects an error, or by a function named assert_..."""
+    asserting = re.compile(r"(.*\.)?(assert_\w+|raises|warns|refused)")
+    assert_none(
+        place(path, node)
+        for path in sorted((REPOSITORY / "tests").glob("test_*.py"))
+        for node in functions(path)
+        if node.name.startswith("test_")
+        and not any(
+            isinstance(part, ast.Assert)
+            or (isinstance(part, ast.Call) and asserting.fullmatch(ast.unparse(part.func)))
+            for part in ast.walk(node)
+        )
     )
 
 
@@ -267,7 +287,7 @@ def test_public_functions_have_type_hints():
                 bare.append("the result")
             if bare:
                 problems.append(f"{place(path, node)}: {', '.join(bare)}")
-    report(problems)
+    assert_none(problems)
 
 
 def test_modules_and_public_functions_and_classes_have_docstrings():
@@ -282,7 +302,7 @@ def test_modules_and_public_functions_and_classes_have_docstrings():
         for node in public(tree(path).body)
         if not ast.get_docstring(node)
     ]
-    report(problems)
+    assert_none(problems)
 
 
 def test_every_field_of_a_struct_has_a_docstring():
@@ -297,7 +317,7 @@ def test_every_field_of_a_struct_has_a_docstring():
     while more := {name for name in classes.keys() - structs if bases(classes[name][1]) & structs}:
         structs |= more
     assert len(structs) > 60
-    report(
+    assert_none(
         f"{place(path, field)}: {name}"
         for name in structs
         for path, node in [classes[name]]
@@ -351,7 +371,7 @@ def test_few_errors_of_types_are_ignored_and_each_for_a_reason():
         if "type: ignore" in line
     ]
     assert len(ignored) <= IGNORED_HINTS
-    report(
+    assert_none(
         f"{where} has no code or no reason"
         for where, line in ignored
         if not re.search(r"# type: ignore\[[a-z-]+\]  # \w+", line)

@@ -55,6 +55,17 @@ def write_nifti(path, voxels, affine=None, codes="RAS", **header):
     return path
 
 
+def write_labelled(folder: Path, volumes, affine=None, shares=(4, 2, 2), codes=("RAS",)):
+    """Volumes of the classes a and b in turn, stored in other axes in turn, with the table of their
+    labels and splits."""
+    splits = [s for s, n in zip(("train", "val", "test"), shares, strict=True) for _ in range(n)]
+    rows = ["path,label,split"]
+    for n, (voxels, split) in enumerate(zip(volumes, splits, strict=True)):
+        write_nifti(folder / "images" / f"{n}.nii", voxels, affine, codes[n % len(codes)])
+        rows.append(f"{n}.nii,{'ab'[n % 2]},{split}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+
+
 def write_dicom(
     folder,
     voxels,
