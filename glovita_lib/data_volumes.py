@@ -5,32 +5,28 @@ A sample is known by its id: the path of its file or DICOM folder below the imag
 first one where several files are its channels, or what its files' names have before path_suffix.
 """
 
-import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from statistics import median_low
 from typing import Any, ClassVar, get_args
 
 import numpy as np
 from msgspec.structs import replace
 
 from glovita_lib.data import Asked, Data, Split, VolumeSamples, read_data_set
+from glovita_lib.data_dicom import DicomVolumes, find_dicom, lineage, parts_among, parts_in_table
 from glovita_lib.data_folder import read_folder
-from glovita_lib.data_tables import Problems, SampleFolder, walk, walk_folders
+from glovita_lib.data_tables import Problems, SampleFolder, walk
 from glovita_lib.dist import cores, number_of
 from glovita_lib.errors import UserError, itemized, listed
 from glovita_lib.files import on_disk, read_csv, read_json_table
 from glovita_lib.loggers import Rate
 from glovita_lib.read_dicom import (
     SLICE_SUFFIXES,
-    ImageKind,
     image_kind,
-    kind_of_parts,
     looks_dicom,
-    series_conditions,
 )
 from glovita_lib.spec_data import VolumeData
 from glovita_lib.spec_samples import WholeSubtask
@@ -38,304 +34,8 @@ from glovita_lib.spec_volumes import VolumePreparation
 from glovita_lib.volume_cache import Entry, VolumeCache, VolumeSource
 
 DICOM = "dcm"  # the suffix that stands for folders of DICOM files too
-LOOKED_AT = 3  # largest and smallest files of a folder
 
 # ---------------------------------------------------------------------- which volumes there are
-
-
-Kinds = dict[str, ImageKind]
-"""DICOM images of a folder by their names."""
-
-
-@dataclass(slots=True)
-class DicomVolumes:
-    """DICOM images below a folder."""
-
-    folders: set[str] = field(default_factory=set)
-    """Folders that hold images themselves."""
-    series: set[str] = field(default_factory=set)
-    """Those of them that hold slices: a sample each."""
-    files: set[str] = field(default_factory=set)
-    """Files with frames, which are volumes of their own, and damaged ones."""
-    others: set[str] = field(default_factory=set)
-    """Files with frames and folders of slices of other series of a study than the one that is
-    meant."""
-    parts: dict[str, str] = field(default_factory=dict)
-    """Folders with a part of a series, each with the line that says so."""
-
-
-def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool) -> DicomVolumes:
-    """The DICOM images below a folder.
-
-    Args:
-        series: conditions of the one that is meant, see `Reading`; none: any.
-        apart: whether a file with frames is a volume of its own, as is a folder of slices; else a
-            study, whose series meet the conditions, is one.
-        itself: whether slices in the folder itself are a series, "."; else each is on its own.
-    """
-    conditions = [series_conditions(each) for each in series]
-    found = DicomVolumes()
-    images: dict[str, Kinds] = {}
-    for parent, names in walk_folders(str(folder), []):
-        inside = os.path.relpath(parent, folder).replace(os.sep, "/")
-        few = inside != "." or itself
-        if kinds := image_kinds(parent, names, conditions, few=few):
-            images[inside] = kinds
-    images = images if itself else with_own_uids(images)
-    everything = images
-    found.folders.update(images)
-    if not apart:
-        found.series, found.others = study_folders(images, len(conditions), itself=itself)
-        images = {inside: kinds for inside, kinds in images.items() if inside == "." and not itself}
-    met = [(inside, kind) for inside, kinds in images.items() for kind in kinds.values()]
-    used = [(inside, kind.study) for inside, kind in met if kind.met]
-    studies = Studies(images, used, itself=itself)
-    for inside, kinds in images.items():
-        start = "" if inside == "." else f"{inside}/"
-        framed = {name for name, kind in kinds.items() if kind.frames > 1}
-        meant = {  # and what no other series of its study is, so that whoever reads it says so
-            name
-            for name, kind in kinds.items()
-            if kind.met or not kind.frames or not studies.hold(inside, kind)
-        }
-        if inside == "." and not itself:
-            files = {name for name in meant if kinds[name].frames != 1} | (set(kinds) - framed)
-        elif any(kinds[name].frames == 1 for name in meant):
-            found.series.add(inside)  # with the damaged ones among its slices
-            files = meant & framed
-        else:
-            files = {name for name in meant if kinds[name].frames != 1}
-            slices = any(kind.frames == 1 for kind in kinds.values())
-            found.others |= {inside} if slices and not files else set()
-        found.files |= {start + name for name in files}
-        found.others |= {start + name for name in framed - meant}
-    for number, condition in enumerate(series or (None,)):
-        join_parts(folder, found, everything, condition, number, itself=itself)
-    return found
-
-
-def join_parts(
-    folder: Path,
-    found: DicomVolumes,
-    images: dict[str, Kinds],
-    series: str | None,
-    number: int,
-    *,
-    itself: bool,
-) -> None:
-    """Make folders with the parts of one series one sample, the folder that they have in common;
-    where that holds other samples too, each gets its line.
-
-    Args:
-        series: a condition of the ones that are meant, if any.
-        number: of the condition.
-    """
-    of: dict[str, set[tuple[str, ...]]] = {}  # series of each sample
-    for inside, kinds in images.items():
-        beside = {inside} - ({"."} if not itself else set())  # perhaps a part beside a study
-        for each in found.series.intersection(lineage(inside)) or beside:
-            meant = (k for k in kinds.values() if series is None or number in k.met)
-            of.setdefault(each, set()).update((k.series, *k.of) for k in meant if k.frames == 1)
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for inside in sorted(of):
-        if len(of[inside]) == 1 and (key := next(iter(of[inside])))[0]:
-            groups.setdefault(key, []).append(inside)
-    for key, parts in groups.items():
-        if len(parts) < 2 or found.series.isdisjoint(parts):
-            continue
-        highest = [str(folder / e) for e in parts if {*parts}.isdisjoint(lineage(e)[1:])]
-        common = os.path.commonpath(parts) or "."
-        below = {each for each in found.series | found.files if common in lineage(each)}
-        alone = below <= {*parts} and (common != "." or itself)
-        told = any(key[1:]) and (itself or len({other[1:] for other in groups}) > 1)
-        kind = kind_of_parts(highest, series, known=told or (alone and len(groups) > 1))
-        if kind == "one volume" and alone:
-            found.series = found.series - {*parts} | {common}
-            found.others -= {*parts}
-        elif kind != "volumes":
-            line = f"parts of one series (SeriesInstanceUID) lie in {listed(parts, 4)}"
-            line += ", some slices in several" * (kind == "overlap")
-            line += ": put its slices into one folder, each once"
-            found.parts |= {each: line for each in parts if each in found.series}
-
-
-def with_own_uids(images: dict[str, Kinds]) -> dict[str, Kinds]:
-    """The images of a data set without StudyInstanceUID where all have one, as anonymisation may
-    write it: it tells no studies apart."""
-    if len({kind.study for kinds in images.values() for kind in kinds.values() if kind.frames}) > 1:
-        return images
-    return {
-        inside: {n: dataclasses.replace(kind, of=("", kind.of[1])) for n, kind in kinds.items()}
-        for inside, kinds in images.items()
-    }
-
-
-class Studies:
-    """Studies of which something is used, to tell their other series from those of a study that
-    lacks what is meant.
-
-    Another PatientID is another study. StudyInstanceUID tells a study, unless each series has its
-    own. Without it a folder belongs to what is used in it; beside it, unless most used folders hold
-    several series and so are studies themselves; or alone in the folders above, as far up as most
-    of what is used is alone.
-    """
-
-    def __init__(
-        self, images: dict[str, Kinds], used: Sequence[tuple[str, str]], *, itself: bool
-    ) -> None:
-        """
-        Args:
-            images: all there are, by folder.
-            used: folders of what is used, each with the StudyInstanceUID that tells its study, or
-                nothing.
-            itself: whether all may be one study.
-        """
-        self.folders = {inside for inside, _ in used}
-        series = {inside: series_of(kinds) for inside, kinds in images.items()}
-        count = Counter(uid for found in series.values() for _, _, uid in found if uid)
-        joined = max(count.values(), default=0) > 1
-        self.uids = {uid for _, uid in used if uid and joined}
-        self.patients = {
-            kind.of[1]
-            for inside, kinds in images.items()
-            for kind in (() if self.folders.isdisjoint(lineage(inside)) else kinds.values())
-            if kind.met
-        }
-        beside = Counter(each for inside in self.folders for each in lineage(inside)[1:2])
-        mixed = sum(len(series.get(inside, ())) > 1 for inside in self.folders)
-        each_a_study = 2 * mixed > len(self.folders) and max(beside.values(), default=0) > 1
-        self.parents = set() if each_a_study else set(beside)
-        number = Counter(each for inside in self.folders for each in lineage(inside))
-        number["."] += not itself
-        own = [[f for f in lineage(each) if number[f] == 1] for each in self.folders] or [[]]
-        height = median_low(map(len, own)) if itself or len(own) > 1 else 1
-        self.alone = {each for above in own for each in above[:height]}
-
-    def hold(self, inside: str, kind: ImageKind) -> bool:
-        """Whether an unused image in this folder is of a study of which something is used."""
-        patient = kind.of[1]
-        if patient and self.patients and self.patients.isdisjoint(["", patient]):
-            return False
-        if kind.met or (kind.study and self.uids):  # met: one of its series once more
-            return kind.study in self.uids
-        above = lineage(inside)
-        beside = not self.folders.isdisjoint(above[:1]) or not self.parents.isdisjoint(above[1:2])
-        return beside or not self.alone.isdisjoint(above)
-
-
-def series_of(kinds: Kinds) -> set[tuple[str, frozenset[int], str]]:
-    """The series of a folder, each file with frames one, each with its StudyInstanceUID."""
-    return {
-        (name if kind.frames > 1 else kind.series, kind.met, kind.study)
-        for name, kind in kinds.items()
-        if kind.frames
-    }
-
-
-def lineage(inside: str) -> list[str]:
-    """A folder and those above it, up to "."."""
-    return [inside, *map(str, PurePosixPath(inside).parents)]
-
-
-def study_folders(
-    images: dict[str, Kinds], conditions: int, *, itself: bool
-) -> tuple[set[str], set[str]]:
-    """The lowest folders that hold a series for each condition, with all other folders with images
-    that are not known to be of the same studies; and those that are.
-
-    Where no StudyInstanceUID tells a study its series lie no deeper than those of most others, as
-    else the folder of two patients would be one where each lacks a series.
-    """
-    below: dict[str, dict[tuple[str, str], set[int]]] = {}
-    depth: Counter[str] = Counter()
-    for inside, kinds in images.items():
-        for kind in kinds.values():
-            for up, each in enumerate(lineage(inside) if kind.met else ()):
-                below.setdefault(each, {}).setdefault(kind.of, set()).update(kind.met)
-                depth[each] = max(depth[each], up)
-    if not itself:
-        below.pop(".", None)
-    whole = {inside: complete_study(series, conditions) for inside, series in below.items()}
-    complete = {inside for inside, uid in whole.items() if uid is not None}
-    found = complete - {each for inside in complete for each in lineage(inside)[1:]}
-    usual = median_low([depth[inside] for inside in found] or [0])
-    found = {inside for inside in found if whole[inside] or depth[inside] <= usual}
-    count = Counter(whole[inside] for inside in found)  # of which one stands for one study
-    used = [(each, uid if (uid := whole[each]) and count[uid] == 1 else "") for each in found]
-    studies = Studies(images, used, itself=itself)
-    others: set[str] = set()
-    for inside, kinds in images.items():
-        if found.isdisjoint(lineage(inside)) and (inside != "." or itself):
-            known = [kind for kind in kinds.values() if kind.frames]
-            held = known and all(studies.hold(inside, kind) for kind in known)
-            others |= {inside} if held else set()
-    single = {each for each in images if found.isdisjoint(lineage(each))} - others
-    return found | (single if itself else single - {"."}), others
-
-
-def complete_study(series: dict[tuple[str, str], set[int]], conditions: int) -> str | None:
-    """StudyInstanceUID, which may be empty, of a study among some series that has one for each of
-    so many conditions; None: there is none.
-
-    Args:
-        series: conditions that are met, by StudyInstanceUID and PatientID; series that differ in
-            one of them are of two studies.
-    """
-    for own in series:
-        study = {
-            other: met
-            for other, met in series.items()
-            if all(a == b or not a or not b for a, b in zip(own, other, strict=True))
-        }
-        if len(set().union(*study.values())) == conditions:
-            return max(uid for uid, _ in study)
-    return None
-
-
-def image_kinds(
-    folder: str,
-    names: Sequence[str],
-    conditions: Sequence[list[tuple[str, str]]],
-    *,
-    few: bool,
-) -> Kinds:
-    """The DICOM images among the files of a folder.
-
-    Args:
-        few: whether a few are enough where all are slices, which may be hundreds: the largest and
-            the smallest show a file with frames, the first and the last most often another series.
-            Where they meet no condition all are looked at.
-    """
-    sizes = {name: size_of(os.path.join(folder, name)) for name in names if looks_dicom(name)}
-    order = sorted(sizes, key=lambda name: (-sizes[name], name))
-    kinds: dict[str, ImageKind | None] = {}
-
-    def look(some: Sequence[str], most: int) -> None:
-        images = 0
-        for name in some:
-            if name not in kinds:
-                kinds[name] = image_kind(os.path.join(folder, name), conditions)
-            kind = kinds[name]
-            images += kind is not None and kind.frames > 0
-            if images == most:
-                return
-
-    look(order, LOOKED_AT if few else len(order))
-    look(order[::-1], LOOKED_AT)
-    look([min(order), max(order)] if conditions and order else [], len(order))
-    known = [kind for kind in kinds.values() if kind is not None]
-    unmet = conditions and not any(kind.met for kind in known)
-    if unmet or any(kind.frames > 1 for kind in known):
-        look(order, len(order))
-    return {name: kind for name in order if (kind := kinds.get(name)) is not None}
-
-
-def size_of(path: str) -> int:
-    """Size of a file, -1 of a link to what is not there."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
 
 
 @dataclass(slots=True)
@@ -349,8 +49,8 @@ class VolumeFolder(SampleFolder):
     studies: frozenset[str] = frozenset()
     """Folders with DICOM images at any depth, which a table may name: a series of theirs is a
     sample."""
-    dicom: bool = False
-    """Whether a table may name any DICOM file with frames."""
+    dicom: DicomVolumes | None = None
+    """DICOM images there; a table may name any file with frames. None: they do not count."""
     notes: tuple[str, ...] = ()
     """Lines about what else there is."""
     rows: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -360,14 +60,16 @@ class VolumeFolder(SampleFolder):
         """Id of the volume at a path below the folder; also of a study."""
         path = str(PurePosixPath(name))
         found = path if path in self.studies else SampleFolder.find(self, name)
-        if found is None and self.dicom and looks_dicom(path):
+        if found is None and self.dicom is not None and looks_dicom(path):
             kind = image_kind(str(self.folder / path), [])
             found = path if kind is not None and kind.frames > 1 else None
         return found
 
     def unused(self) -> list[str]:
-        """See `SampleFolder.unused`; what lies in a study that a table names is used with it."""
-        return [each for each in self.ids if self.named.isdisjoint(lineage(each))]
+        """See `SampleFolder.unused`; what lies in a study that a table names is used with it, and a
+        sample of which a table names a part is not unused."""
+        above = {each for name in self.named for each in lineage(name)}
+        return [i for i in self.ids if i not in above and self.named.isdisjoint(lineage(i))]
 
     def hint(self, name: str) -> str:
         """See `SampleFolder.hint`; of a slice the folder of its series."""
@@ -390,14 +92,23 @@ class VolumeFolder(SampleFolder):
             )
         return ids[0], names[0]
 
+    def inside(self, identity: str) -> tuple[str, ...]:
+        """Paths below the folder of all files or DICOM folders of a sample."""
+        names = self.rows.get(identity, (identity,))
+        return tuple(f"{name}{suffix}" for name in names for suffix in self.suffixes or ("",))
+
     def files(self, identity: str) -> tuple[str, ...]:
         """Paths of all files or DICOM folders of a sample."""
-        names = self.rows.get(identity, (identity,))
-        return tuple(
-            str(self.folder / f"{name}{suffix}")
-            for name in names
-            for suffix in self.suffixes or ("",)
-        )
+        return tuple(str(self.folder / each) for each in self.inside(identity))
+
+    def parts(self, ids: Sequence[str], series: Sequence[str]) -> dict[str, str]:
+        """Samples that are a part of a DICOM series, with the line that says so; those of the
+        folder itself, which a table names too, have it already."""
+        samples = [self.inside(identity) for identity in ids]
+        if self.dicom is None or {(each,) for each in self.ids}.issuperset(samples):
+            return {}
+        broken = parts_in_table(self.folder, self.dicom.images, samples, series, self.ids)
+        return {ids[number]: line for number, line in broken.items()}
 
     def path(self, identity: str) -> str:
         """First file of a sample, of a DICOM folder too."""
@@ -428,17 +139,17 @@ def open_folder(
     """
     files = walk(folder, data.allowed_exts, report=report)
     suffixes = data.path_suffix
-    dicom = DicomVolumes()
-    if is_dicom := DICOM in (ext.lower().lstrip(".") for ext in data.allowed_exts):
+    counted: DicomVolumes | None = None
+    if DICOM in (ext.lower().lstrip(".") for ext in data.allowed_exts):
         apart = len(series) < 2 or data.files_a_sample > 1
-        meant = series if len(series) == 1 or not apart else ()  # else each file has its own
-        dicom = find_dicom(folder, meant, apart=apart, itself=itself)
+        counted = find_dicom(folder, series, apart=apart, itself=itself)
+    dicom = counted or DicomVolumes()
     if suffixes:
         known = {*files, *dicom.folders, *dicom.files, *dicom.others}
         starts = sorted({f.removesuffix(s) for s in suffixes for f in known if f.endswith(s)})
         lacking = {i: [s for s in suffixes if i + s not in known] for i in starts}
         broken = {i: f"no file {i}{missing[0]}" for i, missing in lacking.items() if missing}
-        return VolumeFolder(folder, starts, suffixes=suffixes), broken
+        return VolumeFolder(folder, starts, suffixes=suffixes, dicom=counted), broken
     parent = {file: str(PurePosixPath(file).parent) for file in files}
     files = [
         file
@@ -451,7 +162,7 @@ def open_folder(
         folder,
         sorted({*files, *dicom.files, *dicom.series}),
         studies=frozenset((above | dicom.folders) - {"."} - dicom.series),
-        dicom=is_dicom,
+        dicom=counted,
         notes=tuple(dicom_notes(beside, sorted(dicom.others))),
     )
     return samples, dicom.parts
@@ -583,10 +294,11 @@ def _(spec: VolumeData, *, seed: int, asked: Asked) -> Data:
     )
 
     def look(ids: list[str]) -> tuple[list[Entry | str], dict[int, str]]:
-        whole = [identity for identity in ids if identity not in lacking]
+        broken = folder.parts(ids, spec.reading.series) | lacking
+        whole = [identity for identity in ids if identity not in broken]
         samples = [folder.files(identity) for identity in whole]
         prepared = dict(zip(whole, prepare_samples(cache, samples), strict=True))
-        entries = [prepared.get(i) or lacking[i] for i in ids]
+        entries = [prepared.get(i) or broken[i] for i in ids]
         return entries, broken_samples(entries, [folder.files(i) for i in ids], spec.channels)
 
     subtask = spec.stated_subtask() or "multiclass"
@@ -688,7 +400,9 @@ def new_files(
             tuple(str(on_disk(where.parent / f"{name}{s}")) for name in names for s in suffixes)
             for names in named
         ]
-        return [names[0] for names in named], files, {}
+        ids = [names[0] for names in named]
+        broken = parts_among(files, series)
+        return ids, files, {ids[number]: line for number, line in broken.items()}
     if where.is_dir():
         report = None if data.strict else notes
         folder, lacking = open_folder(where, data, series, report, itself=True)

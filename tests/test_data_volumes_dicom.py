@@ -562,6 +562,132 @@ def test_parts_of_a_series_that_have_a_slice_in_common_are_told(tmp_path):
     assert len(ids_of(build(tmp_path))) == 8
 
 
+HALVES = [f"{case}/{half}" for case in CASES for half in ("d1", "d2")]
+
+
+def write_table(root, rows, source, splits=None):
+    """Rows of names as labels and splits, and the fields that say so; each row is of the class of
+    its first name, and of its split unless others are given."""
+    rows = [[row] if isinstance(row, str) else row for row in rows]
+    splits = splits or [row[0].split("/")[0] for row in rows]
+    kinds = [row[0].split("/")[1] for row in rows]
+    if source == "csv":
+        columns = ["path", "more"][: len(rows[0])]
+        with open(root / "labels.csv", "w") as file:
+            table = csv.writer(file)
+            table.writerow([*columns, "label", "split"])
+            table.writerows([*r, k, s] for r, k, s in zip(rows, kinds, splits, strict=True))
+        return {"label_source": "csv", "split_source": "csv", "path_column": columns}
+    if source == "dataset_json":
+        lists = {split: [] for split in splits}
+        for row, kind, split in zip(rows, kinds, splits, strict=True):
+            lists[split].append({"image": row, "label": kind})
+        (root / "dataset.json").write_text(json.dumps(lists))
+        return {"label_source": "dataset_json", "split_source": "dataset_json"}
+    parts = {split: [] for split in ("train", "val")}
+    for row, split in zip(rows, splits, strict=True):
+        parts[split].append(row[0])
+    (root / "splits.json").write_text(json.dumps([parts]))
+    labels = {row[0]: kind for row, kind in zip(rows, kinds, strict=True)}
+    (root / "labels.json").write_text(json.dumps(labels))
+    return {"label_source": source, "split_source": "splits_json"}
+
+
+@pytest.mark.parametrize("source", ["csv", "dataset_json", "json", "folder"])
+def test_a_table_that_names_the_parts_of_a_series_is_told(tmp_path, source):
+    """Else halves of a volume are samples, of both splits."""
+    write_parts(tmp_path / "images")
+    fields = write_table(tmp_path, HALVES, source, ["train", "val"] * 4)
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, **fields)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith("8 volumes cannot be used") and len(lines) == 8
+    for half, line in zip(sorted(HALVES), sorted(lines), strict=True):
+        case = half.rpartition("/")[0]
+        assert line.strip() == (
+            f"{half}: parts of one series (SeriesInstanceUID) lie in {case}/d1, {case}/d2: name the"
+            f" folder of all its slices once, {case}"
+        )
+    assert ids_of(build(tmp_path, **write_table(tmp_path, CASES, source))) == sorted(CASES)
+
+
+def test_a_part_alone_and_one_beside_its_whole_are_told(tmp_path):
+    """With what is whole left, and no note of volumes that no row names."""
+    write_parts(tmp_path / "images")
+    rows = [*CASES, "train/dark/p/d2"]
+    with pytest.raises(
+        UserError, match="2 volumes cannot be used.*(\\n.*p.*){2}once, train/dark/p$"
+    ):
+        build(tmp_path, **write_table(tmp_path, rows, "csv"))
+    rows = ["train/dark/p/d1", *CASES[1:]]
+    with pytest.raises(UserError, match="1 volume cannot be used.*\\n.*/d1: parts of one series"):
+        build(tmp_path, **write_table(tmp_path, rows, "csv"))
+    rows = ["train/dark/p/d1", *CASES]
+    data = build(tmp_path, strict=False, **write_table(tmp_path, rows, "csv"))
+    assert ids_of(data) == sorted(CASES[1:])
+    assert [line for line in data.report if "not used" in line] == []
+
+
+@pytest.mark.parametrize("source", ["csv", "dataset_json"])
+def test_parts_of_a_series_as_channels_are_told(tmp_path, source):
+    write_parts(tmp_path / "images")
+    rows = [(f"{case}/d1", f"{case}/d2") for case in CASES]
+    with pytest.raises(UserError, match="4 volumes cannot be used"):
+        build(tmp_path, **write_table(tmp_path, rows, source))
+    (tmp_path / "labels.json").write_text(json.dumps(dict.fromkeys(CASES, "dark")))
+    for suffixes in (["/d1"], ["/d1", "/d2"]):
+        with pytest.raises(UserError, match="parts of one series"):
+            build(tmp_path, path_suffix=suffixes, label_source="json", split_source="kfold")
+
+
+def test_parts_of_the_series_that_each_column_chooses_are_told(tmp_path):
+    """Each folder holds half of both; the whole series are channels."""
+    voxels = np.concatenate([VOXELS, VOXELS[::-1]], 2)
+    for number, case in enumerate(CASES):
+        for order, kind in enumerate(("t1", "t2")):
+            uids = {"uid": f"1.{number}.{order}", "description": kind}
+            whole = write_dicom(tmp_path / "images" / case / kind, voxels + number, **uids)
+            for place, file in enumerate(sorted(whole.iterdir())):
+                half = whole.with_name(f"d{1 + place // 4}")
+                half.mkdir(exist_ok=True)
+                file.rename(half / f"{kind}_{file.name}")
+            whole.rmdir()
+    both = VolumeReading(series=("SeriesDescription=t1", "SeriesDescription=t2"))
+    rows = [(half, half) for half in HALVES]
+    with pytest.raises(UserError, match="8 volumes cannot be used"):
+        build(tmp_path, reading=both, **write_table(tmp_path, rows, "csv"))
+    rows = [(case, case) for case in CASES]
+    data = build(tmp_path, reading=both, **write_table(tmp_path, rows, "csv"))
+    assert ids_of(data) == sorted(CASES) and data.samples.channels == 2
+
+
+def test_new_volumes_of_a_table_that_are_parts_of_a_series_are_told(tmp_path):
+    images = tmp_path / "images"
+    write_parts(images)
+    table = tmp_path / "new.csv"
+    table.write_text("\n".join(["path", *(f"images/{half}" for half in HALVES[:3])]))
+    with pytest.raises(UserError, match="2 volumes of 3 cannot be read") as caught:
+        new_volumes(table)
+    assert str(caught.value).count("d2: put its slices into one folder, each once, and name") == 2
+    split, notes = new_volumes(table, VolumeData(strict=False))
+    assert split.ids == [f"images/{HALVES[2]}"] and "left out" in notes[0]
+    table.write_text("\n".join(["path", *(f"images/{case}" for case in CASES)]))
+    assert len(new_volumes(table)[0].ids) == 4
+
+
+def test_tables_of_volumes_of_one_uid_are_as_before(tmp_path):
+    """As anonymisation may write it; also where a table names some of them."""
+    for number, case in enumerate(CASES):
+        write_dicom(tmp_path / "images" / case, VOXELS + number, uid="1.2.3")
+        write_dicom(tmp_path / "images" / case / "more", VOXELS + 9 + number, uid="1.2.4")
+    rows = [(case, f"{case}/more") for case in CASES]
+    chosen = {
+        "reading": VolumeReading(series=("SeriesInstanceUID=1.2.3", "SeriesInstanceUID=1.2.4"))
+    }
+    data = build(tmp_path, **chosen, **write_table(tmp_path, rows, "csv"))
+    assert ids_of(data) == sorted(CASES) and data.samples.channels == 2
+
+
 def test_a_slice_that_is_missing_between_the_parts_of_a_series_is_told(tmp_path):
     write_parts(tmp_path / "images", lost=(3, 4))
     with pytest.raises(UserError, match="4 volumes cannot be used.*\\n.*2 slices missing"):
