@@ -46,7 +46,7 @@ from glovita_lib.data_tables import (
 )
 from glovita_lib.dist import cores, number_of
 from glovita_lib.errors import UserError, listed
-from glovita_lib.files import on_disk, read_csv
+from glovita_lib.files import name_of, on_disk, read_csv
 from glovita_lib.loggers import Rate
 from glovita_lib.read_video import (
     IMAGE_EXTS,
@@ -545,7 +545,7 @@ def unlabelled_videos(path: str, samples: ClipSamples, data: VideoData) -> tuple
         folder = open_folder(where, data.allowed_exts, None)
         paths = {identity: folder.video(identity) for identity in folder.ids}
         if not paths and any(where.iterdir()):
-            paths = {where.name: str(where)}
+            paths = {name_of(where): str(where)}
     elif where.exists():
         paths = {where.name: str(where)}
     else:

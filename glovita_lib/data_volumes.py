@@ -21,7 +21,7 @@ from glovita_lib.data_folder import read_folder
 from glovita_lib.data_tables import Problems, SampleFolder, walk
 from glovita_lib.dist import cores, number_of
 from glovita_lib.errors import UserError, itemized, listed
-from glovita_lib.files import on_disk, read_csv, read_json_table
+from glovita_lib.files import name_of, on_disk, read_csv, read_json_table
 from glovita_lib.loggers import Rate
 from glovita_lib.read_dicom import (
     SLICE_SUFFIXES,
@@ -359,7 +359,7 @@ def unlabelled_volumes(
     if not ids:
         raise UserError(f"{path}: no volume with a suffix of {', '.join(data.allowed_exts)}")
     itself = where.is_dir() and (str(where),) in files  # DICOM, to which nothing is added
-    beside = where if where.is_dir() and not itself else where.absolute().parent
+    beside = where if where.is_dir() and not itself else Path(os.path.abspath(where)).parent
     own = data.preparation
     how = replace(samples.preparation, cache_dir=own.cache_dir, workers=own.workers)
     where = Path(own.cache_folder(str(beside)))
@@ -408,7 +408,7 @@ def new_files(
         folder, lacking = open_folder(where, data, series, report, itself=True)
         notes += folder.notes
         files = [folder.files(identity) for identity in folder.ids]
-        return [where.name if i == "." else i for i in folder.ids], files, lacking
+        return [name_of(where) if i == "." else i for i in folder.ids], files, lacking
     if where.exists():
         return [where.name], [(str(where),)], {}
     raise UserError(f"{where}: no such file or folder, expected volumes, or a CSV of their paths")

@@ -315,6 +315,17 @@ def on_disk(path: Path) -> Path:
     return folder / near[0] if len(near) == 1 else path
 
 
+def name_of(path: str | Path) -> str:
+    """Name of a file or folder, also of one that is given as "." or "..", which results go by."""
+    return os.path.basename(os.path.abspath(path)) or "root"
+
+
+def stem_of(path: str | Path) -> str:
+    """Name of a folder, where a point begins no suffix, or of a file without its suffix."""
+    name = name_of(path)
+    return name if os.path.isdir(path) else Path(name).stem
+
+
 def read_json_table(path: Path) -> Any:
     """Content of a JSON file.
 

@@ -436,7 +436,7 @@ def wanted_split(
             )
         split, samples, notes = new_samples(record.inputs, spec.input, root.data)
         check_samples(record, trained, samples, spec.input)
-        return Path(spec.input).stem, split, notes
+        return files.stem_of(spec.input), split, notes
     wanted = ("test", "val") if spec.split is None else (spec.split,)
     check_kind(record, trained, root.data)
     data = read_data(root, ranks, model=record, wanted=wanted)

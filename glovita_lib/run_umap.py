@@ -1,5 +1,6 @@
 """Mode umap: features in two dimensions as PNG, SVG, CSV and interactive HTML."""
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -36,7 +37,7 @@ from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, source_of, wanted_splits
 from glovita_lib.feature_writer import part_to_read
 from glovita_lib.figures_volumes import middle_picture
-from glovita_lib.files import read_csv, remove_killed, write_csv, write_json
+from glovita_lib.files import read_csv, remove_killed, stem_of, write_csv, write_json
 from glovita_lib.loggers import say, say_notes, two_columns
 from glovita_lib.metrics_classification import Scores
 from glovita_lib.plot_projection import (
@@ -580,8 +581,8 @@ def output_stem(loaded: Loaded[Root], spec: Umap) -> Path:
     if spec.output_dir is not None:
         folder = Path(spec.output_dir)
     elif spec.input is not None:
-        path = Path(spec.input)
-        folder = path.parent / "umap_plots" / path.stem
+        beside = Path(os.path.abspath(spec.input)).parent
+        folder = beside / "umap_plots" / stem_of(spec.input)
     else:
         folder = locate(loaded).path / "umap"
     colour = {"label": None, "prediction": "prediction", "column": spec.color_column}[spec.color_by]
@@ -620,7 +621,7 @@ def words_of(spec: Umap, samples: ChosenSamples, projection: Projection) -> Text
         parts.append(f"of {spec.pca} principal components")
     if projection.trustworthiness is not None:
         parts.append(f"trustworthiness {projection.trustworthiness:.3f}")
-    where = samples.name if spec.input is None else Path(spec.input).stem
+    where = samples.name if spec.input is None else stem_of(spec.input)
     where += "" if spec.split is None else f", {spec.split} split"
     title = spec.title or f"{NAMES[projection.method]} of {where}"
     return Text(title, " · ".join(parts), projection.axes)

@@ -445,6 +445,18 @@ def test_nothing_is_written_into_a_folder_that_is_a_new_sample(nested, monkeypat
     assert sorted(where.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("at", "path"), [(".", "."), ("t1", ".."), ("t1", "../")])
+def test_a_new_sample_that_the_shell_stands_in_has_its_name(nested, monkeypatch, at, path):
+    """And its cache beside it, not within."""
+    sample = nested / "images" / "train" / "dark" / "p" / "study"
+    monkeypatch.chdir(sample / at)
+    both = {"series": ("SeriesDescription=t1", "SeriesDescription=t2")}
+    samples = VolumeSamples(channels=2, reading=VolumeReading(**both), preparation=PREPARED)
+    split, _ = unlabelled_volumes(path, samples, VolumeData())
+    assert split.ids == ["study"]
+    assert not cached(sample) and len(cached(sample.parent)) == 1
+
+
 def test_a_cache_in_a_dicom_folder_is_no_part_of_it(nested):
     """Of an inference on the folder of a patient, which is a sample of a data set."""
     patient = nested / "images" / "train" / "dark" / "p"

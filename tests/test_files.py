@@ -25,6 +25,19 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def test_names_of_what_is_given_as_a_folder_or_a_file(tmp_path, monkeypatch):
+    inside = tmp_path / "site.1" / "day 2"
+    inside.mkdir(parents=True)
+    (inside / "list.csv").touch()
+    monkeypatch.chdir(inside)
+    names = {".": "day 2", "./": "day 2", "..": "site.1", "../day 2/": "day 2", "../": "site.1"}
+    for path in (*names, f"{inside}/..", f"{inside}/"):
+        name = names.get(path, "site.1" if path.endswith("..") else "day 2")
+        assert files.name_of(path) == files.stem_of(Path(path)) == name
+    assert files.name_of("list.csv") == "list.csv" and files.stem_of("./list.csv") == "list"
+    assert files.stem_of("/")
+
+
 def unchanged(file: Path) -> bool:
     return files.read_json(file) == {"old": 1} and os.listdir(file.parent) == [file.name]
 

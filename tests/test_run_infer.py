@@ -242,7 +242,7 @@ def test_no_such_truncated_and_foreign_checkpoints(command, refused, tmp_path):
 # ---------------------------------------------------------------------- new images
 
 
-def test_new_images_of_a_folder_and_a_table(command, tmp_path):
+def test_new_images_of_a_folder_and_a_table(command, tmp_path, monkeypatch):
     """Ids are paths, there are no labels and no metrics; scores are those of the same pixels as a
     labelled sample."""
     from sklearn.datasets import load_digits
@@ -264,6 +264,14 @@ def test_new_images_of_a_folder_and_a_table(command, tmp_path):
     assert np.abs(images[chosen[0]] / 255 - raw[chosen[0]] / 16).max() < 0.003
     for name, row in zip(ids, scores, strict=True):
         np.testing.assert_allclose(row, known[str(int(name[2:6]))], atol=1e-3)
+    (tmp_path / "new" / "site.1").mkdir()
+    for path, name in ((".", "site.1"), ("..", "new"), ("../", "new"), ("../../new/0", "0")):
+        write_png(tmp_path / "new" / "site.1" / "x.png", images[0])
+        monkeypatch.chdir(tmp_path / "new" / "site.1")
+        out = command("mode=infer", f"infer.input={path}", "name=run").out
+        assert f"samples of {name} with" in out
+        assert (run.path / "infer" / f"predictions_{name}.csv").is_file()
+    (tmp_path / "new" / "site.1" / "x.png").unlink()
     with open(tmp_path / "list.csv", "w") as file:
         file.write("path,note\n" + "".join(f"new/{i % 2}/{i:04d}.png,x\n" for i in chosen[::-1]))
     command("mode=infer", f"infer.input={tmp_path / 'list.csv'}", "name=run")
