@@ -8,6 +8,8 @@ SliceThickness; slices that make up no regular grid are refused.
 import fnmatch
 import os
 import re
+import struct
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,10 @@ OTHER_IMAGES = (
 """Classes of images whose names do not say so."""
 DECODERS = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"  # of JPEG, JPEG-LS and JPEG 2000
 LONGEST_FIRST = 1024  # bytes of the first element of a file
+LAST_FIRST = 0x2000  # number of the first element within its group
+FIRST_GROUPS = (0x0002, 0x0008, 0x0010, 0x0018, 0x0020, 0x0028)  # that a file may begin with
+TELLING = ("MediaStorageSOPClassUID", "SOPClassUID", "Rows", "Columns")  # that no other file has
+CLASSES = "1.2.840.10008."  # what the UIDs of DICOM's own classes begin with
 MISSING = 4.5  # gaps that may lie between the parts of a series
 ELEMENT_HEAD = 8  # bytes of tag and length at least
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes run to left, back and head
@@ -203,27 +209,57 @@ def is_dicom(file: str) -> bool:
 
 
 def lacks_preamble(opened: BinaryIO) -> bool:
-    """Whether a file begins with the elements of DICOM at once, as old exports do: with a tag of
-    group 2 or 8, little endian, and its type or a length that is plausible."""
+    """Whether a file begins with the elements of DICOM at once, as old exports do: pydicom reads a
+    class or a size of images where its first bytes may be a tag, a type and a length."""
     head = opened.read(8)
+    opened.seek(128)
+    marked = opened.read(4) == b"DICM"
     opened.seek(0)
-    if len(head) < 8 or head[:2] not in (b"\2\0", b"\10\0") or head[3] != 0:
+    if marked or len(head) < 8:
         return False
-    implicit = int.from_bytes(head[4:], "little") <= LONGEST_FIRST
-    return implicit or head[4:6] in (b"UL", b"OB", b"UI", b"CS", b"SH", b"DA")
+    group, element, length = struct.unpack("<HHL", head)
+    typed = head[4:6].isalpha() and head[4:6].isupper()
+    is_little = group in FIRST_GROUPS and element <= LAST_FIRST
+    if is_little and (typed or length <= LONGEST_FIRST):
+        return is_image_without_preamble(opened)
+    (group,) = struct.unpack(">H", head[:2])  # big endian is always with types
+    return typed and group in FIRST_GROUPS and is_image_without_preamble(opened)
+
+
+def is_image_without_preamble(opened: BinaryIO) -> bool:
+    """Whether pydicom finds elements that only DICOM has where a file begins; leaves it there."""
+    from pydicom.datadict import tag_for_keyword
+    from pydicom.filereader import read_partial
+    from pydicom.tag import Tag
+
+    tags: list[Any] = [Tag(tag_for_keyword(keyword) or 0) for keyword in TELLING]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = read_partial(
+                opened, lambda tag, vr, length: tag > max(tags), force=True, specific_tags=tags
+            )
+            told = (header.file_meta.get(TELLING[0]), *map(header.get, TELLING[:2]))
+            size = [header.get(keyword) for keyword in TELLING[2:]]
+    except Exception:  # pydicom raises anything where there are no elements
+        return False
+    finally:
+        opened.seek(0)
+    is_class = any(str(uid).startswith(CLASSES) for uid in told if uid)
+    return is_class or all(isinstance(side, int) for side in size)
 
 
 def read_image(file: str) -> Any:
     """A DICOM file with its pixels."""
     import pydicom
-    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     with open(file, "rb") as opened:
         image = pydicom.dcmread(opened, force=lacks_preamble(opened))
     if "TransferSyntaxUID" not in image.file_meta:  # of a file without a head
-        implicit, _ = image.original_encoding
-        syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-        image.file_meta.TransferSyntaxUID = syntax
+        implicit, little = image.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        image.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
     return image
 
 
@@ -283,11 +319,16 @@ def of_images(header: Any) -> bool:
     ends before it names one."""
     from pydicom.uid import UID
 
-    uid = header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID")
-    if not uid or "TransferSyntaxUID" not in header.file_meta:  # which comes after the class
+    whole = "TransferSyntaxUID" in header.file_meta  # which comes after the class
+    uid = header.file_meta.get("MediaStorageSOPClassUID") if whole else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one that is cut off
+        uid = uid or header.get("SOPClassUID")
+    if not uid:
         return True
     name = UID(uid).name
-    return "Image Storage" in name or name in OTHER_IMAGES
+    cut = name == uid and not whole
+    return cut or "Image Storage" in name or name in OTHER_IMAGES
 
 
 def name_pattern(file: str) -> str:

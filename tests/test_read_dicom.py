@@ -331,35 +331,79 @@ def test_frames_over_time_of_one_file_have_a_cure_of_their_own(tmp_path):
     assert "data.reading.series" not in line
 
 
+def bare(file, kind):
+    """A DICOM file without its preamble, as old exports write it: with the head that tells its
+    encoding, or without one; with another first element; or cut off somewhere."""
+    image = pydicom.dcmread(file)
+    if kind == "head":
+        file.write_bytes(file.read_bytes()[132:])
+        return
+    if kind in ("LO first", "no group 8"):
+        for element in [each for each in image if each.tag.group == 8]:
+            del image[element.tag]
+    if kind == "LO first":
+        image.Manufacturer = "Vendor"
+    if kind == "big endian":
+        image.PixelData = np.frombuffer(image.PixelData, "<i2").astype(">i2").tobytes()
+    del image.file_meta, image.preamble
+    is_implicit = kind in ("implicit", "no group 8")
+    little = kind != "big endian"
+    pydicom.dcmwrite(file, image, implicit_vr=is_implicit, little_endian=little)
+
+
+BARE = ["head", "implicit", "explicit", "big endian", "LO first", "no group 8"]
+
+
 @pytest.mark.parametrize("suffix", ["", ".dcm"])
-@pytest.mark.parametrize("kind", ["head", "implicit", "explicit"])
+@pytest.mark.parametrize("kind", BARE)
 def test_files_without_preamble_are_read(tmp_path, kind, suffix):
-    """As old exports write them: with the head that tells their encoding, or without one."""
-    folder = write_dicom(tmp_path / "series", VOXELS)
+    folder = write_dicom(tmp_path / "series", VOXELS, slope=2, intercept=-3)
     for number, file in enumerate(sorted(folder.iterdir())):
-        image = pydicom.dcmread(file)
-        bare = folder / f"{number}{suffix}"
-        if kind == "head":
-            bare.write_bytes(file.read_bytes()[132:])
-        else:
-            is_implicit = kind == "implicit"
-            del image.file_meta, image.preamble
-            pydicom.dcmwrite(bare, image, implicit_vr=is_implicit, little_endian=True)
-        if bare != file:
-            file.unlink()
+        bare(file, kind)
+        file.rename(folder / f"{number}{suffix}")
     volume = open_volume(str(folder), STORED)
-    assert (volume.read()[0] == VOXELS).all()
+    assert (volume.read()[0] == 2.0 * VOXELS - 3).all()
     kinds = {image_kind(str(file), []) for file in folder.iterdir()}
     assert len(kinds) == 1 and kinds.pop().frames == 1
     whole = sorted(folder.iterdir())[1]
-    whole.write_bytes(whole.read_bytes()[:-20])
-    assert "is truncated" in refused(folder)
+    content = whole.read_bytes()
+    for length in (20, 20 + len(content) // 4, len(content) // 2, len(content) - 20):
+        whole.write_bytes(content[:length])
+        line = refused(folder)
+        assert whole.name in line and ("truncated" in line or "cut off" in line), length
 
 
-@pytest.mark.parametrize(
-    "head", [b"\x02\0\0\0abcdefgh", b"\x08\0\0", b"\x08\0\x05\0\xff\xff\xff\xffab"]
-)
-def test_other_files_that_begin_alike_are_no_slices(tmp_path, head):
+def test_a_report_without_preamble_is_no_slice(tmp_path):
     folder = write_dicom(tmp_path / "series", VOXELS)
-    (folder / "other.bin").write_bytes(head)
+    report = pydicom.dcmread(next(folder.iterdir()))
+    for keyword in ("Rows", "Columns", "PixelData"):
+        del report[keyword]
+    report.SOPClassUID = pydicom.uid.BasicTextSRStorage
+    del report.file_meta, report.preamble
+    pydicom.dcmwrite(folder / "report", report, implicit_vr=True, little_endian=True)
     assert (open_volume(str(folder), STORED).read()[0] == VOXELS).all()
+    assert image_kind(str(folder / "report"), []) is None
+
+
+OTHERS = {
+    "short": b"\x08\0\0",
+    "text": b"\x02\0\0\0abcdefgh",
+    "long first": b"\x08\0\x05\0\xff\xff\xff\xffab",
+    "mask": np.array([8, 0, 1, 2, 0, 3] * 40, "<i4").tobytes(),
+    "mask of 2": np.full(500, 2, "<i4").tobytes(),
+    "mask of shorts": np.array([8, 0, 16, 0] * 90, "<u2").tobytes(),
+    "big mask": np.array([8, 16] * 90, ">u2").tobytes(),
+    "types": b"\x08\0\x05\0LOad" * 60,
+    "big types": b"\0\x08\0\x05CSad" * 60,
+    "zeros": bytes(400),
+    "a head alone": b"\2\0\0\0UL\4\0\x10\0\0\0" + bytes(90),
+}
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("name", ["other.bin", "other", "mask.raw"])
+def test_other_files_that_begin_alike_are_no_slices(tmp_path, content, name):
+    folder = write_dicom(tmp_path / "series", VOXELS)
+    (folder / name).write_bytes(content)
+    assert (open_volume(str(folder), STORED).read()[0] == VOXELS).all()
+    assert image_kind(str(folder / name), []) is None
