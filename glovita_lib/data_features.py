@@ -30,7 +30,7 @@ from glovita_lib.data_splits import (
 )
 from glovita_lib.data_subtask import LabelRules, Labels
 from glovita_lib.dist import cores
-from glovita_lib.errors import UserError, composed, key_of, listed
+from glovita_lib.errors import UserError, composed, ended, key_of, listed, with_all
 from glovita_lib.files import on_disk, read_csv
 from glovita_lib.read_bags import FolderBags, bag_files, check_bags, open_folder
 from glovita_lib.read_features import (
@@ -123,8 +123,9 @@ def read_table(spec: CollectionData, labels_file: str) -> Table:
     table = {key_of(row[spec.id_column]): row for row in rows}
     if len(table) < len(rows):
         counts = Counter(key_of(row[spec.id_column]) for row in rows)
-        twice = counts.most_common(1)[0][0]
-        raise UserError(f"{path}: id {twice!r} occurs twice; give each sample one row")
+        twice = [repr(name) for name, count in counts.items() if count > 1]
+        text = f"{path}: id {twice[0]} occurs twice; give each sample one row"
+        raise UserError(ended(with_all(text, twice, 1)))
     return table
 
 
@@ -156,10 +157,11 @@ def with_table(
     for column in (*columns, *([spec.group_column] if spec.group_column else [])):
         blank = [row[spec.id_column] for row in rows if not row[column]]
         if blank:
-            raise UserError(
+            text = (
                 f"{spec.labels_file}: column {column} is empty for {len(blank)} samples"
                 f" ({listed(blank)}); fill it in, or remove these samples"
             )
+            raise UserError(ended(with_all(text, blank)))
     group = spec.group_column
     groups = collection.groups and [collection.groups[place] for place in kept]
     return replace(
@@ -491,12 +493,12 @@ def refuse_equal(path: Path, ids: list[str], listed: Container[str] | None) -> N
         raise UserError(f"{path}: the file has no sample")
     names = map(composed, ids)
     counts = Counter(names if listed is None else [name for name in names if name in listed])
-    twice, times = max(counts.items(), key=lambda entry: entry[1], default=("", 0))
-    if times > 1:
-        raise UserError(
-            f"{path}: id {twice!r} is that of {times} samples; splits, labels and predictions go by"
-            " ids: give each sample its own"
+    if twice := [(name, times) for name, times in counts.most_common() if times > 1]:
+        text = (
+            f"{path}: id {twice[0][0]!r} is that of {twice[0][1]} samples; splits, labels and"
+            " predictions go by ids: give each sample its own"
         )
+        raise UserError(ended(with_all(text, (f"{name!r} ({times})" for name, times in twice), 1)))
 
 
 def keys(spec: PrecomputedData) -> Keys:
@@ -563,9 +565,13 @@ def refuse_emptied(
     named.pop("", None)
     needed, there = splits_needed(named, wanted), set(whole.split_of or ())
     lines = [
-        f"{spec.labels_file}: {whole.where} has no sample of {name}: no {spec.id_column} of its"
-        f" {len(ids)} rows ({listed(ids, 3)}) is there, it has e.g. {listed(whole.ids, 3)}; correct"
-        f" the ids, or leave {spec.split_column} empty in these rows"
+        with_all(
+            f"{spec.labels_file}: {whole.where} has no sample of {name}: no {spec.id_column} of its"
+            f" {len(ids)} rows ({listed(ids, 3)}) is there, it has e.g. {listed(whole.ids, 3)};"
+            f" correct the ids, or leave {spec.split_column} empty in these rows",
+            ids,
+            most=3,
+        )
         for name, ids in named.items()
         if name in needed and name not in there
     ]
@@ -599,13 +605,14 @@ def listed_rows(
             places = whole.where
             if spec.labels_file:
                 places = f"both {places} and {spec.labels_file}"
-            raise UserError(
+            text = (
                 f"{path}: {len(absent)} ids of {name} are not in {places}"
                 f" ({listed(absent)}); what is there is e.g. {listed(whole.ids, 3)}"
             )
-        if len(set(ids)) < len(ids):
-            again = Counter(ids).most_common(1)[0][0]
-            raise UserError(f"{path}: {name} lists {again!r} twice; list each id once")
+            raise UserError(ended(with_all(text, absent)))
+        if again := [repr(identity) for identity, count in Counter(ids).items() if count > 1]:
+            text = f"{path}: {name} lists {again[0]} twice; list each id once"
+            raise UserError(ended(with_all(text, again, 1)))
     rows = {name: np.array([place[i] for i in ids], int) for name, ids in content.items()}
     return {name: found for name, found in rows.items() if name in needed or len(found)}
 

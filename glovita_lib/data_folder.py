@@ -39,7 +39,7 @@ from glovita_lib.data_tables import (
     walk,
 )
 from glovita_lib.dist import hash_seed
-from glovita_lib.errors import UserError, composed, listed, meant
+from glovita_lib.errors import UserError, composed, ended, listed, meant, with_all
 from glovita_lib.files import FILE_THREADS, on_disk, read_csv
 from glovita_lib.read_image import FileSource, Header, read_headers
 from glovita_lib.spec_data import GenericImageData
@@ -203,9 +203,8 @@ def _(spec: GenericImageData, *, seed: int, asked: Asked) -> Data:
     report += table.untrained()
     stacks = [i for i, header in zip(table.ids, table.found, strict=True) if header.pages > 1]
     if stacks:
-        report.append(
-            f"{len(stacks)} TIFF files have several pages, the first is read: {listed(stacks)}"
-        )
+        line = f"{len(stacks)} TIFF files have several pages, the first is read: {listed(stacks)}"
+        report.append(with_all(line, stacks))
 
     def source(rows: np.ndarray) -> FileSource:
         return FileSource(
@@ -413,10 +412,11 @@ def refuse_shared_samples(spec: FolderData, members: dict[str, list[str]], noun:
         for identity in ids:
             if where.setdefault(identity, split) != split:
                 shared = [i for i in ids if where.get(i, split) != split]
-                raise UserError(
+                text = (
                     f"{len(shared)} {noun}s are in the splits {where[identity]} and {split}:"
                     f" {listed(shared, 5)}; keep each in one"
                 )
+                raise UserError(ended(with_all(text, shared, 5)))
 
 
 def usable_labels(

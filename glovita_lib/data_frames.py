@@ -19,7 +19,7 @@ from glovita_lib.data import Asked
 from glovita_lib.data_labels import encode, is_missing, word
 from glovita_lib.data_subtask import LabelRules, Labels
 from glovita_lib.data_tables import SampleFolder
-from glovita_lib.errors import UserError, composed, listed
+from glovita_lib.errors import UserError, composed, ended, listed, with_all
 from glovita_lib.files import on_disk, read_csv
 from glovita_lib.read_video import VideoFacts
 from glovita_lib.spec_data import VideoData
@@ -133,7 +133,8 @@ def label_rows(path: Path, spec: VideoData, folder: SampleFolder) -> FrameTable:
         table.segments.setdefault(identity, []).append((start, end, row[label]))
     if wrong:
         what = "times" if table.seconds else "whole numbers"
-        raise UserError(f"{path}: start and end must be {what}, 0 <= start <= end: {listed(wrong)}")
+        text = f"{path}: start and end must be {what}, 0 <= start <= end: {listed(wrong)}"
+        raise UserError(ended(with_all(text, wrong)))
     if rows and not table.segments:
         raise UserError(
             f'{path}: no row names a video; its column "{column}" has'

@@ -25,7 +25,7 @@ from glovita_lib.data_subtask import (
     found_subtask,
     stated_names,
 )
-from glovita_lib.errors import UserError, composed, listed, meant
+from glovita_lib.errors import UserError, composed, ended, listed, meant, with_all
 from glovita_lib.spec_samples import Subtask
 
 MOST_INDICES = 100_000  # classes that numbers may be indices of, where nothing states how many
@@ -323,18 +323,18 @@ def refuse_unknown(
         return
     labels = [means[code] or words.distinct[code] for code in codes]
     shown = []
-    for code, label in zip(codes[:10], labels, strict=False):
+    for number, (code, label) in enumerate(zip(codes, labels, strict=True)):
         owner = file.ids[words.samples[np.flatnonzero(words.codes == code)[0]]]
-        near = "" if WHOLE.fullmatch(label) else meant(label, list(names))
-        shown.append(f'"{label}" ({owner}){near}')
-    text = f"label not in class list: {listed([*shown, *codes[10:]])}; {key}: {listed(names)}"
+        asks = number < 10 and not WHOLE.fullmatch(label)  # which takes time
+        shown.append(f'"{label}" ({owner})' + (meant(label, list(names)) if asks else ""))
+    text = f"label not in class list: {listed(shown)}; {key}: {listed(names)}"
     if key == "classes" and all(map(WHOLE.fullmatch, labels)):
         text += "; if the numbers are names, list them in data.class_names"
     if key == OF_CHECKPOINT and all(map(WHOLE.fullmatch, labels)):
         text += "; if the numbers are indices, name their classes in order in data.class_names"
     if key == OF_CHECKPOINT:
         text += "; infer.input predicts without labels"
-    raise file.error(text)
+    raise file.error(ended(with_all(text, shown)))
 
 
 def in_places(files: Sequence[Labels]) -> Sequence[Labels]:

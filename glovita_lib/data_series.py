@@ -50,7 +50,7 @@ from glovita_lib.data_splits import (
 )
 from glovita_lib.data_tables import Problems
 from glovita_lib.dist import hash_seed
-from glovita_lib.errors import UserError, composed, listed
+from glovita_lib.errors import UserError, composed, ended, listed, with_all
 from glovita_lib.files import on_disk
 from glovita_lib.read_series import SUFFIXES, read_series
 from glovita_lib.series_preparation import MISSING, REGULAR, PreparedSeries, prepare
@@ -264,10 +264,12 @@ def refuse_missing(collection: SeriesCollection, classes: Sequence[str]) -> None
                 wrong.setdefault(text, []).append(identity)
     if wrong:
         told = "; ".join(f'"{text}" of {listed(own)}' for text, own in wrong.items())
-        raise UserError(
+        text = (
             f"{collection.where}: there is no label ({told}): fill it in or leave these samples"
             " out, or name it in data.class_names where it is a class"
         )
+        each = [f'{identity} "{text}"' for text, own in wrong.items() for identity in own]
+        raise UserError(ended(with_all(text, each)))
 
 
 def collection_of(found: SeriesTable) -> SeriesCollection:

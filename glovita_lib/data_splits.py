@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glovita_lib.errors import UserError, composed, listed, refuse_controls
+from glovita_lib.errors import UserError, composed, ended, listed, refuse_controls, with_all
 from glovita_lib.files import FILE_THREADS, read_json_table
 
 # ------------------------------------------------------------------------------- split files
@@ -402,10 +402,12 @@ def refuse_shared_rows(ids: Sequence[str], rows: dict[str, np.ndarray]) -> None:
     for (first, one), (second, other) in combinations(different(rows).items(), 2):
         shared = np.intersect1d(one, other)
         if len(shared):
-            raise UserError(
+            names = [ids[row] for row in shared]
+            text = (
                 f"{len(shared)} samples are in the splits {first} and {second}:"
-                f" {listed((ids[row] for row in shared), 5)}; keep each in one"
+                f" {listed(names, 5)}; keep each in one"
             )
+            raise UserError(ended(with_all(text, names, 5)))
 
 
 def refuse_shared_groups(
@@ -428,10 +430,11 @@ def refuse_shared_groups(
             f"{group} ({', '.join(f'{split}: {identity}' for split, identity in splits.items())})"
             for group, splits in shared.items()
         ]
-        raise UserError(
+        text = (
             f"{len(shared)} groups are in more than one split: {listed(shown, 5, '; ')}; move each"
             ' into one split or use data.split_source = "kfold"'
         )
+        raise UserError(ended(with_all(text, shown, 5)))
 
 
 def different(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -467,7 +470,9 @@ def duplicate_notes(
         "{} {}s occur with different labels: {}": torn,
     }
     return [
-        text.format(len(found), noun, listed(found, 5)) for text, found in texts.items() if found
+        with_all(text.format(len(found), noun, listed(found, 5)), found, 5)
+        for text, found in texts.items()
+        if found
     ]
 
 

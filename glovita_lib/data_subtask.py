@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from glovita_lib.data import NUMBER, Outputs
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, ended, listed, with_all
 from glovita_lib.spec_samples import OnlyPrediction, Subtask, WholeSubtask
 
 LARGEST = 2.0**53  # up to which float64 tells whole numbers apart
@@ -79,7 +79,7 @@ class Labels:
             if is_wrong
         ]
         if bad:
-            raise self.error(f"{why}; wrong: {listed(bad)}")
+            raise self.error(ended(with_all(f"{why}; wrong: {listed(bad)}", bad)))
 
 
 def stated_names(files: Sequence[Labels]) -> tuple[str, ...] | None:
@@ -258,15 +258,18 @@ def refuse_strays(file: Labels) -> None:
     cells = [(identity, str(cell)) for identity, cell in zip(file.ids, file.cells(), strict=True)]
     texts = {identity: cell for identity, cell in cells if look(cell.strip()) == "text"}
     words, rest = {cell.strip().lower() for cell in texts.values()}, len(cells) - len(texts)
-    shown = listed((f'"{cell}" of {identity}' for identity, cell in texts.items()), 5)
+    each = [f'"{cell}" of {identity}' for identity, cell in texts.items()]
+    shown = listed(each, 5)
     cure = 'or, where each is a class, set data.subtask = "multiclass"'
     if texts and all(map(COMMA.fullmatch, words)):
-        raise file.error(f"labels with a decimal comma ({shown}): write a point; {cure}")
+        text = f"labels with a decimal comma ({shown}): write a point; {cure}"
+        raise file.error(ended(with_all(text, each, 5)))
     if texts and rest and (words <= MISSING or looks_of(file) & {"numbers", "decimals"}):
-        raise file.error(
+        text = (
             f"labels that are no number ({shown}) beside {rest} that are: correct them, leave these"
             f" samples out, {cure}"
         )
+        raise file.error(ended(with_all(text, each, 5)))
 
 
 def refuse_values(file: Labels, rules: LabelRules) -> None:

@@ -16,6 +16,7 @@ from glovita_lib.errors import (
     SHOWN_LINES,
     UserError,
     composed,
+    ended,
     itemized,
     nearest_word,
     refuse_controls,
@@ -224,11 +225,8 @@ class Problems:
         return [self.text("left out:")]
 
     def error(self, head: str) -> UserError:
-        """The samples as an error; where they are many with the heading once more behind them, as a
-        terminal shows the end."""
-        text = self.text(head)
-        again = text.partition("\n")[0].removesuffix(":")
-        return UserError(f"{text}\n{again}" if len(self.lines) > SHOWN_LINES else text)
+        """The samples as an error."""
+        return UserError(ended(self.text(head)))
 
     def text(self, head: str) -> str:
         """How many samples, and all of them with their reasons, one a line."""

@@ -45,7 +45,7 @@ from glovita_lib.data_tables import (
     walk_folders,
 )
 from glovita_lib.dist import cores, number_of
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, listed, with_all
 from glovita_lib.files import name_of, on_disk, read_csv
 from glovita_lib.loggers import Rate
 from glovita_lib.read_video import (
@@ -404,10 +404,11 @@ def short_line(
             short.append(f"{name} ({each.frames})")
     if not short:
         return []
-    return [
+    text = (
         f"{len(short)} of {len(ids)} videos have fewer frames than a clip reaches over; their last"
         f" frame is repeated: {listed(short)}"
-    ]
+    )
+    return [with_all(text, short)]
 
 
 # ------------------------------------------------------------------------------- labels of frames

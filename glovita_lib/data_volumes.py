@@ -20,7 +20,7 @@ from glovita_lib.data_dicom import DicomVolumes, find_dicom, lineage, parts_amon
 from glovita_lib.data_folder import read_folder
 from glovita_lib.data_tables import Problems, SampleFolder, walk
 from glovita_lib.dist import cores, number_of
-from glovita_lib.errors import UserError, itemized, listed
+from glovita_lib.errors import UserError, itemized, listed, with_all
 from glovita_lib.files import name_of, on_disk, read_csv, read_json_table
 from glovita_lib.loggers import Rate
 from glovita_lib.read_dicom import (
@@ -171,10 +171,11 @@ def open_folder(
 def dicom_notes(beside: Sequence[str], others: Sequence[str]) -> Iterator[str]:
     """Lines about volume files in folders of DICOM slices, and about files of other series."""
     if beside:
-        yield (
+        text = (
             f"{len(beside)} volume files lie beside the slices of a DICOM series"
             f" ({listed(beside, 3)}): each counts as a volume of its own"
         )
+        yield with_all(text, beside, 3)
     if others:
         yield itemized(
             f"{len(others)} other DICOM series do not meet data.reading.series: not used, unless a"

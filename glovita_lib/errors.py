@@ -111,9 +111,8 @@ def refuse_controls(what: str, names: Iterable[str]) -> None:
     if not CONTROL.search("".join(names)):
         return
     bad = [f'"{visible(name)}"' for name in names if CONTROL.search(name)]
-    raise UserError(
-        f"{what} with line ends or other control characters: {listed(bad, 5)}; rename them"
-    )
+    text = f"{what} with line ends or other control characters: {listed(bad, 5)}; rename them"
+    raise UserError(ended(with_all(text, bad, 5)))
 
 
 def nearest_word(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -157,6 +156,21 @@ def itemized(head: str, lines: Iterable[str]) -> str:
     '2 files are empty:\\n  a\\n  b'
     """
     return "\n  ".join([head, *lines])
+
+
+def with_all(text: str, names: Iterable[object], most: int = 10) -> str:
+    """A text in which the first of some names are `listed`, with all of them below it where there
+    are more."""
+    names = list(names)
+    return text if len(names) <= most else itemized(f"{text}; all of them:", map(str, names))
+
+
+def ended(text: str) -> str:
+    """An itemized text, where it has many lines with its heading once more behind them, as a
+    terminal shows the end."""
+    head, *lines = text.split("\n")
+    again = head.removesuffix(":").removesuffix("; all of them")
+    return f"{text}\n{again}" if len(lines) > SHOWN_LINES else text
 
 
 def shortened(text: str, whole: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from glovita_lib import __version__, files
 from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Source, Split
-from glovita_lib.errors import UserError, key_of, listed, versions
+from glovita_lib.errors import UserError, ended, key_of, listed, versions, with_all
 from glovita_lib.extraction import Extractor, Readout
 from glovita_lib.files import read_csv
 from glovita_lib.resolved import ImageInputs, Inputs
@@ -126,7 +126,8 @@ def read_coords(path: str, ids: np.ndarray) -> np.ndarray:
     absent = [name for name in ids if key_of(name) not in table]
     if absent:
         example = f"; the file has e.g. {next(iter(table))}" if table else ""
-        raise UserError(f"{path}: no row for {len(absent)} samples ({listed(absent)}){example}")
+        text = f"{path}: no row for {len(absent)} samples ({listed(absent)}){example}"
+        raise UserError(ended(with_all(text, absent)))
     return np.array([table[key_of(name)] for name in ids])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from glovita_lib.errors import UserError, composed, listed
+from glovita_lib.errors import UserError, composed, ended, listed, with_all
 from glovita_lib.read_features import Keys, check_coords, flaw
 from glovita_lib.read_hdf5 import DatasetRows, readable_type
 from glovita_lib.read_hdf5_file import array_of, open_hdf5, read_whole
@@ -105,10 +105,11 @@ def open_folder(paths: list[Path], keys: Keys, used: Container[str] | None = Non
             for place, shape in shapes.items()
             if shape[1] != width
         ]
-        raise UserError(
+        text = (
             f"{paths[0].parent}: bags of different widths: most have {width}, but {listed(others)};"
             " one encoder makes one width"
         )
+        raise UserError(ended(with_all(text, others)))
     lengths = np.zeros(len(paths), np.int64)
     lengths[list(shapes)] = [shape[0] for shape in shapes.values()]
     item_bytes = max((shape[2] for shape in shapes.values()), default=0)
@@ -184,7 +185,8 @@ def check_bags(folder: FolderBags, bags: np.ndarray, *, threads: int) -> None:
         bad = {folder.paths[bag].name: wrong for bag, wrong in zip(bags, flaws, strict=True)}
     bad = {name: wrong for name, wrong in bad.items() if wrong}
     if bad:
-        raise UserError(
+        text = (
             f"{folder.paths[0].parent}: {next(iter(bad.values()))} in {len(bad)} bags"
             f" ({listed(bad)}); extract them again or remove the files"
         )
+        raise UserError(ended(with_all(text, bad)))

@@ -12,7 +12,7 @@ import torch
 
 from glovita_lib.bags import Bags
 from glovita_lib.data import Standardizer
-from glovita_lib.errors import UserError, composed, listed
+from glovita_lib.errors import UserError, composed, ended, listed, with_all
 from glovita_lib.read_hdf5 import DatasetRows
 from glovita_lib.read_hdf5_file import dataset_of, open_hdf5, read_whole, refuse_torn
 
@@ -240,10 +240,11 @@ def refuse_empty(
     found = [] if ptr is None else np.flatnonzero(np.diff(ptr) == 0).tolist()
     empty = [bag for bag in found if used is None or composed(ids[bag]) in used]
     if empty:
-        raise UserError(
+        text = (
             f"{path}: {len(empty)} bags have no instance (bags {listed(empty)}); leave them out of"
             " the file"
         )
+        raise UserError(ended(with_all(text, empty)))
 
 
 def integers(path: str, file: Any, keys: Keys, key: str) -> np.ndarray | None:
@@ -359,10 +360,11 @@ def check_finite(file: FeatureFile, samples: np.ndarray) -> None:
             bad += owner[~sound_rows(values)].tolist()
     if bad:
         names = [file.ids[sample] for sample in dict.fromkeys(bad)]
-        raise UserError(
+        text = (
             f"{file.path}: {wrong} in {len(names)} samples ({listed(names)});"
             " extract them again (extract.precision = 32 if float16 overflowed) or leave them out"
         )
+        raise UserError(ended(with_all(text, names)))
 
 
 LARGEST = np.finfo(np.float32).max  # of a feature: all of them are computed with as float32

@@ -32,7 +32,7 @@ from glovita_lib.data import (
 from glovita_lib.data_features import encode_labels, keys, read_collection
 from glovita_lib.data_splits import strata
 from glovita_lib.data_subtask import float_look
-from glovita_lib.errors import UserError, listed, refuse, versions
+from glovita_lib.errors import UserError, ended, listed, refuse, versions, with_all
 from glovita_lib.experiment import embed_split, read_data
 from glovita_lib.extraction import Extractor, source_of, wanted_splits
 from glovita_lib.feature_writer import part_to_read
@@ -248,11 +248,11 @@ def refuse_nan(samples: ChosenSamples) -> None:
     wrong = flaw(samples.features)
     if wrong is not None:
         bad = [samples.ids[row] for row in np.flatnonzero(~sound_rows(samples.features))]
-        raise UserError(
-            f"{samples.name}: {wrong} in {len(bad)} samples"
-            f" ({listed(bad)}); extract them again"
+        text = (
+            f"{samples.name}: {wrong} in {len(bad)} samples ({listed(bad)}); extract them again"
             " (extract.precision = 32 if float16 overflowed)"
         )
+        raise UserError(ended(with_all(text, bad)))
 
 
 # ---------------------------------------------------------------------- files

@@ -24,6 +24,7 @@ USUAL_AXES: dict[str, Axis] = {"videos": "t", "volumes": "z"}
 
 
 IMAGE_SIZE, PATCH_SIZE = "data.augmentation.image_size", "data.augmentation.patch_size"
+FRAMES = "data.sampling.frames"
 """Keys of the size of images and of volumes, for which a lift has others."""
 
 
@@ -61,9 +62,10 @@ class Slices(Spec):
     anew. none is all where it trains, else 64."""
 
     def renamed(self, text: str) -> str:
-        """A message about images with the key of the size of slices."""
+        """A message about images or clips with the keys of the size and number of slices."""
         both = re.sub(rf"{IMAGE_SIZE} = (\d+)", rf"{IMAGE_SIZE} = [\1, \1]", text)
-        return both.replace(IMAGE_SIZE, "model.encoder.slices.size")
+        sized = both.replace(IMAGE_SIZE, "model.encoder.slices.size")
+        return sized.replace(FRAMES, "model.encoder.slices.count")
 
 
 class Inflation(Spec):
@@ -145,7 +147,10 @@ class Folding(Spec):
     images; that key is about the channels then, whose vectors stand side by side for none."""
 
     def renamed(self, text: str) -> str:
-        """A message about images with the key of the side of the image of a series."""
+        """A message about images with the key of the side of the image of a series, which is one
+        frame."""
+        if FRAMES in text:
+            return "a series becomes one image, without frames: leave it out"
         return text.replace(IMAGE_SIZE, "model.encoder.folding.size")
 
 

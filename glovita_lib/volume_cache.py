@@ -37,7 +37,10 @@ from glovita_lib.volume_preparation import Prepared, prepare
 # it is written whole or not at all, a second start goes on where the first one ended, and nothing
 # has to be looked up in a changed data set.
 
-FORMAT = 2  # of the cache files; another one makes them anew
+PREPARATION_VERSION = 3
+"""Number in the name of every cache file. Raise it with each change of what is read from a file,
+made of it, written here, or refused: all volumes are then prepared, and looked at, anew, and files
+of older numbers stay where they are, unused."""
 VOXELS, FOREGROUND = "voxels", "foreground"
 CHUNK = 32  # voxels; side of the blocks that a crop is read in
 WHOLE_BYTES = 2**20  # smaller volumes are one block
@@ -78,7 +81,7 @@ class VolumeCache:
             for name, value in msgspec.to_builtins(preparation).items()
             if name not in ("cache_dir", "workers")
         }
-        self.settings = {"format": FORMAT, **settings}
+        self.settings = {"version": PREPARATION_VERSION, **settings}
         self.folder = folder / digest(self.settings)
 
     def target(self, paths: Sequence[str]) -> Path:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -270,7 +271,8 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, case):
         name = ragged(tmp_path, **change)
     with pytest.raises(UserError, match=message) as raised:
         build(tmp_path, train_features_file=name)
-    assert len(str(raised.value).splitlines()) == 1
+    first, *names = str(raised.value).splitlines()  # of many samples all names below
+    assert not [line for line in names if line[:2] != "  " and line not in first]
 
 
 def test_num_classes_and_absent_labels(tmp_path):
@@ -346,6 +348,58 @@ def test_split_files_that_do_not_fit(tmp_path, content, said):
     (tmp_path / "splits.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=said):
         build(tmp_path, features_file=name, split_source="splits_json")
+
+
+NAMED = {
+    "empty cells": "column label is empty for 25 samples",
+    "no such ids": "25 ids of val are not in",
+    "listed twice": "val lists '5' twice",
+    "rows twice": "id '5' occurs twice",
+    "equal ids": "is that of 2 samples",
+    "not finite": "NaN or infinite features in 25 samples",
+    "in two splits": "25 samples are in the splits train and val",
+    "no class": "label not in class list",
+    "control": "with line ends or other control characters",
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_all_bad_names_are_in_the_error(tmp_path, case):
+    """Those of 25 of 30 samples, with the heading again below them."""
+    names = [str(number) for number in range(30)]
+    bad, features = names[5:], X[:30].copy()
+    labels = dict.fromkeys(names, "1") | dict.fromkeys(names[::2], "0")
+    splits, stored = {"train": names[:5], "val": list(bad)}, list(names)
+    match case:
+        case "empty cells":
+            labels |= dict.fromkeys(bad, "")
+        case "no class":
+            labels |= {name: f"w{name}" for name in bad}
+        case "not finite":
+            features[5:, 0] = np.nan
+        case "control":
+            splits["val"] = [f"{name}\n" for name in bad]
+        case "no such ids":
+            splits["val"] = [f"z{name}" for name in bad]
+        case "listed twice":
+            splits["val"] *= 2
+        case "in two splits":
+            splits["train"] += bad
+        case "equal ids":
+            stored += bad
+    file = write(tmp_path / "f.h5", features=np.resize(features, (len(stored), 64)), ids=stored)
+    rows = [*names, *(bad if case == "rows twice" else [])]
+    lines = "\n".join(f"{name},{labels[name]}" for name in rows)
+    (tmp_path / "labels.csv").write_text(f"id,label\n{lines}\n")
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    fields = {"split_source": "splits_json", "labels_file": "labels.csv", "class_names": "01"}
+    with pytest.raises(UserError, match=NAMED[case]) as caught:
+        data = build(tmp_path, features_file=file, subtask="multiclass", **fields)
+        for split in data.splits.values():
+            split.source.check()
+    first, *below, last = str(caught.value).splitlines()
+    assert NAMED[case] in first and NAMED[case] in last and len(below) == 25
+    assert {re.search(r"\d+", line)[0] for line in below} == set(bad)
 
 
 def test_what_a_mode_does_not_need_of_a_split_file_may_be_elsewhere(tmp_path):

@@ -22,7 +22,12 @@ from glovita_lib.encoder_slicewise import SlicewiseEncoder, keeping_statistics
 from glovita_lib.errors import UserError
 from glovita_lib.model import build_model
 from glovita_lib.peft_base import merge
-from glovita_lib.spec_encoders import PrimusEncoder, TimmEncoder, TorchvisionEncoder
+from glovita_lib.spec_encoders import (
+    PrimusEncoder,
+    TimmEncoder,
+    TorchvisionEncoder,
+    TransformerEncoder,
+)
 from glovita_lib.spec_lift import Slices
 from glovita_lib.spec_model import AbmilHead, ModelSpec
 from glovita_lib.spec_peft import FullFinetuning, Peft
@@ -401,6 +406,21 @@ def test_the_size_of_images_is_the_key_of_the_lift(fields, key):
     spec = section({"type": "test_vit", "model_kwargs": {"img_size": 16}}, **fields)
     ((_, text),) = spec.problems()
     assert text == f"it comes from {key}: set it there"
+
+
+@pytest.mark.parametrize("key", ["num_frames", "frames_per_clip"])
+@pytest.mark.parametrize(
+    ("lift", "said"),
+    [
+        ("slices", "it comes from model.encoder.slices.count: set it there"),
+        ("fold", "a series becomes one image, without frames: leave it out"),
+        (None, "it comes from data.sampling.frames: set it there"),
+    ],
+)
+def test_frames_of_a_model_of_clips_are_a_key_that_the_samples_have(key, lift, said):
+    spec = section({"type": "vit", "model_kwargs": {key: 4}}, TransformerEncoder, lift=lift)
+    ((_, text),) = spec.problems()
+    assert text == said
 
 
 def test_a_proposed_side_of_slices_is_that_of_both():

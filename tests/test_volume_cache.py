@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -100,6 +101,24 @@ def test_a_second_start_makes_nothing_and_a_changed_file_or_setting_makes_it_ane
     assert len(made) == 19
 
 
+def test_another_way_to_prepare_makes_new_files_and_leaves_the_old(tmp_path, cache, monkeypatch):
+    """As a release of other rules does, which looks at what it made before, too."""
+    samples = files(tmp_path, 2)
+    old = [Path(entry.path) for entry in fill(cache, samples)]
+    before = [path.read_bytes() for path in old]
+    number = volume_cache.PREPARATION_VERSION
+    monkeypatch.setattr(volume_cache, "PREPARATION_VERSION", number + 1)
+    refused = UserError("refused by a later rule")
+    monkeypatch.setattr(volume_cache, "prepare", Mock(side_effect=refused))
+    later = VolumeCache(cache.folder.parent, READING, SPEC)
+    assert fill(later, samples) == [f"{paths[0]}: {refused}" for paths in samples]
+    assert later.folder != cache.folder and [path.read_bytes() for path in old] == before
+    monkeypatch.undo()
+    monkeypatch.setattr(volume_cache, "make_entry", Mock(side_effect=AssertionError))
+    again = fill(VolumeCache(cache.folder.parent, READING, SPEC), samples)
+    assert [Path(entry.path) for entry in again] == old
+
+
 def test_a_damaged_cache_file_is_made_anew(tmp_path, cache):
     samples = files(tmp_path, 2)
     entries = fill(cache, samples)
@@ -175,6 +194,7 @@ def test_workers_know_no_torch_and_a_dead_one_is_said(tmp_path, cache, monkeypat
 SLOW = """
 import sys, time
 from pathlib import Path
+from unittest.mock import Mock
 from glovita_lib import volume_cache
 from glovita_lib.spec_volumes import VolumePreparation, VolumeReading
 real = volume_cache.make_entry
