@@ -48,13 +48,13 @@ from glovita_lib.dist import cores, number_of
 from glovita_lib.errors import UserError, listed, with_all
 from glovita_lib.files import name_of, on_disk, read_csv
 from glovita_lib.loggers import Rate
+from glovita_lib.read_container import file_type
 from glovita_lib.read_video import (
     IMAGE_EXTS,
     Clock,
     LoadedVideo,
     VideoFacts,
     VideoView,
-    file_type,
     frame_files,
     look_at,
     read_frames,
@@ -229,7 +229,7 @@ class VideoSource(Source):
 
 # ----------------------------------------------------------------------- what is known of videos
 
-FORMAT = 2  # of the index; another one looks at all videos anew
+FORMAT = 3  # of the index; another one looks at all videos anew
 
 
 class VideoFolder(SampleFolder):

@@ -13,7 +13,6 @@ N frames, T frames that are asked for, H W pixels. This module imports no torch.
 import os
 import re
 import stat
-import struct
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -26,195 +25,8 @@ from typing import Any
 import numpy as np
 
 from glovita_lib.errors import UserError, listed, reason
+from glovita_lib.read_container import file_type
 from glovita_lib.read_image import read_image
-
-# ------------------------------------------------------------------------------- kinds of files
-#
-# By their first bytes, as suffixes tell little; the codec by its name in the header.
-
-EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-TRANSPORT_PACKET = 188  # bytes of an MPEG transport stream that begin with 0x47
-HEADER = 2**16  # bytes that are looked at for the name of a codec
-MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp")
-ORDERED = frozenset(["mpeg", "asf", "mpeg video"])
-"""Containers whose frames are wrong at random, whatever their codec."""
-CODECS = {
-    "mp4": {
-        b"avc1": "h264", b"avc3": "h264", b"hvc1": "hevc", b"hev1": "hevc", b"mp4v": "mpeg4",
-        b"vp09": "vp9", b"vp08": "vp8", b"av01": "av1", b"jpeg": "mjpeg", b"mjpg": "mjpeg",
-        b"s263": "h263", b"apcn": "prores", b"apch": "prores", b"apcs": "prores",
-    },
-    "matroska": {
-        b"V_MPEG4/ISO/AVC": "h264", b"V_MPEGH/ISO/HEVC": "hevc", b"V_VP9": "vp9", b"V_VP8": "vp8",
-        b"V_AV1": "av1", b"V_MPEG4": "mpeg4", b"V_MPEG2": "mpeg2", b"V_MPEG1": "mpeg1",
-        b"V_THEORA": "theora", b"V_FFV1": "ffv1", b"V_MJPEG": "mjpeg",
-    },
-    "avi": {
-        b"MJPG": "mjpeg", b"FMP4": "mpeg4", b"XVID": "mpeg4", b"DIVX": "mpeg4", b"DX50": "mpeg4",
-        b"H264": "h264", b"h264": "h264", b"FFV1": "ffv1", b"WMV2": "wmv2", b"mpg1": "mpeg1",
-        b"mpg2": "mpeg2",
-    },
-}  # fmt: skip
-"""How a codec is called in the header of a container; longer names before their beginnings."""
-REFUSED = {
-    "flash": "Flash (swf) is a program, no video",
-    "ogg": "decord does not read Ogg (Theora)",
-    "image": "decord does not read images, also not those that move",
-    "transport": "of an MPEG transport stream decord loses frames and gives others for them",
-}
-CONVERTED = 'make it an mp4, e.g. ffmpeg -i "{}" out.mp4'
-
-
-@dataclass(frozen=True, slots=True)
-class FileType:
-    """What a video file is."""
-
-    container: str
-    codec: str  # "" where its header does not say
-
-    def __str__(self) -> str:
-        return f"{self.container}/{self.codec}" if self.codec else self.container
-
-    @property
-    def may_be_random(self) -> bool:
-        """Whether frames of such a file may be right at random; a look at the file decides."""
-        return self.container not in ORDERED
-
-
-def file_type(path: str) -> FileType:
-    """Container and codec of a file.
-
-    Raises:
-        UserError: an empty file, no video, one that is cut off, or of a kind that cannot be read.
-    """
-    with open(path, "rb") as file:
-        start = file.read(HEADER)
-    if not start:
-        raise UserError("an empty file")
-    container = container_of(start)
-    if container in REFUSED:
-        raise UserError(f"{REFUSED[container]}; {CONVERTED.format(os.path.basename(path))}")
-    if container == "unknown" and start.isascii() and b"\x00" not in start:
-        raise UserError("text, no video")  # of which decord writes lines of its own
-    refuse_cut(path, container)
-    return FileType(container, codec_of(path, container, start))
-
-
-def container_of(start: bytes) -> str:
-    """Container of a file that begins so, "unknown" where its bytes do not tell."""
-    if start[:4] == EBML:
-        return "matroska"
-    if start[4:8] in MP4_BOXES:
-        return "mp4"
-    if start[:4] == b"RIFF" and start[8:12] == b"AVI ":
-        return "avi"
-    if start[:4] == b"\x00\x00\x01\xba":
-        return "mpeg"
-    if start[:4] == b"\x00\x00\x01\xb3":
-        return "mpeg video"
-    if start[:4] == b"\x30\x26\xb2\x75":
-        return "asf"
-    if start[:3] in (b"FWS", b"CWS", b"ZWS"):
-        return "flash"
-    for first in (0, 4):  # those of Blu-ray discs have 4 bytes before each packet
-        packet = TRANSPORT_PACKET + first
-        if len(start) > 2 * packet and all(start[first + i * packet] == 0x47 for i in range(3)):
-            return "transport"
-    names = {
-        b"OggS": "ogg",
-        b"FLV": "flv",
-        b"GIF8": "gif",
-        b"\x89PNG": "image",
-        b"\xff\xd8\xff": "image",
-    }
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return "image"
-    return next((name for mark, name in names.items() if start.startswith(mark)), "unknown")
-
-
-def codec_of(path: str, container: str, start: bytes) -> str:
-    """Codec of a file as its header names it."""
-    known = CODECS.get(container, {})
-    if container == "mp4":
-        box = movie_box(path)
-        handlers = (at for at in positions(box, b"hdlr") if box[at + 12 : at + 16] == b"vide")
-        places = (box.find(b"stsd", at) for at in handlers)
-        found = (box[at + 16 : at + 20] for at in places if at >= 0)
-        return next((known.get(name, name.decode("latin-1").strip()) for name in found), "")
-    return next((codec for name, codec in known.items() if name in start), "")
-
-
-def positions(text: bytes, part: bytes) -> Iterator[int]:
-    """Where a part begins."""
-    at = text.find(part)
-    while at >= 0:
-        yield at
-        at = text.find(part, at + 1)
-
-
-def boxes(path: str) -> Iterator[tuple[bytes, int, int]]:
-    """Name, first byte and end of the outer boxes of an mp4 file (ISO 14496-12)."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        at = 0
-        while at + 8 <= size:
-            file.seek(at)
-            head = file.read(16)
-            length, name = struct.unpack(">I4s", head[:8])
-            if length == 1 and len(head) == 16:
-                (length,) = struct.unpack(">Q", head[8:])
-            end = size if length == 0 else at + length
-            yield name, at, end
-            if end <= at:
-                return
-            at = end
-
-
-def movie_box(path: str) -> bytes:
-    """The box of an mp4 file that describes it."""
-    for name, at, end in boxes(path):
-        if name == b"moov":
-            with open(path, "rb") as file:
-                file.seek(at)
-                return file.read(min(end - at, 2**24))
-    return b""
-
-
-def refuse_cut(path: str, container: str) -> None:
-    """Refuse a file that is shorter than its header says, or an mp4 without one: decord gives fewer
-    frames, or others for those that are missing, or writes lines of its own.
-
-    Raises:
-        UserError: it is.
-    """
-    size, end = os.path.getsize(path), 0
-    if container == "mp4":
-        found = [(name, end) for name, _, end in boxes(path)]
-        end = max((end for _, end in found), default=0)
-        if end <= size and b"moov" not in (name for name, _ in found):
-            raise UserError("its header is missing: cut off, or never closed by what recorded it")
-    elif container == "avi":
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<I", file.read(8)[4:])
-        end = length + 8 if 0 < length < 2**31 else 0
-    elif container == "matroska":
-        end = segment_end(path)
-    if end > size:
-        raise UserError(f"cut off: {size:,} bytes of {end:,}")
-
-
-def segment_end(path: str) -> int:
-    """Byte behind the only segment of a Matroska or WebM file; 0 where it is unknown."""
-    with open(path, "rb") as file:
-        start = file.read(HEADER)
-    at = start.find(SEGMENT)
-    if at < 0 or at + 5 > len(start):
-        return 0
-    first = start[at + 4]
-    length = 9 - first.bit_length()  # of the number, bytes
-    number = int.from_bytes(start[at + 4 : at + 4 + length]) & ((1 << 7 * length) - 1)
-    return 0 if number == (1 << 7 * length) - 1 else at + 4 + length + number
-
 
 # -------------------------------------------------------------------------------------- a video
 
@@ -396,6 +208,25 @@ def in_order(reader: Any, first: int = 0) -> Iterator[np.ndarray]:
         yield frame
 
 
+def frames_at(
+    reader: Any, frames: Sequence[int], *, random: bool, start: int = 0
+) -> Iterator[np.ndarray]:
+    """Frames (H, W, 3) uint8 of a reader, as `read_at` gives them."""
+    at = start
+    for number in frames:
+        with decoding():
+            if random and at != number:
+                reader.seek_accurate(number)
+                at = number
+            while True:
+                frame = reader.next()
+                at += 1
+                if at > number:
+                    break
+            pixels = rgb(frame)
+        yield pixels
+
+
 def read_at(reader: Any, frames: Sequence[int], *, random: bool, start: int = 0) -> np.ndarray:
     """Frames (T, H, W, 3) uint8 of a reader.
 
@@ -408,18 +239,7 @@ def read_at(reader: Any, frames: Sequence[int], *, random: bool, start: int = 0)
         UserError: one cannot be decoded.
     """
     out: np.ndarray | None = None
-    at = start
-    for row, number in enumerate(frames):
-        with decoding():
-            if random and at != number:
-                reader.seek_accurate(number)
-                at = number
-            while True:
-                frame = reader.next()
-                at += 1
-                if at > number:
-                    break
-            pixels = rgb(frame)
+    for row, pixels in enumerate(frames_at(reader, frames, random=random, start=start)):
         if out is None:
             out = np.empty((len(frames), *pixels.shape), np.uint8)
         out[row] = pixels
@@ -504,7 +324,13 @@ def read_file(
                 f"{len(reader)} frames, {facts.frames} when the run was started: the file has"
                 " changed"
             )
-    found = read_at(reader, wanted, random=facts.random, start=at)
+    try:
+        found = read_at(reader, wanted, random=facts.random, start=at)
+    except UserError:
+        if not facts.random:
+            raise
+        reader = open_reader(path, size)  # a frame that is broken fails in order as well
+        found = read_at(reader, wanted, random=False)
     OPEN.keep(key, reader, wanted[-1] + 1)
     return found
 
@@ -558,7 +384,6 @@ def read_images(folder: str, wanted: np.ndarray, size: tuple[int, int] | None) -
 LOOK = (48, 64)  # height and width of the frames that are compared
 NO_TIME = -1e9  # seconds; FFmpeg's mark of a frame without a timestamp is -2^63 ticks
 ROUNDED = 2e-3  # seconds that timestamps of an even rate may be off: containers count milliseconds
-SPARSE = 6  # frames between key frames that are asked for at random
 
 
 def look_at(path: str, *, check: bool, trusted: bool | None, frame_rate: float) -> VideoFacts:
@@ -585,8 +410,9 @@ def look_at(path: str, *, check: bool, trusted: bool | None, frame_rate: float) 
         height, width, _ = reader.next().shape
     if not (np.isfinite(fps) and fps > 0):
         fps = frame_rate
+    random = kind.may_be_random and timestamps(reader, frames) is not None
     fps, times = timed(reader, frames, fps)
-    random = kind.may_be_random and (True if check or trusted is None else trusted)
+    random = random and (True if check or trusted is None else trusted)
     if check or (random and trusted is None):
         small = open_reader(path, LOOK)
         sums = [zlib.crc32(frame.data) for frame in in_order(small)]
@@ -594,6 +420,17 @@ def look_at(path: str, *, check: bool, trusted: bool | None, frame_rate: float) 
             raise UserError(f"{len(sums)} frames can be decoded, its header says {frames}")
         random = random and agrees(path, sums)
     return VideoFacts(str(kind), frames, int(height), int(width), fps, random, times)
+
+
+def timestamps(reader: Any, frames: int) -> np.ndarray | None:
+    """Seconds of each frame from the first one (F,); none where the container does not say them or
+    they do not ascend. By them decord finds a key frame, and those behind it that it skips: without
+    (B-frames in AVI) what it gives at random is right or wrong by chance."""
+    with decoding():
+        stamps = np.asarray(reader.get_frame_timestamp(range(frames)), np.float64).reshape(-1, 2)
+    known = bool(np.isfinite(stamps).all() and (stamps > NO_TIME).all())
+    times = stamps[:, 0] - stamps[:1, 0]
+    return times if known and bool((np.diff(times) > 0).all()) else None
 
 
 def timed(reader: Any, frames: int, fps: float) -> tuple[float, tuple[float, ...] | None]:
@@ -608,11 +445,8 @@ def timed(reader: Any, frames: int, fps: float) -> tuple[float, tuple[float, ...
         frames: how many there are.
         fps: frames a second as the header says.
     """
-    with decoding():
-        stamps = np.asarray(reader.get_frame_timestamp(range(frames)), np.float64).reshape(-1, 2)
-    times = stamps[:, 0] - stamps[:1, 0]
-    known = np.isfinite(stamps).all() and bool((stamps > NO_TIME).all())
-    if len(times) < 2 or not known or bool((np.diff(times) <= 0).any()):
+    times = timestamps(reader, frames)
+    if times is None or len(times) < 2:
         return fps, None
     mean = (frames - 1) / float(times[-1])
     for rate in (fps, mean):
@@ -622,22 +456,33 @@ def timed(reader: Any, frames: int, fps: float) -> tuple[float, tuple[float, ...
 
 
 def agrees(path: str, sums: list[int]) -> bool:
-    """Whether frames at random are those in order, whose checksums are given: around key frames
-    and between them, forwards and backwards."""
+    """Whether frames at random are those in order, whose checksums are given.
+
+    What comes at random follows from the key frame that decord goes to: some groups of a file may
+    be open (frames that are shown before a key frame are stored behind it, or decoding recovers
+    slowly from it) while others are closed. So every group is read from its key frame to its end,
+    and its last frame, then the one behind the key frame and one in the middle are asked for: a
+    group is decoded about two and a half times.
+    """
     reader = open_reader(path, LOOK)
     with decoding():
-        keys = [key for key in map(int, reader.get_key_indices()) if key]
-    last = len(sums) - 1
-    near = [keys[i] for i in sorted({0, len(keys) // 2, len(keys) - 1})] if keys else []
-    spread = np.linspace(0, last, SPARSE).astype(int).tolist()
-    wanted = sorted({min(max(k + d, 0), last) for k in near for d in (-1, 0, 2)} | set(spread))
-    try:
-        ahead = read_at(reader, wanted, random=True)
-        back = [read_at(reader, [n], random=True, start=last + 2)[0] for n in wanted[::-1]]
-    except UserError:
-        return False
-    found = zip([*wanted, *wanted[::-1]], [*ahead, *back], strict=True)
-    return all(zlib.crc32(frame.data) == sums[number] for number, frame in found)
+        keys = {0, *map(int, reader.get_key_indices())}
+    ends, at = [*sorted(keys), len(sums)], 0
+    for key, end in reversed([*zip(ends[:-1], ends[1:], strict=True)]):
+        asked: list[Sequence[int]] = [range(key, end)]
+        if end - key > 1:
+            asked += [[end - 1], sorted({key + 1, (key + end) // 2})]
+        for wanted in asked:
+            found = frames_at(reader, wanted, random=True, start=at)
+            try:
+                if not all(
+                    zlib.crc32(x.data) == sums[n] for n, x in zip(wanted, found, strict=True)
+                ):
+                    return False
+            except UserError:
+                return False
+            at = wanted[-1] + 1
+    return True
 
 
 def look_at_images(folder: str, *, check: bool, frame_rate: float) -> VideoFacts:

@@ -3,6 +3,8 @@
 import gc
 import os
 import struct
+import zlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from video_files import number_of, numbered, write_frames, write_sound, write_vi
 
 from glovita_lib import read_video
 from glovita_lib.errors import UserError
-from glovita_lib.read_video import Clock, FileType, file_type, look_at, read_frames, timed
+from glovita_lib.read_container import FileType, container_of, file_type
+from glovita_lib.read_video import LOOK, Clock, look_at, read_frames, timed
 
 pytest.importorskip("av")
 pytest.importorskip("decord")
@@ -53,6 +56,65 @@ def test_every_frame_is_the_one_that_was_asked_for(folder, name):
             frames = read_frames(path, facts, wanted, size)
             assert frames.shape[1:] == (*(size or (64, 96)), 3) and frames.dtype == np.uint8
             assert [number_of(frame) for frame in frames] == list(wanted)
+
+
+def scenes(ends):
+    """Frames with their numbers, that change wholly at these."""
+    parts = enumerate(pairwise([0, *ends]))
+    return [f for n, (a, b) in parts for f in numbered(b - a, first=a, seed=n)]
+
+
+OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:b-pyramid=normal"}
+
+
+@pytest.mark.parametrize("name", ["open.mp4", "open.mkv", "open.mov"])
+def test_a_file_with_open_groups_among_closed_ones_is_read_in_order(folder, name):
+    """Key frames at 12, 21, 36 and 42 of which all but 21 are cuts to another scene."""
+    path = str(write_video(folder / name, scenes([12, 36, 42, 50]), options=OPEN_GROUPS))
+    keys = read_video.open_reader(path, None).get_key_indices()
+    assert list(keys) == [0, 12, 21, 36, 42]
+    facts = look(path)
+    assert not facts.random
+    for number in np.random.default_rng(0).permutation(50).tolist():
+        assert number_of(read_frames(path, facts, [number], None)[0]) == number
+
+
+@pytest.mark.parametrize("wrong", [13, 19, 20, 25, 35])
+def test_every_group_is_compared_to_its_end(folder, wrong):
+    """A frame that comes otherwise at random, wherever it is."""
+    path = str(write_video(folder / "groups.mp4", scenes([12, 20, 36])))
+    sums = [zlib.crc32(x.data) for x in read_video.in_order(read_video.open_reader(path, LOOK))]
+    assert read_video.agrees(path, sums)
+    sums[wrong] += 1
+    assert not read_video.agrees(path, sums)
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_an_avi_without_timestamps_is_read_in_order(folder, codec):
+    """What comes at random changes from call to call, so a look may find it right by chance."""
+    for count in (1, 5, 10):
+        path = str(write_video(folder / f"{codec}{count}.avi", count, codec=codec, gop=250))
+        facts = look(path)
+        assert not facts.random and not look(path, check=False, trusted=True).random
+        shown = read_frames(path, facts, np.arange(count)[::-2], None)
+        assert [number_of(frame) for frame in shown] == list(range(count))[::-2]
+    lossless = look(write_video(folder / "ffv1.avi", 8, codec="ffv1"))
+    assert lossless.random  # its frames have timestamps, and none needs another one
+
+
+def test_a_file_that_fails_at_random_is_read_in_order(folder, monkeypatch):
+    path = str(write_video(folder / "fails.mp4", 20))
+    facts, real = look(path), read_video.read_at
+
+    def fails(reader, frames, *, random, start=0):
+        if random:
+            raise UserError("frames are missing")
+        return real(reader, frames, random=random, start=start)
+
+    monkeypatch.setattr(read_video, "read_at", fails)
+    for wanted in ([7, 3], [9], [2]):
+        shown = read_frames(path, facts, wanted, None)
+        assert [number_of(frame) for frame in shown] == wanted
 
 
 UNEVEN = np.array(
@@ -136,7 +198,7 @@ def test_a_file_type_is_what_the_bytes_say_whatever_the_name(folder):
     ],
 )
 def test_containers_by_their_first_bytes(start, container):
-    assert read_video.container_of(start) == container
+    assert container_of(start) == container
 
 
 @pytest.mark.parametrize(

@@ -36,16 +36,24 @@ def number_of(frame):
 
 
 def write_video(
-    path, frames=24, *, codec="libx264", container=None, gop=12, pixels="yuv420p", times=None
+    path,
+    frames=24,
+    *,
+    codec="libx264",
+    container=None,
+    gop=12,
+    pixels="yuv420p",
+    times=None,
+    options=None,
 ):
     """A video file; frames are a number of them or arrays (H, W, 3), shown at times (milliseconds)
-    or 25 a second."""
+    or 25 a second; options are those of the codec."""
     import av
 
     frames = numbered(frames) if isinstance(frames, int) else frames
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format=container) as file:
-        stream = file.add_stream(codec, rate=25)
+        stream = file.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pixels
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, 2

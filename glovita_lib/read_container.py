@@ -1,0 +1,194 @@
+"""Containers of videos: what a file is, and whether it is whole.
+
+By its first bytes, as a suffix tells little; the codec by its name in the header.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from glovita_lib.errors import UserError
+
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+TRANSPORT_PACKET = 188  # bytes of an MPEG transport stream that begin with 0x47
+HEADER = 2**16  # bytes that are looked at for the name of a codec
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp")
+ORDERED = frozenset(["mpeg", "asf", "mpeg video"])
+"""Containers whose frames are wrong at random, whatever their codec."""
+CODECS = {
+    "mp4": {
+        b"avc1": "h264", b"avc3": "h264", b"hvc1": "hevc", b"hev1": "hevc", b"mp4v": "mpeg4",
+        b"vp09": "vp9", b"vp08": "vp8", b"av01": "av1", b"jpeg": "mjpeg", b"mjpg": "mjpeg",
+        b"s263": "h263", b"apcn": "prores", b"apch": "prores", b"apcs": "prores",
+    },
+    "matroska": {
+        b"V_MPEG4/ISO/AVC": "h264", b"V_MPEGH/ISO/HEVC": "hevc", b"V_VP9": "vp9", b"V_VP8": "vp8",
+        b"V_AV1": "av1", b"V_MPEG4": "mpeg4", b"V_MPEG2": "mpeg2", b"V_MPEG1": "mpeg1",
+        b"V_THEORA": "theora", b"V_FFV1": "ffv1", b"V_MJPEG": "mjpeg",
+    },
+    "avi": {
+        b"MJPG": "mjpeg", b"FMP4": "mpeg4", b"XVID": "mpeg4", b"DIVX": "mpeg4", b"DX50": "mpeg4",
+        b"H264": "h264", b"h264": "h264", b"FFV1": "ffv1", b"WMV2": "wmv2", b"mpg1": "mpeg1",
+        b"mpg2": "mpeg2",
+    },
+}  # fmt: skip
+"""How a codec is called in the header of a container; longer names before their beginnings."""
+REFUSED = {
+    "flash": "Flash (swf) is a program, no video",
+    "ogg": "decord does not read Ogg (Theora)",
+    "image": "decord does not read images, also not those that move",
+    "transport": "of an MPEG transport stream decord loses frames and gives others for them",
+}
+CONVERTED = 'make it an mp4, e.g. ffmpeg -i "{}" out.mp4'
+
+
+@dataclass(frozen=True, slots=True)
+class FileType:
+    """What a video file is."""
+
+    container: str
+    codec: str  # "" where its header does not say
+
+    def __str__(self) -> str:
+        return f"{self.container}/{self.codec}" if self.codec else self.container
+
+    @property
+    def may_be_random(self) -> bool:
+        """Whether frames of such a file may be right at random; a look at the file decides."""
+        return self.container not in ORDERED
+
+
+def file_type(path: str) -> FileType:
+    """Container and codec of a file.
+
+    Raises:
+        UserError: an empty file, no video, one that is cut off, or of a kind that cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(HEADER)
+    if not start:
+        raise UserError("an empty file")
+    container = container_of(start)
+    if container in REFUSED:
+        raise UserError(f"{REFUSED[container]}; {CONVERTED.format(os.path.basename(path))}")
+    if container == "unknown" and start.isascii() and b"\x00" not in start:
+        raise UserError("text, no video")  # of which decord writes lines of its own
+    refuse_cut(path, container)
+    return FileType(container, codec_of(path, container, start))
+
+
+def container_of(start: bytes) -> str:
+    """Container of a file that begins so, "unknown" where its bytes do not tell."""
+    if start[:4] == EBML:
+        return "matroska"
+    if start[4:8] in MP4_BOXES:
+        return "mp4"
+    if start[:4] == b"RIFF" and start[8:12] == b"AVI ":
+        return "avi"
+    if start[:4] == b"\x00\x00\x01\xba":
+        return "mpeg"
+    if start[:4] == b"\x00\x00\x01\xb3":
+        return "mpeg video"
+    if start[:4] == b"\x30\x26\xb2\x75":
+        return "asf"
+    if start[:3] in (b"FWS", b"CWS", b"ZWS"):
+        return "flash"
+    for first in (0, 4):  # those of Blu-ray discs have 4 bytes before each packet
+        packet = TRANSPORT_PACKET + first
+        if len(start) > 2 * packet and all(start[first + i * packet] == 0x47 for i in range(3)):
+            return "transport"
+    names = {
+        b"OggS": "ogg",
+        b"FLV": "flv",
+        b"GIF8": "gif",
+        b"\x89PNG": "image",
+        b"\xff\xd8\xff": "image",
+    }
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "image"
+    return next((name for mark, name in names.items() if start.startswith(mark)), "unknown")
+
+
+def codec_of(path: str, container: str, start: bytes) -> str:
+    """Codec of a file as its header names it."""
+    known = CODECS.get(container, {})
+    if container == "mp4":
+        box = movie_box(path)
+        handlers = (at for at in positions(box, b"hdlr") if box[at + 12 : at + 16] == b"vide")
+        places = (box.find(b"stsd", at) for at in handlers)
+        found = (box[at + 16 : at + 20] for at in places if at >= 0)
+        return next((known.get(name, name.decode("latin-1").strip()) for name in found), "")
+    return next((codec for name, codec in known.items() if name in start), "")
+
+
+def positions(text: bytes, part: bytes) -> Iterator[int]:
+    """Where a part begins."""
+    at = text.find(part)
+    while at >= 0:
+        yield at
+        at = text.find(part, at + 1)
+
+
+def boxes(path: str) -> Iterator[tuple[bytes, int, int]]:
+    """Name, first byte and end of the outer boxes of an mp4 file (ISO 14496-12)."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        at = 0
+        while at + 8 <= size:
+            file.seek(at)
+            head = file.read(16)
+            length, name = struct.unpack(">I4s", head[:8])
+            if length == 1 and len(head) == 16:
+                (length,) = struct.unpack(">Q", head[8:])
+            end = size if length == 0 else at + length
+            yield name, at, end
+            if end <= at:
+                return
+            at = end
+
+
+def movie_box(path: str) -> bytes:
+    """The box of an mp4 file that describes it."""
+    for name, at, end in boxes(path):
+        if name == b"moov":
+            with open(path, "rb") as file:
+                file.seek(at)
+                return file.read(min(end - at, 2**24))
+    return b""
+
+
+def refuse_cut(path: str, container: str) -> None:
+    """Refuse a file that is shorter than its header says, or an mp4 without one: decord gives fewer
+    frames, or others for those that are missing, or writes lines of its own.
+
+    Raises:
+        UserError: it is.
+    """
+    size, end = os.path.getsize(path), 0
+    if container == "mp4":
+        found = [(name, end) for name, _, end in boxes(path)]
+        end = max((end for _, end in found), default=0)
+        if end <= size and b"moov" not in (name for name, _ in found):
+            raise UserError("its header is missing: cut off, or never closed by what recorded it")
+    elif container == "avi":
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<I", file.read(8)[4:])
+        end = length + 8 if 0 < length < 2**31 else 0
+    elif container == "matroska":
+        end = segment_end(path)
+    if end > size:
+        raise UserError(f"cut off: {size:,} bytes of {end:,}")
+
+
+def segment_end(path: str) -> int:
+    """Byte behind the only segment of a Matroska or WebM file; 0 where it is unknown."""
+    with open(path, "rb") as file:
+        start = file.read(HEADER)
+    at = start.find(SEGMENT)
+    if at < 0 or at + 5 > len(start):
+        return 0
+    first = start[at + 4]
+    length = 9 - first.bit_length()  # of the number, bytes
+    number = int.from_bytes(start[at + 4 : at + 4 + length]) & ((1 << 7 * length) - 1)
+    return 0 if number == (1 << 7 * length) - 1 else at + 4 + length + number
