@@ -349,7 +349,7 @@ def looked_at(paths: dict[str, str], reading: VideoReading) -> Iterator[tuple[st
     decord lets others work."""
     rate = Rate("looking at videos", len(paths), shown=number_of("RANK", 0) == 0)
     check = reading.check == "frames"
-    trusted: dict[str, bool] = {}
+    trusted: set[str] = set()
 
     def look(name: str) -> dict[str, Any] | str:
         try:
@@ -357,12 +357,12 @@ def looked_at(paths: dict[str, str], reading: VideoReading) -> Iterator[tuple[st
             facts = look_at(
                 paths[name],
                 check=check,
-                trusted=trusted.get(kind),
+                trusted=kind in trusted,
                 frame_rate=reading.frame_rate,
             )
             answer: dict[str, Any] | str = asdict(facts)
-            if not check:
-                trusted.setdefault(facts.kind, facts.random)
+            if facts.random:
+                trusted.add(facts.kind)
         except UserError as error:
             answer = str(error).removeprefix(f"{paths[name]}: ")
         except OSError as error:

@@ -1,4 +1,5 @@
-"""Containers of videos: what a file is, and whether it is whole.
+"""Containers of videos: what a file is, whether it is whole, and whether its key frames are surely
+those from which decoding begins anew.
 
 By its first bytes, as a suffix tells little; the codec by its name in the header.
 """
@@ -7,6 +8,8 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 from glovita_lib.errors import UserError
 
@@ -21,6 +24,7 @@ CODECS = {
         b"avc1": "h264", b"avc3": "h264", b"hvc1": "hevc", b"hev1": "hevc", b"mp4v": "mpeg4",
         b"vp09": "vp9", b"vp08": "vp8", b"av01": "av1", b"jpeg": "mjpeg", b"mjpg": "mjpeg",
         b"s263": "h263", b"apcn": "prores", b"apch": "prores", b"apcs": "prores",
+        b"ap4h": "prores", b"ap4x": "prores",
     },
     "matroska": {
         b"V_MPEG4/ISO/AVC": "h264", b"V_MPEGH/ISO/HEVC": "hevc", b"V_VP9": "vp9", b"V_VP8": "vp8",
@@ -192,3 +196,103 @@ def segment_end(path: str) -> int:
     length = 9 - first.bit_length()  # of the number, bytes
     number = int.from_bytes(start[at + 4 : at + 4 + length]) & ((1 << 7 * length) - 1)
     return 0 if number == (1 << 7 * length) - 1 else at + 4 + length + number
+
+
+# ------------------------------------------------------------------------------- key frames
+
+INTRA = frozenset(["mjpeg", "prores", "ffv1"])
+"""Codecs without prediction between frames, where each is a key frame."""
+CLOSED = frozenset(["vp9", "av1"])
+"""Codecs in which no frame behind a key frame is shown before it or needs one before it."""
+BEFORE_SLICES = frozenset([6, 7, 8, 9])  # NAL units of H.264: SEI, SPS, PPS, delimiter
+IDR = 5  # slice of a picture from which decoding begins anew
+UNITS = 2**12  # bytes of a sample in which its first slice is looked for
+
+
+def surely_closed(path: str, kind: FileType, keys: np.ndarray, frames: int) -> bool:
+    """Whether decoding from any key frame surely gives the frames from it to the next one, by the
+    packets alone and whatever the settings of the encoder; where it is not known, it is not sure.
+
+    Args:
+        keys: numbers of the packets of key frames.
+        frames: how many packets there are.
+    """
+    if kind.container not in ("mp4", "matroska", "avi"):
+        return False
+    if kind.codec in INTRA:
+        return len(keys) == frames
+    if kind.codec in CLOSED:
+        return kind.container != "avi"
+    if kind.container == "mp4" and kind.codec == "h264":
+        try:
+            return keys_are_idr(path, keys, frames)
+        except (struct.error, ValueError, IndexError, KeyError):  # a table that is cut or wrong
+            return False
+    return False
+
+
+def keys_are_idr(path: str, keys: np.ndarray, frames: int) -> bool:
+    """Whether all key frames of the only H.264 track of an mp4 file are IDR pictures (ITU-T H.264,
+    7.4.1.2.4). Those of open groups and of gradual refresh are not."""
+    tracks = [
+        dict(children(body)) for name, body in children(movie_box(path)[8:]) if name == b"trak"
+    ]
+    media = [dict(children(track[b"mdia"])) for track in tracks]
+    pictures = [each for each in media if each[b"hdlr"][8:12] == b"vide"]
+    if len(pictures) != 1:
+        return False
+    table = dict(children(dict(children(pictures[0][b"minf"]))[b"stbl"]))
+    offsets = sample_offsets(table)
+    described = table[b"stsd"]
+    length = (described[described.index(b"avcC") + 8] & 3) + 1  # bytes that say how long a unit is
+    if len(offsets) != frames:  # in fragments, or some are hidden
+        return False
+    with open(path, "rb") as file:
+        for key in keys:
+            file.seek(int(offsets[key]))
+            if first_slice(file.read(UNITS), length) != IDR:
+                return False
+    return True
+
+
+def children(box: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Names and contents of the boxes in a box of an mp4 file."""
+    at = 0
+    while at + 8 <= len(box):
+        length, name = struct.unpack_from(">I4s", box, at)
+        if length < 8 or at + length > len(box):
+            return
+        yield name, box[at + 8 : at + length]
+        at += length
+
+
+def sample_offsets(table: dict[bytes, bytes]) -> np.ndarray:
+    """First byte of every sample of a track in its file (S,), int64; ISO 14496-12, 8.7."""
+    uniform, count = struct.unpack_from(">II", table[b"stsz"], 4)
+    sizes = np.full(count, uniform, np.int64)
+    if uniform == 0:
+        sizes = np.frombuffer(table[b"stsz"], ">u4", count, 12).astype(np.int64)
+    name, width = (b"co64", ">u8") if b"co64" in table else (b"stco", ">u4")
+    chunks = np.frombuffer(table[name], width, struct.unpack_from(">I", table[name], 4)[0], 8)
+    (runs,) = struct.unpack_from(">I", table[b"stsc"], 4)
+    first, held, _ = np.frombuffer(table[b"stsc"], ">u4", 3 * runs, 8).reshape(-1, 3).T.astype(int)
+    held = np.repeat(held, np.diff(first, append=len(chunks) + 1))  # samples of each chunk
+    start = np.cumsum(sizes) - sizes
+    place = np.repeat(np.cumsum(held) - held, held)  # first sample of the chunk of each sample
+    offsets: np.ndarray = np.repeat(chunks.astype(np.int64), held) + start - start[place]
+    return offsets
+
+
+def first_slice(sample: bytes, length: int) -> int:
+    """Type of the first slice of a picture of H.264; 0 where there is none in these bytes.
+
+    Args:
+        length: bytes that say how long a unit is.
+    """
+    at = 0
+    while at + length < len(sample):
+        kind = sample[at + length] & 31
+        if kind not in BEFORE_SLICES:
+            return kind
+        at += length + int.from_bytes(sample[at : at + length])
+    return 0

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from glovita_lib.errors import UserError, listed, reason
-from glovita_lib.read_container import file_type
+from glovita_lib.read_container import file_type, surely_closed
 from glovita_lib.read_image import read_image
 
 # -------------------------------------------------------------------------------------- a video
@@ -174,6 +174,7 @@ SAID = {
     "cannot find video stream": "it has no picture",
     "measure duration": "it does not say how many frames it has; ffmpeg makes an mp4 of it",
     "avfilter_graph": "it has no picture that can be decoded",
+    "(-11 vs. 0)": "decord loses step with its decoder, as of closed groups of HEVC; make it H.264",
     "Error reading": "no video, or its header is missing",
 }
 """What stands in errors of decord, and what it means."""
@@ -386,13 +387,13 @@ NO_TIME = -1e9  # seconds; FFmpeg's mark of a frame without a timestamp is -2^63
 ROUNDED = 2e-3  # seconds that timestamps of an even rate may be off: containers count milliseconds
 
 
-def look_at(path: str, *, check: bool, trusted: bool | None, frame_rate: float) -> VideoFacts:
+def look_at(path: str, *, check: bool, trusted: bool, frame_rate: float) -> VideoFacts:
     """What a video is, and whether it can be read.
 
     Args:
         check: whether all frames are decoded, and compared with those read at random.
-        trusted: without check, what is known of such files: whether they are read at random; none:
-            this one is looked at for them.
+        trusted: without check, whether such a file was found to be right at random; if not, this
+            one is compared, where its packets say that it may be right.
         frame_rate: frames a second of a folder of images.
 
     Raises:
@@ -412,8 +413,11 @@ def look_at(path: str, *, check: bool, trusted: bool | None, frame_rate: float) 
         fps = frame_rate
     random = kind.may_be_random and timestamps(reader, frames) is not None
     fps, times = timed(reader, frames, fps)
-    random = random and (True if check or trusted is None else trusted)
-    if check or (random and trusted is None):
+    if random and not check:  # another encoder may have made this file than the one looked at
+        with decoding():
+            keys = reader.get_key_indices()
+        random = surely_closed(path, kind, np.asarray(keys), frames)
+    if check or (random and not trusted):
         small = open_reader(path, LOOK)
         sums = [zlib.crc32(frame.data) for frame in in_order(small)]
         if len(sums) != frames:

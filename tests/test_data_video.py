@@ -226,6 +226,18 @@ def test_headers_alone_are_looked_at_where_that_is_asked(root):
     assert any("2 of matroska/mpeg4" in line for line in data.report)
 
 
+@pytest.mark.parametrize("first", ["closed", "open"])
+def test_one_file_does_not_speak_for_those_of_other_encoders(tmp_path, first):
+    """Closed and open groups in files of one type, whichever is looked at first."""
+    options = {"x264-params": "open-gop=1:bframes=3"}
+    second = {"closed": "open", "open": "closed"}[first]
+    paths = {name: str(tmp_path / f"{name}.mp4") for name in (first, second)}
+    for name, path in paths.items():
+        write_video(path, 40, options=options if name == "open" else None)
+    facts, broken = data_video.look_at_all(paths, VideoReading(check="file"), None, [])
+    assert not broken and facts["closed"].random and not facts["open"].random
+
+
 # ---------------------------------------------------------------------- labels of frames
 
 FRAMES = FrameLabels(label_level="frame")

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("videos")
 
 
-def look(path, check=True, trusted=None):
+def look(path, check=True, trusted=False):
     return look_at(str(path), check=check, trusted=trusted, frame_rate=25.0)
 
 
@@ -100,6 +100,13 @@ def test_an_avi_without_timestamps_is_read_in_order(folder, codec):
         assert [number_of(frame) for frame in shown] == list(range(count))[::-2]
     lossless = look(write_video(folder / "ffv1.avi", 8, codec="ffv1"))
     assert lossless.random  # its frames have timestamps, and none needs another one
+
+
+def test_hevc_whose_groups_are_closed_is_refused_by_a_reason(folder):
+    options = {"x265-params": "open-gop=0:keyint=15:bframes=4:log-level=none"}
+    path = write_video(folder / "closed_hevc.mp4", 60, codec="libx265", options=options)
+    with pytest.raises(UserError, match="closed groups of HEVC; make it H.264"):
+        look(path)
 
 
 def test_a_file_that_fails_at_random_is_read_in_order(folder, monkeypatch):
