@@ -5,6 +5,7 @@ By its first bytes, as a suffix tells little; the codec by its name in the heade
 """
 
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def file_type(path: str) -> FileType:
     Raises:
         UserError: an empty file, no video, one that is cut off, or of a kind that cannot be read.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError("not a file")  # of a pipe nobody may ever write
     with open(path, "rb") as file:
         start = file.read(HEADER)
     if not start:
@@ -163,8 +166,9 @@ def movie_box(path: str) -> bytes:
 
 
 def refuse_cut(path: str, container: str) -> None:
-    """Refuse a file that is shorter than its header says, or an mp4 without one: decord gives fewer
-    frames, or others for those that are missing, or writes lines of its own.
+    """Refuse a file that is shorter than its header says, an mp4 without one, and those of which a
+    part is damaged that says where the next one begins: decord gives fewer frames, or others for
+    those that are missing, or writes lines of its own.
 
     Raises:
         UserError: it is.
@@ -183,6 +187,11 @@ def refuse_cut(path: str, container: str) -> None:
         end = segment_end(path)
     if end > size:
         raise UserError(f"cut off: {size:,} bytes of {end:,}")
+    damaged = {"matroska": damaged_matroska, "flv": damaged_flash, "gif": damaged_gif}
+    if container in damaged and (at := damaged[container](path, size)) is not None:
+        raise UserError(
+            f"damaged or cut off: byte {at:,} of {size:,} begins no part of {container}"
+        )
 
 
 def segment_end(path: str) -> int:
@@ -196,6 +205,85 @@ def segment_end(path: str) -> int:
     length = 9 - first.bit_length()  # of the number, bytes
     number = int.from_bytes(start[at + 4 : at + 4 + length]) & ((1 << 7 * length) - 1)
     return 0 if number == (1 << 7 * length) - 1 else at + 4 + length + number
+
+
+def damaged_matroska(path: str, size: int) -> int | None:
+    """First byte of a file where no element begins though one ends there; none where all follow one
+    another (RFC 8794). What stands in a frame is not looked at.
+
+    Args:
+        size: of the file, bytes.
+    """
+    with open(path, "rb") as file:
+        ends, at = [size], 0
+        while ends:
+            if at >= ends[-1]:
+                ends.pop()
+                continue
+            file.seek(at)
+            name, length, head = element(file.read(12))
+            if name == 0 or (length is not None and at + head + length > ends[-1]):
+                return at if len(ends) > 1 else None  # behind the segment may stand anything
+            if length is None and name != SEGMENT_ID:
+                return None  # a recording, whose clusters end where the next one begins
+            if name in (SEGMENT_ID, CLUSTER_ID):
+                ends.append(ends[-1] if length is None else at + head + length)
+                at += head
+            else:
+                at += head + (length or 0)
+    return None
+
+
+SEGMENT_ID, CLUSTER_ID = 0x18538067, 0x1F43B675
+
+
+def element(start: bytes) -> tuple[int, int | None, int]:
+    """Identifier of an element of Matroska, 0 where none begins so; the length of its content, none
+    where it is not known yet; and that of its head, in bytes."""
+    named = 9 - start[0].bit_length() if start else 9
+    if named > 4 or len(start) <= named:
+        return 0, 0, 0
+    counted = 9 - start[named].bit_length()
+    number = start[named : named + counted]
+    if counted > 8 or len(number) < counted:
+        return 0, 0, 0
+    most = (1 << 7 * counted) - 1
+    length = int.from_bytes(number) & most
+    return int.from_bytes(start[:named]), None if length == most else length, named + counted
+
+
+def damaged_flash(path: str, size: int) -> int | None:
+    """The same of an FLV file: tags of sound, pictures and data, each with its length."""
+    with open(path, "rb") as file:
+        at = int.from_bytes(file.read(9)[5:]) + 4
+        while at + 4 < size:
+            file.seek(at)
+            head = file.read(11)
+            end = at + 11 + int.from_bytes(head[1:4])
+            if head[0] & 31 not in (8, 9, 18) or end > size:
+                return at if any(head + file.read()) else None  # filled up
+            at = end + 4
+    return None
+
+
+def damaged_gif(path: str, size: int) -> int | None:
+    """The same of a GIF: blocks up to one that says that it is the last."""
+    with open(path, "rb") as file:
+        content = file.read()
+    at = 13 + (3 << (content[10] & 7) + 1 if content[10] & 128 else 0)  # behind the colours
+    while at < size and content[at] != 0x3B:
+        block = at
+        if content[at] == 0x2C and at + 10 < size:  # an image, perhaps with colours of its own
+            packed = content[at + 9]
+            at += 11 + (3 << (packed & 7) + 1 if packed & 128 else 0)
+        elif content[at] == 0x21:
+            at += 2
+        else:
+            return block
+        while at < size and content[at]:
+            at += 1 + content[at]
+        at += 1
+    return None if at <= size else size  # the last one is missing in some
 
 
 # ------------------------------------------------------------------------------- key frames

@@ -1,9 +1,12 @@
 """Containers: key frames from which decoding surely begins anew."""
 
+import os
+
 import numpy as np
 import pytest
 from video_files import write_video
 
+from glovita_lib.errors import UserError
 from glovita_lib.read_container import (
     children,
     file_type,
@@ -113,3 +116,49 @@ def test_the_first_slice_of_a_sample_says_what_it_is():
         sample = b"".join(len(unit).to_bytes(length) + unit for unit in units)
         assert first_slice(sample, length) == 5
         assert first_slice(sample[: length + 4], length) == 0
+
+
+MARKED = {"a.mkv": "libx264", "a.webm": "libvpx", "a.flv": "libx264", "a.gif": "gif"}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_file_with_a_damaged_part_is_refused(tmp_path, name):
+    """decord goes on behind it, with fewer frames; noise within a frame leaves all of them."""
+    codec, pixels = MARKED[name], "rgb8" if name == "a.gif" else "yuv420p"
+    path = write_video(tmp_path / name, 40, codec=codec, pixels=pixels)
+    content = path.read_bytes()
+    size = len(content)
+    kind = file_type(str(path))
+    for start, end in ((0.5, 0.6), (0.3, 0.45), (0.8, 0.9)):
+        a, b = int(start * size), int(end * size)
+        noise = np.random.default_rng(0).integers(0, 256, b - a, np.uint8).tobytes()
+        for part in (bytes(b - a), noise):
+            path.write_bytes(content[:a] + part + content[b:])
+            with pytest.raises(UserError, match="damaged or cut off: byte [0-9,]+ of"):
+                file_type(str(path))
+    for end in (int(0.6 * size), size - 40):
+        path.write_bytes(content[:end])
+        with pytest.raises(UserError, match="cut off"):
+            file_type(str(path))
+    path.write_bytes(content + bytes(999))
+    assert file_type(str(path)) == kind
+
+
+def test_a_recording_whose_lengths_are_unknown_is_no_damaged_file(tmp_path):
+    """Matroska as it is written to a pipe."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w", format="matroska", options={"live": "1"}) as file:
+        stream = file.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for number in range(40):
+            pixels = np.full((64, 96, 3), 5 * number, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        file.mux(stream.encode(None))
+    assert str(file_type(str(path))) == "matroska/h264"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_is_no_video(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(UserError, match="not a file"):
+        file_type(str(tmp_path / "a.mp4"))
