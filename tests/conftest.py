@@ -12,6 +12,8 @@ from small_runs import FOLDERS, TINY, Result, digits, snapshot, write_png
 
 # Tiny models are slower on several cores, and sums must not depend on their number; before torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# numba gives the OpenMP of torch as many threads as it has itself, also after umap is done.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 Command = Callable[..., Result]
 
@@ -82,6 +84,14 @@ def refused(command: Command, tmp_path: Path) -> Callable[..., str]:
         return result.err
 
     return run
+
+
+@pytest.fixture
+def small_primus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest Primus has two blocks of width 48, and not twelve of 396."""
+    from glovita_lib.encoder_primus import WIDTHS
+
+    monkeypatch.setitem(WIDTHS, "S", (48, 2, 4))
 
 
 # ---------------------------------------------------------------------- data

@@ -130,6 +130,7 @@ def test_windows_cover_every_voxel_and_fill_up_as_a_patch_does():
 # ---------------------------------------------------------------------------------- as instances
 
 
+@pytest.mark.usefixtures("small_primus")
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network["encoder_type"])
 @torch.no_grad()
 def test_tokens_are_what_the_encoder_gives_of_every_window(network):
@@ -216,6 +217,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.usefixtures("small_primus")
 @pytest.mark.parametrize(("fields", "network"), METHODS)
 def test_methods_work_on_the_encoder_of_windows(fields, network, tmp_path):
     """They train, and are saved and read strictly."""
@@ -323,11 +325,11 @@ PATCHES = (
 LESION = 7.5  # mm, its side
 
 
-@pytest.fixture
-def root(tmp_path):
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
     """Twenty-four volumes of different sizes, spacings and orientations; half of them have a bright
     cube, whose middle in the world is in places.json."""
-    root, rows, places = tmp_path / "data", [], {}
+    root, rows, places = tmp_path_factory.mktemp("data"), [], {}
     for number in range(24):
         draw = np.random.default_rng(number)
         spacing = draw.choice([1.0, 1.25, 1.5], 3)

@@ -201,6 +201,7 @@ def test_trains_a_step_saves_and_reloads_strictly(name: str, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.usefixtures("small_primus")
 def test_patches_are_dropped_in_training_alone() -> None:
     """A sample keeps its own share of them, each with the position it had."""
     encoder = make(PrimusEncoder(patch_drop_rate=0.5), (16, 16, 16))
@@ -276,6 +277,7 @@ def test_a_unet_checkpoint_gives_its_encoder(tmp_path: Path) -> None:
         make(section(weights=str(tmp_path / "less.pth")), (8, 8, 8), weights=True)
 
 
+@pytest.mark.usefixtures("small_primus")
 @pytest.mark.parametrize("kind", ["residual", "primus"])
 def test_weights_of_one_channel_are_spread(kind: str, tmp_path: Path) -> None:
     """Equal channels give what the one gave."""
@@ -297,6 +299,7 @@ def test_weights_of_one_channel_are_spread(kind: str, tmp_path: Path) -> None:
         make(spec(weights=str(tmp_path / "three.pt")), size, channels=2, weights=True)
 
 
+@pytest.mark.usefixtures("small_primus")
 def test_position_embeddings_of_files_are_resampled(tmp_path: Path) -> None:
     file = str(tmp_path / "p.pt")
     cube = make(PrimusEncoder(), (32, 32, 32)).net.state_dict()
@@ -359,6 +362,7 @@ FILES = {
 }
 
 
+@pytest.mark.usefixtures("small_primus")
 @pytest.mark.parametrize(("old", "new", "asked"), GRIDS)
 def test_a_position_embedding_of_two_grids_is_asked_about(old, new, asked, tmp_path: Path) -> None:
     """Unless the spec, nnU-Net's plans or the run of the file say of which it is."""
@@ -382,6 +386,7 @@ def test_a_position_embedding_of_two_grids_is_asked_about(old, new, asked, tmp_p
         assert found.taken(voxels(new))["weights_shape"] == list(voxels(old))
 
 
+@pytest.mark.usefixtures("small_primus")
 @pytest.mark.parametrize(
     "facts",
     [
@@ -401,6 +406,7 @@ def test_files_that_say_nothing_of_their_patch_are_of_cubes(facts, tmp_path: Pat
     assert make(spec, (8, 12, 16), weights=True).taken((8, 12, 16))["weights_shape"] == [8, 8, 8]
 
 
+@pytest.mark.usefixtures("small_primus")
 @pytest.mark.parametrize(
     "prefix",
     [
@@ -457,6 +463,7 @@ def test_poolings_make_steps_of_any_size() -> None:
     assert make(section(norm="batch"), (2, 2, 2))(volumes(2, 2, 2)).grid == (1, 1, 1)
 
 
+@pytest.mark.usefixtures("small_primus")
 def test_default_patches() -> None:
     assert patch_size_of(PrimusEncoder(input_shape=(16, 24, 32))) == (16, 24, 32)
     for spec in (

@@ -15,7 +15,6 @@ from volume_files import blob, write_labelled
 from glovita_lib.augment_patch import Volumes, WindowedVolumes, WindowGrid
 from glovita_lib.encoder import build_encoder, patch_size_of
 from glovita_lib.encoder_aggregation import choose_layers
-from glovita_lib.encoder_primus import WIDTHS
 from glovita_lib.encoder_volume import Origin, origin_of
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import token_places
@@ -60,10 +59,7 @@ SIZE = (16, 12, 6)  # voxels along x, y and z
 KINDS = ["residual", "excited", "primus", "plan", "plan of tokens"]
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch) -> None:
-    """A Primus S of two narrow blocks."""
-    monkeypatch.setitem(WIDTHS, "S", (48, 2, 4))
+pytestmark = pytest.mark.usefixtures("small_primus")
 
 
 def section(kind: str, order: str, folder: Path, **fields):

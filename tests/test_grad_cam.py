@@ -165,6 +165,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("small_primus")
 @pytest.mark.parametrize("case", CASES)
 def test_maps_are_those_of_the_formula(case):
     encoder, size, options, name, places = CASES[case]

@@ -45,6 +45,9 @@ METHODS = {
     "gps": [],
     "visual_prompt_tuning": ["peft.num_tokens=2"],
 }
+ALIKE = {"ln_tuning", "difffit", "loha", "oft", "vera", "fourierft", "convpass"}
+"""Those whose runs keep, merge and load what those of another method do; test_peft_methods tries
+every method."""
 UNMERGED = ("adapt_former", "convpass", "visual_prompt_tuning")
 LEARN = ["optimizer.lr=0.02", "training.epochs=3"]
 
@@ -85,7 +88,9 @@ def scores(folder):
 # ---------------------------------------------------------------------- one run through all modes
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m in ALIKE)) for m in METHODS]
+)
 def test_life_of_a_run(command, refused, tmp_path, method):
     run = command(*changes(method))
     state, table = run.best["model"], run.json("resolved_config.json")["parameters"]

@@ -167,6 +167,12 @@ def test_trustworthiness_of_many_samples_is_that_of_a_choice(monkeypatch):
     assert (result.trustworthiness, result.trust_samples) == (pytest.approx(expected), 100)
 
 
+def test_numba_gives_torch_no_more_threads():
+    """Networks of later tests would wait for threads that share the cores with other workers."""
+    lay_out(X[:60])
+    assert torch.get_num_threads() <= int(os.environ["OMP_NUM_THREADS"])
+
+
 def test_missing_umap_learn_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(UserError, match='umap.method = "umap" .*pip install umap-learn') as error:
