@@ -195,6 +195,11 @@ class SeriesResNet(nn.Module):
 # --------------------------------------------------------------------------------- transformer
 
 
+def with_prompts(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask of tokens (B, N, D) where some were put in front, which count."""
+    return F.pad(mask, (x.shape[1] - mask.shape[1], 0), value=True)
+
+
 class Attention(nn.Module):
     """Self-attention over the tokens that count."""
 
@@ -208,23 +213,26 @@ class Attention(nn.Module):
         """(B, N, D) -> the same."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         seen = None
-        if mask is not None:  # tokens that were put in front (prompts) count
-            seen = F.pad(mask, (x.shape[1] - mask.shape[1], 0), value=True)[:, None, None]
+        if mask is not None:
+            seen = with_prompts(mask, x)[:, None, None]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 
 class Mlp(nn.Module):
-    """W2 gelu(W1 x)."""
+    """W2 gelu(W1 x), of the tokens that count."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> the same."""
-        return self.drop(self.fc2(F.gelu(self.fc1(x))))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> the same, 0 where nothing counts."""
+        y = self.drop(self.fc2(F.gelu(self.fc1(x))))
+        if mask is None:
+            return y
+        return y.masked_fill(~with_prompts(mask, x)[..., None], 0)
 
 
 class Block(nn.Module):
@@ -240,7 +248,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, N, D) -> the same."""
         x = x + self.attn(self.norm1(x), mask)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x), mask)
 
 
 class SeriesTransformer(nn.Module):
@@ -305,7 +313,7 @@ class SeriesTrunk(Encoder):
         return patches.transpose(1, 2) if self.is_map else patches
 
     def pool(self, raw: Tensor) -> Tensor:
-        """Mean over all tokens, (B, D); of what counts see `aggregate`."""
+        """Mean over all tokens, (B, D); `forward` leaves out those that do not count."""
         return self.to_tokens(raw).mean(1)
 
     def grid(self, raw: Tensor, size: torch.Size) -> tuple[int, ...]:
@@ -327,6 +335,8 @@ class SeriesTrunk(Encoder):
         """Features of series, with the mask of their tokens."""
         features = super().forward(x, pooled=pooled)
         features.mask = self.token_mask(x)
+        if features.pooled is not None and features.mask is not None:
+            features.pooled = aggregate(features, "avg")
         return features
 
 

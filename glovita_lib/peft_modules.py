@@ -227,9 +227,11 @@ class ConvBypass(Insert):
         """The kernel's middle (h, h)."""
         return self.conv.weight.flatten(2)[..., 3**self.grid.dimensions // 2]
 
-    def change(self, z: Tensor) -> Tensor:
-        """The bypass of tokens (B, N, D) or a map, channels last."""
+    def change(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The bypass of tokens (B, N, D) or a map, channels last; of tokens that do not count by
+        the mask (B, N) the kernel sees zeros, as beyond the grid."""
         low = F.gelu(self.down(z))  # (..., h)
+        low = low if mask is None else low.masked_fill(~mask[..., None], 0)
         if z.ndim == 3:
             prefix, size = self.grid.split(z.shape[1])
             cells = low[:, prefix:].unflatten(1, size)  # (B, *grid, h)
@@ -251,7 +253,10 @@ class ConvBypass(Insert):
     ) -> Tensor:
         """The module's output plus the bypass of its input."""
         y = forward(x, *args, **options)
-        out = self.change(x.movedim(1, -1)).movedim(-1, 1) if self.first else self.change(x)
+        # our networks of series give their modules the mask of the tokens
+        masks = (arg for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.bool)
+        mask = next((arg for arg in masks if arg.shape == x.shape[:2]), None)
+        out = self.change(x.movedim(1, -1)).movedim(-1, 1) if self.first else self.change(x, mask)
         return (y[0] + out, *y[1:]) if isinstance(y, tuple) else y + out
 
 

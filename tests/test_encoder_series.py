@@ -2,22 +2,27 @@
 
 import csv
 import json
+from contextlib import suppress
+from typing import get_args
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
+from small_networks import disturb
 from test_data_series import made, write_ts
 
 from glovita import main
 from glovita_lib.encoder import any_encoder
-from glovita_lib.encoder_aggregation import aggregate
+from glovita_lib.encoder_aggregation import aggregate, served
 from glovita_lib.encoder_series import FoldedEncoder, InceptionTime, MaskedNorm
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import choose_layers
+from glovita_lib.peft import apply_peft
 from glovita_lib.spec_encoders import TimmEncoder
 from glovita_lib.spec_lift import Folding
+from glovita_lib.spec_peft import Peft
 from glovita_lib.spec_series import (
     InceptionTimeEncoder,
     SeriesResNetEncoder,
@@ -52,14 +57,36 @@ def batch(lengths, channels=2, seed=0):
 def test_a_series_gives_the_same_alone_and_padded(spec):
     encoder = build(spec).eval()
     series, padded = batch([30, 7, 1, 18])
-    method = encoder.pooling
-    together = aggregate(encoder(padded), method)
-    assert together.shape == (4, encoder.pooled_width)
-    for one, vector in zip(series, together, strict=True):
-        if spec is FOLDED and one.shape[1] == 1:
+    for method in served(encoder):
+        assert_alone_as_padded(encoder, method, series, padded, folded=spec is FOLDED)
+
+
+def assert_alone_as_padded(encoder, method, series, padded, *, folded=False):
+    """Each series gives the same vector by itself."""
+    for one, vector in zip(series, aggregate(encoder(padded), method), strict=True):
+        if folded and one.shape[1] == 1:
             continue  # an image needs two values
         alone = aggregate(encoder(one[None]), method)[0]
         torch.testing.assert_close(alone, vector, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "peft",
+    [each for each in get_args(Peft) if each.__struct_config__.tag != "custom"],
+    ids=lambda peft: peft.__struct_config__.tag,
+)
+def test_methods_count_no_padding(peft):
+    done = 0
+    for spec in SMALL:
+        encoder = build(spec)
+        with suppress(UserError):  # what the structure of the encoder does not allow
+            apply_peft(peft(), encoder)
+            done += 1
+        with torch.no_grad():
+            disturb(encoder, 0.3)
+        series, padded = batch([30, 7, 1, 18])
+        assert_alone_as_padded(encoder.eval(), "avg", series, padded)
+    assert done
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.__struct_config__.tag)
