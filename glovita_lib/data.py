@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 import numpy as np
 
 from glovita_lib import files
-from glovita_lib.errors import UserError, listed, refuse_controls
+from glovita_lib.errors import UserError, composed, listed, refuse_controls
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_errors import SampleKind
 from glovita_lib.spec_samples import UNLABELLED, BaseData, OnlyPrediction, Subtask
@@ -347,8 +347,33 @@ class SeriesSamples(BaseSamples, tag="series"):
     """How they are prepared; none of a data set of the user's own."""
     value_columns: tuple[str, ...] = ()
     """Columns of the channels in CSV files, in their order; none of files without names."""
+    time_points: tuple[str, ...] = ()
+    """Columns of the time points in CSV files with a row a series; none of other files."""
     step: float | None = None
     """Time from a value to the next; none of series without times."""
+
+
+def order_of_names(
+    own: Sequence[str], wanted: Sequence[str], *, is_wide: bool
+) -> Literal["same", "turned", "mixed", "other"]:
+    """How the columns of one file of series stand to those of another one: the same; the same ones
+    in another order; some the same and others not, so that by their places one would be taken for
+    another; or other ones. Capital letters tell no names apart, where each has others without.
+
+    Args:
+        is_wide: whether they are time points, of which the one file may have more at the end.
+    """
+    if not own or not wanted:
+        return "same"
+    ours, theirs = ([composed(name).lower() for name in names] for names in (own, wanted))
+    if len(set(ours)) < len(ours) or len(set(theirs)) < len(theirs):
+        ours, theirs = list(map(composed, own)), list(map(composed, wanted))
+    shorter = min(len(ours), len(theirs)) if is_wide else None
+    if ours[:shorter] == theirs[:shorter]:
+        return "same"
+    if set(ours) == set(theirs):
+        return "turned"
+    return "other" if set(ours).isdisjoint(theirs) else "mixed"
 
 
 class ClipSamples(BaseSamples, tag="videos"):

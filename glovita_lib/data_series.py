@@ -19,6 +19,7 @@ from glovita_lib.data import (
     SeriesSamples,
     Source,
     Split,
+    order_of_names,
     read_data_set,
     splits_needed,
     subset,
@@ -52,7 +53,7 @@ from glovita_lib.data_tables import Problems
 from glovita_lib.dist import hash_seed
 from glovita_lib.errors import UserError, composed, ended, listed, with_all
 from glovita_lib.files import on_disk
-from glovita_lib.read_series import SUFFIXES, read_series
+from glovita_lib.read_series import SUFFIXES, is_one_series, read_files, read_series
 from glovita_lib.series_preparation import MISSING, REGULAR, PreparedSeries, prepare
 from glovita_lib.series_table import Columns, SeriesTable
 from glovita_lib.spec_data import SeriesData
@@ -372,7 +373,7 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     if table is not None and spec.split_source == "csv":
         refuse_emptied(spec, table, next(iter(opened.values())), wanted)
     refuse_row_numbers(list(opened.values()), table)
-    report, names = matched([whole.table for whole in opened.values()])
+    report, names, points = matched([whole.table for whole in opened.values()])
     problems = Problems(spec.strict, "sample")
     kept, step = prepare_all(list(opened.values()), spec.preparation, problems)
     problems.settle(report)
@@ -416,6 +417,7 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
             channels=len(series[0].values),
             preparation=spec.preparation,
             value_columns=names,
+            time_points=points,
             step=step,
         ),
         report=report,
@@ -432,19 +434,26 @@ def size_text(series: Sequence[PreparedSeries]) -> str:
 
 def match_columns(table: SeriesTable, names: tuple[str, ...], whose: str) -> str | None:
     """Put the columns of a table in the order of those of another one, where they have the same
-    names; a line about it where that is another order, or where the names are others.
+    names; a line about it where that is another order, or where all names are others.
 
     Args:
         names, whose: columns of the other table, and what that is called.
+
+    Raises:
+        UserError: some names are the same and others not.
     """
     own, wanted = tuple(map(composed, table.columns)), tuple(map(composed, names))
-    shorter = min(len(own), len(wanted))
-    if not shorter or own[:shorter] == wanted[:shorter]:
+    how = order_of_names(own, wanted, is_wide=table.is_wide)
+    if how == "same":
         return None
     shown = f"{table.where}: the columns are {listed(table.columns, 6)}, those of {whose}"
     shown += f" {listed(names, 6)}"
-    if sorted(own) != sorted(wanted):
+    if how == "other":
         return f"{shown}: taken in the order in which they stand"
+    if how == "mixed":
+        raise UserError(f"{shown}, and only some are the same: {cure_of_names(own, wanted)}")
+    if set(own) != set(wanted):  # but for capital letters
+        own, wanted = tuple(map(str.lower, own)), tuple(map(str.lower, wanted))
     order = [own.index(name) for name in wanted]
     for row, one in enumerate(table.series):
         if not isinstance(one, str):
@@ -453,9 +462,21 @@ def match_columns(table: SeriesTable, names: tuple[str, ...], whose: str) -> str
     return f"{shown}: matched by name"
 
 
-def matched(tables: Sequence[SeriesTable]) -> tuple[list[str], tuple[str, ...]]:
+def cure_of_names(own: tuple[str, ...], wanted: tuple[str, ...]) -> str:
+    """What to do about columns some of which are the wanted ones."""
+    both = [name for name in wanted if name in own]
+    if len(both) == len(wanted):
+        return f"name the values in data.value_columns ({listed(both, 6)})"
+    rename = "write the same names to both files where the values are the same"
+    both_said = f", or take {listed(both, 6)} alone in data.value_columns and train with it"
+    return rename + (both_said if both else "")
+
+
+def matched(
+    tables: Sequence[SeriesTable],
+) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
     """Lines about tables whose columns are put in the order of the first one, see
-    `match_columns`, and the names of the channels in that order."""
+    `match_columns`, and the names of the channels and of the time points in that order."""
     lines: list[str] = []
     first: dict[bool, SeriesTable] = {}
     for table in tables:
@@ -464,7 +485,8 @@ def matched(tables: Sequence[SeriesTable]) -> tuple[list[str], tuple[str, ...]]:
             other = first.setdefault(table.is_wide, table)
             line = match_columns(table, other.columns, other.where)
             lines += [] if line is None else [line]
-    return lines, first[False].columns if False in first else ()
+    channels, points = (first[key].columns if key in first else () for key in (False, True))
+    return lines, channels, points
 
 
 def open_all(
@@ -602,15 +624,18 @@ def unlabelled_series(
     where = on_disk(Path(path))
     if not where.exists():
         raise UserError(f"{path}: no such file or folder, expected time series")
-    whole = collection_of(read_series(where, columns_of(spec)))
+    columns = replace(columns_of(spec), points=samples.time_points)
+    how = samples.preparation or SeriesPreparation()
+    channels = samples.channels // 2 if how.mask_channels else samples.channels
+    if is_one_series(where, columns, channels, samples.value_columns):
+        whole = collection_of(read_files(where, [where], columns))
+    else:
+        whole = collection_of(read_series(where, columns))
     refuse_equal(where, whole.ids, None)
-    line = None
-    if not whole.table.is_wide:
-        whose = "the data that the model was trained on"
-        line = match_columns(whole.table, samples.value_columns, whose)
+    names = samples.time_points if whole.table.is_wide else samples.value_columns
+    line = match_columns(whole.table, names, "the data that the model was trained on")
     report = whole.table.notes + ([] if line is None else [line])
     problems = Problems(spec.strict, "sample")
-    how = samples.preparation or SeriesPreparation()
     (kept,), _ = prepare_all([whole], how, problems, samples)
     problems.settle(report)
     if not kept.ids:

@@ -10,7 +10,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,15 @@ import numpy as np
 
 from glovita_lib.errors import UserError, composed, listed, reason
 from glovita_lib.files import lines_of, read_cells
-from glovita_lib.series_preparation import MISSING, numbers, time_numbers
-from glovita_lib.series_table import ROW_NAME, Columns, SeriesTable
+from glovita_lib.series_preparation import numbers, time_numbers
+from glovita_lib.series_table import (
+    Columns,
+    SeriesTable,
+    is_like_rows,
+    refuse_index,
+    refuse_row,
+    refuse_text,
+)
 
 SUFFIXES = (".ts", ".arff", ".tsv", ".csv", ".npy", ".npz")
 ENTRIES = ("series", "lengths", "offsets", "times", "labels", "ids", "groups")
@@ -59,7 +66,12 @@ def read_folder(folder: Path, columns: Columns) -> SeriesTable:
     paths = sorted(path for path in known if path.name[0] != ".")
     if not paths:
         raise UserError(f"{folder}: no .npy or .csv file of a series in it")
-    table = SeriesTable(str(folder), [path.stem for path in paths], [], [], named=True)
+    return read_files(folder, paths, columns)
+
+
+def read_files(where: Path, paths: list[Path], columns: Columns) -> SeriesTable:
+    """Files of one series each as a folder holds them, of which `where` is what messages name."""
+    table = SeriesTable(str(where), [path.stem for path in paths], [], [], named=True)
     assert table.times is not None
     names: list[tuple[str, ...]] = []
     for path in paths:
@@ -76,6 +88,18 @@ def read_folder(folder: Path, columns: Columns) -> SeriesTable:
         for row in np.flatnonzero(np.array(usable) & ~np.array(timed)):
             table.series[row] = f'no times (column "{columns.time}"), most files have some'
     return table
+
+
+def is_one_series(path: Path, columns: Columns, channels: int, names: tuple[str, ...]) -> bool:
+    """Whether a file is one of those that a folder holds: an array (T,), or (C, T) of a model's
+    several channels; or a CSV file with the model's columns and none of ids."""
+    if path.suffix.lower() == ".npy" and path.is_file():
+        shape = load_array(path).shape
+        return len(shape) == 1 or (len(shape) == 2 and shape[0] == channels > 1)
+    if path.suffix.lower() != ".csv" or not path.is_file() or not names:
+        return False
+    header = read_cells(path, (), (*columns.others, *names))[0]
+    return columns.id not in header and set(header) >= set(names)
 
 
 def match_files(table: SeriesTable, names: list[tuple[str, ...]]) -> None:
@@ -154,6 +178,9 @@ def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
     read = read_long if columns.time in header else read_wide
     table = read(path, columns, header, rows, places)
     table.columns, table.is_wide = tuple(header[place] for place in places), read is read_wide
+    if table.is_wide and not columns.values and is_like_rows(header, rows):
+        told = f"the first line ({listed(header, 3)}) is taken for the names of the time points"
+        table.notes.append(f"{path}: {told}, not for a series")
     return table
 
 
@@ -170,11 +197,8 @@ def read_values(
             `Columns.value_columns`.
     """
     header, rows = read_cells(path, columns.values, columns.others)
-    if not columns.values and not set(header) & set(columns.others) and is_row(header, is_wide):
-        raise UserError(
-            f"{path}: no header, its first line holds values ({listed(header, 3)}): write the names"
-            " of the columns into it, or where they are names, into data.value_columns"
-        )
+    if not columns.values and not set(header) & set(columns.others):
+        refuse_row(path, header, rows, columns.points, is_wide=is_wide)
     if twice := [name for name, count in Counter(header).items() if count > 1]:
         raise UserError(f"{path}: two columns have the same name: {listed(twice, 3)}")
     places = columns.value_columns(path, header)
@@ -184,47 +208,6 @@ def read_values(
         for place in places:
             refuse_index(path, header[place], [row[place].strip() for row in rows])
     return header, rows, places
-
-
-def is_row(header: list[str], is_wide: bool) -> bool:
-    """Whether the first line of a CSV file holds values, not names: numbers or dates that are no
-    time points (T,), which rise or fall."""
-    there = [cell for cell in header if cell.lower() not in MISSING]
-    is_name = [isinstance(time_numbers([cell]), str) for cell in there]
-    if not there or "" in header or any(is_name):
-        return False
-    when = time_numbers(header)
-    if not is_wide or isinstance(when, str):
-        return True
-    return not ((when[1:] > when[:-1]).all() or (when[1:] < when[:-1]).all())
-
-
-def refuse_index(path: Path, name: str, cells: list[str]) -> None:
-    """Raise an error where a column that is named as an index has another whole number in each row:
-    the place of a row in the table tells its id, hence its label."""
-    is_other = 1 < len(set(cells)) == len(cells)
-    if ROW_NAME.fullmatch(name) and is_other and all(map(str.isdecimal, cells)):
-        raise UserError(
-            f'{path}: column "{name}" numbers the rows: drop it, or name the columns of the values'
-            " in data.value_columns"
-        )
-
-
-def refuse_text(path: Path, name: str, cells: Iterable[str]) -> None:
-    """Raise an error where none of two or more cells of a column of values is a number."""
-    shown: list[str] = []
-    for cell in map(str.strip, cells):
-        if cell.lower() in MISSING:
-            continue
-        if not isinstance(numbers([cell]), str):
-            return
-        shown.append(f'"{cell}"')
-    if len(shown) > 1:
-        raise UserError(
-            f'{path}: column "{name}" holds no number ({listed(list(dict.fromkeys(shown)), 3)}):'
-            " name it in data.time_column or data.id_column where it is one of these, else the"
-            " columns of the values in data.value_columns"
-        )
 
 
 def read_wide(
@@ -273,7 +256,8 @@ def read_long(
     ids = column(header, rows, columns.id)
     if ids is None:
         raise UserError(
-            f'{path}: no column "{columns.id}" beside that of the times; name it in data.id_column'
+            f'{path}: no column "{columns.id}" beside that of the times: name it in data.id_column,'
+            " or put files of one series each into a folder"
         )
     members: dict[str, list[int]] = {}
     for number, identity in enumerate(ids):

@@ -5,7 +5,7 @@ B batch, C channels, S side of an image as the encoder receives it, D width of a
 or targets.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -24,6 +24,7 @@ from glovita_lib.data import (
     Standardizer,
     VectorSamples,
     VolumeSamples,
+    order_of_names,
     outputs_line,
 )
 from glovita_lib.dist import cores
@@ -338,7 +339,6 @@ class Resolved(Spec):
 # width) and the outputs (kind of target, names, their order). Every mode that asks a checkpoint
 # about data compares them here.
 
-
 STEPS = 1e-3  # share by which the times between values of series may differ
 
 
@@ -350,14 +350,20 @@ def read_by(inputs: Inputs) -> BaseSamples:
 
 
 def check_samples(
-    model: Resolved, trained: str, samples: BaseSamples, where: str, spec: Spec | None = None
+    model: Resolved,
+    trained: str,
+    samples: BaseSamples,
+    where: str,
+    spec: Spec | None,
+    report: list[str],
 ) -> None:
     """Samples are those that a trained model takes.
 
     Args:
         trained: what the model is called in a message.
         where: what has the samples.
-        spec: the section data, where it says how they are read.
+        spec: the section data, where it says how they are read; none: it does not.
+        report: gets a line where columns have other names than the model's.
 
     Raises:
         UserError: they are not.
@@ -368,22 +374,20 @@ def check_samples(
             f"{trained} was trained on {wanted.kind}, the samples of {where} are {samples.kind}"
         )
     for key, theirs, ours in differences(wanted, samples):
-        if key == "value_columns" and not displaced(theirs, ours):
-            continue  # arrays do not name their channels, and other names say nothing of the order
+        if key in ("value_columns", "time_points"):
+            how = order_of_names(ours, theirs, is_wide=key == "time_points")
+            theirs, ours, key = listed(theirs, 6), listed(ours, 6), "value_columns"
+            if how == "other":  # they say nothing of the order
+                report.append(f"{where}: columns {ours} taken for {theirs} of {trained}, in order")
+            if how in ("same", "other"):
+                continue
         if key == "step" and (None in (theirs, ours) or abs(theirs - ours) <= STEPS * theirs):
             continue  # series without times are taken for such of the same step
-        first = key.partition(".")[0]
-        hint = f"; set data.{key}" if spec and first in spec.__struct_fields__ else ""
+        hint = f"; set data.{key}" if spec and key.split(".")[0] in spec.__struct_fields__ else ""
         raise UserError(
             f"{trained} was trained on {wanted.kind} of {key} {theirs}, {where} has {key}"
             f" {ours}{hint}"
         )
-
-
-def displaced(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether a name of the one list stands in another place of the other."""
-    place = {composed(name): number for number, name in enumerate(other)}
-    return any(place.get(composed(name), number) != number for number, name in enumerate(one))
 
 
 def check_kind(model: Resolved, trained: str, spec: BaseData) -> None:
@@ -412,7 +416,7 @@ def differences(one: Spec, other: Spec, prefix: str = "") -> Iterator[tuple[str,
 
 def check_data(model: Resolved, trained: str, data: Data, spec: Spec) -> None:
     """The samples of a data set are those that a trained model takes, see `check_samples`."""
-    check_samples(model, trained, data.samples, f"data set {data.name}", spec)
+    check_samples(model, trained, data.samples, f"data set {data.name}", spec, data.report)
 
 
 def has_targets_of(model: Resolved, subtask: str, names: tuple[str, ...]) -> bool:

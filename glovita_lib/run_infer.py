@@ -435,7 +435,7 @@ def wanted_split(
                 f' "{spec.input}" is a feature file'
             )
         split, samples, notes = new_samples(record.inputs, spec.input, root.data)
-        check_samples(record, trained, samples, spec.input)
+        check_samples(record, trained, samples, spec.input, None, notes)
         return files.stem_of(spec.input), split, notes
     wanted = ("test", "val") if spec.split is None else (spec.split,)
     check_kind(record, trained, root.data)

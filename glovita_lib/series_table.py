@@ -4,14 +4,15 @@ C channels, T time points of a series.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glovita_lib.errors import UserError
+from glovita_lib.errors import UserError, composed, listed
+from glovita_lib.series_preparation import MISSING, WHOLE, numbers, time_numbers
 
 TIME_NAME = re.compile(
     r"(date(.?time)?|time(.?(stamp|step|point|index|s|sec|ms))?|t|seconds?|frame)s?(\s*[\[(].*)?",
@@ -38,6 +39,7 @@ class Columns:
     group: str | None
     split: str | None
     values: tuple[str, ...]  # none: all others
+    points: tuple[str, ...] = ()  # time points of wide tables that a model was trained on
 
     @property
     def others(self) -> tuple[str | None, ...]:
@@ -109,3 +111,136 @@ class SeriesTable:
     """Whether `columns` are time points."""
     notes: list[str] = field(default_factory=list)
     """What should be known of how the files are read."""
+
+
+# ---------------------------------------------------------------------------------- first lines
+#
+# A table without a header loses its first series to it: a line of numbers is looked at.
+
+LOOKED_AT = 50  # rows that a first line is compared with
+FORM = re.compile(r"[+-]?\d*(?:\.(\d*))?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+
+
+def refuse_row(
+    path: Path,
+    header: list[str],
+    rows: list[list[str]],
+    points: tuple[str, ...],
+    *,
+    is_wide: bool,
+) -> None:
+    """Raise an error where the first line of a CSV file holds values, or may hold some: numbers or
+    dates that are no time points (T,).
+
+    Args:
+        points: time points that a model was trained on.
+        is_wide: whether columns may be time points, which numbers may be the names of.
+    """
+    if is_row(header, rows, tuple(map(composed, points)), is_wide=is_wide):
+        raise UserError(
+            f"{path}: no header, its first line holds values ({listed(header, 3)}): write the names"
+            " of the columns into it, or where they are names, into data.value_columns"
+        )
+
+
+def is_row(
+    header: list[str], rows: list[list[str]], points: tuple[str, ...], *, is_wide: bool
+) -> bool:
+    """Whether the first line of a CSV file holds values, see `refuse_row`, or may do so. Time
+    points are numbers that rise or fall by one step, or whole numbers above others, and not written
+    as what stands below them; of a model's they are the same ones."""
+    there = [cell for cell in header if cell.lower() not in MISSING]
+    if not there or "" in header or any(isinstance(time_numbers([c]), str) for c in there):
+        return False
+    when, own = time_numbers(header), tuple(map(composed, header))
+    if not is_wide or isinstance(when, str):
+        return True
+    if not ((when[1:] > when[:-1]).all() or (when[1:] < when[:-1]).all()):
+        return True
+    if when.dtype.kind == "M" or (points and own[: len(points)] == points[: len(own)]):
+        return False
+    is_index = is_whole(header) and when[0] in (0, 1) and (np.diff(when) == 1).all()
+    if isinstance(numbers(points), str) and not is_index:
+        return True  # the time points of the model have names with letters
+    below = rows[:LOOKED_AT]
+    cells = [cell.strip() for row in (header, *below) for cell in row]
+    (decimals, has_exponent), *others = {form_of(c) for c in cells if c.lower() not in MISSING}
+    if below and not others and (decimals > 3 or has_exponent):
+        return True  # in one format of many decimals, as numpy.savetxt writes them
+    grids = sum(map(is_grid, below))
+    if grids and 2 * grids >= len(below):
+        return True
+    is_step = is_index or is_grid(header)
+    return not is_step and not (is_whole(header) and not whole_below(below))
+
+
+def is_like_rows(header: list[str], rows: list[list[str]]) -> bool:
+    """Whether numbers that are taken for time points may as well be values: whole ones above whole
+    ones or others above others, in the range of these."""
+    when, found = time_numbers(header), [numbers(row) for row in rows[:LOOKED_AT]]
+    values = [row for row in found if isinstance(row, np.ndarray)]
+    if isinstance(when, str) or when.dtype.kind == "M" or not values:
+        return False
+    low, high = np.nanmin(values), np.nanmax(values)
+    alike = is_whole(header) == whole_below(rows[:LOOKED_AT])
+    return bool(alike and when.min() <= high and when.max() >= low)
+
+
+def form_of(cell: str) -> tuple[int, bool]:
+    """Decimals of a number as it is written, and whether it has an exponent; (-1, False) where it
+    is none."""
+    found = FORM.fullmatch(cell.strip())
+    return (-1, False) if found is None else (len(found[1] or ""), found[2] is not None)
+
+
+def is_whole(cells: Sequence[str]) -> bool:
+    """Whether all cells are whole numbers without decimals."""
+    return all(WHOLE.fullmatch(cell.strip()) for cell in cells)
+
+
+def whole_below(rows: list[list[str]]) -> bool:
+    """Whether most numbers of rows are whole ones without decimals."""
+    cells = [cell.strip() for row in rows for cell in row if cell.strip().lower() not in MISSING]
+    return 2 * sum(WHOLE.fullmatch(cell) is not None for cell in cells) > len(cells)
+
+
+def is_grid(cells: Sequence[str]) -> bool:
+    """Whether three or more numbers rise or fall by one step, but for the rounding of their last
+    decimal where it is small beside the step."""
+    values = numbers(cells)
+    if isinstance(values, str) or len(values) < 3 or not np.isfinite(values).all():
+        return False
+    step = abs(values[-1] - values[0]) / (len(values) - 1)
+    decimals = max(form_of(cell)[0] for cell in cells)
+    last = 0.0 if any(form_of(cell)[1] for cell in cells) else 10.0**-decimals
+    rounding = max(last if decimals > 0 and 10 * last <= step else 0, 1e-9 * step)
+    exact = np.linspace(values[0], values[-1], len(values))
+    return bool(step > 0 and np.abs(values - exact).max() <= rounding * (1 + 1e-6))
+
+
+def refuse_index(path: Path, name: str, cells: list[str]) -> None:
+    """Raise an error where a column that is named as an index has another whole number in each row:
+    the place of a row in the table tells its id, hence its label."""
+    is_other = 1 < len(set(cells)) == len(cells)
+    if ROW_NAME.fullmatch(name) and is_other and all(map(str.isdecimal, cells)):
+        raise UserError(
+            f'{path}: column "{name}" numbers the rows: drop it, or name the columns of the values'
+            " in data.value_columns"
+        )
+
+
+def refuse_text(path: Path, name: str, cells: Iterable[str]) -> None:
+    """Raise an error where none of two or more cells of a column of values is a number."""
+    shown: list[str] = []
+    for cell in map(str.strip, cells):
+        if cell.lower() in MISSING:
+            continue
+        if not isinstance(numbers([cell]), str):
+            return
+        shown.append(f'"{cell}"')
+    if len(shown) > 1:
+        raise UserError(
+            f'{path}: column "{name}" holds no number ({listed(list(dict.fromkeys(shown)), 3)}):'
+            " name it in data.time_column or data.id_column where it is one of these, else the"
+            " columns of the values in data.value_columns"
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glovita import main
-from glovita_lib.data_series import padded
+from glovita_lib.data_series import padded, unlabelled_series
 from glovita_lib.data_splits import resampled
 from glovita_lib.datasets import build_data
 from glovita_lib.errors import UserError
@@ -400,6 +400,76 @@ def test_channels_go_by_name(tmp_path):
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "cure"),
+    [
+        ("x,y", "y,z", "write the same names to both files"),
+        ("x,y", "x,z", "or take x alone in data.value_columns"),
+        ("x,y", "x,y,z", r"name the values in data.value_columns \(x, y\)"),
+        ("x,y,z", "x,y", "write the same names"),
+        ("x,y", "Y,z", "write the same names"),
+        ("x,y", "Y,X", None),
+        ("x,y", "X,Y", None),
+        ("x,X", "X,x", None),
+        ("x,y", "a,b", None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["long", "folder"])
+def test_names_some_of_which_are_the_same_in_both_files_are_refused(
+    kind, first, second, cure, tmp_path
+):
+    """Taken by their places, one channel would stand for another."""
+    rng = np.random.default_rng(0)
+    for name, head in (("a", first), ("b", second)):
+        rows = [",".join(map(str, rng.normal(size=head.count(",") + 1))) for _ in range(8)]
+        if kind == "long":
+            lines = [f"s{k // 4},{k % 4},{row},pq"[:-1] for k, row in enumerate(rows)]
+            (tmp_path / name).write_text("\n".join([f"id,time,{head},label", *lines]))
+            (tmp_path / name).rename(tmp_path / f"{name}.csv")
+        else:
+            (tmp_path / name).mkdir()
+            for k in range(2):
+                part = "\n".join([head, *rows[4 * k : 4 * k + 4]])
+                (tmp_path / name / f"s{k}.csv").write_text(part)
+    (tmp_path / "labels.csv").write_text("id,label\ns0,p\ns1,q\n")
+    end = ".csv" if kind == "long" else ""
+    fields = {"train_file": f"a{end}", "test_file": f"b{end}", "labels_file": "labels.csv"}
+    if cure is not None:
+        with pytest.raises(UserError, match=cure) as error:
+            build(tmp_path, **fields)
+        told = str(error.value)
+        assert "\n" not in told and first.replace(",", ", ") in told
+        assert second.replace(",", ", ") in told and "only some are the same" in told
+        return
+    data = build(tmp_path, **fields)
+    (note,) = [line for line in data.report if "the columns are" in line] or [""]
+    by_name = {"Y,X": True, "X,x": True, "a,b": False}.get(second)
+    assert note.endswith("matched by name") == (by_name is True)
+    assert note.endswith("in which they stand") == (by_name is False)
+
+
+def test_time_points_some_of_which_are_the_same_are_refused(tmp_path):
+    values = np.random.default_rng(0).normal(size=(4, 6))
+
+    def table(name, head):
+        rows = [",".join([f"s{k}", "pq"[k % 2], *map(str, row)]) for k, row in enumerate(values)]
+        (tmp_path / name).write_text("\n".join([f"id,label,{head}", *rows]))
+
+    table("a.csv", "t0,t1,t2,t3,t4,t5")
+    for head in ("age,t0,t1,t2,t3,t4", "t1,t2,t3,t4,t5,t6"):
+        table("b.csv", head)
+        with pytest.raises(UserError, match="only some are the same"):
+            build(tmp_path, train_file="a.csv", test_file="b.csv")
+    table("b.csv", "p0,p1,p2,p3,p4,p5")
+    (note,) = build(tmp_path, train_file="a.csv", test_file="b.csv").report[:1]
+    assert "taken in the order in which they stand" in note
+    values = values[:, :5]
+    table("b.csv", "t0,t1,t2,t3,t4")  # shorter ones
+    data = build(tmp_path, train_file="a.csv", test_file="b.csv")
+    assert not any("columns" in line for line in data.report)
+    assert data.samples.time_points == ("t0", "t1", "t2", "t3", "t4", "t5")
+
+
 def test_time_points_of_wide_tables_go_by_name(tmp_path):
     values = np.random.default_rng(0).normal(size=(4, 12))
     for name, order in (("a", np.arange(12)), ("b", np.argsort([str(i) for i in range(12)]))):
@@ -501,6 +571,38 @@ def test_a_checkpoint_knows_the_step_of_its_times(command, refused, tmp_path):
     command("mode=infer", best, asked[2], f"infer.input={tmp_path / 'four.csv'}", spec=spec)
 
 
+def test_one_file_of_a_folder_is_read_as_the_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "one"
+    folder.mkdir()
+    series = rng.normal(size=(3, 2, 9))
+    for k, one in enumerate(series):
+        rows = [f"{t},{x},{y}" for t, (x, y) in enumerate(one.T.tolist())]
+        (folder / f"p{k}.csv").write_text("\n".join(["time,x,y", *rows]))
+        np.save(tmp_path / f"p{k}.npy", one)
+    (tmp_path / "labels.csv").write_text("id,label\np0,a\np1,b\np2,a\n")
+    fields = {"train_file": "one", "test_file": None, "labels_file": "labels.csv"}
+    for marks in (False, True):
+        how = SeriesPreparation(mask_channels=marks)
+        data = build(tmp_path, **fields, preparation=how)
+        (tmp_path / "turned.csv").write_text("y,x\n" + "\n".join(
+            f"{y},{x}" for x, y in series[1].T.tolist()
+        ))  # fmt: skip
+        wanted = data.splits["train"].source.fetch(np.array([1]))
+        for path in (folder / "p1.csv", tmp_path / "p1.npy", tmp_path / "turned.csv"):
+            split, notes = unlabelled_series(str(path), data.samples, SeriesData())
+            np.testing.assert_array_equal(split.source.fetch(np.array([0])), wanted)
+            assert split.ids == [path.stem] and bool(notes) == (path.stem == "turned")
+    np.save(tmp_path / "all.npy", series)
+    assert len(unlabelled_series(str(tmp_path / "all.npy"), data.samples, SeriesData())[0]) == 3
+    (tmp_path / "other.csv").write_text("time,a,b\n0,1,2\n1,2,3\n")
+    with pytest.raises(UserError, match="or put files of one series each into a folder"):
+        unlabelled_series(str(tmp_path / "other.csv"), data.samples, SeriesData())
+    np.save(tmp_path / "flat.npy", series[0, 0])
+    with pytest.raises(UserError, match=r"flat.npy: flat: 1 channels|flat: 2 channels, the model"):
+        unlabelled_series(str(tmp_path / "flat.npy"), data.samples, SeriesData())
+
+
 def test_a_checkpoint_knows_its_channels(command, refused, tmp_path):
     for name, columns in (("xy", ("x", "y")), ("yx", ("y", "x")), ("ab", ("x", "y"))):
         write_long(tmp_path / f"{name}.csv", columns)
@@ -514,12 +616,23 @@ def test_a_checkpoint_knows_its_channels(command, refused, tmp_path):
     ]  # fmt: skip
     scores = []
     assert "set data.value_columns" in refused(*asked, "data.test_file=yx.csv", spec=spec)
+    for name, head in (("yz", "y,z"), ("xz", "x,z")):
+        (tmp_path / f"{name}.csv").write_text(text.replace("a,b", head, 1))
+        told = refused(*asked, f"data.test_file={name}.csv", spec=spec)
+        assert "of value_columns x, y, data" in told and "set data.value_columns" in told
+        given = ["data.test_file=xy.csv", f"infer.input={tmp_path / name}.csv"]
+        told = refused(*asked, *given, spec=spec)
+        assert "only some are the same: write the same names to both" in told
+        extract = ["mode=extract", asked[1].replace("infer", "extract"), "data.train_file=none"]
+        extract += [f"data.test_file={name}.csv", "extract.split=test"]
+        assert "set data.value_columns" in refused(*extract, spec=spec)
     ways = [["data.test_file=xy.csv"], ["data.test_file=ab.csv"],
             ["data.test_file=yx.csv", 'data.value_columns=["x","y"]'],
             ["data.test_file=xy.csv", f"infer.input={tmp_path / 'yx.csv'}"]]  # fmt: skip
     for way in ways:
         told = command(*asked, *way, spec=spec)
         assert ("matched by name" in told.out) == (way is ways[-1])
+        assert ("columns a, b taken for x, y of" in told.out) == (way is ways[1])
         (path,) = (tmp_path / "out").glob("predictions*.csv")
         rows = [line.split(",")[-2:] for line in path.read_text().splitlines()]
         scores.append(rows[1:])

@@ -247,7 +247,14 @@ def test_numbers_are_names_where_the_spec_or_a_column_of_times_says_so(tmp_path)
     ("line", "is_row"),
     [
         ("0,1,2", False),
-        ("4000.5,3998,1e3", False),
+        ("4000.5,3998,1e3", True),
+        ("4000.5,3998,3995.5", False),
+        ("399.19,401.12,403.04,404.97", False),
+        ("0,0.1,0.2,0.30000000000000004", False),
+        ("0,0.1,0.2,0.4", True),
+        ("1,2,4,8", True),
+        ("2,3", True),
+        ("1.0000e+00,2.0000e+00,3.0000e+00", False),
         ("2024-01-01,2024-01-02,2024-01-05", False),
         ("0,1,2,label", False),
         ("2,1,3", True),
@@ -264,6 +271,67 @@ def test_numbers_in_the_header_of_a_wide_table_are_time_points(line, is_row, tmp
             read_series(path, COLUMNS)
     else:
         assert ",".join(read_series(path, COLUMNS).columns) == line.removesuffix(",label")
+
+
+@pytest.mark.parametrize("points", [(), ("t0", "t1", "t2"), ("0", "1", "2"), ("0.5", "1", "1.5")])
+@pytest.mark.parametrize("style", ["%.18e", "%.4f", "%r", "%d", "%.6g"])
+@pytest.mark.parametrize("shape", [2, 5, 40])
+def test_no_first_series_of_a_table_without_a_header_is_lost(shape, style, points, tmp_path):
+    """Series that rise or fall, as numpy and others write them; points of the model or none."""
+    rng = np.random.default_rng(shape)
+    for turn in range(20):
+        values = rng.normal(scale=10, size=(4, shape))
+        values[0] = np.sort(values[0])[:: 1 - 2 * (turn % 2)]
+        if style == "%d":
+            values[0] = np.arange(3, 3 + shape) ** 2
+        lines = [",".join(style % cell for cell in row) for row in values.tolist()]
+        path = write(tmp_path / "a.csv", "\n".join(lines))
+        with pytest.raises(UserError, match=r"a.csv: (no header|two columns)"):
+            read_series(path, replace(COLUMNS, points=points))
+
+
+def test_a_straight_line_above_values_is_refused_or_told(tmp_path):
+    """A first series by equal steps and time points are the same numbers: the format and the lines
+    below tell most of them apart."""
+    rng, line = np.random.default_rng(0), np.linspace(-1, 1, 9)
+    np.savetxt(tmp_path / "a.csv", np.stack([line, *rng.normal(size=(3, 9))]), delimiter=",")
+    lines = [",".join(map(str, (line + k).tolist())) for k in range(4)]
+    write(tmp_path / "b.csv", "\n".join(lines))
+    counts = np.arange(9) + np.arange(4)[:, None]
+    np.savetxt(tmp_path / "c.csv", counts, delimiter=",", fmt="%d")
+    for name in "abc":
+        with pytest.raises(UserError, match="no header"):
+            read_series(tmp_path / f"{name}.csv", COLUMNS)
+    told = "the first line (0.0, 0.25, 0.5 and 6 more) is taken for the names of the time points"
+    for start, notes in ((0, 1), (100, 0)):  # in the range of the values, and beyond it
+        head = np.linspace(start, start + 2, 9).tolist()
+        rows = [",".join(map(repr, row)) for row in (head, *rng.normal(size=(3, 9)).tolist())]
+        table = read_series(write(tmp_path / "d.csv", "\n".join(rows)), COLUMNS)
+        assert len(table.series) == 3 and len(table.notes) == notes
+        assert all(told in note for note in table.notes)
+    rows = ["0,1,2,3", "5,7,6,1", "1,0,2,9"]
+    (note,) = read_series(write(tmp_path / "e.csv", "\n".join(rows)), COLUMNS).notes
+    assert note.endswith("the first line (0, 1, 2 and 1 more) is taken for the names of the time "
+                         "points, not for a series")  # fmt: skip
+
+
+def test_time_points_of_a_model_are_known_again(tmp_path):
+    for head, points, is_known in (
+        ("0.1,0.5,3", ("0.1", "0.5", "3"), True),
+        ("0.1,0.5,3", ("0.1", "0.5"), True),
+        ("0.1,0.5", ("0.1", "0.5", "3"), True),
+        ("0.1,0.5,3", ("0.1", "0.5", "4"), False),
+        ("0,1,2", ("t0", "t1", "t2"), True),
+        ("0.0,0.5,1.0", ("t0", "t1", "t2"), False),
+        ("0.0,0.5,1.0", (), True),
+    ):
+        path = write(tmp_path / "a.csv", f"{head}\n" + ",".join("875"[: head.count(",") + 1]))
+        columns = replace(COLUMNS, points=points)
+        if is_known:
+            assert ",".join(read_series(path, columns).columns) == head
+        else:
+            with pytest.raises(UserError, match="no header"):
+                read_series(path, columns)
 
 
 def test_columns_that_the_spec_names_are_values_whatever_they_are_called(tmp_path):
