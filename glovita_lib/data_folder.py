@@ -36,6 +36,7 @@ from glovita_lib.data_tables import (
     csv_labels,
     datalist_labels,
     json_labels,
+    paths_of,
     walk,
 )
 from glovita_lib.dist import hash_seed
@@ -272,8 +273,8 @@ def members_of(
                 f"{unused} {images.noun}s of {images.folder} are not in {table.source}: not used"
             )
     if spec.split_source == "kfold":
-        for name in () if table is None else table.missing:
-            problems.add(name, "no such file", images.hint)
+        for name, (path, _) in {} if table is None else table.missing.items():
+            problems.add_missing(name, path, images.hint)
         return {ALL: images.ids if table is None else list(table.labels)}
     if spec.split_source == "splits_json":
         path = on_disk(Path(spec.data_root_dir) / spec.split_file)
@@ -295,8 +296,8 @@ def members_of(
     report += left_out(spec, entries, where, images.noun)
     names = split_names(spec, entries, where, trains=wanted is None)
     needed = splits_needed(names, wanted)
-    for name in missing_rows(spec, table, set(names.values()) - {names[s] for s in needed}):
-        problems.add(name, "no such file", images.hint)
+    for name, path in missing_rows(spec, table, set(names.values()) - {names[s] for s in needed}):
+        problems.add_missing(name, path, images.hint)
     for split, name in names.items():
         found = {entry: images.find(entry) for entry in entries[name]}
         missing = [entry for entry, identity in found.items() if identity is None]
@@ -312,11 +313,15 @@ def members_of(
     return members
 
 
-def missing_rows(spec: FolderData, table: LabelTable | None, others: set[str]) -> list[str]:
-    """Names in a table of labels and splits for which there is no file, without those of others."""
+def missing_rows(
+    spec: FolderData, table: LabelTable | None, others: set[str]
+) -> list[tuple[str, str]]:
+    """Samples in a table of labels and splits that lack a file, and its path; not those of other
+    splits."""
     if table is None or spec.split_source not in ("csv", "dataset_json"):
         return []
-    return [name for name, split in table.missing.items() if composed(split) not in others]
+    missing = table.missing.items()
+    return [(name, path) for name, (path, split) in missing if composed(split) not in others]
 
 
 def parted(members: dict[str, Part], needed: set[str]) -> tuple[dict[str, Part], dict[str, Part]]:
@@ -543,7 +548,7 @@ def build_unlabelled(
         ids = walk(where, files.allowed_exts, report=None if files.strict else notes)
         paths = [str(where / name) for name in ids]
     elif where.suffix.lower() == ".csv":
-        ids = [row["path"] for row in read_csv(where, ["path"])]
+        ids = [path for (path,) in paths_of(read_csv(where, ["path"]), ["path"])]
         paths = [str(on_disk(where.parent / name)) for name in ids]
     elif where.exists():
         ids, paths = [where.name], [str(where)]

@@ -168,11 +168,15 @@ def near_path(name: str, paths: Sequence[str]) -> str | None:
 
     >>> near_path("images/cat/1", ["cat/1.png", "dog/1.png"]), near_path("ct1.png", ["ct2.png"])
     ('cat/1.png', None)
+    >>> near_path("ct1", ["ct1.nii.gz"]), near_path("ct1.npy", ["ct1.nii.gz"])
+    ('ct1.nii.gz', 'ct1.nii.gz')
     """
     wanted = PurePosixPath(name.replace("\\", "/").strip())
     files = {path: path.rpartition("/")[2] for path in paths}
     alike = [path for path in paths if files[path] == wanted.name] or [
-        path for path in paths if files[path].rpartition(".")[0] in (wanted.name, wanted.stem)
+        path
+        for path in paths
+        if without_suffix(files[path]) in (wanted.name, without_suffix(wanted.name))
     ]
     if alike:
         folders = wanted.parts[-2::-1]
@@ -183,6 +187,12 @@ def near_path(name: str, paths: Sequence[str]) -> str | None:
     return nearest_word(
         str(wanted), (path for path in paths if re.findall(r"\d+", path) == numbers)
     )
+
+
+def without_suffix(name: str) -> str:
+    """Name of a file without its suffix, of which .gz is but a part."""
+    name = name.removesuffix(".gz")
+    return name.rpartition(".")[0] or name
 
 
 @dataclass(slots=True)
@@ -199,6 +209,11 @@ class Problems:
         the first."""
         if name not in self.lines:
             self.lines[name] = why + (hint(name) if hint and len(self.lines) < SHOWN_LINES else "")
+
+    def add_missing(self, name: str, path: str, hint: Callable[[str], str]) -> None:
+        """Note a sample of which there is no file at a path, its first or one beside it."""
+        what = "no such file" if path == name else f"no such file beside it: {path}"
+        self.add(name, what, lambda _: hint(path))
 
     def settle(self, report: list[str]) -> None:
         """Raise or report what was found.
@@ -245,14 +260,14 @@ class LabelTable:
     groups: dict[str, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     split_names: set[str] = field(default_factory=set)  # also those of images that are not there
-    missing: dict[str, str] = field(default_factory=dict)
-    """Names for which there is no image, with their split where the file says it."""
+    missing: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """First path of samples that lack a file -> path of that file, and split where it is known."""
     source: str = "the label file"
     """What names the samples, in a line about those that it does not."""
 
     def hint(self, identity: str) -> str:
         """The line that was probably meant for an image without label; empty if none is near."""
-        near = near_path(identity, list(self.missing))
+        near = near_path(identity, [path for path, _ in self.missing.values()])
         return f'; the label file has "{near}", and there is no such image' if near else ""
 
 
@@ -270,8 +285,7 @@ def json_labels(path: Path, images: SampleFolder) -> LabelTable:
     refuse_controls(f"{path}: paths", content)
     table = LabelTable()
     for name, label in content.items():
-        identity, _ = images.find_row((name,))
-        enter(table, path, identity, name, label, "")
+        enter(table, path, images.find_row((name,)), name, label, "")
     return table
 
 
@@ -293,13 +307,16 @@ def csv_labels(
     wanted = [*path_columns, *columns]
     wanted += [column for column in (group_column, split_column) if column]
     table = LabelTable()
-    for row in read_csv(path, wanted):
-        identity, name = images.find_row(tuple(row[column] for column in path_columns))
+    rows = read_csv(path, wanted)
+    for row, paths in zip(rows, paths_of(rows, path_columns), strict=True):
+        identity, lacking = images.find_row(paths)
+        name = paths[0]
         if split_column:
             table.split_names.add(row[split_column])
         cells = tuple(row[column] for column in columns)
         label = cells[0] if isinstance(label_column, str) else cells
-        enter(table, path, identity, name, label, row[split_column] if split_column else "")
+        split = row[split_column] if split_column else ""
+        enter(table, path, (identity, lacking), name, label, split)
         for column, store in ((group_column, table.groups), (split_column, table.splits)):
             if column and identity is not None:
                 agree(path, name, column, store.setdefault(identity, row[column]), row[column])
@@ -328,9 +345,10 @@ def datalist_labels(path: Path, images: SampleFolder, *, labelled: bool = True) 
                 continue
             paths = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
             refuse_controls(f'{path}: paths of "{split}"', map(str, paths))
-            identity, name = images.find_row(tuple(map(str, paths)))
+            identity, lacking = images.find_row(tuple(map(str, paths)))
+            name = str(paths[0])
             table.split_names.add(split)
-            enter(table, path, identity, name, entry["label"] if labelled else "", split)
+            enter(table, path, (identity, lacking), name, entry["label"] if labelled else "", split)
             if identity is not None:
                 agree(path, name, "split", table.splits.setdefault(identity, split), split)
     if not table.split_names:
@@ -338,12 +356,26 @@ def datalist_labels(path: Path, images: SampleFolder, *, labelled: bool = True) 
     return table
 
 
+def paths_of(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Paths in some columns of each row; in the place of an empty cell, which row it is in."""
+    return [
+        tuple(row[column] or f"(no {column} in row {number})" for column in columns)
+        for number, row in enumerate(rows, 1)
+    ]
+
+
 def enter(
-    table: LabelTable, path: Path, identity: str | None, name: str, label: Any, split: str
+    table: LabelTable, path: Path, found: tuple[str | None, str], name: str, label: Any, split: str
 ) -> None:
-    """Note the label of an image, or that there is no such image."""
+    """Note the label of a sample, or that it lacks a file.
+
+    Args:
+        found: see `SampleFolder.find_row`.
+        name: its first path.
+    """
+    identity, lacking = found
     if identity is None:
-        table.missing.setdefault(name, split)
+        table.missing.setdefault(name, (lacking, split))
     else:
         agree(path, name, "label", table.labels.setdefault(identity, label), label)
 

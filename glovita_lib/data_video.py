@@ -42,6 +42,7 @@ from glovita_lib.data_tables import (
     csv_labels,
     datalist_labels,
     note_unlisted,
+    paths_of,
     walk_folders,
 )
 from glovita_lib.dist import cores, number_of
@@ -539,8 +540,8 @@ def unlabelled_videos(path: str, samples: ClipSamples, data: VideoData) -> tuple
     """
     where = on_disk(Path(path))
     if where.suffix.lower() == ".csv":
-        (column,) = data.path_columns
-        ids = [row[column] for row in read_csv(where, [column])]
+        rows = read_csv(where, data.path_columns)
+        ids = [path for (path,) in paths_of(rows, data.path_columns)]
         paths = {name: str(on_disk(where.parent / name)) for name in ids}
     elif where.is_dir():
         folder = open_folder(where, data.allowed_exts, None)

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from glovita_lib.data import Asked, Data, Split, VolumeSamples, read_data_set
 from glovita_lib.data_dicom import DicomVolumes, find_dicom, lineage, parts_among, parts_in_table
 from glovita_lib.data_folder import read_folder
-from glovita_lib.data_tables import Problems, SampleFolder, walk
+from glovita_lib.data_tables import Problems, SampleFolder, paths_of, walk
 from glovita_lib.dist import cores, number_of
 from glovita_lib.errors import UserError, itemized, listed, with_all
 from glovita_lib.files import name_of, on_disk, read_csv, read_json_table
@@ -394,8 +394,7 @@ def new_files(
         UserError: there is nothing, or a folder that cannot be listed.
     """
     if where.suffix.lower() == ".csv":
-        rows = read_csv(where, data.path_columns)
-        named = [tuple(row[column] for column in data.path_columns) for row in rows]
+        named = paths_of(read_csv(where, data.path_columns), data.path_columns)
         suffixes = data.path_suffix or ("",)
         files = [
             tuple(str(on_disk(where.parent / f"{name}{s}")) for name in names for s in suffixes)

@@ -161,7 +161,7 @@ def test_lists_of_dataset_json(tmp_path):
         build(tmp_path, **{**fields, "train_split_name": "train"})
     content["training"][0]["image"][1] = "images/9_t2.nii"
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"images/9_t2.nii: no such file"):
+    with pytest.raises(UserError, match=r"/0_t1.nii: no such file beside it: images/9_t2.nii"):
         build(tmp_path, **fields)
 
 
@@ -237,6 +237,46 @@ def test_files_of_all_columns_are_in_the_label_file(tmp_path):
     table(tmp_path, rows[1:])
     (line,) = unlisted(build(tmp_path, **fields))
     assert line.startswith("3 volumes of")
+
+
+def test_every_row_that_lacks_a_file_has_its_line(tmp_path):
+    write(tmp_path, [f"{n}_{kind}.nii" for n in range(12) for kind in ("t1", "t2")])
+    rows = [
+        {"t1": f"{n}_t1.nii", "t2": f"{n}_t2.nii", "label": n % 2, "split": SPLITS[n // 2]}
+        for n in range(12)
+    ]
+    for number, files in {
+        1: {"t2": ""}, 3: {"t2": ""}, 5: {"t2": "0_t3.nii"}, 7: {"t2": "0_t3.nii"}, 9: {"t1": ""},
+        11: {"t1": "gone.nii", "t2": ""},
+    }.items():  # fmt: skip
+        rows[number].update(files)
+    table(tmp_path, rows)
+    said = [
+        "1_t1.nii: no such file beside it: (no t2 in row 2)",
+        "3_t1.nii: no such file beside it: (no t2 in row 4)",
+        "5_t1.nii: no such file beside it: 0_t3.nii",
+        "7_t1.nii: no such file beside it: 0_t3.nii",
+        "(no t1 in row 10): no such file",
+        "gone.nii: no such file",
+    ]
+    for split in ({}, {"split_source": "kfold", "n_folds": 3}):
+        with pytest.raises(UserError) as caught:
+            build(tmp_path, path_column=("t1", "t2"), **split)
+        head, *lines = str(caught.value).splitlines()
+        assert head.startswith("6 volumes cannot be used") and [line[2:] for line in lines] == said
+    new = VolumeSamples(channels=2, reading=VolumeReading(), preparation=PREPARED)
+    for row in rows:
+        row.update({kind: row[kind] and f"images/{row[kind]}" for kind in ("t1", "t2")})
+    table(tmp_path, rows)
+    files = VolumeData(path_column=("t1", "t2"))
+    with pytest.raises(UserError) as caught:
+        unlabelled_volumes(str(tmp_path / "labels.csv"), new, files)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("6 volumes of 12 cannot be read")
+    places = ["row 2", "row 4", "0_t3", "0_t3", "row 10", "gone"]
+    for line, text, place in zip(lines[1:], said, places, strict=True):
+        folder = "" if text.startswith("(") else "images/"
+        assert line.startswith(f"  {folder}{text.partition(': ')[0]}: ") and place in line
 
 
 # ---------------------------------------------------------------------- bad files
