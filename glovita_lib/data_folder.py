@@ -277,9 +277,9 @@ def members_of(
             problems.add_missing(name, path, images.hint)
         return {ALL: images.ids if table is None else list(table.labels)}
     if spec.split_source == "splits_json":
-        path = on_disk(Path(spec.data_root_dir) / spec.split_file)
-        entries = read_splits(path, spec.fold, [getattr(spec, key) for key in SPLIT_KEYS])
-        where = str(path)
+        file = on_disk(Path(spec.data_root_dir) / spec.split_file)
+        entries = read_splits(file, spec.fold, [getattr(spec, key) for key in SPLIT_KEYS])
+        where = str(file)
     elif spec.split_source in ("csv", "dataset_json"):
         assert table is not None  # these splits with other labels are refused
         of_csv = spec.split_source == "csv"
