@@ -7,7 +7,7 @@ Folders go by their path below the one that is looked at, "." being itself.
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from statistics import median_low
@@ -23,6 +23,8 @@ from glovita_lib.read_dicom import (
     series_conditions,
 )
 
+OTHER_SUFFIXES = (".nii", ".gz", ".npy", ".npz", ".b2nd", ".json", ".csv", ".txt", ".png", ".jpg")
+"""Suffixes of files that are never DICOM."""
 LOOKED_AT = 3  # largest and smallest files of a folder
 
 Kinds = dict[str, ImageKind]
@@ -363,7 +365,7 @@ def image_kinds(
             the smallest show a file with frames, the first and the last most often another series.
             Where they meet no condition all are looked at.
     """
-    sizes = {name: size_of(os.path.join(folder, name)) for name in names if looks_dicom(name)}
+    sizes = {name: size_of(os.path.join(folder, name)) for name in dicom_names(folder, names)}
     order = sorted(sizes, key=lambda name: (-sizes[name], name))
     kinds: dict[str, ImageKind | None] = {}
 
@@ -385,6 +387,29 @@ def image_kinds(
     if unmet or any(kind.frames > 1 for kind in known):
         look(order, len(order))
     return {name: kind for name in order if (kind := kinds.get(name)) is not None}
+
+
+def dicom_names(folder: str, names: Iterable[str]) -> list[str]:
+    """Those of the files of a folder that may be DICOM: by their names, or with another suffix of
+    which the first file has the mark of DICOM (E1S1I1.MR)."""
+    found, first = [], dict[str, bool]()
+    for name in sorted(names):
+        suffix = os.path.splitext(name)[1].lower()
+        if not looks_dicom(name) and suffix not in OTHER_SUFFIXES and suffix not in first:
+            file = os.path.join(folder, name)
+            first[suffix] = os.path.isfile(file) and is_marked(file)
+        if looks_dicom(name) or first.get(suffix):
+            found.append(name)
+    return found
+
+
+def is_marked(file: str) -> bool:
+    """Whether a file can be read and has the mark of DICOM behind its preamble."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def size_of(path: str) -> int:

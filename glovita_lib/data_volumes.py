@@ -16,7 +16,14 @@ import numpy as np
 from msgspec.structs import replace
 
 from glovita_lib.data import Asked, Data, Split, VolumeSamples, read_data_set
-from glovita_lib.data_dicom import DicomVolumes, find_dicom, lineage, parts_among, parts_in_table
+from glovita_lib.data_dicom import (
+    DicomVolumes,
+    dicom_names,
+    find_dicom,
+    lineage,
+    parts_among,
+    parts_in_table,
+)
 from glovita_lib.data_folder import read_folder
 from glovita_lib.data_tables import Problems, SampleFolder, paths_of, walk
 from glovita_lib.dist import cores, number_of
@@ -26,7 +33,6 @@ from glovita_lib.loggers import Rate
 from glovita_lib.read_dicom import (
     SLICE_SUFFIXES,
     image_kind,
-    looks_dicom,
 )
 from glovita_lib.spec_data import VolumeData
 from glovita_lib.spec_samples import WholeSubtask
@@ -60,8 +66,9 @@ class VolumeFolder(SampleFolder):
         """Id of the volume at a path below the folder; also of a study."""
         path = str(PurePosixPath(name))
         found = path if path in self.studies else SampleFolder.find(self, name)
-        if found is None and self.dicom is not None and looks_dicom(path):
-            kind = image_kind(str(self.folder / path), [])
+        file = self.folder / path
+        if found is None and self.dicom is not None and dicom_names(str(file.parent), [file.name]):
+            kind = image_kind(str(file), [])
             found = path if kind is not None and kind.frames > 1 else None
         return found
 

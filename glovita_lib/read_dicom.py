@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal, Never
 
 import numpy as np
 
-from glovita_lib.errors import UserError, listed
+from glovita_lib.errors import UserError, listed, reason
 from glovita_lib.spec_volumes import CACHE
 
 Box = tuple[slice, slice, slice]
@@ -501,7 +501,13 @@ def decoded(image: Any) -> np.ndarray:
             f"{os.path.basename(image.filename)} is compressed ({syntax.name}), which needs a"
             f" decoder: pip install {DECODERS}"
         )
-    return image.pixel_array
+    try:
+        return image.pixel_array
+    except Exception as error:  # pydicom and its decoders raise anything where bytes are missing
+        name = os.path.basename(image.filename)
+        raise UserError(
+            f"{name} is truncated or damaged: its pixels cannot be decoded ({reason(error)})"
+        ) from None
 
 
 def stack(slices: list[Slice]) -> Series:

@@ -91,6 +91,25 @@ def test_tables_name_files_with_frames_and_folders_of_them(root):
     assert ids_of(found) == sorted(names)
 
 
+@pytest.mark.parametrize("suffix", ["MR", "ct", "img", "dcm.txt.bak"])
+def test_slices_and_files_with_frames_of_any_suffix_are_found(root, suffix):
+    """By their first bytes, where the names do not tell."""
+    folder = root / "images" / "train" / "dark" / "patient"
+    for number, file in enumerate(sorted(write_dicom(folder, VOXELS).iterdir())):
+        file.rename(folder / f"E1S1I{number}.{suffix}")
+    framed(root / "images" / "val" / "dark", [f"scan.{suffix}"])
+    (root / "images" / f"notes.{suffix}").write_text("no image")
+    assert {"train/dark/patient", f"val/dark/scan.{suffix}"} < set(ids_of(build(root)))
+    assert len(ids_of(build(root))) == 26
+    names = ["train/dark/patient", "train/bright/c", f"val/dark/scan.{suffix}", "val/bright/c"]
+    rows = zip(names, "abab", ["train", "train", "val", "val"], strict=True)
+    with open(root / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *rows])
+    assert ids_of(build(root, label_source="csv", split_source="csv")) == sorted(names)
+    new = new_volumes(folder.parent)[0]
+    assert len(new.ids) == 7
+
+
 def test_two_columns_and_suffixes_of_files_with_frames(tmp_path):
     for case in range(4):
         framed(tmp_path / "images" / f"p{case}", ["t1.dcm", "t2"])

@@ -514,6 +514,16 @@ def test_a_run_with_lora_is_asked_and_its_attention_written(command, spec, tmp_p
         assert (run.path / "infer" / name).read_bytes() == (run.path / name).read_bytes()
 
 
+def test_the_map_of_a_patch_lies_in_the_middle_of_its_volume(command, spec):
+    short = ["training.epochs=1", "data.augmentation.patch_size=[4,4,4]"]
+    run = command(*short, spec=spec)
+    command(*short, "mode=infer", "infer.volume_maps=true", spec=spec)
+    for path in (run.path / "infer" / "maps_test").iterdir():
+        values = nibabel.load(path).get_fdata()
+        assert values.shape == (8, 8, 6) and (values[2:6, 2:6, 1:5] > 0).all()
+        assert (values > 0).sum() == 4**3
+
+
 @pytest.mark.parametrize("head", ["abmil", "classification", "max"])
 def test_frozen_slices_are_encoded_once(command, spec, head, monkeypatch):
     """Vectors of volumes, or bags of slices: the same training."""

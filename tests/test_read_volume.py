@@ -109,12 +109,15 @@ def test_slope_and_intercept_count_and_integers_stay(tmp_path):
 
 def test_big_endian_files_and_units(tmp_path):
     voxels = np.arange(24, dtype=">f8").reshape(2, 3, 4)
-    image = nibabel.Nifti1Image(voxels, np.diag([0.001, 0.002, 0.003, 1]))
+    affine = np.diag([0.001, 0.002, 0.003, 1])
+    affine[:3, 3] = 0.01, -0.02, 0.04
+    image = nibabel.Nifti1Image(voxels, affine)
     image = nibabel.Nifti1Image(voxels, image.affine, image.header.as_byteswapped(">"))
     image.header.set_xyzt_units("meter")
     nibabel.save(image, tmp_path / "a.nii")
     volume = open_volume(str(tmp_path / "a.nii"), PLAIN)
     np.testing.assert_allclose(volume.spacing, (1, 2, 3), rtol=1e-6)
+    np.testing.assert_allclose(volume.affine[:3, 3], (10, -20, 40), rtol=1e-6)
     assert volume.read().dtype == np.float32 and volume.read().dtype.isnative
     assert (volume.read()[0] == voxels).all()
 

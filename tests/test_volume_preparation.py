@@ -224,6 +224,13 @@ def test_cut_or_padded_around_the_centre(size):
     assert (found.voxels[0] == expected).all()
 
 
+def test_each_channel_is_padded_with_its_own_minimum():
+    voxels = two_channels()
+    size = tuple(side + 4 for side in voxels.shape[1:])
+    found = prepared(voxels, replace(NOTHING, size=size)).voxels
+    assert found[:, 0, 0, 0].tolist() == voxels.min((1, 2, 3)).tolist()
+
+
 # ---------------------------------------------------------------------- intensities
 
 
