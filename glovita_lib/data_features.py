@@ -18,7 +18,7 @@ from glovita_lib.data import (
     read_data_set,
     splits_needed,
 )
-from glovita_lib.data_labels import Encoded, encode, untrained
+from glovita_lib.data_labels import Encoded, encode, missing_words, untrained
 from glovita_lib.data_splits import (
     fold_splits,
     folds,
@@ -175,6 +175,26 @@ def with_table(
         groups=[row[group] for row in rows] if group else groups,
         split_of=[row[spec.split_column] for row in rows] if spec.split_source == "csv" else None,
     )
+
+
+def refuse_missing(collection: Collection, classes: Sequence[str] | None) -> None:
+    """Raise an error where "?", "NA" or another word for a missing value stands for a label and no
+    class is named so: it is none, of which a class would be made."""
+    labels: Any = () if collection.labels is None else collection.labels
+    if isinstance(labels, np.ndarray) and labels.dtype.kind not in "UO":
+        return
+    wrong: dict[str, list[str]] = {}
+    for identity, label in zip(collection.ids, labels, strict=False):
+        for text in missing_words(label, classes):
+            wrong.setdefault(text, []).append(identity)
+    if wrong:
+        told = "; ".join(f'"{text}" of {listed(own)}' for text, own in wrong.items())
+        text = (
+            f"{collection.where}: there is no label ({told}): fill it in or leave these samples"
+            " out, or name it in data.class_names where it is a class"
+        )
+        each = [f'{identity} "{text}"' for text, own in wrong.items() for identity in own]
+        raise UserError(ended(with_all(text, each)))
 
 
 def refuse_row_numbers(collections: Sequence[Collection], table: Table | None) -> None:
@@ -395,7 +415,10 @@ def open_collection(
             f" columns {spec.id_column} and {spec.label_column}"
         )
     collection = read_collection(path, keys(spec), labelled=table is None, listed=table, used=used)
-    return with_table(spec, collection, table)
+    labelled = with_table(spec, collection, table)
+    if table is not None:  # the names in a feature file are those of whoever wrote it
+        refuse_missing(labelled, spec.class_names)
+    return labelled
 
 
 def check_values(collection: FeatureCollection, rows: np.ndarray) -> None:

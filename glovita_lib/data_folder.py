@@ -1,6 +1,7 @@
 """Folders of samples with labels, splits, folds and groups; data sets of images, and new images
 without labels."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ from glovita_lib.data import (
     read_data_set,
     splits_needed,
 )
-from glovita_lib.data_labels import encode, is_missing, untrained
+from glovita_lib.data_labels import encode, is_missing, missing_words, untrained
 from glovita_lib.data_splits import (
     FOLDS,
     duplicate_notes,
@@ -434,6 +435,8 @@ def usable_labels(
     """Labels of the samples that have one, and a group where groups are asked for."""
     names = {"train": spec.train_split_name, "val": spec.val_split_name}
     names["test"] = spec.test_split_name
+    missing = [] if table is None else list(table.missing)
+    meant_by = {name: near for near in missing for name in (near, without_suffix(near))}
     split_of_id = {i: names.get(split, "") for split, ids in members.items() for i in ids}
     labels = {}
     for identity, split in split_of_id.items():
@@ -442,11 +445,22 @@ def usable_labels(
         if is_missing(label, subtask):
             why = "no label" if table else "in no class folder"
             problems.add(identity, why, table.hint if table else None)
+        elif table is not None and (words := missing_words(label, spec.class_names)):
+            cure = "name it in data.class_names where it is a class"
+            problems.add(identity, f'no label ("{words[0]}"): {cure}')
         elif table is not None and spec.group_column and not table.groups.get(identity):
-            problems.add(identity, f"no group in column {spec.group_column}")
+            near = meant_by.get(identity) or meant_by.get(without_suffix(identity))
+            mend = "" if near is None else f'; the table has "{near}": write the names of the files'
+            problems.add(identity, f"no group in column {spec.group_column}{mend}")
+            problems.lines.pop(near or "", None)  # one sample, not two
         else:
             labels[identity] = label
     return labels
+
+
+def without_suffix(name: str) -> str:
+    """The name of a file without its suffix, which begins with a letter."""
+    return re.sub(r"\.[A-Za-z]\w*$", "", composed(name))
 
 
 def class_folder(identity: str, split: str, spec: FolderData) -> str | None:

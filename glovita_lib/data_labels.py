@@ -19,6 +19,7 @@ from glovita_lib.data import INNER, NUMBER
 from glovita_lib.data_subtask import (
     LARGEST,
     MARKS,
+    NO_LABEL,
     WHOLE,
     LabelRules,
     Labels,
@@ -56,6 +57,15 @@ def is_missing(label: Any, subtask: str) -> bool:
     if isinstance(label, str):
         return subtask != "multilabel" and not label.strip()
     return label is None or (isinstance(label, float | np.floating) and math.isnan(label))
+
+
+def missing_words(label: Any, classes: Sequence[str] | None) -> list[str]:
+    """Words in a cell, or the cells, of a label that say that there is none, unless a class is
+    named so; "none" in small letters is a grade as mild is."""
+    cells = label if isinstance(label, tuple | list | np.ndarray) else (label,)
+    words = [cell.strip() for cell in cells if isinstance(cell, str)]
+    named = {"none", *(classes or ())}
+    return [text for text in words if text.lower() in NO_LABEL and text not in named]
 
 
 def encode(files: Sequence[Labels], rules: LabelRules) -> Encoded:

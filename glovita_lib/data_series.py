@@ -33,6 +33,7 @@ from glovita_lib.data_features import (
     read_table,
     refuse_emptied,
     refuse_equal,
+    refuse_missing,
     refuse_row_numbers,
     refuse_shared,
     shared_ids,
@@ -51,10 +52,10 @@ from glovita_lib.data_splits import (
 )
 from glovita_lib.data_tables import Problems
 from glovita_lib.dist import hash_seed
-from glovita_lib.errors import UserError, composed, ended, listed, with_all
+from glovita_lib.errors import UserError, composed, listed
 from glovita_lib.files import on_disk
 from glovita_lib.read_series import SUFFIXES, is_one_series, read_files, read_series
-from glovita_lib.series_preparation import MISSING, REGULAR, PreparedSeries, prepare
+from glovita_lib.series_preparation import REGULAR, PreparedSeries, prepare
 from glovita_lib.series_table import Columns, SeriesTable
 from glovita_lib.spec_data import SeriesData
 from glovita_lib.spec_series import SeriesPreparation
@@ -237,9 +238,11 @@ def open_file(path: Path, spec: SeriesData, table: Table | None) -> SeriesCollec
     found = read_series(path, columns_of(spec))
     refuse_equal(path, found.ids, table)
     if found.labels is None and table is None:
+        cure = "name a CSV file of them in data.labels_file"
+        if path.suffix.lower() == ".arff":
+            cure += ", or the last attribute in data.label_column where it is a number to predict"
         raise UserError(
-            f"{path}: no labels in it (column or array"
-            f' "{listed(label_columns(spec))}"): name a CSV file of them in data.labels_file'
+            f'{path}: no labels in it (column or array "{listed(label_columns(spec))}"): {cure}'
         )
     if spec.split_source == "csv" and table is None and found.splits is None:
         raise UserError(f'{path}: no column "{spec.split_column}" of the splits in it')
@@ -247,30 +250,8 @@ def open_file(path: Path, spec: SeriesData, table: Table | None) -> SeriesCollec
     if table is None and spec.group_column and found.groups is None:
         raise UserError(f'{path}: no column "{spec.group_column}" of the groups in it')
     labelled = with_table(spec, collection, table)
-    refuse_missing(labelled, spec.class_names or ())
+    refuse_missing(labelled, spec.class_names)
     return labelled
-
-
-def refuse_missing(collection: SeriesCollection, classes: Sequence[str]) -> None:
-    """Raise an error where "?", "NA" or another word for a missing value stands for a label and no
-    class is named so: it is none, of which a class would be made."""
-    labels: Any = () if collection.labels is None else collection.labels
-    if isinstance(labels, np.ndarray) and labels.dtype.kind not in "UO":
-        return
-    wrong: dict[str, list[str]] = {}
-    for identity, label in zip(collection.ids, labels, strict=False):
-        for cell in label if isinstance(label, tuple | list | np.ndarray) else (label,):
-            text = cell.strip() if isinstance(cell, str) else ""
-            if text and text.lower() in MISSING and text not in classes:
-                wrong.setdefault(text, []).append(identity)
-    if wrong:
-        told = "; ".join(f'"{text}" of {listed(own)}' for text, own in wrong.items())
-        text = (
-            f"{collection.where}: there is no label ({told}): fill it in or leave these samples"
-            " out, or name it in data.class_names where it is a class"
-        )
-        each = [f'{identity} "{text}"' for text, own in wrong.items() for identity in own]
-        raise UserError(ended(with_all(text, each)))
 
 
 def collection_of(found: SeriesTable) -> SeriesCollection:
@@ -421,15 +402,17 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
             step=step,
         ),
         report=report,
-        size_text=size_text(series),
+        size_text=size_text(series, names),
     )
 
 
-def size_text(series: Sequence[PreparedSeries]) -> str:
-    """Channels and time points of series of one number of channels."""
+def size_text(series: Sequence[PreparedSeries], names: Sequence[str] = ()) -> str:
+    """Channels, with their names where they have some, and time points of series of one number of
+    channels."""
+    shown = f" ({listed(names, 6)})" if names else ""
     channels, counts = len(series[0].values), {one.values.shape[1] for one in series}
     points = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
-    return f"{channels} channel{'s' * (channels > 1)}, {points} time points"
+    return f"{channels} channel{'s' * (channels > 1)}{shown}, {points} time points"
 
 
 def match_columns(table: SeriesTable, names: tuple[str, ...], whose: str) -> str | None:

@@ -145,7 +145,9 @@ WHOLE = re.compile(r"0|-?[1-9]\d*", re.ASCII)
 CODE = re.compile(r"[+-]?0\d|\+\d+$|-0$", re.ASCII)
 """How a number begins that is not printed so."""
 MARKS = {"false": "0", "true": "1"}
-MISSING = {"nan", "na", "n/a", "<na>", "#n/a", "null", "none", "nil", "?", "-", "."}
+NO_LABEL = {"nan", "na", "n/a", "<na>", "#n/a", "null", "none", "?"}
+"""How programs write that there is no label, in small letters."""
+MISSING = {*NO_LABEL, "nil", "-", "."}
 """How programs write that a number is missing; beside words it may well be a class."""
 COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 """A number as it is written where the decimal point is a comma."""

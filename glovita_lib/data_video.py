@@ -230,7 +230,7 @@ class VideoSource(Source):
 
 # ----------------------------------------------------------------------- what is known of videos
 
-FORMAT = 3  # of the index; another one looks at all videos anew
+FORMAT = 4  # of the index; another one looks at all videos anew
 
 
 class VideoFolder(SampleFolder):
@@ -390,6 +390,18 @@ def order_line(facts: Sequence[VideoFacts]) -> list[str]:
     ]
 
 
+def rate_line(ids: Sequence[str], facts: Sequence[VideoFacts]) -> list[str]:
+    """A line on the videos whose frames have no times but by the rate in the header."""
+    bare = [f"{name} ({each.fps:g})" for name, each in zip(ids, facts, strict=True)
+            if each.frames > 1 and not each.timed]  # fmt: skip
+    if not bare:
+        return []
+    return [
+        "videos whose timestamps decord does not give in ascending order: their frames count as"
+        f" even, so many a second as the header says: {listed(bare)}"
+    ]
+
+
 def short_line(
     ids: Sequence[str], facts: Sequence[VideoFacts], sampling: ClipSampling
 ) -> list[str]:
@@ -481,7 +493,8 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
         asked=asked,
         table=table_of_frames,
     )
-    report += order_line(found.found) + short_line(found.ids, found.found, spec.sampling)
+    report += order_line(found.found) + rate_line(found.ids, found.found)
+    report += short_line(found.ids, found.found, spec.sampling)
     if frames is None:
         report += found.untrained()
     videos = VideoTable([folder.video(i) for i in found.ids], found.found)
@@ -566,7 +579,7 @@ def unlabelled_videos(path: str, samples: ClipSamples, data: VideoData) -> tuple
     ids = [name for name in paths if name in facts]
     found = [facts[name] for name in ids]
     table = VideoTable([paths[name] for name in ids], found)
-    report += order_line(found) + short_line(ids, found, data.sampling)
+    report += order_line(found) + rate_line(ids, found) + short_line(ids, found, data.sampling)
     split = Split(ids, None, VideoSource(table, np.arange(len(ids))))
     if samples.label_level == "frame":
         split = replace(split, frames=frames_of(split.ids, split.source, None))

@@ -25,6 +25,7 @@ from glovita_lib.series_table import (
     SeriesTable,
     is_like_rows,
     refuse_index,
+    refuse_owner,
     refuse_row,
     refuse_text,
 )
@@ -206,7 +207,10 @@ def read_values(
         raise UserError(f"{path}: no column of values beside {listed(header)}: data.value_columns")
     if not columns.values:
         for place in places:
-            refuse_index(path, header[place], [row[place].strip() for row in rows])
+            cells = [row[place].strip() for row in rows]
+            refuse_index(path, header[place], cells)
+            if columns.time in header and len(places) > 1:
+                refuse_owner(path, header[place], cells, column(header, rows, columns.id))
     return header, rows, places
 
 

@@ -45,6 +45,8 @@ class VideoFacts:
     """Whether its frames may be read at random."""
     times: tuple[float, ...] | None = None
     """Seconds of each frame from the first, of a variable frame rate; none: frame / fps."""
+    timed: bool = True
+    """Whether fps and times are those of its timestamps; else fps is what the header says."""
 
     @property
     def clock(self) -> "Clock":
@@ -411,7 +413,8 @@ def look_at(path: str, *, check: bool, trusted: bool, frame_rate: float) -> Vide
         height, width, _ = reader.next().shape
     if not (np.isfinite(fps) and fps > 0):
         fps = frame_rate
-    random = kind.may_be_random and timestamps(reader, frames) is not None
+    is_timed = timestamps(reader, frames) is not None
+    random = kind.may_be_random and is_timed
     fps, times = timed(reader, frames, fps)
     if random and not check:  # another encoder may have made this file than the one looked at
         with decoding():
@@ -423,7 +426,7 @@ def look_at(path: str, *, check: bool, trusted: bool, frame_rate: float) -> Vide
         if len(sums) != frames:
             raise UserError(f"{len(sums)} frames can be decoded, its header says {frames}")
         random = random and agrees(path, sums)
-    return VideoFacts(str(kind), frames, int(height), int(width), fps, random, times)
+    return VideoFacts(str(kind), frames, int(height), int(width), fps, random, times, is_timed)
 
 
 def timestamps(reader: Any, frames: int) -> np.ndarray | None:

@@ -23,6 +23,13 @@ ID_NAME = re.compile(
     r"(.*[ _.-])?u?id|subject|patient|person|sample|series|case|index", re.IGNORECASE
 )
 """Names of columns that hold ids."""
+GROUP_NAME = re.compile(
+    r"groups?|subjects?|patients?|persons?|participant|user|animal|site|cent(er|re)|cohort"
+    r"|session|visit|trial|record(ing)?|fold|split"
+    r"|(subject|patient|person|case|sample)[ _.-]?(no|nr|num.*)",
+    re.IGNORECASE,
+)
+"""Names of columns that hold what several series have in common."""
 NAMELESS = re.compile(r"unnamed: \d+(\.\d+)*", re.IGNORECASE)
 """What pandas calls columns without a name, as an index, when it reads a table."""
 ROW_NAME = re.compile(r"index|level_0", re.IGNORECASE)
@@ -216,6 +223,25 @@ def is_grid(cells: Sequence[str]) -> bool:
     rounding = max(last if decimals > 0 and 10 * last <= step else 0, 1e-9 * step)
     exact = np.linspace(values[0], values[-1], len(values))
     return bool(step > 0 and np.abs(values - exact).max() <= rounding * (1 + 1e-6))
+
+
+def refuse_owner(path: Path, name: str, cells: list[str], ids: list[str] | None) -> None:
+    """Raise an error where a column that is named as ids or groups are has one value in each series
+    of a table with a row a time point: it tells whose the series is, and is no channel.
+
+    Args:
+        ids: of the series of each row; none: all are of one.
+    """
+    if not (ID_NAME.fullmatch(name) or GROUP_NAME.fullmatch(name)):
+        return
+    owner: dict[str, str] = {}
+    of_each = ids if ids is not None else [""] * len(cells)
+    if all(owner.setdefault(i, cell) == cell for i, cell in zip(of_each, cells, strict=True)):
+        raise UserError(
+            f'{path}: column "{name}" has one value in each series, so that it seems to hold'
+            " groups, no channel: name it in data.group_column, or the columns of the values in"
+            " data.value_columns"
+        )
 
 
 def refuse_index(path: Path, name: str, cells: list[str]) -> None:

@@ -372,6 +372,7 @@ def load_one_of(target: LoadTarget, networks: list[FileNetwork], *, source: str)
             refuse(target, found, f"{source}: {network.name}, which comes before {chosen.place},")
     if chosen is not tried[-1][0]:
         load_candidate(target, chosen.tensors)
+    refuse_nan(state, source)
     target.taken["weights_key"] = chosen.name
     others = [network.place for network, other in fitting if not equal(state, other)]
     if chosen.is_named or not others:
@@ -404,10 +405,33 @@ def first_of(
 
 
 def equal(one: Tensors, other: Tensors) -> bool:
-    """Whether names and tensors are the same."""
+    """Whether names and tensors are the same, NaN like NaN."""
     return one.keys() == other.keys() and all(
-        t.dtype == other[n].dtype and torch.equal(t, other[n]) for n, t in one.items()
+        t.dtype == other[n].dtype
+        and (torch.equal(t, other[n]) or torch.equal(without_nan(t), without_nan(other[n])))
+        for n, t in one.items()
     )
+
+
+def without_nan(tensor: Tensor) -> Tensor:
+    """A tensor and, behind it, where it is NaN, with 0 there."""
+    is_nan = tensor.isnan()
+    return torch.stack([torch.where(is_nan, 0, tensor), is_nan.to(tensor.dtype)])
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def refuse_nan(tensors: Tensors, source: str) -> None:
+    """Raise an error that names the tensors of a file that hold NaN; masks may be infinite."""
+    floats = {name: t for name, t in tensors.items() if t.dtype in FLOATS and not t.is_meta}
+    # the sum is NaN where a value is, and seldom else
+    found = [name for name, t in floats.items() if t.sum().isnan() and t.isnan().any()]
+    if found:
+        raise UserError(
+            f"{source}: {len(found)} of {len(tensors)} tensors hold NaN ({listed(found, 3)}), as a"
+            " training that diverged leaves them: take another file"
+        )
 
 
 def refuse(target: LoadTarget, found: Mismatch, source: str) -> NoReturn:

@@ -123,6 +123,19 @@ def test_the_table_says_which_samples_there_are(tmp_path):
         build(tmp_path, **given, n_folds=3)
 
 
+@pytest.mark.parametrize("missing", ["NA", "n/a", "None", "?", "null", "#N/A"])
+def test_words_for_a_missing_label_are_no_class(missing, tmp_path):
+    cells = ["a", "b", missing, "a", "b", "b"]
+    write(tmp_path / "all.h5", features=X[:6], ids=np.array(list("uvwxyz"), object))
+    rows = [f"{i},{cell}" for i, cell in zip("uvwxyz", cells, strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(["id,label", *rows]))
+    given = {"features_file": "all.h5", "labels_file": "labels.csv", "split_source": "kfold"}
+    with pytest.raises(UserError, match="there is no label"):
+        build(tmp_path, **given, n_folds=3)
+    named = build(tmp_path, **given, n_folds=3, class_names=("a", "b", missing))
+    assert sum(map(len, named.splits.values())) == 6
+
+
 def test_equal_ids_of_several_files_are_reported(tmp_path):
     for split, first in (("train", 0), ("val", 4)):
         ids = np.array([str(100 + number) for number in range(first, first + 6)], object)

@@ -129,7 +129,7 @@ def test_all_broken_series_are_in_one_report(tmp_path):
     assert data.splits["train"].ids == ["g0", "g1", "g2"] and "left out" in data.report[0]
 
 
-@pytest.mark.parametrize("missing", ["?", "NaN", "nan", "NA", "n/a", "Null", "None"])
+@pytest.mark.parametrize("missing", ["?", "NaN", "NA", "n/a", "Null", "None", "<NA>"])
 def test_a_missing_label_is_no_class(missing, tmp_path):
     labels = ["a", "b", missing, "a", "b", "a"]
     rows = [f"s{i},{i},{i + 1},{i + 3}" for i in range(6)]
@@ -163,6 +163,15 @@ def test_a_missing_label_is_no_class(missing, tmp_path):
         fields |= {"train_file": "marks.csv", "label_column": ["p", "q"]}
         with pytest.raises(UserError, match=r"there is no label \(.* of s4\)"):
             build(tmp_path, **fields)
+
+
+def test_a_last_attribute_that_is_no_label_by_its_name_may_be_named(tmp_path):
+    head = "@attribute a real\n@attribute b real\n@attribute age numeric\n@data\n"
+    (tmp_path / "x.arff").write_text(head + "".join(f"{i},{2 * i + 1},{i}.5\n" for i in range(8)))
+    fields = {"train_file": "x.arff", "test_file": None}
+    with pytest.raises(UserError, match=r"or the last attribute in data.label_column where it is"):
+        build(tmp_path, **fields)
+    assert build(tmp_path, **fields, label_column="age").subtask == "regression"
 
 
 def test_numbers_of_an_archive_are_classes_where_the_spec_says_so(tmp_path):
@@ -362,6 +371,7 @@ def test_both_unicode_forms_of_a_label_or_an_id_are_one(tmp_path):
     write_long(tmp_path / "a.csv", labels=lambda i, t: forms[t % 2] if i % 2 else "b")
     write_long(tmp_path / "b.csv", ids=lambda i, t: f"{forms[t % 2]}{i}")
     data = build(tmp_path, train_file="a.csv", test_file=None)
+    assert data.sizes_text == "train 12; 2 channels (x, y), 20 time points"
     assert data.class_names == ("b", forms[0]) and len(data.splits["train"]) == 12
     assert len(build(tmp_path, train_file="b.csv", test_file=None).splits["train"]) == 12
     for form in forms:  # of a column

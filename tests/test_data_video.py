@@ -350,6 +350,46 @@ def test_folds_are_of_all_videos_with_labels_of_frames(root, labels):
     assert line == f"2 videos of {root}/videos are not in {root}/f.csv: not used"
 
 
+@pytest.mark.parametrize("missing", ["NA", "n/a", "None", "?", "null", "#N/A"])
+def test_words_for_a_missing_label_are_no_class(root, missing):
+    """Of a table or a JSON file; a folder may be called so."""
+    ids = names(root)
+    labels = {i: missing if place == 2 else "ab"[place % 2] for place, i in enumerate(ids)}
+    table(root, [*labels.items()], "path", "label")
+    (root / "labels.json").write_text(json.dumps(labels))
+    for source in ("csv", "json"):
+        with pytest.raises(UserError) as error:
+            build(root, label_source=source)
+        line = (
+            f'  {ids[2]}: no label ("{missing}"): name it in data.class_names where it is a class'
+        )
+        assert str(error.value).splitlines()[1:] == [line]
+        some = build(root, label_source=source, strict=False)
+        assert some.class_names == ("a", "b")
+        named = build(root, label_source=source, class_names=("a", "b", missing))
+        assert sum(map(len, named.splits.values())) == len(ids)
+
+
+def test_a_group_of_another_name_is_one_problem_of_its_video(root):
+    """Groups of names without the suffix, or with one that the video has not."""
+    ids = names(root)
+    table(
+        root, [(i, n, "a") for i in ids for n in range(8)], "path", "frame", "label", name="f.csv"
+    )
+    frames = FrameLabels(label_level="frame", labels_file="f.csv")
+    for change in (lambda i: i.rpartition(".")[0] or i, lambda i: f"{i.rpartition('.')[0] or i}.x"):
+        table(root, [(change(i), "p") for i in ids], "path", "of")
+        wrong = [i for i in ids if change(i) != i]
+        with pytest.raises(UserError) as error:
+            build(root, label_source="csv", frames=frames, group_column="of")
+        head, *lines = str(error.value).splitlines()
+        assert head.startswith(f"{len(wrong)} videos cannot be used")
+        said = [f'  {i}: no group in column of; the table has "{change(i)}": write' for i in wrong]
+        assert len(wrong) > 3 and all(
+            any(line.startswith(start) for line in lines) for start in said
+        )
+
+
 @pytest.mark.parametrize(
     ("sampling", "short"),
     [

@@ -211,6 +211,9 @@ def test_what_is_wrong_with_a_series_of_a_table_is_its_line(tmp_path):
         ("index,id,time,v\n7,a,0,3\n3,a,1,4\n", 'column "index" numbers the rows: drop it'),
         ("id,patient,v,w\n0,5,3,1\n1,5,4,2\n", "seems to hold ids: name it in data.group_column"),
         ("level_0,id,v,w\n0,a,0,3\n1,b,1,4\n", 'column "level_0" numbers the rows'),
+        ("id,time,v,patient\na,0,2,7\na,1,3,7\nb,0,3,7\nb,1,2,7\n", "data.group_column"),
+        ("id,time,Group,v\na,0,2,7\na,1,2,8\nb,0,3,7\n", 'column "Group" has one value in each'),
+        ("id,time,subject_id,v\na,0,2,7\nb,0,3,7\n", "or the columns of the values in data.value"),
         ("id,time,v,arm\n0,2,3,left\n0,3,4,left\n", 'column "arm" holds no number ("left")'),
     ],
 )
@@ -343,6 +346,12 @@ def test_columns_that_the_spec_names_are_values_whatever_they_are_called(tmp_pat
     )
     path = write(tmp_path / "a.csv", "Unnamed: 0,id,v\n0,a,3\n1,a,4\n")
     assert_same(read_series(path, replace(COLUMNS, time="Unnamed: 0")), [[[3, 4]]])
+    text = "id,time,trial,patient\na,0,1,3\na,1,2,3\nb,0,3,4\nb,1,3,4\n"
+    path = write(tmp_path / "a.csv", text.replace("patient", "x"))
+    assert_same(read_series(path, COLUMNS), [[[1, 2], [3, 3]], [[3, 3], [4, 4]]])  # trial changes
+    path = write(tmp_path / "a.csv", text)
+    assert_same(read_series(path, replace(COLUMNS, group="patient")), [[[1, 2]], [[3, 3]]])
+    assert_same(read_series(path, replace(COLUMNS, values=("patient",))), [[[3, 3]], [[4, 4]]])
     path = write(tmp_path / "a.csv", "index,id,time\n3,a,0\n4,a,1\n3,b,0\n")  # of fingers
     assert_same(read_series(path, COLUMNS), [[[3, 4]], [[3]]])
     path = write(tmp_path / "b.csv", "id,v0,v1,label\n0,one,3,a\n1,3,4,b\n2,,?,b\n")

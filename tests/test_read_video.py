@@ -11,6 +11,7 @@ import pytest
 from video_files import number_of, numbered, write_frames, write_sound, write_video
 
 from glovita_lib import read_video
+from glovita_lib.data_video import rate_line
 from glovita_lib.errors import UserError
 from glovita_lib.read_container import FileType, container_of, file_type
 from glovita_lib.read_video import LOOK, Clock, look_at, read_frames, timed
@@ -172,6 +173,17 @@ class Stamped:
 )
 def test_timestamps_that_do_not_ascend_count_for_nothing(starts):
     assert timed(Stamped(starts), len(starts), 25.0) == (25.0, None)
+
+
+def test_a_video_without_timestamps_is_told(folder):
+    """Of two or three frames with a varying rate decord gives none from a Matroska file."""
+    write_video(folder / "bare.mkv", 3, times=[0, 40, 400])
+    write_video(folder / "even.mp4", 3)
+    found = ["bare.mkv", "even.mp4"]
+    facts = [look(str(folder / name)) for name in found]
+    (report,) = rate_line(found, facts)
+    assert report.endswith("the header says: bare.mkv (25)") and "even.mp4" not in report
+    assert facts[0].clock.seconds(np.arange(3)).tolist() == [0, 0.04, 0.08]
 
 
 def test_a_clock_goes_by_times_or_by_a_rate():

@@ -401,6 +401,20 @@ def test_a_key_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
         loaded({"a": other, "b": {"x.weight": torch.ones(2), **other}}, tmp_path / "w.pt")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_with_nan_are_one_line(dtype, tmp_path: Path) -> None:
+    """Also where the same network stands under two names; what is infinite may be a mask."""
+    broken = {name: value.to(dtype, copy=True) for name, value in RAW.items()}
+    broken["conv1.0.weight"].view(-1)[1] = float("nan")
+    for content in (broken, {"state_dict": broken, "model": broken}):
+        with pytest.raises(UserError, match="tensors hold NaN") as got:
+            loaded(content, tmp_path / "w.pt")
+        assert ": 1 of 8" in str(got.value) and "(conv1.0.weight)" in str(got.value)
+    for value in broken.values():
+        value.fill_(float("-inf"))
+    assert loaded(broken, tmp_path / "w.pt")[0] == float("-inf")
+
+
 def test_an_average_that_lacks_something_is_not_passed_over(tmp_path: Path) -> None:
     partial = {name: value for name, value in MEAN.items() if name != "conv1.0.weight"}
     with pytest.raises(UserError, match=r"state_dict_ema, which comes before state_dict") as got:
