@@ -345,12 +345,12 @@ class Encoder(nn.Module):
             return raw, sizes, uses
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             _, channels, *sides = input_shape
-            kinds = {1: "series", 2: "images", 3: "volumes"}
-            kind, key = kinds[len(sides)], "patch_size" if len(sides) > 2 else "image_size"
+            kind = {1: "series", 2: "images", 3: "volumes or clips"}[len(sides)]
+            key = "patch_size, of clips data.sampling.frames and data.augmentation.image_size,"
+            key = key if len(sides) > 2 else "image_size"
             raise UserError(
                 f"encoder {self.name} does not take {kind} of {' x '.join(map(str, sides))} with"
-                f" {channels} channels ({reason(error)}); set data.augmentation.{key} to a size it"
-                " takes"
+                f" {channels} channels ({reason(error)}); set data.augmentation.{key} otherwise"
             ) from error
 
     # ------------------------------------------------------------------ what outputs equal

@@ -459,19 +459,19 @@ def record_of(path: Path) -> Resolved:
 
 
 def transform_notes(own: Root, root: Root) -> list[str]:
-    """What a spec says of augmentation and sampling, other than when a model was trained."""
+    """What a spec says of augmentation and sampling, other than when a model was trained; of one
+    that names a checkpoint, which may be another run's, what is no default."""
     theirs, found = msgspec.to_builtins(own.data), []
+    named = (root.infer if root.mode == "infer" else root.extract).checkpoint
     for name in ("augmentation", "sampling"):
-        if (section := getattr(root.data, name, None)) is None:
-            continue
-        said, default = msgspec.to_builtins(section), msgspec.to_builtins(type(section)())
+        section = getattr(root.data, name, None)
+        said = {} if section is None else msgspec.to_builtins(section)
+        default = {} if named is None or section is None else msgspec.to_builtins(type(section)())
         trained = theirs.get(name) or {}
         found += [
             f"data.{name}.{key} = {shown(value)}"
             for key, value in said.items()
-            if value != default.get(key)
-            and value != trained.get(key)
-            and key not in EVALUATION_KEYS
+            if value not in (default.get(key, ...), trained.get(key)) and key not in EVALUATION_KEYS
         ]
     return found
 

@@ -198,7 +198,7 @@ class ClipInputs(ClipSamples, tag="videos", kw_only=True):
         if of.clips == 1 or of.combine == "bag" or self.label_level == "frame":
             return None
         setting = 'data.sampling.combine = "logits"'
-        return Parts("clips", of.combine == "logits", setting, "data.sampling.clips = 1")
+        return Parts("clips", of.combine == "logits", setting, "data.sampling.clips = 1 as trained")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -141,6 +141,19 @@ lift = "slices"
 
 
 @pytest.mark.runs
+def test_what_a_run_keeps_is_said_where_features_are_read_out_otherwise(command, tmp_path, spec):
+    """Also a default that the run was trained without; of the same spec nothing is said."""
+    out = ["name=run", "mode=extract", "extract.split=test", f"extract.output_dir={tmp_path}"]
+    command("name=run", "data.sampling.clips=3", "training.epochs=1", spec=spec)
+    told = command(*out, "data.sampling.clips=3", spec=spec).out
+    assert "has no effect" not in told
+    told = command(*out, "data.sampling.clips=1", spec=spec).out
+    assert "note: data.sampling.clips = 1 has no effect: " in told
+    told = command(*out, "data.sampling.clips=1", "extract.output=tokens", spec=spec, code=2).err
+    assert "data.sampling.clips = 1 as trained" in told
+
+
+@pytest.mark.runs
 @pytest.mark.parametrize("how", ["logits", "probabilities", "bag"])
 def test_every_mode(command, tmp_path, root, spec, how):
     changes = [f"data.sampling.combine={how}"] if how != "bag" else BAGS

@@ -519,3 +519,8 @@ def test_importing_the_hub_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert callable(hub_builder(PytorchvideoEncoder()))
+
+
+def test_clips_that_are_too_short_are_told_the_keys_of_videos() -> None:
+    with pytest.raises(UserError, match=r"clips of 4 x 32 x 32 .*of clips data\.sampling\.frames"):
+        make(section("s3d"), (4, 32, 32))
