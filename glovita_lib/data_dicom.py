@@ -18,6 +18,7 @@ from glovita_lib.errors import listed
 from glovita_lib.read_dicom import (
     ImageKind,
     image_kind,
+    is_dicom,
     kind_of_parts,
     looks_dicom,
     series_conditions,
@@ -390,24 +391,25 @@ def image_kinds(
 
 
 def dicom_names(folder: str, names: Iterable[str]) -> list[str]:
-    """Those of the files of a folder that may be DICOM: by their names, or with another suffix of
-    which the first file has the mark of DICOM (E1S1I1.MR)."""
-    found, first = [], dict[str, bool]()
-    for name in sorted(names):
+    """Those of the files of a folder that may be DICOM: by their names, or with another suffix
+    (E1S1I1.MR) with which one at least is DICOM by its first bytes."""
+    found, others = [], dict[str, list[str]]()
+    for name in names:
         suffix = os.path.splitext(name)[1].lower()
-        if not looks_dicom(name) and suffix not in OTHER_SUFFIXES and suffix not in first:
-            file = os.path.join(folder, name)
-            first[suffix] = os.path.isfile(file) and is_marked(file)
-        if looks_dicom(name) or first.get(suffix):
+        if looks_dicom(name):
             found.append(name)
+        elif suffix not in OTHER_SUFFIXES:
+            others.setdefault(suffix, []).append(name)
+    for alike in others.values():
+        if any(begins_as_dicom(os.path.join(folder, name)) for name in sorted(alike)):
+            found += alike
     return found
 
 
-def is_marked(file: str) -> bool:
-    """Whether a file can be read and has the mark of DICOM behind its preamble."""
+def begins_as_dicom(file: str) -> bool:
+    """Whether a file can be read and is DICOM by its first bytes."""
     try:
-        with open(file, "rb") as opened:
-            return opened.read(132)[128:] == b"DICM"
+        return os.path.isfile(file) and is_dicom(file)
     except OSError:
         return False
 

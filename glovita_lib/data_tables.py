@@ -375,6 +375,8 @@ def enter(
     """
     identity, lacking = found
     if identity is None:
+        if table.missing.get(name, (lacking, split))[0] != lacking:
+            name = f"{name} beside {lacking}"  # two rows with one first path
         table.missing.setdefault(name, (lacking, split))
     else:
         agree(path, name, "label", table.labels.setdefault(identity, label), label)

@@ -247,7 +247,7 @@ def test_every_row_that_lacks_a_file_has_its_line(tmp_path):
     ]
     for number, files in {
         1: {"t2": ""}, 3: {"t2": ""}, 5: {"t2": "0_t3.nii"}, 7: {"t2": "0_t3.nii"}, 9: {"t1": ""},
-        11: {"t1": "gone.nii", "t2": ""},
+        10: {"t1": "1_t1.nii", "t2": "t2.nii"}, 11: {"t1": "gone.nii", "t2": ""},
     }.items():  # fmt: skip
         rows[number].update(files)
     table(tmp_path, rows)
@@ -257,24 +257,25 @@ def test_every_row_that_lacks_a_file_has_its_line(tmp_path):
         "5_t1.nii: no such file beside it: 0_t3.nii",
         "7_t1.nii: no such file beside it: 0_t3.nii",
         "(no t1 in row 10): no such file",
+        "1_t1.nii beside t2.nii: no such file beside it: t2.nii",
         "gone.nii: no such file",
     ]
     for split in ({}, {"split_source": "kfold", "n_folds": 3}):
         with pytest.raises(UserError) as caught:
             build(tmp_path, path_column=("t1", "t2"), **split)
         head, *lines = str(caught.value).splitlines()
-        assert head.startswith("6 volumes cannot be used") and [line[2:] for line in lines] == said
+        assert head.startswith("7 volumes cannot be used") and [line[2:] for line in lines] == said
     new = VolumeSamples(channels=2, reading=VolumeReading(), preparation=PREPARED)
     for row in rows:
         row.update({kind: row[kind] and f"images/{row[kind]}" for kind in ("t1", "t2")})
-    table(tmp_path, rows)
+    table(tmp_path, rows[:10] + rows[11:])
     files = VolumeData(path_column=("t1", "t2"))
     with pytest.raises(UserError) as caught:
         unlabelled_volumes(str(tmp_path / "labels.csv"), new, files)
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("6 volumes of 12 cannot be read")
+    assert lines[0].startswith("6 volumes of 11 cannot be read")
     places = ["row 2", "row 4", "0_t3", "0_t3", "row 10", "gone"]
-    for line, text, place in zip(lines[1:], said, places, strict=True):
+    for line, text, place in zip(lines[1:], said[:5] + said[6:], places, strict=True):
         folder = "" if text.startswith("(") else "images/"
         assert line.startswith(f"  {folder}{text.partition(': ')[0]}: ") and place in line
 

@@ -108,6 +108,10 @@ def test_slices_and_files_with_frames_of_any_suffix_are_found(root, suffix):
     assert ids_of(build(root, label_source="csv", split_source="csv")) == sorted(names)
     new = new_volumes(folder.parent)[0]
     assert len(new.ids) == 7
+    first = folder / f"E1S1I0.{suffix}"
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"patient: E1S1I0.{suffix} is no DICOM file but is named"):
+        build(root)
 
 
 def test_two_columns_and_suffixes_of_files_with_frames(tmp_path):
