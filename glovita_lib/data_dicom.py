@@ -16,11 +16,13 @@ from typing import Literal
 from glovita_lib.data_tables import walk_folders
 from glovita_lib.errors import listed
 from glovita_lib.read_dicom import (
+    DAMAGED,
     ImageKind,
     image_kind,
     is_dicom,
     kind_of_parts,
     looks_dicom,
+    name_pattern,
     series_conditions,
 )
 
@@ -387,6 +389,10 @@ def image_kinds(
     unmet = conditions and not any(kind.met for kind in known)
     if unmet or any(kind.frames > 1 for kind in known):
         look(order, len(order))
+    framed = {name_pattern(name) for name, kind in kinds.items() if kind and kind.frames > 1}
+    for name in order:  # no DICOM any more: its beginning is lost
+        if kinds.get(name, DAMAGED) is None and name_pattern(name) in framed:
+            kinds[name] = DAMAGED
     return {name: kind for name in order if (kind := kinds.get(name)) is not None}
 
 

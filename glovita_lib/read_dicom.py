@@ -281,6 +281,10 @@ class ImageKind:
         return self.of[0]
 
 
+DAMAGED = ImageKind(0, frozenset(), ("", ""))
+"""A DICOM image whose header cannot be read."""
+
+
 def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageKind | None:
     """What a DICOM image is; None: no DICOM image. Little of the header is read: the functional
     groups, which grow with the frames, come later."""
@@ -293,7 +297,6 @@ def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageK
     keywords += [keyword for each in conditions for keyword, _ in each]
     tags: list[Any] = [Tag(tag_for_keyword(keyword) or 0) for keyword in keywords]
     last = max(tags)
-    damaged = ImageKind(0, frozenset(), ("", ""))
     named = file.lower().endswith(SLICE_SUFFIXES)
     try:
         with open(file, "rb") as opened:
@@ -304,11 +307,11 @@ def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageK
                 specific_tags=tags,
             )
     except (InvalidDicomError, OSError):  # whoever reads it says so
-        return damaged if named else None
+        return DAMAGED if named else None
     except Exception:  # pydicom raises anything where bytes are missing
-        return damaged
+        return DAMAGED
     if "Rows" not in header:
-        return damaged if of_images(header) else None
+        return DAMAGED if of_images(header) else None
     met = frozenset(number for number, each in enumerate(conditions) if meets(header, each))
     study, patient, series = (str(header.get(tag) or "").strip() for tag in UIDS)
     return ImageKind(int(header.get("NumberOfFrames") or 1), met, (study, patient), series)

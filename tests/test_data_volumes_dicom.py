@@ -114,6 +114,25 @@ def test_slices_and_files_with_frames_of_any_suffix_are_found(root, suffix):
         build(root)
 
 
+@pytest.mark.parametrize("name", ["p{}", "p{}.7", "p{}.enh", "p{}.dcm"])
+def test_files_with_frames_that_are_cut_are_told(tmp_path, name):
+    """Whatever is left of them, an empty one too."""
+    for number in range(12):
+        folder = tmp_path / "images" / ("train", "val")[number > 5] / "ab"[number % 2]
+        framed(folder, [name.format(number)])
+        path = folder / name.format(number)
+        if number in (0, 3, 4, 5):  # the first of a folder too
+            path.write_bytes(path.read_bytes()[: {0: 0, 3: 100, 4: 140, 5: 400}[number]])
+    (folder / "notes").write_text("no image")
+    with pytest.raises(UserError) as caught:
+        build(tmp_path)
+    head, *lines = str(caught.value).splitlines()
+    assert head.startswith("4 volumes cannot be used")
+    assert [line.split()[0].rpartition("/")[2] for line in lines] == [
+        f"{name.format(number)}:" for number in (0, 4, 3, 5)
+    ]
+
+
 def test_two_columns_and_suffixes_of_files_with_frames(tmp_path):
     for case in range(4):
         framed(tmp_path / "images" / f"p{case}", ["t1.dcm", "t2"])
