@@ -137,6 +137,13 @@ def positions(text: bytes, part: bytes) -> Iterator[int]:
         at = text.find(part, at + 1)
 
 
+OUTER = frozenset(
+    b"ftyp styp pdin moov moof mfra mdat free skip wide uuid meta meco sidx ssix prft emsg pnot"
+    b" udta junk PICT".split()
+)
+"""Names of outer boxes of mp4 and of QuickTime."""
+
+
 def boxes(path: str) -> Iterator[tuple[bytes, int, int]]:
     """Name, first byte and end of the outer boxes of an mp4 file (ISO 14496-12)."""
     size = os.path.getsize(path)
@@ -175,7 +182,8 @@ def refuse_cut(path: str, container: str) -> None:
     """
     size, end = os.path.getsize(path), 0
     if container == "mp4":
-        found = [(name, end) for name, _, end in boxes(path)]
+        # other names are bytes that a tool has put behind the file, as an ID3 tag
+        found = [(name, end) for name, _, end in boxes(path) if name in OUTER]
         end = max((end for _, end in found), default=0)
         if end <= size and b"moov" not in (name for name, _ in found):
             raise UserError("its header is missing: cut off, or never closed by what recorded it")
@@ -270,6 +278,8 @@ def damaged_gif(path: str, size: int) -> int | None:
     """The same of a GIF: blocks up to one that says that it is the last."""
     with open(path, "rb") as file:
         content = file.read()
+    if size < 13:  # its screen
+        return size
     at = 13 + (3 << (content[10] & 7) + 1 if content[10] & 128 else 0)  # behind the colours
     while at < size and content[at] != 0x3B:
         block = at

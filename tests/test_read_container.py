@@ -162,3 +162,23 @@ def test_a_pipe_is_no_video(tmp_path):
     os.mkfifo(tmp_path / "a.mp4")
     with pytest.raises(UserError, match="not a file"):
         file_type(str(tmp_path / "a.mp4"))
+
+
+def test_bytes_behind_a_whole_file_are_no_part_of_it(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 12)
+    whole = path.read_bytes()
+    for trailer in (b"TAG" + b"title".ljust(125, b"\0"), b"<?xpacket begin?>", bytes(4096)):
+        path.write_bytes(whole + trailer)
+        file_type(str(path))
+    for count in (len(whole) - 40, len(whole) // 2):
+        path.write_bytes(whole[:count])
+        with pytest.raises(UserError, match="cut off"):
+            file_type(str(path))
+
+
+@pytest.mark.parametrize("count", [6, 10, 12])
+def test_the_beginning_of_a_gif_alone_is_refused(tmp_path, count):
+    path = write_video(tmp_path / "a.gif", 4, codec="gif", pixels="rgb8")
+    path.write_bytes(path.read_bytes()[:count])
+    with pytest.raises(UserError, match="damaged or cut off"):
+        file_type(str(path))
