@@ -15,7 +15,7 @@ from glovita_lib.bags import as_bags
 from glovita_lib.data import Split
 from glovita_lib.encoder import Features
 from glovita_lib.errors import UserError, file_name, listed
-from glovita_lib.extraction import token_axes, token_places
+from glovita_lib.extraction import CLIP_AXES, token_axes, token_places
 from glovita_lib.figures import GREY, bare, displayed, drawing, number, short, window
 from glovita_lib.objectives import LabelledPredictions, Predictions, frames_shown
 from glovita_lib.resolved import ImageInputs, Resolved
@@ -335,7 +335,7 @@ class Places:
 def axes_of(source: Any) -> str:
     """Axes of a source's coordinates; those of extracted tokens their file names."""
     file = getattr(getattr(source, "reader", None), "file", None)
-    if file is None or file.attributes.get("output") != "tokens":
+    if file is None or file.attributes.get("output") not in ("tokens", "clips"):
         return "x,y"
     text = file.attributes.get("coords", "")
     axes = text.partition(":")[0]
@@ -472,8 +472,8 @@ def bag_map(
 def drawn_places(coords: np.ndarray, axes: str) -> np.ndarray:
     """Where instances are drawn, (n, 2), to the right and down unless they are "row,column"; those
     along one axis stand side by side, and so do grids of rows and columns."""
-    if coords.shape[1] == 1:
-        return np.pad(coords, ((0, 0), (0, 1)))
+    if coords.shape[1] == 1 or axes == CLIP_AXES:
+        return np.pad(coords[:, :1], ((0, 0), (0, 1)))
     if coords.shape[1] == 3 and axes.endswith(",row,column"):
         grid, row, column = coords.T
         return np.stack([grid * (column.max(initial=0) + 2) + column, row], 1)

@@ -424,6 +424,12 @@ class ManyClips:
     def __len__(self) -> int:
         return len(self.clips)
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a function, clips (m, C, T, S, S) -> (m, K), gives for every clip, (B, V, K)."""
+        whole = self.clips.flatten(0, 1)
+        answers = [function(part).float() for part in whole.split(self.chunk)]
+        return torch.cat(answers).unflatten(0, self.clips.shape[:2])
+
     def reduced(self, function: Callable[[Tensor], Tensor], how: str | None = None) -> Tensor:
         """Mean over the clips of each video of what a function gives, (B, K).
 
@@ -432,9 +438,7 @@ class ManyClips:
             how: "mean"; none: what logits are to be combined by, whose mean probability is given
                 as a logit again.
         """
-        whole = self.clips.flatten(0, 1)
-        answers = [function(part).float() for part in whole.split(self.chunk)]
-        each = torch.cat(answers).unflatten(0, self.clips.shape[:2])  # (B, V, K)
+        each = self.each(function)  # (B, V, K)
         how = how or self.combine
         if how == "softmax":
             return each.log_softmax(2).logsumexp(1) - math.log(each.shape[1])

@@ -1,7 +1,7 @@
 """Outputs of an encoder that are read for each sample: vectors, tokens, maps, layers."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from glovita_lib import dist
+from glovita_lib.augment import Clips, ManyClips
 from glovita_lib.data import Data, Split
 from glovita_lib.dist import autocast
 from glovita_lib.encoder import Features
@@ -53,6 +54,7 @@ LAYOUTS = {
     "tokens": "(M, D), tokens of sample i at bag_ptr[i] to bag_ptr[i + 1]",
     "map": "(N, C, H, W)",
     "frames": "(M, D), frames of video i at bag_ptr[i] to bag_ptr[i + 1]",
+    "clips": "(M, D), clips of video i at bag_ptr[i] to bag_ptr[i + 1]",
     "bags": "(M, D), samples of group i at bag_ptr[i] to bag_ptr[i + 1]",
 }
 
@@ -63,7 +65,10 @@ class Instances:
 
     lengths: np.ndarray  # (B,) instances per sample
     coords: np.ndarray | None
-    """(M, 2 or 3) place of every instance in the grid; -1: prefix token. None of frames."""
+    """(M, 2 or 3) place of every instance in the grid; -1: prefix token. (M, 2) first and last
+    frame of clips. None of frames."""
+    shown: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of clips `frames` (M, T), their numbers in the video, and `times` (M, T), seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +123,19 @@ class Extractor:
             probed, self.normed = self.layers.probe(shape)
         self.method = self.resolve_method(probed)
         self.dtype = torch.float16 if spec.precision == 16 else torch.float32
-        if spec.output != "embedding":
+        if not self.makes_vectors:
             self.check_tokens(probed)
         if spec.output == "frames":
+            self.check_frames()
+        elif spec.output == "clips":
             self.check_clips()
         elif spec.output != "embedding":
             self.check_windows()
+
+    @property
+    def makes_vectors(self) -> bool:
+        """Whether tokens become one vector, of a sample or of a clip."""
+        return self.spec.output in ("embedding", "clips")
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -137,7 +149,10 @@ class Extractor:
         inputs = torch.zeros(1, *self.inputs.shape, device=device)
         with torch.no_grad(), autocast(self.experiment.precision, device):
             read, _ = self.read(inputs, self.features(inputs))
-        return read.numel() * self.dtype.itemsize
+        each = read.numel() * self.dtype.itemsize
+        if isinstance(self.inputs, ClipInputs) and self.spec.output == "clips":
+            return each * (1 if self.reads_parts else self.inputs.sampling.clips)
+        return each
 
     def resolve_method(self, probed: list[Features]) -> str:
         """How tokens become one vector.
@@ -196,6 +211,46 @@ class Extractor:
             )
 
     def check_clips(self) -> None:
+        """Samples have clips, each of which has tokens of its own.
+
+        Raises:
+            UserError: they are no videos, or clips are one input that the encoder sees as a whole.
+        """
+        if not isinstance(self.inputs, ClipInputs):
+            raise UserError(
+                'extract.output = "clips" reads clips of videos, and the samples are'
+                f" {self.inputs.kind}"
+            )
+        if self.inputs.sampling.combine == "bag" and not self.parts_lie_in_clips:
+            raise UserError(
+                'extract.output = "clips": with data.sampling.combine = "bag" encoder'
+                f" {self.model.encoder.name} sees all clips of a video as one input; only with"
+                ' model.encoder.lift = "windows", of at most data.sampling.frames frames, which'
+                ' they are a multiple of, or "slices" along t has each clip a vector, or with'
+                ' data.sampling.combine = "logits"'
+            )
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether vectors of clips are means of tokens, as all clips of a video are one input."""
+        of = self.inputs.sampling if isinstance(self.inputs, ClipInputs) else None
+        return self.spec.output == "clips" and of is not None and of.combine == "bag"
+
+    @property
+    def parts_lie_in_clips(self) -> bool:
+        """Whether the encoder makes tokens of windows or frames, none of which is of two clips."""
+        from glovita_lib.encoder_slicewise import SlicewiseEncoder, WindowsEncoder  # of lifts alone
+
+        assert isinstance(self.inputs, ClipInputs), "see check_clips"
+        encoder, frames = self.model.encoder, self.inputs.sampling.frames
+        if isinstance(encoder, WindowsEncoder):
+            starts = encoder.windows.starts(self.inputs.shape[1:])[:, 0]  # (N,)
+            return bool((starts % frames + encoder.windows.size[0] <= frames).all())
+        if not isinstance(encoder, SlicewiseEncoder):
+            return False
+        return encoder.spec.axis == "t" and not encoder.spec.adjacent
+
+    def check_frames(self) -> None:
         """Clips pass the encoder one by one, and its output is one over time.
 
         Raises:
@@ -231,9 +286,9 @@ class Extractor:
         moved = batch.to(device)
         prepare = objective.eval_inputs if augment is None else objective.train_inputs
         inputs = prepare(moved.inputs, moved.fitted, augment or 0)
-        real = batch.inputs.real.numpy() if self.spec.output == "frames" else None  # (B, T)
+        shown = batch.inputs if self.spec.output in ("frames", "clips") else None
         with autocast(self.experiment.precision, device):
-            values, instances = self.read(inputs, self.features(inputs), real)
+            values, instances = self.read(inputs, self.features(inputs), shown)
         read = values.float()
         stored = read.to(self.dtype)
         host, copied = to_host((stored, torch.isfinite(stored).all()))
@@ -265,32 +320,33 @@ class Extractor:
 
     def features(self, inputs: Any) -> list[Features]:
         """Features of the chosen layers, or of the encoder's output where tokens are asked for;
-        none of windows, whose vectors are averaged."""
+        none of windows and clips that pass the encoder one by one."""
         if isinstance(inputs, InWindows):
             return []
         if self.layers is not None:
             return self.layers(inputs)
-        if self.spec.output == "embedding":
+        if self.makes_vectors and not self.reads_parts:
             return []
         return [self.model.encoder(inputs, pooled=False)]
 
     def read(
-        self, inputs: Any, features: list[Features], real: np.ndarray | None = None
+        self, inputs: Any, features: list[Features], shown: Clips | None = None
     ) -> tuple[Tensor, Instances | None]:
-        """Values, and for tokens and frames the instances.
+        """Values, and for tokens, frames and clips the instances.
 
         Args:
-            real: (B, T) which frames of clips are no repeated ones; none: all.
+            shown: the clips that inputs are made of, on the CPU, for frames and clips; none: all
+                frames are real, and clips tell no numbers.
         """
+        if self.spec.output == "clips":
+            return self.clip_vectors(inputs, features, shown)
         if isinstance(inputs, InWindows):
-            return inputs.reduced(lambda x: self.read(x, self.features(x))[0], "mean"), None
+            return inputs.reduced(lambda x: self.vectors(x, self.features(x)), "mean"), None
         if self.spec.output == "embedding":
-            if not features:
-                return self.model.embed(inputs, self.method), None
-            return torch.cat([aggregate(part, self.method) for part in features], dim=1), None
+            return self.vectors(inputs, features), None
         if self.spec.output == "frames":
             whole = self.over_time(features[0])  # (B, T, D)
-            real = np.ones(whole.shape[:2], bool) if real is None else real
+            real = np.ones(whole.shape[:2], bool) if shown is None else shown.real.numpy()
             kept = torch.from_numpy(np.flatnonzero(real)).to(whole.device, non_blocking=True)
             return whole.flatten(0, 1)[kept], Instances(real.sum(1), None)
         self.check_grids(features)
@@ -303,6 +359,54 @@ class Extractor:
         mask = features[0].mask  # of parts of volumes, which have no prefix tokens
         rows = tokens.flatten(0, 1) if mask is None else tokens[mask]
         return rows, Instances(lengths, np.concatenate(places))
+
+    def vectors(self, inputs: Any, features: list[Features]) -> Tensor:
+        """A vector of each sample (B, D); of layers side by side."""
+        if not features:
+            return self.model.embed(inputs, self.method)
+        return torch.cat([aggregate(part, self.method) for part in features], dim=1)
+
+    def clip_vectors(
+        self, inputs: Any, features: list[Features], shown: Clips | None
+    ) -> tuple[Tensor, Instances]:
+        """A vector of each clip of the videos (M, D), those that are averaged elsewhere, and which
+        frames it shows."""
+        assert isinstance(self.inputs, ClipInputs), "see check_clips"
+        if self.reads_parts:
+            rows, of = self.part_vectors(features[0])
+        else:
+            if isinstance(inputs, ManyClips):
+                each = inputs.each(lambda x: self.vectors(x, self.features(x)))  # (B, V, D)
+            else:
+                each = self.vectors(inputs, features)[:, None]
+            rows, of = each.flatten(0, 1), np.indices(each.shape[:2]).reshape(2, -1)
+        lengths = np.bincount(of[0], minlength=len(inputs))
+        if shown is None:
+            return rows, Instances(lengths, None)
+        several = shown.frames.ndim == 3
+        place = tuple(of) if several else (of[0],)
+        frames, times = (part.numpy()[place] for part in (shown.frames, shown.times))  # (M, T)
+        shows = {"frames": frames, "times": times}
+        return rows, Instances(lengths, frames[:, [0, -1]], shows)
+
+    def part_vectors(self, features: Features) -> tuple[Tensor, np.ndarray]:
+        """Mean vectors (M, D) of the tokens of each clip of videos that are one input, by the
+        frames at which they lie, and which clip each is, (2, M): video, and number in it; a clip
+        without tokens (windows that are left out) has none."""
+        assert isinstance(self.inputs, ClipInputs) and features.places is not None
+        assert features.tokens is not None
+        of, places = self.inputs.sampling, features.places
+        owners = [row * of.clips + at[:, 0] // of.frames for row, at in enumerate(places)]
+        owner, index, counts = np.unique(
+            np.concatenate(owners), return_inverse=True, return_counts=True
+        )
+        tokens, mask = features.tokens, features.mask
+        tokens = (tokens.flatten(0, 1) if mask is None else tokens[mask]).float()
+        sums = tokens.new_zeros(len(owner), tokens.shape[1])
+        sums.index_add_(0, torch.from_numpy(index).to(tokens.device), tokens)
+        divisor = torch.from_numpy(counts[:, None]).to(tokens.device)
+        rows = sums if self.method == "sum" else sums / divisor
+        return rows, np.stack(np.divmod(owner, of.clips))
 
     def over_time(self, features: Features) -> Tensor:
         """A vector (B, T, D) of each frame of clips: the stages that the encoder returns, then its
@@ -366,7 +470,7 @@ class Extractor:
         raise UserError(
             f"features up to {largest:.4g} overflow float16 (largest number 65,504) in"
             f" {samples_text(ids, too_large, among)}; set extract.precision = 32"
-            f"{other if self.spec.output == 'embedding' else ''}"
+            f"{other if self.makes_vectors else ''}"
         )
 
     def attributes(self) -> dict[str, Any]:
@@ -376,7 +480,7 @@ class Extractor:
             "output": spec.output,
             "layout": LAYOUTS["bags" if spec.bag_by else spec.output],
             **self.coords_text(),
-            "aggregation": self.method if spec.output == "embedding" else "none",
+            "aggregation": self.method if self.makes_vectors else "none",
             "layers": json.dumps(list(self.layers.indices)) if self.layers else "encoder output",
             "equals": self.equals_text(),
             "norm": self.norm_text(),
@@ -394,6 +498,8 @@ class Extractor:
             places = "in the grid of patches, from 0; -1: a prefix token; 0 and a running number"
             places += " where tokens are no grid"
             return {"coords": self.model.encoder.coords_text or f"{axes}: {places}"}
+        if self.spec.output == "clips":
+            return {"coords": f"{CLIP_AXES}: of the clip, numbers in its video, from 0"}
         if self.spec.coords_file is not None:
             return {"coords": "x, y (and z) as in extract.coords_file"}
         return {}
@@ -402,7 +508,7 @@ class Extractor:
         """The norm that the features end in, of layers which of them do."""
         if self.layers is None:
             encoder, device = self.model.encoder, self.experiment.ranks.device
-            pooled = self.spec.output == "embedding" and reads_pooled(self.method, encoder)
+            pooled = self.makes_vectors and reads_pooled(self.method, encoder)
             x = torch.randn(1, *self.inputs.shape, generator=torch.Generator().manual_seed(0))
             return encoder.last_norm(x.to(device), pooled=pooled)
         raw = [index for index in self.layers.indices if index not in self.normed]
@@ -414,7 +520,7 @@ class Extractor:
         (timm's model without classifier, where it is timm's) and inputs x; of layers with `maps`
         for what is called first."""
         encoder, spec = self.model.encoder, self.spec
-        method = self.method if spec.output == "embedding" else None
+        method = self.method if self.makes_vectors else None
         keep = spec.output == "tokens" and spec.prefix_tokens
         if self.layers is not None and not self.layers.is_of_timm:
             return f"outputs of the blocks {list(self.layers.indices)}; {self.norm_text()}"
@@ -424,7 +530,7 @@ class Extractor:
                 encoder, self.layers.indices, spec.norm, normed or (), method, keep, gives_prefix
             )
             return f"{joined}{self.as_map}, {maps}"
-        if spec.output == "embedding":
+        if self.makes_vectors:
             return encoder.vector_call(self.method)
         tokens = encoder.tokens_call
         if spec.output == "frames":
@@ -447,7 +553,7 @@ class Extractor:
 
     def prefix_text(self) -> str:
         """Whether CLS, distillation and register tokens are among what is written, and which."""
-        if self.spec.output == "embedding":
+        if self.makes_vectors:
             return "as the aggregation says; registers out"
         if self.spec.output != "tokens" or not self.spec.prefix_tokens:
             return "out"
@@ -476,6 +582,7 @@ def samples_text(ids: list[str], chosen: Tensor, among: str) -> str:
     return f"sample {listed(names, 1)}{f' of its {among}' * (len(names) > 1)}"
 
 
+CLIP_AXES = "first frame,last frame"
 TOKEN_AXES = {
     "videos": {1: "frame", 3: "frame,row,column"},
     "series": {1: "time", 3: "channel,row,column"},

@@ -237,7 +237,8 @@ def feature_file_name(root: Root, extractor: Extractor, split: str) -> str:
     spec = root.extract
     pattern = spec.output_filename
     if pattern is None:
-        kind = "agg_{method}" if spec.output == "embedding" else spec.output
+        kinds = {"embedding": "agg_{method}", "clips": "clips_{method}"}
+        kind = kinds.get(spec.output, spec.output)
         pattern = kind + "_{model}_{dataset}_{split}_size{imgsize}_float{precision}.h5"
     sides = extractor.inputs.shape[1:]
     known = {
@@ -344,6 +345,7 @@ def weights_text(root: Root, checkpoint: Path | None) -> str:
 
 CHUNK_BYTES = 256 * 2**10  # of a compressed chunk: large enough to inflate fast
 LONGEST = 60  # characters of two values that are shown beside each other
+OF_SAMPLES = ("rows", "lengths")  # what has a row a sample in a block; the rest one an instance
 LOCK = ".lock"  # of the process that writes blocks
 
 
@@ -401,6 +403,8 @@ class BlockFiles:
             arrays["lengths"] = [part.lengths for part in instances]
             if coords := [part.coords for part in instances if part.coords is not None]:
                 arrays["coords"] = coords
+            for name in instances[0].shown:
+                arrays[name] = [part.shown[name] for part in instances]
         with files.atomic_path(self.path(block)) as temporary, ZipFile(temporary, "w") as archive:
             for name, pieces in arrays.items():
                 write_array(archive, name, pieces)
@@ -474,15 +478,14 @@ def put_together(
         place, lengths = 0, []
         for block in blocks:
             features = block["features"]
-            if "features" not in file:
-                if compression == "none":
-                    refuse_full_disk(parts.folder, total * features[0].nbytes)
-                create_dataset(file, "features", features, compression, total)
-                if "coords" in block:
-                    create_dataset(file, "coords", block["coords"], "none", total)
-            file["features"][place : place + len(features)] = features
+            if "features" not in file and compression == "none":
+                refuse_full_disk(parts.folder, total * features[0].nbytes)
+            for name in [each for each in block if each not in OF_SAMPLES]:
+                if name not in file:
+                    filters = compression if name == "features" else "none"
+                    create_dataset(file, name, block[name], filters, total)
+                file[name][place : place + len(features)] = block[name]
             if "lengths" in block:
-                file["coords"][place : place + len(features)] = block["coords"]
                 lengths.append(block["lengths"])
             place += len(features)
         if lengths:
@@ -505,8 +508,7 @@ def kept_samples(parts: BlockFiles, keep: np.ndarray) -> Iterator[dict[str, np.n
             continue
         if not kept.all():  # a mask copies, which most blocks need not
             instances = np.repeat(kept, block["lengths"]) if "lengths" in block else kept
-            of_samples = ("rows", "lengths")
-            block = {k: v[kept if k in of_samples else instances] for k, v in block.items()}
+            block = {k: v[kept if k in OF_SAMPLES else instances] for k, v in block.items()}
         yield block
 
 

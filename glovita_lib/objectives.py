@@ -198,12 +198,17 @@ def frames_as_samples(inputs: Inputs, data: Data) -> Data:
     """A data set of videos as one of clips that show every frame once, with or without labels.
 
     Raises:
-        UserError: a source of the user's own whose frames cannot be asked for.
+        UserError: samples are no videos, or a source of the user's own whose frames cannot be
+            asked for.
     """
     splits = {}
     for name, videos in data.splits.items():
         split = as_loaded(inputs, videos, train=False, frames=True)
-        assert split.frames is not None, "see spec_check.frames_are_of_videos"
+        if split.frames is None:
+            raise UserError(
+                'extract.output = "frames" reads frames of videos, and the samples are'
+                f" {inputs.kind}"
+            )
         firsts = split.frames.numbers[:, 0].tolist()
         ids = [f"{video}:{first}" for video, first in zip(split.ids, firsts, strict=True)]
         splits[name] = with_fields(split, ids=ids)

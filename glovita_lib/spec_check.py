@@ -244,12 +244,13 @@ def maps_are_of_volumes(root: Root) -> Iterator[str]:
 
 
 def frames_are_of_videos(root: Root) -> Iterator[str]:
-    """Videos have frames, which all are read, of the encoder's output and named stages."""
-    spec = root.extract
+    """Videos have clips, and frames, which all are read, of the encoder's output and named
+    stages."""
+    spec, samples = root.extract, root.data.samples
+    if spec.output in ("frames", "clips") and samples not in ("videos", "either"):
+        yield f"extract.output: {shown(spec.output)} are those of videos, and samples are {samples}"
     if spec.output != "frames":
         return
-    if root.data.samples not in ("videos", "either"):
-        yield f'extract.output: "frames" are those of videos, and samples are {root.data.samples}'
     if spec.layers:
         yield (
             "extract.layers: what is read of frames beside the output is what"

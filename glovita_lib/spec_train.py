@@ -546,16 +546,16 @@ class Extract(Spec):
     PEFT and transforms come from it."""
     use: Annotated[Literal["best", "last"], OF_TRAINED_RUN] = "best"
     """Which checkpoint of the spec's own run."""
-    method: Annotated[ReadoutMethod | None, read_if("output", "embedding")] = None
+    method: Annotated[ReadoutMethod | None, read_if("output", "embedding", "clips")] = None
     """How tokens become one vector; pooled is the library's own vector before the classifier (timm:
     forward_head(forward_features(x), pre_logits=True)), and so is cls_token or avg where the
     library pools so; patch_mean and sum are of the patch tokens of forward_features alone. The
     attribute equals of a file says it as a call. none is the model's own aggregation; of layers
     the CLS token where they have one, else avg."""
-    output: Literal["embedding", "tokens", "map", "frames"] = "embedding"
+    output: Literal["embedding", "tokens", "map", "frames", "clips"] = "embedding"
     """One vector a sample (N, D); all patch tokens as a bag (M, D) with bag_ptr and coords; feature
-    maps (N, C, H, W), of volumes (N, C, X, Y, Z); or of videos a vector a frame (M, D) with
-    bag_ptr, frames and times."""
+    maps (N, C, H, W), of volumes (N, C, X, Y, Z); or of videos a vector of every frame, or of each
+    of data.sampling.clips (M, D) with bag_ptr, frames and times."""
     layers: Annotated[tuple[int, ...], Meta(extra={"last_n": True})] = ()
     """Blocks (stages of a convolutional network of timm) whose outputs are read, from 0, negative
     from the last one, side by side along the width in this order; none is the encoder's output."""
@@ -576,8 +576,8 @@ class Extract(Spec):
     """Folder of the files."""
     output_filename: str | None = None
     """File name with {method} {model} {dataset} {split} {imgsize} {precision} {checkpoint}; none is
-    agg_{method}_{model}_{dataset}_{split}_size{imgsize}_float{precision}.h5, with tokens or map
-    instead of agg_{method} for those outputs; imgsize is the side of the input, or 96x96x24."""
+    agg_{method}_{model}_{dataset}_{split}_size{imgsize}_float{precision}.h5, with the output, as
+    tokens or clips_{method}, in place of agg_{method}; imgsize is the input's side, or 96x96x24."""
     use_eval_transform_for_train: bool = True
     """Whether the train split goes through the test policy; else it is augmented."""
     use_data_fraction: bool = False

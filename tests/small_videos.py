@@ -1,9 +1,12 @@
 """Videos in memory with a class a frame, and a small encoder of clips: runs of seconds."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from torch import nn
 
-from glovita_lib.data import ArraySource, ClipSamples, Data, Split, VideoFrames
+from glovita_lib.data import ArraySource, ClipSamples, Data, Source, Split, VideoFrames
+from glovita_lib.read_video import LoadedVideo, VideoView
 from glovita_lib.spec_samples import UNLABELLED
 
 COLOURS = ("red", "green", "blue")
@@ -94,3 +97,59 @@ class Mean(nn.Module):
 
     def forward(self, x):
         return x.mean(-1)
+
+
+@dataclass(frozen=True)
+class Videos(Source):
+    """Videos in memory of any length."""
+
+    each: tuple[LoadedVideo, ...]
+
+    @property
+    def uniform(self) -> None:
+        """They differ in length."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Frames, height and width (N, 3)."""
+        return np.array([video.shape[1:] for video in self.each])
+
+    def windows(self, rows: np.ndarray) -> list[VideoView]:
+        """Whole videos, of which clips are cut."""
+        return [VideoView(self.each[row]) for row in rows]
+
+    def fetch(self, rows: np.ndarray) -> list[np.ndarray]:
+        return [self.each[row].pixels.transpose(3, 0, 1, 2) for row in rows]
+
+    def nbytes(self) -> int:
+        return sum(video.pixels.nbytes for video in self.each)
+
+    def select(self, rows: np.ndarray) -> "Videos":
+        return Videos(tuple(self.each[row] for row in rows))
+
+
+LENGTHS = (11, 3, 20, 9, 14, 30)  # the second is shorter than a clip
+SIDE = 8
+
+
+def lit(split: str) -> list[LoadedVideo]:
+    """Videos of noise, every second of them brighter; the third begins dark, the last one has a
+    variable frame rate."""
+    rng = np.random.default_rng(len(split))
+    found = []
+    for row, count in enumerate(LENGTHS):
+        pixels = rng.integers(90 * (row % 2), 160 + 90 * (row % 2), (count, SIDE, SIDE, 3))
+        pixels[: 7 if row == 2 else 0] //= 2
+        times = np.cumsum(rng.uniform(0.01, 0.09, count)) if row + 1 == len(LENGTHS) else None
+        times = None if times is None else times - times[0]
+        found.append(LoadedVideo(pixels.astype(np.uint8), 25.0 if row else 10.0, times))
+    return found
+
+
+def lights(spec, seed: int) -> Data:
+    """Videos of different lengths with a label each, as a data set of the user's own."""
+    splits = {}
+    for name in ("train", "val", "test"):
+        ids = [f"{name}/{row}" for row in range(len(LENGTHS))]
+        splits[name] = Split(ids, np.arange(len(ids)) % 2, Videos(tuple(lit(name))))
+    return Data("lights", splits, "multiclass", ("dark", "bright"), ClipSamples(channels=3))

@@ -95,6 +95,11 @@ BROKEN = [
         '"frames" are those of videos, and samples are images',
     ),
     (
+        ["extract.output=clips"],
+        "extract.output",
+        '"clips" are those of videos, and samples are images',
+    ),
+    (
         [*VIDEOS, "extract.output=frames", "extract.layers=[-1]"],
         "extract.layers",
         "what is read of frames beside the output is what model.encoder.intermediate_names",
