@@ -224,10 +224,10 @@ class Extractor:
         if self.inputs.sampling.combine == "bag" and not self.parts_lie_in_clips:
             raise UserError(
                 'extract.output = "clips": with data.sampling.combine = "bag" encoder'
-                f" {self.model.encoder.name} sees all clips of a video as one input; only with"
-                ' model.encoder.lift = "windows", of at most data.sampling.frames frames, which'
-                ' they are a multiple of, or "slices" along t has each clip a vector, or with'
-                ' data.sampling.combine = "logits"'
+                f" {self.model.encoder.name} sees all clips of a video as one input; set it to"
+                ' "logits", or have parts of a clip encoded one by one with model.encoder.lift ='
+                ' "slices" along t, without adjacent, or "windows", none of which reaches over two'
+                ' clips; extract.output = "embedding" writes the vector of the input'
             )
 
     @property
