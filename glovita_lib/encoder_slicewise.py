@@ -1,12 +1,12 @@
 """Encoders on larger samples than their networks take: of images slice by slice, or frame by frame,
-or with kernels inflated to three axes, of volumes window by window.
+of volumes window by window.
 
 B batch, C channels, X Y Z voxels, N voxels along the axis of the slices, S slices of a volume, H W
 pixels of a slice, D width. A clip (T, H, W) is a volume here whose slices along the first axis are
 its frames.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,22 +19,19 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from glovita_lib import network
 from glovita_lib.augment_patch import Volumes, WindowGrid
 from glovita_lib.encoder import (
     Encoder,
     Features,
     build_encoder,
     check_channels,
-    evaluating,
     lift_encoder,
     patch_size_of,
 )
 from glovita_lib.encoder_aggregation import aggregate, output_width, reads_pooled, resolve_method
-from glovita_lib.errors import UserError, listed
-from glovita_lib.spec_encoders import ImageEncoder, LibraryEncoder
+from glovita_lib.errors import UserError
+from glovita_lib.spec_encoders import ImageEncoder
 from glovita_lib.spec_lift import AXES, Axis, BaseEncoder, Inflation, Slices, Windows
-from glovita_lib.weights import LoadTarget, load_file, read_networks
 
 if TYPE_CHECKING:
     from glovita_lib.bags import Bags  # who reads volumes need not load it
@@ -377,286 +374,3 @@ def _(
     if lift.stride is not None:
         grid = WindowGrid((x, y, z), lift.stride)
     return WindowsEncoder(inner, lift, grid, (1, channels, *(size or taken)))
-
-
-# --------------------------------------------------------------------------------- inflation
-#
-# Layers of a convolutional network get a third, last axis (Carreira, Zisserman, "Quo vadis, action
-# recognition?", CVPR 2017). Along it convolutions see the border voxel beyond the border, no zeros,
-# so that a volume that is constant along the axis gives what its slice gives as an image, in every
-# voxel of every map; that is computed once when the encoder is built.
-
-SMALL = 64  # voxels of a side up to which the check computes
-TOLERANCE = 1e-3  # of the check in float32, in proportion to the largest value
-
-
-class InflatedConv(nn.Conv3d):
-    """A convolution that continues its input beyond both ends of the last axis."""
-
-    ends: int
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        reach = self.dilation[2] * (self.kernel_size[2] - 1) + 1
-        padded = continued(input, self.ends, reach)
-        return F.conv3d(padded, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class InflatedPool(nn.Module):
-    """A mean or maximum over windows of images, then over those of the last axis, which is
-    continued beyond both ends."""
-
-    def __init__(self, pool: nn.AvgPool2d | nn.MaxPool2d) -> None:
-        super().__init__()
-        side, step = third(pair(pool.kernel_size)), third(pair(pool.stride))
-        rows, columns = pair(pool.padding)
-        self.ends = rows if rows == columns and side > 1 else 0
-        self.images, self.reach = pool, side
-        self.along: nn.Module
-        if isinstance(pool, nn.MaxPool2d):
-            dilation = third(pair(pool.dilation))
-            self.reach = dilation * (side - 1) + 1
-            self.along = nn.MaxPool1d(side, step, 0, dilation, ceil_mode=pool.ceil_mode)
-        else:
-            self.along = nn.AvgPool1d(side, step, 0, pool.ceil_mode, count_include_pad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W, N) -> (B, C, h, w, n)."""
-        slices = x.movedim(4, 1)  # (B, N, C, H, W)
-        y = self.images(slices.flatten(0, 1)).unflatten(0, slices.shape[:2]).movedim(1, 4)
-        y = continued(y, self.ends, self.reach)  # (B, C, h, w, N')
-        return self.along(y.flatten(0, 3)).unflatten(0, y.shape[:4])
-
-
-def continued(x: Tensor, ends: int, least: int) -> Tensor:
-    """A map (B, C, H, W, N) with its border voxels again beyond both ends of the last axis, and
-    beyond its end until there are `least`."""
-    missing = max(0, least - x.shape[4] - 2 * ends)
-    return F.pad(x, (ends, ends + missing, 0, 0, 0, 0), mode="replicate")
-
-
-def lifted(value: Any) -> tuple[int, int, int]:
-    """A number for each of three axes."""
-    return (*pair(value), third(pair(value)))
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """A number for each of two axes."""
-    return tuple(value) if isinstance(value, tuple) else (value, value)
-
-
-def third(sides: tuple[int, int]) -> int:
-    """What the third axis gets: what both others have, else 1."""
-    return sides[0] if sides[0] == sides[1] else 1
-
-
-def inflate_conv(conv: nn.Conv2d, how: str) -> nn.Module:
-    """A convolution with kernels of three axes; no such padding as reflection has a third."""
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise TypeError(f"it has a convolution with padding {conv.padding_mode} {conv.padding}")
-    kernel, (rows, columns) = lifted(conv.kernel_size), pair(conv.padding)
-    with torch.device("meta"):
-        new = InflatedConv(
-            conv.in_channels,
-            conv.out_channels,
-            kernel,
-            lifted(conv.stride),
-            (rows, columns, 0),
-            lifted(conv.dilation),
-            conv.groups,
-            bias=False,
-        )
-    new.ends = third((rows, columns)) if kernel[2] > 1 and rows == columns else 0
-    weight = inflated(conv.weight.detach(), kernel[2], how)
-    new.weight, new.bias = nn.Parameter(weight, conv.weight.requires_grad), conv.bias
-    return new
-
-
-def inflated(kernel: Tensor, depth: int, how: str) -> Tensor:
-    """A kernel (D, C, h, w) along a third axis, (D, C, h, w, depth), of the same sum over it."""
-    if how == "mean":
-        return kernel[..., None].expand(*kernel.shape, depth) / depth
-    found = kernel.new_zeros(*kernel.shape, depth)
-    found[..., depth // 2] = kernel
-    return found
-
-
-class Unfolded(nn.Module):
-    """First base of the class of a layer that works voxel by voxel, or on all of them alike."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W, N) -> the same; the layer sees two axes."""
-        y: Tensor = super().forward(x.flatten(3))
-        return y.unflatten(3, x.shape[3:])
-
-
-UNFOLDED: dict[type[nn.Module], type[nn.Module]] = {}
-"""Classes of layers with Unfolded before them."""
-
-
-def unfolded(layer: nn.Module) -> bool:
-    """Whether a layer is such a one: a batch or layer norm of maps, with whatever is inside it."""
-    of_maps = isinstance(layer, nn.LayerNorm) and type(layer) is not nn.LayerNorm
-    return isinstance(layer, nn.BatchNorm2d | nn.Dropout2d) or of_maps
-
-
-def inflate_layer(layer: nn.Module, how: str) -> nn.Module:
-    """A layer for maps of three axes; itself where it has no axes.
-
-    Raises:
-        TypeError: the layer cannot be lifted.
-    """
-    kind = type(layer)
-    if unfolded(layer):
-        if kind not in UNFOLDED:
-            UNFOLDED[kind] = type(kind.__name__, (Unfolded, kind), {})
-        layer.__class__ = UNFOLDED[kind]
-    elif isinstance(layer, nn.Conv2d) and kind is nn.Conv2d:
-        return inflate_conv(layer, how)
-    elif isinstance(layer, nn.MaxPool2d | nn.AvgPool2d) and kind in (nn.MaxPool2d, nn.AvgPool2d):
-        return InflatedPool(layer)
-    elif isinstance(layer, nn.AdaptiveAvgPool2d) and pair(layer.output_size) == (1, 1):
-        return nn.AdaptiveAvgPool3d(1)
-    elif isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d):
-        raise TypeError(f"it has a layer {layer}")
-    return layer
-
-
-class InflatedEncoder(Encoder):
-    """A convolutional encoder of images whose kernels have a third axis.
-
-    Inside, the axis that it lacked is the last; tokens and grid are in the order of the volume's.
-    """
-
-    image: tuple[Encoder]
-    """The encoder whose network was inflated, in a tuple as above."""
-
-    def __init__(self, inner: Encoder, spec: Inflation, input_shape: Size) -> None:
-        self.image, self.spec = (inner,), spec
-        self.axis = AXES[spec.axis]
-        super().__init__(
-            inner.net,
-            name=inner.name,
-            n_prefix=0,
-            has_cls=False,
-            channels_last=False,
-            input_shape=input_shape,
-        )
-        how = partial(load_inflated, how=spec.kernel)
-        self.load_target = LoadTarget(inner.net, how, taken=inner.load_target.taken)
-        self.notes = inner.notes
-        if inner.pooling != "avg":
-            for name in inner.pooling_parameters:
-                inner.net.get_parameter(name).requires_grad_(False)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Volumes (B, C, X, Y, Z) -> map (B, D, h, w, n), the lifted axis last."""
-        (inner,) = self.image
-        return inner.forward_features(x.movedim(2 + self.axis, 4))
-
-    def taken(self, size: Size) -> dict[str, Any]:
-        """Beside the rest the axis that kernels did not have."""
-        return {**super().taken(size), "inflation": {"axis": self.spec.axis}}
-
-    def pool(self, raw: Tensor) -> Tensor:
-        """What the library makes of the mean of a map, else the mean, (B, D')."""
-        (inner,) = self.image
-        mean = raw.flatten(2).mean(2)  # (B, D)
-        return inner.pool(mean[..., None, None]) if inner.pooling == "avg" else mean
-
-    def to_tokens(self, raw: Tensor) -> Tensor:
-        """Map of the network or of a block -> (B, N, D), in the order of the volume's axes."""
-        return super().to_tokens(raw.movedim(4, 2 + self.axis))
-
-    def grid(self, raw: Tensor, size: torch.Size) -> Size:
-        """Sides of the map along the volume's axes."""
-        return tuple(raw.movedim(4, 2 + self.axis).shape[2:])
-
-
-def load_inflated(net: nn.Module, tensors: Mapping[str, Tensor], *, how: str) -> None:
-    """Load tensors of an inflated network, or of the network of images that it was."""
-    own = net.state_dict()
-    fitted = {
-        name: inflated(tensor, own[name].shape[4], how)
-        if name in own and own[name].ndim == 5 and tensor.ndim == 4
-        else tensor
-        for name, tensor in tensors.items()
-    }
-    net.load_state_dict(fitted)
-
-
-def inflate(inner: Encoder, how: str, image: Tensor, depth: int) -> None:
-    """Lift what a map passes in the network of an encoder; layers behind it keep two axes.
-
-    Raises:
-        UserError: it gives no map, has layers that cannot be lifted, or gives something else for a
-            volume (1, C, H, W, depth) that is constant along its last axis than for its slice.
-    """
-    cannot = f'model.encoder.lift = "inflate": {inner.name} cannot be inflated, '
-    passed: dict[str, nn.Module] = {}
-    hooks = [
-        layer.register_forward_hook(lambda m, i, o, name=name: passed.update({name: m}))
-        for name, layer in inner.net.named_modules()
-        if unfolded(layer) or not any(True for _ in layer.children())
-    ]
-    try:
-        expected = inner.forward_features(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not isinstance(expected, Tensor) or expected.ndim != 4 or inner.channels_last:
-        raise UserError(f'{cannot}its features are no maps of channels; lift = "slices" can')
-    try:
-        for name, layer in passed.items():
-            parent, _, child = name.rpartition(".")
-            setattr(inner.net.get_submodule(parent), child, inflate_layer(layer, how))
-    except TypeError as error:
-        raise UserError(f'{cannot}{error}; lift = "slices" can') from None
-    try:
-        found = inner.forward_features(image[..., None].expand(*image.shape, depth))
-    except (TypeError, RuntimeError, ValueError, IndexError, AssertionError):
-        told = f"between its layers it works on images alone, or {depth} voxels are too few for it"
-        raise UserError(f'{cannot}{told}; lift = "slices" can') from None
-    same = found.ndim == 5 and found.shape[:4] == expected.shape
-    if not same or (found - expected[..., None]).abs().max() > TOLERANCE * expected.abs().max():
-        raise UserError(
-            f"{cannot}as a volume without change along the axis does not give what its slice gives;"
-            ' lift = "slices" can'
-        )
-
-
-@lift_encoder.register
-def _(
-    lift: Inflation, spec: ImageEncoder, *, channels: int, size: Size | None, load_weights: bool
-) -> Encoder:
-    check_channels(spec, channels)
-    size = size or (SMALL,) * 3
-    sides = across(size, lift.axis)
-    file, key = None, None
-    if load_weights and isinstance(spec, LibraryEncoder) and are_inflated(spec.weights):
-        file, key = spec.weights, spec.weights_key
-    reads = load_weights and file is None
-    inner = build_encoder(of_images(spec), channels=channels, size=sides, load_weights=reads)
-    if network.attentions(inner.net):
-        names = listed([name for name, _, _ in network.attentions(inner.net)], 1)
-        raise UserError(
-            f'model.encoder.lift = "inflate": {inner.name} has attention ({names}), only'
-            ' convolutional networks can be inflated; lift = "slices" can'
-        )
-    shape = (1, channels, *(min(side, SMALL) for side in sides))
-    depth = min(size[AXES[lift.axis]], SMALL)
-    image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), evaluating(inner):
-        inflate(inner, lift.kernel, image, depth)
-    encoder = InflatedEncoder(inner, lift, (1, channels, *size))
-    if file is not None:
-        note = load_file(encoder.load_target, file, key=key)
-        encoder.notes += () if note is None else (note,)
-    return encoder
-
-
-def are_inflated(path: str | None) -> bool:
-    """Whether a file of weights has kernels of three axes, as that of a run with this lift."""
-    if path is None:
-        return False
-    tensors = (t for network in read_networks(path) for t in network.tensors.values())
-    return any(tensor.ndim == 5 for tensor in tensors)

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from glovita_lib.spec_conditions import read_if, target_problems
 from glovita_lib.spec_errors import PathText, SampleKind, shown
 from glovita_lib.spec_lift import (
+    OTHER_DATA,
     USUAL_AXES,
     Axis,
     BaseEncoder,
@@ -396,6 +397,18 @@ class ResidualEncoder(ArrayEncoder, tag="residual_encoder", tag_field="encoder_t
     def reads(self, samples: str) -> bool:
         """Clips too where it has three axes."""
         return super().reads(samples) or (samples == "videos" and self.takes == "volumes")
+
+    def sample_problems(self, samples: str) -> Iterator[tuple[str, str]]:
+        """It takes samples of so many axes."""
+        axes = {"images": 2, "volumes": 3, "videos": 3}.get(samples, self.spatial_dim)
+        if axes != self.spatial_dim:
+            yield (
+                "spatial_dim",
+                f"{self.spatial_dim} takes {self.takes}, and the samples are {samples}:"
+                f"{OTHER_DATA.get(self.takes, '')} set model.encoder.spatial_dim = {axes}",
+            )
+        else:
+            yield from super().sample_problems(samples)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """There is an entry a stage and a number an axis."""

@@ -71,7 +71,7 @@ class Slices(Spec):
 class Inflation(Spec):
     """How the kernels of a convolutional network get a third axis, as long as the others."""
 
-    built_in: ClassVar[str] = "encoder_slicewise"
+    built_in: ClassVar[str] = "encoder_inflated"
 
     axis: Axis | None = None
     """Axis that kernels did not have; none is z of volumes, t of clips."""

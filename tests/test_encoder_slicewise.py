@@ -1,8 +1,5 @@
-"""Encoders of images on volumes: slices against the encoder run by hand, kernels inflated against
-the slice of a volume without change, PEFT, memory, and whole runs."""
-
-from collections.abc import Iterator
-from typing import Any
+"""Encoders of images on volumes: slices against the encoder run by hand, PEFT, memory, and whole
+runs."""
 
 import h5py
 import msgspec
@@ -273,108 +270,7 @@ def test_methods_work_on_the_encoder_of_images(fields, tmp_path):
             torch.testing.assert_close(merge(again)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------- inflation
-
-INFLATED = [
-    (TimmEncoder, "resnet18"),
-    (TimmEncoder, "efficientnet_lite0"),
-    (TimmEncoder, "resnet26d"),
-    (TimmEncoder, "regnety_002"),
-    (TorchvisionEncoder, "densenet121"),
-    (TorchvisionEncoder, "mobilenet_v3_small"),
-    (TorchvisionEncoder, "vgg11_bn"),
-]
-
-
-def inflated() -> Iterator[Any]:
-    """The encoders with both kernels; of the mean a few unless slow tests are asked for."""
-    for kernel in ("mean", "center"):
-        for kind, name in INFLATED:
-            slow = name == "vgg11_bn" or (kernel == "mean" and name != "resnet18")
-            marks = [pytest.mark.slow] * slow
-            yield pytest.param(kernel, kind, name, marks=marks, id=f"{kernel}-{name}")
-
-
-@pytest.mark.parametrize(("kernel", "kind", "name"), [*inflated()])
-@torch.no_grad()
-def test_a_volume_without_change_gives_what_its_slice_gives(kind, name, kernel):
-    """In every place and in the vector, with statistics of batch norm that mean something."""
-    axis = {"mean": 2, "center": 0}[kernel]
-    fields = {"type": name, "pretrained": False}
-    plain = make(kind(**fields), (32, 40))
-    generator = torch.Generator().manual_seed(0)
-    for part in plain.net.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.running_mean.copy_(0.1 * torch.randn(part.running_mean.shape, generator=generator))
-            part.running_var.copy_(0.5 + torch.rand(part.running_var.shape, generator=generator))
-    size = (32, 40, 33) if axis == 2 else (33, 32, 40)
-    spec = section(fields, kind, lift="inflate", inflation={"axis": "xyz"[axis], "kernel": kernel})
-    encoder = make(spec, size)
-    encoder.load_target.loading(encoder.net, plain.net.state_dict())  # weights of images
-    images = volumes((32, 40), count=1)
-    x = images.unsqueeze(2 + axis).expand(1, 2, *size)
-    found, expected = encoder(x), plain(images)
-    maps = found.tokens.mT.unflatten(2, found.grid).movedim(2 + axis, -1)
-    wanted = expected.tokens.mT.unflatten(2, expected.grid)[..., None].expand(maps.shape)
-    torch.testing.assert_close(maps, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
-    if plain.pooling == "avg":
-        torch.testing.assert_close(
-            found.pooled, expected.pooled, rtol=1e-3, atol=1e-4 * float(expected.pooled.abs().max())
-        )
-
-
-def test_inflated_kernels_see_the_third_axis():
-    encoder = make(section(RESNET, lift="inflate"), (16, 16, 16))
-    x = volumes((16, 16, 16), count=1)
-    with torch.no_grad():
-        turned = encoder(x.roll(5, 4)).tokens
-        assert not torch.allclose(encoder(x).tokens, turned)
-
-
-@pytest.mark.parametrize("method", ["full_finetuning", "lora", "ssf"])
-def test_inflated_encoders_train_and_are_read_strictly(method, tmp_path):
-    peft = msgspec.convert({"method": method}, Peft)
-    spec, size = section(RESNET, lift="inflate"), (16, 16, 8)
-    model, x = model_of(spec, peft, size=size), volumes(size)
-    model.train()(x).square().sum().backward()
-    idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not idle
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
-    torch.save(model.state_dict(), tmp_path / "m.pt")
-    again = model_of(spec, peft, size=size)
-    again.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True), strict=True)
-    with torch.no_grad():
-        assert torch.equal(again.eval()(x), model.eval()(x))
-
-
-@pytest.mark.parametrize("kernel", ["mean", "center"])
-def test_own_weights_of_inflated_encoders_are_weights_of_the_same(kernel, tmp_path):
-    """Of a whole model as of its encoder; files of the network of images are inflated as before."""
-    fields = {"lift": "inflate", "inflation": {"kernel": kernel}}
-    spec, size = section(RESNET, **fields), (16, 16, 8)
-    model, path = model_of(spec, size=size).eval(), tmp_path / "m.pt"
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) / 20)
-    x = volumes(size)
-    for state in (model.state_dict(), model.encoder.state_dict(), model.encoder.net.state_dict()):
-        torch.save({"model": state}, path)
-        again = make(section(RESNET, weights=str(path), **fields), size)
-        with torch.no_grad():
-            assert torch.equal(again(x).tokens, model.encoder(x).tokens)
-
-
-@pytest.mark.parametrize(
-    ("network", "kind", "said"),
-    [
-        (VIT, TimmEncoder, r"has attention \(blocks.0.attn and 1 more\), only convolutional"),
-        ({"type": "convnext_atto", "pretrained": False}, TimmEncoder, "works on images alone"),
-        ({"type": "tf_efficientnet_lite0", "pretrained": False}, TimmEncoder, "layer Conv2dSame"),
-    ],
-)
-def test_what_cannot_be_inflated_is_told(network, kind, said):
-    with pytest.raises(UserError, match=said):
-        make(section(network, kind, lift="inflate"), (32, 32, 32))
+# ------------------------------------------------------------------------------- messages
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,95 @@ def test_patches_are_dropped_in_training_alone() -> None:
     assert all(len(set(row.tolist())) == 4 for row in places)
 
 
+@pytest.mark.parametrize("registers", [0, 2])
+@torch.no_grad()
+def test_kept_patches_are_those_of_whole_attention_to_them_alone(registers: int) -> None:
+    """Each with the rotation of its place; every sample draws its own."""
+    shape = PrimusShape(
+        48, 2, 4, (4, 4, 4), drop_path=0.0, patch_drop=0.5, registers=registers, layer_scale=None
+    )
+    torch.manual_seed(0)
+    net = PrimusNetwork(shape, 1, (3, 3, 3))
+    for block in net.eva.blocks:  # attention that differs from place to place
+        for projection in (block.attn.q_proj, block.attn.k_proj):
+            projection.weight.mul_(20)
+    inner, drawn = net.eva.kept, []
+    net.eva.kept = lambda x: drawn.append(inner(x)) or drawn[-1]
+    x = volumes(12, 12, 12)
+    found = net.train()(x)  # (2, R + 13, D)
+    (kept,) = drawn
+    sets = [set(row.tolist()) for row in kept]
+    assert len(sets[0]) == len(sets[1]) == 13 and sets[0] != sets[1]
+    tokens: list[Tensor] = []
+    hook = net.eva.blocks[0].register_forward_pre_hook(lambda m, i: tokens.append(i[0]))
+    net.eval()(x)
+    hook.remove()
+    first = torch.arange(registers).expand(2, -1)
+    places = torch.cat([first, registers + kept], 1)  # (2, R + 13)
+    seen = torch.zeros(2, registers + 27, dtype=torch.bool).scatter(1, places, True)
+    whole = tokens[0]
+    for block in net.eva.blocks:
+        whole = block(whole, rope=net.eva.rope, attn_mask=seen[:, None, None])
+    whole = net.eva.norm(whole)
+    expected = whole.gather(1, places[..., None].expand(-1, -1, 48))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@torch.no_grad()
+def test_channels_are_dropped_behind_kernels_at_their_rate(axes: int) -> None:
+    """In training, in the stem and the first convolution of each block; the others are scaled."""
+    rate, size = 0.3, (4,) * axes
+    wide = {"spatial_dim": axes, "features_per_stage": (64, 128)}
+    net = make(section(dropout_p=rate, **wide), size).net
+    given: dict[str, Tensor] = {}
+    normed: dict[str, Tensor] = {}
+    for name, part in net.named_modules():
+        if name.endswith(".conv"):
+            part.register_forward_hook(lambda m, i, o, n=name[:-5]: given.update({n: o}))
+        elif name.endswith(".norm"):
+            part.register_forward_pre_hook(lambda m, i, n=name[:-5]: normed.update({n: i[0]}))
+    x = torch.randn(16, 1, *size)
+    output = net(x)
+    assert all(torch.equal(given[name], normed[name]) for name in given)
+    without = make(section(**wide), size).net
+    without.load_state_dict(net.state_dict())
+    assert torch.equal(without(x), output)
+    net.train()(x)
+    shares = {}
+    for name, maps in given.items():
+        kept = normed[name].flatten(2).abs().amax(2) > 0  # (B, C)
+        shape = (*kept.shape, *(1,) * axes)
+        scaled = maps / (1 - rate) if not kept.all() else maps
+        torch.testing.assert_close(normed[name], scaled * kept.view(shape))
+        if not kept.all():
+            shares[name] = 1 - kept.double().mean().item()
+    firsts = [f"stages.{stage}.blocks.0.conv1" for stage in (0, 1)]
+    assert list(shares) == ["stem.convs.0", *firsts]
+    for share, width in zip(shares.values(), (64, 64, 128), strict=True):
+        assert abs(share - rate) < 4 * (rate * (1 - rate) / (16 * width)) ** 0.5
+
+
+@torch.no_grad()
+def test_training_skips_blocks_of_samples_at_their_rate() -> None:
+    rate, count = 0.25, 600
+    (block,) = (
+        make(section(stochastic_depth_p=rate, features_per_stage=(4,), strides=(1,)), (4, 4, 4))
+        .net.stages[0]
+        .blocks
+    )
+    nn.init.ones_(block.last.norm.weight)  # blocks begin as their skip
+    x = torch.randn(count, 4, 4, 4, 4)
+    change, skipped = block.conv2(block.conv1(x)), block.nonlin(x.clone())
+    torch.testing.assert_close(block(x), block.nonlin(change + x))
+    torch.manual_seed(0)
+    found = block.train()(x)
+    left_out = (found - skipped).flatten(1).abs().amax(1) < 1e-6
+    kept = block.nonlin(change / (1 - rate) + x)
+    torch.testing.assert_close(found[~left_out], kept[~left_out])
+    assert abs(left_out.double().mean() - rate) < 4 * (rate * (1 - rate) / count) ** 0.5
+
+
 def test_a_primus_takes_other_sizes_as_if_it_were_built_for_them() -> None:
     sizes = {(2, 2, 3): (16, 16, 24), (4, 2, 3): (32, 16, 24)}
     small, large = (

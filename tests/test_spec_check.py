@@ -635,6 +635,22 @@ BROKEN = [
         '"primus" takes volumes, and the samples are images: set data.dataset to'
         ' "generic_3d_dataset" or "custom_3d_dataset", or name an encoder for images',
     ),
+    (
+        [VOLUMES[0], VOLUMES[-1], RESIDUAL[-1], "model.encoder.spatial_dim=2"],
+        "model.encoder.spatial_dim",
+        "2 takes images, and the samples are volumes: set model.encoder.spatial_dim = 3",
+    ),
+    (
+        [*VIDEOS, RESIDUAL[-1], "model.encoder.spatial_dim=2"],
+        "model.encoder.spatial_dim",
+        "2 takes images, and the samples are videos: set model.encoder.spatial_dim = 3",
+    ),
+    (
+        ["model.encoder.encoder_type=residual_encoder"],
+        "model.encoder.spatial_dim",
+        '3 takes volumes, and the samples are images: set data.dataset to "generic_3d_dataset" or'
+        ' "custom_3d_dataset", or set model.encoder.spatial_dim = 2',
+    ),
     ([*RESIDUAL, "model.encoder.strides=[1, 2]"], "model.encoder.strides", "2 entries, but"),
     (
         [*RESIDUAL, "model.encoder.kernel_sizes=[[1, 3], 3, 3, 3, 3, 3]"],
