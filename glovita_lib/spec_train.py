@@ -460,8 +460,9 @@ class Infer(Spec):
     split: Literal["train", "val", "test"] | None = None
     """Split to evaluate; none is test, or val where there is no test."""
     input: PathText | None = None
-    """What to predict without labels, instead of a split: a folder of images or a CSV file with a
-    path column; for a model of features a feature file, or a folder of one-bag files."""
+    """What to predict without labels, instead of a split: a folder of images, volumes, videos or
+    series, one of these files, or a CSV file with a path column; for a model of features a feature
+    file, or a folder of one-bag files."""
     merge: bool = False
     """Whether the change that a PEFT method has learnt is folded into the base's weights first:
     the speed of the base, equal up to rounding."""
@@ -476,8 +477,8 @@ class Infer(Spec):
     attention_maps: Annotated[int, Meta(ge=0), read_if("attention", True)] = 16
     """Bags whose attention is drawn over their coordinates, the classes in turn; 0 draws none."""
     heat_maps: Annotated[int, Meta(ge=0)] = 0
-    """Images or volumes, the classes in turn, over which Grad-CAM is drawn: what in them speaks for
-    the predicted class; of volumes it is written as NIfTI too."""
+    """Images, volumes or videos, the classes in turn, over which Grad-CAM is drawn: what in them
+    speaks for the predicted class; of volumes as NIfTI too, of videos as GIF."""
     heat_map_class: Annotated[str | None, read_unless("heat_maps", 0)] = None
     """Class or target that the maps are of; none is the predicted class, of a regression the first
     target."""
