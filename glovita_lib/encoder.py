@@ -136,8 +136,7 @@ class Encoder(nn.Module):
         """What the user should know about how it was built, a line each."""
         self.has_few_tokens = False
         """Whether tokens are so few that those of all samples may be kept in memory."""
-        self.parts: str | None = None
-        """What it reads a sample in, whose layers its layers are, such as "slices"; None: whole."""
+        self.no_layers: str | None = None  # what they are that extract.layers cannot read
         self.coords_text: str | None = None
         """What the coordinates of its tokens mean, behind their axes; None: places in a grid along
         the axes of the samples."""
@@ -348,9 +347,10 @@ class Encoder(nn.Module):
             kind = {1: "series", 2: "images", 3: "volumes or clips"}[len(sides)]
             key = "patch_size, of clips data.sampling.frames and data.augmentation.image_size,"
             key = key if len(sides) > 2 else "image_size"
+            cure = f"; set data.augmentation.{key} otherwise" if len(sides) > 1 else ""
             raise UserError(
                 f"encoder {self.name} does not take {kind} of {' x '.join(map(str, sides))} with"
-                f" {channels} channels ({reason(error)}); set data.augmentation.{key} otherwise"
+                f" {channels} channels ({reason(error)}){cure}"
             ) from error
 
     # ------------------------------------------------------------------ what outputs equal
@@ -546,7 +546,7 @@ def is_of_tokens(vector: Tensor, ends: Sequence[Any], encoder: Encoder) -> bool:
 
 LAST_NORMS = 4
 """Norms of a forward pass, from the last one on, whose outputs are kept and compared with it."""
-WITHOUT_SHAPES = (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError)
+WITHOUT_SHAPES = (RuntimeError, AssertionError, ValueError, IndexError, TypeError)
 """What a pass without data raises where it needs them."""
 Network = TypeVar("Network", bound=nn.Module)
 

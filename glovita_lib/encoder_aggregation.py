@@ -307,11 +307,8 @@ def choose_layers(
     Raises:
         UserError: it has no such layer, or none of whole samples.
     """
-    if encoder.parts is not None:
-        raise UserError(
-            f"extract.layers: the layers of {encoder.name} are those of {encoder.parts}, not of"
-            " volumes; leave it out"
-        )
+    if encoder.no_layers is not None:
+        raise UserError(f"extract.layers: the layers of {encoder.name} are {encoder.no_layers}")
     count = number_of_layers(encoder, input_shape)
     wrong = [layer for layer in layers if not -count <= layer < count]
     if wrong:

@@ -9,6 +9,7 @@ beyond the ends is, so that a series gives the same alone and padded in a batch.
 """
 
 import math
+from dataclasses import replace as dataclass_with
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from glovita_lib.encoder import (
 )
 from glovita_lib.encoder_aggregation import aggregate, output_width, reads_pooled, resolve_method
 from glovita_lib.errors import UserError
-from glovita_lib.spec_encoders import ImageEncoder
+from glovita_lib.spec_encoders import ImageEncoder, LibraryEncoder, TimmEncoder
 from glovita_lib.spec_lift import Folding
 from glovita_lib.spec_series import (
     InceptionTimeEncoder,
@@ -419,8 +420,12 @@ class FoldedEncoder(Encoder):
             channels_last=False,
             input_shape=(1, channels, LENGTH),
         )
-        self.load_target, self.notes, self.parts = inner.load_target, inner.notes, "folding"
+        self.load_target, self.notes = inner.load_target, inner.notes
         self.coords_text = "channel,row,column: channel, and place in the grid of its image, from 0"
+        self.no_layers = (
+            "those of the images that series become: leave it out; model.encoder.folding.layer"
+            " keeps the first blocks alone, whose output is read then"
+        )
         for name, values in zip(("mean", "std"), scale, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
@@ -520,7 +525,7 @@ def fold_method(spec: Folding, inner: Encoder) -> str:
 
 def keep_blocks(inner: Encoder, count: int) -> None:
     """Take the blocks behind the first ones off a network whose blocks keep the shape of their
-    input.
+    input. Files of weights may have them all the same, which are left out.
 
     Raises:
         UserError: there are not so many, or they are no row of such blocks.
@@ -535,8 +540,42 @@ def keep_blocks(inner: Encoder, count: int) -> None:
             f"{key}: the blocks of {inner.name} are no row that keeps its width, as those of a"
             " transformer are: leave it out"
         )
-    del row[count:]
-    inner.block_names = names[:count]
+    for name in names[count:]:  # `del row[count:]` gives those of a Sequential other names
+        delattr(row, name.rpartition(".")[2])
+    inner.block_names, target = names[:count], inner.load_target
+    inner.load_target = dataclass_with(target, classifier=(*target.classifier, *names[count:]))
+
+
+def first_blocks(spec: ImageEncoder, count: int, *, load_weights: bool, **options: Any) -> Encoder:
+    """An encoder of images with its first blocks alone. A file of weights may be of the whole
+    network, or of one that had lost the blocks behind these, as a run with such an encoder writes
+    it.
+
+    Raises:
+        UserError: see build_encoder and `keep_blocks`; of a file the error about the whole network.
+    """
+    try:
+        inner = build_encoder(spec, load_weights=load_weights, **options)
+    except UserError as of_whole:
+        if not (load_weights and isinstance(spec, LibraryEncoder) and spec.weights):
+            raise
+        try:
+            inner = build_encoder(spec, load_weights=False, **options)
+            keep_blocks(inner, count)
+            load_cut(inner, spec)
+        except UserError:
+            raise of_whole from None
+    else:
+        keep_blocks(inner, count)
+    return inner
+
+
+def load_cut(inner: Encoder, spec: LibraryEncoder) -> None:
+    """Load the file of a section into its network after blocks were taken off."""
+    assert spec.weights is not None
+    by_order = isinstance(spec, TimmEncoder) and spec.weights_order
+    note = load_file(inner.load_target, spec.weights, key=spec.weights_key, by_order=by_order)
+    inner.notes += () if note is None else (note,)
 
 
 @lift_encoder.register
@@ -552,7 +591,9 @@ def _(
     images = replace(spec, lift=None, folding=Folding(), input_channels=None)
     preprocess = preprocess_of(images, channels=stated)
     side = lift.size or preprocess.image_size or 224
-    inner = build_encoder(images, channels=stated, size=(side, side), load_weights=load_weights)
-    if lift.layer is not None:
-        keep_blocks(inner, lift.layer)
+    options: dict[str, Any] = {"channels": stated, "size": (side, side)}
+    if lift.layer is None:
+        inner = build_encoder(images, load_weights=load_weights, **options)
+    else:
+        inner = first_blocks(images, lift.layer, load_weights=load_weights, **options)
     return FoldedEncoder(inner, lift, channels, side, (preprocess.mean, preprocess.std))

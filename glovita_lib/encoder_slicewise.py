@@ -68,7 +68,8 @@ class PartwiseEncoder(Encoder):
             channels_last=False,
             input_shape=input_shape,
         )
-        self.load_target, self.notes, self.parts = inner.load_target, inner.notes, key
+        self.load_target, self.notes, self.key = inner.load_target, inner.notes, key
+        self.no_layers = f"those of {key}, not of whole volumes: leave it out"
 
     @property
     def of_parts(self) -> Encoder:
@@ -113,7 +114,7 @@ class PartwiseEncoder(Encoder):
         (inner,) = self.inner
         chunks = {"training": self.chunk or "all", "evaluation": self.chunk or self.at_once}
         parts = {"aggregation": self.method, "chunk": chunks, **self.parts_of(size)}
-        return {**inner.taken(inner.input_shape[2:]), str(self.parts): parts}
+        return {**inner.taken(inner.input_shape[2:]), self.key: parts}
 
     def parts_of(self, size: Size) -> dict[str, Any]:
         """Which parts a sample of this size is read in."""
@@ -182,6 +183,7 @@ class SlicewiseEncoder(PartwiseEncoder):
         )
         if spec.axis == "t":
             self.coords_text = "frame: of the clip, from 0"
+            self.no_layers = "those of frames, not of whole clips: leave it out"
         self.stage_names = (FRAMES,)
 
     def forward(self, x: "Tensor | Bags", *, pooled: bool = True) -> Any:

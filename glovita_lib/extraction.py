@@ -356,7 +356,9 @@ class Extractor:
         tokens = torch.cat([all_tokens(f) if keep else f.patches for f in features], dim=2)
         places = token_places(features[0], features[0].n_prefix if keep else 0)
         lengths = np.array([len(part) for part in places], np.int64)
-        mask = features[0].mask  # of parts of volumes, which have no prefix tokens
+        mask = features[0].mask
+        if mask is not None:
+            mask = mask[:, mask.shape[1] - tokens.shape[1] :]
         rows = tokens.flatten(0, 1) if mask is None else tokens[mask]
         return rows, Instances(lengths, np.concatenate(places))
 
@@ -605,7 +607,8 @@ def token_places(features: Features, n_prefix: int) -> list[np.ndarray]:
     places = grid_places(features.grid, n_prefix, n_prefix + patches)
     if features.mask is None:
         return [places] * len(tokens)
-    return [places[own] for own in features.mask.cpu().numpy()]
+    mask = features.mask[:, features.n_prefix - n_prefix :]
+    return [places[own] for own in mask.cpu().numpy()]
 
 
 def grid_places(grid: tuple[int, ...] | None, n_prefix: int, tokens: int) -> np.ndarray:

@@ -48,6 +48,8 @@ def apply_peft(spec: PeftMethod, model: nn.Module) -> None:
 LOGICAL = ("q", "k", "v", "qkv", "proj", "fc1", "fc2", "conv", "norm", "all-linear")
 PROJECTIONS = ("q", "k", "v", "proj", "fc1", "fc2")
 KINDS = {"linear": "Linear layers", "conv": "convolutions", "norm": "norm layers"}
+OF_KIND = {"linear": "lora", "conv": "lora", "norm": "ln_tuning"}  # a method that changes them
+HEAD_ALONE = '"linear_probing", which trains the head alone'
 WHOLE_KIND = {"conv": "conv", "norm": "norm", "all-linear": "linear"}
 
 
@@ -95,22 +97,27 @@ def resolve_targets(
         UserError: a name or expression matches nothing; the message lists what there is.
     """
     found = layers(root)
-    usable = [layer for layer in found if layer_kind(layer) in allowed and is_read(layer)]
+    usable = usable_of(found, allowed)
     if wanted is None:
         inside = {m for block in blocks(root) for m in block.modules()}
         chosen = expand(usable, unset) or [
             t for t in expand(usable, ("conv",)) if t.layer.module in inside or not inside
         ]
         if not chosen:
-            raise nothing(None, usable, allowed)
+            raise nothing(None, found, allowed)
         return tidy(chosen, found)
     chosen = []
     for name in wanted:
         matched = expand(usable, (name,)) if name in LOGICAL else list(search(usable, name))
         if not matched:
-            raise nothing(name, usable, allowed)
+            raise nothing(name, found, allowed)
         chosen += matched
     return tidy(chosen, found)
+
+
+def usable_of(found: list[Layer], allowed: tuple[str, ...]) -> list[Layer]:
+    """Layers of some kinds that the model reads."""
+    return [layer for layer in found if layer_kind(layer) in allowed and is_read(layer)]
 
 
 def layer_kind(layer: Layer) -> str:
@@ -167,12 +174,17 @@ def tidy(chosen: list[TargetWeight], found: list[Layer]) -> list[TargetWeight]:
     return sorted(kept.values(), key=lambda t: (order[t.layer.name], t.rows or (0, 0)))
 
 
-def nothing(offered: str | None, usable: list[Layer], allowed: tuple[str, ...]) -> UserError:
-    """The error of targets that match nothing; `offered` None where they are unset."""
+def nothing(offered: str | None, found: list[Layer], allowed: tuple[str, ...]) -> UserError:
+    """The error of targets that match none of an encoder's layers; `offered` None where they are
+    unset."""
+    usable = usable_of(found, allowed)
     if not usable:
         kinds = " and ".join(KINDS[kind] for kind in allowed)
+        others = (kind for kind in OF_KIND if usable_of(found, (kind,)))
+        told = [f'"{OF_KIND[kind]}", which changes {KINDS[kind]}' for kind in others]
         return UserError(
-            f"peft.method changes {kinds}, and this encoder has none: use another method"
+            f"peft.method changes {kinds}, and this encoder has none: use another method, as"
+            f" {told[0] if told else HEAD_ALONE}"
         )
     names = [layer.name for layer in usable]
     logical = [name for name in LOGICAL if expand(usable, (name,))]

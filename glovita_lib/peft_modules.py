@@ -91,7 +91,7 @@ def record_grid(root: nn.Module, method: str) -> Grid:
     if not convs:
         raise UserError(
             f'peft.method = "{method}": this encoder makes its patches without a convolution, so'
-            " their grid is not known; use another method"
+            ' their grid is not known; use another method, as "lora"'
         )
     grid = Grid(len(convs[-1].kernel_size))
     change_class(convs[-1], Recording)

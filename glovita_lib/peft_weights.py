@@ -471,7 +471,9 @@ def apply_bitfit(spec: Bitfit, model: nn.Module) -> None:
     root = encoder_of(model)
     train_biases(root, "all", freeze(root))
     if not any(p.requires_grad for p in root.parameters()):
-        raise UserError('peft.method = "bitfit": this encoder has no bias; use another method')
+        raise UserError(
+            'peft.method = "bitfit": this encoder has no bias; use another method, as "lora"'
+        )
 
 
 @apply_peft.register

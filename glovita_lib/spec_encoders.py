@@ -662,10 +662,10 @@ class CustomEncoder(
 
     target: str
     """Where the function is: "package.module:function"; called as function(input_channels=...,
-    **options). Its module gives vectors (B, D), maps (B, D, H, W), of volumes (B, D, X, Y, Z), or
-    tokens (B, N, D), of which its attributes n_prefix and has_cls say what comes before the
-    patches. Series (B, C, T) that differ in length or lack values have a last row, 1 where a time
-    point counts."""
+    **options). Its module gives vectors (B, D), maps (B, D, H, W), of volumes (B, D, X, Y, Z), of
+    series (B, D, N), or tokens (B, N, D), of which its attributes n_prefix and has_cls say what
+    comes before the patches. Series (B, C, T) that differ in length or lack values come with an
+    argument mask (B, T), True where a time point counts."""
     input_channels: Channels | None = None
     """Channels of the input; none takes the data's."""
     options: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from test_data_series import made, write_ts
 from glovita import main
 from glovita_lib.encoder import any_encoder
 from glovita_lib.encoder_aggregation import aggregate, served
-from glovita_lib.encoder_series import FoldedEncoder, InceptionTime, MaskedNorm
+from glovita_lib.encoder_series import FoldedEncoder, InceptionTime, MaskedNorm, keep_blocks
 from glovita_lib.errors import UserError
 from glovita_lib.extraction import choose_layers
 from glovita_lib.peft import apply_peft
@@ -202,6 +202,59 @@ def test_inner_layers_of_a_transformer():
     )
     with pytest.raises(UserError, match="no row that keeps its width"):
         build(resnet)
+
+
+def test_cut_networks_start_from_files_of_whole_and_of_cut_ones(tmp_path):
+    """As a run with such an encoder exports them, before any prefix."""
+    cut = replace(FOLDED, folding=Folding(size=32, layer=2))
+    encoders = {1: None, 2: None, 4: None, None: None}
+    x = torch.randn(2, 2, 30)
+    for layer in encoders:
+        encoder = build(replace(FOLDED, folding=Folding(size=32, layer=layer)))
+        encoders[layer] = encoder
+        for tensor in encoder.net.state_dict().values():
+            tensor.normal_()
+        state = {f"encoder.net.{n}": t for n, t in encoder.net.state_dict().items()}
+        torch.save(state, tmp_path / f"{layer}.pth")
+    for layer in (2, 4, None):
+        file = replace(cut, weights=str(tmp_path / f"{layer}.pth"))
+        again = any_encoder(file, channels=2, size=(30,), load_weights=True).eval()
+        assert again.load_target.taken == {"weights_key": "encoder.net"}
+        for name, tensor in again.net.state_dict().items():
+            torch.testing.assert_close(tensor, encoders[layer].net.state_dict()[name])
+        with torch.no_grad():
+            assert again(x).tokens.isfinite().all()
+    for options in ({}, {"weights_order": True}):
+        lacking = replace(cut, weights=str(tmp_path / "1.pth"), **options)
+        with pytest.raises(UserError, match=r"blocks\.1|tensors, VisionTransformer has"):
+            any_encoder(lacking, channels=2, size=(30,), load_weights=True)
+    in_order = replace(cut, weights=str(tmp_path / "2.pth"), weights_order=True)
+    again = any_encoder(in_order, channels=2, size=(30,), load_weights=True)
+    torch.testing.assert_close(again.net.state_dict(), encoders[2].net.state_dict())
+
+
+def test_blocks_that_are_kept_keep_their_names():
+    """torchvision's stand under names of their own in a Sequential."""
+    from torchvision.models import VisionTransformer
+
+    from glovita_lib.encoder_torchvision import VitTrunk
+
+    sides = {"image_size": 32, "patch_size": 16, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 8}
+    net = VisionTransformer(num_layers=3, **sides)
+    facts = {"n_prefix": 1, "has_cls": True, "channels_last": False}
+    inner = VitTrunk(net, name="vit", input_shape=(1, 3, 32, 32), **facts)
+    names = inner.block_names
+    keep_blocks(inner, 2)
+    assert inner.block_names == names[:2] and len(inner.blocks()) == 2
+    assert {n for n in net.state_dict() if ".layers." in n} == {
+        n for n in net.state_dict() if n.startswith(names[:2])
+    }
+    assert inner(torch.randn(1, 3, 32, 32)).tokens.shape == (1, 5, 8)
+
+
+def test_layers_of_a_folded_encoder_name_the_key_that_does():
+    with pytest.raises(UserError, match="images that series become.*model.encoder.folding.layer"):
+        choose_layers(build(FOLDED), (-1,), norm=False, input_shape=(1, 2, 30))
 
 
 # ------------------------------------------------------------------------------- whole commands

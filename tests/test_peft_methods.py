@@ -247,7 +247,7 @@ def test_half_of_the_batch_gives_the_same_output(method):
         (VisualPromptTuning(deep_layers=3), "vit", "has 2 blocks"),
         (RepAdapter(targets=("second",)), "volume", "2 groups"),
         (RepAdapter(bottleneck=9, groups=3), "vit", "must divide the 32 inputs"),
-        (Fact(), "resnet", "changes Linear layers, and this encoder has none"),
+        (Fact(), "resnet", 'encoder has none: use another method, as "lora", which changes conv'),
         (Lora(targets=("q",)), "resnet", "'q' matches no layer of this encoder; logical names"),
         (Lora(targets=("layer1.0.conv9",)), "resnet", "did you mean 'layer1.0.conv"),
         (Lora(rank=65), "vit", "peft.rank = 65: no weight that it changes has a rank above 32"),

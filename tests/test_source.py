@@ -36,7 +36,6 @@ MAY_NOT_KNOW = {
 
 SMALL = {
     "losses": "the formula of every loss; the spine reads it on its own",
-    "encoder_custom": "a user's module and features as they are, which few runs load",
     "loader_series": "what a run on images need not load",
 }
 """Modules under 150 lines with one importer, and why each is one."""
