@@ -28,6 +28,7 @@ from glovita_lib.series_table import (
     refuse_owner,
     refuse_row,
     refuse_text,
+    refuse_unlike,
 )
 
 SUFFIXES = (".ts", ".arff", ".tsv", ".csv", ".npy", ".npz")
@@ -206,6 +207,8 @@ def read_values(
     if not places:
         raise UserError(f"{path}: no column of values beside {listed(header)}: data.value_columns")
     if not columns.values:
+        if is_wide and columns.time not in header:
+            refuse_unlike(path, [header[place] for place in places])
         for place in places:
             cells = [row[place].strip() for row in rows]
             refuse_index(path, header[place], cells)

@@ -4,6 +4,7 @@ C channels, T time points of a series.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,22 @@ class Columns:
             if found is not None:
                 raise UserError(f'{path}: column "{name}" seems to hold {found}: name it in {cure}')
         return places
+
+
+def refuse_unlike(path: Path, names: Sequence[str]) -> None:
+    """Refuse a column among the time points of a wide table that is named as ids or groups are, or
+    in another way than nearly all others, which have a number in their names: it is a fact about
+    the series, and may tell the label."""
+    kinds = [re.sub(r"[-+]?\d+([.,]\d+)?(e[-+]?\d+)?", "0", name.lower()) for name in names]
+    most, count = Counter(kinds).most_common(1)[0]
+    alike = "0" in most and count >= 0.8 * len(names)
+    for name, kind in zip(names, kinds, strict=True):
+        if (alike and kind != most) or GROUP_NAME.fullmatch(name):
+            raise UserError(
+                f'{path}: column "{name}" is named unlike time points ({listed(names, 4)}): name it'
+                " in data.id_column, data.group_column or data.label_column, or drop it; else name"
+                " the columns of the values in data.value_columns"
+            )
 
 
 @dataclass(slots=True)
