@@ -66,11 +66,15 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
     conditions = [series_conditions(each) for each in series]
     found = DicomVolumes()
     images: dict[str, Kinds] = {}
+    rest: dict[str, Sequence[str]] = {}
     for parent, names in walk_folders(str(folder), []):
         inside = os.path.relpath(parent, folder).replace(os.sep, "/")
         few = inside != "." or itself
         if kinds := image_kinds(parent, names, conditions, few=few):
             images[inside] = kinds
+        else:
+            rest[inside] = names
+    images |= lost_images(images, rest)
     found.images = images = images if itself else with_own_uids(images)
     found.folders.update(images)
     if apart and len(series) > 1:
@@ -106,6 +110,21 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
         found.others |= {start + name for name in framed - meant}
     for number, condition in enumerate(series or (None,)):
         join_parts(folder, found, condition, number, itself=itself)
+    return found
+
+
+def lost_images(images: dict[str, Kinds], rest: dict[str, Sequence[str]]) -> dict[str, Kinds]:
+    """Folders without an image whose files are named as images of other folders are: all of theirs
+    have lost their beginnings. Of slices one stands for all."""
+    framed: dict[str, bool] = {}
+    for kinds in images.values():
+        framed |= {name_pattern(name): each.frames > 1 for name, each in kinds.items()}
+    found: dict[str, Kinds] = {}
+    for inside, names in rest.items():
+        lost = [name for name in sorted(names) if name_pattern(name) in framed]
+        if lost:
+            every = framed[name_pattern(lost[0])]
+            found[inside] = dict.fromkeys(lost if every else lost[:1], DAMAGED)
     return found
 
 

@@ -114,6 +114,21 @@ def test_slices_and_files_with_frames_of_any_suffix_are_found(root, suffix):
         build(root)
 
 
+@pytest.mark.parametrize("name", ["t1_{}", "IM.{}", "I{}.MR"])
+def test_a_patient_whose_slices_are_all_lost_is_told(root, name):
+    for split, kind in (("train", "dark"), ("val", "dark"), ("train", "bright")):
+        folder = root / "images" / split / kind / "patient"
+        for number, file in enumerate(sorted(write_dicom(folder, VOXELS).iterdir())):
+            target = file.rename(folder / name.format(number))
+            if (split, kind) == ("train", "dark"):
+                target.write_bytes(bytes(200 * number))
+    (root / "images" / "notes").write_text("no image")
+    with pytest.raises(UserError) as caught:
+        build(root)
+    head, line = str(caught.value).splitlines()
+    assert head.startswith("1 volume cannot be used") and "train/dark/patient/" in line
+
+
 @pytest.mark.parametrize("name", ["p{}", "p{}.7", "p{}.enh", "p{}.dcm"])
 def test_files_with_frames_that_are_cut_are_told(tmp_path, name):
     """Whatever is left of them, an empty one too."""
