@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import IO, Any
+from stat import S_ISDIR, S_ISREG
+from typing import IO, Any, BinaryIO
 
 from filelock import lock_descriptor
 
@@ -301,6 +302,18 @@ def truncate_jsonl(path: Path | str, keep: Callable[[dict[str, Any]], bool]) -> 
 
 
 # ---------------------------------------------------------------------------- files of users
+
+
+def open_regular(path: str) -> BinaryIO:
+    """A file to be read, but no named pipe or device, for which one may wait for ever.
+
+    Raises:
+        UserError: one of those.
+    """
+    mode = os.stat(path).st_mode
+    if not S_ISREG(mode) and not S_ISDIR(mode):  # of a folder open says so
+        raise UserError("not a file, but a pipe or a device")
+    return open(path, "rb")
 
 
 def on_disk(path: Path) -> Path:

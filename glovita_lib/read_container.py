@@ -5,7 +5,6 @@ By its first bytes, as a suffix tells little; the codec by its name in the heade
 """
 
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glovita_lib.errors import UserError
+from glovita_lib.files import open_regular
 
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 TRANSPORT_PACKET = 188  # bytes of an MPEG transport stream that begin with 0x47
@@ -70,9 +70,7 @@ def file_type(path: str) -> FileType:
     Raises:
         UserError: an empty file, no video, one that is cut off, or of a kind that cannot be read.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise UserError("not a file")  # of a pipe nobody may ever write
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(HEADER)
     if not start:
         raise UserError("an empty file")

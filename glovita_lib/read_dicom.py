@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal, Never
 import numpy as np
 
 from glovita_lib.errors import UserError, listed, reason
+from glovita_lib.files import open_regular
 from glovita_lib.spec_volumes import CACHE
 
 Box = tuple[slice, slice, slice]
@@ -175,7 +176,7 @@ def image_header(file: str, conditions: list[tuple[str, str]]) -> Any:
 
     tags: list[Any] = [*WANTED, *(keyword for keyword, _ in conditions)]
     name = os.path.basename(file)
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         try:
             header = pydicom.dcmread(
                 opened, stop_before_pixels=True, specific_tags=tags, force=lacks_preamble(opened)
@@ -204,7 +205,7 @@ def looks_dicom(name: str) -> bool:
 
 def is_dicom(file: str) -> bool:
     """Whether a file is DICOM by its first bytes."""
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         return lacks_preamble(opened) or opened.read(132)[128:] == b"DICM"
 
 
@@ -254,7 +255,7 @@ def read_image(file: str) -> Any:
     import pydicom
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         image = pydicom.dcmread(opened, force=lacks_preamble(opened))
     if "TransferSyntaxUID" not in image.file_meta:  # of a file without a head
         implicit, little = image.original_encoding
@@ -299,14 +300,14 @@ def image_kind(file: str, conditions: Sequence[list[tuple[str, str]]]) -> ImageK
     last = max(tags)
     named = file.lower().endswith(SLICE_SUFFIXES)
     try:
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             header = read_partial(
                 opened,
                 lambda tag, vr, length: tag > last,
                 force=lacks_preamble(opened),
                 specific_tags=tags,
             )
-    except (InvalidDicomError, OSError):  # whoever reads it says so
+    except (InvalidDicomError, OSError, UserError):  # whoever reads it says so
         return DAMAGED if named else None
     except Exception:  # pydicom raises anything where bytes are missing
         return DAMAGED

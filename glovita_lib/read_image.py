@@ -37,6 +37,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import OPEN_INFO, TiffImageFile
 
 from glovita_lib.errors import UserError
+from glovita_lib.files import open_regular
 
 ORIENTATION = 0x0112  # EXIF tag
 STRIP_TAGS = ((273, 279), (324, 325))  # TIFF tags: offsets and byte counts of strips, of tiles
@@ -137,7 +138,7 @@ def read_header(path: str, *, max_megapixels: float) -> Header:
     Raises:
         UserError: missing, unreadable or broken; one line with the path.
     """
-    with decoding(path), open(path, "rb") as file, opened(file, max_megapixels) as image:
+    with decoding(path), open_regular(path) as file, opened(file, max_megapixels) as image:
         height, width = image.height, image.width
         if orientation(image) >= 5:
             height, width = width, height
@@ -224,7 +225,7 @@ def read_image(path: str, *, channels: int, bit_depth: int, max_megapixels: floa
         UserError: missing, unreadable, broken or floating-point; one line with the path.
     """
     with decoding(path):
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read()
         with opened(io.BytesIO(data), max_megapixels) as image:
             turned = orientation(image)

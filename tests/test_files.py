@@ -16,6 +16,8 @@ import pytest
 
 from glovita_lib import files
 from glovita_lib.errors import UserError
+from glovita_lib.read_dicom import DAMAGED, dicom_headers, image_kind
+from glovita_lib.read_image import read_header, read_image
 
 
 @pytest.fixture
@@ -111,6 +113,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from glovita_lib import files
+from glovita_lib.read_dicom import DAMAGED, dicom_headers, image_kind
+from glovita_lib.read_image import read_header, read_image
 print("ready", flush=True)
 for i in range(1_000_000):
     files.write_text(Path(sys.argv[1]), str(i % 10) * 200_000)
@@ -252,3 +256,18 @@ def test_what_a_killed_process_left_goes_and_that_of_a_running_one_stays(tmp_pat
         (tmp_path / name).write_text("half")
     files.remove_killed(tmp_path / "test")
     assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_pipes_are_no_files_of_samples(tmp_path):
+    """Nobody may ever write into them."""
+    pipe = tmp_path / "1.png"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="not a file"):
+        read_header(str(pipe), max_megapixels=1)
+    with pytest.raises(UserError, match="not a file"):
+        read_image(str(pipe), channels=3, bit_depth=8, max_megapixels=1)
+    pipe.rename(tmp_path / "1.dcm")
+    assert image_kind(str(tmp_path / "1.dcm"), []) == DAMAGED
+    with pytest.raises(UserError, match="not a file"):
+        dicom_headers(str(tmp_path), None)
