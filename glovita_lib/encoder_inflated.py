@@ -4,6 +4,8 @@ B batch, C channels, X Y Z voxels of a volume, H W rows and columns of an image,
 axis that kernels did not have, D width.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -66,16 +68,16 @@ class InflatedPool(nn.Module):
         if isinstance(pool, nn.MaxPool2d):
             dilation = third(pair(pool.dilation))
             self.reach = dilation * (side - 1) + 1
-            self.along = nn.MaxPool1d(side, step, 0, dilation, ceil_mode=pool.ceil_mode)
+            sides, steps, apart = (1, 1, side), (1, 1, step), (1, 1, dilation)
+            self.along = nn.MaxPool3d(sides, steps, 0, apart, ceil_mode=pool.ceil_mode)
         else:
-            self.along = nn.AvgPool1d(side, step, 0, pool.ceil_mode, count_include_pad=False)
+            self.along = nn.AvgPool3d((1, 1, side), (1, 1, step), 0, pool.ceil_mode, False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W, N) -> (B, C, h, w, n)."""
         slices = x.movedim(4, 1)  # (B, N, C, H, W)
         y = self.images(slices.flatten(0, 1)).unflatten(0, slices.shape[:2]).movedim(1, 4)
-        y = continued(y, self.ends, self.reach)  # (B, C, h, w, N')
-        return self.along(y.flatten(0, 3)).unflatten(0, y.shape[:4])
+        return self.along(continued(y, self.ends, self.reach))
 
 
 def continued(x: Tensor, ends: int, least: int) -> Tensor:
@@ -217,7 +219,7 @@ def treats_alike(layer: nn.Module, shape: torch.Size) -> bool:
 
 class Watch(TorchDispatchMode):
     """Inside, notes the modules that run, and along which of the last axes of maps (B, C, *size)
-    the operations of each work, as a mean over rows and columns does."""
+    the operations of each work, as a mean over rows and columns does, or which they make one."""
 
     def __init__(self, axes: int) -> None:
         super().__init__()
@@ -228,6 +230,8 @@ class Watch(TorchDispatchMode):
         """Shape of what each module was given last; None: of several tensors."""
         self.along: dict[str, set[frozenset[int]]] = {}
         """Of each module the axes of its operations, by their distance from the first of them."""
+        self.unfolded: set[str] = set()
+        """Names of modules that are."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -236,14 +240,40 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         names = (argument.name for argument in function._schema.arguments)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        x, dim = given.get("self"), given.get("dim")
-        if isinstance(x, Tensor) and x.ndim >= self.axes + 2 and not function.is_view:
+        x, dim, result = given.get("self"), given.get("dim"), function(*args, **kwargs)
+        if isinstance(x, Tensor) and x.ndim >= self.axes + 2:
             wanted = [] if dim is None else dim if isinstance(dim, list | tuple) else [dim]
             first = x.ndim - self.axes
-            along = frozenset(axis % x.ndim - first for axis in wanted if axis % x.ndim >= first)
+            along = {axis % x.ndim - first for axis in wanted if axis % x.ndim >= first}
+            if function in VIEWS:
+                along = joined(x.shape, result.shape, self.axes)
+            elif function.is_view:
+                along = set()
             if along:
-                self.along.setdefault(self.running[-1] if self.running else "", set()).add(along)
-        return function(*args, **kwargs)
+                self.note(along)
+        return result
+
+    def note(self, along: set[int]) -> None:
+        """Note axes of the module that runs; such as are unfolded join two by themselves."""
+        name = self.running[-1] if self.running else ""
+        if name not in self.unfolded:
+            self.along.setdefault(name, set()).add(frozenset(along))
+
+
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
+def joined(old: torch.Size, new: torch.Size, axes: int) -> set[int]:
+    """Which of the last axes of a shape one axis of another shape has together, by themselves."""
+    first = len(old) - axes
+    if old[:first] == new[:first] and len(new) == first + 1:
+        return set(range(axes))  # also of sides of 1, which have no values between their borders
+    ends = {math.prod(new[place:]) for place in range(len(new) + 1)}  # values behind each border
+    borders = [axis for axis in range(axes + 1) if math.prod(old[first + axis :]) in ends]
+    for begin, end in itertools.pairwise(borders):
+        if end - begin > 1:
+            return set(range(begin, end))
+    return set()
 
 
 @contextmanager
@@ -257,6 +287,8 @@ def watching(net: nn.Module, axes: int) -> Iterator[Watch]:
     for name, part in net.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
             continue  # it takes no such hooks
+        if isinstance(part, Unfolded):
+            watch.unfolded.add(name)
 
         def enter(module: nn.Module, inputs: Any, name: str = name) -> None:
             watch.running.append(name)
@@ -376,7 +408,7 @@ def inflate(inner: Encoder, how: str, image: Tensor, depth: int) -> None:
 
 def lift_layers(net: nn.Module, watch: Watch, how: str) -> None:
     """Lift the layers that a pass of an image has seen: what pools whole maps by itself as one, the
-    others each.
+    others each. A module with kernels beside its pool is told by a pass of a volume.
 
     Raises:
         TypeError: one cannot be lifted.
@@ -388,10 +420,9 @@ def lift_layers(net: nn.Module, watch: Watch, how: str) -> None:
             continue
         if {0, 1} in watch.along.get(name, ()) and not isinstance(layer, OF_IMAGES):
             shape = watch.passed[name]
-            if shape is None or not treats_alike(layer, shape):
-                raise TypeError(f"it has kernels beside a mean over rows and columns, in {name}")
-            unfold(layer)
-            whole.append(name)
+            if shape is not None and treats_alike(layer, shape):
+                unfold(layer)
+                whole.append(name)
     for name in filter(None, watch.passed):
         layer = net.get_submodule(name)
         if any(name == outer or name.startswith(f"{outer}.") for outer in whole):

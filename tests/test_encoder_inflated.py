@@ -175,6 +175,10 @@ GATES = {
     "SEModule of SENet": (timm.models.senet.SEModule, {"reduction": 2}),
     "EffectiveSEModule": (timm.layers.EffectiveSEModule, {}),
     "EcaModule": (timm.layers.EcaModule, {}),
+    "GatherExcite": (
+        timm.layers.GatherExcite,
+        {"extra_params": False, "extent": 0, "use_mlp": False},
+    ),
     "SqueezeExcitation": (torchvision.ops.SqueezeExcitation, {"squeeze_channels": 4}),
 }
 
@@ -204,6 +208,24 @@ def test_gates_are_those_of_the_means_over_three_axes(gate):
     assert sum(p.numel() for p in encoder.net[1].parameters()) == sum(
         p.numel() for p in net[1].parameters()
     )
+
+
+@pytest.mark.parametrize("size", [(6, 5, 7), (1, 1, 7)])
+@torch.no_grad()
+def test_global_context_is_of_three_axes(size):
+    """Attention over all voxels (Cao et al., GCNet, 2019)."""
+    encoder, net = inflated_and_plain("in_context", size)
+    x = volumes(size)
+    maps = by_hand(net[0], x, "mean")
+    context, voxels = net[1], maps.flatten(2)  # (B, C, N)
+    weights = F.conv1d(voxels, context.conv_attn.weight[..., 0], context.conv_attn.bias).softmax(2)
+    mean = (voxels * weights).sum(2)[..., None, None]  # (B, C, 1, 1)
+    gate = context.gate(context.mlp_scale(mean))[..., None]
+    torch.testing.assert_close(encoder.forward_features(x), maps * gate)
+
+
+def in_context(input_channels: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(input_channels, 8, 3, 1, 1), timm.layers.GlobalContext(8))
 
 
 @torch.no_grad()
@@ -322,11 +344,15 @@ def test_own_weights_of_inflated_encoders_are_weights_of_the_same(kernel, tmp_pa
                 ({}, "it pools over some of three axes alone, in its own forward pass; lift"),
                 (
                     {"nested": True},
-                    "has kernels beside a mean over rows and columns, in 0; lift",
+                    r"it pools over some of three axes alone, in 0 \(Pooled\); lift",
                 ),
                 (
                     {"nested": True, "over": [2]},
                     r"it pools over some of three axes alone, in 0 \(Pooled\); lift",
+                ),
+                (
+                    {"flat": True},
+                    "it pools over some of three axes alone, in its own forward pass; lift",
                 ),
                 ({"always": False}, "in training it pools over some of three axes alone, in its"),
             )
@@ -341,20 +367,21 @@ def test_what_cannot_be_inflated_is_told(network, kind, said):
 class Pooled(nn.Module):
     """Kernels and a mean over axes in one module, always or in training."""
 
-    def __init__(self, channels: int, over: list[int], always: bool) -> None:
+    def __init__(self, channels: int, over: list[int], always: bool, flat: bool) -> None:
         super().__init__()
+        self.flat = flat
         self.conv = nn.Conv2d(channels, 4, 3, padding=1)
         self.over, self.always = over, always
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
+        if self.flat:
+            return x * x.flatten(2, 3).amax(2)[:, :, None, None]
         return x * x.mean(self.over, keepdim=True) if self.always or self.training else x
 
 
-def pooled(
-    input_channels: int, *, over=(2, 3), always: bool = True, nested: bool = False
-) -> nn.Module:
-    module = Pooled(input_channels, list(over), always)
+def pooled(input_channels: int, *, over=(2, 3), always=True, flat=False, nested=False) -> nn.Module:
+    module = Pooled(input_channels, list(over), always, flat)
     return nn.Sequential(module) if nested else module
 
 
