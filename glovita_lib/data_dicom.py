@@ -13,21 +13,28 @@ from pathlib import Path, PurePosixPath
 from statistics import median_low
 from typing import Literal
 
+import numpy as np
+
 from glovita_lib.data_tables import walk_folders
-from glovita_lib.errors import listed
+from glovita_lib.errors import UserError, listed
 from glovita_lib.read_dicom import (
     DAMAGED,
+    SAME,
     ImageKind,
+    Slice,
+    at_one_place,
+    dicom_headers,
     image_kind,
     is_dicom,
-    kind_of_parts,
     looks_dicom,
     name_pattern,
     series_conditions,
+    slices_of,
 )
 
 OTHER_SUFFIXES = (".nii", ".gz", ".npy", ".npz", ".b2nd", ".json", ".csv", ".txt", ".png", ".jpg")
 """Suffixes of files that are never DICOM."""
+MISSING = 4.5  # gaps that may lie between the parts of a series
 LOOKED_AT = 3  # largest and smallest files of a folder
 
 Kinds = dict[str, ImageKind]
@@ -145,6 +152,47 @@ def join_parts(
         elif parts.kind != "volumes":
             line = f"{parts.text(parts.folders)}: put its slices into one folder, each once"
             found.parts |= {each: line for each in parts.folders if each in found.series}
+
+
+def kind_of_parts(
+    folders: Sequence[str], series: str | None, *, known: bool
+) -> Literal["one volume", "overlap", "volumes"]:
+    """Whether the slices of some folders, of one SeriesInstanceUID, are one volume: of one size and
+    orientation, each at a place of its own, with gaps as between neighbours or a few missing.
+
+    Folders of which that is not so, as where all files carry one UID, are volumes of their own; no
+    more of them are read than tell so. Where the UID is known to tell series apart, folders of
+    which some places are in several and others in one overlap.
+    """
+    slices: list[Slice] = []
+    for folder in folders:
+        try:
+            headers = dicom_headers(folder, series)
+            slices += [each for file, header in headers for each in slices_of(file, header)]
+        except UserError:  # whoever reads it says so
+            return "volumes"
+        like = [(*each.size, *each.cosines, *each.pixel) for each in slices]
+        if not np.allclose(like, like[0], rtol=SAME, atol=SAME):
+            return "volumes"
+        normal = np.cross(slices[0].cosines[:3], slices[0].cosines[3:])
+        places = np.array([float(each.position @ normal) for each in slices])
+        gaps = np.diff(np.sort(places))
+        if len(gaps) and gaps.min() < 0.5 * np.median(gaps):
+            return "overlap" if known and share_some(slices, places) else "volumes"
+    return "one volume" if gaps.max() < MISSING * np.median(gaps) else "volumes"
+
+
+def share_some(slices: Sequence[Slice], places: np.ndarray) -> bool:
+    """Whether some places (K,), mm, are in several folders and others are not, as those of several
+    volumes of one grid are not: those of time points or echoes are in all."""
+    order = np.argsort(places)
+    numbers = np.empty(len(places), int)
+    numbers[order] = np.append(0, np.cumsum(~at_one_place(np.diff(places[order]))))
+    of: dict[str, set[int]] = {}
+    for each, number in zip(slices, numbers.tolist(), strict=True):
+        of.setdefault(os.path.dirname(each.file), set()).add(number)
+    held = Counter(number for found in of.values() for number in found)
+    return max(held.values()) > 1 and min(map(len, of.values())) < len(held)
 
 
 @dataclass(frozen=True, slots=True)

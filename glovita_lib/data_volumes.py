@@ -401,15 +401,18 @@ def new_files(
         UserError: there is nothing, or a folder that cannot be listed.
     """
     if where.suffix.lower() == ".csv":
-        named = paths_of(read_csv(where, data.path_columns), data.path_columns)
+        rows = paths_of(read_csv(where, data.path_columns), data.path_columns)
+        named, torn = by_first(rows)
+        if again := len(rows) - len(set(rows)):
+            notes.append(f"{again} rows of {where} stand there again: used once")
         suffixes = data.path_suffix or ("",)
         files = [
             tuple(str(on_disk(where.parent / f"{name}{s}")) for name in names for s in suffixes)
-            for names in named
+            for names in named.values()
         ]
-        ids = [names[0] for names in named]
-        broken = parts_among(files, series)
-        return ids, files, {ids[number]: line for number, line in broken.items()}
+        ids = list(named)
+        broken = {ids[number]: line for number, line in parts_among(files, series).items()}
+        return ids, files, broken | torn
     if where.is_dir():
         report = None if data.strict else notes
         folder, lacking = open_folder(where, data, series, report, itself=True)
@@ -419,3 +422,20 @@ def new_files(
     if where.exists():
         return [where.name], [(str(where),)], {}
     raise UserError(f"{where}: no such file or folder, expected volumes, or a CSV of their paths")
+
+
+def by_first(
+    rows: Sequence[tuple[str, ...]],
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Paths of samples by the first one, which names them, and for those that stand in rows of
+    different paths the line that says so."""
+    named: dict[str, list[tuple[str, ...]]] = {}
+    for paths in dict.fromkeys(rows):
+        named.setdefault(paths[0], []).append(paths)
+    torn = {
+        name: f"stands beside {' and beside '.join(listed(paths[1:]) for paths in each)}: the first"
+        " file of a sample must be its own"
+        for name, each in named.items()
+        if len(each) > 1
+    }
+    return {name: each[0] for name, each in named.items()}, torn

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, Never
+from typing import Any, BinaryIO, Never
 
 import numpy as np
 
@@ -26,6 +26,7 @@ Box = tuple[slice, slice, slice]
 
 POSITION_SLACK = 0.02, 0.05  # mm (a quarter of a gap at most) and share of the gap: rounding
 SAME = 1e-3  # direction cosines and pixel spacings are written with few digits
+UNIT = 0.02  # products of the directions of a slice may be off so far: two decimals
 SLICE_SUFFIXES = (".dcm", ".ima", ".dicom")
 OTHER_IMAGES = (
     "RT Dose Storage", "Segmentation Storage", "Parametric Map Storage",
@@ -38,7 +39,6 @@ LAST_FIRST = 0x2000  # number of the first element within its group
 FIRST_GROUPS = (0x0002, 0x0008, 0x0010, 0x0018, 0x0020, 0x0028)  # that a file may begin with
 TELLING = ("MediaStorageSOPClassUID", "SOPClassUID", "Rows", "Columns")  # that no other file has
 CLASSES = "1.2.840.10008."  # what the UIDs of DICOM's own classes begin with
-MISSING = 4.5  # gaps that may lie between the parts of a series
 ELEMENT_HEAD = 8  # bytes of tag and length at least
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's axes run to left, back and head
 WANTED = (
@@ -527,6 +527,7 @@ def stack(slices: list[Slice]) -> Series:
     refuse_mixed("sizes", [shape_text(each.size) for each in slices])
     refuse_mixed("orientations", classes([each.cosines for each in slices]))
     refuse_mixed("pixel spacings", classes([each.pixel for each in slices]))
+    check_plane(first)
     normal = np.cross(first.cosines[:3], first.cosines[3:])
     slices = sorted(slices, key=lambda each: float(each.position @ normal))
     positions = np.stack([each.position for each in slices])  # (K, 3)
@@ -543,45 +544,24 @@ def stack(slices: list[Slice]) -> Series:
     return Series(tuple(slices), TO_RAS @ affine)
 
 
-def kind_of_parts(
-    folders: Sequence[str], series: str | None, *, known: bool
-) -> Literal["one volume", "overlap", "volumes"]:
-    """Whether the slices of some folders, of one SeriesInstanceUID, are one volume: of one size and
-    orientation, each at a place of its own, with gaps as between neighbours or a few missing.
+def check_plane(of: Slice) -> None:
+    """Refuse directions of a slice that are no unit vectors at right angles, and pixels without
+    size (PS3.3 C.7.6.2.1.1).
 
-    Folders of which that is not so, as where all files carry one UID, are volumes of their own; no
-    more of them are read than tell so. Where the UID is known to tell series apart, folders of
-    which some places are in several and others in one overlap.
+    Raises:
+        UserError: one of these.
     """
-    slices: list[Slice] = []
-    for folder in folders:
-        try:
-            headers = dicom_headers(folder, series)
-            slices += [each for file, header in headers for each in slices_of(file, header)]
-        except UserError:  # whoever reads it says so
-            return "volumes"
-        like = [(*each.size, *each.cosines, *each.pixel) for each in slices]
-        if not np.allclose(like, like[0], rtol=SAME, atol=SAME):
-            return "volumes"
-        normal = np.cross(slices[0].cosines[:3], slices[0].cosines[3:])
-        places = np.array([float(each.position @ normal) for each in slices])
-        gaps = np.diff(np.sort(places))
-        if len(gaps) and gaps.min() < 0.5 * np.median(gaps):
-            return "overlap" if known and share_some(slices, places) else "volumes"
-    return "one volume" if gaps.max() < MISSING * np.median(gaps) else "volumes"
-
-
-def share_some(slices: Sequence[Slice], places: np.ndarray) -> bool:
-    """Whether some places (K,), mm, are in several folders and others are not, as those of several
-    volumes of one grid are not: those of time points or echoes are in all."""
-    order = np.argsort(places)
-    numbers = np.empty(len(places), int)
-    numbers[order] = np.append(0, np.cumsum(~at_one_place(np.diff(places[order]))))
-    of: dict[str, set[int]] = {}
-    for each, number in zip(slices, numbers.tolist(), strict=True):
-        of.setdefault(os.path.dirname(each.file), set()).add(number)
-    held = Counter(number for found in of.values() for number in found)
-    return max(held.values()) > 1 and min(map(len, of.values())) < len(held)
+    axes = of.cosines.reshape(2, 3)
+    name = os.path.basename(of.file)
+    if np.abs(axes @ axes.T - np.eye(2)).max() > UNIT:
+        numbers = ", ".join(f"{number:g}" for number in of.cosines)
+        raise UserError(
+            f"ImageOrientationPatient of {name} is {numbers}: no directions of length 1 at right"
+            " angles, so that distances are not known"
+        )
+    if not (of.pixel > 0).all():
+        numbers = ", ".join(f"{number:g}" for number in of.pixel)
+        raise UserError(f"PixelSpacing of {name} is {numbers}: it must be above 0")
 
 
 def classes(values: list[np.ndarray]) -> list[str]:

@@ -210,13 +210,18 @@ def check_affine(affine: np.ndarray) -> None:
     """Refuse an affine that does not place the voxels in space.
 
     Raises:
-        UserError: it is not finite, or singular, as one of zeros is.
+        UserError: it is not finite, singular, as one of zeros is, or has another last row.
     """
     columns = affine[:3, :3]
     cure = "write the file anew with its affine (nibabel.Nifti1Image(voxels, affine))"
     if not np.isfinite(affine).all():
         raise UserError(f"its affine has NaN or infinite entries: {cure}")
     sizes = np.linalg.norm(columns, axis=0)
+    if not np.array_equal(affine[3], (0, 0, 0, 1)):
+        row = " ".join(f"{entry:g}" for entry in affine[3])
+        raise UserError(
+            f"the last row of its affine is {row}, not 0 0 0 1, as if transposed: {cure}"
+        )
     if not sizes.all() or abs(np.linalg.det(columns / sizes)) < 1e-4:
         numbers = "; ".join(" ".join(f"{entry:g}" for entry in row) for row in affine[:3])
         raise UserError(f"its affine ({numbers}) is singular and places no voxel in space: {cure}")

@@ -280,6 +280,24 @@ def test_every_row_that_lacks_a_file_has_its_line(tmp_path):
         assert line.startswith(f"  {folder}{text.partition(': ')[0]}: ") and place in line
 
 
+def test_new_samples_have_a_first_file_of_their_own(tmp_path):
+    """By which results are named."""
+    write(tmp_path, [f"{n}_{kind}.nii" for n in range(3) for kind in ("t1", "t2", "t3")])
+    names = [(0, "t2"), (1, "t2"), (1, "t3"), (2, "t2"), (2, "t2")]
+    rows = [{"t1": f"images/{n}_t1.nii", "t2": f"images/{n}_{kind}.nii"} for n, kind in names]
+    table(tmp_path, rows)
+    new = VolumeSamples(channels=2, reading=VolumeReading(), preparation=PREPARED)
+    files = VolumeData(path_column=("t1", "t2"))
+    with pytest.raises(UserError, match="1_t1.nii: stands beside images/1_t2.nii and beside imag"):
+        unlabelled_volumes(str(tmp_path / "labels.csv"), new, files)
+    split, notes = unlabelled_volumes(
+        str(tmp_path / "labels.csv"), new, replace(files, strict=False)
+    )
+    assert split.ids == ["images/0_t1.nii", "images/2_t1.nii"]
+    assert any("1 volume left out" in note for note in notes)
+    assert any(note.startswith("1 rows of") and "used once" in note for note in notes)
+
+
 # ---------------------------------------------------------------------- bad files
 
 

@@ -201,6 +201,31 @@ def test_slices_that_make_up_no_grid_are_one_line(tmp_path):
     assert "beside the line" in refused(mixed("beside", origin=(-8, 20, 13)))
 
 
+@pytest.mark.parametrize(
+    ("tag", "value", "said"),
+    [
+        (
+            "ImageOrientationPatient",
+            [2, 0, 0, 0, 2, 0],
+            "is 2, 0, 0, 0, 2, 0: no directions",
+        ),
+        ("ImageOrientationPatient", [1, 0, 0, 0.3, 0.95, 0], "at right angles"),
+        ("ImageOrientationPatient", [0, 0, 0, 0, 0, 0], "length 1"),
+        ("PixelSpacing", [-1, 1], "is -1, 1: it must be above 0"),
+        ("PixelSpacing", [1, 0], "it must be above 0"),
+        ("ImageOrientationPatient", [0.71, 0.71, 0, -0.71, 0.71, 0], None),  # few decimals
+    ],
+)
+def test_a_plane_that_is_none_is_refused(tag, value, said, tmp_path):
+    folder = write_dicom(tmp_path / "a", VOXELS)
+    for file in folder.iterdir():
+        edit(file, **{tag: value})
+    if said is None:
+        assert open_volume(str(folder), PLAIN).spacing[0] == pytest.approx(1, rel=0.01)
+    else:
+        assert said in refused(folder)
+
+
 def test_a_missing_slice_and_a_single_one(tmp_path):
     folder = write_dicom(tmp_path / "a", VOXELS, positions=[0, 2, 6, 8])
     assert "1 slice missing: the gap is 4 mm between 7 and 11 mm, 2 mm elsewhere" in refused(folder)

@@ -119,7 +119,20 @@ def test_big_endian_files_and_units(tmp_path):
     np.testing.assert_allclose(volume.spacing, (1, 2, 3), rtol=1e-6)
     np.testing.assert_allclose(volume.affine[:3, 3], (10, -20, 40), rtol=1e-6)
     assert volume.read().dtype == np.float32 and volume.read().dtype.isnative
+    image.header.set_xyzt_units("micron")
+    nibabel.save(image, tmp_path / "b.nii")
+    np.testing.assert_allclose(
+        open_volume(str(tmp_path / "b.nii"), PLAIN).spacing, (1e-6, 2e-6, 3e-6)
+    )
     assert (volume.read()[0] == voxels).all()
+
+
+@pytest.mark.parametrize("last", [(5, 6, 7, 1), (0, 0, 0, 2), (0, 0, 0, 0)])
+def test_an_affine_with_another_last_row_is_refused(tmp_path, last):
+    affine = np.eye(4)
+    affine[3] = last
+    np.savez(tmp_path / "a.npz", volume=blob(), affine=affine)
+    assert "last row of its affine is" in refused(tmp_path / "a.npz")
 
 
 def test_colours_are_channels(tmp_path):
