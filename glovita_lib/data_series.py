@@ -226,6 +226,7 @@ def columns_of(spec: SeriesData) -> Columns:
         spec.group_column,
         split,
         spec.value_columns,
+        resampled=spec.preparation.step is not None,
     )
 
 
@@ -249,9 +250,22 @@ def open_file(path: Path, spec: SeriesData, table: Table | None) -> SeriesCollec
     collection = collection_of(found)
     if table is None and spec.group_column and found.groups is None:
         raise UserError(f'{path}: no column "{spec.group_column}" of the groups in it')
+    refuse_from_one(spec, collection, table)
     labelled = with_table(spec, collection, table)
     refuse_missing(labelled, spec.class_names)
     return labelled
+
+
+def refuse_from_one(spec: SeriesData, whole: SeriesCollection, table: Table | None) -> None:
+    """Raise an error where a table counts the rows of a file without ids from 1, by which each
+    would have the label of the one before."""
+    count = len(whole.ids)
+    if table is not None and not whole.named and str(count) in table and "0" not in table:
+        raise UserError(
+            f"{spec.labels_file}: {whole.where} has {count} series without ids, which are counted"
+            f" from 0, and the table has {count} and no 0: write 0 to {count - 1} into column"
+            f' "{spec.id_column}"'
+        )
 
 
 def collection_of(found: SeriesTable) -> SeriesCollection:
@@ -354,7 +368,8 @@ def _(spec: SeriesData, *, seed: int, asked: Asked) -> Data:
     if table is not None and spec.split_source == "csv":
         refuse_emptied(spec, table, next(iter(opened.values())), wanted)
     refuse_row_numbers(list(opened.values()), table)
-    report, names, points = matched([whole.table for whole in opened.values()])
+    tables = [whole.table for whole in opened.values()]
+    report, names, points = matched(tables, resampled=spec.preparation.step is not None)
     problems = Problems(spec.strict, "sample")
     kept, step = prepare_all(list(opened.values()), spec.preparation, problems)
     problems.settle(report)
@@ -456,15 +471,19 @@ def cure_of_names(own: tuple[str, ...], wanted: tuple[str, ...]) -> str:
 
 
 def matched(
-    tables: Sequence[SeriesTable],
+    tables: Sequence[SeriesTable], *, resampled: bool
 ) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
     """Lines about tables whose columns are put in the order of the first one, see
-    `match_columns`, and the names of the channels and of the time points in that order."""
+    `match_columns`, and the names of the channels and of the time points in that order.
+
+    Args:
+        resampled: whether series are resampled by their times, which tell time points apart then.
+    """
     lines: list[str] = []
     first: dict[bool, SeriesTable] = {}
     for table in tables:
         lines += table.notes
-        if table.columns:
+        if table.columns and not (resampled and table.is_wide and table.times is not None):
             other = first.setdefault(table.is_wide, table)
             line = match_columns(table, other.columns, other.where)
             lines += [] if line is None else [line]
@@ -607,8 +626,9 @@ def unlabelled_series(
     where = on_disk(Path(path))
     if not where.exists():
         raise UserError(f"{path}: no such file or folder, expected time series")
-    columns = replace(columns_of(spec), points=samples.time_points)
     how = samples.preparation or SeriesPreparation()
+    resampled = how.step is not None
+    columns = replace(columns_of(spec), points=samples.time_points, resampled=resampled)
     channels = samples.channels // 2 if how.mask_channels else samples.channels
     if is_one_series(where, columns, channels, samples.value_columns):
         whole = collection_of(read_files(where, [where], columns))

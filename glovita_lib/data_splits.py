@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
@@ -384,13 +385,18 @@ TAIL = 4096  # last bytes, which tell compressed images of one size apart
 
 
 def in_one_form(names: Iterable[str], first: dict[str, str] | None = None) -> list[str]:
-    """Names, each in the Unicode form in which it stands first, so that groups of one name are one.
+    """Names, each in the Unicode form in which it stands first, and numbers without decimals that
+    are 0 (2.0 as 2), so that groups of one name are one.
 
     Args:
         first: composed name -> first form, of names that stand before these; completed by them.
     """
     first = {} if first is None else first
+    names = (WITH_ZEROS.sub(r"\1", name) for name in names)
     return [first.setdefault(composed(name), name) for name in names]
+
+
+WITH_ZEROS = re.compile(r"^([+-]?\d+)\.0*$", re.ASCII)
 
 
 def refuse_shared_rows(ids: Sequence[str], rows: dict[str, np.ndarray]) -> None:

@@ -24,7 +24,9 @@ from glovita_lib.series_table import (
     Columns,
     SeriesTable,
     is_like_rows,
+    points_in_order,
     refuse_index,
+    refuse_no_id,
     refuse_owner,
     refuse_row,
     refuse_text,
@@ -177,9 +179,17 @@ def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
     header, rows, places = read_values(path, columns, is_wide=True)
     for place in places:
         refuse_text(path, header[place], (row[place] for row in rows))
-    read = read_long if columns.time in header else read_wide
-    table = read(path, columns, header, rows, places)
-    table.columns, table.is_wide = tuple(header[place] for place in places), read is read_wide
+    is_wide, when = columns.time not in header, None
+    if is_wide and not columns.values:
+        order, when = points_in_order(path, [header[place] for place in places], columns)
+        turned, places = order != sorted(order), [places[place] for place in order]
+    table = (read_wide if is_wide else read_long)(path, columns, header, rows, places)
+    table.columns, table.is_wide = tuple(header[place] for place in places), is_wide
+    if when is not None:
+        table.times = [when] * len(table.ids)
+    if is_wide and not columns.values and turned:
+        shown = listed(table.columns, 6)
+        table.notes.append(f"{path}: the time points are put in the order of time ({shown})")
     if table.is_wide and not columns.values and is_like_rows(header, rows):
         told = f"the first line ({listed(header, 3)}) is taken for the names of the time points"
         table.notes.append(f"{path}: {told}, not for a series")
@@ -224,6 +234,8 @@ def read_wide(
     found = [numbers([row[place] for place in places]) for row in rows]
     series = [values if isinstance(values, str) else values[None] for values in found]
     ids = column(header, rows, columns.id)
+    if ids is not None:
+        refuse_no_id(path, f'column "{columns.id}"', ids)
     if ids is not None and len(ids) >= 2 * len(set(ids)):
         raise UserError(
             f'{path}: {len(ids)} rows for {len(set(ids))} ids and no column "{columns.time}": name'
@@ -266,6 +278,7 @@ def read_long(
             f'{path}: no column "{columns.id}" beside that of the times: name it in data.id_column,'
             " or put files of one series each into a folder"
         )
+    refuse_no_id(path, f'column "{columns.id}"', ids)
     members: dict[str, list[int]] = {}
     for number, identity in enumerate(ids):
         members.setdefault(composed(identity), []).append(number)
@@ -451,6 +464,7 @@ def read_npz(path: Path, columns: Columns) -> SeriesTable:
     table = SeriesTable(str(path), ids, series, labels=entries.get("labels"))
     if "ids" in entries:
         table.ids, table.named = list(map(str, entries["ids"].tolist())), True
+        refuse_no_id(path, "array ids", table.ids)
     if "groups" in entries:
         table.groups = list(map(str, entries["groups"].tolist()))
     if "times" in entries:

@@ -12,8 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from glovita_lib.errors import UserError, composed, listed
-from glovita_lib.series_preparation import MISSING, WHOLE, numbers, time_numbers
+from glovita_lib.errors import UserError, composed, ended, listed, with_all
+from glovita_lib.series_preparation import (
+    MISSING,
+    WHOLE,
+    apart,
+    numbers,
+    time_numbers,
+    time_problem,
+)
 
 TIME_NAME = re.compile(
     r"(date(.?time)?|time(.?(stamp|step|point|index|s|sec|ms))?|t|seconds?|frame)s?(\s*[\[(].*)?",
@@ -48,6 +55,7 @@ class Columns:
     split: str | None
     values: tuple[str, ...]  # none: all others
     points: tuple[str, ...] = ()  # time points of wide tables that a model was trained on
+    resampled: bool = False  # whether series are resampled by their times
 
     @property
     def others(self) -> tuple[str | None, ...]:
@@ -179,6 +187,8 @@ def is_row(
     when, own = time_numbers(header), tuple(map(composed, header))
     if not is_wide or isinstance(when, str):
         return True
+    if points and len(own) == len(points) and set(own) == set(points):
+        return False
     if not ((when[1:] > when[:-1]).all() or (when[1:] < when[:-1]).all()):
         return True
     if when.dtype.kind == "M" or (points and own[: len(points)] == points[: len(own)]):
@@ -240,6 +250,50 @@ def is_grid(cells: Sequence[str]) -> bool:
     rounding = max(last if decimals > 0 and 10 * last <= step else 0, 1e-9 * step)
     exact = np.linspace(values[0], values[-1], len(values))
     return bool(step > 0 and np.abs(values - exact).max() <= rounding * (1 + 1e-6))
+
+
+# -------------------------------------------------------------------------- times of wide tables
+
+
+def points_in_order(
+    path: Path, names: Sequence[str], columns: Columns
+) -> tuple[list[int], np.ndarray | None]:
+    """Order of the time points of a wide table by their names, and their times (T,) in it, where
+    these are numbers or dates; None where they are none, or 0, 1, 2 ... or 1, 2, 3 ..., which are
+    times only where series are resampled by them.
+
+    Raises:
+        UserError: one time occurs twice; or they are irregular or have gaps, and series are not
+            resampled.
+    """
+    when = time_numbers(names)
+    order = list(range(len(names)))
+    if isinstance(when, str):
+        return order, None
+    order = np.argsort(when, kind="stable").tolist()
+    cells, when = [names[place] for place in order], when[order]
+    if is_whole(cells) and when[0] in (0, 1) and (np.diff(when) == 1).all():
+        return order, when if columns.resampled else None
+    if is_grid(cells):  # but for rounding
+        values = when.astype(np.float64)
+        when = np.linspace(values[0], values[-1], len(values))
+    steps = apart(when[1:], when[:-1])
+    if line := time_problem(when, steps, 1.0 if columns.resampled else None):
+        raise UserError(
+            f"{path}: the columns are time points, {line}; or name them in data.value_columns,"
+            " where they are taken as they stand"
+        )
+    return order, when
+
+
+def refuse_no_id(path: Path, name: str, ids: Sequence[str]) -> None:
+    """Raise an error where rows of a table, or series, have no id."""
+    if missing := [str(row) for row, one in enumerate(ids, 1) if one.strip().lower() in MISSING]:
+        text = (
+            f"{path}: no id in {name} for {len(missing)} of {len(ids)} rows (row {listed(missing)},"
+            " counted from 1): fill it in, or leave these rows out"
+        )
+        raise UserError(ended(with_all(text, missing)))
 
 
 def refuse_owner(path: Path, name: str, cells: list[str], ids: list[str] | None) -> None:

@@ -492,6 +492,64 @@ def test_time_points_of_wide_tables_go_by_name(tmp_path):
     assert data.samples.value_columns == ()  # they are no channels
 
 
+def test_wide_tables_are_resampled_by_their_times_as_long_ones(tmp_path):
+    """Whichever time points the files have."""
+    rng = np.random.default_rng(0)
+    heads = {"train": [0, 10, 1.5, 2.5, 4, 7], "test": [0, 1, 2, 3, 8]}
+    for name, head in heads.items():
+        values = rng.standard_normal((4, len(head)))
+        rows = ["id,label," + ",".join(map(str, head))]
+        long = ["id,label,time,x"]
+        for i, row in enumerate(values):
+            rows.append(f"{name}{i},{'ab'[i % 2]}," + ",".join(map(repr, row.tolist())))
+            long += [f"{name}{i},{'ab'[i % 2]},{t},{x}" for t, x in zip(head, row, strict=True)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows) + "\n")
+        (tmp_path / f"{name}_long.csv").write_text("\n".join(long) + "\n")
+    preparation, found = SeriesPreparation(step=0.5), {}
+    for end in ("", "_long"):
+        files = {f"{name}_file": f"{name}{end}.csv" for name in heads}
+        found[end] = build(tmp_path, preparation=preparation, **files)
+        assert found[end].samples.step == 0.5 and not found[end].samples.time_points
+    for name in heads:
+        one, other = (data.splits[name].source.fetch(np.arange(4)) for data in found.values())
+        for wide, long in zip(one, other, strict=True):
+            np.testing.assert_array_equal(wide, long)
+    with pytest.raises(UserError, match="irregular times, steps from 1 to 3: set data.preparation"):
+        build(tmp_path, train_file="train.csv", test_file="test.csv")
+
+
+def test_groups_that_are_one_number_are_one(tmp_path):
+    series = np.random.default_rng(0).standard_normal((4, 9))
+    for name, groups in (("train", np.arange(4)), ("test", np.arange(3.0, 7))):
+        np.savez(tmp_path / f"{name}.npz", series=series, labels=[0, 1, 0, 1], groups=groups)
+    files = {"train_file": "train.npz", "test_file": "test.npz", "group_column": "subject"}
+    with pytest.raises(UserError, match=r"1 groups are in more than one split: 3 \(train: 3, test"):
+        build(tmp_path, **files)
+    np.savez(tmp_path / "test.npz", series=series, labels=[0, 1, 0, 1], groups=np.arange(4) + 0.5)
+    assert build(tmp_path, **files).splits["test"].groups == ["0.5", "1.5", "2.5", "3.5"]
+
+
+def test_a_table_that_counts_rows_from_1_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).standard_normal((6, 9)))
+    table = tmp_path / "labels.csv"
+    spec = SeriesData(
+        data_root_dir=str(tmp_path),
+        split_source="kfold",
+        n_folds=3,
+        series_file="a.npy",
+        labels_file=str(table),
+    )
+    for ids in (range(1, 7), range(6), range(1, 6)):  # the last without the first series
+        table.write_text("id,label\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in ids))
+        if 6 in ids:
+            with pytest.raises(UserError, match="6 series without ids, .* no 0: write 0 to 5"):
+                build_data(spec, seed=0)
+        else:
+            data = build_data(spec, seed=0)
+            found = [identity for split in data.splits.values() for identity in split.ids]
+            assert set(map(int, found)) == set(ids)
+
+
 def test_whole_numbers_of_archives_are_one_class_however_written(root):
     write_ts(root / "train.ts", made(16, 0), ["1", "2"] * 8)
     values = ["\t".join(map(str, one[0])) for one in made(10, 1)]

@@ -277,7 +277,9 @@ def test_numbers_in_the_header_of_a_wide_table_are_time_points(line, is_row, tmp
         with pytest.raises(UserError, match=r"a.csv: no header, its first line holds values"):
             read_series(path, COLUMNS)
     else:
-        assert ",".join(read_series(path, COLUMNS).columns) == line.removesuffix(",label")
+        points = line.removesuffix(",label").split(",")
+        found = read_series(path, replace(COLUMNS, resampled=True)).columns
+        assert list(found) == (points[::-1] if points[0] == "4000.5" else points)
 
 
 @pytest.mark.parametrize("points", [(), ("t0", "t1", "t2"), ("0", "1", "2"), ("0.5", "1", "1.5")])
@@ -333,12 +335,63 @@ def test_time_points_of_a_model_are_known_again(tmp_path):
         ("0.0,0.5,1.0", (), True),
     ):
         path = write(tmp_path / "a.csv", f"{head}\n" + ",".join("875"[: head.count(",") + 1]))
-        columns = replace(COLUMNS, points=points)
+        columns = replace(COLUMNS, points=points, resampled=True)
         if is_known:
             assert ",".join(read_series(path, columns).columns) == head
         else:
             with pytest.raises(UserError, match="no header"):
                 read_series(path, columns)
+
+
+def test_time_points_of_a_wide_table_are_times(tmp_path):
+    """As those of a long one: sorted, and refused where they are irregular; an index is none."""
+    path = write(tmp_path / "a.csv", "label,0,10,5\na,1,3,2\nb,4,6,5\n")
+    table = read_series(path, COLUMNS)
+    assert_same(table, [[[1, 2, 3]], [[4, 5, 6]]])
+    assert table.columns == ("0", "5", "10")
+    assert [times.tolist() for times in table.times] == [[0, 5, 10]] * 2
+    assert "put in the order of time (0, 5, 10)" in table.notes[0]
+    index = write(tmp_path / "b.csv", "label,1,3,2\na,1,3,2\n")
+    assert_same(read_series(index, COLUMNS), [[[1, 2, 3]]])
+    assert read_series(index, COLUMNS).times is None
+    resampled = replace(COLUMNS, resampled=True)
+    assert read_series(index, resampled).times[0].tolist() == [1, 2, 3]
+    rounded = write(tmp_path / "c.csv", "label,0.00,0.33,0.67,1.00\na,1,3,2,4\n")
+    np.testing.assert_allclose(read_series(rounded, COLUMNS).times[0], np.arange(4) / 3)
+    dates = write(tmp_path / "d.csv", "label,2024-03-01,2024-02-29\na,1,3\n")
+    assert_same(read_series(dates, COLUMNS), [[[3, 1]]])
+    named = write(tmp_path / "e.csv", "label,t0,t10,t9\na,1,3,2\n")
+    assert_same(read_series(named, COLUMNS), [[[1, 3, 2]]])
+    for head, told in (
+        ("0,1,2,5,9", "irregular times|a gap from 2 to 5"),
+        ("0,1,2.5,5,9", "irregular times, steps from 1 to 4"),
+        ("0,1,10,2,3", "a gap from 3 to 10, steps are 1"),
+        ("0,1,2,1.0,3", "time 1 occurs twice"),
+        (
+            "2024-01-01,2024-01-02,2024-01-05,2024-01-06",
+            "a gap from 2024-01-02 00:00:00 to 2024-01-05",
+        ),
+    ):
+        body = ",".join(map(str, range(head.count(",") + 1)))
+        path = write(tmp_path / "f.csv", f"label,{head}\na,{body}\n")
+        with pytest.raises(UserError, match=rf"f.csv: the columns are time points, {told}"):
+            read_series(path, COLUMNS)
+        own = replace(COLUMNS, values=tuple(head.split(",")))
+        assert_same(read_series(path, own), [[np.arange(head.count(",") + 1)]])
+        if "twice" not in told:
+            assert read_series(path, resampled).times is not None
+
+
+def test_rows_without_an_id_are_refused(tmp_path):
+    wide = write(tmp_path / "a.csv", "id,x,y\np,1,2\n,2,3\nnan,3,4\n")
+    with pytest.raises(UserError, match=r'column "id" for 2 of 3 rows \(row 2, 3, counted from 1'):
+        read_series(wide, COLUMNS)
+    long = write(tmp_path / "b.csv", "id,time,x\np,0,1\np,1,2\n ,0,3\n,1,4\n")
+    with pytest.raises(UserError, match=r"b.csv: no id in column .* \(row 3, 4, counted"):
+        read_series(long, COLUMNS)
+    np.savez(tmp_path / "c.npz", series=np.zeros((3, 4)), ids=np.array(["p", "", "q"]))
+    with pytest.raises(UserError, match=r"c.npz: no id in array ids for 1 of 3 rows \(row 2"):
+        read_series(tmp_path / "c.npz", COLUMNS)
 
 
 def test_columns_that_the_spec_names_are_values_whatever_they_are_called(tmp_path):
