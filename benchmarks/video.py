@@ -86,7 +86,7 @@ def in_order(path: str) -> np.ndarray:
 def order(runs: int) -> None:
     """All frames of each video."""
     for path in paths():
-        facts = look_at(path, check=True, trusted=False, frame_rate=25.0)
+        facts = look_at(path, check=True, trusted=False)
         numbers = np.arange(facts.frames)
 
         def ours(path=path, facts=facts, numbers=numbers) -> np.ndarray:
@@ -114,7 +114,7 @@ def decoded(numbers: np.ndarray, keys: np.ndarray) -> int:
 def sparse(runs: int) -> None:
     """Some frames of each video in a random order."""
     for path in paths():
-        facts = look_at(path, check=True, trusted=False, frame_rate=25.0)
+        facts = look_at(path, check=True, trusted=False)
         numbers = np.random.default_rng(0).permutation(facts.frames)[:SPARSE]
 
         def ours(path=path, facts=facts, numbers=numbers) -> np.ndarray:
@@ -206,7 +206,7 @@ def augmentation(runs: int) -> None:
 
 def leaks(runs: int) -> None:
     """Files and memory before and after many clips."""
-    videos = [(path, look_at(path, check=False, trusted=True, frame_rate=25.0)) for path in paths()]
+    videos = [(path, look_at(path, check=False, trusted=True)) for path in paths()]
     sizes, files = [], []
     for turn in range(80):
         for path, facts in videos:

@@ -48,7 +48,7 @@ def read_videos() -> tuple[tuple[np.ndarray, ...], float]:
         )
     found = []
     for path in paths:
-        facts = look_at(path, check=False, trusted=True, frame_rate=25.0)
+        facts = look_at(path, check=False, trusted=True)
         scale = SHORTEST / min(facts.height, facts.width)
         size = round(facts.height * scale), round(facts.width * scale)
         found.append(read_frames(path, facts, np.arange(facts.frames), size))

@@ -230,7 +230,7 @@ class VideoSource(Source):
 
 # ----------------------------------------------------------------------- what is known of videos
 
-FORMAT = 4  # of the index; another one looks at all videos anew
+FORMAT = 5  # of the index; another one looks at all videos anew
 
 
 class VideoFolder(SampleFolder):
@@ -300,20 +300,22 @@ def look_at_all(
         report: takes lines worth showing.
     """
     known, answers = known_videos(index), {}
+    stamps = {}  # before a look: a video that changes meanwhile is looked at again
     for name, path in paths.items():
         entry = known.get(name)
         with suppress(OSError):
+            stamps[name] = stamp(path)
             enough = entry and (entry["check"] or reading.check == "file")
             usable = entry and not isinstance(entry["found"], str)  # why it was not may be mended
-            if entry and enough and usable and entry["stamp"] == stamp(path):
+            if entry and enough and usable and entry["stamp"] == stamps[name]:
                 answers[name] = entry["found"]
     fresh = {name: path for name, path in paths.items() if name not in answers}
     check, written = reading.check == "frames", time.perf_counter()
     try:
         for name, answer in looked_at(fresh, reading):
             answers[name] = answer
-            with suppress(OSError):
-                known[name] = {"stamp": stamp(paths[name]), "check": check, "found": answer}
+            if name in stamps:
+                known[name] = {"stamp": stamps[name], "check": check, "found": answer}
             if index is not None and time.perf_counter() - written > KEPT_EVERY:
                 write_index(index, known, [])
                 written = time.perf_counter()
@@ -326,7 +328,8 @@ def look_at_all(
         if isinstance(answer, str):
             broken[name] = answer
             continue
-        facts[name] = msgspec.convert(answer, VideoFacts)
+        found = msgspec.convert(answer, VideoFacts)  # what the spec says is not kept with it
+        facts[name] = found if found.fps else replace(found, fps=reading.frame_rate)
         if facts[name].frames < reading.min_frames:
             asked = f"data.reading.min_frames = {reading.min_frames}"
             broken[name] = f"{facts[name].frames} frames, fewer than {asked}"
@@ -355,12 +358,7 @@ def looked_at(paths: dict[str, str], reading: VideoReading) -> Iterator[tuple[st
     def look(name: str) -> dict[str, Any] | str:
         try:
             kind = "" if check or os.path.isdir(paths[name]) else str(file_type(paths[name]))
-            facts = look_at(
-                paths[name],
-                check=check,
-                trusted=kind in trusted,
-                frame_rate=reading.frame_rate,
-            )
+            facts = look_at(paths[name], check=check, trusted=kind in trusted)
             answer: dict[str, Any] | str = asdict(facts)
             if facts.random:
                 trusted.add(facts.kind)

@@ -41,6 +41,7 @@ class VideoFacts:
     height: int
     width: int
     fps: float
+    """Frames a second; 0 where the video does not say it, as a folder of images."""
     random: bool
     """Whether its frames may be read at random."""
     times: tuple[float, ...] | None = None
@@ -389,20 +390,19 @@ NO_TIME = -1e9  # seconds; FFmpeg's mark of a frame without a timestamp is -2^63
 ROUNDED = 2e-3  # seconds that timestamps of an even rate may be off: containers count milliseconds
 
 
-def look_at(path: str, *, check: bool, trusted: bool, frame_rate: float) -> VideoFacts:
+def look_at(path: str, *, check: bool, trusted: bool) -> VideoFacts:
     """What a video is, and whether it can be read.
 
     Args:
         check: whether all frames are decoded, and compared with those read at random.
         trusted: without check, whether such a file was found to be right at random; if not, this
             one is compared, where its packets say that it may be right.
-        frame_rate: frames a second of a folder of images.
 
     Raises:
         UserError: why it cannot be used.
     """
     if os.path.isdir(path):
-        return look_at_images(path, check=check, frame_rate=frame_rate)
+        return look_at_images(path, check=check)
     try:
         kind = file_type(path)
     except OSError as error:
@@ -412,7 +412,7 @@ def look_at(path: str, *, check: bool, trusted: bool, frame_rate: float) -> Vide
         frames, fps = len(reader), float(reader.get_avg_fps())
         height, width, _ = reader.next().shape
     if not (np.isfinite(fps) and fps > 0):
-        fps = frame_rate
+        fps = 0.0
     is_timed = timestamps(reader, frames) is not None
     random = kind.may_be_random and is_timed
     fps, times = timed(reader, frames, fps)
@@ -450,14 +450,14 @@ def timed(reader: Any, frames: int, fps: float) -> tuple[float, tuple[float, ...
 
     Args:
         frames: how many there are.
-        fps: frames a second as the header says.
+        fps: frames a second as the header says, 0 where it does not.
     """
     times = timestamps(reader, frames)
     if times is None or len(times) < 2:
         return fps, None
     mean = (frames - 1) / float(times[-1])
     for rate in (fps, mean):
-        if np.abs(times - np.arange(frames) / rate).max() <= ROUNDED:
+        if rate and np.abs(times - np.arange(frames) / rate).max() <= ROUNDED:
             return rate, None
     return mean, tuple(times.round(6).tolist())
 
@@ -492,7 +492,7 @@ def agrees(path: str, sums: list[int]) -> bool:
     return True
 
 
-def look_at_images(folder: str, *, check: bool, frame_rate: float) -> VideoFacts:
+def look_at_images(folder: str, *, check: bool) -> VideoFacts:
     """The same of a folder of frames."""
     names = frame_files(folder, IMAGE_EXTS)
     if not names:
@@ -507,15 +507,18 @@ def look_at_images(folder: str, *, check: bool, frame_rate: float) -> VideoFacts
     if len(shapes) > 1:
         raise UserError(f"frames of different sizes: {listed(sorted(shapes), 3)}")
     ((height, width),) = shapes
-    return VideoFacts(FRAMES, len(names), height, width, frame_rate, random=True)
+    return VideoFacts(FRAMES, len(names), height, width, 0.0, random=True)
 
 
-def stamp(path: str | Path) -> list[int]:
-    """What changes when a video does: size and time of change; of a folder of frames those of the
-    frames, with a checksum of their names and all of these."""
+def stamp(path: str | Path) -> list[int | str]:
+    """What changes when the facts of a video may do: size and time of change, and the version of
+    decord, as another one may give other frames; of a folder of frames size and time of these, with
+    a checksum of their names and all of these."""
     state = os.stat(path)
     if not stat.S_ISDIR(state.st_mode):
-        return [state.st_size, state.st_mtime_ns]
+        import decord
+
+        return [state.st_size, state.st_mtime_ns, f"decord {decord.__version__}"]
     with os.scandir(path) as entries:
         found = sorted((e.name, (of := e.stat()).st_size, of.st_mtime_ns) for e in entries)
     sizes, times = sum(size for _, size, _ in found), max((t for *_, t in found), default=0)

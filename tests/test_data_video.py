@@ -184,10 +184,31 @@ def test_what_is_known_is_kept_until_a_file_changes(root, monkeypatch):
         else:
             build(root)
         assert [path.rpartition("/")[2] for path in looked] == ["v0"]
+    looked.clear()
+    monkeypatch.setattr("decord.__version__", "another")  # may give other frames of files
+    build(root)
+    assert looked and all(path.endswith((".mp4", ".mpg")) for path in looked), looked
     (root / "video_index.json").write_text("{ broken")
     looked.clear()
     build(root)
     assert len(looked) == COUNT
+
+
+def test_the_frame_rate_of_folders_is_that_of_the_spec_whatever_was_known_before(root, tmp_path):
+    """Also of new videos, with an index of their own."""
+    video, samples = "walk/v0", ClipSamples(channels=3)
+    for rate in (25.0, 10.0, 12.5, 25.0):
+        data = build(root, reading=VideoReading(frame_rate=rate))
+        found = {
+            identity: clock
+            for split in data.splits.values()
+            for identity, clock in zip(split.ids, split.source.clocks, strict=True)
+        }
+        assert found[video].seconds(np.array([5])) == 5 / rate
+        reading = VideoReading(frame_rate=rate, index_file=str(tmp_path / "new.json"))
+        spec = VideoData(data_root_dir=str(root), reading=reading)
+        new, _ = unlabelled_videos(str(root / "videos" / video), samples, spec)
+        assert new.source.clocks[0].fps == rate
 
 
 @pytest.mark.parametrize("every", [0.0, 1e9])

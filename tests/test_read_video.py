@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def look(path, check=True, trusted=False):
-    return look_at(str(path), check=check, trusted=trusted, frame_rate=25.0)
+    return look_at(str(path), check=check, trusted=trusted)
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -175,6 +175,11 @@ def test_timestamps_that_do_not_ascend_count_for_nothing(starts):
     assert timed(Stamped(starts), len(starts), 25.0) == (25.0, None)
 
 
+def test_a_rate_that_no_header_states_is_that_of_the_timestamps_or_none():
+    assert timed(Stamped([0.0, 0.1, 0.2, 0.3]), 4, 0.0) == (pytest.approx(10), None)
+    assert timed(Stamped([0.0, 0.0, 0.0]), 3, 0.0) == (0.0, None)
+
+
 def test_a_video_without_timestamps_is_told(folder):
     """Of two or three frames with a varying rate decord gives none from a Matroska file."""
     write_video(folder / "bare.mkv", 3, times=[0, 40, 400])
@@ -275,7 +280,7 @@ def test_sound_alone_is_no_video(tmp_path):
 def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
     path = write_frames(tmp_path / "v", 12)
     facts = look(path)
-    assert (facts.kind, facts.frames, facts.fps, facts.random) == ("frames", 12, 25.0, True)
+    assert (facts.kind, facts.frames, facts.fps, facts.random) == ("frames", 12, 0.0, True)
     frames = read_frames(str(path), facts, [11, 2, 2, 10], None)
     assert (frames == np.stack([numbered(12)[n] for n in (11, 2, 2, 10)])).all()
     assert read_frames(str(path), facts, [3], (32, 48)).shape == (1, 32, 48, 3)
