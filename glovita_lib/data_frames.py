@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 
 from glovita_lib import files
-from glovita_lib.data import Asked
-from glovita_lib.data_labels import encode, is_missing, word
+from glovita_lib.data import NUMBER, Asked
+from glovita_lib.data_labels import encode, is_missing, missing_words, word
 from glovita_lib.data_subtask import LabelRules, Labels
 from glovita_lib.data_tables import SampleFolder
 from glovita_lib.errors import UserError, composed, ended, listed, with_all
@@ -213,14 +213,38 @@ def labels_of_array(path: Path) -> list[str]:
     return ["" if is_missing(value, "multiclass") else word(value) for value in flat]
 
 
+def in_one_writing(label: str) -> str:
+    """A label of a frame, of numbers the shortest of their writings: tables with gaps have -1.0 for
+    -1."""
+    return word(float(label)) if NUMBER.fullmatch(label) else composed(label)
+
+
+def refuse_missing(spec: VideoData, frames: FrameTable, words: list[str]) -> None:
+    """Raise an error where some of these words, which say that there is no label, are no classes by
+    the spec: of which a class would be made."""
+    lines = []
+    for text in missing_words(words, spec.class_names):
+        own = [name for name, part in frames.segments.items() if text in {a for *_, a in part}]
+        lines.append(f'"{text}" of {listed(own, 3)}')
+    if lines:
+        path = on_disk(Path(spec.data_root_dir) / spec.frames.labels_file)
+        raise UserError(
+            f"{path}: frames have no label ({'; '.join(lines)}): name it in"
+            " data.frames.unlabelled, or in data.class_names where it is a class"
+        )
+
+
 def with_class_names(
     spec: VideoData, frames: FrameTable, asked: Asked
 ) -> tuple[VideoData, FrameTable]:
     """The spec with the names of all classes of frames, and the labels with these names, without
     those that count for nothing. What a label means is decided once over all videos."""
-    left_out = {"", *map(composed, spec.frames.unlabelled)}
+    left_out = {"", *map(in_one_writing, spec.frames.unlabelled)}
     labels = {label for part in frames.segments.values() for _, _, label in part}
-    if not (each := sorted(label for label in labels if composed(label) not in left_out)):
+    each = sorted(label for label in labels if in_one_writing(label) not in left_out)
+    trained = None if asked.trained is None else asked.trained.class_names
+    refuse_missing(spec, frames, [text for x in each for text in missing_words(x, trained)])
+    if not each:
         why = [f"\n  {name}: {text}" for name, text in frames.broken.items()]
         raise UserError(f"no frame has a label; see data.frames{listed(why, 8, '')}")
     rules = LabelRules(

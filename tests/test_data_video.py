@@ -391,6 +391,55 @@ def test_words_for_a_missing_label_are_no_class(root, missing):
         assert sum(map(len, named.splits.values())) == len(ids)
 
 
+@pytest.mark.parametrize("missing", ["NA", "None", "?", "NaN"])
+@pytest.mark.parametrize("form", ["segments", "frames", "txt", "npy"])
+def test_words_for_a_missing_label_are_no_class_of_frames(root, missing, form):
+    """Unless the spec or the trained model has such a class, or the spec says that they count for
+    nothing."""
+    ids = names(root)
+    lengths = {i: 8 + int(i.partition("/v")[2].partition(".")[0]) for i in ids}
+    labels = {i: ["a"] * 4 + [missing] + ["none"] * (lengths[i] - 5) for i in ids}
+    file = {"segments": "f.csv", "frames": "f.csv"}.get(form, "each")
+    if form == "segments":
+        rows = [
+            row
+            for i in ids
+            for row in ((i, 0, 4, "a"), (i, 4, 5, missing), (i, 5, lengths[i], "none"))
+        ]
+        table(root, rows, "path", "start", "end", "label", name=file)
+    elif form == "frames":
+        rows = [(i, n, label) for i in ids for n, label in enumerate(labels[i])]
+        table(root, rows, "path", "frame", "label", name=file)
+    for i in ids if file == "each" else ():
+        path = root / "each" / os.path.splitext(i)[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".txt").write_text("\n".join(labels[i]) + "\n")
+        if form == "npy":
+            np.save(path.with_suffix(".npy"), np.array(labels[i]))
+    frames = FrameLabels(label_level="frame", labels_file=file)
+    with pytest.raises(UserError, match=re.escape(f'{file}: frames have no label ("{missing}" of')):
+        build(root, frames=frames)
+    nothing = FrameLabels(label_level="frame", labels_file=file, unlabelled=("", missing))
+    data = build(root, frames=nothing)
+    assert data.class_names == ("a", "none")
+    wanted = {i: ["" if label == missing else label for label in labels[i]] for i in ids}
+    assert labelled(data) == wanted
+    classes = ("a", "none", missing)
+    assert labelled(build(root, frames=frames, class_names=classes)) == labels
+    trained = Outputs(class_names=classes, subtask="framewise")
+    assert labelled(build(root, frames=frames, trained=trained)) == labels
+
+
+def test_numbers_of_frames_without_a_label_count_for_nothing_in_any_writing(root):
+    """A table with gaps has decimals where it had whole numbers."""
+    rows = [(i, n, f"{(n % 3) - 1:.1f}") for i in names(root) for n in range(8)]
+    table(root, rows, "path", "frame", "label", name="f.csv")
+    frames = FrameLabels(label_level="frame", labels_file="f.csv")
+    data = build(root, frames=frames)
+    assert data.class_names == ("0.0", "1.0")
+    assert all(found[:3] == ["", "0.0", "1.0"] for found in labelled(data).values())
+
+
 def test_a_group_of_another_name_is_one_problem_of_its_video(root):
     """Groups of names without the suffix, or with one that the video has not."""
     ids = names(root)
