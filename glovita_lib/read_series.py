@@ -217,12 +217,13 @@ def read_values(
     if not places:
         raise UserError(f"{path}: no column of values beside {listed(header)}: data.value_columns")
     if not columns.values:
-        if is_wide and columns.time not in header:
+        wide = is_wide and columns.time not in header
+        if wide:
             refuse_unlike(path, [header[place] for place in places])
         for place in places:
             cells = [row[place].strip() for row in rows]
             refuse_index(path, header[place], cells)
-            if columns.time in header and len(places) > 1:
+            if not wide and len(places) > 1:
                 refuse_owner(path, header[place], cells, column(header, rows, columns.id))
     return header, rows, places
 

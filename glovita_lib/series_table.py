@@ -308,10 +308,10 @@ def refuse_owner(path: Path, name: str, cells: list[str], ids: list[str] | None)
     owner: dict[str, str] = {}
     of_each = ids if ids is not None else [""] * len(cells)
     if all(owner.setdefault(i, cell) == cell for i, cell in zip(of_each, cells, strict=True)):
+        cure = "" if ids is None else "it in data.group_column, or "
         raise UserError(
             f'{path}: column "{name}" has one value in each series, so that it seems to hold'
-            " groups, no channel: name it in data.group_column, or the columns of the values in"
-            " data.value_columns"
+            f" groups, no channel: name {cure}the columns of the values in data.value_columns"
         )
 
 

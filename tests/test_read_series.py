@@ -901,3 +901,12 @@ def test_a_column_without_a_name_is_no_value(tmp_path, text):
     (tmp_path / "folder" / "b.csv").write_text(",x\n0,1\n1,2\n")
     (line,) = read_series(tmp_path / "folder", COLUMNS).series
     assert "column 1 has no name" in line
+
+
+def test_a_constant_group_in_files_of_one_series_each_is_no_channel(tmp_path):
+    for name, site in (("a", 1), ("b", 2)):
+        write(tmp_path / f"{name}.csv", f"x,site\n0.5,{site}\n1.5,{site}\n")
+    for said in read_series(tmp_path, COLUMNS).series:
+        assert 'column "site" has one value in each series' in said and "group_column" not in said
+    table = read_series(tmp_path, replace(COLUMNS, values=("x", "site")))
+    assert_same(table, [[[0.5, 1.5], [1, 1]], [[0.5, 1.5], [2, 2]]])
