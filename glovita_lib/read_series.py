@@ -24,6 +24,7 @@ from glovita_lib.series_table import (
     Columns,
     SeriesTable,
     is_like_rows,
+    order_note,
     points_in_order,
     refuse_index,
     refuse_no_id,
@@ -190,6 +191,8 @@ def read_csv_series(path: Path, columns: Columns) -> SeriesTable:
     if is_wide and not columns.values and turned:
         shown = listed(table.columns, 6)
         table.notes.append(f"{path}: the time points are put in the order of time ({shown})")
+    if is_wide and not columns.values and when is None:
+        table.notes += order_note(path, table.columns)
     if table.is_wide and not columns.values and is_like_rows(header, rows):
         told = f"the first line ({listed(header, 3)}) is taken for the names of the time points"
         table.notes.append(f"{path}: {told}, not for a series")

@@ -286,6 +286,22 @@ def points_in_order(
     return order, when
 
 
+NUMBERED = re.compile(r"(.*?)(\d+)", re.ASCII)
+
+
+def order_note(path: Path, names: Sequence[str]) -> list[str]:
+    """A line about time points t0, t1, t10, t2 ... that are no times by their names, but stand in
+    another order than that of their numbers, as text is sorted."""
+    found = [NUMBERED.fullmatch(name) for name in names]
+    parts = [(part[1], int(part[2])) for part in found if part is not None]
+    if len(parts) < len(names) or len({begin for begin, _ in parts}) > 1 or parts == sorted(parts):
+        return []
+    return [
+        f"{path}: the time points stand in the order {listed(names, 6)}, not in that of their"
+        " numbers, and are taken so: data.value_columns names them in another"
+    ]
+
+
 def refuse_no_id(path: Path, name: str, ids: Sequence[str]) -> None:
     """Raise an error where rows of a table, or series, have no id."""
     if missing := [str(row) for row, one in enumerate(ids, 1) if one.strip().lower() in MISSING]:

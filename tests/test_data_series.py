@@ -514,6 +514,10 @@ def test_wide_tables_are_resampled_by_their_times_as_long_ones(tmp_path):
         one, other = (data.splits[name].source.fetch(np.arange(4)) for data in found.values())
         for wide, long in zip(one, other, strict=True):
             np.testing.assert_array_equal(wide, long)
+    spec = SeriesData(train_file="train.csv")
+    new, _ = unlabelled_series(str(tmp_path / "test.csv"), found[""].samples, spec)
+    expected = found[""].splits["test"].source.fetch(np.arange(4))
+    np.testing.assert_array_equal(new.source.fetch(np.arange(4)), expected)
     with pytest.raises(UserError, match="irregular times, steps from 1 to 3: set data.preparation"):
         build(tmp_path, train_file="train.csv", test_file="test.csv")
 

@@ -362,6 +362,9 @@ def test_time_points_of_a_wide_table_are_times(tmp_path):
     assert_same(read_series(dates, COLUMNS), [[[3, 1]]])
     named = write(tmp_path / "e.csv", "label,t0,t10,t9\na,1,3,2\n")
     assert_same(read_series(named, COLUMNS), [[[1, 3, 2]]])
+    assert "t0, t10, t9, not in that of their numbers" in read_series(named, COLUMNS).notes[0]
+    in_order = write(tmp_path / "g.csv", "label,t0,t9,t10\na,1,3,2\n")
+    assert not read_series(in_order, COLUMNS).notes
     for head, told in (
         ("0,1,2,5,9", "irregular times|a gap from 2 to 5"),
         ("0,1,2.5,5,9", "irregular times, steps from 1 to 4"),
