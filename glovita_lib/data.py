@@ -14,6 +14,7 @@ import numpy as np
 
 from glovita_lib import files
 from glovita_lib.errors import UserError, composed, listed, refuse_controls
+from glovita_lib.series_preparation import are_other_windows, in_one_writing
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_errors import SampleKind
 from glovita_lib.spec_samples import UNLABELLED, BaseData, OnlyPrediction, Subtask
@@ -358,22 +359,36 @@ def order_of_names(
 ) -> Literal["same", "turned", "mixed", "other"]:
     """How the columns of one file of series stand to those of another one: the same; the same ones
     in another order; some the same and others not, so that by their places one would be taken for
-    another; or other ones. Capital letters tell no names apart, where each has others without.
+    another; or other ones.
 
     Args:
-        is_wide: whether they are time points, of which the one file may have more at the end.
+        is_wide: whether they are time points, of which the one file may have more at the end, and
+            which may be others though some are the same, see `are_other_windows`.
     """
     if not own or not wanted:
         return "same"
-    ours, theirs = ([composed(name).lower() for name in names] for names in (own, wanted))
-    if len(set(ours)) < len(ours) or len(set(theirs)) < len(theirs):
-        ours, theirs = list(map(composed, own)), list(map(composed, wanted))
+    ours, theirs = names_compared(own, wanted, is_wide=is_wide)
     shorter = min(len(ours), len(theirs)) if is_wide else None
     if ours[:shorter] == theirs[:shorter]:
         return "same"
     if set(ours) == set(theirs):
         return "turned"
-    return "other" if set(ours).isdisjoint(theirs) else "mixed"
+    if set(ours).isdisjoint(theirs) or (is_wide and are_other_windows(own, wanted)):
+        return "other"
+    return "mixed"
+
+
+def names_compared(
+    own: Sequence[str], wanted: Sequence[str], *, is_wide: bool
+) -> tuple[list[str], list[str]]:
+    """The columns of two files of series as they are compared. Capital letters tell no names apart,
+    where each has others without; numbers and dates of time points are the same in any writing."""
+    if is_wide:
+        ours, theirs = in_one_writing(own, wanted)
+    else:
+        ours, theirs = list(map(composed, own)), list(map(composed, wanted))
+    small = ([name.lower() for name in ours], [name.lower() for name in theirs])
+    return (ours, theirs) if any(len(set(names)) < len(names) for names in small) else small
 
 
 class ClipSamples(BaseSamples, tag="videos"):

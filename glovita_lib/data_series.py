@@ -19,6 +19,7 @@ from glovita_lib.data import (
     SeriesSamples,
     Source,
     Split,
+    names_compared,
     order_of_names,
     read_data_set,
     splits_needed,
@@ -440,8 +441,7 @@ def match_columns(table: SeriesTable, names: tuple[str, ...], whose: str) -> str
     Raises:
         UserError: some names are the same and others not.
     """
-    own, wanted = tuple(map(composed, table.columns)), tuple(map(composed, names))
-    how = order_of_names(own, wanted, is_wide=table.is_wide)
+    how = order_of_names(table.columns, names, is_wide=table.is_wide)
     if how == "same":
         return None
     shown = f"{table.where}: the columns are {listed(table.columns, 6)}, those of {whose}"
@@ -449,9 +449,9 @@ def match_columns(table: SeriesTable, names: tuple[str, ...], whose: str) -> str
     if how == "other":
         return f"{shown}: taken in the order in which they stand"
     if how == "mixed":
-        raise UserError(f"{shown}, and only some are the same: {cure_of_names(own, wanted)}")
-    if set(own) != set(wanted):  # but for capital letters
-        own, wanted = tuple(map(str.lower, own)), tuple(map(str.lower, wanted))
+        cure = cure_of_names(tuple(map(composed, table.columns)), tuple(map(composed, names)))
+        raise UserError(f"{shown}, and only some are the same: {cure}")
+    own, wanted = names_compared(table.columns, names, is_wide=table.is_wide)
     order = [own.index(name) for name in wanted]
     for row, one in enumerate(table.series):
         if not isinstance(one, str):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from glovita_lib.errors import composed
 from glovita_lib.spec_series import SeriesPreparation
 
 MISSING = frozenset(["", "?", "nan", "na", "n/a", "null", "none"])
@@ -87,6 +88,41 @@ def time_numbers(cells: Sequence[str]) -> np.ndarray | str:
         return np.array(written, f"datetime64[{unit}]") - np.array(ahead, "timedelta64[m]")
     except ValueError as error:
         return f"a time is no date: {error}"
+
+
+def in_one_writing(one: Sequence[str], other: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of the time points of two tables as they are compared: where those of both are numbers
+    or those of both dates, these in one writing, as 0 and 0.0, and where they are the same but for
+    a small share of the step (rounding), those of the first; else as they stand, composed."""
+    first, second = time_numbers(one), time_numbers(other)
+    shared = min(len(one), len(other))
+    if isinstance(first, str) or isinstance(second, str) or not shared:
+        return list(map(composed, one)), list(map(composed, other))
+    if (first.dtype.kind == "M") != (second.dtype.kind == "M"):
+        return list(map(composed, one)), list(map(composed, other))
+    if first.dtype != second.dtype:
+        form = "datetime64[us]" if first.dtype.kind == "M" else "float64"
+        first, second = first.astype(form), second.astype(form)
+    if first.dtype.kind == "f" and shared > 1:
+        step = np.abs(np.diff(first[:shared])).min()
+        if (np.abs(first[:shared] - second[:shared]) <= REGULAR * step).all():
+            second[:shared] = first[:shared]
+        first, second = first + 0.0, second + 0.0  # of -0.0 too
+    return list(map(str, first.tolist())), list(map(str, second.tolist()))
+
+
+def are_other_windows(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether the time points of two tables may be taken for each other in order though some have
+    the same names: dates; or an index (all whole numbers from 0 or 1 on), which tells no times,
+    beside another one or times of another step."""
+    first, second = time_numbers(one), time_numbers(other)
+    if isinstance(first, str) or isinstance(second, str) or not (len(first) and len(second)):
+        return False
+    if first.dtype.kind == "M" or second.dtype.kind == "M":
+        return first.dtype.kind == second.dtype.kind
+    by_one = [bool((np.diff(when) == 1).all()) for when in (first, second)]
+    index = [step and when[0] in (0, 1) for step, when in zip(by_one, (first, second), strict=True)]
+    return all(index) or (any(index) and not all(by_one))
 
 
 def zone_minutes(zone: str) -> int:

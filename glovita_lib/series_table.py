@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from glovita_lib.errors import UserError, composed, ended, listed, with_all
+from glovita_lib.errors import UserError, ended, listed, with_all
 from glovita_lib.series_preparation import (
     MISSING,
     WHOLE,
     apart,
+    in_one_writing,
     numbers,
     time_numbers,
     time_problem,
@@ -168,7 +169,7 @@ def refuse_row(
         points: time points that a model was trained on.
         is_wide: whether columns may be time points, which numbers may be the names of.
     """
-    if is_row(header, rows, tuple(map(composed, points)), is_wide=is_wide):
+    if is_row(header, rows, points, is_wide=is_wide):
         raise UserError(
             f"{path}: no header, its first line holds values ({listed(header, 3)}): write the names"
             " of the columns into it, or where they are names, into data.value_columns"
@@ -184,14 +185,14 @@ def is_row(
     there = [cell for cell in header if cell.lower() not in MISSING]
     if not there or "" in header or any(isinstance(time_numbers([c]), str) for c in there):
         return False
-    when, own = time_numbers(header), tuple(map(composed, header))
+    when, (own, known) = time_numbers(header), in_one_writing(header, points)
     if not is_wide or isinstance(when, str):
         return True
-    if points and len(own) == len(points) and set(own) == set(points):
+    if points and sorted(own) == sorted(known):
         return False
     if not ((when[1:] > when[:-1]).all() or (when[1:] < when[:-1]).all()):
         return True
-    if when.dtype.kind == "M" or (points and own[: len(points)] == points[: len(own)]):
+    if when.dtype.kind == "M" or (points and own[: len(known)] == known[: len(own)]):
         return False
     is_index = is_whole(header) and when[0] in (0, 1) and (np.diff(when) == 1).all()
     if isinstance(numbers(points), str) and not is_index:

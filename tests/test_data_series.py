@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from glovita import main
+from glovita_lib.data import order_of_names
 from glovita_lib.data_series import padded, unlabelled_series
 from glovita_lib.data_splits import resampled
 from glovita_lib.datasets import build_data
@@ -456,6 +457,78 @@ def test_names_some_of_which_are_the_same_in_both_files_are_refused(
     by_name = {"Y,X": True, "X,x": True, "a,b": False}.get(second)
     assert note.endswith("matched by name") == (by_name is True)
     assert note.endswith("in which they stand") == (by_name is False)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "how"),
+    [
+        ("0.0 0.5 1.0 1.5", "0 0.5 1 1.5", "same"),
+        ("0 0.5 1 1.5", "0.00 0.50 1.00 1.50 2.00", "same"),
+        ("0 1 2 3", "0.0 1.0 2.0 3.0", "same"),
+        ("-0.0 1e1 2e1", "0 10 20", "same"),
+        ("0.0 0.333333 0.666667 1.0", "0 0.3333333333 0.6666666667 1", "same"),
+        (
+            "1700000000000000000 1700000000000000001",
+            "1700000000000000000 1700000000000000001",
+            "same",
+        ),
+        ("2024-01-01 2024-01-02", "2024-01-01T00:00 2024-01-02T00:00 2024-01-03T00:00", "same"),
+        ("0 1 2 3", "1 2 3 4", "other"),  # pandas and R
+        ("1 2 3 4", "0.0 1.0 2.0", "other"),
+        ("0.0 0.5 1.0 1.5", "0 1 2 3", "other"),  # an index is no time
+        ("2024-01-01 2024-01-02 2024-01-03", "2024-01-02 2024-01-03 2024-01-04", "other"),
+        ("2024-01-01 2024-01-02", "0 1", "other"),
+        ("0.0 0.5 1.0 1.5", "0.50 1.00 1.50 2.00", "mixed"),
+        ("0 1 2 3", "2 3 4 5", "mixed"),
+        ("1 2 3 4", "2 3 4 5", "mixed"),
+        ("0.5 1.0", "1 0.50", "turned"),
+        ("t0 t1 t2", "t1 t2 t3", "mixed"),
+        ("t0 t1", "T0 T1 T2", "same"),
+    ],
+)
+def test_time_points_are_compared_as_the_numbers_and_dates_that_they_are(first, second, how):
+    first, second = first.split(), second.split()
+    assert order_of_names(first, second, is_wide=True) == how
+    assert order_of_names(second, first, is_wide=True) == how
+    if how == "same" and len(first) == len(second) and first[0][0] != "t":  # names of channels
+        assert (order_of_names(first, second, is_wide=False) == "same") == (first == second)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "note"),
+    [
+        ("0.0 0.5 1.0 1.5 2.0", "0 0.5 1 1.5 2", ""),
+        ("0 1 2 3 4", "1 2 3 4 5", "taken in the order in which they stand"),
+        ("2024-01-01 2024-01-02 2024-01-03", "2024-01-02 2024-01-03 2024-01-04", "taken in the"),
+    ],
+)
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_a_model_takes_time_points_in_another_writing(tmp_path, first, second, note, is_bare):
+    """Also of a table of nothing but time points, whose first line might be values."""
+    first, second = first.split(), second.split()
+    rng = np.random.default_rng(0)
+
+    def table(name, names, bare):
+        values = rng.normal(size=(4, len(names)))
+        head = names if bare else ["id", "label", *names]
+        rows = [
+            ",".join([*([] if bare else [f"s{k}", "pq"[k % 2]]), *(f"{x:.2f}" for x in row)])
+            for k, row in enumerate(values)
+        ]
+        (tmp_path / name).write_text("\n".join([",".join(head), *rows]))
+        return values
+
+    table("a.csv", first, bare=False)
+    values = table("b.csv", second, bare=is_bare)
+    data = build(tmp_path, train_file="a.csv", test_file=None if is_bare else "b.csv")
+    found = [line for line in data.report if "the columns are" in line]
+    assert not found if is_bare or not note else note in found[0]
+    spec = SeriesData(data_root_dir=str(tmp_path))
+    split, report = unlabelled_series(str(tmp_path / "b.csv"), data.samples, spec)
+    assert bool(note) == any("taken in the order" in line for line in report)
+    assert len(split) == 4
+    series = split.source.fetch(np.arange(4))[:, 0]
+    assert np.corrcoef(series[1], values[1])[0, 1] > 0.999
 
 
 def test_time_points_some_of_which_are_the_same_are_refused(tmp_path):
