@@ -151,6 +151,8 @@ def read_one(path: Path, columns: Columns) -> tuple[Any, np.ndarray, tuple[str, 
     """A series (C, T), or why it cannot be used; its times (T,) and the names of its channels, both
     empty where the file has none."""
     nothing = np.empty(0)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # for which one may wait for ever
+        return "not a file, but a pipe or a device", nothing, ()
     try:
         if path.suffix.lower() == ".npy":
             values = load_array(path)

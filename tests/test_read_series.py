@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import os
 from dataclasses import replace
 from datetime import date
 from fractions import Fraction
@@ -913,3 +914,15 @@ def test_a_constant_group_in_files_of_one_series_each_is_no_channel(tmp_path):
         assert 'column "site" has one value in each series' in said and "group_column" not in said
     table = read_series(tmp_path, replace(COLUMNS, values=("x", "site")))
     assert_same(table, [[[0.5, 1.5], [1, 1]], [[0.5, 1.5], [2, 2]]])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize("suffix", ["npy", "csv", "CSV"])
+def test_a_pipe_in_a_folder_is_no_series_and_waits_for_nobody(tmp_path, suffix):
+    np.save(tmp_path / "a.npy", np.arange(5.0))
+    os.mkfifo(tmp_path / f"p.{suffix}")
+    (tmp_path / "folder.csv").mkdir()
+    table = read_series(tmp_path, COLUMNS)
+    found = dict(zip(table.ids, table.series, strict=True))
+    assert found["p"] == "not a file, but a pipe or a device"
+    assert isinstance(found["folder"], str) and found["a"].tolist() == [[0, 1, 2, 3, 4]]

@@ -90,6 +90,39 @@ def test_every_group_is_compared_to_its_end(folder, wrong):
     assert not read_video.agrees(path, sums)
 
 
+@pytest.mark.parametrize("where", ["last", "behind the key frame", "middle"])
+def test_frames_that_are_asked_for_directly_are_compared(folder, monkeypatch, where):
+    """A group that is right from its key frame on, and of which one frame is wrong where decord
+    goes to it from another place, as at the last one of a group, or in that way alone."""
+    path = str(write_video(folder / "direct.mp4", scenes([12, 20, 36])))
+    sums = [zlib.crc32(x.data) for x in read_video.in_order(read_video.open_reader(path, LOOK))]
+    opened = read_video.open_reader
+    wrong = {"last": 19, "behind the key frame": 13, "middle": 16}[where]
+
+    class Reader:
+        """decord's, wrong where it goes to a frame but not where it comes to it."""
+
+        def __init__(self, path, size):
+            self.real, self.asked = opened(path, size), None
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def seek_accurate(self, number):
+            self.asked = number
+            self.real.seek_accurate(number)
+
+        def next(self):
+            at, self.asked = self.asked, None
+            if at == wrong:
+                self.real.seek_accurate(at - 1)
+            return self.real.next()
+
+    assert read_video.agrees(path, sums)
+    monkeypatch.setattr(read_video, "open_reader", Reader)
+    assert not read_video.agrees(path, sums)
+
+
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_an_avi_without_timestamps_is_read_in_order(folder, codec):
     """What comes at random changes from call to call, so a look may find it right by chance."""
