@@ -475,7 +475,7 @@ def test_maps_and_tokens_of_volumes() -> None:
         found.append(aggregate(features, "avg"))
     torch.testing.assert_close(*found)
     assert encoder.grid(torch.zeros(1, 29, 6), volumes.shape[2:]) is None
-    with pytest.raises(UserError, match="volumes of 8 x 3 x 8 with 2 channels.*patch_size to a"):
+    with pytest.raises(UserError, match="volumes or clips of 8 x 3 x 8 with 2 .*patch_size"):
         build_encoder(spec, channels=2, size=(8, 3, 8), load_weights=False)
 
 
