@@ -18,6 +18,7 @@ import numpy as np
 
 from glovita_lib import __version__, files
 from glovita_lib.data import ArraySource, Data, PartSource, SkippingSource, Source, Split
+from glovita_lib.data_video import VideoSource
 from glovita_lib.errors import UserError, ended, key_of, listed, versions, with_all
 from glovita_lib.extraction import Extractor, Readout
 from glovita_lib.files import read_csv
@@ -283,7 +284,16 @@ def recipe_of_features(
         "transform": json.dumps(extractor.inputs.transform),
         "ids_sha256": sha256("\n".join(split.ids).encode()),
         "bag_by": root.extract.bag_by or "none",
-    }
+    } | when_shown(split.source)
+
+
+def when_shown(source: Source) -> dict[str, str]:
+    """When the frames of videos are shown, by which clips are cut; of others nothing."""
+    if not isinstance(source, VideoSource):
+        return {}
+    each = (c.fps if c.times is None else c.times for c in source.clocks)
+    content = b"|".join(np.asarray(times, np.float64).tobytes() for times in each)
+    return {"frame_times_sha256": sha256(content)}
 
 
 def recipe_of_tables(root: Root, data: Data, split: Split) -> dict[str, Any]:

@@ -154,6 +154,18 @@ def test_what_a_run_keeps_is_said_where_features_are_read_out_otherwise(command,
 
 
 @pytest.mark.runs
+def test_features_of_another_frame_rate_are_others(command, tmp_path, spec):
+    """Clips are cut by it, and files tell the times of their frames."""
+    out = ["mode=extract", "extract.source=encoder", f"extract.output_dir={tmp_path}"]
+    for split, code in (("train", 2), ("test", 0)):  # folders of frames are in train alone
+        asked = [*out, f"extract.split={split}", "data.sampling.stride=1", "data.sampling.fps=5"]
+        command(*asked, spec=spec)
+        assert "nothing to do" in command(*asked, spec=spec).out
+        again = command(*asked, "data.reading.frame_rate=10", spec=spec, code=code)
+        assert ("another frame_times_sha256" in again.err) == (code == 2)
+
+
+@pytest.mark.runs
 @pytest.mark.parametrize("how", ["logits", "probabilities", "bag"])
 def test_every_mode(command, tmp_path, root, spec, how):
     changes = [f"data.sampling.combine={how}"] if how != "bag" else BAGS
