@@ -96,6 +96,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
     name, splits, notes = wanted_splits(root, records, ranks)
     notes += geometry_notes(first, splits[paths[0]])
     folder = Path(root.infer.output_dir or own_folder(loaded))
+    dist.main_decides(ranks, lambda: refuse_others(folder, name, root.infer.input))
     noted = folder / f"notes_{name}.txt"
     say_notes(notes if ranks.is_main else (), None if dry_run else noted)
     if dry_run:
@@ -126,7 +127,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
         rows = []
         if predictions is not None:
             write_notes(noted, notes)
-            taken = values_taken(first, paths, name)
+            taken = values_taken(first, paths, name, root.infer.input)
             files.write_json(folder / f"resolved_config_{name}.json", taken)
             rows = write_split(folder, name, split, predictions, first)
         made_of = {"split": name, "checkpoints": list(map(str, paths))}
@@ -139,6 +140,26 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
             rows.append(("volume maps", f"{maps.write(split)}/"))
     if ranks.is_main:
         say(two_columns(rows))
+
+
+def refuse_others(folder: Path, name: str, new: str | None) -> None:
+    """Keep results of other samples of the same name, as of another folder `new`.
+
+    Args:
+        new: path of new samples; None: those of a split.
+
+    Raises:
+        UserError: they would be replaced.
+    """
+    path = folder / f"resolved_config_{name}.json"
+    made = files.read_json(path).get("taken", {}).get("infer", {}) if path.is_file() else {}
+    own = None if new is None else os.path.abspath(new)
+    if "input" in made and made["input"] != own:
+        of = "of a split of the data set" if made["input"] is None else f"of {made['input']}"
+        raise UserError(
+            f"{folder / f'predictions_{name}.csv'} is {of}, and would be replaced: set"
+            " infer.output_dir to another folder"
+        )
 
 
 OF_INFERENCE = (
@@ -173,7 +194,9 @@ def own_folder(loaded: Loaded[Root]) -> Path:
     return path / "infer"
 
 
-def values_taken(experiment: Experiment, paths: Sequence[Path], name: str) -> dict[str, Any]:
+def values_taken(
+    experiment: Experiment, paths: Sequence[Path], name: str, new: str | None
+) -> dict[str, Any]:
     """What the predictions were made with, where the spec leaves it open: what the first member was
     trained with and is asked anew, which checkpoints, which samples, and how batches are made."""
     root, resolved = experiment.root, experiment.resolved
@@ -182,7 +205,11 @@ def values_taken(experiment: Experiment, paths: Sequence[Path], name: str) -> di
         "taken": {
             "device": str(experiment.ranks.device),
             "ranks": experiment.ranks.world,
-            "infer": {"checkpoint": [str(path) for path in paths], "split": name},
+            "infer": {
+                "checkpoint": [str(path) for path in paths],
+                "split": name,
+                "input": None if new is None else os.path.abspath(new),
+            },
             "training": {"precision": experiment.precision},
             "dataloading": {name: experiment.batches},
             "model": {"feature_aggregation_method": experiment.model.aggregation},

@@ -282,6 +282,24 @@ def test_new_images_of_a_folder_and_a_table(command, tmp_path, monkeypatch):
         np.testing.assert_allclose(row, by_id[name.removeprefix("new/")], atol=1e-6)
 
 
+def test_results_of_other_samples_of_one_name_are_kept(command, refused, tmp_path):
+    images, _ = digits(1797)
+    command("training.epochs=1", "name=run")
+    shared = ["training.epochs=1", "name=run", "mode=infer"]
+    for folder in ("a/new", "b/new", "b/test"):
+        write_png(tmp_path / folder / "0.png", images[0])
+    command(*shared)
+    run = command(*shared, f"infer.input={tmp_path}/a/new")
+    names = ("predictions_new.csv", "predictions_test.csv", "resolved_config_new.json")
+    kept = [(run.path / "infer" / name).read_bytes() for name in names]
+    for other, of in (("b/new", f"is of {tmp_path}/a/new"), ("b/test", "is of a split")):
+        line = refused(*shared, f"infer.input={tmp_path}/{other}")
+        assert of in line and "infer.output_dir" in line
+    command(*shared, f"infer.input={tmp_path}/b/new", f"infer.output_dir={tmp_path}/out")
+    command(*shared, f"infer.input={tmp_path}/b/../a/new")  # the same again
+    assert kept == [(run.path / "infer" / name).read_bytes() for name in names]
+
+
 def test_new_images_that_are_not_there_or_broken(command, refused, tmp_path):
     command("name=run")
     assert "no such file" in refused("mode=infer", "infer.input=nowhere", "name=run")

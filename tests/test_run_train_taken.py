@@ -520,6 +520,7 @@ def test_predictions_say_what_they_were_made_with(command):
     assert taken["infer"] == {
         "checkpoint": [str(run.path / "checkpoints" / "best.pt")],
         "split": "test",
+        "input": None,
     }
     assert taken["training"]["precision"] == trained["taken"]["training"]["precision"]
     assert taken["dataloading"]["test"]["batches"] == math.ceil(359 / record["eval_batch_size"])
