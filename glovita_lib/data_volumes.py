@@ -61,6 +61,8 @@ class VolumeFolder(SampleFolder):
     """Lines about what else there is."""
     rows: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Ids of all files of a sample, where a table names several."""
+    first_images: dict[str, str] = field(default_factory=dict)
+    """Of each folder with DICOM images below it the first one, see `path`."""
 
     def find(self, name: str) -> str | None:
         """Id of the volume at a path below the folder; also of a study."""
@@ -118,10 +120,14 @@ class VolumeFolder(SampleFolder):
         return {ids[number]: line for number, line in broken.items()}
 
     def path(self, identity: str) -> str:
-        """First file of a sample, of a DICOM folder too."""
-        first = self.files(identity)[0]
-        inside = ((parent, min(names)) for parent, _, names in os.walk(first) if names)
-        return os.path.join(*next(inside, (first,)))
+        """First file of a sample, of a DICOM folder its first known image: other files beside the
+        slices may be the same in all."""
+        first = self.inside(identity)[0]
+        if not self.first_images and self.dicom is not None:
+            for parent, kinds in sorted(self.dicom.images.items()):
+                for folder in lineage(parent):
+                    self.first_images.setdefault(folder, f"{parent}/{min(kinds)}")
+        return str(self.folder / self.first_images.get(str(PurePosixPath(first)), first))
 
 
 def open_folder(
@@ -377,7 +383,10 @@ def unlabelled_volumes(
     broken = broken_samples(entries, files, None)
     for number, entry in enumerate(entries):
         if isinstance(entry, Entry) and entry.shape[0] != samples.channels:
-            broken[number] = f"{entry.shape[0]} channels, the model takes {samples.channels}"
+            given = f"{entry.shape[0]} channel{'s' * (entry.shape[0] > 1)}"
+            broken[number] = f"{given}, the model takes {samples.channels}"
+            if len(files[number]) < samples.channels:
+                broken[number] += ": name the files of each in a CSV file (data.path_column)"
     problems = Problems(data.strict, noun="volume")
     for number, line in sorted(broken.items()):
         problems.add(ids[number], line)

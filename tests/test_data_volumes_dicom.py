@@ -114,6 +114,19 @@ def test_slices_and_files_with_frames_of_any_suffix_are_found(root, suffix):
         build(root)
 
 
+def test_the_same_file_beside_all_slices_is_no_leak(tmp_path):
+    for number in range(8):
+        split, kind = ("train", "val")[number > 3], "ab"[number % 2]
+        folder = tmp_path / "images" / split / kind / f"p{number}"
+        write_dicom(folder / "series" if number % 3 else folder, VOXELS + number, uid=f"1.{number}")
+        for name in ("DICOMDIR.txt", ".DS_Store", "AAA"):
+            (folder / name).write_text("the same for all")
+    assert len(ids_of(data := build(tmp_path))) == 8
+    assert not any("leak" in line or "different" in line for line in data.report)
+    shutil.copytree(folder, tmp_path / "images" / "train" / kind / "again")
+    assert any("leak" in line for line in build(tmp_path).report)
+
+
 @pytest.mark.parametrize("name", ["t1_{}", "IM.{}", "I{}.MR"])
 def test_a_patient_whose_slices_are_all_lost_is_told(root, name):
     for split, kind in (("train", "dark"), ("val", "dark"), ("train", "bright")):
