@@ -22,7 +22,7 @@ from glovita_lib.data_video import VideoSource
 from glovita_lib.errors import UserError, ended, key_of, listed, versions, with_all
 from glovita_lib.extraction import Extractor, Readout
 from glovita_lib.files import read_csv
-from glovita_lib.resolved import ImageInputs, Inputs
+from glovita_lib.resolved import ClipInputs, ImageInputs, Inputs
 from glovita_lib.spec_root import Root
 from glovita_lib.spec_train import Extract
 
@@ -678,8 +678,8 @@ def part_to_read(split: Split, rows: np.ndarray, notes: Path, extractor: Extract
     their place and notes about them in a folder."""
     whole = split.source
     source: Source
-    if isinstance(whole, ArraySource):
-        source = whole.select(rows)
+    if isinstance(whole, ArraySource) or isinstance(extractor.inputs, ClipInputs):
+        source = whole.select(rows)  # of videos as_loaded must know it
     elif extractor.spec.on_error == "skip":
         source = skipping_source(extractor.inputs, whole, rows, notes)
     else:

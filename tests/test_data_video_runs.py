@@ -320,3 +320,23 @@ def test_two_ranks_read_out(command, tmp_path, spec, how):
         glovita(*arguments(tmp_path / "ranks", spec, *changes, *mode, f"{key}={two}"), ranks=2)
     for name in ("predictions_test.csv", "test.h5"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("changes", [(), ("data.sampling.clips=1", "name=one")])
+def test_vectors_are_read_out_of_the_frames_that_are_predicted_with(
+    command, spec, tmp_path, changes
+):
+    """Resized where they are decoded: the head on the vectors gives the predictions."""
+    run = command(*changes, spec=spec)
+    out = [f"extract.output_dir={tmp_path}", "extract.output_filename='{split}.h5'"]
+    out += ["mode=extract", "extract.split=test", "extract.precision=32"]
+    command(*changes, *out, spec=spec)
+    head = torch.load(run.path / "checkpoints" / "best.pt", weights_only=True)["model"]
+    (weight,) = (value for key, value in head.items() if key.startswith("head") and value.ndim == 2)
+    (bias,) = (value for key, value in head.items() if key.startswith("head") and value.ndim == 1)
+    with h5py.File(tmp_path / "test.h5") as file:
+        logits = torch.from_numpy(file["features"][:]) @ weight.T + bias
+    with open(run.path / "predictions_test.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    told = np.array([[float(row["p_fast"]), float(row["p_slow"])] for row in rows])
+    np.testing.assert_allclose(logits.softmax(1), told, atol=2e-5)
