@@ -81,7 +81,7 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
             images[inside] = kinds
         else:
             rest[inside] = names
-    images |= lost_images(images, rest)
+    images |= lost_images(folder, images, rest)
     found.images = images = images if itself else with_own_uids(images)
     found.folders.update(images)
     if apart and len(series) > 1:
@@ -120,15 +120,18 @@ def find_dicom(folder: Path, series: Sequence[str], *, apart: bool, itself: bool
     return found
 
 
-def lost_images(images: dict[str, Kinds], rest: dict[str, Sequence[str]]) -> dict[str, Kinds]:
-    """Folders without an image whose files are named as images of other folders are: all of theirs
-    have lost their beginnings. Of slices one stands for all."""
+def lost_images(
+    folder: Path, images: dict[str, Kinds], rest: dict[str, Sequence[str]]
+) -> dict[str, Kinds]:
+    """Folders below one without an image whose files are named as images of other folders are: all
+    of theirs have lost their beginnings, and are no reports. Of slices one stands for all."""
     framed: dict[str, bool] = {}
     for kinds in images.values():
         framed |= {name_pattern(name): each.frames > 1 for name, each in kinds.items()}
     found: dict[str, Kinds] = {}
     for inside, names in rest.items():
-        lost = [name for name in sorted(names) if name_pattern(name) in framed]
+        named = [name for name in sorted(names) if name_pattern(name) in framed]
+        lost = [each for each in named if not begins_as_dicom(str(folder / inside / each))]
         if lost:
             every = framed[name_pattern(lost[0])]
             found[inside] = dict.fromkeys(lost if every else lost[:1], DAMAGED)
@@ -458,7 +461,8 @@ def image_kinds(
         look(order, len(order))
     framed = {name_pattern(name) for name, kind in kinds.items() if kind and kind.frames > 1}
     for name in order:  # no DICOM any more: its beginning is lost
-        if kinds.get(name, DAMAGED) is None and name_pattern(name) in framed:
+        is_named = kinds.get(name, DAMAGED) is None and name_pattern(name) in framed
+        if is_named and not begins_as_dicom(os.path.join(folder, name)):
             kinds[name] = DAMAGED
     return {name: kind for name in order if (kind := kinds.get(name)) is not None}
 

@@ -457,7 +457,7 @@ def test_directories_and_reports_are_no_volumes(cases):
     from pydicom.uid import ExplicitVRLittleEndian
 
     def other(path, uid):
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         meta = FileMetaDataset()
         meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, uid
         meta.MediaStorageSOPInstanceUID = "1.2"
@@ -470,6 +470,13 @@ def test_directories_and_reports_are_no_volumes(cases):
     other(images / "DICOMDIR", disk)
     other(images / "p" / "report.dcm", report)
     assert len(ids_of(build(cases))) == 4
+    for number, file in enumerate(sorted((images / "p").glob("*[0-9]*"))):
+        file.rename(images / "p" / f"IM{number:04}")
+    framed(images.parent / "bright", ["VOL1"])
+    for name in ("p/SE2/IM0001", "q/IM0001", "r/VOL2"):  # as images are
+        other(images / name, report)
+    other(images.parent / "bright" / "VOL3", report)
+    assert len(ids_of(build(cases))) == 5
     other(images / "alone" / "report.dcm", report)
     with pytest.raises(UserError, match=r"train/dark/alone/report.dcm: no DICOM image"):
         build(cases)
