@@ -169,6 +169,14 @@ def open_folder(
         for file in files
         if parent[file] not in dicom.folders or not file.lower().endswith(SLICE_SUFFIXES)
     ]
+    reports = [  # DICOM of classes that are none of images
+        file
+        for file in files
+        if counted is not None
+        and file.lower().endswith(SLICE_SUFFIXES)
+        and image_kind(str(folder / file), []) is None
+    ]
+    files = sorted(set(files).difference(reports))
     beside = [file for file in files if parent[file] in dicom.series]
     above = {str(parent) for each in dicom.folders for parent in PurePosixPath(each).parents}
     samples = VolumeFolder(
@@ -176,13 +184,19 @@ def open_folder(
         sorted({*files, *dicom.files, *dicom.series}),
         studies=frozenset((above | dicom.folders) - {"."} - dicom.series),
         dicom=counted,
-        notes=tuple(dicom_notes(beside, sorted(dicom.others))),
+        notes=tuple(dicom_notes(beside, sorted(dicom.others), reports)),
     )
     return samples, dicom.parts
 
 
-def dicom_notes(beside: Sequence[str], others: Sequence[str]) -> Iterator[str]:
-    """Lines about volume files in folders of DICOM slices, and about files of other series."""
+def dicom_notes(
+    beside: Sequence[str], others: Sequence[str], reports: Sequence[str]
+) -> Iterator[str]:
+    """Lines about volume files in folders of DICOM slices, about files of other series, and about
+    reports, structures and plans."""
+    if reports:
+        text = f"{len(reports)} DICOM files are no images ({listed(reports, 3)}): not used"
+        yield with_all(text, reports, 3)
     if beside:
         text = (
             f"{len(beside)} volume files lie beside the slices of a DICOM series"

@@ -478,8 +478,13 @@ def test_directories_and_reports_are_no_volumes(cases):
     other(images.parent / "bright" / "VOL3", report)
     assert len(ids_of(build(cases))) == 5
     other(images / "alone" / "report.dcm", report)
-    with pytest.raises(UserError, match=r"train/dark/alone/report.dcm: no DICOM image"):
-        build(cases)
+    data = build(cases)
+    assert len(ids_of(data)) == 5
+    assert any(
+        "1 DICOM files are no images (train/dark/alone/report.dcm)" in n for n in data.report
+    )
+    new = new_volumes(cases / "images" / "train")
+    assert len(new[0].ids) == 3 and any("are no images" in note for note in new[1])
 
 
 def test_slices_at_the_top_are_named(cases):
