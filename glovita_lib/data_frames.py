@@ -91,8 +91,11 @@ class FrameTable:
         return found
 
 
-def read_frame_labels(spec: VideoData, folder: SampleFolder) -> FrameTable:
+def read_frame_labels(spec: VideoData, folder: SampleFolder, report: list[str]) -> FrameTable:
     """Labels of frames, from a table or a folder of files.
+
+    Args:
+        report: takes a line about videos of a table that are not there.
 
     Raises:
         UserError: nothing there, or not such labels.
@@ -102,10 +105,10 @@ def read_frame_labels(spec: VideoData, folder: SampleFolder) -> FrameTable:
         return label_files(path, spec, folder)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; see data.frames.labels_file")
-    return label_rows(path, spec, folder)
+    return label_rows(path, spec, folder, report)
 
 
-def label_rows(path: Path, spec: VideoData, folder: SampleFolder) -> FrameTable:
+def label_rows(path: Path, spec: VideoData, folder: SampleFolder, report: list[str]) -> FrameTable:
     """Labels of a CSV file with a row a frame or a segment."""
     of, label, (column,) = spec.frames, label_column(spec), spec.path_columns
     rows = read_csv(path, [column, label])
@@ -117,11 +120,13 @@ def label_rows(path: Path, spec: VideoData, folder: SampleFolder) -> FrameTable:
             f' "{of.end_column}"; see data.frames'
         )
     table = FrameTable({}, {}, by_segment and of.unit == "seconds")
-    wrong = []
+    wrong: list[str] = []
+    absent: dict[str, None] = {}
     for line, row in enumerate(rows, 2):
         identity = folder.find(row[column])
         if identity is None:
-            continue  # a table may be of more videos than are here
+            absent[row[column]] = None  # a table may be of more videos than are here
+            continue
         try:
             start = float(row[of.start_column if by_segment else of.frame_column])
             end = float(row[of.end_column]) if by_segment else start + 1
@@ -141,6 +146,9 @@ def label_rows(path: Path, spec: VideoData, folder: SampleFolder) -> FrameTable:
             f" {listed(dict.fromkeys(row[column] for row in rows), 3)}, videos are"
             f" {listed(folder.ids, 3)}"
         )
+    if absent:
+        text = f"{len(absent)} videos of {path} are not there ({listed(absent, 3)}): not used"
+        report.append(with_all(text, list(absent), 3))
     return table
 
 

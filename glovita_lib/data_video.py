@@ -466,7 +466,7 @@ def _(spec: VideoData, *, seed: int, asked: Asked) -> Data:
     if of_frames and asked.trained is not None and asked.trained.subtask == "framewise":
         # frames are labelled as samples of one class each
         asked = replace(asked, trained=asked.trained._replace(subtask="multiclass"))
-    frames = read_frame_labels(spec, folder) if of_frames else None
+    frames = read_frame_labels(spec, folder, report) if of_frames else None
     if frames is not None:
         spec, frames = with_class_names(spec, frames, asked)
     table_of_frames = None if frames is None else split_table(spec, folder, frames)

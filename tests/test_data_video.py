@@ -430,6 +430,14 @@ def test_words_for_a_missing_label_are_no_class_of_frames(root, missing, form):
     assert labelled(build(root, frames=frames, trained=trained)) == labels
 
 
+def test_videos_that_only_the_labels_of_frames_name_are_told(root):
+    rows = [(i, n, "ab"[n % 2]) for i in [*names(root), "x.mp4", "y.mp4"] for n in range(8)]
+    table(root, rows, "path", "frame", "label", name="f.csv")
+    data = build(root, frames=FrameLabels(label_level="frame", labels_file="f.csv"))
+    (line,) = [line for line in data.report if "are not there" in line]
+    assert line.startswith("2 videos of ") and line.endswith("(x.mp4, y.mp4): not used")
+
+
 def test_numbers_of_frames_without_a_label_count_for_nothing_in_any_writing(root):
     """A table with gaps has decimals where it had whole numbers."""
     rows = [(i, n, f"{(n % 3) - 1:.1f}") for i in names(root) for n in range(8)]
