@@ -14,7 +14,6 @@ import numpy as np
 
 from glovita_lib import files
 from glovita_lib.errors import UserError, composed, listed, refuse_controls
-from glovita_lib.series_preparation import are_other_windows, in_one_writing
 from glovita_lib.spec import ByStruct, Spec
 from glovita_lib.spec_errors import SampleKind
 from glovita_lib.spec_samples import UNLABELLED, BaseData, OnlyPrediction, Subtask
@@ -373,7 +372,12 @@ def order_of_names(
         return "same"
     if set(ours) == set(theirs):
         return "turned"
-    if set(ours).isdisjoint(theirs) or (is_wide and are_other_windows(own, wanted)):
+    if is_wide:
+        from glovita_lib.series_preparation import are_other_windows  # of series alone
+
+        if are_other_windows(own, wanted):
+            return "other"
+    if set(ours).isdisjoint(theirs):
         return "other"
     return "mixed"
 
@@ -384,6 +388,8 @@ def names_compared(
     """The columns of two files of series as they are compared. Capital letters tell no names apart,
     where each has others without; numbers and dates of time points are the same in any writing."""
     if is_wide:
+        from glovita_lib.series_preparation import in_one_writing  # of series alone
+
         ours, theirs = in_one_writing(own, wanted)
     else:
         ours, theirs = list(map(composed, own)), list(map(composed, wanted))

@@ -100,18 +100,24 @@ def test_folds_and_inference_of_many_classes(command, tmp_path: Path, subtask: s
 
 
 @pytest.mark.runs
-def test_predictions_of_the_same_name_replace_all_that_stood_there(command, tmp_path: Path) -> None:
-    """Labelled samples first, then new ones: no metrics of the first stand beside the second."""
+def test_predictions_of_the_same_name_replace_all_that_stood_there(
+    command, refused, tmp_path: Path
+) -> None:
+    """No plots of the first stand beside the second; those of other samples replace nothing."""
     write_features(tmp_path / "all.h5", "multiclass", k=4)
     spec = SPEC.replace("ROOT", str(tmp_path)).replace('result_plot = "none"', "")
     run = command("name=r", spec=spec)
     folder = run.path / "infer"
     command("name=r", "mode=infer", spec=spec)
-    assert (folder / "metrics_test.json").is_file() and (
-        folder / "plots" / "roc_pr_test.png"
-    ).is_file()
+    assert (folder / "metrics_test.json").is_file()
+    assert (folder / "plots" / "roc_pr_test.png").is_file()
     write_features(tmp_path / "test.h5", "multiclass", k=4, labelled=False)
-    command("name=r", "mode=infer", f"infer.input={tmp_path / 'test.h5'}", spec=spec)
-    assert not (folder / "metrics_test.json").exists()
+    new = ("name=r", "mode=infer", f"infer.input={tmp_path / 'test.h5'}")
+    assert "is of a split of the data set" in refused(*new, spec=spec)
+    assert (folder / "metrics_test.json").is_file()
+    command("name=r", "mode=infer", "task.result_plot=none", spec=spec)
     assert not list((folder / "plots").iterdir())
-    assert len((folder / "predictions_test.csv").read_text().splitlines()) == 13
+    out = tmp_path / "out"
+    command(*new, f"infer.output_dir={out}", spec=spec)
+    assert not (out / "metrics_test.json").exists()
+    assert len((out / "predictions_test.csv").read_text().splitlines()) == 13
