@@ -125,8 +125,8 @@ def label_rows(path: Path, spec: VideoData, folder: SampleFolder, report: list[s
     for line, row in enumerate(rows, 2):
         identity = folder.find(row[column])
         if identity is None:
-            absent[row[column]] = None  # a table may be of more videos than are here
-            continue
+            absent[row[column] or f"no {column} in line {line}"] = None
+            continue  # a table may be of more videos than are here
         try:
             start = float(row[of.start_column if by_segment else of.frame_column])
             end = float(row[of.end_column]) if by_segment else start + 1

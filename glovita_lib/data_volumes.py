@@ -85,6 +85,10 @@ class VolumeFolder(SampleFolder):
         parent = str(PurePosixPath(name).parent)
         if (parent in self.studies or parent in self.known) and (self.folder / name).is_file():
             return f'; a slice is no volume: name the folder of its series, "{parent}"'
+        file = str(self.folder / name)
+        named = name.lower().endswith(SLICE_SUFFIXES) and os.path.isfile(file)
+        if named and image_kind(file, []) is None:
+            return "; the file is there, and is DICOM of a class that is none of images"
         return SampleFolder.hint(self, name)
 
     def find_row(self, names: tuple[str, ...]) -> tuple[str | None, str]:

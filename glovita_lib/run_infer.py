@@ -143,7 +143,7 @@ def infer(loaded: Loaded[Root], ranks: dist.Ranks, pool: dist.WorkerPool, *, dry
 
 
 def refuse_others(folder: Path, name: str, new: str | None) -> None:
-    """Keep results of other samples of the same name, as of another folder `new`.
+    """Keep results of another `infer.input` of the same name, and those of a split.
 
     Args:
         new: path of new samples; None: those of a split.
@@ -152,8 +152,9 @@ def refuse_others(folder: Path, name: str, new: str | None) -> None:
         UserError: they would be replaced.
     """
     path = folder / f"resolved_config_{name}.json"
-    made = files.read_json(path).get("taken", {}).get("infer", {}) if path.is_file() else {}
-    own = None if new is None else os.path.abspath(new)
+    there = path.is_file() and (folder / f"predictions_{name}.csv").is_file()
+    made = files.read_json(path).get("taken", {}).get("infer", {}) if there else {}
+    own = None if new is None else os.path.realpath(new)
     if "input" in made and made["input"] != own:
         of = "of a split of the data set" if made["input"] is None else f"of {made['input']}"
         raise UserError(
@@ -208,7 +209,7 @@ def values_taken(
             "infer": {
                 "checkpoint": [str(path) for path in paths],
                 "split": name,
-                "input": None if new is None else os.path.abspath(new),
+                "input": None if new is None else os.path.realpath(new),
             },
             "training": {"precision": experiment.precision},
             "dataloading": {name: experiment.batches},

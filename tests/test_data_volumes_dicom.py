@@ -485,6 +485,9 @@ def test_directories_and_reports_are_no_volumes(cases):
     )
     new = new_volumes(cases / "images" / "train")
     assert len(new[0].ids) == 3 and any("are no images" in note for note in new[1])
+    (cases / "labels.json").write_text(json.dumps({"train/dark/alone/report.dcm": "a"}))
+    with pytest.raises(UserError, match="no such file; the file is there, and is DICOM of a class"):
+        build(cases, label_source="json", split_source="kfold", n_folds=2)
 
 
 def test_slices_at_the_top_are_named(cases):

@@ -297,7 +297,11 @@ def test_results_of_other_samples_of_one_name_are_kept(command, refused, tmp_pat
         assert of in line and "infer.output_dir" in line
     command(*shared, f"infer.input={tmp_path}/b/new", f"infer.output_dir={tmp_path}/out")
     command(*shared, f"infer.input={tmp_path}/b/../a/new")  # the same again
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    command(*shared, f"infer.input={tmp_path}/linked/new")
     assert kept == [(run.path / "infer" / name).read_bytes() for name in names]
+    (run.path / "infer" / "predictions_new.csv").unlink()
+    command(*shared, f"infer.input={tmp_path}/b/new")
 
 
 def test_new_images_that_are_not_there_or_broken(command, refused, tmp_path):
