@@ -151,6 +151,11 @@ def refuse_others(folder: Path, name: str, new: str | None) -> None:
     Raises:
         UserError: they would be replaced.
     """
+    if (folder / "resolved_config.json").is_file():
+        raise UserError(
+            f"infer.output_dir: {folder} holds a run, whose own predictions would be replaced: name"
+            " another folder"
+        )
     path = folder / f"resolved_config_{name}.json"
     there = path.is_file() and (folder / f"predictions_{name}.csv").is_file()
     made = files.read_json(path).get("taken", {}).get("infer", {}) if there else {}

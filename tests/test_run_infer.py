@@ -300,6 +300,8 @@ def test_results_of_other_samples_of_one_name_are_kept(command, refused, tmp_pat
     (tmp_path / "linked").symlink_to(tmp_path / "a")
     command(*shared, f"infer.input={tmp_path}/linked/new")
     assert kept == [(run.path / "infer" / name).read_bytes() for name in names]
+    assert "holds a run" in refused(*shared, f"infer.output_dir={run.path}")
+    assert (run.path / "metrics_test.json").is_file()
     (run.path / "infer" / "predictions_new.csv").unlink()
     command(*shared, f"infer.input={tmp_path}/b/new")
 
