@@ -7,6 +7,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from small_runs import EPOCH
 
 from glovita import main
 from glovita_lib.data import order_of_names
@@ -670,7 +671,8 @@ def test_a_val_that_is_drawn_divides_no_group(root):
         build(root, **files, resample=1)
 
 
-SMALL_SERIES = """
+SMALL_SERIES = (
+    """
 [data]
 dataset = "generic_series_dataset"
 data_root_dir = "ROOT"
@@ -678,16 +680,9 @@ data_root_dir = "ROOT"
 encoder_type = "inception_time"
 depth = 3
 filters = 4
-[task]
-result_plot = "none"
-bootstrap = 0
-[training]
-epochs = 1
-[dataloading]
-batch_size = 4
-[logger]
-backend = "none"
 """
+    + EPOCH
+)
 
 
 def test_a_checkpoint_knows_the_step_of_its_times(command, refused, tmp_path):

@@ -602,18 +602,23 @@ def test_parts_of_a_series_in_folders_of_their_own_are_one_sample(tmp_path):
     assert ids_of(kept) == sorted(f"{case}/scout" for case in CASES)
 
 
-def test_parts_of_both_series_of_a_study_are_one_sample(tmp_path):
-    """Each folder holds half of the slices of both."""
+def write_halves_of_both(root):
+    """Studies of two series, in two folders with half of the slices of each."""
     voxels = np.concatenate([VOXELS, VOXELS[::-1]], 2)  # (6, 5, 8)
     for number, case in enumerate(CASES):
         for order, kind in enumerate(("t1", "t2")):
             uids = {"uid": f"1.{number}.{order}", "description": kind}
-            whole = write_dicom(tmp_path / "images" / case / kind, voxels + number, **uids)
+            whole = write_dicom(root / "images" / case / kind, voxels + number, **uids)
             for place, file in enumerate(sorted(whole.iterdir())):
                 half = whole.with_name(f"d{1 + place // 4}")
                 half.mkdir(exist_ok=True)
                 file.rename(half / f"{kind}_{file.name}")
             whole.rmdir()
+
+
+def test_parts_of_both_series_of_a_study_are_one_sample(tmp_path):
+    """Each folder holds half of the slices of both."""
+    write_halves_of_both(tmp_path)
     both = {"reading": VolumeReading(series=("SeriesDescription=t2", "SeriesDescription=t1"))}
     data = build(tmp_path, **both)
     assert ids_of(data) == sorted(CASES) and data.samples.channels == 2
@@ -739,16 +744,7 @@ def test_parts_of_a_series_as_channels_are_told(tmp_path, source):
 
 def test_parts_of_the_series_that_each_column_chooses_are_told(tmp_path):
     """Each folder holds half of both; the whole series are channels."""
-    voxels = np.concatenate([VOXELS, VOXELS[::-1]], 2)
-    for number, case in enumerate(CASES):
-        for order, kind in enumerate(("t1", "t2")):
-            uids = {"uid": f"1.{number}.{order}", "description": kind}
-            whole = write_dicom(tmp_path / "images" / case / kind, voxels + number, **uids)
-            for place, file in enumerate(sorted(whole.iterdir())):
-                half = whole.with_name(f"d{1 + place // 4}")
-                half.mkdir(exist_ok=True)
-                file.rename(half / f"{kind}_{file.name}")
-            whole.rmdir()
+    write_halves_of_both(tmp_path)
     both = VolumeReading(series=("SeriesDescription=t1", "SeriesDescription=t2"))
     rows = [(half, half) for half in HALVES]
     with pytest.raises(UserError, match="8 volumes cannot be used"):
